@@ -1,0 +1,1 @@
+"""The API: answers buyers, and publishes what it accepted."""

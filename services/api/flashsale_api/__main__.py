@@ -1,0 +1,89 @@
+"""`python -m flashsale_api`: one API process."""
+
+import argparse
+import logging
+import os
+import sys
+from typing import Final
+
+import uvicorn
+from prometheus_client import start_http_server
+
+from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.settings import host_and_port, load
+from flashsale_api.app import create_app
+from flashsale_api.metrics import Metrics
+from flashsale_api.settings import Settings
+
+_HELP: Final = """\
+Answers POST /reserve from Redis and publishes what it accepts to Kafka.
+
+environment:
+  FLASHSALE_REDIS_URL        redis://[user:password@]host:port/db (required)
+  FLASHSALE_KAFKA_BOOTSTRAP  host:port[,host:port...] (required)
+  FLASHSALE_LISTEN           host:port for buyers (0.0.0.0:8080)
+  FLASHSALE_METRICS_LISTEN   host:port for Prometheus (0.0.0.0:9090)
+"""
+
+
+def main() -> int:
+    """Runs the API until SIGTERM; exit code 2 for a wrong setting, 1 for a failure."""
+    argparse.ArgumentParser(
+        prog="python -m flashsale_api",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        settings = load(Settings, os.environ)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    failed = False
+
+    def on_failure(error: BaseException) -> None:
+        nonlocal failed
+        failed = server.should_exit = True
+        # An error that explains itself needs no traceback.
+        known = isinstance(error, FlashsaleError)
+        logging.getLogger("flashsale_api").critical(
+            "the API ends: %s", error, exc_info=None if known else error
+        )
+
+    metrics = Metrics()
+    host, port = host_and_port(settings.listen)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, metrics, on_failure),
+            host=host,
+            port=port,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=4096,
+            timeout_keep_alive=75,  # above what load balancers keep: they close first
+            timeout_graceful_shutdown=10,
+        )
+    )
+    metrics_host, metrics_port = host_and_port(settings.metrics_listen)
+    try:
+        metrics_server, _ = start_http_server(metrics_port, metrics_host, metrics.registry)
+    except OSError as error:
+        print(f"FLASHSALE_METRICS_LISTEN cannot be served: {error}", file=sys.stderr)
+        return 1
+    try:
+        server.run()
+    finally:
+        metrics_server.shutdown()
+        metrics_server.server_close()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

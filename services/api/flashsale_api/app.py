@@ -1,0 +1,138 @@
+"""The composition root: it alone makes clients and starts what runs in the background."""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flashsale import heartbeat, inventory
+from flashsale.errors import FlashsaleError, RedisUnavailable
+from flashsale.inventory import Inventory
+from flashsale_api import problems
+from flashsale_api.batching import Batching
+from flashsale_api.metrics import Metrics
+from flashsale_api.problems import Problem
+from flashsale_api.publishing import Publisher
+from flashsale_api.reserving import Reserve
+from flashsale_api.sales import Sales, SaleViews
+from flashsale_api.settings import Settings
+from flashsale_api.sweeping import Sweeper, beat
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS: Final = 10.0
+"""How long a pod that ends tries to publish what it accepted; a sweep takes the rest."""
+
+
+class UnsafeRedisError(FlashsaleError):
+    """Redis is set up so that it may drop a sale's keys."""
+
+
+def create_app(
+    settings: Settings, metrics: Metrics, on_failure: Callable[[BaseException], None]
+) -> Starlette:
+    """The API. `on_failure` is called when a background task dies: the process must end."""
+    pod_id = str(uuid.uuid4())
+    redis = inventory.connect(settings.redis_url)
+    stock = Inventory(redis)
+    publisher = Publisher(settings.kafka_bootstrap, stock, metrics)
+    batching = Batching(stock, publisher, metrics)
+    sales = Sales(stock, SaleViews(stock))
+    redis_seen = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(work, name=name)
+            for name, work in (
+                ("first sight of Redis", _see_redis(stock, redis_seen)),
+                ("publish", publisher.run()),
+                ("settle", publisher.settle()),
+                ("sweep", Sweeper(stock, publisher, metrics, pod_id).run()),
+                ("heartbeat", beat(redis, stock, publisher, pod_id)),
+            )
+        ]
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()):
+                on_failure(error)
+
+        for task in tasks:
+            task.add_done_callback(ended)
+        try:
+            yield
+        finally:
+            if left := await publisher.flush(FLUSH_SECONDS):
+                log.warning("%d accepted reservations are left to another pod's sweep", left)
+            else:
+                with contextlib.suppress(RedisUnavailable):
+                    await heartbeat.retire(redis, pod_id)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await redis.aclose()
+
+    async def healthz(_: Request) -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    async def readyz(_: Request) -> Response:
+        if redis_seen.is_set():
+            return Response("ready\n", media_type="text/plain")
+        return Response("Redis has not answered yet\n", 503, media_type="text/plain")
+
+    return Starlette(
+        routes=[
+            # A Route takes a bare ASGI application only as an instance, and with methods.
+            Route("/reserve", Reserve(batching, metrics), methods=["POST"]),
+            Route("/sales", sales.list),
+            Route("/sales/{item_id}", sales.one),
+            Route("/sales/{item_id}/reservations/{reservation_id}", sales.reservation),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+        ],
+        exception_handlers={HTTPException: _http_problem, Exception: _internal_problem},
+        lifespan=lifespan,
+    )
+
+
+async def _see_redis(stock: Inventory, seen: asyncio.Event) -> None:
+    """Waits for Redis' first answer, and refuses a Redis that would evict a sale."""
+    while True:
+        try:
+            policy = await stock.eviction_policy()
+        except RedisUnavailable as error:
+            log.info("waiting for Redis: %s", error)
+            await asyncio.sleep(1)
+            continue
+        if policy != "noeviction":
+            raise UnsafeRedisError(
+                f"Redis runs with maxmemory-policy {policy}, which may drop a sale: "
+                "set it to noeviction"
+            )
+        seen.set()
+        return
+
+
+async def _http_problem(_: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    sent = dict(error.headers or {})
+    status, headers, body = problems.render(problems.of_status(error.status_code))
+    response = Response(body, status, headers=sent)
+    response.raw_headers.extend(headers)
+    return response
+
+
+async def _internal_problem(_: Request, __: Exception) -> Response:
+    status, headers, body = problems.render(Problem.INTERNAL_ERROR)
+    response = Response(body, status)
+    response.raw_headers.extend(headers)
+    return response

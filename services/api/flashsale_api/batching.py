@@ -1,0 +1,257 @@
+"""Requests that arrive while a script call is in flight form the next call.
+
+No timer and no added delay: a lone request goes at once, and under load the batches grow by
+themselves, up to `BATCH_LIMIT` requests a call and `CALLS_IN_FLIGHT` calls an item.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, NamedTuple, Protocol
+
+from flashsale.errors import RedisUnavailable
+from flashsale.heartbeat import CALL_DEADLINE_SECONDS
+from flashsale.inventory import (
+    BATCH_LIMIT,
+    BatchReply,
+    Inventory,
+    Outcome,
+    Record,
+    Request,
+    Snapshot,
+)
+from flashsale_api.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+CALLS_IN_FLIGHT: Final = 3
+MAX_WAITING: Final = 4096
+MAX_WAIT_SECONDS: Final = 0.5
+SOLD_OUT_SECONDS: Final = 0.1
+"""How long a pod answers "sold out" without asking: what a restock may be late by."""
+
+
+class Failure(StrEnum):
+    """Why a request was not decided."""
+
+    TOO_MANY_WAITING = "too_many_waiting"
+    REDIS_UNAVAILABLE = "redis_unavailable"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+
+
+class Decision(NamedTuple):
+    """What became of a request; a record where a reservation exists."""
+
+    outcome: Outcome | Failure
+    reservation_id: str = ""
+    sale_id: str = ""
+    record: Record | None = None
+    starts_ms: int = 0
+    now_ms: int = 0
+
+
+class Accepted(NamedTuple):
+    """A reservation that Redis has just accepted, and its outbox entry."""
+
+    item_id: str
+    entry_id: str
+    reservation_id: str
+    record: Record
+    snapshot: Snapshot
+    traceparent: str
+
+
+class Publishes(Protocol):
+    """Where accepted reservations go; never waits."""
+
+    def add(self, accepted: Accepted) -> None: ...
+
+
+class _Waiting(NamedTuple):
+    request: Request
+    decided: "asyncio.Future[Decision]"
+    since: float
+
+
+@dataclass(slots=True)
+class _Lane:
+    item_id: str
+    waiting: deque[_Waiting] = field(default_factory=deque)
+    calls: int = 0
+    starting: bool = False
+
+
+class Batching:
+    """Decides requests through batched script calls; one a process."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        publisher: Publishes,
+        metrics: Metrics,
+        *,
+        batch_limit: int = BATCH_LIMIT,
+    ) -> None:
+        self._inventory = inventory
+        self._publisher = publisher
+        self._metrics = metrics
+        self._batch_limit = batch_limit
+        self._lanes: dict[str, _Lane] = {}
+        self._waiting = 0
+        self._calls: set[asyncio.Task[None]] = set()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._sold_out_until: dict[str, float] = {}
+
+    def sold_out(self, item_id: str) -> bool:
+        """Whether this pod has just seen the item's sale sold out."""
+        until = self._sold_out_until.get(item_id)
+        return until is not None and asyncio.get_running_loop().time() < until
+
+    async def decide(self, item_id: str, request: Request) -> Decision:
+        """Waits for the request's turn and its answer: `MAX_WAIT_SECONDS` for the turn at most,
+        then the call and, should it fail, one more: `CALL_DEADLINE_SECONDS` together.
+
+        A caller that goes away cancels nothing: its request is part of a batch.
+        """
+        if self._waiting >= MAX_WAITING:
+            return Decision(Failure.TOO_MANY_WAITING)
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.get(item_id)
+        if lane is None:
+            lane = self._lanes[item_id] = _Lane(item_id)
+        waiting = _Waiting(request, loop.create_future(), loop.time())
+        lane.waiting.append(waiting)
+        self._waiting += 1
+        if lane.calls < CALLS_IN_FLIGHT and not lane.starting:
+            # After what is ready now: requests read in the same turn of the loop go together.
+            lane.starting = True
+            loop.call_soon(self._start, lane)
+        if self._expiry is None:
+            self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
+        return await waiting.decided
+
+    def _start(self, lane: _Lane) -> None:
+        lane.starting = False
+        while lane.waiting and lane.calls < CALLS_IN_FLIGHT:
+            size = min(len(lane.waiting), self._batch_limit)
+            batch = [lane.waiting.popleft() for _ in range(size)]
+            self._waiting -= size
+            lane.calls += 1
+            call = asyncio.get_running_loop().create_task(self._call(lane, batch))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+        self._metrics.waiting.set(self._waiting)
+        if not lane.waiting and not lane.calls:
+            self._lanes.pop(lane.item_id, None)
+
+    def _expire(self) -> None:
+        """Answers those that have waited too long; they were never sent."""
+        loop = asyncio.get_running_loop()
+        oldest_allowed = loop.time() - MAX_WAIT_SECONDS
+        next_since = None
+        for lane in self._lanes.values():
+            while lane.waiting and lane.waiting[0].since <= oldest_allowed:
+                _answer(lane.waiting.popleft(), Decision(Failure.TOO_MANY_WAITING))
+                self._waiting -= 1
+            if lane.waiting:
+                since = lane.waiting[0].since
+                next_since = since if next_since is None else min(since, next_since)
+        self._metrics.waiting.set(self._waiting)
+        self._expiry = (
+            None
+            if next_since is None
+            else loop.call_at(next_since + MAX_WAIT_SECONDS, self._expire)
+        )
+
+    async def _call(self, lane: _Lane, batch: Sequence[_Waiting]) -> None:
+        requests = [waiting.request for waiting in batch]
+        self._metrics.batch_size.observe(len(batch))
+        try:
+            reply = await self._reserve(lane.item_id, requests)
+            if isinstance(reply, BatchReply):
+                self._deliver(lane.item_id, batch, reply)
+            else:
+                self._sold_out_until.pop(lane.item_id, None)
+                for waiting in batch:
+                    _answer(waiting, Decision(reply, waiting.request.reservation_id))
+        except Exception as error:  # whatever it was: nobody may be left waiting
+            log.exception("a batch for %s failed", lane.item_id)
+            for waiting in batch:
+                if not waiting.decided.done():
+                    waiting.decided.set_exception(error)
+        finally:
+            lane.calls -= 1
+            self._start(lane)
+
+    async def _reserve(
+        self, item_id: str, requests: Sequence[Request]
+    ) -> BatchReply | Outcome | Failure:
+        """Calls the script, and once more if that failed: the ids make it a replay.
+
+        An answer that comes after the deadline is not believed. A pod that was suspended may find
+        one in its socket from before a Redis failure, and the sale rebuilt without it since.
+        """
+        loop = asyncio.get_running_loop()
+        maybe_executed = False
+        for _ in range(2):
+            started = loop.time()
+            try:
+                reply = await self._inventory.reserve(
+                    item_id, requests, timeout_seconds=CALL_DEADLINE_SECONDS / 2
+                )
+            except RedisUnavailable as error:
+                maybe_executed = maybe_executed or error.maybe_executed
+                log.debug("a call for %s failed: %s", item_id, error)
+                continue
+            seconds = loop.time() - started
+            self._metrics.script_seconds.observe(seconds)
+            if seconds < CALL_DEADLINE_SECONDS:
+                return reply
+            maybe_executed = True
+        return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
+
+    def _deliver(self, item_id: str, batch: Sequence[_Waiting], reply: BatchReply) -> None:
+        """Hands what was accepted to the publisher, then answers; without a pause in between."""
+        sale_id, now_ms = reply.snapshot.sale_id, reply.now_ms
+        sold_out = False
+        for waiting, (outcome, detail) in zip(batch, reply.answers, strict=True):
+            request = waiting.request
+            if outcome is Outcome.ACCEPTED:
+                record = Record(
+                    "accepted", 1, request.quantity, now_ms, request.user_id, request.request_key
+                )
+                self._publisher.add(
+                    Accepted(
+                        item_id,
+                        detail,
+                        request.reservation_id,
+                        record,
+                        reply.snapshot,
+                        request.traceparent,
+                    )
+                )
+                decision = Decision(outcome, request.reservation_id, sale_id, record)
+            elif outcome is Outcome.REPLAYED:
+                # Whoever accepted it publishes it; after an unknown outcome the sweep does.
+                record = Record.parse(detail)
+                decision = Decision(outcome, request.reservation_id, sale_id, record)
+            else:
+                sold_out = sold_out or outcome is Outcome.SOLD_OUT
+                decision = Decision(
+                    outcome, request.reservation_id, sale_id, None, reply.starts_ms, now_ms
+                )
+            _answer(waiting, decision)
+        if sold_out and reply.available == 0:
+            now = asyncio.get_running_loop().time()
+            self._sold_out_until[item_id] = now + SOLD_OUT_SECONDS
+        else:
+            self._sold_out_until.pop(item_id, None)
+        self._metrics.outbox_length.labels(item_id).set(reply.outbox_length)
+
+
+def _answer(waiting: _Waiting, decision: Decision) -> None:
+    if not waiting.decided.done():  # the buyer may have gone
+        waiting.decided.set_result(decision)

@@ -1,0 +1,24 @@
+"""Reservation ids, minted before Redis is asked, so that a call can safely be sent again."""
+
+import os
+import time
+from hashlib import sha256
+from uuid import UUID
+
+
+def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
+    """The id of a request: the same for the same key of the same user for the same item.
+
+    With a key a UUIDv8 of its SHA-256, without one a UUIDv7 (RFC 9562, sections 5.7 and 5.8).
+    """
+    if request_key:
+        # No field holds a newline: two different triples never give the same text.
+        digest = sha256(f"{item_id}\n{user_id}\n{request_key}".encode()).digest()
+        return _uuid(8, int.from_bytes(digest[:16], "big"))
+    random = int.from_bytes(os.urandom(10), "big")
+    return _uuid(7, (time.time_ns() // 1_000_000) << 80 | random)
+
+
+def _uuid(version: int, bits: int) -> str:
+    bits &= ~(0xF << 76 | 0x3 << 62) & (1 << 128) - 1
+    return str(UUID(int=bits | version << 76 | 0x2 << 62))

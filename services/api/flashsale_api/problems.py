@@ -1,0 +1,79 @@
+"""The answers that are not a reservation, as problem details (RFC 9457)."""
+
+from enum import Enum
+from http import HTTPStatus
+from typing import Final, NamedTuple
+
+import msgspec
+
+CONTENT_TYPE: Final = b"application/problem+json"
+
+
+class Kind(NamedTuple):
+    """One kind of problem. `retry_after` in seconds, where trying again can help."""
+
+    slug: str
+    status: int
+    title: str
+    retry_after: int | None = None
+
+
+class Problem(Enum):
+    """Every problem that the API answers. The slug ends its `type` and never changes."""
+
+    MALFORMED_JSON = Kind("malformed-json", 400, "The body is not JSON")
+    MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
+    NOT_FOUND = Kind("not-found", 404, "There is nothing at this path")
+    UNKNOWN_ITEM = Kind("unknown-item", 404, "No sale has this item")
+    UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
+    METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take this method")
+    SOLD_OUT = Kind("sold-out", 409, "Sold out")
+    NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than asked for")
+    LIMIT_REACHED = Kind("limit-reached", 409, "The user's limit for this sale is reached")
+    NOT_OPEN = Kind("not-open", 409, "The sale is not open yet")
+    ENDED = Kind("ended", 409, "The sale has ended")
+    PAUSED = Kind("paused", 409, "The sale is paused", 5)
+    BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large")
+    UNSUPPORTED_MEDIA_TYPE = Kind("unsupported-media-type", 415, "The body must be JSON")
+    INVALID_FIELD = Kind("invalid-field", 422, "A field is missing or wrong")
+    KEY_REUSED = Kind("key-reused", 422, "The Idempotency-Key was used for another quantity")
+    INTERNAL_ERROR = Kind("internal-error", 500, "The API failed")
+    OUTBOX_FULL = Kind("outbox-full", 503, "Accepted reservations wait to be published", 2)
+    FENCED = Kind("fenced", 503, "The sale is being verified after a Redis failure", 5)
+    TOO_MANY_WAITING = Kind("too-many-waiting", 503, "Too many requests wait", 1)
+    REDIS_UNAVAILABLE = Kind("redis-unavailable", 503, "The inventory does not answer", 1)
+    OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
+
+
+Headers = list[tuple[bytes, bytes]]
+
+
+def render(
+    problem: Problem, detail: str | None = None, **members: object
+) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of a problem; `members` are its extension members."""
+    kind = problem.value
+    body: dict[str, object] = {
+        "type": f"urn:flashsale:problem:{kind.slug}",
+        "title": kind.title,
+        "status": kind.status,
+    }
+    if detail:
+        body["detail"] = detail
+    headers = [(b"content-type", CONTENT_TYPE)]
+    if kind.retry_after is not None:
+        headers.append((b"retry-after", b"%d" % kind.retry_after))
+    return kind.status, headers, msgspec.json.encode(body | members)
+
+
+def of_status(status: int) -> Problem:
+    """The problem for an error that the framework raised."""
+    match status:
+        case HTTPStatus.NOT_FOUND:
+            return Problem.NOT_FOUND
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return Problem.METHOD_NOT_ALLOWED
+        case _ if status < 500:
+            return Problem.MALFORMED_REQUEST
+        case _:
+            return Problem.INTERNAL_ERROR

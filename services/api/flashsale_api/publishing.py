@@ -1,0 +1,177 @@
+"""Accepted reservations on their way to Kafka: published at once, from memory.
+
+Order does not matter and duplicates cost nothing, so a batch goes to any partition, whatever
+fails is sent again, and there is no idempotent producer: aiokafka's never gives up a sent batch.
+An event leaves the memory when Kafka has acknowledged it (`acks=all`) and its outbox entry is
+deleted.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import deque
+from typing import Final
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+from aiokafka.producer.message_accumulator import BatchBuilder
+
+from flashsale import events
+from flashsale.errors import RedisUnavailable
+from flashsale.events import Event
+from flashsale.inventory import Inventory
+from flashsale_api.batching import Accepted
+from flashsale_api.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES: Final = 256 * 1024
+SENDERS: Final = 3
+"""Batches in flight: while they are, the next ones fill."""
+SETTLE_BATCH: Final = 256
+REQUEST_TIMEOUT_SECONDS: Final = 10
+STOP_SECONDS: Final = 2.0
+BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Publisher:
+    """Publishes events to `topic` and settles their outbox entries; one a process."""
+
+    def __init__(
+        self, bootstrap: str, inventory: Inventory, metrics: Metrics, *, topic: str = events.TOPIC
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._inventory = inventory
+        self._metrics = metrics
+        self._topic = topic
+        self._pending: deque[Accepted] = deque()
+        self._work = asyncio.Event()
+        self._sending = 0
+        self._acknowledged: dict[str, list[tuple[str, str]]] = {}
+        self._to_settle = asyncio.Event()
+        self._held: set[tuple[str, str]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._turn = itertools.count()
+        self.connected = False
+
+    @property
+    def unacknowledged(self) -> int:
+        """Events in memory that Kafka has not acknowledged."""
+        return len(self._pending) + self._sending
+
+    def holds(self, item_id: str, entry_id: str) -> bool:
+        """Whether this pod is publishing or settling an outbox entry."""
+        return (item_id, entry_id) in self._held
+
+    def add(self, accepted: Accepted) -> None:
+        """Takes a reservation to publish; never waits."""
+        self._held.add((accepted.item_id, accepted.entry_id))
+        self._pending.append(accepted)
+        self._idle.clear()
+        self._work.set()
+
+    async def run(self) -> None:
+        """Publishes until it is cancelled: after any failure with a new producer."""
+        failures = 0
+        while True:
+            producer = AIOKafkaProducer(
+                bootstrap_servers=self._bootstrap,
+                acks="all",
+                max_batch_size=BATCH_BYTES,
+                request_timeout_ms=REQUEST_TIMEOUT_SECONDS * 1000,
+            )
+            try:
+                await producer.start()
+                await producer.partitions_for(self._topic)
+                log.info("publishing to Kafka; %d events wait", self.unacknowledged)
+                failures = 0
+                self.connected = True
+                async with asyncio.TaskGroup() as senders:
+                    for _ in range(SENDERS):
+                        senders.create_task(self._send_forever(producer))
+            except* (KafkaError, OSError) as group:
+                self._metrics.publish_failures.inc()
+                if not failures:
+                    log.warning("Kafka failed, will publish from memory: %r", group.exceptions[0])
+                failures += 1
+            finally:
+                self.connected = False
+                with contextlib.suppress(TimeoutError, KafkaError, OSError):
+                    await asyncio.wait_for(producer.stop(), STOP_SECONDS)
+            await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
+
+    async def settle(self) -> None:
+        """Deletes the outbox entries of acknowledged events until it is cancelled."""
+        away = False
+        while True:
+            await self._to_settle.wait()
+            self._to_settle.clear()
+            while self._acknowledged:
+                item_id, entries = next(iter(self._acknowledged.items()))
+                page = entries[:SETTLE_BATCH]
+                try:
+                    await self._inventory.settle(item_id, page)
+                except RedisUnavailable as error:
+                    if not away:
+                        log.warning("outbox entries are settled later: %s", error)
+                    away = True
+                    await asyncio.sleep(BACKOFF_SECONDS[-1])
+                    continue
+                away = False
+                del entries[: len(page)]
+                if not entries:
+                    del self._acknowledged[item_id]
+                self._held.difference_update((item_id, entry_id) for entry_id, _ in page)
+                if not self._held:
+                    self._idle.set()
+
+    async def flush(self, timeout_seconds: float) -> int:
+        """Waits until nothing is held; returns how many entries are left to another pod's sweep."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        return len(self._held)
+
+    async def _send_forever(self, producer: AIOKafkaProducer) -> None:
+        while True:
+            while not self._pending:
+                self._work.clear()
+                await self._work.wait()
+            builder = producer.create_batch()
+            batch = self._fill(builder)
+            self._sending += len(batch)
+            try:
+                partitions = sorted(await producer.partitions_for(self._topic))
+                partition = partitions[next(self._turn) % len(partitions)]
+                await (await producer.send_batch(builder, self._topic, partition=partition))
+            except BaseException:
+                self._pending.extendleft(reversed(batch))
+                raise
+            finally:
+                self._sending -= len(batch)
+                self._metrics.unacknowledged.set(self.unacknowledged)
+            self._metrics.published.inc(len(batch))
+            for accepted in batch:
+                self._acknowledged.setdefault(accepted.item_id, []).append(
+                    (accepted.entry_id, accepted.reservation_id)
+                )
+            self._to_settle.set()
+
+    def _fill(self, builder: BatchBuilder) -> list[Accepted]:
+        """Moves pending events into a batch until it is full."""
+        batch = []
+        while self._pending:
+            item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
+            fits = builder.append(
+                timestamp=record.occurred_ms,
+                key=reservation_id.encode(),
+                value=events.encode(Event.of(item_id, reservation_id, record, snapshot)),
+                headers=events.headers(traceparent),
+            )
+            if fits is None:
+                break
+            batch.append(self._pending.popleft())
+        builder.close()
+        return batch

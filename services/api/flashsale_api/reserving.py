@@ -1,0 +1,221 @@
+"""POST /reserve: from bytes to a decision, and back."""
+
+import re
+from time import perf_counter
+from typing import Final
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
+from flashsale.inventory import Outcome, Record, Request
+from flashsale.sale import rfc3339_of_ms
+from flashsale_api import problems
+from flashsale_api.batching import Batching, Decision, Failure
+from flashsale_api.identity import reservation_id
+from flashsale_api.metrics import Metrics
+from flashsale_api.problems import Headers, Problem
+
+MAX_BODY_BYTES: Final = 16 * 1024
+
+_KEY: Final = re.compile(USER_ID_PATTERN)
+_TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+_JSON: Final = (b"content-type", b"application/json")
+_FIELD: Final = re.compile(r"^(?P<rule>.*?) - at `\$\.(?P<field>[^`]*)`$", re.DOTALL)
+_MISSING: Final = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
+
+_RULES: Final = {
+    "userId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
+    "itemId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, "
+    "beginning with a letter or digit",
+    "quantity": "an integer from 1 to 1000",
+    "Idempotency-Key": "1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
+}
+
+_PROBLEMS: Final = {
+    Outcome.KEY_REUSED: Problem.KEY_REUSED,
+    Outcome.ENDED: Problem.ENDED,
+    Outcome.PAUSED: Problem.PAUSED,
+    Outcome.NOT_OPEN: Problem.NOT_OPEN,
+    Outcome.LIMIT_REACHED: Problem.LIMIT_REACHED,
+    Outcome.SOLD_OUT: Problem.SOLD_OUT,
+    Outcome.NOT_ENOUGH_LEFT: Problem.NOT_ENOUGH_LEFT,
+    Outcome.OUTBOX_FULL: Problem.OUTBOX_FULL,
+    Outcome.UNKNOWN: Problem.UNKNOWN_ITEM,
+    Outcome.UNSUPPORTED: Problem.FENCED,
+    Outcome.FENCED: Problem.FENCED,
+    Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
+    Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
+    Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
+}
+
+
+class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The body of POST /reserve; unknown fields are ignored."""
+
+    user_id: UserId
+    item_id: ItemId
+    quantity: Quantity
+
+
+class Reservation(msgspec.Struct, frozen=True, rename="camel"):
+    """A reservation as HTTP shows it."""
+
+    reservation_id: str
+    sale_id: str
+    item_id: str
+    user_id: str
+    quantity: int
+    state: str
+    accepted_at: str
+
+
+class _Refused(Exception):
+    """A request that is answered before Redis is asked."""
+
+    def __init__(self, problem: Problem, detail: str, **members: object) -> None:
+        self.problem, self.detail, self.members = problem, detail, members
+
+
+_decode = msgspec.json.Decoder(ReserveBody).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Reserve:
+    """The endpoint, as a bare ASGI application: nothing stands between it and the server."""
+
+    def __init__(self, batching: Batching, metrics: Metrics) -> None:
+        self._batching = batching
+        self._requests = metrics.requests
+        self._accepted_seconds = metrics.request_seconds.labels("accepted")
+        self._rejected_seconds = metrics.request_seconds.labels("rejected")
+        self._failed_seconds = metrics.request_seconds.labels("failed")
+        self._outcomes = {
+            str(outcome): metrics.requests.labels(str(outcome)) for outcome in (*Outcome, *Failure)
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = perf_counter()
+        try:
+            item_id, request = await _request(scope, receive)
+        except _Refused as refused:
+            self._requests.labels(refused.problem.value.slug.replace("-", "_")).inc()
+            status, headers, body = problems.render(
+                refused.problem, refused.detail, **refused.members
+            )
+        else:
+            if request is None:
+                return  # the buyer went before the body was whole
+            if not request.request_key and self._batching.sold_out(item_id):
+                decision = Decision(Outcome.SOLD_OUT)
+            else:
+                decision = await self._batching.decide(item_id, request)
+            self._outcomes[decision.outcome].inc()
+            status, headers, body = _answer(item_id, decision)
+        seconds = perf_counter() - started
+        if status < 300:
+            self._accepted_seconds.observe(seconds)
+        elif status < 500:
+            self._rejected_seconds.observe(seconds)
+        else:
+            self._failed_seconds.observe(seconds)
+        headers.append((b"content-length", b"%d" % len(body)))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def _request(scope: Scope, receive: Receive) -> tuple[str, Request | None]:
+    """The item and the request that a scope and its body ask for."""
+    content_type = request_key = traceparent = ""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            content_type = value.decode("latin-1")
+        elif name == b"idempotency-key":
+            if request_key:
+                raise _invalid("Idempotency-Key")
+            request_key = value.decode("latin-1")
+            if not _KEY.match(request_key):
+                raise _invalid("Idempotency-Key")
+        elif name == b"traceparent":
+            traceparent = value.decode("latin-1")
+            if not _TRACEPARENT.match(traceparent):
+                traceparent = ""
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise _Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+    raw = await _body(receive)
+    if raw is None:
+        return "", None
+    try:
+        body = _decode(raw)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _Refused(Problem.MALFORMED_JSON, str(error)) from None
+    item_id, user_id = body.item_id, body.user_id
+    identity = reservation_id(item_id, user_id, request_key)
+    return item_id, Request(identity, user_id, body.quantity, request_key, traceparent)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body, or None if the client went."""
+    chunks = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks += bytes(message.get("body", b""))
+        if len(chunks) > MAX_BODY_BYTES:
+            raise _Refused(
+                Problem.BODY_TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes"
+            )
+        if not message.get("more_body", False):
+            return chunks
+
+
+def _invalid(field: str) -> _Refused:
+    rule = _RULES[field]
+    return _Refused(Problem.INVALID_FIELD, f"{field} must be {rule}", field=field, rule=rule)
+
+
+def _explained(error: str) -> _Refused:
+    """Names the field and the rule that msgspec found broken."""
+    match = _MISSING.match(error) or _FIELD.match(error)
+    field = match["field"] if match else ""
+    if field in _RULES:
+        return _invalid(field)
+    return _Refused(Problem.INVALID_FIELD, "the body must be a JSON object", field="", rule=error)
+
+
+def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
+    record = decision.record
+    if record is not None:
+        body = _encode(shown(item_id, decision.sale_id, decision.reservation_id, record))
+        location = _location(item_id, decision.reservation_id)
+        return 202, [_JSON, (b"location", location)], body
+    problem = _PROBLEMS[decision.outcome]
+    if problem is Problem.NOT_OPEN:
+        status, headers, body = problems.render(problem, startsAt=rfc3339_of_ms(decision.starts_ms))
+        seconds = max(1, -(-(decision.starts_ms - decision.now_ms) // 1000))
+        headers.append((b"retry-after", b"%d" % seconds))
+        return status, headers, body
+    status, headers, body = problems.render(problem)
+    if problem is Problem.OUTCOME_UNKNOWN:
+        headers.append((b"location", _location(item_id, decision.reservation_id)))
+    return status, headers, body
+
+
+def _location(item_id: str, reservation_id: str) -> bytes:
+    return f"/sales/{item_id}/reservations/{reservation_id}".encode()
+
+
+def shown(item_id: str, sale_id: str, reservation_id: str, record: Record) -> Reservation:
+    """A reservation as HTTP shows it."""
+    return Reservation(
+        reservation_id=reservation_id,
+        sale_id=sale_id,
+        item_id=item_id,
+        user_id=record.user_id,
+        quantity=record.quantity,
+        state=record.state,
+        accepted_at=rfc3339_of_ms(record.occurred_ms),
+    )

@@ -1,0 +1,84 @@
+"""Reservation events: what the outbox carries to Kafka, and Kafka to the ledger.
+
+An event holds the reservation's whole state and a snapshot of its sale, so that neither order nor
+repetition matters: of two events of one reservation the one with the higher `version` tells more.
+"""
+
+from datetime import datetime
+from typing import Annotated, Final, Literal, cast
+
+import msgspec
+from msgspec import Meta
+
+from flashsale.errors import ContractViolation
+from flashsale.fields import ItemId, Quantity, RequestKey, ReservationId, Revision, SaleId, Units
+from flashsale.fields import UserId as UserIdField
+from flashsale.inventory import Record, Snapshot
+from flashsale.sale import utc_of_ms
+
+TOPIC: Final = "flashsale.reservations"
+DEAD_LETTER_TOPIC: Final = "flashsale.reservations.dlq"
+SCHEMA: Final = 1
+CONTENT_TYPE: Final = b"application/json"
+
+
+class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """The value of one Kafka record. `occurred_at` is Redis' clock when the change was made."""
+
+    schema: Literal[1]
+    reservation_id: ReservationId
+    sale_id: SaleId
+    item_id: ItemId
+    user_id: UserIdField
+    quantity: Quantity
+    state: Literal["accepted", "released"]
+    version: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    occurred_at: Annotated[datetime, Meta(tz=True)]
+    allocated: Units
+    capacity: Units
+    revision: Revision
+    request_key: RequestKey | None = None
+
+    @classmethod
+    def of(cls, item_id: str, reservation_id: str, record: Record, snapshot: Snapshot) -> "Event":
+        """The event of a reservation as Redis holds it, under the sale as it was then."""
+        return cls(
+            schema=SCHEMA,
+            reservation_id=reservation_id,
+            sale_id=snapshot.sale_id,
+            item_id=item_id,
+            user_id=record.user_id,
+            quantity=record.quantity,
+            state=cast("Literal['accepted', 'released']", record.state),
+            version=record.version,
+            occurred_at=utc_of_ms(record.occurred_ms),
+            allocated=snapshot.allocated,
+            capacity=snapshot.capacity,
+            revision=snapshot.revision,
+            request_key=record.request_key or None,
+        )
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Event)
+
+
+def encode(event: Event) -> bytes:
+    """JSON of an event."""
+    return _encoder.encode(event)
+
+
+def decode(value: bytes | None) -> Event:
+    """The event of a Kafka record's value; `ContractViolation` says what is wrong with it."""
+    if value is None:
+        raise ContractViolation("the record has no value")
+    try:
+        return _decoder.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ContractViolation(f"not a reservation event: {error}") from error
+
+
+def headers(traceparent: str) -> list[tuple[str, bytes]]:
+    """The headers of an event's record; `traceparent` (W3C Trace Context) may be empty."""
+    own = [("content-type", CONTENT_TYPE), ("schema", b"1")]
+    return [("traceparent", traceparent.encode()), *own] if traceparent else own

@@ -1,0 +1,29 @@
+"""The rules for the fields that cross a border: HTTP, Kafka, manifests.
+
+The patterns end in `\\Z`, not `$`, which would let a trailing newline through. No field may hold a
+comma or a newline, which separate the fields and lines that go to the Lua scripts.
+"""
+
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+MAX_QUANTITY: Final = 1_000
+MAX_STOCK: Final = 100_000_000
+MAX_PER_USER: Final = 1_000
+MAX_DISPLAY_NAME: Final = 128
+
+ITEM_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z"
+USER_ID_PATTERN: Final = r"^[A-Za-z0-9._~@:|+=-]{1,128}\Z"
+SALE_ID_PATTERN: Final = r"^[a-z0-9][a-z0-9.-]{0,252}/[a-z0-9][a-z0-9.-]{0,252}\Z"
+UUID_PATTERN: Final = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z"
+
+ItemId = Annotated[str, Meta(pattern=ITEM_ID_PATTERN)]
+UserId = Annotated[str, Meta(pattern=USER_ID_PATTERN)]
+RequestKey = Annotated[str, Meta(pattern=USER_ID_PATTERN)]
+SaleId = Annotated[str, Meta(pattern=SALE_ID_PATTERN)]
+ReservationId = Annotated[str, Meta(pattern=UUID_PATTERN)]
+Quantity = Annotated[int, Meta(ge=1, le=MAX_QUANTITY)]
+Units = Annotated[int, Meta(ge=0, le=2**53)]
+"""Units of stock. Lua counts in doubles: above 2**53 it would round."""
+Revision = Annotated[int, Meta(ge=1, le=2**53)]

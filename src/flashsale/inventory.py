@@ -1,0 +1,455 @@
+"""The Lua scripts as typed calls: the only place that talks to Redis about sales."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any, Final, NamedTuple, TypeVar, cast
+
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
+
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.keys import ITEMS, ItemKeys
+from flashsale.sale import Sale, SaleSpec
+
+OUTBOX_LIMIT: Final = 100_000
+"""Entries of an item's outbox above which new buyers meet backpressure."""
+
+BATCH_LIMIT: Final = 128
+"""Requests in one `reserve` call: it holds Redis for about 2 ms at most."""
+
+MAX_CONNECTIONS: Final = 64
+
+T = TypeVar("T")
+
+
+class Outcome(StrEnum):
+    """What `reserve.lua` answers a request; the words are the script's own."""
+
+    ACCEPTED = "accepted"
+    REPLAYED = "replayed"
+    KEY_REUSED = "key_reused"
+    ENDED = "ended"
+    PAUSED = "paused"
+    NOT_OPEN = "not_open"
+    LIMIT_REACHED = "limit_reached"
+    SOLD_OUT = "sold_out"
+    NOT_ENOUGH_LEFT = "not_enough_left"
+    OUTBOX_FULL = "outbox_full"
+    UNKNOWN = "unknown"
+    UNSUPPORTED = "unsupported"
+    FENCED = "fenced"
+
+
+class Applied(StrEnum):
+    """What `apply.lua` answers; the words are the script's own."""
+
+    SEEDED = "seeded"
+    CHANGED = "changed"
+    UNCHANGED = "unchanged"
+    REOPENED = "reopened"
+    STALE = "stale"
+    MISSING = "missing"
+    FENCED = "fenced"
+    CONFLICT = "conflict"
+    ENDED = "ended"
+    UNSUPPORTED = "unsupported"
+
+
+class Closed(StrEnum):
+    """What `close.lua` answers; the words are the script's own."""
+
+    CLOSED = "closed"
+    UNCHANGED = "unchanged"
+    STALE = "stale"
+    UNKNOWN = "unknown"
+    UNSUPPORTED = "unsupported"
+
+
+class Request(NamedTuple):
+    """One request of a batch. Fields are valid by `fields.py`; the last two may be empty."""
+
+    reservation_id: str
+    user_id: str
+    quantity: int
+    request_key: str = ""
+    traceparent: str = ""
+
+
+class Record(NamedTuple):
+    """A reservation as Redis holds it. `occurred_ms` is Redis' clock in Unix milliseconds."""
+
+    state: str
+    version: int
+    quantity: int
+    occurred_ms: int
+    user_id: str
+    request_key: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Record":
+        try:
+            state, version, quantity, occurred_ms, user_id, request_key = text.split(",")
+            return cls(state, int(version), int(quantity), int(occurred_ms), user_id, request_key)
+        except ValueError as error:
+            raise ContractViolation(f"not a reservation record: {text!r}") from error
+
+
+class Snapshot(NamedTuple):
+    """The sale as it was when a reservation was accepted; goes into its event."""
+
+    sale_id: str
+    allocated: int
+    capacity: int
+    revision: int
+
+
+class Answer(NamedTuple):
+    """The answer to one request. `detail`: the outbox entry's id, or a replay's record."""
+
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReply:
+    """A decided batch: answers in the order of the requests, and the sale after it."""
+
+    now_ms: int
+    snapshot: Snapshot
+    available: int
+    outbox_length: int
+    starts_ms: int
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEntry:
+    """A reservation event that Kafka has not acknowledged."""
+
+    entry_id: str
+    reservation_id: str
+    record: Record
+    snapshot: Snapshot
+    traceparent: str
+
+
+class ServerTime(NamedTuple):
+    """Redis' clock in Unix milliseconds, and the id of the server's run."""
+
+    now_ms: int
+    run_id: str
+
+
+_ANSWERS: Final = {outcome.value: Answer(outcome) for outcome in Outcome}
+
+
+class _Script:
+    def __init__(self, name: str) -> None:
+        folder = files("flashsale") / "lua"
+        self.source = "\n".join(
+            (folder / f"{part}.lua").read_text("utf-8") for part in ("sale", name)
+        )
+        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+def connect(url: str) -> "Redis":
+    """A client of `url` (`redis://…` or `rediss://…`) that never repeats a call by itself.
+
+    A repeated call of a script that timed out would run it again, unseen by the caller. Nothing
+    is connected yet.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=1,
+        decode_responses=True,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=2,
+        socket_connect_timeout=1,
+    )
+    return Redis.from_pool(pool)
+
+
+class Inventory:
+    """Sales in Redis. Every method raises `RedisUnavailable` when Redis cannot serve the call."""
+
+    def __init__(self, redis: "Redis", *, outbox_limit: int = OUTBOX_LIMIT) -> None:
+        self._redis = redis
+        self._outbox_limit = outbox_limit
+        self._reserve = _Script("reserve")
+        self._settle = _Script("settle")
+        self._apply = _Script("apply")
+        self._close = _Script("close")
+
+    async def reserve(
+        self, item_id: str, requests: Sequence[Request], *, timeout_seconds: float
+    ) -> BatchReply | Outcome:
+        """Decides a batch of at most `BATCH_LIMIT` requests for one item.
+
+        A lone `Outcome` (unknown, unsupported, fenced) holds for every request. The same requests
+        may be sent again after a failure: their ids make the second call a replay.
+        """
+        lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
+        reply = await self._call_once(
+            self._reserve,
+            _four(item_id),
+            (self._outbox_limit, len(requests), lines),
+            timeout_seconds,
+        )
+        head, *answers = reply.split("\n")
+        if not answers:
+            return Outcome(head)
+        now_ms, sale_id, allocated, capacity, revision, available, outbox, starts_ms = head.split(
+            ","
+        )
+        return BatchReply(
+            now_ms=int(now_ms),
+            snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
+            available=int(available),
+            outbox_length=int(outbox),
+            starts_ms=int(starts_ms),
+            answers=[_ANSWERS.get(answer) or _answer(answer) for answer in answers],
+        )
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+        """Deletes outbox entries, given as (entry id, reservation id); returns how many."""
+        arguments = [word for pair in acknowledged for word in pair]
+        return cast("int", await self._call(self._settle, [ItemKeys.of(item_id).outbox], arguments))
+
+    async def apply(
+        self,
+        spec: SaleSpec,
+        revision: int,
+        *,
+        may_seed: bool = False,
+        reopen_accepted: int | None = None,
+        replaces: tuple[str, int] | None = None,
+    ) -> Applied:
+        """Makes Redis agree with `spec`; the ledger's row for `revision` must exist before.
+
+        `may_seed`: nothing of this sale can be lost, so absent keys mean new.
+        `reopen_accepted`: units accepted in the ledger, for a fenced sale that was verified.
+        `replaces`: a finished sale of the item whose rows are recorded, and its accepted units.
+        """
+        await _translated(self._redis.sadd(ITEMS, spec.item_id))
+        other_id, other_accepted = replaces or ("", 0)
+        arguments = (
+            spec.sale_id,
+            revision,
+            spec.stock,
+            spec.max_per_user,
+            "" if spec.starts_ms is None else spec.starts_ms,
+            "" if spec.ends_ms is None else spec.ends_ms,
+            "paused" if spec.paused else "open",
+            spec.display_name or "",
+            int(may_seed),
+            "" if reopen_accepted is None else reopen_accepted,
+            other_id,
+            other_accepted,
+        )
+        return Applied(await self._call(self._apply, _four(spec.item_id), arguments))
+
+    async def close(self, item_id: str, sale_id: str, revision: int) -> Closed:
+        """Closes a sale; a fenced one too, which stays fenced."""
+        return Closed(await self._call(self._close, _four(item_id), (sale_id, revision)))
+
+    async def items(self) -> list[str]:
+        """The items that have keys, sorted."""
+        return sorted(await _translated(cast("Awaitable[set[str]]", self._redis.smembers(ITEMS))))
+
+    async def server(self) -> ServerTime:
+        """Redis' clock and run; the sales of another run are fenced."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.time()
+        pipeline.info("server")
+        (seconds, microseconds), info = await _translated(pipeline.execute())
+        return ServerTime(seconds * 1000 + microseconds // 1000, info["run_id"])
+
+    async def sales(
+        self, item_ids: Iterable[str], *, skip_unreadable: bool = False
+    ) -> dict[str, Sale]:
+        """The sales of the items, without those that have none.
+
+        Raises `ContractViolation` for one that cannot be read, unless those are skipped.
+        """
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            keys = ItemKeys.of(item_id)
+            pipeline.hgetall(keys.sale)
+            pipeline.xlen(keys.outbox)
+            pipeline.exists(keys.buyers, keys.reservations, keys.outbox)
+        replies = await _translated(pipeline.execute()) if wanted else []
+        found = {}
+        for item_id, fields, outbox_length, parts in zip(
+            wanted, replies[::3], replies[1::3], replies[2::3], strict=True
+        ):
+            if fields:
+                try:
+                    found[item_id] = _sale(item_id, fields, outbox_length, parts)
+                except ContractViolation:
+                    if not skip_unreadable:
+                        raise
+        return found
+
+    async def outbox_lengths(self, item_ids: Iterable[str]) -> dict[str, int]:
+        """Entries in the outbox of each item."""
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            pipeline.xlen(ItemKeys.of(item_id).outbox)
+        replies = await _translated(pipeline.execute()) if wanted else []
+        return dict(zip(wanted, replies, strict=True))
+
+    async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
+        """One reservation, or None if Redis has none of that id."""
+        text = await _translated(
+            cast(
+                "Awaitable[str | None]",
+                self._redis.hget(ItemKeys.of(item_id).reservations, reservation_id),
+            )
+        )
+        return None if text is None else Record.parse(text)
+
+    async def outbox_page(
+        self, item_id: str, *, after: str = "-", until_ms: int, count: int
+    ) -> list[OutboxEntry]:
+        """At most `count` outbox entries, oldest first, written before `until_ms`.
+
+        `after` is the last entry id of the page before, or "-".
+        """
+        start = "-" if after == "-" else f"({after}"
+        page = self._redis.xrange(ItemKeys.of(item_id).outbox, start, f"{until_ms - 1}", count)
+        entries = await _translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
+        return [_outbox_entry(entry_id, fields) for entry_id, fields in entries]
+
+    async def take_sweep(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
+        """Takes or renews the lease to sweep an item's outbox; False if another pod has it.
+
+        Two sweepers at once would cost duplicates, which are harmless, and nothing else.
+        """
+        key = ItemKeys.of(item_id).sweeper
+        owner = await _translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
+        if owner == pod_id:
+            await _translated(self._redis.pexpire(key, lease_ms))
+        return owner in (None, pod_id)
+
+    async def eviction_policy(self) -> str:
+        """The server's `maxmemory-policy`; anything but `noeviction` may drop a sale's keys."""
+        info = await _translated(self._redis.info("memory"))
+        return str(info["maxmemory_policy"])
+
+    async def _call(
+        self, script: _Script, keys: Sequence[str], arguments: Sequence[str | int]
+    ) -> Any:  # noqa: ANN401 - a script's own type
+        call = cast("Callable[..., Awaitable[Any]]", self._redis.evalsha)
+        try:
+            return await _translated(call(script.sha, len(keys), *keys, *arguments))
+        except NoScriptError:
+            call = cast("Callable[..., Awaitable[Any]]", self._redis.eval)
+            return await _translated(call(script.source, len(keys), *keys, *arguments))
+
+    async def _call_once(
+        self,
+        script: _Script,
+        keys: Sequence[str],
+        arguments: Sequence[str | int],
+        timeout_seconds: float,
+    ) -> str:
+        """Runs a script on one connection, knowing whether the call was sent when it fails."""
+        pool = self._redis.connection_pool
+        get_connection = cast("Callable[[], Awaitable[Connection]]", pool.get_connection)
+        sent = False
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                connection = await get_connection()
+                try:
+                    sent = True
+                    tail = (len(keys), *keys, *arguments)
+                    try:
+                        await connection.send_command("EVALSHA", script.sha, *tail)
+                        return cast("str", await connection.read_response())
+                    except NoScriptError:
+                        await connection.send_command("EVAL", script.source, *tail)
+                        return cast("str", await connection.read_response())
+                except (ResponseError, BusyLoadingError):
+                    sent = False  # it was answered: nothing was done
+                    raise
+                except BaseException:
+                    # The answer may still come: nobody else must read it as theirs.
+                    await connection.disconnect(nowait=True)
+                    raise
+                finally:
+                    await pool.release(connection)
+        except (RedisError, OSError, TimeoutError) as error:
+            raise RedisUnavailable(_describe(error), maybe_executed=sent) from error
+
+
+def _four(item_id: str) -> tuple[str, str, str, str]:
+    keys = ItemKeys.of(item_id)
+    return keys.sale, keys.buyers, keys.reservations, keys.outbox
+
+
+async def _translated(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except NoScriptError:
+        raise
+    except (RedisError, OSError, TimeoutError) as error:
+        raise RedisUnavailable(_describe(error)) from error
+
+
+def _describe(error: Exception) -> str:
+    what = "refused the call" if isinstance(error, ResponseError) else "is away"
+    return f"Redis {what}: {error or type(error).__name__}"
+
+
+def _answer(line: str) -> Answer:
+    word, _, detail = line.partition(" ")
+    return Answer(Outcome(word), detail)
+
+
+def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:
+    if fields.get("format") != "1":
+        raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not known")
+    try:
+        accepted = int(fields["accepted"])
+        return Sale(
+            item_id=item_id,
+            sale_id=fields["sale_id"],
+            run_id=fields["run_id"],
+            revision=int(fields["revision"]),
+            stored_state=fields["state"],
+            allocated=int(fields["allocated"]),
+            accepted=accepted,
+            released=int(fields["released"]),
+            max_per_user=int(fields["max_per_user"]),
+            display_name=fields.get("display_name") or None,
+            starts_ms=int(fields["starts_ms"]) if fields["starts_ms"] else None,
+            ends_ms=int(fields["ends_ms"]) if fields["ends_ms"] else None,
+            last_now_ms=int(fields["last_now_ms"]),
+            outbox_length=outbox_length,
+            torn=accepted > 0 and parts < 3,
+        )
+    except (KeyError, ValueError) as error:
+        raise ContractViolation(f"{item_id}: a sale that cannot be read: {error}") from error
+
+
+def _outbox_entry(entry_id: str, fields: dict[str, str]) -> OutboxEntry:
+    try:
+        sale_id, allocated, capacity, revision = fields["sale"].split(",")
+        return OutboxEntry(
+            entry_id=entry_id,
+            reservation_id=fields["id"],
+            record=Record.parse(fields["record"]),
+            snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
+            traceparent=fields["traceparent"],
+        )
+    except (KeyError, ValueError) as error:
+        raise ContractViolation(f"outbox entry {entry_id} cannot be read: {error}") from error

@@ -1,0 +1,130 @@
+"""The ledger's schema and its typed reads; who writes what is in consumer and operator.
+
+Functions take a connection or a pool and raise `LedgerUnavailable` when PostgreSQL cannot serve.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime
+from importlib.resources import files
+from typing import Final, Self
+
+import asyncpg
+
+from flashsale.errors import LedgerUnavailable
+
+_MIGRATION_LOCK: Final = (
+    0x666C617368  # "flash": any constant that nothing else in the database takes
+)
+COMMAND_TIMEOUT_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class SaleRow:
+    """A row of `sales`. Counts are units."""
+
+    sale_id: str
+    item_id: str
+    display_name: str | None
+    allocated: int
+    max_per_user: int
+    starts_at: datetime | None
+    ends_at: datetime | None
+    paused: bool
+    closed: bool
+    revision: int
+    capacity: int
+    accepted: int
+    released: int
+
+    @classmethod
+    def of(cls, record: asyncpg.Record) -> Self:
+        return cls(**{name: record[name] for name in SALE_COLUMNS})
+
+    def finished(self, now: datetime) -> bool:
+        """Whether the sale accepts nothing any more, unless it is applied again."""
+        return self.closed or (self.ends_at is not None and self.ends_at <= now)
+
+
+SALE_COLUMNS: Final = tuple(field.name for field in fields(SaleRow))
+
+
+async def connect(url: str, *, max_connections: int = 4) -> "asyncpg.Pool[asyncpg.Record]":
+    """A pool of connections to `url`; connections are made when they are needed."""
+    async with translated():
+        return await asyncpg.create_pool(
+            url,
+            min_size=0,
+            max_size=max_connections,
+            timeout=5,
+            command_timeout=COMMAND_TIMEOUT_SECONDS,
+            server_settings={"application_name": "flashsale"},
+        )
+
+
+@asynccontextmanager
+async def translated() -> AsyncIterator[None]:
+    """Turns what asyncpg raises when PostgreSQL cannot serve into `LedgerUnavailable`.
+
+    Errors of the data itself (SQLSTATE classes 22 and 23) pass: they concern one record.
+    """
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        if (error.sqlstate or "")[:2] in ("22", "23"):
+            raise
+        raise LedgerUnavailable(f"the ledger refused: {error}") from error
+    except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        raise LedgerUnavailable(f"the ledger is away: {error or type(error).__name__}") from error
+
+
+async def migrate(pool: "asyncpg.Pool[asyncpg.Record]") -> int:
+    """Runs the numbered migrations that the database lacks; returns its version.
+
+    Safe to call from every process at once: an advisory lock lets one through at a time.
+    """
+    scripts = sorted(
+        (path for path in (files("flashsale") / "migrations").iterdir() if path.name[:4].isdigit()),
+        key=lambda path: path.name,
+    )
+    async with translated(), pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations ("
+            "version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
+        )
+        done = await connection.fetchval("SELECT coalesce(max(version), 0) FROM schema_migrations")
+        for script in scripts:
+            version = int(script.name[:4])
+            if version > done:
+                await connection.execute(script.read_text("utf-8"))
+                await connection.execute(
+                    "INSERT INTO schema_migrations (version) VALUES ($1)", version
+                )
+        return max(int(done), *(int(script.name[:4]) for script in scripts))
+
+
+async def sale(pool: "asyncpg.Pool[asyncpg.Record]", sale_id: str) -> SaleRow | None:
+    """One sale's row."""
+    async with translated():
+        record = await pool.fetchrow("SELECT * FROM sales WHERE sale_id = $1", sale_id)
+    return None if record is None else SaleRow.of(record)
+
+
+async def sales(pool: "asyncpg.Pool[asyncpg.Record]", item_id: str | None = None) -> list[SaleRow]:
+    """The rows of all sales, or of one item's, by sale id."""
+    async with translated():
+        records = await pool.fetch(
+            "SELECT * FROM sales WHERE $1::text IS NULL OR item_id = $1 ORDER BY sale_id", item_id
+        )
+    return [SaleRow.of(record) for record in records]
+
+
+async def stored_offsets(pool: "asyncpg.Pool[asyncpg.Record]", topic: str) -> dict[int, int]:
+    """Next offset by partition, for the partitions of which something is recorded."""
+    async with translated():
+        records = await pool.fetch(
+            "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1", topic
+        )
+    return {record["partition"]: record["next_offset"] for record in records}

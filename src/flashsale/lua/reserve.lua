@@ -1,0 +1,97 @@
+-- reserve: decides a batch of requests for one item, in the order in which they are given.
+--
+-- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
+-- ARGV  1 outbox limit (entries), 2 number of requests,
+--       3 the requests, a line each: id,user,quantity,key,traceparent (key and traceparent may be
+--         empty; no field holds a comma or a newline)
+-- Returns one string. Where no request can be decided, one word: unknown, unsupported, fenced.
+--       Else a line about the sale: now_ms,sale_id,allocated,capacity,revision,available,
+--       outbox length,starts_ms; then a line a request, in order:
+--         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
+--         limit_reached | sold_out | not_enough_left | outbox_full
+-- Keeps invariants 1 (accepted - released <= allocated), 3 (maxPerUser), 4 (one id, one
+--       reservation) and 5 (only inside the window). Everything is read and checked before the
+--       first write, and the first write is the outbox entry: Redis does not roll back, so what
+--       fails on its way (out of memory) has sold nothing.
+
+local sale, reason = read_sale(KEYS)
+if not sale then return reason end
+if sale.fenced then return 'fenced' end
+
+local ids, users, requests = {}, {}, {}
+for id, user, quantity, key, traceparent in string.gmatch(ARGV[3],
+  '([^,\n]+),([^,\n]+),(%d+),([^,\n]*),([^,\n]*)\n') do
+  local n = #requests + 1
+  ids[n], users[n] = id, user
+  requests[n] = { id = id, user = user, quantity = tonumber(quantity), key = key,
+    traceparent = traceparent }
+  if requests[n].quantity < 1 then return redis.error_reply('ERR quantity below 1') end
+end
+local outbox_limit = tonumber(ARGV[1])
+if #requests == 0 or #requests ~= tonumber(ARGV[2]) or not outbox_limit then
+  return redis.error_reply('ERR malformed batch')
+end
+
+local records, held = {}, {}
+local known = redis.call('HMGET', KEYS[3], unpack(ids))
+local bought = redis.call('HMGET', KEYS[2], unpack(users))
+for n = 1, #requests do
+  records[ids[n]] = known[n] or nil
+  held[users[n]] = tonumber(bought[n] or 0)
+end
+local outbox_length = redis.call('XLEN', KEYS[4])
+
+-- What every request that is not a replay is answered, whatever it asks for.
+local refusal
+if sale.finished then refusal = 'ended'
+elseif sale.state == 'paused' then refusal = 'paused'
+elseif sale.now < sale.starts_ms then refusal = 'not_open'
+end
+
+local now = integer(sale.now)
+local available, units = sale.available, 0
+local answers, accepted = {}, {}
+for n = 1, #requests do
+  local r = requests[n]
+  local record = records[r.id]
+  if record then
+    local same = tonumber(string.match(record, '^%a+,%d+,(%d+),')) == r.quantity
+    answers[n] = same and ('replayed ' .. record) or 'key_reused'
+  elseif refusal then answers[n] = refusal
+  elseif held[r.user] + r.quantity > sale.max_per_user then answers[n] = 'limit_reached'
+  elseif available <= 0 then answers[n] = 'sold_out'
+  elseif r.quantity > available then answers[n] = 'not_enough_left'
+  elseif outbox_length >= outbox_limit then answers[n] = 'outbox_full'
+  else
+    r.record = table.concat({ 'accepted,1', integer(r.quantity), now, r.user, r.key }, ',')
+    records[r.id] = r.record
+    held[r.user] = held[r.user] + r.quantity
+    available, units = available - r.quantity, units + r.quantity
+    outbox_length = outbox_length + 1
+    accepted[#accepted + 1] = n
+  end
+end
+
+local capacity = integer(sale.allocated + sale.released)
+if #accepted > 0 then
+  local snapshot = table.concat({ sale.id, integer(sale.allocated), capacity,
+    integer(sale.revision) }, ',')
+  local new_records, new_held = {}, {}
+  for i, n in ipairs(accepted) do
+    local r = requests[n]
+    answers[n] = 'accepted ' .. redis.call('XADD', KEYS[4], '*', 'id', r.id, 'record', r.record,
+      'sale', snapshot, 'traceparent', r.traceparent)
+    new_records[2 * i - 1], new_records[2 * i] = r.id, r.record
+    new_held[2 * i - 1], new_held[2 * i] = r.user, integer(held[r.user])
+  end
+  redis.call('HSET', KEYS[3], unpack(new_records))
+  redis.call('HSET', KEYS[2], unpack(new_held))
+  redis.call('HSET', KEYS[1], 'accepted', integer(sale.accepted + units), 'last_now_ms', now)
+elseif sale.state ~= 'ended' and sale.state ~= 'closed' and sale.finished then
+  -- Latched: a clock that jumps back does not open the sale again.
+  redis.call('HSET', KEYS[1], 'state', 'ended', 'last_now_ms', now)
+end
+
+return table.concat({ now, sale.id, integer(sale.allocated), capacity, integer(sale.revision),
+  integer(available), integer(outbox_length), integer(sale.starts_ms) }, ',')
+  .. '\n' .. table.concat(answers, '\n')

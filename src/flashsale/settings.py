@@ -1,0 +1,69 @@
+"""Settings from `FLASHSALE_*` environment variables, the same ones for every process."""
+
+from collections.abc import Mapping
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from flashsale.errors import SettingsError
+
+PREFIX: Final = "FLASHSALE_"
+
+RedisUrl = Annotated[
+    str,
+    Meta(
+        pattern=r"^rediss?://[^\s/]+(/\d+)?\Z",
+        description="redis://[user:password@]host:port/db, or rediss:// for TLS",
+    ),
+]
+KafkaBootstrap = Annotated[
+    str, Meta(pattern=r"^[^\s,:]+:\d+(,[^\s,:]+:\d+)*\Z", description="host:port[,host:port…]")
+]
+DatabaseUrl = Annotated[
+    str,
+    Meta(pattern=r"^postgres(ql)?://\S+\Z", description="postgresql://user:password@host:port/db"),
+]
+Listen = Annotated[
+    str, Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):\d{1,5}\Z", description="host:port")
+]
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def load(kind: type[S], environ: Mapping[str, str]) -> S:
+    """Reads the fields of `kind` from the environment: `redis_url` from FLASHSALE_REDIS_URL.
+
+    Raises `SettingsError` with one line that names the variable and the rule, never its value
+    (an address may hold a password). Variables that `kind` does not know are left alone: the
+    processes share one environment.
+    """
+    fields = msgspec.structs.fields(kind)
+    values = {
+        field.name: environ[PREFIX + field.name.upper()]
+        for field in fields
+        if PREFIX + field.name.upper() in environ
+    }
+    for field in fields:
+        variable = PREFIX + field.name.upper()
+        if field.required and field.name not in values:
+            raise SettingsError(f"{variable} is not set: expected {_rule(field.type)}")
+        if field.name in values:
+            try:
+                msgspec.convert(values[field.name], field.type, strict=False)
+            except msgspec.ValidationError:
+                raise SettingsError(f"{variable} is wrong: expected {_rule(field.type)}") from None
+    return msgspec.convert(values, kind, strict=False)
+
+
+def host_and_port(listen: str) -> tuple[str, int]:
+    """Splits a `Listen` value; an IPv6 address loses its brackets."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _rule(kind: object) -> str:
+    for meta in getattr(kind, "__metadata__", ()):
+        if isinstance(meta, Meta) and meta.description:
+            return meta.description
+    return getattr(kind, "__name__", str(kind))
