@@ -19,16 +19,18 @@ if not sale then return reason end
 if sale.fenced then return 'fenced' end
 
 local ids, users, requests = {}, {}, {}
+local parsed = 0 -- bytes: a match may begin anywhere, and nothing may be left over
 for id, user, quantity, key, traceparent in string.gmatch(ARGV[3],
   '([^,\n]+),([^,\n]+),(%d+),([^,\n]*),([^,\n]*)\n') do
   local n = #requests + 1
+  parsed = parsed + #id + #user + #quantity + #key + #traceparent + 5
   ids[n], users[n] = id, user
   requests[n] = { id = id, user = user, quantity = tonumber(quantity), key = key,
     traceparent = traceparent }
   if requests[n].quantity < 1 then return redis.error_reply('ERR quantity below 1') end
 end
 local outbox_limit = tonumber(ARGV[1])
-if #requests == 0 or #requests ~= tonumber(ARGV[2]) or not outbox_limit then
+if #requests == 0 or #requests ~= tonumber(ARGV[2]) or parsed ~= #ARGV[3] or not outbox_limit then
   return redis.error_reply('ERR malformed batch')
 end
 

@@ -1,0 +1,51 @@
+# Everything runs in .venv, made from hashed requirements the first time a target needs it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down test check lint lock
+
+help: ## Print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Install what is missing (.venv, Kafka's jars in the cache)
+
+$(READY): dev/requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "Installing into .venv …"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r dev/requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m dev.stack fetch
+	@touch $@
+
+demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
+	@$(BIN)/python -m dev.local demo
+
+up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the background
+	@$(BIN)/python -m dev.local up
+
+down: $(READY) ## Stop what `make up` started
+	@$(BIN)/python -m dev.local down
+
+test: $(READY) ## Pass the tests, on real servers that they start themselves
+	$(BIN)/pytest
+
+lint: $(READY) ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## What CI runs
+
+lock: $(READY) ## Compile the hashed requirements anew, from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	  --all-extras pyproject.toml -o dev/requirements.txt
+	for deployable in api consumer operator; do \
+	  case $$deployable in operator) folder=operator;; *) folder=services/$$deployable;; esac; \
+	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	    --extra $$deployable pyproject.toml -o $$folder/requirements.txt || exit 1; \
+	done

@@ -1,0 +1,16 @@
+"""The three servers: real Redis, Apache Kafka and PostgreSQL as plain processes on loopback."""
+
+from dev.stack.kafka import KafkaServer
+from dev.stack.packages import redis_binaries
+from dev.stack.postgres import PostgresServer
+from dev.stack.process import Server, StackError
+from dev.stack.redis import RedisServer
+
+__all__ = [
+    "KafkaServer",
+    "PostgresServer",
+    "RedisServer",
+    "Server",
+    "StackError",
+    "redis_binaries",
+]

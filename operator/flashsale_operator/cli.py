@@ -1,0 +1,321 @@
+"""`flashsalectl`: sales without a cluster, and a look into those with one."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+
+from flashsale import events, ledger, settings
+from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.inventory import Inventory, connect
+from flashsale.ledger import SaleRow
+from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
+from flashsale.settings import DatabaseUrl, KafkaBootstrap, RedisUrl
+from flashsale_operator import audit, manifest, topic
+from flashsale_operator.manifest import ManifestError
+from flashsale_operator.reconcile import Reason, Verification, spec_of, state_of
+from flashsale_operator.steward import Report, Steward, UnknownSale, refuse_eviction
+from flashsale_operator.verification import Barrier
+
+MAX_MANIFEST_BYTES: Final = 1024 * 1024
+
+
+class _Stores(msgspec.Struct, frozen=True):
+    redis_url: RedisUrl
+    database_url: DatabaseUrl
+
+
+class _All(_Stores, frozen=True):
+    kafka_bootstrap: KafkaBootstrap
+
+
+@dataclass(frozen=True, slots=True)
+class _Clients:
+    redis: "Redis"
+    inventory: Inventory
+    pool: "asyncpg.Pool[asyncpg.Record]"
+
+
+def main() -> None:
+    """Ends the process: 0 done, 1 not done and said why, 2 called or set up wrongly."""
+    sys.exit(run(sys.argv[1:], os.environ))
+
+
+def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """The exit code of a command line."""
+    options = _parser().parse_args(arguments)
+    # Clients log what they also raise, and what is raised is said once, at the end.
+    for name in ("aiokafka", "asyncio", "asyncpg", "redis"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    try:
+        return asyncio.run(_COMMANDS[options.command](options, environ))
+    except FlashsaleError as error:
+        for line in str(error).splitlines():
+            print(f"flashsalectl: {line}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    specs = _specs(options.file)
+    addresses = settings.load(_All, environ)
+    async with _connected(addresses) as clients:
+        await refuse_eviction(clients.inventory)
+        await ledger.migrate(clients.pool)
+        barrier = Barrier(
+            clients.redis,
+            clients.pool,
+            partial(topic.spans, addresses.kafka_bootstrap),
+            progress=_progress,
+        )
+        steward = Steward(clients.inventory, clients.pool, barrier.verify)
+        try:
+            # All at once: what a verification waits for is the same for every sale.
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(steward.reconcile(spec)) for spec in specs]
+        except ExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        return max(_print_report(task.result()) for task in tasks)
+
+
+async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    async with _connected(settings.load(_Stores, environ)) as clients:
+        steward = Steward(clients.inventory, clients.pool, _never_verify)
+        sale_ids = await steward.sales_to_close(options.item)
+        return max([_print_report(await steward.close(sale_id)) for sale_id in sale_ids])
+
+
+async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    async with _connected(settings.load(_Stores, environ)) as clients:
+        rows = await ledger.sales(clients.pool, options.item)
+        items = {row.item_id for row in rows}
+        items.update([options.item] if options.item else await clients.inventory.items())
+        server = await clients.inventory.server()
+        held = await clients.inventory.sales(sorted(items))
+    known = {row.sale_id for row in rows}
+    sales: list[tuple[SaleRow | None, Sale | None]] = [(row, held.get(row.item_id)) for row in rows]
+    sales += [(None, sale) for sale in held.values() if sale.sale_id not in known]
+    if not sales:
+        raise UnknownSale("there are no sales" if options.item is None else _no_such(options.item))
+    lines = []
+    for row, holder in sales:
+        sale = holder if row is None or (holder and holder.sale_id == row.sale_id) else None
+        spec = spec_of(row) if row is not None else None
+        one = sale or spec
+        assert one is not None  # noqa: S101 - a sale is in one store at least
+        lines.append(
+            (
+                one.item_id,
+                one.sale_id,
+                state_of(row, holder, server),
+                sale.allocated if sale else row and row.allocated,
+                sale and sale.available,
+                sale and sale.accepted,
+                row and row.accepted,
+                one.starts_ms and rfc3339_of_ms(one.starts_ms),
+                one.ends_ms and rfc3339_of_ms(one.ends_ms),
+            )
+        )
+    _print_table(
+        ("ITEM", "SALE", "STATE", "ALLOCATED", "AVAILABLE", "ACCEPTED", "RECORDED", "STARTS",
+         "ENDS"),
+        sorted(lines, key=lambda line: (str(line[0]), str(line[1]))),
+    )  # fmt: skip
+    return 0
+
+
+async def _audit(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    addresses = settings.load(_All, environ)
+    async with _connected(addresses) as clients:
+        found = await audit.audit(
+            clients.inventory,
+            clients.pool,
+            partial(topic.spans, addresses.kafka_bootstrap),
+            options.item,
+        )
+    if options.item is not None and not found.findings:
+        raise UnknownSale(_no_such(options.item))
+    _print_table(
+        ("SALE", "ITEM", "STATE", "ALLOCATED", "ACCEPTED", "RECORDED", "OUTBOX", "LAG", "VERDICT"),
+        [
+            (
+                finding.sale_id,
+                finding.item_id,
+                finding.state,
+                finding.allocated,
+                finding.accepted,
+                finding.recorded,
+                finding.outbox,
+                finding.lag,
+                ": ".join(
+                    [finding.verdict, *(["; ".join(finding.notes)] if finding.notes else [])]
+                ),
+            )
+            for finding in found.findings
+        ],
+    )
+    for fault in found.topic_faults:
+        print(f"topic {events.TOPIC} DISAGREES: {fault}")
+    return 0 if found.agrees else 1
+
+
+_COMMANDS: Final[
+    dict[str, Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]]
+] = {"apply": _apply, "get": _get, "close": _close, "audit": _audit}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashsalectl",
+        description="Declares flash sales and looks into them, without a cluster or beside one.",
+        epilog="Addresses come from FLASHSALE_REDIS_URL, FLASHSALE_DATABASE_URL and, for apply "
+        "and audit, FLASHSALE_KAFKA_BOOTSTRAP. Exit codes: 0 done; 1 not done, or a disagreement; "
+        "2 wrong usage or settings.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    apply = _command(
+        commands, "apply", "Makes ledger and Redis agree with FlashSale manifests; may be repeated."
+    )
+    apply.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        required=True,
+        help="a YAML file of one or more FlashSales, - for standard input; may be given again",
+    )
+    get = _command(commands, "get", "Shows the sales of an item, or all.")
+    get.add_argument("item", nargs="?", metavar="ITEM", help="an itemId")
+    close = _command(
+        commands,
+        "close",
+        "Closes the sale of an item; applying its manifest again continues it.",
+    )
+    close.add_argument("item", metavar="ITEM", help="an itemId")
+    check = _command(
+        commands,
+        "audit",
+        "Compares Redis, outbox, Kafka and ledger; exits 1 on a difference that is not just work "
+        "in flight.",
+    )
+    check.add_argument("item", nargs="?", metavar="ITEM", help="an itemId")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=does, description=does)
+
+
+def _specs(names: Sequence[str]) -> list[SaleSpec]:
+    """The sales of all files; raises `ManifestError` with the mistakes of all."""
+    specs: dict[str, SaleSpec] = {}
+    mistakes: list[str] = []
+    for name in names:
+        shown = "standard input" if name == "-" else name
+        try:
+            for spec in manifest.parse(_read(name)):
+                if spec.sale_id in specs:
+                    mistakes.append(f"{shown}: metadata.name: {spec.sale_id} is there twice")
+                specs[spec.sale_id] = spec
+        except ManifestError as error:
+            mistakes += [f"{shown}: {mistake}" for mistake in error.mistakes]
+    if mistakes:
+        raise ManifestError(mistakes)
+    return list(specs.values())
+
+
+def _read(name: str) -> str:
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read(MAX_MANIFEST_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise ManifestError([f"cannot be read: {why}"]) from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(["cannot be read: larger than 1 MiB"])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ManifestError(["cannot be read: not UTF-8"]) from None
+
+
+@asynccontextmanager
+async def _connected(addresses: _Stores) -> AsyncIterator[_Clients]:
+    for variable, url in (
+        ("FLASHSALE_REDIS_URL", addresses.redis_url),
+        ("FLASHSALE_DATABASE_URL", addresses.database_url),
+    ):
+        try:
+            _ = urlsplit(url).port
+        except ValueError:
+            raise SettingsError(f"{variable} is wrong: its host or port cannot be read") from None
+    redis = connect(addresses.redis_url)
+    try:
+        pool = await ledger.connect(addresses.database_url)
+        try:
+            yield _Clients(redis, Inventory(redis), pool)
+        finally:
+            pool.terminate()
+    finally:
+        await redis.aclose()
+
+
+async def _never_verify(sale_id: str, item_id: str) -> Verification:
+    raise AssertionError(f"closing {sale_id} of {item_id} verifies nothing")
+
+
+def _print_report(report: Report) -> int:
+    """Prints a line; returns the exit code that it means."""
+    reason = (
+        "" if report.ready or report.reason.value == report.state.value else f" ({report.reason})"
+    )
+    line = f"sale {report.sale_id} {report.applied}: {report.state}{reason}, {report.message}"
+    if report.ready:
+        print(line)
+        return 0
+    after = _NEXT.get(report.reason, "").format(item=report.item_id)
+    print(f"{line}{after and '. '}{after}", file=sys.stderr)
+    return 1
+
+
+_NEXT: Final = {
+    Reason.FENCED: "Nothing is accepted until it is shown to be whole: apply it again, or look "
+    "with `flashsalectl audit {item}`",
+    Reason.ITEM_CONFLICT: "Apply it again when that sale is closed (`flashsalectl close {item}`) "
+    "and recorded",
+    Reason.SUPERSEDED: "Apply it again if this manifest is the one that counts",
+}
+
+
+def _print_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    table = [head, *(["-" if word is None else str(word) for word in line] for line in lines)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+    for line in table:
+        words = (word.ljust(width) for word, width in zip(line, widths, strict=True))
+        print("   ".join(words).rstrip())
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"sale {line}", file=sys.stderr)
+
+
+def _no_such(item_id: str) -> str:
+    return f"{item_id}: there is no sale of this item"

@@ -1,0 +1,291 @@
+"""What to do about a sale next: a pure decision over what is observed.
+
+Level-triggered: one action is carried out, everything is observed again, until `Done`. The order
+keeps stock from being made twice: the ledger's row is written before Redis is told, Redis is told
+what the row says, and keys are made without a verification only for a row that the same reconcile
+has inserted. A row without its keys means lost, never new.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from flashsale.inventory import ServerTime
+from flashsale.ledger import SaleRow
+from flashsale.sale import Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
+
+
+class State(StrEnum):
+    """What a sale is doing: the contract's states, and two that only an operator sees."""
+
+    SCHEDULED = SaleState.SCHEDULED
+    SELLING = SaleState.SELLING
+    SOLD_OUT = SaleState.SOLD_OUT
+    PAUSED = SaleState.PAUSED
+    ENDED = SaleState.ENDED
+    CLOSING = SaleState.CLOSING
+    FENCED = SaleState.FENCED
+    ITEM_CONFLICT = "ItemConflict"
+    UNKNOWN = "Unknown"
+
+
+class Reason(StrEnum):
+    """Why a sale is, or is not, as its manifest asks."""
+
+    APPLIED = "Applied"
+    CLOSED = "Closed"
+    STOCK_BELOW_HELD = "StockBelowHeld"
+    ITEM_CONFLICT = "ItemConflict"
+    ITEM_CHANGED = "ItemChanged"
+    SALE_ENDED = "SaleEnded"
+    FENCED = "Fenced"
+    SUPERSEDED = "Superseded"
+    LEDGER_BEHIND = "LedgerBehind"
+    UNSETTLED = "Unsettled"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Nothing of a sale is missing: Redis and ledger have the same `accepted` units.
+
+    It holds for one run of the Redis server.
+    """
+
+    accepted: int
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Differs:
+    """A sale cannot be shown to be whole; `differences` say what is missing, in words."""
+
+    differences: tuple[str, ...]
+
+
+Verification = Verified | Differs
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The ledger and Redis around one sale. Redis is read first, so that its revision is never
+    above the row's unless the ledger lost something.
+
+    `row` is the sale's own, `others` are the other rows of the item; `sale` is what Redis holds
+    for the item, maybe another sale. `written` is the revision that this reconcile wrote: 1 says
+    that it inserted the row. `verification` was made by this reconcile.
+    """
+
+    server: ServerTime
+    sale: Sale | None = None
+    row: SaleRow | None = None
+    others: tuple[SaleRow, ...] = ()
+    written: int | None = None
+    verification: Verification | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteRow:
+    """Write the manifest into the ledger, if the item's other rows are still `others`."""
+
+    others: tuple[SaleRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Find out whether anything of the sale is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Make Redis agree with the ledger's row; the arguments are `Inventory.apply`'s."""
+
+    row: SaleRow
+    may_seed: bool = False
+    reopen_accepted: int | None = None
+    replaces: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing is left to do now. `message` is one sentence for a person."""
+
+    state: State
+    reason: Reason
+    message: str
+
+
+Action = WriteRow | Verify | Apply | Done
+
+
+def decide(spec: SaleSpec, observed: Observed) -> Action:
+    """The next step towards `spec`."""
+    row = observed.row
+    if row is not None and row.item_id != spec.item_id:
+        return Done(
+            State.UNKNOWN,
+            Reason.ITEM_CHANGED,
+            f"spec.itemId: is immutable; {row.sale_id} sells {row.item_id}, "
+            "and another item needs a sale of another name",
+        )
+    sale = observed.sale
+    if row is not None and observed.written is not None and _asks_differently(row, spec):
+        return Done(
+            state_of(row, sale, observed.server),
+            Reason.SUPERSEDED,
+            f"another apply has changed the sale meanwhile: revision {row.revision}",
+        )
+    if sale is not None and sale.sale_id == spec.sale_id:
+        return _decide_held(spec, observed, sale)
+    return _decide_absent(spec, observed)
+
+
+def spec_of(row: SaleRow) -> SaleSpec:
+    """What a row of the ledger asks for."""
+    return SaleSpec(
+        sale_id=row.sale_id,
+        item_id=row.item_id,
+        stock=row.allocated,
+        max_per_user=row.max_per_user,
+        display_name=row.display_name,
+        starts_ms=_ms(row.starts_at),
+        ends_ms=_ms(row.ends_at),
+        paused=row.paused,
+    )
+
+
+def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> State:
+    """The state of a sale of which the ledger has `row` and Redis, for its item, `sale`."""
+    if sale is not None and (row is None or sale.sale_id == row.sale_id):
+        return State(sale.state(server.now_ms, server.run_id))
+    if row is None:
+        return State.UNKNOWN
+    if row.closed:
+        return State.CLOSING
+    if row.finished(utc_of_ms(server.now_ms)):
+        return State.ENDED
+    return State.FENCED if sale is None else State.ITEM_CONFLICT
+
+
+def ended(sale: Sale, now_ms: int) -> bool:
+    """Whether the sale's end was reached, which is for good; a closed sale may be continued."""
+    return sale.stored_state != "closed" and sale.finished(now_ms)
+
+
+def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:  # noqa: PLR0911 - a list of rules
+    """Redis has the sale."""
+    row, server = observed.row, observed.server
+    state = State(sale.state(server.now_ms, server.run_id))
+    if row is None or row.revision < sale.revision:
+        knows = "no row of it" if row is None else f"only revision {row.revision}"
+        return Done(
+            state,
+            Reason.LEDGER_BEHIND,
+            f"Redis has revision {sale.revision} of the sale and the ledger {knows}: it is another "
+            "database, or was restored from a backup",
+        )
+    over = ended(sale, server.now_ms)
+    if not over and (row.closed or _asks_differently(row, spec)):
+        return WriteRow(observed.others)
+    if state is State.FENCED:
+        if sale.torn:
+            return _fenced("some of its keys are gone from Redis: it must be rebuilt")
+        return _decide_unverified(observed, Apply(row))
+    if over:
+        return _ended(row, spec, sale.ends_ms)
+    wanted = "paused" if row.paused else "open"
+    if (
+        sale.revision != row.revision
+        or sale.stored_state != wanted
+        or sale.allocated != max(row.allocated, sale.held)
+    ):
+        return Apply(row)
+    if sale.allocated > row.allocated:
+        return Done(
+            state,
+            Reason.STOCK_BELOW_HELD,
+            f"spec.stock {row.allocated} is below the {sale.held} units that buyers hold: "
+            f"{sale.allocated} stay allocated",
+        )
+    return Done(state, Reason.APPLIED, f"{sale.available} of {sale.allocated} available")
+
+
+def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
+    """Redis has nothing for the item, or another sale."""
+    row, sale = observed.row, observed.sale
+    now = utc_of_ms(observed.server.now_ms)
+    inserted = row is not None and observed.written == row.revision == 1
+    if row is not None and not row.closed and not inserted and row.finished(now):
+        return _ended(row, spec, _ms(row.ends_at))
+    if obstacle := _obstacle(spec, observed, now):
+        return Done(State.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
+    if row is None or row.closed or _asks_differently(row, spec):
+        return WriteRow(observed.others)
+    if row.accepted > 0:
+        return _fenced(
+            f"Redis has no keys of it and the ledger {row.accepted} accepted units: "
+            "it must be rebuilt from the ledger"
+        )
+    seed = Apply(
+        row, may_seed=True, replaces=None if sale is None else (sale.sale_id, sale.accepted)
+    )
+    return seed if inserted else _decide_unverified(observed, seed)
+
+
+def _decide_unverified(observed: Observed, trusted: Apply) -> Action:
+    """`trusted`, once it is verified that nothing is missing."""
+    verification = observed.verification
+    match verification:
+        case Verified(accepted, run_id) if run_id == observed.server.run_id:
+            if trusted.may_seed:
+                return trusted if accepted == 0 else Verify()
+            return Apply(trusted.row, reopen_accepted=accepted)
+        case Differs(differences):
+            return _fenced("; ".join(differences))
+        case _:
+            return Verify()
+
+
+def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
+    """What keeps the sale from its item, in words."""
+    sale = observed.sale
+    if sale is None:
+        rivals = [other.sale_id for other in observed.others if not other.finished(now)]
+        return f"{spec.item_id} is sold by {' and '.join(rivals)}" if rivals else None
+    server = observed.server
+    if not sale.finished(server.now_ms):
+        state = sale.state(server.now_ms, server.run_id)
+        return f"{spec.item_id} is sold by {sale.sale_id}, which is {state}"
+    waits = f"{sale.sale_id} had {spec.item_id} before and is not recorded whole yet"
+    if sale.outbox_length:
+        return f"{waits}: its outbox has {_counted(sale.outbox_length, 'event')}"
+    recorded = sum(other.accepted for other in observed.others if other.sale_id == sale.sale_id)
+    if recorded != sale.accepted:
+        return f"{waits}: {recorded} of {sale.accepted} accepted units"
+    return None
+
+
+def _asks_differently(row: SaleRow, spec: SaleSpec) -> bool:
+    return spec_of(row) != spec
+
+
+def _ended(row: SaleRow, spec: SaleSpec, ends_ms: int | None) -> Done:
+    at = "before" if ends_ms is None else f"at {rfc3339_of_ms(ends_ms)}"
+    if not _asks_differently(row, spec):
+        return Done(State.ENDED, Reason.APPLIED, f"it ended {at}")
+    return Done(
+        State.ENDED,
+        Reason.SALE_ENDED,
+        f"it ended {at} and stays ended: a new sale needs a new name",
+    )
+
+
+def _fenced(why: str) -> Done:
+    return Done(State.FENCED, Reason.FENCED, why)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ms(time: datetime | None) -> int | None:
+    return None if time is None else round(time.timestamp() * 1000)

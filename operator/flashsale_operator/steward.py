@@ -1,0 +1,263 @@
+"""Carries decisions out against ledger and Redis, in the order that keeps stock from being made
+twice; the only writer of what a manifest says into the ledger's `sales`.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import asyncpg
+
+from flashsale import ledger
+from flashsale.errors import ContractViolation, FlashsaleError, RedisUnavailable
+from flashsale.inventory import Applied, Closed, Inventory
+from flashsale.ledger import SaleRow
+from flashsale.sale import Sale, SaleSpec, utc_of_ms
+from flashsale_operator.reconcile import (
+    Apply,
+    Done,
+    Observed,
+    Reason,
+    State,
+    Verification,
+    Verify,
+    WriteRow,
+    decide,
+    spec_of,
+    state_of,
+)
+
+MAX_STEPS: Final = 16
+"""Steps of one reconcile: a quiet one takes three, each race with another a few more."""
+
+_TOLD_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED, Applied.REOPENED})
+_STUCK: Final = {
+    Applied.MISSING: "Redis has keys of the item without its sale: they must be rebuilt",
+    Applied.FENCED: "Redis fences the sale again and again: does the server restart?",
+}
+
+# One writer an item at a time, so that of two new sales for one item one sees the other's row.
+_LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended('flashsale:' || $1, 0))"
+_OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
+_WRITE: Final = """
+INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
+                        ends_at, paused, revision, capacity)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $4)
+ON CONFLICT (sale_id) DO UPDATE SET
+  display_name = excluded.display_name, allocated = excluded.allocated,
+  max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
+  ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
+  revision = s.revision + 1,
+  capacity = greatest(s.capacity, excluded.allocated + s.released), updated_at = now()
+WHERE s.item_id = excluded.item_id
+  AND (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed)
+      IS DISTINCT FROM
+      (excluded.display_name, excluded.allocated, excluded.max_per_user, excluded.starts_at,
+       excluded.ends_at, excluded.paused, false)
+RETURNING revision
+"""
+_CLOSE: Final = """
+UPDATE sales SET closed = true, revision = revision + 1, updated_at = now()
+WHERE sale_id = $1 AND NOT closed
+"""
+
+
+class UnknownSale(FlashsaleError):
+    """The ledger has no such sale, or no sale of such an item."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a reconcile or a close ended. `applied` is what it did to Redis, at its most."""
+
+    sale_id: str
+    item_id: str
+    state: State
+    reason: Reason
+    message: str
+    applied: Applied | Closed
+    sale: Sale | None
+    row: SaleRow | None
+
+    @property
+    def ready(self) -> bool:
+        """Whether Redis and ledger are as the manifest asks."""
+        return self.reason in (Reason.APPLIED, Reason.CLOSED)
+
+
+Verifier = Callable[[str, str], Awaitable[Verification]]
+"""Finds out, of a sale id and an item id, whether anything of a sale is missing."""
+
+
+class Steward:
+    """Makes ledger and Redis agree with manifests. Any number may work at once.
+
+    Methods raise `RedisUnavailable`, `LedgerUnavailable` and `ContractViolation`; doing them
+    again continues where they ended.
+    """
+
+    def __init__(
+        self, inventory: Inventory, pool: "asyncpg.Pool[asyncpg.Record]", verify: Verifier
+    ) -> None:
+        self._inventory = inventory
+        self._pool = pool
+        self._verify = verify
+
+    async def reconcile(self, spec: SaleSpec) -> Report:
+        """Does what `decide` says until nothing is left to do now."""
+        written: int | None = None
+        verification: Verification | None = None
+        applied = answer = Applied.UNCHANGED
+        for _ in range(MAX_STEPS):
+            observed = await self._observe(spec, written, verification)
+            match decide(spec, observed):
+                case WriteRow(others):
+                    written = await self._write_row(spec, others) or written
+                case Verify():
+                    verification = await self._verify(spec.sale_id, spec.item_id)
+                case Apply() as step:
+                    answer = await self._inventory.apply(
+                        spec_of(step.row),
+                        step.row.revision,
+                        may_seed=step.may_seed,
+                        reopen_accepted=step.reopen_accepted,
+                        replaces=step.replaces,
+                    )
+                    if answer is Applied.UNSUPPORTED:
+                        raise ContractViolation(
+                            f"{spec.item_id}: Redis has a sale that this version cannot read"
+                        )
+                    if answer in _TOLD_REDIS:
+                        applied = answer
+                    verification = None
+                case Done(state, reason, message):
+                    return _report(spec, observed, applied, (state, reason, message))
+        message = _STUCK.get(answer, "others keep changing the sale; apply it again")
+        return _report(spec, observed, applied, (State.UNKNOWN, Reason.UNSETTLED, message))
+
+    async def close(self, sale_id: str) -> Report:
+        """Closes a sale in the ledger and then in Redis, where its keys may be gone.
+
+        Raises `UnknownSale` if the ledger has no row of it.
+        """
+        async with ledger.translated():
+            await self._pool.execute(_CLOSE, sale_id)
+        closed = Closed.STALE
+        row = await ledger.sale(self._pool, sale_id)
+        while row is not None and row.closed and closed is Closed.STALE:
+            closed = await self._inventory.close(row.item_id, sale_id, row.revision)
+            if closed is Closed.UNSUPPORTED:
+                raise ContractViolation(
+                    f"{row.item_id}: Redis has a sale that this version cannot read"
+                )
+            if closed is Closed.STALE:
+                behind, row = row.revision, await ledger.sale(self._pool, sale_id)
+                if row is not None and row.revision == behind:
+                    break
+        if row is None:
+            raise UnknownSale(f"{sale_id}: the ledger has no such sale")
+        server = await self._inventory.server()
+        sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        reason, message = Reason.CLOSED, f"{row.accepted} units recorded"
+        if not row.closed:
+            reason, message = Reason.SUPERSEDED, "it was applied again meanwhile"
+        elif closed is Closed.STALE:
+            reason = Reason.LEDGER_BEHIND
+            message = f"Redis has a higher revision of it than the ledger's {row.revision}"
+        return Report(
+            sale_id=sale_id,
+            item_id=row.item_id,
+            state=state_of(row, sale, server),
+            reason=reason,
+            message=message,
+            applied=closed,
+            sale=sale,
+            row=row,
+        )
+
+    async def sales_to_close(self, item_id: str) -> list[str]:
+        """The sales of an item that a person who closes the item means.
+
+        They are the one that Redis holds and the unfinished ones; if there are none, the finished
+        ones, which are closed already. Raises `UnknownSale` if there is no sale of the item.
+        """
+        server = await self._inventory.server()
+        held = (await self._inventory.sales([item_id])).get(item_id)
+        rows = await ledger.sales(self._pool, item_id)
+        now = utc_of_ms(server.now_ms)
+        meant = {row.sale_id for row in rows if not row.finished(now)}
+        if held is not None:
+            meant.add(held.sale_id)
+        if not meant and not rows:
+            raise UnknownSale(f"{item_id}: there is no sale of this item")
+        return sorted(meant or {row.sale_id for row in rows})
+
+    async def _observe(
+        self, spec: SaleSpec, written: int | None, verification: Verification | None
+    ) -> Observed:
+        server = await self._inventory.server()
+        held = await self._inventory.sales([spec.item_id])
+        row = await ledger.sale(self._pool, spec.sale_id)
+        others = await ledger.sales(self._pool, spec.item_id)
+        return Observed(
+            server=server,
+            sale=held.get(spec.item_id),
+            row=row,
+            others=tuple(other for other in others if other.sale_id != spec.sale_id),
+            written=written,
+            verification=verification,
+        )
+
+    async def _write_row(self, spec: SaleSpec, others: Sequence[SaleRow]) -> int | None:
+        """Writes the manifest into the ledger; returns the new revision, or None if the row says
+        the same already or the item's other rows are not what was observed.
+        """
+        async with (
+            ledger.translated(),
+            self._pool.acquire() as connection,
+            connection.transaction(),
+        ):
+            await connection.execute(_LOCK_ITEM, spec.item_id)
+            there = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
+            if {(r["sale_id"], r["revision"]) for r in there} != {
+                (other.sale_id, other.revision) for other in others
+            }:
+                return None
+            revision: int | None = await connection.fetchval(
+                _WRITE,
+                spec.sale_id,
+                spec.item_id,
+                spec.display_name,
+                spec.stock,
+                spec.max_per_user,
+                None if spec.starts_ms is None else utc_of_ms(spec.starts_ms),
+                None if spec.ends_ms is None else utc_of_ms(spec.ends_ms),
+                spec.paused,
+            )
+            return revision
+
+
+async def refuse_eviction(inventory: Inventory) -> None:
+    """Raises `RedisUnavailable` if Redis may drop a sale's keys when its memory is full."""
+    policy = await inventory.eviction_policy()
+    if policy != "noeviction":
+        raise RedisUnavailable(
+            f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
+            "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
+        )
+
+
+def _report(
+    spec: SaleSpec, observed: Observed, applied: Applied, outcome: tuple[State, Reason, str]
+) -> Report:
+    state, reason, message = outcome
+    return Report(
+        sale_id=spec.sale_id,
+        item_id=spec.item_id,
+        state=state,
+        reason=reason,
+        message=message,
+        applied=applied,
+        sale=observed.sale,
+        row=observed.row,
+    )

@@ -1,0 +1,85 @@
+"""The topic of reservation events, as far as the operator looks into it: its offsets."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from flashsale import events
+from flashsale.errors import FlashsaleError
+
+TIMEOUT_SECONDS: Final = 10
+
+
+class KafkaUnavailable(FlashsaleError):
+    """Kafka did not answer."""
+
+
+class Span(NamedTuple):
+    """A partition's records: from the first one that is still there to the next one to come."""
+
+    first: int
+    end: int
+
+
+async def spans(bootstrap: str, topic: str = events.TOPIC) -> Mapping[int, Span]:
+    """The topic's partitions; none if there is no such topic. Raises `KafkaUnavailable`."""
+    admin = AIOKafkaAdminClient(
+        bootstrap_servers=bootstrap, request_timeout_ms=TIMEOUT_SECONDS * 1000
+    )
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap, request_timeout_ms=TIMEOUT_SECONDS * 1000
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            try:
+                await admin.start()
+                # All topics: to ask for one by name may create it.
+                partitions = [
+                    TopicPartition(topic, partition["partition"])
+                    for described in await admin.describe_topics()
+                    if described["topic"] == topic
+                    for partition in described["partitions"]
+                ]
+                if not partitions:
+                    return {}
+                await consumer.start()
+                firsts = await consumer.beginning_offsets(partitions)
+                ends = await consumer.end_offsets(partitions)
+            finally:
+                await consumer.stop()
+                await admin.close()
+    except (KafkaError, OSError, TimeoutError) as error:
+        why = str(error) or "no answer in time"
+        raise KafkaUnavailable(f"Kafka is away: {why}") from error
+    return {
+        partition.partition: Span(firsts[partition], ends[partition]) for partition in partitions
+    }
+
+
+def behind(topic: Mapping[int, Span], stored: Mapping[int, int]) -> int:
+    """Records that the ledger has still to read, by its stored offsets."""
+    return sum(
+        max(0, span.end - max(span.first, stored.get(number, 0))) for number, span in topic.items()
+    )
+
+
+def faults(topic: Mapping[int, Span], stored: Mapping[int, int]) -> tuple[str, ...]:
+    """What cannot be made good by reading on, in words: records are gone from the topic."""
+    found = []
+    for number in sorted({*topic, *stored}):
+        next_offset, (first, end) = stored.get(number, 0), topic.get(number, Span(0, 0))
+        if next_offset > end:
+            found.append(
+                f"partition {number} ends at {end} and {next_offset} are recorded: "
+                "the topic was made anew, or Kafka lost records"
+            )
+        elif next_offset < first:
+            found.append(
+                f"partition {number} begins at {first} and only {next_offset} are recorded: "
+                "records were deleted unread"
+            )
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""The consumer: records reservation events from Kafka in the ledger."""

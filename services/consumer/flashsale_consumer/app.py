@@ -1,0 +1,146 @@
+"""The composition root: it alone reads the settings and makes what the process consists of."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from textwrap import dedent
+from types import FrameType
+from typing import Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from flashsale import settings
+from flashsale.errors import SettingsError
+from flashsale_consumer.metrics import CONTENT_TYPE, Metrics
+from flashsale_consumer.problems import problem
+from flashsale_consumer.settings import Settings
+from flashsale_consumer.worker import Worker
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS: Final = 5
+DESCRIPTION: Final = """\
+    Records reservation events from Kafka in the ledger (PostgreSQL).
+
+    It migrates the ledger, creates the topics flashsale.reservations and
+    flashsale.reservations.dlq if they are missing, and reads as a member of the
+    consumer group flashsale-ledger. Run as many as you like, up to the number of
+    partitions. Kafka and PostgreSQL may come and go.
+
+    Over HTTP: /healthz (the process is alive), /readyz (the ledger is migrated and
+    the group was joined), /metrics (Prometheus).
+"""
+ENVIRONMENT: Final = """\
+    environment:
+      FLASHSALE_KAFKA_BOOTSTRAP  Kafka's brokers, host:port[,host:port…]
+      FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
+      FLASHSALE_LISTEN           where to serve HTTP, host:port (default 0.0.0.0:8081)
+"""
+
+
+def create_app(worker: Worker, metrics: Metrics, worker_died: Callable[[], None]) -> Starlette:
+    """The HTTP side, with the worker in its lifespan.
+
+    `worker_died` is called if the worker ends by an error: nothing else would end the process.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical("the worker died", exc_info=task.exception())
+            worker_died()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(worker.run())
+        task.add_done_callback(ended)
+        yield
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def healthz(_: Request) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def readyz(_: Request) -> Response:
+        if worker.joined:
+            return PlainTextResponse("ready\n")
+        return await problem(_, HTTPException(503))
+
+    async def prometheus(_: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", prometheus),
+        ],
+        exception_handlers={HTTPException: problem, Exception: problem},
+        lifespan=lifespan,
+    )
+
+
+def main() -> int:
+    """Runs the consumer until SIGTERM or SIGINT; returns the process' exit code."""
+    _arguments()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # It logs every try while Kafka is away; the worker logs each change, once.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL + 1)
+    try:
+        own = settings.load(Settings, os.environ)
+        host, port = settings.host_and_port(own.listen)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    # uvicorn ends gracefully and then raises the signal again, for whoever handled it before.
+    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, _exit)
+
+    died = False
+
+    def worker_died() -> None:
+        nonlocal died
+        died = server.should_exit = True
+
+    metrics = Metrics()
+    app = create_app(Worker(own, metrics), metrics, worker_died)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            loop="uvloop",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            proxy_headers=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+    server.run()
+    return 1 if died else 0
+
+
+def _exit(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
+    sys.exit(0)
+
+
+def _arguments() -> None:
+    argparse.ArgumentParser(
+        prog="flashsale_consumer",
+        description=dedent(DESCRIPTION),
+        epilog=dedent(ENVIRONMENT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()

@@ -1,0 +1,44 @@
+"""Whether a server is there: one log line when it goes away, one when it is back."""
+
+import logging
+from typing import Final
+
+from prometheus_client import Gauge
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_SECONDS: Final = 0.2
+LAST_DELAY_SECONDS: Final = 5.0
+
+
+class Availability:
+    """What is known of one server, and how long to wait before it is tried again."""
+
+    def __init__(self, server: str, up: Gauge, *, there: bool | None = None) -> None:
+        """`there` is what to believe before the first call, None if nothing."""
+        self._server = server
+        self._up = up
+        self._there = there
+        self._delay_seconds = FIRST_DELAY_SECONDS
+        up.set(there or 0)
+
+    def away(self, error: Exception) -> None:
+        """A call failed."""
+        if self._there is not False:
+            log.warning("%s: away, trying again: %s", self._server, error or type(error).__name__)
+        self._there = False
+        self._up.set(0)
+
+    def back(self) -> None:
+        """A call succeeded."""
+        if not self._there:
+            log.info("%s: %s", self._server, "there" if self._there is None else "back")
+        self._there = True
+        self._delay_seconds = FIRST_DELAY_SECONDS
+        self._up.set(1)
+
+    def delay(self) -> float:
+        """Seconds to wait before the next try: from 0.2 to 5, doubled each time."""
+        delay = self._delay_seconds
+        self._delay_seconds = min(2 * delay, LAST_DELAY_SECONDS)
+        return delay

@@ -1,0 +1,95 @@
+"""Records that the ledger cannot take, kept in a topic of their own with the reason."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from aiokafka import AIOKafkaProducer, ConsumerRecord
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+
+from flashsale_consumer.topics import DEAD_LETTER_BYTES
+
+REASON_CHARACTERS: Final = 1_000
+_REQUEST_TIMEOUT_MS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record and why it cannot be recorded."""
+
+    record: ConsumerRecord
+    reason: str
+
+    def headers(self) -> list[tuple[str, bytes]]:
+        """The record's own headers, and where it came from."""
+        return [
+            *self.record.headers,
+            ("reason", self.reason[:REASON_CHARACTERS].encode(errors="replace")),
+            ("original-topic", self.record.topic.encode()),
+            ("original-partition", str(self.record.partition).encode()),
+            ("original-offset", str(self.record.offset).encode()),
+        ]
+
+
+class DeadLettersUnavailable(Exception):
+    """Kafka did not acknowledge a dead letter."""
+
+
+class DeadLetters:
+    """Publishes dead letters; its producer is made when the first one is."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._producer: AIOKafkaProducer | None = None
+
+    async def publish(self, letters: Sequence[DeadLetter]) -> None:
+        """Returns once all in-sync replicas have all of them; else `DeadLettersUnavailable`.
+
+        Some may then have been published: they will be again.
+        """
+        if not letters:
+            return
+        try:
+            producer = await self._started()
+            acknowledged = await asyncio.gather(
+                *(_publish(producer, self._topic, letter) for letter in letters),
+                return_exceptions=True,
+            )
+            for failure in acknowledged:
+                if isinstance(failure, BaseException):
+                    raise failure
+        except KafkaError as error:
+            # A producer never gives up what it holds; another one begins without it.
+            await self.close()
+            raise DeadLettersUnavailable(f"{self._topic}: {error!r}") from error
+
+    async def close(self) -> None:
+        """Ends the producer, if there is one, within seconds."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await asyncio.wait([asyncio.ensure_future(producer.stop())], timeout=2)
+
+    async def _started(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            self._producer = AIOKafkaProducer(
+                bootstrap_servers=self._bootstrap,
+                acks="all",
+                max_request_size=DEAD_LETTER_BYTES,
+                request_timeout_ms=_REQUEST_TIMEOUT_MS,
+            )
+            await self._producer.start()
+        return self._producer
+
+
+async def _publish(producer: AIOKafkaProducer, topic: str, letter: DeadLetter) -> None:
+    record, headers = letter.record, letter.headers()
+    # aiokafka wants a key or a value.
+    value = b"" if record.value is None and record.key is None else record.value
+    try:
+        await producer.send_and_wait(topic, value, record.key, headers=headers)
+    except (MessageSizeTooLargeError, RecordListTooLargeError):
+        # Its place in the original topic must do, or it would stop its partition for good.
+        headers = [*headers[len(record.headers) :], ("omitted", b"too large to be copied")]
+        await producer.send_and_wait(topic, b"", headers=headers)

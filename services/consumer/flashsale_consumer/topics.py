@@ -1,0 +1,63 @@
+"""The consumer's two topics, created when they are missing."""
+
+import logging
+from typing import Final
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    NoError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
+
+log = logging.getLogger(__name__)
+
+PARTITIONS: Final = 12
+_DAY_MS: Final = 24 * 60 * 60 * 1000
+EVENT_RETENTION_MS: Final = 7 * _DAY_MS
+DEAD_LETTER_RETENTION_MS: Final = 30 * _DAY_MS
+DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
+"""Twice the broker's default: a dead letter is the record and the headers that explain it."""
+
+
+async def create(bootstrap: str, topic: str, dead_letter_topic: str) -> None:
+    """Creates what is missing; raises `KafkaError` if Kafka cannot say.
+
+    A consumer that may not create topics waits for those that somebody else creates.
+    """
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=10_000)
+    try:
+        await admin.start()
+        reply = await admin.create_topics(
+            [
+                _topic(topic, {"retention.ms": str(EVENT_RETENTION_MS)}),
+                _topic(
+                    dead_letter_topic,
+                    {
+                        "retention.ms": str(DEAD_LETTER_RETENTION_MS),
+                        "max.message.bytes": str(DEAD_LETTER_BYTES),
+                    },
+                ),
+            ]
+        )
+        refused = []
+        for name, code, message in reply.topic_errors:
+            error = for_code(code)
+            if error in (TopicAuthorizationFailedError, ClusterAuthorizationFailedError):
+                refused.append(name)
+            elif error is NoError:
+                log.info("created the topic %s", name)
+            elif error is not TopicAlreadyExistsError:
+                raise error(f"{name}: {message}")
+        missing = set(refused) - set(await admin.list_topics()) if refused else set()
+        if missing:
+            log.warning("not allowed to create %s: waiting for it", ", ".join(sorted(missing)))
+    finally:
+        await admin.close()
+
+
+def _topic(name: str, configs: dict[str, str]) -> NewTopic:
+    # -1 is the broker's own replication factor; NewTopic lets it through only beside assignments.
+    return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=configs)

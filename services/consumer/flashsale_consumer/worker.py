@@ -1,0 +1,320 @@
+"""The worker: reads reservation events from Kafka and records them in the ledger.
+
+A partition is read from the offset that the ledger has stored for it, never from Kafka's own. It
+is *placed* when reading was set to that offset. It loses its place when it is assigned, when a
+batch could not be recorded, or when the ledger turns out to have less than was recorded; it then
+stays paused until it is placed again. So nothing is held in memory through an outage, and
+whatever happened meanwhile (a rebalance, a failover, a topic created anew), reading goes on where
+the ledger is.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
+
+from flashsale import events, ledger
+from flashsale.errors import ContractViolation, LedgerUnavailable
+from flashsale.events import Event
+from flashsale_consumer import recording, topics
+from flashsale_consumer.availability import Availability
+from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
+from flashsale_consumer.metrics import Metrics
+from flashsale_consumer.recording import LedgerRewound, Log, Outcome
+from flashsale_consumer.settings import Settings
+
+log = logging.getLogger(__name__)
+
+GROUP_ID: Final = "flashsale-ledger"
+BATCH_LIMIT: Final = 5_000
+"""Events in one transaction."""
+
+POLL_SECONDS: Final = 0.5
+JOIN_SECONDS: Final = 60.0
+TRANSACTION_SECONDS: Final = 30.0
+REPORT_SECONDS: Final = 1.0
+CHECK_SECONDS: Final = 5.0
+"""How long a worker without events goes on before it looks whether the ledger is what it was."""
+CLOSE_SECONDS: Final = 3.0
+_REQUEST_TIMEOUT_MS: Final = 15_000
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
+
+
+class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
+    """One member of the consumer group."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        topic: str = events.TOPIC,
+        dead_letter_topic: str = events.DEAD_LETTER_TOPIC,
+        group_id: str = GROUP_ID,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._topic = topic
+        self._dead_letter_topic = dead_letter_topic
+        self._group_id = group_id
+        up = metrics.server_up.labels
+        self._ledger = Availability("the ledger", up("ledger"))
+        self._kafka = Availability("Kafka", up("kafka"))
+        self._dead_letters = Availability(dead_letter_topic, up("dead_letters"), there=True)
+        self._publisher = DeadLetters(settings.kafka_bootstrap, dead_letter_topic)
+        self._consumer: AIOKafkaConsumer | None = None
+        # Next offset by partition: up to there the ledger has everything.
+        self._positions: dict[int, int] = {}
+        self._unplaced: frozenset[TopicPartition] = frozenset()
+        self._checked = 0.0
+        self.joined = False
+        """Whether the ledger was migrated and the group joined since the start."""
+
+    async def run(self) -> None:
+        """Records events until it is cancelled; what it was recording is then rolled back."""
+        pool = await ledger.connect(self._settings.database_url, max_connections=2)
+        try:
+            await self._migrate(pool)
+            while True:
+                try:
+                    await self._consume(pool)
+                except* (KafkaError, TimeoutError) as errors:
+                    self._kafka.away(errors.exceptions[0])
+                await asyncio.sleep(self._kafka.delay())
+        finally:
+            await self._publisher.close()
+            try:
+                await asyncio.wait_for(pool.close(), CLOSE_SECONDS)
+            except TimeoutError:
+                pool.terminate()
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002
+        """Forgets all partitions: an assignment names the ones that stay, too."""
+        self._positions = {}
+        self._unplaced = frozenset()
+        self._metrics.lag.clear()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """Lets nothing be read before it is placed. Waits for nothing: no heartbeat is sent now."""
+        self._unplaced = frozenset(assigned)
+        self._positions = {}
+        self._member().pause(*self._unplaced)
+        log.info("assigned partitions %s", sorted(tp.partition for tp in self._unplaced))
+
+    async def _migrate(self, pool: Pool) -> None:
+        while True:
+            try:
+                version = await ledger.migrate(pool)
+            except LedgerUnavailable as error:
+                self._ledger.away(error)
+                await asyncio.sleep(self._ledger.delay())
+            else:
+                self._ledger.back()
+                log.info("the ledger has schema version %d", version)
+                return
+
+    async def _consume(self, pool: Pool) -> None:
+        """Is a member of the group until Kafka fails in a way that the client does not mend."""
+        await topics.create(self._settings.kafka_bootstrap, self._topic, self._dead_letter_topic)
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._settings.kafka_bootstrap,
+            group_id=self._group_id,
+            enable_auto_commit=False,
+            # Where reading begins is for the ledger to say: see `recording.place`.
+            auto_offset_reset="none",
+            request_timeout_ms=_REQUEST_TIMEOUT_MS,
+        )
+        self._consumer.subscribe([self._topic], listener=self)
+        try:
+            async with asyncio.timeout(JOIN_SECONDS):
+                await self._consumer.start()
+            self.joined = True
+            self._kafka.back()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read(pool))
+                tasks.create_task(self._report())
+        finally:
+            await asyncio.wait(
+                [asyncio.ensure_future(self._consumer.stop())], timeout=CLOSE_SECONDS
+            )
+
+    async def _read(self, pool: Pool) -> None:
+        while True:
+            try:
+                if self._unplaced:
+                    await self._place(pool)
+                    continue
+                records = await self._poll(POLL_SECONDS)
+                if records:
+                    await self._record(pool, records)
+                    self._checked = time.monotonic()
+                elif time.monotonic() - self._checked > CHECK_SECONDS:
+                    self._displace()
+                if not self._unplaced:
+                    self._ledger.back()
+            except LedgerUnavailable as error:
+                self._ledger.away(error)
+                await self._suspend(self._ledger.delay())
+            except DeadLettersUnavailable as error:
+                self._dead_letters.away(error)
+                await self._suspend(self._dead_letters.delay())
+            except LedgerRewound as rewound:
+                log.error("the ledger is older than it was, reading again: %s", rewound)  # noqa: TRY400 - its text is all there is to it
+                self._displace()
+            except (OffsetOutOfRangeError, NoOffsetForPartitionError):
+                self._displace()
+
+    async def _poll(self, seconds: float) -> Records:
+        """What arrived, at most `BATCH_LIMIT` events; keeps the membership alive."""
+        records: Records = await self._member().getmany(
+            timeout_ms=int(seconds * 1000), max_records=BATCH_LIMIT
+        )
+        return records
+
+    async def _suspend(self, seconds: float) -> None:
+        """Reads nothing for a while, but goes on polling, which keeps the membership."""
+        self._displace()
+        self._member().pause(*self._unplaced)
+        await self._poll(seconds)
+
+    def _displace(self) -> None:
+        self._unplaced = frozenset(self._member().assignment())
+
+    async def _place(self, pool: Pool) -> None:
+        consumer, placing = self._member(), self._unplaced
+        earliest = await consumer.beginning_offsets(placing)
+        ends = await consumer.end_offsets(placing)
+        logs = {tp.partition: Log(earliest[tp], ends[tp]) for tp in placing}
+        async with (
+            ledger.translated(),
+            asyncio.timeout(TRANSACTION_SECONDS),
+            pool.acquire() as connection,
+            connection.transaction(),
+        ):
+            offsets = await recording.place(connection, self._topic, logs)
+        if self._unplaced is not placing:
+            return  # assigned anew meanwhile
+        for tp in placing:
+            consumer.seek(tp, offsets[tp.partition])
+        consumer.resume(*placing)
+        self._positions = offsets
+        self._unplaced = frozenset()
+        self._checked = time.monotonic()
+
+    async def _record(self, pool: Pool, records: Records) -> None:
+        """Records a batch, or nothing of it."""
+        sources: list[ConsumerRecord] = []
+        batch: list[Event] = []
+        letters: list[DeadLetter] = []
+        for partition in records.values():
+            for record in partition:
+                try:
+                    batch.append(events.decode(record.value))
+                except ContractViolation as violation:
+                    letters.append(DeadLetter(record, str(violation)))
+                else:
+                    sources.append(record)
+        read = len(batch) + len(letters)
+        offsets = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
+        begun = time.monotonic()
+        async with (
+            ledger.translated(),
+            asyncio.timeout(TRANSACTION_SECONDS),
+            pool.acquire() as connection,
+            connection.transaction(),
+        ):
+            outcome = await recording.record(
+                connection, self._topic, self._positions, offsets, batch
+            )
+            if outcome.broken:
+                reasons = {id(event): reason for event, reason in outcome.broken}
+                letters += [
+                    DeadLetter(record, reasons[id(event)])
+                    for record, event in zip(sources, batch, strict=True)
+                    if id(event) in reasons
+                ]
+            # Before the offsets move past them, and only if the rest can be written.
+            await self._publisher.publish(letters)
+        if letters:
+            self._dead_letters.back()
+        for partition, offset in offsets.items():
+            if partition in self._positions:
+                self._positions[partition] = offset
+        self._measure(read, batch, letters, outcome, time.monotonic() - begun)
+
+    def _measure(
+        self,
+        read: int,
+        batch: list[Event],
+        letters: list[DeadLetter],
+        outcome: Outcome,
+        seconds: float,
+    ) -> None:
+        metrics, count = self._metrics, self._metrics.events.labels
+        metrics.batches.inc()
+        metrics.batch_size.observe(read)
+        metrics.record_seconds.observe(seconds)
+        count("recorded").inc(outcome.recorded)
+        count("refused").inc(len(outcome.refused))
+        count("dead_lettered").inc(len(letters))
+        count("duplicate").inc(read - outcome.recorded - len(outcome.refused) - len(letters))
+        now = datetime.now(UTC)
+        metrics.end_to_end.observe_all((now - event.occurred_at).total_seconds() for event in batch)
+        for event in outcome.refused:
+            log.error(
+                "%s: reservation %s of %d units does not fit its capacity: recorded as refused",
+                *(event.sale_id, event.reservation_id, event.quantity),
+            )
+        if letters:
+            record = letters[0].record
+            log.error(
+                "%d records went to %s; the first, %s/%d offset %d: %s",
+                *(len(letters), self._dead_letter_topic),
+                *(record.topic, record.partition, record.offset, letters[0].reason[:200]),
+            )
+
+    async def _report(self) -> None:
+        """Every second: the lag, and to Kafka what the ledger has, for tools that ask Kafka."""
+        consumer = self._member()
+        committed: dict[int, int] = {}
+        while True:
+            positions = dict(self._positions)
+            partitions = {TopicPartition(self._topic, number): number for number in positions}
+            try:
+                async with asyncio.timeout(CHECK_SECONDS):
+                    for tp, end in (await consumer.end_offsets(list(partitions))).items():
+                        if tp.partition in self._positions:
+                            lag = max(end - self._positions[tp.partition], 0)
+                            self._metrics.lag.labels(tp.partition).set(lag)
+                    if positions and positions != committed:
+                        with suppress(CommitFailedError, IllegalStateError):  # a rebalance
+                            await consumer.commit(
+                                {tp: positions[number] for tp, number in partitions.items()}
+                            )
+                            committed = positions
+            except (KafkaError, TimeoutError) as error:
+                self._kafka.away(error)
+            else:
+                if positions:
+                    self._kafka.back()
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _member(self) -> AIOKafkaConsumer:
+        if self._consumer is None:
+            raise RuntimeError("not a member of the group")
+        return self._consumer

@@ -1,0 +1,75 @@
+"""Real servers for the whole session, each started when the first test asks for it."""
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+
+from dev.services import Addresses
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from flashsale import inventory, ledger
+from flashsale.inventory import Inventory
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def addresses(
+    redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
+) -> Addresses:
+    return Addresses(redis_server.url, kafka_server.bootstrap, postgres_server.url)
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    client = inventory.connect(redis_server.url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def stock(redis: Redis) -> Inventory:
+    return Inventory(redis)
+
+
+@pytest.fixture
+def new_item() -> Callable[[], str]:
+    """Names items that no other test has, so that tests may share a server."""
+    return lambda: f"item-{uuid.uuid4()}"
+
+
+@pytest.fixture
+def item(new_item: Callable[[], str]) -> str:
+    return new_item()
+
+
+@pytest.fixture
+async def pool(postgres_server: PostgresServer) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:
+    """A migrated ledger of the test's own."""
+    name = f"ledger_{uuid.uuid4().hex}"
+    admin = await asyncpg.connect(postgres_server.url)
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    own = await ledger.connect(f"{postgres_server.url.rpartition('/')[0]}/{name}")
+    await ledger.migrate(own)
+    yield own
+    await own.close()
+    await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await admin.close()

@@ -1,0 +1,337 @@
+"""`reserve.lua` on real servers."""
+
+import asyncio
+import random
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from dev.stack.servers import RedisServer
+from flashsale import inventory
+from flashsale.errors import RedisUnavailable
+from flashsale.inventory import Answer, Applied, BatchReply, Inventory, Outcome, Record, Request
+from flashsale.keys import ItemKeys
+from flashsale.sale import SaleSpec
+
+
+def a_sale(item: str, stock: int = 100, **changes: object) -> SaleSpec:
+    return replace(SaleSpec(f"default/{item.lower()}", item, stock), **changes)  # type: ignore[arg-type]
+
+
+def a_request(user: str = "ann", quantity: int = 1, identity: str = "", key: str = "") -> Request:
+    return Request(identity or str(uuid.uuid4()), user, quantity, key)
+
+
+async def opened(stock: Inventory, spec: SaleSpec) -> SaleSpec:
+    assert await stock.apply(spec, 1, may_seed=True) is Applied.SEEDED
+    return spec
+
+
+async def answers(stock: Inventory, item: str, requests: Sequence[Request]) -> list[Answer]:
+    reply = await stock.reserve(item, requests, timeout_seconds=5)
+    assert isinstance(reply, BatchReply)
+    return list(reply.answers)
+
+
+async def outcome(stock: Inventory, item: str, request: Request) -> Outcome:
+    reply = await stock.reserve(item, [request], timeout_seconds=5)
+    return reply.answers[0].outcome if isinstance(reply, BatchReply) else reply
+
+
+async def test_a_crowd_at_once_is_sold_exactly_the_stock(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item, 99, max_per_user=3))
+    chance = random.Random(item)
+    crowd = [a_request(f"user-{n % 400}", chance.randint(1, 3)) for n in range(1_200)]
+    chance.shuffle(crowd)
+    batches = [crowd[start : start + 17] for start in range(0, len(crowd), 17)]
+    replies = await asyncio.gather(*(answers(stock, item, batch) for batch in batches))
+    accepted = [
+        request
+        for batch, reply in zip(batches, replies, strict=True)
+        for request, answer in zip(batch, reply, strict=True)
+        if answer.outcome is Outcome.ACCEPTED
+    ]
+    assert sum(request.quantity for request in accepted) == 99
+    held: Counter[str] = Counter()
+    for request in accepted:
+        held[request.user_id] += request.quantity
+    assert max(held.values()) <= 3
+    sale = (await stock.sales([item]))[item]
+    assert (sale.accepted, sale.available, sale.outbox_length) == (99, 0, len(accepted))
+    for request in accepted:
+        record = await stock.reservation(item, request.reservation_id)
+        assert record is not None
+        assert (record.user_id, record.quantity) == (request.user_id, request.quantity)
+
+
+async def test_an_id_is_one_reservation_however_often_it_is_sent(
+    stock: Inventory, item: str
+) -> None:
+    await opened(stock, a_sale(item, 10, max_per_user=10))
+    request = a_request(key="k")
+    first, again_in_the_batch = await answers(stock, item, [request, request])
+    later = await answers(stock, item, [request])
+    assert first.outcome is Outcome.ACCEPTED
+    assert again_in_the_batch.outcome is later[0].outcome is Outcome.REPLAYED
+    assert again_in_the_batch.detail == later[0].detail
+    assert (await stock.sales([item]))[item].accepted == 1
+
+
+async def test_concurrent_retries_of_one_key_take_one_unit(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item, 50, max_per_user=50))
+    request = a_request(key="k", quantity=2)
+    outcomes = await asyncio.gather(*(outcome(stock, item, request) for _ in range(60)))
+    assert Counter(outcomes) == {Outcome.ACCEPTED: 1, Outcome.REPLAYED: 59}
+    assert (await stock.sales([item]))[item].accepted == 2
+
+
+async def test_a_key_with_another_quantity_is_refused_and_takes_nothing(
+    stock: Inventory, item: str
+) -> None:
+    await opened(stock, a_sale(item, 10, max_per_user=10))
+    request = a_request(key="k", quantity=2)
+    assert await outcome(stock, item, request) is Outcome.ACCEPTED
+    assert await outcome(stock, item, request._replace(quantity=3)) is Outcome.KEY_REUSED
+    assert (await stock.sales([item]))[item].accepted == 2
+
+
+async def test_a_replay_is_answered_after_the_sale_sold_out_paused_and_ended(
+    stock: Inventory, item: str
+) -> None:
+    spec = await opened(stock, a_sale(item, 1))
+    request = a_request()
+    assert await outcome(stock, item, request) is Outcome.ACCEPTED
+    assert await outcome(stock, item, a_request("bob")) is Outcome.SOLD_OUT
+    assert await stock.apply(replace(spec, paused=True), 2) is Applied.CHANGED
+    assert await outcome(stock, item, request) is Outcome.REPLAYED
+    assert await outcome(stock, item, a_request("bob")) is Outcome.PAUSED
+    await stock.close(item, spec.sale_id, 3)
+    assert await outcome(stock, item, request) is Outcome.REPLAYED
+    assert await outcome(stock, item, a_request("bob")) is Outcome.ENDED
+
+
+async def test_the_limit_counts_every_purchase_of_a_user(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item, 100, max_per_user=3))
+    first = await answers(stock, item, [a_request(quantity=4), a_request(quantity=2)])
+    assert [answer.outcome for answer in first] == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
+    later = await answers(stock, item, [a_request(quantity=2), a_request(quantity=1), a_request()])
+    assert [answer.outcome for answer in later] == [
+        Outcome.LIMIT_REACHED,
+        Outcome.ACCEPTED,
+        Outcome.LIMIT_REACHED,
+    ]
+
+
+async def test_more_than_is_left_is_not_sold_out(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item, 3, max_per_user=5))
+    found = await answers(
+        stock, item, [a_request("a", 4), a_request("b", 2), a_request("c", 2), a_request("d")]
+    )
+    assert [answer.outcome for answer in found] == [
+        Outcome.NOT_ENOUGH_LEFT,
+        Outcome.ACCEPTED,
+        Outcome.NOT_ENOUGH_LEFT,
+        Outcome.ACCEPTED,
+    ]
+    assert await outcome(stock, item, a_request("e")) is Outcome.SOLD_OUT
+
+
+async def test_an_empty_stock_sells_nothing(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item, 0))
+    assert await outcome(stock, item, a_request()) is Outcome.SOLD_OUT
+
+
+async def test_nothing_is_accepted_before_the_start_or_after_the_end(
+    stock: Inventory, item: str
+) -> None:
+    now_ms = (await stock.server()).now_ms
+    starts_ms, ends_ms = now_ms + 150, now_ms + 400
+    await opened(stock, a_sale(item, 10**6, starts_ms=starts_ms, ends_ms=ends_ms))
+    seen: list[tuple[Outcome, int]] = []
+    async with asyncio.timeout(20):
+        while not seen or seen[-1][0] is not Outcome.ENDED:
+            reply = await stock.reserve(item, [a_request(f"u{len(seen)}")], timeout_seconds=5)
+            assert isinstance(reply, BatchReply)
+            assert reply.starts_ms == starts_ms
+            seen.append((reply.answers[0].outcome, reply.now_ms))
+    for found, at_ms in seen:
+        expected = (
+            Outcome.NOT_OPEN
+            if at_ms < starts_ms
+            else Outcome.ACCEPTED
+            if at_ms < ends_ms
+            else Outcome.ENDED
+        )
+        assert found is expected
+    assert {found for found, _ in seen} == {Outcome.NOT_OPEN, Outcome.ACCEPTED, Outcome.ENDED}
+
+
+async def test_an_end_that_was_reached_stays_reached(
+    stock: Inventory, redis: Redis, item: str
+) -> None:
+    now_ms = (await stock.server()).now_ms
+    spec = await opened(stock, a_sale(item, 10, ends_ms=now_ms - 1))
+    assert await outcome(stock, item, a_request()) is Outcome.ENDED
+    assert await redis.hget(ItemKeys.of(item).sale, "state") == "ended"
+    assert await stock.apply(replace(spec, ends_ms=now_ms + 60_000), 2) is Applied.ENDED
+    assert await outcome(stock, item, a_request()) is Outcome.ENDED
+
+
+async def test_a_clock_that_jumps_back_does_not_move_the_sale_back(
+    stock: Inventory, redis: Redis, item: str
+) -> None:
+    now_ms = (await stock.server()).now_ms
+    await opened(stock, a_sale(item, 10, starts_ms=now_ms + 3_600_000, max_per_user=9))
+    # The sale has seen a time after its start: as if the machine's clock was set back since.
+    await redis.hset(ItemKeys.of(item).sale, "last_now_ms", str(now_ms + 3_600_001))
+    assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
+
+
+async def test_a_full_outbox_is_backpressure(redis: Redis, item: str) -> None:
+    stock = Inventory(redis, outbox_limit=2)
+    await opened(stock, a_sale(item, 10))
+    requests = [a_request(f"u{n}") for n in range(4)]
+    found = await answers(stock, item, requests)
+    assert [answer.outcome for answer in found] == [Outcome.ACCEPTED] * 2 + [
+        Outcome.OUTBOX_FULL
+    ] * 2
+    replay = await answers(stock, item, requests[:1])
+    assert replay[0].outcome is Outcome.REPLAYED
+    await stock.settle(item, [(found[0].detail, requests[0].reservation_id)])
+    assert await outcome(stock, item, requests[2]) is Outcome.ACCEPTED
+
+
+async def test_an_item_without_a_sale_is_unknown(stock: Inventory, item: str) -> None:
+    assert await outcome(stock, item, a_request()) is Outcome.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("format", "2"), ("state", "open?"), ("accepted", "many"), ("starts_ms", "soon")],
+)
+async def test_a_sale_of_another_format_is_left_alone(
+    stock: Inventory, redis: Redis, item: str, field: str, value: str
+) -> None:
+    spec = await opened(stock, a_sale(item))
+    await redis.hset(ItemKeys.of(item).sale, field, value)
+    before = await redis.hgetall(ItemKeys.of(item).sale)
+    assert await outcome(stock, item, a_request()) is Outcome.UNSUPPORTED
+    assert await stock.apply(spec, 2) is Applied.UNSUPPORTED
+    assert await redis.hgetall(ItemKeys.of(item).sale) == before
+
+
+@pytest.mark.parametrize("part", ["buyers", "reservations", "outbox"])
+async def test_a_sale_that_lost_a_key_is_fenced(
+    stock: Inventory, redis: Redis, item: str, part: str
+) -> None:
+    spec = await opened(stock, a_sale(item))
+    first = a_request("ann")
+    [answer] = await answers(stock, item, [first])
+    await stock.settle(item, [(answer.detail, first.reservation_id)])
+    assert await outcome(stock, item, a_request("bob")) is Outcome.ACCEPTED
+    await redis.delete(getattr(ItemKeys.of(item), part))
+    assert await outcome(stock, item, a_request("cid")) is Outcome.FENCED
+    assert (await stock.sales([item]))[item].torn
+    # Not even a verified count brings back what a key held.
+    assert await stock.apply(spec, 1, reopen_accepted=2) is Applied.FENCED
+
+
+async def test_a_key_of_another_type_costs_no_unit(
+    stock: Inventory, redis: Redis, item: str
+) -> None:
+    await opened(stock, a_sale(item))
+    await redis.set(ItemKeys.of(item).reservations, "not a hash")
+    with pytest.raises(RedisUnavailable) as refused:
+        await outcome(stock, item, a_request())
+    assert not refused.value.maybe_executed
+    sale = (await stock.sales([item]))[item]
+    assert (sale.accepted, sale.outbox_length) == (0, 0)
+
+
+async def test_a_restarted_server_fences_its_sales(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    with RedisServer(tmp_path, binary=redis_server.binary, appendfsync="always") as server:
+        client = inventory.connect(server.url)
+        stock = Inventory(client)
+        spec = await opened(stock, a_sale(item, 5))
+        bought = a_request("ann")
+        [answer] = await answers(stock, item, [bought])
+        server.kill()
+        with pytest.raises(RedisUnavailable):
+            await outcome(stock, item, a_request("bob"))
+        server.start()
+        assert await outcome(stock, item, a_request("bob")) is Outcome.FENCED
+        assert await outcome(stock, item, bought) is Outcome.FENCED
+        assert await stock.apply(spec, 1) is Applied.FENCED
+        assert await stock.apply(spec, 1, reopen_accepted=1) is Applied.FENCED  # not drained
+        assert await stock.settle(item, [(answer.detail, bought.reservation_id)]) == 1
+        assert await stock.apply(spec, 1, reopen_accepted=2) is Applied.FENCED  # not equal
+        assert await stock.apply(spec, 1, reopen_accepted=1) is Applied.REOPENED
+        assert await outcome(stock, item, bought) is Outcome.REPLAYED
+        assert await outcome(stock, item, a_request("bob")) is Outcome.ACCEPTED
+        assert (await stock.sales([item]))[item].available == 3
+        await client.aclose()
+
+
+async def test_a_server_out_of_memory_sells_nothing(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    with RedisServer(tmp_path, binary=redis_server.binary) as server:
+        client = inventory.connect(server.url)
+        stock = Inventory(client)
+        await opened(stock, a_sale(item))
+        assert await outcome(stock, item, a_request("ann")) is Outcome.ACCEPTED
+        await client.config_set("maxmemory", "1")
+        with pytest.raises(RedisUnavailable) as refused:
+            await outcome(stock, item, a_request("bob"))
+        assert not refused.value.maybe_executed
+        await client.config_set("maxmemory", "0")
+        sale = (await stock.sales([item]))[item]
+        assert (sale.accepted, sale.outbox_length) == (1, 1)
+        assert await client.hlen(ItemKeys.of(item).buyers) == 1
+        await client.aclose()
+
+
+async def test_a_malformed_batch_changes_nothing(stock: Inventory, redis: Redis, item: str) -> None:
+    await opened(stock, a_sale(item))
+    for bad in (
+        a_request("comma,comma"),
+        a_request("line\nline"),
+        a_request(quantity=0),
+        a_request(quantity=-1),
+    ):
+        with pytest.raises(RedisUnavailable):
+            await stock.reserve(item, [a_request("good"), bad], timeout_seconds=5)
+    assert (await stock.sales([item]))[item].accepted == 0
+    assert await redis.exists(ItemKeys.of(item).buyers) == 0
+
+
+async def test_the_outbox_holds_the_whole_event(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item, 7, max_per_user=2))
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    request = Request(str(uuid.uuid4()), "ann", 2, "k", trace)
+    [answer] = await answers(stock, item, [request])
+    until_ms = (await stock.server()).now_ms + 1
+    [entry] = await stock.outbox_page(item, until_ms=until_ms, count=10)
+    assert (entry.entry_id, entry.reservation_id) == (answer.detail, request.reservation_id)
+    assert entry.record == Record("accepted", 1, 2, entry.record.occurred_ms, "ann", "k")
+    assert entry.snapshot == (f"default/{item}", 7, 7, 1)
+    assert entry.traceparent == trace
+
+
+async def test_settle_leaves_an_entry_of_another_reservation(stock: Inventory, item: str) -> None:
+    await opened(stock, a_sale(item))
+    mine, other = a_request("ann"), a_request("bob")
+    [first, second] = await answers(stock, item, [mine, other])
+    assert await stock.settle(item, [(first.detail, other.reservation_id)]) == 0
+    assert await stock.settle(item, [(first.detail, mine.reservation_id)] * 2) == 1
+    assert await stock.settle(item, [(first.detail, mine.reservation_id)]) == 0
+    assert (await stock.sales([item]))[item].outbox_length == 1
+    page = await stock.outbox_page(item, until_ms=2**50, count=9)
+    assert [entry.entry_id for entry in page] == [second.detail]
