@@ -5,6 +5,7 @@ what the system says of itself.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -128,14 +129,16 @@ async def stampede(
 ) -> Journal:
     """Sends the attempts over keep-alive connections to the APIs in turn.
 
+    All connections are opened before the first attempt: buyers are there when the sale opens.
     Each connection sends its next attempt when the last was answered. A keyed attempt that gets a
     503 or no answer is sent again, up to `tries` times in all. `journal` is filled as answers come.
     """
     journal = Journal() if journal is None else journal
     queue = deque(wanted)
+    everyone = [_Connection(urls[number % len(urls)]) for number in range(connections)]
+    await asyncio.gather(*(connection.open() for connection in everyone))
 
-    async def buy(number: int) -> None:
-        connection = _Connection(urls[number % len(urls)])
+    async def buy(connection: _Connection) -> None:
         try:
             while queue:
                 attempt = queue.popleft()
@@ -149,8 +152,8 @@ async def stampede(
             connection.close()
 
     async with asyncio.TaskGroup() as buyers:
-        for number in range(connections):
-            buyers.create_task(buy(number))
+        for connection in everyone:
+            buyers.create_task(buy(connection))
     return journal
 
 
@@ -170,7 +173,14 @@ class _Connection:
         self._host, self._port = address.hostname or "", address.port or 80
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
+    async def open(self) -> None:
+        """Connects if it is not connected; an API that is away is met by `send`."""
+        if self._streams is None:
+            with contextlib.suppress(OSError):
+                self._streams = await asyncio.open_connection(self._host, self._port)
+
     async def send(self, attempt: Attempt) -> Entry:
+        """Sends one request and waits for its answer."""
         body = json.dumps(attempt.body).encode()
         key = f"Idempotency-Key: {attempt.request_key}\r\n" if attempt.request_key else ""
         head = (
@@ -179,8 +189,9 @@ class _Connection:
         )
         started = time.perf_counter()
         try:
+            await self.open()
             if self._streams is None:
-                self._streams = await asyncio.open_connection(self._host, self._port)
+                raise ConnectionError
             reader, writer = self._streams
             writer.write(head.encode() + body)
             answer_head = await reader.readuntil(b"\r\n\r\n")

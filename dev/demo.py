@@ -11,6 +11,7 @@ from typing import Final
 
 import asyncpg
 import redis
+import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from dev.crowd import Entry, Journal, attempts, percentile, stampede
@@ -70,7 +71,7 @@ def demo() -> int:
         wanted = attempts(ITEM, USERS, seed=15)
         print(f"{len(wanted):,} requests by {USERS:,} users …", flush=True)
         begun = time.perf_counter()
-        journal = asyncio.run(stampede([service.url], wanted, connections=CONNECTIONS, tries=5))
+        journal = uvloop.run(stampede([service.url], wanted, connections=CONNECTIONS, tries=5))
         seconds = time.perf_counter() - begun
         print("Waiting until the ledger is quiet …", flush=True)
         asyncio.run(_quiet(addresses))

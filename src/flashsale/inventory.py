@@ -340,6 +340,11 @@ class Inventory:
             await _translated(self._redis.pexpire(key, lease_ms))
         return owner in (None, pod_id)
 
+    async def load(self) -> None:
+        """Loads the scripts, so that the first buyer does not wait for it."""
+        for script in (self._reserve, self._settle):
+            await _translated(self._redis.script_load(script.source))
+
     async def eviction_policy(self) -> str:
         """The server's `maxmemory-policy`; anything but `noeviction` may drop a sale's keys."""
         info = await _translated(self._redis.info("memory"))

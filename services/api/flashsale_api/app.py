@@ -108,6 +108,7 @@ async def _see_redis(stock: Inventory, seen: asyncio.Event) -> None:
     while True:
         try:
             policy = await stock.eviction_policy()
+            await stock.load()
         except RedisUnavailable as error:
             log.info("waiting for Redis: %s", error)
             await asyncio.sleep(1)

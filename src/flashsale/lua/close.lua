@@ -1,4 +1,5 @@
--- close: ends a sale for good, until it is applied again. Replays are still answered.
+-- close: ends a sale for good, until it is applied again. Replays are still answered. A sale whose
+-- end was reached stays ended, so that applying it again does not continue it.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 sale id, 2 revision
@@ -12,6 +13,7 @@ if sale.id ~= ARGV[1] then return 'unknown' end
 local revision = tonumber(ARGV[2])
 if not revision then return redis.error_reply('ERR malformed revision') end
 if revision < sale.revision then return 'stale' end
-if sale.state == 'closed' and revision == sale.revision then return 'unchanged' end
-redis.call('HSET', KEYS[1], 'state', 'closed', 'revision', ARGV[2])
+local state = (sale.finished and sale.state ~= 'closed') and 'ended' or 'closed'
+if sale.state == state and revision == sale.revision then return 'unchanged' end
+redis.call('HSET', KEYS[1], 'state', state, 'revision', ARGV[2])
 return 'closed'

@@ -1,0 +1,296 @@
+"""POST /reserve on a real API process: every answer of the table, and what the reference got
+wrong.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from dev.crowd import Attempt, stampede
+from dev.services import ApiServer
+from flashsale.inventory import Inventory
+from flashsale.keys import ItemKeys
+from flashsale.sale import rfc3339_of_ms
+
+OpenSale = Callable[..., Any]
+TOO_DEEP = b'{"userId":"ann","itemId":"x","quantity":1,"more":' + b"[" * 8_000
+
+
+def problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    """Asserts an answer of RFC 9457 and returns its members."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body["type"] == f"urn:flashsale:problem:{kind}"
+    assert body["status"] == status
+    assert body["title"]
+    return body
+
+
+async def reserve(
+    http: httpx.AsyncClient, item: str, user: str = "ann", quantity: int = 1, key: str = ""
+) -> httpx.Response:
+    headers = {"Idempotency-Key": key} if key else {}
+    body = {"userId": user, "itemId": item, "quantity": quantity}
+    return await http.post("/reserve", json=body, headers=headers)
+
+
+async def accepted(stock: Inventory, item: str) -> int:
+    return (await stock.sales([item]))[item].accepted
+
+
+async def test_a_reservation_is_answered_with_where_to_find_it(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, max_per_user=2)
+    answer = await reserve(http, item, quantity=2)
+    assert answer.status_code == 202
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert answer.headers["location"] == f"/sales/{item}/reservations/{body['reservationId']}"
+    assert datetime.fromisoformat(body.pop("acceptedAt")).tzinfo is not None
+    assert body == {
+        "reservationId": body["reservationId"],
+        "saleId": f"default/{item}",
+        "itemId": item,
+        "userId": "ann",
+        "quantity": 2,
+        "state": "accepted",
+    }
+    found = await http.get(answer.headers["location"])
+    assert (found.status_code, found.json()) == (200, answer.json())
+
+
+async def test_a_retry_under_the_same_key_is_the_same_reservation(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    spec = await open_sale(item, 5, max_per_user=5)
+    answers = await asyncio.gather(*(reserve(http, item, key="k-1") for _ in range(30)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.text for answer in answers}) == 1
+    assert await accepted(stock, item) == 1
+    await stock.close(item, spec.sale_id, 2)
+    assert (await reserve(http, item, key="k-1")).text == answers[0].text
+    problem(await reserve(http, item, key="k-1", quantity=2), 422, "key-reused")
+    # The key is the user's own, and the item's.
+    problem(await reserve(http, item, user="bob", key="k-1"), 409, "ended")
+
+
+async def test_only_acceptances_are_remembered(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    spec = await open_sale(item, 0)
+    problem(await reserve(http, item, key="k"), 409, "sold-out")
+    await stock.apply(replace(spec, stock=1), 2)
+    assert (await reserve(http, item, key="k")).status_code == 202
+
+
+async def test_sold_out_limit_and_not_enough_left(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 3, max_per_user=2)
+    problem(await reserve(http, item, quantity=3), 409, "limit-reached")
+    assert (await reserve(http, item, quantity=2)).status_code == 202
+    problem(await reserve(http, item), 409, "limit-reached")
+    problem(await reserve(http, item, "bob", quantity=2), 409, "not-enough-left")
+    assert (await reserve(http, item, "bob")).status_code == 202
+    problem(await reserve(http, item, "cid"), 409, "sold-out")
+
+
+async def test_one_user_at_once_gets_the_limit_and_no_more(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    await open_sale(item, 100, max_per_user=2)
+    answers = await asyncio.gather(*(reserve(http, item) for _ in range(100)))
+    assert Counter(answer.status_code for answer in answers) == {202: 2, 409: 98}
+    assert await accepted(stock, item) == 2
+
+
+async def test_before_the_start_the_answer_says_when(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    starts_ms = (await stock.server()).now_ms + 90_000
+    await open_sale(item, starts_ms=starts_ms)
+    answer = await reserve(http, item)
+    assert problem(answer, 409, "not-open")["startsAt"] == rfc3339_of_ms(starts_ms)
+    assert 1 <= int(answer.headers["retry-after"]) <= 90
+
+
+async def test_paused_and_ended(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    spec = await open_sale(item, paused=True)
+    problem(await reserve(http, item), 409, "paused")
+    await stock.apply(replace(spec, ends_ms=1), 2)
+    problem(await reserve(http, item), 409, "ended")
+
+
+async def test_an_unknown_item(http: httpx.AsyncClient, item: str) -> None:
+    problem(await reserve(http, item), 404, "unknown-item")
+
+
+@pytest.mark.parametrize(("field", "value"), [("run_id", "another"), ("format", "99")])
+async def test_a_sale_that_may_not_be_trusted_is_unavailable(
+    http: httpx.AsyncClient,
+    open_sale: OpenSale,
+    redis: Redis,
+    item: str,
+    field: str,
+    value: str,
+) -> None:
+    await open_sale(item)
+    await redis.hset(ItemKeys.of(item).sale, field, value)
+    answer = await reserve(http, item)
+    problem(answer, 503, "fenced")
+    assert int(answer.headers["retry-after"]) >= 1
+    unknown = "01a208bd-5117-7f0d-b8d8-4e8e9760b87e"
+    problem(await http.get(f"/sales/{item}/reservations/{unknown}"), 503, "fenced")
+
+
+async def test_a_full_outbox_is_backpressure(
+    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, stock: Inventory, item: str
+) -> None:
+    await open_sale(item)
+    first = await reserve(http, item, key="k")
+    assert first.status_code == 202
+    fill = "for n = 1, 100000 do redis.call('XADD', KEYS[1], '*', 'id', 'x') end"
+    await redis.eval(fill, 1, ItemKeys.of(item).outbox)
+    answer = await reserve(http, item, "bob")
+    problem(answer, 503, "outbox-full")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert (await reserve(http, item, key="k")).text == first.text
+    assert await accepted(stock, item) == 1
+    await redis.delete(*(getattr(ItemKeys.of(item), key) for key in ("sale", "outbox")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"quantity": -1}, "quantity"),
+        ({"quantity": 0}, "quantity"),
+        ({"quantity": 1_001}, "quantity"),
+        ({"quantity": 10**30}, "quantity"),
+        ({"quantity": "2"}, "quantity"),
+        ({"quantity": 1.9}, "quantity"),
+        ({"quantity": 1.0}, "quantity"),
+        ({"quantity": True}, "quantity"),
+        ({"quantity": None}, "quantity"),
+        ({"quantity": ...}, "quantity"),
+        ({"userId": ...}, "userId"),
+        ({"userId": None}, "userId"),
+        ({"userId": ""}, "userId"),
+        ({"userId": 7}, "userId"),
+        ({"userId": "x" * 129}, "userId"),
+        ({"userId": "nul\x00byte"}, "userId"),
+        ({"userId": "line\n"}, "userId"),
+        ({"userId": "a,b"}, "userId"),
+        ({"userId": "päm"}, "userId"),
+        ({"itemId": ...}, "itemId"),
+        ({"itemId": "another:key"}, "itemId"),
+        ({"itemId": "}:{"}, "itemId"),
+        ({"itemId": "x" * 129}, "itemId"),
+        ({"itemId": ".hidden"}, "itemId"),
+    ],
+)
+@pytest.mark.parametrize("units", [0, 5])
+async def test_an_invalid_field_is_named_and_takes_nothing(
+    http: httpx.AsyncClient,
+    open_sale: OpenSale,
+    stock: Inventory,
+    item: str,
+    fields: dict[str, object],
+    field: str,
+    units: int,
+) -> None:
+    await open_sale(item, units)
+    good: dict[str, object] = {"userId": "ann", "itemId": item, "quantity": 1}
+    body = {name: value for name, value in (good | fields).items() if value is not ...}
+    said = problem(await http.post("/reserve", json=body), 422, "invalid-field")
+    assert said["field"] == field
+    assert field in said["detail"]
+    assert said["rule"] in said["detail"]
+    sale = (await stock.sales([item]))[item]
+    assert (sale.accepted, sale.available, sale.outbox_length) == (0, units, 0)
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"x"', b"1", b"null"])
+async def test_a_body_that_is_not_an_object(http: httpx.AsyncClient, body: bytes) -> None:
+    answer = await http.post("/reserve", content=body, headers={"Content-Type": "application/json"})
+    problem(answer, 422, "invalid-field")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"{]", b'{"userId":"\xff"}', b"NaN", TOO_DEEP])
+async def test_malformed_json(http: httpx.AsyncClient, body: bytes) -> None:
+    answer = await http.post("/reserve", content=body, headers={"Content-Type": "application/json"})
+    problem(answer, 400, "malformed-json")
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"]
+)
+async def test_another_content_type(http: httpx.AsyncClient, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = await http.post("/reserve", content=b"{}", headers=headers)
+    problem(answer, 415, "unsupported-media-type")
+
+
+async def test_a_charset_is_no_other_content_type(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item)
+    body = f'{{"userId":"ann","itemId":"{item}","quantity":1,"unknown":[{{}}]}}'
+    answer = await http.post(
+        "/reserve", content=body, headers={"Content-Type": "Application/JSON; charset=utf-8"}
+    )
+    assert answer.status_code == 202
+
+
+async def test_a_huge_body_is_refused_and_takes_nothing(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    await open_sale(item)
+    answer = await reserve(http, item, user="x" * 1_500_000)
+    problem(answer, 413, "body-too-large")
+    assert await accepted(stock, item) == 0
+
+
+@pytest.mark.parametrize("key", ["with space", "x" * 129, "a,b", "é"])
+async def test_a_bad_key_is_named(
+    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str, key: str
+) -> None:
+    await open_sale(item)
+    body = {"userId": "ann", "itemId": item, "quantity": 1}
+    answer = await http.post("/reserve", json=body, headers=[(b"Idempotency-Key", key.encode())])
+    assert problem(answer, 422, "invalid-field")["field"] == "Idempotency-Key"
+    twice = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
+    answer = await http.post("/reserve", json=body, headers=twice)
+    assert problem(answer, 422, "invalid-field")["field"] == "Idempotency-Key"
+    assert await accepted(stock, item) == 0
+
+
+async def test_other_methods_and_paths(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/reserve")
+    problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == "POST"
+    problem(await http.delete("/sales"), 405, "method-not-allowed")
+    problem(await http.get("/nothing"), 404, "not-found")
+    problem(await http.get("/metrics"), 404, "not-found")
+
+
+async def test_three_thousand_users_on_ninety_nine_units(
+    api: ApiServer, open_sale: OpenSale, stock: Inventory, item: str
+) -> None:
+    await open_sale(item, 99)
+    wanted = [
+        Attempt(f"u{n}", {"userId": f"u{n}", "itemId": item, "quantity": 1}) for n in range(3_000)
+    ]
+    journal = await stampede([api.url], wanted)
+    assert journal.outcomes() == {(202, "accepted"): 99, (409, "sold-out"): 2_901}
+    assert await accepted(stock, item) == 99
