@@ -10,6 +10,8 @@ from flashsale.errors import SettingsError
 
 PREFIX: Final = "FLASHSALE_"
 
+_PORT: Final = r"(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]\d{4}|\d{1,4})"
+
 RedisUrl = Annotated[
     str,
     Meta(
@@ -18,14 +20,18 @@ RedisUrl = Annotated[
     ),
 ]
 KafkaBootstrap = Annotated[
-    str, Meta(pattern=r"^[^\s,:]+:\d+(,[^\s,:]+:\d+)*\Z", description="host:port[,host:port…]")
+    str,
+    Meta(
+        pattern=rf"^[^\s,:]+:{_PORT}(,[^\s,:]+:{_PORT})*\Z",
+        description="host:port[,host:port...]",
+    ),
 ]
 DatabaseUrl = Annotated[
     str,
     Meta(pattern=r"^postgres(ql)?://\S+\Z", description="postgresql://user:password@host:port/db"),
 ]
 Listen = Annotated[
-    str, Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):\d{1,5}\Z", description="host:port")
+    str, Meta(pattern=rf"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):{_PORT}\Z", description="host:port")
 ]
 
 S = TypeVar("S", bound=msgspec.Struct)

@@ -2,14 +2,13 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from dev.services import Addresses, ApiServer
-from dev.stack.process import free_port
+from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
@@ -24,6 +23,7 @@ def without_kafka(redis_server: RedisServer) -> Addresses:
 def api(without_kafka: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with ApiServer(tmp_path_factory.mktemp("api"), without_kafka) as server:
         yield server
+        server.kill()  # a graceful end would wait for Kafka
 
 
 @pytest.fixture
@@ -42,8 +42,3 @@ def open_sale(stock: Inventory) -> Callable[..., Any]:
         return spec
 
     return seed
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Callable[[str], Path]:
-    return lambda name: tmp_path / name
