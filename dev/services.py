@@ -34,11 +34,12 @@ class _Service(Server):
     def __init__(
         self,
         data: Path,
-        addresses: Addresses,
+        addresses: Addresses | None = None,
         port: int | None = None,
         *,
         detached: bool = False,
     ) -> None:
+        """`addresses` may be left out of what is not started here, as in `attach`."""
         super().__init__(data, port, detached=detached)
         self._addresses = addresses
 
@@ -56,7 +57,7 @@ class _Service(Server):
     def _environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            **self._addresses.environment(),
+            **(self._addresses.environment() if self._addresses else {}),
             "FLASHSALE_LISTEN": f"127.0.0.1:{self.port}",
         }
 

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
+from dev.stack.errors import StackError
 from dev.stack.jars import LOCK_FILE, kafka_folder, kafka_version, resolve
-from dev.stack.process import StackError
+from dev.stack.kafka import rehearse
 
 _LOCK_HEADER = """\
 # Kafka and all that it needs to run: coordinates, bytes, SHA-256.
@@ -15,7 +16,9 @@ _LOCK_HEADER = """\
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.stack", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("fetch", help="download Kafka into the cache, unless it is there")
+    commands.add_parser(
+        "fetch", help="download Kafka into the cache and start it once, unless that was done"
+    )
     lock = commands.add_parser("lock", help="write kafka.lock for a version of Kafka")
     lock.add_argument("version", help="such as 4.1.2")
     chosen = parser.parse_args()
@@ -26,6 +29,7 @@ def main() -> int:
             LOCK_FILE.write_text(_LOCK_HEADER + "".join(lines))
         else:
             sys.stdout.write(f"Kafka {kafka_version()}: {kafka_folder()}\n")
+            rehearse()
     except StackError as error:
         sys.stderr.write(f"{error}\n")
         return 1

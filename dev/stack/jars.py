@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dev.stack.errors import StackError
 from dev.stack.packages import cache_folder
-from dev.stack.process import StackError
 
 LOCK_FILE = Path(__file__).with_name("kafka.lock")
 # slf4j's way to Log4j 2, whose version is the one that Kafka brings: without it nothing is logged.

@@ -7,14 +7,16 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
-from dev.stack.jars import kafka_folder, only_one
+from dev.stack.errors import StackError
+from dev.stack.jars import kafka_folder, kafka_version, only_one
 from dev.stack.packages import java, java_build, java_version
-from dev.stack.process import Server, StackError
+from dev.stack.process import Server
 
 _LOGGING = Path(__file__).with_name("log4j2.properties")
 _SEVEN_DAYS_HOURS = 7 * 24
@@ -85,8 +87,8 @@ class KafkaServer(Server):
             "group.initial.rebalance.delay.ms": "0",
             # After a kill the controller keeps the old broker's session, and refuses the new one,
             # for this long; 9 s otherwise.
-            "broker.session.timeout.ms": "3000",
-            "broker.heartbeat.interval.ms": "500",
+            "broker.session.timeout.ms": "2000",
+            "broker.heartbeat.interval.ms": "400",
             "num.network.threads": "2",
             "num.io.threads": "4",
             "background.threads": "4",
@@ -133,6 +135,10 @@ class KafkaServer(Server):
             str(java()),
             *("-Xms256m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"),
             "-Djava.awt.headless=true",
+            # What it warns of here (an archive that fits in part only, an old method of Kafka's)
+            # cannot be helped and would fill the log at every start.
+            *("-Xlog:disable", "-Xlog:all=error"),
+            *(("--sun-misc-unsafe-memory-access=allow",) if java_version(java()) >= 23 else ()),
             f"-Dlog4j2.configurationFile={_LOGGING}",
             *("-cp", f"{kafka_folder()}/*"),
             *program,
@@ -174,6 +180,10 @@ def rehearse() -> Path:
         if not folder.exists():
             part = folder.with_name(folder.name + ".part")
             part.mkdir(exist_ok=True)
+            sys.stderr.write(
+                f"Kafka {kafka_version()}: a first start, to make the later ones quick; "
+                "once, about 15 s\n"
+            )
             with TemporaryDirectory(prefix="flashsale-kafka-") as scratch:
                 with _Rehearsal(Path(scratch)) as broker:
                     shutil.copy(broker.data / "logs" / _BOOTSTRAP, part)

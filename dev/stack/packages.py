@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from dev.stack.process import StackError
+from dev.stack.errors import StackError
 
 _JAVA_AT_LEAST = 17  # Kafka 4 brokers
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from dev.stack import unprivileged
+from dev.stack.errors import StackError
 from dev.stack.packages import postgres_programs
-from dev.stack.process import Server, StackError
+from dev.stack.process import Server
 
 # Both the role, a superuser, and the database.
 _NAME = "flashsale"
@@ -60,14 +61,33 @@ class PostgresServer(Server):
     def _cluster(self) -> Path:
         return self.data / "cluster"
 
+    @property
+    def _lock(self) -> Path:
+        return self._cluster / "postmaster.pid"
+
+    def _lock_names(self, pid: int | None) -> bool:
+        """Whether PostgreSQL's own lock is of that process.
+
+        It is removed when that process is known to be dead: PostgreSQL would take whatever process
+        has its id by now for a server that runs. A lock of any other is PostgreSQL's to judge.
+        """
+        return self._lock.exists() and self._lock.read_text().split("\n", 1)[0] == str(pid)
+
+    def kill(self) -> None:
+        """Kills the server and its children without warning; returns when they are gone."""
+        pid = self.pid
+        super().kill()
+        if pid is not None and self._lock_names(pid):
+            self._lock.unlink()
+
     def _prepare(self) -> None:
         if not self._cluster.exists():
             self._initialise()
         if _is_root() and self._cluster.stat().st_uid != _nobody().pw_uid:
             for path in [self._cluster, *self._cluster.rglob("*")]:
                 os.chown(path, _nobody().pw_uid, _nobody().pw_gid)
-        # It is of the process that was killed; one that runs would have been noticed before.
-        (self._cluster / "postmaster.pid").unlink(missing_ok=True)
+        if self._lock_names(self._recorded().get("pid")):
+            self._lock.unlink()
 
     def _initialise(self) -> None:
         """Makes the cluster beside its place and moves it there, so that it is whole or absent."""

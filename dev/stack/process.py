@@ -1,14 +1,9 @@
 """A server process: started, waited for, paused, killed and stopped by the id it was given."""
 
-import atexit
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -17,17 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from dev.stack import lifeline
+from dev.stack import keeper, lifeline
+from dev.stack.errors import StackError
+from dev.stack.ports import free_port
+
+__all__ = ["START_SECONDS", "Server", "StackError", "free_port"]
 
 START_SECONDS = 60.0
 _LOG_LINES = 20
 
 # A detached server outlives its Popen, whose finaliser would warn about exactly that.
 _detached: list[subprocess.Popen[bytes]] = []
-
-
-class StackError(Exception):
-    """A server could not be had; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,23 +194,29 @@ class Server(ABC):
 
     def _spawn(self) -> None:
         command = self._command()
-        with self.log.open("ab") as log:
-            child = subprocess.Popen(
-                command,
-                cwd=self.data,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        try:
+            with self.log.open("ab") as log:
+                child = subprocess.Popen(
+                    command,
+                    cwd=self.data,
+                    env=self._environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise StackError(f"{self.name}: cannot run {command[0]}: {error}") from error
         if self.detached:
             _detached.append(child)
-        # A child that was not waited for keeps its id, so this identity is its own.
-        found = lifeline.identity(child.pid) or ""
-        self._process = _Process(child.pid, found, child)
+        # A child that was not waited for keeps its id, so this identity is its own; it has none if
+        # it has ended already.
+        identity = lifeline.identity(child.pid)
+        self._process = _Process(child.pid, identity or "", child)
+        if identity is None:
+            return
         if not self.detached:
-            _keeper.add(child.pid, found, self.orphan_signal)
+            keeper.add(child.pid, identity, self.orphan_signal)
         self._record(self._process)
 
     def _wait_until_ready(self) -> None:
@@ -246,7 +247,7 @@ class Server(ABC):
 
     def _forget(self) -> None:
         if self._process is not None:
-            _keeper.remove(self._process.pid)
+            keeper.remove(self._process.pid)
             # Another process may have started a new server here since.
             if self._recorded().get("identity") == self._process.identity:
                 self._record(None)
@@ -278,67 +279,3 @@ class Server(ABC):
             return None
         process = _Process(recorded["pid"], recorded["identity"])
         return process if process.alive() else None
-
-
-class _Keeper:
-    """This process's end of the lifeline, made when the first server needs it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-
-    def add(self, pid: int, identity: str, first: signal.Signals) -> None:
-        self._tell(f"+ {pid} {first.value} {identity}\n")
-
-    def remove(self, pid: int) -> None:
-        if self._child is not None and self._owner == os.getpid():
-            with suppress(BrokenPipeError):
-                self._tell(f"- {pid}\n")
-
-    def close(self) -> None:
-        """Ends the servers that are left and waits for it."""
-        with self._lock:
-            if self._child is not None and self._owner == os.getpid():
-                self._child.communicate()
-            self._child = None
-
-    def _tell(self, line: str) -> None:
-        with self._lock:
-            if self._child is None or self._owner != os.getpid():
-                self._owner = os.getpid()
-                self._child = subprocess.Popen(
-                    [sys.executable, "-I", "-S", lifeline.__file__, str(self._owner)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,
-                    bufsize=0,
-                )
-            if self._child.stdin is not None:
-                self._child.stdin.write(line.encode())
-
-
-_keeper = _Keeper()
-atexit.register(_keeper.close)
-
-
-def free_port(besides: frozenset[int] = frozenset()) -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on.
-
-    It lies below the range that the kernel takes outgoing ports from, where there is room: a client
-    that keeps calling a server that is down may otherwise be given the server's own port, be
-    connected to itself, and keep the server from starting again.
-    """
-    try:
-        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except FileNotFoundError:
-        first = 49152  # where IANA's dynamic range, and that of macOS, begins
-    below = range(max(first - 12_000, 10_000), first)
-    candidates = random.sample(below, 100) if len(below) > 1000 else []
-    for candidate in [*candidates, 0]:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", candidate))
-            port: int = probe.getsockname()[1]
-            if port not in besides:
-                return port
-    raise StackError("no free port on 127.0.0.1; end some servers")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from dev.stack.errors import StackError
 from dev.stack.packages import redis_binaries
-from dev.stack.process import Server, StackError
+from dev.stack.process import Server
 
 
 class RedisServer(Server):

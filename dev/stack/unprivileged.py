@@ -11,7 +11,8 @@ import ctypes
 import os
 import sys
 
-_PR_SET_KEEPCAPS = 8
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
 _CAP_DAC_OVERRIDE = 1
@@ -25,7 +26,7 @@ def _become(uid: int, gid: int) -> None:
 
 
 def _keep_reach(libc: ctypes.CDLL) -> None:
-    """Makes the one capability survive exec. Raises OSError where the system does not allow it."""
+    """Drops all capabilities but one, which survives exec. Raises OSError where that may not be."""
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
     bit = 1 << _CAP_DAC_OVERRIDE
     # Effective, permitted, inheritable; then the upper 32 capabilities: none.
@@ -44,7 +45,9 @@ def main() -> None:
     uid, gid, reach = (int(word) for word in sys.argv[1:4])
     if reach:
         libc = ctypes.CDLL(None, use_errno=True)
-        _check(libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0))
+        # Keeps capabilities over setuid, and lets access(2), which PostgreSQL asks about its own
+        # programs, see them: it leaves them out for all but root otherwise.
+        _check(libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
         _become(uid, gid)
         _keep_reach(libc)
     else:

@@ -1,0 +1,98 @@
+"""Whether what a crowd was promised is what the ledger has."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import asyncpg
+
+from dev.crowd import Journal
+from dev.services import Addresses
+from flashsale import events, inventory, ledger
+from flashsale_operator import topic
+
+QUIET_SECONDS: Final = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the ledger says of what the crowd was promised.
+
+    `sold`, `allocated` and `oversold` are units; `lost` counts promised reservations without a row,
+    `duplicates` users above the sale's limit and keys that were given two reservations.
+    """
+
+    sold: int
+    allocated: int
+    oversold: int
+    lost: int
+    duplicates: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether every promise was kept."""
+        return not (self.oversold or self.lost or self.duplicates)
+
+    def __str__(self) -> str:
+        return (
+            f"sold {self.sold} of {self.allocated}, oversold {self.oversold}, "
+            f"lost {self.lost}, duplicates {self.duplicates}"
+        )
+
+
+async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
+    """Waits until the items' outboxes are empty and the ledger has read all of the topic."""
+    client = inventory.connect(addresses.redis_url)
+    pool = await ledger.connect(addresses.database_url)
+    try:
+        async with asyncio.timeout(QUIET_SECONDS):
+            while True:
+                waiting = await inventory.Inventory(client).outbox_lengths(items)
+                partitions = await topic.spans(addresses.kafka_bootstrap)
+                stored = await ledger.stored_offsets(pool, events.TOPIC)
+                if not any(waiting.values()) and all(
+                    stored.get(number, span.first) >= span.end
+                    for number, span in partitions.items()
+                ):
+                    return
+                await asyncio.sleep(0.1)
+    finally:
+        await pool.close()
+        await client.aclose()
+
+
+async def judge(
+    addresses: Addresses, sale_id: str, journal: Journal
+) -> tuple[Verdict, dict[str, float]]:
+    """The verdict on one sale, and when each of its reservations was recorded (Unix seconds)."""
+    connection = await asyncpg.connect(addresses.database_url)
+    try:
+        sale = await connection.fetchrow(
+            "SELECT allocated, max_per_user FROM sales WHERE sale_id = $1", sale_id
+        )
+        rows = await connection.fetch(
+            "SELECT reservation_id::text AS id, user_id, quantity, recorded_at FROM reservations "
+            "WHERE sale_id = $1 AND state = 'accepted'",
+            sale_id,
+        )
+    finally:
+        await connection.close()
+    if sale is None:
+        raise LookupError(f"the ledger has no sale {sale_id}")
+    promised = journal.accepted()
+    recorded = {row["id"]: row["recorded_at"].timestamp() for row in rows}
+    sold = sum(row["quantity"] for row in rows)
+    held: Counter[str] = Counter()
+    for row in rows:
+        held[row["user_id"]] += row["quantity"]
+    above = sum(units > sale["max_per_user"] for units in held.values())
+    verdict = Verdict(
+        sold=sold,
+        allocated=sale["allocated"],
+        oversold=max(0, sold - sale["allocated"]),
+        lost=len(promised.keys() - recorded.keys()),
+        duplicates=above + len(journal.broken_keys()),
+    )
+    return verdict, recorded

@@ -1,0 +1,194 @@
+"""From POST /reserve to a row in the ledger, while parts of the way die, stop and come back."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from dev.crowd import Attempt, Journal, stampede
+from dev.verdict import Verdict, judge, quiet
+from tests.integration.conftest import Engine
+
+pytestmark = pytest.mark.slow
+
+BUYERS = 6_000
+
+
+def buyers(item: str, number: int = BUYERS, quantity: int = 1) -> list[Attempt]:
+    """Every buyer asks twice under one key, somewhere in the crowd."""
+    crowd = [
+        Attempt(
+            f"user-{n}", {"userId": f"user-{n}", "itemId": item, "quantity": quantity}, f"key-{n}"
+        )
+        for n in range(number)
+    ] * 2
+    random.Random(item).shuffle(crowd)
+    return crowd
+
+
+@asynccontextmanager
+async def a_crowd(engine: Engine, crowd: list[Attempt]) -> AsyncIterator[Journal]:
+    """The body runs once the crowd is under way; the journal is whole after it."""
+    journal = Journal()
+    coming = asyncio.create_task(
+        stampede(engine.urls, crowd, connections=40, tries=40, journal=journal)
+    )
+    try:
+        async with asyncio.timeout(60):
+            while len(journal.entries) < len(crowd) // 10 and not coming.done():
+                await asyncio.sleep(0.01)
+        yield journal
+        await coming
+    finally:
+        coming.cancel()
+
+
+async def settled(engine: Engine, item: str, journal: Journal) -> Verdict:
+    """The verdict once everything has arrived; the audit must agree."""
+    await quiet(engine.addresses, [item])
+    verdict, _ = await judge(engine.addresses, f"default/{item}", journal)
+    assert verdict.kept, verdict
+    audit = await engine.ctl("audit", item)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert " ok" in audit.stdout
+    return verdict
+
+
+def given_up(journal: Journal) -> set[str]:
+    """Users who never got a final answer."""
+    final = {entry.attempt.user_id for entry in journal.entries if entry.status in (202, 409)}
+    return {entry.attempt.user_id for entry in journal.entries} - final
+
+
+async def test_two_apis_and_two_consumers_sell_exactly_the_stock(engine: Engine, item: str) -> None:
+    await engine.apply(item, stock=99)
+    async with a_crowd(engine, buyers(item)) as journal:
+        pass
+    assert not given_up(journal)
+    verdict = await settled(engine, item, journal)
+    assert (verdict.sold, verdict.allocated) == (99, 99)
+    assert {entry.status for entry in journal.entries} == {202, 409}
+
+
+Fault = Callable[[Engine], Awaitable[None]]
+
+
+async def kill_an_api(engine: Engine) -> None:
+    engine.apis[0].kill()
+    await asyncio.to_thread(engine.apis[0].start)
+
+
+async def kill_a_consumer(engine: Engine) -> None:
+    engine.consumers[0].kill()
+    await asyncio.to_thread(engine.consumers[0].start)
+
+
+async def stop_both_consumers(engine: Engine) -> None:
+    for consumer in engine.consumers:
+        await asyncio.to_thread(consumer.stop)
+    for consumer in engine.consumers:
+        await asyncio.to_thread(consumer.start)
+
+
+async def restart_postgres(engine: Engine) -> None:
+    await asyncio.to_thread(engine.postgres.stop)
+    await asyncio.sleep(1)
+    await asyncio.to_thread(engine.postgres.start)
+
+
+async def make_postgres_read_only(engine: Engine) -> None:
+    async def set_to(value: str) -> None:
+        admin = await asyncpg.connect(engine.addresses.database_url)
+        await admin.execute("SET default_transaction_read_only = off")
+        await admin.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+        await admin.execute("SELECT pg_reload_conf()")
+        await admin.close()
+
+    await set_to("on")
+    await asyncio.sleep(2)
+    await set_to("off")
+
+
+async def restart_kafka(engine: Engine) -> None:
+    await asyncio.to_thread(engine.kafka.stop)
+    await asyncio.to_thread(engine.kafka.start)
+
+
+async def kill_kafka(engine: Engine) -> None:
+    engine.kafka.kill()
+    await asyncio.to_thread(engine.kafka.start)
+
+
+async def freeze_an_api(engine: Engine) -> None:
+    engine.apis[1].pause()
+    await asyncio.sleep(2)
+    engine.apis[1].resume()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        kill_an_api,
+        freeze_an_api,
+        kill_a_consumer,
+        stop_both_consumers,
+        restart_postgres,
+        make_postgres_read_only,
+        restart_kafka,
+        kill_kafka,
+    ],
+)
+async def test_nothing_is_lost_or_sold_twice(engine: Engine, item: str, fault: Fault) -> None:
+    await engine.apply(item, stock=BUYERS // 2)
+    async with a_crowd(engine, buyers(item)) as journal:
+        await fault(engine)
+    assert not given_up(journal)
+    verdict = await settled(engine, item, journal)
+    assert verdict.sold == BUYERS // 2
+    # Buyers do not wait for Kafka or PostgreSQL.
+    if fault not in (kill_an_api, freeze_an_api):
+        assert {entry.status for entry in journal.entries} == {202, 409}
+
+
+async def test_redis_killed_in_the_middle_is_fenced_and_reopened_when_nothing_is_missing(
+    engine: Engine, item: str
+) -> None:
+    await engine.apply(item, stock=10 * BUYERS)
+    # The crowd pauses while the append-only file is written (everysec): what Redis forgets then is
+    # the rebuild's to find, not a reopening's.
+    async with a_crowd(engine, buyers(item, 1_000)) as journal:
+        pass
+    await asyncio.sleep(2)
+    engine.redis.kill()
+    await asyncio.to_thread(engine.redis.start)
+    fenced = await stampede(engine.urls, buyers(item, 50), connections=5)
+    assert {entry.status for entry in fenced.entries} == {503}
+    await quiet(engine.addresses, [item])
+    applied = await engine.apply(item, stock=10 * BUYERS)
+    assert "reopened" in applied.stdout
+    journal.entries += (await stampede(engine.urls, buyers(item, 2_000), tries=5)).entries
+    verdict = await settled(engine, item, journal)
+    assert verdict.sold == 2_000
+
+
+async def test_restock_shorten_pause_and_apply_again_in_the_middle_of_a_crowd(
+    engine: Engine, item: str
+) -> None:
+    await engine.apply(item, stock=100)
+    most = 400
+    async with a_crowd(engine, buyers(item, 20_000)) as journal:
+        for spec in (
+            {"stock": 300},
+            {"stock": 300},
+            {"stock": 50},
+            {"stock": 200, "paused": "true"},
+            {"stock": most},
+        ):
+            await engine.apply(item, below_held=True, **spec)
+    final = await stampede(engine.urls, buyers(item, most + 50), tries=5)
+    journal.entries += final.entries
+    verdict = await settled(engine, item, journal)
+    assert verdict.sold == verdict.allocated == most

@@ -1,0 +1,129 @@
+"""The three servers as one kind of thing: made, written to by a real client, read from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import asyncpg
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from redis.asyncio import Redis
+
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
+
+S = TypeVar("S", bound=Server)
+
+
+class Kind(ABC, Generic[S]):
+    """One of the three, with the least that proves that it works."""
+
+    server: type[S]
+
+    def make(self, data: Path, port: int | None = None) -> S:
+        return self.server(data, port)
+
+    @abstractmethod
+    async def write(self, server: S, text: str) -> None:
+        """Stores the text where `read` finds it, acknowledged as durable as this server is."""
+
+    @abstractmethod
+    async def read(self, server: S) -> str:
+        """The text that was stored."""
+
+
+class RedisKind(Kind[RedisServer]):
+    server = RedisServer
+
+    def make(self, data: Path, port: int | None = None) -> RedisServer:
+        return RedisServer(data, port, appendfsync="always")
+
+    async def write(self, server: RedisServer, text: str) -> None:
+        async with Redis.from_url(server.url) as client:
+            await client.set("text", text)
+
+    async def read(self, server: RedisServer) -> str:
+        async with Redis.from_url(server.url) as client:
+            stored = await client.get("text")
+            assert isinstance(stored, bytes)
+            return stored.decode()
+
+
+class PostgresKind(Kind[PostgresServer]):
+    server = PostgresServer
+
+    def make(self, data: Path, port: int | None = None) -> PostgresServer:
+        return PostgresServer(data, port, durable=False)
+
+    async def write(self, server: PostgresServer, text: str) -> None:
+        connection = await asyncpg.connect(server.url)
+        try:
+            await connection.execute("CREATE TABLE texts (text text)")
+            await connection.execute("INSERT INTO texts VALUES ($1)", text)
+        finally:
+            await connection.close()
+
+    async def read(self, server: PostgresServer) -> str:
+        connection = await asyncpg.connect(server.url)
+        try:
+            return str(await connection.fetchval("SELECT text FROM texts"))
+        finally:
+            await connection.close()
+
+
+class KafkaKind(Kind[KafkaServer]):
+    server = KafkaServer
+
+    async def write(self, server: KafkaServer, text: str) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=server.bootstrap)
+        await admin.start()
+        try:
+            await admin.create_topics([NewTopic("texts", 1, 1)])
+        finally:
+            await admin.close()
+        producer = AIOKafkaProducer(bootstrap_servers=server.bootstrap, acks="all")
+        await producer.start()
+        try:
+            await producer.send_and_wait("texts", text.encode())
+        finally:
+            await producer.stop()
+
+    async def read(self, server: KafkaServer) -> str:
+        consumer = AIOKafkaConsumer(bootstrap_servers=server.bootstrap)
+        await consumer.start()
+        try:
+            partition = TopicPartition("texts", 0)
+            consumer.assign([partition])
+            await consumer.seek_to_beginning(partition)
+            record = await consumer.getone()
+            return bytes(record.value).decode()
+        finally:
+            await consumer.stop()
+
+
+LIGHT = [pytest.param(RedisKind(), id="redis"), pytest.param(PostgresKind(), id="postgres")]
+ALL = [*LIGHT, pytest.param(KafkaKind(), id="kafka", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=ALL)
+def kind(request: pytest.FixtureRequest) -> Kind[Any]:
+    """Each of the three in turn."""
+    found: Kind[Any] = request.param
+    return found
+
+
+@pytest.fixture(params=LIGHT)
+def light_kind(request: pytest.FixtureRequest) -> Kind[Any]:
+    """Those of the three that start at once: enough where the server itself makes no difference."""
+    found: Kind[Any] = request.param
+    return found
+
+
+@pytest.fixture
+def cleanup() -> Iterator[Callable[[Server], None]]:
+    """Kills, after the test, the servers it is told of."""
+    servers: list[Server] = []
+    yield servers.append
+    for server in servers:
+        server.kill()

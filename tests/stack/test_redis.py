@@ -1,0 +1,36 @@
+"""What is Redis' own."""
+
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from dev.stack.packages import redis_binaries
+from dev.stack.servers import RedisServer, StackError
+
+
+@pytest.mark.parametrize("name", redis_binaries())
+async def test_every_server_binary_there_is_works(name: str, tmp_path: Path) -> None:
+    with RedisServer(tmp_path, binary=redis_binaries()[name]) as server:
+        async with Redis.from_url(server.url) as client:
+            settings = await client.config_get("maxmemory-policy", "appendonly", "appendfsync")
+            assert settings == {
+                "maxmemory-policy": "noeviction",
+                "appendonly": "yes",
+                "appendfsync": "everysec",
+            }
+            modules = {module[b"name"] for module in await client.module_list()}
+            assert b"graph" not in modules, "FalkorDB's module was loaded"
+
+
+async def test_settings_of_the_caller_are_used(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, appendfsync="always", options=("--maxmemory", "64mb")) as server:
+        async with Redis.from_url(server.url) as client:
+            settings = await client.config_get("appendfsync", "maxmemory")
+            assert settings == {"appendfsync": "always", "maxmemory": str(64 << 20)}
+
+
+def test_the_environment_names_the_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSALE_REDIS_SERVER", str(tmp_path / "absent"))
+    with pytest.raises(StackError, match=r"cannot run .*absent"):
+        RedisServer(tmp_path).start()
