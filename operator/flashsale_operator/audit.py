@@ -182,9 +182,7 @@ def _within_redis(facts: Facts) -> list[str]:
         return differences
     after = row if facts.after is None else facts.after.row
     if sale.revision < row.revision and not ended(sale, server.now_ms):
-        differences.append(
-            f"Redis has revision {sale.revision} of {row.revision}: apply the sale again"
-        )
+        differences.append(f"Redis has revision {sale.revision} of {row.revision}")
     elif sale.revision > after.revision:
         differences.append(f"the ledger has revision {after.revision} of {sale.revision}")
     elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.held):

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +17,14 @@ import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from flashsale import events, ledger, settings
+from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Inventory, connect
-from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
+from flashsale.sale import SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaBootstrap, RedisUrl
-from flashsale_operator import audit, manifest, topic
+from flashsale_operator import audit, manifest, tables, topic
 from flashsale_operator.manifest import ManifestError
-from flashsale_operator.reconcile import Reason, Verification, spec_of, state_of
+from flashsale_operator.reconcile import Verification
 from flashsale_operator.steward import Report, Steward, UnknownSale, refuse_eviction
 from flashsale_operator.verification import Barrier
 
@@ -105,35 +104,9 @@ async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         items.update([options.item] if options.item else await clients.inventory.items())
         server = await clients.inventory.server()
         held = await clients.inventory.sales(sorted(items))
-    known = {row.sale_id for row in rows}
-    sales: list[tuple[SaleRow | None, Sale | None]] = [(row, held.get(row.item_id)) for row in rows]
-    sales += [(None, sale) for sale in held.values() if sale.sale_id not in known]
-    if not sales:
+    if not rows and not held:
         raise UnknownSale("there are no sales" if options.item is None else _no_such(options.item))
-    lines = []
-    for row, holder in sales:
-        sale = holder if row is None or (holder and holder.sale_id == row.sale_id) else None
-        spec = spec_of(row) if row is not None else None
-        one = sale or spec
-        assert one is not None  # noqa: S101 - a sale is in one store at least
-        lines.append(
-            (
-                one.item_id,
-                one.sale_id,
-                state_of(row, holder, server),
-                sale.allocated if sale else row and row.allocated,
-                sale and sale.available,
-                sale and sale.accepted,
-                row and row.accepted,
-                one.starts_ms and rfc3339_of_ms(one.starts_ms),
-                one.ends_ms and rfc3339_of_ms(one.ends_ms),
-            )
-        )
-    _print_table(
-        ("ITEM", "SALE", "STATE", "ALLOCATED", "AVAILABLE", "ACCEPTED", "RECORDED", "STARTS",
-         "ENDS"),
-        sorted(lines, key=lambda line: (str(line[0]), str(line[1]))),
-    )  # fmt: skip
+    print(tables.of_sales(rows, held, server))
     return 0
 
 
@@ -148,27 +121,7 @@ async def _audit(options: argparse.Namespace, environ: Mapping[str, str]) -> int
         )
     if options.item is not None and not found.findings:
         raise UnknownSale(_no_such(options.item))
-    _print_table(
-        ("SALE", "ITEM", "STATE", "ALLOCATED", "ACCEPTED", "RECORDED", "OUTBOX", "LAG", "VERDICT"),
-        [
-            (
-                finding.sale_id,
-                finding.item_id,
-                finding.state,
-                finding.allocated,
-                finding.accepted,
-                finding.recorded,
-                finding.outbox,
-                finding.lag,
-                ": ".join(
-                    [finding.verdict, *(["; ".join(finding.notes)] if finding.notes else [])]
-                ),
-            )
-            for finding in found.findings
-        ],
-    )
-    for fault in found.topic_faults:
-        print(f"topic {events.TOPIC} DISAGREES: {fault}")
+    print(tables.of_audit(found))
     return 0 if found.agrees else 1
 
 
@@ -283,33 +236,8 @@ async def _never_verify(sale_id: str, item_id: str) -> Verification:
 
 def _print_report(report: Report) -> int:
     """Prints a line; returns the exit code that it means."""
-    reason = (
-        "" if report.ready or report.reason.value == report.state.value else f" ({report.reason})"
-    )
-    line = f"sale {report.sale_id} {report.applied}: {report.state}{reason}, {report.message}"
-    if report.ready:
-        print(line)
-        return 0
-    after = _NEXT.get(report.reason, "").format(item=report.item_id)
-    print(f"{line}{after and '. '}{after}", file=sys.stderr)
-    return 1
-
-
-_NEXT: Final = {
-    Reason.FENCED: "Nothing is accepted until it is shown to be whole: apply it again, or look "
-    "with `flashsalectl audit {item}`",
-    Reason.ITEM_CONFLICT: "Apply it again when that sale is closed (`flashsalectl close {item}`) "
-    "and recorded",
-    Reason.SUPERSEDED: "Apply it again if this manifest is the one that counts",
-}
-
-
-def _print_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    table = [head, *(["-" if word is None else str(word) for word in line] for line in lines)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    for line in table:
-        words = (word.ljust(width) for word, width in zip(line, widths, strict=True))
-        print("   ".join(words).rstrip())
+    print(tables.line_of(report), file=sys.stdout if report.ready else sys.stderr)
+    return 0 if report.ready else 1
 
 
 def _progress(line: str) -> None:

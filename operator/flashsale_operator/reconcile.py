@@ -40,7 +40,6 @@ class Reason(StrEnum):
     SALE_ENDED = "SaleEnded"
     FENCED = "Fenced"
     SUPERSEDED = "Superseded"
-    LEDGER_BEHIND = "LedgerBehind"
     UNSETTLED = "Unsettled"
 
 
@@ -67,8 +66,8 @@ Verification = Verified | Differs
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The ledger and Redis around one sale. Redis is read first, so that its revision is never
-    above the row's unless the ledger lost something.
+    """The ledger and Redis around one sale. Redis is read first, so that its revision is above
+    the row's only if the ledger lost something.
 
     `row` is the sale's own, `others` are the other rows of the item; `sale` is what Redis holds
     for the item, maybe another sale. `written` is the revision that this reconcile wrote: 1 says
@@ -85,9 +84,14 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class WriteRow:
-    """Write the manifest into the ledger, if the item's other rows are still `others`."""
+    """Write the manifest into the ledger, if the item's other rows are still `others`.
+
+    The row's revision goes above `above`: a ledger that was restored from a backup has a lower one
+    than Redis, which would refuse it.
+    """
 
     others: tuple[SaleRow, ...]
+    above: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,23 +179,16 @@ def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:  # n
     """Redis has the sale."""
     row, server = observed.row, observed.server
     state = State(sale.state(server.now_ms, server.run_id))
-    if row is None or row.revision < sale.revision:
-        knows = "no row of it" if row is None else f"only revision {row.revision}"
-        return Done(
-            state,
-            Reason.LEDGER_BEHIND,
-            f"Redis has revision {sale.revision} of the sale and the ledger {knows}: it is another "
-            "database, or was restored from a backup",
-        )
     over = ended(sale, server.now_ms)
-    if not over and (row.closed or _asks_differently(row, spec)):
-        return WriteRow(observed.others)
+    behind = row is None or row.revision < sale.revision
+    if over and (behind or state is not State.FENCED):
+        return _ended(row, spec, sale.ends_ms)
+    if row is None or behind or (not over and (row.closed or _asks_differently(row, spec))):
+        return WriteRow(observed.others, above=sale.revision)
     if state is State.FENCED:
         if sale.torn:
             return _fenced("some of its keys are gone from Redis: it must be rebuilt")
         return _decide_unverified(observed, Apply(row))
-    if over:
-        return _ended(row, spec, sale.ends_ms)
     wanted = "paused" if row.paused else "open"
     if (
         sale.revision != row.revision
@@ -233,8 +230,7 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
 
 def _decide_unverified(observed: Observed, trusted: Apply) -> Action:
     """`trusted`, once it is verified that nothing is missing."""
-    verification = observed.verification
-    match verification:
+    match observed.verification:
         case Verified(accepted, run_id) if run_id == observed.server.run_id:
             if trusted.may_seed:
                 return trusted if accepted == 0 else Verify()
@@ -247,11 +243,16 @@ def _decide_unverified(observed: Observed, trusted: Apply) -> Action:
 
 def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
     """What keeps the sale from its item, in words."""
-    sale = observed.sale
+    sale, server = observed.sale, observed.server
+    rivals = [
+        other.sale_id
+        for other in observed.others
+        if not other.finished(now) and not (sale and sale.sale_id == other.sale_id)
+    ]
+    if rivals:
+        return f"{spec.item_id} is sold by {' and '.join(rivals)}"
     if sale is None:
-        rivals = [other.sale_id for other in observed.others if not other.finished(now)]
-        return f"{spec.item_id} is sold by {' and '.join(rivals)}" if rivals else None
-    server = observed.server
+        return None
     if not sale.finished(server.now_ms):
         state = sale.state(server.now_ms, server.run_id)
         return f"{spec.item_id} is sold by {sale.sale_id}, which is {state}"
@@ -268,9 +269,9 @@ def _asks_differently(row: SaleRow, spec: SaleSpec) -> bool:
     return spec_of(row) != spec
 
 
-def _ended(row: SaleRow, spec: SaleSpec, ends_ms: int | None) -> Done:
+def _ended(row: SaleRow | None, spec: SaleSpec, ends_ms: int | None) -> Done:
     at = "before" if ends_ms is None else f"at {rfc3339_of_ms(ends_ms)}"
-    if not _asks_differently(row, spec):
+    if row is not None and not _asks_differently(row, spec):
         return Done(State.ENDED, Reason.APPLIED, f"it ended {at}")
     return Done(
         State.ENDED,

@@ -2,7 +2,7 @@
 twice; the only writer of what a manifest says into the ledger's `sales`.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,23 +42,24 @@ _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sal
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
                         ends_at, paused, revision, capacity)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $4)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4)
 ON CONFLICT (sale_id) DO UPDATE SET
   display_name = excluded.display_name, allocated = excluded.allocated,
   max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
   ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
-  revision = s.revision + 1,
+  revision = greatest(s.revision, $9) + 1,
   capacity = greatest(s.capacity, excluded.allocated + s.released), updated_at = now()
 WHERE s.item_id = excluded.item_id
-  AND (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed)
-      IS DISTINCT FROM
-      (excluded.display_name, excluded.allocated, excluded.max_per_user, excluded.starts_at,
-       excluded.ends_at, excluded.paused, false)
+  AND (s.revision < $9
+       OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed)
+          IS DISTINCT FROM
+          (excluded.display_name, excluded.allocated, excluded.max_per_user, excluded.starts_at,
+           excluded.ends_at, excluded.paused, false))
 RETURNING revision
 """
 _CLOSE: Final = """
-UPDATE sales SET closed = true, revision = revision + 1, updated_at = now()
-WHERE sale_id = $1 AND NOT closed
+UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
+WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
 
 
@@ -111,8 +112,8 @@ class Steward:
         for _ in range(MAX_STEPS):
             observed = await self._observe(spec, written, verification)
             match decide(spec, observed):
-                case WriteRow(others):
-                    written = await self._write_row(spec, others) or written
+                case WriteRow() as step:
+                    written = await self._write_row(spec, step) or written
                 case Verify():
                     verification = await self._verify(spec.sale_id, spec.item_id)
                 case Apply() as step:
@@ -140,36 +141,30 @@ class Steward:
 
         Raises `UnknownSale` if the ledger has no row of it.
         """
-        async with ledger.translated():
-            await self._pool.execute(_CLOSE, sale_id)
-        closed = Closed.STALE
-        row = await ledger.sale(self._pool, sale_id)
-        while row is not None and row.closed and closed is Closed.STALE:
-            closed = await self._inventory.close(row.item_id, sale_id, row.revision)
-            if closed is Closed.UNSUPPORTED:
-                raise ContractViolation(
-                    f"{row.item_id}: Redis has a sale that this version cannot read"
-                )
-            if closed is Closed.STALE:
-                behind, row = row.revision, await ledger.sale(self._pool, sale_id)
-                if row is not None and row.revision == behind:
-                    break
-        if row is None:
-            raise UnknownSale(f"{sale_id}: the ledger has no such sale")
+        row = await self._close_row(sale_id)
+        closed = await self._inventory.close(row.item_id, sale_id, row.revision)
         server = await self._inventory.server()
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
-        reason, message = Reason.CLOSED, f"{row.accepted} units recorded"
-        if not row.closed:
-            reason, message = Reason.SUPERSEDED, "it was applied again meanwhile"
-        elif closed is Closed.STALE:
-            reason = Reason.LEDGER_BEHIND
-            message = f"Redis has a higher revision of it than the ledger's {row.revision}"
+        if closed is Closed.STALE and sale is not None:
+            row = await ledger.sale(self._pool, sale_id) or row
+            if row.closed:
+                # Not another apply: the ledger is an older copy, below Redis' revision.
+                row = await self._close_row(sale_id, above=sale.revision)
+                closed = await self._inventory.close(row.item_id, sale_id, row.revision)
+                sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        if closed is Closed.UNSUPPORTED:
+            raise ContractViolation(
+                f"{row.item_id}: Redis has a sale that this version cannot read"
+            )
+        superseded = not row.closed or closed is Closed.STALE
         return Report(
             sale_id=sale_id,
             item_id=row.item_id,
             state=state_of(row, sale, server),
-            reason=reason,
-            message=message,
+            reason=Reason.SUPERSEDED if superseded else Reason.CLOSED,
+            message="it was applied again meanwhile"
+            if superseded
+            else f"{row.accepted} units recorded",
             applied=closed,
             sale=sale,
             row=row,
@@ -208,7 +203,15 @@ class Steward:
             verification=verification,
         )
 
-    async def _write_row(self, spec: SaleSpec, others: Sequence[SaleRow]) -> int | None:
+    async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
+        async with ledger.translated():
+            await self._pool.execute(_CLOSE, sale_id, above)
+        row = await ledger.sale(self._pool, sale_id)
+        if row is None:
+            raise UnknownSale(f"{sale_id}: the ledger has no such sale; apply its manifest first")
+        return row
+
+    async def _write_row(self, spec: SaleSpec, step: WriteRow) -> int | None:
         """Writes the manifest into the ledger; returns the new revision, or None if the row says
         the same already or the item's other rows are not what was observed.
         """
@@ -220,7 +223,7 @@ class Steward:
             await connection.execute(_LOCK_ITEM, spec.item_id)
             there = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
             if {(r["sale_id"], r["revision"]) for r in there} != {
-                (other.sale_id, other.revision) for other in others
+                (other.sale_id, other.revision) for other in step.others
             }:
                 return None
             revision: int | None = await connection.fetchval(
@@ -233,6 +236,7 @@ class Steward:
                 None if spec.starts_ms is None else utc_of_ms(spec.starts_ms),
                 None if spec.ends_ms is None else utc_of_ms(spec.ends_ms),
                 spec.paused,
+                step.above,
             )
             return revision
 

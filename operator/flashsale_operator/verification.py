@@ -97,8 +97,8 @@ class Barrier:
         for pod in await heartbeat.living(self._redis):
             if pod.sampled_ms < sampled_from_ms:
                 found.append(f"pod {pod.pod_id} has not said what it holds")
-            elif pod.unacknowledged:
-                found.append(f"pod {pod.pod_id} holds {pod.unacknowledged} events")
+            elif events_held := pod.unacknowledged.get(item_id, 0):
+                found.append(f"pod {pod.pod_id} holds {events_held} events")
         return tuple(found)
 
     async def _unread(self, topic: Mapping[int, Span]) -> _Differences:

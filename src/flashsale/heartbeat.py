@@ -28,10 +28,13 @@ before it.
 
 
 class Heartbeat(msgspec.Struct, frozen=True, rename="camel"):
-    """`unacknowledged` events held in the pod's memory at `sampled_ms` of Redis' clock."""
+    """`unacknowledged`: events by item, held in the pod's memory at `sampled_ms` of Redis' clock.
+
+    By item, since a fenced sale accepts nothing new and comes to rest while others sell on.
+    """
 
     pod_id: str
-    unacknowledged: int
+    unacknowledged: dict[str, int]
     sampled_ms: int
 
 

@@ -75,7 +75,13 @@ async def translated() -> AsyncIterator[None]:
         if (error.sqlstate or "")[:2] in ("22", "23"):
             raise
         raise LedgerUnavailable(f"the ledger refused: {error}") from error
-    except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except (
+        asyncpg.InterfaceError,
+        # A connection that the server ended while it was idle, used before its end was read.
+        asyncpg.InternalClientError,
+        OSError,
+        TimeoutError,
+    ) as error:
         raise LedgerUnavailable(f"the ledger is away: {error or type(error).__name__}") from error
 
 

@@ -12,10 +12,13 @@ PREFIX: Final = "FLASHSALE_"
 
 _PORT: Final = r"(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]\d{4}|\d{1,4})"
 
+_HOST: Final = r"(\[[0-9a-fA-F:]+\]|[^\s:/@?,\[\]]+)"
+_USER: Final = r"([^\s/@]*@)?"
+
 RedisUrl = Annotated[
     str,
     Meta(
-        pattern=r"^rediss?://[^\s/]+(/\d+)?\Z",
+        pattern=rf"^rediss?://{_USER}{_HOST}(:{_PORT})?(/\d+)?\Z",
         description="redis://[user:password@]host:port/db, or rediss:// for TLS",
     ),
 ]
@@ -28,11 +31,12 @@ KafkaBootstrap = Annotated[
 ]
 DatabaseUrl = Annotated[
     str,
-    Meta(pattern=r"^postgres(ql)?://\S+\Z", description="postgresql://user:password@host:port/db"),
+    Meta(
+        pattern=rf"^postgres(ql)?://{_USER}{_HOST}(:{_PORT})?(,{_HOST}(:{_PORT})?)*(/\S*)?\Z",
+        description="postgresql://user:password@host:port/db",
+    ),
 ]
-Listen = Annotated[
-    str, Meta(pattern=rf"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):{_PORT}\Z", description="host:port")
-]
+Listen = Annotated[str, Meta(pattern=rf"^{_HOST}:{_PORT}\Z", description="host:port")]
 
 S = TypeVar("S", bound=msgspec.Struct)
 

@@ -228,7 +228,7 @@ async def test_a_heartbeat_says_what_kafka_has_not_acknowledged(
     await asyncio.to_thread(api.start)
     client = inventory.connect(redis_here.url)
 
-    async def beats(unacknowledged: int) -> None:
+    async def beats(unacknowledged: dict[str, int]) -> None:
         async with asyncio.timeout(60):
             while True:
                 since_ms = (await stock_here.server()).now_ms
@@ -238,11 +238,11 @@ async def test_a_heartbeat_says_what_kafka_has_not_acknowledged(
                     return
                 await asyncio.sleep(0.1)
 
-    await beats(0)
+    await beats({})
     await stampede([api.url], a_crowd(25))
-    await beats(25)
+    await beats({ITEM: 25})
     await start_kafka(kafka_here)
-    await beats(0)
+    await beats({})
     api.kill()
     async with asyncio.timeout(60):
         while await heartbeat.living(client):

@@ -179,7 +179,7 @@ async def test_restock_shorten_pause_and_apply_again_in_the_middle_of_a_crowd(
 ) -> None:
     await engine.apply(item, stock=100)
     most = 400
-    async with a_crowd(engine, buyers(item, 20_000)) as journal:
+    async with a_crowd(engine, buyers(item, 6_000)) as journal:
         for spec in (
             {"stock": 300},
             {"stock": 300},

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections import deque
+from collections import Counter, deque
 from typing import Final
 
 from aiokafka import AIOKafkaProducer
@@ -47,7 +47,7 @@ class Publisher:
         self._topic = topic
         self._pending: deque[Accepted] = deque()
         self._work = asyncio.Event()
-        self._sending = 0
+        self._by_item: Counter[str] = Counter()
         self._acknowledged: dict[str, list[tuple[str, str]]] = {}
         self._to_settle = asyncio.Event()
         self._held: set[tuple[str, str]] = set()
@@ -59,7 +59,12 @@ class Publisher:
     @property
     def unacknowledged(self) -> int:
         """Events in memory that Kafka has not acknowledged."""
-        return len(self._pending) + self._sending
+        return self._by_item.total()
+
+    def unacknowledged_by_item(self) -> dict[str, int]:
+        """The same, by item; items without any are left out."""
+        self._by_item = +self._by_item
+        return dict(self._by_item)
 
     def holds(self, item_id: str, entry_id: str) -> bool:
         """Whether this pod is publishing or settling an outbox entry."""
@@ -69,6 +74,7 @@ class Publisher:
         """Takes a reservation to publish; never waits."""
         self._held.add((accepted.item_id, accepted.entry_id))
         self._pending.append(accepted)
+        self._by_item[accepted.item_id] += 1
         self._idle.clear()
         self._work.set()
 
@@ -141,7 +147,6 @@ class Publisher:
                 await self._work.wait()
             builder = producer.create_batch()
             batch = self._fill(builder)
-            self._sending += len(batch)
             try:
                 partitions = sorted(await producer.partitions_for(self._topic))
                 partition = partitions[next(self._turn) % len(partitions)]
@@ -149,11 +154,9 @@ class Publisher:
             except BaseException:
                 self._pending.extendleft(reversed(batch))
                 raise
-            finally:
-                self._sending -= len(batch)
-                self._metrics.unacknowledged.set(self.unacknowledged)
             self._metrics.published.inc(len(batch))
             for accepted in batch:
+                self._by_item[accepted.item_id] -= 1
                 self._acknowledged.setdefault(accepted.item_id, []).append(
                     (accepted.entry_id, accepted.reservation_id)
                 )

@@ -34,7 +34,8 @@ async def beat(redis: Redis, inventory: Inventory, publisher: Publisher, pod_id:
         try:
             # The clock first: a heartbeat must not claim to be younger than its sample.
             sampled_ms = (await inventory.server()).now_ms
-            await heartbeat.beat(redis, Heartbeat(pod_id, publisher.unacknowledged, sampled_ms))
+            held = publisher.unacknowledged_by_item()
+            await heartbeat.beat(redis, Heartbeat(pod_id, held, sampled_ms))
         except RedisUnavailable as error:
             log.debug("no heartbeat: %s", error)
         await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
@@ -63,6 +64,7 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """One round over the items; raises `RedisUnavailable`."""
+        self._metrics.unacknowledged.set(self._publisher.unacknowledged)
         until_ms = (await self._inventory.server()).now_ms - SWEEP_AGE_MS
         lengths = await self._inventory.outbox_lengths(await self._inventory.items())
         for item_id, length in lengths.items():

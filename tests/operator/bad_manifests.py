@@ -1,0 +1,121 @@
+"""Bad manifests and what must be said of them: by flashsalectl and, for the same, by the CRD."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STOCK = "spec.stock: must be an integer from 0 to 100000000"
+PER_USER = "spec.maxPerUser: must be an integer from 1 to 1000"
+ITEM = (
+    "spec.itemId: must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ - and begin with a letter "
+    "or a digit"
+)
+DISPLAY_NAME = "spec.displayName: must be 1 to 128 characters, none of them a control character"
+TIME = "must be an RFC 3339 time with an offset, such as 2026-11-27T09:00:00Z"
+STARTS, ENDS = f"spec.startsAt: {TIME}", f"spec.endsAt: {TIME}"
+ORDER = "spec.endsAt: must be after spec.startsAt"
+PAUSED = "spec.paused: must be true or false"
+NAME = (
+    "metadata.name: must be a DNS-1123 name: at most 253 characters, lower-case letters, digits, "
+    "- and ."
+)
+NAMESPACE = (
+    "metadata.namespace: must be a DNS-1123 label: at most 63 characters, lower-case letters, "
+    "digits and -"
+)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A good manifest with these changes; None takes a field out."""
+
+    says: tuple[str, ...]
+    spec: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+
+
+ABSENT = object()
+
+BAD_MANIFESTS = {
+    "stock_below_zero": Bad((STOCK,), {"stock": -1}),
+    "stock_too_large": Bad((STOCK,), {"stock": 100_000_001}),
+    "stock_huge": Bad((STOCK,), {"stock": 10**30}),
+    "stock_a_float": Bad((STOCK,), {"stock": 100.5}),
+    "stock_text": Bad((STOCK,), {"stock": "100"}),
+    "stock_a_boolean": Bad((STOCK,), {"stock": True}),
+    "stock_null": Bad((STOCK,), {"stock": None}),
+    "stock_a_list": Bad((STOCK,), {"stock": [100]}),
+    "stock_absent": Bad(("spec.stock: is required",), {"stock": ABSENT}),
+    "nobody_may_buy": Bad((PER_USER,), {"maxPerUser": 0}),
+    "too_many_a_user": Bad((PER_USER,), {"maxPerUser": 1001}),
+    "per_user_a_boolean": Bad((PER_USER,), {"maxPerUser": True}),
+    "per_user_text": Bad((PER_USER,), {"maxPerUser": "1"}),
+    "item_absent": Bad(("spec.itemId: is required",), {"itemId": ABSENT}),
+    "item_empty": Bad((ITEM,), {"itemId": ""}),
+    "item_with_a_brace": Bad((ITEM,), {"itemId": "a{b}"}),
+    "item_with_a_newline": Bad((ITEM,), {"itemId": "iphone\n"}),
+    "item_begins_with_a_dot": Bad((ITEM,), {"itemId": ".a"}),
+    "item_too_long": Bad((ITEM,), {"itemId": "a" * 129}),
+    "item_a_number": Bad((ITEM,), {"itemId": 15}),
+    "display_name_empty": Bad((DISPLAY_NAME,), {"displayName": ""}),
+    "display_name_too_long": Bad((DISPLAY_NAME,), {"displayName": "é" * 129}),
+    "display_name_with_a_tab": Bad((DISPLAY_NAME,), {"displayName": "a\tb"}),
+    "display_name_with_a_newline": Bad((DISPLAY_NAME,), {"displayName": "a\n"}),
+    "display_name_a_number": Bad((DISPLAY_NAME,), {"displayName": 15}),
+    "start_without_offset": Bad((STARTS,), {"startsAt": "2026-11-27T09:00:00"}),
+    "start_a_date": Bad((STARTS,), {"startsAt": "2026-11-27"}),
+    "start_with_a_space": Bad((STARTS,), {"startsAt": "2026-11-27 09:00:00Z"}),
+    "start_a_number": Bad((STARTS,), {"startsAt": 1795770000}),
+    "start_on_no_day": Bad((STARTS,), {"startsAt": "2026-02-30T09:00:00Z"}),
+    "start_in_antiquity": Bad((STARTS,), {"startsAt": "0044-03-15T09:00:00Z"}),
+    "end_at_no_hour": Bad((ENDS,), {"endsAt": "2026-11-27T25:00:00Z"}),
+    "end_before_start": Bad(
+        (ORDER,), {"startsAt": "2026-11-27T09:00:00Z", "endsAt": "2026-11-27T08:59:59Z"}
+    ),
+    "end_at_start_elsewhere": Bad(
+        (ORDER,), {"startsAt": "2026-11-27T09:00:00Z", "endsAt": "2026-11-27T10:00:00+01:00"}
+    ),
+    "paused_text": Bad((PAUSED,), {"paused": "yes"}),
+    "paused_a_number": Bad((PAUSED,), {"paused": 1}),
+    "field_misspelt": Bad(("spec.stocks: unknown field",), {"stocks": 1}),
+    "field_of_a_later_version": Bad(("spec.holdSeconds: unknown field",), {"holdSeconds": 60}),
+    "name_with_upper_case": Bad((NAME,), metadata={"name": "IPhone"}),
+    "name_with_an_underscore": Bad((NAME,), metadata={"name": "iphone_15"}),
+    "name_too_long": Bad((NAME,), metadata={"name": ".".join(["a" * 63] * 4)}),
+    "name_absent": Bad(("metadata.name: is required",), metadata={"name": ABSENT}),
+    "name_ends_with_a_newline": Bad((NAME,), metadata={"name": "iphone\n"}),
+    "namespace_with_a_dot": Bad((NAMESPACE,), metadata={"namespace": "a.b"}),
+    "name_generated": Bad(
+        ("metadata.generateName: unknown field",), metadata={"generateName": "iphone-"}
+    ),
+    "another_kind": Bad(("kind: must be FlashSale",), top={"kind": "FlashSail"}),
+    "another_version": Bad(
+        ("apiVersion: must be flashsale.dev/v1alpha1",), top={"apiVersion": "flashsale.dev/v1"}
+    ),
+    "no_spec": Bad(("spec: is required",), top={"spec": ABSENT}),
+    "spec_a_list": Bad(("spec: must be a mapping",), top={"spec": []}),
+    "metadata_text": Bad(("metadata: must be a mapping",), top={"metadata": "iphone"}),
+    "spec_on_top": Bad(("stock: unknown field",), top={"stock": 100}),
+    "everything_at_once": Bad(
+        ("spec.color: unknown field", ITEM, STOCK, PER_USER, ENDS),
+        {"itemId": "", "stock": -1, "maxPerUser": 0, "endsAt": "never", "color": "red"},
+    ),
+}
+
+
+def manifest(bad: Bad = Bad(())) -> dict[str, Any]:
+    """The manifest as the kube-apiserver and YAML give it."""
+    return _with(
+        {
+            "apiVersion": "flashsale.dev/v1alpha1",
+            "kind": "FlashSale",
+            "metadata": _with({"name": "iphone-15"}, bad.metadata),
+            "spec": _with({"itemId": "iphone_15", "stock": 100}, bad.spec),
+        },
+        bad.top,
+    )
+
+
+def _with(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    changed = fields | changes
+    return {name: value for name, value in changed.items() if value is not ABSENT}
