@@ -1,0 +1,106 @@
+"""Events survive the way, and nothing else passes for one."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashsale import events
+from flashsale.errors import ContractViolation
+from flashsale.events import Event
+from flashsale.fields import ITEM_ID_PATTERN, SALE_ID_PATTERN, USER_ID_PATTERN
+from flashsale.inventory import Record, Snapshot
+
+made = st.builds(
+    Event.of,
+    st.from_regex(ITEM_ID_PATTERN),
+    st.uuids().map(str),
+    st.builds(
+        Record,
+        st.just("accepted"),
+        st.integers(1, 2**31 - 1),
+        st.integers(1, 1_000),
+        st.integers(0, 4_102_444_800_000),
+        st.from_regex(USER_ID_PATTERN),
+        st.one_of(st.just(""), st.from_regex(USER_ID_PATTERN)),
+    ),
+    st.builds(
+        Snapshot,
+        st.from_regex(SALE_ID_PATTERN),
+        st.integers(0, 2**53),
+        st.integers(0, 2**53),
+        st.integers(1, 2**53),
+    ),
+)
+
+
+@given(made)
+def test_an_event_survives_the_way(event: Event) -> None:
+    assert events.decode(events.encode(event)) == event
+
+
+def an_event(**changes: object) -> bytes:
+    good: dict[str, object] = {
+        "schema": 1,
+        "reservationId": "01a208bd-5117-7f0d-b8d8-4e8e9760b87e",
+        "saleId": "default/phone",
+        "itemId": "phone",
+        "userId": "ann",
+        "quantity": 1,
+        "state": "accepted",
+        "version": 1,
+        "occurredAt": "2026-11-23T14:09:14.521Z",
+        "allocated": 100,
+        "capacity": 100,
+        "revision": 1,
+    }
+    changed = {name: value for name, value in (good | changes).items() if value is not ...}
+    return json.dumps(changed).encode()
+
+
+def test_the_wire_format_is_what_consumers_of_other_versions_read() -> None:
+    event = events.decode(an_event(requestKey="k", added_by_a_later_version=[1]))
+    assert event.occurred_at == datetime(2026, 11, 23, 14, 9, 14, 521_000, UTC)
+    assert event.request_key == "k"
+    written = json.loads(an_event(requestKey="k", occurredAt="2026-11-23T14:09:14.521000Z"))
+    assert json.loads(events.encode(event)) == written
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema": 2},
+        {"schema": ...},
+        {"reservationId": "x"},
+        {"reservationId": "01A208BD-5117-7F0D-B8D8-4E8E9760B87E"},
+        {"saleId": "phone"},
+        {"itemId": "a:b"},
+        {"userId": "nul\x00"},
+        {"userId": "x" * 129},
+        {"quantity": 0},
+        {"quantity": -1},
+        {"quantity": 1_001},
+        {"quantity": "1"},
+        {"state": "refused"},
+        {"version": 0},
+        {"version": 2**31},
+        {"occurredAt": "2026-11-23T14:09:14"},
+        {"occurredAt": 1},
+        {"allocated": -1},
+        {"capacity": 2**60},
+        {"revision": 0},
+        {"requestKey": ""},
+    ],
+)
+def test_what_is_not_an_event_is_refused_with_its_reason(changes: dict[str, object]) -> None:
+    with pytest.raises(ContractViolation, match="not a reservation event: ") as refused:
+        events.decode(an_event(**changes))
+    assert next(iter(changes)) in str(refused.value) or "schema" in changes
+
+
+@pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_not_json_is_refused(value: bytes | None) -> None:
+    with pytest.raises(ContractViolation):
+        events.decode(value)

@@ -1,0 +1,67 @@
+"""The ledger's schema: migrated once, by whoever comes first, and a wall behind the code."""
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from dev.stack.servers import PostgresServer
+from flashsale import ledger
+from flashsale.errors import LedgerUnavailable
+
+Pool = asyncpg.Pool
+
+
+async def test_migrations_run_once_however_many_processes_start(pool: Pool) -> None:
+    versions = await asyncio.gather(*(ledger.migrate(pool) for _ in range(8)))
+    assert set(versions) == {1}
+    assert await pool.fetchval("SELECT count(*) FROM schema_migrations") == 1
+
+
+async def test_processes_that_start_at_once_on_an_empty_database(
+    postgres_server: PostgresServer, pool: Pool
+) -> None:
+    name = await pool.fetchval("SELECT current_database() || '_empty'")
+    admin = await asyncpg.connect(postgres_server.url)
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    url = f"{postgres_server.url.rpartition('/')[0]}/{name}"
+    pools = await asyncio.gather(*(ledger.connect(url) for _ in range(5)))
+    assert set(await asyncio.gather(*(ledger.migrate(each) for each in pools))) == {1}
+    assert await ledger.sales(pools[0]) == []
+    await asyncio.gather(*(each.close() for each in pools))
+    await admin.execute(f'DROP DATABASE "{name}"')
+    await admin.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("accepted", 11), ("released", 1), ("accepted", -1), ("allocated", -1), ("revision", 0)],
+)
+async def test_the_database_itself_refuses_what_may_not_be(
+    pool: Pool, column: str, value: int
+) -> None:
+    await pool.execute(
+        "INSERT INTO sales (sale_id, item_id, allocated, revision, capacity) "
+        "VALUES ('default/a', 'a', 10, 1, 10)"
+    )
+    with pytest.raises(asyncpg.CheckViolationError):
+        await pool.execute(f"UPDATE sales SET {column} = $1", value)
+
+
+async def test_a_server_that_is_away_is_said_in_one_line(pool: Pool) -> None:
+    del pool
+    away = await ledger.connect("postgresql://u:secret@127.0.0.1:1/db")
+    with pytest.raises(LedgerUnavailable, match="the ledger is away") as refused:
+        await ledger.sales(away)
+    assert "secret" not in str(refused.value)
+    await away.close()
+
+
+async def test_a_ledger_that_is_not_migrated_is_unavailable(
+    postgres_server: PostgresServer,
+) -> None:
+    maintenance = f"{postgres_server.url.rpartition('/')[0]}/postgres"
+    empty = await ledger.connect(maintenance)
+    with pytest.raises(LedgerUnavailable, match="sales"):
+        await ledger.sales(empty)
+    await empty.close()

@@ -1,0 +1,83 @@
+"""Settings from the environment: typed, and a wrong one is named in one line."""
+
+import msgspec
+import pytest
+
+from flashsale.errors import SettingsError
+from flashsale.settings import DatabaseUrl, KafkaBootstrap, Listen, RedisUrl, host_and_port, load
+
+
+class Everything(msgspec.Struct, frozen=True):
+    redis_url: RedisUrl
+    kafka_bootstrap: KafkaBootstrap
+    database_url: DatabaseUrl
+    listen: Listen = "0.0.0.0:8080"
+
+
+GOOD = {
+    "FLASHSALE_REDIS_URL": "redis://127.0.0.1:6379/0",
+    "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:9092",
+    "FLASHSALE_DATABASE_URL": "postgresql://u:p@127.0.0.1:5432/db",
+}
+
+
+def test_defaults_hold_where_nothing_is_said_and_other_variables_are_left_alone() -> None:
+    settings = load(Everything, GOOD | {"FLASHSALE_API_URL": "x", "HOME": "/"})
+    assert msgspec.structs.astuple(settings) == (*GOOD.values(), "0.0.0.0:8080")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLASHSALE_REDIS_URL", "rediss://user:p%40ss@redis.example.com:6380/3"),
+        ("FLASHSALE_REDIS_URL", "redis://redis"),
+        ("FLASHSALE_REDIS_URL", "redis://[::1]:6379"),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", "a:9092,b.example.com:9093"),
+        ("FLASHSALE_DATABASE_URL", "postgres://db/flashsale?sslmode=verify-full"),
+        ("FLASHSALE_DATABASE_URL", "postgresql://u:p@a:5432,b:5433/db"),
+        ("FLASHSALE_LISTEN", "[::]:80"),
+        ("FLASHSALE_LISTEN", "localhost:65535"),
+    ],
+)
+def test_what_is_right_is_taken(variable: str, value: str) -> None:
+    settings = load(Everything, GOOD | {variable: value})
+    assert value in msgspec.structs.astuple(settings)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLASHSALE_REDIS_URL", ""),
+        ("FLASHSALE_REDIS_URL", "redis://"),
+        ("FLASHSALE_REDIS_URL", "redis://h:port"),
+        ("FLASHSALE_REDIS_URL", "redis://h:70000"),
+        ("FLASHSALE_REDIS_URL", "redis://u:secret@h/zero"),
+        ("FLASHSALE_REDIS_URL", "redis://u:secret@h\n"),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", ""),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", "kafka"),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", "kafka:9092 other:9092"),
+        ("FLASHSALE_DATABASE_URL", "mysql://u:secret@h/db"),
+        ("FLASHSALE_DATABASE_URL", "postgresql://u:secret@h:port/db"),
+        ("FLASHSALE_LISTEN", "8080"),
+        ("FLASHSALE_LISTEN", "0.0.0.0:"),
+        ("FLASHSALE_LISTEN", "::1:80"),
+    ],
+)
+def test_what_is_wrong_is_named_without_its_value(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError) as wrong:
+        load(Everything, GOOD | {variable: value})
+    text = str(wrong.value)
+    assert text.startswith(f"{variable} is wrong: expected ")
+    assert "\n" not in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("variable", sorted(GOOD))
+def test_what_is_missing_is_named(variable: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{variable} is not set: expected "):
+        load(Everything, {name: value for name, value in GOOD.items() if name != variable})
+
+
+def test_an_address_is_split() -> None:
+    assert host_and_port("0.0.0.0:8080") == ("0.0.0.0", 8080)
+    assert host_and_port("[::1]:80") == ("::1", 80)
