@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 
 
 class SaleState(StrEnum):
@@ -86,11 +87,13 @@ class Sale:
         )
 
 
+@lru_cache(maxsize=1024)  # what a batch accepted has one time
 def utc_of_ms(ms: int) -> datetime:
     """An aware UTC time of Unix milliseconds."""
     return datetime.fromtimestamp(ms / 1000, UTC)
 
 
+@lru_cache(maxsize=1024)
 def rfc3339_of_ms(ms: int) -> str:
     """RFC 3339 text of Unix milliseconds, as HTTP answers carry it: `2026-11-27T09:00:00.000Z`."""
     return utc_of_ms(ms).isoformat(timespec="milliseconds").replace("+00:00", "Z")

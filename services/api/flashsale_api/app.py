@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from flashsale import heartbeat, inventory
 from flashsale.errors import FlashsaleError, RedisUnavailable
@@ -28,6 +29,8 @@ from flashsale_api.sweeping import Sweeper, beat
 
 log = logging.getLogger(__name__)
 
+RESERVE_PATH: Final = "/reserve"
+
 FLUSH_SECONDS: Final = 10.0
 """How long a pod that ends tries to publish what it accepted; a sweep takes the rest."""
 
@@ -36,9 +39,25 @@ class UnsafeRedisError(FlashsaleError):
     """Redis is set up so that it may drop a sale's keys."""
 
 
+class Application:
+    """Starlette, and POST /reserve in front of it, which its middleware and routing would cost a
+    third of what a bare request costs.
+    """
+
+    def __init__(self, reserve: Reserve, rest: Starlette) -> None:
+        self._reserve = reserve
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == RESERVE_PATH and scope["method"] == "POST":
+            await self._reserve(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+
 def create_app(
     settings: Settings, metrics: Metrics, on_failure: Callable[[BaseException], None]
-) -> Starlette:
+) -> Application:
     """The API. `on_failure` is called when a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = inventory.connect(settings.redis_url)
@@ -88,10 +107,11 @@ def create_app(
             return Response("ready\n", media_type="text/plain")
         return Response("Redis has not answered yet\n", 503, media_type="text/plain")
 
-    return Starlette(
+    reserve = Reserve(batching, metrics)
+    rest = Starlette(
         routes=[
-            # A Route takes a bare ASGI application only as an instance, and with methods.
-            Route("/reserve", Reserve(batching, metrics), methods=["POST"]),
+            # Known here too, for its answer to other methods.
+            Route(RESERVE_PATH, reserve, methods=["POST"]),
             Route("/sales", sales.list),
             Route("/sales/{item_id}", sales.one),
             Route("/sales/{item_id}/reservations/{reservation_id}", sales.reservation),
@@ -101,6 +121,7 @@ def create_app(
         exception_handlers={HTTPException: _http_problem, Exception: _internal_problem},
         lifespan=lifespan,
     )
+    return Application(reserve, rest)
 
 
 async def _see_redis(stock: Inventory, seen: asyncio.Event) -> None:

@@ -40,6 +40,7 @@ class Failure(StrEnum):
     TOO_MANY_WAITING = "too_many_waiting"
     REDIS_UNAVAILABLE = "redis_unavailable"
     OUTCOME_UNKNOWN = "outcome_unknown"
+    INTERNAL_ERROR = "internal_error"
 
 
 class Decision(NamedTuple):
@@ -177,11 +178,10 @@ class Batching:
                 self._sold_out_until.pop(lane.item_id, None)
                 for waiting in batch:
                     _answer(waiting, Decision(reply, waiting.request.reservation_id))
-        except Exception as error:  # whatever it was: nobody may be left waiting
+        except Exception:  # whatever it was: nobody may be left waiting
             log.exception("a batch for %s failed", lane.item_id)
             for waiting in batch:
-                if not waiting.decided.done():
-                    waiting.decided.set_exception(error)
+                _answer(waiting, Decision(Failure.INTERNAL_ERROR))
         finally:
             lane.calls -= 1
             self._start(lane)

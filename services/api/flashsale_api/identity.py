@@ -3,7 +3,10 @@
 import os
 import time
 from hashlib import sha256
-from uuid import UUID
+from typing import Final
+
+_FREE: Final = ~(0b1111 << 76 | 0b11 << 62) & (1 << 128) - 1
+"""The bits of a UUID that are neither version nor variant."""
 
 
 def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
@@ -20,5 +23,6 @@ def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
 
 
 def _uuid(version: int, bits: int) -> str:
-    bits &= ~(0xF << 76 | 0x3 << 62) & (1 << 128) - 1
-    return str(UUID(int=bits | version << 76 | 0x2 << 62))
+    bits = bits & _FREE | version << 76 | 0b10 << 62
+    digits = f"{bits:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -1,6 +1,7 @@
 """The answers that are not a reservation, as problem details (RFC 9457)."""
 
 from enum import Enum
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Final, NamedTuple
 
@@ -45,7 +46,13 @@ class Problem(Enum):
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
 
 
-Headers = list[tuple[bytes, bytes]]
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+@lru_cache
+def plain(problem: Problem) -> tuple[int, Headers, bytes]:
+    """A problem of which there is nothing more to say: most answers of a sold out sale."""
+    return render(problem)
 
 
 def render(
@@ -60,9 +67,9 @@ def render(
     }
     if detail:
         body["detail"] = detail
-    headers = [(b"content-type", CONTENT_TYPE)]
+    headers: Headers = ((b"content-type", CONTENT_TYPE),)
     if kind.retry_after is not None:
-        headers.append((b"retry-after", b"%d" % kind.retry_after))
+        headers = (*headers, (b"retry-after", b"%d" % kind.retry_after))
     return kind.status, headers, msgspec.json.encode(body | members)
 
 

@@ -47,6 +47,7 @@ _PROBLEMS: Final = {
     Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
+    Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
 }
 
 
@@ -119,8 +120,8 @@ class Reserve:
             self._rejected_seconds.observe(seconds)
         else:
             self._failed_seconds.observe(seconds)
-        headers.append((b"content-length", b"%d" % len(body)))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
         await send({"type": "http.response.body", "body": body})
 
 
@@ -191,16 +192,15 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
     if record is not None:
         body = _encode(shown(item_id, decision.sale_id, decision.reservation_id, record))
         location = _location(item_id, decision.reservation_id)
-        return 202, [_JSON, (b"location", location)], body
+        return 202, (_JSON, (b"location", location)), body
     problem = _PROBLEMS[decision.outcome]
     if problem is Problem.NOT_OPEN:
         status, headers, body = problems.render(problem, startsAt=rfc3339_of_ms(decision.starts_ms))
         seconds = max(1, -(-(decision.starts_ms - decision.now_ms) // 1000))
-        headers.append((b"retry-after", b"%d" % seconds))
-        return status, headers, body
-    status, headers, body = problems.render(problem)
+        return status, (*headers, (b"retry-after", b"%d" % seconds)), body
+    status, headers, body = problems.plain(problem)
     if problem is Problem.OUTCOME_UNKNOWN:
-        headers.append((b"location", _location(item_id, decision.reservation_id)))
+        headers = (*headers, (b"location", _location(item_id, decision.reservation_id)))
     return status, headers, body
 
 
