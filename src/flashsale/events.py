@@ -13,7 +13,7 @@ from msgspec import Meta
 from flashsale.errors import ContractViolation
 from flashsale.fields import ItemId, Quantity, RequestKey, ReservationId, Revision, SaleId, Units
 from flashsale.fields import UserId as UserIdField
-from flashsale.inventory import Record, Snapshot
+from flashsale.reservations import Record, Snapshot
 from flashsale.sale import utc_of_ms
 
 TOPIC: Final = "flashsale.reservations"

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha1
 from importlib.resources import files
@@ -15,35 +14,15 @@ from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, Respon
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.keys import ITEMS, ItemKeys
+from flashsale.reservations import BatchReply, OutboxEntry, Outcome, Record, Request, parse_reply
 from flashsale.sale import Sale, SaleSpec
 
 OUTBOX_LIMIT: Final = 100_000
 """Entries of an item's outbox above which new buyers meet backpressure."""
 
-BATCH_LIMIT: Final = 128
-"""Requests in one `reserve` call: it holds Redis for about 2 ms at most."""
-
 MAX_CONNECTIONS: Final = 64
 
 T = TypeVar("T")
-
-
-class Outcome(StrEnum):
-    """What `reserve.lua` answers a request; the words are the script's own."""
-
-    ACCEPTED = "accepted"
-    REPLAYED = "replayed"
-    KEY_REUSED = "key_reused"
-    ENDED = "ended"
-    PAUSED = "paused"
-    NOT_OPEN = "not_open"
-    LIMIT_REACHED = "limit_reached"
-    SOLD_OUT = "sold_out"
-    NOT_ENOUGH_LEFT = "not_enough_left"
-    OUTBOX_FULL = "outbox_full"
-    UNKNOWN = "unknown"
-    UNSUPPORTED = "unsupported"
-    FENCED = "fenced"
 
 
 class Applied(StrEnum):
@@ -71,72 +50,14 @@ class Closed(StrEnum):
     UNSUPPORTED = "unsupported"
 
 
-class Request(NamedTuple):
-    """One request of a batch. Fields are valid by `fields.py`; the last two may be empty."""
+class Freed(StrEnum):
+    """What `free.lua` answers; the words are the script's own."""
 
-    reservation_id: str
-    user_id: str
-    quantity: int
-    request_key: str = ""
-    traceparent: str = ""
-
-
-class Record(NamedTuple):
-    """A reservation as Redis holds it. `occurred_ms` is Redis' clock in Unix milliseconds."""
-
-    state: str
-    version: int
-    quantity: int
-    occurred_ms: int
-    user_id: str
-    request_key: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Record":
-        try:
-            state, version, quantity, occurred_ms, user_id, request_key = text.split(",")
-            return cls(state, int(version), int(quantity), int(occurred_ms), user_id, request_key)
-        except ValueError as error:
-            raise ContractViolation(f"not a reservation record: {text!r}") from error
-
-
-class Snapshot(NamedTuple):
-    """The sale as it was when a reservation was accepted; goes into its event."""
-
-    sale_id: str
-    allocated: int
-    capacity: int
-    revision: int
-
-
-class Answer(NamedTuple):
-    """The answer to one request. `detail`: the outbox entry's id, or a replay's record."""
-
-    outcome: Outcome
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReply:
-    """A decided batch: answers in the order of the requests, and the sale after it."""
-
-    now_ms: int
-    snapshot: Snapshot
-    available: int
-    outbox_length: int
-    starts_ms: int
-    answers: Sequence[Answer]
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxEntry:
-    """A reservation event that Kafka has not acknowledged."""
-
-    entry_id: str
-    reservation_id: str
-    record: Record
-    snapshot: Snapshot
-    traceparent: str
+    FREED = "freed"
+    UNKNOWN = "unknown"
+    UNSUPPORTED = "unsupported"
+    OPEN = "open"
+    UNRECORDED = "unrecorded"
 
 
 class ServerTime(NamedTuple):
@@ -144,9 +65,6 @@ class ServerTime(NamedTuple):
 
     now_ms: int
     run_id: str
-
-
-_ANSWERS: Final = {outcome.value: Answer(outcome) for outcome in Outcome}
 
 
 class _Script:
@@ -186,6 +104,7 @@ class Inventory:
         self._settle = _Script("settle")
         self._apply = _Script("apply")
         self._close = _Script("close")
+        self._free = _Script("free")
 
     async def reserve(
         self, item_id: str, requests: Sequence[Request], *, timeout_seconds: float
@@ -202,20 +121,7 @@ class Inventory:
             (self._outbox_limit, len(requests), lines),
             timeout_seconds,
         )
-        head, *answers = reply.split("\n")
-        if not answers:
-            return Outcome(head)
-        now_ms, sale_id, allocated, capacity, revision, available, outbox, starts_ms = head.split(
-            ","
-        )
-        return BatchReply(
-            now_ms=int(now_ms),
-            snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
-            available=int(available),
-            outbox_length=int(outbox),
-            starts_ms=int(starts_ms),
-            answers=[_ANSWERS.get(answer) or _answer(answer) for answer in answers],
-        )
+        return parse_reply(reply)
 
     async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
         """Deletes outbox entries, given as (entry id, reservation id); returns how many."""
@@ -258,6 +164,25 @@ class Inventory:
     async def close(self, item_id: str, sale_id: str, revision: int) -> Closed:
         """Closes a sale; a fenced one too, which stays fenced."""
         return Closed(await self._call(self._close, _four(item_id), (sale_id, revision)))
+
+    async def free(self, item_id: str, sale_id: str, revision: int, recorded: int) -> Freed:
+        """Deletes the keys of a closed sale of which the ledger has `recorded` accepted units.
+
+        `revision` is the one of the ledger's row that says closed.
+        """
+        keys = _four(item_id)
+        freed = Freed(await self._call(self._free, keys, (sale_id, revision, recorded)))
+        if freed is Freed.FREED:
+            await _translated(self._redis.srem(ITEMS, item_id))
+            if await _translated(self._redis.exists(*keys)):
+                # Another sale took the item meanwhile.
+                await self.index([item_id])
+        return freed
+
+    async def index(self, item_ids: Iterable[str]) -> None:
+        """Has sweeps look at the items, also if they do already."""
+        if items := list(item_ids):
+            await _translated(self._redis.sadd(ITEMS, *items))
 
     async def items(self) -> list[str]:
         """The items that have keys, sorted."""
@@ -327,7 +252,7 @@ class Inventory:
         start = "-" if after == "-" else f"({after}"
         page = self._redis.xrange(ItemKeys.of(item_id).outbox, start, f"{until_ms - 1}", count)
         entries = await _translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
-        return [_outbox_entry(entry_id, fields) for entry_id, fields in entries]
+        return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
 
     async def take_sweep(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
         """Takes or renews the lease to sweep an item's outbox; False if another pod has it.
@@ -415,11 +340,6 @@ def _describe(error: Exception) -> str:
     return f"Redis {what}: {error or type(error).__name__}"
 
 
-def _answer(line: str) -> Answer:
-    word, _, detail = line.partition(" ")
-    return Answer(Outcome(word), detail)
-
-
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:
     if fields.get("format") != "1":
         raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not known")
@@ -444,17 +364,3 @@ def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) 
         )
     except (KeyError, ValueError) as error:
         raise ContractViolation(f"{item_id}: a sale that cannot be read: {error}") from error
-
-
-def _outbox_entry(entry_id: str, fields: dict[str, str]) -> OutboxEntry:
-    try:
-        sale_id, allocated, capacity, revision = fields["sale"].split(",")
-        return OutboxEntry(
-            entry_id=entry_id,
-            reservation_id=fields["id"],
-            record=Record.parse(fields["record"]),
-            snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
-            traceparent=fields["traceparent"],
-        )
-    except (KeyError, ValueError) as error:
-        raise ContractViolation(f"outbox entry {entry_id} cannot be read: {error}") from error

@@ -22,7 +22,7 @@ COMMAND_TIMEOUT_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class SaleRow:
-    """A row of `sales`. Counts are units."""
+    """A row of `sales`. Counts are units; `resource_uid` is the FlashSale's that declared it."""
 
     sale_id: str
     item_id: str
@@ -37,6 +37,7 @@ class SaleRow:
     capacity: int
     accepted: int
     released: int
+    resource_uid: str | None = None
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
-from flashsale.inventory import Answer, BatchReply, Inventory, Outcome, Request, Snapshot
+from flashsale.inventory import Inventory
+from flashsale.reservations import Answer, BatchReply, Outcome, Request, Snapshot
 from flashsale_api import batching
 from flashsale_api.batching import Accepted, Batching, Failure
 from flashsale_api.metrics import Metrics

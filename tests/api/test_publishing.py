@@ -15,6 +15,7 @@ from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, heartbeat, inventory
 from flashsale.inventory import Applied, Inventory
+from flashsale.reservations import Request
 from flashsale.sale import SaleSpec
 from tests.api.test_reserving import reserve
 
@@ -255,7 +256,7 @@ async def test_a_reservation_whose_reply_was_lost_is_published_by_the_sweep(
 ) -> None:
     """As after an unknown outcome: Redis has the entry and no pod knows of it."""
     await start_kafka(kafka_here)
-    request = inventory.Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
+    request = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
     await stock_here.reserve(ITEM, [request], timeout_seconds=5)
     api = new_api("api")
     await asyncio.to_thread(api.start)

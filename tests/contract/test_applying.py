@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from flashsale.inventory import Applied, Closed, Inventory, Outcome
+from flashsale.inventory import Applied, Closed, Inventory
+from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleState
 from tests.contract.test_reserving import a_request, a_sale, answers, opened, outcome
 

@@ -11,7 +11,7 @@ from flashsale import events
 from flashsale.errors import ContractViolation
 from flashsale.events import Event
 from flashsale.fields import ITEM_ID_PATTERN, SALE_ID_PATTERN, USER_ID_PATTERN
-from flashsale.inventory import Record, Snapshot
+from flashsale.reservations import Record, Snapshot
 
 made = st.builds(
     Event.of,

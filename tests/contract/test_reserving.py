@@ -14,8 +14,9 @@ from redis.asyncio import Redis
 from dev.stack.servers import RedisServer
 from flashsale import inventory
 from flashsale.errors import RedisUnavailable
-from flashsale.inventory import Answer, Applied, BatchReply, Inventory, Outcome, Record, Request
+from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
+from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request
 from flashsale.sale import SaleSpec
 
 

@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import events, inventory, ledger
-from flashsale.inventory import Answer, BatchReply, Inventory, Outcome, Request
+from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
+from flashsale.reservations import Answer, BatchReply, Outcome, Request
 from flashsale.sale import Sale, SaleSpec
 from flashsale_operator.steward import Report, Steward
 from flashsale_operator.topic import Span

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flashsale.inventory import Outcome
+from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator import audit as module
 from flashsale_operator.audit import Audit, Facts, Finding, Tally, Verdict, audit, compare

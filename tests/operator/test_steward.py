@@ -11,8 +11,9 @@ from redis.asyncio import Redis
 from dev.stack.servers import RedisServer
 from flashsale import inventory, ledger
 from flashsale.errors import LedgerUnavailable, RedisUnavailable
-from flashsale.inventory import Applied, Closed, Outcome
+from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
+from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator.reconcile import Reason, State
 from flashsale_operator.steward import UnknownSale, refuse_eviction

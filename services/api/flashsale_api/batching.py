@@ -14,15 +14,8 @@ from typing import Final, NamedTuple, Protocol
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
-from flashsale.inventory import (
-    BATCH_LIMIT,
-    BatchReply,
-    Inventory,
-    Outcome,
-    Record,
-    Request,
-    Snapshot,
-)
+from flashsale.inventory import Inventory
+from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale_api.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
-from flashsale.inventory import Outcome, Record, Request
+from flashsale.reservations import Outcome, Record, Request
 from flashsale.sale import rfc3339_of_ms
 from flashsale_api import problems
 from flashsale_api.batching import Batching, Decision, Failure

@@ -1,0 +1,135 @@
+"""Reservations as they go to and come from Redis: requests, decisions, records, outbox entries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from flashsale.errors import ContractViolation
+
+BATCH_LIMIT: Final = 128
+"""Requests in one `reserve` call: it holds Redis for about 2 ms at most."""
+
+
+class Outcome(StrEnum):
+    """What `reserve.lua` answers a request; the words are the script's own."""
+
+    ACCEPTED = "accepted"
+    REPLAYED = "replayed"
+    KEY_REUSED = "key_reused"
+    ENDED = "ended"
+    PAUSED = "paused"
+    NOT_OPEN = "not_open"
+    LIMIT_REACHED = "limit_reached"
+    SOLD_OUT = "sold_out"
+    NOT_ENOUGH_LEFT = "not_enough_left"
+    OUTBOX_FULL = "outbox_full"
+    UNKNOWN = "unknown"
+    UNSUPPORTED = "unsupported"
+    FENCED = "fenced"
+
+
+class Request(NamedTuple):
+    """One request of a batch. Fields are valid by `fields.py`; the last two may be empty."""
+
+    reservation_id: str
+    user_id: str
+    quantity: int
+    request_key: str = ""
+    traceparent: str = ""
+
+
+class Record(NamedTuple):
+    """A reservation as Redis holds it. `occurred_ms` is Redis' clock in Unix milliseconds."""
+
+    state: str
+    version: int
+    quantity: int
+    occurred_ms: int
+    user_id: str
+    request_key: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Record":
+        try:
+            state, version, quantity, occurred_ms, user_id, request_key = text.split(",")
+            return cls(state, int(version), int(quantity), int(occurred_ms), user_id, request_key)
+        except ValueError as error:
+            raise ContractViolation(f"not a reservation record: {text!r}") from error
+
+
+class Snapshot(NamedTuple):
+    """The sale as it was when a reservation was accepted; goes into its event."""
+
+    sale_id: str
+    allocated: int
+    capacity: int
+    revision: int
+
+
+class Answer(NamedTuple):
+    """The answer to one request. `detail`: the outbox entry's id, or a replay's record."""
+
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReply:
+    """A decided batch: answers in the order of the requests, and the sale after it."""
+
+    now_ms: int
+    snapshot: Snapshot
+    available: int
+    outbox_length: int
+    starts_ms: int
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEntry:
+    """A reservation event that Kafka has not acknowledged."""
+
+    entry_id: str
+    reservation_id: str
+    record: Record
+    snapshot: Snapshot
+    traceparent: str
+
+    @classmethod
+    def parse(cls, entry_id: str, fields: Mapping[str, str]) -> "OutboxEntry":
+        try:
+            sale_id, allocated, capacity, revision = fields["sale"].split(",")
+            return cls(
+                entry_id=entry_id,
+                reservation_id=fields["id"],
+                record=Record.parse(fields["record"]),
+                snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
+                traceparent=fields["traceparent"],
+            )
+        except (KeyError, ValueError) as error:
+            raise ContractViolation(f"outbox entry {entry_id} cannot be read: {error}") from error
+
+
+def parse_reply(reply: str) -> BatchReply | Outcome:
+    """What `reserve.lua` returned; a lone `Outcome` holds for every request of the batch."""
+    head, *answers = reply.split("\n")
+    if not answers:
+        return Outcome(head)
+    now_ms, sale_id, allocated, capacity, revision, available, outbox, starts_ms = head.split(",")
+    return BatchReply(
+        now_ms=int(now_ms),
+        snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
+        available=int(available),
+        outbox_length=int(outbox),
+        starts_ms=int(starts_ms),
+        answers=[_ANSWERS.get(answer) or _answer(answer) for answer in answers],
+    )
+
+
+def _answer(line: str) -> Answer:
+    word, _, detail = line.partition(" ")
+    return Answer(Outcome(word), detail)
+
+
+_ANSWERS: Final = {outcome.value: Answer(outcome) for outcome in Outcome}
