@@ -1,5 +1,6 @@
 """Real servers for the whole session, each started when the first test asks for it."""
 
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -7,6 +8,8 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from dev.cluster.binaries import Binaries, NoGoError, binaries, require_go
+from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import inventory, ledger
@@ -73,3 +76,36 @@ async def pool(postgres_server: PostgresServer) -> AsyncIterator["asyncpg.Pool[a
     await own.close()
     await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
     await admin.close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without Go, leaves out what needs it; fails it in CI.
+
+    Said here and not in the fixture, it is one line in pytest's summary and not one a test.
+    """
+    if "kubernetes" not in getattr(item, "fixturenames", ()):
+        return
+    try:
+        require_go()
+    except NoGoError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(f"left out, what needs a real Kubernetes API: {error}")
+
+
+@pytest.fixture(scope="session")
+def kubernetes(request: pytest.FixtureRequest) -> Binaries:
+    """The programs, built first if need be."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    assert capture is not None
+    with capture.global_and_fixture_disabled():  # it takes minutes: its progress is to be seen
+        return binaries()
+
+
+@pytest.fixture(scope="session")
+def control_plane(
+    kubernetes: Binaries,  # noqa: ARG001 - built before the minute that a start may take
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ControlPlane]:
+    with ControlPlane(tmp_path_factory.mktemp("kubernetes")) as plane:
+        yield plane

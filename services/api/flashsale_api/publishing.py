@@ -104,8 +104,7 @@ class Publisher:
                 failures += 1
             finally:
                 self.connected = False
-                with contextlib.suppress(TimeoutError, KafkaError, OSError):
-                    await asyncio.wait_for(producer.stop(), STOP_SECONDS)
+                await _discard(producer)
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
     async def settle(self) -> None:
@@ -178,3 +177,12 @@ class Publisher:
             batch.append(self._pending.popleft())
         builder.close()
         return batch
+
+
+async def _discard(producer: AIOKafkaProducer) -> None:
+    """Ends a producer; what it has not sent is sent again by the next one."""
+    # There is no public way to make it give up its batches, and stop() would wait for them.
+    producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
+    with contextlib.suppress(TimeoutError, KafkaError, OSError):
+        await asyncio.wait_for(producer.stop(), STOP_SECONDS)
+    await producer.client.close()  # which stop() has not come to if it was cut short
