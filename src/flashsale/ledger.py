@@ -8,11 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import asyncpg
 
 from flashsale.errors import LedgerUnavailable
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
 
 _MIGRATION_LOCK: Final = (
     0x666C617368  # "flash": any constant that nothing else in the database takes
@@ -68,10 +71,13 @@ async def connect(url: str, *, max_connections: int = 4) -> "asyncpg.Pool[asyncp
 async def translated() -> AsyncIterator[None]:
     """Turns what asyncpg raises when PostgreSQL cannot serve into `LedgerUnavailable`.
 
-    Errors of the data itself (SQLSTATE classes 22 and 23) pass: they concern one record.
+    Errors of the data itself pass: those that the server finds (SQLSTATE classes 22 and 23) and
+    those that asyncpg finds before it sends anything (an InterfaceError that is a ValueError).
     """
     try:
         yield
+    except ValueError:
+        raise
     except asyncpg.PostgresError as error:
         if (error.sqlstate or "")[:2] in ("22", "23"):
             raise
@@ -89,19 +95,23 @@ async def translated() -> AsyncIterator[None]:
 async def migrate(pool: "asyncpg.Pool[asyncpg.Record]") -> int:
     """Runs the numbered migrations that the database lacks; returns its version.
 
-    Safe to call from every process at once: an advisory lock lets one through at a time.
+    Safe to call from every process at once: an advisory lock lets one through at a time. A
+    database that lacks nothing is only read, so that one that is read-only will do.
     """
     scripts = sorted(
         (path for path in (files("flashsale") / "migrations").iterdir() if path.name[:4].isdigit()),
         key=lambda path: path.name,
     )
     async with translated(), pool.acquire() as connection, connection.transaction():
+        done = await _version(connection)
+        if done >= int(scripts[-1].name[:4]):
+            return done
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
         await connection.execute(
             "CREATE TABLE IF NOT EXISTS schema_migrations ("
             "version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
         )
-        done = await connection.fetchval("SELECT coalesce(max(version), 0) FROM schema_migrations")
+        done = await _version(connection)
         for script in scripts:
             version = int(script.name[:4])
             if version > done:
@@ -109,7 +119,17 @@ async def migrate(pool: "asyncpg.Pool[asyncpg.Record]") -> int:
                 await connection.execute(
                     "INSERT INTO schema_migrations (version) VALUES ($1)", version
                 )
-        return max(int(done), *(int(script.name[:4]) for script in scripts))
+        return await _version(connection)
+
+
+async def _version(connection: "PoolConnectionProxy[asyncpg.Record]") -> int:
+    """The highest migration that was run; 0 for an empty database."""
+    if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
+        return 0
+    version: int = await connection.fetchval(
+        "SELECT coalesce(max(version), 0) FROM schema_migrations"
+    )
+    return version
 
 
 async def sale(pool: "asyncpg.Pool[asyncpg.Record]", sale_id: str) -> SaleRow | None:

@@ -1,113 +1,14 @@
 """Real PostgreSQL and Kafka; for each test a database, topics and a consumer group of its own."""
 
-import asyncio
-import os
-import signal
-import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from subprocess import PIPE, STDOUT, Popen
-from typing import Any
-from uuid import uuid4
 
-import asyncpg
-import httpx
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
-from aiokafka.admin import AIOKafkaAdminClient
 
-from dev.stack.process import free_port
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, ledger
-from flashsale.events import Event
-from flashsale.ledger import SaleRow
-from flashsale_consumer import topics
-from flashsale_consumer.metrics import Metrics
-from flashsale_consumer.settings import Settings
-from flashsale_consumer.worker import Worker
-
-DEADLINE_SECONDS = 60.0
-NOON = datetime(2026, 11, 27, 12, tzinfo=UTC)
-
-Pool = asyncpg.Pool[asyncpg.Record]
-
-
-def accepted(number: int = 0, **changes: Any) -> Event:
-    """The event of an accepted reservation; `number` orders those of one test."""
-    fields: dict[str, Any] = {
-        "schema": 1,
-        "reservation_id": str(uuid4()),
-        "sale_id": "default/phones",
-        "item_id": "phone",
-        "user_id": f"user-{number}",
-        "quantity": 1,
-        "state": "accepted",
-        "version": 1,
-        "occurred_at": NOON + timedelta(milliseconds=number),
-        "allocated": 1_000_000,
-        "capacity": 1_000_000,
-        "revision": 1,
-    }
-    return Event(**fields | changes)
-
-
-async def until(holds: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Waits until it holds; what is away for a while does not hold."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while True:
-        with suppress(httpx.TransportError, OSError, asyncpg.PostgresError, ledger.LedgerUnavailable):
-            if await holds():
-                return
-        assert time.monotonic() < deadline, f"{what}: not within {DEADLINE_SECONDS:.0f} s"
-        await asyncio.sleep(0.05)
-
-
-@dataclass
-class Book:
-    """The ledger as a test looks at it."""
-
-    url: str
-    pool: Pool
-
-    async def sale(self, sale_id: str = "default/phones") -> SaleRow:
-        row = await ledger.sale(self.pool, sale_id)
-        assert row is not None
-        return row
-
-    async def rows(self, sale_id: str = "default/phones") -> dict[str, tuple[str, int, int]]:
-        """State, version and quantity by reservation id."""
-        found = await self.pool.fetch("SELECT * FROM reservations WHERE sale_id = $1", sale_id)
-        return {
-            str(row["reservation_id"]): (row["state"], row["version"], row["quantity"])
-            for row in found
-        }
-
-    async def has(self, *sought: Event) -> bool:
-        """Whether the reservations are there, each counted once."""
-        for sale_id in {event.sale_id for event in sought}:
-            rows = await self.rows(sale_id)
-            if not {event.reservation_id for event in sought if event.sale_id == sale_id} <= set(
-                rows
-            ):
-                return False
-            counted = [row for row in rows.values() if row[0] != "refused"]
-            assert (await self.sale(sale_id)).accepted == sum(row[2] for row in counted)
-        return True
-
-
-@asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Book]:
-    pool = await ledger.connect(url)
-    try:
-        yield Book(url, pool)
-    finally:
-        pool.terminate()
-        # The transports are closed by the loop, after this.
-        await asyncio.sleep(0)
+from flashsale_consumer.worker import GROUP_ID
+from tests.consumer.world import Book, Log, Process, database, opened
 
 
 @pytest.fixture(scope="session")
@@ -116,23 +17,17 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServe
         yield server
 
 
+@pytest.fixture
+def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A server that a test may stop."""
+    with PostgresServer(tmp_path_factory.mktemp("own-postgres"), durable=False) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
     with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
         yield server
-
-
-@asynccontextmanager
-async def database(server: PostgresServer) -> AsyncIterator[str]:
-    """The URL of an empty database, dropped afterwards."""
-    name = f"test_{uuid4().hex}"
-    connection = await asyncpg.connect(server.url)
-    try:
-        await connection.execute(f"CREATE DATABASE {name}")
-        yield f"{server.url.rpartition('/')[0]}/{name}"
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    finally:
-        await connection.close()
 
 
 @pytest.fixture
@@ -149,155 +44,11 @@ async def book(database_url: str) -> AsyncIterator[Book]:
         yield book
 
 
-@dataclass
-class Log:
-    """The topics as a test writes and reads them."""
-
-    bootstrap: str
-    topic: str = field(default_factory=lambda: f"reservations.{uuid4()}")
-    dead_letter_topic: str = field(default_factory=lambda: f"reservations.dlq.{uuid4()}")
-    group_id: str = field(default_factory=lambda: f"ledger.{uuid4()}")
-
-    async def create(self) -> None:
-        await topics.create(self.bootstrap, self.topic, self.dead_letter_topic)
-
-    async def delete(self, topic: str) -> None:
-        async with self._admin() as admin:
-            await admin.delete_topics([topic])
-
-            async def gone() -> bool:
-                return topic not in await admin.list_topics()
-
-            await until(gone, f"{topic} is gone")
-
-    async def write(self, *written: Event | bytes | None, partition: int | None = None) -> None:
-        """Produces events, and raw values, in this order where they share a partition."""
-        producer = AIOKafkaProducer(
-            bootstrap_servers=self.bootstrap, acks="all", max_request_size=4_000_000
-        )
-        await producer.start()
-        try:
-            for value in written:
-                if isinstance(value, Event):
-                    await producer.send(
-                        self.topic,
-                        events.encode(value),
-                        value.reservation_id.encode(),
-                        partition,
-                        headers=events.headers(""),
-                    )
-                else:
-                    await producer.send(
-                        self.topic, value, b"a key", partition, headers=[("schema", b"1")]
-                    )
-            await producer.flush()
-        finally:
-            await producer.stop()
-
-    async def dead_letters(self, count: int) -> Sequence[ConsumerRecord]:
-        """The first `count` dead letters."""
-        consumer = AIOKafkaConsumer(
-            self.dead_letter_topic,
-            bootstrap_servers=self.bootstrap,
-            auto_offset_reset="earliest",
-            group_id=None,
-        )
-        await consumer.start()
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                return [await consumer.getone() for _ in range(count)]
-        finally:
-            await consumer.stop()
-
-    @asynccontextmanager
-    async def _admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
-        await admin.start()
-        try:
-            yield admin
-        finally:
-            await admin.close()
-
-
 @pytest.fixture
 async def log(kafka: KafkaServer) -> Log:
     log = Log(kafka.bootstrap)
     await log.create()
     return log
-
-
-class Running:
-    """A worker in this process."""
-
-    def __init__(self, url: str, log: Log) -> None:
-        self.metrics = Metrics()
-        self.worker = Worker(
-            Settings(kafka_bootstrap=log.bootstrap, database_url=url),
-            self.metrics,
-            topic=log.topic,
-            dead_letter_topic=log.dead_letter_topic,
-            group_id=log.group_id,
-        )
-
-    def events(self, result: str) -> float:
-        """How many events it counted as that."""
-        sample = f'flashsale_consumer_events_total{{result="{result}"}}'
-        (line,) = (
-            line for line in self.metrics.text().decode().splitlines() if line.startswith(sample)
-        )
-        return float(line.split()[-1])
-
-
-@asynccontextmanager
-async def running(url: str, log: Log) -> AsyncIterator[Running]:
-    """A worker, ended afterwards; one that died fails the test."""
-    member = Running(url, log)
-    task = asyncio.create_task(member.worker.run())
-    try:
-        yield member
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-class Process:
-    """`python -m flashsale_consumer`, with its output."""
-
-    def __init__(self, output: Path, **environment: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._output = output
-        own = {name: value for name, value in os.environ.items() if "FLASHSALE" not in name}
-        own |= {"FLASHSALE_LISTEN": f"127.0.0.1:{self.port}", **environment}
-        with output.open("wb") as file:
-            self._process = Popen(
-                [sys.executable, "-m", "flashsale_consumer"], env=own, stdout=file, stderr=STDOUT
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    async def status(self, path: str) -> int:
-        async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
-            return (await client.get(path)).status_code
-
-    async def serves(self, path: str) -> bool:
-        assert self._process.poll() is None, self.output
-        return await self.status(path) == 200
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    async def ended(self) -> int:
-        """Its exit code."""
-
-        async def gone() -> bool:
-            return self._process.poll() is not None
-
-        await until(gone, "the process ended")
-        return self._process.wait()
 
 
 @pytest.fixture
@@ -315,16 +66,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         process._process.wait()
 
 
-@contextmanager
-def run(*arguments: str, **environment: str) -> Iterator[tuple[int, str]]:
-    """Runs `python -m flashsale_consumer` to its end: its exit code and what it printed."""
-    own = {name: value for name, value in os.environ.items() if "FLASHSALE" not in name}
-    with Popen(
-        [sys.executable, "-m", "flashsale_consumer", *arguments],
-        env=own | environment,
-        stdout=PIPE,
-        stderr=STDOUT,
-        text=True,
-    ) as process:
-        output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-        yield process.returncode, output
+@pytest.fixture
+async def default_log(kafka: KafkaServer) -> Log:
+    """The topics and the group that a process uses, the topics as new."""
+    log = Log(kafka.bootstrap, events.TOPIC, events.DEAD_LETTER_TOPIC, GROUP_ID)
+    await log.create()
+    await log.delete(log.topic)
+    await log.delete(log.dead_letter_topic)
+    await log.create()
+    return log

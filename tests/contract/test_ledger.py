@@ -68,3 +68,20 @@ async def test_a_ledger_that_is_not_migrated_is_unavailable(
     with pytest.raises(LedgerUnavailable, match="sales"):
         await ledger.sales(empty)
     await empty.close()
+
+
+async def test_a_read_only_ledger_that_lacks_nothing_counts_as_migrated(pool: Pool) -> None:
+    name = await pool.fetchval("SELECT current_database()")
+    await pool.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    await pool.expire_connections()
+    assert await ledger.migrate(pool) == LATEST
+    with pytest.raises(LedgerUnavailable, match="read-only"):
+        async with ledger.translated():
+            await pool.execute("DELETE FROM sales")
+
+
+async def test_bad_data_is_not_a_server_that_is_away(pool: Pool) -> None:
+    for value in ("nul\x00", 5):
+        with pytest.raises((asyncpg.DataError, ValueError)):
+            async with ledger.translated():
+                await pool.fetch("SELECT * FROM sales WHERE sale_id = $1", value)

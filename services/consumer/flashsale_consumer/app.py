@@ -48,7 +48,7 @@ ENVIRONMENT: Final = """\
 """
 
 
-def create_app(worker: Worker, metrics: Metrics, worker_died: Callable[[], None]) -> Starlette:
+def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
     """The HTTP side, with the worker in its lifespan.
 
     `worker_died` is called if the worker ends by an error: nothing else would end the process.
@@ -76,7 +76,7 @@ def create_app(worker: Worker, metrics: Metrics, worker_died: Callable[[], None]
         return await problem(_, HTTPException(503))
 
     async def prometheus(_: Request) -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        return Response(worker.metrics.text(), media_type=CONTENT_TYPE)
 
     return Starlette(
         routes=[
@@ -113,8 +113,7 @@ def main() -> int:
         nonlocal died
         died = server.should_exit = True
 
-    metrics = Metrics()
-    app = create_app(Worker(own, metrics), metrics, worker_died)
+    app = create_app(Worker(own, Metrics()), worker_died)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -25,14 +25,14 @@ class Availability:
     def away(self, error: Exception) -> None:
         """A call failed."""
         if self._there is not False:
-            log.warning("%s: away, trying again: %s", self._server, error or type(error).__name__)
+            log.warning("waiting for %s: %s", self._server, error or type(error).__name__)
         self._there = False
         self._up.set(0)
 
     def back(self) -> None:
         """A call succeeded."""
         if not self._there:
-            log.info("%s: %s", self._server, "there" if self._there is None else "back")
+            log.info("%s is %s", self._server, "there" if self._there is None else "back")
         self._there = True
         self._delay_seconds = FIRST_DELAY_SECONDS
         self._up.set(1)

@@ -8,6 +8,7 @@ from typing import Final
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from flashsale_consumer.closing import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
 
 REASON_CHARACTERS: Final = 1_000
@@ -69,7 +70,7 @@ class DeadLetters:
         """Ends the producer, if there is one, within seconds."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            await asyncio.wait([asyncio.ensure_future(producer.stop())], timeout=2)
+            await close(self._topic, producer.stop())
 
     async def _started(self) -> AIOKafkaProducer:
         if self._producer is None:

@@ -31,6 +31,7 @@ from flashsale.errors import ContractViolation, LedgerUnavailable
 from flashsale.events import Event
 from flashsale_consumer import recording, topics
 from flashsale_consumer.availability import Availability
+from flashsale_consumer.closing import close
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.recording import LedgerRewound, Log, Outcome
@@ -48,8 +49,8 @@ TRANSACTION_SECONDS: Final = 30.0
 REPORT_SECONDS: Final = 1.0
 CHECK_SECONDS: Final = 5.0
 """How long a worker without events goes on before it looks whether the ledger is what it was."""
-CLOSE_SECONDS: Final = 3.0
 _REQUEST_TIMEOUT_MS: Final = 15_000
+_METADATA_AGE_MS: Final = 5_000
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
@@ -68,7 +69,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         group_id: str = GROUP_ID,
     ) -> None:
         self._settings = settings
-        self._metrics = metrics
+        self.metrics = metrics
         self._topic = topic
         self._dead_letter_topic = dead_letter_topic
         self._group_id = group_id
@@ -98,16 +99,13 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                 await asyncio.sleep(self._kafka.delay())
         finally:
             await self._publisher.close()
-            try:
-                await asyncio.wait_for(pool.close(), CLOSE_SECONDS)
-            except TimeoutError:
-                pool.terminate()
+            await close("the ledger's connections", pool.close())
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002
         """Forgets all partitions: an assignment names the ones that stay, too."""
         self._positions = {}
         self._unplaced = frozenset()
-        self._metrics.lag.clear()
+        self.metrics.lag.clear()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Lets nothing be read before it is placed. Waits for nothing: no heartbeat is sent now."""
@@ -138,6 +136,8 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             # Where reading begins is for the ledger to say: see `recording.place`.
             auto_offset_reset="none",
             request_timeout_ms=_REQUEST_TIMEOUT_MS,
+            # So soon it sees partitions that were added, and a topic that was created anew.
+            metadata_max_age_ms=_METADATA_AGE_MS,
         )
         self._consumer.subscribe([self._topic], listener=self)
         try:
@@ -149,9 +149,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                 tasks.create_task(self._read(pool))
                 tasks.create_task(self._report())
         finally:
-            await asyncio.wait(
-                [asyncio.ensure_future(self._consumer.stop())], timeout=CLOSE_SECONDS
-            )
+            await close("the membership", self._consumer.stop())
 
     async def _read(self, pool: Pool) -> None:
         while True:
@@ -218,6 +216,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
 
     async def _record(self, pool: Pool, records: Records) -> None:
         """Records a batch, or nothing of it."""
+        positions = self._positions  # those of the batch, whatever is assigned meanwhile
         sources: list[ConsumerRecord] = []
         batch: list[Event] = []
         letters: list[DeadLetter] = []
@@ -238,9 +237,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             pool.acquire() as connection,
             connection.transaction(),
         ):
-            outcome = await recording.record(
-                connection, self._topic, self._positions, offsets, batch
-            )
+            outcome = await recording.record(connection, self._topic, positions, offsets, batch)
             if outcome.broken:
                 reasons = {id(event): reason for event, reason in outcome.broken}
                 letters += [
@@ -252,9 +249,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             await self._publisher.publish(letters)
         if letters:
             self._dead_letters.back()
-        for partition, offset in offsets.items():
-            if partition in self._positions:
-                self._positions[partition] = offset
+        positions.update(offsets)
         self._measure(read, batch, letters, outcome, time.monotonic() - begun)
 
     def _measure(
@@ -265,7 +260,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         outcome: Outcome,
         seconds: float,
     ) -> None:
-        metrics, count = self._metrics, self._metrics.events.labels
+        metrics, count = self.metrics, self.metrics.events.labels
         metrics.batches.inc()
         metrics.batch_size.observe(read)
         metrics.record_seconds.observe(seconds)
@@ -300,7 +295,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                     for tp, end in (await consumer.end_offsets(list(partitions))).items():
                         if tp.partition in self._positions:
                             lag = max(end - self._positions[tp.partition], 0)
-                            self._metrics.lag.labels(tp.partition).set(lag)
+                            self.metrics.lag.labels(tp.partition).set(lag)
                     if positions and positions != committed:
                         with suppress(CommitFailedError, IllegalStateError):  # a rebalance
                             await consumer.commit(
