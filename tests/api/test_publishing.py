@@ -99,6 +99,13 @@ async def outbox_is_empty(stock: Inventory) -> None:
             await asyncio.sleep(0.05)
 
 
+async def gave_up_a_producer(api: ApiServer) -> None:
+    """Kafka was away for so long that its client dropped what it was given."""
+    async with httpx.AsyncClient() as http, asyncio.timeout(60):
+        while "flashsale_api_publish_failures_total 0.0" in (await http.get(api.metrics_url)).text:
+            await asyncio.sleep(0.2)
+
+
 def a_crowd(number: int, name: str = "u") -> list[Attempt]:
     return [
         Attempt(f"{name}{n}", {"userId": f"{name}{n}", "itemId": ITEM, "quantity": 2}, f"key-{n}")
@@ -195,7 +202,11 @@ async def test_kafka_restarted_under_load_loses_nothing(
             await asyncio.sleep(0.01)
     await asyncio.to_thread(kafka_here.stop if graceful else kafka_here.kill)
     await crowd
+    late = a_crowd(100, "late")
+    await stampede([api.url for api in apis], late, connections=20, journal=journal)
     assert {entry.status for entry in journal.entries} == {202}
+    for api in apis:
+        await gave_up_a_producer(api)
     await start_kafka(kafka_here)
     await outbox_is_empty(stock_here)
     assert ids(await published(kafka_here)) == set(journal.accepted())

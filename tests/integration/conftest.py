@@ -46,15 +46,10 @@ class Engine:
 
         return await asyncio.to_thread(run)
 
-    async def apply(
-        self, item: str, *, below_held: bool = False, **spec: object
-    ) -> subprocess.CompletedProcess[str]:
-        """Applies a manifest of the item's sale, `default/<item>`, and expects success.
-
-        `below_held`: the stock may be less than buyers hold, which is said and is no success.
-        """
+    async def reapply(self, item: str, **spec: object) -> subprocess.CompletedProcess[str]:
+        """Applies a manifest of the item's sale, `default/<item>`."""
         lines = "".join(f"  {name}: {value}\n" for name, value in spec.items())
-        done = await self.ctl(
+        return await self.ctl(
             "apply",
             "-f",
             "-",
@@ -63,6 +58,15 @@ class Engine:
                 f"metadata:\n  name: {item}\nspec:\n  itemId: {item}\n{lines}"
             ),
         )
+
+    async def apply(
+        self, item: str, *, below_held: bool = False, **spec: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Applies a manifest and expects success.
+
+        `below_held`: the stock may be less than buyers hold, which is said and is no success.
+        """
+        done = await self.reapply(item, **spec)
         said = done.stdout + done.stderr
         assert done.returncode == 0 or (below_held and "StockBelowHeld" in said), said
         return done

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -172,6 +173,36 @@ async def test_redis_killed_in_the_middle_is_fenced_and_reopened_when_nothing_is
     journal.entries += (await stampede(engine.urls, buyers(item, 2_000), tries=5)).entries
     verdict = await settled(engine, item, journal)
     assert verdict.sold == 2_000
+
+
+async def test_a_redis_restored_from_an_older_copy_sells_nothing_again(
+    engine: Engine, item: str
+) -> None:
+    """The copy knows of fewer sales than were made: its stock would be sold a second time."""
+    files, copy = engine.redis.data / "appendonlydir", engine.folder / f"copy-of-{item}"
+    await engine.apply(item, stock=300)
+    journal = await stampede(engine.urls, buyers(item, 100), tries=5)
+    await quiet(engine.addresses, [item])
+    await asyncio.to_thread(engine.redis.stop)
+    shutil.copytree(files, copy)
+    await asyncio.to_thread(engine.redis.start)
+    assert "reopened" in (await engine.apply(item, stock=300)).stdout
+    journal.entries += (await stampede(engine.urls, buyers(item, 250), tries=5)).entries
+    await quiet(engine.addresses, [item])
+    await asyncio.to_thread(engine.redis.stop)
+    shutil.rmtree(files)
+    shutil.copytree(copy, files)
+    await asyncio.to_thread(engine.redis.start)
+    fenced = await stampede(engine.urls, buyers(item, 50), connections=5)
+    assert {entry.outcome for entry in fenced.entries} == {"fenced"}
+    left = await engine.reapply(item, stock=300)
+    assert left.returncode == 1
+    assert "Redis has 100 accepted units and the ledger 250" in left.stdout + left.stderr
+    fenced = await stampede(engine.urls, buyers(item, 50), connections=5)
+    assert {entry.outcome for entry in fenced.entries} == {"fenced"}
+    verdict, _ = await judge(engine.addresses, f"default/{item}", journal)
+    assert verdict.kept
+    assert verdict.sold == 250
 
 
 async def test_restock_shorten_pause_and_apply_again_in_the_middle_of_a_crowd(

@@ -31,6 +31,7 @@ SENDERS: Final = 3
 """Batches in flight: while they are, the next ones fill."""
 SETTLE_BATCH: Final = 256
 REQUEST_TIMEOUT_SECONDS: Final = 10
+ACKNOWLEDGED_SECONDS: Final = 12.0
 STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -147,9 +148,11 @@ class Publisher:
             builder = producer.create_batch()
             batch = self._fill(builder)
             try:
-                partitions = sorted(await producer.partitions_for(self._topic))
-                partition = partitions[next(self._turn) % len(partitions)]
-                await (await producer.send_batch(builder, self._topic, partition=partition))
+                # A broker that was killed leaves aiokafka trying, with no end of its own.
+                async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+                    partitions = sorted(await producer.partitions_for(self._topic))
+                    partition = partitions[next(self._turn) % len(partitions)]
+                    await (await producer.send_batch(builder, self._topic, partition=partition))
             except BaseException:
                 self._pending.extendleft(reversed(batch))
                 raise
