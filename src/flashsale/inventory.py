@@ -1,28 +1,23 @@
 """The Lua scripts as typed calls: the only place that talks to Redis about sales."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from enum import StrEnum
-from hashlib import sha1
-from importlib.resources import files
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Final, NamedTuple, cast
 
-from redis.asyncio import BlockingConnectionPool, Connection, Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
 
-from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.errors import ContractViolation
 from flashsale.keys import ITEMS, ItemKeys
 from flashsale.reservations import BatchReply, OutboxEntry, Outcome, Record, Request, parse_reply
 from flashsale.sale import Sale, SaleSpec
+from flashsale.scripts import Script, Scripts, translated
 
 OUTBOX_LIMIT: Final = 100_000
 """Entries of an item's outbox above which new buyers meet backpressure."""
 
 MAX_CONNECTIONS: Final = 64
-
-T = TypeVar("T")
 
 
 class Applied(StrEnum):
@@ -67,15 +62,6 @@ class ServerTime(NamedTuple):
     run_id: str
 
 
-class _Script:
-    def __init__(self, name: str) -> None:
-        folder = files("flashsale") / "lua"
-        self.source = "\n".join(
-            (folder / f"{part}.lua").read_text("utf-8") for part in ("sale", name)
-        )
-        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
-
-
 def connect(url: str) -> "Redis":
     """A client of `url` (`redis://…` or `rediss://…`) that never repeats a call by itself.
 
@@ -99,12 +85,13 @@ class Inventory:
 
     def __init__(self, redis: "Redis", *, outbox_limit: int = OUTBOX_LIMIT) -> None:
         self._redis = redis
+        self._scripts = Scripts(redis)
         self._outbox_limit = outbox_limit
-        self._reserve = _Script("reserve")
-        self._settle = _Script("settle")
-        self._apply = _Script("apply")
-        self._close = _Script("close")
-        self._free = _Script("free")
+        self._reserve = Script("reserve")
+        self._settle = Script("settle")
+        self._apply = Script("apply")
+        self._close = Script("close")
+        self._free = Script("free")
 
     async def reserve(
         self, item_id: str, requests: Sequence[Request], *, timeout_seconds: float
@@ -115,7 +102,7 @@ class Inventory:
         may be sent again after a failure: their ids make the second call a replay.
         """
         lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
-        reply = await self._call_once(
+        reply = await self._scripts.call_once(
             self._reserve,
             _four(item_id),
             (self._outbox_limit, len(requests), lines),
@@ -126,7 +113,9 @@ class Inventory:
     async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
         """Deletes outbox entries, given as (entry id, reservation id); returns how many."""
         arguments = [word for pair in acknowledged for word in pair]
-        return cast("int", await self._call(self._settle, [ItemKeys.of(item_id).outbox], arguments))
+        return cast(
+            "int", await self._scripts.call(self._settle, [ItemKeys.of(item_id).outbox], arguments)
+        )
 
     async def apply(
         self,
@@ -143,7 +132,7 @@ class Inventory:
         `reopen_accepted`: units accepted in the ledger, for a fenced sale that was verified.
         `replaces`: a finished sale of the item whose rows are recorded, and its accepted units.
         """
-        await _translated(self._redis.sadd(ITEMS, spec.item_id))
+        await translated(self._redis.sadd(ITEMS, spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
         arguments = (
             spec.sale_id,
@@ -159,11 +148,11 @@ class Inventory:
             other_id,
             other_accepted,
         )
-        return Applied(await self._call(self._apply, _four(spec.item_id), arguments))
+        return Applied(await self._scripts.call(self._apply, _four(spec.item_id), arguments))
 
     async def close(self, item_id: str, sale_id: str, revision: int) -> Closed:
         """Closes a sale; a fenced one too, which stays fenced."""
-        return Closed(await self._call(self._close, _four(item_id), (sale_id, revision)))
+        return Closed(await self._scripts.call(self._close, _four(item_id), (sale_id, revision)))
 
     async def free(self, item_id: str, sale_id: str, revision: int, recorded: int) -> Freed:
         """Deletes the keys of a closed sale of which the ledger has `recorded` accepted units.
@@ -171,10 +160,10 @@ class Inventory:
         `revision` is the one of the ledger's row that says closed.
         """
         keys = _four(item_id)
-        freed = Freed(await self._call(self._free, keys, (sale_id, revision, recorded)))
+        freed = Freed(await self._scripts.call(self._free, keys, (sale_id, revision, recorded)))
         if freed is Freed.FREED:
-            await _translated(self._redis.srem(ITEMS, item_id))
-            if await _translated(self._redis.exists(*keys)):
+            await translated(self._redis.srem(ITEMS, item_id))
+            if await translated(self._redis.exists(*keys)):
                 # Another sale took the item meanwhile.
                 await self.index([item_id])
         return freed
@@ -182,18 +171,18 @@ class Inventory:
     async def index(self, item_ids: Iterable[str]) -> None:
         """Has sweeps look at the items, also if they do already."""
         if items := list(item_ids):
-            await _translated(self._redis.sadd(ITEMS, *items))
+            await translated(self._redis.sadd(ITEMS, *items))
 
     async def items(self) -> list[str]:
         """The items that have keys, sorted."""
-        return sorted(await _translated(cast("Awaitable[set[str]]", self._redis.smembers(ITEMS))))
+        return sorted(await translated(cast("Awaitable[set[str]]", self._redis.smembers(ITEMS))))
 
     async def server(self) -> ServerTime:
         """Redis' clock and run; the sales of another run are fenced."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
         pipeline.info("server")
-        (seconds, microseconds), info = await _translated(pipeline.execute())
+        (seconds, microseconds), info = await translated(pipeline.execute())
         return ServerTime(seconds * 1000 + microseconds // 1000, info["run_id"])
 
     async def sales(
@@ -210,7 +199,7 @@ class Inventory:
             pipeline.hgetall(keys.sale)
             pipeline.xlen(keys.outbox)
             pipeline.exists(keys.buyers, keys.reservations, keys.outbox)
-        replies = await _translated(pipeline.execute()) if wanted else []
+        replies = await translated(pipeline.execute()) if wanted else []
         found = {}
         for item_id, fields, outbox_length, parts in zip(
             wanted, replies[::3], replies[1::3], replies[2::3], strict=True
@@ -229,12 +218,12 @@ class Inventory:
         pipeline = self._redis.pipeline(transaction=False)
         for item_id in wanted:
             pipeline.xlen(ItemKeys.of(item_id).outbox)
-        replies = await _translated(pipeline.execute()) if wanted else []
+        replies = await translated(pipeline.execute()) if wanted else []
         return dict(zip(wanted, replies, strict=True))
 
     async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
         """One reservation, or None if Redis has none of that id."""
-        text = await _translated(
+        text = await translated(
             cast(
                 "Awaitable[str | None]",
                 self._redis.hget(ItemKeys.of(item_id).reservations, reservation_id),
@@ -251,7 +240,7 @@ class Inventory:
         """
         start = "-" if after == "-" else f"({after}"
         page = self._redis.xrange(ItemKeys.of(item_id).outbox, start, f"{until_ms - 1}", count)
-        entries = await _translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
+        entries = await translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
         return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
 
     async def take_sweep(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
@@ -260,84 +249,24 @@ class Inventory:
         Two sweepers at once would cost duplicates, which are harmless, and nothing else.
         """
         key = ItemKeys.of(item_id).sweeper
-        owner = await _translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
+        owner = await translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
         if owner == pod_id:
-            await _translated(self._redis.pexpire(key, lease_ms))
+            await translated(self._redis.pexpire(key, lease_ms))
         return owner in (None, pod_id)
 
     async def load(self) -> None:
         """Loads the scripts, so that the first buyer does not wait for it."""
-        for script in (self._reserve, self._settle):
-            await _translated(self._redis.script_load(script.source))
+        await self._scripts.load(self._reserve, self._settle)
 
     async def eviction_policy(self) -> str:
         """The server's `maxmemory-policy`; anything but `noeviction` may drop a sale's keys."""
-        info = await _translated(self._redis.info("memory"))
+        info = await translated(self._redis.info("memory"))
         return str(info["maxmemory_policy"])
-
-    async def _call(
-        self, script: _Script, keys: Sequence[str], arguments: Sequence[str | int]
-    ) -> Any:  # noqa: ANN401 - a script's own type
-        call = cast("Callable[..., Awaitable[Any]]", self._redis.evalsha)
-        try:
-            return await _translated(call(script.sha, len(keys), *keys, *arguments))
-        except NoScriptError:
-            call = cast("Callable[..., Awaitable[Any]]", self._redis.eval)
-            return await _translated(call(script.source, len(keys), *keys, *arguments))
-
-    async def _call_once(
-        self,
-        script: _Script,
-        keys: Sequence[str],
-        arguments: Sequence[str | int],
-        timeout_seconds: float,
-    ) -> str:
-        """Runs a script on one connection, knowing whether the call was sent when it fails."""
-        pool = self._redis.connection_pool
-        get_connection = cast("Callable[[], Awaitable[Connection]]", pool.get_connection)
-        sent = False
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                connection = await get_connection()
-                try:
-                    sent = True
-                    tail = (len(keys), *keys, *arguments)
-                    try:
-                        await connection.send_command("EVALSHA", script.sha, *tail)
-                        return cast("str", await connection.read_response())
-                    except NoScriptError:
-                        await connection.send_command("EVAL", script.source, *tail)
-                        return cast("str", await connection.read_response())
-                except (ResponseError, BusyLoadingError):
-                    sent = False  # it was answered: nothing was done
-                    raise
-                except BaseException:
-                    # The answer may still come: nobody else must read it as theirs.
-                    await connection.disconnect(nowait=True)
-                    raise
-                finally:
-                    await pool.release(connection)
-        except (RedisError, OSError, TimeoutError) as error:
-            raise RedisUnavailable(_describe(error), maybe_executed=sent) from error
 
 
 def _four(item_id: str) -> tuple[str, str, str, str]:
     keys = ItemKeys.of(item_id)
     return keys.sale, keys.buyers, keys.reservations, keys.outbox
-
-
-async def _translated(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except NoScriptError:
-        raise
-    except (RedisError, OSError, TimeoutError) as error:
-        raise RedisUnavailable(_describe(error)) from error
-
-
-def _describe(error: Exception) -> str:
-    what = "refused the call" if isinstance(error, ResponseError) else "is away"
-    return f"Redis {what}: {error or type(error).__name__}"
 
 
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:
