@@ -67,26 +67,34 @@ class Barrier:
 
         Raises `RedisUnavailable` and `LedgerUnavailable`.
         """
-        began = await self._inventory.server()
-        sampled_from_ms = began.now_ms + CALL_DEADLINE_MS
+        run_id = (await self._inventory.server()).run_id
+        if found := await self.settled(sale_id, item_id):
+            return Differs(found)
+        return await self._compare(sale_id, item_id, run_id)
+
+    async def settled(self, sale_id: str, item_id: str) -> _Differences:
+        """Waits until the ledger has everything of a fenced sale that was not lost.
+
+        That is: the outbox is empty, every living pod holds nothing of the item, and the ledger
+        has read the topic to where it ended then. Returns what is not so at the deadline.
+        """
+        sampled_from_ms = (await self._inventory.server()).now_ms + CALL_DEADLINE_MS
 
         async def held() -> _Differences:
             return await self._held(item_id, sampled_from_ms)
 
         patience = self._patience
         if found := await self._until(sale_id, held, patience.quiet, at_least=patience.unseen):
-            return Differs(found)
+            return found
         try:
             topic = await self._spans()
         except KafkaUnavailable as error:
-            return Differs((str(error),))
+            return (str(error),)
 
         async def unread() -> _Differences:
             return await self._unread(topic)
 
-        if found := await self._until(sale_id, unread, patience.recorded):
-            return Differs(found)
-        return await self._compare(sale_id, item_id, began.run_id)
+        return await self._until(sale_id, unread, patience.recorded)
 
     async def _held(self, item_id: str, sampled_from_ms: int) -> _Differences:
         """What may not be on the topic yet."""

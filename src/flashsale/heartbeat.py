@@ -10,10 +10,9 @@ from typing import Final, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
-from flashsale.errors import RedisUnavailable
 from flashsale.keys import PODS, heartbeat
+from flashsale.scripts import translated
 
 INTERVAL_SECONDS: Final = 1.0
 EXPIRY_SECONDS: Final = 5
@@ -43,10 +42,7 @@ async def beat(redis: "Redis", own: Heartbeat) -> None:
     pipeline = redis.pipeline(transaction=False)
     pipeline.sadd(PODS, own.pod_id)
     pipeline.set(heartbeat(own.pod_id), msgspec.json.encode(own), ex=EXPIRY_SECONDS)
-    try:
-        await pipeline.execute()
-    except (RedisError, OSError, TimeoutError) as error:
-        raise RedisUnavailable(f"no heartbeat: {error}") from error
+    await translated(pipeline.execute())
 
 
 async def retire(redis: "Redis", pod_id: str) -> None:
@@ -54,20 +50,13 @@ async def retire(redis: "Redis", pod_id: str) -> None:
     pipeline = redis.pipeline(transaction=False)
     pipeline.srem(PODS, pod_id)
     pipeline.delete(heartbeat(pod_id))
-    try:
-        await pipeline.execute()
-    except (RedisError, OSError, TimeoutError) as error:
-        raise RedisUnavailable(f"no heartbeat: {error}") from error
+    await translated(pipeline.execute())
 
 
 async def living(redis: "Redis") -> list[Heartbeat]:
     """The heartbeats of the pods that are alive; forgets the others."""
-    try:
-        pods = sorted(await cast("Awaitable[set[str]]", redis.smembers(PODS)))
-        texts = await redis.mget([heartbeat(pod) for pod in pods]) if pods else []
-        dead = [pod for pod, text in zip(pods, texts, strict=True) if text is None]
-        if dead:
-            await redis.srem(PODS, *dead)
-    except (RedisError, OSError, TimeoutError) as error:
-        raise RedisUnavailable(f"no heartbeats: {error}") from error
+    pods = sorted(await translated(cast("Awaitable[set[str]]", redis.smembers(PODS))))
+    texts = await translated(redis.mget([heartbeat(pod) for pod in pods])) if pods else []
+    if dead := [pod for pod, text in zip(pods, texts, strict=True) if text is None]:
+        await translated(redis.srem(PODS, *dead))
     return [msgspec.json.decode(text, type=Heartbeat) for text in texts if text is not None]

@@ -104,7 +104,7 @@ class Inventory:
         lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
         reply = await self._scripts.call_once(
             self._reserve,
-            _four(item_id),
+            ItemKeys.of(item_id).four,
             (self._outbox_limit, len(requests), lines),
             timeout_seconds,
         )
@@ -148,18 +148,22 @@ class Inventory:
             other_id,
             other_accepted,
         )
-        return Applied(await self._scripts.call(self._apply, _four(spec.item_id), arguments))
+        return Applied(
+            await self._scripts.call(self._apply, ItemKeys.of(spec.item_id).four, arguments)
+        )
 
     async def close(self, item_id: str, sale_id: str, revision: int) -> Closed:
         """Closes a sale; a fenced one too, which stays fenced."""
-        return Closed(await self._scripts.call(self._close, _four(item_id), (sale_id, revision)))
+        return Closed(
+            await self._scripts.call(self._close, ItemKeys.of(item_id).four, (sale_id, revision))
+        )
 
     async def free(self, item_id: str, sale_id: str, revision: int, recorded: int) -> Freed:
         """Deletes the keys of a closed sale of which the ledger has `recorded` accepted units.
 
         `revision` is the one of the ledger's row that says closed.
         """
-        keys = _four(item_id)
+        keys = ItemKeys.of(item_id).four
         freed = Freed(await self._scripts.call(self._free, keys, (sale_id, revision, recorded)))
         if freed is Freed.FREED:
             await translated(self._redis.srem(ITEMS, item_id))
@@ -262,11 +266,6 @@ class Inventory:
         """The server's `maxmemory-policy`; anything but `noeviction` may drop a sale's keys."""
         info = await translated(self._redis.info("memory"))
         return str(info["maxmemory_policy"])
-
-
-def _four(item_id: str) -> tuple[str, str, str, str]:
-    keys = ItemKeys.of(item_id)
-    return keys.sale, keys.buyers, keys.reservations, keys.outbox
 
 
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:

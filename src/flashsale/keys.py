@@ -38,3 +38,8 @@ class ItemKeys:
             outbox=f"{tag}:outbox",
             sweeper=f"{tag}:sweeper",
         )
+
+    @property
+    def four(self) -> tuple[str, str, str, str]:
+        """KEYS of the scripts that read a sale."""
+        return self.sale, self.buyers, self.reservations, self.outbox
