@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import asyncpg
 import msgspec
@@ -24,6 +23,7 @@ from flashsale.sale import SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaBootstrap, RedisUrl
 from flashsale_operator import audit, manifest, tables, topic
 from flashsale_operator.manifest import ManifestError
+from flashsale_operator.rebuild import Rebuild, Rebuilt
 from flashsale_operator.reconcile import Verification
 from flashsale_operator.steward import Report, Steward, UnknownSale, refuse_eviction
 from flashsale_operator.verification import Barrier
@@ -74,12 +74,7 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     async with _connected(addresses) as clients:
         await refuse_eviction(clients.inventory)
         await ledger.migrate(clients.pool)
-        barrier = Barrier(
-            clients.redis,
-            clients.pool,
-            partial(topic.spans, addresses.kafka_bootstrap),
-            progress=_progress,
-        )
+        barrier = _barrier(clients, addresses)
         steward = Steward(clients.inventory, clients.pool, barrier.verify)
         try:
             # All at once: what a verification waits for is the same for every sale.
@@ -95,6 +90,22 @@ async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int
         steward = Steward(clients.inventory, clients.pool, _never_verify)
         sale_ids = await steward.sales_to_close(options.item)
         return max([_print_report(await steward.close(sale_id)) for sale_id in sale_ids])
+
+
+async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    addresses = settings.load(_All, environ)
+    async with _connected(addresses) as clients:
+        await refuse_eviction(clients.inventory)
+        rows = await ledger.sales(clients.pool, options.item)
+        if not rows:
+            raise UnknownSale(_no_such(options.item))
+        # A sale that is closed has made room: the item is the other one's.
+        row = min(rows, key=lambda row: row.closed)
+        rebuild = Rebuild(clients.redis, clients.pool, _barrier(clients, addresses), _progress)
+        done = await rebuild.rebuild(row)
+    whole = isinstance(done, Rebuilt)
+    print(tables.line_of_rebuild(row.sale_id, done), file=sys.stdout if whole else sys.stderr)
+    return 0 if whole else 1
 
 
 async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -127,16 +138,16 @@ async def _audit(options: argparse.Namespace, environ: Mapping[str, str]) -> int
 
 _COMMANDS: Final[
     dict[str, Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]]
-] = {"apply": _apply, "get": _get, "close": _close, "audit": _audit}
+] = {"apply": _apply, "get": _get, "close": _close, "rebuild": _rebuild, "audit": _audit}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashsalectl",
         description="Declares flash sales and looks into them, without a cluster or beside one.",
-        epilog="Addresses come from FLASHSALE_REDIS_URL, FLASHSALE_DATABASE_URL and, for apply "
-        "and audit, FLASHSALE_KAFKA_BOOTSTRAP. Exit codes: 0 done; 1 not done, or a disagreement; "
-        "2 wrong usage or settings.",
+        epilog="Addresses come from FLASHSALE_REDIS_URL, FLASHSALE_DATABASE_URL and, for apply, "
+        "rebuild and audit, FLASHSALE_KAFKA_BOOTSTRAP. Exit codes: 0 done; 1 not done, or a "
+        "disagreement; 2 wrong usage or settings.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     apply = _command(
@@ -157,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
         "Closes the sale of an item; applying its manifest again continues it.",
     )
     close.add_argument("item", metavar="ITEM", help="an itemId")
+    rebuild = _command(
+        commands,
+        "rebuild",
+        "Rebuilds the fenced sale of an item in Redis from the ledger; leaves a sale that is whole "
+        "alone.",
+    )
+    rebuild.add_argument("item", metavar="ITEM", help="an itemId")
     check = _command(
         commands,
         "audit",
@@ -211,14 +229,6 @@ def _read(name: str) -> str:
 
 @asynccontextmanager
 async def _connected(addresses: _Stores) -> AsyncIterator[_Clients]:
-    for variable, url in (
-        ("FLASHSALE_REDIS_URL", addresses.redis_url),
-        ("FLASHSALE_DATABASE_URL", addresses.database_url),
-    ):
-        try:
-            _ = urlsplit(url).port
-        except ValueError:
-            raise SettingsError(f"{variable} is wrong: its host or port cannot be read") from None
     redis = connect(addresses.redis_url)
     try:
         pool = await ledger.connect(addresses.database_url)
@@ -228,6 +238,15 @@ async def _connected(addresses: _Stores) -> AsyncIterator[_Clients]:
             pool.terminate()
     finally:
         await redis.aclose()
+
+
+def _barrier(clients: _Clients, addresses: _All) -> Barrier:
+    return Barrier(
+        clients.redis,
+        clients.pool,
+        partial(topic.spans, addresses.kafka_bootstrap),
+        progress=_progress,
+    )
 
 
 async def _never_verify(sale_id: str, item_id: str) -> Verification:

@@ -8,12 +8,13 @@ from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
 from flashsale_operator.audit import Audit, Finding
-from flashsale_operator.reconcile import Reason, spec_of, state_of
+from flashsale_operator.rebuild import Rebuilt
+from flashsale_operator.reconcile import Differs, Reason, spec_of, state_of
 from flashsale_operator.steward import Report
 
 _NEXT: Final = {
-    Reason.FENCED: "nothing is accepted until it is shown to be whole: apply it again, or look "
-    "with `flashsalectl audit {item}`",
+    Reason.FENCED: "nothing is accepted until it is shown to be whole: apply it again, or bring "
+    "it back from the ledger with `flashsalectl rebuild {item}`",
     Reason.ITEM_CONFLICT: "apply it again when that sale is closed (`flashsalectl close {item}`) "
     "and recorded",
     Reason.SUPERSEDED: "apply it again if this manifest is the one that counts",
@@ -28,6 +29,19 @@ def line_of(report: Report) -> str:
     if report.ready or report.reason not in _NEXT:
         return line
     return f"{line}; {_NEXT[report.reason].format(item=report.item_id)}"
+
+
+def line_of_rebuild(sale_id: str, done: Rebuilt | Differs) -> str:
+    """One line about a rebuild: what came back and what was lost, or what keeps it fenced."""
+    if isinstance(done, Differs):
+        return f"sale {sale_id} stays fenced: {'; '.join(done.differences)}; try again"
+    if not done.reservations and not done.redis_lacked and not done.lost:
+        return f"sale {sale_id} is whole: {done.accepted} accepted units"
+    lost = f"; {done.lost} units that Redis had accepted are not recorded" if done.lost else ""
+    return (
+        f"sale {sale_id} rebuilt in {done.seconds:.1f} s: {done.accepted} accepted units in "
+        f"{done.reservations} reservations, {done.redis_lacked} of them gone from Redis{lost}"
+    )
 
 
 def of_sales(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> str:

@@ -89,7 +89,8 @@ async def translated() -> AsyncIterator[None]:
         OSError,
         TimeoutError,
     ) as error:
-        raise LedgerUnavailable(f"the ledger is away: {error or type(error).__name__}") from error
+        why = str(error) or "no answer in time"
+        raise LedgerUnavailable(f"the ledger is away: {why}") from error
 
 
 async def migrate(pool: "asyncpg.Pool[asyncpg.Record]") -> int:

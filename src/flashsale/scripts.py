@@ -95,4 +95,4 @@ async def translated(call: Awaitable[T]) -> T:
 
 def _describe(error: Exception) -> str:
     what = "refused the call" if isinstance(error, ResponseError) else "is away"
-    return f"Redis {what}: {error or type(error).__name__}"
+    return f"Redis {what}: {str(error) or 'no answer in time'}"
