@@ -14,9 +14,8 @@ import yaml
 from flashsale.errors import FlashsaleError
 from flashsale.fields import ITEM_ID_PATTERN, MAX_DISPLAY_NAME, MAX_PER_USER, MAX_STOCK
 from flashsale.sale import SaleSpec
+from flashsale_operator.resource import API_VERSION, KIND
 
-API_VERSION: Final = "flashsale.dev/v1alpha1"
-KIND: Final = "FlashSale"
 DEFAULT_NAMESPACE: Final = "default"
 
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -37,7 +36,7 @@ class ManifestError(FlashsaleError):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field and its rule. Null is the default where there is one, as in a CRD."""
+    """A field and its rule. Null is as good as absent, as in a CRD."""
 
     name: str
     must: str
@@ -220,7 +219,7 @@ def _read(
     ]
     for key, field in known.items():
         value = given.get(key)
-        if key not in given or (value is None and field.default is not None):
+        if key not in given or (value is None and not field.required):
             if field.required:
                 mistakes.append(f"{field.name}: is required")
             elif field.default is not None:

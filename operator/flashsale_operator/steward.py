@@ -41,14 +41,15 @@ _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended('flashsale:' 
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
-                        ends_at, paused, revision, capacity)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4)
+                        ends_at, paused, revision, capacity, resource_uid)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10)
 ON CONFLICT (sale_id) DO UPDATE SET
   display_name = excluded.display_name, allocated = excluded.allocated,
   max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
   ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
   revision = greatest(s.revision, $9) + 1,
-  capacity = greatest(s.capacity, excluded.allocated + s.released), updated_at = now()
+  capacity = greatest(s.capacity, excluded.allocated + s.released),
+  resource_uid = coalesce(excluded.resource_uid, s.resource_uid), updated_at = now()
 WHERE s.item_id = excluded.item_id
   AND (s.revision < $9
        OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed)
@@ -57,6 +58,7 @@ WHERE s.item_id = excluded.item_id
            excluded.ends_at, excluded.paused, false))
 RETURNING revision
 """
+_ADOPT: Final = "UPDATE sales SET resource_uid = $2 WHERE sale_id = $1"
 _CLOSE: Final = """
 UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
@@ -104,8 +106,11 @@ class Steward:
         self._pool = pool
         self._verify = verify
 
-    async def reconcile(self, spec: SaleSpec) -> Report:
-        """Does what `decide` says until nothing is left to do now."""
+    async def reconcile(self, spec: SaleSpec, resource_uid: str | None = None) -> Report:
+        """Does what `decide` says until nothing is left to do now.
+
+        `resource_uid` is the FlashSale's: when it is gone, its sale is to be closed.
+        """
         written: int | None = None
         verification: Verification | None = None
         applied = answer = Applied.UNCHANGED
@@ -113,7 +118,7 @@ class Steward:
             observed = await self._observe(spec, written, verification)
             match decide(spec, observed):
                 case WriteRow() as step:
-                    written = await self._write_row(spec, step) or written
+                    written = await self._write_row(spec, step, resource_uid) or written
                 case Verify():
                     verification = await self._verify(spec.sale_id, spec.item_id)
                 case Apply() as step:
@@ -132,6 +137,7 @@ class Steward:
                         applied = answer
                     verification = None
                 case Done(state, reason, message):
+                    await self._adopt(observed.row, resource_uid)
                     return _report(spec, observed, applied, (state, reason, message))
         message = _STUCK.get(answer, "others keep changing the sale; apply it again")
         return _report(spec, observed, applied, (State.UNKNOWN, Reason.UNSETTLED, message))
@@ -211,7 +217,15 @@ class Steward:
             raise UnknownSale(f"{sale_id}: the ledger has no such sale; apply its manifest first")
         return row
 
-    async def _write_row(self, spec: SaleSpec, step: WriteRow) -> int | None:
+    async def _adopt(self, row: SaleRow | None, resource_uid: str | None) -> None:
+        """Notes whose sale it is, where another FlashSale or flashsalectl made the row."""
+        if row is not None and resource_uid is not None and row.resource_uid != resource_uid:
+            async with ledger.translated():
+                await self._pool.execute(_ADOPT, row.sale_id, resource_uid)
+
+    async def _write_row(
+        self, spec: SaleSpec, step: WriteRow, resource_uid: str | None
+    ) -> int | None:
         """Writes the manifest into the ledger; returns the new revision, or None if the row says
         the same already or the item's other rows are not what was observed.
         """
@@ -237,6 +251,7 @@ class Steward:
                 None if spec.ends_ms is None else utc_of_ms(spec.ends_ms),
                 spec.paused,
                 step.above,
+                resource_uid,
             )
             return revision
 

@@ -1,6 +1,7 @@
 """Bad manifests and what must be said of them: by flashsalectl and, for the same, by the CRD."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 STOCK = "spec.stock: must be an integer from 0 to 100000000"
@@ -24,6 +25,14 @@ NAMESPACE = (
 )
 
 
+class Server(StrEnum):
+    """What the kube-apiserver does with it, asked as kubectl asks (`--validate=strict`)."""
+
+    REFUSES = "refuses"
+    REFUSES_OR_PRUNES = "refuses, or prunes the field if asked without validation"
+    TAKES = "takes"
+
+
 @dataclass(frozen=True)
 class Bad:
     """A good manifest with these changes; None takes a field out."""
@@ -32,6 +41,7 @@ class Bad:
     spec: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
+    server: Server = Server.REFUSES
 
 
 ABSENT = object()
@@ -68,6 +78,19 @@ BAD_MANIFESTS = {
     "start_a_number": Bad((STARTS,), {"startsAt": 1795770000}),
     "start_on_no_day": Bad((STARTS,), {"startsAt": "2026-02-30T09:00:00Z"}),
     "start_in_antiquity": Bad((STARTS,), {"startsAt": "0044-03-15T09:00:00Z"}),
+    "start_in_small_letters": Bad((STARTS,), {"startsAt": "2026-11-27t09:00:00z"}),
+    "start_with_a_comma": Bad((STARTS,), {"startsAt": "2026-11-27T09:00:00,5Z"}),
+    "start_to_the_picosecond": Bad((STARTS,), {"startsAt": "2026-11-27T09:00:00.000000000001Z"}),
+    "start_in_the_year_3000": Bad((STARTS,), {"startsAt": "3000-01-01T00:00:00Z"}),
+    "start_a_day_off": Bad((STARTS,), {"startsAt": "2026-11-27T09:00:00+24:00"}),
+    "start_ends_with_a_newline": Bad((STARTS,), {"startsAt": "2026-11-27T09:00:00Z\n"}),
+    "end_on_february_29_of_no_leap_year": Bad((ENDS,), {"endsAt": "2027-02-29T09:00:00Z"}),
+    "end_in_a_leap_second": Bad((ENDS,), {"endsAt": "2026-12-31T23:59:60Z"}),
+    "end_at_24_hours": Bad((ENDS,), {"endsAt": "2026-11-27T24:00:00Z"}),
+    "end_within_the_millisecond": Bad(
+        (ORDER,),
+        {"startsAt": "2026-11-27T09:00:00.0001Z", "endsAt": "2026-11-27T09:00:00.0009Z"},
+    ),
     "end_at_no_hour": Bad((ENDS,), {"endsAt": "2026-11-27T25:00:00Z"}),
     "end_before_start": Bad(
         (ORDER,), {"startsAt": "2026-11-27T09:00:00Z", "endsAt": "2026-11-27T08:59:59Z"}
@@ -77,16 +100,25 @@ BAD_MANIFESTS = {
     ),
     "paused_text": Bad((PAUSED,), {"paused": "yes"}),
     "paused_a_number": Bad((PAUSED,), {"paused": 1}),
-    "field_misspelt": Bad(("spec.stocks: unknown field",), {"stocks": 1}),
-    "field_of_a_later_version": Bad(("spec.holdSeconds: unknown field",), {"holdSeconds": 60}),
+    "field_misspelt": Bad(
+        ("spec.stocks: unknown field",), {"stocks": 1}, server=Server.REFUSES_OR_PRUNES
+    ),
+    "field_of_a_later_version": Bad(
+        ("spec.holdSeconds: unknown field",),
+        {"holdSeconds": 60},
+        server=Server.REFUSES_OR_PRUNES,
+    ),
     "name_with_upper_case": Bad((NAME,), metadata={"name": "IPhone"}),
     "name_with_an_underscore": Bad((NAME,), metadata={"name": "iphone_15"}),
     "name_too_long": Bad((NAME,), metadata={"name": ".".join(["a" * 63] * 4)}),
     "name_absent": Bad(("metadata.name: is required",), metadata={"name": ABSENT}),
     "name_ends_with_a_newline": Bad((NAME,), metadata={"name": "iphone\n"}),
     "namespace_with_a_dot": Bad((NAMESPACE,), metadata={"namespace": "a.b"}),
+    # Every kind may have one, and a name beside it counts.
     "name_generated": Bad(
-        ("metadata.generateName: unknown field",), metadata={"generateName": "iphone-"}
+        ("metadata.generateName: unknown field",),
+        metadata={"generateName": "iphone-"},
+        server=Server.TAKES,
     ),
     "another_kind": Bad(("kind: must be FlashSale",), top={"kind": "FlashSail"}),
     "another_version": Bad(
@@ -95,7 +127,9 @@ BAD_MANIFESTS = {
     "no_spec": Bad(("spec: is required",), top={"spec": ABSENT}),
     "spec_a_list": Bad(("spec: must be a mapping",), top={"spec": []}),
     "metadata_text": Bad(("metadata: must be a mapping",), top={"metadata": "iphone"}),
-    "spec_on_top": Bad(("stock: unknown field",), top={"stock": 100}),
+    "spec_on_top": Bad(
+        ("stock: unknown field",), top={"stock": 100}, server=Server.REFUSES_OR_PRUNES
+    ),
     "everything_at_once": Bad(
         ("spec.color: unknown field", ITEM, STOCK, PER_USER, ENDS),
         {"itemId": "", "stock": -1, "maxPerUser": 0, "endsAt": "never", "color": "red"},

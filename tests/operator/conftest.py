@@ -67,13 +67,15 @@ class Shop:
         entries = await self.inventory.outbox_page(item_id, until_ms=2**50, count=10_000)
         for number, entry in enumerate(entries):
             sale_id, record = entry.snapshot.sale_id, entry.record
-            if number >= lose:
-                await self.pool.execute(
+            if number < lose:
+                continue
+            async with self.pool.acquire() as connection, connection.transaction():
+                await connection.execute(
                     "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, "
                     "version, occurred_at) VALUES ($1, $2, $3, $4, 'accepted', 1, now())",
                     *(sale_id, entry.reservation_id, record.user_id, record.quantity),
                 )
-                await self.pool.execute(
+                await connection.execute(
                     "UPDATE sales SET accepted = accepted + $2 WHERE sale_id = $1",
                     *(sale_id, record.quantity),
                 )

@@ -1,0 +1,35 @@
+"""The operator's settings, from FLASHSALE_REDIS_URL and so on."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from flashsale.settings import DatabaseUrl, KafkaBootstrap, Listen, RedisUrl
+
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+Namespaces = Annotated[
+    str,
+    Meta(
+        pattern=rf"^({_LABEL}(,{_LABEL})*)?\Z",
+        description="namespaces, separated by commas, or nothing for all",
+    ),
+]
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Where the servers are, what is served and how long a closed sale's keys are kept."""
+
+    redis_url: RedisUrl
+    kafka_bootstrap: KafkaBootstrap
+    database_url: DatabaseUrl
+    listen: Listen = "0.0.0.0:8082"
+    namespaces: Namespaces = ""
+    keep_closed_seconds: Annotated[
+        int, Meta(ge=0, le=31_536_000, description="seconds, from 0 to a year")
+    ] = 3600
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The namespaces; none means all."""
+        return tuple(sorted({name for name in self.namespaces.split(",") if name}))
