@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check lint lock
+.PHONY: help setup demo up down control-plane test check lint lock
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Install what is missing (.venv, Kafka's jars in the cache)
 
@@ -29,6 +29,9 @@ up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the bac
 
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down
+
+control-plane: $(READY) ## A Kubernetes API with CRD and operator beside `make up` (needs Go)
+	@$(BIN)/python -m dev.local control-plane
 
 test: $(READY) ## Pass the tests, on real servers that they start themselves
 	$(BIN)/pytest

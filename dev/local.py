@@ -1,4 +1,4 @@
-"""`python -m dev.local up|down|demo`: the whole engine on this machine, without Docker."""
+"""`python -m dev.local`: the whole engine on this machine, without Docker."""
 
 import argparse
 import os
@@ -10,12 +10,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from dev.services import Addresses, ApiServer, ConsumerServer
+from dev.cluster.binaries import binaries
+from dev.cluster.control_plane import ControlPlane
+from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server, StackError
 
 ROOT: Final = Path(__file__).parent.parent
 LOCAL: Final = ROOT / ".local"
 SAMPLE: Final = ROOT / "k8s" / "samples" / "iphone-15.yaml"
+CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
+RESOURCE: Final = "flashsales.flashsale.dev"
 API_PORT: Final = 8080
 
 
@@ -92,11 +96,43 @@ The API answers on http://localhost:{API_PORT} (its metrics on {api.metrics_url}
 Logs are in .local/*/*.log. `make down` ends it; the data stays until you remove .local.""")
 
 
+def control_plane() -> None:
+    """A Kubernetes API with the CRD and the operator, beside what `up` started."""
+    if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
+        raise StackError("the engine does not run: `make up` starts it")
+    written = dict(line.split("=", 1) for line in (LOCAL / "env").read_text().splitlines())
+    with ExitStack() as undo:
+
+        def started(server: Server) -> None:
+            undo.callback(server.stop)
+
+        folder = binaries().folder
+        plane = ControlPlane(LOCAL / ControlPlane.name, detached=True)
+        _start(plane, started)
+        plane.kubectl("apply", "-f", str(CRD), check=True)
+        plane.kubectl("wait", "--for=condition=Established", f"crd/{RESOURCE}", check=True)
+        environment = {**written, "KUBECONFIG": str(plane.kubeconfig)}
+        _start(OperatorServer(LOCAL / OperatorServer.name, environment, detached=True), started)
+        undo.pop_all()
+    print(f"""
+FlashSales can be declared. Try, in this folder:
+
+  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH=$PATH:{folder}
+  kubectl apply -f k8s/samples/iphone-15.yaml
+  kubectl get flashsales
+
+`make down` ends it too.""")
+
+
 def down() -> None:
     """Ends what `up` started, by the ids that were recorded."""
     stopped = False
     # The engine before its servers: so it ends with nothing left to publish or record.
-    for kind in (ApiServer, ConsumerServer, KafkaServer, PostgresServer, RedisServer):
+    kinds: tuple[type[Server], ...] = (
+        *(OperatorServer, ControlPlane, ApiServer, ConsumerServer),
+        *(KafkaServer, PostgresServer, RedisServer),
+    )
+    for kind in kinds:
         if not (LOCAL / kind.name).exists():
             continue
         server = kind.attach(LOCAL / kind.name)
@@ -125,6 +161,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", help="stack, API on port 8080 and consumer, in the background")
     commands.add_parser("down", help="ends what up started; keeps the data in .local")
+    commands.add_parser(
+        "control-plane", help="a Kubernetes API with CRD and operator, beside what up started"
+    )
     commands.add_parser("demo", help="sells 100 phones to a crowd on fresh servers, and checks")
     command = parser.parse_args().command
     try:
@@ -133,6 +172,8 @@ def main() -> int:
                 up()
             case "down":
                 down()
+            case "control-plane":
+                control_plane()
             case _:
                 from dev.demo import demo  # noqa: PLC0415 - the demo builds on this module
 

@@ -4,6 +4,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -93,3 +94,33 @@ class ConsumerServer(_Service):
 
     name: ClassVar[str] = "consumer"
     module: ClassVar[str] = "flashsale_consumer"
+
+
+class OperatorServer(Server):
+    """One operator process; started once it serves its health. `environment` is its own."""
+
+    name: ClassVar[str] = "operator"
+
+    def __init__(
+        self, data: Path, environment: Mapping[str, str] | None = None, *, detached: bool = False
+    ) -> None:
+        super().__init__(data, detached=detached)
+        self._own = environment or {}
+
+    def get(self, path: str) -> str:
+        """What it answers over HTTP."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            text: bytes = answer.read()
+            return text.decode()
+
+    def _prepare(self) -> None:
+        """Nothing is stored but the log."""
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "flashsale_operator"]
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **self._own, "FLASHSALE_LISTEN": f"127.0.0.1:{self.port}"}
+
+    def _ready(self) -> bool:
+        return self.get("/healthz") == "alive\n"

@@ -11,9 +11,9 @@ import asyncpg
 import pytest
 
 from dev.cluster.control_plane import ControlPlane
-from dev.services import Addresses
+from dev.services import Addresses, OperatorServer
 from dev.stack.servers import PostgresServer, RedisServer
-from tests.control_plane.world import CRD, OperatorServer, World, rules
+from tests.control_plane.world import CRD, World, rules
 
 ACCOUNT = "flashsale-operator"
 

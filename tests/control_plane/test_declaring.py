@@ -2,15 +2,9 @@
 
 import pytest
 
+from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer
-from tests.control_plane.world import (
-    OperatorServer,
-    World,
-    eventually,
-    in_seconds,
-    reserve,
-    reserve_until,
-)
+from tests.control_plane.world import World, eventually, in_seconds, reserve, reserve_until
 
 pytestmark = pytest.mark.slow
 

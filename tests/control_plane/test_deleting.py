@@ -4,14 +4,9 @@ import json
 
 import pytest
 
+from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer
-from tests.control_plane.world import (
-    OperatorServer,
-    World,
-    eventually,
-    reserve,
-    reserve_until,
-)
+from tests.control_plane.world import World, eventually, reserve, reserve_until
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.control_plane.world import OperatorServer, World, eventually
+from dev.services import OperatorServer
+from tests.control_plane.world import World, eventually
 
 pytestmark = pytest.mark.slow
 

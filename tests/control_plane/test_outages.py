@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer
-from tests.control_plane.world import (
-    OperatorServer,
-    World,
-    eventually,
-    reserve,
-    reserve_until,
-)
+from tests.control_plane.world import World, eventually, reserve, reserve_until
 
 pytestmark = pytest.mark.slow
 

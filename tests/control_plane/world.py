@@ -3,24 +3,20 @@
 import asyncio
 import http.client
 import json
-import os
-import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import asyncpg
 import redis as redis_client
 import yaml
 
 from dev.cluster.control_plane import ControlPlane
-from dev.services import Addresses, ApiServer, ConsumerServer
+from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.servers import RedisServer, Server
 from flashsale.keys import ItemKeys
 
@@ -53,33 +49,6 @@ def rules() -> dict[str, list[dict[str, list[str]]]]:
 def in_seconds(seconds: float) -> str:
     """An RFC 3339 time that far from now."""
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
-
-
-class OperatorServer(Server):
-    """One operator process; started once it serves its health."""
-
-    name: ClassVar[str] = "operator"
-
-    def __init__(self, data: Path, environment: dict[str, str]) -> None:
-        super().__init__(data)
-        self._own = environment
-
-    def get(self, path: str) -> str:
-        """What it answers over HTTP."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-            return cast("str", answer.read().decode())
-
-    def _prepare(self) -> None:
-        """Nothing is stored but the log."""
-
-    def _command(self) -> list[str]:
-        return [sys.executable, "-m", "flashsale_operator"]
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self._own, "FLASHSALE_LISTEN": f"127.0.0.1:{self.port}"}
-
-    def _ready(self) -> bool:
-        return self.get("/healthz") == "alive\n"
 
 
 @dataclass

@@ -25,7 +25,7 @@ class Availability:
     def away(self, error: Exception) -> None:
         """A call failed."""
         if self._there is not False:
-            log.warning("waiting for %s: %s", self._server, error or type(error).__name__)
+            log.warning("waiting for %s: %s", self._server, str(error) or type(error).__name__)
         self._there = False
         self._up.set(0)
 
