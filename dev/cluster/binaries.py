@@ -1,7 +1,8 @@
-"""etcd, kube-apiserver and kubectl: built once from Go modules, kept in a cache outside the tree.
+"""etcd, kube-apiserver, kubectl and helm: built once from Go modules, kept in a cache.
 
-The folder `tools` pins the modules; what is built are their own main packages. Another program of
-theirs (kubelet, kube-scheduler, …) is a line in `_PROGRAMS` and a `tool` line in `tools/go.mod`.
+The folder `tools` pins the modules of Kubernetes and etcd, `tools/helm` those of Helm, which agrees
+with them on no version; what is built are their own main packages. Another program of theirs
+(kubelet, kube-scheduler, …) is a line in a toolset below and a `tool` line in its go.mod.
 """
 
 import fcntl
@@ -10,28 +11,19 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from dev.stack import keeper, lifeline
+from dev.cluster import running
 from dev.stack.errors import StackError
 from dev.stack.jars import only_one
 from dev.stack.packages import cache_folder
 
 TOOLS: Final = Path(__file__).with_name("tools")
-_PROGRAMS: Final = {
-    "etcd": "go.etcd.io/etcd/server/v3",
-    "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
-    "kubectl": "k8s.io/kubernetes/cmd/kubectl",
-}
-# Unset, these are v0.0.0: clients that look at the server's version then go wrong.
-_STAMPED: Final = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
 _LOG_LINES: Final = 20
 
 
@@ -65,51 +57,161 @@ class _Go:
     platform: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Toolset:
+    """Programs of one go.mod, whose versions go together."""
+
+    title: str
+    """Also what a cache folder and the command line call it, in lower case."""
+    folder: Path
+    module: str
+    """The one whose version is the toolset's."""
+    programs: Mapping[str, str]
+    """The package of each."""
+    stamps: Callable[[], Mapping[str, str]]
+    """What is set at the link: unset, versions are made up and clients that look at them go wrong.
+    """
+    cost: str
+
+    @property
+    def version(self) -> str:
+        return self.in_go_mod(rf"{re.escape(self.module)} (v\S+)")
+
+    @property
+    def named(self) -> str:
+        return f"{self.title} {self.version}"
+
+    def in_go_mod(self, pattern: str) -> str:
+        path = self.folder / "go.mod"
+        found = re.search(rf"^\s*{pattern}", path.read_text(), re.MULTILINE)
+        if found is None:
+            raise StackError(f"{path} has no line like {pattern}")
+        return found[1]
+
+    def arguments(self) -> list[str]:
+        stamps = [f"-X {name}={value}" for name, value in self.stamps().items()]
+        return ["-trimpath", "-ldflags", " ".join(["-s", "-w", *stamps])]
+
+    def key(self, go: _Go) -> str:
+        """What two builds that may differ in their programs differ in."""
+        sources = [
+            path
+            for path in sorted(self.folder.rglob("*"))
+            if path.suffix in (".mod", ".sum", ".go") and self._owns(path)
+        ]
+        facts = [go.version, go.platform, *self.arguments(), *self.programs.values()]
+        facts += [f"{path.relative_to(self.folder)}\n{path.read_text()}" for path in sources]
+        return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
+
+    def _owns(self, path: Path) -> bool:
+        """Whether a file belongs to this module, and not to one in a folder of it."""
+        nearest = next(folder for folder in path.parents if (folder / "go.mod").exists())
+        return nearest == self.folder
+
+
+def _kubernetes_stamps() -> dict[str, str]:
+    version = kubernetes_version()
+    major, minor, _patch = version.removeprefix("v").split(".", 2)
+    facts = {"gitVersion": version, "gitMajor": major, "gitMinor": minor}
+    return {
+        f"{package}.{name}": value
+        for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+        for name, value in facts.items()
+    }
+
+
+def _helm_stamps() -> dict[str, str]:
+    """As Helm's own Makefile. The Kubernetes is the one that `helm template` takes for granted."""
+    _, minor, _patch = _HELM.in_go_mod(r"k8s\.io/client-go (v\S+)").split(".", 2)
+    helm = "helm.sh/helm/v3"
+    return {
+        f"{helm}/internal/version.version": _HELM.version,
+        f"{helm}/internal/version.metadata": "",
+        **{
+            f"{helm}/pkg/{package}.k8sVersion{name}": value
+            for package in ("lint/rules", "chartutil")
+            for name, value in (("Major", "1"), ("Minor", minor))
+        },
+    }
+
+
+_KUBERNETES: Final = _Toolset(
+    title="Kubernetes",
+    folder=TOOLS,
+    module="k8s.io/kubernetes",
+    programs={
+        "etcd": "go.etcd.io/etcd/server/v3",
+        "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
+        "kubectl": "k8s.io/kubernetes/cmd/kubectl",
+    },
+    stamps=_kubernetes_stamps,
+    cost="about ten minutes",
+)
+_HELM: Final = _Toolset(
+    title="Helm",
+    folder=TOOLS / "helm",
+    module="helm.sh/helm/v3",
+    programs={"helm": "helm.sh/helm/v3/cmd/helm"},
+    stamps=_helm_stamps,
+    cost="about three minutes",
+)
+
+
 @cache
 def binaries() -> Binaries:
-    """The programs, built first if need be (minutes), with progress on stderr.
+    """The programs of the control plane, built first if need be (minutes), progress on stderr.
 
     Safe against an interruption, after which Go goes on from what it had compiled, and against
     another process that does the same. Raises NoGoError without a Go that is new enough, StackError
     if the build fails.
     """
-    go = _go()
-    folder = cache_folder() / "cluster" / f"kubernetes-{kubernetes_version()}-{_key(go)}"
+    return Binaries(_built(_KUBERNETES))
+
+
+@cache
+def helm() -> Path:
+    """The program, as `binaries`."""
+    return _built(_HELM) / "helm"
+
+
+def _built(tools: _Toolset) -> Path:
+    go = _go(tools)
+    name = f"{tools.title.lower()}-{tools.version}-{tools.key(go)}"
+    folder = cache_folder() / "cluster" / name
     if not folder.exists():
-        _say_if_another_builds(folder)
+        _say_if_another_builds(tools, folder)
         with only_one(folder):
             if not folder.exists():
                 part = folder.with_name(folder.name + ".part")
                 shutil.rmtree(part, ignore_errors=True)
                 (part / "work").mkdir(parents=True)
-                _build(go, part)
+                _build(tools, go, part)
                 (part / "bin").rename(folder)
                 shutil.rmtree(part)
-    return Binaries(folder)
+    return folder
 
 
 def require_go() -> None:
-    """Raises NoGoError without a Go that is new enough; builds nothing."""
-    _go()
+    """Raises NoGoError without a Go that is new enough for all; builds nothing."""
+    for tools in (_KUBERNETES, _HELM):
+        _go(tools)
 
 
 def kubernetes_version() -> str:
     """The version that go.mod names, such as "v1.34.4"."""
-    return _in_go_mod(r"k8s\.io/kubernetes (v\S+)")
+    return _KUBERNETES.version
 
 
-def _in_go_mod(pattern: str) -> str:
-    found = re.search(rf"^\s*{pattern}", (TOOLS / "go.mod").read_text(), re.MULTILINE)
-    if found is None:
-        raise StackError(f"{TOOLS / 'go.mod'} has no line like {pattern}")
-    return found[1]
+def helm_version() -> str:
+    """The version that helm/go.mod names, such as "v3.19.5"."""
+    return _HELM.version
 
 
 @cache
-def _go() -> _Go:
-    needed = _in_go_mod(r"go (\d+\.\d+)")
+def _go(tools: _Toolset) -> _Go:
+    needed = tools.in_go_mod(r"go (\d+\.\d+)")
     advice = (
-        f"Kubernetes is built from its Go modules: install Go {needed} or newer, "
+        f"{tools.title} is built from its Go modules: install Go {needed} or newer, "
         "so that `go` is found on PATH"
     )
     if (program := shutil.which("go")) is None:
@@ -117,7 +219,7 @@ def _go() -> _Go:
     # In the module's folder, where Go may choose, and get, a newer toolchain by itself.
     asked = subprocess.run(
         [program, "env", "-json", "GOVERSION", "GOOS", "GOARCH"],
-        cwd=TOOLS,
+        cwd=tools.folder,
         env=_environment(),
         capture_output=True,
         text=True,
@@ -143,134 +245,68 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
 
 
-def _arguments() -> list[str]:
-    version = kubernetes_version()
-    major, minor, _patch = version.removeprefix("v").split(".", 2)
-    facts = {"gitVersion": version, "gitMajor": major, "gitMinor": minor}
-    stamps = [
-        f"-X {package}.{name}={value}" for package in _STAMPED for name, value in facts.items()
-    ]
-    return ["-trimpath", "-ldflags", " ".join(["-s", "-w", *stamps])]
-
-
-def _key(go: _Go) -> str:
-    """What two builds that may differ in their programs differ in."""
-    sources = [path for path in sorted(TOOLS.rglob("*")) if path.suffix in (".mod", ".sum", ".go")]
-    facts = [go.version, go.platform, *_arguments(), *_PROGRAMS.values()]
-    facts += [f"{path.relative_to(TOOLS)}\n{path.read_text()}" for path in sources]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
-
-
-def _say_if_another_builds(folder: Path) -> None:
+def _say_if_another_builds(tools: _Toolset, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{_title()}: another process builds it; waiting for that")
+            running.say(f"{tools.named}: another process builds it; waiting for that")
 
 
-def _title() -> str:
-    return f"Kubernetes {kubernetes_version()}"
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
-
-
-def _build(go: _Go, part: Path) -> None:
+def _build(tools: _Toolset, go: _Go, part: Path) -> None:
     """Leaves the programs in `part/bin`."""
-    packages = list(_PROGRAMS.values())
-    _say(
-        f"{_title()}: building {', '.join(_PROGRAMS)} with {go.version}, once; about ten minutes "
-        "of CPU where Go has compiled nothing of it yet"
+    packages = list(tools.programs.values())
+    running.say(
+        f"{tools.named}: building {', '.join(tools.programs)} with {go.version}, once; "
+        f"{tools.cost} of CPU where Go has compiled nothing of it yet"
     )
-    progress = _Progress()
-    said = _run(go, ["list", "-deps", *packages], part, progress, "downloading modules")
+    progress = running.Progress()
+    building = _Building(tools, go, part, progress)
+    said = building.run(["list", "-deps", *packages], "downloading modules")
     # One line a package, and one a module that had to be downloaded.
     total = sum(not line.startswith("go: ") for line in said)
-    _run(
-        go,
-        ["build", "-v", *_arguments(), "-o", f"{part / 'bin'}{os.sep}", *packages],
-        part,
-        progress,
+    building.run(
+        ["build", "-v", *tools.arguments(), "-o", f"{part / 'bin'}{os.sep}", *packages],
         f"compiling, {{lines}} of at most {total} packages",
     )
-    for name, package in _PROGRAMS.items():
+    for name, package in tools.programs.items():
         # Go names a program by the last part of its package's path that is no version.
         made = re.sub(r"/v\d+$", "", package).rpartition("/")[2]
         (part / "bin" / made).rename(part / "bin" / name)
-    progress.end(f"{_title()}: built, in {{seconds:.0f}} s")
+    progress.end(f"{tools.named}: built, in {{seconds}} s")
 
 
-def _run(go: _Go, arguments: list[str], part: Path, progress: "_Progress", doing: str) -> list[str]:
-    """Runs `go` to its end and returns the lines of its output. Raises StackError if it fails."""
-    log = part / "log"
-    with log.open("w") as output:
-        child = subprocess.Popen(
-            [go.program, *arguments],
-            cwd=TOOLS,
+@dataclass(frozen=True, slots=True)
+class _Building:
+    tools: _Toolset
+    go: _Go
+    part: Path
+    progress: running.Progress
+
+    def run(self, arguments: list[str], doing: str) -> list[str]:
+        """Runs `go` to its end and returns its output's lines. Raises StackError if it fails."""
+        log = self.part / "log"
+
+        def show(lines: list[str]) -> None:
+            done = doing.replace("{lines}", str(len(lines)))
+            self.progress.show(f"{self.tools.named}: {done}, {{seconds}} s")
+
+        code, said = running.run(
+            [self.go.program, *arguments],
+            folder=self.tools.folder,
             # What it has to throw away goes away with the rest, however it ends.
-            env={**_environment(), "GOTMPDIR": str(part / "work")},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            environment={**_environment(), "GOTMPDIR": str(self.part / "work")},
+            log=log,
+            show=show,
         )
-    # A session that is killed must not leave minutes of compiling behind.
-    if (identity := lifeline.identity(child.pid)) is not None:
-        keeper.add(child.pid, identity, signal.SIGKILL)
-    try:
-        while not _ended(child):
-            lines = len(log.read_text().splitlines())
-            progress.show(f"{_title()}: {doing.format(lines=lines)}, {{seconds:.0f}} s")
-    finally:
-        if child.poll() is None:
-            lifeline.destroy(child.pid)
-            child.wait()
-        keeper.remove(child.pid)
-    said = log.read_text().splitlines()
-    if child.returncode != 0:
-        progress.clear()
-        tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
-        raise StackError(
-            f"`go {arguments[0]}` failed (exit code {child.returncode}); check the network and "
-            "Go's module proxy (GOPROXY), then run `python -m dev.cluster build` again, which "
-            f"goes on from here. Its last words, all of them in {log}:\n{tail}"
-        )
-    return said
-
-
-def _ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether it ended, now or in the next half a second."""
-    try:
-        child.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-class _Progress:
-    """How far the build is: one line that changes on a terminal, else a line every 15 s."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._shown = self._began
-
-    def show(self, line: str) -> None:
-        terminal = sys.stderr.isatty()
-        now = time.monotonic()
-        if now - self._shown < (0.2 if terminal else 15.0):
-            return
-        self._shown = now
-        text = line.format(seconds=now - self._began)
-        sys.stderr.write(f"\r\x1b[K{text}" if terminal else f"{text}\n")
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[K")
-
-    def end(self, line: str) -> None:
-        self.clear()
-        _say(line.format(seconds=time.monotonic() - self._began))
+        if code != 0:
+            self.progress.clear()
+            command = f"python -m dev.cluster build {self.tools.title.lower()}"
+            tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
+            raise StackError(
+                f"`go {arguments[0]}` failed (exit code {code}); check the network and Go's module "
+                f"proxy (GOPROXY), then run `{command}` again, which goes on from here. "
+                f"Its last words, all of them in {log}:\n{tail}"
+            )
+        return said
