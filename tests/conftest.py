@@ -1,5 +1,6 @@
 """Real servers for the whole session, each started when the first test asks for it."""
 
+import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -65,17 +66,27 @@ def item(new_item: Callable[[], str]) -> str:
 
 
 @pytest.fixture
-async def pool(postgres_server: PostgresServer) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:
-    """A migrated ledger of the test's own."""
+def database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """An empty database of the test's own."""
     name = f"ledger_{uuid.uuid4().hex}"
-    admin = await asyncpg.connect(postgres_server.url)
-    await admin.execute(f'CREATE DATABASE "{name}"')
-    own = await ledger.connect(f"{postgres_server.url.rpartition('/')[0]}/{name}")
+
+    async def execute(statement: str) -> None:
+        connection = await asyncpg.connect(postgres_server.url)
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(execute(f'CREATE DATABASE "{name}"'))
+    yield f"{postgres_server.url.rpartition('/')[0]}/{name}"
+    asyncio.run(execute(f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:
+    """A migrated ledger of the test's own."""
+    own = await ledger.connect(database_url)
     await ledger.migrate(own)
     yield own
     await own.close()
-    await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await admin.close()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,18 +1,16 @@
 """A real kube-apiserver with the CRD; for each test a namespace, Redis, ledger and operator."""
 
-import asyncio
 import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses, OperatorServer
-from dev.stack.servers import PostgresServer, RedisServer
+from dev.stack.servers import RedisServer
 from tests.control_plane.world import CRD, World, rules
 
 ACCOUNT = "flashsale-operator"
@@ -71,20 +69,6 @@ def cluster_account(plane: ControlPlane, namespace: str) -> Iterator[Path]:
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     with RedisServer(tmp_path / "redis") as server:
         yield server
-
-
-@pytest.fixture
-def database_url(postgres_server: PostgresServer) -> Iterator[str]:
-    name = f"ledger_{uuid.uuid4().hex}"
-
-    async def execute(statement: str) -> None:
-        connection = await asyncpg.connect(postgres_server.url)
-        await connection.execute(statement)
-        await connection.close()
-
-    asyncio.run(execute(f'CREATE DATABASE "{name}"'))
-    yield f"{postgres_server.url.rpartition('/')[0]}/{name}"
-    asyncio.run(execute(f'DROP DATABASE "{name}" WITH (FORCE)'))
 
 
 @pytest.fixture

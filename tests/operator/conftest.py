@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
-from dev.stack.servers import PostgresServer, RedisServer
+from dev.stack.servers import RedisServer
 from flashsale import events, inventory, ledger
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
@@ -115,21 +115,6 @@ async def redis(redis_server: RedisServer) -> AsyncIterator["Redis"]:
 @pytest.fixture
 def shop(redis: "Redis", pool: Pool) -> Shop:
     return Shop(redis, pool)
-
-
-@pytest.fixture
-def database_url(postgres_server: PostgresServer) -> Iterator[str]:
-    """An empty database, for what runs an event loop of its own."""
-    name = f"ledger_{uuid.uuid4().hex}"
-
-    async def execute(statement: str) -> None:
-        connection = await asyncpg.connect(postgres_server.url)
-        await connection.execute(statement)
-        await connection.close()
-
-    asyncio.run(execute(f'CREATE DATABASE "{name}"'))
-    yield f"{postgres_server.url.rpartition('/')[0]}/{name}"
-    asyncio.run(execute(f'DROP DATABASE "{name}" WITH (FORCE)'))
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ class Fake:
         self._does = does
         self.calls: list[Key] = []
         self.running: set[Key] = set()
+        self.may_end = asyncio.Event()
+        self.may_end.set()
 
     async def reconcile(self, key: Key) -> Upshot:
         assert key not in self.running
@@ -57,6 +59,7 @@ class Fake:
         self.calls.append(key)
         try:
             await asyncio.sleep(0.001)
+            await self.may_end.wait()
             return self._does(key, self.calls.count(key))
         finally:
             self.running.discard(key)
@@ -88,11 +91,14 @@ async def test_a_flashsale_is_tended_until_it_is_gone() -> None:
 async def test_waking_while_it_is_reconciled_has_it_reconciled_again_after_that() -> None:
     fake = Fake(lambda _, __: Upshot())
     own = tending(fake)
+    fake.may_end.clear()
     for _ in range(100):
         own.wake(ONE)
     await until(lambda: ONE in fake.running)
     for _ in range(100):
         own.wake(ONE)
+    assert len(fake.calls) == 1
+    fake.may_end.set()
     await until(lambda: len(fake.calls) == 2)
     await own.close()
 
