@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane test check lint lock
+.PHONY: help setup demo up down control-plane test images check lint lock
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lint: $(READY) ## ruff, mypy and import-linter
 	$(BIN)/lint-imports
 
 check: lint test ## What CI runs
+
+images: $(READY) ## Build the three images with buildah, from a stand-in base
+	@$(BIN)/python -m dev.images build
 
 lock: $(READY) ## Compile the hashed requirements anew, from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

@@ -1,0 +1,105 @@
+# ruff: noqa: INP001 - a script that `helm test` hands to Python, and no module
+"""Buys the one unit of a throw-away sale, and finds it in the ledger.
+
+It takes all parts: the operator to open the sale, the API to sell, the consumer to record.
+"""
+
+import asyncio
+import json
+import os
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+DEADLINE_SECONDS = 60.0
+ACCOUNT = Path(os.environ.get("ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
+NAMESPACE = os.environ["NAMESPACE"]
+NAME = f"helm-test-{uuid.uuid4().hex[:8]}"
+
+
+def call(method: str, url: str, body: object = None, **headers: str) -> tuple[int, Any]:
+    """The status and the JSON of an answer, whatever it says."""
+    request = urllib.request.Request(  # noqa: S310 - the cluster's own addresses
+        url,
+        method=method,
+        data=json.dumps(body).encode() if body is not None else None,
+        headers={"Content-Type": "application/json", **headers},
+    )
+    secure = url.startswith("https:")
+    context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")) if secure else None
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:  # noqa: S310
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+    except OSError as error:
+        return 0, str(error)
+
+
+def flash_sales(method: str, path: str = "", body: object = None) -> tuple[int, Any]:
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    host = f"[{host}]" if ":" in host else host
+    resource = f"apis/flashsale.dev/v1alpha1/namespaces/{NAMESPACE}/flashsales"
+    token = (ACCOUNT / "token").read_text()
+    url = f"https://{host}:{port}/{resource}{path}"
+    return call(method, url, body, Authorization=f"Bearer {token}")
+
+
+def buy(user: str) -> tuple[int, Any]:
+    body = {"userId": user, "itemId": NAME, "quantity": 1}
+    return call("POST", f"{os.environ['API']}/reserve", body, **{"Idempotency-Key": NAME})
+
+
+def recorded(reservation: str) -> str | None:
+    """What the ledger has of a reservation."""
+
+    async def fetch() -> str | None:
+        connection = await asyncpg.connect(os.environ["FLASHSALE_DATABASE_URL"], timeout=10)
+        try:
+            state: str | None = await connection.fetchval(
+                "SELECT state FROM reservations WHERE sale_id = $1 AND reservation_id = $2",
+                f"{NAMESPACE}/{NAME}",
+                reservation,
+            )
+            return state
+        finally:
+            await connection.close()
+
+    return asyncio.run(fetch())
+
+
+def until(what: str, wanted: object, look: Callable[[], tuple[object, Any]]) -> Any:  # noqa: ANN401
+    """Looks until the first of the two is as wanted; returns the second."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        found, detail = look()
+        if found == wanted:
+            print(f"{what}: {found}", flush=True)
+            return detail
+        if time.monotonic() > deadline:
+            sys.exit(f"{what}: {found} and not {wanted}, {detail}")
+        time.sleep(0.5)
+
+
+sale = {
+    "apiVersion": "flashsale.dev/v1alpha1",
+    "kind": "FlashSale",
+    "metadata": {"name": NAME},
+    "spec": {"itemId": NAME, "displayName": "helm test", "stock": 1},
+}
+until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST", body=sale))
+try:
+    bought = until("buy one unit", 202, lambda: buy("first"))
+    until("another buyer is refused", 409, lambda: buy("second"))
+    until("the ledger", "accepted", lambda: (recorded(bought["reservationId"]), bought))
+finally:
+    until("delete the FlashSale", 200, lambda: flash_sales("DELETE", f"/{NAME}"))

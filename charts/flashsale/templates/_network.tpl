@@ -1,0 +1,25 @@
+{{/* An arrow from here: (dict "peers" (list) "port" 6379 ) */}}
+{{- define "flashsale.network.to" -}}
+- ports:
+    - {protocol: TCP, port: {{ .port }}}
+  {{- with .peers }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+
+{{- define "flashsale.network.dns" -}}
+- ports:
+    - {protocol: UDP, port: 53}
+    - {protocol: TCP, port: 53}
+{{- end }}
+
+{{/* An arrow to a named port of the pods: (dict "peers" (list) "port" "http") */}}
+{{- define "flashsale.network.from" -}}
+- ports:
+    - {protocol: TCP, port: {{ .port }}}
+  {{- with .peers }}
+  from:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}

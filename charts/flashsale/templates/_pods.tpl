@@ -1,0 +1,148 @@
+{{/* What the three pods have in common. All take (dict "root" $ "component" "api"). */}}
+
+{{- define "flashsale.pod.metadata" -}}
+{{- $values := index .root.Values .component -}}
+labels:
+  {{- include "flashsale.component.labels" . | nindent 2 }}
+  {{- with $values.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with $values.podAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Also (dict … "of" "operator") for a pod that is made as another component's are. */}}
+{{- define "flashsale.pod.spec" -}}
+{{- $values := index .root.Values (default .component .of) -}}
+serviceAccountName: {{ include "flashsale.component.name" . }}
+{{- /* Variables for each Service, such as FLASHSALE_API_PORT, would look like settings. */}}
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  seccompProfile:
+    type: RuntimeDefault
+{{- with .root.Values.certificateAuthority.existingSecret }}
+{{- if .name }}
+volumes:
+  - name: certificate-authority
+    secret:
+      secretName: {{ .name }}
+      items:
+        - {key: {{ .key }}, path: ca.crt}
+{{- end }}
+{{- end }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "flashsale.pod.spread" -}}
+topologySpreadConstraints:
+  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - topologyKey: {{ . }}
+    maxSkew: 1
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "flashsale.component.selector" $ | nindent 8 }}
+    matchLabelKeys: [pod-template-hash]
+  {{- end }}
+{{- end }}
+
+{{- define "flashsale.container" -}}
+{{- $values := index .root.Values (default .component .of) -}}
+name: {{ .component }}
+{{- with $values.image }}
+{{- if .digest }}
+image: {{ printf "%s@%s" .repository .digest }}
+{{- else }}
+image: {{ printf "%s:%s" .repository (default $.root.Chart.AppVersion .tag) }}
+{{- end }}
+imagePullPolicy: {{ .pullPolicy }}
+{{- end }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+resources:
+  {{- toYaml $values.resources | nindent 2 }}
+{{- if .root.Values.certificateAuthority.existingSecret.name }}
+volumeMounts:
+  - {name: certificate-authority, mountPath: /etc/flashsale, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* What Python's TLS, for Redis, and PostgreSQL's client look at. */}}
+{{- define "flashsale.certificates" -}}
+{{- if .Values.certificateAuthority.existingSecret.name }}
+{{- range list "SSL_CERT_FILE" "PGSSLROOTCERT" }}
+- name: {{ . }}
+  value: /etc/flashsale/ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* One FLASHSALE_* variable: (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url") */}}
+{{- define "flashsale.address" -}}
+- name: {{ .variable }}
+  {{- with .of.existingSecret }}
+  {{- if .name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .name }}
+      key: {{ .key }}
+  {{- else }}
+  value: {{ index $.of $.key | quote }}
+  {{- end }}
+  {{- end }}
+{{- end }}
+
+{{- define "flashsale.address.redis" -}}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url") }}
+{{- end }}
+
+{{- define "flashsale.address.kafka" -}}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_KAFKA_BOOTSTRAP" "of" .Values.kafka "key" "bootstrap") }}
+{{- end }}
+
+{{- define "flashsale.address.database" -}}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" .Values.database "key" "url") }}
+{{- end }}
+
+{{/* (dict "port" "http"): a busy pod answers late, and must not be killed or cut off for that */}}
+{{- define "flashsale.probes.alive" -}}
+startupProbe:
+  httpGet: {path: /healthz, port: {{ .port }}}
+  periodSeconds: 1
+  failureThreshold: 60
+livenessProbe:
+  httpGet: {path: /healthz, port: {{ .port }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end }}
+
+{{- define "flashsale.probes.ready" -}}
+readinessProbe:
+  httpGet: {path: /readyz, port: {{ .port }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 3
+{{- end }}

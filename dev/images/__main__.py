@@ -1,0 +1,41 @@
+"""`python -m dev.images`: the images, built without Docker and without a registry."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dev.images.building import DEPLOYABLES, build, save
+from dev.stack.errors import StackError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dev.images", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    building = commands.add_parser("build", help="build what has changed, and print what it is")
+    # Not `choices`, which would have argparse refuse none at all.
+    building.add_argument("name", nargs="*", help=f"of {', '.join(DEPLOYABLES)}; all if none")
+    saving = commands.add_parser(
+        "save", help="write an image as an archive for `ctr images import`"
+    )
+    saving.add_argument("reference", help="as `build` printed it")
+    saving.add_argument("archive", type=Path)
+    options = parser.parse_args()
+    try:
+        if options.command == "save":
+            save(options.reference, options.archive)
+            return 0
+        if unknown := [name for name in options.name if name not in DEPLOYABLES]:
+            parser.error(f"{unknown[0]} is none of {', '.join(DEPLOYABLES)}")
+        for image in build(options.name or list(DEPLOYABLES)):
+            sys.stdout.write(
+                f"{image.reference}  {image.size / 1e6:.0f} MB, "
+                f"{image.added / 1e6:.1f} MB more than its base\n"
+            )
+    except StackError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

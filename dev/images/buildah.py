@@ -1,0 +1,111 @@
+"""buildah: images without a daemon, in a store of our own."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dev.cluster import running
+from dev.stack.errors import StackError
+from dev.stack.packages import cache_folder
+
+_PROGRAMS: Final = ("buildah", "mmdebstrap")
+_INSTALL: Final = ("apt-get", "install", "--yes", "--no-install-recommends", *_PROGRAMS)
+_LOG_LINES: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Buildah:
+    """buildah on one folder, which has nothing to do with the machine's own images."""
+
+    folder: Path
+
+    def ask(self, *arguments: str) -> str:
+        """Runs it to its end; returns what it printed. Raises StackError if it fails."""
+        done = subprocess.run(
+            [*self._command(), *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise StackError(f"`buildah {arguments[0]}` failed: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def build(self, *arguments: str, folder: Path, show: Callable[[list[str]], None]) -> None:
+        """`buildah build`, with the lines so far to `show`. Raises StackError if it fails."""
+        log = self.folder / "build.log"
+        # Chroot: containers within a container, or in CI, are rarely allowed.
+        command = [*self._command(), "build", "--isolation=chroot", "--pull=never", *arguments]
+        code, said = running.run(
+            command, folder=folder, environment=dict(os.environ), log=log, show=show
+        )
+        if code != 0:
+            tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
+            raise StackError(
+                f"`buildah build` failed (exit code {code}). Its last words, all of them in "
+                f"{log}:\n{tail}"
+            )
+
+    def commit(self, archive: Path, name: str, *config: str) -> None:
+        """Makes an image of one layer, from a tar of a root folder."""
+        container = self.ask("from", "scratch")
+        try:
+            self.ask("add", "--quiet", container, str(archive), "/")
+            self.ask("config", *config, container)
+            self.ask("commit", "--quiet", container, name)
+        finally:
+            self.ask("rm", container)
+
+    def label(self, name: str, label: str) -> str | None:
+        """The value of an image's label; None without it, or without the image."""
+        found = self._inspect(name)
+        labels: dict[str, str] = ((found or {}).get("OCIv1") or {}).get("config", {}).get(
+            "Labels"
+        ) or {}
+        return labels.get(label)
+
+    def layers(self, name: str) -> list[int]:
+        """The bytes of each layer, unpacked, the base's first."""
+        found = self._inspect(name)
+        if found is None:
+            raise StackError(f"there is no image {name}")
+        return [layer["size"] for layer in json.loads(found["Manifest"])["layers"]]
+
+    def _inspect(self, name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(self.ask("inspect", "--type", "image", name))
+        except StackError:
+            return None
+        return found
+
+    def _command(self) -> list[str]:
+        store, run = self.folder / "store", self.folder / "run"
+        return ["buildah", "--root", str(store), "--runroot", str(run)]
+
+
+def buildah() -> Buildah:
+    """Ready to be used; installed first where that can be done. Raises StackError if it cannot."""
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    if missing:
+        _install(missing)
+    folder = cache_folder() / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Buildah(folder)
+
+
+def _install(missing: list[str]) -> None:
+    names = " and ".join(missing)
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        raise StackError(
+            f"{names} must be installed, as root, on Debian or Ubuntu by: {' '.join(_INSTALL)}. "
+            "Where there is Docker, the images need none of this: the first line of each "
+            "Dockerfile is the command"
+        )
+    running.say(f"installing {names} from Debian's packages")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (("apt-get", "update"), _INSTALL):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise StackError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")

@@ -1,0 +1,126 @@
+"""The chart as Helm renders it."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+import yaml
+
+from tests.chart.values_table import CHART
+
+Manifest = dict[str, Any]
+COMPONENTS: Final = ("api", "consumer", "operator")
+RELEASE: Final = "shop"
+NAMESPACE: Final = "sales"
+ADDRESSES: Final[dict[str, Any]] = {
+    "redis": {"url": "redis://redis:6379/0"},
+    "kafka": {"bootstrap": "kafka:9092"},
+    "database": {"existingSecret": {"name": "ledger"}},
+}
+
+
+class Refused(Exception):
+    """Helm's words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The manifests of a release, and those of `helm test` apart."""
+
+    manifests: list[Manifest]
+    hooks: list[Manifest]
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        found = [each for each in yaml.safe_load_all(text) if each]
+        hooks = [each for each in found if "helm.sh/hook" in str(each["metadata"])]
+        return cls([each for each in found if each not in hooks], hooks)
+
+    def all(self, kind: str) -> list[Manifest]:
+        return [each for each in self.manifests if each["kind"] == kind]
+
+    def one(self, kind: str, component: str) -> Manifest:
+        (found,) = (
+            each
+            for each in self.all(kind)
+            if each["metadata"]["labels"].get("app.kubernetes.io/component") == component
+        )
+        return found
+
+    def pod(self, component: str) -> Manifest:
+        template: Manifest = self.one("Deployment", component)["spec"]["template"]
+        return template
+
+    def container(self, component: str) -> Manifest:
+        (container,) = self.pod(component)["spec"]["containers"]
+        return dict(container)
+
+    def environment(self, component: str) -> dict[str, Any]:
+        return {
+            each["name"]: each.get("value", each.get("valueFrom"))
+            for each in self.container(component)["env"]
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Helm:
+    """The real Helm, with nothing of the user's own settings."""
+
+    program: Path
+    home: Path
+    _rendered: dict[str, Rendered] = field(default_factory=dict)
+
+    def run(self, *arguments: str, values: Manifest, kubeconfig: Path | None = None) -> str:
+        """Its output, of a command that takes values. Raises `Refused` if it fails."""
+        return self.run_plain(
+            *arguments, "--values", "-", stdin=json.dumps(values), kubeconfig=kubeconfig
+        )
+
+    def run_plain(self, *arguments: str, stdin: str = "", kubeconfig: Path | None = None) -> str:
+        """Its output. Raises `Refused` if it fails."""
+        own = {"HOME": str(self.home), "KUBECONFIG": str(kubeconfig or self.home / "none")}
+        done = subprocess.run(
+            [str(self.program), *arguments],
+            input=stdin,
+            env={"PATH": os.environ["PATH"], **own},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise Refused(done.stderr + done.stdout)
+        return done.stdout
+
+    def render(self, *changes: Manifest) -> Rendered:
+        """`helm template` with the three addresses and these values."""
+        return self.render_only(merged(ADDRESSES, *changes))
+
+    def render_only(self, values: Manifest) -> Rendered:
+        """`helm template` with these values and no others."""
+        key = json.dumps(values)
+        if key not in self._rendered:
+            text = self.run("template", RELEASE, str(CHART), "-n", NAMESPACE, values=values)
+            self._rendered[key] = Rendered.of(text)
+        return self._rendered[key]
+
+
+def at(path: str, value: object) -> Manifest:
+    """A value by its path, such as "api.replicas"."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merged(*layers: Manifest) -> Manifest:
+    """Values on top of one another, as Helm does it."""
+    result: Manifest = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = result.get(key)
+            both = isinstance(old, dict) and isinstance(value, dict)
+            result[key] = merged(old, value) if both else value  # type: ignore[arg-type] # both are
+    return result

@@ -1,0 +1,142 @@
+"""The chart, the images and the code agree with one another."""
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pytest
+import yaml
+
+import flashsale_api.__main__ as api_main
+import flashsale_api.app as api_app
+import flashsale_consumer.app as consumer_app
+import flashsale_consumer.closing as consumer_closing
+import flashsale_operator.app as operator_app
+from dev.images.building import DEPLOYABLES
+from flashsale.settings import PREFIX, host_and_port
+from flashsale_api.settings import Settings as ApiSettings
+from flashsale_consumer.settings import Settings as ConsumerSettings
+from flashsale_operator.settings import Settings as OperatorSettings
+from tests.chart.chart import COMPONENTS, Rendered
+from tests.chart.values_table import CHART
+
+ROOT: Final = Path(__file__).parents[2]
+SETTINGS: Final[dict[str, type[msgspec.Struct]]] = {
+    "api": ApiSettings,
+    "consumer": ConsumerSettings,
+    "operator": OperatorSettings,
+}
+APPS: Final = {"api": api_app, "consumer": consumer_app, "operator": operator_app}
+MARGIN_SECONDS: Final = 5
+
+each_component = pytest.mark.parametrize("component", COMPONENTS)
+
+
+def listened(component: str) -> set[int]:
+    """The ports of the settings' defaults."""
+    return {
+        host_and_port(str(field.default))[1]
+        for field in msgspec.structs.fields(SETTINGS[component])
+        if field.name.endswith("listen")
+    }
+
+
+def dockerfile(component: str) -> str:
+    return (ROOT / DEPLOYABLES[component] / "Dockerfile").read_text()
+
+
+@pytest.mark.slow
+@each_component
+def test_a_pod_is_told_all_that_its_settings_need_and_nothing_that_they_do_not_know(
+    plain: Rendered, component: str
+) -> None:
+    fields = msgspec.structs.fields(SETTINGS[component])
+    known = {PREFIX + field.name.upper() for field in fields}
+    required = {PREFIX + field.name.upper() for field in fields if field.required}
+    given = set(plain.environment(component))
+    assert required <= given <= known
+
+
+@pytest.mark.slow
+@each_component
+def test_ports_are_those_where_the_process_listens(plain: Rendered, component: str) -> None:
+    ports = {each["containerPort"] for each in plain.container(component)["ports"]}
+    assert ports == listened(component)
+
+
+@pytest.mark.slow
+@each_component
+def test_probes_ask_what_the_process_answers(plain: Rendered, component: str) -> None:
+    container = plain.container(component)
+    probes = [container[f"{name}Probe"] for name in ("startup", "liveness")]
+    ready = container.get("readinessProbe")
+    assert {each["httpGet"]["path"] for each in probes} == {"/healthz"}
+    assert (ready["httpGet"]["path"] if ready else None) == (
+        "/readyz" if '"/readyz"' in inspect.getsource(APPS[component]) else None
+    )
+    names = {each["name"] for each in container["ports"]}
+    assert {each["httpGet"]["port"] for each in [*probes, *([ready] if ready else [])]} <= names
+    for path in ("/healthz", *(["/readyz"] if ready else [])):
+        assert f'"{path}"' in inspect.getsource(APPS[component])
+
+
+@pytest.mark.slow
+def test_a_pod_is_given_the_time_that_it_takes_to_end(plain: Rendered) -> None:
+    found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_main))
+    assert found is not None
+    spec = plain.pod("api")["spec"]
+    sleep = plain.container("api")["lifecycle"]["preStop"]["sleep"]["seconds"]
+    needed = sleep + int(found[1]) + api_app.FLUSH_SECONDS + MARGIN_SECONDS
+    assert spec["terminationGracePeriodSeconds"] == needed
+
+    clients = 3  # the membership, the dead letters' producer, the ledger's connections
+    needed = consumer_app.GRACE_SECONDS + clients * consumer_closing.CLOSE_SECONDS + MARGIN_SECONDS
+    assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
+
+
+@pytest.mark.slow
+def test_roles_are_the_operators_own_list(plain: Rendered) -> None:
+    rules = yaml.safe_load((CHART / "files/operator-rules.yaml").read_text())
+    assert plain.one("Role", "operator")["rules"] == rules["namespaced"]
+
+
+@pytest.mark.slow
+def test_the_resource_is_the_file(plain: Rendered) -> None:
+    (rendered,) = plain.all("CustomResourceDefinition")
+    file = yaml.safe_load((CHART / "files/crd.yaml").read_text())
+    assert rendered["spec"] == file["spec"]
+    assert rendered["metadata"]["name"] == file["metadata"]["name"]
+
+
+@each_component
+def test_images_are_named_as_they_are_built(component: str) -> None:
+    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert values[component]["image"]["repository"] == f"flashsale/{component}"
+    assert f"-t flashsale/{component} ." in dockerfile(component).splitlines()[0]
+
+
+@each_component
+def test_an_image_runs_its_own_package_as_nobody_in_particular(component: str) -> None:
+    text = dockerfile(component)
+    assert f'ENTRYPOINT ["python3", "-m", "flashsale_{component}"]' in text
+    assert re.findall(r"^USER (.*)", text, re.MULTILINE) == ["65532:65532"]
+    exposed = re.findall(r"^EXPOSE (.*)", text, re.MULTILINE)
+    assert {int(port) for port in exposed[0].split()} == listened(component)
+    copied = re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE)
+    own = str(DEPLOYABLES[component])
+    assert copied == [
+        f"{own}/requirements.txt",
+        "src/flashsale",
+        f"{own}/flashsale_{component}",
+    ]
+
+
+def test_there_is_one_version_of_everything() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == project
+    for component in COMPONENTS:
+        assert f"ARG VERSION={project}\n" in dockerfile(component)

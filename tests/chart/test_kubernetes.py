@@ -1,0 +1,188 @@
+"""A real kube-apiserver takes what the chart renders, and runs its release."""
+
+import json
+from typing import Any, Final
+
+import pytest
+
+from dev.cluster.control_plane import ControlPlane
+from tests.chart.chart import ADDRESSES, COMPONENTS, Helm, Manifest, Rendered, at, merged
+from tests.chart.values_table import CHART
+
+pytestmark = pytest.mark.slow
+
+EVERYTHING: Final[Manifest] = {
+    "commonLabels": {"team": "sales"},
+    "imagePullSecrets": ["pull"],
+    "certificateAuthority": {"existingSecret": {"name": "ca"}},
+    "kafka": {"topics": {"enabled": True, "cluster": "main"}},
+    "api": {
+        "autoscaling": {"enabled": True},
+        "ingress": {"enabled": True, "host": "shop.example", "tlsSecretName": "shop-tls"},
+        "podLabels": {"a": "b"},
+        "podAnnotations": {"a": "b"},
+        "nodeSelector": {"a": "b"},
+        "tolerations": [{"key": "a", "operator": "Exists", "effect": "NoSchedule"}],
+    },
+    "consumer": {"autoscaling": {"by": "lag"}},
+    "operator": {"allNamespaces": True},
+    "networkPolicies": {
+        "enabled": True,
+        "buyers": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
+        "prometheus": [{"podSelector": {"matchLabels": {"a": "b"}}}],
+        "kubernetes": {"peers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]},
+    },
+    "podMonitors": {"enabled": True, "labels": {"release": "prometheus"}},
+}
+VARIANTS: Final = {
+    "addresses only": {},
+    "everything": EVERYTHING,
+    "the consumer by cpu": at("consumer.autoscaling.by", "cpu"),
+}
+
+each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def rendered_for(chart: Helm, namespace: str, changes: Manifest) -> Rendered:
+    text = chart.run(
+        *("template", "shop", str(CHART), "-n", namespace), values=merged(ADDRESSES, changes)
+    )
+    return Rendered.of(text)
+
+
+def listed(manifests: list[Manifest]) -> str:
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
+
+
+@each_variant
+def test_every_manifest_is_accepted_to_the_letter(
+    chart: Helm, cluster: ControlPlane, namespace: str, changes: Manifest
+) -> None:
+    rendered = rendered_for(chart, namespace, changes)
+    manifests = [*rendered.manifests, *rendered.hooks]
+    done = cluster.kubectl(
+        # Strictly: a field that the API server does not know is an error, and so is a warning.
+        *("apply", "--server-side", "--dry-run=server", "--validate=strict"),
+        *("--warnings-as-errors", "-f", "-"),
+        stdin=listed(manifests),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("(server dry run)") == len(manifests)
+
+
+@each_variant
+def test_helm_would_install_it(
+    chart: Helm, cluster: ControlPlane, namespace: str, changes: Manifest
+) -> None:
+    output = chart.run(
+        *("install", "shop", str(CHART), "-n", namespace, "--dry-run=server"),
+        values=merged(ADDRESSES, changes),
+        kubeconfig=cluster.kubeconfig,
+    )
+    assert "kubectl get flashsales" in output
+
+
+@pytest.mark.parametrize("component", [*COMPONENTS, "test"])
+def test_a_pod_passes_the_restricted_standard(
+    chart: Helm, cluster: ControlPlane, namespace: str, component: str
+) -> None:
+    """Of the Deployment's template, since no controller runs here that would make it."""
+    rendered = rendered_for(chart, namespace, EVERYTHING)
+    (found,) = (
+        [rendered.pod(component)]
+        if component in COMPONENTS
+        else [each for each in rendered.hooks if each["kind"] == "Pod"]
+    )
+    pod = {**found, "apiVersion": "v1", "kind": "Pod"}
+    pod["metadata"] = {**pod["metadata"], "name": component, "namespace": namespace}
+    create = ("create", "--dry-run=server", "--validate=strict", "-f", "-")
+    done = cluster.kubectl(*create, stdin=json.dumps(pod))
+    assert (done.returncode, done.stderr) == (0, "")
+
+    pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
+    done = cluster.kubectl(*create, stdin=json.dumps(pod))
+    assert 'violates PodSecurity "restricted' in done.stderr
+
+
+def names(cluster: ControlPlane, namespace: str, instance: str) -> set[str]:
+    """What there is of a release, without what Kubernetes makes of it itself."""
+    kinds = (
+        "deployments,services,serviceaccounts,roles,rolebindings,poddisruptionbudgets,"
+        "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,podmonitors,"
+        "secrets,configmaps"
+    )
+    selected = f"app.kubernetes.io/instance={instance}"
+    listed = cluster.kubectl(
+        *("get", kinds, "-n", namespace, "-l", selected, "-o", "name"), check=True
+    )
+    everywhere = cluster.kubectl(
+        *("get", "clusterroles,clusterrolebindings,crds", "-l", selected, "-o", "name"), check=True
+    )
+    return set((listed.stdout + everywhere.stdout).split())
+
+
+def may(cluster: ControlPlane, account: str, verb: str, what: str, namespace: str) -> bool:
+    kind, _, subresource = what.partition("/")
+    asked = cluster.kubectl(
+        *("auth", "can-i", verb, kind, "--subresource", subresource),
+        *("-n", namespace, "--as", account),
+    )
+    return asked.stdout.strip() == "yes"
+
+
+def test_a_release_comes_and_goes_and_leaves_what_is_peoples(
+    chart: Helm, cluster: ControlPlane, namespace: str
+) -> None:
+    def helm(*arguments: str, values: Manifest) -> str:
+        return chart.run(*arguments, "-n", namespace, values=values, kubeconfig=cluster.kubeconfig)
+
+    def uninstall() -> None:
+        chart.run_plain("uninstall", "shop", "-n", namespace, kubeconfig=cluster.kubeconfig)
+
+    small = merged(ADDRESSES, at("operator.namespaces", [namespace]))
+    helm("install", "shop", str(CHART), values=small)
+    sale: dict[str, Any] = {
+        "apiVersion": "flashsale.dev/v1alpha1",
+        "kind": "FlashSale",
+        "metadata": {"name": "iphone-15", "namespace": namespace},
+        "spec": {"itemId": "iphone_15", "stock": 100},
+    }
+    crd = "customresourcedefinition.apiextensions.k8s.io/flashsales.flashsale.dev"
+    cluster.kubectl("wait", "--for=condition=Established", crd, check=True)
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(sale), check=True)
+    account = f"system:serviceaccount:{namespace}:shop-flashsale-operator"
+    assert may(cluster, account, "patch", "flashsales.flashsale.dev/status", namespace)
+    for verb, what, where in (
+        ("patch", "flashsales.flashsale.dev", namespace),
+        ("get", "secrets", namespace),
+        ("list", "flashsales.flashsale.dev", "default"),
+        ("list", "namespaces", ""),
+    ):
+        assert not may(cluster, account, verb, what, where), (verb, what, where)
+    for component in ("api", "consumer"):
+        account = f"system:serviceaccount:{namespace}:shop-flashsale-{component}"
+        assert not may(cluster, account, "list", "flashsales.flashsale.dev", namespace)
+
+    # Every switch at once, and back.
+    helm("upgrade", "shop", str(CHART), values=merged(ADDRESSES, EVERYTHING))
+    account = f"system:serviceaccount:{namespace}:shop-flashsale-operator"
+    assert may(cluster, account, "list", "flashsales.flashsale.dev", "default")
+    assert not may(cluster, account, "list", "secrets", "default")
+    scaled = cluster.kubectl("get", "-n", namespace, "scaledobjects,hpa", "-o", "name", check=True)
+    assert len(scaled.stdout.split()) == 2
+    helm("upgrade", "shop", str(CHART), values=small)
+    assert not may(cluster, account, "list", "flashsales.flashsale.dev", "default")
+
+    topics = {
+        f"kafkatopic.kafka.strimzi.io/flashsale.{name}"
+        for name in ("reservations", "reservations.dlq")
+    }
+    uninstall()
+    assert names(cluster, namespace, "shop") == {crd, *topics}
+    assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
+
+    # It finds its own again.
+    helm("install", "shop", str(CHART), values=merged(ADDRESSES, EVERYTHING))
+    assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
+    uninstall()
+    cluster.kubectl("delete", crd, "--timeout=30s", check=True)

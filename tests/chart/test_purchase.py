@@ -1,0 +1,112 @@
+"""`helm test`, run as its pod would be, against the real parts of a release.
+
+The operator has the rights of the chart's own service account, and so has the test.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from dev.cluster.control_plane import ControlPlane
+from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from tests.chart.chart import ADDRESSES, Helm, Rendered, at, merged
+from tests.chart.values_table import CHART
+
+pytestmark = pytest.mark.slow
+
+CRD = "customresourcedefinition.apiextensions.k8s.io/flashsales.flashsale.dev"
+
+
+@pytest.fixture
+async def database(postgres_server: PostgresServer) -> str:
+    name = f"ledger_{uuid.uuid4().hex}"
+    admin = await asyncpg.connect(postgres_server.url)
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    await admin.close()
+    return f"{postgres_server.url.rpartition('/')[0]}/{name}"
+
+
+@pytest.fixture
+def release(chart: Helm, cluster: ControlPlane, namespace: str) -> Iterator[Rendered]:
+    """Installed, with the accounts that `helm test` makes beside its pod."""
+    values = merged(ADDRESSES, at("operator.namespaces", [namespace]))
+    command = ("shop", str(CHART), "-n", namespace)
+    chart.run("install", *command, values=values, kubeconfig=cluster.kubeconfig)
+    cluster.kubectl("wait", "--for=condition=Established", CRD, check=True)
+    rendered = Rendered.of(chart.run("template", *command, values=values))
+    accounts = [each for each in rendered.hooks if each["kind"] != "Pod"]
+    listed = {"apiVersion": "v1", "kind": "List", "items": accounts}
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(listed), check=True)
+    yield rendered
+    chart.run_plain("uninstall", "shop", "-n", namespace, kubeconfig=cluster.kubeconfig)
+    cluster.kubectl("delete", CRD, "--timeout=30s", check=True)
+
+
+@pytest.fixture
+def account(cluster: ControlPlane, release: Rendered, namespace: str, tmp_path: Path) -> Path:  # noqa: ARG001 - it makes it
+    """The folder that the test's pod would find."""
+    made = cluster.kubectl("create", "token", "shop-flashsale-test", "-n", namespace, check=True)
+    (tmp_path / "token").write_text(made.stdout.strip())
+    (tmp_path / "ca.crt").write_bytes((cluster.data / "pki/apiserver.crt").read_bytes())
+    return tmp_path
+
+
+def test_it_buys_one_unit_and_finds_it_in_the_ledger(
+    cluster: ControlPlane,
+    release: Rendered,
+    account: Path,
+    namespace: str,
+    kafka_server: KafkaServer,
+    database: str,
+    tmp_path: Path,
+) -> None:
+    (pod,) = (each for each in release.hooks if each["kind"] == "Pod")
+    (container,) = pod["spec"]["containers"]
+    given = {each["name"]: each.get("value", "") for each in container["env"]}
+    kubeconfig = cluster.kubeconfig_for_service_account(namespace, "shop-flashsale-operator")
+    told = release.environment("operator")["FLASHSALE_NAMESPACES"]
+    with RedisServer(tmp_path / "redis") as redis:
+        addresses = Addresses(redis.url, kafka_server.bootstrap, database)
+        environment = {
+            **addresses.environment(),
+            "KUBECONFIG": str(kubeconfig),
+            "FLASHSALE_NAMESPACES": told,
+        }
+        with (
+            OperatorServer(tmp_path / "operator", environment),
+            ApiServer(tmp_path / "api", addresses) as api,
+            ConsumerServer(tmp_path / "consumer", addresses),
+        ):
+            done = subprocess.run(
+                [sys.executable, *container["command"][1:], *container["args"]],
+                env={
+                    "PATH": os.environ["PATH"],
+                    **given,
+                    "API": api.url,
+                    "FLASHSALE_DATABASE_URL": database,
+                    "ACCOUNT": str(account),
+                    "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+                    "KUBERNETES_SERVICE_PORT": str(cluster.port),
+                },
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == [
+        "201",
+        "202",
+        "409",
+        "accepted",
+        "200",
+    ]
+    assert cluster.kubectl("get", "fs", "-n", namespace, "-o", "name").stdout == ""
+    assert given["API"] == "http://shop-flashsale-api:80"

