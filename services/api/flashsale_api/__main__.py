@@ -12,6 +12,7 @@ from prometheus_client import start_http_server
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
+from flashsale_api.connections import Connection
 from flashsale_api.metrics import Metrics
 from flashsale_api.settings import Settings
 
@@ -34,6 +35,8 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # It logs every try while Kafka is away; the publisher logs each change, once.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     try:
         settings = load(Settings, os.environ)
     except SettingsError as error:
@@ -59,7 +62,7 @@ def main() -> int:
             host=host,
             port=port,
             loop="uvloop",
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="on",
             log_config=None,

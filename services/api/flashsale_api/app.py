@@ -5,6 +5,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
 from typing import Final
 
 from starlette.applications import Starlette
@@ -107,6 +108,11 @@ def create_app(
             return Response("ready\n", media_type="text/plain")
         return Response("Redis has not answered yet\n", 503, media_type="text/plain")
 
+    description = (files("flashsale_api") / "openapi.json").read_bytes()
+
+    async def openapi(_: Request) -> Response:
+        return Response(description, media_type="application/json")
+
     reserve = Reserve(batching, metrics)
     rest = Starlette(
         routes=[
@@ -117,10 +123,13 @@ def create_app(
             Route("/sales/{item_id}/reservations/{reservation_id}", sales.reservation),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            Route("/openapi.json", openapi),
         ],
         exception_handlers={HTTPException: _http_problem, Exception: _internal_problem},
         lifespan=lifespan,
     )
+    # Else /sales/ is sent to /sales of whatever host the request names.
+    rest.router.redirect_slashes = False
     return Application(reserve, rest)
 
 

@@ -152,7 +152,10 @@ class Publisher:
                 async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
                     partitions = sorted(await producer.partitions_for(self._topic))
                     partition = partitions[next(self._turn) % len(partitions)]
-                    await (await producer.send_batch(builder, self._topic, partition=partition))
+                    sent = await producer.send_batch(builder, self._topic, partition=partition)
+                    sent.add_done_callback(_look_at)
+                    # Not cancelled with us: aiokafka stumbles over a batch that is.
+                    await asyncio.shield(sent)
             except BaseException:
                 self._pending.extendleft(reversed(batch))
                 raise
@@ -186,6 +189,14 @@ async def _discard(producer: AIOKafkaProducer) -> None:
     """Ends a producer; what it has not sent is sent again by the next one."""
     # There is no public way to make it give up its batches, and stop() would wait for them.
     producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
-    with contextlib.suppress(TimeoutError, KafkaError, OSError):
+    try:
         await asyncio.wait_for(producer.stop(), STOP_SECONDS)
-    await producer.client.close()  # which stop() has not come to if it was cut short
+    except Exception as error:  # noqa: BLE001 - however badly it ends, another takes its place
+        log.debug("a producer did not end well: %r", error)
+    await producer.client.close()  # which stop() has not come to if it failed
+
+
+def _look_at(sent: asyncio.Future[object]) -> None:
+    """So that asyncio does not complain of a failure that nobody waits for any more."""
+    if not sent.cancelled():
+        sent.exception()
