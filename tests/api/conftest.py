@@ -19,7 +19,7 @@ def without_kafka(redis_server: RedisServer) -> Addresses:
     return Addresses(redis_server.url, f"127.0.0.1:{free_port()}", "")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def api(without_kafka: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with ApiServer(tmp_path_factory.mktemp("api"), without_kafka) as server:
         yield server

@@ -72,7 +72,7 @@ class Engine:
         return done
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(
     tmp_path_factory: pytest.TempPathFactory,
     redis_server: RedisServer,

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -102,6 +102,13 @@ def spec(item: str) -> SaleSpec:
 def other(spec: SaleSpec) -> SaleSpec:
     """Another sale of the same item."""
     return replace(spec, sale_id=f"{spec.sale_id}-2", stock=5)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One of these tests' own: they wipe it, and listen for API pods that beat in it."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture
