@@ -1,0 +1,495 @@
+"""The Lua scripts on real servers against their model, in random sequences of calls.
+
+More of them: FLASHSALE_MODEL_EXAMPLES=5000; other ones each time: FLASHSALE_MODEL_RANDOM=1.
+"""
+
+import asyncio
+import itertools
+import os
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha1
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.asyncio import Redis
+
+from dev.stack.servers import RedisServer, redis_binaries
+from flashsale import inventory
+from flashsale.inventory import Applied, Closed, Freed, Inventory
+from flashsale.keys import ItemKeys
+from flashsale.reservations import BatchReply, Outcome, Record, Request
+from flashsale.sale import SaleSpec
+from tests.model.scripts import Hash, Item, Manifest
+
+EXAMPLES = int(os.environ.get("FLASHSALE_MODEL_EXAMPLES", "100"))
+STEPS = 40
+HOUR_MS = 3_600_000
+SALES = ("default/first", "default/second")
+OTHER_RUN = "f" * 40
+NO_ENTRY = "1-1"
+PARTS = ["sale", "buyers", "reservations", "outbox"]
+
+T = TypeVar("T")
+
+
+class Fault(NamedTuple):
+    """A mistake that somebody could make in a script."""
+
+    script: str
+    right: str
+    wrong: str
+
+    def into(self, stock: Inventory) -> None:
+        script = getattr(stock, f"_{self.script}")
+        assert script.source.count(self.right) == 1
+        script.source = script.source.replace(self.right, self.wrong)
+        script.sha = sha1(script.source.encode(), usedforsecurity=False).hexdigest()
+
+
+FAULTS = [
+    Fault("reserve", "r.quantity > sale.max_per_user", "1 > sale.max_per_user"),
+    Fault("reserve", "r.quantity > available then", "r.quantity > available + 1 then"),
+    Fault("reserve", "records[r.id] = r.record", "records[r.id] = nil"),
+    Fault("reserve", "held[r.user] = held[r.user] + r.quantity", "held[r.user] = r.quantity"),
+    Fault("reserve", "if sale.fenced then", "if sale.torn then"),
+    Fault("reserve", "outbox_length >= outbox_limit", "outbox_length > outbox_limit"),
+    Fault("reserve", "sale.now < sale.starts_ms", "clock_ms() < sale.starts_ms"),
+    Fault("reserve", "'HSET', KEYS[1], 'state', 'ended',", "'HSET', KEYS[1],"),
+    Fault("apply", "revision < sale.revision", "revision <= sale.revision"),
+    Fault("apply", "math.max(requested, sale.accepted - sale.released)", "requested"),
+    Fault("apply", "sale.torn or not drained or", "sale.torn or"),
+    Fault("apply", "sale.torn or not drained", "not drained"),
+    Fault("apply", "or sale.accepted ~= tonumber(ARGV[12])", ""),
+    Fault("apply", "or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0", ""),
+    Fault("settle", "and entry[2][2] == ARGV[i + 1]", ""),
+    Fault("close", "if revision < sale.revision then", "if revision < 0 then"),
+    Fault("close", "and 'ended' or 'closed'", "and 'closed' or 'closed'"),
+    Fault("free", "redis.call('XLEN', KEYS[4]) > 0 or", ""),
+    Fault("free", "or sale.accepted ~= recorded", ""),
+    Fault("free", "or sale.revision ~= revision", ""),
+]
+chances = st.sampled_from(range(100))
+stocks = st.sampled_from([8, 12, 5, 3, 1, 0])
+limits = st.sampled_from([2, 3, 4, 1])
+pauses = st.sampled_from([False] * 5 + [True])
+sales = st.sampled_from(SALES)
+revisions = st.sampled_from([0, 0, 1, 1, 1, 2, -1])
+"""By how much a call's revision is above the highest that was used."""
+
+
+@dataclass(slots=True)
+class Connected:
+    """A server, and one event loop for all calls to it."""
+
+    runner: asyncio.Runner
+    redis: Redis
+    stock: Inventory
+    run_id: str
+    names: Iterator[int]
+    seen: Counter[str]
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(call)
+
+
+class Scripts(RuleBasedStateMachine):
+    """One item; each rule makes one call on the server and the same one on the model."""
+
+    server: Connected
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = f"modelled-{next(self.server.names)}"
+        self.keys = ItemKeys.of(self.item)
+        self.model = Item()
+        self.zero_ms = self.server.run(self.server.stock.server()).now_ms
+        self.revision = 1
+        self.highest_limit = 1
+        self.ids = itertools.count()
+        self.used: list[Request] = []
+        self.retired: list[tuple[str, str]] = []
+
+    # The calls.
+
+    @initialize(stock=stocks, limit=limits, paused=pauses)
+    def seed(self, stock: int, limit: int, paused: bool) -> None:
+        self._apply(Manifest(SALES[0], 1, stock, limit, paused=paused, may_seed=True))
+
+    @rule(
+        sale_id=st.sampled_from([*SALES[:1] * 4, SALES[1]]),
+        above=revisions,
+        stock=stocks,
+        limit=limits,
+        window=st.tuples(
+            st.sampled_from([None, None, None, -1, 1]),
+            st.sampled_from([None, None, None, -1, 2, 4]),
+        ),
+        paused=pauses,
+        may_seed=st.booleans(),
+        reopen=st.sampled_from([None, 0, 0, 1]),
+        replaces=st.sampled_from([None, 0, 0, 1]),
+    )
+    def apply(
+        self,
+        sale_id: str,
+        above: int,
+        stock: int,
+        limit: int,
+        window: tuple[int | None, int | None],
+        paused: bool,
+        may_seed: bool,
+        reopen: int | None,
+        replaces: int | None,
+    ) -> None:
+        held = self.model.sale
+        accepted = 0 if held is None else held.accepted
+        other = SALES[1 - SALES.index(sale_id)]
+        self._apply(
+            Manifest(
+                sale_id,
+                self._revision(above),
+                stock,
+                limit,
+                *window,
+                paused=paused,
+                may_seed=may_seed,
+                reopen_accepted=None if reopen is None else accepted + reopen,
+                replaces=None if replaces is None else (other, accepted + replaces),
+            )
+        )
+
+    @rule(stock=stocks, limit=limits, paused=pauses, again=chances)
+    @precondition(lambda self: self.model.sale is not None)
+    def edit(self, stock: int, limit: int, paused: bool, again: int) -> None:
+        """What an operator mostly does: the same sale, another stock; fenced, it is verified."""
+        sale = cast("Hash", self.model.sale)
+        manifest = replace(
+            sale.manifest, may_seed=False, reopen_accepted=sale.accepted, replaces=None
+        )
+        if again > 25:
+            manifest = replace(
+                manifest,
+                revision=self._revision(1),
+                stock=stock,
+                max_per_user=limit,
+                paused=paused,
+            )
+        self._apply(manifest)
+
+    @rule(
+        wanted=st.lists(
+            st.tuples(st.integers(0, 5), st.sampled_from([1, 1, 2, 3]), chances),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    def reserve(self, wanted: list[tuple[int, int, int]]) -> None:
+        batch = [self._request(*one) for one in wanted]
+        before = self.model.sale and replace(self.model.sale)
+        fenced = self.model.fenced
+        expected = self.model.reserve(batch)
+        reply = self.server.run(self.server.stock.reserve(self.item, batch, timeout_seconds=10))
+        if not isinstance(reply, BatchReply):
+            assert reply is expected
+            return
+        assert [answer.outcome for answer in reply.answers] == expected
+        sale = cast("Hash", self.model.sale)
+        for request, (outcome, detail) in zip(batch, reply.answers, strict=True):
+            self.server.seen[outcome] += 1
+            if outcome is Outcome.ACCEPTED:
+                assert before is not None
+                assert before.state == "open"
+                assert not fenced
+                assert not before.finished
+                self.model.outbox = (self.model.outbox or {}) | {detail: request.reservation_id}
+            elif outcome is Outcome.REPLAYED:
+                known = (self.model.reservations or {})[request.reservation_id]
+                record = Record.parse(detail)
+                assert (record.state, record.version) == ("accepted", 1)
+                assert record[2] == known.quantity
+                assert record[4:] == (known.user_id, known.request_key)
+        manifest = sale.manifest
+        capacity = sale.allocated + sale.released
+        assert reply.snapshot == (manifest.sale_id, sale.allocated, capacity, manifest.revision)
+        assert reply.available == capacity - sale.accepted
+        assert reply.outbox_length == len(self.model.outbox or {})
+        assert reply.starts_ms == (self._ms(manifest.starts_hour) or 0)
+
+    @rule(first=st.integers(0, 5), size=st.integers(2, 6))
+    def crowd(self, first: int, size: int) -> None:
+        """Users who each want one unit."""
+        self.reserve([((first + n) % 6, 1, 99) for n in range(size)])
+
+    @rule(picks=st.lists(st.tuples(st.integers(0, 9), chances), min_size=1, max_size=5))
+    def settle(self, picks: list[tuple[int, int]]) -> None:
+        """Mostly right; else an entry of another reservation, or one that is not there."""
+        outbox = list((self.model.outbox or {}).items())
+        pairs = []
+        for pick, chance in picks:
+            entry, identity = outbox[pick % len(outbox)] if outbox else (NO_ENTRY, "nobody")
+            if chance < 20:
+                identity = outbox[(pick + 1) % len(outbox)][1] if outbox else "nobody"
+            elif chance < 30:
+                entry = NO_ENTRY
+            elif chance < 40 and self.retired:
+                entry, identity = self.retired[pick % len(self.retired)]
+            pairs.append((entry, identity))
+        expected = self.model.settle(pairs)
+        assert self.server.run(self.server.stock.settle(self.item, pairs)) == expected
+        self.retired += pairs
+        self.server.seen["settled"] += expected
+
+    @rule()
+    def drain(self) -> None:
+        pairs = list((self.model.outbox or {}).items())
+        expected = self.model.settle(pairs)
+        if pairs:
+            assert self.server.run(self.server.stock.settle(self.item, pairs)) == expected
+
+    @rule(sale_id=st.sampled_from([SALES[0], *SALES]), above=revisions, chance=chances)
+    def close(self, sale_id: str, above: int, chance: int) -> None:
+        if chance > 50:
+            return
+        revision = self._revision(above)
+        expected = self.model.close(sale_id, revision)
+        call = self.server.stock.close(self.item, sale_id, revision)
+        assert self.server.run(call) is expected
+        self.server.seen[f"close: {expected}"] += 1
+
+    @rule(sale_id=st.sampled_from([SALES[0], *SALES]), above=st.sampled_from([0, 0, 0, -1]),
+          more=st.sampled_from([0, 0, 0, 1]))  # fmt: skip
+    def free(self, sale_id: str, above: int, more: int) -> None:
+        sale = self.model.sale
+        revision = above + (sale.manifest.revision if sale else self.revision)
+        recorded = more + (sale.accepted if sale else 0)
+        expected = self.model.free(sale_id, revision, recorded)
+        call = self.server.stock.free(self.item, sale_id, revision, recorded)
+        assert self.server.run(call) is expected
+        self.server.seen[f"free: {expected}"] += 1
+
+    # What happens to a server.
+
+    @rule(chance=chances)
+    @precondition(lambda self: self.model.sale is not None)
+    def restart(self, chance: int) -> None:
+        """As if the server had been another one when the hash was written."""
+        if chance > 40:
+            return
+        cast("Hash", self.model.sale).restarted = True
+        self._set("run_id", OTHER_RUN)
+
+    @rule(hour=st.sampled_from([1, 2, 3]))
+    @precondition(lambda self: self.model.sale is not None and self.model.sale.last_hour < 3)
+    def pass_time(self, hour: int) -> None:
+        """As if the sale had seen a later time, after which the clock was set back."""
+        sale = cast("Hash", self.model.sale)
+        sale.last_hour = max(sale.last_hour, hour)
+        self._set("last_now_ms", str(self._ms(sale.last_hour)))
+
+    @rule(part=st.sampled_from(PARTS), chance=chances)
+    def lose(self, part: str, chance: int) -> None:
+        if chance < 20:  # what comes after a loss is mostly nothing
+            self._lose(part)
+
+    @rule(stock=stocks, limit=limits)
+    @precondition(lambda self: self.model.useless)
+    def begin_anew(self, stock: int, limit: int) -> None:
+        """Loses what is left, so that the rest of the sequence is about something."""
+        manifest = Manifest(SALES[0], self._revision(1), stock, limit, may_seed=True)
+        self._apply(manifest)  # which must not be how a loss ends
+        for part in PARTS:
+            self._lose(part)
+        self._apply(manifest)
+
+    # What is true after each of them.
+
+    @invariant()
+    def the_server_has_what_the_model_says(self) -> None:
+        model = self.model
+        sale, buyers, reservations, entries, *there = self.server.run(self._state())
+        assert [bool(one) for one in there] == [
+            part is not None for part in (model.buyers, model.reservations, model.outbox)
+        ]
+        assert {user: int(units) for user, units in buyers.items()} == (model.buyers or {})
+        assert reservations.keys() == (model.reservations or {}).keys()
+        outbox = {entry: fields["id"] for entry, fields in entries}
+        assert outbox == (model.outbox or {})
+        if model.sale is None:
+            assert not sale
+            return
+        last_ms = int(sale.pop("last_now_ms"))
+        assert sale == self._fields(model.sale)
+        if model.sale.last_hour:
+            assert last_ms == self._ms(model.sale.last_hour)
+        else:
+            assert self.zero_ms <= last_ms < self.zero_ms + HOUR_MS
+        if not model.torn:
+            self._promises_are_kept(sale, buyers, reservations, entries)
+
+    def _promises_are_kept(
+        self,
+        sale: dict[str, str],
+        buyers: dict[str, str],
+        reservations: dict[str, str],
+        entries: list[tuple[str, dict[str, str]]],
+    ) -> None:
+        """The invariants of DESIGN.md, by what the server has and not by what the model says."""
+        accepted, released = int(sale["accepted"]), int(sale["released"])
+        assert accepted - released <= int(sale["allocated"])
+        records = {identity: Record.parse(text) for identity, text in reservations.items()}
+        assert sum(record.quantity for record in records.values()) == accepted
+        held: Counter[str] = Counter()
+        for record in records.values():
+            held[record.user_id] += record.quantity
+        assert held == {user: int(units) for user, units in buyers.items()}
+        assert max(held.values(), default=0) <= self.highest_limit
+        unsettled = {fields["id"] for _, fields in entries}
+        assert unsettled == records.keys() - self.model.settled
+        for _, fields in entries:
+            assert fields["record"] == reservations[fields["id"]]
+            _, allocated, capacity, _ = fields["sale"].split(",")
+            assert int(capacity) >= int(allocated)
+
+    def _lose(self, part: str) -> None:
+        setattr(self.model, part, None)
+        self.server.run(_awaited(self.server.redis.delete(getattr(self.keys, part))))
+
+    def _apply(self, manifest: Manifest) -> None:
+        expected = self.model.apply(manifest)
+        spec = SaleSpec(
+            manifest.sale_id,
+            self.item,
+            manifest.stock,
+            manifest.max_per_user,
+            starts_ms=self._ms(manifest.starts_hour),
+            ends_ms=self._ms(manifest.ends_hour),
+            paused=manifest.paused,
+        )
+        call = self.server.stock.apply(
+            spec,
+            manifest.revision,
+            may_seed=manifest.may_seed,
+            reopen_accepted=manifest.reopen_accepted,
+            replaces=manifest.replaces,
+        )
+        assert self.server.run(call) is expected
+        self.server.seen[f"apply: {expected}"] += 1
+        self.revision = max(self.revision, manifest.revision)
+        if expected in {Applied.SEEDED, Applied.CHANGED, Applied.REOPENED}:
+            self.highest_limit = max(self.highest_limit, manifest.max_per_user)
+
+    def _revision(self, above: int) -> int:
+        return max(1, self.revision + above)
+
+    def _request(self, user: int, quantity: int, chance: int) -> Request:
+        """A new one; or one that was sent before, as it was or for another quantity."""
+        if self.used and chance < 30:
+            known = self.used[chance % len(self.used)]
+            return known if chance < 22 else known._replace(quantity=known.quantity % 3 + 1)
+        key = f"key-{chance}" if chance < 60 else ""
+        request = Request(f"{self.item}-r{next(self.ids)}", f"user-{user}", quantity, key)
+        self.used.append(request)
+        return request
+
+    def _ms(self, hour: int | None) -> int | None:
+        return None if hour is None else self.zero_ms + hour * HOUR_MS
+
+    def _fields(self, sale: Hash) -> dict[str, str]:
+        starts_ms, ends_ms = self._ms(sale.manifest.starts_hour), self._ms(sale.manifest.ends_hour)
+        return {
+            "format": "1",
+            "sale_id": sale.manifest.sale_id,
+            "run_id": OTHER_RUN if sale.restarted else self.server.run_id,
+            "revision": str(sale.manifest.revision),
+            "state": sale.state,
+            "allocated": str(sale.allocated),
+            "accepted": str(sale.accepted),
+            "released": str(sale.released),
+            "max_per_user": str(sale.manifest.max_per_user),
+            "starts_ms": "" if starts_ms is None else str(starts_ms),
+            "ends_ms": "" if ends_ms is None else str(ends_ms),
+            "display_name": "",
+        }
+
+    def _set(self, field: str, value: str) -> None:
+        self.server.run(_awaited(self.server.redis.hset(self.keys.sale, field, value)))
+
+    async def _state(self) -> list[Any]:
+        pipeline = self.server.redis.pipeline(transaction=False)
+        for key in (self.keys.sale, self.keys.buyers, self.keys.reservations):
+            pipeline.hgetall(key)
+        pipeline.xrange(self.keys.outbox)
+        for key in (self.keys.buyers, self.keys.reservations, self.keys.outbox):
+            pipeline.exists(key)
+        state: list[Any] = await pipeline.execute()
+        return state
+
+    def teardown(self) -> None:
+        names = (self.keys.sale, self.keys.buyers, self.keys.reservations, self.keys.outbox)
+        self.server.run(_awaited(self.server.redis.delete(*names)))
+
+
+async def _awaited(call: Any) -> Any:  # noqa: ANN401 - redis-py's types are of either kind
+    return await call
+
+
+def _modelled(
+    server: RedisServer, *phases: Phase, examples: int, fault: Fault | None
+) -> Counter[str]:
+    """Runs sequences on a server; returns what was seen."""
+    with asyncio.Runner() as runner:
+        client = inventory.connect(server.url)
+        stock = Inventory(client, outbox_limit=Item().outbox_limit)
+        if fault is not None:
+            fault.into(stock)
+        run_id = runner.run(stock.server()).run_id
+        connected = Connected(runner, client, stock, run_id, itertools.count(), Counter())
+        machine = type("OnServer", (Scripts,), {"server": connected})
+        try:
+            run_state_machine_as_test(
+                machine,
+                settings=settings(
+                    max_examples=examples,
+                    stateful_step_count=STEPS,
+                    phases=phases,
+                    derandomize=os.environ.get("FLASHSALE_MODEL_RANDOM") != "1",
+                    database=None,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            runner.run(client.aclose())
+    return connected.seen
+
+
+@pytest.mark.parametrize("kind", sorted(redis_binaries()))
+def test_the_scripts_do_what_their_model_says(kind: str, tmp_path: Path) -> None:
+    with RedisServer(tmp_path, binary=redis_binaries()[kind]) as server:
+        seen = _modelled(server, Phase.generate, Phase.shrink, examples=EXAMPLES, fault=None)
+    # Sequences in which nothing happens would prove nothing.
+    decided = {*Outcome} - {Outcome.UNKNOWN, Outcome.UNSUPPORTED, Outcome.FENCED}
+    answered = {f"apply: {answer}" for answer in Applied if answer is not Applied.UNSUPPORTED}
+    answered |= {f"free: {answer}" for answer in Freed if answer is not Freed.UNSUPPORTED}
+    answered |= {f"close: {answer}" for answer in Closed if answer is not Closed.UNSUPPORTED}
+    assert len((decided | answered) - seen.keys()) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.script}: {fault.right}")
+def test_a_fault_in_a_script_is_found(fault: Fault, redis_server: RedisServer) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever shows it first
+        _modelled(redis_server, Phase.generate, examples=1_000, fault=fault)
