@@ -1,0 +1,53 @@
+// A stampede: every buyer wants one unit, once, all at the same time. Exactly the stock is sold.
+//
+//   ITEM_ID   what is sold (required)         STOCK     units available at the start (100)
+//   RATE      buyers a second (400)           DURATION  10s, 5m, 1h (10s)
+//   API_URL   (http://localhost:8080)         P95_MS    fail if the P95 is above (not checked)
+//   RUN       names this run's users (now)    VUS, MAX_VUS  connections (100), at most (1000)
+//
+// Every second buyer sends an Idempotency-Key. Each 202 is a JSON line on the console:
+// {"reservationId","userId","itemId","key"}; `k6 run --log-format raw` prints it as it is.
+
+import { check } from 'k6';
+import exec from 'k6/execution';
+import { Counter } from 'k6/metrics';
+import { checkAccepted, freshSale, journal, outcomeOf, reserve } from './lib/api.js';
+import { RUN, arrivals, seconds, text, thresholds, whole } from './lib/settings.js';
+
+const ITEM_ID = text('ITEM_ID');
+const STOCK = whole('STOCK', 100);
+const RATE = whole('RATE', 400);
+const SECONDS = seconds('DURATION', '10s');
+const DEMAND = RATE * SECONDS;
+
+const accepted = new Counter('units_accepted');
+const refused = new Counter('buyers_refused');
+
+export const options = {
+  scenarios: { stampede: arrivals(RATE, SECONDS) },
+  thresholds: thresholds(
+    DEMAND >= STOCK
+      ? { units_accepted: [`count==${STOCK}`] }
+      : { units_accepted: [`count<=${STOCK}`], buyers_refused: ['count==0'] },
+  ),
+};
+
+export function setup() {
+  freshSale(ITEM_ID, STOCK);
+}
+
+export default function () {
+  const number = exec.scenario.iterationInTest;
+  const userId = `${RUN}-${number}`;
+  const key = number % 2 ? `order-${number}` : '';
+  const response = reserve(userId, ITEM_ID, 1, key);
+  const outcome = outcomeOf(response);
+  if (outcome === 'accepted') {
+    accepted.add(1);
+    journal(response, key);
+    checkAccepted(response, userId, ITEM_ID, 1);
+  } else {
+    refused.add(1);
+    check(outcome, { 'a refusal is sold out': () => outcome === 'sold-out' });
+  }
+}
