@@ -30,12 +30,14 @@ S = TypeVar("S", bound=Server)
 
 
 def eventually(
-    look: Callable[[], T | None], what: str = "", seconds: float = DEADLINE_SECONDS
+    look: Callable[[], T | None],
+    what: Callable[[], str] = str,
+    seconds: float = DEADLINE_SECONDS,
 ) -> T:
-    """What `look` finds, as soon as it finds something."""
+    """What `look` finds, as soon as it finds something; `what` says what there was instead."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
-        assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what or look}"
+        assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what() or look}"
         time.sleep(0.1)
     return found
 
@@ -133,13 +135,13 @@ class World:
                 not ready or self.condition(name, "Ready").get("reason") == ready
             )
 
-        eventually(look, f"{name} {state} {ready}")
+        eventually(look, lambda: f"{name} {state} {ready}, but {self.get(name).get('status')}")
         return self.get(name)
 
     def until_available(self, name: str, units: int) -> None:
         eventually(
             lambda: self.get(name).get("status", {}).get("available") == units,
-            f"{name} has {units} available",
+            lambda: f"{name} has {units} available, but {self.get(name).get('status')}",
         )
 
     def events(self, name: str) -> list[str]:
@@ -193,12 +195,15 @@ def reserve(
         connection.close()
 
 
-def reserve_until(api: ApiServer, item: str, expected: tuple[int, str]) -> None:
-    """Asks as new users until that is the answer: what a pod has cached is old for a moment."""
+def reserve_until(api: ApiServer, item: str, expected: tuple[int, str], user: str = "") -> None:
+    """Asks until that is the answer: what a pod has cached is old for a moment.
+
+    As new users, who may buy meanwhile, or as one `user`.
+    """
     answers = []
 
     def look() -> bool:
-        answers.append(reserve(api, item))
+        answers.append(reserve(api, item, user))
         return answers[-1] == expected
 
-    eventually(look, f"{item}: {expected}, and not {answers[-3:]}")
+    eventually(look, lambda: f"{item}: {expected}, but {answers[-3:]}")
