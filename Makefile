@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane test images check lint lock
+.PHONY: help setup demo up down control-plane cluster cluster-down test images check lint lock
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Install what is missing (.venv, Kafka's jars in the cache)
 
@@ -32,6 +32,12 @@ down: $(READY) ## Stop what `make up` started
 
 control-plane: $(READY) ## A Kubernetes API with CRD and operator beside `make up` (needs Go)
 	@$(BIN)/python -m dev.local control-plane
+
+cluster: $(READY) ## A real one-node Kubernetes without Docker (Linux, root, Debian, Go)
+	@$(BIN)/python -m dev.cluster up
+
+cluster-down: $(READY) ## End it, and remove every trace
+	@$(BIN)/python -m dev.cluster down
 
 test: $(READY) ## Pass the tests, on real servers that they start themselves
 	$(BIN)/pytest

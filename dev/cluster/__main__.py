@@ -1,35 +1,49 @@
-"""`python -m dev.cluster`: the Kubernetes programs that no wheel brings."""
+"""`python -m dev.cluster`: a real one-node Kubernetes without Docker, and the programs for it."""
 
 import argparse
 import sys
 
-from dev.cluster.binaries import binaries, helm, helm_version, kubernetes_version
+from dev.cluster.binaries import TOOLSETS
+from dev.cluster.node import Cluster
+from dev.cluster.toolset import built
 from dev.stack.errors import StackError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.cluster", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="build them into the cache, unless that was done")
-    build.add_argument(
-        "what",
-        nargs="*",
-        choices=["kubernetes", "helm"],
-        default="kubernetes",
-        help="kubernetes (etcd, kube-apiserver and kubectl; the default) or helm",
-    )
+    build = commands.add_parser("build", help="build the programs, unless that was done")
+    # Not `choices`, which would have argparse refuse none at all.
+    build.add_argument("what", nargs="*", help=f"of {', '.join(TOOLSETS)}; kubernetes if none")
+    commands.add_parser("up", help="start the cluster (Linux, root; Debian's packages)")
+    commands.add_parser("down", help="end it, and remove every trace but the logs")
+    load = commands.add_parser("load", help="give its node images that were built here")
+    load.add_argument("reference", nargs="+", help="as `python -m dev.images build` printed it")
     options = parser.parse_args()
-    wanted = [options.what] if isinstance(options.what, str) else options.what
+    cluster = Cluster()
     try:
-        for what in wanted:
-            if what == "helm":
-                sys.stdout.write(f"Helm {helm_version()}: {helm().parent}\n")
-            else:
-                sys.stdout.write(f"Kubernetes {kubernetes_version()}: {binaries().folder}\n")
+        match options.command:
+            case "build":
+                _build(parser, options.what)
+            case "up":
+                cluster.up()
+                sys.stdout.write(f"export PATH={cluster.commands}:$PATH\n")
+            case "down":
+                cluster.down()
+            case "load":
+                cluster.load(options.reference)
     except StackError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
+
+
+def _build(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    if unknown := [name for name in names if name not in TOOLSETS]:
+        parser.error(f"{unknown[0]} is none of {', '.join(TOOLSETS)}")
+    for name in names or ["kubernetes"]:
+        tools = TOOLSETS[name]
+        sys.stdout.write(f"{tools.named}: {built(tools)}\n")
 
 
 if __name__ == "__main__":

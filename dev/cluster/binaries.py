@@ -1,39 +1,26 @@
-"""etcd, kube-apiserver, kubectl and helm: built once from Go modules, kept in a cache.
+"""etcd, Kubernetes, CoreDNS and Helm: which of their programs there are, and where.
 
-The folder `tools` pins the modules of Kubernetes and etcd, `tools/helm` those of Helm, which agrees
-with them on no version; what is built are their own main packages. Another program of theirs
-(kubelet, kube-scheduler, …) is a line in a toolset below and a `tool` line in its go.mod.
+The folder `tools` pins the modules of Kubernetes and etcd, `tools/helm` and `tools/system` those of
+programs that do not agree with them on versions. What is built are their own main packages, but for
+CoreDNS, whose own has plugins for every cloud, and pause, which has no module. Another program is a
+line in a toolset below and a `tool` line in its go.mod.
 """
 
-import fcntl
-import hashlib
-import json
-import os
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from dev.cluster import running
-from dev.stack.errors import StackError
-from dev.stack.jars import only_one
-from dev.stack.packages import cache_folder
+from dev.cluster.toolset import NoGoError, Toolset, built, go_for
+
+__all__ = ["Binaries", "NoGoError", "binaries", "helm", "node", "require_go", "system"]
 
 TOOLS: Final = Path(__file__).with_name("tools")
-_LOG_LINES: Final = 20
-
-
-class NoGoError(StackError):
-    """This machine has no Go, or too old a one, so there can be no Kubernetes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Binaries:
-    """The programs, in one folder of the cache."""
+    """The programs of the control plane, in one folder of the cache."""
 
     folder: Path
 
@@ -48,65 +35,6 @@ class Binaries:
     @property
     def kubectl(self) -> Path:
         return self.folder / "kubectl"
-
-
-@dataclass(frozen=True, slots=True)
-class _Go:
-    program: str
-    version: str
-    platform: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Toolset:
-    """Programs of one go.mod, whose versions go together."""
-
-    title: str
-    """Also what a cache folder and the command line call it, in lower case."""
-    folder: Path
-    module: str
-    """The one whose version is the toolset's."""
-    programs: Mapping[str, str]
-    """The package of each."""
-    stamps: Callable[[], Mapping[str, str]]
-    """What is set at the link: unset, versions are made up and clients that look at them go wrong.
-    """
-    cost: str
-
-    @property
-    def version(self) -> str:
-        return self.in_go_mod(rf"{re.escape(self.module)} (v\S+)")
-
-    @property
-    def named(self) -> str:
-        return f"{self.title} {self.version}"
-
-    def in_go_mod(self, pattern: str) -> str:
-        path = self.folder / "go.mod"
-        found = re.search(rf"^\s*{pattern}", path.read_text(), re.MULTILINE)
-        if found is None:
-            raise StackError(f"{path} has no line like {pattern}")
-        return found[1]
-
-    def arguments(self) -> list[str]:
-        stamps = [f"-X {name}={value}" for name, value in self.stamps().items()]
-        return ["-trimpath", "-ldflags", " ".join(["-s", "-w", *stamps])]
-
-    def key(self, go: _Go) -> str:
-        """What two builds that may differ in their programs differ in."""
-        sources = [
-            path
-            for path in sorted(self.folder.rglob("*"))
-            if path.suffix in (".mod", ".sum", ".go") and self._owns(path)
-        ]
-        facts = [go.version, go.platform, *self.arguments(), *self.programs.values()]
-        facts += [f"{path.relative_to(self.folder)}\n{path.read_text()}" for path in sources]
-        return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
-
-    def _owns(self, path: Path) -> bool:
-        """Whether a file belongs to this module, and not to one in a folder of it."""
-        nearest = next(folder for folder in path.parents if (folder / "go.mod").exists())
-        return nearest == self.folder
 
 
 def _kubernetes_stamps() -> dict[str, str]:
@@ -135,7 +63,7 @@ def _helm_stamps() -> dict[str, str]:
     }
 
 
-_KUBERNETES: Final = _Toolset(
+_KUBERNETES: Final = Toolset(
     title="Kubernetes",
     folder=TOOLS,
     module="k8s.io/kubernetes",
@@ -147,7 +75,27 @@ _KUBERNETES: Final = _Toolset(
     stamps=_kubernetes_stamps,
     cost="about ten minutes",
 )
-_HELM: Final = _Toolset(
+# Apart, since a control plane alone, which most tests take, does without them.
+_NODE: Final = Toolset(
+    title="Node",
+    folder=TOOLS,
+    module="k8s.io/kubernetes",
+    programs={
+        name: f"k8s.io/kubernetes/cmd/{name}"
+        for name in ("kube-controller-manager", "kube-proxy", "kube-scheduler", "kubelet")
+    },
+    stamps=_kubernetes_stamps,
+    cost="about five minutes",
+)
+_SYSTEM: Final = Toolset(
+    title="CoreDNS",
+    folder=TOOLS / "system",
+    module="github.com/coredns/coredns",
+    programs={name: f"flashsale/system/{name}" for name in ("coredns", "pause")},
+    stamps=dict,
+    cost="about two minutes",
+)
+_HELM: Final = Toolset(
     title="Helm",
     folder=TOOLS / "helm",
     module="helm.sh/helm/v3",
@@ -155,6 +103,7 @@ _HELM: Final = _Toolset(
     stamps=_helm_stamps,
     cost="about three minutes",
 )
+TOOLSETS: Final = {tools.title.lower(): tools for tools in (_KUBERNETES, _NODE, _SYSTEM, _HELM)}
 
 
 @cache
@@ -165,148 +114,33 @@ def binaries() -> Binaries:
     another process that does the same. Raises NoGoError without a Go that is new enough, StackError
     if the build fails.
     """
-    return Binaries(_built(_KUBERNETES))
+    return Binaries(built(_KUBERNETES))
+
+
+@cache
+def node() -> Path:
+    """The folder of what a node takes besides, as `binaries`."""
+    return built(_NODE)
+
+
+@cache
+def system() -> Path:
+    """The folder of what runs in pods of every cluster, as `binaries`."""
+    return built(_SYSTEM)
 
 
 @cache
 def helm() -> Path:
     """The program, as `binaries`."""
-    return _built(_HELM) / "helm"
-
-
-def _built(tools: _Toolset) -> Path:
-    go = _go(tools)
-    name = f"{tools.title.lower()}-{tools.version}-{tools.key(go)}"
-    folder = cache_folder() / "cluster" / name
-    if not folder.exists():
-        _say_if_another_builds(tools, folder)
-        with only_one(folder):
-            if not folder.exists():
-                part = folder.with_name(folder.name + ".part")
-                shutil.rmtree(part, ignore_errors=True)
-                (part / "work").mkdir(parents=True)
-                _build(tools, go, part)
-                (part / "bin").rename(folder)
-                shutil.rmtree(part)
-    return folder
+    return built(_HELM) / "helm"
 
 
 def require_go() -> None:
     """Raises NoGoError without a Go that is new enough for all; builds nothing."""
-    for tools in (_KUBERNETES, _HELM):
-        _go(tools)
+    for tools in TOOLSETS.values():
+        go_for(tools)
 
 
 def kubernetes_version() -> str:
     """The version that go.mod names, such as "v1.34.4"."""
     return _KUBERNETES.version
-
-
-def helm_version() -> str:
-    """The version that helm/go.mod names, such as "v3.19.5"."""
-    return _HELM.version
-
-
-@cache
-def _go(tools: _Toolset) -> _Go:
-    needed = tools.in_go_mod(r"go (\d+\.\d+)")
-    advice = (
-        f"{tools.title} is built from its Go modules: install Go {needed} or newer, "
-        "so that `go` is found on PATH"
-    )
-    if (program := shutil.which("go")) is None:
-        raise NoGoError(f"no Go on this machine; {advice}")
-    # In the module's folder, where Go may choose, and get, a newer toolchain by itself.
-    asked = subprocess.run(
-        [program, "env", "-json", "GOVERSION", "GOOS", "GOARCH"],
-        cwd=tools.folder,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if asked.returncode != 0:
-        said = " ".join(asked.stderr.split())
-        raise NoGoError(f"{program} does not do: {said}; {advice}")
-    facts = json.loads(asked.stdout)
-    version: str = facts["GOVERSION"]
-    if _numbers(version) < _numbers(needed):
-        raise NoGoError(f"{program} is {version}: too old; {advice}")
-    return _Go(program, version, f"{facts['GOOS']}/{facts['GOARCH']}")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The release that a text such as "go1.26.8" or "1.25" names, as far as its minor number."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-
-def _environment() -> dict[str, str]:
-    # Plain static programs, and nothing of a workspace that this tree may lie in.
-    return {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
-
-
-def _say_if_another_builds(tools: _Toolset, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            running.say(f"{tools.named}: another process builds it; waiting for that")
-
-
-def _build(tools: _Toolset, go: _Go, part: Path) -> None:
-    """Leaves the programs in `part/bin`."""
-    packages = list(tools.programs.values())
-    running.say(
-        f"{tools.named}: building {', '.join(tools.programs)} with {go.version}, once; "
-        f"{tools.cost} of CPU where Go has compiled nothing of it yet"
-    )
-    progress = running.Progress()
-    building = _Building(tools, go, part, progress)
-    said = building.run(["list", "-deps", *packages], "downloading modules")
-    # One line a package, and one a module that had to be downloaded.
-    total = sum(not line.startswith("go: ") for line in said)
-    building.run(
-        ["build", "-v", *tools.arguments(), "-o", f"{part / 'bin'}{os.sep}", *packages],
-        f"compiling, {{lines}} of at most {total} packages",
-    )
-    for name, package in tools.programs.items():
-        # Go names a program by the last part of its package's path that is no version.
-        made = re.sub(r"/v\d+$", "", package).rpartition("/")[2]
-        (part / "bin" / made).rename(part / "bin" / name)
-    progress.end(f"{tools.named}: built, in {{seconds}} s")
-
-
-@dataclass(frozen=True, slots=True)
-class _Building:
-    tools: _Toolset
-    go: _Go
-    part: Path
-    progress: running.Progress
-
-    def run(self, arguments: list[str], doing: str) -> list[str]:
-        """Runs `go` to its end and returns its output's lines. Raises StackError if it fails."""
-        log = self.part / "log"
-
-        def show(lines: list[str]) -> None:
-            done = doing.replace("{lines}", str(len(lines)))
-            self.progress.show(f"{self.tools.named}: {done}, {{seconds}} s")
-
-        code, said = running.run(
-            [self.go.program, *arguments],
-            folder=self.tools.folder,
-            # What it has to throw away goes away with the rest, however it ends.
-            environment={**_environment(), "GOTMPDIR": str(self.part / "work")},
-            log=log,
-            show=show,
-        )
-        if code != 0:
-            self.progress.clear()
-            command = f"python -m dev.cluster build {self.tools.title.lower()}"
-            tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
-            raise StackError(
-                f"`go {arguments[0]}` failed (exit code {code}); check the network and Go's module "
-                f"proxy (GOPROXY), then run `{command}` again, which goes on from here. "
-                f"Its last words, all of them in {log}:\n{tail}"
-            )
-        return said

@@ -2,19 +2,17 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dev import debian
 from dev.cluster import running
 from dev.stack.errors import StackError
 from dev.stack.packages import cache_folder
 
-_PROGRAMS: Final = ("buildah", "mmdebstrap")
-_INSTALL: Final = ("apt-get", "install", "--yes", "--no-install-recommends", *_PROGRAMS)
 _LOG_LINES: Final = 20
 
 
@@ -48,11 +46,11 @@ class Buildah:
                 f"{log}:\n{tail}"
             )
 
-    def commit(self, archive: Path, name: str, *config: str) -> None:
-        """Makes an image of one layer, from a tar of a root folder."""
+    def commit(self, source: Path, name: str, *config: str, at: str = "/") -> None:
+        """Makes an image of one layer, from a tar of a root folder or from a program."""
         container = self.ask("from", "scratch")
         try:
-            self.ask("add", "--quiet", container, str(archive), "/")
+            self.ask("add", "--quiet", container, str(source), at)
             self.ask("config", *config, container)
             self.ask("commit", "--quiet", container, name)
         finally:
@@ -87,25 +85,10 @@ class Buildah:
 
 def buildah() -> Buildah:
     """Ready to be used; installed first where that can be done. Raises StackError if it cannot."""
-    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
-    if missing:
-        _install(missing)
+    debian.require(
+        {program: program for program in ("buildah", "mmdebstrap")},
+        "building images (where there is Docker, each Dockerfile's first line is the command)",
+    )
     folder = cache_folder() / "images"
     folder.mkdir(parents=True, exist_ok=True)
     return Buildah(folder)
-
-
-def _install(missing: list[str]) -> None:
-    names = " and ".join(missing)
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise StackError(
-            f"{names} must be installed, as root, on Debian or Ubuntu by: {' '.join(_INSTALL)}. "
-            "Where there is Docker, the images need none of this: the first line of each "
-            "Dockerfile is the command"
-        )
-    running.say(f"installing {names} from Debian's packages")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (("apt-get", "update"), _INSTALL):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise StackError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")

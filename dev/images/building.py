@@ -1,6 +1,7 @@
 """The deployables' images, each built by its own Dockerfile, as `docker build` would."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,17 @@ def save(reference: str, archive: Path) -> None:
     with only_one(tool.folder / "store"):
         archive.unlink(missing_ok=True)
         tool.ask("push", "--quiet", reference, f"docker-archive:{archive}:{reference}")
+
+
+def wrap(program: Path, reference: str) -> None:
+    """Makes an image of one static program, unless that was done."""
+    tool = buildah()
+    key = hashlib.sha256(program.read_bytes()).hexdigest()[:12]
+    with only_one(tool.folder / "store"):
+        if tool.label(reference, _LABEL) != key:
+            entry = f"/{program.name}"
+            config = ("--entrypoint", json.dumps([entry]), "--label", f"{_LABEL}={key}")
+            tool.commit(program, reference, *config, at=entry)
 
 
 def _image(tool: Buildah, base: str, name: str) -> Image:
