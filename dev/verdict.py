@@ -11,6 +11,7 @@ import asyncpg
 from dev.crowd import Journal
 from dev.services import Addresses
 from flashsale import events, inventory, ledger
+from flashsale.settings import KafkaSettings
 from flashsale_operator import topic
 
 QUIET_SECONDS: Final = 90.0
@@ -46,11 +47,12 @@ async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
     """Waits until the items' outboxes are empty and the ledger has read all of the topic."""
     client = inventory.connect(addresses.redis_url)
     pool = await ledger.connect(addresses.database_url)
+    kafka = KafkaSettings(kafka_bootstrap=addresses.kafka_bootstrap)
     try:
         async with asyncio.timeout(QUIET_SECONDS):
             while True:
                 waiting = await inventory.Inventory(client).outbox_lengths(items)
-                partitions = await topic.spans(addresses.kafka_bootstrap)
+                partitions = await topic.spans(kafka)
                 stored = await ledger.stored_offsets(pool, events.TOPIC)
                 if not any(waiting.values()) and all(
                     stored.get(number, span.first) >= span.end

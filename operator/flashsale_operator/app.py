@@ -50,6 +50,10 @@ ENVIRONMENT: Final = """\
     environment:
       FLASHSALE_REDIS_URL            redis://[user:password@]host:port/db
       FLASHSALE_KAFKA_BOOTSTRAP      Kafka's brokers, host:port[,host:port...]
+      FLASHSALE_KAFKA_TLS            true or false (default false)
+      FLASHSALE_KAFKA_CA_FILE        certificates to trust, in PEM (default: the system's)
+      FLASHSALE_KAFKA_USER           who it is to Kafka, by SCRAM-SHA-512 (default: nobody)
+      FLASHSALE_KAFKA_PASSWORD       that user's password
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
       FLASHSALE_NAMESPACES           namespaces to serve, by commas (default: all)
       FLASHSALE_LISTEN               where to serve HTTP, host:port (default 0.0.0.0:8082)
@@ -104,7 +108,7 @@ async def _run(environ: Mapping[str, str]) -> None:
         verifications = Verifications(
             redis,
             pool,
-            partial(topic.spans, settings.kafka_bootstrap),
+            partial(topic.spans, settings),
             lambda sale_id: tending.wake(Key(*sale_id.split("/", 1))),
         )
         clients = Clients(kube, stock, pool, metrics)

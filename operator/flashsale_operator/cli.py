@@ -20,7 +20,7 @@ from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Inventory, connect
 from flashsale.sale import SaleSpec
-from flashsale.settings import DatabaseUrl, KafkaBootstrap, RedisUrl
+from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
 from flashsale_operator import audit, manifest, tables, topic
 from flashsale_operator.manifest import ManifestError
 from flashsale_operator.rebuild import Rebuild, Rebuilt
@@ -36,8 +36,9 @@ class _Stores(msgspec.Struct, frozen=True):
     database_url: DatabaseUrl
 
 
-class _All(_Stores, frozen=True):
-    kafka_bootstrap: KafkaBootstrap
+class _All(KafkaSettings, frozen=True):
+    redis_url: RedisUrl
+    database_url: DatabaseUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ async def _audit(options: argparse.Namespace, environ: Mapping[str, str]) -> int
         found = await audit.audit(
             clients.inventory,
             clients.pool,
-            partial(topic.spans, addresses.kafka_bootstrap),
+            partial(topic.spans, addresses),
             options.item,
         )
     if options.item is not None and not found.findings:
@@ -146,8 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="flashsalectl",
         description="Declares flash sales and looks into them, without a cluster or beside one.",
         epilog="Addresses come from FLASHSALE_REDIS_URL, FLASHSALE_DATABASE_URL and, for apply, "
-        "rebuild and audit, FLASHSALE_KAFKA_BOOTSTRAP. Exit codes: 0 done; 1 not done, or a "
-        "disagreement; 2 wrong usage or settings.",
+        "rebuild and audit, FLASHSALE_KAFKA_BOOTSTRAP with _TLS, _CA_FILE, _USER "
+        "and _PASSWORD. Exit codes: 0 done; 1 not done, or a disagreement; 2 wrong usage or "
+        "settings.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     apply = _command(
@@ -228,7 +230,7 @@ def _read(name: str) -> str:
 
 
 @asynccontextmanager
-async def _connected(addresses: _Stores) -> AsyncIterator[_Clients]:
+async def _connected(addresses: _Stores | _All) -> AsyncIterator[_Clients]:
     redis = connect(addresses.redis_url)
     try:
         pool = await ledger.connect(addresses.database_url)
@@ -244,7 +246,7 @@ def _barrier(clients: _Clients, addresses: _All) -> Barrier:
     return Barrier(
         clients.redis,
         clients.pool,
-        partial(topic.spans, addresses.kafka_bootstrap),
+        partial(topic.spans, addresses),
         progress=_progress,
     )
 

@@ -2,10 +2,9 @@
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
-from flashsale.settings import DatabaseUrl, KafkaBootstrap, Listen, RedisUrl
+from flashsale.settings import DatabaseUrl, KafkaSettings, Listen, RedisUrl
 
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 Namespaces = Annotated[
@@ -17,11 +16,10 @@ Namespaces = Annotated[
 ]
 
 
-class Settings(msgspec.Struct, frozen=True):
+class Settings(KafkaSettings, frozen=True):
     """Where the servers are, what is served and how long a closed sale's keys are kept."""
 
     redis_url: RedisUrl
-    kafka_bootstrap: KafkaBootstrap
     database_url: DatabaseUrl
     listen: Listen = "0.0.0.0:8082"
     namespaces: Namespaces = ""

@@ -10,6 +10,7 @@ from aiokafka.errors import KafkaError
 
 from flashsale import events
 from flashsale.errors import FlashsaleError
+from flashsale.settings import KafkaSettings
 
 TIMEOUT_SECONDS: Final = 10
 
@@ -25,14 +26,11 @@ class Span(NamedTuple):
     end: int
 
 
-async def spans(bootstrap: str, topic: str = events.TOPIC) -> Mapping[int, Span]:
+async def spans(kafka: KafkaSettings, topic: str = events.TOPIC) -> Mapping[int, Span]:
     """The topic's partitions; none if there is no such topic. Raises `KafkaUnavailable`."""
-    admin = AIOKafkaAdminClient(
-        bootstrap_servers=bootstrap, request_timeout_ms=TIMEOUT_SECONDS * 1000
-    )
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, request_timeout_ms=TIMEOUT_SECONDS * 1000
-    )
+    client = kafka.kafka_client()
+    admin = AIOKafkaAdminClient(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
+    consumer = AIOKafkaConsumer(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             try:

@@ -1,7 +1,8 @@
 """Settings from `FLASHSALE_*` environment variables, the same ones for every process."""
 
+import ssl
 from collections.abc import Mapping
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -38,7 +39,55 @@ DatabaseUrl = Annotated[
 ]
 Listen = Annotated[str, Meta(pattern=rf"^{_HOST}:{_PORT}\Z", description="host:port")]
 
+Flag = Annotated[bool, Meta(description="true or false")]
+
 S = TypeVar("S", bound=msgspec.Struct)
+
+
+class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where Kafka is and how it is spoken to: with TLS, and as whom (SCRAM-SHA-512)."""
+
+    kafka_bootstrap: KafkaBootstrap
+    kafka_tls: Flag = False
+    kafka_ca_file: str = ""
+    """Certificates to trust, in PEM, in place of the system's (or those of SSL_CERT_FILE)."""
+    kafka_user: str = ""
+    kafka_password: str = ""
+
+    def __post_init__(self) -> None:
+        for one, other in (("user", "password"), ("password", "user")):
+            if getattr(self, f"kafka_{one}") and not getattr(self, f"kafka_{other}"):
+                raise ValueError(
+                    f"{PREFIX}KAFKA_{other.upper()} is not set, and {PREFIX}KAFKA_{one.upper()} is"
+                )
+        if self.kafka_ca_file and not self.kafka_tls:
+            raise ValueError(f"{PREFIX}KAFKA_CA_FILE is set: expected {PREFIX}KAFKA_TLS=true too")
+        self.kafka_client()  # what is wrong with the file is said at the start
+
+    def kafka_client(self) -> dict[str, Any]:
+        """What every client of aiokafka is to be made with.
+
+        The file of certificates is read anew each time, since it changes when they are renewed.
+        Raises `SettingsError` if it cannot be read.
+        """
+        protocol = "SASL_" if self.kafka_user else ""
+        client: dict[str, Any] = {"bootstrap_servers": self.kafka_bootstrap}
+        if self.kafka_user:
+            client |= {
+                "sasl_mechanism": "SCRAM-SHA-512",
+                "sasl_plain_username": self.kafka_user,
+                "sasl_plain_password": self.kafka_password,
+            }
+        if self.kafka_tls:
+            try:
+                client["ssl_context"] = ssl.create_default_context(
+                    cafile=self.kafka_ca_file or None
+                )
+            except OSError as error:  # an SSLError is one too
+                raise SettingsError(
+                    f"{PREFIX}KAFKA_CA_FILE is wrong: expected certificates in PEM: {error}"
+                ) from None
+        return client | {"security_protocol": protocol + ("SSL" if self.kafka_tls else "PLAINTEXT")}
 
 
 def load(kind: type[S], environ: Mapping[str, str]) -> S:
@@ -63,7 +112,10 @@ def load(kind: type[S], environ: Mapping[str, str]) -> S:
                 msgspec.convert(values[field.name], field.type, strict=False)
             except msgspec.ValidationError:
                 raise SettingsError(f"{variable} is wrong: expected {_rule(field.type)}") from None
-    return msgspec.convert(values, kind, strict=False)
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:  # of several variables together
+        raise SettingsError(str(error)) from None
 
 
 def host_and_port(listen: str) -> tuple[str, int]:

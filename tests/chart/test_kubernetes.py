@@ -15,7 +15,11 @@ EVERYTHING: Final[Manifest] = {
     "commonLabels": {"team": "sales"},
     "imagePullSecrets": ["pull"],
     "certificateAuthority": {"existingSecret": {"name": "ca"}},
-    "kafka": {"topics": {"enabled": True, "cluster": "main"}},
+    "kafka": {
+        "topics": {"enabled": True, "cluster": "main"},
+        "tls": {"enabled": True, "existingSecret": {"name": "main-cluster-ca-cert"}},
+        "users": {component: f"flashsale-{component}" for component in COMPONENTS},
+    },
     "api": {
         "autoscaling": {"enabled": True},
         "ingress": {"enabled": True, "host": "shop.example", "tlsSecretName": "shop-tls"},
@@ -108,7 +112,7 @@ def names(cluster: ControlPlane, namespace: str, instance: str) -> set[str]:
     """What there is of a release, without what Kubernetes makes of it itself."""
     kinds = (
         "deployments,services,serviceaccounts,roles,rolebindings,poddisruptionbudgets,"
-        "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,podmonitors,"
+        "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,triggerauthentications,podmonitors,"
         "secrets,configmaps"
     )
     selected = f"app.kubernetes.io/instance={instance}"

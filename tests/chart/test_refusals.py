@@ -63,6 +63,9 @@ pytestmark = pytest.mark.slow
             at("redis.existingSecret.name", "redis"),
             "redis.url and redis.existingSecret.name: set one of them, not both",
         ),
+        (at("api.service.nodePort", 30080), "api.service.type must be NodePort or LoadBalancer"),
+        (at("kafka.users.api", "me"), "kafka.users: set all three (api, consumer, operator) or"),
+        (at("kafka.tls.existingSecret.name", "ca"), "kafka.tls.enabled must be true"),
         (at("kafka.topics.enabled", True), "kafka.topics.cluster must be set"),
         (
             at("kafka.topics", {"enabled": True, "cluster": "a", "replicas": 1}),

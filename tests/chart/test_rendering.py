@@ -7,13 +7,15 @@ import pytest
 
 from flashsale import events
 from flashsale_consumer import topics, worker
-from tests.chart.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at
+from tests.chart.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at, merged
 from tests.chart.values_table import CHART, values
 
 pytestmark = pytest.mark.slow
 
 PEER: Final = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "there"}}}
 POLICIES: Final = {"networkPolicies": {"enabled": True}}
+TLS: Final = at("kafka.tls.enabled", True)
+USERS: Final = at("kafka.users", {component: f"the-{component}" for component in COMPONENTS})
 TOPICS: Final = {"kafka": {"topics": {"enabled": True, "cluster": "main"}}}
 KUBERNETES_LABELS: Final = {
     f"app.kubernetes.io/{name}"
@@ -73,6 +75,10 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_of_a_server("redis", "url"),
     **_of_a_server("kafka", "bootstrap"),
     **_of_a_server("database", "url"),
+    "kafka.tls.enabled": (True, {}),
+    "kafka.tls.existingSecret.name": ("other", TLS),
+    "kafka.tls.existingSecret.key": ("pem", merged(TLS, at("kafka.tls.existingSecret.name", "ca"))),
+    **{f"kafka.users.{component}": ("other", USERS) for component in COMPONENTS},
     "kafka.partitions": (24, TOPICS),
     "kafka.topics.enabled": (True, at("kafka.topics.cluster", "main")),
     "kafka.topics.cluster": ("other", TOPICS),
@@ -88,6 +94,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "api.preStopSeconds": (3, {}),
     "api.service.type": ("LoadBalancer", {}),
     "api.service.port": (8080, {}),
+    "api.service.nodePort": (30080, at("api.service.type", "NodePort")),
     "api.service.annotations": ({"a": "b"}, {}),
     "api.ingress.enabled": (True, {}),
     "api.ingress.className": ("nginx", INGRESS),
@@ -123,7 +130,7 @@ def test_the_changes_below_are_of_every_value() -> None:
 @pytest.mark.parametrize("path", CHANGES)
 def test_every_value_changes_something(chart: Helm, path: str) -> None:
     value, context = CHANGES[path]
-    if path.endswith("existingSecret.name") and not path.startswith("certificate"):
+    if path in {f"{server}.existingSecret.name" for server in ("redis", "kafka", "database")}:
         name = path.partition(".")[0]
         rendered = chart.render(context, at(path, value))
         variable = {"redis": "REDIS_URL", "kafka": "KAFKA_BOOTSTRAP", "database": "DATABASE_URL"}
@@ -498,3 +505,55 @@ def test_long_names_are_cut_so_that_kubernetes_takes_them(chart: Helm) -> None:
     names = [each["metadata"]["name"] for each in rendered.all("Deployment")]
     assert len(set(names)) == 3
     assert max(map(len, names)) <= 63
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_each_is_its_own_user_of_kafka_and_trusts_kafkas_authority(
+    chart: Helm, component: str
+) -> None:
+    rendered = chart.render(TLS, USERS, at("kafka.tls.existingSecret.name", "main-ca"))
+    given = rendered.environment(component)
+    assert given["FLASHSALE_KAFKA_TLS"] == "true"
+    assert given["FLASHSALE_KAFKA_USER"] == f"the-{component}"
+    password = {"secretKeyRef": {"name": f"the-{component}", "key": "password"}}
+    assert given["FLASHSALE_KAFKA_PASSWORD"] == password
+    spec = rendered.pod(component)["spec"]
+    (volume,) = spec["volumes"]
+    (mount,) = spec["containers"][0]["volumeMounts"]
+    assert volume["secret"]["secretName"] == "main-ca"
+    assert mount["name"] == volume["name"]
+    assert given["FLASHSALE_KAFKA_CA_FILE"] == f"{mount['mountPath']}/ca.crt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "secrets"),
+    [
+        (TLS, [], []),
+        (USERS, ["username", "password"], []),
+        (merged(TLS, AUTHORITY), [], [("ca", "ca")]),
+        (merged(TLS, AUTHORITY, at("kafka.tls.existingSecret.name", "m")), [], [("ca", "m")]),
+    ],
+)
+def test_keda_asks_kafka_as_the_consumer_does(
+    chart: Helm, changes: dict[str, Any], environment: list[str], secrets: list[tuple[str, str]]
+) -> None:
+    rendered = chart.render(BY_LAG, changes)
+    (scaled,) = rendered.all("ScaledObject")
+    (trigger,) = scaled["spec"]["triggers"]
+    (made,) = rendered.all("TriggerAuthentication")
+    assert trigger["authenticationRef"]["name"] == made["metadata"]["name"]
+    asked = merged(TLS, changes) == changes
+    assert trigger["metadata"].get("tls") == ("enable" if asked else None)
+    assert trigger["metadata"].get("sasl") == ("scram_sha512" if environment else None)
+    given = made["spec"] or {}
+    assert [each["parameter"] for each in given.get("env", [])] == environment
+    known = rendered.environment("consumer")
+    assert all(each["name"] in known for each in given.get("env", []))
+    found = [(each["parameter"], each["name"]) for each in given.get("secretTargetRef", [])]
+    assert found == secrets
+
+
+def test_keda_needs_no_authentication_where_kafka_asks_for_none(chart: Helm) -> None:
+    rendered = chart.render(BY_LAG)
+    assert not rendered.all("TriggerAuthentication")
+    assert "authenticationRef" not in rendered.all("ScaledObject")[0]["spec"]["triggers"][0]

@@ -27,6 +27,7 @@ from flashsale import events, ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
 from flashsale.ledger import SaleRow
+from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
@@ -159,7 +160,9 @@ class Log:
                 await admin.create_topics(
                     [NewTopic(self.dead_letter_topic, 1, 1, topic_configs=limit)]
                 )
-        await topics.create(self.bootstrap, self.topic, self.dead_letter_topic)
+        await topics.create(
+            KafkaSettings(kafka_bootstrap=self.bootstrap), self.topic, self.dead_letter_topic
+        )
 
     async def delete(self, topic: str) -> None:
         async with self._admin() as admin:

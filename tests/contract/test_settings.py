@@ -1,10 +1,20 @@
 """Settings from the environment: typed, and a wrong one is named in one line."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from flashsale.errors import SettingsError
-from flashsale.settings import DatabaseUrl, KafkaBootstrap, Listen, RedisUrl, host_and_port, load
+from flashsale.settings import (
+    DatabaseUrl,
+    KafkaBootstrap,
+    KafkaSettings,
+    Listen,
+    RedisUrl,
+    host_and_port,
+    load,
+)
 
 
 class Everything(msgspec.Struct, frozen=True):
@@ -81,3 +91,61 @@ def test_what_is_missing_is_named(variable: str) -> None:
 def test_an_address_is_split() -> None:
     assert host_and_port("0.0.0.0:8080") == ("0.0.0.0", 8080)
     assert host_and_port("[::1]:80") == ("::1", 80)
+
+
+def kafka(**given: str) -> KafkaSettings:
+    """From the environment, FLASHSALE_KAFKA_… of each."""
+    named = {f"FLASHSALE_KAFKA_{name.upper()}": value for name, value in given.items()}
+    return load(KafkaSettings, {"FLASHSALE_KAFKA_BOOTSTRAP": "a:1,b:2", **named})
+
+
+@pytest.mark.parametrize(
+    ("given", "protocol", "keys"),
+    [
+        ({}, "PLAINTEXT", set()),
+        ({"tls": "false"}, "PLAINTEXT", set()),
+        ({"tls": "true"}, "SSL", {"ssl_context"}),
+        ({"user": "u", "password": "p"}, "SASL_PLAINTEXT", {"sasl_mechanism"}),
+        ({"tls": "true", "user": "u", "password": "p"}, "SASL_SSL", {"ssl_context"}),
+    ],
+)
+def test_kafka_is_spoken_to_as_it_is_said(
+    given: dict[str, str], protocol: str, keys: set[str]
+) -> None:
+    client = kafka(**given).kafka_client()
+    assert client["bootstrap_servers"] == "a:1,b:2"
+    assert client["security_protocol"] == protocol
+    assert keys <= client.keys()
+    assert ("ssl_context" in client) == ("SSL" in protocol.replace("SASL", ""))
+    if "user" in given:
+        assert client["sasl_mechanism"] == "SCRAM-SHA-512"
+        assert (client["sasl_plain_username"], client["sasl_plain_password"]) == ("u", "p")
+    else:
+        assert "sasl_mechanism" not in client
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tls": "yes please"}, "FLASHSALE_KAFKA_TLS is wrong: expected true or false"),
+        ({"user": "u"}, "FLASHSALE_KAFKA_PASSWORD is not set, and FLASHSALE_KAFKA_USER is"),
+        (
+            {"password": "s3cret"},
+            "FLASHSALE_KAFKA_USER is not set, and FLASHSALE_KAFKA_PASSWORD is",
+        ),
+        ({"ca_file": "x"}, "FLASHSALE_KAFKA_CA_FILE is set: expected FLASHSALE_KAFKA_TLS=true too"),
+    ],
+)
+def test_what_does_not_go_together_of_kafka_is_named(given: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        kafka(**given)
+    assert words in str(refused.value)
+    assert "s3cret" not in str(refused.value)
+
+
+def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    wrong = tmp_path / "ca.crt"
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="FLASHSALE_KAFKA_CA_FILE is wrong: expected"):
+            kafka(tls="true", ca_file=str(wrong))
+        wrong.write_text("no certificate")

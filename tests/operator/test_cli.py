@@ -17,6 +17,7 @@ from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events
 from flashsale.events import Event
 from flashsale.keys import ItemKeys
+from flashsale.settings import KafkaSettings
 from flashsale_operator import topic
 from flashsale_operator.cli import run
 from flashsale_operator.manifest import parse
@@ -326,7 +327,7 @@ def test_an_audit_and_a_verification_with_kafka(
     environ["FLASHSALE_KAFKA_BOOTSTRAP"] = kafka
 
     async def read_all(shop: Shop) -> None:
-        for partition, span in (await topic.spans(kafka)).items():
+        for partition, span in (await topic.spans(KafkaSettings(kafka_bootstrap=kafka))).items():
             await shop.read_to(partition, span.end)
 
     async def prepare(shop: Shop) -> None:
@@ -346,7 +347,7 @@ def test_an_audit_and_a_verification_with_kafka(
             await producer.send_and_wait(events.TOPIC, events.encode(event), partition=1)
         await producer.stop()
 
-    assert asyncio.run(topic.spans(kafka, "no.such.topic")) == {}
+    assert asyncio.run(topic.spans(KafkaSettings(kafka_bootstrap=kafka), "no.such.topic")) == {}
     ctl("apply", "-f", str(SAMPLE))
     within(prepare)
     within(sell_and_publish)

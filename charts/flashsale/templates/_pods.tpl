@@ -23,15 +23,15 @@ securityContext:
   runAsNonRoot: true
   seccompProfile:
     type: RuntimeDefault
-{{- with .root.Values.certificateAuthority.existingSecret }}
-{{- if .name }}
+{{- with include "flashsale.authorities" .root | fromYaml }}
 volumes:
-  - name: certificate-authority
+  {{- range $volume, $of := . }}
+  - name: {{ $volume }}
     secret:
-      secretName: {{ .name }}
+      secretName: {{ $of.name }}
       items:
-        - {key: {{ .key }}, path: ca.crt}
-{{- end }}
+        - {key: {{ $of.key }}, path: ca.crt}
+  {{- end }}
 {{- end }}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
@@ -83,9 +83,25 @@ securityContext:
     drop: [ALL]
 resources:
   {{- toYaml $values.resources | nindent 2 }}
-{{- if .root.Values.certificateAuthority.existingSecret.name }}
+{{- with include "flashsale.authorities" .root | fromYaml }}
 volumeMounts:
-  - {name: certificate-authority, mountPath: /etc/flashsale, readOnly: true}
+  {{- range $volume, $of := . }}
+  - {name: {{ $volume }}, mountPath: {{ $of.folder }}, readOnly: true}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Secrets with certificates to trust, by the volume that each becomes. */}}
+{{- define "flashsale.authorities" -}}
+{{- with .Values.certificateAuthority.existingSecret }}
+{{- if .name }}
+certificate-authority: {name: {{ .name }}, key: {{ .key }}, folder: /etc/flashsale}
+{{- end }}
+{{- end }}
+{{- with .Values.kafka.tls }}
+{{- if and .enabled .existingSecret.name }}
+kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existingSecret.key }}, folder: /etc/flashsale-kafka}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -118,8 +134,27 @@ volumeMounts:
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url") }}
 {{- end }}
 
+{{/* Where Kafka is, and how and as whom the component speaks to it. */}}
 {{- define "flashsale.address.kafka" -}}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_KAFKA_BOOTSTRAP" "of" .Values.kafka "key" "bootstrap") }}
+{{- $kafka := .root.Values.kafka -}}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_KAFKA_BOOTSTRAP" "of" $kafka "key" "bootstrap") }}
+{{- if $kafka.tls.enabled }}
+- name: FLASHSALE_KAFKA_TLS
+  value: "true"
+{{- if $kafka.tls.existingSecret.name }}
+- name: FLASHSALE_KAFKA_CA_FILE
+  value: /etc/flashsale-kafka/ca.crt
+{{- end }}
+{{- end }}
+{{- with index $kafka.users .component }}
+- name: FLASHSALE_KAFKA_USER
+  value: {{ . | quote }}
+- name: FLASHSALE_KAFKA_PASSWORD
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: password
+{{- end }}
 {{- end }}
 
 {{- define "flashsale.address.database" -}}

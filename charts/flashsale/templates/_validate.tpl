@@ -30,6 +30,14 @@
 {{- $wrong = append $wrong "api.autoscaling.minReplicas is more than api.autoscaling.maxReplicas" }}
 {{- end }}
 {{- end }}
+{{- with .Values.kafka }}
+{{- if not (has (len (without (values .users) "")) (list 0 3)) }}
+{{- $wrong = append $wrong "kafka.users: set all three (api, consumer, operator) or none" }}
+{{- end }}
+{{- if and .tls.existingSecret.name (not .tls.enabled) }}
+{{- $wrong = append $wrong "kafka.tls.existingSecret.name is set: kafka.tls.enabled must be true" }}
+{{- end }}
+{{- end }}
 {{- with .Values.kafka.topics }}
 {{- if .enabled }}
 {{- if not .cluster }}
@@ -44,6 +52,9 @@
 {{- if and .allNamespaces .namespaces }}
 {{- $wrong = append $wrong "operator.allNamespaces and operator.namespaces: set one of them, not both" }}
 {{- end }}
+{{- end }}
+{{- if and .Values.api.service.nodePort (eq .Values.api.service.type "ClusterIP") }}
+{{- $wrong = append $wrong "api.service.nodePort is set: api.service.type must be NodePort or LoadBalancer" }}
 {{- end }}
 {{- if and .Values.api.ingress.tlsSecretName (not .Values.api.ingress.host) }}
 {{- $wrong = append $wrong "api.ingress.host must be set: api.ingress.tlsSecretName has a certificate for it" }}

@@ -22,6 +22,10 @@ Answers POST /reserve from Redis and publishes what it accepts to Kafka.
 environment:
   FLASHSALE_REDIS_URL        redis://[user:password@]host:port/db (required)
   FLASHSALE_KAFKA_BOOTSTRAP  host:port[,host:port...] (required)
+  FLASHSALE_KAFKA_TLS        true or false (false)
+  FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (the system's)
+  FLASHSALE_KAFKA_USER       who it is to Kafka, by SCRAM-SHA-512 (nobody)
+  FLASHSALE_KAFKA_PASSWORD   that user's password
   FLASHSALE_LISTEN           host:port for buyers (0.0.0.0:8080)
   FLASHSALE_METRICS_LISTEN   host:port for Prometheus (0.0.0.0:9090)
 """

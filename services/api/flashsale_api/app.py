@@ -63,7 +63,7 @@ def create_app(
     pod_id = str(uuid.uuid4())
     redis = inventory.connect(settings.redis_url)
     stock = Inventory(redis)
-    publisher = Publisher(settings.kafka_bootstrap, stock, metrics)
+    publisher = Publisher(settings, stock, metrics)
     batching = Batching(stock, publisher, metrics)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()

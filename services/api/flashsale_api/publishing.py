@@ -21,6 +21,7 @@ from flashsale import events
 from flashsale.errors import RedisUnavailable
 from flashsale.events import Event
 from flashsale.inventory import Inventory
+from flashsale.settings import KafkaSettings
 from flashsale_api.batching import Accepted
 from flashsale_api.metrics import Metrics
 
@@ -40,9 +41,14 @@ class Publisher:
     """Publishes events to `topic` and settles their outbox entries; one a process."""
 
     def __init__(
-        self, bootstrap: str, inventory: Inventory, metrics: Metrics, *, topic: str = events.TOPIC
+        self,
+        kafka: KafkaSettings,
+        inventory: Inventory,
+        metrics: Metrics,
+        *,
+        topic: str = events.TOPIC,
     ) -> None:
-        self._bootstrap = bootstrap
+        self._kafka = kafka
         self._inventory = inventory
         self._metrics = metrics
         self._topic = topic
@@ -84,7 +90,7 @@ class Publisher:
         failures = 0
         while True:
             producer = AIOKafkaProducer(
-                bootstrap_servers=self._bootstrap,
+                **self._kafka.kafka_client(),
                 acks="all",
                 max_batch_size=BATCH_BYTES,
                 request_timeout_ms=REQUEST_TIMEOUT_SECONDS * 1000,

@@ -43,6 +43,10 @@ DESCRIPTION: Final = """\
 ENVIRONMENT: Final = """\
     environment:
       FLASHSALE_KAFKA_BOOTSTRAP  Kafka's brokers, host:port[,host:port…]
+      FLASHSALE_KAFKA_TLS        true or false (default false)
+      FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
+      FLASHSALE_KAFKA_USER       who it is to Kafka, by SCRAM-SHA-512 (default: nobody)
+      FLASHSALE_KAFKA_PASSWORD   that user's password
       FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
       FLASHSALE_LISTEN           where to serve HTTP, host:port (default 0.0.0.0:8081)
 """

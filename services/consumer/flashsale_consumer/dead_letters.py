@@ -8,6 +8,7 @@ from typing import Final
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from flashsale.settings import KafkaSettings
 from flashsale_consumer.closing import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
 
@@ -40,8 +41,8 @@ class DeadLettersUnavailable(Exception):
 class DeadLetters:
     """Publishes dead letters; its producer is made when the first one is."""
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, kafka: KafkaSettings, topic: str) -> None:
+        self._kafka = kafka
         self._topic = topic
         self._producer: AIOKafkaProducer | None = None
 
@@ -75,7 +76,7 @@ class DeadLetters:
     async def _started(self) -> AIOKafkaProducer:
         if self._producer is None:
             self._producer = AIOKafkaProducer(
-                bootstrap_servers=self._bootstrap,
+                **self._kafka.kafka_client(),
                 acks="all",
                 max_request_size=DEAD_LETTER_BYTES,
                 request_timeout_ms=_REQUEST_TIMEOUT_MS,

@@ -12,6 +12,8 @@ from aiokafka.errors import (
     for_code,
 )
 
+from flashsale.settings import KafkaSettings
+
 log = logging.getLogger(__name__)
 
 PARTITIONS: Final = 12
@@ -22,12 +24,12 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 """Twice the broker's default: a dead letter is the record and the headers that explain it."""
 
 
-async def create(bootstrap: str, topic: str, dead_letter_topic: str) -> None:
+async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> None:
     """Creates what is missing; raises `KafkaError` if Kafka cannot say.
 
     A consumer that may not create topics waits for those that somebody else creates.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=10_000)
+    admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=10_000)
     try:
         await admin.start()
         reply = await admin.create_topics(

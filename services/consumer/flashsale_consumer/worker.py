@@ -77,7 +77,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._ledger = Availability("the ledger", up("ledger"))
         self._kafka = Availability("Kafka", up("kafka"))
         self._dead_letters = Availability(dead_letter_topic, up("dead_letters"), there=True)
-        self._publisher = DeadLetters(settings.kafka_bootstrap, dead_letter_topic)
+        self._publisher = DeadLetters(settings, dead_letter_topic)
         self._consumer: AIOKafkaConsumer | None = None
         # Next offset by partition: up to there the ledger has everything.
         self._positions: dict[int, int] = {}
@@ -128,9 +128,9 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
 
     async def _consume(self, pool: Pool) -> None:
         """Is a member of the group until Kafka fails in a way that the client does not mend."""
-        await topics.create(self._settings.kafka_bootstrap, self._topic, self._dead_letter_topic)
+        await topics.create(self._settings, self._topic, self._dead_letter_topic)
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._settings.kafka_bootstrap,
+            **self._settings.kafka_client(),
             group_id=self._group_id,
             enable_auto_commit=False,
             # Where reading begins is for the ledger to say: see `recording.place`.
