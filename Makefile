@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-down test images check lint lock
+.PHONY: help setup demo up down control-plane cluster cluster-down test faults images check lint lock
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ cluster-down: $(READY) ## End it, and remove every trace
 
 test: $(READY) ## Pass the tests, on real servers that they start themselves
 	$(BIN)/pytest
+
+faults: $(READY) ## N schedules of faults on real servers, from SEED on (needs Go)
+	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
 
 lint: $(READY) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

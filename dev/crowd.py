@@ -135,10 +135,10 @@ async def stampede(
     """
     journal = Journal() if journal is None else journal
     queue = deque(wanted)
-    everyone = [_Connection(urls[number % len(urls)]) for number in range(connections)]
+    everyone = [Connection(urls[number % len(urls)]) for number in range(connections)]
     await asyncio.gather(*(connection.open() for connection in everyone))
 
-    async def buy(connection: _Connection) -> None:
+    async def buy(connection: Connection) -> None:
         try:
             while queue:
                 attempt = queue.popleft()
@@ -165,7 +165,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
-class _Connection:
+class Connection:
     """One keep-alive connection, opened again when it broke."""
 
     def __init__(self, url: str) -> None:

@@ -1,4 +1,4 @@
-"""A TCP proxy that can cut a connection between a request and its reply."""
+"""A TCP proxy that can cut a connection between a request and its reply, and change its target."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,10 +6,14 @@ from contextlib import asynccontextmanager, suppress
 
 
 class Proxy:
-    """Forwards bytes both ways; `cut_replies` says how many replies to a word to swallow."""
+    """Forwards bytes both ways; `cut_replies` says how many replies to a word to swallow.
 
-    def __init__(self, target_port: int) -> None:
-        self._target_port = target_port
+    New connections go to `target_port` as it is then.
+    """
+
+    def __init__(self, target_port: int = 0) -> None:
+        self.target_port = target_port
+        self._connections: set[asyncio.StreamWriter] = set()
         self._word = b""
         self.left_to_cut = 0
         self.port = 0
@@ -17,6 +21,11 @@ class Proxy:
     def cut_replies(self, word: bytes, times: int) -> None:
         """Lets the next requests with `word` through and breaks the connection at the reply."""
         self._word, self.left_to_cut = word, times
+
+    def cut_all(self) -> None:
+        """Breaks every connection, whatever is on its way."""
+        for writer in tuple(self._connections):
+            writer.transport.abort()
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator["Proxy"]:
@@ -29,10 +38,11 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
         except OSError:
             writer.close()
             return
+        self._connections.add(writer)
         cut = asyncio.Event()
 
         async def requests() -> None:
@@ -55,5 +65,6 @@ class Proxy:
         for task in tasks:
             with suppress(asyncio.CancelledError, ConnectionError):
                 await task
+        self._connections.discard(writer)
         up_writer.close()
         writer.close()

@@ -1,0 +1,133 @@
+"""`python -m tests.faults`: schedules of faults against the real engine, many of them."""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dev.stack.errors import StackError
+from tests.faults.run import Failed, run
+from tests.faults.schedule import Kind, schedule
+from tests.faults.world import ROOT, opened
+
+FOLDER: Final = ROOT / ".local" / "faults"
+
+
+def main() -> int:
+    """0 if every promise was kept in every schedule."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults",
+        description="Runs seeded schedules of faults against real Redis (with Sentinel), Kafka, "
+        "PostgreSQL, kube-apiserver, two APIs, two consumers and an operator, under a crowd whose "
+        "journal is checked afterwards. A schedule takes about half a minute. One that fails is "
+        "printed with its journal, and run again by its seed alone.",
+    )
+    parser.add_argument("-n", type=int, default=20, help="how many schedules (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="the first one's seed (default 0)")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="run the others when one has failed"
+    )
+    options = parser.parse_args()
+    if options.n < 1:
+        parser.error("-n: must be at least 1")
+    try:
+        return asyncio.run(_all(range(options.seed, options.seed + options.n), options.keep_going))
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+@dataclass
+class _Line:
+    """What came of the schedules that had a kind of fault."""
+
+    schedules: int = 0
+    promised: int = 0
+    lost: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+
+
+@dataclass
+class _Summary:
+    """Of all schedules."""
+
+    kinds: dict[str, _Line] = field(default_factory=dict)
+    answers: Counter[str] = field(default_factory=Counter)
+    failed: list[int] = field(default_factory=list)
+
+    def table(self) -> str:
+        head = ("fault", "schedules", "202s", "lost, as allowed", "refused", "slowest recovery")
+        lines = [
+            f"| {kind} | {line.schedules} | {line.promised:,} | {line.lost} | {line.refused} "
+            f"| {line.slowest:.0f} s |"
+            for kind in (*Kind, "all")
+            if (line := self.kinds.get(kind))
+        ]
+        return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
+
+
+async def _all(seeds: Sequence[int], keep_going: bool) -> int:
+    summary, began = _Summary(), time.monotonic()
+    left = list(seeds)
+    while left:
+        # A world that failed is not one to go on in.
+        async with AsyncExitStack() as stack:
+            print("starting the servers …", flush=True)
+            world = await stack.enter_async_context(opened(FOLDER / "world"))
+            while left:
+                seed = left.pop(0)
+                made = schedule(seed)
+                done = len(seeds) - len(left)
+                print(f"[{done}/{len(seeds)}, {time.monotonic() - began:.0f} s] {made}", flush=True)
+                try:
+                    result = await run(world, made)
+                except Failed as failed:
+                    path = FOLDER / f"seed-{seed}.jsonl"
+                    _write(path, failed)
+                    print(f"{failed}\nthe whole journal: {path.relative_to(ROOT)}", flush=True)
+                    if failed.__cause__ is not None:
+                        traceback.print_exception(failed.__cause__)
+                    summary.failed.append(seed)
+                    break
+                for kind in {*(step.kind for step in made.steps), "all"}:
+                    line = summary.kinds.setdefault(kind, _Line())
+                    line.schedules += 1
+                    line.promised += result.promised
+                    line.lost += result.lost
+                    line.refused += result.refused
+                    line.slowest = max(line.slowest, result.recovery_seconds)
+                summary.answers.update(result.outcomes)
+                print(
+                    f"  kept: {result.answers} answers, {result.promised} times 202, "
+                    f"{result.lost} lost, {result.refused} refused, answering again after "
+                    f"{result.recovery_seconds:.1f} s",
+                    flush=True,
+                )
+        if summary.failed and not keep_going:
+            break
+    print(f"\n{summary.table()}\n")
+    print(", ".join(f"{kind}: {count:,}" for kind, count in summary.answers.most_common()))
+    if summary.failed:
+        again = " ".join(f"`make faults N=1 SEED={seed}`" for seed in summary.failed)
+        print(f"FAILED: {again}")
+    return 1 if summary.failed else 0
+
+
+def _write(path: Path, failed: Failed) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(answer.json()) + "\n" for answer in failed.journal))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

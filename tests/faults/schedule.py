@@ -1,0 +1,141 @@
+"""What goes wrong when: one seed, one schedule."""
+
+import random
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+SECONDS: Final = 10.0
+"""How long a crowd buys while things go wrong, before everything is put right again."""
+
+
+class Kind(StrEnum):
+    """What can go wrong; `tests/faults/world.py` says how each is done."""
+
+    API_KILL = "kill -9 of an API"
+    API_FREEZE = "an API frozen"
+    CONSUMER_KILL = "kill -9 of a consumer"
+    CONSUMER_FREEZE = "a consumer frozen"
+    OPERATOR_KILL = "kill -9 of the operator"
+    OPERATOR_FREEZE = "the operator frozen"
+    KAFKA_KILL = "kill -9 of Kafka"
+    KAFKA_RESTART = "Kafka restarted"
+    KAFKA_FREEZE = "Kafka frozen"
+    POSTGRES_KILL = "kill -9 of PostgreSQL"
+    POSTGRES_RESTART = "PostgreSQL restarted"
+    POSTGRES_FREEZE = "PostgreSQL frozen"
+    POSTGRES_READ_ONLY = "PostgreSQL read-only"
+    REDIS_KILL = "kill -9 of Redis"
+    REDIS_RESTART = "Redis restarted"
+    REDIS_FREEZE = "Redis frozen"
+    REDIS_POWER_CUT = "Redis' machine loses power"
+    REDIS_FLUSH = "FLUSHALL"
+    REDIS_OLDER_COPY = "an older copy of Redis' files"
+    REDIS_FAILOVER = "failover to a replica that lags"
+    CUT_REDIS = "connections cut before Redis' replies"
+    CUT_POSTGRES = "connections cut before PostgreSQL's replies"
+    CUT_KAFKA = "connections to Kafka cut"
+    DUPLICATES = "the topic repeated out of order"
+    RESTOCK = "more stock"
+    SHORTEN = "less stock"
+    PAUSE = "the sale paused"
+    DELETE_AND_APPLY = "the sale deleted and applied again"
+
+
+LOSES_IN_REDIS: Final = frozenset(
+    {Kind.REDIS_POWER_CUT, Kind.REDIS_FLUSH, Kind.REDIS_OLDER_COPY, Kind.REDIS_FAILOVER}
+)
+"""After these Redis may lack what it had answered. A power cut loses the last second of
+`everysec`, and nothing of `always`."""
+
+_OF_REDIS: Final = tuple(kind for kind in Kind if kind.name.startswith("REDIS_"))
+_FREEZES: Final = {
+    # Some longer than a heartbeat lives (5 s), so that a rebuild must do without the pod.
+    Kind.API_FREEZE: (0.3, 8.0),
+    Kind.CONSUMER_FREEZE: (0.3, 8.0),
+    Kind.OPERATOR_FREEZE: (1.0, 12.0),
+    Kind.KAFKA_FREEZE: (0.5, 6.0),
+    Kind.POSTGRES_FREEZE: (0.5, 6.0),
+    # Sentinel makes the replica the primary after 1.5 s.
+    Kind.REDIS_FREEZE: (0.2, 2.5),
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Step:
+    """One fault, `at` seconds after the crowd began, for `seconds`; `which` of two processes.
+
+    `amount` is a kind's own: units of stock, records, connections.
+    """
+
+    at: float
+    kind: Kind
+    seconds: float = 0.0
+    which: int = 0
+    amount: int = 0
+
+    def __str__(self) -> str:
+        words = [f"{self.at:5.2f} s  {self.kind}"]
+        if self.kind.name.startswith(("API_", "CONSUMER_")):
+            words.append(f"number {self.which + 1}")
+        if self.amount:
+            words.append(f"of {self.amount}")
+        if self.seconds:
+            words.append(f"for {self.seconds:.2f} s")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A sale and what happens to it. `always`: Redis' appendfsync, else everysec."""
+
+    seed: int
+    always: bool
+    stock: int
+    max_per_user: int
+    users: int
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        head = (
+            f"seed {self.seed}: {self.stock} units, {self.max_per_user} a user, {self.users} "
+            f"users, appendfsync {'always' if self.always else 'everysec'}"
+        )
+        return "\n".join([head, *(f"  {step}" for step in self.steps)])
+
+
+def schedule(seed: int) -> Schedule:
+    """The schedule of a seed."""
+    chance = random.Random(seed)
+    steps = [_step(chance, kind) for kind in chance.sample(list(Kind), chance.randint(2, 5))]
+    if not any(step.kind in _OF_REDIS for step in steps) and chance.random() < 0.5:
+        steps.append(_step(chance, chance.choice(_OF_REDIS)))
+    return Schedule(
+        seed=seed,
+        always=chance.random() < 0.4,
+        stock=chance.choice((60, 300, 1_000, 5_000)),
+        max_per_user=chance.choice((1, 2, 5)),
+        users=chance.choice((50, 400, 3_000)),
+        steps=tuple(sorted(steps)),
+    )
+
+
+def _step(chance: random.Random, kind: Kind) -> Step:
+    amount = 0
+    match kind:
+        case Kind.RESTOCK:
+            amount = chance.randint(10, 500)
+        case Kind.SHORTEN:
+            amount = chance.randint(10, 200)
+        case Kind.DUPLICATES:
+            amount = chance.randint(10, 400)
+        case Kind.CUT_REDIS | Kind.CUT_POSTGRES:
+            amount = chance.randint(1, 20)
+    low, high = _FREEZES.get(kind, (0.1, 3.0))
+    return Step(
+        at=round(chance.uniform(0.5, SECONDS - 1), 2),
+        kind=kind,
+        seconds=round(chance.uniform(low, high), 2),
+        which=chance.randrange(2),
+        amount=amount,
+    )

@@ -1,0 +1,31 @@
+"""A few of the schedules that `make faults N=1000` runs many of."""
+
+from pathlib import Path
+
+import pytest
+
+from dev.cluster.binaries import Binaries
+from tests.faults.run import run
+from tests.faults.schedule import Kind, schedule
+from tests.faults.world import opened
+
+SEEDS = (5, 7)
+
+
+def test_a_seed_is_one_schedule() -> None:
+    assert all(schedule(seed) == schedule(seed) for seed in range(100))
+    assert schedule(1) != schedule(2)
+
+
+def test_every_kind_of_fault_is_in_some_schedule() -> None:
+    assert {step.kind for seed in range(100) for step in schedule(seed).steps} == set(Kind)
+
+
+@pytest.mark.slow
+async def test_every_promise_is_kept_whatever_goes_wrong(
+    kubernetes: Binaries,  # noqa: ARG001 - built before the servers are started
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path / "world") as world:
+        for seed in SEEDS:
+            await run(world, schedule(seed))

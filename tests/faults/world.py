@@ -1,0 +1,362 @@
+"""The whole engine on real servers, two of each process, and how each fault is done to it."""
+
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from dev.cluster.control_plane import ControlPlane
+from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
+from dev.stack.servers import KafkaServer, PostgresServer, Server
+from flashsale import events, heartbeat
+from tests.faults.redis_pair import RedisPair
+from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step
+from tests.proxy import Proxy
+
+ROOT: Final = Path(__file__).parents[2]
+CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
+NAMESPACE: Final = "default"
+# Shorter than an hour, so that a run of many seeds does not fill up with closed sales.
+KEEP_CLOSED_SECONDS: Final = "20"
+LONG_FREEZE_SECONDS: Final = heartbeat.EXPIRY_SECONDS - 1.5 * heartbeat.INTERVAL_SECONDS
+"""A pod frozen for longer may be taken for dead: its heartbeat expires."""
+
+
+@dataclass
+class History:
+    """What was done, in Unix seconds: spans from beginning to end.
+
+    `orphaned`: an API's memory was lost, or out of reach for as long as a heartbeat lives.
+    """
+
+    lost_in_redis: list[tuple[float, float]] = field(default_factory=list)
+    orphaned: list[tuple[int, float, float]] = field(default_factory=list)
+    without_kafka: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass
+class Sale:
+    """The FlashSale as its owner wants it now; `most` is the highest stock there ever was."""
+
+    item: str
+    max_per_user: int
+    stock: int
+    most: int
+    paused: bool = False
+
+    @property
+    def sale_id(self) -> str:
+        return f"{NAMESPACE}/{self.item}"
+
+    def manifest(self) -> str:
+        spec = {
+            "itemId": self.item,
+            "stock": self.stock,
+            "maxPerUser": self.max_per_user,
+            "paused": self.paused,
+        }
+        return json.dumps(
+            {
+                "apiVersion": "flashsale.dev/v1alpha1",
+                "kind": "FlashSale",
+                "metadata": {"name": self.item, "namespace": NAMESPACE},
+                "spec": spec,
+            }
+        )
+
+
+@dataclass
+class World:
+    """Everything that runs."""
+
+    redis: RedisPair
+    kafka: KafkaServer
+    kafka_door: Proxy
+    postgres: PostgresServer
+    postgres_door: Proxy
+    apis: tuple[ApiServer, ApiServer]
+    consumers: tuple[ConsumerServer, ConsumerServer]
+    plane: ControlPlane
+    operator: OperatorServer
+    addresses: Addresses
+    folder: Path
+    history: History = field(default_factory=History)
+    _locks: dict[object, asyncio.Lock] = field(default_factory=dict)
+
+    async def suffer(self, schedule: Schedule, sale: Sale) -> None:
+        """Does what the schedule says, each step at its time; what one step does to a server waits
+        for the step before it. Returns when everything is as it was.
+        """
+        began = time.monotonic()
+
+        async def one(step: Step) -> None:
+            await asyncio.sleep(began + step.at - time.monotonic())
+            async with self._locks.setdefault(self._subject(step), asyncio.Lock()):
+                await self._do(step, sale)
+
+        async with asyncio.TaskGroup() as steps:
+            for step in schedule.steps:
+                steps.create_task(one(step))
+
+    async def apply(self, sale: Sale) -> None:
+        """`kubectl apply`."""
+        await asyncio.to_thread(
+            self.plane.kubectl, "apply", "-f", "-", stdin=sale.manifest(), check=True
+        )
+
+    async def delete(self, sale: Sale) -> None:
+        """`kubectl delete`, which does not wait for the sale to be closed."""
+        await asyncio.to_thread(
+            self.plane.kubectl, "delete", "fs", sale.item, "--timeout=30s", check=True
+        )
+
+    def _subject(self, step: Step) -> object:
+        """What must not suffer two steps at once."""
+        match step.kind.name.partition("_")[0]:
+            case "API" | "CONSUMER" as kind:
+                return kind, step.which
+            case "RESTOCK" | "SHORTEN" | "PAUSE" | "DELETE":
+                return "sale"
+            case kind:
+                return kind
+
+    async def _do(self, step: Step, sale: Sale) -> None:
+        began = time.time()
+        await self._doing(step, sale)
+        span = began, time.time()
+        if step.kind in LOSES_IN_REDIS or step.kind is Kind.REDIS_FREEZE:
+            # Sentinel may take a frozen one for dead.
+            self.history.lost_in_redis.append(span)
+        if step.kind in (Kind.REDIS_KILL, Kind.REDIS_RESTART) and step.seconds > 1:
+            self.history.lost_in_redis.append(span)  # the replica, promoted, may be behind
+        if step.kind is Kind.API_KILL or (
+            step.kind is Kind.API_FREEZE and step.seconds >= LONG_FREEZE_SECONDS
+        ):
+            self.history.orphaned.append((step.which, *span))
+        if step.kind.name.startswith("KAFKA_"):
+            self.history.without_kafka.append(span)
+
+    async def _doing(self, step: Step, sale: Sale) -> None:
+        subject, _, verb = step.kind.name.partition("_")
+        match subject, verb:
+            case (
+                ("API" | "CONSUMER" | "OPERATOR" | "KAFKA" | "POSTGRES"),
+                ("KILL" | "FREEZE" | "RESTART"),
+            ):
+                await _VERBS[verb](self._server(subject, step.which), step.seconds)
+            case "REDIS", _:
+                await self._do_to_redis(step)
+            case "CUT", _:
+                self._cut(step)
+            case "POSTGRES", _:
+                await self._read_only(step.seconds)
+            case "DUPLICATES", _:
+                await self._duplicate(step)
+            case _:
+                await self._change(step, sale)
+
+    def _server(self, subject: str, which: int) -> Server:
+        servers: Mapping[str, Server] = {
+            "API": self.apis[which],
+            "CONSUMER": self.consumers[which],
+            "OPERATOR": self.operator,
+            "KAFKA": self.kafka,
+            "POSTGRES": self.postgres,
+        }
+        return servers[subject]
+
+    async def _do_to_redis(self, step: Step) -> None:
+        match step.kind:
+            case Kind.REDIS_KILL:
+                await self.redis.kill(step.seconds)
+            case Kind.REDIS_RESTART:
+                await self.redis.restart(step.seconds)
+            case Kind.REDIS_FREEZE:
+                await self.redis.freeze(step.seconds)
+            case Kind.REDIS_POWER_CUT:
+                await self.redis.lose_power()
+            case Kind.REDIS_FLUSH:
+                await self.redis.flush()
+            case Kind.REDIS_OLDER_COPY:
+                await self.redis.restore_older_copy(step.seconds)
+            case Kind.REDIS_FAILOVER:
+                await self.redis.fail_over(step.seconds)
+            case kind:
+                raise AssertionError(kind)
+
+    def _cut(self, step: Step) -> None:
+        match step.kind:
+            case Kind.CUT_REDIS:
+                self.redis.door.cut_replies(b"EVALSHA", step.amount)
+            case Kind.CUT_POSTGRES:
+                self.postgres_door.cut_replies(b"COMMIT", step.amount)
+            case _:
+                self.kafka_door.cut_all()
+
+    async def _change(self, step: Step, sale: Sale) -> None:
+        """What the sale's owner does."""
+        match step.kind:
+            case Kind.RESTOCK:
+                sale.stock += step.amount
+                sale.most = max(sale.most, sale.stock)
+            case Kind.SHORTEN:
+                sale.stock = max(0, sale.stock - step.amount)
+            case Kind.PAUSE:
+                sale.paused = True
+                await self.apply(sale)
+                await asyncio.sleep(step.seconds)
+                sale.paused = False
+            case Kind.DELETE_AND_APPLY:
+                await self.delete(sale)
+                await asyncio.sleep(step.seconds)
+            case kind:
+                raise AssertionError(kind)
+        await self.apply(sale)
+
+    async def _read_only(self, seconds: float) -> None:
+        """As a primary that has become a standby."""
+
+        async def set_to(value: str) -> None:
+            admin = await asyncpg.connect(self.postgres.url)
+            try:
+                await admin.execute("SET default_transaction_read_only = off")
+                await admin.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+                await admin.execute("SELECT pg_reload_conf()")
+            finally:
+                await admin.close()
+
+        await set_to("on")
+        await asyncio.sleep(seconds)
+        await set_to("off")
+
+    async def _duplicate(self, step: Step) -> None:
+        """Writes some of the topic's last records again, in another order and place."""
+        chance = random.Random(step.at)
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.kafka.bootstrap)
+        producer = AIOKafkaProducer(bootstrap_servers=self.kafka.bootstrap, acks="all")
+        with contextlib.suppress(Exception):  # Kafka may be away: then there are no duplicates
+            async with asyncio.timeout(10):
+                await consumer.start()
+                await producer.start()
+                numbers = sorted(await producer.partitions_for(events.TOPIC))
+                places = [TopicPartition(events.TOPIC, number) for number in numbers]
+                consumer.assign(places)
+                ends = await consumer.end_offsets(places)
+                for place in places:
+                    consumer.seek(place, max(0, ends[place] - step.amount))
+                found = [
+                    record
+                    for records in (await consumer.getmany(timeout_ms=2_000)).values()
+                    for record in records
+                ]
+                for record in chance.sample(found, min(step.amount, len(found))):
+                    await producer.send_and_wait(
+                        events.TOPIC,
+                        record.value,
+                        record.key,
+                        chance.choice(numbers),
+                        headers=list(record.headers),
+                    )
+        await consumer.stop()
+        with contextlib.suppress(Exception):
+            await producer.stop()
+
+
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncIterator[World]:
+    """A world on a folder that is emptied first; ended without mercy."""
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    async with AsyncExitStack() as stack:
+
+        async def run(server: Server) -> None:
+            stack.push_async_callback(asyncio.to_thread, server.kill)
+            await asyncio.to_thread(server.start)
+
+        kafka_door = await stack.enter_async_context(Proxy().serve())
+        postgres_door = await stack.enter_async_context(Proxy().serve())
+        kafka = KafkaServer(folder / "kafka", options=_advertised(kafka_door))
+        postgres = PostgresServer(folder / "postgres", durable=False)
+        plane = ControlPlane(folder / "kubernetes")
+        kafka_door.target_port, postgres_door.target_port = kafka.port, postgres.port
+        redis = await stack.enter_async_context(RedisPair(folder).serve())
+        await asyncio.gather(run(kafka), run(postgres), run(plane))
+        await asyncio.to_thread(plane.kubectl, "apply", "-f", str(CRD), check=True)
+        await asyncio.to_thread(
+            plane.kubectl,
+            *("wait", "--for=condition=Established", "crd/flashsales.flashsale.dev"),
+            check=True,
+        )
+        addresses = Addresses(
+            redis.url,
+            f"127.0.0.1:{kafka_door.port}",
+            postgres.url.replace(f":{postgres.port}/", f":{postgres_door.port}/"),
+        )
+        world = World(
+            redis=redis,
+            kafka=kafka,
+            kafka_door=kafka_door,
+            postgres=postgres,
+            postgres_door=postgres_door,
+            apis=(ApiServer(folder / "api-1", addresses), ApiServer(folder / "api-2", addresses)),
+            consumers=(
+                ConsumerServer(folder / "consumer-1", addresses),
+                ConsumerServer(folder / "consumer-2", addresses),
+            ),
+            plane=plane,
+            operator=OperatorServer(folder / "operator", _for_operator(addresses, plane)),
+            addresses=addresses,
+            folder=folder,
+        )
+        for service in (*world.consumers, *world.apis, world.operator):
+            await run(service)
+        yield world
+
+
+def _advertised(door: Proxy) -> Mapping[str, str]:
+    return {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{door.port}"}
+
+
+def _for_operator(addresses: Addresses, plane: ControlPlane) -> Mapping[str, str]:
+    return {
+        **addresses.environment(),
+        "KUBECONFIG": str(plane.kubeconfig),
+        "FLASHSALE_NAMESPACES": NAMESPACE,
+        "FLASHSALE_KEEP_CLOSED_SECONDS": KEEP_CLOSED_SECONDS,
+    }
+
+
+async def _kill(server: Server, seconds: float) -> None:
+    await _ended_and_started(server, server.kill, seconds)
+
+
+async def _restart(server: Server, seconds: float) -> None:
+    await _ended_and_started(server, server.stop, seconds)
+
+
+async def _ended_and_started(server: Server, end: Callable[[], None], seconds: float) -> None:
+    await asyncio.to_thread(end)
+    await asyncio.sleep(seconds)
+    await asyncio.to_thread(server.start)
+
+
+async def _freeze(server: Server, seconds: float) -> None:
+    await asyncio.to_thread(server.pause)
+    await asyncio.sleep(seconds)
+    await asyncio.to_thread(server.resume)
+
+
+_VERBS: Final[Mapping[str, Callable[[Server, float], Awaitable[None]]]] = {
+    "KILL": _kill,
+    "FREEZE": _freeze,
+    "RESTART": _restart,
+}
