@@ -44,7 +44,8 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a reconcile found. `reason` and `message` are Ready's, `told` is Open's message;
-    no `counts`: they are not known, or Redis has none of this sale.
+    no `counts`: they are not known, or Redis has none of this sale. `recorded` is the accepted
+    units that the ledger has, if that is known.
     """
 
     state: State
@@ -53,6 +54,7 @@ class Found:
     message: str
     told: str
     counts: Counts | None = None
+    recorded: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def found_of(report: Report, *, without_kafka: bool = False) -> Found:
         message="ledger and Redis are as the spec asks" if report.ready else report.message,
         told=_told(report.state, report.message, sale),
         counts=None if sale is None else Counts.of(sale),
+        recorded=None if report.row is None else report.row.accepted,
     )
 
 

@@ -1,12 +1,15 @@
 """What the operator measures, for Prometheus. Labels are bounded by the FlashSales there are."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from flashsale import telemetry
 from flashsale_operator.conditions import Counts
 from flashsale_operator.reconcile import State
 
@@ -15,55 +18,113 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the last reconcile of a FlashSale found."""
+    """What the last reconcile of a FlashSale found; `recorded` is the units that the ledger has."""
 
     item_id: str
     state: State
+    ready: bool
     counts: Counts | None
+    recorded: int | None = None
+
+
+class Backlog:
+    """How long the oldest accepted unit has waited for the ledger, as far as samples tell."""
+
+    def __init__(self) -> None:
+        # Moments, and the units that had been accepted by then and not recorded.
+        self._samples: deque[tuple[float, int]] = deque()
+        self._recorded = 0
+
+    def sample(self, now: float, accepted: int, recorded: int | None) -> None:
+        """`recorded` is None while the ledger does not say."""
+        if recorded is not None:
+            self._recorded = recorded
+        samples = self._samples
+        while samples and samples[0][1] <= self._recorded:
+            samples.popleft()
+        while samples and samples[-1][1] > accepted:  # Redis has lost some
+            samples.pop()
+        if accepted > max(self._recorded, samples[-1][1] if samples else 0):
+            samples.append((now, accepted))
+
+    def seconds(self, now: float) -> float:
+        return now - self._samples[0][0] if self._samples else 0.0
+
+
+@dataclass(slots=True)
+class _Known:
+    figures: Figures
+    backlog: Backlog = field(default_factory=Backlog)
 
 
 class Sales(Collector):
     """The sales as they were found last; one that is gone is not told of any more."""
 
-    def __init__(self) -> None:
-        self._figures: dict[tuple[str, str], Figures] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._known: dict[tuple[str, str], _Known] = {}
+        self._clock = clock
 
     def __len__(self) -> int:
-        return len(self._figures)
+        return len(self._known)
 
     def found(self, key: tuple[str, str], figures: Figures) -> None:
-        self._figures[key] = figures
+        known = self._known.setdefault(key, _Known(figures))
+        known.figures = figures
+        if figures.counts is not None:
+            known.backlog.sample(self._clock(), figures.counts.accepted, figures.recorded)
 
     def forget(self, key: tuple[str, str]) -> None:
-        self._figures.pop(key, None)
+        self._known.pop(key, None)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         states = dict.fromkeys(State, 0)
-        for figures in self._figures.values():
-            states[figures.state] += 1
-        sales = GaugeMetricFamily(
+        for known in self._known.values():
+            states[known.figures.state] += 1
+        numbers = GaugeMetricFamily(
             "flashsale_operator_sales", "FlashSales by state.", labels=["state"]
         )
         for state, number in states.items():
-            sales.add_metric([state], number)
-        yield sales
-        for name, documentation in (
-            ("allocated", "Units that the item's sale may sell."),
-            ("accepted", "Units ever accepted by the item's sale."),
-            ("available", "Units left of the item's sale."),
-        ):
-            family = GaugeMetricFamily(f"flashsale_{name}", documentation, labels=["item"])
-            for figures in self._figures.values():
-                if figures.counts is not None:
-                    family.add_metric([figures.item_id], getattr(figures.counts, name))
-            yield family
+            numbers.add_metric([state], number)
+        yield numbers
+        doing = GaugeMetricFamily(
+            "flashsale_sale_state",
+            "1 for the state that the sale is in.",
+            labels=["sale", "item", "state"],
+        )
+        ready = _of_a_sale("flashsale_sale_ready", "1 if Redis and ledger are as the spec asks.")
+        waiting = _of_a_sale(
+            "flashsale_unrecorded_seconds",
+            "How long the oldest accepted unit has not been in the ledger, as seen every 5 s.",
+        )
+        allocated = _of_a_sale("flashsale_allocated", "Units that the sale may sell.")
+        accepted = _of_a_sale("flashsale_accepted", "Units ever accepted by the sale.")
+        available = _of_a_sale("flashsale_available", "Units left of the sale.")
+        recorded = _of_a_sale("flashsale_recorded", "Accepted units that the ledger has.")
+        now = self._clock()
+        for key, known in self._known.items():
+            figures, counts = known.figures, known.figures.counts
+            labels = ["/".join(key), figures.item_id]
+            doing.add_metric([*labels, figures.state], 1)
+            ready.add_metric(labels, figures.ready)
+            if figures.recorded is not None:
+                recorded.add_metric(labels, figures.recorded)
+            if counts is not None:
+                waiting.add_metric(labels, known.backlog.seconds(now))
+                allocated.add_metric(labels, counts.allocated)
+                accepted.add_metric(labels, counts.accepted)
+                available.add_metric(labels, counts.available)
+        yield from (doing, ready, allocated, accepted, available, recorded, waiting)
+
+
+def _of_a_sale(name: str, documentation: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, documentation, labels=["sale", "item"])
 
 
 class Metrics:
     """The operator's metrics in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = telemetry.registry("operator")
         self.sales = Sales()
         self.registry.register(self.sales)
         self.reconciles = Counter(
@@ -89,6 +150,16 @@ class Metrics:
         self.freed = Counter(
             "flashsale_operator_sales_freed",
             "Closed sales whose keys were deleted from Redis.",
+            registry=self.registry,
+        )
+        self.fences = Counter(
+            "flashsale_operator_fences",
+            "Times a sale was found fenced.",
+            registry=self.registry,
+        )
+        self.rebuilds = Counter(
+            "flashsale_operator_rebuilds",
+            "Fenced sales that are trusted again: verified, or rebuilt from the ledger.",
             registry=self.registry,
         )
         self.last_success = Gauge(

@@ -63,15 +63,16 @@ class Upshot:
 @dataclass(slots=True)
 class _Memory:
     """What is remembered of a FlashSale: what was `known` before its state became Unknown; when
-    its status was `written`, of the monotonic clock; whether its keys were missing (`doubted`) the
-    last time. Without it, a status is written a little early, and what changed during an outage is
-    not told.
+    its status was `written`, of the monotonic clock; whether its keys were missing (`doubted`), and
+    whether it was `fenced`, the last time. Without it, a status is written a little early, and what
+    changed during an outage is not told.
     """
 
     uid: str
     known: Known | None = None
     written: float = float("-inf")
     doubted: bool = False
+    fenced: bool = False
 
 
 class Rounds:
@@ -134,8 +135,16 @@ class Rounds:
                 return Upshot(failed=True)
             found = made
         self._metrics.sales.found(
-            key, Figures("" if spec is None else spec.item_id, found.state, found.counts)
+            key,
+            Figures(
+                item_id="" if spec is None else spec.item_id,
+                state=found.state,
+                ready=found.ready,
+                counts=found.counts,
+                recorded=found.recorded,
+            ),
         )
+        self._count_fences(memory, found.state)
         written = await self._tell(key, memory, live, found)
         failed = isinstance(found.reason, Obstacle) or not written
         bounds = () if spec is None else (spec.starts_ms, spec.ends_ms)
@@ -165,6 +174,14 @@ class Rounds:
         if without_kafka:
             self._metrics.failures.labels("kafka").inc()
         return conditions.found_of(report, without_kafka=without_kafka)
+
+    def _count_fences(self, memory: _Memory, state: State) -> None:
+        if state is State.FENCED and not memory.fenced:
+            self._metrics.fences.inc()
+        elif memory.fenced and state not in (State.FENCED, State.UNKNOWN):
+            self._metrics.rebuilds.inc()
+        if state is not State.UNKNOWN:
+            memory.fenced = state is State.FENCED
 
     async def _seen(self, spec: SaleSpec, error: FlashsaleError) -> tuple[State, Sale] | None:
         """What Redis does with the sale while the ledger is away: it goes on selling."""

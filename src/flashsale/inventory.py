@@ -225,6 +225,19 @@ class Inventory:
         replies = await translated(pipeline.execute()) if wanted else []
         return dict(zip(wanted, replies, strict=True))
 
+    async def outbox_oldest_ms(self, item_ids: Iterable[str]) -> dict[str, int]:
+        """When each outbox' oldest entry was written, by Redis' clock; empty ones are left out."""
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            pipeline.xrange(ItemKeys.of(item_id).outbox, count=1)
+        replies = await translated(pipeline.execute()) if wanted else []
+        return {
+            item_id: int(entries[0][0].partition("-")[0])
+            for item_id, entries in zip(wanted, replies, strict=True)
+            if entries
+        }
+
     async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
         """One reservation, or None if Redis has none of that id."""
         text = await translated(

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
-from flashsale.keys import ItemKeys
+from flashsale.keys import ITEMS, ItemKeys
 from flashsale.sale import rfc3339_of_ms
 from tests.api.test_reserving import problem, reserve
 
@@ -82,7 +82,7 @@ async def test_metrics_have_a_port_of_their_own(
     async with httpx.AsyncClient() as scraper:
         text = (await scraper.get(api.metrics_url)).text
     for name in (
-        'flashsale_api_requests_total{outcome="accepted"}',
+        f'flashsale_api_requests_total{{item="{item}",outcome="accepted"}} 1.0',
         "flashsale_api_request_seconds_bucket",
         "flashsale_api_batch_size_count",
         "flashsale_api_script_seconds_count",
@@ -91,3 +91,31 @@ async def test_metrics_have_a_port_of_their_own(
         "flashsale_api_events_published_total",
     ):
         assert name in text
+
+
+async def test_only_an_item_with_a_sale_is_a_label(
+    api: ApiServer, http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
+) -> None:
+    async def metrics() -> str:
+        async with httpx.AsyncClient() as scraper:
+            return (await scraper.get(api.metrics_url)).text
+
+    await open_sale(item, 1)
+    await reserve(http, item)
+    for number in range(20):
+        problem(await reserve(http, f"ghost-{number}"), 404, "unknown-item")
+    text = await metrics()
+    assert f'item="{item}",outcome="accepted"' in text
+    assert 'flashsale_api_requests_total{item="",outcome="unknown"}' in text
+    assert "ghost" not in text
+    # What freeing a sale does.
+    keys = ItemKeys.of(item)
+    async with asyncio.timeout(20):
+        while f'flashsale_api_outbox_age_seconds{{item="{item}"}}' not in await metrics():
+            await asyncio.sleep(0.05)
+        await redis.delete(*keys.four)
+        await redis.srem(ITEMS, item)
+        while f'item="{item}"' in await metrics():
+            await asyncio.sleep(0.05)
+    problem(await reserve(http, item), 404, "unknown-item")
+    assert f'item="{item}"' not in await metrics()

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import yaml
 
+import flashsale
 import flashsale_api.__main__ as api_main
 import flashsale_api.app as api_app
 import flashsale_consumer.app as consumer_app
@@ -137,6 +138,6 @@ def test_an_image_runs_its_own_package_as_nobody_in_particular(component: str) -
 def test_there_is_one_version_of_everything() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert chart["appVersion"] == project
+    assert chart["appVersion"] == project == flashsale.__version__
     for component in COMPONENTS:
         assert f"ARG VERSION={project}\n" in dockerfile(component)

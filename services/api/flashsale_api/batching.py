@@ -196,6 +196,7 @@ class Batching:
                     item_id, requests, timeout_seconds=CALL_DEADLINE_SECONDS / 2
                 )
             except RedisUnavailable as error:
+                self._metrics.script_failures.inc()
                 maybe_executed = maybe_executed or error.maybe_executed
                 log.debug("a call for %s failed: %s", item_id, error)
                 continue
@@ -209,6 +210,7 @@ class Batching:
     def _deliver(self, item_id: str, batch: Sequence[_Waiting], reply: BatchReply) -> None:
         """Hands what was accepted to the publisher, then answers; without a pause in between."""
         sale_id, now_ms = reply.snapshot.sale_id, reply.now_ms
+        self._metrics.know(item_id)
         sold_out = False
         for waiting, (outcome, detail) in zip(batch, reply.answers, strict=True):
             request = waiting.request

@@ -1,27 +1,59 @@
 """Prometheus metrics of the API, served on their own port."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterable
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from flashsale import telemetry
 
 # Resolves 1 to 50 ms, where the answers must be.
 _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+class _Outcomes(dict[str, Counter]):
+    """The counters of one item by outcome, each made when it is first needed."""
+
+    def __init__(self, requests: Counter, item_id: str) -> None:
+        self._requests = requests
+        self._item_id = item_id
+
+    def __missing__(self, outcome: str) -> Counter:
+        made = self[outcome] = self._requests.labels(self._item_id, outcome)
+        return made
+
+
+class OfItem:
+    """What is counted of the requests for one item, without a search for its labels each time."""
+
+    __slots__ = ("accepted", "failed", "outcomes", "rejected")
+
+    def __init__(self, requests: Counter, seconds: Histogram, item_id: str) -> None:
+        self.outcomes = _Outcomes(requests, item_id)
+        self.accepted = seconds.labels(item_id, "accepted")
+        self.rejected = seconds.labels(item_id, "rejected")
+        self.failed = seconds.labels(item_id, "failed")
+
+
 class Metrics:
-    """The metrics and the registry that holds them. Durations are seconds."""
+    """The metrics and the registry that holds them. Durations are seconds.
+
+    An item is a label only while it has a sale, whatever items requests name: that of another one
+    is empty.
+    """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
+        self.registry = telemetry.registry("api")
+        self._requests = Counter(
             "flashsale_api_requests",
             "POST /reserve requests by outcome.",
-            ["outcome"],
+            ["item", "outcome"],
             registry=self.registry,
         )
-        self.request_seconds = Histogram(
+        self._request_seconds = Histogram(
             "flashsale_api_request_seconds",
-            "Time from the request's first byte read to its answer handed to the server.",
-            ["answer"],
+            "Time from the request's head read to its answer handed to the server.",
+            ["item", "answer"],
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -37,6 +69,11 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.script_failures = Counter(
+            "flashsale_api_script_failures",
+            "Script calls that Redis did not answer in time, or refused.",
+            registry=self.registry,
+        )
         self.waiting = Gauge(
             "flashsale_api_waiting_requests",
             "Requests that wait for a script call.",
@@ -45,6 +82,12 @@ class Metrics:
         self.outbox_length = Gauge(
             "flashsale_api_outbox_entries",
             "Accepted reservations in the outbox, as last seen by this pod.",
+            ["item"],
+            registry=self.registry,
+        )
+        self.outbox_age = Gauge(
+            "flashsale_api_outbox_age_seconds",
+            "Age of the outbox' oldest entry, as last seen by this pod; 0 if it is empty.",
             ["item"],
             registry=self.registry,
         )
@@ -68,3 +111,36 @@ class Metrics:
             "Events taken over from the outbox because no pod had published them.",
             registry=self.registry,
         )
+        up = Gauge(
+            "flashsale_api_server_up",
+            "1 if the server answered the last time this pod asked: redis, kafka.",
+            ["server"],
+            registry=self.registry,
+        )
+        self.redis_up, self.kafka_up = up.labels("redis"), up.labels("kafka")
+        self._of_no_item = OfItem(self._requests, self._request_seconds, "")
+        self._of_item: dict[str, OfItem] = {}
+        self._listed: frozenset[str] = frozenset()
+
+    def of(self, item_id: str) -> OfItem:
+        """Where a request for an item is counted."""
+        return self._of_item.get(item_id, self._of_no_item)
+
+    def know(self, item_id: str) -> None:
+        """Counts an item by its name from now on: it has a sale."""
+        if item_id not in self._of_item:
+            self._of_item[item_id] = OfItem(self._requests, self._request_seconds, item_id)
+
+    def know_all(self, item_ids: Iterable[str]) -> None:
+        """Counts all items that have a sale, and forgets those that had one the last time."""
+        listed = frozenset(item_ids)
+        for item_id in self._listed - listed:
+            del self._of_item[item_id]
+            for metric in (
+                *(self._requests, self._request_seconds),
+                *(self.outbox_length, self.outbox_age),
+            ):
+                metric.remove_by_labels({"item": item_id})
+        for item_id in listed:
+            self.know(item_id)
+        self._listed = listed

@@ -87,20 +87,15 @@ class Reserve:
 
     def __init__(self, batching: Batching, metrics: Metrics) -> None:
         self._batching = batching
-        self._requests = metrics.requests
-        self._accepted_seconds = metrics.request_seconds.labels("accepted")
-        self._rejected_seconds = metrics.request_seconds.labels("rejected")
-        self._failed_seconds = metrics.request_seconds.labels("failed")
-        self._outcomes = {
-            str(outcome): metrics.requests.labels(str(outcome)) for outcome in (*Outcome, *Failure)
-        }
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
         try:
             item_id, request = await _request(scope, receive)
         except _Refused as refused:
-            self._requests.labels(refused.problem.value.slug.replace("-", "_")).inc()
+            counted = self._metrics.of("")
+            counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
             status, headers, body = problems.render(
                 refused.problem, refused.detail, **refused.members
             )
@@ -111,15 +106,16 @@ class Reserve:
                 decision = Decision(Outcome.SOLD_OUT)
             else:
                 decision = await self._batching.decide(item_id, request)
-            self._outcomes[decision.outcome].inc()
+            counted = self._metrics.of(item_id)
+            counted.outcomes[decision.outcome].inc()
             status, headers, body = _answer(item_id, decision)
         seconds = perf_counter() - started
         if status < 300:
-            self._accepted_seconds.observe(seconds)
+            counted.accepted.observe(seconds)
         elif status < 500:
-            self._rejected_seconds.observe(seconds)
+            counted.rejected.observe(seconds)
         else:
-            self._failed_seconds.observe(seconds)
+            counted.failed.observe(seconds)
         length = (b"content-length", b"%d" % len(body))
         await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
         await send({"type": "http.response.body", "body": body})

@@ -59,24 +59,36 @@ class Sweeper:
             await asyncio.sleep(INTERVAL_SECONDS)
             try:
                 await self.sweep()
+                self._metrics.redis_up.set(1)
             except RedisUnavailable as error:
+                self._metrics.redis_up.set(0)
                 log.debug("no sweep: %s", error)
 
     async def sweep(self) -> None:
         """One round over the items; raises `RedisUnavailable`."""
         self._metrics.unacknowledged.set(self._publisher.unacknowledged)
+        self._metrics.kafka_up.set(self._publisher.connected)
         until_ms = (await self._inventory.server()).now_ms - SWEEP_AGE_MS
-        lengths = await self._inventory.outbox_lengths(await self._inventory.items())
-        for item_id, length in lengths.items():
-            self._metrics.outbox_length.labels(item_id).set(length)
-            if not length:
-                continue
+        for item_id in await self._look(until_ms + SWEEP_AGE_MS):
             try:
                 await self._sweep_item(item_id, until_ms)
             except ContractViolation:
                 if item_id not in self._unreadable:  # once: it will not mend itself
                     log.exception("the outbox of %s cannot be swept", item_id)
                 self._unreadable.add(item_id)
+
+    async def _look(self, now_ms: int) -> list[str]:
+        """Measures all outboxes; returns the items of those that hold something."""
+        items = await self._inventory.items()
+        lengths = await self._inventory.outbox_lengths(items)
+        filled = [item_id for item_id, length in lengths.items() if length]
+        oldest_ms = await self._inventory.outbox_oldest_ms(filled)
+        self._metrics.know_all(items)
+        for item_id, length in lengths.items():
+            self._metrics.outbox_length.labels(item_id).set(length)
+            age_ms = now_ms - oldest_ms.get(item_id, now_ms)
+            self._metrics.outbox_age.labels(item_id).set(max(age_ms, 0) / 1000)
+        return filled
 
     async def _sweep_item(self, item_id: str, until_ms: int) -> None:
         publisher, after = self._publisher, "-"
