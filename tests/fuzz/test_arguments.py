@@ -1,0 +1,90 @@
+"""Bad arguments of every program: exit code 2, one usage and one error that names what is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = {
+    "flashsalectl": (str(Path(sys.executable).with_name("flashsalectl")),),
+    **{
+        module: (sys.executable, "-m", module)
+        for module in (
+            *("flashsale_api", "flashsale_consumer", "flashsale_operator"),
+            *("tests.faults", "dev.stack", "dev.local"),
+        )
+    },
+}
+
+BAD = [
+    ("flashsalectl", [], "required: COMMAND"),
+    ("flashsalectl", ["sell"], "invalid choice: 'sell'"),
+    ("flashsalectl", ["get", "--redis", "x"], "--redis"),
+    ("flashsalectl", ["apply"], "required: -f/--file"),
+    ("flashsalectl", ["apply", "-f"], "-f/--file: expected one argument"),
+    ("flashsalectl", ["apply", "sale.yaml"], "required: -f/--file"),
+    ("flashsalectl", ["apply", "-f", "x", "y"], "unrecognized arguments: y"),
+    ("flashsalectl", ["get", "a", "b"], "unrecognized arguments: b"),
+    ("flashsalectl", ["get", "--json"], "--json"),
+    ("flashsalectl", ["close"], "required: ITEM"),
+    ("flashsalectl", ["close", "--force", "a"], "--force"),
+    ("flashsalectl", ["rebuild"], "required: ITEM"),
+    ("flashsalectl", ["rebuild", "a", "b"], "unrecognized arguments: b"),
+    ("flashsalectl", ["audit", "-x"], "-x"),
+    ("flashsale_api", ["--port", "80"], "--port"),
+    ("flashsale_api", ["serve"], "serve"),
+    ("flashsale_consumer", ["--sideways"], "--sideways"),
+    ("flashsale_consumer", ["8081"], "8081"),
+    ("flashsale_operator", ["run"], "run"),
+    ("flashsale_operator", ["--namespace", "shop"], "--namespace"),
+    ("tests.faults", ["-n", "many"], "-n"),
+    ("tests.faults", ["-n", "0"], "-n: must be at least 1"),
+    ("tests.faults", ["--seed", "1.5"], "--seed"),
+    ("dev.stack", ["sing"], "'sing'"),
+    ("dev.local", [], "required"),
+    ("dev.local", ["sideways"], "'sideways'"),
+]
+
+
+@pytest.mark.parametrize(("program", "arguments", "named"), BAD, ids=str)
+def test_a_wrong_command_line_is_named(program: str, arguments: list[str], named: str) -> None:
+    done = run(program, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: ")
+    assert named in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_every_program_has_help(program: str) -> None:
+    done = run(program, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("item", ["", " ", "*", "../..", "a\nb", "\udcff", "x" * 5_000, "{a}"])
+def test_an_item_that_cannot_be_is_one_that_is_not_there(item: str) -> None:
+    """Nothing is at these addresses: it is said of the servers, or of the item, in one line."""
+    for command in ("get", "close", "rebuild", "audit"):
+        done = run("flashsalectl", command, item)
+        assert done.returncode == 1, done
+        assert done.stderr.startswith("flashsalectl: ")
+        assert "Traceback" not in done.stderr
+
+
+def run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    own = {name: value for name, value in os.environ.items() if not name.startswith("FLASHSALE_")}
+    nowhere = {
+        "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1/0",
+        "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
+        "FLASHSALE_DATABASE_URL": "postgresql://u:p@127.0.0.1:1/db",
+    }
+    return subprocess.run(
+        [*PROGRAMS[program], *arguments],
+        env=own | nowhere,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
