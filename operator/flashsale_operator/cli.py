@@ -268,3 +268,7 @@ def _progress(line: str) -> None:
 
 def _no_such(item_id: str) -> str:
     return f"{item_id}: there is no sale of this item"
+
+
+if __name__ == "__main__":
+    main()  # in the image, which has no console scripts: python3 -m flashsale_operator.cli

@@ -36,7 +36,7 @@ def cluster(
     kubernetes: Binaries,  # noqa: ARG001 - built before the minute that a start may take
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ControlPlane]:
-    """With the resources of Strimzi, KEDA and the Prometheus operator."""
+    """With the resources of the operators that the chart, k8s and loadtest speak to."""
     crds = third_party.crds()
     with ControlPlane(tmp_path_factory.mktemp("kubernetes")) as plane:
         for path in crds:

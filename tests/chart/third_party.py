@@ -15,18 +15,33 @@ from dev.stack.packages import cache_folder, java, java_version, wheel_folder
 _GO: Final = (
     ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
     ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_triggerauthentications.yaml"),
-    (
-        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
-        "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
+    *(
+        (
+            "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+            f"example/prometheus-operator-crd/monitoring.coreos.com_{plural}.yaml",
+        )
+        for plural in ("podmonitors", "prometheuses", "prometheusrules")
     ),
 )
 _STRIMZI: Final = "1.2.0"
 _STRIMZI_JAVA: Final = 21
+_STRIMZI_MODELS: Final = (
+    "kafka.Kafka",
+    "nodepool.KafkaNodePool",
+    "topic.KafkaTopic",
+    "user.KafkaUser",
+)
+_READ_IN_DOCUMENTATION: Final = Path(__file__).with_name("crds")
+"""Those that are published as no package that can be had."""
 
 
 def crds() -> list[Path]:
-    """Files with the ScaledObject, the PodMonitor and the KafkaTopic."""
-    return [*(_of_go_module(module, path) for module, path in _GO), _of_strimzi()]
+    """Files with all that the chart, k8s and loadtest use."""
+    return [
+        *(_of_go_module(module, path) for module, path in _GO),
+        *_of_strimzi(),
+        *sorted(_READ_IN_DOCUMENTATION.glob("*.yaml")),
+    ]
 
 
 def _of_go_module(module: str, path: str) -> Path:
@@ -36,29 +51,32 @@ def _of_go_module(module: str, path: str) -> Path:
     return Path(json.loads(done.stdout)["Dir"]) / path
 
 
-def _of_strimzi() -> Path:
-    """Strimzi's own generator makes it from its own API, both from Maven Central."""
-    file = cache_folder() / "crds" / f"strimzi-{_STRIMZI}-kafkatopic.yaml"
-    with _locked(file):
-        if not file.exists():
-            folder = file.with_suffix(".part")
+def _of_strimzi() -> list[Path]:
+    """Strimzi's own generator makes them from its own API, both from Maven Central."""
+    made = cache_folder() / "crds" / f"strimzi-{_STRIMZI}.crds"
+    with _locked(made):
+        if not made.exists():
+            folder = made.with_suffix(".part")
             shutil.rmtree(folder, ignore_errors=True)
             jars = _jars(
                 folder, f"io.strimzi:crd-generator:{_STRIMZI}", f"io.strimzi:api:{_STRIMZI}"
             )
-            made = folder / file.name
+            (folder / "made").mkdir()
             subprocess.run(
                 [
                     str(_java()),
                     *("-cp", ":".join(map(str, jars)), "io.strimzi.crdgenerator.CrdGenerator"),
-                    f"io.strimzi.api.kafka.model.topic.KafkaTopic={made}",
+                    *(
+                        f"io.strimzi.api.kafka.model.{model}={folder / 'made' / model}.yaml"
+                        for model in _STRIMZI_MODELS
+                    ),
                 ],
                 check=True,
                 capture_output=True,
             )
-            made.rename(file)
+            (folder / "made").rename(made)
             shutil.rmtree(folder)
-    return file
+    return [made / f"{model}.yaml" for model in _STRIMZI_MODELS]
 
 
 def _jars(folder: Path, *coordinates: str) -> list[Path]:

@@ -1,0 +1,247 @@
+"""k8s and loadtest: a real kube-apiserver takes every manifest, and the chart's values fit them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from dev.cluster.control_plane import ControlPlane
+from flashsale import events
+from flashsale_consumer.worker import GROUP_ID
+from tests.chart.chart import COMPONENTS, Helm, Manifest, Rendered, merged
+
+pytestmark = pytest.mark.slow
+
+ROOT: Final = Path(__file__).parents[2]
+K8S: Final = ROOT / "k8s"
+VALUES: Final = K8S / "values"
+LOADTEST: Final = ROOT / "loadtest"
+SHAPES: Final = {
+    "one node": [VALUES / "one-node.yaml"],
+    "kind": [VALUES / "one-node.yaml", VALUES / "kind.yaml"],
+    "highly available": [VALUES / "highly-available.yaml"],
+}
+# FlashSales are held against their own resource in tests/control_plane.
+FILES: Final = sorted(
+    path.relative_to(ROOT)
+    for folder in (K8S, LOADTEST)
+    for path in folder.rglob("*.yaml")
+    if path.parent.name not in ("samples", "values")
+)
+
+each_file = pytest.mark.parametrize("file", FILES, ids=str)
+each_shape = pytest.mark.parametrize("files", SHAPES.values(), ids=SHAPES)
+
+
+def documents(file: Path) -> list[Manifest]:
+    return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
+
+
+def all_of(kind: str, folder: str) -> dict[str, Manifest]:
+    """Those of one kind by their names."""
+    return {
+        each["metadata"]["name"]: each
+        for file in FILES
+        if file.parts[:-1] == Path(folder).parts
+        for each in documents(file)
+        if each["kind"] == kind
+    }
+
+
+def refused(
+    cluster: ControlPlane, namespace: str, manifests: list[Manifest], verb: str = "apply"
+) -> str:
+    """What the API server says against them; nothing if it takes them to the letter."""
+    done = cluster.kubectl(
+        *(verb, *(("--server-side",) if verb == "apply" else ()), "--dry-run=server"),
+        *("--validate=strict", "--warnings-as-errors", "-n", namespace, "-f", "-"),
+        stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}),
+    )
+    assert done.returncode or done.stdout.count("(server dry run)") == len(manifests)
+    return done.stderr
+
+
+@each_file
+def test_every_manifest_is_accepted_to_the_letter(
+    cluster: ControlPlane, namespace: str, file: Path
+) -> None:
+    assert refused(cluster, namespace, documents(file)) == ""
+
+
+def test_a_misspelled_field_is_not(cluster: ControlPlane, namespace: str) -> None:
+    for file in FILES:
+        manifest = documents(file)[-1]
+        manifest.get("spec", manifest)["sepc"] = 1
+        assert "sepc" in refused(cluster, namespace, [manifest]), file
+
+
+@each_file
+def test_pods_pass_the_restricted_standard(
+    cluster: ControlPlane, namespace: str, file: Path
+) -> None:
+    """Of the templates, since no controller runs here that would make them."""
+    pods: list[Manifest] = []
+    for each in documents(file):
+        if each["kind"] not in ("Deployment", "StatefulSet", "Job"):
+            continue
+        template = each["spec"]["template"]
+        claims = each["spec"].get("volumeClaimTemplates", [])
+        names = [claim["metadata"]["name"] for claim in claims]
+        spec = dict(template["spec"])
+        spec["volumes"] = [
+            *spec.get("volumes", []),
+            *({"name": name, "persistentVolumeClaim": {"claimName": name}} for name in names),
+        ]
+        metadata = {**template["metadata"], "name": each["metadata"]["name"]}
+        pods.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    if pods:
+        assert refused(cluster, namespace, pods, "create") == ""
+
+
+def rendered(chart: Helm, files: list[Path]) -> Rendered:
+    return chart.render_only(merged(*(yaml.safe_load(file.read_text()) for file in files)))
+
+
+@each_shape
+def test_the_chart_takes_the_values_of_each_shape(
+    chart: Helm, cluster: ControlPlane, namespace: str, files: list[Path]
+) -> None:
+    made = [each for each in rendered(chart, files).manifests if each["kind"] != "FlashSale"]
+    for each in made:
+        if "namespace" in each["metadata"]:
+            each["metadata"]["namespace"] = namespace
+    assert refused(cluster, namespace, made) == ""
+
+
+def secret_keys(rendered: Rendered) -> set[tuple[str, str]]:
+    """Every key of a Secret that a pod is given."""
+    found = set()
+    for component in COMPONENTS:
+        given = rendered.environment(component).values()
+        references = [each["secretKeyRef"] for each in given if isinstance(each, dict)]
+        found |= {(each["name"], each["key"]) for each in references}
+        for volume in rendered.pod(component)["spec"].get("volumes", []):
+            secret = volume["secret"]
+            found |= {(secret["secretName"], item["key"]) for item in secret["items"]}
+    return found
+
+
+def test_highly_available_the_addresses_are_those_of_the_shapes(chart: Helm) -> None:
+    made = rendered(chart, SHAPES["highly available"])
+    users = {
+        each["metadata"]["name"]
+        for each in documents(Path("k8s/kafka/three-brokers.yaml"))
+        if each["kind"] == "KafkaUser"
+    }
+    kafka = documents(Path("k8s/kafka/three-brokers.yaml"))[0]
+    (listener,) = kafka["spec"]["kafka"]["listeners"]
+    assert listener["tls"]
+    assert listener["authentication"]["type"] == "scram-sha-512"
+    for component in COMPONENTS:
+        given = made.environment(component)
+        name = kafka["metadata"]["name"]
+        assert given["FLASHSALE_KAFKA_BOOTSTRAP"] == f"{name}-kafka-bootstrap:{listener['port']}"
+        assert given["FLASHSALE_KAFKA_USER"] == f"flashsale-{component}"
+    assert {name for name, key in secret_keys(made) if key == "password"} == users
+    (ledger,) = documents(Path("k8s/postgres/highly-available.yaml"))
+    assert (f"{ledger['metadata']['name']}-ca", "ca.crt") in secret_keys(made)
+    assert (f"{name}-cluster-ca-cert", "ca.crt") in secret_keys(made)
+
+
+@each_shape
+def test_topics_have_as_many_copies_as_there_are_brokers(chart: Helm, files: list[Path]) -> None:
+    file = "three-brokers" if "highly" in files[0].name else "one-node"
+    made = documents(Path(f"k8s/kafka/{file}.yaml"))
+    (brokers,) = (
+        each["spec"]["replicas"]
+        for each in made
+        if each["kind"] == "KafkaNodePool" and "broker" in each["spec"]["roles"]
+    )
+    topics = rendered(chart, files).all("KafkaTopic")
+    assert {each["metadata"]["name"] for each in topics} == {
+        events.TOPIC,
+        events.DEAD_LETTER_TOPIC,
+    }
+    config = made[0]["spec"]["kafka"]["config"]
+    for topic in topics:
+        assert topic["metadata"]["labels"]["strimzi.io/cluster"] == made[0]["metadata"]["name"]
+        assert topic["spec"]["replicas"] == brokers == config["default.replication.factor"]
+        least = topic["spec"]["config"]["min.insync.replicas"]
+        assert least == config["min.insync.replicas"] == (2 if brokers == 3 else 1)
+        assert topic["spec"]["config"]["retention.ms"] >= 7 * 24 * 60 * 60 * 1000
+
+
+def test_users_may_do_something_about_the_projects_topics_and_group_and_nothing_else() -> None:
+    for user in all_of("KafkaUser", "k8s/kafka").values():
+        for acl in user["spec"]["authorization"]["acls"]:
+            resource = acl["resource"]
+            assert resource.get("patternType", "literal") == "literal"
+            assert resource["name"] in (events.TOPIC, events.DEAD_LETTER_TOPIC, GROUP_ID)
+            assert (resource["type"] == "group") == (resource["name"] == GROUP_ID)
+            assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
+
+
+@pytest.mark.parametrize("file", ["highly-available"])
+def test_redis_evicts_nothing_and_keeps_what_it_has(file: str) -> None:
+    (configured,) = (
+        each["data"]["redis.conf"]
+        for each in documents(Path(f"k8s/redis/{file}.yaml"))
+        if each["kind"] == "ConfigMap"
+    )
+    lines = configured.splitlines()
+    assert {"maxmemory-policy noeviction", "appendonly yes"} <= set(lines)
+    assert ("min-replicas-to-write 1" in lines) == (file == "highly-available")
+
+
+def test_the_job_finds_every_script_where_it_imports_it() -> None:
+    (job,) = documents(Path("loadtest/job.yaml"))
+    spec: dict[str, Any] = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    top, lib = spec["volumes"][0]["projected"]["sources"]
+    assert "items" not in top["configMap"]
+    paths = {item["path"]: item["key"] for item in lib["configMap"]["items"]}
+    assert paths == {f"lib/{path.name}": path.name for path in (LOADTEST / "lib").iterdir()}
+    assert (LOADTEST / container["args"][-1]).exists()
+
+
+@pytest.mark.parametrize("file", ["job.yaml", "testrun.yaml"])
+def test_k6_is_told_what_it_reads_and_buys_what_the_sample_sells(file: str) -> None:
+    (made,) = documents(Path("loadtest") / file)
+    spec = made["spec"]
+    env = (spec["template"]["spec"]["containers"][0] if file == "job.yaml" else spec["runner"])[
+        "env"
+    ]
+    given = {each["name"]: each["value"] for each in env}
+    sale = documents(Path("k8s/samples/iphone-15.yaml"))[0]["spec"]
+    assert given["ITEM_ID"] == sale["itemId"]
+    assert given["STOCK"] == str(sale["stock"])
+    read = "".join(path.read_text() for path in LOADTEST.rglob("*.js"))
+    assert all(re.search(rf"\b{name}\b", read) for name in given)
+
+
+def test_the_archive_for_the_k6_operator_has_all_and_takes_its_settings_from_the_pod(
+    tmp_path: Path,
+) -> None:
+    """As the head of testrun.yaml says, against an address where nobody is."""
+    k6 = str(Path(sys.executable).with_name("k6"))
+    archive = tmp_path / "stampede.tar"
+    for arguments, environment in (
+        (["archive", "-e", "ITEM_ID=x", "-O", str(archive), str(LOADTEST / "stampede.js")], {}),
+        (["run", str(archive)], {"ITEM_ID": "other", "API_URL": "http://127.0.0.1:1"}),
+    ):
+        done = subprocess.run(
+            [k6, *arguments],
+            env={**os.environ, "K6_NO_USAGE_REPORT": "true", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert "GET /sales/other was answered 0" in done.stderr
+    assert done.returncode != 0
