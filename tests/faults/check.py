@@ -1,6 +1,7 @@
 """Whether what the crowd was answered is what came of it."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -64,6 +65,28 @@ async def recovered(world: World, crowd: Crowd, item: str) -> float:
                 )
             await asyncio.sleep(0.2)
     return time.monotonic() - began
+
+
+async def declared(world: World, sale: Sale) -> None:
+    """Waits until the operator says that everything is as the FlashSale asks."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while True:
+        done = await asyncio.to_thread(
+            world.plane.kubectl, "get", "fs", sale.item, "-o", "json", check=True
+        )
+        live = json.loads(done.stdout)
+        generation = live["metadata"]["generation"]
+        told = {
+            condition["reason"]
+            for condition in live.get("status", {}).get("conditions", [])
+            if condition["type"] == "Ready" and condition["observedGeneration"] == generation
+        }
+        # Less stock than buyers hold already is all that can be wrong with it.
+        if told & {"Applied", "StockBelowHeld"}:
+            return
+        if time.monotonic() > deadline:
+            raise Broken(f"the FlashSale is not ready: {await _words(world)}")
+        await asyncio.sleep(0.5)
 
 
 async def check(world: World, crowd: Crowd, sale: Sale) -> Result:

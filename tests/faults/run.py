@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Sequence
 
-from tests.faults.check import Broken, Result, check, recovered
+from tests.faults.check import Broken, Result, check, declared, recovered
 from tests.faults.crowd import Answer, Crowd
 from tests.faults.schedule import SECONDS, Schedule
 from tests.faults.world import History, Sale, World
@@ -46,6 +46,7 @@ async def run(world: World, schedule: Schedule) -> Result:
             await asyncio.sleep(max(0.0, began + SECONDS - time.monotonic()))
             await world.redis.whole()
             seconds = await recovered(world, crowd, item)
+            await declared(world, sale)
         finally:
             crowd.go_home()
             await coming
