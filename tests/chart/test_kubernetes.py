@@ -37,6 +37,7 @@ EVERYTHING: Final[Manifest] = {
         "kubernetes": {"peers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]},
     },
     "podMonitors": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRules": {"enabled": True, "labels": {"release": "prometheus"}},
 }
 VARIANTS: Final = {
     "addresses only": {},
@@ -113,6 +114,7 @@ def names(cluster: ControlPlane, namespace: str, instance: str) -> set[str]:
     kinds = (
         "deployments,services,serviceaccounts,roles,rolebindings,poddisruptionbudgets,"
         "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,triggerauthentications,podmonitors,"
+        "prometheusrules,"
         "secrets,configmaps"
     )
     selected = f"app.kubernetes.io/instance={instance}"

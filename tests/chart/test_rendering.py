@@ -55,6 +55,7 @@ BY_LAG: Final = at("consumer.autoscaling.by", "lag")
 BY_CPU: Final = at("consumer.autoscaling.by", "cpu")
 INGRESS: Final = at("api.ingress", {"enabled": True, "host": "shop.example"})
 MONITORS: Final = at("podMonitors.enabled", True)
+RULES: Final = at("prometheusRules.enabled", True)
 
 AUTHORITY: Final = at("certificateAuthority.existingSecret.name", "ca")
 
@@ -120,6 +121,9 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "podMonitors.enabled": (True, {}),
     "podMonitors.labels": ({"a": "b"}, MONITORS),
     "podMonitors.interval": ("1m", MONITORS),
+    "prometheusRules.enabled": (True, {}),
+    "prometheusRules.labels": ({"a": "b"}, RULES),
+    "prometheusRules.runbooks": ("https://wiki.example/flashsale", RULES),
 }
 
 
@@ -169,6 +173,7 @@ EVERYWHERE: Final = at("operator.allNamespaces", True)
         (TOPICS, {"KafkaTopic": 2}),
         (POLICIES, {"NetworkPolicy": 3}),
         (MONITORS, {"PodMonitor": 3}),
+        (RULES, {"PrometheusRule": 1}),
         (at("operator.namespaces", ["a", "b"]), {"Role": 2, "RoleBinding": 2}),
         (EVERYWHERE, {"Role": 0, "RoleBinding": 0, "ClusterRole": 1, "ClusterRoleBinding": 1}),
     ],
@@ -399,6 +404,15 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in COMPONENTS
         ],
         ["metrics", "http", "http"],
+    ),
+    (
+        "the alerts, which point to where their runbooks are",
+        merged(RULES, at("prometheusRules.runbooks", "https://wiki.example/flashsale")),
+        lambda r: {
+            rule["annotations"]["runbook_url"].partition("#")[0]
+            for rule in r.all("PrometheusRule")[0]["spec"]["groups"][0]["rules"]
+        },
+        {"https://wiki.example/flashsale"},
     ),
 ]
 
