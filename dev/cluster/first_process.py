@@ -21,6 +21,7 @@ API_SERVICE: Final = "10.96.0.1"
 _DNS: Final = "10.96.0.10"
 _PODS: Final = "10.244.0.0/16"
 _NODE_PODS: Final = "10.244.0.0/24"
+_VOLUMES: Final = 8
 _SOCKET: Final = "/run/containerd/containerd.sock"
 # The kubelet would set these for the whole machine, unless they have its values already: it is
 # shown those values, and sets nothing.
@@ -162,7 +163,9 @@ class _Node:
         Path("/run/kube-proxy.json").write_text(json.dumps(config))
         proxy = f"{self._plan.node}/kube-proxy"
         self._start("kube-proxy", proxy, "--config", "/run/kube-proxy.json")
-        self._await("DNS to be declared", "apply", "--filename", self._plan.coredns)
+        volumes = Path("/run/volumes.json")
+        volumes.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": _volumes()}))
+        self._await("DNS and volumes", "apply", "-f", self._plan.coredns, "-f", str(volumes))
 
     def _import_images(self) -> None:
         self._until("containerd", lambda: _succeeds("ctr", "version"))
@@ -216,6 +219,43 @@ class _Node:
 
     def _say(self, what: str) -> None:
         print(f"{time.monotonic() - self._began:5.1f} s  {what}", flush=True)
+
+
+def _volumes() -> list[dict[str, object]]:
+    """Folders of the node, for who claims a volume, each for one claim in the cluster's life."""
+    name = "node-folders"
+    default = {"storageclass.kubernetes.io/is-default-class": "true"}
+    found: list[dict[str, object]] = [
+        {
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "StorageClass",
+            "metadata": {"name": name, "annotations": default},
+            "provisioner": "kubernetes.io/no-provisioner",
+            "volumeBindingMode": "WaitForFirstConsumer",
+        }
+    ]
+    where = {"key": "kubernetes.io/hostname", "operator": "In", "values": ["node"]}
+    for number in range(_VOLUMES):
+        folder = Path(f"/var/lib/volumes/{number}")
+        folder.mkdir(parents=True)
+        found.append(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"{name}-{number}"},
+                "spec": {
+                    "capacity": {"storage": "10Gi"},
+                    "accessModes": ["ReadWriteOnce"],
+                    "persistentVolumeReclaimPolicy": "Retain",
+                    "storageClassName": name,
+                    "local": {"path": str(folder)},
+                    "nodeAffinity": {
+                        "required": {"nodeSelectorTerms": [{"matchExpressions": [where]}]}
+                    },
+                },
+            }
+        )
+    return found
 
 
 def controllers() -> list[str]:

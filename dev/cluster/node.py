@@ -2,7 +2,7 @@
 
 All of it runs in namespaces of its own (network, mounts, processes, control groups). Outside there
 is nothing of it but a folder, and a control group in each hierarchy. There is no way out of its
-network, NetworkPolicies are not enforced in it, and its only volumes are those of its node.
+network, NetworkPolicies are not enforced in it, and its only volumes are eight folders of its node.
 """
 
 import json

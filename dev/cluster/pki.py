@@ -34,8 +34,13 @@ def make(folder: Path, url: str, addresses: Sequence[str]) -> None:
     """
     folder.mkdir(mode=0o700)
     _key(folder, "ca")
-    subject = ("-subj", "/CN=flashsale-cluster")
-    _openssl(folder, "req", "-x509", "-new", "-key", "ca.key", *subject, "-out", "ca.crt")
+    _openssl(
+        folder,
+        *("req", "-x509", "-new", "-key", "ca.key", "-subj", "/CN=flashsale-cluster"),
+        # Python is strict from 3.13 on: an authority without this is none.
+        *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),
+        *("-days", _DAYS, "-out", "ca.crt"),
+    )
     names = [*(f"DNS:{name}" for name in _NAMES), *(f"IP:{each}" for each in addresses)]
     _signed(folder, "apiserver", "/CN=kube-apiserver", f"subjectAltName={','.join(names)}")
     _key(folder, "service-accounts")
@@ -50,7 +55,7 @@ def _signed(folder: Path, name: str, subject: str, extension: str) -> None:
     _key(folder, name)
     _openssl(folder, "req", "-new", "-key", f"{name}.key", "-subj", subject, "-out", f"{name}.csr")
     extensions = folder / f"{name}.ext"
-    extensions.write_text(f"{extension}\n")
+    extensions.write_text(f"authorityKeyIdentifier=keyid\n{extension}\n")
     _openssl(
         folder,
         *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key"),

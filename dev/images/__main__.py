@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from dev.images.building import DEPLOYABLES, build, save
+from dev.images.servers import SERVERS, build_servers
 from dev.stack.errors import StackError
 
 
@@ -13,7 +14,11 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     building = commands.add_parser("build", help="build what has changed, and print what it is")
     # Not `choices`, which would have argparse refuse none at all.
-    building.add_argument("name", nargs="*", help=f"of {', '.join(DEPLOYABLES)}; all if none")
+    building.add_argument(
+        "name",
+        nargs="*",
+        help=f"of {', '.join(DEPLOYABLES)}; these if none; or {', '.join(SERVERS)}",
+    )
     saving = commands.add_parser(
         "save", help="write an image as an archive for `ctr images import`"
     )
@@ -24,9 +29,13 @@ def main() -> int:
         if options.command == "save":
             save(options.reference, options.archive)
             return 0
-        if unknown := [name for name in options.name if name not in DEPLOYABLES]:
-            parser.error(f"{unknown[0]} is none of {', '.join(DEPLOYABLES)}")
-        for image in build(options.name or list(DEPLOYABLES)):
+        known = (*DEPLOYABLES, *SERVERS)
+        if unknown := [name for name in options.name if name not in known]:
+            parser.error(f"{unknown[0]} is none of {', '.join(known)}")
+        for reference in build_servers([name for name in options.name if name in SERVERS]):
+            sys.stdout.write(f"{reference}\n")
+        own = [name for name in options.name if name in DEPLOYABLES]
+        for image in build(own if options.name else list(DEPLOYABLES)):
             sys.stdout.write(
                 f"{image.reference}  {image.size / 1e6:.0f} MB, "
                 f"{image.added / 1e6:.1f} MB more than its base\n"

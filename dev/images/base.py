@@ -34,7 +34,8 @@ def python_version() -> str:
     """The Python that the Dockerfiles name; all the same one."""
     named: set[str] = {
         version
-        for path in ROOT.glob("**/Dockerfile")
+        for folder in ("services", "operator", "dev")
+        for path in (ROOT / folder).glob("**/Dockerfile")
         for version in re.findall(r"^ARG PYTHON_VERSION=(\S+)$", path.read_text(), re.MULTILINE)
     }
     if len(named) != 1:

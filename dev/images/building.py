@@ -20,7 +20,7 @@ DEPLOYABLES: Final = {
     "consumer": Path("services/consumer"),
     "operator": Path("operator"),
 }
-_LABEL: Final = "dev.flashsale.content"
+CONTENT: Final = "dev.flashsale.content"
 _PIP: Final = ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout", "retries")
 _CERTIFICATES: Final = Path("/etc/ssl/certs")
 
@@ -61,9 +61,9 @@ def wrap(program: Path, reference: str) -> None:
     tool = buildah()
     key = hashlib.sha256(program.read_bytes()).hexdigest()[:12]
     with only_one(tool.folder / "store"):
-        if tool.label(reference, _LABEL) != key:
+        if tool.label(reference, CONTENT) != key:
             entry = f"/{program.name}"
-            config = ("--entrypoint", json.dumps([entry]), "--label", f"{_LABEL}={key}")
+            config = ("--entrypoint", json.dumps([entry]), "--label", f"{CONTENT}={key}")
             tool.commit(program, reference, *config, at=entry)
 
 
@@ -72,13 +72,13 @@ def _image(tool: Buildah, base: str, name: str) -> Image:
     base_layers = tool.layers(base)
     key = _key(folder, base_layers)
     reference = f"flashsale/{name}:{key}"
-    built = tool.label(reference, _LABEL) != key
+    built = tool.label(reference, CONTENT) != key
     if built:
         progress = running.Progress()
-        with _network() as mounts:
+        with network() as mounts:
             tool.build(
                 *("--layers", "--file", str(folder / "Dockerfile"), "--tag", reference),
-                *("--label", f"{_LABEL}={key}", *mounts, "."),
+                *("--label", f"{CONTENT}={key}", *mounts, "."),
                 folder=ROOT,
                 show=lambda lines: progress.show(f"{name}: {_step(lines)}, {{seconds}} s"),
             )
@@ -112,7 +112,7 @@ def _step(lines: list[str]) -> str:
 
 
 @contextmanager
-def _network() -> Iterator[list[str]]:
+def network() -> Iterator[list[str]]:
     """How this machine reaches its package index: its certificates, and its settings of pip.
 
     They are mounted for the build, and so leave no trace in an image.

@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain, repeat
 from textwrap import dedent
-from typing import Final
+from typing import Any, Final
 
 import kopf
 from aiohttp import web
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 STUCK_SECONDS: Final = 180.0
 """A pass ends in seconds, well or not: without one for this long the process hangs."""
 CONNECTIONS: Final = 8
+# Kopf would make one of the user's name, and in a container the user has none. It tells operators
+# apart that know of one another, which `standalone` ones do not.
+_IDENTITY: Final[Any] = "flashsale-operator"
 DESCRIPTION: Final = """\
     Makes Redis agree with the FlashSale resources of a Kubernetes cluster, by way
     of the ledger, and tells in their status and Events how the sales go.
@@ -134,6 +137,7 @@ async def _run(environ: Mapping[str, str]) -> None:
                 registry=registry,
                 settings=_kopf_settings(settings),
                 standalone=True,
+                identity=_IDENTITY,
                 clusterwide=not settings.served,
                 namespaces=settings.served,
             )

