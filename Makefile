@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-down test faults images check lint lock
+.PHONY: help setup demo up down control-plane cluster cluster-down test faults audit images check lint lock
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(READY) ## Pass the tests, on real servers that they start themselves
 
 faults: $(READY) ## N schedules of faults on real servers, from SEED on (needs Go)
 	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
+
+audit: $(READY) ## Ask the index and the advisories about what the images install
+	@$(BIN)/python -m dev.audit
 
 lint: $(READY) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
