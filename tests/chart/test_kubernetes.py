@@ -38,6 +38,7 @@ EVERYTHING: Final[Manifest] = {
     },
     "podMonitors": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRules": {"enabled": True, "labels": {"release": "prometheus"}},
+    "dashboard": {"enabled": True},
 }
 VARIANTS: Final = {
     "addresses only": {},

@@ -56,6 +56,7 @@ BY_CPU: Final = at("consumer.autoscaling.by", "cpu")
 INGRESS: Final = at("api.ingress", {"enabled": True, "host": "shop.example"})
 MONITORS: Final = at("podMonitors.enabled", True)
 RULES: Final = at("prometheusRules.enabled", True)
+DASHBOARD: Final = at("dashboard.enabled", True)
 
 AUTHORITY: Final = at("certificateAuthority.existingSecret.name", "ca")
 
@@ -124,6 +125,8 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "prometheusRules.enabled": (True, {}),
     "prometheusRules.labels": ({"a": "b"}, RULES),
     "prometheusRules.runbooks": ("https://wiki.example/flashsale", RULES),
+    "dashboard.enabled": (True, {}),
+    "dashboard.labels": ({"a": "b"}, DASHBOARD),
 }
 
 
@@ -174,6 +177,7 @@ EVERYWHERE: Final = at("operator.allNamespaces", True)
         (POLICIES, {"NetworkPolicy": 3}),
         (MONITORS, {"PodMonitor": 3}),
         (RULES, {"PrometheusRule": 1}),
+        (DASHBOARD, {"ConfigMap": 1}),
         (at("operator.namespaces", ["a", "b"]), {"Role": 2, "RoleBinding": 2}),
         (EVERYWHERE, {"Role": 0, "RoleBinding": 0, "ClusterRole": 1, "ClusterRoleBinding": 1}),
     ],
@@ -404,6 +408,12 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in COMPONENTS
         ],
         ["metrics", "http", "http"],
+    ),
+    (
+        "the dashboard as it is in the chart's files",
+        DASHBOARD,
+        lambda r: r.all("ConfigMap")[0]["data"]["flashsale.json"],
+        (CHART / "files" / "dashboard.json").read_text(),
     ),
     (
         "the alerts, which point to where their runbooks are",
