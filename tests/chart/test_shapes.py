@@ -132,6 +132,29 @@ def secret_keys(rendered: Rendered) -> set[tuple[str, str]]:
     return found
 
 
+def test_on_one_node_the_addresses_are_those_of_the_shapes(chart: Helm) -> None:
+    made = rendered(chart, SHAPES["one node"])
+    secrets = {
+        (each["metadata"]["name"], key): value
+        for each in documents(Path("k8s/development-secrets.yaml"))
+        for key, value in each["stringData"].items()
+    }
+    assert secret_keys(made) <= secrets.keys()
+    for name, port in (("redis", 6379), ("postgres", 5432)):
+        password = re.escape(secrets[name, "password"])
+        assert re.search(rf":{password}@{name}:{port}/", secrets[name, "url"])
+        services = documents(Path(f"k8s/{name}/one-node.yaml"))
+        (service,) = (each for each in services if each["kind"] == "Service")
+        assert service["metadata"]["name"] == name
+        assert service["spec"]["ports"][0]["port"] == port
+    kafka = documents(Path("k8s/kafka/one-node.yaml"))[0]
+    (listener,) = kafka["spec"]["kafka"]["listeners"]
+    bootstrap = f"{kafka['metadata']['name']}-kafka-bootstrap:{listener['port']}"
+    assert made.environment("api")["FLASHSALE_KAFKA_BOOTSTRAP"] == bootstrap
+    assert not listener["tls"]
+    assert "FLASHSALE_KAFKA_TLS" not in made.environment("api")
+
+
 def test_highly_available_the_addresses_are_those_of_the_shapes(chart: Helm) -> None:
     made = rendered(chart, SHAPES["highly available"])
     users = {
@@ -187,7 +210,7 @@ def test_users_may_do_something_about_the_projects_topics_and_group_and_nothing_
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 
 
-@pytest.mark.parametrize("file", ["highly-available"])
+@pytest.mark.parametrize("file", ["one-node", "highly-available"])
 def test_redis_evicts_nothing_and_keeps_what_it_has(file: str) -> None:
     (configured,) = (
         each["data"]["redis.conf"]
