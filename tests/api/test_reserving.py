@@ -136,6 +136,27 @@ async def test_an_unknown_item(http: httpx.AsyncClient, item: str) -> None:
     problem(await reserve(http, item), 404, "unknown-item")
 
 
+async def test_a_sale_whose_keys_are_lost_is_unavailable_and_not_unknown(
+    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
+) -> None:
+    await open_sale(item)
+    assert (await reserve(http, item)).status_code == 202
+    await redis.delete(*ItemKeys.of(item).four)
+    problem(await reserve(http, item, "bob"), 503, "fenced")
+    problem(await reserve(http, f"{item}-2"), 404, "unknown-item")
+
+
+async def test_a_sale_that_is_over_may_be_freed(
+    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, stock: Inventory, item: str
+) -> None:
+    spec = await open_sale(item)
+    assert (await reserve(http, item)).status_code == 202
+    await stock.close(item, spec.sale_id, 2)
+    problem(await reserve(http, item, "bob"), 409, "ended")
+    await redis.delete(*ItemKeys.of(item).four)
+    problem(await reserve(http, item, "bob"), 404, "unknown-item")
+
+
 @pytest.mark.parametrize(("field", "value"), [("run_id", "another"), ("format", "99")])
 async def test_a_sale_that_may_not_be_trusted_is_unavailable(
     http: httpx.AsyncClient,

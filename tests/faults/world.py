@@ -36,10 +36,12 @@ LONG_FREEZE_SECONDS: Final = heartbeat.EXPIRY_SECONDS - 1.5 * heartbeat.INTERVAL
 class History:
     """What was done, in Unix seconds: spans from beginning to end.
 
-    `orphaned`: an API's memory was lost, or out of reach for as long as a heartbeat lives.
+    `killed` are APIs; `orphaned` too, and those that were out of reach for as long as a heartbeat
+    lives.
     """
 
     lost_in_redis: list[tuple[float, float]] = field(default_factory=list)
+    killed: list[tuple[int, float, float]] = field(default_factory=list)
     orphaned: list[tuple[int, float, float]] = field(default_factory=list)
     without_kafka: list[tuple[float, float]] = field(default_factory=list)
 
@@ -139,6 +141,8 @@ class World:
             self.history.lost_in_redis.append(span)
         if step.kind in (Kind.REDIS_KILL, Kind.REDIS_RESTART) and step.seconds > 1:
             self.history.lost_in_redis.append(span)  # the replica, promoted, may be behind
+        if step.kind is Kind.API_KILL:
+            self.history.killed.append((step.which, *span))
         if step.kind is Kind.API_KILL or (
             step.kind is Kind.API_FREEZE and step.seconds >= LONG_FREEZE_SECONDS
         ):

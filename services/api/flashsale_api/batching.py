@@ -25,6 +25,9 @@ MAX_WAITING: Final = 4096
 MAX_WAIT_SECONDS: Final = 0.5
 SOLD_OUT_SECONDS: Final = 0.1
 """How long a pod answers "sold out" without asking: what a restock may be late by."""
+KNOWN_SECONDS: Final = 60.0
+"""How long a pod remembers that an item had a sale that was not over. If Redis knows nothing of it
+then, its keys are lost: the sale is about to be fenced, and is not unknown."""
 
 
 class Failure(StrEnum):
@@ -98,6 +101,7 @@ class Batching:
         self._calls: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
         self._sold_out_until: dict[str, float] = {}
+        self._known_until: dict[str, float] = {}
 
     def sold_out(self, item_id: str) -> bool:
         """Whether this pod has just seen the item's sale sold out."""
@@ -169,6 +173,10 @@ class Batching:
                 self._deliver(lane.item_id, batch, reply)
             else:
                 self._sold_out_until.pop(lane.item_id, None)
+                if reply is Outcome.FENCED:
+                    self._remember(lane.item_id)
+                elif reply is Outcome.UNKNOWN and self._remembers(lane.item_id):
+                    reply = Outcome.FENCED
                 for waiting in batch:
                     _answer(waiting, Decision(reply, waiting.request.reservation_id))
         except Exception:  # whatever it was: nobody may be left waiting
@@ -207,11 +215,20 @@ class Batching:
             maybe_executed = True
         return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
 
+    def _remember(self, item_id: str) -> None:
+        self._known_until[item_id] = asyncio.get_running_loop().time() + KNOWN_SECONDS
+
+    def _remembers(self, item_id: str) -> bool:
+        if self._known_until.get(item_id, 0.0) > asyncio.get_running_loop().time():
+            return True
+        self._known_until.pop(item_id, None)
+        return False
+
     def _deliver(self, item_id: str, batch: Sequence[_Waiting], reply: BatchReply) -> None:
         """Hands what was accepted to the publisher, then answers; without a pause in between."""
         sale_id, now_ms = reply.snapshot.sale_id, reply.now_ms
         self._metrics.know(item_id)
-        sold_out = False
+        sold_out = over = False
         for waiting, (outcome, detail) in zip(batch, reply.answers, strict=True):
             request = waiting.request
             if outcome is Outcome.ACCEPTED:
@@ -235,6 +252,7 @@ class Batching:
                 decision = Decision(outcome, request.reservation_id, sale_id, record)
             else:
                 sold_out = sold_out or outcome is Outcome.SOLD_OUT
+                over = over or outcome is Outcome.ENDED
                 decision = Decision(
                     outcome, request.reservation_id, sale_id, None, reply.starts_ms, now_ms
                 )
@@ -244,6 +262,10 @@ class Batching:
             self._sold_out_until[item_id] = now + SOLD_OUT_SECONDS
         else:
             self._sold_out_until.pop(item_id, None)
+        if over:
+            self._known_until.pop(item_id, None)
+        else:
+            self._remember(item_id)
         self._metrics.outbox_length.labels(item_id).set(reply.outbox_length)
 
 
