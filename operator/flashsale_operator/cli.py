@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
-from flashsale.inventory import Inventory, connect
+from flashsale.inventory import MAX_CONNECTIONS, Inventory, connect
 from flashsale.sale import SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
 from flashsale_operator import audit, manifest, tables, topic
@@ -77,10 +77,17 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
         await ledger.migrate(clients.pool)
         barrier = _barrier(clients, addresses)
         steward = Steward(clients.inventory, clients.pool, barrier.verify)
+        turns = asyncio.Semaphore(MAX_CONNECTIONS)
+
+        async def reconcile(spec: SaleSpec) -> Report:
+            # Of a thousand at once most would wait for a connection until that counts as an outage.
+            async with turns:
+                return await steward.reconcile(spec)
+
         try:
-            # All at once: what a verification waits for is the same for every sale.
+            # Many at once: what a verification waits for is the same for every sale.
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(steward.reconcile(spec)) for spec in specs]
+                tasks = [group.create_task(reconcile(spec)) for spec in specs]
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
         return max(_print_report(task.result()) for task in tasks)

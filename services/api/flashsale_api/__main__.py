@@ -4,14 +4,17 @@ import argparse
 import logging
 import os
 import sys
+from functools import partial
 from typing import Final
 
 import uvicorn
 from prometheus_client import start_http_server
+from starlette.types import ASGIApp
 
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
+from flashsale_api.batching import Batching
 from flashsale_api.connections import Connection
 from flashsale_api.metrics import Metrics
 from flashsale_api.settings import Settings
@@ -31,7 +34,29 @@ environment:
 """
 
 
-def main() -> int:
+def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+    """The server of buyers, as it is set up for this API."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            loop="uvloop",
+            http=Connection,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=4096,
+            timeout_keep_alive=75,  # above what load balancers keep: they close first
+            timeout_graceful_shutdown=10,
+        )
+    )
+
+
+def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
     """Runs the API until SIGTERM; exit code 2 for a wrong setting, 1 for a failure."""
     argparse.ArgumentParser(
         prog="python -m flashsale_api",
@@ -60,24 +85,7 @@ def main() -> int:
 
     metrics = Metrics()
     host, port = host_and_port(settings.listen)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(settings, metrics, on_failure),
-            host=host,
-            port=port,
-            loop="uvloop",
-            http=Connection,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=4096,
-            timeout_keep_alive=75,  # above what load balancers keep: they close first
-            timeout_graceful_shutdown=10,
-        )
-    )
+    server = server_of(create_app(settings, metrics, on_failure, batching), host, port)
     metrics_host, metrics_port = host_and_port(settings.metrics_listen)
     try:
         metrics_server, _ = start_http_server(metrics_port, metrics_host, metrics.registry)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from importlib.resources import files
 from typing import Final
 
@@ -57,14 +58,16 @@ class Application:
 
 
 def create_app(
-    settings: Settings, metrics: Metrics, on_failure: Callable[[BaseException], None]
+    settings: Settings,
+    metrics: Metrics,
+    on_failure: Callable[[BaseException], None],
+    batching: type[Batching] | partial[Batching] = Batching,
 ) -> Application:
     """The API. `on_failure` is called when a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = inventory.connect(settings.redis_url)
     stock = Inventory(redis)
     publisher = Publisher(settings, stock, metrics)
-    batching = Batching(stock, publisher, metrics)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()
 
@@ -113,7 +116,7 @@ def create_app(
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batching, metrics)
+    reserve = Reserve(batching(stock, publisher, metrics), metrics)
     rest = Starlette(
         routes=[
             # Known here too, for its answer to other methods.

@@ -91,11 +91,13 @@ class Batching:
         metrics: Metrics,
         *,
         batch_limit: int = BATCH_LIMIT,
+        calls_in_flight: int = CALLS_IN_FLIGHT,
     ) -> None:
         self._inventory = inventory
         self._publisher = publisher
         self._metrics = metrics
         self._batch_limit = batch_limit
+        self._calls_in_flight = calls_in_flight
         self._lanes: dict[str, _Lane] = {}
         self._waiting = 0
         self._calls: set[asyncio.Task[None]] = set()
@@ -123,7 +125,7 @@ class Batching:
         waiting = _Waiting(request, loop.create_future(), loop.time())
         lane.waiting.append(waiting)
         self._waiting += 1
-        if lane.calls < CALLS_IN_FLIGHT and not lane.starting:
+        if lane.calls < self._calls_in_flight and not lane.starting:
             # After what is ready now: requests read in the same turn of the loop go together.
             lane.starting = True
             loop.call_soon(self._start, lane)
@@ -133,7 +135,7 @@ class Batching:
 
     def _start(self, lane: _Lane) -> None:
         lane.starting = False
-        while lane.waiting and lane.calls < CALLS_IN_FLIGHT:
+        while lane.waiting and lane.calls < self._calls_in_flight:
             size = min(len(lane.waiting), self._batch_limit)
             batch = [lane.waiting.popleft() for _ in range(size)]
             self._waiting -= size

@@ -1,0 +1,108 @@
+"""`python -m bench`: how fast the engine is, and what it costs, on real servers."""
+
+import argparse
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from bench import machine, outages, page, recording, requests, scripts
+from bench.results import Findings
+from bench.rig import Rig
+from dev.local import LOCAL
+from dev.stack.errors import StackError
+
+DOCS: Final = machine.ROOT / "docs"
+
+
+def main() -> int:
+    """Runs all of it; the exit code is 0 whether or not the goals are met."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short round of each: a minute")
+    parser.add_argument(
+        "--write", action="store_true", help="put the figures into docs/performance.md"
+    )
+    parser.add_argument(
+        "--beside", metavar="WHAT", default="nothing", help="what else ran meanwhile, for the page"
+    )
+    arguments = parser.parse_args()
+    if sys.platform != "linux":
+        print("the benchmark pins processes to cores, which needs Linux", file=sys.stderr)
+        return 1
+    command = "python -m bench" + (" --quick" if arguments.quick else "")
+    folder = LOCAL / "bench"
+    shutil.rmtree(folder, ignore_errors=True)
+    scale = requests.QUICK if arguments.quick else requests.WHOLE
+    try:
+        findings = run(scale, folder, command, arguments.beside)
+    except StackError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder, ignore_errors=True)
+    print("\n" + page.summary(findings))
+    if arguments.write:
+        page.write(findings, DOCS)
+        print(f"Written to {DOCS / 'performance.md'} and beside it.")
+    return 0
+
+
+def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findings:
+    """Every point in turn, with a line for each round."""
+    begun, when = time.monotonic(), datetime.now(UTC)
+    load_average = machine.load_average()
+    python = machine.python()
+    described = machine.describe(python)
+    for name, what in described.items():
+        print(f"  {name:11} {what}")
+    print("Starting Redis, Kafka and PostgreSQL …", flush=True)
+    with Rig(folder, python) as rig:
+        # It makes the topic and the ledger.
+        rig.consumer(rig.cores.rest).stop()
+        api = rig.api()
+        _say("1. POST /reserve, one API process on one core, 100 connections")
+        reserve = requests.closed_loop(rig, scale, api)
+        capacity = median(done.tally.rps for done in reserve["accepted"])
+        _say(f"2. Open loop, capacity {capacity:,.0f}/s")
+        open_loop = requests.open_loop(rig, scale, api, capacity)
+        _say("3. Redis alone")
+        calls = scripts.scripts(rig, scale)
+        _say("4. From accepted to recorded")
+        drains = recording.drains(rig, scale)
+        together = recording.together(rig, scale, api, capacity)
+        _say("5. PostgreSQL away, then Kafka")
+        away = outages.outages(rig, scale, api, capacity / 2)
+        _say("6. Growth")
+        processes = requests.processes(rig, scale, api)
+        many, apply_seconds = requests.sales(rig, scale, api)
+        memory = scripts.memory(rig, scale, api)
+    return Findings(
+        command=command,
+        when=f"{when:%Y-%m-%d %H:%M} UTC",
+        minutes=(time.monotonic() - begun) / 60,
+        rounds=scale.rounds,
+        seconds=scale.seconds,
+        warm_up_seconds=scale.warm_up_seconds,
+        beside=f"{beside} (load average {load_average} before the start)",
+        machine=described,
+        reserve=reserve,
+        open_loop=open_loop,
+        scripts=calls,
+        drains=drains,
+        together=together,
+        outages=away,
+        processes=processes,
+        memory=memory,
+        sales=many,
+        apply_seconds=apply_seconds,
+    )
+
+
+def _say(what: str) -> None:
+    print(what, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

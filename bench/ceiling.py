@@ -1,0 +1,38 @@
+"""The ceiling: what the API's own server, with its settings, does for an app that does nothing.
+
+It reads the body and answers 202 with as many bytes as a reservation has.
+"""
+
+import os
+import sys
+from typing import Final
+
+from starlette.types import Receive, Scope, Send
+
+from flashsale.settings import host_and_port
+from flashsale_api.__main__ import server_of
+
+_BODY: Final = b'{"reservationId":"' + b"x" * 180 + b'"}'
+_HEADERS: Final = [
+    (b"content-type", b"application/json"),
+    (b"location", b"/sales/ceiling/reservations/00000000-0000-7000-8000-000000000000"),
+    (b"content-length", b"%d" % len(_BODY)),
+]
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers every request alike."""
+    if scope["type"] == "lifespan":
+        for word in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{word}.complete"})
+        return
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 202, "headers": _HEADERS})
+    await send({"type": "http.response.body", "body": _BODY})
+
+
+if __name__ == "__main__":
+    server_of(app, *host_and_port(os.environ["FLASHSALE_LISTEN"])).run()
+    sys.exit()

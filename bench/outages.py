@@ -1,0 +1,115 @@
+"""Point 5: what buyers notice of PostgreSQL and Kafka going away."""
+
+import asyncio
+import time
+from typing import Final
+
+import asyncpg
+
+from bench.load import rank
+from bench.requests import OPEN_CONNECTIONS, Scale
+from bench.results import Outages, Phase
+from bench.rig import Api, Rig, Sample
+from dev.stack.servers import Server
+from dev.verdict import quiet
+
+ITEMS: Final = 4
+"""Sales at once: at such a rate one of them would fill its outbox, which holds 100,000 entries,
+before Kafka is back, and answer 503 from then on.
+"""
+
+
+def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
+    """PostgreSQL away, then Kafka, under a constant arrival rate, with a consumer running."""
+    items = rig.sales(ITEMS)
+    consumer = rig.consumer(rig.cores.rest)
+    calm, away = scale.calm_seconds, scale.outage_seconds
+    # Kafka takes a few seconds to start.
+    total = 3 * calm + 2 * away + 15
+    crowd = rig.crowd(
+        *([api], items, total),
+        connections=OPEN_CONNECTIONS,
+        rate=rate,
+        samples=rig.data / "samples",
+    )
+    marks = []
+    time.sleep(1 + calm)
+    for name, server in (("PostgreSQL", rig.postgres), ("Kafka", rig.kafka)):
+        marks.append((f"{name} away", *_away(rig, server, away)))
+        print(f"    {name} was away for {marks[-1][2] - marks[-1][1]:.0f} s", flush=True)
+        time.sleep(calm)
+    tally = crowd.tally()
+    print(f"    {tally.requests:,} requests: {tally.statuses}; waiting for the ledger", flush=True)
+    asyncio.run(quiet(rig.addresses, items))
+    consumer.stop()
+    recorded = asyncio.run(_recorded(rig, items))
+    return _found(crowd.samples(), marks, rate, tally.statuses.get("202", 0) - recorded)
+
+
+def _away(rig: Rig, server: Server, seconds: float) -> tuple[float, float]:
+    """From when it was told to stop until it works again."""
+    begun = time.perf_counter()
+    server.stop()
+    time.sleep(max(0.0, begun + seconds - time.perf_counter()))
+    rig.again(server)
+    return begun, time.perf_counter()
+
+
+def _found(
+    samples: list[Sample], marks: list[tuple[str, float, float]], rate: float, lost: int
+) -> Outages:
+    begun, end = samples[0].due, samples[-1].due
+    (_, first, first_end), (_, second, second_end) = marks
+    spans = [
+        ("before", begun, first),
+        ("PostgreSQL away", first, first_end),
+        ("between", first_end, second),
+        ("Kafka away", second, second_end),
+        ("after", second_end, end),
+    ]
+    each_second = []
+    for second_number in range(int(end - begun)):
+        within = _within(samples, begun + second_number, begun + second_number + 1)
+        each_second.append(rank(sorted(one.seconds for one in within), 95) * 1000)
+    return Outages(
+        rate=rate,
+        items=ITEMS,
+        phases=[_phase(name, _within(samples, since, until)) for name, since, until in spans],
+        each_second=each_second,
+        spans=[(name, since - begun, until - begun) for name, since, until in marks],
+        lost=lost,
+    )
+
+
+def _within(samples: list[Sample], since: float, until: float) -> list[Sample]:
+    return [one for one in samples if since <= one.due < until]
+
+
+def _phase(name: str, samples: list[Sample]) -> Phase:
+    took = sorted(one.seconds for one in samples)
+    phase = Phase(
+        name=name,
+        requests=len(samples),
+        p50=rank(took, 50) * 1000,
+        p95=rank(took, 95) * 1000,
+        p99=rank(took, 99) * 1000,
+        failed=sum(one.status != 202 for one in samples),
+    )
+    print(
+        f"    {name:16} P50 {phase.p50:.1f}  P95 {phase.p95:.1f}  P99 {phase.p99:.1f} ms, "
+        f"{phase.failed} of {phase.requests:,} not accepted",
+        flush=True,
+    )
+    return phase
+
+
+async def _recorded(rig: Rig, items: list[str]) -> int:
+    connection = await asyncpg.connect(rig.postgres.url)
+    try:
+        rows: int = await connection.fetchval(
+            "SELECT count(*) FROM reservations WHERE sale_id = ANY($1)",
+            [f"default/{item}" for item in items],
+        )
+    finally:
+        await connection.close()
+    return rows

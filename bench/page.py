@@ -1,0 +1,300 @@
+"""The figures as text: docs/performance.md between its markers, two charts, and all of it as JSON.
+
+The page's words are written by hand; a section's figures stand between `<!-- figures NAME -->` and
+`<!-- end -->`, and nothing else is touched.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from bench.chart import Line, chart
+from bench.requests import PERCENTS
+from bench.results import Findings, Round
+
+PAGE = "performance.md"
+
+
+def write(findings: Findings, docs: Path) -> None:
+    """Puts the figures into the page, the charts and the JSON beside it."""
+    sections = _sections(findings)
+    page = docs / PAGE
+    text = page.read_text()
+    for name, figures in sections.items():
+        marked = re.compile(rf"(<!-- figures {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not (place := marked.search(text)):
+            raise SystemExit(f"{page} has no place for the figures of {name}")
+        text = text[: place.end(1)] + figures + text[place.start(2) :]
+    page.write_text(text)
+    made = msgspec.json.format(msgspec.json.encode(findings), indent=1)
+    (docs / "performance.json").write_bytes(made + b"\n")
+    (docs / "performance-open-loop.svg").write_text(_open_loop_chart(findings))
+    (docs / "performance-outages.svg").write_text(_outage_chart(findings))
+
+
+def summary(findings: Findings) -> str:
+    """The figures for a terminal."""
+    return "\n".join(_sections(findings).values())
+
+
+def _sections(found: Findings) -> dict[str, str]:
+    return {
+        "run": _run(found),
+        "goals": _goals(found),
+        "reserve": _reserve(found.reserve),
+        "open-loop": _open_loop(found),
+        "redis": _redis(found),
+        "recording": _recording(found),
+        "outages": _outages(found),
+        "growth": _growth(found),
+    }
+
+
+def _run(found: Findings) -> str:
+    lines = [f"- {name}: {what}" for name, what in found.machine.items()]
+    lines.append(
+        f"- `{found.command}`, {found.when}, {found.minutes:.0f} min; rounds of "
+        f"{found.seconds:g} s: {found.rounds}, after {found.warm_up_seconds:g} s to warm up"
+    )
+    lines.append(f"- beside it ran: {found.beside}")
+    return "\n".join(lines) + "\n"
+
+
+def _goals(found: Findings) -> str:
+    ways = found.reserve
+    ceiling = _middle_rps(ways["ceiling"])
+    accepted, sold_out = _middle_rps(ways["accepted"]), _middle_rps(ways["sold out"])
+    p95 = median(one.tally.p95 for one in ways["accepted"])
+    cpu = median(one.cpu["API"] for one in ways["accepted"])
+    rates = median(one.rate for one in found.drains) if found.drains else 0.0
+    half = len(found.together.lag) // 2
+    early, late = max(found.together.lag[:half], default=0), max(found.together.lag[half:])
+    rows = (
+        (
+            "accepted, of the ceiling",
+            "60 %",
+            f"{accepted / ceiling:.0%}",
+            accepted >= 0.6 * ceiling,
+        ),
+        (
+            "sold out, of the ceiling",
+            "80 %",
+            f"{sold_out / ceiling:.0%}",
+            sold_out >= 0.8 * ceiling,
+        ),
+        ("accepted, P95", "< 30 ms", f"{p95:.1f} ms", p95 < 30),
+        (
+            "CPU of the API, for 10,000 accepted",
+            "a fifth of the reference's 2.5 to 4.3 s: 0.5 to 0.86 s",
+            f"{cpu:.2f} s: {2.5 / cpu:.1f} to {4.3 / cpu:.1f} times fewer",
+            cpu <= 0.5,
+        ),
+        ("recorded by one consumer", "20,000/s", f"{rates:,.0f}/s", rates >= 20_000),
+        (
+            "lag, API and consumer at once",
+            "bounded",
+            f"at most {early:,} events in the first half, {late:,} in the second",
+            late <= max(2 * early, found.together.rate * 2),
+        ),
+    )
+    return _table(
+        ("", "goal", "measured", ""),
+        [(what, goal, got, "met" if met else "**missed**") for what, goal, got, met in rows],
+    )
+
+
+def _reserve(ways: dict[str, list[Round]]) -> str:
+    ceiling = _middle_rps(ways["ceiling"])
+    rows = []
+    for name, rounds in ways.items():
+        rows.append(
+            (
+                name,
+                _spread(one.tally.rps for one in rounds),
+                f"{_middle_rps(rounds) / ceiling:.0%}",
+                f"{_middle_cpu(ways['ceiling']) / _middle_cpu(rounds):.0%}",
+                _spread((one.tally.p95 for one in rounds), 1),
+                *_cpu(rounds, ("API", "Redis", "Kafka", "crowd")),
+            )
+        )
+    head = (
+        *("answer", "requests/s", "of the ceiling", "by CPU", "P95 ms"),
+        *("API", "Redis", "Kafka", "crowd"),
+    )
+    return _table(head, rows)
+
+
+def _open_loop(found: Findings) -> str:
+    rows = []
+    for percent in PERCENTS:
+        rounds = [one for one in found.open_loop if one.percent == percent]
+        tallies = [one.round.tally for one in rounds]
+        rows.append(
+            (
+                f"{percent} %",
+                f"{rounds[0].rate:,.0f}",
+                *(
+                    _spread((getattr(tally, name) for tally in tallies), 1)
+                    for name in ("p50", "p95", "p99")
+                ),
+                *_cpu([one.round for one in rounds], ("API",)),
+                f"{sum(_failed(one.round) for one in rounds)}",
+            )
+        )
+    head = ("of capacity", "requests/s", "P50 ms", "P95 ms", "P99 ms", "API", "not accepted")
+    return _table(head, rows)
+
+
+def _redis(found: Findings) -> str:
+    rows = []
+    for batch in sorted({one.batch for one in found.scripts}):
+        ones = [one for one in found.scripts if one.batch == batch]
+        accepted, rejected = [one.accepted_us for one in ones], [one.rejected_us for one in ones]
+        rows.append(
+            (
+                f"{batch} requests a call",
+                _spread(accepted, 1),
+                f"{1e6 / median(accepted):,.0f}",
+                _spread(rejected, 1),
+                f"{1e6 / median(rejected):,.0f}",
+            )
+        )
+    table = _table(("", "us a reservation", "a core, /s", "us a rejection", "a core, /s"), rows)
+    ways = found.reserve
+    carried = []
+    for name in ("accepted", "sold out, with keys"):
+        redis = median(one.cpu["Redis"] for one in ways[name])
+        api = median(one.cpu["API"] for one in ways[name])
+        carried.append(f"{api / redis:.0f} API cores that do nothing but {name}")
+    return (
+        table
+        + "\nBehind the API, with settling and its smaller batches, Redis takes "
+        + f"{median(one.cpu['Redis'] for one in ways['accepted']) * 100:.0f} us a reservation and "
+        + f"{median(one.cpu['Redis'] for one in ways['sold out, with keys']) * 100:.0f} us a "
+        + f"rejection: one Redis core carries {' or '.join(carried)}.\n"
+    )
+
+
+def _recording(found: Findings) -> str:
+    drains = [
+        (
+            "a backlog, one consumer on one core",
+            _spread(one.rate for one in found.drains),
+            *(
+                _spread((one.cpu[name] for one in found.drains), 2)
+                for name in ("consumer", "PostgreSQL", "Kafka")
+            ),
+        )
+    ]
+    one = found.together
+    p50, p95, p99 = one.to_row
+    half = len(one.lag) // 2
+    return (
+        _table(("", "events/s", "consumer", "PostgreSQL", "Kafka"), drains)
+        + f"\nAPI and consumer at once, {one.rate:,.0f} reservations a second for "
+        + f"{one.seconds:.0f} s: the lag was at most {max(one.lag[:half], default=0):,} events in "
+        + f"the first half and {max(one.lag[half:]):,} in the second; from the 202 to the row "
+        + f"P50 {p50:.0f}, P95 {p95:.0f}, P99 {p99:.0f} ms; all {one.recorded:,} were recorded.\n"
+    )
+
+
+def _outages(found: Findings) -> str:
+    one = found.outages
+    rows = [
+        (
+            phase.name,
+            f"{phase.requests:,}",
+            *(f"{value:.1f}" for value in (phase.p50, phase.p95, phase.p99)),
+            f"{phase.failed:,}",
+        )
+        for phase in one.phases
+    ]
+    return (
+        _table(("", "requests", "P50 ms", "P95 ms", "P99 ms", "not accepted"), rows)
+        + f"\n{one.rate:,.0f} requests a second over {one.items} sales; accepted and not recorded "
+        + f"afterwards: {one.lost}.\n"
+    )
+
+
+def _growth(found: Findings) -> str:
+    rows = [
+        (
+            name,
+            _spread(one.tally.rps for one in rounds),
+            _spread((one.tally.p95 for one in rounds), 1),
+            *_cpu(rounds, ("API", "Redis")),
+        )
+        for name, rounds in (found.processes | found.sales).items()
+    ]
+    stocks = [
+        (
+            f"{one.stock:,}",
+            f"{one.bytes_each:,.0f}",
+            _spread(each.tally.rps for each in one.rounds),
+            _spread((each.tally.p95 for each in one.rounds), 1),
+            *_cpu(one.rounds, ("Redis",)),
+        )
+        for one in found.memory
+    ]
+    applied = _spread(found.apply_seconds, 1)
+    return (
+        _table(("accepted", "requests/s", "P95 ms", "API", "Redis"), rows)
+        + f"\n`flashsalectl apply` of 1,000 sales: {applied} s.\n\n"
+        + _table(("stock, sold", "bytes each", "refused/s", "P95 ms", "Redis"), stocks)
+    )
+
+
+def _open_loop_chart(found: Findings) -> str:
+    lines = []
+    for name in ("p99", "p95", "p50"):
+        points = []
+        for percent in PERCENTS:
+            rounds = [one for one in found.open_loop if one.percent == percent]
+            value = median(getattr(one.round.tally, name) for one in rounds)
+            points.append((rounds[0].rate, value))
+        lines.append(Line(name.upper(), points))
+    return chart("POST /reserve at a constant arrival rate", "requests/s", "ms", lines)
+
+
+def _outage_chart(found: Findings) -> str:
+    points = list(enumerate(found.outages.each_second))
+    return chart(
+        f"P95 each second, at {found.outages.rate:,.0f} requests/s",
+        "seconds",
+        "ms",
+        [Line("P95", points)],
+        found.outages.spans,
+    )
+
+
+def _middle_rps(rounds: Sequence[Round]) -> float:
+    return median(one.tally.rps for one in rounds)
+
+
+def _middle_cpu(rounds: Sequence[Round]) -> float:
+    return median(one.cpu["API"] for one in rounds)
+
+
+def _failed(one: Round) -> int:
+    return sum(count for status, count in one.tally.statuses.items() if status != "202")
+
+
+def _cpu(rounds: Sequence[Round], names: Sequence[str]) -> list[str]:
+    return [_spread((one.cpu[name] for one in rounds), 2) for name in names]
+
+
+def _spread(values: Iterable[float], digits: int = 0) -> str:
+    """The median, and in brackets the least and the most."""
+    ordered = sorted(values)
+    least, middle, most = (
+        f"{value:,.{digits}f}" for value in (ordered[0], median(ordered), ordered[-1])
+    )
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,0 +1,152 @@
+"""From accepted to recorded: how fast a consumer drains, and how long a reservation takes."""
+
+import asyncio
+import time
+from itertools import pairwise
+from typing import Final, Self, cast
+
+import asyncpg
+import msgspec
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from bench.load import rank
+from bench.machine import cpu_seconds
+from bench.requests import OPEN_CONNECTIONS, Scale
+from bench.results import Drain, Together
+from bench.rig import Api, Consumer, Rig
+from flashsale import events, ledger
+from flashsale.settings import KafkaSettings
+from flashsale_operator import topic
+
+SHARE: Final = 0.3
+"""Of the API's capacity, when API and consumer run at once: on two cores one of them carries
+Redis, Kafka, PostgreSQL, the consumer and the crowd.
+"""
+
+
+class Progress:
+    """How far the ledger is behind Kafka. A context manager."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    async def __aenter__(self) -> Self:
+        self._pool = await ledger.connect(self._rig.postgres.url)
+        self._kafka = AIOKafkaConsumer(bootstrap_servers=self._rig.kafka.bootstrap)
+        await self._kafka.start()
+        numbers = await topic.spans(KafkaSettings(kafka_bootstrap=self._rig.kafka.bootstrap))
+        self._partitions = [TopicPartition(events.TOPIC, number) for number in numbers]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._kafka.stop()
+        await self._pool.close()
+
+    async def published(self) -> int:
+        """Events that Kafka has."""
+        return sum((await self._kafka.end_offsets(self._partitions)).values())
+
+    async def recorded(self) -> int:
+        """Events that the ledger has."""
+        return sum((await ledger.stored_offsets(self._pool, events.TOPIC)).values())
+
+
+def drains(rig: Rig, scale: Scale) -> list[Drain]:
+    """Point 4: one consumer on the first core records what the points before it have sold.
+
+    The backlog is cut into a part for warming up, as long as a tenth, and one for each round.
+    """
+    return asyncio.run(_drains(rig, scale.rounds))
+
+
+async def _drains(rig: Rig, rounds: int) -> list[Drain]:
+    found = []
+    async with Progress(rig) as progress:
+        end, begin = await progress.published(), await progress.recorded()
+        first = begin + (end - begin) // 10
+        marks = [first + (end - first) * number // rounds for number in range(rounds + 1)]
+        starting = asyncio.create_task(asyncio.to_thread(rig.consumer, rig.cores.first))
+        passed = []
+        for mark in marks:
+            while await progress.recorded() < mark:
+                await asyncio.sleep(0.01)
+            spent = _cpu(rig, await starting)
+            passed.append((time.monotonic(), await progress.recorded(), spent))
+        await asyncio.to_thread(starting.result().stop)
+    for (since, before, cpu_before), (until, after, cpu_after) in pairwise(passed):
+        if after == before:
+            continue  # a backlog as small as a batch or two, of a quick run
+        done = Drain(
+            events=after - before,
+            seconds=until - since,
+            cpu={
+                name: (used - cpu_before[name]) / (after - before) * 10_000
+                for name, used in cpu_after.items()
+            },
+        )
+        found.append(done)
+        print(
+            f"    round {len(found)}  {done.events:,} events: {done.rate:,.0f}/s  "
+            + "  ".join(f"{name} {used:.2f}" for name, used in done.cpu.items())
+            + " CPU s per 10,000",
+            flush=True,
+        )
+    return found
+
+
+def _cpu(rig: Rig, consumer: Consumer) -> dict[str, float]:
+    servers = {"consumer": consumer, "PostgreSQL": rig.postgres, "Kafka": rig.kafka}
+    return {name: cpu_seconds(cast("int", server.pid)) for name, server in servers.items()}
+
+
+def together(rig: Rig, scale: Scale, api: Api, capacity: float) -> Together:
+    """Point 4: API and consumer at once, at a constant arrival rate."""
+    return asyncio.run(_together(rig, scale, api, capacity * SHARE))
+
+
+async def _together(rig: Rig, scale: Scale, api: Api, rate: float) -> Together:
+    [item] = await asyncio.to_thread(rig.sales)
+    consumer = await asyncio.to_thread(rig.consumer, rig.cores.rest)
+    journal = rig.data / "journal.json"
+    lag = []
+    async with Progress(rig) as progress:
+        crowd = rig.crowd(
+            *([api], [item], scale.together_seconds),
+            connections=OPEN_CONNECTIONS,
+            rate=rate,
+            journal=journal,
+        )
+        tally = asyncio.create_task(asyncio.to_thread(crowd.tally))
+        while not tally.done():
+            await asyncio.sleep(1)
+            recorded = await progress.recorded()
+            lag.append(max(0, await progress.published() - recorded))
+        await asyncio.to_thread(rig.drain, [item])
+        while await progress.recorded() < await progress.published():
+            await asyncio.sleep(0.05)
+    await asyncio.to_thread(consumer.stop)
+    accepted = msgspec.json.decode(journal.read_bytes(), type=list[tuple[str, float]])
+    rows = await _rows(rig, item)
+    missing = [identity for identity, _ in accepted if identity not in rows]
+    if missing:
+        raise SystemExit(f"{len(missing)} accepted reservations have no row, such as {missing[0]}")
+    waits = sorted(rows[identity] - at for identity, at in accepted)
+    return Together(
+        rate=rate,
+        seconds=tally.result().seconds,
+        lag=lag,
+        to_row=(rank(waits, 50) * 1000, rank(waits, 95) * 1000, rank(waits, 99) * 1000),
+        recorded=len(rows),
+    )
+
+
+async def _rows(rig: Rig, item: str) -> dict[str, float]:
+    connection = await asyncpg.connect(rig.postgres.url)
+    try:
+        rows = await connection.fetch(
+            "SELECT reservation_id::text AS id, recorded_at FROM reservations WHERE sale_id = $1",
+            f"default/{item}",
+        )
+    finally:
+        await connection.close()
+    return {row["id"]: row["recorded_at"].timestamp() for row in rows}

@@ -1,0 +1,114 @@
+"""What a request costs: closed loop, open loop, and as processes and sales grow in number."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from bench.results import OpenRound, Round
+from bench.rig import Api, Rig
+
+PERCENTS = (30, 50, 70, 90)
+OPEN_CONNECTIONS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much to run. Seconds are of one round."""
+
+    rounds: int
+    seconds: float
+    warm_up_seconds: float
+    together_seconds: float
+    calm_seconds: float
+    outage_seconds: float
+    stocks: tuple[int, ...]
+
+
+WHOLE = Scale(5, 5.0, 5.0, 30.0, 15.0, 20.0, (100, 100_000, 5_000_000))
+QUICK = Scale(1, 1.5, 1.0, 5.0, 3.0, 4.0, (100, 20_000))
+
+
+def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
+    """Point 1: every way to answer, in turn, round by round, so that all meet the same weather."""
+    unbatched, ceiling = rig.api("unbatched", "bench.unbatched"), rig.ceiling()
+    open_sale, sold_out = rig.sales(), rig.sales(stock=1)
+    ways: dict[str, Callable[[float], Round]] = {
+        "accepted": partial(rig.round, [api], open_sale),
+        "accepted, with keys": partial(rig.round, [api], open_sale, keys=True),
+        "sold out": partial(rig.round, [api], sold_out),
+        "sold out, with keys": partial(rig.round, [api], sold_out, keys=True),
+        "accepted, a call each": partial(rig.round, [unbatched], open_sale),
+        "sold out, with keys, a call each": partial(rig.round, [unbatched], sold_out, keys=True),
+        "ceiling": partial(rig.round, [ceiling], open_sale),
+    }
+    found = _in_turn(ways, scale)
+    unbatched.stop()
+    ceiling.stop()
+    return found
+
+
+def open_loop(rig: Rig, scale: Scale, api: Api, capacity: float) -> list[OpenRound]:
+    """Point 2: constant arrival rates below `capacity`, in requests a second."""
+    items = rig.sales()
+    found = []
+    for number in range(scale.rounds):
+        for percent in PERCENTS:
+            rate = capacity * percent / 100
+            done = rig.round([api], items, scale.seconds, connections=OPEN_CONNECTIONS, rate=rate)
+            show(f"{percent} % of capacity", number, done)
+            found.append(OpenRound(percent, rate, done))
+    return found
+
+
+def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
+    """Point 6: a second API process, on the core that all the rest is on."""
+    another = rig.api("another", cores=rig.cores.rest)
+    items = rig.sales()
+    found = _in_turn(
+        {
+            "1 process": partial(rig.round, [api], items),
+            "2 processes": partial(rig.round, [api, another], items),
+        },
+        scale,
+    )
+    another.stop()
+    return found
+
+
+def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], list[float]]:
+    """Point 6: buyers spread over many sales; also the seconds that applying 1,000 takes."""
+    apply_seconds = []
+    many: list[str] = []
+    for _ in range(min(3, scale.rounds)):
+        begun = time.monotonic()
+        many = rig.sales(1_000)
+        apply_seconds.append(time.monotonic() - begun)
+        print(f"    1,000 sales applied in {apply_seconds[-1]:.1f} s", flush=True)
+    found = _in_turn(
+        {f"{count:,} sales": partial(rig.round, [api], many[:count]) for count in (1, 100, 1_000)},
+        scale,
+    )
+    return found, apply_seconds
+
+
+def _in_turn(ways: dict[str, Callable[[float], Round]], scale: Scale) -> dict[str, list[Round]]:
+    for run in ways.values():
+        run(scale.warm_up_seconds)
+    found: dict[str, list[Round]] = {name: [] for name in ways}
+    for number in range(scale.rounds):
+        for name, run in ways.items():
+            found[name].append(run(scale.seconds))
+            show(name, number, found[name][-1])
+    return found
+
+
+def show(name: str, number: int, done: Round) -> None:
+    """A line of progress."""
+    tally = done.tally
+    statuses = " ".join(f"{count:,} x {status}" for status, count in tally.statuses.items())
+    print(
+        f"    round {number + 1}  {name:33} {tally.rps:7,.0f}/s  P95 {tally.p95:6.1f} ms  "
+        f"API {done.cpu['API']:.2f} CPU s per 10,000  {statuses}",
+        flush=True,
+    )

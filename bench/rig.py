@@ -1,0 +1,280 @@
+"""The engine on real servers, each process on its core, and the crowd in front of it."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, ClassVar, Final, Self, TypeVar, cast
+
+import msgspec
+
+from bench.load import Plan, Tally
+from bench.machine import ROOT, Cores, cpu_seconds, placed
+from bench.results import Round
+from dev.services import Addresses, ApiServer, ConsumerServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
+from flashsale import inventory
+
+QUIET_SECONDS: Final = 120.0
+BEHIND: Final = 5
+"""The niceness of Kafka, PostgreSQL and the consumer: where they share a core with Redis and the
+crowd, those go first, so that what a JVM takes to start is not taken from the buyers' Redis.
+"""
+
+_S = TypeVar("_S", bound=Server)
+
+
+class Api(ApiServer):
+    """An API process on the Python that is measured."""
+
+    def __init__(self, data: Path, addresses: Addresses, python: Path, module: str) -> None:
+        super().__init__(data, addresses)
+        self._python, self._module = python, module
+
+    def _command(self) -> list[str]:
+        return [str(self._python), "-m", self._module]
+
+    def _environment(self) -> dict[str, str]:
+        return super()._environment() | python_path()
+
+
+class Ceiling(Api):
+    """It has no /readyz that means anything: whatever it answers is an answer."""
+
+    name: ClassVar[str] = "ceiling"
+
+    def _ready(self) -> bool:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=2):
+            return True
+
+
+class Consumer(ConsumerServer):
+    """A consumer process on the Python that is measured."""
+
+    def __init__(self, data: Path, addresses: Addresses, python: Path) -> None:
+        super().__init__(data, addresses)
+        self._python = python
+
+    def _command(self) -> list[str]:
+        return [str(self._python), "-m", self.module]
+
+    def _environment(self) -> dict[str, str]:
+        return super()._environment() | python_path()
+
+
+def python_path() -> dict[str, str]:
+    """Where the measured Python finds the engine and the bench."""
+    folders = (ROOT / "src", ROOT / "services/api", ROOT / "services/consumer", ROOT)
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One request: when it was due (`time.perf_counter`), seconds it took, and its status."""
+
+    due: float
+    seconds: float
+    status: int
+
+
+class Rig:
+    """Redis, Kafka and PostgreSQL on the rest of the cores; processes of the engine as asked for.
+
+    A context manager; everything ends with it.
+    """
+
+    def __init__(self, data: Path, python: Path) -> None:
+        self.cores = Cores()
+        self.python = python
+        self.data = data
+        self.redis = RedisServer(data / "redis")
+        self.kafka = KafkaServer(data / "kafka")
+        self.postgres = PostgresServer(data / "postgres")
+        self._running = ExitStack()
+        self._sales = 0
+        self._crowds = 0
+
+    def __enter__(self) -> Self:
+        self._start(self.redis, self.cores.rest)
+        for server in (self.kafka, self.postgres):
+            self._start(server, self.cores.rest, nice=BEHIND)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._running.close()
+
+    @property
+    def addresses(self) -> Addresses:
+        """Where the servers are."""
+        return Addresses(self.redis.url, self.kafka.bootstrap, self.postgres.url)
+
+    def api(
+        self,
+        name: str = "api",
+        module: str = "flashsale_api",
+        cores: set[int] | None = None,
+    ) -> Api:
+        """An API process, on the first core unless told otherwise; it ends with the rig."""
+        return self._start(
+            Api(self.data / name, self.addresses, self.python, module), cores or self.cores.first
+        )
+
+    def ceiling(self) -> Api:
+        """The bare app on the first core."""
+        ceiling = Ceiling(self.data / "ceiling", self.addresses, self.python, "bench.ceiling")
+        return self._start(ceiling, self.cores.first)
+
+    def consumer(self, cores: set[int]) -> Consumer:
+        """A consumer process."""
+        consumer = Consumer(self.data / "consumer", self.addresses, self.python)
+        return self._start(consumer, cores, nice=BEHIND)
+
+    def again(self, server: Server) -> None:
+        """Starts a server that was stopped, where it was."""
+        placed(self.cores.rest, server.start, nice=BEHIND)
+
+    def _start(self, server: _S, cores: set[int], *, nice: int = 0) -> _S:
+        self._running.callback(server.stop)
+        placed(cores, server.start, nice=nice)
+        return server
+
+    def sales(self, count: int = 1, stock: int = 100_000_000) -> list[str]:
+        """New sales, by flashsalectl; returns their items."""
+        first, self._sales = self._sales, self._sales + count
+        items = [f"bench-{number}" for number in range(first, self._sales)]
+        manifest = self.data / "sales.yaml"
+        manifest.write_text(
+            "---\n".join(
+                "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\n"
+                f"metadata: {{name: {item}}}\nspec: {{itemId: {item}, stock: {stock}}}\n"
+                for item in items
+            )
+        )
+        done = subprocess.run(
+            [Path(sys.executable).with_name("flashsalectl"), "apply", "-f", manifest],
+            env={**os.environ, **self.addresses.environment()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(f"flashsalectl apply failed: {done.stderr}")
+        return items
+
+    def crowd(
+        self,
+        apis: Sequence[ApiServer],
+        items: Sequence[str],
+        seconds: float,
+        *,
+        connections: int = 100,
+        keys: bool = False,
+        rate: float | None = None,
+        samples: Path | None = None,
+        journal: Path | None = None,
+    ) -> "Crowd":
+        """Sends a crowd, from the rest of the cores, in the background."""
+        self._crowds += 1
+        plan = Plan(
+            urls=[api.url for api in apis],
+            items=list(items),
+            users=f"u{self._crowds}",
+            seconds=seconds,
+            connections=connections,
+            keys=keys,
+            rate=rate,
+            samples=str(samples) if samples else None,
+            journal=str(journal) if journal else None,
+        )
+        return placed(self.cores.rest, lambda: Crowd(plan, self.python))
+
+    def round(
+        self,
+        apis: Sequence[ApiServer],
+        items: Sequence[str],
+        seconds: float,
+        *,
+        connections: int = 100,
+        keys: bool = False,
+        rate: float | None = None,
+    ) -> Round:
+        """One run of a crowd, and what it cost until nothing was left to publish."""
+        processes: dict[str, Sequence[Server]] = {
+            "API": apis,
+            "Redis": [self.redis],
+            "Kafka": [self.kafka],
+        }
+        before = {name: _cpu(servers) for name, servers in processes.items()}
+        tally = self.crowd(
+            apis, items, seconds, connections=connections, keys=keys, rate=rate
+        ).tally()
+        self.drain(items)
+        spent = {name: _cpu(servers) - before[name] for name, servers in processes.items()}
+        spent["crowd"] = tally.cpu_seconds
+        return Round(tally, {name: used / tally.requests * 10_000 for name, used in spent.items()})
+
+    def drain(self, items: Sequence[str]) -> None:
+        """Waits until the items' outboxes are empty."""
+        asyncio.run(self._drain(items))
+
+    async def _drain(self, items: Sequence[str]) -> None:
+        client = inventory.connect(self.redis.url)
+        try:
+            async with asyncio.timeout(QUIET_SECONDS):
+                while any((await inventory.Inventory(client).outbox_lengths(items)).values()):
+                    await asyncio.sleep(0.02)
+        finally:
+            await client.aclose()
+
+
+class Crowd:
+    """A crowd that runs as a process of its own."""
+
+    def __init__(self, plan: Plan, python: Path) -> None:
+        self._plan = plan
+        self._process = subprocess.Popen(
+            [python, "-m", "bench.load"],
+            cwd=ROOT,
+            env={**os.environ, **python_path()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        stdin = cast("IO[bytes]", self._process.stdin)
+        stdin.write(msgspec.json.encode(plan))
+        stdin.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def tally(self) -> Tally:
+        """Waits until it is done."""
+        answer = cast("IO[bytes]", self._process.stdout).read()
+        if self._process.wait():
+            raise SystemExit("the crowd failed, it says above why")
+        return msgspec.json.decode(answer, type=Tally)
+
+    def samples(self) -> list[Sample]:
+        """Every request, in the order in which they were due."""
+        values = array("d")
+        values.frombytes(Path(self._plan.samples or "").read_bytes())
+        count = len(values) // 3
+        due, took, statuses = values[:count], values[count : 2 * count], values[2 * count :]
+        return [
+            Sample(at, seconds, int(status))
+            for at, seconds, status in sorted(zip(due, took, statuses, strict=True))
+        ]
+
+
+def _cpu(servers: Sequence[Server]) -> float:
+    return sum(cpu_seconds(server.pid) for server in servers if server.pid is not None)

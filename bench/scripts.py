@@ -1,0 +1,137 @@
+"""Redis alone: the scripts called without HTTP, and what a sold sale takes of its memory."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Final, cast
+
+from redis.asyncio import Redis
+
+from bench.machine import cpu_seconds
+from bench.requests import Scale, show
+from bench.results import Memory, Scripts
+from bench.rig import Api, Rig
+from flashsale.inventory import Inventory, connect
+from flashsale.keys import ItemKeys
+from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Request
+
+IN_FLIGHT: Final = 3
+"""As the API has it."""
+
+
+def scripts(rig: Rig, scale: Scale) -> list[Scripts]:
+    """Point 3, at two sizes of batch."""
+    found = []
+    for number in range(scale.rounds):
+        for batch in (64, BATCH_LIMIT):
+            [open_item], [sold_item] = rig.sales(), rig.sales(stock=1)
+            asyncio.run(_call(rig, sold_item, batch, 0.2))
+            accepted, accepted_cpu = asyncio.run(_call(rig, open_item, batch, scale.seconds / 2))
+            rejected, rejected_cpu = asyncio.run(_call(rig, sold_item, batch, scale.seconds / 2))
+            found.append(
+                Scripts(
+                    batch=batch,
+                    accepted_us=accepted_cpu / accepted * 1e6,
+                    rejected_us=rejected_cpu / rejected * 1e6,
+                )
+            )
+            print(
+                f"    round {number + 1}  {batch} a call: Redis "
+                f"{found[-1].accepted_us:.1f} us a reservation, "
+                f"{found[-1].rejected_us:.1f} us a rejection",
+                flush=True,
+            )
+    return found
+
+
+def memory(rig: Rig, scale: Scale, api: Api) -> list[Memory]:
+    """Point 6: sells sales out, small and large, and asks for more."""
+    found = []
+    for stock in scale.stocks:
+        [item] = rig.sales(stock=stock)
+        begun = time.monotonic()
+        each = asyncio.run(_sell_out(rig, item, stock))
+        print(
+            f"    {stock:,} sold in {time.monotonic() - begun:.0f} s: "
+            f"{each:.0f} bytes a reservation",
+            flush=True,
+        )
+        rounds = []
+        for number in range(scale.rounds):
+            rounds.append(rig.round([api], [item], scale.seconds / 2, keys=True))
+            show(f"refused by a sale of {stock:,}", number, rounds[-1])
+        found.append(Memory(stock, each, rounds))
+    return found
+
+
+async def _call(rig: Rig, item: str, batch: int, seconds: float) -> tuple[int, float]:
+    """Requests decided in that time, and Redis' CPU seconds for them. The outbox is trimmed."""
+    client = connect(rig.redis.url)
+    inventory = Inventory(client, outbox_limit=10**9)
+    pid = cast("int", rig.redis.pid)
+    decided = 0
+    before, until = cpu_seconds(pid), time.monotonic() + seconds
+
+    async def caller() -> None:
+        nonlocal decided
+        while time.monotonic() < until:
+            reply = await inventory.reserve(item, _buyers(batch), timeout_seconds=10)
+            if not isinstance(reply, BatchReply):
+                raise SystemExit(f"{item}: {reply}")
+            decided += batch
+
+    try:
+        async with asyncio.TaskGroup() as callers:
+            for _ in range(IN_FLIGHT):
+                callers.create_task(caller())
+        spent = cpu_seconds(pid) - before
+        await _trim(client, item)
+    finally:
+        await client.aclose()
+    return decided, spent
+
+
+async def _sell_out(rig: Rig, item: str, stock: int) -> float:
+    """Bytes that each reservation takes."""
+    client = connect(rig.redis.url)
+    inventory = Inventory(client, outbox_limit=10**9)
+    sold_out = False
+    calls = 0
+
+    async def caller() -> None:
+        nonlocal sold_out, calls
+        while not sold_out:
+            reply = await inventory.reserve(item, _buyers(BATCH_LIMIT), timeout_seconds=10)
+            if not isinstance(reply, BatchReply):
+                raise SystemExit(f"{item}: {reply}")
+            sold_out = any(answer.outcome is Outcome.SOLD_OUT for answer in reply.answers)
+            calls += 1
+            if calls % 1_000 == 0:
+                await _trim(client, item)
+
+    try:
+        before = await _used(client)
+        async with asyncio.TaskGroup() as callers:
+            for _ in range(IN_FLIGHT):
+                callers.create_task(caller())
+        await _trim(client, item)
+        return (await _used(client) - before) / stock
+    finally:
+        await client.aclose()
+
+
+def _buyers(count: int) -> Sequence[Request]:
+    """Buyers who have never bought, with names as long as a UUID."""
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    return [Request(identity, identity, 1) for identity in ids]
+
+
+async def _trim(client: "Redis", item: str) -> None:
+    """Empties the outbox, as publishing and settling would."""
+    await client.xtrim(ItemKeys.of(item).outbox, maxlen=0, approximate=False)
+
+
+async def _used(client: "Redis") -> int:
+    info = await client.info("memory")
+    return int(info["used_memory"])

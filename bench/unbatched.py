@@ -1,0 +1,11 @@
+"""The API with a script call for each request, to see what batching is worth."""
+
+import sys
+from functools import partial
+
+from flashsale_api.__main__ import main
+from flashsale_api.batching import Batching
+
+if __name__ == "__main__":
+    # As many calls at once as there are connections to Redis, but for what else needs some.
+    sys.exit(main(partial(Batching, batch_limit=1, calls_in_flight=48)))
