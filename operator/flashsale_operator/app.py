@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any, Final
 import kopf
 from aiohttp import web
 
-from flashsale import inventory, ledger
+from flashsale import inventory, ledger, logs
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
 from flashsale.settings import host_and_port, load
@@ -62,6 +62,7 @@ ENVIRONMENT: Final = """\
       FLASHSALE_LISTEN               where to serve HTTP, host:port (default 0.0.0.0:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
+      FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
 """
 
 
@@ -73,14 +74,10 @@ def main() -> int:
         epilog=dedent(ENVIRONMENT),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # They log every try while a server is away; the operator logs each change, once.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    logging.getLogger("kopf").setLevel(logging.ERROR)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_news)
     try:
-        asyncio.run(_run(os.environ))
+        settings = load(Settings, os.environ)
+        _configure_logs(settings)
+        asyncio.run(_run(settings))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -90,12 +87,19 @@ def main() -> int:
     return 0
 
 
+def _configure_logs(settings: Settings) -> None:
+    logs.configure(settings.log_level)
+    # It logs every try while a server is away; the operator logs each change, once.
+    logging.getLogger("kopf").setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_news)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     return not (record.name.startswith("kopf") and "will retry" in record.getMessage())
 
 
-async def _run(environ: Mapping[str, str]) -> None:
-    settings = load(Settings, environ)
+async def _run(settings: Settings) -> None:
     log_in().as_ssl_context()  # what is wrong with it is said now
     metrics = Metrics()
     async with AsyncExitStack() as stack:

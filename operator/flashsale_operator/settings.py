@@ -4,6 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from flashsale.logs import LogLevel
 from flashsale.settings import DatabaseUrl, KafkaSettings, Listen, RedisUrl
 
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -26,6 +27,7 @@ class Settings(KafkaSettings, frozen=True):
     keep_closed_seconds: Annotated[
         int, Meta(ge=0, le=31_536_000, description="seconds, from 0 to a year")
     ] = 3600
+    log_level: LogLevel = "info"
 
     @property
     def served(self) -> tuple[str, ...]:

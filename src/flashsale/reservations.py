@@ -55,7 +55,7 @@ class Record(NamedTuple):
             state, version, quantity, occurred_ms, user_id, request_key = text.split(",")
             return cls(state, int(version), int(quantity), int(occurred_ms), user_id, request_key)
         except ValueError as error:
-            raise ContractViolation(f"not a reservation record: {text!r}") from error
+            raise ContractViolation("not a reservation record: its fields are wrong") from error
 
 
 class Snapshot(NamedTuple):

@@ -119,6 +119,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "networkPolicies.prometheus": ([PEER], POLICIES),
     "networkPolicies.kubernetes.peers": ([{"ipBlock": {"cidr": "10.0.0.1/32"}}], POLICIES),
     "networkPolicies.kubernetes.port": (443, POLICIES),
+    "logLevel": ("debug", {}),
     "podMonitors.enabled": (True, {}),
     "podMonitors.labels": ({"a": "b"}, MONITORS),
     "podMonitors.interval": ("1m", MONITORS),

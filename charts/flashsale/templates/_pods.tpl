@@ -161,6 +161,12 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" .Values.database "key" "url") }}
 {{- end }}
 
+{{/* How a pod tells what it does. */}}
+{{- define "flashsale.seen" -}}
+- name: FLASHSALE_LOG_LEVEL
+  value: {{ .root.Values.logLevel }}
+{{- end }}
+
 {{/* (dict "port" "http"): a busy pod answers late, and must not be killed or cut off for that */}}
 {{- define "flashsale.probes.alive" -}}
 startupProbe:

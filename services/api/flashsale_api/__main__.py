@@ -11,6 +11,7 @@ import uvicorn
 from prometheus_client import start_http_server
 from starlette.types import ASGIApp
 
+from flashsale import logs
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
@@ -31,6 +32,7 @@ environment:
   FLASHSALE_KAFKA_PASSWORD   that user's password
   FLASHSALE_LISTEN           host:port for buyers (0.0.0.0:8080)
   FLASHSALE_METRICS_LISTEN   host:port for Prometheus (0.0.0.0:9090)
+  FLASHSALE_LOG_LEVEL        debug, info, warning or error (info)
 """
 
 
@@ -63,14 +65,12 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # It logs every try while Kafka is away; the publisher logs each change, once.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     try:
         settings = load(Settings, os.environ)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
+    logs.configure(settings.log_level)
 
     failed = False
 

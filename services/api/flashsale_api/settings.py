@@ -1,5 +1,6 @@
 """Settings of the API, from FLASHSALE_* environment variables."""
 
+from flashsale.logs import LogLevel
 from flashsale.settings import KafkaSettings, Listen, RedisUrl
 
 
@@ -9,3 +10,4 @@ class Settings(KafkaSettings, frozen=True):
     redis_url: RedisUrl
     listen: Listen = "0.0.0.0:8080"
     metrics_listen: Listen = "0.0.0.0:9090"
+    log_level: LogLevel = "info"

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from flashsale import settings
+from flashsale import logs, settings
 from flashsale.errors import SettingsError
 from flashsale_consumer.metrics import CONTENT_TYPE, Metrics
 from flashsale_consumer.problems import problem
@@ -49,6 +49,7 @@ ENVIRONMENT: Final = """\
       FLASHSALE_KAFKA_PASSWORD   that user's password
       FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
       FLASHSALE_LISTEN           where to serve HTTP, host:port (default 0.0.0.0:8081)
+      FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
 """
 
 
@@ -96,17 +97,13 @@ def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
 def main() -> int:
     """Runs the consumer until SIGTERM or SIGINT; returns the process' exit code."""
     _arguments()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # It logs every try while Kafka is away; the worker logs each change, once.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL + 1)
     try:
         own = settings.load(Settings, os.environ)
         host, port = settings.host_and_port(own.listen)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
+    logs.configure(own.log_level)
     # uvicorn ends gracefully and then raises the signal again, for whoever handled it before.
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)

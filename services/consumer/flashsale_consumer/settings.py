@@ -1,5 +1,6 @@
 """The consumer's settings, from FLASHSALE_KAFKA_BOOTSTRAP and so on."""
 
+from flashsale.logs import LogLevel
 from flashsale.settings import DatabaseUrl, KafkaSettings, Listen
 
 
@@ -8,3 +9,4 @@ class Settings(KafkaSettings, frozen=True):
 
     database_url: DatabaseUrl
     listen: Listen = "0.0.0.0:8081"
+    log_level: LogLevel = "info"

@@ -275,6 +275,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                 "%s: reservation %s of %d units does not fit its capacity: recorded as refused",
                 *(event.sale_id, event.reservation_id, event.quantity),
             )
+            log.debug("reservation %s is of user %s", event.reservation_id, event.user_id)
         if letters:
             record = letters[0].record
             log.error(

@@ -1,0 +1,102 @@
+"""Logs: JSON in a container, plain lines on a terminal; never a password, never a flood."""
+
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal, TextIO
+
+from msgspec import Meta
+from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
+from pythonjsonlogger.msgspec import MsgspecFormatter
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    Meta(description="debug, info, warning or error"),
+]
+
+BURST: Final = 10
+WINDOW_SECONDS: Final = 10.0
+"""Of the lines that one statement logs, those beyond `BURST` in so long are left out."""
+
+_OURS: Final = ("flashsale", "flashsale_api", "flashsale_consumer", "flashsale_operator")
+# uvicorn's own way to say the message again.
+_NO_FIELDS: Final = (*RESERVED_ATTRS, "color_message")
+_MAX_STATEMENTS: Final = 1_000
+_PASSWORD: Final = re.compile(r"(://[^\s/@:\"]*:)[^\s/@\"]+@")
+
+
+def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
+    """Has everything logged to `stream` (stderr).
+
+    Debug is for our own modules only: clients would tell what they send, passwords too.
+    """
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Terminal() if stream.isatty() else _Json())
+    handler.addFilter(Repeats())
+    number = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(number, logging.INFO), handlers=[handler], force=True)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(number)
+    # It logs every try while Kafka is away; whoever uses it logs each change, once.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL + 1)
+
+
+@dataclass(slots=True)
+class _Window:
+    began: float
+    lines: int = 1
+
+
+class Repeats(logging.Filter):
+    """Lets each statement log `BURST` lines in a window, and says later how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._windows: dict[tuple[str, str], _Window] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        statement = (record.name, str(record.msg))
+        window = self._windows.get(statement)
+        if window is not None and record.created - window.began < WINDOW_SECONDS:
+            window.lines += 1
+            return window.lines <= BURST
+        if len(self._windows) >= _MAX_STATEMENTS:
+            self._windows.clear()
+        self._windows[statement] = _Window(record.created)
+        left_out = window.lines - BURST if window is not None else 0
+        if left_out > 0:
+            record.msg = f"{record.getMessage()} ({left_out} more like it were left out)"
+            record.args = ()
+        return True
+
+
+class _Json(MsgspecFormatter):
+    def __init__(self) -> None:
+        super().__init__(
+            ("levelname", "name", "message"),
+            rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
+            reserved_attrs=_NO_FIELDS,
+            timestamp="time",
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _without_passwords(super().format(record))
+
+
+class _Terminal(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        fields = merge_record_extra(record, {}, reserved=_NO_FIELDS)
+        own = [f"{name}={value}" for name, value in fields.items()]
+        return " ".join([super().formatMessage(record), *own])
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _without_passwords(super().format(record))
+
+
+def _without_passwords(line: str) -> str:
+    return _PASSWORD.sub(r"\1***@", line)
