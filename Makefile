@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-down bench test faults audit images check lint lock
+.PHONY: help setup demo up down control-plane cluster cluster-down load bench test faults audit images check lint lock
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ cluster: $(READY) ## A real one-node Kubernetes without Docker (Linux, root, Deb
 
 cluster-down: $(READY) ## End it, and remove every trace
 	@$(BIN)/python -m dev.cluster down
+
+load: $(READY) ## A k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
+	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)
 
 bench: $(READY) ## Measure it, under half an hour, and write docs/performance.md
 	@$(BIN)/python -m bench --write
