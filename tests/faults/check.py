@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -260,7 +261,7 @@ async def _ctl(world: World, *arguments: str) -> "subprocess.CompletedProcess[st
     def run() -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [Path(sys.executable).with_name("flashsalectl"), *arguments],
-            env=world.addresses.environment(),
+            env={**os.environ, **world.addresses.environment()},
             capture_output=True,
             text=True,
             timeout=120,
