@@ -1,0 +1,164 @@
+"""`python -m tests.faults.losses`: what Redis forgets in a failure, and what of it is lost."""
+
+import argparse
+import asyncio
+import itertools
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import asyncpg
+
+from dev.verdict import quiet
+from flashsale import inventory
+from flashsale.keys import ItemKeys
+from tests.faults.check import declared, recovered
+from tests.faults.crowd import Crowd
+from tests.faults.world import ROOT, Sale, World, opened
+
+FOLDER: Final = ROOT / ".local" / "faults" / "losses"
+BUYING_SECONDS: Final = 4.0
+LAG_SECONDS: Final = 1.0
+
+Fails = Callable[[World], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A failure of Redis, and whether both APIs are killed at the same moment."""
+
+    name: str
+    always: bool
+    fails: Fails
+    apis_too: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Reservations that had been answered 202: `forgotten` by Redis, `lost` in the end.
+
+    `closed_seconds`: from the failure until both APIs sold again.
+    """
+
+    promised: int
+    forgotten: int
+    lost: int
+    closed_seconds: float
+
+
+_FAILURES: Final[tuple[tuple[str, bool, Fails], ...]] = (
+    ("`always`, power cut", True, lambda world: world.redis.lose_power()),
+    ("`everysec`, kill -9 of the process", False, lambda world: world.redis.kill(0.0)),
+    ("`everysec`, power cut", False, lambda world: world.redis.lose_power()),
+    (
+        f"a replica promoted that lags {LAG_SECONDS:.0f} s",
+        True,
+        lambda world: world.redis.fail_over(LAG_SECONDS),
+    ),
+)
+CASES: Final = tuple(
+    Case(name, always, fails, apis_too)
+    for name, always, fails in _FAILURES
+    for apis_too in (False, True)
+)
+_number = itertools.count()
+
+
+async def lose(world: World, case: Case) -> Loss:
+    """One failure in the middle of a crowd."""
+    item = f"loss-{next(_number)}"
+    sale = Sale(item, max_per_user=5, stock=100_000, most=100_000)
+    crowd = Crowd(
+        [api.url for api in world.apis], item, seed=next(_number), users=5_000, max_per_user=5
+    )
+    await world.redis.set_durability(always=case.always)
+    await world.apply(sale)
+    await recovered(world, crowd, item)
+    coming = asyncio.create_task(crowd.run())
+    await asyncio.sleep(BUYING_SECONDS)
+    killed = world.apis if case.apis_too else ()
+    kills = (asyncio.to_thread(api.kill) for api in killed)
+    began, until = time.monotonic(), time.time()
+    await asyncio.gather(case.fails(world), *kills)
+    kept = await _kept(world, item)
+    for api in killed:
+        await asyncio.to_thread(api.start)
+    await world.redis.whole()
+    await recovered(world, crowd, item)
+    closed = time.monotonic() - began
+    crowd.go_home()
+    await coming
+    await declared(world, sale)
+    await quiet(world.addresses, [item])
+    rows = await _rows(world, sale)
+    promised = {answer.reservation_id for answer in crowd.journal if answer.status == 202}
+    before = {
+        answer.reservation_id
+        for answer in crowd.journal
+        if answer.status == 202 and answer.received <= until
+    }
+    await world.delete(sale)
+    return Loss(len(before), len(before - kept), len(promised - rows), closed)
+
+
+async def _kept(world: World, item: str) -> set[str]:
+    """What the Redis that came back has, before it is rebuilt."""
+    client = inventory.connect(world.addresses.redis_url)
+    try:
+        return {key async for key, _ in client.hscan_iter(ItemKeys.of(item).reservations)}
+    finally:
+        await client.aclose()
+
+
+async def _rows(world: World, sale: Sale) -> set[str]:
+    connection = await asyncpg.connect(world.postgres.url)
+    try:
+        found = await connection.fetch(
+            "SELECT reservation_id FROM reservations WHERE sale_id = $1 AND state <> 'refused'",
+            sale.sale_id,
+        )
+    finally:
+        await connection.close()
+    return {str(row["reservation_id"]) for row in found}
+
+
+def main() -> int:
+    """Prints the table of docs/operations.md."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.losses", description=__doc__)
+    parser.add_argument("--trials", type=int, default=5, help="of each failure (default 5)")
+    trials = parser.parse_args().trials
+    if trials < 1:
+        parser.error("--trials: must be at least 1")
+    asyncio.run(_measure(trials))
+    return 0
+
+
+async def _measure(trials: int) -> None:
+    lines = []
+    async with opened(FOLDER) as world:
+        for case in CASES:
+            losses = []
+            for trial in range(trials):
+                losses.append(await lose(world, case))
+                print(f"{case.name}, APIs too: {case.apis_too}, {trial + 1}: {losses[-1]}")
+            apis = "killed too" if case.apis_too else "alive"
+            lines.append(
+                f"| {case.name} | {apis} | {_span(loss.promised for loss in losses)} "
+                f"| {_span(loss.forgotten for loss in losses)} | "
+                f"{_span(loss.lost for loss in losses)} | "
+                f"{_span(round(loss.closed_seconds) for loss in losses)} s |"
+            )
+    print("\n| Redis | APIs | 202s before | forgotten by Redis | lost | closed for |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(lines))
+
+
+def _span(numbers: Iterable[int]) -> str:
+    values = sorted(numbers)
+    return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
