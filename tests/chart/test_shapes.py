@@ -10,8 +10,11 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from redis import Redis
+from redis.exceptions import ResponseError
 
 from dev.cluster.control_plane import ControlPlane
+from dev.stack.servers import RedisServer
 from flashsale import events
 from flashsale_consumer.worker import GROUP_ID
 from tests.chart.chart import COMPONENTS, Helm, Manifest, Rendered, merged
@@ -268,3 +271,46 @@ def test_the_archive_for_the_k6_operator_has_all_and_takes_its_settings_from_the
         )
     assert "GET /sales/other was answered 0" in done.stderr
     assert done.returncode != 0
+
+
+def test_redis_is_reached_through_who_knows_the_primary() -> None:
+    found = documents(Path("k8s/redis/highly-available.yaml"))
+    by_kind = {
+        kind: {each["metadata"]["name"]: each for each in found if each["kind"] == kind}
+        for kind in ("ConfigMap", "Service", "StatefulSet", "Deployment")
+    }
+    nodes = by_kind["StatefulSet"]["redis"]["spec"]
+    front = by_kind["Service"]["redis"]["spec"]
+    proxy = by_kind["Deployment"]["redis-proxy"]["spec"]["template"]
+    assert front["selector"].items() <= proxy["metadata"]["labels"].items()
+    assert not front["selector"].items() <= nodes["template"]["metadata"]["labels"].items()
+    headless = by_kind["Service"][nodes["serviceName"]]["spec"]
+    assert headless["publishNotReadyAddresses"]
+    proxied = by_kind["ConfigMap"]["redis"]["data"]["haproxy.cfg"]
+    servers = re.findall(r'^ *server \S+ "([^.]+)\.([^.]+)\.', proxied, re.MULTILINE)
+    assert servers == [(f"redis-{n}", nodes["serviceName"]) for n in range(nodes["replicas"])]
+    watched = by_kind["ConfigMap"]["redis"]["data"]["sentinel.conf"]
+    assert f"sentinel monitor flashsale redis-0.{nodes['serviceName']} 6379 2" in watched
+
+
+def test_redis_takes_the_configurations_and_sells_nothing_without_a_replica(
+    tmp_path: Path,
+) -> None:
+    """The real server with the file of the ConfigMap, but for its folder and its port."""
+    (configured,) = (
+        each["data"]["redis.conf"]
+        for each in documents(Path("k8s/redis/highly-available.yaml"))
+        if each["kind"] == "ConfigMap"
+    )
+    options = [
+        word
+        for line in configured.splitlines()
+        if line and not line.startswith(("#", "dir "))
+        for word in (f"--{line.split()[0]}", *line.split()[1:])
+    ]
+    with RedisServer(tmp_path, options=options) as server:
+        redis = Redis.from_url(server.url, decode_responses=True)
+        assert redis.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        with pytest.raises(ResponseError, match="Not enough good replicas"):
+            redis.set("flashsale:items", "1")
+        redis.close()
