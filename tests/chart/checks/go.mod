@@ -2,15 +2,15 @@
 // this module's name: Go lets in whoever is called as below it.
 module sigs.k8s.io/kind/pkg/flashsale
 
-go 1.25.0
+go 1.24
 
 require (
-	go.starlark.net v0.0.0-20260908191801-89a6a09411d5
+	go.starlark.net v0.0.0-20250225190231-0d3f41d403af
 	sigs.k8s.io/kind v0.33.0
 )
 
 require (
 	github.com/pkg/errors v0.9.1 // indirect
 	go.yaml.in/yaml/v3 v3.0.4 // indirect
-	golang.org/x/sys v0.42.0 // indirect
+	golang.org/x/sys v0.30.0 // indirect
 )
