@@ -58,6 +58,8 @@ def announcements(before: Known, found: Found) -> list[Announcement]:
     """What is to be told of the change from `before` to `found`."""
     state, was, counts = found.state, before.state, found.counts
     told: list[Announcement] = []
+    if found.rebuilt is not None and found.rebuilt.brought:
+        told.append(Announcement("Rebuilt", str(found.rebuilt), warning=found.rebuilt.lost > 0))
     # A sale that was known once and is not remembered: what changed meanwhile is not known.
     lost = was is State.UNKNOWN and before.allocated is not None
     if counts is not None and before.allocated is not None and counts.allocated > before.allocated:

@@ -25,11 +25,11 @@ from flashsale_operator import handlers, topic
 from flashsale_operator.clients import Clients
 from flashsale_operator.kube import Kube, log_in
 from flashsale_operator.metrics import CONTENT_TYPE, Metrics
+from flashsale_operator.rebuilding import Rebuilds
 from flashsale_operator.rounds import Key, Rounds
 from flashsale_operator.settings import Settings
 from flashsale_operator.sweeping import Sweep
 from flashsale_operator.tending import Tending
-from flashsale_operator.verifying import Verifications
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +112,14 @@ async def _run(settings: Settings) -> None:
 
         stock = Inventory(redis)
         tending = Tending(lambda: rounds, metrics)
-        verifications = Verifications(
+        rebuilds = Rebuilds(
             redis,
             pool,
             partial(topic.spans, settings),
             lambda sale_id: tending.wake(Key(*sale_id.split("/", 1))),
         )
         clients = Clients(kube, stock, pool, metrics)
-        rounds = Rounds(clients, verifications)
+        rounds = Rounds(clients, rebuilds)
         sweep = Sweep(
             clients,
             rounds,
@@ -132,7 +132,7 @@ async def _run(settings: Settings) -> None:
 
         async def close() -> None:
             await tending.close()
-            await verifications.close()
+            await rebuilds.close()
 
         handlers.register(registry, tending.wake, log_in, close)
         async with asyncio.TaskGroup() as group:

@@ -150,6 +150,8 @@ def compare(facts: Facts) -> Finding:
     if tally is not None and tally.buyers_above_limit:
         # Not a fault in itself: who bought before maxPerUser was lowered keeps the units.
         notes.append(f"{tally.buyers_above_limit} buyers hold more than {tally.row.max_per_user}")
+    if row is not None and row.lost:
+        notes.append(f"{row.lost} units were lost before it was rebuilt")
     return Finding(
         sale_id=known.sale_id,
         item_id=known.item_id,
@@ -177,7 +179,7 @@ def _within_redis(facts: Facts) -> list[str]:
     if sale.held > sale.allocated:
         differences.append(f"oversold: {sale.held} units held of {sale.allocated} allocated")
     if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
-        differences.append("fenced: Redis restarted or lost keys; apply the sale again")
+        differences.append("fenced: Redis restarted or lost keys, and it is not rebuilt yet")
     if row is None:
         return differences
     after = row if facts.after is None else facts.after.row

@@ -19,14 +19,15 @@ from redis.asyncio import Redis
 from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import MAX_CONNECTIONS, Inventory, connect
+from flashsale.ledger import SaleRow
 from flashsale.sale import SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
 from flashsale_operator import audit, manifest, tables, topic
+from flashsale_operator.barrier import Barrier
 from flashsale_operator.manifest import ManifestError
 from flashsale_operator.rebuild import Rebuild, Rebuilt
-from flashsale_operator.reconcile import Verification
+from flashsale_operator.reconcile import Kept
 from flashsale_operator.steward import Report, Steward, UnknownSale, refuse_eviction
-from flashsale_operator.verification import Barrier
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
 
@@ -75,8 +76,7 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     async with _connected(addresses) as clients:
         await refuse_eviction(clients.inventory)
         await ledger.migrate(clients.pool)
-        barrier = _barrier(clients, addresses)
-        steward = Steward(clients.inventory, clients.pool, barrier.verify)
+        steward = Steward(clients.inventory, clients.pool, _rebuilder(clients, addresses).rebuild)
         turns = asyncio.Semaphore(MAX_CONNECTIONS)
 
         async def reconcile(spec: SaleSpec) -> Report:
@@ -85,7 +85,7 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
                 return await steward.reconcile(spec)
 
         try:
-            # Many at once: what a verification waits for is the same for every sale.
+            # Many at once: what a rebuild waits for is the same for every sale.
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(reconcile(spec)) for spec in specs]
         except ExceptionGroup as group_error:
@@ -95,7 +95,7 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
 
 async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     async with _connected(settings.load(_Stores, environ)) as clients:
-        steward = Steward(clients.inventory, clients.pool, _never_verify)
+        steward = Steward(clients.inventory, clients.pool, _never_rebuild)
         sale_ids = await steward.sales_to_close(options.item)
         return max([_print_report(await steward.close(sale_id)) for sale_id in sale_ids])
 
@@ -109,8 +109,7 @@ async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> i
             raise UnknownSale(_no_such(options.item))
         # A sale that is closed has made room: the item is the other one's.
         row = min(rows, key=lambda row: row.closed)
-        rebuild = Rebuild(clients.redis, clients.pool, _barrier(clients, addresses), _progress)
-        done = await rebuild.rebuild(row)
+        done = await _rebuilder(clients, addresses).rebuild(row)
     whole = isinstance(done, Rebuilt)
     print(tables.line_of_rebuild(row.sale_id, done), file=sys.stdout if whole else sys.stderr)
     return 0 if whole else 1
@@ -249,17 +248,18 @@ async def _connected(addresses: _Stores | _All) -> AsyncIterator[_Clients]:
         await redis.aclose()
 
 
-def _barrier(clients: _Clients, addresses: _All) -> Barrier:
-    return Barrier(
+def _rebuilder(clients: _Clients, addresses: _All) -> Rebuild:
+    barrier = Barrier(
         clients.redis,
         clients.pool,
         partial(topic.spans, addresses),
         progress=_progress,
     )
+    return Rebuild(clients.redis, clients.pool, barrier, _progress)
 
 
-async def _never_verify(sale_id: str, item_id: str) -> Verification:
-    raise AssertionError(f"closing {sale_id} of {item_id} verifies nothing")
+async def _never_rebuild(row: SaleRow, _: tuple[str, int] | None) -> Rebuilt | Kept:
+    raise AssertionError(f"closing {row.sale_id} rebuilds nothing")
 
 
 def _print_report(report: Report) -> int:

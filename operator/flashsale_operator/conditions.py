@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 
 from flashsale.errors import FlashsaleError, LedgerUnavailable, RedisUnavailable
 from flashsale.sale import Sale, rfc3339_of_ms
+from flashsale_operator.rebuild import Rebuilt
 from flashsale_operator.reconcile import Reason, State
 from flashsale_operator.steward import Report
 from flashsale_operator.topic import KafkaUnavailable
@@ -45,7 +46,7 @@ class Counts:
 class Found:
     """What a reconcile found. `reason` and `message` are Ready's, `told` is Open's message;
     no `counts`: they are not known, or Redis has none of this sale. `recorded` is the accepted
-    units that the ledger has, if that is known.
+    units that the ledger has, if that is known; `rebuilt` what came back of a fenced sale.
     """
 
     state: State
@@ -55,6 +56,7 @@ class Found:
     told: str
     counts: Counts | None = None
     recorded: int | None = None
+    rebuilt: Rebuilt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +129,11 @@ class Status:
         return next((each for each in self.conditions if each.type == kind), None)
 
 
-def found_of(report: Report, *, without_kafka: bool = False) -> Found:
-    """What a reconcile that came to its end found.
-
-    `without_kafka`: a fenced sale could not be verified for want of Kafka.
-    """
+def found_of(report: Report) -> Found:
+    """What a reconcile that came to its end found."""
     sale = report.sale if report.sale and report.sale.sale_id == report.sale_id else None
     reason: Reason | Obstacle = report.reason
-    if report.reason is Reason.FENCED and without_kafka:
+    if report.reason is Reason.FENCED and report.kept and report.kept.without_kafka:
         reason = Obstacle.KAFKA_UNAVAILABLE
     return Found(
         state=report.state,
@@ -144,6 +143,7 @@ def found_of(report: Report, *, without_kafka: bool = False) -> Found:
         told=_told(report.state, report.message, sale),
         counts=None if sale is None else Counts.of(sale),
         recorded=None if report.row is None else report.row.accepted,
+        rebuilt=report.rebuilt,
     )
 
 

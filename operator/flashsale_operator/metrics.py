@@ -159,7 +159,12 @@ class Metrics:
         )
         self.rebuilds = Counter(
             "flashsale_operator_rebuilds",
-            "Fenced sales that are trusted again: verified, or rebuilt from the ledger.",
+            "Fenced sales that were rebuilt and are trusted again.",
+            registry=self.registry,
+        )
+        self.lost = Counter(
+            "flashsale_operator_lost_units",
+            "Units that Redis had accepted and rebuilds found nowhere.",
             registry=self.registry,
         )
         self.last_success = Gauge(

@@ -2,17 +2,23 @@
 
 Level-triggered: one action is carried out, everything is observed again, until `Done`. The order
 keeps stock from being made twice: the ledger's row is written before Redis is told, Redis is told
-what the row says, and keys are made without a verification only for a row that the same reconcile
+what the row says, and keys are made without a rebuild only once, for a row that the same reconcile
 has inserted. A row without its keys means lost, never new.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Final
 
 from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
+
+SEED_MS: Final = 5_000
+"""How old what was observed may be when keys are made for a new row: a rebuild of the same sale
+that others do meanwhile takes longer, since it waits for a heartbeat's expiry.
+"""
 
 
 class State(StrEnum):
@@ -44,24 +50,14 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
-    """Nothing of a sale is missing: Redis and ledger have the same `accepted` units.
+class Kept:
+    """What keeps a sale fenced, in words; maybe for want of Kafka."""
 
-    It holds for one run of the Redis server.
-    """
+    why: tuple[str, ...]
+    without_kafka: bool = False
 
-    accepted: int
-    run_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Differs:
-    """A sale cannot be shown to be whole; `differences` say what is missing, in words."""
-
-    differences: tuple[str, ...]
-
-
-Verification = Verified | Differs
+    def __str__(self) -> str:
+        return "; ".join(self.why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,8 @@ class Observed:
 
     `row` is the sale's own, `others` are the other rows of the item; `sale` is what Redis holds
     for the item, maybe another sale. `written` is the revision that this reconcile wrote: 1 says
-    that it inserted the row. `verification` was made by this reconcile.
+    that it inserted the row, for which it may have `seeded` keys since. `kept` says why this
+    reconcile could not have the sale rebuilt.
     """
 
     server: ServerTime
@@ -79,7 +76,8 @@ class Observed:
     row: SaleRow | None = None
     others: tuple[SaleRow, ...] = ()
     written: int | None = None
-    verification: Verification | None = None
+    seeded: bool = False
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +93,11 @@ class WriteRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Verify:
-    """Find out whether anything of the sale is missing."""
+class Rebuild:
+    """Bring the sale of the ledger's row back into Redis, where `replaces` may have its item."""
+
+    row: SaleRow
+    replaces: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,7 @@ class Apply:
     """Make Redis agree with the ledger's row; the arguments are `Inventory.apply`'s."""
 
     row: SaleRow
-    may_seed: bool = False
-    reopen_accepted: int | None = None
+    seed_until_ms: int | None = None
     replaces: tuple[str, int] | None = None
 
 
@@ -118,7 +118,7 @@ class Done:
     message: str
 
 
-Action = WriteRow | Verify | Apply | Done
+Action = WriteRow | Rebuild | Apply | Done
 
 
 def decide(spec: SaleSpec, observed: Observed) -> Action:
@@ -175,7 +175,7 @@ def ended(sale: Sale, now_ms: int) -> bool:
     return sale.stored_state != "closed" and sale.finished(now_ms)
 
 
-def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:  # noqa: PLR0911 - a list of rules
+def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     """Redis has the sale."""
     row, server = observed.row, observed.server
     state = State(sale.state(server.now_ms, server.run_id))
@@ -186,9 +186,7 @@ def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:  # n
     if row is None or behind or (not over and (row.closed or _asks_differently(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
     if state is State.FENCED:
-        if sale.torn:
-            return _fenced("some of its keys are gone from Redis: it must be rebuilt")
-        return _decide_unverified(observed, Apply(row))
+        return _fenced(observed.kept) if observed.kept else Rebuild(row)
     wanted = "paused" if row.paused else "open"
     if (
         sale.revision != row.revision
@@ -217,28 +215,10 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
         return Done(State.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
     if row is None or row.closed or _asks_differently(row, spec):
         return WriteRow(observed.others)
-    if row.accepted > 0:
-        return _fenced(
-            f"Redis has no keys of it and the ledger {row.accepted} accepted units: "
-            "it must be rebuilt from the ledger"
-        )
-    seed = Apply(
-        row, may_seed=True, replaces=None if sale is None else (sale.sale_id, sale.accepted)
-    )
-    return seed if inserted else _decide_unverified(observed, seed)
-
-
-def _decide_unverified(observed: Observed, trusted: Apply) -> Action:
-    """`trusted`, once it is verified that nothing is missing."""
-    match observed.verification:
-        case Verified(accepted, run_id) if run_id == observed.server.run_id:
-            if trusted.may_seed:
-                return trusted if accepted == 0 else Verify()
-            return Apply(trusted.row, reopen_accepted=accepted)
-        case Differs(differences):
-            return _fenced("; ".join(differences))
-        case _:
-            return Verify()
+    replaces = None if sale is None else (sale.sale_id, sale.accepted)
+    if inserted and not observed.seeded:
+        return Apply(row, observed.server.now_ms + SEED_MS, replaces)
+    return _fenced(observed.kept) if observed.kept else Rebuild(row, replaces)
 
 
 def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
@@ -280,8 +260,8 @@ def _ended(row: SaleRow | None, spec: SaleSpec, ends_ms: int | None) -> Done:
     )
 
 
-def _fenced(why: str) -> Done:
-    return Done(State.FENCED, Reason.FENCED, why)
+def _fenced(kept: Kept) -> Done:
+    return Done(State.FENCED, Reason.FENCED, str(kept))
 
 
 def _counted(number: int, noun: str) -> str:

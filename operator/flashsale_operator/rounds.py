@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -22,10 +22,10 @@ from flashsale_operator.conditions import Found, Obstacle, Status
 from flashsale_operator.kube import KubeUnavailable
 from flashsale_operator.manifest import ManifestError
 from flashsale_operator.metrics import Figures
+from flashsale_operator.rebuilding import Rebuilds
 from flashsale_operator.reconcile import State
 from flashsale_operator.steward import Steward, UnknownSale, refuse_eviction
 from flashsale_operator.topic import KafkaUnavailable
-from flashsale_operator.verifying import Verifications
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Rounds:
     def __init__(
         self,
         clients: Clients,
-        verifications: Verifications,
+        rebuilds: Rebuilds,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -89,8 +89,8 @@ class Rounds:
         self._inventory = clients.inventory
         self._pool = clients.pool
         self._metrics = clients.metrics
-        self._verifications = verifications
-        self._steward = Steward(clients.inventory, clients.pool, verifications.verify)
+        self._rebuilds = rebuilds
+        self._steward = Steward(clients.inventory, clients.pool, rebuilds.rebuild)
         self._clock = clock
         self._memories: dict[Key, _Memory] = {}
         self._prepared = False
@@ -164,16 +164,17 @@ class Rounds:
             self._failed(error)
             return conditions.found_of_error(error, await self._seen(spec, error))
         if report.state is not State.FENCED:
-            self._verifications.forget(spec.sale_id)
+            report = replace(report, rebuilt=self._rebuilds.forget(spec.sale_id))
+            if report.rebuilt is not None:
+                self._metrics.lost.inc(report.rebuilt.lost)
             memory.doubted = False
         elif report.sale is None and not memory.doubted:
             # Another operator may have written the row just now and be about to seed.
             memory.doubted = True
             return None
-        without_kafka = self._verifications.without_kafka(spec.sale_id)
-        if without_kafka:
+        if report.kept is not None and report.kept.without_kafka:
             self._metrics.failures.labels("kafka").inc()
-        return conditions.found_of(report, without_kafka=without_kafka)
+        return conditions.found_of(report)
 
     def _count_fences(self, memory: _Memory, state: State) -> None:
         if state is State.FENCED and not memory.fenced:
@@ -225,7 +226,7 @@ class Rounds:
 
     async def _gone(self, key: Key) -> Upshot:
         """Closes the sale of a FlashSale that is there no more: in the ledger, then in Redis."""
-        self._verifications.forget(key.sale_id)
+        self._rebuilds.forget(key.sale_id)
         try:
             await self.prepare()
             row = await ledger.sale(self._pool, key.sale_id)

@@ -3,7 +3,7 @@ twice; the only writer of what a manifest says into the ledger's `sales`.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import asyncpg
@@ -13,14 +13,15 @@ from flashsale.errors import ContractViolation, FlashsaleError, RedisUnavailable
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, utc_of_ms
+from flashsale_operator.rebuild import Rebuilt
 from flashsale_operator.reconcile import (
     Apply,
     Done,
+    Kept,
     Observed,
     Reason,
+    Rebuild,
     State,
-    Verification,
-    Verify,
     WriteRow,
     decide,
     spec_of,
@@ -30,9 +31,8 @@ from flashsale_operator.reconcile import (
 MAX_STEPS: Final = 16
 """Steps of one reconcile: a quiet one takes three, each race with another a few more."""
 
-_TOLD_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED, Applied.REOPENED})
+_TOLD_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
 _STUCK: Final = {
-    Applied.MISSING: "Redis has keys of the item without its sale: they must be rebuilt",
     Applied.FENCED: "Redis fences the sale again and again: does the server restart?",
 }
 
@@ -71,7 +71,9 @@ class UnknownSale(FlashsaleError):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a reconcile or a close ended. `applied` is what it did to Redis, at its most."""
+    """How a reconcile or a close ended. `applied` is what it did to Redis, at its most; `rebuilt`
+    what came back of a fenced sale; `kept` why it is fenced still.
+    """
 
     sale_id: str
     item_id: str
@@ -81,6 +83,8 @@ class Report:
     applied: Applied | Closed
     sale: Sale | None
     row: SaleRow | None
+    rebuilt: Rebuilt | None = None
+    kept: Kept | None = None
 
     @property
     def ready(self) -> bool:
@@ -88,8 +92,8 @@ class Report:
         return self.reason in (Reason.APPLIED, Reason.CLOSED)
 
 
-Verifier = Callable[[str, str], Awaitable[Verification]]
-"""Finds out, of a sale id and an item id, whether anything of a sale is missing."""
+Rebuilder = Callable[[SaleRow, tuple[str, int] | None], Awaitable[Rebuilt | Kept]]
+"""`rebuild.Rebuild.rebuild`, or what does it beside the caller."""
 
 
 class Steward:
@@ -100,11 +104,11 @@ class Steward:
     """
 
     def __init__(
-        self, inventory: Inventory, pool: "asyncpg.Pool[asyncpg.Record]", verify: Verifier
+        self, inventory: Inventory, pool: "asyncpg.Pool[asyncpg.Record]", rebuild: Rebuilder
     ) -> None:
         self._inventory = inventory
         self._pool = pool
-        self._verify = verify
+        self._rebuild = rebuild
 
     async def reconcile(self, spec: SaleSpec, resource_uid: str | None = None) -> Report:
         """Does what `decide` says until nothing is left to do now.
@@ -112,21 +116,27 @@ class Steward:
         `resource_uid` is the FlashSale's: when it is gone, its sale is to be closed.
         """
         written: int | None = None
-        verification: Verification | None = None
+        seeded = False
+        rebuilt: Rebuilt | None = None
+        kept: Kept | None = None
         applied = answer = Applied.UNCHANGED
         for _ in range(MAX_STEPS):
-            observed = await self._observe(spec, written, verification)
+            observed = await self._observe(spec, written, seeded=seeded, kept=kept)
             match decide(spec, observed):
                 case WriteRow() as step:
                     written = await self._write_row(spec, step, resource_uid) or written
-                case Verify():
-                    verification = await self._verify(spec.sale_id, spec.item_id)
+                case Rebuild(row, replaces):
+                    match await self._rebuild(row, replaces):
+                        case Rebuilt() as rebuilt:
+                            pass
+                        case Kept() as kept:
+                            pass
                 case Apply() as step:
+                    seeded = seeded or step.seed_until_ms is not None
                     answer = await self._inventory.apply(
                         spec_of(step.row),
                         step.row.revision,
-                        may_seed=step.may_seed,
-                        reopen_accepted=step.reopen_accepted,
+                        seed_until_ms=step.seed_until_ms,
                         replaces=step.replaces,
                     )
                     if answer is Applied.UNSUPPORTED:
@@ -135,10 +145,10 @@ class Steward:
                         )
                     if answer in _TOLD_REDIS:
                         applied = answer
-                    verification = None
                 case Done(state, reason, message):
                     await self._adopt(observed.row, resource_uid)
-                    return _report(spec, observed, applied, (state, reason, message))
+                    report = _report(spec, observed, applied, (state, reason, message))
+                    return replace(report, rebuilt=rebuilt)
         message = _STUCK.get(answer, "others keep changing the sale; apply it again")
         return _report(spec, observed, applied, (State.UNKNOWN, Reason.UNSETTLED, message))
 
@@ -194,7 +204,7 @@ class Steward:
         return sorted(meant or {row.sale_id for row in rows})
 
     async def _observe(
-        self, spec: SaleSpec, written: int | None, verification: Verification | None
+        self, spec: SaleSpec, written: int | None, *, seeded: bool, kept: Kept | None
     ) -> Observed:
         server = await self._inventory.server()
         held = await self._inventory.sales([spec.item_id])
@@ -206,7 +216,8 @@ class Steward:
             row=row,
             others=tuple(other for other in others if other.sale_id != spec.sale_id),
             written=written,
-            verification=verification,
+            seeded=seeded,
+            kept=kept,
         )
 
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
@@ -279,4 +290,5 @@ def _report(
         applied=applied,
         sale=observed.sale,
         row=observed.row,
+        kept=observed.kept,
     )

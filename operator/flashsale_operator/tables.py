@@ -9,12 +9,12 @@ from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
 from flashsale_operator.audit import Audit, Finding
 from flashsale_operator.rebuild import Rebuilt
-from flashsale_operator.reconcile import Differs, Reason, spec_of, state_of
+from flashsale_operator.reconcile import Kept, Reason, spec_of, state_of
 from flashsale_operator.steward import Report
 
 _NEXT: Final = {
-    Reason.FENCED: "nothing is accepted until it is shown to be whole: apply it again, or bring "
-    "it back from the ledger with `flashsalectl rebuild {item}`",
+    Reason.FENCED: "nothing is accepted until it is rebuilt from the ledger: apply it again, or "
+    "`flashsalectl rebuild {item}`",
     Reason.ITEM_CONFLICT: "apply it again when that sale is closed (`flashsalectl close {item}`) "
     "and recorded",
     Reason.SUPERSEDED: "apply it again if this manifest is the one that counts",
@@ -25,23 +25,22 @@ def line_of(report: Report) -> str:
     """One line about a sale, with what to do next if it is not as its manifest asks."""
     told = report.ready or report.reason.value == report.state.value
     state = report.state if told else f"{report.state} ({report.reason})"
-    line = f"sale {report.sale_id} {report.applied}: {state}, {report.message}"
+    did = report.applied if report.rebuilt is None else "rebuilt"
+    line = f"sale {report.sale_id} {did}: {state}, {report.message}"
+    if report.rebuilt is not None:
+        line += f"; {report.rebuilt}"
     if report.ready or report.reason not in _NEXT:
         return line
     return f"{line}; {_NEXT[report.reason].format(item=report.item_id)}"
 
 
-def line_of_rebuild(sale_id: str, done: Rebuilt | Differs) -> str:
+def line_of_rebuild(sale_id: str, done: Rebuilt | Kept) -> str:
     """One line about a rebuild: what came back and what was lost, or what keeps it fenced."""
-    if isinstance(done, Differs):
-        return f"sale {sale_id} stays fenced: {'; '.join(done.differences)}; try again"
-    if not done.reservations and not done.redis_lacked and not done.lost:
+    if isinstance(done, Kept):
+        return f"sale {sale_id} stays fenced: {done}; try again"
+    if not done.brought:
         return f"sale {sale_id} is whole: {done.accepted} accepted units"
-    lost = f"; {done.lost} units that Redis had accepted are not recorded" if done.lost else ""
-    return (
-        f"sale {sale_id} rebuilt in {done.seconds:.1f} s: {done.accepted} accepted units in "
-        f"{done.reservations} reservations, {done.redis_lacked} of them gone from Redis{lost}"
-    )
+    return f"sale {sale_id} rebuilt in {done.seconds:.1f} s: {done}"
 
 
 def of_sales(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> str:

@@ -26,7 +26,6 @@ class Applied(StrEnum):
     SEEDED = "seeded"
     CHANGED = "changed"
     UNCHANGED = "unchanged"
-    REOPENED = "reopened"
     STALE = "stale"
     MISSING = "missing"
     FENCED = "fenced"
@@ -56,7 +55,9 @@ class Freed(StrEnum):
 
 
 class ServerTime(NamedTuple):
-    """Redis' clock in Unix milliseconds, and the id of the server's run."""
+    """Redis' clock in Unix milliseconds, and the server's run as sales are stamped with it: its
+    run_id, and the replication id of the master that it followed before it became one.
+    """
 
     now_ms: int
     run_id: str
@@ -122,14 +123,13 @@ class Inventory:
         spec: SaleSpec,
         revision: int,
         *,
-        may_seed: bool = False,
-        reopen_accepted: int | None = None,
+        seed_until_ms: int | None = None,
         replaces: tuple[str, int] | None = None,
     ) -> Applied:
         """Makes Redis agree with `spec`; the ledger's row for `revision` must exist before.
 
-        `may_seed`: nothing of this sale can be lost, so absent keys mean new.
-        `reopen_accepted`: units accepted in the ledger, for a fenced sale that was verified.
+        `seed_until_ms`: a moment ago nothing of this sale could be lost, so until then, of Redis'
+        clock, absent keys mean new.
         `replaces`: a finished sale of the item whose rows are recorded, and its accepted units.
         """
         await translated(self._redis.sadd(ITEMS, spec.item_id))
@@ -143,8 +143,7 @@ class Inventory:
             "" if spec.ends_ms is None else spec.ends_ms,
             "paused" if spec.paused else "open",
             spec.display_name or "",
-            int(may_seed),
-            "" if reopen_accepted is None else reopen_accepted,
+            "" if seed_until_ms is None else seed_until_ms,
             other_id,
             other_accepted,
         )
@@ -185,9 +184,11 @@ class Inventory:
         """Redis' clock and run; the sales of another run are fenced."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
-        pipeline.info("server")
+        pipeline.info("server", "replication")
         (seconds, microseconds), info = await translated(pipeline.execute())
-        return ServerTime(seconds * 1000 + microseconds // 1000, info["run_id"])
+        # The client makes a number of what has only digits, such as 40 zeros.
+        ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
+        return ServerTime(seconds * 1000 + microseconds // 1000, ":".join(ids))
 
     async def sales(
         self, item_ids: Iterable[str], *, skip_unreadable: bool = False

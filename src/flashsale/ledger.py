@@ -25,7 +25,10 @@ COMMAND_TIMEOUT_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class SaleRow:
-    """A row of `sales`. Counts are units; `resource_uid` is the FlashSale's that declared it."""
+    """A row of `sales`. Counts are units; `resource_uid` is the FlashSale's that declared it.
+
+    `lost`: what Redis had accepted and rebuilds found nowhere.
+    """
 
     sale_id: str
     item_id: str
@@ -41,6 +44,7 @@ class SaleRow:
     accepted: int
     released: int
     resource_uid: str | None = None
+    lost: int = 0
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:

@@ -1,6 +1,7 @@
 """Rebuilding a fenced sale in Redis: the scripts `fence`, `restore` and `trust` as typed calls.
 
-The keys belong to one rebuild at a time, by its token; nothing of them is believed before `trust`.
+The keys belong to one rebuild at a time, named by the revision that the ledger gave it; nothing of
+them is believed before `trust`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from flashsale.scripts import Script, Scripts, translated
 
 PAGE: Final = 1_000
 """Reservations, or buyers, in one `restore` call: it holds Redis for about a millisecond."""
+LEASE_MS: Final = 5_000
+"""How long others leave a sale to a rebuild that does not say that it goes on."""
 
 
 class Fenced(StrEnum):
@@ -24,6 +27,8 @@ class Fenced(StrEnum):
     FENCED = "fenced"
     BEGUN = "begun"
     TRUSTED = "trusted"
+    REBUILDING = "rebuilding"
+    SUPERSEDED = "superseded"
     UNDRAINED = "undrained"
     CONFLICT = "conflict"
     UNSUPPORTED = "unsupported"
@@ -49,24 +54,48 @@ class Recovery:
         self._restore = Script("restore")
         self._trust = Script("trust")
 
-    async def fence(
-        self, spec: SaleSpec, revision: int, *, finished: str | None = None, token: str = ""
-    ) -> Fenced:
-        """Marks the sale as not to be trusted; with a token begins the rebuild of that token.
+    async def rebuilding(self, item_id: str) -> bool:
+        """Whether a rebuild has the item's sale, and said so less than its lease ago."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.time()
+        pipeline.hmget(ItemKeys.of(item_id).sale, "run_id", "rebuild_until_ms")
+        (seconds, microseconds), (run_id, until_ms) = await translated(pipeline.execute())
+        return (
+            str(run_id).startswith("rebuild:")
+            and int(until_ms or 0) > seconds * 1000 + microseconds // 1000
+        )
 
-        `spec` and `revision` are the ledger's row; `finished` is "closed" or "ended" if it is.
+    async def fence(  # noqa: PLR0913 - what the row says, and what the rebuild does now
+        self,
+        spec: SaleSpec,
+        claim: int,
+        *,
+        closed: bool = False,
+        replaces: tuple[str, int] | None = None,
+        begin: bool = False,
+        lease_ms: int = LEASE_MS,
+    ) -> Fenced:
+        """Has the sale wait for the rebuild `claim` for `lease_ms`, or begins to write it.
+
+        `spec` is the ledger's row, `closed` if it says so, and `claim` the row's revision.
+        `replaces` is as for `Inventory.apply`.
         """
         await translated(self._redis.sadd(ITEMS, spec.item_id))
+        other_id, other_accepted = replaces or ("", 0)
+        state = "paused" if spec.paused else "open"
         arguments = (
             spec.sale_id,
-            revision,
+            claim,
             spec.stock,
             spec.max_per_user,
             "" if spec.starts_ms is None else spec.starts_ms,
             "" if spec.ends_ms is None else spec.ends_ms,
-            finished or ("paused" if spec.paused else "open"),
+            "closed" if closed else state,
             spec.display_name or "",
-            token,
+            lease_ms,
+            other_id,
+            other_accepted,
+            "1" if begin else "",
         )
         return Fenced(
             await self._scripts.call(self._fence, ItemKeys.of(spec.item_id).four, arguments)
@@ -75,7 +104,7 @@ class Recovery:
     async def restore(
         self,
         item_id: str,
-        token: str,
+        claim: int,
         *,
         buyers: Mapping[str, int] | None = None,
         records: Sequence[tuple[str, Record]] = (),
@@ -86,7 +115,7 @@ class Recovery:
             pairs += (user_id, units)
         for reservation_id, record in records:
             pairs += (reservation_id, ",".join(map(str, record)))
-        arguments = (token, len(buyers or ()), *pairs)
+        arguments = (claim, LEASE_MS, len(buyers or ()), *pairs)
         return Trusted(
             await self._scripts.call(self._restore, ItemKeys.of(item_id).four, arguments)
         )
@@ -94,7 +123,7 @@ class Recovery:
     async def trust(  # noqa: PLR0913 - each is a number to agree on
         self,
         item_id: str,
-        token: str,
+        claim: int,
         run_id: str,
         *,
         accepted: int,
@@ -103,5 +132,5 @@ class Recovery:
         buyers: int,
     ) -> Trusted:
         """Ends the rebuild; `run_id` is the server's when it began."""
-        arguments = (token, run_id, accepted, released, reservations, buyers)
+        arguments = (claim, run_id, accepted, released, reservations, buyers)
         return Trusted(await self._scripts.call(self._trust, ItemKeys.of(item_id).four, arguments))

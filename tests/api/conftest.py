@@ -38,7 +38,7 @@ def open_sale(stock: Inventory) -> Callable[..., Any]:
 
     async def seed(item: str, units: int = 100, **changes: object) -> SaleSpec:
         spec = replace(SaleSpec(f"default/{item.lower()}", item, units), **changes)  # type: ignore[arg-type]
-        assert await stock.apply(spec, 1, may_seed=True) is Applied.SEEDED
+        assert await stock.apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
         return spec
 
     return seed

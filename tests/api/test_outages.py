@@ -36,7 +36,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 async def own_stock(own_redis: RedisServer) -> AsyncIterator[Inventory]:
     client = inventory.connect(own_redis.url)
     stock = Inventory(client)
-    assert await stock.apply(SPEC, 1, may_seed=True) is Applied.SEEDED
+    assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
     yield stock
     await client.aclose()
 

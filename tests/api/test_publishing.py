@@ -35,7 +35,7 @@ def redis_here(tmp_path: Path) -> Iterator[RedisServer]:
 async def stock_here(redis_here: RedisServer) -> AsyncIterator[Inventory]:
     client = inventory.connect(redis_here.url)
     stock = Inventory(client)
-    assert await stock.apply(SPEC, 1, may_seed=True) is Applied.SEEDED
+    assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
     yield stock
     await client.aclose()
 
@@ -115,6 +115,37 @@ def a_crowd(number: int, name: str = "u") -> list[Attempt]:
 
 def ids(records: list[ConsumerRecord[bytes, bytes]]) -> set[str]:
     return {events.decode(record.value).reservation_id for record in records}
+
+
+async def test_whoever_answers_a_replay_publishes_it_too(
+    kafka_here: KafkaServer,
+    new_api: Callable[[str], ApiServer],
+    redis_here: RedisServer,
+    stock_here: Inventory,
+) -> None:
+    """Redis loses what another pod, which is dead, had accepted: the second 202 keeps its word."""
+    request = {"userId": "ann", "itemId": ITEM, "quantity": 2}
+    first, second = new_api("first"), new_api("second")
+    await asyncio.to_thread(first.start)
+    async with httpx.AsyncClient(base_url=first.url) as http:
+        answer = await http.post("/reserve", json=request, headers={"Idempotency-Key": "k"})
+    first.kill()
+    await asyncio.to_thread(second.start)
+    async with httpx.AsyncClient(base_url=second.url) as http:
+        for _ in range(3):  # held once, however often it is answered
+            again = await http.post("/reserve", json=request, headers={"Idempotency-Key": "k"})
+            assert (again.status_code, again.json()) == (202, answer.json())
+    sale = (await stock_here.sales([ITEM]))[ITEM]
+    assert (sale.accepted, sale.outbox_length) == (2, 1)
+    client = inventory.connect(redis_here.url)
+    await client.flushall()
+    await client.aclose()
+    await start_kafka(kafka_here)
+    async with asyncio.timeout(60):
+        while not (records := await published(kafka_here)):
+            await asyncio.sleep(0.2)
+    assert ids(records) == {answer.json()["reservationId"]}
+    assert len(records) == 1
 
 
 async def test_an_event_carries_the_reservation_and_its_sale(

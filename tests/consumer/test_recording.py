@@ -157,7 +157,7 @@ async def test_what_exceeds_the_capacity_is_refused_and_the_rest_lands(book: Boo
     oversold = [accepted(number, allocated=3, capacity=3) for number in range(5)]
     other = [accepted(number, sale_id="default/watches", item_id="watch") for number in range(5)]
     outcome = await record(book, [*reversed(oversold), *other])
-    assert {event.reservation_id for event in outcome.refused} == {
+    assert {event.reservation_id for event, _ in outcome.refused} == {
         event.reservation_id for event in oversold[3:]
     }
     assert outcome.recorded == 8
@@ -171,15 +171,44 @@ async def test_what_exceeds_the_capacity_is_refused_and_the_rest_lands(book: Boo
     assert await book.has(*other)
 
 
-async def test_a_refused_reservation_stays_refused(book: Book) -> None:
+async def test_a_refused_reservation_stays_refused_while_it_does_not_fit(book: Book) -> None:
     event = accepted(allocated=0, capacity=0)
-    assert (await record(book, [event])).refused == [event]
-    for later in (event, released(event), msgspec.structs.replace(event, capacity=5)):
-        outcome = await record(book, [later])
-        assert outcome == Outcome()
+    assert [each for each, _ in (await record(book, [event])).refused] == [event]
+    for later in (event, released(event, capacity=0)):
+        assert await record(book, [later]) == Outcome()
     assert await book.rows() == {event.reservation_id: ("refused", 1, 1)}
     sale = await book.sale()
     assert (sale.accepted, sale.released) == (0, 0)
+
+
+async def test_a_refused_reservation_that_is_accepted_again_is_recorded(book: Book) -> None:
+    """Redis was rebuilt without it, and its buyer came again with the same key."""
+    first, other = accepted(0, allocated=1, capacity=1), accepted(1, allocated=1, capacity=1)
+    assert (await record(book, [first])).recorded == 1
+    assert [each for each, _ in (await record(book, [other])).refused] == [other]
+    again = msgspec.structs.replace(other, capacity=2, revision=2)
+    assert (await record(book, [again, first])).recorded == 1
+    assert await record(book, [again, other]) == Outcome()
+    assert await book.has(first, again)
+    sale = await book.sale()
+    assert (sale.accepted, sale.capacity) == (2, 2)
+
+
+async def test_what_a_rebuild_did_not_see_is_refused_when_it_comes(book: Book) -> None:
+    known, late = accepted(0, revision=4), accepted(1, revision=4)
+    await record(book, [known])
+    await book.pool.execute("UPDATE sales SET rebuilt_revision = 5, revision = 5")
+    after = accepted(2, revision=5)
+    outcome = await record(book, [known, late, after])
+    assert (outcome.recorded, [each for each, _ in outcome.refused]) == (1, [late])
+    assert "rebuilt without it" in outcome.refused[0][1]
+    assert await record(book, [late, known]) == Outcome()
+    assert {key: row[0] for key, row in (await book.rows()).items()} == {
+        known.reservation_id: "accepted",
+        late.reservation_id: "refused",
+        after.reservation_id: "accepted",
+    }
+    assert (await book.sale()).accepted == 2
 
 
 async def test_a_restock_counts_for_its_whole_batch_even_if_that_is_divided(book: Book) -> None:

@@ -21,7 +21,7 @@ async def test_applying_again_changes_nothing(stock: Inventory, item: str) -> No
     assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
     before = await the_sale(stock, item)
     for _ in range(3):
-        assert await stock.apply(spec, 1, may_seed=True) is Applied.UNCHANGED
+        assert await stock.apply(spec, 1, seed_until_ms=2**53) is Applied.UNCHANGED
     assert await the_sale(stock, item) == before
 
 
@@ -78,7 +78,7 @@ async def test_manifests_applied_in_the_middle_of_a_crowd_create_no_unit(
             await stock.apply(
                 replace(spec, stock=wanted, paused=chance.random() < 0.2),
                 revision - chance.choice([0, 0, 0, 1]),
-                may_seed=chance.random() < 0.5,
+                seed_until_ms=2**53 if chance.random() < 0.5 else None,
             )
             sale = await the_sale(stock, item)
             assert sale.held <= sale.allocated
@@ -88,6 +88,12 @@ async def test_manifests_applied_in_the_middle_of_a_crowd_create_no_unit(
     _, most = await asyncio.gather(asyncio.gather(*(buy(15 * n) for n in range(6))), edit())
     sale = await the_sale(stock, item)
     assert sale.accepted == sum(sold) <= most
+
+
+async def test_whoever_was_suspended_before_it_seeds_may_not(stock: Inventory, item: str) -> None:
+    now_ms, _ = await stock.server()
+    assert await stock.apply(a_sale(item), 1, seed_until_ms=now_ms - 1) is Applied.MISSING
+    assert await stock.apply(a_sale(item), 1, seed_until_ms=now_ms + 60_000) is Applied.SEEDED
 
 
 async def test_pausing_and_resuming(stock: Inventory, item: str) -> None:
@@ -146,19 +152,19 @@ async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_r
     [answer] = await answers(stock, item, [bought])
 
     async def take(recorded: int) -> Applied:
-        return await stock.apply(second, 1, may_seed=True, replaces=(first.sale_id, recorded))
+        return await stock.apply(second, 1, seed_until_ms=2**53, replaces=(first.sale_id, recorded))
 
     assert await take(1) is Applied.CONFLICT  # selling
     await stock.close(item, first.sale_id, 2)
     assert await take(1) is Applied.CONFLICT  # not drained
     await stock.settle(item, [(answer.detail, bought.reservation_id)])
     assert await take(0) is Applied.CONFLICT  # not recorded
-    assert await stock.apply(second, 1, may_seed=True) is Applied.CONFLICT  # not asked to
+    assert await stock.apply(second, 1, seed_until_ms=2**53) is Applied.CONFLICT  # not asked to
     assert await take(1) is Applied.SEEDED
     sale = await the_sale(stock, item)
     assert (sale.sale_id, sale.accepted, sale.available) == ("default/second", 0, 7)
     assert await stock.reservation(item, bought.reservation_id) is None
-    assert await stock.apply(first, 9, may_seed=True) is Applied.CONFLICT
+    assert await stock.apply(first, 9, seed_until_ms=2**53) is Applied.CONFLICT
 
 
 @pytest.mark.parametrize("stock_wanted", [0, 1, 100_000_000])

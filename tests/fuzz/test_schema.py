@@ -54,7 +54,10 @@ def sale_of(server: RedisServer) -> Sale:
         client = inventory.connect(server.url)
         stock = Inventory(client)
         spec = SaleSpec(f"default/{ITEM}", ITEM, UNITS, max_per_user=1_000)
-        assert await stock.apply(spec, 1, may_seed=True) in (Applied.SEEDED, Applied.UNCHANGED)
+        assert await stock.apply(spec, 1, seed_until_ms=2**53) in (
+            Applied.SEEDED,
+            Applied.UNCHANGED,
+        )
         sale = (await stock.sales([ITEM]))[ITEM]
         await client.aclose()
         return sale

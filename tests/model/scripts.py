@@ -22,7 +22,6 @@ class Manifest:
     ends_hour: int | None = None
     paused: bool = False
     may_seed: bool = False
-    reopen_accepted: int | None = None
     replaces: tuple[str, int] | None = None
 
     @property
@@ -59,6 +58,8 @@ class Item:
     """Reservation ids by entry; emptied, it is there still."""
     outbox_limit: int = 4
     settled: set[str] = field(default_factory=set)
+    taken: dict[str, Request] = field(default_factory=dict)
+    """What this sale ever accepted, as a ledger that has everything knows it."""
 
     @property
     def others(self) -> int:
@@ -75,7 +76,7 @@ class Item:
     @property
     def useless(self) -> bool:
         """Whether no call can make the sale accept anything again."""
-        return self.sale is None or self.torn or self.sale.state == "ended"
+        return self.sale is None or self.sale.state == "ended"
 
     def apply(self, manifest: Manifest) -> Applied:  # noqa: PLR0911 - a list of rules
         sale = self.sale
@@ -90,27 +91,47 @@ class Item:
             return self._seed(manifest) if manifest.may_seed else Applied.MISSING
         if manifest.revision < sale.manifest.revision:
             return Applied.STALE
-        fenced = self.fenced
-        if fenced and (self.torn or self.outbox or manifest.reopen_accepted != sale.accepted):
+        if self.fenced:
             return Applied.FENCED
         if sale.state == "ended" or (sale.state != "closed" and sale.finished):
-            sale.state, sale.restarted = "ended", False
-            return Applied.REOPENED if fenced else Applied.ENDED
+            sale.state = "ended"
+            return Applied.ENDED
         allocated = max(manifest.stock, sale.accepted - sale.released)
-        if not fenced and (manifest.revision, manifest.state, allocated) == (
+        if (manifest.revision, manifest.state, allocated) == (
             sale.manifest.revision,
             sale.state,
             sale.allocated,
         ):
             return Applied.UNCHANGED
-        sale.manifest, sale.state = manifest, manifest.state
-        sale.allocated, sale.restarted = allocated, False
-        return Applied.REOPENED if fenced else Applied.CHANGED
+        sale.manifest, sale.state, sale.allocated = manifest, manifest.state, allocated
+        return Applied.CHANGED
+
+    def rebuild(self, claim: int) -> None:
+        """A fenced sale with a drained outbox comes back from the ledger."""
+        sale = self.sale
+        if sale is None:
+            raise ValueError("the row is the hash's: without that there is none")
+        sale.manifest = replace(sale.manifest, revision=claim)
+        if sale.state != "closed":
+            sale.state = sale.manifest.state
+        sale.accepted = sum(request.quantity for request in self.taken.values())
+        sale.allocated = max(sale.manifest.stock, sale.accepted)
+        sale.restarted = False
+        self.reservations = dict(self.taken) or None
+        self.buyers = self.held() or None
+        self.outbox, self.settled = {}, set(self.taken)
+
+    def held(self) -> dict[str, int]:
+        """Units by buyer, of what was ever accepted."""
+        held: dict[str, int] = {}
+        for request in self.taken.values():
+            held[request.user_id] = held.get(request.user_id, 0) + request.quantity
+        return held
 
     def _seed(self, manifest: Manifest) -> Applied:
         self.sale = Hash(manifest, manifest.state, manifest.stock)
         self.buyers = self.reservations = self.outbox = None
-        self.settled = set()
+        self.settled, self.taken = set(), {}
         return Applied.SEEDED
 
     def reserve(self, batch: Sequence[Request]) -> Outcome | list[Outcome]:
@@ -150,6 +171,7 @@ class Item:
         if len(self.unsettled) >= self.outbox_limit:
             return Outcome.OUTBOX_FULL
         self.reservations = reservations | {request.reservation_id: request}
+        self.taken[request.reservation_id] = request
         self.buyers = (self.buyers or {}) | {request.user_id: held + request.quantity}
         sale.accepted += request.quantity
         return Outcome.ACCEPTED
@@ -187,5 +209,5 @@ class Item:
         if self.outbox or sale.accepted != recorded:
             return Freed.UNRECORDED
         self.sale = self.buyers = self.reservations = self.outbox = None
-        self.settled = set()
+        self.settled, self.taken = set(), {}
         return Freed.FREED

@@ -30,6 +30,7 @@ from dev.stack.servers import RedisServer, redis_binaries
 from flashsale import inventory
 from flashsale.inventory import Applied, Closed, Freed, Inventory
 from flashsale.keys import ItemKeys
+from flashsale.recovery import Fenced, Recovery, Trusted
 from flashsale.reservations import BatchReply, Outcome, Record, Request
 from flashsale.sale import SaleSpec
 from tests.model.scripts import Hash, Item, Manifest
@@ -52,8 +53,9 @@ class Fault(NamedTuple):
     right: str
     wrong: str
 
-    def into(self, stock: Inventory) -> None:
-        script = getattr(stock, f"_{self.script}")
+    def into(self, stock: Inventory, recovery: Recovery) -> None:
+        name = f"_{self.script}"
+        script = getattr(stock, name, None) or getattr(recovery, name)
         assert script.source.count(self.right) == 1
         script.source = script.source.replace(self.right, self.wrong)
         script.sha = sha1(script.source.encode(), usedforsecurity=False).hexdigest()
@@ -70,10 +72,11 @@ FAULTS = [
     Fault("reserve", "'HSET', KEYS[1], 'state', 'ended',", "'HSET', KEYS[1],"),
     Fault("apply", "revision < sale.revision", "revision <= sale.revision"),
     Fault("apply", "math.max(requested, sale.accepted - sale.released)", "requested"),
-    Fault("apply", "sale.torn or not drained or", "sale.torn or"),
-    Fault("apply", "sale.torn or not drained", "not drained"),
-    Fault("apply", "or sale.accepted ~= tonumber(ARGV[12])", ""),
+    Fault("apply", "if sale.fenced then", "if sale.torn then"),
+    Fault("apply", "and redis.call('XLEN', outbox) == 0", ""),
+    Fault("apply", "and sale.accepted == tonumber(recorded)", ""),
     Fault("apply", "or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0", ""),
+    Fault("trust", "math.max(sale.allocated, accepted - released)", "sale.allocated"),
     Fault("settle", "and entry[2][2] == ARGV[i + 1]", ""),
     Fault("close", "if revision < sale.revision then", "if revision < 0 then"),
     Fault("close", "and 'ended' or 'closed'", "and 'closed' or 'closed'"),
@@ -97,6 +100,7 @@ class Connected:
     runner: asyncio.Runner
     redis: Redis
     stock: Inventory
+    recovery: Recovery
     run_id: str
     names: Iterator[int]
     seen: Counter[str]
@@ -139,7 +143,6 @@ class Scripts(RuleBasedStateMachine):
         ),
         paused=pauses,
         may_seed=st.booleans(),
-        reopen=st.sampled_from([None, 0, 0, 1]),
         replaces=st.sampled_from([None, 0, 0, 1]),
     )
     def apply(
@@ -151,7 +154,6 @@ class Scripts(RuleBasedStateMachine):
         window: tuple[int | None, int | None],
         paused: bool,
         may_seed: bool,
-        reopen: int | None,
         replaces: int | None,
     ) -> None:
         held = self.model.sale
@@ -166,7 +168,6 @@ class Scripts(RuleBasedStateMachine):
                 *window,
                 paused=paused,
                 may_seed=may_seed,
-                reopen_accepted=None if reopen is None else accepted + reopen,
                 replaces=None if replaces is None else (other, accepted + replaces),
             )
         )
@@ -174,11 +175,9 @@ class Scripts(RuleBasedStateMachine):
     @rule(stock=stocks, limit=limits, paused=pauses, again=chances)
     @precondition(lambda self: self.model.sale is not None)
     def edit(self, stock: int, limit: int, paused: bool, again: int) -> None:
-        """What an operator mostly does: the same sale, another stock; fenced, it is verified."""
+        """What an operator mostly does: the same sale, another stock."""
         sale = cast("Hash", self.model.sale)
-        manifest = replace(
-            sale.manifest, may_seed=False, reopen_accepted=sale.accepted, replaces=None
-        )
+        manifest = replace(sale.manifest, may_seed=False, replaces=None)
         if again > 25:
             manifest = replace(
                 manifest,
@@ -291,6 +290,41 @@ class Scripts(RuleBasedStateMachine):
         cast("Hash", self.model.sale).restarted = True
         self._set("run_id", OTHER_RUN)
 
+    @rule()
+    @precondition(lambda self: self.model.fenced and not self.model.outbox)
+    def rebuild(self) -> None:
+        """From a ledger that has recorded everything, and whose row is as the hash was."""
+        sale = cast("Hash", self.model.sale)
+        claim = self.revision = max(self.revision, sale.manifest.revision) + 1
+        closed = sale.state == "closed"
+        self.model.rebuild(claim)
+        self.server.run(self._rebuild(sale.manifest, claim, closed=closed))
+        self.server.seen["rebuilt"] += 1
+
+    async def _rebuild(self, manifest: Manifest, claim: int, *, closed: bool) -> None:
+        recovery, spec = self.server.recovery, self._spec(manifest)
+        assert await recovery.fence(spec, claim, closed=closed) is Fenced.FENCED
+        assert await recovery.fence(spec, claim, closed=closed, begin=True) is Fenced.BEGUN
+        held, taken = self.model.held(), self.model.taken
+        records = [
+            (identity, Record("accepted", 1, r.quantity, self.zero_ms, r.user_id, r.request_key))
+            for identity, r in taken.items()
+        ]
+        if taken:
+            for page in ({"buyers": held}, {"records": records}):
+                restored = await recovery.restore(self.item, claim, **page)
+                assert restored is Trusted.RESTORED
+        ended = await recovery.trust(
+            self.item,
+            claim,
+            self.server.run_id,
+            accepted=sum(held.values()),
+            released=0,
+            reservations=len(taken),
+            buyers=len(held),
+        )
+        assert ended is Trusted.TRUSTED
+
     @rule(hour=st.sampled_from([1, 2, 3]))
     @precondition(lambda self: self.model.sale is not None and self.model.sale.last_hour < 3)
     def pass_time(self, hour: int) -> None:
@@ -369,7 +403,20 @@ class Scripts(RuleBasedStateMachine):
 
     def _apply(self, manifest: Manifest) -> None:
         expected = self.model.apply(manifest)
-        spec = SaleSpec(
+        call = self.server.stock.apply(
+            self._spec(manifest),
+            manifest.revision,
+            seed_until_ms=2**53 if manifest.may_seed else None,
+            replaces=manifest.replaces,
+        )
+        assert self.server.run(call) is expected
+        self.server.seen[f"apply: {expected}"] += 1
+        self.revision = max(self.revision, manifest.revision)
+        if expected in {Applied.SEEDED, Applied.CHANGED}:
+            self.highest_limit = max(self.highest_limit, manifest.max_per_user)
+
+    def _spec(self, manifest: Manifest) -> SaleSpec:
+        return SaleSpec(
             manifest.sale_id,
             self.item,
             manifest.stock,
@@ -378,18 +425,6 @@ class Scripts(RuleBasedStateMachine):
             ends_ms=self._ms(manifest.ends_hour),
             paused=manifest.paused,
         )
-        call = self.server.stock.apply(
-            spec,
-            manifest.revision,
-            may_seed=manifest.may_seed,
-            reopen_accepted=manifest.reopen_accepted,
-            replaces=manifest.replaces,
-        )
-        assert self.server.run(call) is expected
-        self.server.seen[f"apply: {expected}"] += 1
-        self.revision = max(self.revision, manifest.revision)
-        if expected in {Applied.SEEDED, Applied.CHANGED, Applied.REOPENED}:
-            self.highest_limit = max(self.highest_limit, manifest.max_per_user)
 
     def _revision(self, above: int) -> int:
         return max(1, self.revision + above)
@@ -453,10 +488,11 @@ def _modelled(
     with asyncio.Runner() as runner:
         client = inventory.connect(server.url)
         stock = Inventory(client, outbox_limit=Item().outbox_limit)
+        recovery = Recovery(client)
         if fault is not None:
-            fault.into(stock)
+            fault.into(stock, recovery)
         run_id = runner.run(stock.server()).run_id
-        connected = Connected(runner, client, stock, run_id, itertools.count(), Counter())
+        connected = Connected(runner, client, stock, recovery, run_id, itertools.count(), Counter())
         machine = type("OnServer", (Scripts,), {"server": connected})
         try:
             run_state_machine_as_test(
@@ -482,6 +518,7 @@ def test_the_scripts_do_what_their_model_says(kind: str, tmp_path: Path) -> None
         seen = _modelled(server, Phase.generate, Phase.shrink, examples=EXAMPLES, fault=None)
     # Sequences in which nothing happens would prove nothing.
     decided = {*Outcome} - {Outcome.UNKNOWN, Outcome.UNSUPPORTED, Outcome.FENCED}
+    assert seen["rebuilt"]
     answered = {f"apply: {answer}" for answer in Applied if answer is not Applied.UNSUPPORTED}
     answered |= {f"free: {answer}" for answer in Freed if answer is not Freed.UNSUPPORTED}
     answered |= {f"close: {answer}" for answer in Closed if answer is not Closed.UNSUPPORTED}

@@ -16,12 +16,13 @@ from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Answer, BatchReply, Outcome, Request
 from flashsale.sale import Sale, SaleSpec
+from flashsale_operator.barrier import Barrier, Patience
+from flashsale_operator.rebuild import Rebuild
 from flashsale_operator.steward import Report, Steward
 from flashsale_operator.topic import Span
-from flashsale_operator.verification import Barrier, Patience
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
-QUICK = Patience(unseen=0.05, quiet=0.3, recorded=0.3, between=0.01)
+QUICK = Patience(seeding=0.05, unseen=0.05, quiet=0.3, recorded=0.3, between=0.01)
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Shop:
     def __post_init__(self) -> None:
         self.inventory = Inventory(self.redis)
         self.barrier = Barrier(self.redis, self.pool, self.spans, patience=self.patience)
-        self.steward = Steward(self.inventory, self.pool, self.barrier.verify)
+        rebuild = Rebuild(self.redis, self.pool, self.barrier)
+        self.steward = Steward(self.inventory, self.pool, rebuild.rebuild)
 
     async def spans(self) -> Mapping[int, Span]:
         return self.topic

@@ -15,7 +15,7 @@ from flashsale.inventory import Applied
 from flashsale.sale import Sale
 from flashsale_operator import conditions
 from flashsale_operator.conditions import SAMPLE_SECONDS, Counts, Found, Obstacle, Status
-from flashsale_operator.reconcile import Reason, State
+from flashsale_operator.reconcile import Kept, Reason, State
 from flashsale_operator.steward import Report
 from flashsale_operator.topic import KafkaUnavailable
 from tests.operator.observations import OTHER, SPEC, a_row, a_sale
@@ -103,8 +103,9 @@ def test_what_redis_does_is_told_while_the_ledger_is_away() -> None:
     assert (found.ready, found.state, found.counts) == (False, State.SELLING, Counts(100, 3, 97))
 
 
-def test_a_verification_without_kafka_names_kafka() -> None:
-    found = conditions.found_of(a_report(State.FENCED, Reason.FENCED), without_kafka=True)
+def test_a_rebuild_without_kafka_names_kafka() -> None:
+    kept = Kept(("Kafka is away",), without_kafka=True)
+    found = conditions.found_of(replace(a_report(State.FENCED, Reason.FENCED), kept=kept))
     assert (found.reason, found.state) == (Obstacle.KAFKA_UNAVAILABLE, State.FENCED)
 
 

@@ -6,12 +6,13 @@ import uuid
 
 import pytest
 
+from flashsale.inventory import Closed
 from flashsale.keys import ItemKeys
 from flashsale.recovery import Fenced, Recovery, Trusted
 from flashsale.reservations import Outcome, Request
 from flashsale.sale import SaleSpec
 from flashsale_operator.rebuild import Rebuild, Rebuilt
-from flashsale_operator.reconcile import Differs, State, spec_of
+from flashsale_operator.reconcile import Kept, State, spec_of
 from flashsale_operator.topic import Span
 from tests.operator.conftest import Shop
 
@@ -25,7 +26,7 @@ async def sold(shop: Shop, spec: SaleSpec) -> SaleSpec:
     return spec
 
 
-async def rebuild(shop: Shop, spec: SaleSpec) -> Rebuilt | Differs:
+async def rebuild(shop: Shop, spec: SaleSpec) -> Rebuilt | Kept:
     work = Rebuild(shop.redis, shop.pool, shop.barrier)
     return await work.rebuild(await shop.row(spec.sale_id))
 
@@ -77,7 +78,7 @@ async def test_until_it_is_rebuilt_a_missing_sale_is_fenced_and_not_unknown(
 ) -> None:
     await shop.redis.flushall()
     row = await shop.row(sold.sale_id)
-    assert await Recovery(shop.redis).fence(spec_of(row), row.revision) is Fenced.FENCED
+    assert await Recovery(shop.redis).fence(spec_of(row), row.revision + 1) is Fenced.FENCED
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
 
 
@@ -112,7 +113,7 @@ async def test_an_outbox_that_is_not_drained_keeps_the_sale_fenced(
     await shop.buy(sold.item_id, "d")
     await restart(shop, sold)
     kept = await rebuild(shop, sold)
-    assert kept == Differs(("the outbox has 1 events that Kafka has not",))
+    assert kept == Kept(("the outbox has 1 events that Kafka has not",))
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
     sale = await shop.sale(sold.item_id)
     assert sale is not None
@@ -129,7 +130,7 @@ async def test_a_ledger_that_has_not_read_the_topic_keeps_the_sale_fenced(
     shop.topic |= {0: Span(0, 5)}
     await shop.read_to(0, 4)
     await shop.redis.flushall()
-    assert isinstance(await rebuild(shop, sold), Differs)
+    assert isinstance(await rebuild(shop, sold), Kept)
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
 
 
@@ -139,38 +140,108 @@ async def test_a_sale_that_is_whole_is_left_alone(shop: Shop, sold: SaleSpec) ->
     assert await shop.sale(sold.item_id) == before
 
 
+async def begin(shop: Shop, spec: SaleSpec, claim: int) -> None:
+    """A rebuild that comes as far as its first write."""
+    recovery, row = Recovery(shop.redis), await shop.row(spec.sale_id)
+    assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
+    assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.BEGUN
+
+
+async def end_lease(shop: Shop, spec: SaleSpec) -> None:
+    """As if the rebuild had not said for long that it goes on."""
+    await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "rebuild_until_ms", "1")
+
+
 async def test_a_rebuild_that_is_overtaken_can_write_nothing(shop: Shop, sold: SaleSpec) -> None:
-    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    recovery = Recovery(shop.redis)
     await shop.redis.flushall()
     run_id = (await shop.inventory.server()).run_id
-    assert await recovery.fence(spec_of(row), row.revision, token="slow") is Fenced.BEGUN
+    await begin(shop, sold, 1)
+    assert await rebuild(shop, sold) == Kept(("another operator or flashsalectl rebuilds it",))
+    await end_lease(shop, sold)
     assert isinstance(await rebuild(shop, sold), Rebuilt)
     assert await shop.buy(sold.item_id, "d") == [Outcome.ACCEPTED]
     before = await shop.sale(sold.item_id)
-    assert await recovery.restore(sold.item_id, "slow", buyers={"e": 1}) is Trusted.SUPERSEDED
+    row = spec_of(await shop.row(sold.sale_id))
+    assert await recovery.fence(row, 1) is Fenced.TRUSTED
+    assert await recovery.fence(row, 1, begin=True) is Fenced.SUPERSEDED
+    assert await recovery.restore(sold.item_id, 1, buyers={"e": 1}) is Trusted.SUPERSEDED
     ended = await recovery.trust(
-        sold.item_id, "slow", run_id, accepted=0, released=0, reservations=0, buyers=0
+        sold.item_id, 1, run_id, accepted=0, released=0, reservations=0, buyers=0
     )
     assert ended is Trusted.SUPERSEDED
     assert await shop.sale(sold.item_id) == before
 
 
+async def test_a_rebuild_that_was_suspended_while_redis_was_wiped_begins_nothing(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    """What it waited for was before others sold on, and Redis lost that."""
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    await shop.redis.flushall()
+    assert await recovery.fence(spec_of(row), 7) is Fenced.FENCED
+    await end_lease(shop, sold)
+    assert isinstance(await rebuild(shop, sold), Rebuilt)
+    await shop.redis.flushall()
+    assert await recovery.fence(spec_of(row), 7, begin=True) is Fenced.SUPERSEDED
+
+
+async def test_a_sale_that_is_closed_in_the_middle_stays_closed(shop: Shop, sold: SaleSpec) -> None:
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    await shop.redis.flushall()
+    claim = row.revision + 1
+    assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
+    assert await shop.inventory.close(sold.item_id, sold.sale_id, claim + 1) is Closed.CLOSED
+    assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.SUPERSEDED
+
+
 async def test_a_server_that_restarts_in_the_middle_is_not_trusted(
     shop: Shop, sold: SaleSpec
 ) -> None:
-    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    recovery = Recovery(shop.redis)
     await shop.redis.flushall()
-    assert await recovery.fence(spec_of(row), row.revision, token="mine") is Fenced.BEGUN
+    await begin(shop, sold, 5)
     ended = await recovery.trust(
-        sold.item_id, "mine", "an earlier run", accepted=0, released=0, reservations=0, buyers=0
+        sold.item_id, 5, "an earlier run", accepted=0, released=0, reservations=0, buyers=0
     )
     assert ended is Trusted.RESTARTED
     run_id = (await shop.inventory.server()).run_id
     ended = await recovery.trust(
-        sold.item_id, "mine", run_id, accepted=3, released=0, reservations=3, buyers=3
+        sold.item_id, 5, run_id, accepted=3, released=0, reservations=3, buyers=3
     )
     assert ended is Trusted.INCOMPLETE
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
+
+
+async def test_a_sale_that_was_freed_comes_back_in_place_of_another_that_is_finished(
+    shop: Shop, sold: SaleSpec, other: SaleSpec
+) -> None:
+    await shop.steward.close(sold.sale_id)
+    await shop.apply(other)
+    await shop.steward.close(other.sale_id)
+    report = await shop.apply(sold)
+    assert (report.state, report.ready) == (State.SELLING, True)
+    assert report.rebuilt is not None
+    assert (report.rebuilt.accepted, report.rebuilt.reservations) == (3, 3)
+    assert await shop.buy(sold.item_id, "a", "z") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
+
+
+async def test_a_fenced_sale_is_rebuilt_by_applying_it(shop: Shop, sold: SaleSpec) -> None:
+    await restart(shop, sold)
+    report = await shop.apply(sold)
+    assert (report.state, report.ready) == (State.SELLING, True)
+    assert report.rebuilt is not None
+    assert report.rebuilt.redis_lacked == 0
+
+
+async def test_what_is_lost_is_noted_once(shop: Shop, spec: SaleSpec) -> None:
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    for _ in range(2):
+        await restart(shop, spec)
+        await rebuild(shop, spec)
+    assert (await shop.row(spec.sale_id)).lost == 1
 
 
 async def test_many_rebuilds_at_once_end_with_one_whole_sale(shop: Shop, sold: SaleSpec) -> None:

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from flashsale.inventory import ServerTime
 from flashsale.sale import SaleSpec
 from flashsale_operator.reconcile import (
+    SEED_MS,
     Action,
     Apply,
-    Differs,
     Done,
+    Kept,
     Observed,
     Reason,
+    Rebuild,
     State,
-    Verified,
-    Verify,
     WriteRow,
     decide,
     spec_of,
@@ -27,6 +27,8 @@ from tests.operator.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sa
 
 NOT_RECORDED = "default/older had iphone_15 before and is not recorded whole yet"
 PAST = replace(SPEC, ends_ms=NOW_MS - 1)
+SOON = NOW_MS + SEED_MS
+KEPT = Kept(("one", "two"))
 
 
 def observed(**changes: Any) -> Observed:  # noqa: ANN401 - any field
@@ -43,30 +45,23 @@ def test_a_new_sale_is_written_into_the_ledger_first() -> None:
 
 
 def test_the_row_that_this_reconcile_inserted_may_be_seeded() -> None:
-    assert decide(SPEC, observed(row=a_row(), written=1)) == Apply(a_row(), may_seed=True)
+    assert decide(SPEC, observed(row=a_row(), written=1)) == Apply(a_row(), seed_until_ms=SOON)
 
 
-def test_a_row_that_was_there_without_keys_is_lost_until_it_is_verified() -> None:
-    lost = observed(row=a_row())
-    assert decide(SPEC, lost) == Verify()
-    assert decide(SPEC, replace(lost, verification=Verified(0, "run-1"))) == Apply(
-        a_row(), may_seed=True
-    )
-    assert decide(SPEC, replace(lost, verification=Verified(0, "run-0"))) == Verify()
-    kept = decide(SPEC, replace(lost, verification=Differs(("one", "two"))))
-    assert outcome(kept) == (State.FENCED, Reason.FENCED)
-    assert isinstance(kept, Done)
-    assert kept.message == "one; two"
+def test_it_is_seeded_once() -> None:
+    seen = observed(row=a_row(), written=1, seeded=True)
+    assert decide(SPEC, seen) == Rebuild(a_row())
+
+
+def test_a_row_that_was_there_without_keys_is_lost_until_it_is_rebuilt() -> None:
+    lost = observed(row=a_row(accepted=3))
+    assert decide(SPEC, lost) == Rebuild(a_row(accepted=3))
+    kept = decide(SPEC, replace(lost, kept=KEPT))
+    assert kept == Done(State.FENCED, Reason.FENCED, "one; two")
 
 
 def test_a_row_that_this_reconcile_changed_is_no_new_row() -> None:
-    assert decide(SPEC, observed(row=a_row(revision=2), written=2)) == Verify()
-
-
-def test_lost_keys_of_units_that_the_ledger_has_are_never_seeded() -> None:
-    for written in (None, 1):
-        lost = observed(row=a_row(accepted=3), written=written, verification=Verified(3, "run-1"))
-        assert outcome(decide(SPEC, lost)) == (State.FENCED, Reason.FENCED)
+    assert decide(SPEC, observed(row=a_row(revision=2), written=2)) == Rebuild(a_row(revision=2))
 
 
 def test_a_sale_that_is_as_its_manifest_asks_is_left_alone() -> None:
@@ -155,24 +150,17 @@ def test_a_closed_sale_continues() -> None:
     assert decide(SPEC, replace(seen, row=row, written=3)) == Apply(row)
 
 
-def test_a_fenced_sale_is_verified_and_then_reopened_with_what_the_ledger_has() -> None:
-    seen = observed(row=a_row(accepted=4), sale=a_sale(run_id="run-0", accepted=4))
-    assert decide(SPEC, seen) == Verify()
-    reopen = Apply(a_row(accepted=4), reopen_accepted=4)
-    assert decide(SPEC, replace(seen, verification=Verified(4, "run-1"))) == reopen
-    assert decide(SPEC, replace(seen, verification=Verified(4, "run-0"))) == Verify()
-    differs = replace(seen, verification=Differs(("the outbox has 1 events",)))
-    assert outcome(decide(SPEC, differs)) == (State.FENCED, Reason.FENCED)
+@pytest.mark.parametrize("changes", [{"run_id": "run-0"}, {"torn": True}])
+def test_a_fenced_sale_is_rebuilt(changes: dict[str, Any]) -> None:
+    seen = observed(row=a_row(accepted=4), sale=a_sale(accepted=4, **changes))
+    assert decide(SPEC, seen) == Rebuild(a_row(accepted=4))
+    assert outcome(decide(SPEC, replace(seen, kept=KEPT))) == (State.FENCED, Reason.FENCED)
 
 
-def test_a_fenced_sale_that_ended_is_verified_without_a_word_to_the_ledger() -> None:
-    seen = observed(row=a_row(PAST, accepted=4), sale=a_sale(PAST, run_id="run-0", accepted=4))
-    assert decide(SPEC, seen) == Verify()
-
-
-def test_a_torn_sale_stays_fenced() -> None:
-    seen = observed(row=a_row(accepted=4), sale=a_sale(torn=True, accepted=4))
-    assert outcome(decide(SPEC, seen)) == (State.FENCED, Reason.FENCED)
+def test_a_fenced_sale_that_ended_is_rebuilt_without_a_word_to_the_ledger() -> None:
+    row = a_row(PAST, accepted=4)
+    seen = observed(row=row, sale=a_sale(PAST, run_id="run-0", accepted=4))
+    assert decide(PAST, seen) == Rebuild(row)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +195,9 @@ def test_a_finished_and_recorded_sale_is_replaced() -> None:
     seen = observed(sale=a_sale(OTHER, stored_state="closed", accepted=5), others=others)
     assert decide(SPEC, seen) == WriteRow(others)
     assert decide(SPEC, replace(seen, row=a_row(), written=1)) == Apply(
-        a_row(), may_seed=True, replaces=("default/older", 5)
+        a_row(), seed_until_ms=SOON, replaces=("default/older", 5)
     )
-    assert decide(SPEC, replace(seen, row=a_row())) == Verify()
+    assert decide(SPEC, replace(seen, row=a_row())) == Rebuild(a_row(), ("default/older", 5))
 
 
 times = st.none() | st.integers(NOW_MS - 3, NOW_MS + 3)
@@ -233,11 +221,6 @@ sales = st.builds(
     outbox_length=st.integers(0, 1),
     torn=st.booleans(),
 )
-verifications = (
-    st.none()
-    | st.builds(Verified, counts, st.sampled_from(["run-0", "run-1"]))
-    | st.just(Differs(("something is missing",)))
-)
 
 
 @st.composite
@@ -250,7 +233,8 @@ def situations(draw: st.DrawFn) -> tuple[SaleSpec, Observed]:
         row=all_rows.pop(spec.sale_id, None),
         others=tuple(all_rows.values()),
         written=draw(st.none() | st.integers(1, 3)),
-        verification=draw(verifications),
+        seeded=draw(st.booleans()),
+        kept=draw(st.none() | st.just(KEPT)),
     )
     return spec, seen
 
@@ -261,26 +245,24 @@ def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observe
     row, sale = seen.row, seen.sale
     action = decide(spec, seen)
     own = sale if sale is not None and sale.sale_id == spec.sale_id else None
-    nothing_missing = seen.verification == Verified(0, "run-1")
     match action:
         case Apply():
             assert action.row is row, "Redis is told what the ledger has"
             assert not row.closed
             if own is None:
-                assert action.may_seed
-                assert row.accepted == 0
-                assert seen.written == row.revision == 1 or nothing_missing
+                assert action.seed_until_ms == SOON
+                assert seen.written == row.revision == 1
+                assert not seen.seeded
                 if sale is not None:
                     assert sale.finished(NOW_MS)
                     assert sale.outbox_length == 0
                     assert action.replaces == (sale.sale_id, sale.accepted)
             else:
-                assert not action.may_seed
+                assert action.seed_until_ms is None
                 assert action.replaces is None
                 assert row.revision >= own.revision
-                fenced = own.torn or own.run_id != "run-1"
-                assert (action.reopen_accepted is not None) == fenced
                 assert not own.torn
+                assert own.run_id == "run-1"
                 if not own.finished(NOW_MS) or own.stored_state == "closed":
                     assert spec_of(row) == spec
         case WriteRow():
@@ -295,5 +277,6 @@ def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observe
                 assert spec_of(row) == spec
                 assert own.revision == row.revision
                 assert own.allocated == max(spec.stock, own.held)
-        case Verify():
-            assert row is not None
+        case Rebuild():
+            assert action.row is row
+            assert seen.kept is None

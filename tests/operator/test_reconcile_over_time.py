@@ -15,13 +15,11 @@ from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.reconcile import (
     Apply,
-    Differs,
     Done,
+    Kept,
     Observed,
     Reason,
-    Verification,
-    Verified,
-    Verify,
+    Rebuild,
     WriteRow,
     decide,
     spec_of,
@@ -122,7 +120,8 @@ class World(RuleBasedStateMachine):
 
     def _reconcile(self, spec: SaleSpec, lives: int) -> None:
         written: int | None = None
-        verification: Verification | None = None
+        seeded = False
+        kept: Kept | None = None
         for _ in range(lives):
             seen = Observed(
                 server=self.server,
@@ -130,16 +129,17 @@ class World(RuleBasedStateMachine):
                 row=self.rows.get(spec.sale_id),
                 others=tuple(row for row in self.rows.values() if row.sale_id != spec.sale_id),
                 written=written,
-                verification=verification,
+                seeded=seeded,
+                kept=kept,
             )
             match decide(spec, seen):
                 case WriteRow() as step:
                     written = self._write_row(spec, step)
-                case Verify():
-                    verification = self._verify(spec.sale_id)
+                case Rebuild(row, replaces):
+                    kept = self._rebuild(row, replaces)
                 case Apply() as step:
+                    seeded = seeded or step.seed_until_ms is not None
                     assert self._apply(step) not in (Applied.STALE, Applied.MISSING)
-                    verification = None
                 case Done(reason=reason):
                     assert reason is not Reason.SUPERSEDED, "nobody else was there"
                     return
@@ -156,13 +156,25 @@ class World(RuleBasedStateMachine):
         self.allocated[spec.sale_id] = max(self.allocated[spec.sale_id], spec.stock)
         return revision
 
-    def _verify(self, sale_id: str) -> Verification:
+    def _rebuild(self, row: SaleRow, replaces: tuple[str, int] | None) -> Kept | None:
+        """As the scripts and the barrier do: what living pods hold is recorded first."""
+        sale = self.sale
+        if sale is not None and sale.sale_id != row.sale_id:
+            if replaces != (sale.sale_id, sale.accepted) or sale.outbox_length:
+                return Kept(("Redis has another sale of the item",))
+            assert sale.finished(self.server.now_ms)
         self.publish_and_record()
-        own = self.sale if self.sale is not None and self.sale.sale_id == sale_id else None
-        recorded = self.rows[sale_id].accepted
-        if (own.accepted if own is not None else 0) != recorded:
-            return Differs(("units are missing",))
-        return Verified(recorded, self.server.run_id)
+        known = self.rows[row.sale_id]
+        self.rows[row.sale_id] = known = replace(known, revision=known.revision + 1)
+        spec = spec_of(known)
+        self.sale = a_sale(
+            spec,
+            revision=known.revision,
+            run_id=self.server.run_id,
+            accepted=known.accepted,
+            allocated=max(spec.stock, known.accepted),
+        )
+        return None
 
     def _apply(self, step: Apply) -> Applied:  # noqa: PLR0911 - the script's own list
         spec, sale, now_ms = spec_of(step.row), self.sale, self.server.now_ms
@@ -174,23 +186,22 @@ class World(RuleBasedStateMachine):
                 or sale.outbox_length
             ):
                 return Applied.CONFLICT
-            if not step.may_seed:
+            if step.seed_until_ms is None:
                 return Applied.MISSING
             self.sale = seeded
             return Applied.SEEDED
         if step.row.revision < sale.revision:
             return Applied.STALE
-        fenced = sale.run_id != self.server.run_id
-        if fenced and (sale.outbox_length or sale.accepted != step.reopen_accepted):
+        if sale.run_id != self.server.run_id:
             return Applied.FENCED
         if sale.stored_state != "closed" and sale.finished(now_ms):
-            self.sale = replace(sale, stored_state="ended", run_id=self.server.run_id)
-            return Applied.REOPENED if fenced else Applied.ENDED
+            self.sale = replace(sale, stored_state="ended")
+            return Applied.ENDED
         self.sale = replace(
             seeded, allocated=max(spec.stock, sale.held), accepted=sale.accepted,
             outbox_length=sale.outbox_length,
         )  # fmt: skip
-        return Applied.REOPENED if fenced else Applied.CHANGED
+        return Applied.CHANGED
 
 
 TestWorld = World.TestCase

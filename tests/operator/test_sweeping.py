@@ -11,7 +11,6 @@ from flashsale.ledger import SaleRow
 from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleSpec
 from flashsale_operator.rounds import Key
-from flashsale_operator.steward import Steward
 from flashsale_operator.sweeping import left_behind, may_be_freed, unclosed
 from tests.operator.conftest import Shop
 from tests.operator.observations import a_row, a_sale
@@ -94,7 +93,7 @@ async def test_recorded_units_do_not_free_keys_while_the_outbox_has_events(
 
 
 async def test_the_sale_of_a_flashsale_carries_its_uid(shop: Shop, spec: SaleSpec) -> None:
-    steward = Steward(shop.inventory, shop.pool, shop.barrier.verify)
+    steward = shop.steward
     await steward.reconcile(spec, "uid-1")
     assert (await shop.row(spec.sale_id)).resource_uid == "uid-1"
     await shop.apply(spec)

@@ -51,7 +51,9 @@ class Decision(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """A reservation that Redis has just accepted, and its outbox entry."""
+    """A reservation that Redis has accepted, and its outbox entry; none for a replay, whose entry
+    may be gone.
+    """
 
     item_id: str
     entry_id: str
@@ -233,24 +235,27 @@ class Batching:
         sold_out = over = False
         for waiting, (outcome, detail) in zip(batch, reply.answers, strict=True):
             request = waiting.request
+            record = None
             if outcome is Outcome.ACCEPTED:
+                entry_id = detail
                 record = Record(
                     "accepted", 1, request.quantity, now_ms, request.user_id, request.request_key
                 )
+            elif outcome is Outcome.REPLAYED:
+                # Whoever answers 202 holds the event: the call that was executed may have been
+                # answered to nobody, and Redis may lose it before the sweep comes.
+                entry_id, record = "", Record.parse(detail)
+            if record is not None:
                 self._publisher.add(
                     Accepted(
                         item_id,
-                        detail,
+                        entry_id,
                         request.reservation_id,
                         record,
                         reply.snapshot,
                         request.traceparent,
                     )
                 )
-                decision = Decision(outcome, request.reservation_id, sale_id, record)
-            elif outcome is Outcome.REPLAYED:
-                # Whoever accepted it publishes it; after an unknown outcome the sweep does.
-                record = Record.parse(detail)
                 decision = Decision(outcome, request.reservation_id, sale_id, record)
             else:
                 sold_out = sold_out or outcome is Outcome.SOLD_OUT

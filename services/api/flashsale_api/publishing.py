@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Final
 
 from aiokafka import AIOKafkaProducer
@@ -78,8 +79,11 @@ class Publisher:
         return (item_id, entry_id) in self._held
 
     def add(self, accepted: Accepted) -> None:
-        """Takes a reservation to publish; never waits."""
-        self._held.add((accepted.item_id, accepted.entry_id))
+        """Takes a reservation to publish, unless it is held already; never waits."""
+        key = _key(accepted)
+        if key in self._held:
+            return
+        self._held.add(key)
         self._pending.append(accepted)
         self._by_item[accepted.item_id] += 1
         self._idle.clear()
@@ -135,9 +139,7 @@ class Publisher:
                 del entries[: len(page)]
                 if not entries:
                     del self._acknowledged[item_id]
-                self._held.difference_update((item_id, entry_id) for entry_id, _ in page)
-                if not self._held:
-                    self._idle.set()
+                self._let_go((item_id, entry_id) for entry_id, _ in page)
 
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until nothing is held; returns how many entries are left to another pod's sweep."""
@@ -145,6 +147,11 @@ class Publisher:
             async with asyncio.timeout(timeout_seconds):
                 await self._idle.wait()
         return len(self._held)
+
+    def _let_go(self, keys: Iterable[tuple[str, str]]) -> None:
+        self._held.difference_update(keys)
+        if not self._held:
+            self._idle.set()
 
     async def _send_forever(self, producer: AIOKafkaProducer) -> None:
         while True:
@@ -168,9 +175,12 @@ class Publisher:
             self._metrics.published.inc(len(batch))
             for accepted in batch:
                 self._by_item[accepted.item_id] -= 1
-                self._acknowledged.setdefault(accepted.item_id, []).append(
-                    (accepted.entry_id, accepted.reservation_id)
-                )
+                if accepted.entry_id:
+                    self._acknowledged.setdefault(accepted.item_id, []).append(
+                        (accepted.entry_id, accepted.reservation_id)
+                    )
+                else:
+                    self._let_go([_key(accepted)])
             self._to_settle.set()
 
     def _fill(self, builder: BatchBuilder) -> list[Accepted]:
@@ -189,6 +199,11 @@ class Publisher:
             batch.append(self._pending.popleft())
         builder.close()
         return batch
+
+
+def _key(accepted: Accepted) -> tuple[str, str]:
+    """What is held: an outbox entry, or a replayed reservation."""
+    return accepted.item_id, accepted.entry_id or accepted.reservation_id
 
 
 async def _discard(producer: AIOKafkaProducer) -> None:

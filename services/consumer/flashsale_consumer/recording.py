@@ -43,7 +43,7 @@ _MOVE_OFFSETS: Final = """
     WHERE kafka_offsets.topic = $1 AND kafka_offsets.partition = batch.partition
 """
 _LOCK_SALES: Final = """
-    SELECT sale_id, capacity FROM sales
+    SELECT sale_id, capacity, rebuilt_revision FROM sales
     WHERE sale_id = ANY($1::text[])
     ORDER BY sale_id
     FOR UPDATE
@@ -58,11 +58,15 @@ _RAISE_CAPACITY: Final = """
     FROM unnest($1::text[], $2::bigint[]) AS raised (sale_id, capacity)
     WHERE sales.sale_id = raised.sale_id
 """
-# Always by the primary key, whatever the planner knows of the table. Only an accepted row can
-# change: released is the last state, and a refused one was never counted. A row's xmax is 0 if the
-# statement inserted it, and its own transaction's id if it found and locked it.
+# Always by the primary key, whatever the planner knows of the table. Released is the last state. A
+# refused row was never counted, and the same key may have been accepted again since: it is added
+# like a new one. A row's xmax is 0 if the statement inserted it, and its own transaction's id if it
+# found and locked it.
 _WRITE: Final = """
-    WITH written AS (
+    WITH refused AS (
+        SELECT sale_id, reservation_id FROM reservations
+        WHERE sale_id = ANY($1::text[]) AND state = 'refused'
+    ), written AS (
         INSERT INTO reservations AS known (
             sale_id, reservation_id, user_id, quantity, state, version, request_key, occurred_at
         )
@@ -73,8 +77,10 @@ _WRITE: Final = """
         ON CONFLICT (sale_id, reservation_id) DO UPDATE
         SET state = excluded.state, version = excluded.version,
             occurred_at = excluded.occurred_at, recorded_at = clock_timestamp()
-        WHERE excluded.version > known.version AND known.state = 'accepted'
-        RETURNING sale_id, quantity, state, xmax = 0 AS added
+        WHERE known.state = 'refused'
+            OR (known.state = 'accepted' AND excluded.version > known.version)
+        RETURNING sale_id, quantity, state, xmax = 0
+            OR (sale_id, reservation_id) IN (SELECT sale_id, reservation_id FROM refused) AS added
     ), change AS (
         SELECT sale_id, count(*) AS events,
             coalesce(sum(quantity) FILTER (WHERE added), 0) AS accepted,
@@ -93,7 +99,17 @@ _REFUSE: Final = """
         sale_id, reservation_id, user_id, quantity, state, version, request_key, occurred_at
     )
     VALUES ($1, $2, $3, $4, 'refused', $5, $6, $7)
+    ON CONFLICT DO NOTHING
+    RETURNING true
 """
+_KNOWN: Final = """
+    SELECT reservation_id::text AS id FROM reservations
+    WHERE (sale_id, reservation_id) IN (SELECT * FROM unnest($1::text[], $2::uuid[]))
+        AND state <> 'refused'
+"""
+
+_TOO_MANY: Final = "does not fit the sale's capacity"
+_TOO_LATE: Final = "came after the sale was rebuilt without it: its units were sold again"
 
 
 class LedgerRewound(Exception):
@@ -116,12 +132,12 @@ class Log:
 class Outcome:
     """What became of a batch's events.
 
-    `recorded`: rows added or changed. `refused`: recorded now as not fitting the sale's capacity.
+    `recorded`: rows added or changed. `refused`: recorded now as refused, with the reason.
     `broken`: what PostgreSQL does not take as data, with its reason; nothing was written of these.
     """
 
     recorded: int = 0
-    refused: list[Event] = field(default_factory=list)
+    refused: list[tuple[Event, str]] = field(default_factory=list)
     broken: list[tuple[Event, str]] = field(default_factory=list)
 
 
@@ -174,8 +190,13 @@ async def record(
             )
     outcome = Outcome()
     if events:
-        await _prepare_sales(connection, events)
-        await _write(connection, fold(events), outcome)
+        rebuilt = await _prepare_sales(connection, events)
+        batch = fold(events)
+        late = [event for event in batch if event.revision < rebuilt[event.sale_id]]
+        if late:
+            await _refuse_late(connection, late, outcome)
+            batch = [event for event in batch if event.revision >= rebuilt[event.sale_id]]
+        await _write(connection, batch, outcome)
     # A consumer that lost its partitions may be behind the one that has them now.
     moved = {
         partition: offset
@@ -208,8 +229,9 @@ async def _move_offsets(connection: Connection, topic: str, offsets: Mapping[int
         await connection.execute(_MOVE_OFFSETS, topic, list(offsets), list(offsets.values()))
 
 
-async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> None:
-    """Locks the sales' rows, adds those that are missing, and raises their capacity.
+async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> dict[str, int]:
+    """Locks the sales' rows, adds those that are missing, and raises their capacity; returns the
+    revision of each sale's last rebuild.
 
     The capacity of every event counts, of duplicates too, and before anything is accepted: which
     events share a batch must not decide which of them fit.
@@ -230,6 +252,7 @@ async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> Non
     }
     if raised:
         await connection.execute(_RAISE_CAPACITY, list(raised), list(raised.values()))
+    return {row["sale_id"]: row["rebuilt_revision"] for row in rows}
 
 
 async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
@@ -257,6 +280,8 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Outco
     So the few that cannot be written are found in few steps. Those that Redis accepted first are
     written first, as if one by one, in the same order whatever batch they came in.
     """
+    if not events:
+        return
     try:
         async with connection.transaction():
             changes = await connection.fetch(
@@ -278,16 +303,27 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Outco
             await _write(connection, ordered[:middle], outcome)
             await _write(connection, ordered[middle:], outcome)
         elif isinstance(error, CheckViolationError) and error.constraint_name == _CAPACITY_CHECK:
-            await _refuse(connection, events[0])
-            outcome.refused.append(events[0])
+            await _refuse(connection, events[0], _TOO_MANY, outcome)
         else:
             outcome.broken.append((events[0], str(error)))
     else:
         outcome.recorded += sum(change["events"] for change in changes)
 
 
-async def _refuse(connection: Connection, event: Event) -> None:
-    await connection.execute(
+async def _refuse_late(connection: Connection, late: Sequence[Event], outcome: Outcome) -> None:
+    """Refuses what a rebuild of its sale has not seen; what is known already was in it."""
+    rows = await connection.fetch(
+        _KNOWN, [event.sale_id for event in late], [event.reservation_id for event in late]
+    )
+    known = {row["id"] for row in rows}
+    for event in late:
+        if event.reservation_id not in known:
+            await _refuse(connection, event, _TOO_LATE, outcome)
+
+
+async def _refuse(connection: Connection, event: Event, why: str, outcome: Outcome) -> None:
+    """Records an event as refused, unless it is already."""
+    added = await connection.fetchval(
         _REFUSE,
         event.sale_id,
         event.reservation_id,
@@ -297,3 +333,5 @@ async def _refuse(connection: Connection, event: Event) -> None:
         event.request_key,
         event.occurred_at,
     )
+    if added:
+        outcome.refused.append((event, why))

@@ -270,10 +270,10 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         count("duplicate").inc(read - outcome.recorded - len(outcome.refused) - len(letters))
         now = datetime.now(UTC)
         metrics.end_to_end.observe_all((now - event.occurred_at).total_seconds() for event in batch)
-        for event in outcome.refused:
+        for event, why in outcome.refused:
             log.error(
-                "%s: reservation %s of %d units does not fit its capacity: recorded as refused",
-                *(event.sale_id, event.reservation_id, event.quantity),
+                "%s: reservation %s of %d units is refused: it %s",
+                *(event.sale_id, event.reservation_id, event.quantity, why),
             )
             log.debug("reservation %s is of user %s", event.reservation_id, event.user_id)
         if letters:

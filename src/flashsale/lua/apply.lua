@@ -4,17 +4,16 @@
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
 --       7 state (open, paused), 8 display name or '',
---       9 seed: '1' if the caller may create the keys, since the ledger shows that nothing of this
---         sale can be lost,
---       10 reopen: '' or the units that the ledger has accepted; a fenced sale that has the same
---         number and an empty outbox is trusted again,
---       11 replace: '' or the id of the finished sale whose place this one may take,
---       12 the units that the ledger has accepted for the sale in 11
+--       9 seed: '' or until when the caller may create the keys, since the ledger showed a moment
+--         ago that nothing of this sale can be lost (Redis' clock, ms): a caller that was suspended
+--         meanwhile may not,
+--       10 replace: '' or the id of the finished sale whose place this one may take,
+--       11 the units that the ledger has accepted for the sale in 10
 -- Returns one word:
---         seeded, changed, unchanged, reopened   Redis agrees with the manifest
+--         seeded, changed, unchanged   Redis agrees with the manifest
 --         stale        a higher revision is there: somebody else knows better
---         missing      no keys, and 9 is not '1'
---         fenced       written under another run of the server and 10 does not match, or torn
+--         missing      no keys, and they may not be created
+--         fenced       written under another run of the server, or torn: it must be rebuilt
 --         conflict     another sale has the item and is not finished, drained and recorded
 --         ended        the end was reached; an ended sale stays ended
 --         unsupported  a format that this version does not speak
@@ -28,10 +27,12 @@ if not revision or not requested or not tonumber(ARGV[4])
 end
 
 local function write(allocated)
-  redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run_id(),
+  redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', integer(allocated),
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8])
 end
+
+local may_seed = ARGV[9] ~= '' and clock_ms() <= tonumber(ARGV[9])
 
 local function seed()
   write(requested)
@@ -43,39 +44,30 @@ local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end
 
 if not sale then
-  if ARGV[9] ~= '1' or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0 then
+  if not may_seed or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0 then
     return 'missing'
   end
   return seed()
 end
 
-local drained = redis.call('XLEN', KEYS[4]) == 0
-
 if sale.id ~= sale_id then
-  if sale.id ~= ARGV[11] or not sale.finished or not drained
-    or sale.accepted ~= tonumber(ARGV[12]) then
-    return 'conflict'
-  end
-  if ARGV[9] ~= '1' then return 'missing' end
+  if not replaceable(sale, KEYS[4], ARGV[10], ARGV[11]) then return 'conflict' end
+  if not may_seed then return 'missing' end
   redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
   return seed()
 end
 
 if revision < sale.revision then return 'stale' end
-if sale.fenced and (sale.torn or not drained or sale.accepted ~= tonumber(ARGV[10])) then
-  return 'fenced'
-end
-if sale.state == 'ended' or (sale.state ~= 'closed' and sale.finished) then
-  if sale.state == 'ended' and not sale.fenced then return 'ended' end
-  redis.call('HSET', KEYS[1], 'state', 'ended', 'run_id', server_run_id(),
-    'last_now_ms', integer(sale.now))
-  return sale.fenced and 'reopened' or 'ended'
+if sale.fenced then return 'fenced' end
+if sale.state == 'ended' then return 'ended' end
+if sale.state ~= 'closed' and sale.finished then
+  redis.call('HSET', KEYS[1], 'state', 'ended', 'last_now_ms', integer(sale.now))
+  return 'ended'
 end
 
 local allocated = math.max(requested, sale.accepted - sale.released)
-if not sale.fenced and revision == sale.revision and ARGV[7] == sale.state
-  and allocated == sale.allocated then
+if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated then
   return 'unchanged'
 end
 write(allocated)
-return sale.fenced and 'reopened' or 'changed'
+return 'changed'

@@ -5,8 +5,9 @@
 --   unknown      there is no such sale
 --   unsupported  its format or a field is not one that this version speaks
 -- Invariant 7: sale.fenced says that the keys were written under another run of the Redis server
--- (it restarted, failed over or was restored), so that they may lack what the ledger has; sale.torn
--- that a key is gone which a sale with accepted units has (an emptied stream stays a key).
+-- (it restarted, failed over or was restored) or wait for a rebuild, so that they may lack what the
+-- ledger has; sale.torn that a key is gone which a sale with accepted units has (an emptied stream
+-- stays a key).
 -- sale.now is Redis' clock in ms; it never runs backwards for a sale, whatever the machine's does.
 
 local FORMAT = '1'
@@ -16,8 +17,12 @@ local function integer(n)
   return string.format('%.0f', n)
 end
 
-local function server_run_id()
-  return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+-- A server that was demoted and promoted again keeps its run_id, but has another master_replid2:
+-- the replication id of the master that it followed. (Not master_replid, which also changes when a
+-- master gets its first replica.)
+local function server_run()
+  local info = redis.call('INFO', 'server', 'replication')
+  return string.match(info, 'run_id:(%x+)') .. ':' .. string.match(info, 'master_replid2:(%x+)')
 end
 
 local function clock_ms()
@@ -51,9 +56,16 @@ local function read_sale(keys)
     return nil, 'unsupported'
   end
   sale.torn = sale.accepted > 0 and redis.call('EXISTS', keys[2], keys[3], keys[4]) < 3
-  sale.fenced = sale.torn or sale.run_id ~= server_run_id()
+  sale.fenced = sale.torn or sale.run_id ~= server_run()
   sale.now = math.max(clock_ms(), sale.last_now_ms)
   sale.finished = sale.state == 'closed' or sale.state == 'ended' or sale.now >= sale.ends_ms
   sale.available = sale.allocated - sale.accepted + sale.released
   return sale
+end
+
+-- Whether another sale may take the place of this one: it is finished, Kafka has all of it, and the
+-- ledger has recorded the units that it accepted.
+local function replaceable(sale, outbox, sale_id, recorded)
+  return sale.id == sale_id and sale.finished and sale.accepted == tonumber(recorded)
+    and redis.call('XLEN', outbox) == 0
 end
