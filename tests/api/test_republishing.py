@@ -62,7 +62,7 @@ async def test_what_redis_has_is_published_again_and_again(
     kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
     await topics.create(kafka, events.TOPIC, events.DEAD_LETTER_TOPIC)
     many = PAGE + 7  # more than are read at once
-    await stock.apply(SaleSpec(f"default/{item}", item, many + 5), 3, may_seed=True)
+    await stock.apply(SaleSpec(f"default/{item}", item, many + 5), 3, seed_until_ms=2**53)
     wanted = [
         Request(str(uuid.uuid4()), f"user{number}", 1, f"key{number}" if number % 2 else "")
         for number in range(many)
