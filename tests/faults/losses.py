@@ -27,12 +27,21 @@ Fails = Callable[[World], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A failure of Redis, and whether both APIs are killed at the same moment."""
+    """A failure of Redis; whether both APIs are killed at the same moment, and whether Kafka was
+    away for the seconds before.
+    """
 
     name: str
     always: bool
     fails: Fails
-    apis_too: bool
+    apis_too: bool = False
+    without_kafka: bool = False
+
+    @property
+    def others(self) -> str:
+        return ("killed too" if self.apis_too else "alive") + (
+            ", Kafka away" if self.without_kafka else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +68,9 @@ _FAILURES: Final[tuple[tuple[str, bool, Fails], ...]] = (
     ),
 )
 CASES: Final = tuple(
-    Case(name, always, fails, apis_too)
+    Case(name, always, fails, *others)
     for name, always, fails in _FAILURES
-    for apis_too in (False, True)
+    for others in ((False, False), (True, False), (False, True), (True, True))
 )
 _number = itertools.count()
 
@@ -77,7 +86,10 @@ async def lose(world: World, case: Case) -> Loss:
     await world.apply(sale)
     await recovered(world, crowd, item)
     coming = asyncio.create_task(crowd.run())
-    await asyncio.sleep(BUYING_SECONDS)
+    await asyncio.sleep(BUYING_SECONDS / 2)
+    if case.without_kafka:
+        await asyncio.to_thread(world.kafka.pause)
+    await asyncio.sleep(BUYING_SECONDS / 2)
     killed = world.apis if case.apis_too else ()
     kills = (asyncio.to_thread(api.kill) for api in killed)
     began, until = time.monotonic(), time.time()
@@ -85,6 +97,8 @@ async def lose(world: World, case: Case) -> Loss:
     kept = await _kept(world, item)
     for api in killed:
         await asyncio.to_thread(api.start)
+    if case.without_kafka:
+        await asyncio.to_thread(world.kafka.resume)
     await world.redis.whole()
     await recovered(world, crowd, item)
     closed = time.monotonic() - began
@@ -142,10 +156,9 @@ async def _measure(trials: int) -> None:
             losses = []
             for trial in range(trials):
                 losses.append(await lose(world, case))
-                print(f"{case.name}, APIs too: {case.apis_too}, {trial + 1}: {losses[-1]}")
-            apis = "killed too" if case.apis_too else "alive"
+                print(f"{case.name}, APIs {case.others}, {trial + 1}: {losses[-1]}", flush=True)
             lines.append(
-                f"| {case.name} | {apis} | {_span(loss.promised for loss in losses)} "
+                f"| {case.name} | {case.others} | {_span(loss.promised for loss in losses)} "
                 f"| {_span(loss.forgotten for loss in losses)} | "
                 f"{_span(loss.lost for loss in losses)} | "
                 f"{_span(round(loss.closed_seconds) for loss in losses)} s |"

@@ -9,7 +9,8 @@ from tests.faults.run import run
 from tests.faults.schedule import Kind, schedule
 from tests.faults.world import opened
 
-SEEDS = (5, 7)
+# Together they have every kind of fault.
+SEEDS = (17, 44, 77, 7, 130, 22, 38)
 
 
 def test_a_seed_is_one_schedule() -> None:
@@ -17,8 +18,8 @@ def test_a_seed_is_one_schedule() -> None:
     assert schedule(1) != schedule(2)
 
 
-def test_every_kind_of_fault_is_in_some_schedule() -> None:
-    assert {step.kind for seed in range(100) for step in schedule(seed).steps} == set(Kind)
+def test_the_schedules_that_are_run_here_have_every_kind_of_fault() -> None:
+    assert {step.kind for seed in SEEDS for step in schedule(seed).steps} == set(Kind)
 
 
 @pytest.mark.slow
