@@ -81,7 +81,7 @@ def world(
     database_url: str,
     tmp_path: Path,
 ) -> Iterator[World]:
-    """Without Kafka, which the API and a verification need, unless the test asks for it."""
+    """Without Kafka, which the API and a rebuild need, unless the test asks for it."""
     bootstrap = "127.0.0.1:1"
     if "kafka_server" in request.fixturenames:
         bootstrap = request.getfixturevalue("kafka_server").bootstrap

@@ -10,7 +10,7 @@ What stands for what:
     servers.Kafka      the topic: partitions, duplicates, no order between them
     processes.Pod      flashsale_api/batching.py, publishing.py, sweeping.py
     processes.Consumer flashsale_consumer/worker.py
-    processes.Operator flashsale_operator/reconcile.py, steward.py, verification.py
+    processes.Operator flashsale_operator/reconcile.py, steward.py, rebuild.py, barrier.py
     rules.Rules        the parts that can be left out
 
 One sale of few units, few users and thirty seconds of faults; then everything comes back and the

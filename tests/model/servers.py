@@ -256,7 +256,7 @@ class Redis:
     # The operator's scripts.
 
     def apply(self, row: "Row", *, seed: bool) -> str:
-        """apply.lua, without reopening: a sale that was fenced is rebuilt."""
+        """apply.lua: a sale that was fenced is rebuilt."""
         sale = self.keys.sale
         if sale is None:
             if not seed:

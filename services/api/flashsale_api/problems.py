@@ -40,7 +40,7 @@ class Problem(Enum):
     KEY_REUSED = Kind("key-reused", 422, "The Idempotency-Key was used for another quantity")
     INTERNAL_ERROR = Kind("internal-error", 500, "The API failed")
     OUTBOX_FULL = Kind("outbox-full", 503, "Accepted reservations wait to be published", 2)
-    FENCED = Kind("fenced", 503, "The sale is being verified after a Redis failure", 5)
+    FENCED = Kind("fenced", 503, "The sale is being rebuilt after a Redis failure", 5)
     TOO_MANY_WAITING = Kind("too-many-waiting", 503, "Too many requests wait", 1)
     REDIS_UNAVAILABLE = Kind("redis-unavailable", 503, "The inventory does not answer", 1)
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
