@@ -127,6 +127,29 @@ def test_the_ledger_away_is_named_while_buyers_are_served(
         assert (world.events("book"), world.events("new")) == (["Opened"], ["Opened"])
 
 
+def test_a_fenced_sale_without_the_ledger_stays_fenced_and_heals_with_it(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API, the consumer and the rebuild need it
+    world: World,
+    tmp_path: Path,
+) -> None:
+    with PostgresServer(tmp_path / "postgres", durable=False) as postgres:
+        world.addresses = replace(world.addresses, database_url=postgres.url)
+        world.operator()
+        world.consumer()
+        api = world.api()
+        world.apply("both", stock=5)
+        world.until("both", state="Selling", ready="Applied")
+        reserve_until(api, "both", (202, ""))
+        postgres.kill()
+        world.redis.restart()
+        world.until("both", state="Fenced", ready="LedgerUnavailable")
+        assert reserve(api, "both") == (503, "fenced")
+        postgres.start()
+        world.until("both", state="Selling", ready="Applied")
+        # What was sold just before the ledger went away was in Kafka, or in the outbox.
+        world.until_available("both", 4)
+
+
 def test_an_operator_waits_for_servers_that_are_not_there_yet(world: World, tmp_path: Path) -> None:
     postgres = PostgresServer(tmp_path / "postgres", durable=False)
     with postgres:
