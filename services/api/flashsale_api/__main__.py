@@ -1,6 +1,7 @@
 """`python -m flashsale_api`: one API process."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -92,6 +93,10 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
     except OSError as error:
         print(f"FLASHSALE_METRICS_LISTEN cannot be served: {error}", file=sys.stderr)
         return 1
+    # Collections have no business with what was made so far, nor often with what requests leave:
+    # nothing of that goes in circles, and they took a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(50_000)
     try:
         server.run()
     finally:

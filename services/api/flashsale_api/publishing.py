@@ -31,6 +31,12 @@ log = logging.getLogger(__name__)
 BATCH_BYTES: Final = 256 * 1024
 SENDERS: Final = 3
 """Batches in flight: while they are, the next ones fill."""
+ENOUGH: Final = 256
+"""Events that are sent without waiting for more."""
+LINGER_SECONDS: Final = 0.005
+"""How long fewer wait for company, as they do in Kafka's own producer: a batch costs as much as
+hundreds of events, and under load this was a third of the API's time. No buyer waits for it.
+"""
 SETTLE_BATCH: Final = 256
 REQUEST_TIMEOUT_SECONDS: Final = 10
 ACKNOWLEDGED_SECONDS: Final = 12.0
@@ -158,6 +164,10 @@ class Publisher:
             while not self._pending:
                 self._work.clear()
                 await self._work.wait()
+            if len(self._pending) < ENOUGH:
+                await asyncio.sleep(LINGER_SECONDS)
+            if not self._pending:
+                continue  # another sender has taken them
             builder = producer.create_batch()
             batch = self._fill(builder)
             try:

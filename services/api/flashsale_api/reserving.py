@@ -1,6 +1,7 @@
 """POST /reserve: from bytes to a decision, and back."""
 
 import re
+from collections.abc import Callable
 from time import perf_counter
 from typing import Final
 
@@ -92,7 +93,7 @@ class Reserve:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
         try:
-            item_id, request = await _request(scope, receive)
+            item_id, request = await _request(scope, receive, self._batching.sold_out)
         except _Refused as refused:
             counted = self._metrics.of("")
             counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
@@ -102,10 +103,10 @@ class Reserve:
         else:
             if request is None:
                 return  # the buyer went before the body was whole
-            if not request.request_key and self._batching.sold_out(item_id):
-                decision = Decision(Outcome.SOLD_OUT)
-            else:
+            if request.reservation_id:
                 decision = await self._batching.decide(item_id, request)
+            else:
+                decision = Decision(Outcome.SOLD_OUT)
             counted = self._metrics.of(item_id)
             counted.outcomes[decision.outcome].inc()
             status, headers, body = _answer(item_id, decision)
@@ -121,8 +122,13 @@ class Reserve:
         await send({"type": "http.response.body", "body": body})
 
 
-async def _request(scope: Scope, receive: Receive) -> tuple[str, Request | None]:
-    """The item and the request that a scope and its body ask for."""
+async def _request(
+    scope: Scope, receive: Receive, sold_out: Callable[[str], bool]
+) -> tuple[str, Request | None]:
+    """The item and the request that a scope and its body ask for.
+
+    It has no id where nothing is left: most requests of a sale are such, and have no use for one.
+    """
     content_type = request_key = traceparent = ""
     for name, value in scope["headers"]:
         if name == b"content-type":
@@ -149,7 +155,9 @@ async def _request(scope: Scope, receive: Receive) -> tuple[str, Request | None]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _Refused(Problem.MALFORMED_JSON, str(error)) from None
     item_id, user_id = body.item_id, body.user_id
-    identity = reservation_id(item_id, user_id, request_key)
+    # The same order may have been accepted before: a key is always looked up.
+    refused = not request_key and sold_out(item_id)
+    identity = "" if refused else reservation_id(item_id, user_id, request_key)
     return item_id, Request(identity, user_id, body.quantity, request_key, traceparent)
 
 
