@@ -127,6 +127,15 @@ def shop(redis: "Redis", pool: Pool) -> Shop:
 
 
 @pytest.fixture
+async def sold(shop: Shop, spec: SaleSpec) -> SaleSpec:
+    """A sale of ten with three units sold and recorded."""
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id)
+    return spec
+
+
+@pytest.fixture
 def within(
     redis_server: RedisServer, database_url: str
 ) -> Callable[[Callable[[Shop], Awaitable[None]]], None]:

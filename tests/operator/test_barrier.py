@@ -14,15 +14,6 @@ from flashsale_operator.topic import KafkaUnavailable, Span
 from tests.operator.conftest import QUICK, Pool, Shop
 
 
-@pytest.fixture
-async def sold(shop: Shop, spec: SaleSpec) -> SaleSpec:
-    """A sale with three units sold and recorded."""
-    await shop.apply(spec)
-    await shop.buy(spec.item_id, "a", "b", "c")
-    await shop.record(spec.item_id)
-    return spec
-
-
 async def unsettled(shop: Shop, spec: SaleSpec) -> tuple[str, ...]:
     """What the barrier finds at its deadline."""
 

@@ -18,15 +18,6 @@ from flashsale_operator.topic import Span
 from tests.operator.conftest import Shop
 
 
-@pytest.fixture
-async def sold(shop: Shop, spec: SaleSpec) -> SaleSpec:
-    """A sale of ten with three units sold and recorded."""
-    await shop.apply(spec)
-    await shop.buy(spec.item_id, "a", "b", "c")
-    await shop.record(spec.item_id)
-    return spec
-
-
 async def rebuild(shop: Shop, spec: SaleSpec) -> Rebuilt | Kept:
     work = Rebuild(shop.redis, shop.pool, shop.barrier)
     return await work.rebuild(await shop.row(spec.sale_id))
