@@ -4,7 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-down load bench test faults audit images check lint lock
+.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test faults audit \
+  images check lint lock
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,8 +37,14 @@ control-plane: $(READY) ## A Kubernetes API with CRD and operator beside `make u
 cluster: $(READY) ## A real one-node Kubernetes without Docker (Linux, root, Debian, Go)
 	@$(BIN)/python -m dev.cluster up
 
+cluster-images: $(READY) ## Build the images and those of the servers, and load them into it
+	@$(BIN)/python -m dev.cluster load
+
 cluster-down: $(READY) ## End it, and remove every trace
 	@$(BIN)/python -m dev.cluster down
+
+e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (as `make cluster`)
+	$(BIN)/pytest tests/e2e
 
 load: $(READY) ## A k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)

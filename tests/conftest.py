@@ -4,6 +4,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -87,6 +88,12 @@ async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]
     await ledger.migrate(own)
     yield own
     await own.close()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves `e2e` to who names it, as `make e2e` does: it takes minutes, root and Debian."""
+    named = any("e2e" in argument for argument in config.invocation_params.args)
+    return True if collection_path.name == "e2e" and not named else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

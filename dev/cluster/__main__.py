@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from dev.cluster.binaries import TOOLSETS
+from dev.cluster.images import load_all
 from dev.cluster.node import Cluster
 from dev.cluster.toolset import built
 from dev.stack.errors import StackError
@@ -17,8 +18,13 @@ def main() -> int:
     build.add_argument("what", nargs="*", help=f"of {', '.join(TOOLSETS)}; kubernetes if none")
     commands.add_parser("up", help="start the cluster (Linux, root; Debian's packages)")
     commands.add_parser("down", help="end it, and remove every trace but the logs")
-    load = commands.add_parser("load", help="give its node images that were built here")
-    load.add_argument("reference", nargs="+", help="as `python -m dev.images build` printed it")
+    load = commands.add_parser("load", help="give its node images")
+    load.add_argument(
+        "reference",
+        nargs="*",
+        help="as `python -m dev.images build` printed it; if none, all are built: the deployables, "
+        "under the tag that the chart takes, and the servers",
+    )
     options = parser.parse_args()
     cluster = Cluster()
     try:
@@ -31,7 +37,10 @@ def main() -> int:
             case "down":
                 cluster.down()
             case "load":
-                cluster.load(options.reference)
+                if options.reference:
+                    cluster.load({each: each for each in options.reference})
+                else:
+                    load_all(cluster)
     except StackError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -45,8 +45,8 @@ class Plan:
     node: str
     coredns: str
     """A manifest."""
-    images: tuple[str, ...]
-    """Archives for containerd."""
+    images: str
+    """An archive of pause and CoreDNS."""
 
     def written(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -169,8 +169,7 @@ class _Node:
 
     def _import_images(self) -> None:
         self._until("containerd", lambda: _succeeds("ctr", "version"))
-        for archive in self._plan.images:
-            _do("ctr", "--namespace", "k8s.io", "images", "import", archive)
+        _do("ctr", "--namespace", "k8s.io", "images", "import", self._plan.images)
         self._say("images imported")
 
     def _kubelet(self) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from dev import debian
 from dev.cluster import pki, running
 from dev.cluster.binaries import binaries, helm, kubernetes_version, node, system
 from dev.cluster.first_process import ADDRESS, API_SERVICE, Plan, controllers
-from dev.images.building import save, wrap
+from dev.images.archive import save
+from dev.images.building import wrap
 from dev.stack import lifeline
 from dev.stack.errors import StackError
 from dev.stack.jars import only_one
@@ -88,19 +89,18 @@ class Cluster:
         """A command in the cluster's network, where Services and pods have their addresses."""
         return [*self._enter("net"), *command]
 
-    def load(self, references: Iterable[str]) -> None:
-        """Gives the node images that were built here."""
-        archive = self.state / "image.tar"
-        for reference in references:
-            save(reference, archive)
-            command = [*self._enter("mnt"), "ctr", "--namespace=k8s.io", "images", "import", "-"]
-            with archive.open("rb") as image:
-                done = subprocess.run(
-                    command, stdin=image, capture_output=True, text=True, check=False
-                )
-            archive.unlink()
-            if done.returncode != 0:
-                raise StackError(f"{reference} cannot be imported: {done.stderr.strip()}")
+    def load(self, names: Mapping[str, str]) -> None:
+        """Gives the node images that were built here; `names` says what each is called there."""
+        command = [*self._enter("mnt"), "ctr", "--namespace=k8s.io", "images", "import", "-"]
+        archive = self.state / "images.tar"
+        save(names, archive)
+        with archive.open("rb") as images:
+            done = subprocess.run(
+                command, stdin=images, capture_output=True, text=True, check=False
+            )
+        archive.unlink()
+        if done.returncode != 0:
+            raise StackError(f"images cannot be imported: {done.stderr.strip()}")
 
     def _clear(self) -> None:
         groups = self._groups()
@@ -122,21 +122,21 @@ class Cluster:
         self._group_list.unlink(missing_ok=True)
 
     def _prepare(self) -> None:
-        for folder in ("bin", "images", "log"):
+        for folder in ("bin", "log"):
             (self.state / folder).mkdir(parents=True, exist_ok=True)
         addresses = ("127.0.0.1", ADDRESS, API_SERVICE)
         pki.make(self.state / "pki", f"https://{ADDRESS}:6443", addresses)
-        images = {name: self.state / "images" / f"{name}.tar" for name in ("pause", "coredns")}
-        for name, archive in images.items():
-            reference = f"flashsale.dev/{name}:local"
+        images = {name: f"flashsale.dev/{name}:local" for name in ("pause", "coredns")}
+        for name, reference in images.items():
             wrap(system() / name, reference)
-            save(reference, archive)
+        archive = self.state / "system.tar"
+        save({reference: reference for reference in images.values()}, archive)
         plan = Plan(
             state=str(self.state),
             control_plane=str(binaries().folder),
             node=str(node()),
             coredns=str(Path(__file__).with_name("coredns.yaml")),
-            images=tuple(map(str, images.values())),
+            images=str(archive),
         )
         (self.state / "plan.json").write_text(plan.written())
 

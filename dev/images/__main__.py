@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dev.images.building import DEPLOYABLES, build, save
+from dev.images.archive import save
+from dev.images.building import DEPLOYABLES, build
 from dev.images.servers import SERVERS, build_servers
 from dev.stack.errors import StackError
 
@@ -27,7 +28,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.command == "save":
-            save(options.reference, options.archive)
+            save({options.reference: options.reference}, options.archive)
             return 0
         known = (*DEPLOYABLES, *SERVERS)
         if unknown := [name for name in options.name if name not in known]:

@@ -24,7 +24,7 @@ SERVERS: Final = {
     "kafka": "flashsale/kafka:local",
     "k6": f"grafana/k6:{version('k6')}",
 }
-_FOLDER: Final = ROOT / "dev" / "images" / "servers"
+_FOLDER: Final = ROOT / "dev" / "images" / "dockerfiles"
 
 
 def build_servers(names: list[str]) -> Iterator[str]:

@@ -1,0 +1,69 @@
+"""Images as one file, an OCI layout, in which the layers that they share are there once."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dev.images.buildah import buildah
+from dev.stack.jars import only_one
+
+
+def save(names: Mapping[str, str], archive: Path) -> None:
+    """Writes images that were built, for `ctr images import` and `podman load`.
+
+    `names` says what each is called in it. Nothing is compressed (buildah's own `oci-archive` is,
+    which takes longer than all the rest): it is not for a network.
+    """
+    tool = buildah()
+    index: list[dict[str, Any]] = []
+    with only_one(tool.folder / "store"), tarfile.open(archive, "w") as tar:
+        there: set[str] = set()
+
+        def add(digest: str, content: bytes | Path) -> None:
+            if digest not in there:
+                there.add(digest)
+                at = f"blobs/{digest.replace(':', '/')}"
+                if isinstance(content, Path):
+                    tar.add(content, at)
+                else:
+                    _write(tar, at, content)
+
+        for reference, name in names.items():
+            with TemporaryDirectory(dir=tool.folder) as folder:
+                tool.ask("push", "--quiet", "--disable-compression", reference, f"dir:{folder}")
+                content = (Path(folder) / "manifest.json").read_bytes()
+                manifest = json.loads(content)
+                for blob in (manifest["config"], *manifest["layers"]):
+                    add(blob["digest"], Path(folder) / blob["digest"].partition(":")[2])
+            digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+            add(digest, content)
+            index.append(
+                {
+                    "mediaType": manifest["mediaType"],
+                    "digest": digest,
+                    "size": len(content),
+                    "annotations": {"org.opencontainers.image.ref.name": _full(name)},
+                }
+            )
+        _write(tar, "oci-layout", json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
+        whole = {"schemaVersion": 2, "manifests": index}
+        _write(tar, "index.json", json.dumps(whole).encode())
+
+
+def _write(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _full(name: str) -> str:
+    """With what everybody who reads a name adds to it: it is Docker's, and official."""
+    host, slash, _ = name.partition("/")
+    if not slash:
+        return f"docker.io/library/{name}"
+    return name if "." in host else f"docker.io/{name}"

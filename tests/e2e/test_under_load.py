@@ -1,0 +1,62 @@
+"""What is done to pods while a crowd buys: nothing is lost, and nobody is told of an error."""
+
+from tests.e2e.shop import CHANGED, CHART, RELEASE, Shop, eventually
+
+PLENTY = 1_000_000
+COMPONENTS = ("api", "consumer", "operator")
+WAIT = ("--wait", "--timeout=2m")
+LABEL = "app.kubernetes.io/component"
+
+
+def deployment(component: str) -> str:
+    return f"deployment/{RELEASE}-flashsale-{component}"
+
+
+def images(shop: Shop) -> set[str]:
+    """The tags that the running pods have."""
+    pods = shop.get("pods", f"--selector=app.kubernetes.io/instance={RELEASE}")["items"]
+    return {each["spec"]["containers"][0]["image"].rpartition(":")[2] for each in pods}
+
+
+def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
+    shop.declare("scaled", PLENTY)
+    shop.start_load("scaling", "persistent.js", ITEM_ID="scaled", DURATION="40s")
+    shop.selling("scaling")
+    for api, consumer in ((3, 2), (1, 1)):
+        shop.kubectl("scale", deployment("api"), f"--replicas={api}")
+        shop.kubectl("scale", deployment("consumer"), f"--replicas={consumer}")
+        shop.roll_out("api", "consumer")
+    shop.still_selling("scaling")
+    shop.check("scaled", PLENTY, shop.end_load("scaling"))
+
+
+def test_pods_that_are_killed_lose_nothing(shop: Shop) -> None:
+    shop.declare("killed", PLENTY)
+    shop.start_load("killing", "persistent.js", ITEM_ID="killed", DURATION="60s", CUT="allowed")
+    shop.selling("killing")
+    for component in (*COMPONENTS, *COMPONENTS):
+        shop.kubectl(
+            "delete", "pod", f"--selector={LABEL}={component}", "--force", "--grace-period=0"
+        )
+        shop.roll_out(component)
+    shop.still_selling("killing")
+    promises = shop.end_load("killing")
+    shop.check("killed", PLENTY, promises)
+    eventually(
+        "the audit finds them to agree",
+        lambda: all(line.endswith("ok") for line in shop.audit().splitlines()[1:]),
+    )
+
+
+def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
+    shop.declare("upgraded", PLENTY)
+    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION="90s")
+    shop.selling("upgrading")
+    before = images(shop)
+    changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
+    shop.helm("upgrade", RELEASE, str(CHART), "--reuse-values", *changed, *WAIT)
+    eventually("all pods are the new ones", lambda: images(shop) == {CHANGED})
+    shop.helm("rollback", RELEASE, *WAIT)
+    eventually("all pods are the old ones", lambda: images(shop) == before)
+    shop.still_selling("upgrading")
+    shop.check("upgraded", PLENTY, shop.end_load("upgrading"))
