@@ -5,6 +5,7 @@ is nothing of it but a folder, and a control group in each hierarchy. There is n
 network, NetworkPolicies are not enforced in it, and its only volumes are eight folders of its node.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -206,7 +207,8 @@ class Cluster:
     def _make_groups(self) -> None:
         """One in each hierarchy, below our own; listed before they are made, for `down`."""
         lines = Path("/proc/self/cgroup").read_text().splitlines()
-        name = f"flashsale-{os.getpid()}"
+        # Of the folder, which only one cluster has at a time.
+        name = f"flashsale-{hashlib.sha256(str(self.state).encode()).hexdigest()[:12]}"
         groups = [
             _CGROUPS / found.removeprefix("name=") / path.strip("/") / name
             for line in lines
@@ -250,15 +252,16 @@ def _require_machine() -> None:
 def _members(group: Path) -> list[int]:
     """Every process in a control group and those below it."""
     found = []
-    for each in (group, *group.rglob("*/")):
+    # os.walk, unlike Path.rglob, does not mind what goes while it looks.
+    for each, _, _ in os.walk(group):
         with suppress(OSError):  # it has gone meanwhile
-            found += [int(pid) for pid in (each / "cgroup.procs").read_text().split()]
+            found += [int(pid) for pid in Path(each, "cgroup.procs").read_text().split()]
     return found
 
 
 def _removed(group: Path) -> bool:
     """Removes an empty control group and those below it, as far as they can be by now."""
-    for each in (*sorted(group.rglob("*/"), reverse=True), group):
+    for each, _, _ in os.walk(group, topdown=False):
         with suppress(OSError):  # the last process may be on its way out
-            each.rmdir()
+            Path(each).rmdir()
     return not group.exists()

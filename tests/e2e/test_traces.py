@@ -24,7 +24,8 @@ def traces(state: Path) -> list[str]:
         if str(state) in command:
             processes.append(command)
     mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(state) in line]
-    groups = [str(path) for path in Path("/sys/fs/cgroup").rglob("flashsale-*/")]
+    folders = (folder for folder, _, _ in os.walk("/sys/fs/cgroup"))
+    groups = sorted(each for each in folders if Path(each).name.startswith("flashsale-"))
     files = [str(path) for path in state.glob("*") if path.name != "log"]
     return [*processes, *mounts, *groups, *files]
 
