@@ -21,7 +21,6 @@ export const options = {
   thresholds: {
     checks: ['rate==1'],
     answers_5xx: ['count==0'],
-    dropped_iterations: ['count==0'],
     connections_refused: ['count>=0'],
     connections_cut: [__ENV.CUT === 'allowed' ? 'count>=0' : 'count==0'],
   },

@@ -191,7 +191,7 @@ class Shop:
         That the rows are exactly the promises takes a crowd that gave up no request unanswered.
         """
         promised = {each.reservation: each for each in promises}
-        keys = Counter(each.key for each in promised.values() if each.key)
+        keys = Counter((each.user, each.key) for each in promised.values() if each.key)
         assert not [key for key, count in keys.items() if count > 1], "a key with two reservations"
 
         def recorded() -> bool:

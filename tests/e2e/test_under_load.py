@@ -20,7 +20,7 @@ def images(shop: Shop) -> set[str]:
 
 def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
     shop.declare("scaled", PLENTY)
-    shop.start_load("scaling", "persistent.js", ITEM_ID="scaled", DURATION="40s")
+    shop.start_load("scaling", "persistent.js", ITEM_ID="scaled", DURATION="60s")
     shop.selling("scaling")
     for api, consumer in ((3, 2), (1, 1)):
         shop.kubectl("scale", deployment("api"), f"--replicas={api}")
@@ -32,7 +32,7 @@ def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
 
 def test_pods_that_are_killed_lose_nothing(shop: Shop) -> None:
     shop.declare("killed", PLENTY)
-    shop.start_load("killing", "persistent.js", ITEM_ID="killed", DURATION="60s", CUT="allowed")
+    shop.start_load("killing", "persistent.js", ITEM_ID="killed", DURATION="45s", CUT="allowed")
     shop.selling("killing")
     for component in (*COMPONENTS, *COMPONENTS):
         shop.kubectl(
@@ -50,7 +50,7 @@ def test_pods_that_are_killed_lose_nothing(shop: Shop) -> None:
 
 def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     shop.declare("upgraded", PLENTY)
-    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION="90s")
+    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION="60s")
     shop.selling("upgrading")
     before = images(shop)
     changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
