@@ -12,6 +12,8 @@ from asyncpg.pool import Pool
 
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import topics
 from tests.consumer.world import (
     BEYOND_POSTGRESQL,
     Book,
@@ -185,6 +187,28 @@ async def test_a_topic_that_is_created_anew_under_a_running_consumer_is_read(
         await log.create()
         await log.write(*second, partition=0)
         await until(lambda: book.has(*first, *second), "all are recorded")
+
+
+async def test_a_topic_that_the_consumer_creates_anew_is_read_even_if_it_is_the_longer_one(
+    book: Book, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Kafka comes back without its data, and the API publishes what waited at once."""
+    first, second = ([accepted(number) for number in range(*span)] for span in ((3,), (3, 8)))
+    await log.write(*first, partition=0)
+    async with running(book.url, log):
+        await until(lambda: book.has(*first), "the first are recorded")
+    await log.delete(log.topic)
+    create = topics.create
+
+    async def create_and_publish(kafka: KafkaSettings, *names: str) -> frozenset[str]:
+        created = await create(kafka, *names)
+        await log.write(*second, partition=0)  # before the consumer looks where it ends
+        return created
+
+    monkeypatch.setattr(topics, "create", create_and_publish)
+    async with running(book.url, log):
+        await until(lambda: book.has(*first, *second), "all are recorded")
+    assert await book.pool.fetchval("SELECT max(next_offset) FROM kafka_offsets") == 5
 
 
 async def test_two_consumers_share_the_work_and_count_once(book: Book, log: Log) -> None:

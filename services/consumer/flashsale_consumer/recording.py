@@ -42,6 +42,7 @@ _MOVE_OFFSETS: Final = """
     FROM unnest($2::int[], $3::bigint[]) AS batch (partition, next_offset)
     WHERE kafka_offsets.topic = $1 AND kafka_offsets.partition = batch.partition
 """
+_FORGET_OFFSETS: Final = "DELETE FROM kafka_offsets WHERE topic = $1"
 _LOCK_SALES: Final = """
     SELECT sale_id, capacity, rebuilt_revision FROM sales
     WHERE sale_id = ANY($1::text[])
@@ -139,6 +140,14 @@ class Outcome:
     recorded: int = 0
     refused: list[tuple[Event, str]] = field(default_factory=list)
     broken: list[tuple[Event, str]] = field(default_factory=list)
+
+
+async def forget(connection: Connection, topic: str) -> None:
+    """Leaves a topic that is new without stored offsets: those were of another by its name.
+
+    `place` sees by itself that it ends before them, but not once it has become as long.
+    """
+    await connection.execute(_FORGET_OFFSETS, topic)
 
 
 async def place(connection: Connection, topic: str, logs: Mapping[int, Log]) -> dict[int, int]:

@@ -24,8 +24,8 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 """Twice the broker's default: a dead letter is the record and the headers that explain it."""
 
 
-async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> None:
-    """Creates what is missing; raises `KafkaError` if Kafka cannot say.
+async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> frozenset[str]:
+    """Creates what is missing and returns its names; raises `KafkaError` if Kafka cannot say.
 
     A consumer that may not create topics waits for those that somebody else creates.
     """
@@ -44,18 +44,20 @@ async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> No
                 ),
             ]
         )
-        refused = []
+        created, refused = [], []
         for name, code, message in reply.topic_errors:
             error = for_code(code)
             if error in (TopicAuthorizationFailedError, ClusterAuthorizationFailedError):
                 refused.append(name)
             elif error is NoError:
                 log.info("created the topic %s", name)
+                created.append(name)
             elif error is not TopicAlreadyExistsError:
                 raise error(f"{name}: {message}")
         missing = set(refused) - set(await admin.list_topics()) if refused else set()
         if missing:
             log.warning("not allowed to create %s: waiting for it", ", ".join(sorted(missing)))
+        return frozenset(created)
     finally:
         await admin.close()
 

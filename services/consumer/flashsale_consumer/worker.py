@@ -126,9 +126,26 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                 log.info("the ledger has schema version %d", version)
                 return
 
+    async def _forget(self, pool: Pool) -> None:
+        while True:
+            try:
+                async with (
+                    ledger.translated(),
+                    asyncio.timeout(TRANSACTION_SECONDS),
+                    pool.acquire() as connection,
+                ):
+                    await recording.forget(connection, self._topic)
+            except LedgerUnavailable as error:
+                self._ledger.away(error)
+                await asyncio.sleep(self._ledger.delay())
+            else:
+                return
+
     async def _consume(self, pool: Pool) -> None:
         """Is a member of the group until Kafka fails in a way that the client does not mend."""
-        await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        created = await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        if self._topic in created:
+            await self._forget(pool)
         self._consumer = AIOKafkaConsumer(
             **self._settings.kafka_client(),
             group_id=self._group_id,
