@@ -4,6 +4,7 @@ An event holds the reservation's whole state and a snapshot of its sale, so that
 repetition matters: of two events of one reservation the one with the higher `version` tells more.
 """
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Final, Literal, cast
 
@@ -76,6 +77,14 @@ def decode(value: bytes | None) -> Event:
         return _decoder.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractViolation(f"not a reservation event: {error}") from error
+
+
+def traceparent(headers: Iterable[tuple[str, bytes]]) -> str:
+    """The traceparent among a record's headers, or nothing."""
+    for name, value in headers:
+        if name == "traceparent":
+            return value.decode("ascii", "replace")
+    return ""
 
 
 def headers(traceparent: str) -> list[tuple[str, bytes]]:

@@ -57,6 +57,7 @@ INGRESS: Final = at("api.ingress", {"enabled": True, "host": "shop.example"})
 MONITORS: Final = at("podMonitors.enabled", True)
 RULES: Final = at("prometheusRules.enabled", True)
 DASHBOARD: Final = at("dashboard.enabled", True)
+TRACING: Final = at("tracing.endpoint", "http://collector:4318")
 
 AUTHORITY: Final = at("certificateAuthority.existingSecret.name", "ca")
 
@@ -120,6 +121,10 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "networkPolicies.kubernetes.peers": ([{"ipBlock": {"cidr": "10.0.0.1/32"}}], POLICIES),
     "networkPolicies.kubernetes.port": (443, POLICIES),
     "logLevel": ("debug", {}),
+    "tracing.endpoint": ("http://collector:4318", {}),
+    "tracing.ratio": (0.5, TRACING),
+    "networkPolicies.collector.peers": ([PEER], merged(POLICIES, TRACING)),
+    "networkPolicies.collector.port": (1, merged(POLICIES, TRACING)),
     "podMonitors.enabled": (True, {}),
     "podMonitors.labels": ({"a": "b"}, MONITORS),
     "podMonitors.interval": ("1m", MONITORS),
@@ -409,6 +414,23 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in COMPONENTS
         ],
         ["metrics", "http", "http"],
+    ),
+    (
+        "where traces go, and the way to there, but for the operator, which makes none",
+        merged(POLICIES, TRACING),
+        lambda r: [
+            (
+                r.environment(each).get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+                r.environment(each).get("OTEL_TRACES_SAMPLER_ARG"),
+                4318 in destinations(r, each),
+            )
+            for each in COMPONENTS
+        ],
+        [
+            ("http://collector:4318", "0.01", True),
+            ("http://collector:4318", "0.01", True),
+            (None, None, False),
+        ],
     ),
     (
         "the dashboard as it is in the chart's files",

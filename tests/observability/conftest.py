@@ -70,7 +70,8 @@ def shop(
     control_plane.kubectl(
         "wait", "--for=condition=Established", "crd/flashsales.flashsale.dev", check=True
     )
-    namespace = f"shop-{uuid.uuid4().hex[:8]}"
+    mark = uuid.uuid4().hex[:8]
+    namespace = f"shop-{mark}"
     control_plane.kubectl("create", "namespace", namespace, check=True)
     folder = tmp_path_factory.mktemp("shop")
     with RedisServer(folder / "redis") as redis:
@@ -83,8 +84,9 @@ def shop(
             kubeconfig=control_plane.kubeconfig,
         )
         try:
-            shop = Shop(world, world.api(), world.consumer(), world.operator(), "phone")
-            world.apply("phone", stock=40)
+            shop = Shop(world, world.api(), world.consumer(), world.operator(), f"phone-{mark}")
+            # The topic is the whole session's, and the ledger reads all of it: no item twice.
+            world.apply("phone", shop.item, stock=40)
             world.until("phone", state="Selling", ready="Applied")
             shop.crowd()
             world.until("phone", state="SoldOut")

@@ -80,11 +80,11 @@ def a_crowd(shop: Shop) -> Iterator[None]:
         thread.join()
 
 
-def values(prometheus: PrometheusServer, expression: str) -> list[float]:
+def values(prometheus: PrometheusServer, shop: Shop, expression: str) -> list[float]:
     """What Prometheus finds, but for what is not a number."""
     for variable, value in (
         *(("$__rate_interval", WINDOW), ("$__range", "1m")),
-        *(("$namespace", "shop"), ("$item", "phone")),
+        *(("$namespace", "shop"), ("$item", shop.item)),
     ):
         expression = expression.replace(variable, value)
     answer = httpx.get(f"{prometheus.url}/api/v1/query", params={"query": expression}).json()
@@ -99,14 +99,14 @@ def test_no_expression_is_empty_and_no_alert_fires_under_load(
     shop: Shop,
     tmp_path: Path,
 ) -> None:
-    shop.world.apply("phone", stock=1_000_000)
+    shop.world.apply("phone", shop.item, stock=1_000_000)
     server = PrometheusServer(tmp_path / "prometheus", shop.targets, ALERTS)
     with server as prometheus, a_crowd(shop):
         empty = EXPRESSIONS
         deadline = time.monotonic() + DEADLINE_SECONDS
         while empty and time.monotonic() < deadline:
             time.sleep(0.5)
-            empty = [each for each in empty if not values(prometheus, each)]
+            empty = [each for each in empty if not values(prometheus, shop, each)]
         assert not empty
         listed = httpx.get(f"{prometheus.url}/api/v1/rules").json()["data"]["groups"]
         rules = [rule for group in listed for rule in group["rules"]]
@@ -125,6 +125,6 @@ def test_a_metric_that_nobody_exposes_is_found_empty(
 ) -> None:
     with PrometheusServer(tmp_path / "prometheus", shop.targets) as prometheus:
         deadline = time.monotonic() + DEADLINE_SECONDS
-        while not values(prometheus, "flashsale_build_info"):
+        while not values(prometheus, shop, "flashsale_build_info"):
             assert time.monotonic() < deadline
-        assert not values(prometheus, "flashsale_no_such_thing")
+        assert not values(prometheus, shop, "flashsale_no_such_thing")

@@ -18,7 +18,7 @@ def test_the_page_lists_what_the_processes_expose_and_nothing_else(shop: Shop) -
 
 def test_a_sale_is_counted_under_its_item_and_no_other_name_makes_a_series(shop: Shop) -> None:
     text = shop.exposed()["api"]
-    assert 'flashsale_api_requests_total{item="phone",outcome="accepted"} 40.0' in text
+    assert f'flashsale_api_requests_total{{item="{shop.item}",outcome="accepted"}} 40.0' in text
     assert 'flashsale_api_requests_total{item="",outcome="invalid_field"}' in text
     assert "user-" not in text
 
@@ -37,7 +37,7 @@ def test_answers_are_resolved_between_1_and_50_ms(shop: Shop) -> None:
 
 
 def test_what_the_operator_tells_of_a_sale(shop: Shop) -> None:
-    sale = f'item="phone",sale="{shop.world.namespace}/phone"'
+    sale = f'item="{shop.item}",sale="{shop.world.namespace}/phone"'
     eventually(lambda: f"flashsale_recorded{{{sale}}} 40.0" in shop.exposed()["operator"])
     text = shop.exposed()["operator"]
     for line in (

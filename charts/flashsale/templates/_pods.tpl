@@ -165,6 +165,12 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{- define "flashsale.seen" -}}
 - name: FLASHSALE_LOG_LEVEL
   value: {{ .root.Values.logLevel }}
+{{- if and .root.Values.tracing.endpoint (ne .component "operator") }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ .root.Values.tracing.endpoint }}
+- name: OTEL_TRACES_SAMPLER_ARG
+  value: {{ .root.Values.tracing.ratio | quote }}
+{{- end }}
 {{- end }}
 
 {{/* (dict "port" "http"): a busy pod answers late, and must not be killed or cut off for that */}}

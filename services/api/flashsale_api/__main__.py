@@ -6,13 +6,13 @@ import logging
 import os
 import sys
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import uvicorn
 from prometheus_client import start_http_server
 from starlette.types import ASGIApp
 
-from flashsale import logs
+from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
@@ -20,6 +20,9 @@ from flashsale_api.batching import Batching
 from flashsale_api.connections import Connection
 from flashsale_api.metrics import Metrics
 from flashsale_api.settings import Settings
+
+if TYPE_CHECKING:
+    from flashsale_api.traces import Traces
 
 _HELP: Final = """\
 Answers POST /reserve from Redis and publishes what it accepts to Kafka.
@@ -34,6 +37,7 @@ environment:
   FLASHSALE_LISTEN           host:port for buyers (0.0.0.0:8080)
   FLASHSALE_METRICS_LISTEN   host:port for Prometheus (0.0.0.0:9090)
   FLASHSALE_LOG_LEVEL        debug, info, warning or error (info)
+  OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
 
 
@@ -68,6 +72,7 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
     ).parse_args()
     try:
         settings = load(Settings, os.environ)
+        traced = tracing.wanted(os.environ)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -84,9 +89,11 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
             "the API ends: %s", error, exc_info=None if known else error
         )
 
+    traces = _traces() if traced else None
     metrics = Metrics()
     host, port = host_and_port(settings.listen)
-    server = server_of(create_app(settings, metrics, on_failure, batching), host, port)
+    app = create_app(settings, metrics, on_failure, batching, traces)
+    server = server_of(app, host, port)
     metrics_host, metrics_port = host_and_port(settings.metrics_listen)
     try:
         metrics_server, _ = start_http_server(metrics_port, metrics_host, metrics.registry)
@@ -102,7 +109,16 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
     finally:
         metrics_server.shutdown()
         metrics_server.server_close()
+        if traces is not None:
+            traces.close()
     return 1 if failed else 0
+
+
+def _traces() -> "Traces":
+    # With them comes the SDK: a third of a second and 10 MB that the others need not spend.
+    from flashsale_api.traces import Traces  # noqa: PLC0415
+
+    return Traces(tracing.Tracing("flashsale-api", os.environ))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from importlib.resources import files
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +28,9 @@ from flashsale_api.reserving import Reserve
 from flashsale_api.sales import Sales, SaleViews
 from flashsale_api.settings import Settings
 from flashsale_api.sweeping import Sweeper, beat
+
+if TYPE_CHECKING:
+    from flashsale_api.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +65,13 @@ def create_app(
     metrics: Metrics,
     on_failure: Callable[[BaseException], None],
     batching: type[Batching] | partial[Batching] = Batching,
+    traces: "Traces | None" = None,
 ) -> Application:
     """The API. `on_failure` is called when a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = inventory.connect(settings.redis_url)
     stock = Inventory(redis)
-    publisher = Publisher(settings, stock, metrics)
+    publisher = Publisher(settings, stock, metrics, traces=traces)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()
 
@@ -116,7 +120,7 @@ def create_app(
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batching(stock, publisher, metrics), metrics)
+    reserve = Reserve(batching(stock, publisher, metrics, traces=traces), metrics, traces)
     rest = Starlette(
         routes=[
             # Known here too, for its answer to other methods.

@@ -10,13 +10,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale_api.metrics import Metrics
+
+if TYPE_CHECKING:
+    from flashsale_api.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class _Lane:
 class Batching:
     """Decides requests through batched script calls; one a process."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last three have defaults
         self,
         inventory: Inventory,
         publisher: Publishes,
@@ -94,7 +97,9 @@ class Batching:
         *,
         batch_limit: int = BATCH_LIMIT,
         calls_in_flight: int = CALLS_IN_FLIGHT,
+        traces: "Traces | None" = None,
     ) -> None:
+        self._traces = traces
         self._inventory = inventory
         self._publisher = publisher
         self._metrics = metrics
@@ -214,6 +219,8 @@ class Batching:
                 continue
             seconds = loop.time() - started
             self._metrics.script_seconds.observe(seconds)
+            if self._traces is not None and self._traces.open:
+                self._traces.called(requests, seconds)
             if seconds < CALL_DEADLINE_SECONDS:
                 return reply
             maybe_executed = True

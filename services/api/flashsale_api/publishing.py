@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -23,8 +23,14 @@ from flashsale.errors import RedisUnavailable
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.settings import KafkaSettings
+from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.batching import Accepted
 from flashsale_api.metrics import Metrics
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from flashsale_api.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +60,10 @@ class Publisher:
         metrics: Metrics,
         *,
         topic: str = events.TOPIC,
+        traces: "Traces | None" = None,
     ) -> None:
         self._kafka = kafka
+        self._traces = traces
         self._inventory = inventory
         self._metrics = metrics
         self._topic = topic
@@ -169,7 +177,7 @@ class Publisher:
             if not self._pending:
                 continue  # another sender has taken them
             builder = producer.create_batch()
-            batch = self._fill(builder)
+            batch, spans = self._fill(builder)
             try:
                 # A broker that was killed leaves aiokafka trying, with no end of its own.
                 async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
@@ -179,9 +187,13 @@ class Publisher:
                     sent.add_done_callback(_look_at)
                     # Not cancelled with us: aiokafka stumbles over a batch that is.
                     await asyncio.shield(sent)
-            except BaseException:
+            except BaseException as error:
                 self._pending.extendleft(reversed(batch))
+                if self._traces is not None:
+                    self._traces.failed(spans, error)
                 raise
+            if self._traces is not None:
+                self._traces.sent(spans, len(batch), partition)
             self._metrics.published.inc(len(batch))
             for accepted in batch:
                 self._by_item[accepted.item_id] -= 1
@@ -193,11 +205,16 @@ class Publisher:
                     self._let_go([_key(accepted)])
             self._to_settle.set()
 
-    def _fill(self, builder: BatchBuilder) -> list[Accepted]:
-        """Moves pending events into a batch until it is full."""
-        batch = []
+    def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
+        """Moves pending events into a batch until it is full; also the spans of those sampled."""
+        batch: list[Accepted] = []
+        spans: list[Span] = []
         while self._pending:
             item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
+            span = None
+            if self._traces is not None and sampled(traceparent):
+                span = self._traces.sending(self._topic, reservation_id, traceparent)
+                traceparent = traceparent_of(span)
             fits = builder.append(
                 timestamp=record.occurred_ms,
                 key=reservation_id.encode(),
@@ -207,8 +224,10 @@ class Publisher:
             if fits is None:
                 break
             batch.append(self._pending.popleft())
+            if span is not None:
+                spans.append(span)
         builder.close()
-        return batch
+        return batch, spans
 
 
 def _key(accepted: Accepted) -> tuple[str, str]:

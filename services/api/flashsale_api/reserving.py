@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from time import perf_counter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,9 @@ from flashsale_api.batching import Batching, Decision, Failure
 from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
 from flashsale_api.problems import Headers, Problem
+
+if TYPE_CHECKING:
+    from flashsale_api.traces import Traces
 
 MAX_BODY_BYTES: Final = 16 * 1024
 
@@ -86,9 +89,12 @@ _encode = msgspec.json.Encoder().encode
 class Reserve:
     """The endpoint, as a bare ASGI application: nothing stands between it and the server."""
 
-    def __init__(self, batching: Batching, metrics: Metrics) -> None:
+    def __init__(
+        self, batching: Batching, metrics: Metrics, traces: "Traces | None" = None
+    ) -> None:
         self._batching = batching
         self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
@@ -103,6 +109,10 @@ class Reserve:
         else:
             if request is None:
                 return  # the buyer went before the body was whole
+            span = None
+            if self._traces is not None and self._traces.samples(request.traceparent):
+                waited = perf_counter() - started
+                request, span = self._traces.begin(scope, item_id, request, waited)
             if request.reservation_id:
                 decision = await self._batching.decide(item_id, request)
             else:
@@ -110,6 +120,8 @@ class Reserve:
             counted = self._metrics.of(item_id)
             counted.outcomes[decision.outcome].inc()
             status, headers, body = _answer(item_id, decision)
+            if self._traces is not None and span is not None:
+                self._traces.end(span, request, decision.outcome, status)
         seconds = perf_counter() - started
         if status < 300:
             counted.accepted.observe(seconds)

@@ -11,10 +11,10 @@ the ledger is.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import asyncpg
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -26,7 +26,7 @@ from aiokafka.errors import (
     OffsetOutOfRangeError,
 )
 
-from flashsale import events, ledger
+from flashsale import events, ledger, tracing
 from flashsale.errors import ContractViolation, LedgerUnavailable
 from flashsale.events import Event
 from flashsale_consumer import recording, topics
@@ -36,6 +36,9 @@ from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLetters
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.recording import LedgerRewound, Log, Outcome
 from flashsale_consumer.settings import Settings
+
+if TYPE_CHECKING:
+    from flashsale_consumer.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
     """One member of the consumer group."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last four have defaults
         self,
         settings: Settings,
         metrics: Metrics,
@@ -67,7 +70,9 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         topic: str = events.TOPIC,
         dead_letter_topic: str = events.DEAD_LETTER_TOPIC,
         group_id: str = GROUP_ID,
+        traces: "Traces | None" = None,
     ) -> None:
+        self._traces = traces
         self._settings = settings
         self.metrics = metrics
         self._topic = topic
@@ -267,7 +272,16 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         if letters:
             self._dead_letters.back()
         positions.update(offsets)
-        self._measure(read, batch, letters, outcome, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self._measure(read, batch, letters, outcome, seconds)
+        pairs = zip(sources, batch, strict=True)
+        known = {id(event): record for record, event in pairs} if outcome.refused else {}
+        refused = [(known[id(event)], event, why) for event, why in outcome.refused]
+        self._tell(refused, letters)
+        if self._traces is not None:
+            results = {id(letter.record): "dead_lettered" for letter in letters}
+            results |= {id(record): "refused" for record, *_ in refused}
+            self._traces.recorded(records, results, self._group_id, seconds)
 
     def _measure(
         self,
@@ -287,10 +301,17 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         count("duplicate").inc(read - outcome.recorded - len(outcome.refused) - len(letters))
         now = datetime.now(UTC)
         metrics.end_to_end.observe_all((now - event.occurred_at).total_seconds() for event in batch)
-        for event, why in outcome.refused:
+
+    def _tell(
+        self,
+        refused: Sequence[tuple[ConsumerRecord, Event, str]],
+        letters: Sequence[DeadLetter],
+    ) -> None:
+        for record, event, why in refused:
             log.error(
                 "%s: reservation %s of %d units is refused: it %s",
                 *(event.sale_id, event.reservation_id, event.quantity, why),
+                extra=tracing.fields(events.traceparent(record.headers)),
             )
             log.debug("reservation %s is of user %s", event.reservation_id, event.user_id)
         if letters:
@@ -299,6 +320,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                 "%d records went to %s; the first, %s/%d offset %d: %s",
                 *(len(letters), self._dead_letter_topic),
                 *(record.topic, record.partition, record.offset, letters[0].reason[:200]),
+                extra=tracing.fields(events.traceparent(record.headers)),
             )
 
     async def _report(self) -> None:

@@ -1,0 +1,131 @@
+"""The API's spans: the request, the script call that decided it, its event's way to Kafka.
+
+Names and attributes are OpenTelemetry's semantic conventions for HTTP, databases and messaging.
+Never a user.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from starlette.types import Scope
+
+from flashsale.reservations import Request
+from flashsale.tracing import Tracing, fields, traceparent_of
+
+log = logging.getLogger(__name__)
+
+_REQUEST: Final = {
+    "http.request.method": "POST",
+    "http.route": "/reserve",
+    "url.path": "/reserve",
+}
+_CALL: Final = {
+    "db.system.name": "redis",
+    "db.operation.name": "EVALSHA",
+    "db.stored_procedure.name": "reserve",
+}
+_SEND: Final = {
+    "messaging.system": "kafka",
+    "messaging.operation.name": "send",
+    "messaging.operation.type": "send",
+}
+
+
+class Traces:
+    """One a process that traces. Everything here is for sampled requests only."""
+
+    def __init__(self, tracing: Tracing) -> None:
+        self._tracing = tracing
+        self._tracer = tracing.tracer
+        self.samples = tracing.samples
+        self.open: dict[str, Span] = {}
+        """The requests that are being decided, by the traceparent of their span."""
+
+    def begin(
+        self, scope: Scope, item_id: str, request: Request, seconds: float
+    ) -> tuple[Request, Span]:
+        """The span of a request that began `seconds` ago, and the request as part of it."""
+        span = self._tracer.start_span(
+            "POST /reserve",
+            self._tracing.remote(request.traceparent),
+            SpanKind.SERVER,
+            {
+                **_REQUEST,
+                "url.scheme": scope["scheme"],
+                "network.protocol.version": scope["http_version"],
+                "flashsale.item_id": item_id,
+                "flashsale.reservation_id": request.reservation_id,
+            },
+            start_time=time.time_ns() - int(seconds * 1e9),
+        )
+        request = request._replace(traceparent=traceparent_of(span))
+        self.open[request.traceparent] = span
+        return request, span
+
+    def end(self, span: Span, request: Request, outcome: str, status: int) -> None:
+        """The request was answered."""
+        self.open.pop(request.traceparent, None)
+        span.set_attribute("flashsale.outcome", outcome)
+        span.set_attribute("http.response.status_code", status)
+        if status >= 500:
+            span.set_attribute("error.type", outcome)
+            span.set_status(Status(StatusCode.ERROR))
+        span.end()
+        level = logging.WARNING if status >= 500 else logging.DEBUG
+        log.log(
+            level,
+            "POST /reserve was answered %d (%s)",
+            *(status, outcome),
+            extra=fields(request.traceparent),
+        )
+        log.debug("reservation %s is of user %s", request.reservation_id, request.user_id)
+
+    def called(self, requests: Sequence[Request], seconds: float) -> None:
+        """A script call that has just been answered decided these requests."""
+        ended = time.time_ns()
+        for request in requests:
+            parent = self.open.get(request.traceparent)
+            if parent is not None:
+                self._tracer.start_span(
+                    "EVALSHA reserve",
+                    self._tracing.under(parent),
+                    SpanKind.CLIENT,
+                    {**_CALL, "db.operation.batch.size": len(requests)},
+                    start_time=ended - int(seconds * 1e9),
+                ).end(ended)
+
+    def sending(self, topic: str, reservation_id: str, traceparent: str) -> Span:
+        """The span of an event that goes to Kafka now; its record carries this span."""
+        return self._tracer.start_span(
+            f"send {topic}",
+            self._tracing.remote(traceparent),
+            SpanKind.PRODUCER,
+            {
+                **_SEND,
+                "messaging.destination.name": topic,
+                "messaging.kafka.message.key": reservation_id,
+            },
+        )
+
+    def close(self) -> None:
+        """Sends what is left, for 2 s at most."""
+        self._tracing.close()
+
+    @staticmethod
+    def sent(spans: Iterable[Span], events: int, partition: int) -> None:
+        """Kafka acknowledged the batch of that many events."""
+        for span in spans:
+            span.set_attribute("messaging.batch.message_count", events)
+            span.set_attribute("messaging.destination.partition.id", str(partition))
+            span.end()
+
+    @staticmethod
+    def failed(spans: Iterable[Span], error: BaseException) -> None:
+        """The batch is sent again, under spans of its own."""
+        for span in spans:
+            span.set_attribute("error.type", type(error).__name__)
+            span.set_status(Status(StatusCode.ERROR))
+            span.end()

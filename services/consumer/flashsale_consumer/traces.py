@@ -1,0 +1,84 @@
+"""The consumer's spans: a sampled event's way into the ledger.
+
+Names and attributes are OpenTelemetry's semantic conventions for messaging and databases. They are
+made once a batch is committed, so a batch that has to be tried again has none of the failed try.
+"""
+
+import time
+from collections.abc import Mapping
+from itertools import chain
+from typing import Final
+
+from aiokafka import ConsumerRecord, TopicPartition
+from opentelemetry.trace import SpanKind, Status, StatusCode
+
+from flashsale import events
+from flashsale.tracing import Tracing, sampled
+
+_PROCESS: Final = {
+    "messaging.system": "kafka",
+    "messaging.operation.name": "process",
+    "messaging.operation.type": "process",
+}
+_INSERT: Final = {
+    "db.system.name": "postgresql",
+    "db.operation.name": "INSERT",
+    "db.collection.name": "reservations",
+}
+
+
+class Traces:
+    """One a process that traces."""
+
+    def __init__(self, tracing: Tracing) -> None:
+        self._tracing = tracing
+
+    def recorded(
+        self,
+        batch: Mapping[TopicPartition, list[ConsumerRecord]],
+        results: Mapping[int, str],
+        group_id: str,
+        seconds: float,
+    ) -> None:
+        """A batch was committed just now, by a transaction that took so long.
+
+        `results` says of a record, by its `id()`, what became of it if it was not recorded.
+        """
+        size = sum(len(records) for records in batch.values())
+        ended_ns = time.time_ns()
+        began_ns = ended_ns - int(seconds * 1e9)
+        for record in chain.from_iterable(batch.values()):
+            traceparent = events.traceparent(record.headers)
+            if not sampled(traceparent):
+                continue
+            result = results.get(id(record), "recorded")
+            span = self._tracing.tracer.start_span(
+                f"process {record.topic}",
+                self._tracing.remote(traceparent),
+                SpanKind.CONSUMER,
+                {
+                    **_PROCESS,
+                    "messaging.destination.name": record.topic,
+                    "messaging.destination.partition.id": str(record.partition),
+                    "messaging.kafka.offset": record.offset,
+                    "messaging.consumer.group.name": group_id,
+                    "messaging.batch.message_count": size,
+                    "flashsale.result": result,
+                },
+                start_time=began_ns,
+            )
+            if result != "recorded":
+                span.set_attribute("error.type", result)
+                span.set_status(Status(StatusCode.ERROR))
+            self._tracing.tracer.start_span(
+                "INSERT reservations",
+                self._tracing.under(span),
+                SpanKind.CLIENT,
+                {**_INSERT, "db.operation.batch.size": size},
+                start_time=began_ns,
+            ).end(ended_ns)
+            span.end(ended_ns)
+
+    def close(self) -> None:
+        """Sends what is left, for 2 s at most."""
+        self._tracing.close()

@@ -1,0 +1,160 @@
+"""Traces, by OpenTelemetry: off, unless OTEL_* variables say where to send them.
+
+Whether a request is traced is decided once, at the edge, and travels in the `traceparent` (W3C
+Trace Context) of its outbox entry and its record. What is not traced costs a branch.
+"""
+
+import random
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from flashsale import __version__
+from flashsale.errors import SettingsError
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span
+
+DEFAULT_RATIO: Final = "0.01"
+CLOSE_SECONDS: Final = 2.0
+_EXPORTER: Final = "OTEL_TRACES_EXPORTER"
+_SAMPLER: Final = "OTEL_TRACES_SAMPLER"
+_ARGUMENT: Final = "OTEL_TRACES_SAMPLER_ARG"
+_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+# The lowest bit of the flags.
+_ODD: Final = frozenset("13579bdf")
+# Of each sampler whether it follows the caller, and its ratio; None is the argument.
+_SAMPLERS: Final[dict[str, tuple[bool, float | None]]] = {
+    "always_on": (False, 1.0),
+    "always_off": (False, 0.0),
+    "traceidratio": (False, None),
+    "parentbased_always_on": (True, 1.0),
+    "parentbased_always_off": (True, 0.0),
+    "parentbased_traceidratio": (True, None),
+}
+
+
+def sampled(traceparent: str) -> bool:
+    """Whether a traceparent, or nothing, says that its request is traced."""
+    return traceparent[-1:] in _ODD
+
+
+def fields(traceparent: str) -> dict[str, str]:
+    """What a log line about a request has beside its message: the trace, if there is one."""
+    return {"trace_id": traceparent[3:35]} if sampled(traceparent) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which requests to trace: as the caller says, where `follows`, else a share of them.
+
+    The SDK's own samplers decide the same way, at many times the cost: they want a context that is
+    made for each request.
+    """
+
+    follows: bool
+    ratio: float
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> "Sampling":
+        """From the standard variables; one of a hundred where they say nothing."""
+        name = environ.get(_SAMPLER, "")
+        try:
+            follows, ratio = _SAMPLERS[name or "parentbased_traceidratio"]
+        except KeyError:
+            raise SettingsError(
+                f"{_SAMPLER} is wrong: expected one of {', '.join(_SAMPLERS)}"
+            ) from None
+        if ratio is None:
+            ratio = _ratio(environ.get(_ARGUMENT) or ("1" if name else DEFAULT_RATIO))
+        return cls(follows, ratio)
+
+    def __call__(self, traceparent: str) -> bool:
+        if not traceparent:
+            return random.random() < self.ratio  # noqa: S311 - no secret
+        if self.follows:
+            return sampled(traceparent)
+        # By the trace's id, so that every service decides the same.
+        return int(traceparent[19:35], 16) < self.ratio * 2**64
+
+
+def wanted(environ: Mapping[str, str]) -> bool:
+    """Whether to trace at all; raises `SettingsError` for what cannot be done."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    named = any(environ.get(name) for name in _ENDPOINTS)
+    exporter = environ.get(_EXPORTER) or ("otlp" if named else "none")
+    if exporter not in ("otlp", "none"):
+        raise SettingsError(f"{_EXPORTER} is wrong: expected otlp or none")
+    if exporter == "none":
+        return False
+    for name in _PROTOCOLS:
+        if environ.get(name, "http/protobuf") != "http/protobuf":
+            raise SettingsError(f"{name} is wrong: only http/protobuf is spoken")
+    Sampling.of(environ)
+    return True
+
+
+class Tracing:
+    """A process' tracer and what goes with it; imports the SDK, so made only where it is wanted."""
+
+    def __init__(self, service: str, environ: Mapping[str, str]) -> None:
+        # SDK and exporter take a quarter of a second and 10 MB: not for those without traces.
+        from opentelemetry import trace  # noqa: PLC0415
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter,
+        )
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+        from opentelemetry.sdk.trace.sampling import ALWAYS_ON  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415
+            TraceContextTextMapPropagator,
+        )
+
+        self.samples = Sampling.of(environ)
+        attributes = {"service.version": __version__}
+        if not environ.get("OTEL_SERVICE_NAME") and "service.name=" not in environ.get(
+            "OTEL_RESOURCE_ATTRIBUTES", ""
+        ):
+            attributes["service.name"] = service
+        resource = Resource.create(attributes)
+        # Only what was sampled gets as far as the SDK.
+        self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self.tracer = self._provider.get_tracer("flashsale", __version__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._set_span_in_context = trace.set_span_in_context
+
+    def remote(self, traceparent: str) -> "Context":
+        """The context of a span elsewhere; an empty one for an empty traceparent."""
+        return self._propagator.extract({"traceparent": traceparent})
+
+    def under(self, span: "Span") -> "Context":
+        """The context of a span of this process."""
+        return self._set_span_in_context(span)
+
+    def close(self) -> None:
+        """Sends what is left, for 2 s at most."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+
+
+def traceparent_of(span: "Span") -> str:
+    """What a span's children elsewhere are told."""
+    context = span.get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio <= 1:
+        raise SettingsError(f"{_ARGUMENT} is wrong: expected a number from 0 to 1")
+    return ratio

@@ -1,0 +1,101 @@
+"""Which requests are traced, as the standard variables say."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace.sampling import (
+    Decision,
+    ParentBasedTraceIdRatio,
+    Sampler,
+    TraceIdRatioBased,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from flashsale.errors import SettingsError
+from flashsale.tracing import Sampling, fields, sampled, wanted
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "on"),
+    [
+        ({}, False),
+        (ENDPOINT, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ({**ENDPOINT, "OTEL_TRACES_EXPORTER": "none"}, False),
+        ({**ENDPOINT, "OTEL_SDK_DISABLED": "true"}, False),
+        ({"OTEL_TRACES_SAMPLER": "always_on"}, False),
+    ],
+)
+def test_traces_are_off_until_there_is_a_place_to_send_them(
+    environ: dict[str, str], on: bool
+) -> None:
+    assert wanted(environ) is on
+
+
+@pytest.mark.parametrize(
+    ("environ", "sampling"),
+    [
+        ({}, Sampling(True, 0.01)),
+        ({"OTEL_TRACES_SAMPLER_ARG": "0.5"}, Sampling(True, 0.5)),
+        ({"OTEL_TRACES_SAMPLER": "traceidratio"}, Sampling(False, 1)),
+        ({"OTEL_TRACES_SAMPLER": "always_off"}, Sampling(False, 0)),
+        ({"OTEL_TRACES_SAMPLER": "parentbased_always_on"}, Sampling(True, 1)),
+    ],
+)
+def test_one_of_a_hundred_is_traced_unless_told_otherwise(
+    environ: dict[str, str], sampling: Sampling
+) -> None:
+    assert Sampling.of(environ) == sampling
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_TRACES_SAMPLER", "sometimes"),
+        ("OTEL_TRACES_SAMPLER_ARG", "2"),
+        ("OTEL_TRACES_SAMPLER_ARG", "half"),
+        ("OTEL_TRACES_SAMPLER_ARG", "nan"),
+        ("OTEL_TRACES_EXPORTER", "zipkin"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+    ],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{variable} is wrong: "):
+        wanted({**ENDPOINT, variable: value})
+
+
+@given(
+    trace_id=st.integers(1, 2**128 - 1),
+    flags=st.integers(0, 255),
+    ratio=st.floats(0, 1),
+    follows=st.booleans(),
+)
+@example(trace_id=2**63, flags=1, ratio=0.5, follows=False)
+def test_a_caller_is_followed_as_the_sdk_would(
+    trace_id: int, flags: int, ratio: float, follows: bool
+) -> None:
+    traceparent = f"00-{trace_id:032x}-00f067aa0ba902b7-{flags:02x}"
+    context = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+    sdk: Sampler = ParentBasedTraceIdRatio(ratio) if follows else TraceIdRatioBased(ratio)
+    decided = sdk.should_sample(context, trace_id, "POST /reserve").decision
+    expected = decided is Decision.RECORD_AND_SAMPLE
+    assert Sampling(follows, ratio)(traceparent) is expected
+
+
+def test_without_a_caller_a_share_is_traced() -> None:
+    for follows in (True, False):
+        traced = sum(Sampling(follows, 0.25)("") for _ in range(10_000))
+        assert 2_000 < traced < 3_000
+        assert not any(Sampling(follows, 0)("") for _ in range(1_000))
+        assert all(Sampling(follows, 1)("") for _ in range(1_000))
+
+
+def test_only_what_is_traced_has_a_trace_to_look_up() -> None:
+    assert fields(f"00-{TRACE}-00f067aa0ba902b7-01") == {"trace_id": TRACE}
+    assert fields(f"00-{TRACE}-00f067aa0ba902b7-00") == {}
+    assert fields("") == {}
+    assert not sampled("")
