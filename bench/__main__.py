@@ -64,6 +64,7 @@ def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findi
         api = rig.api()
         _say("1. POST /reserve, one API process on one core, 100 connections")
         reserve = requests.closed_loop(rig, scale, api)
+        parts = rig.parts()
         capacity = median(done.tally.rps for done in reserve["accepted"])
         _say(f"2. Open loop, capacity {capacity:,.0f}/s")
         open_loop = requests.open_loop(rig, scale, api, capacity)
@@ -88,6 +89,7 @@ def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findi
         beside=f"{beside} (load average {load_average} before the start)",
         machine=described,
         reserve=reserve,
+        parts=parts,
         open_loop=open_loop,
         scripts=calls,
         drains=drains,

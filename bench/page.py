@@ -45,6 +45,7 @@ def _sections(found: Findings) -> dict[str, str]:
         "run": _run(found),
         "goals": _goals(found),
         "reserve": _reserve(found.reserve),
+        "parts": _parts(found),
         "open-loop": _open_loop(found),
         "redis": _redis(found),
         "recording": _recording(found),
@@ -125,6 +126,31 @@ def _reserve(ways: dict[str, list[Round]]) -> str:
         *("API", "Redis", "Kafka", "crowd"),
     )
     return _table(head, rows)
+
+
+def _parts(found: Findings) -> str:
+    """The rest is what the whole costs, less the parts: the kernel, the loop, and each batch."""
+    parts = found.parts
+    ceiling, sold_out, accepted = (
+        _middle_cpu(found.reserve[name]) * 100 for name in ("ceiling", "sold out", "accepted")
+    )
+    publishing = parts.event + parts.settled
+    rows = {
+        "uvicorn: parsing, the task, the answer": (parts.server,) * 3,
+        "our code, from body to answer": (0.0, parts.refused, parts.accepted),
+        "a script call, the client's part": (0.0, 0.0, parts.script),
+        "an event in its batch, and settling it": (0.0, 0.0, publishing),
+        "all else: the kernel's sockets, the event loop, batches for Kafka": (
+            ceiling - parts.server,
+            sold_out - parts.server - parts.refused,
+            accepted - parts.server - parts.accepted - parts.script - publishing,
+        ),
+        "together, as measured above": (ceiling, sold_out, accepted),
+    }
+    return _table(
+        ("CPU us a request", "ceiling", "sold out", "accepted"),
+        [(name, *(f"{value:.1f}" for value in values)) for name, values in rows.items()],
+    )
 
 
 def _open_loop(found: Findings) -> str:

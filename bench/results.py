@@ -15,6 +15,22 @@ class Round(msgspec.Struct, frozen=True):
     cpu: dict[str, float]
 
 
+class Parts(msgspec.Struct, frozen=True):
+    """CPU microseconds of the API for one request.
+
+    `server`: uvicorn with a bare app. `refused` and `accepted`: what our code adds to it.
+    `script`, `event` and `settled`: the client's part of a script call, of an event in its batch
+    and of an outbox entry's deletion, at 32 a call.
+    """
+
+    server: float
+    refused: float
+    accepted: float
+    script: float
+    event: float
+    settled: float
+
+
 class OpenRound(msgspec.Struct, frozen=True):
     """One run at a constant arrival rate, which is `percent` of the capacity."""
 
@@ -103,6 +119,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     beside: str
     machine: dict[str, str]
     reserve: dict[str, list[Round]]
+    parts: Parts
     open_loop: list[OpenRound]
     scripts: list[Scripts]
     drains: list[Drain]

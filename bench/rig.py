@@ -16,7 +16,7 @@ import msgspec
 
 from bench.load import Plan, Tally
 from bench.machine import ROOT, Cores, cpu_seconds, placed
-from bench.results import Round
+from bench.results import Parts, Round
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
 from flashsale import inventory
@@ -197,6 +197,20 @@ class Rig:
             journal=str(journal) if journal else None,
         )
         return placed(self.cores.rest, lambda: Crowd(plan, self.python))
+
+    def parts(self) -> Parts:
+        """What the parts of a request cost, each alone, on the first core."""
+
+        def run() -> bytes:
+            return subprocess.run(
+                [self.python, "-m", "bench.path"],
+                cwd=ROOT,
+                env={**os.environ, **self.addresses.environment(), **python_path()},
+                stdout=subprocess.PIPE,
+                check=True,
+            ).stdout
+
+        return msgspec.json.decode(placed(self.cores.first, run), type=Parts)
 
     def round(
         self,

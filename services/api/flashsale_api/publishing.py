@@ -39,9 +39,9 @@ SENDERS: Final = 3
 """Batches in flight: while they are, the next ones fill."""
 ENOUGH: Final = 256
 """Events that are sent without waiting for more."""
-LINGER_SECONDS: Final = 0.005
-"""How long fewer wait for company, as they do in Kafka's own producer: a batch costs as much as
-hundreds of events, and under load this was a third of the API's time. No buyer waits for it.
+LINGER_SECONDS: Final = 0.01
+"""How long fewer wait for company, as they do in Kafka's own producer: a batch costs the API
+0.16 ms, as much as a hundred events. No buyer waits for it.
 """
 SETTLE_BATCH: Final = 256
 REQUEST_TIMEOUT_SECONDS: Final = 10

@@ -1,0 +1,176 @@
+"""`python -m bench.path`: what the parts of a request cost, each alone, in one process.
+
+Without sockets and with the least of many tries, so that neither the kernel nor a busy machine is
+in it. Reads FLASHSALE_REDIS_URL, for the client's part of a script call; prints `Parts` (JSON).
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+import uvicorn
+import uvloop
+from aiokafka.producer.message_accumulator import BatchBuilder
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from bench.ceiling import app as ceiling
+from bench.results import Parts
+from flashsale import events, inventory
+from flashsale.events import Event
+from flashsale.inventory import Inventory
+from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
+from flashsale_api.batching import Accepted, Batching
+from flashsale_api.connections import Connection
+from flashsale_api.metrics import Metrics
+from flashsale_api.reserving import Reserve
+
+CONNECTIONS: Final = 32
+"""As many requests at once, and so in a batch."""
+
+_TRIES: Final = 200
+_SALE: Final = Snapshot("default/bench", 100, 100, 1)
+_ID: Final = "00000000-0000-7000-8000-000000000000"
+_BODY: Final = b'{"userId":"u1-000000001","itemId":"bench","quantity":1}'
+_REQUEST: Final = (
+    b"POST /reserve HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+)
+
+
+class _Transport(asyncio.Transport):
+    """Takes what is written and forgets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrote = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.wrote += len(data)
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return ("127.0.0.1", 1) if name in {"sockname", "peername"} else default
+
+
+class _Stock(Inventory):
+    """Accepts everything at once."""
+
+    def __init__(self) -> None:
+        """Needs no client."""
+
+    async def reserve(
+        self,
+        item_id: str,  # noqa: ARG002 - it says yes to everybody
+        requests: Sequence[Request],
+        *,
+        timeout_seconds: float,  # noqa: ARG002 - at once
+    ) -> BatchReply:
+        await asyncio.sleep(0)
+        answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
+        return BatchReply(1795561067887, _SALE, 50, 0, 0, [answer] * len(requests))
+
+
+class _Nowhere:
+    def add(self, accepted: Accepted) -> None:
+        """Publishes nothing."""
+
+
+class _SoldOut(Batching):
+    def sold_out(self, item_id: str) -> bool:  # noqa: ARG002 - whatever it is
+        return True
+
+
+def _app(batching: type[Batching]) -> ASGIApp:
+    metrics = Metrics()
+    reserve = Reserve(batching(_Stock(), _Nowhere(), metrics), metrics)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await reserve(scope, receive, send)
+
+    return app
+
+
+async def _path(app: ASGIApp) -> float:
+    """Microseconds of a request from its bytes to its answer's."""
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", log_config=None, access_log=False, server_header=False
+    )
+    config.load()
+    state = ServerState()
+    state.default_headers = [(b"date", b"Tue, 24 Nov 2026 23:00:00 GMT")]
+    transports = [_Transport() for _ in range(CONNECTIONS)]
+    connections = []
+    for transport in transports:
+        connection = Connection(config=config, server_state=state, app_state={})
+        connection.connection_made(transport)
+        connections.append(connection)
+
+    async def turn() -> None:
+        before = [transport.wrote for transport in transports]
+        for connection in connections:
+            connection.data_received(_REQUEST)
+        while any(t.wrote == w for t, w in zip(transports, before, strict=True)):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    return await _least(turn) / CONNECTIONS
+
+
+async def _least(turn: Callable[[], Awaitable[object]]) -> float:
+    """The fewest CPU microseconds of many tries."""
+    least = float("inf")
+    for _ in range(_TRIES):
+        begun = time.process_time()
+        for _ in range(4):
+            await turn()
+        least = min(least, time.process_time() - begun)
+    return least / 4 * 1e6
+
+
+async def parts(redis_url: str) -> Parts:
+    """Measures all of them; the Redis needs no sale."""
+    server = await _path(ceiling)
+    client = inventory.connect(redis_url)
+    stock = Inventory(client)
+    requests = [Request(_ID, "u1-000000001", 1)] * CONNECTIONS
+    acknowledged = [(f"1795561067887-{number}", _ID) for number in range(CONNECTIONS)]
+    record = Record("accepted", 1, 1, 1795561067887, "u1-000000001", "")
+
+    async def publish() -> None:
+        batch = BatchBuilder(256 * 1024, 0, is_transactional=0)
+        for _ in range(CONNECTIONS):
+            batch.append(
+                timestamp=record.occurred_ms,
+                key=_ID.encode(),
+                value=events.encode(Event.of("bench", _ID, record, _SALE)),
+                headers=events.headers(""),
+            )
+        batch.close()
+
+    try:
+        return Parts(
+            server=server,
+            refused=await _path(_app(_SoldOut)) - server,
+            accepted=await _path(_app(Batching)) - server,
+            script=await _least(lambda: stock.reserve("bench-path", requests, timeout_seconds=5))
+            / CONNECTIONS,
+            event=await _least(publish) / CONNECTIONS,
+            settled=await _least(lambda: stock.settle("bench-path", acknowledged)) / CONNECTIONS,
+        )
+    finally:
+        await client.aclose()
+
+
+if __name__ == "__main__":
+    found = uvloop.run(parts(os.environ["FLASHSALE_REDIS_URL"]))
+    sys.stdout.buffer.write(msgspec.json.encode(found))
