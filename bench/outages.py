@@ -1,4 +1,4 @@
-"""Point 5: what buyers notice of PostgreSQL and Kafka going away."""
+"""What buyers notice of PostgreSQL and Kafka going away."""
 
 import asyncio
 import time
@@ -11,12 +11,14 @@ from bench.requests import OPEN_CONNECTIONS, Scale
 from bench.results import Outages, Phase
 from bench.rig import Api, Rig, Sample
 from dev.stack.servers import Server
-from dev.verdict import quiet
 
 ITEMS: Final = 4
 """Sales at once: at such a rate one of them would fill its outbox, which holds 100,000 entries,
 before Kafka is back, and answer 503 from then on.
 """
+
+RECORDED_SECONDS: Final = 300.0
+"""How long after the last request its rows may take."""
 
 
 def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
@@ -40,10 +42,14 @@ def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
         time.sleep(calm)
     tally = crowd.tally()
     print(f"    {tally.requests:,} requests: {tally.statuses}; waiting for the ledger", flush=True)
-    asyncio.run(quiet(rig.addresses, items))
+    accepted = tally.statuses.get("202", 0)
+    deadline = time.monotonic() + RECORDED_SECONDS
+    while (recorded := asyncio.run(_recorded(rig, items))) < accepted:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     consumer.stop()
-    recorded = asyncio.run(_recorded(rig, items))
-    return _found(crowd.samples(), marks, rate, tally.statuses.get("202", 0) - recorded)
+    return _found(crowd.samples(), marks, rate, accepted - recorded)
 
 
 def _away(rig: Rig, server: Server, seconds: float) -> tuple[float, float]:
@@ -56,7 +62,7 @@ def _away(rig: Rig, server: Server, seconds: float) -> tuple[float, float]:
 
 
 def _found(
-    samples: list[Sample], marks: list[tuple[str, float, float]], rate: float, lost: int
+    samples: list[Sample], marks: list[tuple[str, float, float]], rate: float, unrecorded: int
 ) -> Outages:
     begun, end = samples[0].due, samples[-1].due
     (_, first, first_end), (_, second, second_end) = marks
@@ -77,7 +83,7 @@ def _found(
         phases=[_phase(name, _within(samples, since, until)) for name, since, until in spans],
         each_second=each_second,
         spans=[(name, since - begun, until - begun) for name, since, until in marks],
-        lost=lost,
+        unrecorded=unrecorded,
     )
 
 

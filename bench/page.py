@@ -241,7 +241,7 @@ def _outages(found: Findings) -> str:
     return (
         _table(("", "requests", "P50 ms", "P95 ms", "P99 ms", "not accepted"), rows)
         + f"\n{one.rate:,.0f} requests a second over {one.items} sales; accepted and not recorded "
-        + f"afterwards: {one.lost}.\n"
+        + f"afterwards: {one.unrecorded}.\n"
     )
 
 

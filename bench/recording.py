@@ -52,7 +52,7 @@ class Progress:
 
 
 def drains(rig: Rig, scale: Scale) -> list[Drain]:
-    """Point 4: one consumer on the first core records what the points before it have sold.
+    """One consumer on the first core records what the runs before it have sold.
 
     The backlog is cut into a part for warming up, as long as a tenth, and one for each round.
     """
@@ -100,7 +100,7 @@ def _cpu(rig: Rig, consumer: Consumer) -> dict[str, float]:
 
 
 def together(rig: Rig, scale: Scale, api: Api, capacity: float) -> Together:
-    """Point 4: API and consumer at once, at a constant arrival rate."""
+    """API and consumer at once, at a constant arrival rate."""
     return asyncio.run(_together(rig, scale, api, capacity * SHARE))
 
 

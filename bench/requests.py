@@ -25,12 +25,12 @@ class Scale:
     stocks: tuple[int, ...]
 
 
-WHOLE = Scale(5, 5.0, 5.0, 30.0, 15.0, 20.0, (100, 100_000, 5_000_000))
+WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, (100, 100_000, 5_000_000))
 QUICK = Scale(1, 1.5, 1.0, 5.0, 3.0, 4.0, (100, 20_000))
 
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
-    """Point 1: every way to answer, in turn, round by round, so that all meet the same weather."""
+    """Every way to answer, in turn, round by round, so that all meet the same weather."""
     unbatched, ceiling = rig.api("unbatched", "bench.unbatched"), rig.ceiling()
     open_sale, sold_out = rig.sales(), rig.sales(stock=1)
     ways: dict[str, Callable[[float], Round]] = {
@@ -49,7 +49,7 @@ def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
 
 
 def open_loop(rig: Rig, scale: Scale, api: Api, capacity: float) -> list[OpenRound]:
-    """Point 2: constant arrival rates below `capacity`, in requests a second."""
+    """Constant arrival rates below `capacity`, in requests a second."""
     items = rig.sales()
     found = []
     for number in range(scale.rounds):
@@ -62,7 +62,7 @@ def open_loop(rig: Rig, scale: Scale, api: Api, capacity: float) -> list[OpenRou
 
 
 def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
-    """Point 6: a second API process, on the core that all the rest is on."""
+    """A second API process, on the core that all the rest is on."""
     another = rig.api("another", cores=rig.cores.rest)
     items = rig.sales()
     found = _in_turn(
@@ -77,7 +77,7 @@ def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
 
 
 def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], list[float]]:
-    """Point 6: buyers spread over many sales; also the seconds that applying 1,000 takes."""
+    """Buyers spread over many sales; also the seconds that applying 1,000 takes."""
     apply_seconds = []
     many: list[str] = []
     for _ in range(min(3, scale.rounds)):

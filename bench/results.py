@@ -94,7 +94,7 @@ class Outages(msgspec.Struct, frozen=True):
     phases: list[Phase]
     each_second: list[float]
     spans: list[tuple[str, float, float]]
-    lost: int
+    unrecorded: int
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ IN_FLIGHT: Final = 3
 
 
 def scripts(rig: Rig, scale: Scale) -> list[Scripts]:
-    """Point 3, at two sizes of batch."""
+    """At two sizes of batch."""
     found = []
     for number in range(scale.rounds):
         for batch in (64, BATCH_LIMIT):
@@ -46,7 +46,7 @@ def scripts(rig: Rig, scale: Scale) -> list[Scripts]:
 
 
 def memory(rig: Rig, scale: Scale, api: Api) -> list[Memory]:
-    """Point 6: sells sales out, small and large, and asks for more."""
+    """Sells sales out, small and large, and asks for more."""
     found = []
     for stock in scale.stocks:
         [item] = rig.sales(stock=stock)
