@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 import time
 import traceback
@@ -95,7 +96,12 @@ async def _all(seeds: Sequence[int], keep_going: bool) -> int:
                 except Failed as failed:
                     path = FOLDER / f"seed-{seed}.jsonl"
                     _write(path, failed)
-                    print(f"{failed}\nthe whole journal: {path.relative_to(ROOT)}", flush=True)
+                    _keep_logs(seed)
+                    print(
+                        f"{failed}\nthe whole journal, and logs beside it: "
+                        f"{path.relative_to(ROOT)}",
+                        flush=True,
+                    )
                     if failed.__cause__ is not None:
                         traceback.print_exception(failed.__cause__)
                     summary.failed.append(seed)
@@ -122,6 +128,14 @@ async def _all(seeds: Sequence[int], keep_going: bool) -> int:
         again = " ".join(f"`make faults N=1 SEED={seed}`" for seed in summary.failed)
         print(f"FAILED: {again}")
     return 1 if summary.failed else 0
+
+
+def _keep_logs(seed: int) -> None:
+    """Keeps what the processes said: the next world begins with an empty folder."""
+    kept = FOLDER / f"seed-{seed}-logs"
+    kept.mkdir(parents=True, exist_ok=True)
+    for log in (FOLDER / "world").glob("*/*.log"):
+        shutil.copy(log, kept / f"{log.parent.name}.log")
 
 
 def _write(path: Path, failed: Failed) -> None:

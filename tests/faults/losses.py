@@ -57,15 +57,12 @@ class Loss:
     closed_seconds: float
 
 
+_PROMOTED: Final = f"a replica promoted that lags {LAG_SECONDS:.0f} s"
 _FAILURES: Final[tuple[tuple[str, bool, Fails], ...]] = (
     ("`always`, power cut", True, lambda world: world.redis.lose_power()),
     ("`everysec`, kill -9 of the process", False, lambda world: world.redis.kill(0.0)),
     ("`everysec`, power cut", False, lambda world: world.redis.lose_power()),
-    (
-        f"a replica promoted that lags {LAG_SECONDS:.0f} s",
-        True,
-        lambda world: world.redis.fail_over(LAG_SECONDS),
-    ),
+    (_PROMOTED, True, lambda world: world.redis.promote()),
 )
 CASES: Final = tuple(
     Case(name, always, fails, *others)
@@ -90,6 +87,8 @@ async def lose(world: World, case: Case) -> Loss:
     if case.without_kafka:
         await asyncio.to_thread(world.kafka.pause)
     await asyncio.sleep(BUYING_SECONDS / 2)
+    if case.name == _PROMOTED:
+        await world.redis.leave_behind(LAG_SECONDS)
     killed = world.apis if case.apis_too else ()
     kills = (asyncio.to_thread(api.kill) for api in killed)
     began, until = time.monotonic(), time.time()

@@ -172,12 +172,19 @@ class RedisPair:
         await self._start(server)
 
     async def fail_over(self, seconds: float) -> None:
-        """Kills the primary when its replica has heard nothing from it for some time."""
-        old = self._following
-        new = next(server for server in self.servers if server is not old)
-        await asyncio.to_thread(new.pause)
-        await _ask(old.port, "CLIENT", "KILL", "TYPE", "replica")
-        await asyncio.sleep(min(seconds, 1.0))
+        """Makes a replica the primary that has heard nothing for some time."""
+        await self.leave_behind(min(seconds, 1.0))
+        await self.promote()
+
+    async def leave_behind(self, seconds: float) -> None:
+        """Cuts the replica off and lets the primary go on for a while."""
+        await asyncio.to_thread(self._replica.pause)
+        await _ask(self._following.port, "CLIENT", "KILL", "TYPE", "replica")
+        await asyncio.sleep(seconds)
+
+    async def promote(self) -> None:
+        """Kills the primary for so long that Sentinel makes its replica the primary."""
+        old, new = self._following, self._replica
         await asyncio.to_thread(old.kill)
         await asyncio.to_thread(new.resume)
         deadline = time.monotonic() + DEADLINE_SECONDS
@@ -185,6 +192,10 @@ class RedisPair:
             assert time.monotonic() < deadline, "Sentinel promotes nobody"
             await asyncio.sleep(0.05)
         await self._start(old)
+
+    @property
+    def _replica(self) -> RedisServer:
+        return next(server for server in self.servers if server is not self._following)
 
     async def _start(self, server: RedisServer) -> None:
         primary = await self._primary()
