@@ -138,6 +138,7 @@ def _parts(found: Findings) -> str:
     rows = {
         "uvicorn: parsing, the task, the answer": (parts.server,) * 3,
         "our code, from body to answer": (0.0, parts.refused, parts.accepted),
+        "of that, metrics": (0.0, parts.metrics, parts.metrics),
         "a script call, the client's part": (0.0, 0.0, parts.script),
         "an event in its batch, and settling it": (0.0, 0.0, publishing),
         "all else: the kernel's sockets, the event loop, batches for Kafka": (
@@ -146,6 +147,9 @@ def _parts(found: Findings) -> str:
             accepted - parts.server - parts.accepted - parts.script - publishing,
         ),
         "together, as measured above": (ceiling, sold_out, accepted),
+        "more, where tracing is on and the request is not sampled": (
+            *(0.0, parts.untraced, parts.untraced),
+        ),
     }
     return _table(
         ("CPU us a request", "ceiling", "sold out", "accepted"),

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 import uvicorn
@@ -24,10 +24,12 @@ from flashsale import events, inventory
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
+from flashsale.tracing import Tracing
 from flashsale_api.batching import Accepted, Batching
 from flashsale_api.connections import Connection
 from flashsale_api.metrics import Metrics
 from flashsale_api.reserving import Reserve
+from flashsale_api.traces import Traces
 
 CONNECTIONS: Final = 32
 """As many requests at once, and so in a batch."""
@@ -90,9 +92,40 @@ class _SoldOut(Batching):
         return True
 
 
-def _app(batching: type[Batching]) -> ASGIApp:
-    metrics = Metrics()
-    reserve = Reserve(batching(_Stock(), _Nowhere(), metrics), metrics)
+class _Unmeasured:
+    """Metrics, items and counters at once, that count nothing."""
+
+    def __getattr__(self, name: str) -> "_Unmeasured":
+        return self
+
+    def __getitem__(self, name: str) -> "_Unmeasured":
+        return self
+
+    def of(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - all are the same
+        return self
+
+    def know(self, item_id: str) -> None:
+        """Knows nothing."""
+
+    def inc(self) -> None:
+        """Counts nothing."""
+
+    def observe(self, value: float) -> None:
+        """Measures nothing."""
+
+    def set(self, value: float) -> None:
+        """Says nothing."""
+
+    def labels(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - all are the same
+        return self
+
+
+def _app(
+    batching: type[Batching], metrics: Metrics | None = None, traces: Traces | None = None
+) -> ASGIApp:
+    metrics = metrics or Metrics()
+    decided = batching(_Stock(), _Nowhere(), metrics, traces=traces)
+    reserve = Reserve(decided, metrics, traces)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await reserve(scope, receive, send)
@@ -140,6 +173,10 @@ async def _least(turn: Callable[[], Awaitable[object]]) -> float:
 async def parts(redis_url: str) -> Parts:
     """Measures all of them; the Redis needs no sale."""
     server = await _path(ceiling)
+    accepted = await _path(_app(Batching))
+    unmeasured = await _path(_app(Batching, cast("Metrics", _Unmeasured())))
+    tracing = Traces(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))
+    untraced = await _path(_app(Batching, traces=tracing))
     client = inventory.connect(redis_url)
     stock = Inventory(client)
     requests = [Request(_ID, "u1-000000001", 1)] * CONNECTIONS
@@ -161,11 +198,13 @@ async def parts(redis_url: str) -> Parts:
         return Parts(
             server=server,
             refused=await _path(_app(_SoldOut)) - server,
-            accepted=await _path(_app(Batching)) - server,
+            accepted=accepted - server,
             script=await _least(lambda: stock.reserve("bench-path", requests, timeout_seconds=5))
             / CONNECTIONS,
             event=await _least(publish) / CONNECTIONS,
             settled=await _least(lambda: stock.settle("bench-path", acknowledged)) / CONNECTIONS,
+            metrics=accepted - unmeasured,
+            untraced=untraced - accepted,
         )
     finally:
         await client.aclose()

@@ -20,7 +20,8 @@ class Parts(msgspec.Struct, frozen=True):
 
     `server`: uvicorn with a bare app. `refused` and `accepted`: what our code adds to it.
     `script`, `event` and `settled`: the client's part of a script call, of an event in its batch
-    and of an outbox entry's deletion, at 32 a call.
+    and of an outbox entry's deletion, at 32 a call. `metrics`: what of `accepted` counts and
+    observes. `untraced`: what tracing adds to a request that is not sampled.
     """
 
     server: float
@@ -29,6 +30,8 @@ class Parts(msgspec.Struct, frozen=True):
     script: float
     event: float
     settled: float
+    metrics: float = 0.0
+    untraced: float = 0.0
 
 
 class OpenRound(msgspec.Struct, frozen=True):
