@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from dev.stack.errors import StackError
+from tests.faults.check import Result
 from tests.faults.run import Failed, run
-from tests.faults.schedule import Kind, schedule
+from tests.faults.schedule import Kind, Schedule, schedule
 from tests.faults.world import ROOT, opened
 
 FOLDER: Final = ROOT / ".local" / "faults"
@@ -67,7 +67,17 @@ class _Summary:
     answers: Counter[str] = field(default_factory=Counter)
     failed: list[int] = field(default_factory=list)
 
-    def table(self) -> str:
+    def add(self, made: Schedule, result: Result) -> None:
+        for kind in {*(step.kind for step in made.steps), "all"}:
+            line = self.kinds.setdefault(kind, _Line())
+            line.schedules += 1
+            line.promised += result.promised
+            line.lost += result.lost
+            line.refused += result.refused
+            line.slowest = max(line.slowest, result.recovery_seconds)
+        self.answers.update(result.outcomes)
+
+    def print(self) -> None:
         head = ("fault", "schedules", "202s", "lost, as allowed", "refused", "slowest recovery")
         lines = [
             f"| {kind} | {line.schedules} | {line.promised:,} | {line.lost} | {line.refused} "
@@ -75,72 +85,51 @@ class _Summary:
             for kind in (*Kind, "all")
             if (line := self.kinds.get(kind))
         ]
-        return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
+        print("\n".join(["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]))
+        print(", ".join(f"{kind}: {count:,}" for kind, count in self.answers.most_common()))
+        if self.failed:
+            again = " ".join(f"`make faults N=1 SEED={seed}`" for seed in self.failed)
+            print(f"FAILED: {again}")
 
 
 async def _all(seeds: Sequence[int], keep_going: bool) -> int:
     summary, began = _Summary(), time.monotonic()
     left = list(seeds)
-    while left:
-        # A world that failed is not one to go on in.
-        async with AsyncExitStack() as stack:
-            print("starting the servers …", flush=True)
-            world = await stack.enter_async_context(opened(FOLDER / "world"))
-            while left:
-                seed = left.pop(0)
-                made = schedule(seed)
-                done = len(seeds) - len(left)
-                print(f"[{done}/{len(seeds)}, {time.monotonic() - began:.0f} s] {made}", flush=True)
-                try:
-                    result = await run(world, made)
-                except Failed as failed:
-                    path = FOLDER / f"seed-{seed}.jsonl"
-                    _write(path, failed)
-                    _keep_logs(seed)
-                    print(
-                        f"{failed}\nthe whole journal, and logs beside it: "
-                        f"{path.relative_to(ROOT)}",
-                        flush=True,
-                    )
-                    if failed.__cause__ is not None:
-                        traceback.print_exception(failed.__cause__)
-                    summary.failed.append(seed)
-                    break
-                for kind in {*(step.kind for step in made.steps), "all"}:
-                    line = summary.kinds.setdefault(kind, _Line())
-                    line.schedules += 1
-                    line.promised += result.promised
-                    line.lost += result.lost
-                    line.refused += result.refused
-                    line.slowest = max(line.slowest, result.recovery_seconds)
-                summary.answers.update(result.outcomes)
-                print(
-                    f"  kept: {result.answers} answers, {result.promised} times 202, "
-                    f"{result.lost} lost, {result.refused} refused, answering again after "
-                    f"{result.recovery_seconds:.1f} s",
-                    flush=True,
-                )
-        if summary.failed and not keep_going:
-            break
-    print(f"\n{summary.table()}\n")
-    print(", ".join(f"{kind}: {count:,}" for kind, count in summary.answers.most_common()))
-    if summary.failed:
-        again = " ".join(f"`make faults N=1 SEED={seed}`" for seed in summary.failed)
-        print(f"FAILED: {again}")
+    try:
+        while left and (keep_going or not summary.failed):
+            # A world that failed is not one to go on in.
+            async with AsyncExitStack() as stack:
+                print("starting the servers …", flush=True)
+                world = await stack.enter_async_context(opened(FOLDER / "world"))
+                while left:
+                    made = schedule(left.pop(0))
+                    done = f"{len(seeds) - len(left)}/{len(seeds)}"
+                    print(f"[{done}, {time.monotonic() - began:.0f} s] {made}", flush=True)
+                    try:
+                        result = await run(world, made)
+                    except Failed as failed:
+                        _tell(made.seed, failed)
+                        summary.failed.append(made.seed)
+                        break
+                    summary.add(made, result)
+                    print(f"  kept: {result}", flush=True)
+    finally:  # also of a run that is interrupted
+        summary.print()
     return 1 if summary.failed else 0
 
 
-def _keep_logs(seed: int) -> None:
-    """Keeps what the processes said: the next world begins with an empty folder."""
-    kept = FOLDER / f"seed-{seed}-logs"
+def _tell(seed: int, failed: Failed) -> None:
+    """Prints what broke, and keeps the journal and what the processes said beside it."""
+    kept = FOLDER / f"seed-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
+    (kept / "schedule.txt").write_text(f"{failed}\n")
+    lines = [json.dumps(answer.json()) for answer in failed.journal]
+    (kept / "journal.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for log in (FOLDER / "world").glob("*/*.log"):
         shutil.copy(log, kept / f"{log.parent.name}.log")
-
-
-def _write(path: Path, failed: Failed) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(answer.json()) + "\n" for answer in failed.journal))
+    print(f"{failed}\nThe whole journal and the logs: {kept.relative_to(ROOT)}", flush=True)
+    if failed.__cause__ is not None:
+        traceback.print_exception(failed.__cause__)
 
 
 if __name__ == "__main__":

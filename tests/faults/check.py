@@ -47,6 +47,12 @@ class Result:
     recovery_seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.answers} answers, {self.promised} reservations promised, {self.lost} lost, "
+            f"{self.refused} refused, answering again after {self.recovery_seconds:.1f} s"
+        )
+
 
 async def recovered(world: World, crowd: Crowd, item: str) -> float:
     """How long it took until both APIs answered by themselves."""
