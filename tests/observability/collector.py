@@ -37,12 +37,21 @@ class Collector:
     url: str
     spans: list[Span] = field(default_factory=list)
 
-    def trace(self, trace_id: str) -> dict[str, Span]:
-        """The spans of a trace by name; there must be one of each."""
-        found = [span for span in self.spans if span.trace_id == trace_id]
-        named = {span.name: span for span in found}
-        assert len(named) == len(found), found
-        return named
+    def way_to(self, name: str, trace_id: str) -> dict[str, Span]:
+        """A span of that name, those above it and what they called themselves, by name.
+
+        Of a trace in which something was done twice, as it may be, it is one way of two.
+        """
+        found = {span.span_id: span for span in self.spans if span.trace_id == trace_id}
+        span = next((span for span in found.values() if span.name == name), None)
+        way: dict[str, Span] = {}
+        while span is not None:
+            way[span.name] = span
+            for called in found.values():
+                if called.parent_id == span.span_id and called.kind == "CLIENT":
+                    way.setdefault(called.name, called)
+            span = found.get(span.parent_id)
+        return way
 
 
 @contextmanager

@@ -71,9 +71,11 @@ def reserve(api: ApiServer, item: str, *, sampled: bool) -> tuple[str, str]:
 
 
 def whole(collector: Collector, trace_id: str) -> dict[str, Span]:
-    """The trace once it has reached the ledger."""
-    eventually(lambda: collector.trace(trace_id).keys() >= set(WAY), lambda: str(collector.spans))
-    return collector.trace(trace_id)
+    """The way of a request once all of it is known."""
+    return eventually(
+        lambda: way if (way := collector.way_to(WAY[-1], trace_id)).keys() == set(WAY) else None,
+        lambda: str(collector.spans),
+    )
 
 
 def assert_joined(trace: dict[str, Span], caller: str) -> None:
@@ -133,7 +135,7 @@ def test_an_event_that_another_pod_swept_is_in_the_trace_of_its_request(
     first.start()
     try:
         trace_id, caller = reserve(first, item, sampled=True)
-        eventually(lambda: "POST /reserve" in collector.trace(trace_id))
+        eventually(lambda: collector.way_to("POST /reserve", trace_id))
     finally:
         first.kill()
     with (
