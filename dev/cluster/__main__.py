@@ -5,7 +5,7 @@ import sys
 
 from dev.cluster.binaries import TOOLSETS
 from dev.cluster.images import load_all
-from dev.cluster.node import Cluster
+from dev.cluster.node import OF_TESTS, Cluster
 from dev.cluster.toolset import built
 from dev.stack.errors import StackError
 
@@ -17,7 +17,7 @@ def main() -> int:
     # Not `choices`, which would have argparse refuse none at all.
     build.add_argument("what", nargs="*", help=f"of {', '.join(TOOLSETS)}; kubernetes if none")
     commands.add_parser("up", help="start the cluster (Linux, root; Debian's packages)")
-    commands.add_parser("down", help="end it, and remove every trace but the logs")
+    commands.add_parser("down", help="end it, and that of `make e2e`; only logs stay")
     load = commands.add_parser("load", help="give its node images")
     load.add_argument(
         "reference",
@@ -36,6 +36,7 @@ def main() -> int:
                 sys.stdout.write(f"export PATH={cluster.commands}:$PATH\n")
             case "down":
                 cluster.down()
+                Cluster(OF_TESTS).down()  # of tests that were killed
             case "load":
                 if options.reference:
                     cluster.load({each: each for each in options.reference})

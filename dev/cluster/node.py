@@ -31,6 +31,8 @@ from dev.stack.errors import StackError
 from dev.stack.jars import only_one
 
 ROOT: Final = Path(__file__).parents[2]
+OF_TESTS: Final = ROOT / ".local" / "e2e"
+"""The folder of the cluster that `make e2e` has for itself."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PACKAGES: Final = {
     "containerd": "containerd",

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from dev.cluster.images import load_all
-from dev.cluster.node import Cluster
+from dev.cluster.node import OF_TESTS, Cluster
 from dev.images.building import variant
-from tests.e2e.shop import CHANGED, ROOT, Shop, commands
+from tests.e2e.shop import CHANGED, Shop, commands
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Apart from that of `make cluster`; it ends with the tests."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
-    own = Cluster(ROOT / ".local" / "e2e")
+    own = Cluster(OF_TESTS)
+    own.down()  # of tests that were killed
     with capture.global_and_fixture_disabled():  # minutes, the first time: to be seen
         own.up()
     yield own
