@@ -13,7 +13,7 @@ from asyncpg.pool import Pool
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
 from flashsale.settings import KafkaSettings
-from flashsale_consumer import topics
+from flashsale_consumer import topics, worker
 from tests.consumer.world import (
     BEYOND_POSTGRESQL,
     Book,
@@ -388,6 +388,25 @@ async def test_rebalances_at_any_moment_lose_nothing(
             await log.write(*sold[number : number + 100])
         await until(lambda: book.has(*sold), "all are recorded")
         assert member.events("recorded") == len(sold)
+
+
+async def test_a_client_that_does_not_come_back_into_the_group_is_replaced(
+    book: Book, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partitions were taken away, and no assignment follows."""
+    await log.create()
+    async with running(book.url, log) as member:
+        first = accepted()
+        await log.write(first)
+        await until(lambda: book.has(first), "it records")
+        monkeypatch.setattr(worker, "JOIN_SECONDS", 1.0)
+        stuck = member.worker._consumer
+        member.worker.on_partitions_revoked([])
+        await until(lambda: counted(member.worker._consumer is not stuck, 1), "it is replaced")
+        monkeypatch.undo()
+        second = accepted()
+        await log.write(second)
+        await until(lambda: book.has(first, second), "the new one records")
 
 
 async def test_kafka_may_come_later_and_go_for_a_while(

@@ -10,6 +10,7 @@ the ledger is.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -88,6 +89,8 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._positions: dict[int, int] = {}
         self._unplaced: frozenset[TopicPartition] = frozenset()
         self._checked = 0.0
+        # When the partitions were taken away, until others, or none, are assigned.
+        self._rejoining_since: float | None = None
         self.joined = False
         """Whether the ledger was migrated and the group joined since the start."""
 
@@ -110,12 +113,14 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         """Forgets all partitions: an assignment names the ones that stay, too."""
         self._positions = {}
         self._unplaced = frozenset()
+        self._rejoining_since = self._rejoining_since or time.monotonic()
         self.metrics.lag.clear()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Lets nothing be read before it is placed. Waits for nothing: no heartbeat is sent now."""
         self._unplaced = frozenset(assigned)
         self._positions = {}
+        self._rejoining_since = None
         self._member().pause(*self._unplaced)
         log.info("assigned partitions %s", sorted(tp.partition for tp in self._unplaced))
 
@@ -161,6 +166,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             # So soon it sees partitions that were added, and a topic that was created anew.
             metadata_max_age_ms=_METADATA_AGE_MS,
         )
+        self._rejoining_since = None
         self._consumer.subscribe([self._topic], listener=self)
         try:
             async with asyncio.timeout(JOIN_SECONDS):
@@ -324,10 +330,16 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             )
 
     async def _report(self) -> None:
-        """Every second: the lag, and to Kafka what the ledger has, for tools that ask Kafka."""
+        """Every second: the lag, and to Kafka what the ledger has, for tools that ask Kafka.
+
+        Raises TimeoutError if the client lost its partitions and did not come back into the group
+        in the time that joining may take: a new one does.
+        """
         consumer = self._member()
         committed: dict[int, int] = {}
         while True:
+            if time.monotonic() - (self._rejoining_since or math.inf) > JOIN_SECONDS:
+                raise TimeoutError(f"no part in the group for {JOIN_SECONDS:.0f} s")
             positions = dict(self._positions)
             partitions = {TopicPartition(self._topic, number): number for number in positions}
             try:
