@@ -17,7 +17,7 @@ ITEMS: Final = 4
 before Kafka is back, and answer 503 from then on.
 """
 
-RECORDED_SECONDS: Final = 300.0
+RECORDED_SECONDS: Final = 120.0
 """How long after the last request its rows may take."""
 
 

@@ -22,7 +22,7 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
 from flashsale import inventory
 
 QUIET_SECONDS: Final = 120.0
-BEHIND: Final = 5
+BEHIND: Final = 10
 """The niceness of Kafka, PostgreSQL and the consumer: where they share a core with Redis and the
 crowd, those go first, so that what a JVM takes to start is not taken from the buyers' Redis.
 """
