@@ -118,7 +118,7 @@ def describe(chosen: Path) -> dict[str, str]:
     return {
         "machine": f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor()}, "
         f"{memory / 2**20:.0f} GiB, Linux {platform.release()}",
-        "Python": f"{number} of {prefix} for what is measured, this and the crowd alike",
+        "Python": f"{number} of {prefix} for what is measured and for the crowd alike",
         "packages": ", ".join(f"{name} {version(name)}" for name in _MEASURED),
         "Redis": re.sub(r" (sha|malloc|bits|build)\S*", "", redis).strip() + ", AOF everysec",
         "Kafka": f"{kafka_version()}, one node, {java_build(java()).splitlines()[0]}",

@@ -109,6 +109,8 @@ async def _sell_out(rig: Rig, item: str, stock: int) -> float:
             calls += 1
             if calls % 1_000 == 0:
                 await _trim(client, item)
+            if calls % 5_000 == 0:
+                print(f"    … {calls * BATCH_LIMIT:,} of {stock:,} sold", flush=True)
 
     try:
         before = await _used(client)

@@ -64,15 +64,15 @@ def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
     """
 
     def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            log.critical("the worker died", exc_info=task.exception())
-            worker_died()
+        log.critical("the worker died", exc_info=None if task.cancelled() else task.exception())
+        worker_died()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(worker.run())
         task.add_done_callback(ended)
         yield
+        task.remove_done_callback(ended)
         task.cancel()
         await asyncio.wait([task])
 
