@@ -261,6 +261,8 @@ async def running(url: str, log: Log) -> AsyncIterator[Running]:
     task = asyncio.create_task(member.worker.run())
     try:
         yield member
+        # Else the next timeout, of some versions of Python, would end it.
+        assert not task.cancelling(), "what failed was not forgotten"
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):

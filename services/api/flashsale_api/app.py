@@ -89,7 +89,9 @@ def create_app(
         ]
 
         def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()):
+            if task.cancelled():
+                on_failure(RuntimeError(f"{task.get_name()} was cancelled"))
+            elif error := task.exception():
                 on_failure(error)
 
         for task in tasks:
@@ -103,6 +105,7 @@ def create_app(
                 with contextlib.suppress(RedisUnavailable):
                     await heartbeat.retire(redis, pod_id)
             for task in tasks:
+                task.remove_done_callback(ended)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await redis.aclose()

@@ -119,9 +119,9 @@ class Publisher:
                 log.info("publishing to Kafka; %d events wait", self.unacknowledged)
                 failures = 0
                 self.connected = True
-                async with asyncio.TaskGroup() as senders:
-                    for _ in range(SENDERS):
-                        senders.create_task(self._send_forever(producer))
+                # In a task of its own: a TaskGroup that fails leaves its task a cancellation that
+                # counts (Python before 3.13), which a timeout may take for one from outside.
+                await asyncio.create_task(self._send(producer))
             except* (KafkaError, OSError) as group:
                 self._metrics.publish_failures.inc()
                 if not failures:
@@ -166,6 +166,11 @@ class Publisher:
         self._held.difference_update(keys)
         if not self._held:
             self._idle.set()
+
+    async def _send(self, producer: AIOKafkaProducer) -> None:
+        async with asyncio.TaskGroup() as senders:
+            for _ in range(SENDERS):
+                senders.create_task(self._send_forever(producer))
 
     async def _send_forever(self, producer: AIOKafkaProducer) -> None:
         while True:

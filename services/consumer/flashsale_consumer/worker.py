@@ -101,7 +101,10 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             await self._migrate(pool)
             while True:
                 try:
-                    await self._consume(pool)
+                    # In a task of its own: a TaskGroup that fails leaves its task a cancellation
+                    # that counts (Python before 3.13), and asyncio.timeout takes that for one from
+                    # outside (before 3.11.4), so that the next one would end the worker.
+                    await asyncio.create_task(self._consume(pool))
                 except* (KafkaError, TimeoutError) as errors:
                     self._kafka.away(errors.exceptions[0])
                 await asyncio.sleep(self._kafka.delay())
