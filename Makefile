@@ -78,5 +78,6 @@ lock: $(READY) ## Compile the hashed requirements anew, from pyproject.toml
 	for deployable in api consumer operator; do \
 	  case $$deployable in operator) folder=operator;; *) folder=services/$$deployable;; esac; \
 	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	    --extra $$deployable pyproject.toml -o $$folder/requirements.txt || exit 1; \
+	    --constraint dev/requirements.txt --extra $$deployable pyproject.toml \
+	    -o $$folder/requirements.txt || exit 1; \
 	done
