@@ -31,7 +31,9 @@ def traces(state: Path) -> list[str]:
 
 
 def start(state: Path) -> subprocess.Popen[bytes]:
-    program = "import sys; from pathlib import Path; from dev.cluster.node import Cluster; "
+    program = "import signal, sys; from pathlib import Path; from dev.cluster.node import Cluster; "
+    # Whoever runs in the background of a shell has inherited that Ctrl-C is ignored.
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "Cluster(Path(sys.argv[1])).up()"
     return subprocess.Popen(
         [sys.executable, "-c", program, str(state)],
@@ -58,7 +60,9 @@ def test_a_start_that_is_interrupted_cleans_up_itself(tmp_path: Path) -> None:
     with start(state) as up:
         eventually("etcd starts", (state / "log" / "etcd.log").exists)
         up.send_signal(signal.SIGINT)
-    assert traces(state) == before
+    left = traces(state)
+    Cluster(state).down()
+    assert left == before
 
 
 def test_a_start_that_fails_says_why_and_cleans_up(
