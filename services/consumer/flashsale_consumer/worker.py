@@ -101,10 +101,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             await self._migrate(pool)
             while True:
                 try:
-                    # In a task of its own: a TaskGroup that fails leaves its task a cancellation
-                    # that counts (Python before 3.13), and asyncio.timeout takes that for one from
-                    # outside (before 3.11.4), so that the next one would end the worker.
-                    await asyncio.create_task(self._consume(pool))
+                    await self._consume(pool)
                 except* (KafkaError, TimeoutError) as errors:
                     self._kafka.away(errors.exceptions[0])
                 await asyncio.sleep(self._kafka.delay())
@@ -176,11 +173,17 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                 await self._consumer.start()
             self.joined = True
             self._kafka.back()
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._read(pool))
-                tasks.create_task(self._report())
+            # In a task of its own: a TaskGroup that fails leaves its task a cancellation that
+            # counts (Python before 3.13), which asyncio.timeout takes for one from outside (before
+            # 3.11.4), so that the next timeout would end the worker.
+            await asyncio.create_task(self._read_and_report(pool))
         finally:
             await close("the membership", self._consumer.stop())
+
+    async def _read_and_report(self, pool: Pool) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(pool))
+            tasks.create_task(self._report())
 
     async def _read(self, pool: Pool) -> None:
         while True:
