@@ -409,6 +409,31 @@ async def test_a_client_that_does_not_come_back_into_the_group_is_replaced(
         await until(lambda: book.has(first, second), "the new one records")
 
 
+async def test_a_client_whose_end_fails_without_kafka_is_replaced(
+    book: Book,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """aiokafka's stop() ends by a cancellation while a fetch waits for its retry."""
+    with KafkaServer(tmp_path_factory.mktemp("short-kafka")) as kafka:
+        log = Log(kafka.bootstrap, events.TOPIC, events.DEAD_LETTER_TOPIC)
+        await log.create()
+        async with running(book.url, log) as member:
+            first, second = accepted(), accepted()
+            await log.write(first)
+            await until(lambda: book.has(first), "it records")
+            kafka.stop()
+            await until(lambda: said(caplog, "Failed fetch messages"), "fetches are tried again")
+            monkeypatch.setattr(worker, "JOIN_SECONDS", 1.0)
+            member.worker.on_partitions_revoked([])
+            await until(lambda: said(caplog, "the membership: not closed cleanly"), "it fails")
+            monkeypatch.undo()
+            kafka.start()
+            await log.write(second)
+            await until(lambda: book.has(first, second), "the new one records")
+
+
 async def test_kafka_may_come_later_and_go_for_a_while(
     book: Book, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Process]
 ) -> None:

@@ -16,5 +16,8 @@ async def close(client: str, closing: Coroutine[Any, Any, object]) -> None:
     done, _ = await asyncio.wait([task], timeout=CLOSE_SECONDS)
     if not done:
         log.warning("%s: not closed within %.0f s", client, CLOSE_SECONDS)
+    elif task.cancelled():
+        # From within: aiokafka's stop() does so while a fetch waits for its retry (its issue 647).
+        log.warning("%s: not closed cleanly: it was cancelled", client)
     elif error := task.exception():
         log.warning("%s: not closed cleanly: %s", client, error)

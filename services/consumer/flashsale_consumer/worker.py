@@ -178,7 +178,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             # 3.11.4), so that the next timeout would end the worker.
             await asyncio.create_task(self._read_and_report(pool))
         finally:
-            await close("the membership", self._consumer.stop())
+            await close("the membership", _leave(self._consumer))
 
     async def _read_and_report(self, pool: Pool) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -371,3 +371,10 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         if self._consumer is None:
             raise RuntimeError("not a member of the group")
         return self._consumer
+
+
+async def _leave(consumer: AIOKafkaConsumer) -> None:
+    try:
+        await consumer.stop()
+    finally:
+        await consumer._client.close()  # which stop() has not come to if it failed
