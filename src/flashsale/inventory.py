@@ -4,12 +4,13 @@ from collections.abc import Awaitable, Iterable, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from flashsale.errors import ContractViolation
 from flashsale.keys import ITEMS, ItemKeys
+from flashsale.pipe import Pool
 from flashsale.reservations import BatchReply, OutboxEntry, Outcome, Record, Request, parse_reply
 from flashsale.sale import Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
@@ -18,6 +19,7 @@ OUTBOX_LIMIT: Final = 100_000
 """Entries of an item's outbox above which new buyers meet backpressure."""
 
 MAX_CONNECTIONS: Final = 64
+SETTLE_SECONDS: Final = 2.0
 
 
 class Applied(StrEnum):
@@ -69,7 +71,7 @@ def connect(url: str) -> "Redis":
     A repeated call of a script that timed out would run it again, unseen by the caller. Nothing
     is connected yet.
     """
-    pool = BlockingConnectionPool.from_url(
+    pool = Pool.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
         timeout=1,
@@ -103,19 +105,23 @@ class Inventory:
         may be sent again after a failure: their ids make the second call a replay.
         """
         lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
-        reply = await self._scripts.call_once(
+        reply = await self._scripts.call_quickly(
             self._reserve,
             ItemKeys.of(item_id).four,
             (self._outbox_limit, len(requests), lines),
             timeout_seconds,
         )
-        return parse_reply(reply)
+        return parse_reply(str(reply))
 
     async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
         """Deletes outbox entries, given as (entry id, reservation id); returns how many."""
-        arguments = [word for pair in acknowledged for word in pair]
-        return cast(
-            "int", await self._scripts.call(self._settle, [ItemKeys.of(item_id).outbox], arguments)
+        return int(
+            await self._scripts.call_quickly(
+                self._settle,
+                [ItemKeys.of(item_id).outbox],
+                ("".join(f"{entry_id},{own_id}\n" for entry_id, own_id in acknowledged),),
+                SETTLE_SECONDS,
+            )
         )
 
     async def apply(

@@ -4,14 +4,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
-from redis.asyncio import Connection, Redis
-from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from flashsale.errors import RedisUnavailable
+from flashsale.pipe import Pool, Reply
 
 T = TypeVar("T")
+
+LOAD_SECONDS: Final = 2.0
 
 
 class Script:
@@ -26,15 +29,22 @@ class Script:
 
 
 class Scripts:
-    """Calls scripts on one Redis; raises `RedisUnavailable` when it cannot serve the call."""
+    """Calls scripts on the Redis of an `inventory.connect`; raises `RedisUnavailable`."""
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
+        self._pool = cast("Pool", redis.connection_pool)
 
     async def load(self, *scripts: Script) -> None:
-        """Loads scripts, so that no call has to."""
-        for script in scripts:
-            await translated(self._redis.script_load(script.source))
+        """Loads scripts, and connects, so that no quick call has to."""
+
+        async def loaded() -> None:
+            async with asyncio.timeout(LOAD_SECONDS):
+                link = await self._pool.link()
+                for script in scripts:
+                    await link.ask("SCRIPT", "LOAD", script.source)
+
+        await translated(loaded())
 
     async def call(
         self, script: Script, keys: Sequence[str], arguments: Sequence[str | int]
@@ -47,40 +57,31 @@ class Scripts:
             call = cast("Callable[..., Awaitable[Any]]", self._redis.eval)
             return await translated(call(script.source, len(keys), *keys, *arguments))
 
-    async def call_once(
+    async def call_quickly(
         self,
         script: Script,
         keys: Sequence[str],
         arguments: Sequence[str | int],
         timeout_seconds: float,
-    ) -> str:
-        """Runs a script on one connection, knowing whether the call was sent when it fails."""
-        pool = self._redis.connection_pool
-        get_connection = cast("Callable[[], Awaitable[Connection]]", pool.get_connection)
+    ) -> Reply:
+        """Runs a script that answers a string or a number, behind all that are under way.
+
+        When it fails, `maybe_executed` says whether the call was sent; it is not sent again.
+        """
         sent = False
+        tail = (len(keys), *keys, *arguments)
         try:
             async with asyncio.timeout(timeout_seconds):
-                connection = await get_connection()
+                link = await self._pool.link()
+                sent = True
                 try:
-                    sent = True
-                    tail = (len(keys), *keys, *arguments)
-                    try:
-                        await connection.send_command("EVALSHA", script.sha, *tail)
-                        return cast("str", await connection.read_response())
-                    except NoScriptError:
-                        await connection.send_command("EVAL", script.source, *tail)
-                        return cast("str", await connection.read_response())
-                except (ResponseError, BusyLoadingError):
-                    sent = False  # it was answered: nothing was done
-                    raise
-                except BaseException:
-                    # The answer may still come: nobody else must read it as theirs.
-                    await connection.disconnect(nowait=True)
-                    raise
-                finally:
-                    await pool.release(connection)
+                    return await link.ask("EVALSHA", script.sha, *tail)
+                except NoScriptError:
+                    return await link.ask("EVAL", script.source, *tail)
         except (RedisError, OSError, TimeoutError) as error:
-            raise RedisUnavailable(_describe(error), maybe_executed=sent) from error
+            # What was refused was answered: nothing was done.
+            maybe_executed = sent and not isinstance(error, ResponseError)
+            raise RedisUnavailable(_describe(error), maybe_executed=maybe_executed) from error
 
 
 async def translated(call: Awaitable[T]) -> T:
