@@ -136,15 +136,16 @@ def _parts(found: Findings) -> str:
     )
     publishing = parts.event + parts.settled
     rows = {
-        "uvicorn: parsing, the task, the answer": (parts.server,) * 3,
-        "our code, from body to answer": (0.0, parts.refused, parts.accepted),
+        "from the bytes of a request to those of its answer": (
+            *(parts.server, parts.refused, parts.accepted),
+        ),
         "of that, metrics": (0.0, parts.metrics, parts.metrics),
         "a script call, the client's part": (0.0, 0.0, parts.script),
         "an event in its batch, and settling it": (0.0, 0.0, publishing),
         "all else: the kernel's sockets, the event loop, batches for Kafka": (
             ceiling - parts.server,
-            sold_out - parts.server - parts.refused,
-            accepted - parts.server - parts.accepted - parts.script - publishing,
+            sold_out - parts.refused,
+            accepted - parts.accepted - parts.script - publishing,
         ),
         "together, as measured above": (ceiling, sold_out, accepted),
         "more, where tracing is on and the request is not sampled": (

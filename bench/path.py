@@ -15,7 +15,8 @@ import msgspec
 import uvicorn
 import uvloop
 from aiokafka.producer.message_accumulator import BatchBuilder
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from bench.ceiling import app as ceiling
@@ -25,6 +26,7 @@ from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale.tracing import Tracing
+from flashsale_api.app import Application
 from flashsale_api.batching import Accepted, Batching
 from flashsale_api.connections import Connection
 from flashsale_api.metrics import Metrics
@@ -127,16 +129,19 @@ def _app(
     decided = batching(_Stock(), _Nowhere(), metrics, traces=traces)
     reserve = Reserve(decided, metrics, traces)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await reserve(scope, receive, send)
-
-    return app
+    return Application(reserve, Starlette())
 
 
 async def _path(app: ASGIApp) -> float:
     """Microseconds of a request from its bytes to its answer's."""
     config = uvicorn.Config(
-        app, http=Connection, ws="none", log_config=None, access_log=False, server_header=False
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
     )
     config.load()
     state = ServerState()
@@ -197,8 +202,8 @@ async def parts(redis_url: str) -> Parts:
     try:
         return Parts(
             server=server,
-            refused=await _path(_app(_SoldOut)) - server,
-            accepted=accepted - server,
+            refused=await _path(_app(_SoldOut)),
+            accepted=accepted,
             script=await _least(lambda: stock.reserve("bench-path", requests, timeout_seconds=5))
             / CONNECTIONS,
             event=await _least(publish) / CONNECTIONS,

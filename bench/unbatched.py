@@ -7,5 +7,5 @@ from flashsale_api.__main__ import main
 from flashsale_api.batching import Batching
 
 if __name__ == "__main__":
-    # As many calls at once as there are connections to Redis, but for what else needs some.
-    sys.exit(main(partial(Batching, batch_limit=1, calls_in_flight=48)))
+    # As many calls at once as the crowd has connections.
+    sys.exit(main(partial(Batching, batch_limit=1, calls_in_flight=100)))

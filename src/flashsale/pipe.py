@@ -112,7 +112,7 @@ class Link(asyncio.Protocol):
         received, begin = self._received, 0
         while (end := received.find(_END, begin)) >= 0:
             kind, text = received[begin : begin + 1], received[begin + 1 : end].decode()
-            if kind == b"$":
+            if kind == b"$" and text != "-1":
                 start, end = end + 2, end + 2 + int(text)
                 if len(received) < end + 2:
                     break

@@ -8,7 +8,7 @@ from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import Answer, BatchReply, Outcome, Request, Snapshot
 from flashsale_api import batching
-from flashsale_api.batching import Accepted, Batching, Failure
+from flashsale_api.batching import Accepted, Batching, Decision, Failure
 from flashsale_api.metrics import Metrics
 
 
@@ -52,6 +52,12 @@ def a_request(number: int = 0) -> Request:
     return Request(f"id-{number}", f"user-{number}", 1)
 
 
+def decided(batches: Batching, item_id: str, request: Request) -> "asyncio.Future[Decision]":
+    decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+    batches.decide(item_id, request, decision.set_result)
+    return decision
+
+
 async def turns(number: int = 5) -> None:
     for _ in range(number):
         await asyncio.sleep(0)
@@ -62,10 +68,10 @@ async def test_what_arrives_while_calls_are_in_flight_forms_the_next_call() -> N
     batches = Batching(inventory, published, Metrics())
     waiting = []
     for number in range(3):
-        waiting.append(asyncio.create_task(batches.decide("x", a_request(number))))
+        waiting.append(decided(batches, "x", a_request(number)))
         await turns()
     assert [len(call) for call in inventory.calls] == [1, 1, 1]
-    waiting += [asyncio.create_task(batches.decide("x", a_request(n))) for n in range(3, 203)]
+    waiting += [decided(batches, "x", a_request(n)) for n in range(3, 203)]
     await turns()
     assert len(inventory.calls) == 3
     for _ in range(5):
@@ -80,7 +86,7 @@ async def test_what_arrives_while_calls_are_in_flight_forms_the_next_call() -> N
 async def test_requests_of_one_turn_go_together() -> None:
     inventory = StandingInventory()
     batches = Batching(inventory, Publications(), Metrics())
-    waiting = [asyncio.create_task(batches.decide("x", a_request(n))) for n in range(20)]
+    waiting = [decided(batches, "x", a_request(n)) for n in range(20)]
     inventory.go.release()
     await asyncio.gather(*waiting)
     assert [len(call) for call in inventory.calls] == [20]
@@ -89,7 +95,7 @@ async def test_requests_of_one_turn_go_together() -> None:
 async def test_items_do_not_wait_for_one_another() -> None:
     inventory = StandingInventory()
     batches = Batching(inventory, Publications(), Metrics())
-    waiting = [asyncio.create_task(batches.decide(f"x{n}", a_request(n))) for n in range(10)]
+    waiting = [decided(batches, f"x{n}", a_request(n)) for n in range(10)]
     await turns()
     assert len(inventory.calls) == 10
     for _ in range(10):
@@ -100,20 +106,18 @@ async def test_items_do_not_wait_for_one_another() -> None:
 async def test_too_many_are_refused_and_never_sent() -> None:
     inventory = StandingInventory()
     batches = Batching(inventory, Publications(), Metrics())
-    first = asyncio.create_task(batches.decide("x", a_request()))
+    first = decided(batches, "x", a_request())
     await turns()
-    waiting = [
-        asyncio.create_task(batches.decide("x", a_request(n))) for n in range(1, 3 * 128 + 4_400)
-    ]
+    waiting = [decided(batches, "x", a_request(n)) for n in range(1, 3 * 128 + 4_400)]
     await turns()
     refused = [task for task in waiting if task.done()]
     assert {task.result().outcome for task in refused} == {Failure.TOO_MANY_WAITING}
     # Two calls went out with what had come; the limit holds for what waits behind them.
     assert len(waiting) - len(refused) == batching.MAX_WAITING
-    decided = asyncio.gather(first, *waiting)
+    all_of_them = asyncio.gather(first, *waiting)
     for _ in range(100):
         inventory.go.release()
-    await decided
+    await all_of_them
     assert sum(map(len, inventory.calls)) == 1 + len(waiting) - len(refused)
 
 
@@ -122,9 +126,9 @@ async def test_who_waited_too_long_is_answered_and_never_sent() -> None:
     batches = Batching(inventory, Publications(), Metrics())
     in_flight = []
     for number in range(batching.CALLS_IN_FLIGHT):
-        in_flight.append(asyncio.create_task(batches.decide("x", a_request(number))))
+        in_flight.append(decided(batches, "x", a_request(number)))
         await turns()
-    late = await batches.decide("x", a_request(99))
+    late = await decided(batches, "x", a_request(99))
     assert late.outcome is Failure.TOO_MANY_WAITING
     for _ in range(10):
         inventory.go.release()
@@ -139,7 +143,7 @@ async def test_a_failed_call_is_sent_once_more_with_the_same_ids() -> None:
     batches = Batching(inventory, Publications(), Metrics())
     for _ in range(10):
         inventory.go.release()
-    decision = await batches.decide("x", a_request())
+    decision = await decided(batches, "x", a_request())
     assert (decision.outcome, decision.reservation_id) == (Failure.OUTCOME_UNKNOWN, "id-0")
     assert len(inventory.calls) == 2
     assert inventory.calls[0] == inventory.calls[1]
@@ -148,7 +152,7 @@ async def test_a_failed_call_is_sent_once_more_with_the_same_ids() -> None:
 async def test_an_answer_from_before_a_suspension_is_not_believed() -> None:
     inventory, published = StandingInventory(), Publications()
     batches = Batching(inventory, published, Metrics())
-    deciding = asyncio.create_task(batches.decide("x", a_request()))
+    deciding = decided(batches, "x", a_request())
     await turns()
     loop = asyncio.get_running_loop()
     awake, slept = loop.time, 2 * CALL_DEADLINE_SECONDS
@@ -168,7 +172,7 @@ async def test_sold_out_is_remembered_for_a_moment_for_its_item_only() -> None:
     batches = Batching(inventory, Publications(), Metrics())
     inventory.go.release()
     assert not batches.sold_out("x")
-    await batches.decide("x", a_request())
+    await decided(batches, "x", a_request())
     assert batches.sold_out("x")
     assert not batches.sold_out("y")
     async with asyncio.timeout(20):
@@ -181,15 +185,15 @@ async def test_fewer_left_than_asked_for_is_not_sold_out() -> None:
     inventory.outcome, inventory.available = Outcome.NOT_ENOUGH_LEFT, 1
     batches = Batching(inventory, Publications(), Metrics())
     inventory.go.release()
-    await batches.decide("x", a_request())
+    await decided(batches, "x", a_request())
     assert not batches.sold_out("x")
 
 
 async def test_a_buyer_who_goes_away_does_not_cancel_the_batch() -> None:
     inventory, published = StandingInventory(), Publications()
     batches = Batching(inventory, published, Metrics())
-    leaver = asyncio.create_task(batches.decide("x", a_request(1)))
-    stayer = asyncio.create_task(batches.decide("x", a_request(2)))
+    leaver = decided(batches, "x", a_request(1))
+    stayer = decided(batches, "x", a_request(2))
     await turns()
     leaver.cancel()
     await turns()

@@ -7,10 +7,10 @@ themselves, up to `BATCH_LIMIT` requests a call and `CALLS_IN_FLIGHT` calls an i
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
@@ -72,9 +72,12 @@ class Publishes(Protocol):
     def add(self, accepted: Accepted) -> None: ...
 
 
+Decided: TypeAlias = Callable[[Decision], None]
+
+
 class _Waiting(NamedTuple):
     request: Request
-    decided: "asyncio.Future[Decision]"
+    decided: Decided
     since: float
 
 
@@ -117,20 +120,20 @@ class Batching:
         until = self._sold_out_until.get(item_id)
         return until is not None and asyncio.get_running_loop().time() < until
 
-    async def decide(self, item_id: str, request: Request) -> Decision:
-        """Waits for the request's turn and its answer: `MAX_WAIT_SECONDS` for the turn at most,
-        then the call and, should it fail, one more: `CALL_DEADLINE_SECONDS` together.
+    def decide(self, item_id: str, request: Request, decided: Decided) -> None:
+        """Calls `decided` once, now or later: the request waits `MAX_WAIT_SECONDS` for its turn at
+        most, then for the call and, should it fail, one more: `CALL_DEADLINE_SECONDS` together.
 
-        A caller that goes away cancels nothing: its request is part of a batch.
+        Nothing cancels it, whether the buyer is still there or not: it is part of a batch.
         """
         if self._waiting >= MAX_WAITING:
-            return Decision(Failure.TOO_MANY_WAITING)
+            decided(Decision(Failure.TOO_MANY_WAITING))
+            return
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(item_id)
         if lane is None:
             lane = self._lanes[item_id] = _Lane(item_id)
-        waiting = _Waiting(request, loop.create_future(), loop.time())
-        lane.waiting.append(waiting)
+        lane.waiting.append(_Waiting(request, decided, loop.time()))
         self._waiting += 1
         if lane.calls < self._calls_in_flight and not lane.starting:
             # After what is ready now: requests read in the same turn of the loop go together.
@@ -138,7 +141,6 @@ class Batching:
             loop.call_soon(self._start, lane)
         if self._expiry is None:
             self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
-        return await waiting.decided
 
     def _start(self, lane: _Lane) -> None:
         lane.starting = False
@@ -161,7 +163,7 @@ class Batching:
         next_since = None
         for lane in self._lanes.values():
             while lane.waiting and lane.waiting[0].since <= oldest_allowed:
-                _answer(lane.waiting.popleft(), Decision(Failure.TOO_MANY_WAITING))
+                lane.waiting.popleft().decided(Decision(Failure.TOO_MANY_WAITING))
                 self._waiting -= 1
             if lane.waiting:
                 since = lane.waiting[0].since
@@ -174,27 +176,31 @@ class Batching:
         )
 
     async def _call(self, lane: _Lane, batch: Sequence[_Waiting]) -> None:
-        requests = [waiting.request for waiting in batch]
         self._metrics.batch_size.observe(len(batch))
         try:
-            reply = await self._reserve(lane.item_id, requests)
-            if isinstance(reply, BatchReply):
-                self._deliver(lane.item_id, batch, reply)
-            else:
-                self._sold_out_until.pop(lane.item_id, None)
-                if reply is Outcome.FENCED:
-                    self._remember(lane.item_id)
-                elif reply is Outcome.UNKNOWN and self._remembers(lane.item_id):
-                    reply = Outcome.FENCED
-                for waiting in batch:
-                    _answer(waiting, Decision(reply, waiting.request.reservation_id))
+            decisions = await self._decisions(lane.item_id, [waiting.request for waiting in batch])
         except Exception:  # whatever it was: nobody may be left waiting
             log.exception("a batch for %s failed", lane.item_id)
-            for waiting in batch:
-                _answer(waiting, Decision(Failure.INTERNAL_ERROR))
+            decisions = [Decision(Failure.INTERNAL_ERROR)] * len(batch)
         finally:
             lane.calls -= 1
             self._start(lane)
+        for waiting, decision in zip(batch, decisions, strict=True):
+            try:
+                waiting.decided(decision)
+            except Exception:  # likewise
+                log.exception("a request for %s could not be answered", lane.item_id)
+
+    async def _decisions(self, item_id: str, requests: Sequence[Request]) -> list[Decision]:
+        reply = await self._reserve(item_id, requests)
+        if isinstance(reply, BatchReply):
+            return self._delivered(item_id, requests, reply)
+        self._sold_out_until.pop(item_id, None)
+        if reply is Outcome.FENCED:
+            self._remember(item_id)
+        elif reply is Outcome.UNKNOWN and self._remembers(item_id):
+            reply = Outcome.FENCED
+        return [Decision(reply, request.reservation_id) for request in requests]
 
     async def _reserve(
         self, item_id: str, requests: Sequence[Request]
@@ -235,13 +241,15 @@ class Batching:
         self._known_until.pop(item_id, None)
         return False
 
-    def _deliver(self, item_id: str, batch: Sequence[_Waiting], reply: BatchReply) -> None:
-        """Hands what was accepted to the publisher, then answers; without a pause in between."""
+    def _delivered(
+        self, item_id: str, requests: Sequence[Request], reply: BatchReply
+    ) -> list[Decision]:
+        """The decisions; what was accepted is with the publisher before anybody is answered."""
         sale_id, now_ms = reply.snapshot.sale_id, reply.now_ms
         self._metrics.know(item_id)
+        decisions = []
         sold_out = over = False
-        for waiting, (outcome, detail) in zip(batch, reply.answers, strict=True):
-            request = waiting.request
+        for request, (outcome, detail) in zip(requests, reply.answers, strict=True):
             record = None
             if outcome is Outcome.ACCEPTED:
                 entry_id = detail
@@ -270,7 +278,7 @@ class Batching:
                 decision = Decision(
                     outcome, request.reservation_id, sale_id, None, reply.starts_ms, now_ms
                 )
-            _answer(waiting, decision)
+            decisions.append(decision)
         if sold_out and reply.available == 0:
             now = asyncio.get_running_loop().time()
             self._sold_out_until[item_id] = now + SOLD_OUT_SECONDS
@@ -281,8 +289,4 @@ class Batching:
         else:
             self._remember(item_id)
         self._metrics.outbox_length.labels(item_id).set(reply.outbox_length)
-
-
-def _answer(waiting: _Waiting, decision: Decision) -> None:
-    if not waiting.decided.done():  # the buyer may have gone
-        waiting.decided.set_result(decision)
+        return decisions

@@ -1,10 +1,17 @@
 """A connection as uvicorn has it, with a bound on what a client may make it wait for or keep."""
 
 import asyncio
-from typing import Final
+import logging
+from typing import Any, Final
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from flashsale_api import problems
+from flashsale_api.problems import Headers, Problem
+from flashsale_api.reserving import MAX_BODY_BYTES, RESERVE_PATH, Reserve
+
+log = logging.getLogger(__name__)
 
 REQUEST_SECONDS: Final = 10.0
 """From a request's first byte, or from connecting, until all of it is here: twice that at most."""
@@ -15,6 +22,9 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 _OF_AN_UPGRADE: Final = (b"connection", b"upgrade", b"http2-settings")
 
 
+_RESERVE: Final = RESERVE_PATH.encode()
+
+
 class Connection(HttpToolsProtocol):
     """Closes on a client that is too slow or whose head does not end; ignores Upgrade.
 
@@ -22,12 +32,20 @@ class Connection(HttpToolsProtocol):
     no file descriptor is left for a buyer's, and no limit for a head, which it keeps. What follows
     an Upgrade it does not read as the request's body: Java's HttpClient, which offers h2c with its
     first request, could not POST. An Upgrade may be ignored (RFC 9110, section 7.8).
+
+    POST /reserve, as nearly everybody sends it, it gives to `app.reserve` itself: uvicorn's task,
+    scope and messages for it would cost more than the answer. Whatever is unusual (an older HTTP,
+    a connection that is to close, a request that waits for another) goes by uvicorn's way.
     """
 
     _since: float | None = None
     """When what is being received began; None between requests."""
     _head: int | None = None
     """Bytes of an incomplete head; None where there is none."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - uvicorn's own
+        super().__init__(*arguments, **options)
+        self._reserve: Reserve | None = getattr(self.app, "reserve", None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         super().connection_made(transport)
@@ -61,13 +79,42 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head = None
-        if not self.parser.should_upgrade():
+        if self.parser.should_upgrade():
+            return
+        if self.url == _RESERVE and self._reserve is not None and self._is_usual():
+            self.cycle = Exchange(self, self._reserve)  # type: ignore[assignment] # has what uvicorn asks of one
+        else:
             super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        exchange = self.cycle
+        if not isinstance(exchange, Exchange):
+            super().on_body(body)
+        elif not exchange.response_complete:
+            exchange.body += body
+            if len(exchange.body) > MAX_BODY_BYTES:
+                exchange.begin()
+
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
-            self._since = None
+        if self.parser.should_upgrade():
+            return
+        self._since = None
+        exchange = self.cycle
+        if not isinstance(exchange, Exchange):
             super().on_message_complete()
+        elif not exchange.response_complete:
+            exchange.begin()
+
+    def _is_usual(self) -> bool:
+        parser = self.parser
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+            and not self.expect_100_continue
+            and not self.flow.write_paused
+        )
 
     def _watch(self) -> None:
         """Now and then, since a timer for each request would cost more than it is worth."""
@@ -89,3 +136,51 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, why: str) -> None:
         self.logger.warning(why)
         self.send_400_response(why)
+
+
+class Exchange:
+    """A request to reserve and its answer, in the place of uvicorn's `RequestResponseCycle`."""
+
+    __slots__ = (
+        *("_connection", "_reserve"),
+        *("body", "disconnected", "keep_alive", "response_complete"),
+    )
+
+    message_event = asyncio.Event()
+    """Nobody waits for it."""
+
+    def __init__(self, connection: Connection, reserve: Reserve) -> None:
+        self._connection = connection
+        self._reserve = reserve
+        self.body = bytearray()
+        self.keep_alive = True
+        self.disconnected = False
+        self.response_complete = False
+
+    def begin(self) -> None:
+        """Answers, now or later."""
+        try:
+            self._reserve.begin(self._connection.headers, self.body, self.respond)
+        except Exception:  # whatever it was: the buyer is not to wait for nothing
+            log.exception("a request could not be decided")
+            self.respond(*problems.plain(Problem.INTERNAL_ERROR))
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Writes the answer, unless the buyer went."""
+        self.response_complete = True
+        connection = self._connection
+        if self.disconnected or connection.transport.is_closing():
+            return
+        lines = [STATUS_LINE[status]]
+        for name, value in connection.server_state.default_headers:
+            lines += (name, b": ", value, b"\r\n")
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"content-length: %d\r\n\r\n" % len(body))
+        lines.append(body)
+        connection.transport.write(b"".join(lines))
+        if not self.keep_alive:
+            connection.transport.close()
+        connection.on_response_complete()

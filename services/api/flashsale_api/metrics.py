@@ -52,7 +52,7 @@ class Metrics:
         )
         self._request_seconds = Histogram(
             "flashsale_api_request_seconds",
-            "Time from the request's head read to its answer handed to the server.",
+            "Time from the whole request read to its answer handed to the server.",
             ["item", "answer"],
             buckets=_SECONDS,
             registry=self.registry,

@@ -1,9 +1,11 @@
 """POST /reserve: from bytes to a decision, and back."""
 
+import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -18,8 +20,11 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.problems import Headers, Problem
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from flashsale_api.traces import Traces
 
+RESERVE_PATH: Final = "/reserve"
 MAX_BODY_BYTES: Final = 16 * 1024
 
 _KEY: Final = re.compile(USER_ID_PATTERN)
@@ -82,12 +87,19 @@ class _Refused(Exception):
         self.problem, self.detail, self.members = problem, detail, members
 
 
+Respond: TypeAlias = Callable[[int, Headers, bytes], None]
+"""Takes status, headers without a length, and body."""
+
+_SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
+
 _decode = msgspec.json.Decoder(ReserveBody).decode
 _encode = msgspec.json.Encoder().encode
 
 
 class Reserve:
-    """The endpoint, as a bare ASGI application: nothing stands between it and the server."""
+    """The endpoint. `begin` answers as soon as there is an answer; as an ASGI application it does
+    the same for whoever calls it by that way.
+    """
 
     def __init__(
         self, batching: Batching, metrics: Metrics, traces: "Traces | None" = None
@@ -97,31 +109,65 @@ class Reserve:
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await _body(receive)
+        if raw is None:
+            return  # the buyer went before the body was whole
+        answered: asyncio.Future[tuple[int, Headers, bytes]] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def respond(status: int, headers: Headers, body: bytes) -> None:
+            if not answered.done():  # the server gave it up
+                answered.set_result((status, headers, body))
+
+        self.begin(scope["headers"], raw, respond)
+        status, headers, body = await answered
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+        await send({"type": "http.response.body", "body": body})
+
+    def begin(
+        self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
+    ) -> None:
+        """Decides a request; calls `respond` once, now or later.
+
+        `raw` is the whole body, or its beginning if it is larger than `MAX_BODY_BYTES`.
+        """
         started = perf_counter()
         try:
-            item_id, request = await _request(scope, receive, self._batching.sold_out)
+            item_id, request = _request(headers, raw, self._batching.sold_out)
         except _Refused as refused:
             counted = self._metrics.of("")
             counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
-            status, headers, body = problems.render(
-                refused.problem, refused.detail, **refused.members
+            answer = problems.render(refused.problem, refused.detail, **refused.members)
+            counted.rejected.observe(perf_counter() - started)
+            respond(*answer)
+            return
+        span = None
+        if self._traces is not None and self._traces.samples(request.traceparent):
+            waited = perf_counter() - started
+            request, span = self._traces.begin(item_id, request, waited)
+        if request.reservation_id:
+            self._batching.decide(
+                item_id, request, partial(self._end, item_id, request, started, respond, span)
             )
         else:
-            if request is None:
-                return  # the buyer went before the body was whole
-            span = None
-            if self._traces is not None and self._traces.samples(request.traceparent):
-                waited = perf_counter() - started
-                request, span = self._traces.begin(scope, item_id, request, waited)
-            if request.reservation_id:
-                decision = await self._batching.decide(item_id, request)
-            else:
-                decision = Decision(Outcome.SOLD_OUT)
-            counted = self._metrics.of(item_id)
-            counted.outcomes[decision.outcome].inc()
-            status, headers, body = _answer(item_id, decision)
-            if self._traces is not None and span is not None:
-                self._traces.end(span, request, decision.outcome, status)
+            self._end(item_id, request, started, respond, span, _SOLD_OUT)
+
+    def _end(  # noqa: PLR0913, PLR0917 - all but the last are known when it begins
+        self,
+        item_id: str,
+        request: Request,
+        started: float,
+        respond: Respond,
+        span: "Span | None",
+        decision: Decision,
+    ) -> None:
+        counted = self._metrics.of(item_id)
+        counted.outcomes[decision.outcome].inc()
+        status, headers, body = _answer(item_id, decision)
+        if self._traces is not None and span is not None:
+            self._traces.end(span, request, decision.outcome, status)
         seconds = perf_counter() - started
         if status < 300:
             counted.accepted.observe(seconds)
@@ -129,20 +175,18 @@ class Reserve:
             counted.rejected.observe(seconds)
         else:
             counted.failed.observe(seconds)
-        length = (b"content-length", b"%d" % len(body))
-        await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-        await send({"type": "http.response.body", "body": body})
+        respond(status, headers, body)
 
 
-async def _request(
-    scope: Scope, receive: Receive, sold_out: Callable[[str], bool]
-) -> tuple[str, Request | None]:
-    """The item and the request that a scope and its body ask for.
+def _request(
+    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, sold_out: Callable[[str], bool]
+) -> tuple[str, Request]:
+    """The item and the request that headers and body ask for.
 
     It has no id where nothing is left: most requests of a sale are such, and have no use for one.
     """
     content_type = request_key = traceparent = ""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"content-type":
             content_type = value.decode("latin-1")
         elif name == b"idempotency-key":
@@ -157,9 +201,8 @@ async def _request(
                 traceparent = ""
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise _Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
-    raw = await _body(receive)
-    if raw is None:
-        return "", None
+    if len(raw) > MAX_BODY_BYTES:
+        raise _Refused(Problem.BODY_TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes")
     try:
         body = _decode(raw)
     except msgspec.ValidationError as error:
@@ -174,18 +217,14 @@ async def _request(
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None if the client went."""
+    """The whole body, or as much as shows that it is too large; None if the client went."""
     chunks = b""
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         chunks += bytes(message.get("body", b""))
-        if len(chunks) > MAX_BODY_BYTES:
-            raise _Refused(
-                Problem.BODY_TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes"
-            )
-        if not message.get("more_body", False):
+        if len(chunks) > MAX_BODY_BYTES or not message.get("more_body", False):
             return chunks
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
-from starlette.types import Scope
 
 from flashsale.reservations import Request
 from flashsale.tracing import Tracing, fields, traceparent_of
@@ -21,6 +20,7 @@ _REQUEST: Final = {
     "http.request.method": "POST",
     "http.route": "/reserve",
     "url.path": "/reserve",
+    "url.scheme": "http",
 }
 _CALL: Final = {
     "db.system.name": "redis",
@@ -44,9 +44,7 @@ class Traces:
         self.open: dict[str, Span] = {}
         """The requests that are being decided, by the traceparent of their span."""
 
-    def begin(
-        self, scope: Scope, item_id: str, request: Request, seconds: float
-    ) -> tuple[Request, Span]:
+    def begin(self, item_id: str, request: Request, seconds: float) -> tuple[Request, Span]:
         """The span of a request that began `seconds` ago, and the request as part of it."""
         span = self._tracer.start_span(
             "POST /reserve",
@@ -54,8 +52,6 @@ class Traces:
             SpanKind.SERVER,
             {
                 **_REQUEST,
-                "url.scheme": scope["scheme"],
-                "network.protocol.version": scope["http_version"],
                 "flashsale.item_id": item_id,
                 "flashsale.reservation_id": request.reservation_id,
             },
