@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import shutil
 import sys
 import time
@@ -119,15 +118,13 @@ async def _all(seeds: Sequence[int], keep_going: bool) -> int:
 
 
 def _tell(seed: int, failed: Failed) -> None:
-    """Prints what broke, and keeps the journal and what the processes said beside it."""
+    """Prints all of it, and keeps it with what the processes said."""
     kept = FOLDER / f"seed-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
-    (kept / "schedule.txt").write_text(f"{failed}\n")
-    lines = [json.dumps(answer.json()) for answer in failed.journal]
-    (kept / "journal.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (kept / "failed.txt").write_text(f"{failed}\n")
     for log in (FOLDER / "world").glob("*/*.log"):
         shutil.copy(log, kept / f"{log.parent.name}.log")
-    print(f"{failed}\nThe whole journal and the logs: {kept.relative_to(ROOT)}", flush=True)
+    print(f"{failed}\nThis and the logs: {kept.relative_to(ROOT)}", flush=True)
     if failed.__cause__ is not None:
         traceback.print_exception(failed.__cause__)
 

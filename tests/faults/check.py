@@ -73,6 +73,13 @@ async def recovered(world: World, crowd: Crowd, item: str) -> float:
     return time.monotonic() - began
 
 
+def alive(world: World) -> None:
+    """Nothing that was not killed may have ended: only a pod would be started again."""
+    for service in (*world.apis, *world.consumers, world.operator):
+        if service.pid is None:
+            raise Broken(f"it ended by itself: {service.log}")
+
+
 async def declared(world: World, sale: Sale) -> None:
     """Waits until the operator says that everything is as the FlashSale asks."""
     deadline = time.monotonic() + RECOVERY_SECONDS

@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
 
 from dev.crowd import Attempt, Connection, Entry
@@ -32,8 +32,13 @@ class Answer:
     kind: str
     reservation_id: str = ""
 
-    def json(self) -> dict[str, object]:
-        return asdict(self)
+    def told(self, began: float) -> str:
+        """A line about it; `began` is what its seconds count from."""
+        order = f"{self.user} x {self.quantity}, {f'key {self.key}' if self.key else 'no key'}"
+        return (
+            f"{self.sent - began:8.3f} to {self.received - began:8.3f} s  API {self.api + 1}  "
+            f"{order}: {self.status} {self.kind} {self.reservation_id}".rstrip()
+        )
 
 
 class Crowd:

@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Sequence
 
-from tests.faults.check import Broken, Result, check, declared, recovered
+from tests.faults.check import Broken, Result, alive, check, declared, recovered
 from tests.faults.crowd import Answer, Crowd
 from tests.faults.schedule import SECONDS, Schedule
 from tests.faults.world import History, Sale, World
@@ -14,11 +14,15 @@ _number = itertools.count()
 
 
 class Failed(Exception):
-    """A schedule in which a promise was broken, or something that is not to be: with all of it."""
+    """A schedule in which a promise was broken, or something that is not to be.
+
+    Its text is all of it: the schedule, the journal in seconds from the first request, and why.
+    """
 
     def __init__(self, schedule: Schedule, journal: Sequence[Answer], why: str) -> None:
-        super().__init__(f"{schedule}\nBROKEN: {why}")
-        self.journal = journal
+        began = min((answer.sent for answer in journal), default=0.0)
+        lines = [f"  {answer.told(began)}" for answer in journal]
+        super().__init__("\n".join([str(schedule), "JOURNAL:", *lines, f"BROKEN: {why}"]))
 
 
 async def run(world: World, schedule: Schedule) -> Result:
@@ -47,6 +51,7 @@ async def run(world: World, schedule: Schedule) -> Result:
             await world.redis.whole()
             seconds = await recovered(world, crowd, item)
             await declared(world, sale)
+            alive(world)
         finally:
             crowd.go_home()
             await coming
