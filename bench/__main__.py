@@ -62,23 +62,24 @@ def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findi
         # It makes the topic and the ledger.
         rig.consumer(rig.cores.rest).stop()
         api = rig.api()
-        _say("Redis alone")
-        calls = scripts.scripts(rig, scale)
-        _say("Growth: processes, sales, stock")
-        processes = requests.processes(rig, scale, api)
-        many, apply_seconds = requests.sales(rig, scale, api)
-        memory = scripts.memory(rig, scale, api)
+        # First what is compared: later ones fill Redis, whose file is then rewritten beside them.
         _say("POST /reserve, one API process on one core, 100 connections")
         reserve = requests.closed_loop(rig, scale, api)
         parts = rig.parts()
         capacity = median(done.tally.rps for done in reserve["accepted"])
         _say(f"Constant arrival rates, capacity {capacity:,.0f}/s")
         open_loop = requests.open_loop(rig, scale, api, capacity)
+        _say("Redis alone")
+        calls = scripts.scripts(rig, scale)
         _say("From accepted to recorded")
         drains = recording.drains(rig, scale)
         together = recording.together(rig, scale, api, capacity)
         _say("PostgreSQL away, then Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
+        _say("Growth: processes, sales, stock")
+        processes = requests.processes(rig, scale, api)
+        many, apply_seconds = requests.sales(rig, scale, api)
+        memory = scripts.memory(rig, scale, api)
     return Findings(
         command=command,
         when=f"{when:%Y-%m-%d %H:%M} UTC",

@@ -62,10 +62,10 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    Fault("reserve", "r.quantity > sale.max_per_user", "1 > sale.max_per_user"),
-    Fault("reserve", "r.quantity > available then", "r.quantity > available + 1 then"),
-    Fault("reserve", "records[r.id] = r.record", "records[r.id] = nil"),
-    Fault("reserve", "held[r.user] = held[r.user] + r.quantity", "held[r.user] = r.quantity"),
+    Fault("reserve", "+ quantity > sale.max_per_user", "+ 1 > sale.max_per_user"),
+    Fault("reserve", "quantity > available then", "quantity > available + 1 then"),
+    Fault("reserve", "local record = records[id]\n  if", "local record = known[n]\n  if"),
+    Fault("reserve", "held[user] = held[user] + quantity", "held[user] = quantity"),
     Fault("reserve", "if sale.fenced then", "if sale.torn then"),
     Fault("reserve", "outbox_length >= outbox_limit", "outbox_length > outbox_limit"),
     Fault("reserve", "sale.now < sale.starts_ms", "clock_ms() < sale.starts_ms"),
@@ -77,7 +77,7 @@ FAULTS = [
     Fault("apply", "and sale.accepted == tonumber(recorded)", ""),
     Fault("apply", "or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0", ""),
     Fault("trust", "math.max(sale.allocated, accepted - released)", "sale.allocated"),
-    Fault("settle", "and entry[2][2] == ARGV[i + 1]", ""),
+    Fault("settle", "and entry[2][2] == reservation_id", ""),
     Fault("close", "if revision < sale.revision then", "if revision < 0 then"),
     Fault("close", "and 'ended' or 'closed'", "and 'closed' or 'closed'"),
     Fault("free", "redis.call('XLEN', KEYS[4]) > 0 or", ""),

@@ -18,26 +18,27 @@ local sale, reason = read_sale(KEYS)
 if not sale then return reason end
 if sale.fenced then return 'fenced' end
 
-local ids, users, requests = {}, {}, {}
+-- Lists side by side, since a table for each request would cost more than all the rest of reading.
+local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
+local count = 0
 local parsed = 0 -- bytes: a match may begin anywhere, and nothing may be left over
 for id, user, quantity, key, traceparent in string.gmatch(ARGV[3],
   '([^,\n]+),([^,\n]+),(%d+),([^,\n]*),([^,\n]*)\n') do
-  local n = #requests + 1
+  count = count + 1
   parsed = parsed + #id + #user + #quantity + #key + #traceparent + 5
-  ids[n], users[n] = id, user
-  requests[n] = { id = id, user = user, quantity = tonumber(quantity), key = key,
-    traceparent = traceparent }
-  if requests[n].quantity < 1 then return redis.error_reply('ERR quantity below 1') end
+  ids[count], users[count], quantities[count] = id, user, tonumber(quantity)
+  request_keys[count], traceparents[count] = key, traceparent
+  if quantities[count] < 1 then return redis.error_reply('ERR quantity below 1') end
 end
 local outbox_limit = tonumber(ARGV[1])
-if #requests == 0 or #requests ~= tonumber(ARGV[2]) or parsed ~= #ARGV[3] or not outbox_limit then
+if count == 0 or count ~= tonumber(ARGV[2]) or parsed ~= #ARGV[3] or not outbox_limit then
   return redis.error_reply('ERR malformed batch')
 end
 
 local records, held = {}, {}
 local known = redis.call('HMGET', KEYS[3], unpack(ids))
 local bought = redis.call('HMGET', KEYS[2], unpack(users))
-for n = 1, #requests do
+for n = 1, count do
   records[ids[n]] = known[n] or nil
   held[users[n]] = tonumber(bought[n] or 0)
 end
@@ -53,22 +54,21 @@ end
 local now = integer(sale.now)
 local available, units = sale.available, 0
 local answers, accepted = {}, {}
-for n = 1, #requests do
-  local r = requests[n]
-  local record = records[r.id]
+for n = 1, count do
+  local id, user, quantity = ids[n], users[n], quantities[n]
+  local record = records[id]
   if record then
-    local same = tonumber(string.match(record, '^%a+,%d+,(%d+),')) == r.quantity
+    local same = tonumber(string.match(record, '^%a+,%d+,(%d+),')) == quantity
     answers[n] = same and ('replayed ' .. record) or 'key_reused'
   elseif refusal then answers[n] = refusal
-  elseif held[r.user] + r.quantity > sale.max_per_user then answers[n] = 'limit_reached'
+  elseif held[user] + quantity > sale.max_per_user then answers[n] = 'limit_reached'
   elseif available <= 0 then answers[n] = 'sold_out'
-  elseif r.quantity > available then answers[n] = 'not_enough_left'
+  elseif quantity > available then answers[n] = 'not_enough_left'
   elseif outbox_length >= outbox_limit then answers[n] = 'outbox_full'
   else
-    r.record = table.concat({ 'accepted,1', integer(r.quantity), now, r.user, r.key }, ',')
-    records[r.id] = r.record
-    held[r.user] = held[r.user] + r.quantity
-    available, units = available - r.quantity, units + r.quantity
+    records[id] = 'accepted,1,' .. quantity .. ',' .. now .. ',' .. user .. ',' .. request_keys[n]
+    held[user] = held[user] + quantity
+    available, units = available - quantity, units + quantity
     outbox_length = outbox_length + 1
     accepted[#accepted + 1] = n
   end
@@ -80,11 +80,12 @@ if #accepted > 0 then
     integer(sale.revision) }, ',')
   local new_records, new_held = {}, {}
   for i, n in ipairs(accepted) do
-    local r = requests[n]
-    answers[n] = 'accepted ' .. redis.call('XADD', KEYS[4], '*', 'id', r.id, 'record', r.record,
-      'sale', snapshot, 'traceparent', r.traceparent)
-    new_records[2 * i - 1], new_records[2 * i] = r.id, r.record
-    new_held[2 * i - 1], new_held[2 * i] = r.user, integer(held[r.user])
+    local id, user = ids[n], users[n]
+    local record = records[id]
+    answers[n] = 'accepted ' .. redis.call('XADD', KEYS[4], '*', 'id', id, 'record', record,
+      'sale', snapshot, 'traceparent', traceparents[n])
+    new_records[2 * i - 1], new_records[2 * i] = id, record
+    new_held[2 * i - 1], new_held[2 * i] = user, held[user]
   end
   redis.call('HSET', KEYS[3], unpack(new_records))
   redis.call('HSET', KEYS[2], unpack(new_held))
