@@ -12,7 +12,7 @@ from bench.results import Outages, Phase
 from bench.rig import Api, Rig, Sample
 from dev.stack.servers import Server
 
-ITEMS: Final = 4
+ITEMS: Final = 8
 """Sales at once: at such a rate one of them would fill its outbox, which holds 100,000 entries,
 before Kafka is back, and answer 503 from then on.
 """
@@ -27,7 +27,7 @@ def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
     consumer = rig.consumer(rig.cores.rest)
     calm, away = scale.calm_seconds, scale.outage_seconds
     # Kafka takes a few seconds to start.
-    total = 3 * calm + 2 * away + 15
+    total = 3 * calm + 2 * away + 10
     crowd = rig.crowd(
         *([api], items, total),
         connections=OPEN_CONNECTIONS,

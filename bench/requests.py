@@ -26,7 +26,7 @@ class Scale:
 
 
 WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, (100, 100_000, 5_000_000))
-QUICK = Scale(1, 1.5, 1.0, 5.0, 3.0, 4.0, (100, 20_000))
+QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, (100, 20_000))
 
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:

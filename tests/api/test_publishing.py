@@ -1,7 +1,7 @@
 """From an accepted reservation to an acknowledged event, whatever happens to Kafka or the pod."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,21 @@ import httpx
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from redis.asyncio import Redis
 
 from dev.crowd import Attempt, Journal, stampede
 from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, heartbeat, inventory
 from flashsale.inventory import Applied, Inventory
-from flashsale.reservations import Request
+from flashsale.reservations import Record, Request, Snapshot
 from flashsale.sale import SaleSpec
+from flashsale.settings import KafkaSettings
+from flashsale_api import sweeping
+from flashsale_api.batching import Accepted
+from flashsale_api.metrics import Metrics
+from flashsale_api.publishing import Publisher
+from flashsale_api.sweeping import Sweeper
 from tests.api.test_reserving import reserve
 
 pytestmark = pytest.mark.slow
@@ -306,3 +313,65 @@ async def test_a_reservation_whose_reply_was_lost_is_published_by_the_sweep(
     assert ids(await published(kafka_here)) == {request.reservation_id}
     async with httpx.AsyncClient(base_url=api.url) as http:
         assert (await reserve(http, ITEM, "bob")).status_code == 202
+
+
+class Settling(Inventory):
+    """Remembers in what order items are settled."""
+
+    def __init__(self, redis: "Redis") -> None:
+        super().__init__(redis)
+        self.settled: list[tuple[str, int]] = []
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+        self.settled.append((item_id, len(acknowledged)))
+        return await super().settle(item_id, acknowledged)
+
+
+@pytest.fixture
+async def settling(redis_here: RedisServer) -> AsyncIterator[Settling]:
+    client = inventory.connect(redis_here.url)
+    yield Settling(client)
+    await client.aclose()
+
+
+def accepted(item_id: str, number: int) -> Accepted:
+    record = Record("accepted", 1, 1, 1_795_561_067_887, "ann", "")
+    return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
+
+
+async def test_no_item_waits_until_another_is_settled(settling: Settling) -> None:
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), settling, Metrics())
+    for item_id, number in (("many", 600), ("few", 300), ("one", 1)):
+        publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}") for n in range(number)]
+    publisher._to_settle.set()
+    task = asyncio.create_task(publisher.settle())
+    async with asyncio.timeout(10):
+        while publisher._acknowledged:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    assert settling.settled == [
+        *(("many", 256), ("few", 256), ("one", 1)),
+        *(("many", 256), ("few", 44), ("many", 88)),
+    ]
+
+
+async def test_who_has_much_to_settle_does_not_sweep(
+    stock_here: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failure of Kafka most of what it would read again and again are its own entries."""
+    monkeypatch.setattr(sweeping, "BACKLOG", 10)
+    monkeypatch.setattr(sweeping, "SWEEP_AGE_MS", -1_000)
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), stock_here, Metrics())
+    publisher.connected = True
+    own = [accepted(ITEM, number) for number in range(10)]
+    for each in own:
+        publisher.add(each)
+    others = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
+    await stock_here.reserve(ITEM, [others], timeout_seconds=5)
+    sweeper = Sweeper(stock_here, publisher, Metrics(), "pod")
+    await sweeper.sweep()
+    assert publisher.held == 10
+    publisher._let_go([(ITEM, own[0].entry_id)])
+    await sweeper.sweep()
+    assert publisher.held == 10
+    assert publisher._pending[-1].reservation_id == others.reservation_id

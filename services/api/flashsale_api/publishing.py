@@ -83,6 +83,11 @@ class Publisher:
         """Events in memory that Kafka has not acknowledged."""
         return self._by_item.total()
 
+    @property
+    def held(self) -> int:
+        """Events in memory that Kafka has not acknowledged, or whose entries are not settled."""
+        return len(self._held)
+
     def unacknowledged_by_item(self) -> dict[str, int]:
         """The same, by item; items without any are left out."""
         self._by_item = +self._by_item
@@ -139,8 +144,9 @@ class Publisher:
             await self._to_settle.wait()
             self._to_settle.clear()
             while self._acknowledged:
-                item_id, entries = next(iter(self._acknowledged.items()))
-                page = entries[:SETTLE_BATCH]
+                # Items in turn: while one waits, its outbox may be full and sell nothing.
+                item_id = next(iter(self._acknowledged))
+                page = self._acknowledged[item_id][:SETTLE_BATCH]
                 try:
                     await self._inventory.settle(item_id, page)
                 except RedisUnavailable as error:
@@ -150,9 +156,8 @@ class Publisher:
                     await asyncio.sleep(BACKOFF_SECONDS[-1])
                     continue
                 away = False
-                del entries[: len(page)]
-                if not entries:
-                    del self._acknowledged[item_id]
+                if left := self._acknowledged.pop(item_id)[len(page) :]:
+                    self._acknowledged[item_id] = left
                 self._let_go((item_id, entry_id) for entry_id, _ in page)
 
     async def flush(self, timeout_seconds: float) -> int:

@@ -25,7 +25,9 @@ SWEEP_AGE_MS: Final = 3_000
 SWEEP_LEASE_MS: Final = 10_000
 SWEEP_PAGE: Final = 500
 BACKLOG: Final = 2_000
-"""Unacknowledged events above which a pod has enough to do and does not sweep."""
+"""Events held above which a pod has enough to do and does not sweep: after a failure of Kafka most
+of what it would read are its own.
+"""
 
 
 async def beat(redis: Redis, inventory: Inventory, publisher: Publisher, pod_id: str) -> None:
@@ -92,7 +94,7 @@ class Sweeper:
 
     async def _sweep_item(self, item_id: str, until_ms: int) -> None:
         publisher, after = self._publisher, "-"
-        while publisher.connected and publisher.unacknowledged < BACKLOG:
+        while publisher.connected and publisher.held < BACKLOG:
             page = await self._inventory.outbox_page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
             )
