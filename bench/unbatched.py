@@ -4,8 +4,8 @@ import sys
 from functools import partial
 
 from flashsale_api.__main__ import main
-from flashsale_api.batching import Batching
+from flashsale_api.batching import MAX_CALLS, Batching
 
 if __name__ == "__main__":
-    # As many calls at once as the crowd has connections.
-    sys.exit(main(partial(Batching, batch_limit=1, calls_in_flight=100)))
+    # As many calls at once as all items together may have.
+    sys.exit(main(partial(Batching, batch_limit=1, calls_in_flight=MAX_CALLS)))

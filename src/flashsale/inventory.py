@@ -7,6 +7,7 @@ from typing import Final, NamedTuple, cast
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 
 from flashsale.errors import ContractViolation
 from flashsale.keys import ITEMS, ItemKeys
@@ -79,6 +80,9 @@ def connect(url: str) -> "Redis":
         retry=Retry(NoBackoff(), 0),
         socket_timeout=2,
         socket_connect_timeout=1,
+        # Else some providers send what nobody asked for, and a connection that the server has
+        # closed is not noticed before it is used.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     return Redis.from_pool(pool)
 

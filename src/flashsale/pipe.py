@@ -7,6 +7,7 @@ call costs several times as much, most of it for taking a connection and giving 
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias, cast
@@ -16,6 +17,8 @@ from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 Reply: TypeAlias = str | int
+
+log = logging.getLogger(__name__)
 
 _END: Final = b"\r\n"
 
@@ -60,6 +63,7 @@ class Link(asyncio.Protocol):
         self._writer = writer
         self._transport = cast("asyncio.Transport", writer.transport)
         self._transport.set_protocol(self)
+        self._unsent: list[bytes] = []
         self._asked: deque[asyncio.Future[Reply]] = deque()
         self._received = bytearray()
 
@@ -76,12 +80,17 @@ class Link(asyncio.Protocol):
         """The answer to a command, a string or a number.
 
         Raises `ResponseError` if Redis refuses it, `ConnectionError` (redis-py's) if the answer
-        does not come. A caller that stops waiting ends the connection: nobody else is to take its
-        answer for their own.
+        does not come. A caller that stops waiting ends the connection: it may be dead, and whoever
+        comes next is not to wait for it.
         """
-        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        if self.closed:
+            raise Disconnected("the connection ended")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Reply] = loop.create_future()
         self._asked.append(answer)
-        self._transport.write(_packed(words))
+        if not self._unsent:
+            loop.call_soon(self._send)
+        self._unsent.append(_packed(words))
         try:
             return await answer
         except asyncio.CancelledError:
@@ -99,13 +108,18 @@ class Link(asyncio.Protocol):
                     answer.set_exception(reply)
                 else:
                     answer.set_result(reply)
-        except (ValueError, IndexError):  # not what was asked for: no answer can be believed
+        except (ValueError, IndexError) as error:
+            log.warning("Redis answered what was not asked for: %s", error)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for answer in self._asked:
             if not answer.done():
                 answer.set_exception(Disconnected(f"the connection ended: {exc or 'closed'}"))
+
+    def _send(self) -> None:
+        self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def _replies(self) -> Iterator[Reply | RedisError]:
         """The replies that are whole (the RESP types of scripts' results), taken off the buffer."""

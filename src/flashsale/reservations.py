@@ -129,7 +129,9 @@ def parse_reply(reply: str) -> BatchReply | Outcome:
 
 def _answer(line: str) -> Answer:
     word, _, detail = line.partition(" ")
-    return Answer(Outcome(word), detail)
+    return Answer(_OUTCOMES[word], detail)
 
 
-_ANSWERS: Final = {outcome.value: Answer(outcome) for outcome in Outcome}
+# Looked up, since calling an Enum takes as long as all else that is done with an answer.
+_OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}
+_ANSWERS: Final = {word: Answer(outcome) for word, outcome in _OUTCOMES.items()}

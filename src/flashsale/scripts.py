@@ -66,7 +66,7 @@ class Scripts:
     ) -> Reply:
         """Runs a script that answers a string or a number, behind all that are under way.
 
-        When it fails, `maybe_executed` says whether the call was sent; it is not sent again.
+        When it fails, `maybe_executed` says whether the call was sent; it is not tried again.
         """
         sent = False
         tail = (len(keys), *keys, *arguments)

@@ -17,6 +17,7 @@ class StandingInventory(Inventory):
 
     def __init__(self) -> None:
         self.calls: list[Sequence[Request]] = []
+        self.answered = 0
         self.go = asyncio.Semaphore(0)
         self.outcome = Outcome.ACCEPTED
         self.available = 1
@@ -28,6 +29,7 @@ class StandingInventory(Inventory):
         del item_id, timeout_seconds
         self.calls.append(requests)
         await self.go.acquire()
+        self.answered += 1
         if self.fail:
             raise RedisUnavailable("cut", maybe_executed=True)
         return BatchReply(
@@ -54,7 +56,12 @@ def a_request(number: int = 0) -> Request:
 
 def decided(batches: Batching, item_id: str, request: Request) -> "asyncio.Future[Decision]":
     decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-    batches.decide(item_id, request, decision.set_result)
+
+    def tell(made: Decision) -> None:
+        if not decision.done():  # the buyer has gone
+            decision.set_result(made)
+
+    batches.decide(item_id, request, tell)
     return decision
 
 
@@ -200,3 +207,36 @@ async def test_a_buyer_who_goes_away_does_not_cancel_the_batch() -> None:
     inventory.go.release()
     assert (await stayer).outcome is Outcome.ACCEPTED
     assert len(published.taken) == 2
+
+
+async def test_however_many_items_are_asked_for_redis_is_not_flooded() -> None:
+    inventory = StandingInventory()
+    batches = Batching(inventory, Publications(), Metrics())
+    waiting = [decided(batches, f"x{n % 200}", a_request(n)) for n in range(400)]
+    await turns()
+    assert len(inventory.calls) == batching.MAX_CALLS
+    waiting += [decided(batches, f"x{n % 200}", a_request(n)) for n in range(400, 800)]
+    for _ in range(800):
+        inventory.go.release()
+        await turns(2)
+        assert len(inventory.calls) - inventory.answered <= batching.MAX_CALLS
+    decisions = await asyncio.gather(*waiting)
+    assert {decision.outcome for decision in decisions} == {Outcome.ACCEPTED}
+    assert sum(len(call) for call in inventory.calls) == 800
+    assert not batches._lanes
+
+
+async def test_who_closes_decides_what_waits_and_refuses_who_comes() -> None:
+    inventory = StandingInventory()
+    batches = Batching(inventory, Publications(), Metrics())
+    waiting = [decided(batches, "x", a_request(n)) for n in range(500)]
+    await turns()
+    closing = asyncio.create_task(batches.close())
+    await turns()
+    late = await decided(batches, "x", a_request(500))
+    assert late.outcome is Failure.TOO_MANY_WAITING
+    assert not closing.done()
+    for _ in range(5):
+        inventory.go.release()
+    await closing
+    assert {(await each).outcome for each in waiting} == {Outcome.ACCEPTED}

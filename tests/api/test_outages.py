@@ -16,7 +16,6 @@ from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
 from flashsale import inventory
-from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
 from tests.api.test_reserving import problem, reserve
@@ -137,8 +136,6 @@ async def test_a_redis_that_is_gone_is_said_at_once_and_a_restarted_one_is_fence
             answer = await reserve(own_http, ITEM, "bob")
     problem(answer, 503, "fenced")
     problem(await reserve(own_http, ITEM, key="k"), 503, "fenced")
-    with pytest.raises(RedisUnavailable):  # its one connection is the dead server's
-        await own_stock.sales([ITEM])
     assert (await own_stock.sales([ITEM]))[ITEM].accepted == 1
 
 

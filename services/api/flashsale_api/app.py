@@ -70,6 +70,7 @@ def create_app(
     redis = inventory.connect(settings.redis_url)
     stock = Inventory(redis)
     publisher = Publisher(settings, stock, metrics, traces=traces)
+    decided = batching(stock, publisher, metrics, traces=traces)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()
 
@@ -97,6 +98,7 @@ def create_app(
         try:
             yield
         finally:
+            await decided.close()
             if left := await publisher.flush(FLUSH_SECONDS):
                 log.warning("%d accepted reservations are left to another pod's sweep", left)
             else:
@@ -121,7 +123,7 @@ def create_app(
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batching(stock, publisher, metrics, traces=traces), metrics, traces)
+    reserve = Reserve(decided, metrics, traces)
     rest = Starlette(
         routes=[
             # Known here too, for its answer to other methods.

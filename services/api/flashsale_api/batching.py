@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALLS_IN_FLIGHT: Final = 3
+MAX_CALLS: Final = 64
+"""Calls in flight of all items together, however many items are asked for."""
 MAX_WAITING: Final = 4096
 MAX_WAIT_SECONDS: Final = 0.5
 SOLD_OUT_SECONDS: Final = 0.1
@@ -111,6 +113,9 @@ class Batching:
         self._lanes: dict[str, _Lane] = {}
         self._waiting = 0
         self._calls: set[asyncio.Task[None]] = set()
+        self._in_flight = 0
+        self._held_back: deque[_Lane] = deque()
+        self._closed = False
         self._expiry: asyncio.TimerHandle | None = None
         self._sold_out_until: dict[str, float] = {}
         self._known_until: dict[str, float] = {}
@@ -121,12 +126,13 @@ class Batching:
         return until is not None and asyncio.get_running_loop().time() < until
 
     def decide(self, item_id: str, request: Request, decided: Decided) -> None:
-        """Calls `decided` once, now or later: the request waits `MAX_WAIT_SECONDS` for its turn at
-        most, then for the call and, should it fail, one more: `CALL_DEADLINE_SECONDS` together.
+        """Calls `decided`, which may not fail, once, now or later.
 
-        Nothing cancels it, whether the buyer is still there or not: it is part of a batch.
+        The request waits `MAX_WAIT_SECONDS` for its turn at most, then for the call and, should it
+        fail, one more: `CALL_DEADLINE_SECONDS` together. Nothing cancels it, whether the buyer is
+        still there or not: it is part of a batch.
         """
-        if self._waiting >= MAX_WAITING:
+        if self._closed or self._waiting >= MAX_WAITING:
             decided(Decision(Failure.TOO_MANY_WAITING))
             return
         loop = asyncio.get_running_loop()
@@ -142,12 +148,23 @@ class Batching:
         if self._expiry is None:
             self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
 
+    async def close(self) -> None:
+        """Decides all that waits; whoever comes now is refused."""
+        self._closed = True
+        while self._calls:
+            await asyncio.gather(*self._calls, return_exceptions=True)
+
     def _start(self, lane: _Lane) -> None:
         lane.starting = False
         while lane.waiting and lane.calls < self._calls_in_flight:
+            if self._in_flight >= MAX_CALLS:
+                lane.starting = True
+                self._held_back.append(lane)
+                break
             size = min(len(lane.waiting), self._batch_limit)
             batch = [lane.waiting.popleft() for _ in range(size)]
             self._waiting -= size
+            self._in_flight += 1
             lane.calls += 1
             call = asyncio.get_running_loop().create_task(self._call(lane, batch))
             self._calls.add(call)
@@ -155,6 +172,15 @@ class Batching:
         self._metrics.waiting.set(self._waiting)
         if not lane.waiting and not lane.calls:
             self._lanes.pop(lane.item_id, None)
+
+    def _ended(self, lane: _Lane) -> None:
+        """A call has: those go on that were held back, and then its own item."""
+        self._in_flight -= 1
+        lane.calls -= 1
+        while self._held_back and self._in_flight < MAX_CALLS:
+            self._start(self._held_back.popleft())
+        if not lane.starting:
+            self._start(lane)
 
     def _expire(self) -> None:
         """Answers those that have waited too long; they were never sent."""
@@ -183,13 +209,9 @@ class Batching:
             log.exception("a batch for %s failed", lane.item_id)
             decisions = [Decision(Failure.INTERNAL_ERROR)] * len(batch)
         finally:
-            lane.calls -= 1
-            self._start(lane)
+            self._ended(lane)
         for waiting, decision in zip(batch, decisions, strict=True):
-            try:
-                waiting.decided(decision)
-            except Exception:  # likewise
-                log.exception("a request for %s could not be answered", lane.item_id)
+            waiting.decided(decision)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> list[Decision]:
         reply = await self._reserve(item_id, requests)

@@ -20,8 +20,6 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 """Request line and headers that came after the first read and are not complete."""
 
 _OF_AN_UPGRADE: Final = (b"connection", b"upgrade", b"http2-settings")
-
-
 _RESERVE: Final = RESERVE_PATH.encode()
 
 
@@ -55,6 +53,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self.cycle = None  # type: ignore[assignment] # an exchange has the connection, too
 
     def data_received(self, data: bytes) -> None:
         if self._since is None:
@@ -74,23 +74,27 @@ class Connection(HttpToolsProtocol):
                     self._refuse("The head of the request is too large.")
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = b"", [], False
         self._since, self._head = self.loop.time(), 0
 
     def on_headers_complete(self) -> None:
         self._head = None
-        if self.parser.should_upgrade():
-            return
+        if self.parser.should_upgrade() or self.transport.is_closing():
+            return  # what follows an answer behind which the connection ends is not begun
         if self.url == _RESERVE and self._reserve is not None and self._is_usual():
-            self.cycle = Exchange(self, self._reserve)  # type: ignore[assignment] # has what uvicorn asks of one
+            # It has what uvicorn asks of a cycle.
+            self.cycle = Exchange(self, self._reserve)  # type: ignore[assignment]
         else:
+            self._make_scope()
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         exchange = self.cycle
+        if exchange is None or exchange.response_complete:
+            return
         if not isinstance(exchange, Exchange):
             super().on_body(body)
-        elif not exchange.response_complete:
+        else:
             exchange.body += body
             if len(exchange.body) > MAX_BODY_BYTES:
                 exchange.begin()
@@ -100,10 +104,28 @@ class Connection(HttpToolsProtocol):
             return
         self._since = None
         exchange = self.cycle
-        if not isinstance(exchange, Exchange):
-            super().on_message_complete()
-        elif not exchange.response_complete:
+        if exchange is None or exchange.response_complete:
+            self._wait_for_the_next()
+        elif isinstance(exchange, Exchange):
             exchange.begin()
+        else:
+            super().on_message_complete()
+
+    def _wait_for_the_next(self) -> None:
+        """As uvicorn does behind an answer; this one came first, and the rest of the request then
+        ended the wait.
+        """
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _make_scope(self) -> None:
+        """What uvicorn does when a message begins, of which most have no use for it."""
+        kept = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = kept
+        self.scope["headers"] = self.headers
 
     def _is_usual(self) -> bool:
         parser = self.parser
@@ -142,8 +164,12 @@ class Exchange:
     """A request to reserve and its answer, in the place of uvicorn's `RequestResponseCycle`."""
 
     __slots__ = (
-        *("_connection", "_reserve"),
-        *("body", "disconnected", "keep_alive", "response_complete"),
+        "_connection",
+        "_reserve",
+        "body",
+        "disconnected",
+        "keep_alive",
+        "response_complete",
     )
 
     message_event = asyncio.Event()
@@ -167,7 +193,10 @@ class Exchange:
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Writes the answer, unless the buyer went."""
+        if self.response_complete:
+            return
         self.response_complete = True
+        self.body = bytearray()
         connection = self._connection
         if self.disconnected or connection.transport.is_closing():
             return

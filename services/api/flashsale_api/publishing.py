@@ -153,6 +153,7 @@ class Publisher:
                     if not away:
                         log.warning("outbox entries are settled later: %s", error)
                     away = True
+                    self._acknowledged[item_id] = self._acknowledged.pop(item_id)
                     await asyncio.sleep(BACKOFF_SECONDS[-1])
                     continue
                 away = False

@@ -1,6 +1,7 @@
 """POST /reserve: from bytes to a decision, and back."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from flashsale_api.traces import Traces
+
+log = logging.getLogger(__name__)
 
 RESERVE_PATH: Final = "/reserve"
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -163,19 +166,25 @@ class Reserve:
         span: "Span | None",
         decision: Decision,
     ) -> None:
+        try:
+            status, headers, body = _answer(item_id, decision)
+            if self._traces is not None and span is not None:
+                self._traces.end(span, request, decision.outcome, status)
+            self._count(item_id, decision.outcome, status, perf_counter() - started)
+        except Exception:  # whatever it was: the buyer is not to wait for nothing
+            log.exception("a request for %s could not be answered", item_id)
+            status, headers, body = problems.plain(Problem.INTERNAL_ERROR)
+        respond(status, headers, body)
+
+    def _count(self, item_id: str, outcome: Outcome | Failure, status: int, seconds: float) -> None:
         counted = self._metrics.of(item_id)
-        counted.outcomes[decision.outcome].inc()
-        status, headers, body = _answer(item_id, decision)
-        if self._traces is not None and span is not None:
-            self._traces.end(span, request, decision.outcome, status)
-        seconds = perf_counter() - started
+        counted.outcomes[outcome].inc()
         if status < 300:
             counted.accepted.observe(seconds)
         elif status < 500:
             counted.rejected.observe(seconds)
         else:
             counted.failed.observe(seconds)
-        respond(status, headers, body)
 
 
 def _request(

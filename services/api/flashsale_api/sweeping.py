@@ -24,7 +24,7 @@ INTERVAL_SECONDS: Final = 1.0
 SWEEP_AGE_MS: Final = 3_000
 SWEEP_LEASE_MS: Final = 10_000
 SWEEP_PAGE: Final = 500
-BACKLOG: Final = 2_000
+BACKLOG: Final = 10_000
 """Events held above which a pod has enough to do and does not sweep: after a failure of Kafka most
 of what it would read are its own.
 """
