@@ -80,16 +80,6 @@ async def test_answers_may_come_in_any_pieces() -> None:
             assert str(got[3]) == "ERR it is wrong"
 
 
-async def test_what_is_asked_in_one_turn_is_sent_in_one_piece() -> None:
-    async with other_side() as (link, theirs):
-        waiting = [asyncio.create_task(link.ask("X", n)) for n in range(3)]
-        await asyncio.sleep(0.01)
-        sent = b"".join(b"*2\r\n$1\r\nX\r\n$1\r\n%d\r\n" % n for n in range(3))
-        assert theirs.recv(65536) == sent
-        theirs.sendall(b":1\r\n:2\r\n:3\r\n")
-        assert await asyncio.gather(*waiting) == [1, 2, 3]
-
-
 @pytest.mark.parametrize(
     "nonsense",
     [
