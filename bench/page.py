@@ -199,7 +199,7 @@ def _redis(found: Findings) -> str:
     for name in ("accepted", "sold out, with keys"):
         redis = median(one.cpu["Redis"] for one in ways[name])
         api = median(one.cpu["API"] for one in ways[name])
-        carried.append(f"{api / redis:.0f} API cores that do nothing but {name}")
+        carried.append(f"{api / redis:.1f} API cores that do nothing but {name}")
     return (
         table
         + "\nBehind the API, with settling and its smaller batches, Redis takes "

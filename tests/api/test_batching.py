@@ -240,3 +240,13 @@ async def test_who_closes_decides_what_waits_and_refuses_who_comes() -> None:
         inventory.go.release()
     await closing
     assert {(await each).outcome for each in waiting} == {Outcome.ACCEPTED}
+
+
+async def test_who_closes_decides_what_has_come_in_the_same_turn() -> None:
+    inventory = StandingInventory()
+    batches = Batching(inventory, Publications(), Metrics())
+    inventory.go.release()
+    last = decided(batches, "x", a_request())
+    await batches.close()
+    assert last.done()
+    assert (await last).outcome is Outcome.ACCEPTED

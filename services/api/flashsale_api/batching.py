@@ -1,7 +1,8 @@
 """Requests that arrive while a script call is in flight form the next call.
 
 No timer and no added delay: a lone request goes at once, and under load the batches grow by
-themselves, up to `BATCH_LIMIT` requests a call and `CALLS_IN_FLIGHT` calls an item.
+themselves, up to `BATCH_LIMIT` requests a call, `CALLS_IN_FLIGHT` calls an item and `MAX_CALLS`
+in all.
 """
 
 import asyncio
@@ -151,7 +152,8 @@ class Batching:
     async def close(self) -> None:
         """Decides all that waits; whoever comes now is refused."""
         self._closed = True
-        while self._calls:
+        while self._lanes:
+            await asyncio.sleep(0)  # what came in this turn has no call yet
             await asyncio.gather(*self._calls, return_exceptions=True)
 
     def _start(self, lane: _Lane) -> None:
