@@ -27,11 +27,11 @@ from flashsale.inventory import Inventory
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
-from flashsale_api.batching import Accepted, Batching
-from flashsale_api.connections import Connection
+from flashsale_api.batcher import Accepted, Batching
 from flashsale_api.metrics import Metrics
-from flashsale_api.reserving import Reserve
-from flashsale_api.traces import Traces
+from flashsale_api.protocol import Connection
+from flashsale_api.reserve import Reserve
+from flashsale_api.spans import Traces
 
 CONNECTIONS: Final = 32
 """As many requests at once, and so in a batch."""

@@ -16,7 +16,7 @@ from bench.results import Drain, Together
 from bench.rig import Api, Consumer, Rig
 from flashsale import events, ledger
 from flashsale.settings import KafkaSettings
-from flashsale_operator import topic
+from flashsale_operator.sales import offsets
 
 SHARE: Final = 0.3
 """Of the API's capacity, when API and consumer run at once: on two cores one of them carries
@@ -34,7 +34,7 @@ class Progress:
         self._pool = await ledger.connect(self._rig.postgres.url)
         self._kafka = AIOKafkaConsumer(bootstrap_servers=self._rig.kafka.bootstrap)
         await self._kafka.start()
-        numbers = await topic.spans(KafkaSettings(kafka_bootstrap=self._rig.kafka.bootstrap))
+        numbers = await offsets.spans(KafkaSettings(kafka_bootstrap=self._rig.kafka.bootstrap))
         self._partitions = [TopicPartition(events.TOPIC, number) for number in numbers]
         return self
 

@@ -4,7 +4,7 @@ import sys
 from functools import partial
 
 from flashsale_api.__main__ import main
-from flashsale_api.batching import MAX_CALLS, Batching
+from flashsale_api.batcher import MAX_CALLS, Batching
 
 if __name__ == "__main__":
     # As many calls at once as all items together may have.

@@ -12,7 +12,7 @@ from dev.crowd import Journal
 from dev.services import Addresses
 from flashsale import events, inventory, ledger
 from flashsale.settings import KafkaSettings
-from flashsale_operator import topic
+from flashsale_operator.sales import offsets
 
 QUIET_SECONDS: Final = 90.0
 
@@ -52,7 +52,7 @@ async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
         async with asyncio.timeout(QUIET_SECONDS):
             while True:
                 waiting = await inventory.Inventory(client).outbox_lengths(items)
-                partitions = await topic.spans(kafka)
+                partitions = await offsets.spans(kafka)
                 stored = await ledger.stored_offsets(pool, events.TOPIC)
                 if not any(waiting.values()) and all(
                     stored.get(number, span.first) >= span.end

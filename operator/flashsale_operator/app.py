@@ -21,15 +21,16 @@ from flashsale import inventory, ledger, logs
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
 from flashsale.settings import host_and_port, load
-from flashsale_operator import handlers, topic
-from flashsale_operator.clients import Clients
-from flashsale_operator.kube import Kube, log_in
-from flashsale_operator.metrics import CONTENT_TYPE, Metrics
-from flashsale_operator.rebuilding import Rebuilds
-from flashsale_operator.rounds import Key, Rounds
+from flashsale_operator.kubernetes import handlers
+from flashsale_operator.kubernetes.client import Kube, log_in
+from flashsale_operator.kubernetes.clients import Clients
+from flashsale_operator.kubernetes.controller import Key, Rounds
+from flashsale_operator.kubernetes.metrics import CONTENT_TYPE, Metrics
+from flashsale_operator.kubernetes.queue import Tending
+from flashsale_operator.kubernetes.rebuilds import Rebuilds
+from flashsale_operator.kubernetes.resync import Sweep
+from flashsale_operator.sales import offsets
 from flashsale_operator.settings import Settings
-from flashsale_operator.sweeping import Sweep
-from flashsale_operator.tending import Tending
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ async def _run(settings: Settings) -> None:
         rebuilds = Rebuilds(
             redis,
             pool,
-            partial(topic.spans, settings),
+            partial(offsets.spans, settings),
             lambda sale_id: tending.wake(Key(*sale_id.split("/", 1))),
         )
         clients = Clients(kube, stock, pool, metrics)

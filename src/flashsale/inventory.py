@@ -11,7 +11,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from flashsale.errors import ContractViolation
 from flashsale.keys import ITEMS, ItemKeys
-from flashsale.pipe import Pool
+from flashsale.redis_client import Pool
 from flashsale.reservations import BatchReply, OutboxEntry, Outcome, Record, Request, parse_reply
 from flashsale.sale import Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated

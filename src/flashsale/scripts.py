@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from flashsale.errors import RedisUnavailable
-from flashsale.pipe import Pool, Reply
+from flashsale.redis_client import Pool, Reply
 
 T = TypeVar("T")
 

@@ -3,7 +3,6 @@
 import inspect
 import re
 import tomllib
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -23,8 +22,8 @@ from flashsale_consumer.settings import Settings as ConsumerSettings
 from flashsale_operator.settings import Settings as OperatorSettings
 from tests.chart.chart import COMPONENTS, Rendered
 from tests.chart.values_table import CHART
+from tests.support.paths import ROOT
 
-ROOT: Final = Path(__file__).parents[2]
 SETTINGS: Final[dict[str, type[msgspec.Struct]]] = {
     "api": ApiSettings,
     "consumer": ConsumerSettings,

@@ -16,10 +16,10 @@ import yaml
 
 from dev.images.building import DEPLOYABLES
 from tests.chart.chart import Helm, Manifest, Refused, merged
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT: Final = Path(__file__).parents[2]
 CHECKS: Final = Path(__file__).with_name("checks")
 WORKLOADS: Final = ("Deployment", "StatefulSet", "Job", "Pod")
 

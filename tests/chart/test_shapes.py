@@ -18,10 +18,10 @@ from dev.stack.servers import RedisServer
 from flashsale import events
 from flashsale_consumer.worker import GROUP_ID
 from tests.chart.chart import COMPONENTS, Helm, Manifest, Rendered, merged
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT: Final = Path(__file__).parents[2]
 K8S: Final = ROOT / "k8s"
 VALUES: Final = K8S / "values"
 LOADTEST: Final = ROOT / "loadtest"
@@ -30,7 +30,7 @@ SHAPES: Final = {
     "kind": [VALUES / "one-node.yaml", VALUES / "kind.yaml"],
     "highly available": [VALUES / "highly-available.yaml"],
 }
-# FlashSales are held against their own resource in tests/control_plane.
+# FlashSales are held against their own resource in tests/cluster.
 FILES: Final = sorted(
     path.relative_to(ROOT)
     for folder in (K8S, LOADTEST)

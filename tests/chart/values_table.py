@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
-CHART: Final = Path(__file__).parents[2] / "charts/flashsale"
+from tests.support.paths import ROOT
+
+CHART: Final = ROOT / "charts/flashsale"
 README: Final = CHART / "README.md"
 _MARKS: Final = ("<!-- values -->\n", "<!-- end of values -->\n")
 

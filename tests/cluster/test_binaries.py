@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dev.stack import lifeline
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAMES = {"etcd", "kube-apiserver", "kubectl"}
 GO = """#!/bin/sh
 case $1 in

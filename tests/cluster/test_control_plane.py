@@ -19,10 +19,10 @@ from dev.cluster.binaries import Binaries, kubernetes_version
 from dev.cluster.control_plane import ControlPlane, EtcdServer
 from dev.stack import lifeline
 from dev.stack.servers import StackError
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 
 CRD = """
 apiVersion: apiextensions.k8s.io/v1

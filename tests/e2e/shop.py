@@ -13,8 +13,8 @@ from typing import Any, Final
 import yaml
 
 from dev.cluster.node import Cluster
+from tests.support.paths import ROOT
 
-ROOT: Final = Path(__file__).parents[2]
 HERE: Final = Path(__file__).parent
 CHART: Final = ROOT / "charts" / "flashsale"
 NAMESPACE: Final = "shop"
@@ -209,7 +209,7 @@ class Shop:
 
     def audit(self) -> str:
         """What flashsalectl, in the operator's pod, says of Redis, outbox, Kafka and ledger."""
-        cli = ("python3", "-m", "flashsale_operator.cli", "audit")
+        cli = ("python3", "-m", "flashsale_operator.ctl.commands", "audit")
         return self.kubectl("exec", f"deployment/{RELEASE}-flashsale-operator", "--", *cli)
 
     def roll_out(self, *components: str) -> None:

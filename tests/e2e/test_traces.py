@@ -10,7 +10,8 @@ import pytest
 
 from dev.cluster.node import Cluster
 from dev.stack.errors import StackError
-from tests.e2e.shop import ROOT, eventually
+from tests.e2e.shop import eventually
+from tests.support.paths import ROOT
 
 
 def traces(state: Path) -> list[str]:

@@ -16,7 +16,8 @@ from dev.stack.errors import StackError
 from tests.faults.check import Result
 from tests.faults.run import Failed, run
 from tests.faults.schedule import Kind, Schedule, schedule
-from tests.faults.world import ROOT, opened
+from tests.faults.world import opened
+from tests.support.paths import ROOT
 
 FOLDER: Final = ROOT / ".local" / "faults"
 

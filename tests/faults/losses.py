@@ -16,7 +16,8 @@ from flashsale import inventory
 from flashsale.keys import ItemKeys
 from tests.faults.check import declared, recovered
 from tests.faults.crowd import Crowd
-from tests.faults.world import ROOT, Sale, World, opened
+from tests.faults.world import Sale, World, opened
+from tests.support.paths import ROOT
 
 FOLDER: Final = ROOT / ".local" / "faults" / "losses"
 BUYING_SECONDS: Final = 4.0

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from dev.stack.process import Server
 from dev.stack.redis import RedisServer, default_binary
-from tests.proxy import Proxy
+from tests.support.proxy import Proxy
 
 DOWN_AFTER_MS: Final = 1_500
 """How long a primary is silent before Sentinel looks for another."""

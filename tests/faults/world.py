@@ -21,9 +21,9 @@ from dev.stack.servers import KafkaServer, PostgresServer, Server
 from flashsale import events, heartbeat
 from tests.faults.redis_pair import RedisPair
 from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step
-from tests.proxy import Proxy
+from tests.support.paths import ROOT
+from tests.support.proxy import Proxy
 
-ROOT: Final = Path(__file__).parents[2]
 CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 NAMESPACE: Final = "default"
 # Shorter than an hour, so that a run of many seeds does not fill up with closed sales.

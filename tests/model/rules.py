@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from flashsale import heartbeat
-from flashsale_api import batching, sweeping
-from flashsale_operator import barrier, reconcile
+from flashsale_api import batcher, sweeper
+from flashsale_operator.sales import decision, drain
 
 BEAT: Final = heartbeat.INTERVAL_SECONDS
 EXPIRY: Final = float(heartbeat.EXPIRY_SECONDS)
 CALL_DEADLINE: Final = heartbeat.CALL_DEADLINE_SECONDS
-SWEEP_AGE: Final = sweeping.SWEEP_AGE_MS / 1000
-CALLS_IN_FLIGHT: Final = batching.CALLS_IN_FLIGHT
-SETTLED_BEFORE: Final = barrier.CALL_DEADLINE_MS / 1000
+SWEEP_AGE: Final = sweeper.SWEEP_AGE_MS / 1000
+CALLS_IN_FLIGHT: Final = batcher.CALLS_IN_FLIGHT
+SETTLED_BEFORE: Final = drain.CALL_DEADLINE_MS / 1000
 """A heartbeat sampled this long after a fence counts all that was accepted before it."""
 
-SEED_SECONDS: Final = reconcile.SEED_MS / 1000
+SEED_SECONDS: Final = decision.SEED_MS / 1000
 """How old what an operator observed may be when it seeds: a rebuild takes longer."""
 
 
@@ -63,7 +63,7 @@ class Rules:
     """fence.lua, restore.lua, trust.lua, rebuild.py: each write of a rebuild says which rebuild and
     which run of the server it belongs to, and is refused by another."""
     seed_is_fresh: bool = True
-    """apply.lua, reconcile.py: an operator seeds without a rebuild once, and only soon after it
+    """apply.lua, decision.py: an operator seeds without a rebuild once, and only soon after it
     looked."""
     fence_on_replication_id: bool = True
     """sale.lua: a server that was demoted and promoted again has the run_id that it had, and

@@ -30,9 +30,9 @@ from dev.stack.servers import RedisServer, redis_binaries
 from flashsale import inventory
 from flashsale.inventory import Applied, Closed, Freed, Inventory
 from flashsale.keys import ItemKeys
-from flashsale.recovery import Fenced, Recovery, Trusted
 from flashsale.reservations import BatchReply, Outcome, Record, Request
 from flashsale.sale import SaleSpec
+from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
 from tests.model.scripts import Hash, Item, Manifest
 
 EXAMPLES = int(os.environ.get("FLASHSALE_MODEL_EXAMPLES", "100"))

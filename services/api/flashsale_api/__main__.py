@@ -16,13 +16,13 @@ from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
-from flashsale_api.batching import Batching
-from flashsale_api.connections import Connection
+from flashsale_api.batcher import Batching
 from flashsale_api.metrics import Metrics
+from flashsale_api.protocol import Connection
 from flashsale_api.settings import Settings
 
 if TYPE_CHECKING:
-    from flashsale_api.traces import Traces
+    from flashsale_api.spans import Traces
 
 _HELP: Final = """\
 Answers POST /reserve from Redis and publishes what it accepts to Kafka.
@@ -116,7 +116,7 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
 
 def _traces() -> "Traces":
     # With them comes the SDK: a third of a second and 10 MB that the others need not spend.
-    from flashsale_api.traces import Traces  # noqa: PLC0415
+    from flashsale_api.spans import Traces  # noqa: PLC0415
 
     return Traces(tracing.Tracing("flashsale-api", os.environ))
 

@@ -19,18 +19,18 @@ from starlette.types import Receive, Scope, Send
 from flashsale import heartbeat, inventory
 from flashsale.errors import FlashsaleError, RedisUnavailable
 from flashsale.inventory import Inventory
-from flashsale_api import problems
-from flashsale_api.batching import Batching
+from flashsale_api import responses
+from flashsale_api.batcher import Batching
 from flashsale_api.metrics import Metrics
-from flashsale_api.problems import Problem
-from flashsale_api.publishing import Publisher
-from flashsale_api.reserving import RESERVE_PATH, Reserve
+from flashsale_api.publisher import Publisher
+from flashsale_api.reserve import RESERVE_PATH, Reserve
+from flashsale_api.responses import Problem
 from flashsale_api.sales import Sales, SaleViews
 from flashsale_api.settings import Settings
-from flashsale_api.sweeping import Sweeper, beat
+from flashsale_api.sweeper import Sweeper, beat
 
 if TYPE_CHECKING:
-    from flashsale_api.traces import Traces
+    from flashsale_api.spans import Traces
 
 log = logging.getLogger(__name__)
 
@@ -166,14 +166,14 @@ async def _http_problem(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     sent = dict(error.headers or {})
-    status, headers, body = problems.render(problems.of_status(error.status_code))
+    status, headers, body = responses.render(responses.of_status(error.status_code))
     response = Response(body, status, headers=sent)
     response.raw_headers.extend(headers)
     return response
 
 
 async def _internal_problem(_: Request, __: Exception) -> Response:
-    status, headers, body = problems.render(Problem.INTERNAL_ERROR)
+    status, headers, body = responses.render(Problem.INTERNAL_ERROR)
     response = Response(body, status)
     response.raw_headers.extend(headers)
     return response

@@ -13,9 +13,9 @@ from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
-from flashsale_api import problems
-from flashsale_api.problems import Problem
-from flashsale_api.reserving import shown
+from flashsale_api import responses
+from flashsale_api.reserve import shown
+from flashsale_api.responses import Problem
 
 CACHE_SECONDS: Final = 0.25
 
@@ -152,7 +152,7 @@ def _fresh(value: object) -> Response:
 
 
 def _problem(problem: Problem, detail: str | None = None) -> Response:
-    status, headers, body = problems.render(problem, detail)
+    status, headers, body = responses.render(problem, detail)
     response = Response(body, status)
     response.raw_headers.extend(headers)
     return response

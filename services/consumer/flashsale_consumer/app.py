@@ -27,7 +27,7 @@ from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
 
 if TYPE_CHECKING:
-    from flashsale_consumer.traces import Traces
+    from flashsale_consumer.spans import Traces
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def main() -> int:
 
 def _traces() -> "Traces":
     # With them comes the SDK: a third of a second and 10 MB that the others need not spend.
-    from flashsale_consumer.traces import Traces  # noqa: PLC0415
+    from flashsale_consumer.spans import Traces  # noqa: PLC0415
 
     return Traces(tracing.Tracing("flashsale-consumer", os.environ))
 

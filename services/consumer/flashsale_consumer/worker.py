@@ -30,16 +30,16 @@ from aiokafka.errors import (
 from flashsale import events, ledger, tracing
 from flashsale.errors import ContractViolation, LedgerUnavailable
 from flashsale.events import Event
-from flashsale_consumer import recording, topics
+from flashsale_consumer import recorder, topics
 from flashsale_consumer.availability import Availability
 from flashsale_consumer.closing import close
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
-from flashsale_consumer.recording import LedgerRewound, Log, Outcome
+from flashsale_consumer.recorder import LedgerRewound, Log, Outcome
 from flashsale_consumer.settings import Settings
 
 if TYPE_CHECKING:
-    from flashsale_consumer.traces import Traces
+    from flashsale_consumer.spans import Traces
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
                     asyncio.timeout(TRANSACTION_SECONDS),
                     pool.acquire() as connection,
                 ):
-                    await recording.forget(connection, self._topic)
+                    await recorder.forget(connection, self._topic)
             except LedgerUnavailable as error:
                 self._ledger.away(error)
                 await asyncio.sleep(self._ledger.delay())
@@ -238,7 +238,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             pool.acquire() as connection,
             connection.transaction(),
         ):
-            offsets = await recording.place(connection, self._topic, logs)
+            offsets = await recorder.place(connection, self._topic, logs)
         if self._unplaced is not placing:
             return  # assigned anew meanwhile
         for tp in placing:
@@ -271,7 +271,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             pool.acquire() as connection,
             connection.transaction(),
         ):
-            outcome = await recording.record(connection, self._topic, positions, offsets, batch)
+            outcome = await recorder.record(connection, self._topic, positions, offsets, batch)
             if outcome.broken:
                 reasons = {id(event): reason for event, reason in outcome.broken}
                 letters += [

@@ -1,0 +1,179 @@
+"""The few calls of the Kubernetes API that the operator makes by itself; kopf makes the watches."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import aiohttp
+import kopf
+import yaml
+
+from flashsale.errors import FlashsaleError, SettingsError
+from flashsale_operator.kubernetes.resource import API_VERSION, PLURAL
+
+PAGE: Final = 500
+TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
+
+_WRONG: Final = (
+    kopf.LoginError,
+    yaml.YAMLError,
+    *(OSError, LookupError, ValueError, TypeError, AttributeError),
+)
+
+Login = Callable[[], kopf.ConnectionInfo]
+
+
+class KubeUnavailable(FlashsaleError):
+    """The kube-apiserver did not answer, or refused to work."""
+
+
+def log_in() -> kopf.ConnectionInfo:
+    """Where the kube-apiserver is and who we are: the pod's service account, else the kubeconfig.
+
+    Raises `SettingsError`. To be called again when the server knows us no more: tokens are
+    renewed in place.
+    """
+    settings = kopf.OperatorSettings()
+    try:
+        found = kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(
+            settings=settings
+        )
+    except _WRONG as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(f"KUBECONFIG is wrong: {why}") from error
+    if found is None:
+        raise SettingsError(
+            "KUBECONFIG is not set: outside a pod expected the path of a kubeconfig file"
+        )
+    return found
+
+
+class Kube:
+    """FlashSales and Events over one HTTP session.
+
+    Methods raise `KubeUnavailable`, when nothing is known of what was asked for or done.
+    """
+
+    def __init__(self, login: Login) -> None:
+        self._login = login
+        self._session: aiohttp.ClientSession | None = None
+
+    async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """The live object, or None if there is none of that name."""
+        status, body = await self._call("GET", f"{_sales_path(namespace)}/{name}")
+        if status == 404 and body.get("details", {}).get("name") == name:
+            return None
+        _expect_success(status, body)
+        return body
+
+    async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
+        """The objects of a namespace, or of all."""
+        found: list[dict[str, Any]] = []
+        parameters = {"limit": str(PAGE)}
+        while True:
+            status, body = await self._call("GET", _sales_path(namespace), parameters=parameters)
+            _expect_success(status, body)
+            found += body.get("items", [])
+            onward = body.get("metadata", {}).get("continue")
+            if not onward:
+                return found
+            parameters = {"limit": str(PAGE), "continue": onward}
+
+    async def patch_status(
+        self, namespace: str, name: str, status: Mapping[str, object], resource_version: str
+    ) -> bool:
+        """Writes a status, if the object is still at that version; False if not, or if gone."""
+        code, body = await self._call(
+            "PATCH",
+            f"{_sales_path(namespace)}/{name}/status",
+            {"metadata": {"resourceVersion": resource_version}, "status": status},
+            content_type="application/merge-patch+json",
+        )
+        if code in (404, 409):
+            return False
+        _expect_success(code, body)
+        return True
+
+    async def create_event(self, namespace: str, event: Mapping[str, object]) -> bool:
+        """Makes an Event; False if there is one of its name, or its namespace ends."""
+        code, body = await self._call("POST", f"/api/v1/namespaces/{namespace}/events", event)
+        if code in (404, 409) or (code == 403 and _terminating(body)):
+            return False
+        _expect_success(code, body)
+        return True
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None = None,
+        *,
+        parameters: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> tuple[int, dict[str, Any]]:
+        """The status code and the JSON of an answer, logging in again once if it is 401."""
+        code = 401
+        answer: dict[str, Any] = {}
+        for _ in range(2):
+            session = self._session = self._session or self._open()
+            async with (
+                _translated(),
+                session.request(
+                    method,
+                    path,
+                    json=body,
+                    params=parameters,
+                    headers={"Content-Type": content_type},
+                ) as response,
+            ):
+                code = response.status
+                is_json = response.content_type == "application/json"
+                answer = await response.json() if is_json else {"message": await response.text()}
+            if code != 401:
+                break
+            if self._session is session:
+                self._session = None
+            await session.close()
+        return code, answer
+
+    def _open(self) -> aiohttp.ClientSession:
+        try:
+            info = self._login()
+        except SettingsError as error:
+            raise KubeUnavailable(f"the kube-apiserver cannot be asked: {error}") from error
+        return aiohttp.ClientSession(
+            info.server,
+            headers={**info.as_http_headers(), "Accept": "application/json"},
+            connector=aiohttp.TCPConnector(limit=32, ssl=info.as_ssl_context()),
+            timeout=TIMEOUT,
+        )
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        why = str(error) or "no answer in time"
+        raise KubeUnavailable(f"the kube-apiserver is away: {why}") from error
+
+
+def _sales_path(namespace: str | None) -> str:
+    where = "" if namespace is None else f"/namespaces/{namespace}"
+    return f"/apis/{API_VERSION}{where}/{PLURAL}"
+
+
+def _expect_success(code: int, body: Mapping[str, Any]) -> None:
+    if code >= 400:
+        what = " ".join(str(body.get("message", "")).split())[:500]
+        raise KubeUnavailable(f"the kube-apiserver refused: {code} {what}")
+
+
+def _terminating(body: Mapping[str, Any]) -> bool:
+    causes = (body.get("details") or {}).get("causes") or []
+    return any(cause.get("reason") == "NamespaceTerminating" for cause in causes)

@@ -1,0 +1,278 @@
+"""Do Redis, outbox, topic and ledger agree?
+
+Nothing stands still while it is looked at, so the order of the reads decides what a difference
+means: the ledger's rows, Redis, the topic's ends, the stored offsets, the ledger again. A unit is
+in Redis before it is in the ledger, so that the ledger's first count cannot be above Redis' unless
+Redis lost units. A unit that Redis had is in the outbox, or on the topic before its end was read,
+or counted by the second look at the ledger if that read to the end: else it is lost. What is in
+the outbox or unread is in flight.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import asyncpg
+
+from flashsale import events, ledger
+from flashsale.inventory import Inventory, ServerTime
+from flashsale.ledger import SaleRow
+from flashsale.sale import Sale, SaleState
+from flashsale_operator.sales import offsets
+from flashsale_operator.sales.decision import State, ended, state_of
+from flashsale_operator.sales.offsets import Span
+
+LOOKS: Final = 5
+"""A disagreement must be there at each look: a change that is being carried out is not one."""
+BETWEEN_LOOKS_SECONDS: Final = 0.4
+
+# One statement, so that all of it is of one moment.
+_TALLIES: Final = """
+SELECT s.*, r.*, b.*
+FROM sales s,
+LATERAL (
+  SELECT coalesce(sum(quantity) FILTER (WHERE state <> 'refused'), 0)::bigint AS counted_accepted,
+         coalesce(sum(quantity) FILTER (WHERE state = 'released'), 0)::bigint AS counted_released,
+         coalesce(sum(quantity) FILTER (WHERE state = 'refused'), 0)::bigint AS refused_units,
+         count(*) FILTER (WHERE state = 'refused') AS refused
+  FROM reservations WHERE sale_id = s.sale_id
+) r,
+LATERAL (
+  SELECT count(*) AS buyers_above_limit FROM (
+    SELECT FROM reservations WHERE sale_id = s.sale_id AND state = 'accepted'
+    GROUP BY user_id HAVING sum(quantity) > s.max_per_user
+  ) above
+) b
+WHERE $1::text IS NULL OR s.item_id = $1
+ORDER BY s.item_id, s.sale_id
+"""
+
+
+class Verdict(StrEnum):
+    """What an audit says of a sale."""
+
+    OK = "ok"
+    IN_FLIGHT = "in flight"
+    DISAGREES = "DISAGREES"
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """A sale's row in the ledger, and what its reservations add up to. Units, but for `refused`
+    (reservations) and `buyers_above_limit`.
+    """
+
+    row: SaleRow
+    accepted: int
+    released: int
+    refused: int
+    refused_units: int
+    buyers_above_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One sale in all stores, in the order of the reads. `holder` is what Redis has for the item,
+    maybe another sale; `lag` counts the topic's records that the ledger had not read.
+    """
+
+    before: SaleRow | None
+    holder: Sale | None
+    server: ServerTime
+    lag: int
+    after: Tally | None
+
+    @property
+    def sale(self) -> Sale | None:
+        """What Redis has of this sale."""
+        row = self.before or (None if self.after is None else self.after.row)
+        if self.holder is None or row is None or self.holder.sale_id == row.sale_id:
+            return self.holder
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What an audit found of one sale; counts are None where a store has none."""
+
+    sale_id: str
+    item_id: str
+    state: State
+    allocated: int | None
+    accepted: int | None
+    recorded: int | None
+    outbox: int
+    lag: int
+    verdict: Verdict
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The findings of all sales looked at, and what is wrong with the topic as a whole."""
+
+    findings: tuple[Finding, ...]
+    topic_faults: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every difference is work in flight."""
+        return not self.topic_faults and all(
+            finding.verdict is not Verdict.DISAGREES for finding in self.findings
+        )
+
+
+def compare(facts: Facts) -> Finding:
+    """What the facts of one sale mean."""
+    sale, tally = facts.sale, facts.after
+    row = None if tally is None else tally.row
+    known = row or facts.before or sale
+    if known is None:
+        raise ValueError("facts of no sale")
+    outbox = 0 if sale is None else sale.outbox_length
+    differences = [*_within_redis(facts), *([] if tally is None else _within_ledger(tally))]
+    missing = 0
+    if sale is not None and row is None:
+        differences.append("the ledger has no row of it")
+    if sale is not None and facts.before is not None and sale.accepted < facts.before.accepted:
+        differences.append(f"Redis lost {facts.before.accepted - sale.accepted} units")
+    if sale is not None and tally is not None:
+        missing = sale.accepted - tally.row.accepted - tally.refused_units
+        if missing > 0 and not outbox and not facts.lag:
+            differences.append(f"{missing} units are neither in the ledger nor on their way to it")
+    if differences:
+        verdict = Verdict.DISAGREES
+    else:
+        verdict = Verdict.IN_FLIGHT if outbox or missing > 0 else Verdict.OK
+    notes = differences
+    if tally is not None and tally.buyers_above_limit:
+        # Not a fault in itself: who bought before maxPerUser was lowered keeps the units.
+        notes.append(f"{tally.buyers_above_limit} buyers hold more than {tally.row.max_per_user}")
+    if row is not None and row.lost:
+        notes.append(f"{row.lost} units were lost before it was rebuilt")
+    return Finding(
+        sale_id=known.sale_id,
+        item_id=known.item_id,
+        state=state_of(row or facts.before, facts.holder, facts.server),
+        allocated=sale.allocated if sale is not None else known.allocated,
+        accepted=None if sale is None else sale.accepted,
+        recorded=None if row is None else row.accepted,
+        outbox=outbox,
+        lag=facts.lag,
+        verdict=verdict,
+        notes=tuple(notes),
+    )
+
+
+def _within_redis(facts: Facts) -> list[str]:
+    """What is wrong with Redis' sale by itself or against what the ledger asks for."""
+    sale, server = facts.sale, facts.server
+    row = facts.before
+    if sale is None:
+        state = state_of(row, facts.holder, server)
+        if state is State.FENCED:
+            return ["Redis has no keys of it"]
+        return ["another sale has its item"] if state is State.ITEM_CONFLICT else []
+    differences = []
+    if sale.held > sale.allocated:
+        differences.append(f"oversold: {sale.held} units held of {sale.allocated} allocated")
+    if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
+        differences.append("fenced: Redis restarted or lost keys, and it is not rebuilt yet")
+    if row is None:
+        return differences
+    after = row if facts.after is None else facts.after.row
+    if sale.revision < row.revision and not ended(sale, server.now_ms):
+        differences.append(f"Redis has revision {sale.revision} of {row.revision}")
+    elif sale.revision > after.revision:
+        differences.append(f"the ledger has revision {after.revision} of {sale.revision}")
+    elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.held):
+        differences.append(f"Redis allocates {sale.allocated}, the ledger {after.allocated}")
+    return differences
+
+
+def _within_ledger(tally: Tally) -> list[str]:
+    row = tally.row
+    differences = []
+    if tally.accepted != row.accepted:
+        differences.append(f"reservations add up to {tally.accepted} units, not {row.accepted}")
+    if tally.released != row.released:
+        differences.append(f"releases add up to {tally.released} units, not {row.released}")
+    if tally.refused:
+        differences.append(
+            f"{tally.refused} reservations ({tally.refused_units} units) did not fit and were "
+            "refused"
+        )
+    return differences
+
+
+async def audit(
+    inventory: Inventory,
+    pool: "asyncpg.Pool[asyncpg.Record]",
+    spans: Callable[[], Awaitable[Mapping[int, Span]]],
+    item_id: str | None = None,
+) -> Audit:
+    """Audits one item's sales, or all.
+
+    Raises `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable` and `ContractViolation`.
+    """
+    for look in range(LOOKS):
+        if look:
+            await asyncio.sleep(BETWEEN_LOOKS_SECONDS)
+        found = await _look(inventory, pool, spans, item_id)
+        if found.agrees:
+            break
+    return found
+
+
+async def _look(
+    inventory: Inventory,
+    pool: "asyncpg.Pool[asyncpg.Record]",
+    spans: Callable[[], Awaitable[Mapping[int, Span]]],
+    item_id: str | None,
+) -> Audit:
+    before = {row.sale_id: row for row in await ledger.sales(pool, item_id)}
+    items = {row.item_id for row in before.values()}
+    items.update([item_id] if item_id is not None else await inventory.items())
+    server = await inventory.server()
+    holders = await inventory.sales(sorted(items))
+    ends = await spans()
+    stored = await ledger.stored_offsets(pool, events.TOPIC)
+    after = {tally.row.sale_id: tally for tally in await _tallies(pool, item_id)}
+
+    lag = offsets.behind(ends, stored)
+    found = [
+        compare(
+            Facts(
+                before=before.get(sale_id),
+                holder=holders.get(after[sale_id].row.item_id),
+                server=server,
+                lag=lag,
+                after=after[sale_id],
+            )
+        )
+        for sale_id in after
+    ]
+    found += [
+        compare(Facts(before=None, holder=sale, server=server, lag=lag, after=None))
+        for sale in holders.values()
+        if sale.sale_id not in after
+    ]
+    return Audit(tuple(found), offsets.faults(ends, stored))
+
+
+async def _tallies(pool: "asyncpg.Pool[asyncpg.Record]", item_id: str | None) -> list[Tally]:
+    async with ledger.translated():
+        records = await pool.fetch(_TALLIES, item_id)
+    return [
+        Tally(
+            row=SaleRow.of(record),
+            accepted=record["counted_accepted"],
+            released=record["counted_released"],
+            refused=record["refused"],
+            refused_units=record["refused_units"],
+            buyers_above_limit=record["buyers_above_limit"],
+        )
+        for record in records
+    ]

@@ -1,0 +1,295 @@
+"""FlashSale manifests: YAML in, `SaleSpec` out, or every mistake in words.
+
+The rules are a table, since the CRD must say the same for the same mistakes.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, cast
+
+import yaml
+
+from flashsale.errors import FlashsaleError
+from flashsale.fields import ITEM_ID_PATTERN, MAX_DISPLAY_NAME, MAX_PER_USER, MAX_STOCK
+from flashsale.sale import SaleSpec
+from flashsale_operator.kubernetes.resource import API_VERSION, KIND
+
+DEFAULT_NAMESPACE: Final = "default"
+
+_LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+NAME_PATTERN: Final = rf"^(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\Z"
+NAMESPACE_PATTERN: Final = rf"^{_LABEL}\Z"
+DISPLAY_NAME_PATTERN: Final = rf"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{{1,{MAX_DISPLAY_NAME}}}\Z"
+# Years from 2000 to 2999: no offset carries such a time out of what a datetime can hold.
+TIME_PATTERN: Final = r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)\Z"
+
+
+class ManifestError(FlashsaleError):
+    """A manifest is wrong; `mistakes` are lines that name a field and its rule each."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = tuple(mistakes)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field and its rule. Null is as good as absent, as in a CRD."""
+
+    name: str
+    must: str
+    holds: Callable[[object], bool]
+    required: bool = False
+    default: object = None
+
+
+def _integer(low: int, high: int) -> tuple[str, Callable[[object], bool]]:
+    return (
+        f"must be an integer from {low} to {high}",
+        lambda value: type(value) is int and low <= value <= high,
+    )
+
+
+def _text(must: str, pattern: str) -> tuple[str, Callable[[object], bool]]:
+    return must, lambda value: isinstance(value, str) and re.match(pattern, value) is not None
+
+
+def _exactly(wanted: str) -> tuple[str, Callable[[object], bool]]:
+    return f"must be {wanted}", lambda value: value == wanted
+
+
+def _time() -> tuple[str, Callable[[object], bool]]:
+    def holds(value: object) -> bool:
+        if not isinstance(value, str) or not re.match(TIME_PATTERN, value, re.ASCII):
+            return False
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            return False
+        return True
+
+    return "must be an RFC 3339 time with an offset, such as 2026-11-27T09:00:00Z", holds
+
+
+def _mapping() -> tuple[str, Callable[[object], bool]]:
+    return "must be a mapping", lambda value: isinstance(value, dict)
+
+
+TOP_FIELDS: Final = (
+    Field("apiVersion", *_exactly(API_VERSION), required=True),
+    Field("kind", *_exactly(KIND), required=True),
+    Field("metadata", *_mapping(), required=True),
+    Field("spec", *_mapping(), required=True),
+)
+METADATA_FIELDS: Final = (
+    Field(
+        "metadata.name",
+        *_text(
+            "must be a DNS-1123 name: at most 253 characters, lower-case letters, digits, - and .",
+            NAME_PATTERN,
+        ),
+        required=True,
+    ),
+    Field(
+        "metadata.namespace",
+        *_text(
+            "must be a DNS-1123 label: at most 63 characters, lower-case letters, digits and -",
+            NAMESPACE_PATTERN,
+        ),
+        default=DEFAULT_NAMESPACE,
+    ),
+)
+SPEC_FIELDS: Final = (
+    Field(
+        "spec.itemId",
+        *_text(
+            "must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ - and begin with a letter or "
+            "a digit",
+            ITEM_ID_PATTERN,
+        ),
+        required=True,
+    ),
+    Field(
+        "spec.displayName",
+        *_text(
+            f"must be 1 to {MAX_DISPLAY_NAME} characters, none of them a control character",
+            DISPLAY_NAME_PATTERN,
+        ),
+    ),
+    Field("spec.stock", *_integer(0, MAX_STOCK), required=True),
+    Field("spec.maxPerUser", *_integer(1, MAX_PER_USER), default=1),
+    Field("spec.startsAt", *_time()),
+    Field("spec.endsAt", *_time()),
+    Field(
+        "spec.paused", "must be true or false", lambda value: isinstance(value, bool), default=False
+    ),
+)
+# What the kube-apiserver or kubectl may add to an object; it says nothing about the sale.
+IGNORED_TOP: Final = frozenset({"status"})
+IGNORED_METADATA: Final = frozenset(
+    {
+        "annotations", "creationTimestamp", "deletionGracePeriodSeconds", "deletionTimestamp",
+        "finalizers", "generation", "labels", "managedFields", "ownerReferences",
+        "resourceVersion", "selfLink", "uid",
+    }
+)  # fmt: skip
+
+
+def parse(text: str) -> list[SaleSpec]:
+    """The sales of a YAML text, one a document; empty documents are skipped.
+
+    Raises `ManifestError` with the mistakes of all documents, each named if there are several.
+    """
+    try:
+        documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
+    except yaml.YAMLError as error:
+        raise ManifestError([f"not YAML: {_one_line(error)}"]) from None
+    except RecursionError:
+        raise ManifestError(["not YAML: nested too deeply"]) from None
+    if not documents:
+        raise ManifestError(["no FlashSale in it"])
+    specs: list[SaleSpec] = []
+    mistakes: list[str] = []
+    for number, document in enumerate(documents, 1):
+        where = f"document {number}: " if len(documents) > 1 else ""
+        try:
+            spec = sale_spec(document)
+        except ManifestError as error:
+            mistakes += [where + mistake for mistake in error.mistakes]
+            continue
+        if any(spec.sale_id == other.sale_id for other in specs):
+            mistakes.append(f"{where}metadata.name: {spec.sale_id} is there twice")
+        specs.append(spec)
+    if mistakes:
+        raise ManifestError(mistakes)
+    return specs
+
+
+def sale_spec(document: object) -> SaleSpec:
+    """The sale of one manifest, as YAML or the kube-apiserver gives it; raises `ManifestError`."""
+    if not isinstance(document, dict):
+        raise ManifestError(["must be a mapping: a FlashSale"])
+    mistakes: list[str] = []
+    top = _read("", document, TOP_FIELDS, IGNORED_TOP, mistakes)
+    metadata, spec = (
+        _read(part, cast("dict[object, object]", top[part]), fields, ignored, mistakes)
+        if part in top
+        else {}
+        for part, fields, ignored in (
+            ("metadata", METADATA_FIELDS, IGNORED_METADATA),
+            ("spec", SPEC_FIELDS, frozenset[str]()),
+        )
+    )
+    starts_ms, ends_ms = (
+        None if name not in spec else _ms(cast("str", spec[name]))
+        for name in ("startsAt", "endsAt")
+    )
+    if starts_ms is not None and ends_ms is not None and ends_ms <= starts_ms:
+        mistakes.append("spec.endsAt: must be after spec.startsAt")
+    if mistakes:
+        raise ManifestError(mistakes)
+    return SaleSpec(
+        sale_id=f"{metadata['namespace']}/{metadata['name']}",
+        item_id=spec["itemId"],
+        stock=spec["stock"],
+        max_per_user=spec["maxPerUser"],
+        display_name=spec.get("displayName"),
+        starts_ms=starts_ms,
+        ends_ms=ends_ms,
+        paused=spec["paused"],
+    )
+
+
+def _read(
+    part: str,
+    given: Mapping[object, object],
+    fields: tuple[Field, ...],
+    ignored: frozenset[str],
+    mistakes: list[str],
+) -> dict[str, Any]:
+    """The values that keep their rules, by the last word of the field's name."""
+    values: dict[str, Any] = {}
+    known = {field.name.rpartition(".")[2]: field for field in fields}
+    mistakes += [
+        f"{part}{'.' if part else ''}{_shown(key)}: unknown field"
+        for key in given
+        if key not in known and key not in ignored
+    ]
+    for key, field in known.items():
+        value = given.get(key)
+        if key not in given or (value is None and not field.required):
+            if field.required:
+                mistakes.append(f"{field.name}: is required")
+            elif field.default is not None:
+                values[key] = field.default
+        elif field.holds(value):
+            values[key] = value
+        else:
+            mistakes.append(f"{field.name}: {field.must}")
+    return values
+
+
+def _ms(time: str) -> int:
+    return int(datetime.fromisoformat(time).timestamp() * 1000)
+
+
+def _shown(key: object) -> str:
+    """A field's name as the manifest has it, whatever it has, short and in ASCII."""
+    shown = key if isinstance(key, str) and re.match(r"^[\w./-]+\Z", key, re.ASCII) else ascii(key)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    where = f" in line {mark.line + 1}" if mark else ""
+    return f"{error.problem or error.context}{where}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as a manifest needs it: no aliases (a few lines may stand for gigabytes), no tags, no
+    key twice, and of the scalars that YAML 1.1 reads by itself only the ones that JSON has.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own way
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        refused = "alias" if isinstance(event, yaml.AliasEvent) else getattr(event, "tag", None)
+        if refused not in (None, "!"):
+            what = "aliases are" if refused == "alias" else "a tag is"
+            raise yaml.composer.ComposerError(None, None, f"{what} not taken", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key in self._keys(node):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{_shown(key)} is there twice", node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def _keys(self, node: yaml.MappingNode) -> Iterator[object]:
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a field's name must be text", key_node.start_mark
+                )
+            yield self.construct_object(key_node)
+
+
+# A number of more digits than any field takes stays text: reading it would take seconds.
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
+    ("int", r"^-?(?:0|[1-9]\d{0,17})\Z", "-0123456789"),
+    ("float", r"^-?(?:0|[1-9]\d{0,17})(?:\.\d{1,17})?(?:[eE][-+]?\d{1,2})?\Z", "-0123456789"),
+    ("null", r"^(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.ASCII), list(_first)
+    )

@@ -1,0 +1,263 @@
+"""Accepted reservations on their way to Kafka: published at once, from memory.
+
+Order does not matter and duplicates cost nothing, so a batch goes to any partition, whatever
+fails is sent again, and there is no idempotent producer: aiokafka's never gives up a sent batch.
+An event leaves the memory when Kafka has acknowledged it (`acks=all`) and its outbox entry is
+deleted.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+from aiokafka.producer.message_accumulator import BatchBuilder
+
+from flashsale import events
+from flashsale.errors import RedisUnavailable
+from flashsale.events import Event
+from flashsale.inventory import Inventory
+from flashsale.settings import KafkaSettings
+from flashsale.tracing import sampled, traceparent_of
+from flashsale_api.batcher import Accepted
+from flashsale_api.metrics import Metrics
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from flashsale_api.spans import Traces
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES: Final = 256 * 1024
+SENDERS: Final = 3
+"""Batches in flight: while they are, the next ones fill."""
+ENOUGH: Final = 256
+"""Events that are sent without waiting for more."""
+LINGER_SECONDS: Final = 0.01
+"""How long fewer wait for company, as they do in Kafka's own producer: a batch costs the API
+0.16 ms, as much as a hundred events. No buyer waits for it.
+"""
+SETTLE_BATCH: Final = 256
+REQUEST_TIMEOUT_SECONDS: Final = 10
+ACKNOWLEDGED_SECONDS: Final = 12.0
+STOP_SECONDS: Final = 2.0
+BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Publisher:
+    """Publishes events to `topic` and settles their outbox entries; one a process."""
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        inventory: Inventory,
+        metrics: Metrics,
+        *,
+        topic: str = events.TOPIC,
+        traces: "Traces | None" = None,
+    ) -> None:
+        self._kafka = kafka
+        self._traces = traces
+        self._inventory = inventory
+        self._metrics = metrics
+        self._topic = topic
+        self._pending: deque[Accepted] = deque()
+        self._work = asyncio.Event()
+        self._by_item: Counter[str] = Counter()
+        self._acknowledged: dict[str, list[tuple[str, str]]] = {}
+        self._to_settle = asyncio.Event()
+        self._held: set[tuple[str, str]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._turn = itertools.count()
+        self.connected = False
+
+    @property
+    def unacknowledged(self) -> int:
+        """Events in memory that Kafka has not acknowledged."""
+        return self._by_item.total()
+
+    @property
+    def held(self) -> int:
+        """Events in memory that Kafka has not acknowledged, or whose entries are not settled."""
+        return len(self._held)
+
+    def unacknowledged_by_item(self) -> dict[str, int]:
+        """The same, by item; items without any are left out."""
+        self._by_item = +self._by_item
+        return dict(self._by_item)
+
+    def holds(self, item_id: str, entry_id: str) -> bool:
+        """Whether this pod is publishing or settling an outbox entry."""
+        return (item_id, entry_id) in self._held
+
+    def add(self, accepted: Accepted) -> None:
+        """Takes a reservation to publish, unless it is held already; never waits."""
+        key = _key(accepted)
+        if key in self._held:
+            return
+        self._held.add(key)
+        self._pending.append(accepted)
+        self._by_item[accepted.item_id] += 1
+        self._idle.clear()
+        self._work.set()
+
+    async def run(self) -> None:
+        """Publishes until it is cancelled: after any failure with a new producer."""
+        failures = 0
+        while True:
+            producer = AIOKafkaProducer(
+                **self._kafka.kafka_client(),
+                acks="all",
+                max_batch_size=BATCH_BYTES,
+                request_timeout_ms=REQUEST_TIMEOUT_SECONDS * 1000,
+            )
+            try:
+                await producer.start()
+                await producer.partitions_for(self._topic)
+                log.info("publishing to Kafka; %d events wait", self.unacknowledged)
+                failures = 0
+                self.connected = True
+                # In a task of its own: a TaskGroup that fails leaves its task a cancellation that
+                # counts (Python before 3.13), which a timeout may take for one from outside.
+                await asyncio.create_task(self._send(producer))
+            except* (KafkaError, OSError) as group:
+                self._metrics.publish_failures.inc()
+                if not failures:
+                    log.warning("Kafka failed, will publish from memory: %r", group.exceptions[0])
+                failures += 1
+            finally:
+                self.connected = False
+                await _discard(producer)
+            await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
+
+    async def settle(self) -> None:
+        """Deletes the outbox entries of acknowledged events until it is cancelled."""
+        away = False
+        while True:
+            await self._to_settle.wait()
+            self._to_settle.clear()
+            while self._acknowledged:
+                # Items in turn: while one waits, its outbox may be full and sell nothing.
+                item_id = next(iter(self._acknowledged))
+                page = self._acknowledged[item_id][:SETTLE_BATCH]
+                try:
+                    await self._inventory.settle(item_id, page)
+                except RedisUnavailable as error:
+                    if not away:
+                        log.warning("outbox entries are settled later: %s", error)
+                    away = True
+                    self._acknowledged[item_id] = self._acknowledged.pop(item_id)
+                    await asyncio.sleep(BACKOFF_SECONDS[-1])
+                    continue
+                away = False
+                if left := self._acknowledged.pop(item_id)[len(page) :]:
+                    self._acknowledged[item_id] = left
+                self._let_go((item_id, entry_id) for entry_id, _ in page)
+
+    async def flush(self, timeout_seconds: float) -> int:
+        """Waits until nothing is held; returns how many entries are left to another pod's sweep."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        return len(self._held)
+
+    def _let_go(self, keys: Iterable[tuple[str, str]]) -> None:
+        self._held.difference_update(keys)
+        if not self._held:
+            self._idle.set()
+
+    async def _send(self, producer: AIOKafkaProducer) -> None:
+        async with asyncio.TaskGroup() as senders:
+            for _ in range(SENDERS):
+                senders.create_task(self._send_forever(producer))
+
+    async def _send_forever(self, producer: AIOKafkaProducer) -> None:
+        while True:
+            while not self._pending:
+                self._work.clear()
+                await self._work.wait()
+            if len(self._pending) < ENOUGH:
+                await asyncio.sleep(LINGER_SECONDS)
+            if not self._pending:
+                continue  # another sender has taken them
+            builder = producer.create_batch()
+            batch, spans = self._fill(builder)
+            try:
+                # A broker that was killed leaves aiokafka trying, with no end of its own.
+                async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+                    partitions = sorted(await producer.partitions_for(self._topic))
+                    partition = partitions[next(self._turn) % len(partitions)]
+                    sent = await producer.send_batch(builder, self._topic, partition=partition)
+                    sent.add_done_callback(_look_at)
+                    # Not cancelled with us: aiokafka stumbles over a batch that is.
+                    await asyncio.shield(sent)
+            except BaseException as error:
+                self._pending.extendleft(reversed(batch))
+                if self._traces is not None:
+                    self._traces.failed(spans, error)
+                raise
+            if self._traces is not None:
+                self._traces.sent(spans, len(batch), partition)
+            self._metrics.published.inc(len(batch))
+            for accepted in batch:
+                self._by_item[accepted.item_id] -= 1
+                if accepted.entry_id:
+                    self._acknowledged.setdefault(accepted.item_id, []).append(
+                        (accepted.entry_id, accepted.reservation_id)
+                    )
+                else:
+                    self._let_go([_key(accepted)])
+            self._to_settle.set()
+
+    def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
+        """Moves pending events into a batch until it is full; also the spans of those sampled."""
+        batch: list[Accepted] = []
+        spans: list[Span] = []
+        while self._pending:
+            item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
+            span = None
+            if self._traces is not None and sampled(traceparent):
+                span = self._traces.sending(self._topic, reservation_id, traceparent)
+                traceparent = traceparent_of(span)
+            fits = builder.append(
+                timestamp=record.occurred_ms,
+                key=reservation_id.encode(),
+                value=events.encode(Event.of(item_id, reservation_id, record, snapshot)),
+                headers=events.headers(traceparent),
+            )
+            if fits is None:
+                break
+            batch.append(self._pending.popleft())
+            if span is not None:
+                spans.append(span)
+        builder.close()
+        return batch, spans
+
+
+def _key(accepted: Accepted) -> tuple[str, str]:
+    """What is held: an outbox entry, or a replayed reservation."""
+    return accepted.item_id, accepted.entry_id or accepted.reservation_id
+
+
+async def _discard(producer: AIOKafkaProducer) -> None:
+    """Ends a producer; what it has not sent is sent again by the next one."""
+    # There is no public way to make it give up its batches, and stop() would wait for them.
+    producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
+    try:
+        await asyncio.wait_for(producer.stop(), STOP_SECONDS)
+    except Exception as error:  # noqa: BLE001 - however badly it ends, another takes its place
+        log.debug("a producer did not end well: %r", error)
+    await producer.client.close()  # which stop() has not come to if it failed
+
+
+def _look_at(sent: asyncio.Future[object]) -> None:
+    """So that asyncio does not complain of a failure that nobody waits for any more."""
+    if not sent.cancelled():
+        sent.exception()

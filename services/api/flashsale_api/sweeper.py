@@ -1,0 +1,118 @@
+"""What a pod does every second beside answering: its heartbeat, and the sweep.
+
+The sweep publishes outbox entries that are older than any living pod would leave them: their pod
+died, or never learnt that its call had been executed.
+"""
+
+import asyncio
+import logging
+from typing import Final
+
+from redis.asyncio import Redis
+
+from flashsale import heartbeat
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.heartbeat import Heartbeat
+from flashsale.inventory import Inventory
+from flashsale_api.batcher import Accepted
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Publisher
+
+log = logging.getLogger(__name__)
+
+INTERVAL_SECONDS: Final = 1.0
+SWEEP_AGE_MS: Final = 3_000
+SWEEP_LEASE_MS: Final = 10_000
+SWEEP_PAGE: Final = 500
+BACKLOG: Final = 10_000
+"""Events held above which a pod has enough to do and does not sweep: after a failure of Kafka most
+of what it would read are its own.
+"""
+
+
+async def beat(redis: Redis, inventory: Inventory, publisher: Publisher, pod_id: str) -> None:
+    """Keeps the pod's heartbeat until it is cancelled."""
+    while True:
+        try:
+            # The clock first: a heartbeat must not claim to be younger than its sample.
+            sampled_ms = (await inventory.server()).now_ms
+            held = publisher.unacknowledged_by_item()
+            await heartbeat.beat(redis, Heartbeat(pod_id, held, sampled_ms))
+        except RedisUnavailable as error:
+            log.debug("no heartbeat: %s", error)
+        await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
+
+
+class Sweeper:
+    """Publishes what dead pods left in the outboxes; one a process, one at work an item."""
+
+    def __init__(
+        self, inventory: Inventory, publisher: Publisher, metrics: Metrics, pod_id: str
+    ) -> None:
+        self._inventory = inventory
+        self._publisher = publisher
+        self._metrics = metrics
+        self._pod_id = pod_id
+        self._unreadable: set[str] = set()
+
+    async def run(self) -> None:
+        """Sweeps every item's outbox until it is cancelled."""
+        while True:
+            await asyncio.sleep(INTERVAL_SECONDS)
+            try:
+                await self.sweep()
+                self._metrics.redis_up.set(1)
+            except RedisUnavailable as error:
+                self._metrics.redis_up.set(0)
+                log.debug("no sweep: %s", error)
+
+    async def sweep(self) -> None:
+        """One round over the items; raises `RedisUnavailable`."""
+        self._metrics.unacknowledged.set(self._publisher.unacknowledged)
+        self._metrics.kafka_up.set(self._publisher.connected)
+        until_ms = (await self._inventory.server()).now_ms - SWEEP_AGE_MS
+        for item_id in await self._look(until_ms + SWEEP_AGE_MS):
+            try:
+                await self._sweep_item(item_id, until_ms)
+            except ContractViolation:
+                if item_id not in self._unreadable:  # once: it will not mend itself
+                    log.exception("the outbox of %s cannot be swept", item_id)
+                self._unreadable.add(item_id)
+
+    async def _look(self, now_ms: int) -> list[str]:
+        """Measures all outboxes; returns the items of those that hold something."""
+        items = await self._inventory.items()
+        lengths = await self._inventory.outbox_lengths(items)
+        filled = [item_id for item_id, length in lengths.items() if length]
+        oldest_ms = await self._inventory.outbox_oldest_ms(filled)
+        self._metrics.know_all(items)
+        for item_id, length in lengths.items():
+            self._metrics.outbox_length.labels(item_id).set(length)
+            age_ms = now_ms - oldest_ms.get(item_id, now_ms)
+            self._metrics.outbox_age.labels(item_id).set(max(age_ms, 0) / 1000)
+        return filled
+
+    async def _sweep_item(self, item_id: str, until_ms: int) -> None:
+        publisher, after = self._publisher, "-"
+        while publisher.connected and publisher.held < BACKLOG:
+            page = await self._inventory.outbox_page(
+                item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
+            )
+            left = [entry for entry in page if not publisher.holds(item_id, entry.entry_id)]
+            if left and not await self._inventory.take_sweep(item_id, self._pod_id, SWEEP_LEASE_MS):
+                return
+            for entry in left:
+                publisher.add(
+                    Accepted(
+                        item_id,
+                        entry.entry_id,
+                        entry.reservation_id,
+                        entry.record,
+                        entry.snapshot,
+                        entry.traceparent,
+                    )
+                )
+            self._metrics.swept.inc(len(left))
+            if len(page) < SWEEP_PAGE:
+                return
+            after = page[-1].entry_id

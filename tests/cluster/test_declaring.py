@@ -1,0 +1,176 @@
+"""kubectl apply, edit and delete, and what buyers, the status and Events say of it."""
+
+import pytest
+
+from dev.services import OperatorServer
+from dev.stack.servers import KafkaServer
+from tests.support.cluster import World, eventually, in_seconds, reserve, reserve_until
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_sale_lives_by_kubectl_alone(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    api = world.api()
+    assert reserve(api, "phone") == (404, "unknown-item")
+
+    world.apply("phone", stock=2)
+    live = world.until("phone", state="Selling", ready="Applied")
+    assert live["status"]["saleId"] == f"{world.namespace}/phone"
+    assert live["status"]["observedGeneration"] == 1
+    assert not live["metadata"].get("finalizers")
+    assert not [name for name in live["metadata"]["annotations"] if "kubectl" not in name]
+    reserve_until(api, "phone", (202, ""))
+    assert reserve(api, "phone")[0] == 202
+    reserve_until(api, "phone", (409, "sold-out"))
+    world.until("phone", state="SoldOut", ready="Applied")
+    world.until_available("phone", 0)
+
+    world.apply("phone", stock=3)
+    world.until("phone", state="Selling")
+    reserve_until(api, "phone", (202, ""))
+    world.until("phone", state="SoldOut")
+
+    world.apply("phone", stock=5, paused=True)
+    world.until("phone", state="Paused")
+    reserve_until(api, "phone", (409, "paused"))
+    world.apply("phone", stock=5, paused=False)
+    world.until("phone", state="Selling")
+    reserve_until(api, "phone", (202, ""))
+
+    world.apply("phone", stock=5, endsAt=in_seconds(2))
+    world.until("phone", state="Ended", ready="Applied")
+    reserve_until(api, "phone", (409, "ended"))
+
+    world.delete("phone")
+    eventually(lambda: world.sale("phone")["revision"] == str(_revision(world, "phone")))
+    assert world.on_ledger("SELECT closed FROM sales WHERE item_id = 'phone'")
+    eventually(lambda: "Closed" in world.events("phone"))
+    assert world.events("phone") == [
+        *("Opened", "SoldOut", "Restocked", "SoldOut", "Restocked", "Paused", "Resumed"),
+        *("Ended", "Closed"),
+    ]
+
+
+def _revision(world: World, name: str) -> int:
+    found = world.on_ledger(
+        "SELECT revision FROM sales WHERE sale_id = $1", f"{world.namespace}/{name}"
+    )
+    return int(found)
+
+
+def test_a_window_opens_and_ends_by_itself(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    world.apply("soon", startsAt=in_seconds(4), endsAt=in_seconds(9))
+    scheduled = world.until("soon", state="Scheduled", ready="Applied")
+    open_since = world.condition("soon", "Open")["lastTransitionTime"]
+    assert world.events("soon") == []
+    world.until("soon", state="Selling")
+    assert world.condition("soon", "Open")["lastTransitionTime"] > open_since
+    ready = {c["type"]: c["lastTransitionTime"] for c in scheduled["status"]["conditions"]}["Ready"]
+    ended = world.until("soon", state="Ended", ready="Applied")
+    since = {c["type"]: c["lastTransitionTime"] for c in ended["status"]["conditions"]}
+    assert since["Ready"] == ready
+    eventually(lambda: world.events("soon") == ["Opened", "Ended"])
+
+
+def test_stock_below_what_buyers_hold_is_said_and_the_sale_goes_on(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    api = world.api()
+    world.apply("held", stock=5)
+    world.until("held", state="Selling")
+    for _ in range(3):
+        reserve_until(api, "held", (202, ""))
+    world.apply("held", stock=1)
+    world.until("held", state="SoldOut", ready="StockBelowHeld")
+    ready = world.condition("held", "Ready")
+    assert (ready["status"], ready["message"]) == (
+        "False",
+        "spec.stock 1 is below the 3 units that buyers hold: 3 stay allocated",
+    )
+    assert world.sale("held")["allocated"] == "3"
+    world.apply("held", stock=4)
+    world.until("held", state="Selling", ready="Applied")
+    reserve_until(api, "held", (202, ""))
+    reserve_until(api, "held", (409, "sold-out"))
+
+
+def test_a_second_sale_of_an_item_waits_for_the_first(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API and the consumer need it
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    api = world.api()
+    world.apply("first", item="shared", stock=3)
+    world.until("first", state="Selling")
+    reserve_until(api, "shared", (202, ""))
+    world.apply("second", item="shared", stock=7)
+    world.until("second", state="ItemConflict", ready="ItemConflict")
+    assert f"{world.namespace}/first" in world.condition("second", "Ready")["message"]
+    world.until("first", state="Selling", ready="Applied")
+
+    world.delete("first")
+    eventually(lambda: "Closed" in world.events("first"))
+    eventually(lambda: "not recorded whole" in world.condition("second", "Ready")["message"])
+    assert world.sale("shared")["sale_id"] == f"{world.namespace}/first"
+    world.consumer()
+    world.until("second", state="Selling", ready="Applied")
+    world.until_available("second", 7)
+    reserve_until(api, "shared", (202, ""))
+    assert world.events("second") == ["ItemConflict", "Opened"]
+
+
+def test_deleting_and_applying_the_same_flashsale_continues_its_sale(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    operator: OperatorServer,
+) -> None:
+    api = world.api()
+    world.apply("again", stock=3)
+    world.until("again", state="Selling")
+    for user in ("ada", "bob"):
+        assert reserve(api, "again", user)[0] == 202
+    world.delete("again")
+    # Who has all that she may have cannot buy the last unit before the sale is closed.
+    reserve_until(api, "again", (409, "ended"), user="ada")
+    eventually(lambda: 'item="again"' not in operator.get("/metrics"))
+    world.apply("again", stock=3)
+    world.until("again", state="Selling", ready="Applied")
+    world.until_available("again", 1)
+    assert reserve(api, "again", "ada") == (409, "limit-reached")
+    reserve_until(api, "again", (202, ""))
+    reserve_until(api, "again", (409, "sold-out"))
+    assert world.sale("again")["accepted"] == "3"
+
+
+def test_a_changed_item_is_refused_with_a_reason(world: World) -> None:
+    world.apply("fixed")
+    said = world.kubectl(
+        *("patch", "fs", "fixed", "--type=merge", "-p", '{"spec":{"itemId":"other"}}'), check=False
+    )
+    assert "spec.itemId: Invalid value" in said
+    assert "is immutable; another item needs a FlashSale of another name" in said
+
+
+def test_kubectl_get_shows_at_a_glance_what_is_going_on(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    world.apply("a-selling", stock=100, endsAt="2999-01-01T00:00:00Z")
+    world.apply("b-later", stock=5, startsAt="2998-11-27T09:00:00Z")
+    world.until("a-selling", state="Selling")
+    world.until("b-later", state="Scheduled")
+    table = [line.split() for line in world.kubectl("get", "fs").splitlines()]
+    assert table[0] == ["NAME", "ITEM", "STATE", "STOCK", "AVAILABLE", "STARTS", "ENDS", "AGE"]
+    assert table[1][:-1] == [
+        *("a-selling", "a-selling", "Selling", "100", "100", "2999-01-01T00:00:00Z"),
+    ]
+    assert table[2][:-1] == ["b-later", "b-later", "Scheduled", "5", "5", "2998-11-27T09:00:00Z"]

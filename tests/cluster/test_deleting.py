@@ -1,0 +1,111 @@
+"""Deletion closes a sale and waits for nobody; what could not be done then is done later."""
+
+import json
+
+import pytest
+
+from dev.services import OperatorServer
+from dev.stack.servers import KafkaServer
+from tests.support.cluster import World, eventually, reserve, reserve_until
+
+pytestmark = pytest.mark.slow
+
+
+def closed_in_ledger(world: World, item: str) -> bool:
+    return bool(world.on_ledger("SELECT closed FROM sales WHERE item_id = $1", item))
+
+
+def closed_in_redis(world: World, item: str) -> bool:
+    return world.sale(item)["state"] == "closed"
+
+
+def test_a_deletion_with_redis_gone_returns_and_is_caught_up(
+    world: World, operator: OperatorServer
+) -> None:
+    world.apply("alone")
+    world.until("alone", state="Selling")
+    world.redis.stop()
+    world.delete("alone")
+    assert "NotFound" in world.kubectl("get", "fs", "alone", check=False)
+    eventually(lambda: closed_in_ledger(world, "alone"))
+    operator.kill()
+    world.redis.start()
+    assert not closed_in_redis(world, "alone")
+    operator.start()
+    eventually(lambda: closed_in_redis(world, "alone"))
+
+
+def test_a_deletion_with_the_operator_gone_is_caught_up(
+    world: World, operator: OperatorServer
+) -> None:
+    world.apply("unseen")
+    world.until("unseen", state="Selling")
+    operator.kill()
+    world.delete("unseen")
+    operator.start()
+    eventually(lambda: closed_in_redis(world, "unseen"))
+    assert closed_in_ledger(world, "unseen")
+    eventually(lambda: world.events("unseen") == ["Opened", "Closed"])
+
+
+def test_a_sale_that_flashsalectl_applied_is_left_alone(
+    world: World, operator: OperatorServer
+) -> None:
+    world.apply("declared")
+    world.until("declared", state="Selling")
+    world.on_ledger(
+        "UPDATE sales SET resource_uid = NULL, sale_id = $1 || '/by-hand' "
+        "WHERE item_id = 'declared'",
+        world.namespace,
+    )
+    world.apply("other", item="another")
+    world.until("other", state="Selling")
+    before = operator.get("/metrics").partition("last_success_timestamp_seconds ")[2]
+    eventually(
+        lambda: operator.get("/metrics").partition("last_success_timestamp_seconds ")[2] != before
+    )
+    assert not closed_in_ledger(world, "declared")
+
+
+def test_a_flashsale_that_another_finalizer_holds_is_closed_all_the_same(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    world.apply("bound")
+    world.until("bound", state="Selling")
+    patch = ("patch", "fs", "bound", "--type=merge", "-p")
+    world.kubectl(*patch, json.dumps({"metadata": {"finalizers": ["example.test/hold"]}}))
+    world.kubectl("delete", "fs", "bound", "--wait=false")
+    world.until("bound", state="Closing")
+    assert closed_in_redis(world, "bound")
+    world.kubectl(*patch, json.dumps({"metadata": {"finalizers": []}}))
+    eventually(lambda: world.events("bound") == ["Opened", "Closed"])
+
+
+def test_a_closed_sale_s_keys_are_freed_once_everything_is_recorded(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API and the consumer need it
+    world: World,
+) -> None:
+    operator = world.operator(FLASHSALE_KEEP_CLOSED_SECONDS="0")
+    api = world.api()
+    world.apply("sold", stock=3)
+    world.apply("unsold", stock=3)
+    for name in ("sold", "unsold"):
+        world.until(name, state="Selling")
+    reserve_until(api, "sold", (202, ""))
+    for name in ("sold", "unsold"):
+        world.delete(name)
+    eventually(lambda: world.sale("unsold") == {})
+    assert closed_in_redis(world, "sold")
+    world.consumer()
+    eventually(lambda: world.sale("sold") == {})
+    assert "flashsale_operator_sales_freed_total 2.0" in operator.get("/metrics")
+    reserve_until(api, "sold", (404, "unknown-item"))
+
+    # What was sold is in the ledger alone now: the same sale goes on from there.
+    world.apply("sold", stock=3)
+    world.until("sold", state="Selling", ready="Applied")
+    world.until_available("sold", 2)
+    world.apply("new-name", item="unsold", stock=2)
+    world.until("new-name", state="Selling", ready="Applied")
+    assert reserve(api, "unsold")[0] == 202

@@ -1,0 +1,265 @@
+"""Servers that go away and come back, with nobody to help; operators that die or are two."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dev.services import OperatorServer
+from dev.stack.servers import KafkaServer, PostgresServer
+from tests.support.cluster import World, eventually, reserve, reserve_until
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_frozen_redis_is_named_and_its_return_is_no_second_opening(
+    world: World, operator: OperatorServer
+) -> None:
+    world.apply("ice")
+    world.until("ice", state="Selling", ready="Applied")
+    world.redis.pause()
+    world.until("ice", state="Unknown", ready="RedisUnavailable")
+    ready = world.condition("ice", "Ready")
+    assert (ready["status"], "Redis" in ready["message"]) == ("False", True)
+    assert world.condition("ice", "Open")["status"] == "Unknown"
+    assert operator.get("/healthz") == "alive\n"
+    world.redis.resume()
+    world.until("ice", state="Selling", ready="Applied")
+    assert world.events("ice") == ["Opened"]
+    failures = [line for line in operator.get("/metrics").splitlines() if 'server="redis"' in line]
+    assert float(failures[0].split()[1]) >= 1
+
+
+def test_a_restarted_redis_fences_the_sale_until_it_is_rebuilt(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API, the consumer and the rebuild need it
+    world: World,
+    operator: OperatorServer,
+) -> None:
+    api = world.api()
+    world.consumer()
+    world.apply("fence", stock=5)
+    world.until("fence", state="Selling")
+    reserve_until(api, "fence", (202, ""))
+    eventually(lambda: world.on_ledger("SELECT accepted FROM sales WHERE item_id = 'fence'") == 1)
+    world.redis.stop()
+    world.until("fence", ready="RedisUnavailable")
+    world.redis.start()
+    world.until("fence", state="Fenced", ready="Fenced")
+    said = world.condition("fence", "Open")
+    assert said["status"] == "False"
+    assert "being rebuilt from the ledger" in said["message"]
+    assert reserve(api, "fence")[0] == 503
+    world.apply("beside", stock=1)
+    world.until("beside", state="Selling", ready="Applied")
+    world.until("fence", state="Selling", ready="Applied")
+    world.until_available("fence", 4)
+    reserve_until(api, "fence", (202, ""))
+    assert world.events("fence") == ["Opened", "Fenced", "Rebuilt", "Opened"]
+    assert "flashsale_operator_lost_units_total 0.0" in operator.get("/metrics")
+
+
+def test_a_sale_whose_keys_are_lost_comes_back_from_the_ledger(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API, the consumer and the rebuild need it
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    api = world.api()
+    world.consumer()
+    world.apply("lost", stock=5)
+    world.until("lost", state="Selling")
+    reserve_until(api, "lost", (202, ""))
+    assert reserve(api, "lost", "ada", key="k")[0] == 202
+    eventually(lambda: world.on_ledger("SELECT accepted FROM sales WHERE item_id = 'lost'") == 2)
+    world.redis.kill()
+    for file in world.redis.data.rglob("*"):
+        if file.is_file() and ("aof" in file.name or file.suffix == ".rdb"):
+            file.unlink()
+    world.redis.start()
+    world.until("lost", state="Fenced")
+    assert reserve(api, "lost")[0] == 503
+    world.until("lost", state="Selling", ready="Applied")
+    world.until_available("lost", 3)
+    assert reserve(api, "lost", "ada") == (409, "limit-reached")
+    assert reserve(api, "lost", "ada", key="k")[0] == 202
+    for _ in range(3):
+        reserve_until(api, "lost", (202, ""))
+    reserve_until(api, "lost", (409, "sold-out"))
+    assert world.events("lost")[:4] == ["Opened", "Fenced", "Rebuilt", "Opened"]
+
+
+def test_a_fenced_sale_without_kafka_says_so_and_heals_with_it(
+    world: World, tmp_path: Path
+) -> None:
+    kafka = KafkaServer(tmp_path / "kafka")
+    world.addresses = replace(world.addresses, kafka_bootstrap=kafka.bootstrap)
+    world.operator()
+    world.apply("quiet", stock=5)
+    world.until("quiet", state="Selling")
+    world.redis.restart()
+    world.until("quiet", state="Fenced", ready="KafkaUnavailable")
+    with kafka:
+        world.until("quiet", state="Selling", ready="Applied")
+    assert world.events("quiet") == ["Opened", "Fenced", "Opened"]
+
+
+def test_the_ledger_away_is_named_while_buyers_are_served(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    tmp_path: Path,
+) -> None:
+    with PostgresServer(tmp_path / "postgres", durable=False) as postgres:
+        world.addresses = replace(world.addresses, database_url=postgres.url)
+        world.operator()
+        api = world.api()
+        world.apply("book", stock=5)
+        world.until("book", state="Selling", ready="Applied")
+        postgres.kill()
+        world.until("book", state="Selling", ready="LedgerUnavailable")
+        reserve_until(api, "book", (202, ""))
+        world.until_available("book", 4)
+        world.apply("new", stock=5)
+        world.until("new", state="Unknown", ready="LedgerUnavailable")
+        assert world.sale("new") == {}
+        postgres.start()
+        for name in ("book", "new"):
+            world.until(name, state="Selling", ready="Applied")
+        assert (world.events("book"), world.events("new")) == (["Opened"], ["Opened"])
+
+
+def test_a_fenced_sale_without_the_ledger_stays_fenced_and_heals_with_it(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API, the consumer and the rebuild need it
+    world: World,
+    tmp_path: Path,
+) -> None:
+    with PostgresServer(tmp_path / "postgres", durable=False) as postgres:
+        world.addresses = replace(world.addresses, database_url=postgres.url)
+        world.operator()
+        world.consumer()
+        api = world.api()
+        world.apply("both", stock=5)
+        world.until("both", state="Selling", ready="Applied")
+        reserve_until(api, "both", (202, ""))
+        postgres.kill()
+        world.redis.restart()
+        world.until("both", state="Fenced", ready="LedgerUnavailable")
+        assert reserve(api, "both") == (503, "fenced")
+        postgres.start()
+        world.until("both", state="Selling", ready="Applied")
+        # What was sold just before the ledger went away was in Kafka, or in the outbox.
+        world.until_available("both", 4)
+
+
+def test_an_operator_waits_for_servers_that_are_not_there_yet(world: World, tmp_path: Path) -> None:
+    postgres = PostgresServer(tmp_path / "postgres", durable=False)
+    with postgres:
+        world.addresses = replace(world.addresses, database_url=postgres.url)
+    world.redis.stop()
+    world.operator()
+    world.apply("early", stock=5)
+    world.until("early", state="Unknown", ready="LedgerUnavailable")
+    with postgres:
+        world.until("early", state="Unknown", ready="RedisUnavailable")
+        world.redis.start()
+        world.until("early", state="Selling", ready="Applied")
+        assert world.events("early") == ["Opened"]
+
+
+def test_an_outage_of_the_kube_apiserver_leaves_sales_alone_and_ends_by_itself(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    operator: OperatorServer,
+) -> None:
+    api = world.api()
+    world.apply("calm", stock=5)
+    world.until("calm", state="Selling")
+    pid = operator.pid
+    world.plane.kill()
+    reserve_until(api, "calm", (202, ""))
+    eventually(lambda: 'failures_total{server="kubernetes"} 0.0' not in operator.get("/metrics"))
+    assert operator.get("/healthz") == "alive\n"
+    world.plane.start()
+    world.until_available("calm", 4)
+    world.apply("calm", stock=6)
+    world.until_available("calm", 5)
+    world.apply("later", stock=1)
+    world.until("later", state="Selling", ready="Applied")
+    assert operator.pid == pid
+    assert world.events("calm") == ["Opened", "Restocked"]
+
+
+def test_a_restart_mid_sale_creates_no_units_and_forgets_none(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    operator: OperatorServer,
+) -> None:
+    api = world.api()
+    world.apply("keep", stock=4)
+    world.until("keep", state="Selling")
+    for _ in range(3):
+        reserve_until(api, "keep", (202, ""))
+    operator.kill()
+    world.apply("keep", stock=5)
+    reserve_until(api, "keep", (202, ""))
+    operator.start()
+    world.until_available("keep", 1)
+    world.until("keep", state="Selling", ready="Applied")
+    operator.restart()
+    reserve_until(api, "keep", (202, ""))
+    reserve_until(api, "keep", (409, "sold-out"))
+    world.until("keep", state="SoldOut")
+    assert (world.sale("keep")["allocated"], world.sale("keep")["accepted"]) == ("5", "5")
+    assert world.events("keep") == ["Opened", "Restocked", "SoldOut"]
+
+
+def test_two_operators_at_once_are_harmless(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - runs
+) -> None:
+    world.operator()
+    api = world.api()
+    names = [f"both-{number}" for number in range(4)]
+    for name in names:
+        world.apply(name, stock=1)
+    for name in names:
+        world.until(name, state="Selling", ready="Applied")
+        reserve_until(api, name, (202, ""))
+        reserve_until(api, name, (409, "sold-out"))
+        world.until(name, state="SoldOut")
+        world.apply(name, stock=2)
+    for name in names:
+        reserve_until(api, name, (202, ""))
+        world.until(name, state="SoldOut", ready="Applied")
+        assert world.sale(name)["accepted"] == "2"
+        assert world.events(name) == ["Opened", "SoldOut", "Restocked", "SoldOut"]
+        assert world.on_ledger("SELECT count(*) FROM sales WHERE item_id = $1", name) == 1
+
+
+def test_a_quiet_flashsale_is_not_written_again(world: World, operator: OperatorServer) -> None:
+    world.apply("still", stock=4)
+    version = world.until("still", state="Selling", ready="Applied")["metadata"]["resourceVersion"]
+
+    def reconciles() -> float:
+        lines = operator.get("/metrics").splitlines()
+        return next(
+            float(line.split()[1])
+            for line in lines
+            if line.startswith("flashsale_operator_reconciles_total")
+        )
+
+    before = reconciles()
+    eventually(lambda: reconciles() >= before + 3)
+    assert world.get("still")["metadata"]["resourceVersion"] == version
+    assert json.loads(world.kubectl("get", "events", "-o", "json"))["items"][1:] == []
+
+
+def test_drift_in_redis_is_healed(world: World, operator: OperatorServer) -> None:  # noqa: ARG001
+    world.apply("drift", stock=4)
+    world.until("drift", state="Selling")
+    world.on_ledger(
+        "UPDATE sales SET paused = true, revision = revision + 1 WHERE item_id = 'drift'"
+    )
+    eventually(lambda: world.sale("drift")["revision"] == "3")
+    world.until("drift", state="Selling", ready="Applied")
+    assert world.sale("drift")["state"] == "open"

@@ -1,0 +1,99 @@
+"""The operator's rights: the chart's own file, no more and no less."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dev.cluster.control_plane import ControlPlane
+from tests.support.cluster import World, rules
+
+pytestmark = pytest.mark.slow
+
+Grants = set[tuple[str, str, str]]
+
+
+def grants(listed: list[dict[str, Any]]) -> Grants:
+    """(API group, resource, verb) of each thing that rules allow."""
+    return {
+        (group, resource, verb)
+        for rule in listed
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def reviewed(plane: ControlPlane, namespace: str, account: Path) -> Grants:
+    """What the kube-apiserver says that an account may do in a namespace."""
+    asked = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace},
+    }
+    done = plane.kubectl(
+        *("create", "--validate=false", "-f", "-", "-o", "json"),
+        stdin=json.dumps(asked),
+        kubeconfig=account,
+        check=True,
+    )
+    status = json.loads(done.stdout)["status"]
+    assert not status["incomplete"]
+    return grants(status["resourceRules"])
+
+
+@pytest.fixture
+def nobody(plane: ControlPlane, namespace: str) -> Path:
+    """An account without a role: what everybody may do."""
+    plane.kubectl("create", "serviceaccount", "nobody", "-n", namespace, check=True)
+    return plane.kubeconfig_for_service_account(namespace, "nobody")
+
+
+def test_in_one_namespace_it_may_do_what_the_list_says(
+    plane: ControlPlane, namespace: str, service_account: Path, nobody: Path
+) -> None:
+    own = reviewed(plane, namespace, service_account) - reviewed(plane, namespace, nobody)
+    assert own == grants(rules()["namespaced"])
+    elsewhere = reviewed(plane, "default", service_account)
+    assert elsewhere == reviewed(plane, "default", nobody)
+
+
+def test_in_all_namespaces_it_may_do_what_both_lists_say(
+    plane: ControlPlane, namespace: str, cluster_account: Path, nobody: Path
+) -> None:
+    for place in (namespace, "default"):
+        own = reviewed(plane, place, cluster_account) - reviewed(plane, place, nobody)
+        assert own == grants(rules()["namespaced"]) | grants(rules()["cluster"])
+
+
+def test_more_is_refused(world: World) -> None:
+    world.apply("mine")
+    for refused in (
+        ("delete", "fs", "mine"),
+        ("patch", "fs", "mine", "--type=merge", "-p", '{"spec":{"stock":5}}'),
+        ("get", "events"),
+        ("get", "secrets"),
+        ("get", "configmaps"),
+        ("get", "pods"),
+        ("get", "fs", "-n", "default"),
+        ("get", "namespaces"),
+        ("get", "crds"),
+    ):
+        # -n for the namespace comes from the kubeconfig, which names its own.
+        done = world.plane.kubectl(*refused, kubeconfig=world.kubeconfig)
+        assert (done.returncode, "(Forbidden)" in done.stderr) == (1, True), refused
+
+
+def test_one_operator_serves_all_namespaces(world: World, cluster_account: Path) -> None:
+    world.kubeconfig = cluster_account
+    operator = world.operator(FLASHSALE_NAMESPACES="")
+    world.kubectl("create", "namespace", f"{world.namespace}-2")
+    elsewhere = World(**{**vars(world), "namespace": f"{world.namespace}-2", "services": []})
+    for number, each in enumerate((world, elsewhere)):
+        each.apply("shared-name", item=f"item-{number}")
+        each.until("shared-name", state="Selling", ready="Applied")
+    elsewhere.delete("shared-name")
+    assert elsewhere.sale("item-0")["state"] == "open"
+    assert 'flashsale_operator_sales{state="Unknown"} 0.0' in operator.get("/metrics")
+    assert "Forbidden" not in operator.log.read_text()

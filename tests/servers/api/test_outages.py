@@ -1,0 +1,263 @@
+"""The API process while Redis is away, slow, restarted, or cut off in the middle of a call."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dev.crowd import Attempt, Journal, stampede
+from dev.services import Addresses, ApiServer
+from dev.stack.ports import free_port
+from dev.stack.servers import RedisServer
+from flashsale import inventory
+from flashsale.inventory import Applied, Inventory
+from flashsale.sale import SaleSpec
+from tests.servers.api.test_reserve import problem, reserve
+from tests.support.proxy import Proxy
+
+ITEM = "phone"
+SPEC = SaleSpec("default/phone", ITEM, 1_000, max_per_user=1_000)
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path / "redis", appendfsync="always") as server:
+        yield server
+
+
+@pytest.fixture
+async def own_stock(own_redis: RedisServer) -> AsyncIterator[Inventory]:
+    client = inventory.connect(own_redis.url)
+    stock = Inventory(client)
+    assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
+    yield stock
+    await client.aclose()
+
+
+@pytest.fixture
+async def proxy(own_redis: RedisServer) -> AsyncIterator[Proxy]:
+    async with Proxy(own_redis.port).serve() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def own_api(tmp_path: Path, proxy: Proxy, own_stock: Inventory) -> AsyncIterator[ApiServer]:
+    """An API that reaches its Redis through the proxy."""
+    del own_stock  # the sale is there first
+    nowhere = f"127.0.0.1:{free_port()}"
+    server = ApiServer(
+        tmp_path / "api", Addresses(f"redis://127.0.0.1:{proxy.port}/0", nowhere, "")
+    )
+    await asyncio.to_thread(server.start)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def own_http(own_api: ApiServer) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=own_api.url, timeout=30) as client:
+        yield client
+
+
+async def test_a_reply_that_was_cut_is_asked_for_again_and_takes_no_second_unit(
+    own_http: httpx.AsyncClient, own_stock: Inventory, proxy: Proxy
+) -> None:
+    proxy.cut_replies(b"EVALSHA", 1)
+    answer = await reserve(own_http, ITEM, quantity=2)
+    assert proxy.left_to_cut == 0
+    assert answer.status_code == 202
+    assert (await own_stock.sales([ITEM]))[ITEM].accepted == 2
+    found = await own_http.get(answer.headers["location"])
+    assert found.json() == answer.json()
+
+
+async def test_an_unknown_outcome_says_where_the_reservation_may_be(
+    own_http: httpx.AsyncClient, own_stock: Inventory, proxy: Proxy
+) -> None:
+    proxy.cut_replies(b"EVALSHA", 2)
+    answer = await reserve(own_http, ITEM, quantity=2, key="k")
+    problem(answer, 503, "outcome-unknown")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert (await own_stock.sales([ITEM]))[ITEM].accepted == 2
+    found = await own_http.get(answer.headers["location"])
+    assert found.json()["quantity"] == 2
+    again = await reserve(own_http, ITEM, quantity=2, key="k")
+    assert (again.status_code, again.json()) == (202, found.json())
+    assert (await own_stock.sales([ITEM]))[ITEM].accepted == 2
+
+
+async def test_a_redis_that_hangs_is_answered_in_time_and_costs_no_second_unit(
+    own_api: ApiServer, own_redis: RedisServer, own_stock: Inventory
+) -> None:
+    wanted = [
+        Attempt(f"u{n}", {"userId": f"u{n}", "itemId": ITEM, "quantity": 1}, f"key-{n}")
+        for n in range(600)
+    ]
+    own_redis.pause()
+    during = await stampede([own_api.url], wanted, connections=600)
+    own_redis.resume()
+    outcomes = Counter(entry.outcome for entry in during.entries)
+    # New connections hang before anything is sent: then it is known that nothing was done.
+    assert {"outcome-unknown"} <= set(outcomes)
+    assert set(outcomes) <= {"outcome-unknown", "too-many-waiting", "redis-unavailable"}
+    after = await stampede([own_api.url], wanted, tries=10, journal=Journal())
+    assert {entry.status for entry in after.entries} <= {202, 503}
+    assert len(after.accepted()) == 600
+    assert (await own_stock.sales([ITEM]))[ITEM].accepted == 600
+
+
+async def test_a_redis_that_is_gone_is_said_at_once_and_a_restarted_one_is_fenced(
+    own_http: httpx.AsyncClient, own_redis: RedisServer, own_stock: Inventory
+) -> None:
+    bought = await reserve(own_http, ITEM, key="k")
+    assert bought.status_code == 202
+    own_redis.kill()
+    answer = await reserve(own_http, ITEM, "bob")
+    async with asyncio.timeout(20):
+        # The first call may have been sent into the dying connection.
+        while answer.json()["type"].endswith("outcome-unknown"):
+            answer = await reserve(own_http, ITEM, "bob")
+    problem(answer, 503, "redis-unavailable")
+    assert int(answer.headers["retry-after"]) >= 1
+    problem(await own_http.get(f"/sales/{ITEM}"), 503, "redis-unavailable")
+    problem(await own_http.get(bought.headers["location"]), 503, "redis-unavailable")
+    assert (await own_http.get("/healthz")).status_code == 200
+    # Only the first answer since the start makes ready: a 503 of ours beats a proxy's.
+    assert (await own_http.get("/readyz")).status_code == 200
+    own_redis.start()
+    async with asyncio.timeout(20):
+        while answer.json()["type"].endswith("redis-unavailable"):
+            answer = await reserve(own_http, ITEM, "bob")
+    problem(answer, 503, "fenced")
+    problem(await reserve(own_http, ITEM, key="k"), 503, "fenced")
+    assert (await own_stock.sales([ITEM]))[ITEM].accepted == 1
+
+
+async def test_a_buyer_who_goes_away_does_not_cancel_the_others(
+    own_api: ApiServer, own_http: httpx.AsyncClient, own_redis: RedisServer, own_stock: Inventory
+) -> None:
+    own_redis.pause()
+    body = f'{{"userId":"gone","itemId":"{ITEM}","quantity":1}}'
+    head = (
+        "POST /reserve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    leavers = []
+    for _ in range(20):
+        _, writer = await asyncio.open_connection("127.0.0.1", own_api.port)
+        writer.write((head + body).encode())
+        await writer.drain()
+        leavers.append(writer)
+    stayer = asyncio.create_task(reserve(own_http, ITEM, "stays", key="k"))
+    for writer in leavers:
+        writer.close()
+    own_redis.resume()
+    answer = await stayer
+    assert answer.status_code == 202, answer.text
+    # A leaver's request is decided like any other: once.
+    assert 1 <= (await own_stock.sales([ITEM]))[ITEM].accepted <= 21
+
+
+async def test_the_api_starts_without_redis_and_is_ready_once_it_answered(tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path / "redis")
+    api = ApiServer(tmp_path / "api", Addresses(redis.url, f"127.0.0.1:{free_port()}", ""))
+    starting = asyncio.create_task(asyncio.to_thread(api.start))
+    async with httpx.AsyncClient(base_url=api.url, timeout=10) as http:
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    alive = await http.get("/healthz")
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.05)
+        assert alive.status_code == 200
+        assert (await http.get("/readyz")).status_code == 503
+        problem(await reserve(http, ITEM), 503, "redis-unavailable")
+        await asyncio.to_thread(redis.start)
+        await starting
+        assert (await http.get("/readyz")).status_code == 200
+        problem(await reserve(http, ITEM), 404, "unknown-item")
+    api.kill()
+    redis.stop()
+
+
+async def test_a_redis_that_may_evict_a_sale_is_refused(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis", options=("--maxmemory-policy", "allkeys-lru")) as redis:
+        done = await asyncio.to_thread(
+            run_api, {**good_environment(), "FLASHSALE_REDIS_URL": redis.url}
+        )
+    assert done.returncode == 1
+    assert "maxmemory-policy allkeys-lru" in done.stderr
+    assert "set it to noeviction" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def good_environment() -> dict[str, str]:
+    return {
+        "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1/0",
+        "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
+        "FLASHSALE_LISTEN": f"127.0.0.1:{free_port()}",
+        "FLASHSALE_METRICS_LISTEN": f"127.0.0.1:{free_port()}",
+    }
+
+
+def run_api(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLASHSALE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "flashsale_api", *arguments],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLASHSALE_REDIS_URL", None),
+        ("FLASHSALE_REDIS_URL", "localhost:6379"),
+        ("FLASHSALE_REDIS_URL", "http://user:secret@localhost"),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", None),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", "localhost"),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", "localhost:9092,"),
+        ("FLASHSALE_LISTEN", "8080"),
+        ("FLASHSALE_LISTEN", ":8080"),
+        ("FLASHSALE_LISTEN", "0.0.0.0:http"),
+        ("FLASHSALE_LISTEN", "0.0.0.0:99999"),
+        ("FLASHSALE_METRICS_LISTEN", "nonsense"),
+    ],
+)
+def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: str | None) -> None:
+    environment = good_environment()
+    if value is None:
+        del environment[variable]
+    else:
+        environment[variable] = value
+    done = run_api(environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith(variable)
+    assert done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+
+
+def test_a_metrics_port_that_is_taken_is_said_in_one_line(redis_server: RedisServer) -> None:
+    taken = {"FLASHSALE_METRICS_LISTEN": f"127.0.0.1:{redis_server.port}"}
+    done = run_api(good_environment() | taken)
+    assert done.returncode == 1
+    assert "FLASHSALE_METRICS_LISTEN cannot be served" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_settings() -> None:
+    done = run_api({}, "--help")
+    assert done.returncode == 0
+    for variable in good_environment():
+        assert variable in done.stdout

@@ -1,0 +1,377 @@
+"""From an accepted reservation to an acknowledged event, whatever happens to Kafka or the pod."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from redis.asyncio import Redis
+
+from dev.crowd import Attempt, Journal, stampede
+from dev.services import Addresses, ApiServer
+from dev.stack.servers import KafkaServer, RedisServer
+from flashsale import events, heartbeat, inventory
+from flashsale.inventory import Applied, Inventory
+from flashsale.reservations import Record, Request, Snapshot
+from flashsale.sale import SaleSpec
+from flashsale.settings import KafkaSettings
+from flashsale_api import sweeper as sweeper_module
+from flashsale_api.batcher import Accepted
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Publisher
+from flashsale_api.sweeper import Sweeper
+from tests.servers.api.test_reserve import reserve
+
+pytestmark = pytest.mark.slow
+
+ITEM = "phone"
+SPEC = SaleSpec("default/phone", ITEM, 100_000, max_per_user=10)
+
+
+@pytest.fixture
+def redis_here(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+async def stock_here(redis_here: RedisServer) -> AsyncIterator[Inventory]:
+    client = inventory.connect(redis_here.url)
+    stock = Inventory(client)
+    assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
+    yield stock
+    await client.aclose()
+
+
+@pytest.fixture
+def kafka_here(tmp_path: Path) -> Iterator[KafkaServer]:
+    """A broker that the test starts, stops and kills."""
+    server = KafkaServer(tmp_path / "kafka")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def new_api(
+    tmp_path: Path, redis_here: RedisServer, kafka_here: KafkaServer
+) -> Iterator[Callable[[str], ApiServer]]:
+    servers = []
+
+    def make(name: str) -> ApiServer:
+        addresses = Addresses(redis_here.url, kafka_here.bootstrap, "")
+        servers.append(ApiServer(tmp_path / name, addresses))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+async def start_kafka(kafka: KafkaServer) -> None:
+    await asyncio.to_thread(kafka.start)
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    try:
+        if events.TOPIC not in await admin.list_topics():
+            await admin.create_topics([NewTopic(events.TOPIC, 3, 1)])
+    finally:
+        await admin.close()
+
+
+async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:
+    """Everything on the topic."""
+    consumer = AIOKafkaConsumer(
+        events.TOPIC, bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
+    )
+    await consumer.start()
+    try:
+        ends = await consumer.end_offsets(sorted(consumer.assignment()))
+        records: list[ConsumerRecord[bytes, bytes]] = []
+        async with asyncio.timeout(30):
+            while len(records) < sum(ends.values()):
+                for page in (await consumer.getmany(timeout_ms=200)).values():
+                    records += page
+        return records
+    finally:
+        await consumer.stop()
+
+
+async def outbox_is_empty(stock: Inventory) -> None:
+    async with asyncio.timeout(60):
+        while (await stock.sales([ITEM]))[ITEM].outbox_length:
+            await asyncio.sleep(0.05)
+
+
+async def gave_up_a_producer(api: ApiServer) -> None:
+    """Kafka was away for so long that its client dropped what it was given."""
+    async with httpx.AsyncClient() as http, asyncio.timeout(60):
+        while "flashsale_api_publish_failures_total 0.0" in (await http.get(api.metrics_url)).text:
+            await asyncio.sleep(0.2)
+
+
+def a_crowd(number: int, name: str = "u") -> list[Attempt]:
+    return [
+        Attempt(f"{name}{n}", {"userId": f"{name}{n}", "itemId": ITEM, "quantity": 2}, f"key-{n}")
+        for n in range(number)
+    ]
+
+
+def ids(records: list[ConsumerRecord[bytes, bytes]]) -> set[str]:
+    return {events.decode(record.value).reservation_id for record in records}
+
+
+async def test_whoever_answers_a_replay_publishes_it_too(
+    kafka_here: KafkaServer,
+    new_api: Callable[[str], ApiServer],
+    redis_here: RedisServer,
+    stock_here: Inventory,
+) -> None:
+    """Redis loses what another pod, which is dead, had accepted: the second 202 keeps its word."""
+    request = {"userId": "ann", "itemId": ITEM, "quantity": 2}
+    first, second = new_api("first"), new_api("second")
+    await asyncio.to_thread(first.start)
+    async with httpx.AsyncClient(base_url=first.url) as http:
+        answer = await http.post("/reserve", json=request, headers={"Idempotency-Key": "k"})
+    first.kill()
+    await asyncio.to_thread(second.start)
+    async with httpx.AsyncClient(base_url=second.url) as http:
+        for _ in range(3):  # held once, however often it is answered
+            again = await http.post("/reserve", json=request, headers={"Idempotency-Key": "k"})
+            assert (again.status_code, again.json()) == (202, answer.json())
+    sale = (await stock_here.sales([ITEM]))[ITEM]
+    assert (sale.accepted, sale.outbox_length) == (2, 1)
+    client = inventory.connect(redis_here.url)
+    await client.flushall()
+    await client.aclose()
+    await start_kafka(kafka_here)
+    async with asyncio.timeout(60):
+        while not (records := await published(kafka_here)):
+            await asyncio.sleep(0.2)
+    assert ids(records) == {answer.json()["reservationId"]}
+    assert len(records) == 1
+
+
+async def test_an_event_carries_the_reservation_and_its_sale(
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+) -> None:
+    await start_kafka(kafka_here)
+    api = new_api("api")
+    await asyncio.to_thread(api.start)
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    async with httpx.AsyncClient(base_url=api.url) as http:
+        answer = await http.post(
+            "/reserve",
+            json={"userId": "ann", "itemId": ITEM, "quantity": 2},
+            headers={"Idempotency-Key": "k", "traceparent": trace},
+        )
+    shown: dict[str, Any] = answer.json()
+    await outbox_is_empty(stock_here)
+    [record] = await published(kafka_here)
+    assert record.key == shown["reservationId"].encode()
+    assert dict(record.headers) == {
+        "traceparent": trace.encode(),
+        "content-type": b"application/json",
+        "schema": b"1",
+    }
+    event = events.decode(record.value)
+    assert record.timestamp == event.occurred_at.timestamp() * 1000
+    assert event.occurred_at.isoformat(timespec="milliseconds")[:23] == shown["acceptedAt"][:23]
+    assert (event.reservation_id, event.sale_id, event.item_id, event.user_id) == (
+        shown["reservationId"],
+        "default/phone",
+        ITEM,
+        "ann",
+    )
+    assert (event.quantity, event.state, event.version, event.request_key) == (
+        2,
+        "accepted",
+        1,
+        "k",
+    )
+    assert (event.allocated, event.capacity, event.revision) == (100_000, 100_000, 1)
+
+
+async def test_kafka_absent_at_the_start_costs_nothing(
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+) -> None:
+    api = new_api("api")
+    await asyncio.to_thread(api.start)
+    journal = await stampede([api.url], a_crowd(300))
+    assert {entry.status for entry in journal.entries} == {202}
+    assert (await stock_here.sales([ITEM]))[ITEM].outbox_length == 300
+    await start_kafka(kafka_here)
+    await outbox_is_empty(stock_here)
+    assert ids(await published(kafka_here)) == set(journal.accepted())
+
+
+async def test_a_killed_pod_leaves_its_events_to_the_sweep_of_another(
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+) -> None:
+    victim, survivor = new_api("victim"), new_api("survivor")
+    await asyncio.gather(asyncio.to_thread(victim.start), asyncio.to_thread(survivor.start))
+    of_the_dead = await stampede([victim.url], a_crowd(200, "v"))
+    of_the_living = await stampede([survivor.url], a_crowd(200, "s"))
+    victim.kill()
+    await start_kafka(kafka_here)
+    await outbox_is_empty(stock_here)
+    assert ids(await published(kafka_here)) == {*of_the_dead.accepted(), *of_the_living.accepted()}
+
+
+@pytest.mark.parametrize("graceful", [True, False], ids=["stopped", "killed"])
+async def test_kafka_restarted_under_load_loses_nothing(
+    kafka_here: KafkaServer,
+    new_api: Callable[[str], ApiServer],
+    stock_here: Inventory,
+    graceful: bool,
+) -> None:
+    await start_kafka(kafka_here)
+    apis = [new_api("one"), new_api("two")]
+    await asyncio.gather(*(asyncio.to_thread(api.start) for api in apis))
+    journal = Journal()
+    crowd = asyncio.create_task(
+        stampede([api.url for api in apis], a_crowd(6_000), connections=20, journal=journal)
+    )
+    async with asyncio.timeout(60):
+        while len(journal.entries) < 500:
+            await asyncio.sleep(0.01)
+    await asyncio.to_thread(kafka_here.stop if graceful else kafka_here.kill)
+    await crowd
+    late = a_crowd(100, "late")
+    await stampede([api.url for api in apis], late, connections=20, journal=journal)
+    assert {entry.status for entry in journal.entries} == {202}
+    for api in apis:
+        await gave_up_a_producer(api)
+    await start_kafka(kafka_here)
+    await outbox_is_empty(stock_here)
+    assert ids(await published(kafka_here)) == set(journal.accepted())
+
+
+async def test_a_pod_that_is_told_to_end_publishes_what_it_accepted(
+    kafka_here: KafkaServer,
+    redis_here: RedisServer,
+    new_api: Callable[[str], ApiServer],
+    stock_here: Inventory,
+) -> None:
+    await start_kafka(kafka_here)
+    api = new_api("api")
+    await asyncio.to_thread(api.start)
+    journal = await stampede([api.url], a_crowd(500))
+    await asyncio.to_thread(api.stop)
+    assert (await stock_here.sales([ITEM]))[ITEM].outbox_length == 0
+    assert ids(await published(kafka_here)) == set(journal.accepted())
+    client = inventory.connect(redis_here.url)
+    assert await heartbeat.living(client) == []
+    await client.aclose()
+
+
+async def test_a_heartbeat_says_what_kafka_has_not_acknowledged(
+    kafka_here: KafkaServer,
+    redis_here: RedisServer,
+    new_api: Callable[[str], ApiServer],
+    stock_here: Inventory,
+) -> None:
+    api = new_api("api")
+    await asyncio.to_thread(api.start)
+    client = inventory.connect(redis_here.url)
+
+    async def beats(unacknowledged: dict[str, int]) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                since_ms = (await stock_here.server()).now_ms
+                pods = await heartbeat.living(client)
+                if [pod.unacknowledged for pod in pods] == [unacknowledged]:
+                    assert pods[0].sampled_ms <= since_ms
+                    return
+                await asyncio.sleep(0.1)
+
+    await beats({})
+    await stampede([api.url], a_crowd(25))
+    await beats({ITEM: 25})
+    await start_kafka(kafka_here)
+    await beats({})
+    api.kill()
+    async with asyncio.timeout(60):
+        while await heartbeat.living(client):
+            await asyncio.sleep(0.1)
+    await client.aclose()
+
+
+async def test_a_reservation_whose_reply_was_lost_is_published_by_the_sweep(
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+) -> None:
+    """As after an unknown outcome: Redis has the entry and no pod knows of it."""
+    await start_kafka(kafka_here)
+    request = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
+    await stock_here.reserve(ITEM, [request], timeout_seconds=5)
+    api = new_api("api")
+    await asyncio.to_thread(api.start)
+    await outbox_is_empty(stock_here)
+    assert ids(await published(kafka_here)) == {request.reservation_id}
+    async with httpx.AsyncClient(base_url=api.url) as http:
+        assert (await reserve(http, ITEM, "bob")).status_code == 202
+
+
+class Settling(Inventory):
+    """Remembers in what order items are settled."""
+
+    def __init__(self, redis: "Redis") -> None:
+        super().__init__(redis)
+        self.settled: list[tuple[str, int]] = []
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+        self.settled.append((item_id, len(acknowledged)))
+        return await super().settle(item_id, acknowledged)
+
+
+@pytest.fixture
+async def settling(redis_here: RedisServer) -> AsyncIterator[Settling]:
+    client = inventory.connect(redis_here.url)
+    yield Settling(client)
+    await client.aclose()
+
+
+def accepted(item_id: str, number: int) -> Accepted:
+    record = Record("accepted", 1, 1, 1_795_561_067_887, "ann", "")
+    return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
+
+
+async def test_no_item_waits_until_another_is_settled(settling: Settling) -> None:
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), settling, Metrics())
+    for item_id, number in (("many", 600), ("few", 300), ("one", 1)):
+        publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}") for n in range(number)]
+    publisher._to_settle.set()
+    task = asyncio.create_task(publisher.settle())
+    async with asyncio.timeout(10):
+        while publisher._acknowledged:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    assert settling.settled == [
+        *(("many", 256), ("few", 256), ("one", 1)),
+        *(("many", 256), ("few", 44), ("many", 88)),
+    ]
+
+
+async def test_who_has_much_to_settle_does_not_sweep(
+    stock_here: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failure of Kafka most of what it would read again and again are its own entries."""
+    monkeypatch.setattr(sweeper_module, "BACKLOG", 10)
+    monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), stock_here, Metrics())
+    publisher.connected = True
+    own = [accepted(ITEM, number) for number in range(10)]
+    for each in own:
+        publisher.add(each)
+    others = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
+    await stock_here.reserve(ITEM, [others], timeout_seconds=5)
+    sweeper = Sweeper(stock_here, publisher, Metrics(), "pod")
+    await sweeper.sweep()
+    assert publisher.held == 10
+    publisher._let_go([(ITEM, own[0].entry_id)])
+    await sweeper.sweep()
+    assert publisher.held == 10
+    assert publisher._pending[-1].reservation_id == others.reservation_id

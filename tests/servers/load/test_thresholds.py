@@ -1,0 +1,156 @@
+"""A crowd of k6 that meets an engine which breaks a rule must say so: its thresholds can fail."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+STOCK = 10
+
+Answer = Callable[[int, dict[str, object]], tuple[int, dict[str, object]]]
+
+
+def accepted(number: int, body: dict[str, object]) -> tuple[int, dict[str, object]]:
+    return 202, {"reservationId": f"id-{number}", "state": "accepted", **body}
+
+
+def refused(kind: str, status: int = 409) -> tuple[int, dict[str, object]]:
+    return status, {"type": f"urn:flashsale:problem:{kind}", "status": status}
+
+
+def sells(units: int, then: str = "sold-out") -> Answer:
+    return lambda number, body: accepted(number, body) if number < units else refused(then)
+
+
+class Engine(ThreadingHTTPServer):
+    """Answers the nth POST as `answer` says."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer: Answer = sells(STOCK)
+        self.numbers = count()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Engine
+
+    def do_GET(self) -> None:
+        self._send(200, {"available": STOCK})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._send(*self.server.answer(next(self.server.numbers), body))
+
+    def _send(self, status: int, answer: dict[str, object]) -> None:
+        content = json.dumps(answer).encode()
+        kind = "application/json" if status < 300 else "application/problem+json"
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        if status == 202:
+            place = f"/sales/{answer['itemId']}/reservations/{answer['reservationId']}"
+            self.send_header("Location", place)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its parent's name
+        """Says nothing."""
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run(engine: Engine, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(Path(sys.executable).with_name("k6"), "run", "--no-usage-report"),
+            *("--quiet", "--log-format", "raw", ROOT / "loadtest" / script),
+        ],
+        env={
+            **os.environ,
+            "API_URL": f"http://127.0.0.1:{engine.server_port}",
+            "ITEM_ID": "item",
+            "STOCK": str(STOCK),
+            "RATE": "20",
+            "DURATION": "1s",
+            "VUS": "5",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_sale_of_exactly_the_stock_passes_and_is_written_down(engine: Engine) -> None:
+    done = run(engine, "stampede.js")
+
+    assert done.returncode == 0, done.stdout
+    journal = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {entry["reservationId"] for entry in journal} == {f"id-{n}" for n in range(STOCK)}
+    assert all(set(e) == {"reservationId", "userId", "itemId", "key"} for e in journal)
+
+
+@pytest.mark.parametrize(
+    ("answer", "broken"),
+    [
+        (sells(STOCK + 1), "units_accepted"),
+        (sells(STOCK - 1), "units_accepted"),
+        (sells(STOCK, then="limit-reached"), "checks"),
+        (lambda n, b: sells(STOCK)(n, b) if n else refused("fenced", 503), "answers_5xx"),
+        (lambda n, b: sells(STOCK)(n, b | {"userId": "somebody else"}), "checks"),
+    ],
+    ids=["oversold", "unsold", "refused-wrongly", "an-error", "of-somebody-else"],
+)
+def test_a_broken_rule_fails_the_run(engine: Engine, answer: Answer, broken: str) -> None:
+    engine.answer = answer
+
+    done = run(engine, "stampede.js")
+
+    assert done.returncode == 99, done.stdout
+    assert "crossed" in done.stderr
+    assert broken in done.stderr
+
+
+def test_two_reservations_of_one_order_fail_the_run(engine: Engine) -> None:
+    engine.answer = sells(10**6)
+
+    done = run(engine, "retry-storm.js")
+
+    assert done.returncode == 99, done.stdout
+
+
+def test_a_refused_buyer_fails_a_soak(engine: Engine) -> None:
+    engine.answer = sells(STOCK // 2)
+
+    done = run(engine, "soak.js", RATE=str(STOCK))
+
+    assert done.returncode == 99, done.stdout
+    assert "buyers_refused" in done.stderr
+
+
+def test_a_wrong_setting_is_named(engine: Engine) -> None:
+    done = run(engine, "stampede.js", P95_MS="quick")
+
+    assert done.returncode != 0
+    assert "P95_MS is a whole number of 1 or more: quick" in done.stderr

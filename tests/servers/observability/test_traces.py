@@ -1,0 +1,211 @@
+"""One trace from the HTTP request to the ledger, received as real OTLP over HTTP."""
+
+import asyncio
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dev.services import Addresses, ApiServer, ConsumerServer
+from dev.stack.ports import free_port
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from flashsale import inventory
+from flashsale.inventory import Applied, Inventory
+from flashsale.sale import SaleSpec
+from tests.servers.observability.collector import Collector, Span, collecting
+from tests.servers.observability.conftest import database
+from tests.support.cluster import eventually
+
+WAY = (
+    "POST /reserve",
+    "EVALSHA reserve",
+    "send flashsale.reservations",
+    "process flashsale.reservations",
+    "INSERT reservations",
+)
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Every process that is started from now on sends its traces to it, soon."""
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+        yield collector
+
+
+@pytest.fixture
+def addresses(
+    redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
+) -> Addresses:
+    return Addresses(redis_server.url, kafka_server.bootstrap, database(postgres_server))
+
+
+def seed(addresses: Addresses, item: str) -> None:
+    async def apply() -> None:
+        redis = inventory.connect(addresses.redis_url)
+        spec = SaleSpec(f"default/{item}", item, 10)
+        assert await Inventory(redis).apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
+        await redis.aclose()
+
+    asyncio.run(apply())
+
+
+def reserve(api: ApiServer, item: str, *, sampled: bool) -> tuple[str, str]:
+    """Reserves a unit as part of a caller's trace: its id, and the id of the caller's span."""
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    answer = httpx.post(
+        f"{api.url}/reserve",
+        json={"userId": f"buyer-{trace_id}", "itemId": item, "quantity": 1},
+        headers={"traceparent": f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"},
+        timeout=30,
+    )
+    assert answer.status_code == 202, answer.text
+    return trace_id, span_id
+
+
+def whole(collector: Collector, trace_id: str) -> dict[str, Span]:
+    """The way of a request once all of it is known."""
+    return eventually(
+        lambda: way if (way := collector.way_to(WAY[-1], trace_id)).keys() == set(WAY) else None,
+        lambda: str(collector.spans),
+    )
+
+
+def assert_joined(trace: dict[str, Span], caller: str) -> None:
+    assert trace.keys() == set(WAY)
+    request, call, send, process, insert = (trace[name] for name in WAY)
+    assert [span.kind for span in (request, call, send, process, insert)] == [
+        *("SERVER", "CLIENT", "PRODUCER", "CONSUMER", "CLIENT")
+    ]
+    assert request.parent_id == caller
+    assert call.parent_id == send.parent_id == request.span_id
+    assert process.parent_id == send.span_id
+    assert insert.parent_id == process.span_id
+    assert {span.resource["service.name"] for span in (request, call, send)} == {"flashsale-api"}
+    assert {span.resource["service.name"] for span in (process, insert)} == {"flashsale-consumer"}
+    assert all(span.began_ns <= span.ended_ns for span in trace.values())
+    assert not any(span.failed for span in trace.values())
+
+
+@pytest.mark.slow
+def test_one_trace_goes_from_the_request_to_the_ledger(
+    collector: Collector, addresses: Addresses, item: str, tmp_path: Path
+) -> None:
+    seed(addresses, item)
+    with (
+        ConsumerServer(tmp_path / "consumer", addresses),
+        ApiServer(tmp_path / "api", addresses) as api,
+    ):
+        trace_id, caller = reserve(api, item, sampled=True)
+        trace = whole(collector, trace_id)
+    assert_joined(trace, caller)
+    request, call, send, process, insert = (trace[name].attributes for name in WAY)
+    assert request["http.request.method"] == "POST"
+    assert request["http.route"] == "/reserve"
+    assert request["http.response.status_code"] == 202
+    assert request["flashsale.item_id"] == item
+    assert request["flashsale.outcome"] == "accepted"
+    assert call["db.system.name"] == "redis"
+    assert send["messaging.system"] == process["messaging.system"] == "kafka"
+    assert send["messaging.kafka.message.key"] == request["flashsale.reservation_id"]
+    assert (
+        send["messaging.destination.partition.id"] == process["messaging.destination.partition.id"]
+    )
+    assert process["messaging.consumer.group.name"] == "flashsale-ledger"
+    assert process["flashsale.result"] == "recorded"
+    assert insert["db.system.name"] == "postgresql"
+    told = [value for span in trace.values() for value in span.attributes.values()]
+    assert not any("buyer" in str(value) for value in told)
+
+
+@pytest.mark.slow
+def test_an_event_that_another_pod_swept_is_in_the_trace_of_its_request(
+    collector: Collector, addresses: Addresses, item: str, tmp_path: Path
+) -> None:
+    seed(addresses, item)
+    cut_off = Addresses(addresses.redis_url, f"127.0.0.1:{free_port()}", "")
+    first = ApiServer(tmp_path / "first", cut_off)
+    first.start()
+    try:
+        trace_id, caller = reserve(first, item, sampled=True)
+        eventually(lambda: collector.way_to("POST /reserve", trace_id))
+    finally:
+        first.kill()
+    with (
+        ConsumerServer(tmp_path / "consumer", addresses),
+        ApiServer(tmp_path / "second", addresses),
+    ):
+        trace = whole(collector, trace_id)
+    assert_joined(trace, caller)
+    accepted_by, published_by = (
+        trace[name].resource["service.instance.id"] for name in (WAY[0], WAY[2])
+    )
+    assert accepted_by != published_by
+
+
+@pytest.mark.slow
+def test_what_the_caller_does_not_sample_leaves_no_span(
+    collector: Collector, addresses: Addresses, item: str, tmp_path: Path
+) -> None:
+    seed(addresses, item)
+    with (
+        ConsumerServer(tmp_path / "consumer", addresses),
+        ApiServer(tmp_path / "api", addresses) as api,
+    ):
+        unsampled = {reserve(api, item, sampled=False)[0] for _ in range(5)}
+        trace_id, _ = reserve(api, item, sampled=True)
+        whole(collector, trace_id)
+    # Others may be read again: the topic is the whole session's.
+    assert not unsampled & {span.trace_id for span in collector.spans}
+    (request,) = (span for span in collector.spans if span.name == "POST /reserve")
+    assert request.trace_id == trace_id
+
+
+@pytest.mark.slow
+def test_requests_without_a_caller_are_sampled_by_the_ratio(
+    collector: Collector,
+    addresses: Addresses,
+    item: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1")
+    seed(addresses, item)
+    with ApiServer(tmp_path / "api", addresses) as api:
+        body = {"userId": "buyer", "itemId": item, "quantity": 1}
+        assert httpx.post(f"{api.url}/reserve", json=body, timeout=30).status_code == 202
+        eventually(lambda: "POST /reserve" in {span.name for span in collector.spans})
+    (request,) = (span for span in collector.spans if span.name == "POST /reserve")
+    assert request.parent_id == ""
+
+
+def test_a_collector_that_is_away_costs_no_answer_and_no_shutdown(
+    redis_server: RedisServer, item: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    monkeypatch.setenv("FLASHSALE_LOG_LEVEL", "debug")
+    addresses = Addresses(redis_server.url, f"127.0.0.1:{free_port()}", "")
+    seed(addresses, item)
+    api = ApiServer(tmp_path / "api", addresses)
+    api.start()
+    try:
+        trace_id, _ = reserve(api, item, sampled=True)
+        eventually(lambda: "exporting span" in api.log.read_text())
+        assert f'"trace_id":"{trace_id}"' in api.log.read_text()
+    finally:
+        api.kill()
+
+
+def test_without_a_place_to_send_them_no_exporter_is_even_imported() -> None:
+    code = "import flashsale_api.__main__, flashsale_consumer.app, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "flashsale.tracing" in done.stdout
+    assert "opentelemetry.exporter" not in done.stdout

@@ -1,0 +1,96 @@
+"""The process itself: what it refuses to start with, and the one name of the API group."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flashsale import settings
+from flashsale.errors import SettingsError
+from flashsale_operator.kubernetes import resource
+from flashsale_operator.settings import Settings
+from tests.support.paths import ROOT
+
+FILES = ROOT / "charts" / "flashsale" / "files"
+GOOD = {
+    "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1/0",
+    "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
+    "FLASHSALE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+    "FLASHSALE_LISTEN": "127.0.0.1:0",
+}
+
+
+def run(
+    folder: Path, *arguments: str, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    own = {**GOOD, "HOME": str(folder), "PATH": os.environ["PATH"], **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "flashsale_operator", *arguments],
+        env={name: value for name, value in own.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_names_every_setting(tmp_path: Path) -> None:
+    done = run(tmp_path, "--help", FLASHSALE_REDIS_URL=None)
+    assert done.returncode == 0
+    for name in Settings.__struct_fields__:
+        assert f"FLASHSALE_{name.upper()}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"FLASHSALE_REDIS_URL": None}, "FLASHSALE_REDIS_URL is not set"),
+        ({"FLASHSALE_LISTEN": "here"}, "FLASHSALE_LISTEN is wrong"),
+        ({"FLASHSALE_NAMESPACES": "Shop"}, "FLASHSALE_NAMESPACES is wrong"),
+        ({}, "KUBECONFIG is not set"),
+        ({"KUBECONFIG": "/nowhere"}, "KUBECONFIG is wrong"),
+        ({"KUBECONFIG": "broken"}, "KUBECONFIG is wrong"),
+        ({"KUBECONFIG": "empty"}, "KUBECONFIG is wrong"),
+        ({"KUBECONFIG": "elsewhere"}, "KUBECONFIG is wrong"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    tmp_path: Path, environment: dict[str, str | None], said: str
+) -> None:
+    (tmp_path / "broken").write_text("{")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "elsewhere").write_text("current-context: gone\n")
+    if (name := environment.get("KUBECONFIG")) is not None:
+        environment["KUBECONFIG"] = str(tmp_path / name)
+    done = run(tmp_path, **environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "served"), [("", ()), ("shop", ("shop",)), ("yard,shop,yard", ("shop", "yard"))]
+)
+def test_namespaces_are_a_list(given: str, served: tuple[str, ...]) -> None:
+    own = settings.load(Settings, {**GOOD, "FLASHSALE_NAMESPACES": given})
+    assert own.served == served
+
+
+@pytest.mark.parametrize("given", ["shop,", ",", "a b", "shop, yard", "a.b", "-a"])
+def test_what_is_no_list_of_namespaces_is_refused(given: str) -> None:
+    with pytest.raises(SettingsError, match="FLASHSALE_NAMESPACES is wrong"):
+        settings.load(Settings, {**GOOD, "FLASHSALE_NAMESPACES": given})
+
+
+def test_crd_and_rules_have_the_group_of_the_one_constant() -> None:
+    crd = yaml.safe_load((FILES / "crd.yaml").read_text())
+    assert crd["metadata"]["name"] == f"{resource.PLURAL}.{resource.GROUP}"
+    assert crd["spec"]["group"] == resource.GROUP
+    assert crd["spec"]["names"]["kind"] == resource.KIND
+    assert [version["name"] for version in crd["spec"]["versions"]] == [resource.VERSION]
+    rules = yaml.safe_load((FILES / "operator-rules.yaml").read_text())
+    groups = {group for rule in rules["namespaced"] for group in rule["apiGroups"]}
+    assert groups == {resource.GROUP, ""}

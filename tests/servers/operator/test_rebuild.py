@@ -1,0 +1,283 @@
+"""A fenced sale comes back from the ledger, and nothing is believed before it is whole."""
+
+import asyncio
+import os
+import random
+import uuid
+
+import pytest
+
+from flashsale.inventory import Closed
+from flashsale.keys import ItemKeys
+from flashsale.reservations import Outcome, Request
+from flashsale.sale import SaleSpec
+from flashsale_operator.sales.decision import Kept, State, spec_of
+from flashsale_operator.sales.offsets import Span
+from flashsale_operator.sales.rebuild import Rebuild, Rebuilt
+from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
+from tests.servers.operator.conftest import Shop
+
+
+async def rebuild(shop: Shop, spec: SaleSpec) -> Rebuilt | Kept:
+    work = Rebuild(shop.redis, shop.pool, shop.barrier)
+    return await work.rebuild(await shop.row(spec.sale_id))
+
+
+async def restart(shop: Shop, spec: SaleSpec) -> None:
+    """What a sale sees of a restarted server: another run id than its own."""
+    await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "run_id", "an earlier run")
+
+
+async def test_a_wiped_redis_gets_back_what_was_sold_and_sells_the_rest(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    await shop.redis.flushall()
+    done = await rebuild(shop, sold)
+    assert isinstance(done, Rebuilt)
+    assert (done.accepted, done.reservations, done.redis_lacked, done.lost) == (3, 3, 3, 0)
+    sale = await shop.sale(sold.item_id)
+    assert sale is not None
+    assert (sale.accepted, sale.available, sale.torn) == (3, 7, False)
+    assert await shop.buy(sold.item_id, "a", "d") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
+    crowd = await shop.buy(sold.item_id, *(f"u{n}" for n in range(20)))
+    assert crowd.count(Outcome.ACCEPTED) == 6
+    report = await shop.apply(sold)
+    assert report.state is State.SOLD_OUT
+
+
+async def test_a_retry_after_the_rebuild_finds_its_reservation(shop: Shop, spec: SaleSpec) -> None:
+    await shop.apply(spec)
+    request = Request(str(uuid.uuid4()), "ann", 1, "k")
+    await shop.send(spec.item_id, [request])
+    await shop.record(spec.item_id)
+    await shop.redis.flushall()
+    assert isinstance(await rebuild(shop, spec), Rebuilt)
+    [again] = await shop.send(spec.item_id, [request])
+    assert again.outcome is Outcome.REPLAYED
+    [other] = await shop.send(spec.item_id, [request._replace(quantity=2)])
+    assert other.outcome is Outcome.KEY_REUSED
+
+
+@pytest.mark.parametrize("part", ["sale", "buyers", "reservations", "outbox"])
+async def test_a_sale_that_lost_a_key_is_made_whole(shop: Shop, sold: SaleSpec, part: str) -> None:
+    await shop.redis.delete(getattr(ItemKeys.of(sold.item_id), part))
+    assert isinstance(await rebuild(shop, sold), Rebuilt)
+    assert await shop.buy(sold.item_id, "a", "z") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
+
+
+async def test_until_it_is_rebuilt_a_missing_sale_is_fenced_and_not_unknown(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    await shop.redis.flushall()
+    row = await shop.row(sold.sale_id)
+    assert await Recovery(shop.redis).fence(spec_of(row), row.revision + 1) is Fenced.FENCED
+    assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
+
+
+async def test_an_older_copy_is_replaced_by_what_the_ledger_knows(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    keys = ItemKeys.of(sold.item_id)
+    await shop.redis.hdel(keys.buyers, "c")
+    await shop.redis.hset(keys.sale, "accepted", "2")
+    await restart(shop, sold)
+    done = await rebuild(shop, sold)
+    assert isinstance(done, Rebuilt)
+    assert (done.accepted, done.redis_lacked, done.lost) == (3, 1, 0)
+    assert await shop.buy(sold.item_id, "c") == [Outcome.LIMIT_REACHED]
+
+
+async def test_what_redis_has_and_the_ledger_has_not_is_reported_as_lost(
+    shop: Shop, spec: SaleSpec
+) -> None:
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    await restart(shop, spec)
+    done = await rebuild(shop, spec)
+    assert isinstance(done, Rebuilt)
+    assert (done.accepted, done.redis_lacked, done.lost) == (2, 0, 1)
+
+
+async def test_an_outbox_that_is_not_drained_keeps_the_sale_fenced(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    await shop.buy(sold.item_id, "d")
+    await restart(shop, sold)
+    kept = await rebuild(shop, sold)
+    assert kept == Kept(("the outbox has 1 events that Kafka has not",))
+    assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
+    sale = await shop.sale(sold.item_id)
+    assert sale is not None
+    assert sale.outbox_length == 1  # it is the only copy
+    await shop.record(sold.item_id)
+    done = await rebuild(shop, sold)
+    assert isinstance(done, Rebuilt)
+    assert done.accepted == 4
+
+
+async def test_a_ledger_that_has_not_read_the_topic_keeps_the_sale_fenced(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    shop.topic |= {0: Span(0, 5)}
+    await shop.read_to(0, 4)
+    await shop.redis.flushall()
+    assert isinstance(await rebuild(shop, sold), Kept)
+    assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
+
+
+async def test_a_sale_that_is_whole_is_left_alone(shop: Shop, sold: SaleSpec) -> None:
+    before = await shop.sale(sold.item_id)
+    assert isinstance(await rebuild(shop, sold), Rebuilt)
+    assert await shop.sale(sold.item_id) == before
+
+
+async def begin(shop: Shop, spec: SaleSpec, claim: int) -> None:
+    """A rebuild that comes as far as its first write."""
+    recovery, row = Recovery(shop.redis), await shop.row(spec.sale_id)
+    assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
+    assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.BEGUN
+
+
+async def end_lease(shop: Shop, spec: SaleSpec) -> None:
+    """As if the rebuild had not said for long that it goes on."""
+    await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "rebuild_until_ms", "1")
+
+
+async def test_a_rebuild_that_is_overtaken_can_write_nothing(shop: Shop, sold: SaleSpec) -> None:
+    recovery = Recovery(shop.redis)
+    await shop.redis.flushall()
+    run_id = (await shop.inventory.server()).run_id
+    await begin(shop, sold, 1)
+    assert await rebuild(shop, sold) == Kept(("another operator or flashsalectl rebuilds it",))
+    await end_lease(shop, sold)
+    assert isinstance(await rebuild(shop, sold), Rebuilt)
+    assert await shop.buy(sold.item_id, "d") == [Outcome.ACCEPTED]
+    before = await shop.sale(sold.item_id)
+    row = spec_of(await shop.row(sold.sale_id))
+    assert await recovery.fence(row, 1) is Fenced.TRUSTED
+    assert await recovery.fence(row, 1, begin=True) is Fenced.SUPERSEDED
+    assert await recovery.restore(sold.item_id, 1, buyers={"e": 1}) is Trusted.SUPERSEDED
+    ended = await recovery.trust(
+        sold.item_id, 1, run_id, accepted=0, released=0, reservations=0, buyers=0
+    )
+    assert ended is Trusted.SUPERSEDED
+    assert await shop.sale(sold.item_id) == before
+
+
+async def test_a_rebuild_that_was_suspended_while_redis_was_wiped_begins_nothing(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    """What it waited for was before others sold on, and Redis lost that."""
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    await shop.redis.flushall()
+    assert await recovery.fence(spec_of(row), 7) is Fenced.FENCED
+    await end_lease(shop, sold)
+    assert isinstance(await rebuild(shop, sold), Rebuilt)
+    await shop.redis.flushall()
+    assert await recovery.fence(spec_of(row), 7, begin=True) is Fenced.SUPERSEDED
+
+
+async def test_a_sale_that_is_closed_in_the_middle_stays_closed(shop: Shop, sold: SaleSpec) -> None:
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    await shop.redis.flushall()
+    claim = row.revision + 1
+    assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
+    assert await shop.inventory.close(sold.item_id, sold.sale_id, claim + 1) is Closed.CLOSED
+    assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.SUPERSEDED
+
+
+async def test_a_server_that_restarts_in_the_middle_is_not_trusted(
+    shop: Shop, sold: SaleSpec
+) -> None:
+    recovery = Recovery(shop.redis)
+    await shop.redis.flushall()
+    await begin(shop, sold, 5)
+    ended = await recovery.trust(
+        sold.item_id, 5, "an earlier run", accepted=0, released=0, reservations=0, buyers=0
+    )
+    assert ended is Trusted.RESTARTED
+    run_id = (await shop.inventory.server()).run_id
+    ended = await recovery.trust(
+        sold.item_id, 5, run_id, accepted=3, released=0, reservations=3, buyers=3
+    )
+    assert ended is Trusted.INCOMPLETE
+    assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
+
+
+async def test_a_sale_that_was_freed_comes_back_in_place_of_another_that_is_finished(
+    shop: Shop, sold: SaleSpec, other: SaleSpec
+) -> None:
+    await shop.steward.close(sold.sale_id)
+    await shop.apply(other)
+    await shop.steward.close(other.sale_id)
+    report = await shop.apply(sold)
+    assert (report.state, report.ready) == (State.SELLING, True)
+    assert report.rebuilt is not None
+    assert (report.rebuilt.accepted, report.rebuilt.reservations) == (3, 3)
+    assert await shop.buy(sold.item_id, "a", "z") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
+
+
+async def test_a_fenced_sale_is_rebuilt_by_applying_it(shop: Shop, sold: SaleSpec) -> None:
+    await restart(shop, sold)
+    report = await shop.apply(sold)
+    assert (report.state, report.ready) == (State.SELLING, True)
+    assert report.rebuilt is not None
+    assert report.rebuilt.redis_lacked == 0
+
+
+async def test_what_is_lost_is_noted_once(shop: Shop, spec: SaleSpec) -> None:
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    for _ in range(2):
+        await restart(shop, spec)
+        await rebuild(shop, spec)
+    assert (await shop.row(spec.sale_id)).lost == 1
+
+
+async def test_many_rebuilds_at_once_end_with_one_whole_sale(shop: Shop, sold: SaleSpec) -> None:
+    await shop.redis.flushall()
+    done = await asyncio.gather(*(rebuild(shop, sold) for _ in range(5)))
+    assert any(isinstance(each, Rebuilt) for each in done)
+    sale = await shop.sale(sold.item_id)
+    assert sale is not None
+    assert (sale.accepted, sale.available, sale.torn) == (3, 7, False)
+
+
+async def test_a_closed_sale_comes_back_closed(shop: Shop, sold: SaleSpec) -> None:
+    await shop.steward.close(sold.sale_id)
+    await shop.redis.flushall()
+    assert isinstance(await rebuild(shop, sold), Rebuilt)
+    assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
+
+
+async def test_a_large_sale_comes_back_page_by_page(shop: Shop, spec: SaleSpec) -> None:
+    number = int(os.environ.get("FLASHSALE_REBUILD_RESERVATIONS", "4321"))
+    large = SaleSpec(spec.sale_id, spec.item_id, 5 * number, max_per_user=3)
+    await shop.apply(large)
+    chance = random.Random(1)
+    async with shop.pool.acquire() as connection:
+        rows = [
+            (spec.sale_id, uuid.UUID(int=chance.getrandbits(128)), f"u{n // 2}", 1)
+            for n in range(number)
+        ]
+        await connection.executemany(
+            "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, "
+            "occurred_at) VALUES ($1, $2, $3, $4, 'accepted', 1, now())",
+            rows,
+        )
+        await connection.execute(
+            "UPDATE sales SET accepted = $2 WHERE sale_id = $1", spec.sale_id, number
+        )
+    await shop.redis.flushall()
+    done = await rebuild(shop, large)
+    assert isinstance(done, Rebuilt)
+    print(f"{number} reservations written in {done.seconds:.2f} s")
+    assert (done.accepted, done.reservations) == (number, number)
+    keys = ItemKeys.of(spec.item_id)
+    assert await shop.redis.hlen(keys.reservations) == number
+    assert await shop.redis.hlen(keys.buyers) == (number + 1) // 2
+    assert await shop.redis.hget(keys.buyers, "u7") == "2"
+    last = await shop.redis.hget(keys.buyers, f"u{(number - 1) // 2}")
+    assert last == ("1" if number % 2 else "2")

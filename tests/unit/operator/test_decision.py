@@ -1,0 +1,282 @@
+"""`decide`: every rule, and what no observation makes it do."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashsale.inventory import ServerTime
+from flashsale.sale import SaleSpec
+from flashsale_operator.sales.decision import (
+    SEED_MS,
+    Action,
+    Apply,
+    Done,
+    Kept,
+    Observed,
+    Reason,
+    Rebuild,
+    State,
+    WriteRow,
+    decide,
+    spec_of,
+)
+from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
+
+NOT_RECORDED = "default/older had iphone_15 before and is not recorded whole yet"
+PAST = replace(SPEC, ends_ms=NOW_MS - 1)
+SOON = NOW_MS + SEED_MS
+KEPT = Kept(("one", "two"))
+
+
+def observed(**changes: Any) -> Observed:  # noqa: ANN401 - any field
+    return Observed(server=SERVER, **changes)
+
+
+def outcome(action: Action) -> tuple[State, Reason]:
+    assert isinstance(action, Done), action
+    return action.state, action.reason
+
+
+def test_a_new_sale_is_written_into_the_ledger_first() -> None:
+    assert decide(SPEC, observed()) == WriteRow(())
+
+
+def test_the_row_that_this_reconcile_inserted_may_be_seeded() -> None:
+    assert decide(SPEC, observed(row=a_row(), written=1)) == Apply(a_row(), seed_until_ms=SOON)
+
+
+def test_it_is_seeded_once() -> None:
+    seen = observed(row=a_row(), written=1, seeded=True)
+    assert decide(SPEC, seen) == Rebuild(a_row())
+
+
+def test_a_row_that_was_there_without_keys_is_lost_until_it_is_rebuilt() -> None:
+    lost = observed(row=a_row(accepted=3))
+    assert decide(SPEC, lost) == Rebuild(a_row(accepted=3))
+    kept = decide(SPEC, replace(lost, kept=KEPT))
+    assert kept == Done(State.FENCED, Reason.FENCED, "one; two")
+
+
+def test_a_row_that_this_reconcile_changed_is_no_new_row() -> None:
+    assert decide(SPEC, observed(row=a_row(revision=2), written=2)) == Rebuild(a_row(revision=2))
+
+
+def test_a_sale_that_is_as_its_manifest_asks_is_left_alone() -> None:
+    sale = a_sale(accepted=40)
+    assert outcome(decide(SPEC, observed(row=a_row(), sale=sale))) == (
+        State.SELLING,
+        Reason.APPLIED,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stock": 150},
+        {"stock": 50},
+        {"paused": True},
+        {"max_per_user": 2},
+        {"display_name": "iPhone"},
+        {"starts_ms": NOW_MS + 1},
+        {"ends_ms": NOW_MS + 1},
+    ],
+)
+def test_a_change_goes_to_the_ledger_and_then_to_redis(changes: dict[str, Any]) -> None:
+    spec = replace(SPEC, **changes)
+    assert decide(spec, observed(row=a_row(), sale=a_sale())) == WriteRow((), above=1)
+    row = a_row(spec, revision=2)
+    assert decide(spec, observed(row=row, sale=a_sale(), written=2)) == Apply(row)
+    told = a_sale(spec, revision=2)
+    assert isinstance(decide(spec, observed(row=row, sale=told, written=2)), Done)
+
+
+def test_redis_that_was_not_told_is_told() -> None:
+    row = a_row(revision=3)
+    assert decide(SPEC, observed(row=row, sale=a_sale(revision=2))) == Apply(row)
+
+
+def test_stock_below_what_is_held_is_reported_and_not_applied_for_ever() -> None:
+    spec = replace(SPEC, stock=30)
+    sale = a_sale(spec, allocated=40, accepted=40)
+    assert outcome(decide(spec, observed(row=a_row(spec), sale=sale))) == (
+        State.SOLD_OUT,
+        Reason.STOCK_BELOW_HELD,
+    )
+    released = replace(sale, released=5)
+    assert decide(spec, observed(row=a_row(spec), sale=released)) == Apply(a_row(spec))
+
+
+def test_an_older_ledger_goes_above_redis_revision() -> None:
+    sale = a_sale(revision=7, accepted=9)
+    assert decide(SPEC, observed(row=a_row(), sale=sale)) == WriteRow((), above=7)
+    assert decide(SPEC, observed(sale=sale)) == WriteRow((), above=7)
+
+
+def test_whoever_wrote_last_wins_and_the_other_says_so() -> None:
+    theirs = a_row(replace(SPEC, stock=7), revision=3)
+    mine = observed(row=theirs, sale=a_sale(), written=2)
+    assert outcome(decide(SPEC, mine)) == (State.SELLING, Reason.SUPERSEDED)
+
+
+def test_the_item_of_a_sale_is_for_good() -> None:
+    moved = replace(SPEC, item_id="iphone_16")
+    assert outcome(decide(moved, observed(row=a_row()))) == (State.UNKNOWN, Reason.ITEM_CHANGED)
+
+
+@pytest.mark.parametrize("stored_state", ["open", "paused", "ended"])
+def test_an_ended_sale_stays_ended(stored_state: str) -> None:
+    seen = observed(row=a_row(PAST), sale=a_sale(PAST, stored_state=stored_state))
+    assert outcome(decide(PAST, seen)) == (State.ENDED, Reason.APPLIED)
+    longer = replace(SPEC, ends_ms=NOW_MS + 60_000)
+    assert outcome(decide(longer, seen)) == (State.ENDED, Reason.SALE_ENDED)
+    assert outcome(decide(longer, observed(row=a_row(PAST)))) == (State.ENDED, Reason.SALE_ENDED)
+
+
+def test_an_ended_sale_stays_ended_when_it_was_closed_too() -> None:
+    seen = observed(row=a_row(PAST, closed=True), sale=a_sale(PAST, stored_state="ended"))
+    assert outcome(decide(SPEC, seen)) == (State.ENDED, Reason.SALE_ENDED)
+
+
+def test_a_closed_sale_continues() -> None:
+    seen = observed(
+        row=a_row(closed=True, revision=2),
+        sale=a_sale(stored_state="closed", revision=2, accepted=4),
+    )
+    assert decide(SPEC, seen) == WriteRow((), above=2)
+    row = a_row(revision=3)
+    assert decide(SPEC, replace(seen, row=row, written=3)) == Apply(row)
+
+
+@pytest.mark.parametrize("changes", [{"run_id": "run-0"}, {"torn": True}])
+def test_a_fenced_sale_is_rebuilt(changes: dict[str, Any]) -> None:
+    seen = observed(row=a_row(accepted=4), sale=a_sale(accepted=4, **changes))
+    assert decide(SPEC, seen) == Rebuild(a_row(accepted=4))
+    assert outcome(decide(SPEC, replace(seen, kept=KEPT))) == (State.FENCED, Reason.FENCED)
+
+
+def test_a_fenced_sale_that_ended_is_rebuilt_without_a_word_to_the_ledger() -> None:
+    row = a_row(PAST, accepted=4)
+    seen = observed(row=row, sale=a_sale(PAST, run_id="run-0", accepted=4))
+    assert decide(PAST, seen) == Rebuild(row)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "iphone_15 is sold by default/older, which is Selling"),
+        ({"stored_state": "paused"}, "iphone_15 is sold by default/older, which is Paused"),
+        (
+            {"stored_state": "closed", "accepted": 5, "outbox_length": 1},
+            f"{NOT_RECORDED}: its outbox has 1 event",
+        ),
+        (
+            {"stored_state": "closed", "accepted": 6},
+            f"{NOT_RECORDED}: 5 of 6 accepted units",
+        ),
+    ],
+)
+def test_an_item_that_another_sale_has_is_a_conflict(changes: dict[str, Any], says: str) -> None:
+    others = (a_row(OTHER, accepted=5),)
+    found = decide(SPEC, observed(sale=a_sale(OTHER, **changes), others=others))
+    assert found == Done(State.ITEM_CONFLICT, Reason.ITEM_CONFLICT, says)
+
+
+def test_an_unfinished_sale_in_the_ledger_is_a_conflict_even_if_redis_lost_it() -> None:
+    for sale in (None, a_sale(replace(OTHER, sale_id="default/third"), stored_state="closed")):
+        found = decide(SPEC, observed(sale=sale, others=(a_row(OTHER),)))
+        assert outcome(found) == (State.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
+
+
+def test_a_finished_and_recorded_sale_is_replaced() -> None:
+    others = (a_row(OTHER, accepted=5, closed=True),)
+    seen = observed(sale=a_sale(OTHER, stored_state="closed", accepted=5), others=others)
+    assert decide(SPEC, seen) == WriteRow(others)
+    assert decide(SPEC, replace(seen, row=a_row(), written=1)) == Apply(
+        a_row(), seed_until_ms=SOON, replaces=("default/older", 5)
+    )
+    assert decide(SPEC, replace(seen, row=a_row())) == Rebuild(a_row(), ("default/older", 5))
+
+
+times = st.none() | st.integers(NOW_MS - 3, NOW_MS + 3)
+specs = st.builds(
+    SaleSpec,
+    sale_id=st.sampled_from([SPEC.sale_id, OTHER.sale_id]),
+    item_id=st.just(SPEC.item_id),
+    stock=st.integers(0, 3),
+    ends_ms=times,
+    paused=st.booleans(),
+)
+counts = st.integers(0, 3)
+rows = st.builds(a_row, specs, closed=st.booleans(), revision=st.integers(1, 3), accepted=counts)
+sales = st.builds(
+    a_sale,
+    specs,
+    run_id=st.sampled_from(["run-0", "run-1"]),
+    revision=st.integers(1, 3),
+    stored_state=st.sampled_from(["open", "paused", "ended", "closed"]),
+    accepted=counts,
+    outbox_length=st.integers(0, 1),
+    torn=st.booleans(),
+)
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[SaleSpec, Observed]:
+    spec = draw(specs)
+    all_rows = {row.sale_id: row for row in draw(st.lists(rows, max_size=2))}
+    seen = Observed(
+        server=ServerTime(NOW_MS, "run-1"),
+        sale=draw(st.none() | sales),
+        row=all_rows.pop(spec.sale_id, None),
+        others=tuple(all_rows.values()),
+        written=draw(st.none() | st.integers(1, 3)),
+        seeded=draw(st.booleans()),
+        kept=draw(st.none() | st.just(KEPT)),
+    )
+    return spec, seen
+
+
+@given(situations())
+def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observed]) -> None:
+    spec, seen = situation
+    row, sale = seen.row, seen.sale
+    action = decide(spec, seen)
+    own = sale if sale is not None and sale.sale_id == spec.sale_id else None
+    match action:
+        case Apply():
+            assert action.row is row, "Redis is told what the ledger has"
+            assert not row.closed
+            if own is None:
+                assert action.seed_until_ms == SOON
+                assert seen.written == row.revision == 1
+                assert not seen.seeded
+                if sale is not None:
+                    assert sale.finished(NOW_MS)
+                    assert sale.outbox_length == 0
+                    assert action.replaces == (sale.sale_id, sale.accepted)
+            else:
+                assert action.seed_until_ms is None
+                assert action.replaces is None
+                assert row.revision >= own.revision
+                assert not own.torn
+                assert own.run_id == "run-1"
+                if not own.finished(NOW_MS) or own.stored_state == "closed":
+                    assert spec_of(row) == spec
+        case WriteRow():
+            assert action.others == seen.others
+            if own is not None:
+                assert own.stored_state == "closed" or not own.finished(NOW_MS), "ended is ended"
+        case Done(state, reason, message):
+            assert message
+            if reason is Reason.APPLIED and state is not State.ENDED:
+                assert own is not None
+                assert row is not None
+                assert spec_of(row) == spec
+                assert own.revision == row.revision
+                assert own.allocated == max(spec.stock, own.held)
+        case Rebuild():
+            assert action.row is row
+            assert seen.kept is None
