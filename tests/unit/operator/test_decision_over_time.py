@@ -1,7 +1,8 @@
 """Decisions carried out in a small world where stewards die between any two steps, and Redis
 restarts from older copies or is wiped: no sale ever sells more than it was allocated.
 
-The world's Redis follows `apply.lua` and `close.lua`, which tests/servers/contract holds to their word.
+The world's Redis follows `apply.lua` and `close.lua`. The tests in tests/servers/contract check
+the scripts themselves.
 """
 
 from dataclasses import replace
