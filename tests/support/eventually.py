@@ -32,7 +32,7 @@ def eventually(
 
 
 async def until(
-    look: Callable[[], T | None | Awaitable[T | None]],
+    look: Callable[[], T | Awaitable[T | None] | None],
     expected: str | Callable[[], object] = "",
     *,
     seconds: float = DEADLINE_SECONDS,
