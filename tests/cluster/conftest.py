@@ -1,4 +1,4 @@
-"""A real kube-apiserver with the CRD; for each test a namespace, Redis, ledger and operator."""
+"""A real kube-apiserver with the CRD. Each test gets its own namespace, Redis and ledger."""
 
 import json
 import uuid
@@ -11,14 +11,15 @@ import pytest
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses, OperatorServer
 from dev.stack.servers import RedisServer
-from tests.support.cluster import CRD, World, rules
+from tests.support.cluster import World, rules
+from tests.support.paths import CRD
 
 ACCOUNT = "flashsale-operator"
 
 
 @pytest.fixture(scope="session")
 def plane(control_plane: ControlPlane) -> ControlPlane:
-    """The control plane, knowing FlashSales."""
+    """The control plane with the FlashSale CRD installed."""
     control_plane.kubectl("apply", "-f", str(CRD), check=True)
     control_plane.kubectl(
         "wait", "--for=condition=Established", "crd/flashsales.flashsale.dev", check=True
@@ -35,7 +36,7 @@ def namespace(plane: ControlPlane) -> str:
 
 @pytest.fixture
 def service_account(plane: ControlPlane, namespace: str) -> Path:
-    """The kubeconfig of an account with the rules for one namespace, from the chart's own file."""
+    """The kubeconfig of an account that has the chart's rules for one namespace."""
     made = [
         {"kind": "ServiceAccount", "apiVersion": "v1"},
         _rbac("Role", rules=rules()["namespaced"]),
@@ -49,7 +50,7 @@ def service_account(plane: ControlPlane, namespace: str) -> Path:
 
 @pytest.fixture
 def cluster_account(plane: ControlPlane, namespace: str) -> Iterator[Path]:
-    """The kubeconfig of an account with the rules for all namespaces."""
+    """The kubeconfig of an account that has the chart's rules for all namespaces."""
     made = [
         {"kind": "ServiceAccount", "apiVersion": "v1"},
         _rbac("ClusterRole", rules=[*rules()["namespaced"], *rules()["cluster"]]),
@@ -81,7 +82,7 @@ def world(
     database_url: str,
     tmp_path: Path,
 ) -> Iterator[World]:
-    """Without Kafka, which the API and a rebuild need, unless the test asks for it."""
+    """A namespace with its servers. Kafka is there only if the test uses `kafka_server`."""
     bootstrap = "127.0.0.1:1"
     if "kafka_server" in request.fixturenames:
         bootstrap = request.getfixturevalue("kafka_server").bootstrap

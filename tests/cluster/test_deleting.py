@@ -1,4 +1,4 @@
-"""Deletion closes a sale and waits for nobody; what could not be done then is done later."""
+"""Deleting a FlashSale closes its sale without blocking. Unfinished work is done later."""
 
 import json
 
@@ -6,7 +6,8 @@ import pytest
 
 from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer
-from tests.support.cluster import World, eventually, reserve, reserve_until
+from tests.support.cluster import World, reserve, reserve_until
+from tests.support.eventually import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ def closed_in_redis(world: World, item: str) -> bool:
     return world.sale(item)["state"] == "closed"
 
 
-def test_a_deletion_with_redis_gone_returns_and_is_caught_up(
+def test_a_deletion_during_a_redis_outage_returns_and_is_completed_later(
     world: World, operator: OperatorServer
 ) -> None:
     world.apply("alone")
@@ -35,7 +36,7 @@ def test_a_deletion_with_redis_gone_returns_and_is_caught_up(
     eventually(lambda: closed_in_redis(world, "alone"))
 
 
-def test_a_deletion_with_the_operator_gone_is_caught_up(
+def test_a_deletion_without_an_operator_is_completed_later(
     world: World, operator: OperatorServer
 ) -> None:
     world.apply("unseen")
@@ -48,7 +49,7 @@ def test_a_deletion_with_the_operator_gone_is_caught_up(
     eventually(lambda: world.events("unseen") == ["Opened", "Closed"])
 
 
-def test_a_sale_that_flashsalectl_applied_is_left_alone(
+def test_a_sale_applied_with_flashsalectl_stays_open(
     world: World, operator: OperatorServer
 ) -> None:
     world.apply("declared")
@@ -67,9 +68,9 @@ def test_a_sale_that_flashsalectl_applied_is_left_alone(
     assert not closed_in_ledger(world, "declared")
 
 
-def test_a_flashsale_that_another_finalizer_holds_is_closed_all_the_same(
+def test_a_foreign_finalizer_does_not_delay_closing_the_sale(
     world: World,
-    operator: OperatorServer,  # noqa: ARG001 - runs
+    operator: OperatorServer,  # noqa: ARG001 - it runs
 ) -> None:
     world.apply("bound")
     world.until("bound", state="Selling")
@@ -82,7 +83,7 @@ def test_a_flashsale_that_another_finalizer_holds_is_closed_all_the_same(
     eventually(lambda: world.events("bound") == ["Opened", "Closed"])
 
 
-def test_a_closed_sale_s_keys_are_freed_once_everything_is_recorded(
+def test_keys_of_a_closed_sale_are_freed_once_the_ledger_has_everything(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API and the consumer need it
     world: World,
 ) -> None:
@@ -102,7 +103,7 @@ def test_a_closed_sale_s_keys_are_freed_once_everything_is_recorded(
     assert "flashsale_operator_sales_freed_total 2.0" in operator.get("/metrics")
     reserve_until(api, "sold", (404, "unknown-item"))
 
-    # What was sold is in the ledger alone now: the same sale goes on from there.
+    # Only the ledger has the sold unit now. The same sale continues from it.
     world.apply("sold", stock=3)
     world.until("sold", state="Selling", ready="Applied")
     world.until_available("sold", 2)

@@ -1,11 +1,12 @@
-"""Many at once."""
+"""Hundreds of FlashSales at the same time."""
 
 import json
 
 import pytest
 
 from dev.services import OperatorServer
-from tests.support.cluster import World, eventually
+from tests.support.cluster import World
+from tests.support.eventually import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -15,8 +16,8 @@ MANY = 200
 def test_200_flashsales_applied_at_once_all_become_ready_and_close(
     world: World, operator: OperatorServer
 ) -> None:
-    made = [world.manifest(f"sale-{number}") for number in range(MANY)]
-    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": made})
+    manifests = [world.manifest(f"sale-{number}") for number in range(MANY)]
+    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
     world.kubectl("apply", "-f", "-", stdin=listed)
 
     def ready() -> bool:

@@ -1,4 +1,4 @@
-"""Servers that go away and come back, with nobody to help; operators that die or are two."""
+"""Servers that fail and return without help, and operators that die or run twice."""
 
 import json
 from dataclasses import replace
@@ -8,12 +8,13 @@ import pytest
 
 from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer
-from tests.support.cluster import World, eventually, reserve, reserve_until
+from tests.support.cluster import World, reserve, reserve_until
+from tests.support.eventually import eventually
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_frozen_redis_is_named_and_its_return_is_no_second_opening(
+def test_a_frozen_redis_is_named_and_its_return_does_not_open_the_sale_again(
     world: World, operator: OperatorServer
 ) -> None:
     world.apply("ice")
@@ -46,9 +47,9 @@ def test_a_restarted_redis_fences_the_sale_until_it_is_rebuilt(
     world.until("fence", ready="RedisUnavailable")
     world.redis.start()
     world.until("fence", state="Fenced", ready="Fenced")
-    said = world.condition("fence", "Open")
-    assert said["status"] == "False"
-    assert "being rebuilt from the ledger" in said["message"]
+    condition = world.condition("fence", "Open")
+    assert condition["status"] == "False"
+    assert "being rebuilt from the ledger" in condition["message"]
     assert reserve(api, "fence")[0] == 503
     world.apply("beside", stock=1)
     world.until("beside", state="Selling", ready="Applied")
@@ -62,7 +63,7 @@ def test_a_restarted_redis_fences_the_sale_until_it_is_rebuilt(
 def test_a_sale_whose_keys_are_lost_comes_back_from_the_ledger(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API, the consumer and the rebuild need it
     world: World,
-    operator: OperatorServer,  # noqa: ARG001 - runs
+    operator: OperatorServer,  # noqa: ARG001 - it runs
 ) -> None:
     api = world.api()
     world.consumer()
@@ -88,7 +89,7 @@ def test_a_sale_whose_keys_are_lost_comes_back_from_the_ledger(
     assert world.events("lost")[:4] == ["Opened", "Fenced", "Rebuilt", "Opened"]
 
 
-def test_a_fenced_sale_without_kafka_says_so_and_heals_with_it(
+def test_a_fenced_sale_names_a_missing_kafka_and_is_rebuilt_when_it_returns(
     world: World, tmp_path: Path
 ) -> None:
     kafka = KafkaServer(tmp_path / "kafka")
@@ -103,7 +104,7 @@ def test_a_fenced_sale_without_kafka_says_so_and_heals_with_it(
     assert world.events("quiet") == ["Opened", "Fenced", "Opened"]
 
 
-def test_the_ledger_away_is_named_while_buyers_are_served(
+def test_a_missing_ledger_is_named_while_buyers_are_served(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
     world: World,
     tmp_path: Path,
@@ -127,7 +128,7 @@ def test_the_ledger_away_is_named_while_buyers_are_served(
         assert (world.events("book"), world.events("new")) == (["Opened"], ["Opened"])
 
 
-def test_a_fenced_sale_without_the_ledger_stays_fenced_and_heals_with_it(
+def test_a_fenced_sale_is_rebuilt_when_the_ledger_returns(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API, the consumer and the rebuild need it
     world: World,
     tmp_path: Path,
@@ -146,11 +147,11 @@ def test_a_fenced_sale_without_the_ledger_stays_fenced_and_heals_with_it(
         assert reserve(api, "both") == (503, "fenced")
         postgres.start()
         world.until("both", state="Selling", ready="Applied")
-        # What was sold just before the ledger went away was in Kafka, or in the outbox.
+        # The unit sold just before the outage was still in Kafka or in the outbox.
         world.until_available("both", 4)
 
 
-def test_an_operator_waits_for_servers_that_are_not_there_yet(world: World, tmp_path: Path) -> None:
+def test_an_operator_waits_for_servers_that_start_later(world: World, tmp_path: Path) -> None:
     postgres = PostgresServer(tmp_path / "postgres", durable=False)
     with postgres:
         world.addresses = replace(world.addresses, database_url=postgres.url)
@@ -165,7 +166,7 @@ def test_an_operator_waits_for_servers_that_are_not_there_yet(world: World, tmp_
         assert world.events("early") == ["Opened"]
 
 
-def test_an_outage_of_the_kube_apiserver_leaves_sales_alone_and_ends_by_itself(
+def test_sales_and_the_operator_survive_an_outage_of_the_kube_apiserver(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
     world: World,
     operator: OperatorServer,
@@ -188,7 +189,7 @@ def test_an_outage_of_the_kube_apiserver_leaves_sales_alone_and_ends_by_itself(
     assert world.events("calm") == ["Opened", "Restocked"]
 
 
-def test_a_restart_mid_sale_creates_no_units_and_forgets_none(
+def test_an_operator_restart_during_a_sale_neither_creates_nor_loses_units(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
     world: World,
     operator: OperatorServer,
@@ -215,7 +216,7 @@ def test_a_restart_mid_sale_creates_no_units_and_forgets_none(
 def test_two_operators_at_once_are_harmless(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
     world: World,
-    operator: OperatorServer,  # noqa: ARG001 - runs
+    operator: OperatorServer,  # noqa: ARG001 - it runs
 ) -> None:
     world.operator()
     api = world.api()
@@ -254,7 +255,7 @@ def test_a_quiet_flashsale_is_not_written_again(world: World, operator: Operator
     assert json.loads(world.kubectl("get", "events", "-o", "json"))["items"][1:] == []
 
 
-def test_drift_in_redis_is_healed(world: World, operator: OperatorServer) -> None:  # noqa: ARG001
+def test_drift_in_redis_is_corrected(world: World, operator: OperatorServer) -> None:  # noqa: ARG001
     world.apply("drift", stock=4)
     world.until("drift", state="Selling")
     world.on_ledger(

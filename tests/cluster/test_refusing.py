@@ -1,4 +1,4 @@
-"""The kube-apiserver refuses what flashsalectl refuses, and takes what it takes."""
+"""The kube-apiserver and flashsalectl accept and refuse the same manifests."""
 
 import json
 
@@ -28,43 +28,49 @@ GOOD = {
 
 
 def ask(plane: ControlPlane, given: object, validate: str = "strict") -> tuple[bool, str]:
-    """Whether the kube-apiserver takes an object, and what it says or makes of it."""
+    """Return whether the kube-apiserver accepts an object, and its answer."""
     done = plane.kubectl(
-        *("create", "--dry-run=server", f"--validate={validate}", "-o", "json", "-f", "-"),
+        "create",
+        "--dry-run=server",
+        f"--validate={validate}",
+        "--output=json",
+        "--filename=-",
         stdin=json.dumps(given),
     )
     return done.returncode == 0, done.stdout or done.stderr
 
 
 @pytest.mark.parametrize("name", BAD_MANIFESTS)
-def test_a_mistake_has_the_same_verdict(plane: ControlPlane, name: str) -> None:
+def test_both_judge_a_wrong_manifest_alike(plane: ControlPlane, name: str) -> None:
     bad = BAD_MANIFESTS[name]
-    taken, said = ask(plane, manifest(bad))
-    assert taken == (bad.server is Server.TAKES), said
-    assert "rule evaluation error" not in said
-    assert "panic" not in said
+    accepted, answer = ask(plane, manifest(bad))
+    assert accepted == (bad.server is Server.TAKES), answer
+    assert "rule evaluation error" not in answer
+    assert "panic" not in answer
 
 
 @pytest.mark.parametrize(
     "name", [name for name, bad in BAD_MANIFESTS.items() if bad.server is Server.REFUSES_OR_PRUNES]
 )
-def test_a_field_that_nobody_knows_is_never_stored(plane: ControlPlane, name: str) -> None:
+def test_an_unknown_field_is_never_stored(plane: ControlPlane, name: str) -> None:
     bad = BAD_MANIFESTS[name]
-    taken, said = ask(plane, manifest(bad), validate="ignore")
-    assert taken, said
-    stored = json.loads(said)
+    accepted, answer = ask(plane, manifest(bad), validate="ignore")
+    assert accepted, answer
+    stored = json.loads(answer)
     assert not set(bad.spec) & set(stored["spec"])
     assert not set(bad.top) & set(stored)
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_flashsalectl_takes_is_taken(plane: ControlPlane, name: str) -> None:
+def test_the_server_accepts_manifests_that_flashsalectl_accepts(
+    plane: ControlPlane, name: str
+) -> None:
     given = manifest()
     given["spec"] |= GOOD[name]
     spec = manifests.sale_spec(given)
-    taken, said = ask(plane, given)
-    assert taken, said
-    stored = json.loads(said)
+    accepted, answer = ask(plane, given)
+    assert accepted, answer
+    stored = json.loads(answer)
     assert manifests.sale_spec(stored) == spec
 
 
@@ -80,5 +86,5 @@ def test_what_flashsalectl_takes_is_taken(plane: ControlPlane, name: str) -> Non
         ("field_misspelt", 'unknown field "spec.stocks"'),
     ],
 )
-def test_a_refusal_is_in_words(plane: ControlPlane, name: str, words: str) -> None:
+def test_a_refusal_states_the_rule(plane: ControlPlane, name: str, words: str) -> None:
     assert words in ask(plane, manifest(BAD_MANIFESTS[name]))[1]

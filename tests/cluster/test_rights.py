@@ -1,4 +1,4 @@
-"""The operator's rights: the chart's own file, no more and no less."""
+"""The operator has exactly the rights in the chart's rules file."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ Grants = set[tuple[str, str, str]]
 
 
 def grants(listed: list[dict[str, Any]]) -> Grants:
-    """(API group, resource, verb) of each thing that rules allow."""
+    """Return (API group, resource, verb) for everything that the rules allow."""
     return {
         (group, resource, verb)
         for rule in listed
@@ -26,14 +26,17 @@ def grants(listed: list[dict[str, Any]]) -> Grants:
 
 
 def reviewed(plane: ControlPlane, namespace: str, account: Path) -> Grants:
-    """What the kube-apiserver says that an account may do in a namespace."""
+    """Return the rights of an account in a namespace, as the kube-apiserver lists them."""
     asked = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SelfSubjectRulesReview",
         "spec": {"namespace": namespace},
     }
     done = plane.kubectl(
-        *("create", "--validate=false", "-f", "-", "-o", "json"),
+        "create",
+        "--validate=false",
+        "--filename=-",
+        "--output=json",
         stdin=json.dumps(asked),
         kubeconfig=account,
         check=True,
@@ -44,30 +47,30 @@ def reviewed(plane: ControlPlane, namespace: str, account: Path) -> Grants:
 
 
 @pytest.fixture
-def nobody(plane: ControlPlane, namespace: str) -> Path:
-    """An account without a role: what everybody may do."""
-    plane.kubectl("create", "serviceaccount", "nobody", "-n", namespace, check=True)
-    return plane.kubeconfig_for_service_account(namespace, "nobody")
+def plain_account(plane: ControlPlane, namespace: str) -> Path:
+    """The kubeconfig of an account without a role. It has only the rights of all accounts."""
+    plane.kubectl("create", "serviceaccount", "plain", "-n", namespace, check=True)
+    return plane.kubeconfig_for_service_account(namespace, "plain")
 
 
-def test_in_one_namespace_it_may_do_what_the_list_says(
-    plane: ControlPlane, namespace: str, service_account: Path, nobody: Path
+def test_in_one_namespace_the_operator_has_the_namespaced_rights(
+    plane: ControlPlane, namespace: str, service_account: Path, plain_account: Path
 ) -> None:
-    own = reviewed(plane, namespace, service_account) - reviewed(plane, namespace, nobody)
+    own = reviewed(plane, namespace, service_account) - reviewed(plane, namespace, plain_account)
     assert own == grants(rules()["namespaced"])
     elsewhere = reviewed(plane, "default", service_account)
-    assert elsewhere == reviewed(plane, "default", nobody)
+    assert elsewhere == reviewed(plane, "default", plain_account)
 
 
-def test_in_all_namespaces_it_may_do_what_both_lists_say(
-    plane: ControlPlane, namespace: str, cluster_account: Path, nobody: Path
+def test_in_all_namespaces_the_operator_has_both_sets_of_rights(
+    plane: ControlPlane, namespace: str, cluster_account: Path, plain_account: Path
 ) -> None:
     for place in (namespace, "default"):
-        own = reviewed(plane, place, cluster_account) - reviewed(plane, place, nobody)
+        own = reviewed(plane, place, cluster_account) - reviewed(plane, place, plain_account)
         assert own == grants(rules()["namespaced"]) | grants(rules()["cluster"])
 
 
-def test_more_is_refused(world: World) -> None:
+def test_other_requests_of_the_operator_are_refused(world: World) -> None:
     world.apply("mine")
     for refused in (
         ("delete", "fs", "mine"),
@@ -80,7 +83,7 @@ def test_more_is_refused(world: World) -> None:
         ("get", "namespaces"),
         ("get", "crds"),
     ):
-        # -n for the namespace comes from the kubeconfig, which names its own.
+        # The kubeconfig names the namespace.
         done = world.plane.kubectl(*refused, kubeconfig=world.kubeconfig)
         assert (done.returncode, "(Forbidden)" in done.stderr) == (1, True), refused
 
