@@ -1,0 +1,106 @@
+"""Fixtures for real servers. Each server starts when the first test of a session asks for it."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+
+from dev.cluster.binaries import Binaries, binaries
+from dev.cluster.control_plane import ControlPlane
+from dev.services import Addresses
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from flashsale import inventory, ledger
+from flashsale.inventory import Inventory
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def addresses(
+    redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
+) -> Addresses:
+    return Addresses(redis_server.url, kafka_server.bootstrap, postgres_server.url)
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    client = inventory.connect(redis_server.url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def stock(redis: Redis) -> Inventory:
+    return Inventory(redis)
+
+
+@pytest.fixture
+def new_item() -> Callable[[], str]:
+    """A function that makes item ids that no other test uses, so that tests can share a server."""
+    return lambda: f"item-{uuid.uuid4()}"
+
+
+@pytest.fixture
+def item(new_item: Callable[[], str]) -> str:
+    return new_item()
+
+
+@pytest.fixture
+def database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The address of an empty database that only this test uses."""
+    name = f"ledger_{uuid.uuid4().hex}"
+
+    async def execute(statement: str) -> None:
+        connection = await asyncpg.connect(postgres_server.url)
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(execute(f'CREATE DATABASE "{name}"'))
+    yield f"{postgres_server.url.rpartition('/')[0]}/{name}"
+    asyncio.run(execute(f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:
+    """A migrated ledger that only this test uses."""
+    own = await ledger.connect(database_url)
+    await ledger.migrate(own)
+    yield own
+    await own.close()
+
+
+@pytest.fixture(scope="session")
+def kubernetes(request: pytest.FixtureRequest) -> Binaries:
+    """The programs of a Kubernetes control plane. A missing one is built, which takes minutes."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    assert capture is not None
+    with capture.global_and_fixture_disabled():  # shows the progress of the build
+        return binaries()
+
+
+@pytest.fixture(scope="session")
+def control_plane(
+    kubernetes: Binaries,  # noqa: ARG001 - built before the minute that a start may take
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ControlPlane]:
+    with ControlPlane(tmp_path_factory.mktemp("kubernetes")) as plane:
+        yield plane
