@@ -15,7 +15,8 @@ from dev.crowd import attempts, stampede
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.prometheus import NoPrometheusError, Programs, programs
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from tests.support.cluster import CRD, World
+from tests.support.cluster import World
+from tests.support.paths import CRD
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale.keys import ITEMS, ItemKeys
 from tests.servers.observability.conftest import Shop
-from tests.support.cluster import eventually
+from tests.support.eventually import eventually
 
 PASSWORD = "s3cr3t"
 BODY = {"userId": "somebody", "itemId": "phone", "quantity": 1}

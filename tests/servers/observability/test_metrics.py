@@ -6,7 +6,7 @@ import pytest
 
 from tests.servers.observability.conftest import Shop
 from tests.servers.observability.documented import documented, exposed
-from tests.support.cluster import eventually
+from tests.support.eventually import eventually
 
 pytestmark = pytest.mark.slow
 

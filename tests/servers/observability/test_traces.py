@@ -18,7 +18,7 @@ from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
 from tests.servers.observability.collector import Collector, Span, collecting
 from tests.servers.observability.conftest import database
-from tests.support.cluster import eventually
+from tests.support.eventually import eventually
 
 WAY = (
     "POST /reserve",
