@@ -23,8 +23,7 @@ from flashsale.inventory import Inventory
 from flashsale.settings import host_and_port, load
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, log_in
-from flashsale_operator.kubernetes.clients import Clients
-from flashsale_operator.kubernetes.controller import Key, Rounds
+from flashsale_operator.kubernetes.controller import Clients, Key, Rounds
 from flashsale_operator.kubernetes.metrics import CONTENT_TYPE, Metrics
 from flashsale_operator.kubernetes.queue import Tending
 from flashsale_operator.kubernetes.rebuilds import Rebuilds

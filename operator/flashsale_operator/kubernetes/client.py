@@ -9,7 +9,7 @@ import kopf
 import yaml
 
 from flashsale.errors import FlashsaleError, SettingsError
-from flashsale_operator.kubernetes.resource import API_VERSION, PLURAL
+from flashsale_operator.sales.manifest import API_VERSION, PLURAL
 
 PAGE: Final = 500
 TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)

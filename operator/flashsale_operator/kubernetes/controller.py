@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
+import asyncpg
+
 from flashsale import ledger
 from flashsale.errors import (
     ContractViolation,
@@ -14,12 +16,12 @@ from flashsale.errors import (
     LedgerUnavailable,
     RedisUnavailable,
 )
+from flashsale.inventory import Inventory
 from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
-from flashsale_operator.kubernetes.client import KubeUnavailable
-from flashsale_operator.kubernetes.clients import Clients
+from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
 from flashsale_operator.kubernetes.events import Announcement, Known
-from flashsale_operator.kubernetes.metrics import Figures
+from flashsale_operator.kubernetes.metrics import Figures, Metrics
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Found, Obstacle, Status
 from flashsale_operator.sales import manifest
@@ -48,6 +50,16 @@ class Key(NamedTuple):
     @property
     def sale_id(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """The connections of an operator process, which the composition root makes."""
+
+    kube: Kube
+    inventory: Inventory
+    pool: "asyncpg.Pool[asyncpg.Record]"
+    metrics: Metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
 
-from flashsale_operator.kubernetes.resource import API_VERSION, KIND
 from flashsale_operator.kubernetes.status import Found, Status
 from flashsale_operator.sales.decision import State
+from flashsale_operator.sales.manifest import API_VERSION, KIND
 
 COMPONENT: Final = "flashsale-operator"
 MAX_NAME: Final = 253

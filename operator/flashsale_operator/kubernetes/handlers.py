@@ -11,7 +11,7 @@ from typing import Any
 import kopf
 
 from flashsale_operator.kubernetes.controller import Key
-from flashsale_operator.kubernetes.resource import GROUP, PLURAL, VERSION
+from flashsale_operator.sales.manifest import GROUP, PLURAL, VERSION
 
 
 def register(

@@ -14,8 +14,7 @@ from flashsale.errors import FlashsaleError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale
-from flashsale_operator.kubernetes.clients import Clients
-from flashsale_operator.kubernetes.controller import Key, Rounds, server_of
+from flashsale_operator.kubernetes.controller import Clients, Key, Rounds, server_of
 from flashsale_operator.kubernetes.queue import Tending
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,12 @@ import yaml
 from flashsale.errors import FlashsaleError
 from flashsale.fields import ITEM_ID_PATTERN, MAX_DISPLAY_NAME, MAX_PER_USER, MAX_STOCK
 from flashsale.sale import SaleSpec
-from flashsale_operator.kubernetes.resource import API_VERSION, KIND
 
+GROUP: Final = "flashsale.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "FlashSale"
+PLURAL: Final = "flashsales"
 DEFAULT_NAMESPACE: Final = "default"
 
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"

@@ -10,7 +10,7 @@ import yaml
 
 from flashsale import settings
 from flashsale.errors import SettingsError
-from flashsale_operator.kubernetes import resource
+from flashsale_operator.sales import manifest
 from flashsale_operator.settings import Settings
 from tests.support.paths import ROOT
 
@@ -87,10 +87,10 @@ def test_what_is_no_list_of_namespaces_is_refused(given: str) -> None:
 
 def test_crd_and_rules_have_the_group_of_the_one_constant() -> None:
     crd = yaml.safe_load((FILES / "crd.yaml").read_text())
-    assert crd["metadata"]["name"] == f"{resource.PLURAL}.{resource.GROUP}"
-    assert crd["spec"]["group"] == resource.GROUP
-    assert crd["spec"]["names"]["kind"] == resource.KIND
-    assert [version["name"] for version in crd["spec"]["versions"]] == [resource.VERSION]
+    assert crd["metadata"]["name"] == f"{manifest.PLURAL}.{manifest.GROUP}"
+    assert crd["spec"]["group"] == manifest.GROUP
+    assert crd["spec"]["names"]["kind"] == manifest.KIND
+    assert [version["name"] for version in crd["spec"]["versions"]] == [manifest.VERSION]
     rules = yaml.safe_load((FILES / "operator-rules.yaml").read_text())
     groups = {group for rule in rules["namespaced"] for group in rule["apiGroups"]}
-    assert groups == {resource.GROUP, ""}
+    assert groups == {manifest.GROUP, ""}
