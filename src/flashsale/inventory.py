@@ -13,7 +13,7 @@ from flashsale.errors import ContractViolation
 from flashsale.keys import ITEMS, ItemKeys
 from flashsale.redis_client import Pool
 from flashsale.reservations import BatchReply, OutboxEntry, Outcome, Record, Request, parse_reply
-from flashsale.sale import Sale, SaleSpec
+from flashsale.sale import Predecessor, Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
 OUTBOX_LIMIT: Final = 100_000
@@ -134,7 +134,7 @@ class Inventory:
         revision: int,
         *,
         seed_until_ms: int | None = None,
-        replaces: tuple[str, int] | None = None,
+        replaces: Predecessor | None = None,
     ) -> Applied:
         """Makes Redis agree with `spec`; the ledger's row for `revision` must exist before.
 
@@ -145,14 +145,7 @@ class Inventory:
         await translated(self._redis.sadd(ITEMS, spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
         arguments = (
-            spec.sale_id,
-            revision,
-            spec.stock,
-            spec.max_per_user,
-            "" if spec.starts_ms is None else spec.starts_ms,
-            "" if spec.ends_ms is None else spec.ends_ms,
-            "paused" if spec.paused else "open",
-            spec.display_name or "",
+            *spec.arguments(revision),
             "" if seed_until_ms is None else seed_until_ms,
             other_id,
             other_accepted,

@@ -1,13 +1,17 @@
-"""A sale: what its owner asks for, what Redis holds of it, and the state that follows."""
+"""A sale: the request of its owner, its record in Redis, and the state that follows."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 
 class SaleState(StrEnum):
-    """What a sale is doing, as HTTP, `flashsalectl get` and the FlashSale's Open condition say."""
+    """The state of a sale in HTTP answers, `flashsalectl get` and the FlashSale's Open condition.
+
+    The last two need the ledger: only the operator and `flashsalectl` report them.
+    """
 
     SCHEDULED = "Scheduled"
     SELLING = "Selling"
@@ -16,11 +20,23 @@ class SaleState(StrEnum):
     ENDED = "Ended"
     CLOSING = "Closing"
     FENCED = "Fenced"
+    ITEM_CONFLICT = "ItemConflict"
+    UNKNOWN = "Unknown"
+
+
+class Predecessor(NamedTuple):
+    """A finished sale that a new sale of the same item replaces in Redis.
+
+    The ledger has recorded all its reservations. `accepted` is its accepted units.
+    """
+
+    sale_id: str
+    accepted: int
 
 
 @dataclass(frozen=True, slots=True)
 class SaleSpec:
-    """What a manifest asks for. Times are Unix milliseconds; None is "no bound"."""
+    """The request of a manifest. Times are Unix milliseconds; None means no bound."""
 
     sale_id: str
     item_id: str
@@ -31,12 +47,26 @@ class SaleSpec:
     ends_ms: int | None = None
     paused: bool = False
 
+    def arguments(self, revision: int, *, closed: bool = False) -> tuple[str | int, ...]:
+        """Returns the first eight ARGV of `apply.lua` and `fence.lua`."""
+        state = "paused" if self.paused else "open"
+        return (
+            self.sale_id,
+            revision,
+            self.stock,
+            self.max_per_user,
+            "" if self.starts_ms is None else self.starts_ms,
+            "" if self.ends_ms is None else self.ends_ms,
+            "closed" if closed else state,
+            self.display_name or "",
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Sale:
-    """A sale as Redis holds it. Counts are units, times Unix milliseconds.
+    """A sale as Redis stores it. Counts are units, times are Unix milliseconds.
 
-    `torn`: units were accepted, and one of the sale's other keys is gone.
+    `torn` means that units were accepted and one of the sale's other keys is missing.
     """
 
     item_id: str
@@ -57,7 +87,7 @@ class Sale:
 
     @property
     def held(self) -> int:
-        """Units in the hands of buyers."""
+        """Units that buyers have."""
         return self.accepted - self.released
 
     @property
@@ -66,7 +96,7 @@ class Sale:
         return self.allocated - self.held
 
     def state(self, now_ms: int, server_run_id: str) -> SaleState:
-        """The state at a moment of Redis' clock, in the order in which `reserve.lua` decides."""
+        """Returns the state at a time of Redis' clock, by the rules of `reserve.lua` in order."""
         now_ms = max(now_ms, self.last_now_ms)
         if self.torn or self.run_id != server_run_id:
             return SaleState.FENCED
@@ -81,19 +111,19 @@ class Sale:
         return SaleState.SELLING if self.available > 0 else SaleState.SOLD_OUT
 
     def finished(self, now_ms: int) -> bool:
-        """Whether the sale will accept nothing any more, unless it is applied again."""
+        """Whether the sale accepts nothing more unless its manifest is applied again."""
         return self.stored_state in ("closed", "ended") or (
             self.ends_ms is not None and max(now_ms, self.last_now_ms) >= self.ends_ms
         )
 
 
-@lru_cache(maxsize=1024)  # what a batch accepted has one time
+@lru_cache(maxsize=1024)  # all reservations of a batch have the same time
 def utc_of_ms(ms: int) -> datetime:
-    """An aware UTC time of Unix milliseconds."""
+    """Returns Unix milliseconds as an aware UTC time."""
     return datetime.fromtimestamp(ms / 1000, UTC)
 
 
 @lru_cache(maxsize=1024)
 def rfc3339_of_ms(ms: int) -> str:
-    """RFC 3339 text of Unix milliseconds, as HTTP answers carry it: `2026-11-27T09:00:00.000Z`."""
+    """Returns Unix milliseconds in RFC 3339, as in HTTP answers: `2026-11-27T09:00:00.000Z`."""
     return utc_of_ms(ms).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -20,7 +20,7 @@ from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import MAX_CONNECTIONS, Inventory, connect
 from flashsale.ledger import SaleRow
-from flashsale.sale import SaleSpec
+from flashsale.sale import Predecessor, SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
 from flashsale_operator.ctl import tables
 from flashsale_operator.sales import audit, manifest, offsets
@@ -259,7 +259,7 @@ def _rebuilder(clients: _Clients, addresses: _All) -> Rebuild:
     return Rebuild(clients.redis, clients.pool, barrier, _progress)
 
 
-async def _never_rebuild(row: SaleRow, _: tuple[str, int] | None) -> Rebuilt | Kept:
+async def _never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | Kept:
     raise AssertionError(f"closing {row.sale_id} rebuilds nothing")
 
 

@@ -25,7 +25,6 @@ from flashsale_operator.kubernetes.metrics import Figures, Metrics
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Found, Obstacle, Status
 from flashsale_operator.sales import manifest
-from flashsale_operator.sales.decision import State
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.offsets import KafkaUnavailable
 from flashsale_operator.sales.reconciler import Steward, UnknownSale, refuse_eviction
@@ -140,7 +139,11 @@ class Rounds:
             spec = manifest.sale_spec(live)
         except ManifestError as error:
             found = Found(
-                State.UNKNOWN, False, Obstacle.INVALID_SPEC, "; ".join(error.mistakes), "not known"
+                SaleState.UNKNOWN,
+                False,
+                Obstacle.INVALID_SPEC,
+                "; ".join(error.mistakes),
+                "not known",
             )
         else:
             made = await self._make(spec, memory, live["metadata"])
@@ -176,7 +179,7 @@ class Rounds:
         except (RedisUnavailable, LedgerUnavailable, ContractViolation, UnknownSale) as error:
             self._failed(error)
             return status.found_of_error(error, await self._seen(spec, error))
-        if report.state is not State.FENCED:
+        if report.state is not SaleState.FENCED:
             report = replace(report, rebuilt=self._rebuilds.forget(spec.sale_id))
             if report.rebuilt is not None:
                 self._metrics.lost.inc(report.rebuilt.lost)
@@ -189,15 +192,15 @@ class Rounds:
             self._metrics.failures.labels("kafka").inc()
         return status.found_of(report)
 
-    def _count_fences(self, memory: _Memory, state: State) -> None:
-        if state is State.FENCED and not memory.fenced:
+    def _count_fences(self, memory: _Memory, state: SaleState) -> None:
+        if state is SaleState.FENCED and not memory.fenced:
             self._metrics.fences.inc()
-        elif memory.fenced and state not in (State.FENCED, State.UNKNOWN):
+        elif memory.fenced and state not in (SaleState.FENCED, SaleState.UNKNOWN):
             self._metrics.rebuilds.inc()
-        if state is not State.UNKNOWN:
-            memory.fenced = state is State.FENCED
+        if state is not SaleState.UNKNOWN:
+            memory.fenced = state is SaleState.FENCED
 
-    async def _seen(self, spec: SaleSpec, error: FlashsaleError) -> tuple[State, Sale] | None:
+    async def _seen(self, spec: SaleSpec, error: FlashsaleError) -> tuple[SaleState, Sale] | None:
         """What Redis does with the sale while the ledger is away: it goes on selling."""
         if not isinstance(error, LedgerUnavailable):
             return None
@@ -208,8 +211,7 @@ class Rounds:
             return None
         if sale is None or sale.sale_id != spec.sale_id:
             return None
-        state: SaleState = sale.state(server.now_ms, server.run_id)
-        return State(state), sale
+        return sale.state(server.now_ms, server.run_id), sale
 
     async def _tell(self, key: Key, memory: _Memory, live: dict[str, Any], found: Found) -> bool:
         """Makes Events and writes the status, if there is news; False if the object has changed
@@ -218,7 +220,7 @@ class Rounds:
         metadata, now = live["metadata"], self._clock()
         before = Status.parse(live.get("status") or {})
         known = Known.of(before)
-        if known.state is State.UNKNOWN:
+        if known.state is SaleState.UNKNOWN:
             known = memory.known or known
         else:
             memory.known = known

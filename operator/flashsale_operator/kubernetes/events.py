@@ -11,13 +11,13 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
 
+from flashsale.sale import SaleState
 from flashsale_operator.kubernetes.status import Found, Status
-from flashsale_operator.sales.decision import State
 from flashsale_operator.sales.manifest import API_VERSION, KIND
 
 COMPONENT: Final = "flashsale-operator"
 MAX_NAME: Final = 253
-_STATES: Final = frozenset(state.value for state in State)
+_STATES: Final = frozenset(state.value for state in SaleState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Known:
     and goes must not open the sale again each time.
     """
 
-    state: State | None = None
+    state: SaleState | None = None
     sold_out: bool = False
     allocated: int | None = None
     mark: str = ""
@@ -38,7 +38,7 @@ class Known:
         opened, sold_out = status.condition("Open"), status.condition("SoldOut")
         known = opened is not None and opened.reason in _STATES
         return cls(
-            state=State(opened.reason) if opened is not None and known else None,
+            state=SaleState(opened.reason) if opened is not None and known else None,
             sold_out=sold_out is not None and sold_out.status == "True",
             allocated=None if status.counts is None else status.counts.allocated,
             mark="" if opened is None else f"{status.observed_generation} {opened.since}",
@@ -61,29 +61,29 @@ def announcements(before: Known, found: Found) -> list[Announcement]:
     if found.rebuilt is not None and found.rebuilt.brought:
         told.append(Announcement("Rebuilt", str(found.rebuilt), warning=found.rebuilt.lost > 0))
     # A sale that was known once and is not remembered: what changed meanwhile is not known.
-    lost = was is State.UNKNOWN and before.allocated is not None
+    lost = was is SaleState.UNKNOWN and before.allocated is not None
     if counts is not None and before.allocated is not None and counts.allocated > before.allocated:
         told.append(
             Announcement("Restocked", f"{before.allocated} to {counts.allocated} units allocated")
         )
-    if state is was or state is State.UNKNOWN or lost:
+    if state is was or state is SaleState.UNKNOWN or lost:
         return told
     match state:
-        case State.SELLING if was is State.PAUSED:
+        case SaleState.SELLING if was is SaleState.PAUSED:
             told.append(Announcement("Resumed", found.told))
-        case State.SELLING if was is not State.SOLD_OUT:
+        case SaleState.SELLING if was is not SaleState.SOLD_OUT:
             told.append(Announcement("Opened", found.told))
-        case State.SOLD_OUT if not before.sold_out:
+        case SaleState.SOLD_OUT if not before.sold_out:
             told.append(Announcement("SoldOut", found.told))
-        case State.PAUSED:
+        case SaleState.PAUSED:
             told.append(Announcement("Paused", found.told))
-        case State.ENDED:
+        case SaleState.ENDED:
             told.append(Announcement("Ended", found.told))
-        case State.CLOSING:
+        case SaleState.CLOSING:
             told.append(Announcement("Closed", found.told))
-        case State.ITEM_CONFLICT:
+        case SaleState.ITEM_CONFLICT:
             told.append(Announcement("ItemConflict", found.message, warning=True))
-        case State.FENCED:
+        case SaleState.FENCED:
             told.append(Announcement("Fenced", found.told, warning=True))
     return told
 

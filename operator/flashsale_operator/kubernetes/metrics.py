@@ -10,8 +10,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flashsale import telemetry
+from flashsale.sale import SaleState
 from flashsale_operator.kubernetes.status import Counts
-from flashsale_operator.sales.decision import State
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -21,7 +21,7 @@ class Figures:
     """What the last reconcile of a FlashSale found; `recorded` is the units that the ledger has."""
 
     item_id: str
-    state: State
+    state: SaleState
     ready: bool
     counts: Counts | None
     recorded: int | None = None
@@ -77,7 +77,7 @@ class Sales(Collector):
         self._known.pop(key, None)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        states = dict.fromkeys(State, 0)
+        states = dict.fromkeys(SaleState, 0)
         for known in self._known.values():
             states[known.figures.state] += 1
         numbers = GaugeMetricFamily(

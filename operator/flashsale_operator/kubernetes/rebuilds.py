@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from flashsale.errors import FlashsaleError
 from flashsale.ledger import SaleRow
+from flashsale.sale import Predecessor
 from flashsale_operator.sales.decision import Kept
 from flashsale_operator.sales.drain import Barrier, Patience, Spans
 from flashsale_operator.sales.offsets import Span
@@ -62,7 +63,7 @@ class Rebuilds:
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._cases: dict[str, _Case] = {}
 
-    async def rebuild(self, row: SaleRow, replaces: tuple[str, int] | None = None) -> Kept:
+    async def rebuild(self, row: SaleRow, replaces: Predecessor | None = None) -> Kept:
         """As `Rebuild.rebuild`, beside the caller."""
         case = self._cases.get(row.sale_id)
         if case is None:
@@ -96,16 +97,14 @@ class Rebuilds:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(
-        self, row: SaleRow, replaces: tuple[str, int] | None, before: Kept | None = None
+        self, row: SaleRow, replaces: Predecessor | None, before: Kept | None = None
     ) -> _Case:
         task = asyncio.create_task(self._rebuild(row, replaces, first=before is None))
         told = before or _rebuilding("waiting for its turn")
         case = self._cases[row.sale_id] = _Case(task, told)
         return case
 
-    async def _rebuild(
-        self, row: SaleRow, replaces: tuple[str, int] | None, *, first: bool
-    ) -> None:
+    async def _rebuild(self, row: SaleRow, replaces: Predecessor | None, *, first: bool) -> None:
         sale_id = row.sale_id
         case = self._cases[sale_id]
 

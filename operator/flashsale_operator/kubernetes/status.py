@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Any, Final, Self
 
 from flashsale.errors import FlashsaleError, LedgerUnavailable, RedisUnavailable
-from flashsale.sale import Sale, rfc3339_of_ms
-from flashsale_operator.sales.decision import Reason, State
+from flashsale.sale import Sale, SaleState, rfc3339_of_ms
+from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.offsets import KafkaUnavailable
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Report
@@ -49,7 +49,7 @@ class Found:
     units that the ledger has, if that is known; `rebuilt` what came back of a fenced sale.
     """
 
-    state: State
+    state: SaleState
     ready: bool
     reason: Reason | Obstacle
     message: str
@@ -147,7 +147,7 @@ def found_of(report: Report) -> Found:
     )
 
 
-def found_of_error(error: FlashsaleError, seen: tuple[State, Sale] | None = None) -> Found:
+def found_of_error(error: FlashsaleError, seen: tuple[SaleState, Sale] | None = None) -> Found:
     """What is known when a reconcile met `error`; `seen` is what Redis says all the same."""
     message = " ".join(str(error).split())
     match error:
@@ -160,7 +160,7 @@ def found_of_error(error: FlashsaleError, seen: tuple[State, Sale] | None = None
         case _:
             reason = Obstacle.UNREADABLE
     if seen is None:
-        return Found(State.UNKNOWN, False, reason, message, f"not known: {message}")
+        return Found(SaleState.UNKNOWN, False, reason, message, f"not known: {message}")
     state, sale = seen
     return Found(state, False, reason, message, _told(state, message, sale), Counts.of(sale))
 
@@ -203,9 +203,9 @@ def _outline(status: Status) -> Sequence[object]:
 
 
 def _open(found: Found) -> tuple[str, str, str]:
-    if found.state is State.UNKNOWN:
+    if found.state is SaleState.UNKNOWN:
         return "Unknown", found.state, found.told
-    return str(found.state is State.SELLING), found.state, found.told
+    return str(found.state is SaleState.SELLING), found.state, found.told
 
 
 def _sold_out(found: Found) -> tuple[str, str, str]:
@@ -217,25 +217,25 @@ def _sold_out(found: Found) -> tuple[str, str, str]:
     return "False", "Available", "units are available"
 
 
-def _told(state: State, message: str, sale: Sale | None) -> str:  # noqa: PLR0911 - a list of words
+def _told(state: SaleState, message: str, sale: Sale | None) -> str:  # noqa: PLR0911 - a list of words
     starts_ms = None if sale is None else sale.starts_ms
     ends_ms = None if sale is None else sale.ends_ms
     match state:
-        case State.SCHEDULED if starts_ms is not None:
+        case SaleState.SCHEDULED if starts_ms is not None:
             return f"opens at {rfc3339_of_ms(starts_ms)}"
-        case State.SELLING if ends_ms is not None:
+        case SaleState.SELLING if ends_ms is not None:
             return f"reservations are accepted until {rfc3339_of_ms(ends_ms)}"
-        case State.SELLING:
+        case SaleState.SELLING:
             return "reservations are accepted"
-        case State.SOLD_OUT:
+        case SaleState.SOLD_OUT:
             return "all units are held; a larger spec.stock opens it again"
-        case State.PAUSED:
+        case SaleState.PAUSED:
             return "spec.paused is true: nothing is accepted"
-        case State.CLOSING:
+        case SaleState.CLOSING:
             return "deleted: nothing is accepted any more"
-        case State.ENDED if ends_ms is not None:
+        case SaleState.ENDED if ends_ms is not None:
             return f"it ended at {rfc3339_of_ms(ends_ms)}"
-        case State.FENCED:
+        case SaleState.FENCED:
             return f"Redis restarted or lost keys, so nothing is accepted: {message}"
         case _:
             return message

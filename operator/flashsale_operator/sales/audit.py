@@ -21,7 +21,7 @@ from flashsale.inventory import Inventory, ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales import offsets
-from flashsale_operator.sales.decision import State, ended, state_of
+from flashsale_operator.sales.decision import ended, state_of
 from flashsale_operator.sales.offsets import Span
 
 LOOKS: Final = 5
@@ -99,7 +99,7 @@ class Finding:
 
     sale_id: str
     item_id: str
-    state: State
+    state: SaleState
     allocated: int | None
     accepted: int | None
     recorded: int | None
@@ -172,9 +172,9 @@ def _within_redis(facts: Facts) -> list[str]:
     row = facts.before
     if sale is None:
         state = state_of(row, facts.holder, server)
-        if state is State.FENCED:
+        if state is SaleState.FENCED:
             return ["Redis has no keys of it"]
-        return ["another sale has its item"] if state is State.ITEM_CONFLICT else []
+        return ["another sale has its item"] if state is SaleState.ITEM_CONFLICT else []
     differences = []
     if sale.held > sale.allocated:
         differences.append(f"oversold: {sale.held} units held of {sale.allocated} allocated")

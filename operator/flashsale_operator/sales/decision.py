@@ -13,26 +13,12 @@ from typing import Final
 
 from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
 
 SEED_MS: Final = 5_000
 """How old what was observed may be when keys are made for a new row: a rebuild of the same sale
 that others do meanwhile takes longer, since it waits for a heartbeat's expiry.
 """
-
-
-class State(StrEnum):
-    """What a sale is doing: the contract's states, and two that only an operator sees."""
-
-    SCHEDULED = SaleState.SCHEDULED
-    SELLING = SaleState.SELLING
-    SOLD_OUT = SaleState.SOLD_OUT
-    PAUSED = SaleState.PAUSED
-    ENDED = SaleState.ENDED
-    CLOSING = SaleState.CLOSING
-    FENCED = SaleState.FENCED
-    ITEM_CONFLICT = "ItemConflict"
-    UNKNOWN = "Unknown"
 
 
 class Reason(StrEnum):
@@ -97,7 +83,7 @@ class Rebuild:
     """Bring the sale of the ledger's row back into Redis, where `replaces` may have its item."""
 
     row: SaleRow
-    replaces: tuple[str, int] | None = None
+    replaces: Predecessor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +92,14 @@ class Apply:
 
     row: SaleRow
     seed_until_ms: int | None = None
-    replaces: tuple[str, int] | None = None
+    replaces: Predecessor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """Nothing is left to do now. `message` is one sentence for a person."""
 
-    state: State
+    state: SaleState
     reason: Reason
     message: str
 
@@ -126,7 +112,7 @@ def decide(spec: SaleSpec, observed: Observed) -> Action:
     row = observed.row
     if row is not None and row.item_id != spec.item_id:
         return Done(
-            State.UNKNOWN,
+            SaleState.UNKNOWN,
             Reason.ITEM_CHANGED,
             f"spec.itemId: is immutable; {row.sale_id} sells {row.item_id}, "
             "and another item needs a sale of another name",
@@ -157,17 +143,17 @@ def spec_of(row: SaleRow) -> SaleSpec:
     )
 
 
-def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> State:
+def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> SaleState:
     """The state of a sale of which the ledger has `row` and Redis, for its item, `sale`."""
     if sale is not None and (row is None or sale.sale_id == row.sale_id):
-        return State(sale.state(server.now_ms, server.run_id))
+        return sale.state(server.now_ms, server.run_id)
     if row is None:
-        return State.UNKNOWN
+        return SaleState.UNKNOWN
     if row.closed:
-        return State.CLOSING
+        return SaleState.CLOSING
     if row.finished(utc_of_ms(server.now_ms)):
-        return State.ENDED
-    return State.FENCED if sale is None else State.ITEM_CONFLICT
+        return SaleState.ENDED
+    return SaleState.FENCED if sale is None else SaleState.ITEM_CONFLICT
 
 
 def ended(sale: Sale, now_ms: int) -> bool:
@@ -178,14 +164,14 @@ def ended(sale: Sale, now_ms: int) -> bool:
 def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     """Redis has the sale."""
     row, server = observed.row, observed.server
-    state = State(sale.state(server.now_ms, server.run_id))
+    state = sale.state(server.now_ms, server.run_id)
     over = ended(sale, server.now_ms)
     behind = row is None or row.revision < sale.revision
-    if over and (behind or state is not State.FENCED):
+    if over and (behind or state is not SaleState.FENCED):
         return _ended(row, spec, sale.ends_ms)
     if row is None or behind or (not over and (row.closed or _asks_differently(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
-    if state is State.FENCED:
+    if state is SaleState.FENCED:
         return _fenced(observed.kept) if observed.kept else Rebuild(row)
     wanted = "paused" if row.paused else "open"
     if (
@@ -212,10 +198,10 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     if row is not None and not row.closed and not inserted and row.finished(now):
         return _ended(row, spec, _ms(row.ends_at))
     if obstacle := _obstacle(spec, observed, now):
-        return Done(State.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
+        return Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
     if row is None or row.closed or _asks_differently(row, spec):
         return WriteRow(observed.others)
-    replaces = None if sale is None else (sale.sale_id, sale.accepted)
+    replaces = None if sale is None else Predecessor(sale.sale_id, sale.accepted)
     if inserted and not observed.seeded:
         return Apply(row, observed.server.now_ms + SEED_MS, replaces)
     return _fenced(observed.kept) if observed.kept else Rebuild(row, replaces)
@@ -252,16 +238,16 @@ def _asks_differently(row: SaleRow, spec: SaleSpec) -> bool:
 def _ended(row: SaleRow | None, spec: SaleSpec, ends_ms: int | None) -> Done:
     at = "before" if ends_ms is None else f"at {rfc3339_of_ms(ends_ms)}"
     if row is not None and not _asks_differently(row, spec):
-        return Done(State.ENDED, Reason.APPLIED, f"it ended {at}")
+        return Done(SaleState.ENDED, Reason.APPLIED, f"it ended {at}")
     return Done(
-        State.ENDED,
+        SaleState.ENDED,
         Reason.SALE_ENDED,
         f"it ended {at} and stays ended: a new sale needs a new name",
     )
 
 
 def _fenced(kept: Kept) -> Done:
-    return Done(State.FENCED, Reason.FENCED, str(kept))
+    return Done(SaleState.FENCED, Reason.FENCED, str(kept))
 
 
 def _counted(number: int, noun: str) -> str:

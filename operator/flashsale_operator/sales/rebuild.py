@@ -22,6 +22,7 @@ from flashsale.errors import ContractViolation, FlashsaleError
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Record
+from flashsale.sale import Predecessor
 from flashsale_operator.sales.decision import Kept, spec_of
 from flashsale_operator.sales.drain import Barrier, Unsettled
 from flashsale_operator.sales.offsets import KafkaUnavailable
@@ -110,9 +111,7 @@ class Rebuild:
         self._barrier = barrier
         self._progress = progress
 
-    async def rebuild(
-        self, row: SaleRow, replaces: tuple[str, int] | None = None
-    ) -> Rebuilt | Kept:
+    async def rebuild(self, row: SaleRow, replaces: Predecessor | None = None) -> Rebuilt | Kept:
         """Brings a sale back, or says what keeps it fenced.
 
         `replaces`: the finished sale that Redis has for the item, whose rows are recorded, and its
@@ -128,9 +127,7 @@ class Rebuild:
         except _Superseded as error:
             return Kept((str(error),))
 
-    async def _rebuild(
-        self, sale_id: str, item_id: str, replaces: tuple[str, int] | None
-    ) -> Rebuilt:
+    async def _rebuild(self, sale_id: str, item_id: str, replaces: Predecessor | None) -> Rebuilt:
         run_id = (await self._inventory.server()).run_id
         had = (await self._inventory.sales([item_id])).get(item_id)
         if had is not None and had.sale_id != sale_id:

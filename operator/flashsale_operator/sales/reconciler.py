@@ -12,7 +12,7 @@ from flashsale import ledger
 from flashsale.errors import ContractViolation, FlashsaleError, RedisUnavailable
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleSpec, utc_of_ms
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
 from flashsale_operator.sales.decision import (
     Apply,
     Done,
@@ -20,7 +20,6 @@ from flashsale_operator.sales.decision import (
     Observed,
     Reason,
     Rebuild,
-    State,
     WriteRow,
     decide,
     spec_of,
@@ -77,7 +76,7 @@ class Report:
 
     sale_id: str
     item_id: str
-    state: State
+    state: SaleState
     reason: Reason
     message: str
     applied: Applied | Closed
@@ -92,7 +91,7 @@ class Report:
         return self.reason in (Reason.APPLIED, Reason.CLOSED)
 
 
-Rebuilder = Callable[[SaleRow, tuple[str, int] | None], Awaitable[Rebuilt | Kept]]
+Rebuilder = Callable[[SaleRow, Predecessor | None], Awaitable[Rebuilt | Kept]]
 """`rebuild.Rebuild.rebuild`, or what does it beside the caller."""
 
 
@@ -150,7 +149,7 @@ class Steward:
                     report = _report(spec, observed, applied, (state, reason, message))
                     return replace(report, rebuilt=rebuilt)
         message = _STUCK.get(answer, "others keep changing the sale; apply it again")
-        return _report(spec, observed, applied, (State.UNKNOWN, Reason.UNSETTLED, message))
+        return _report(spec, observed, applied, (SaleState.UNKNOWN, Reason.UNSETTLED, message))
 
     async def close(self, sale_id: str) -> Report:
         """Closes a sale in the ledger and then in Redis, where its keys may be gone.
@@ -278,7 +277,7 @@ async def refuse_eviction(inventory: Inventory) -> None:
 
 
 def _report(
-    spec: SaleSpec, observed: Observed, applied: Applied, outcome: tuple[State, Reason, str]
+    spec: SaleSpec, observed: Observed, applied: Applied, outcome: tuple[SaleState, Reason, str]
 ) -> Report:
     state, reason, message = outcome
     return Report(

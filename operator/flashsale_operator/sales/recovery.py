@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from flashsale.keys import ITEMS, ItemKeys
 from flashsale.reservations import Record
-from flashsale.sale import SaleSpec
+from flashsale.sale import Predecessor, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
 PAGE: Final = 1_000
@@ -71,7 +71,7 @@ class Recovery:
         claim: int,
         *,
         closed: bool = False,
-        replaces: tuple[str, int] | None = None,
+        replaces: Predecessor | None = None,
         begin: bool = False,
         lease_ms: int = LEASE_MS,
     ) -> Fenced:
@@ -82,16 +82,8 @@ class Recovery:
         """
         await translated(self._redis.sadd(ITEMS, spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
-        state = "paused" if spec.paused else "open"
         arguments = (
-            spec.sale_id,
-            claim,
-            spec.stock,
-            spec.max_per_user,
-            "" if spec.starts_ms is None else spec.starts_ms,
-            "" if spec.ends_ms is None else spec.ends_ms,
-            "closed" if closed else state,
-            spec.display_name or "",
+            *spec.arguments(claim, closed=closed),
             lease_ms,
             other_id,
             other_accepted,

@@ -8,7 +8,7 @@ import pytest
 
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.reservations import Outcome
-from flashsale.sale import Sale, SaleState
+from flashsale.sale import Predecessor, Sale, SaleState
 from tests.servers.contract.test_reserve import a_request, a_sale, answers, opened, outcome
 
 
@@ -152,7 +152,8 @@ async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_r
     [answer] = await answers(stock, item, [bought])
 
     async def take(recorded: int) -> Applied:
-        return await stock.apply(second, 1, seed_until_ms=2**53, replaces=(first.sale_id, recorded))
+        replaced = Predecessor(first.sale_id, recorded)
+        return await stock.apply(second, 1, seed_until_ms=2**53, replaces=replaced)
 
     assert await take(1) is Applied.CONFLICT  # selling
     await stock.close(item, first.sale_id, 2)

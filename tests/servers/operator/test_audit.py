@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from flashsale.reservations import Outcome
-from flashsale.sale import SaleSpec
+from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales import audit as module
 from flashsale_operator.sales.audit import Audit, Facts, Finding, Tally, Verdict, audit, compare
-from flashsale_operator.sales.decision import State
 from flashsale_operator.sales.offsets import Span, behind, faults
 from tests.servers.operator.conftest import Shop
 from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
@@ -42,7 +41,7 @@ def verdict(**changes: Any) -> tuple[Verdict, tuple[str, ...]]:  # noqa: ANN401 
 
 def test_equal_counts_are_ok() -> None:
     assert compare(AGREED) == Finding(
-        SPEC.sale_id, SPEC.item_id, State.SELLING, 100, 4, 4, 0, 0, Verdict.OK, ()
+        SPEC.sale_id, SPEC.item_id, SaleState.SELLING, 100, 4, 4, 0, 0, Verdict.OK, ()
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 from flashsale.inventory import Closed
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
-from flashsale.sale import SaleSpec
-from flashsale_operator.sales.decision import Kept, State, spec_of
+from flashsale.sale import SaleSpec, SaleState
+from flashsale_operator.sales.decision import Kept, spec_of
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuild, Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
@@ -42,7 +42,7 @@ async def test_a_wiped_redis_gets_back_what_was_sold_and_sells_the_rest(
     crowd = await shop.buy(sold.item_id, *(f"u{n}" for n in range(20)))
     assert crowd.count(Outcome.ACCEPTED) == 6
     report = await shop.apply(sold)
-    assert report.state is State.SOLD_OUT
+    assert report.state is SaleState.SOLD_OUT
 
 
 async def test_a_retry_after_the_rebuild_finds_its_reservation(shop: Shop, spec: SaleSpec) -> None:
@@ -212,7 +212,7 @@ async def test_a_sale_that_was_freed_comes_back_in_place_of_another_that_is_fini
     await shop.apply(other)
     await shop.steward.close(other.sale_id)
     report = await shop.apply(sold)
-    assert (report.state, report.ready) == (State.SELLING, True)
+    assert (report.state, report.ready) == (SaleState.SELLING, True)
     assert report.rebuilt is not None
     assert (report.rebuilt.accepted, report.rebuilt.reservations) == (3, 3)
     assert await shop.buy(sold.item_id, "a", "z") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
@@ -221,7 +221,7 @@ async def test_a_sale_that_was_freed_comes_back_in_place_of_another_that_is_fini
 async def test_a_fenced_sale_is_rebuilt_by_applying_it(shop: Shop, sold: SaleSpec) -> None:
     await restart(shop, sold)
     report = await shop.apply(sold)
-    assert (report.state, report.ready) == (State.SELLING, True)
+    assert (report.state, report.ready) == (SaleState.SELLING, True)
     assert report.rebuilt is not None
     assert report.rebuilt.redis_lacked == 0
 

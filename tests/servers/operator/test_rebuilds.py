@@ -8,9 +8,9 @@ import pytest
 from flashsale import ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.keys import ItemKeys
-from flashsale.sale import SaleSpec
+from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes.rebuilds import Rebuilds, Shared
-from flashsale_operator.sales.decision import Kept, State
+from flashsale_operator.sales.decision import Kept
 from flashsale_operator.sales.offsets import KafkaUnavailable, Span
 from flashsale_operator.sales.reconciler import Steward
 from tests.servers.operator.conftest import QUICK, Shop
@@ -100,10 +100,10 @@ async def test_a_fenced_sale_is_rebuilt_without_waiting_for_it(
     own = Rebuilds(shop.redis, shop.pool, nothing, woken.append, patience=QUICK)
     steward = Steward(shop.inventory, shop.pool, own.rebuild)
     report = await steward.reconcile(fenced)
-    assert report.state is State.FENCED
+    assert report.state is SaleState.FENCED
     assert report.kept is not None
     await until(lambda: len(woken) == 1)
-    assert (await steward.reconcile(fenced)).state is State.SELLING
+    assert (await steward.reconcile(fenced)).state is SaleState.SELLING
     assert own.forget(fenced.sale_id) is not None
     await own.close()
 

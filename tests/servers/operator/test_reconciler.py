@@ -14,8 +14,8 @@ from flashsale.errors import LedgerUnavailable, RedisUnavailable
 from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
-from flashsale.sale import SaleSpec
-from flashsale_operator.sales.decision import Reason, State
+from flashsale.sale import SaleSpec, SaleState
+from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.reconciler import UnknownSale, refuse_eviction
 from tests.servers.operator.conftest import QUICK, Pool, Shop
@@ -25,7 +25,7 @@ async def test_a_new_sale_is_sold(shop: Shop, spec: SaleSpec) -> None:
     report = await shop.apply(spec)
     assert (report.applied, report.state, report.reason) == (
         Applied.SEEDED,
-        State.SELLING,
+        SaleState.SELLING,
         Reason.APPLIED,
     )
     assert report.message == "10 of 10 available"
@@ -81,14 +81,14 @@ async def test_restock_pause_and_window_reach_the_next_buyer(shop: Shop, spec: S
 
     await shop.apply(replace(spec, stock=1))
     assert [await buy("a"), await buy("b")] == [Outcome.ACCEPTED, Outcome.SOLD_OUT]
-    assert (await shop.apply(replace(spec, stock=2))).state is State.SELLING
+    assert (await shop.apply(replace(spec, stock=2))).state is SaleState.SELLING
     assert [await buy("c"), await buy("d")] == [Outcome.ACCEPTED, Outcome.SOLD_OUT]
-    assert (await shop.apply(replace(spec, paused=True))).state is State.PAUSED
+    assert (await shop.apply(replace(spec, paused=True))).state is SaleState.PAUSED
     assert await buy("e") is Outcome.PAUSED
     later = (await shop.inventory.server()).now_ms + 3_600_000
-    assert (await shop.apply(replace(spec, starts_ms=later))).state is State.SCHEDULED
+    assert (await shop.apply(replace(spec, starts_ms=later))).state is SaleState.SCHEDULED
     assert await buy("f") is Outcome.NOT_OPEN
-    assert (await shop.apply(replace(spec, ends_ms=later))).state is State.SELLING
+    assert (await shop.apply(replace(spec, ends_ms=later))).state is SaleState.SELLING
     assert await buy("g") is Outcome.ACCEPTED
     assert (await shop.row(spec.sale_id)).revision == 5
 
@@ -108,11 +108,11 @@ async def test_stock_below_what_is_held_leaves_what_is_held(shop: Shop, spec: Sa
 async def test_an_ended_sale_stays_ended(shop: Shop, spec: SaleSpec) -> None:
     now_ms = (await shop.inventory.server()).now_ms
     over = replace(spec, ends_ms=now_ms - 1)
-    assert (await shop.apply(over)).state is State.ENDED
+    assert (await shop.apply(over)).state is SaleState.ENDED
     assert (await shop.apply(over)).ready
     for spec_again in (spec, replace(spec, ends_ms=now_ms + 60_000)):
         report = await shop.apply(spec_again)
-        assert (report.state, report.reason) == (State.ENDED, Reason.SALE_ENDED)
+        assert (report.state, report.reason) == (SaleState.ENDED, Reason.SALE_ENDED)
         assert "a new sale needs a new name" in report.message
     await shop.steward.close(spec.sale_id)
     assert (await shop.apply(spec)).reason is Reason.SALE_ENDED
@@ -172,11 +172,11 @@ async def test_a_steward_that_died_before_seeding_is_followed_by_a_rebuild(
     await shop.redis.flushall()  # as if nothing had been seeded
     shop.topic[0] = Span(0, 3)
     report = await shop.apply(spec)
-    assert (report.state, report.reason) == (State.FENCED, Reason.FENCED)
+    assert (report.state, report.reason) == (SaleState.FENCED, Reason.FENCED)
     assert report.message == "the ledger has read partition 0 to 0 of 3"
     assert await shop.buy(spec.item_id, "d") == [Outcome.FENCED]
     await shop.read_to(0, 3)
-    assert (await shop.apply(spec)).state is State.SELLING
+    assert (await shop.apply(spec)).state is SaleState.SELLING
 
 
 async def test_a_flush_with_units_sold_is_never_sold_again(shop: Shop, spec: SaleSpec) -> None:
@@ -186,7 +186,7 @@ async def test_a_flush_with_units_sold_is_never_sold_again(shop: Shop, spec: Sal
     await shop.redis.flushall()
     assert await shop.buy(spec.item_id, "d") == [Outcome.UNKNOWN]
     report = await shop.apply(spec)
-    assert (report.state, report.ready) == (State.SELLING, True)
+    assert (report.state, report.ready) == (SaleState.SELLING, True)
     assert report.sale is not None
     assert (report.sale.accepted, report.sale.available) == (3, 7)
 
@@ -197,13 +197,13 @@ async def test_keys_without_their_sale_are_not_seeded_over(shop: Shop, spec: Sal
     await shop.redis.delete(ItemKeys.of(spec.item_id).sale)
     report = await shop.apply(spec)
     assert (report.state, report.message) == (
-        State.FENCED,
+        SaleState.FENCED,
         "the outbox has 1 events that Kafka has not",
     )
     await shop.record(spec.item_id)
     report = await shop.apply(spec)
     assert report.sale is not None
-    assert (report.state, report.sale.accepted) == (State.SELLING, 1)
+    assert (report.state, report.sale.accepted) == (SaleState.SELLING, 1)
 
 
 @pytest.mark.parametrize("lose", [0, 1])
@@ -222,12 +222,12 @@ async def test_after_a_restart_a_sale_is_rebuilt_once_its_outbox_is_drained(
         assert await shop.buy(spec.item_id, "d") == [Outcome.FENCED]
         report = await shop.apply(spec)
         assert (report.state, report.message) == (
-            State.FENCED,
+            SaleState.FENCED,
             "the outbox has 3 events that Kafka has not",
         )
         await shop.record(spec.item_id, lose=lose)
         report = await shop.apply(spec)
-        assert (report.ready, report.state) == (True, State.SELLING)
+        assert (report.ready, report.state) == (True, SaleState.SELLING)
         assert report.rebuilt is not None
         assert (report.rebuilt.accepted, report.rebuilt.lost) == (3 - lose, lose)
         assert (await shop.buy(spec.item_id, "b", "c", "d")).count(Outcome.LIMIT_REACHED) == 2
@@ -240,7 +240,7 @@ async def test_an_item_goes_to_the_next_sale_when_the_first_is_closed_and_record
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ann")
     report = await shop.apply(other)
-    assert (report.state, report.reason) == (State.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
+    assert (report.state, report.reason) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
     assert report.message == f"{spec.item_id} is sold by {spec.sale_id}, which is Selling"
     assert await ledger.sale(shop.pool, other.sale_id) is None
     await shop.steward.close(spec.sale_id)
@@ -257,7 +257,7 @@ async def test_closing_and_applying_again_continues_with_the_same_buyers(
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ann")
     report = await shop.steward.close(spec.sale_id)
-    assert (report.applied, report.state, report.ready) == (Closed.CLOSED, State.CLOSING, True)
+    assert (report.applied, report.state, report.ready) == (Closed.CLOSED, SaleState.CLOSING, True)
     assert await shop.buy(spec.item_id, "bob") == [Outcome.ENDED]
     assert (await shop.steward.close(spec.sale_id)).applied is Closed.UNCHANGED
     assert (await shop.row(spec.sale_id)).revision == 2
@@ -273,10 +273,10 @@ async def test_closing_needs_no_keys_and_an_older_ledger_still_closes(
     await shop.apply(replace(spec, stock=20))
     await shop.pool.execute("UPDATE sales SET revision = 1")
     report = await shop.steward.close(spec.sale_id)
-    assert (report.applied, report.state) == (Closed.CLOSED, State.CLOSING)
+    assert (report.applied, report.state) == (Closed.CLOSED, SaleState.CLOSING)
     await shop.redis.flushall()
     report = await shop.steward.close(spec.sale_id)
-    assert (report.applied, report.state, report.ready) == (Closed.UNKNOWN, State.CLOSING, True)
+    assert (report.applied, report.state, report.ready) == (Closed.UNKNOWN, SaleState.CLOSING, True)
     with pytest.raises(UnknownSale, match="no such sale"):
         await shop.steward.close("default/never")
 

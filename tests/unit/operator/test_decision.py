@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsale.inventory import ServerTime
-from flashsale.sale import SaleSpec
+from flashsale.sale import Predecessor, SaleSpec, SaleState
 from flashsale_operator.sales.decision import (
     SEED_MS,
     Action,
@@ -18,7 +18,6 @@ from flashsale_operator.sales.decision import (
     Observed,
     Reason,
     Rebuild,
-    State,
     WriteRow,
     decide,
     spec_of,
@@ -35,7 +34,7 @@ def observed(**changes: Any) -> Observed:  # noqa: ANN401 - any field
     return Observed(server=SERVER, **changes)
 
 
-def outcome(action: Action) -> tuple[State, Reason]:
+def outcome(action: Action) -> tuple[SaleState, Reason]:
     assert isinstance(action, Done), action
     return action.state, action.reason
 
@@ -57,7 +56,7 @@ def test_a_row_that_was_there_without_keys_is_lost_until_it_is_rebuilt() -> None
     lost = observed(row=a_row(accepted=3))
     assert decide(SPEC, lost) == Rebuild(a_row(accepted=3))
     kept = decide(SPEC, replace(lost, kept=KEPT))
-    assert kept == Done(State.FENCED, Reason.FENCED, "one; two")
+    assert kept == Done(SaleState.FENCED, Reason.FENCED, "one; two")
 
 
 def test_a_row_that_this_reconcile_changed_is_no_new_row() -> None:
@@ -67,7 +66,7 @@ def test_a_row_that_this_reconcile_changed_is_no_new_row() -> None:
 def test_a_sale_that_is_as_its_manifest_asks_is_left_alone() -> None:
     sale = a_sale(accepted=40)
     assert outcome(decide(SPEC, observed(row=a_row(), sale=sale))) == (
-        State.SELLING,
+        SaleState.SELLING,
         Reason.APPLIED,
     )
 
@@ -102,7 +101,7 @@ def test_stock_below_what_is_held_is_reported_and_not_applied_for_ever() -> None
     spec = replace(SPEC, stock=30)
     sale = a_sale(spec, allocated=40, accepted=40)
     assert outcome(decide(spec, observed(row=a_row(spec), sale=sale))) == (
-        State.SOLD_OUT,
+        SaleState.SOLD_OUT,
         Reason.STOCK_BELOW_HELD,
     )
     released = replace(sale, released=5)
@@ -118,26 +117,29 @@ def test_an_older_ledger_goes_above_redis_revision() -> None:
 def test_whoever_wrote_last_wins_and_the_other_says_so() -> None:
     theirs = a_row(replace(SPEC, stock=7), revision=3)
     mine = observed(row=theirs, sale=a_sale(), written=2)
-    assert outcome(decide(SPEC, mine)) == (State.SELLING, Reason.SUPERSEDED)
+    assert outcome(decide(SPEC, mine)) == (SaleState.SELLING, Reason.SUPERSEDED)
 
 
 def test_the_item_of_a_sale_is_for_good() -> None:
     moved = replace(SPEC, item_id="iphone_16")
-    assert outcome(decide(moved, observed(row=a_row()))) == (State.UNKNOWN, Reason.ITEM_CHANGED)
+    assert outcome(decide(moved, observed(row=a_row()))) == (SaleState.UNKNOWN, Reason.ITEM_CHANGED)
 
 
 @pytest.mark.parametrize("stored_state", ["open", "paused", "ended"])
 def test_an_ended_sale_stays_ended(stored_state: str) -> None:
     seen = observed(row=a_row(PAST), sale=a_sale(PAST, stored_state=stored_state))
-    assert outcome(decide(PAST, seen)) == (State.ENDED, Reason.APPLIED)
+    assert outcome(decide(PAST, seen)) == (SaleState.ENDED, Reason.APPLIED)
     longer = replace(SPEC, ends_ms=NOW_MS + 60_000)
-    assert outcome(decide(longer, seen)) == (State.ENDED, Reason.SALE_ENDED)
-    assert outcome(decide(longer, observed(row=a_row(PAST)))) == (State.ENDED, Reason.SALE_ENDED)
+    assert outcome(decide(longer, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
+    assert outcome(decide(longer, observed(row=a_row(PAST)))) == (
+        SaleState.ENDED,
+        Reason.SALE_ENDED,
+    )
 
 
 def test_an_ended_sale_stays_ended_when_it_was_closed_too() -> None:
     seen = observed(row=a_row(PAST, closed=True), sale=a_sale(PAST, stored_state="ended"))
-    assert outcome(decide(SPEC, seen)) == (State.ENDED, Reason.SALE_ENDED)
+    assert outcome(decide(SPEC, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
 
 
 def test_a_closed_sale_continues() -> None:
@@ -154,7 +156,7 @@ def test_a_closed_sale_continues() -> None:
 def test_a_fenced_sale_is_rebuilt(changes: dict[str, Any]) -> None:
     seen = observed(row=a_row(accepted=4), sale=a_sale(accepted=4, **changes))
     assert decide(SPEC, seen) == Rebuild(a_row(accepted=4))
-    assert outcome(decide(SPEC, replace(seen, kept=KEPT))) == (State.FENCED, Reason.FENCED)
+    assert outcome(decide(SPEC, replace(seen, kept=KEPT))) == (SaleState.FENCED, Reason.FENCED)
 
 
 def test_a_fenced_sale_that_ended_is_rebuilt_without_a_word_to_the_ledger() -> None:
@@ -181,13 +183,13 @@ def test_a_fenced_sale_that_ended_is_rebuilt_without_a_word_to_the_ledger() -> N
 def test_an_item_that_another_sale_has_is_a_conflict(changes: dict[str, Any], says: str) -> None:
     others = (a_row(OTHER, accepted=5),)
     found = decide(SPEC, observed(sale=a_sale(OTHER, **changes), others=others))
-    assert found == Done(State.ITEM_CONFLICT, Reason.ITEM_CONFLICT, says)
+    assert found == Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, says)
 
 
 def test_an_unfinished_sale_in_the_ledger_is_a_conflict_even_if_redis_lost_it() -> None:
     for sale in (None, a_sale(replace(OTHER, sale_id="default/third"), stored_state="closed")):
         found = decide(SPEC, observed(sale=sale, others=(a_row(OTHER),)))
-        assert outcome(found) == (State.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
+        assert outcome(found) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
 
 
 def test_a_finished_and_recorded_sale_is_replaced() -> None:
@@ -195,9 +197,11 @@ def test_a_finished_and_recorded_sale_is_replaced() -> None:
     seen = observed(sale=a_sale(OTHER, stored_state="closed", accepted=5), others=others)
     assert decide(SPEC, seen) == WriteRow(others)
     assert decide(SPEC, replace(seen, row=a_row(), written=1)) == Apply(
-        a_row(), seed_until_ms=SOON, replaces=("default/older", 5)
+        a_row(), seed_until_ms=SOON, replaces=Predecessor("default/older", 5)
     )
-    assert decide(SPEC, replace(seen, row=a_row())) == Rebuild(a_row(), ("default/older", 5))
+    assert decide(SPEC, replace(seen, row=a_row())) == Rebuild(
+        a_row(), Predecessor("default/older", 5)
+    )
 
 
 times = st.none() | st.integers(NOW_MS - 3, NOW_MS + 3)
@@ -271,7 +275,7 @@ def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observe
                 assert own.stored_state == "closed" or not own.finished(NOW_MS), "ended is ended"
         case Done(state, reason, message):
             assert message
-            if reason is Reason.APPLIED and state is not State.ENDED:
+            if reason is Reason.APPLIED and state is not SaleState.ENDED:
                 assert own is not None
                 assert row is not None
                 assert spec_of(row) == spec

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flashsale.inventory import Applied, ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState
 from flashsale_operator.sales.decision import (
     Apply,
     Done,
@@ -157,7 +157,7 @@ class World(RuleBasedStateMachine):
         self.allocated[spec.sale_id] = max(self.allocated[spec.sale_id], spec.stock)
         return revision
 
-    def _rebuild(self, row: SaleRow, replaces: tuple[str, int] | None) -> Kept | None:
+    def _rebuild(self, row: SaleRow, replaces: Predecessor | None) -> Kept | None:
         """As the scripts and the barrier do: what living pods hold is recorded first."""
         sale = self.sale
         if sale is not None and sale.sale_id != row.sale_id:

@@ -5,18 +5,19 @@ from datetime import UTC, datetime
 
 import pytest
 
+from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status
 from flashsale_operator.kubernetes.events import Announcement, Known, announcements, event
 from flashsale_operator.kubernetes.status import Counts, Found, Status
-from flashsale_operator.sales.decision import Reason, State
+from flashsale_operator.sales.decision import Reason
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
 METADATA = {"name": "iphone-15", "namespace": "shop", "uid": "uid-1"}
 
 
-def found(state: State, available: int = 5, allocated: int = 10) -> Found:
+def found(state: SaleState, available: int = 5, allocated: int = 10) -> Found:
     counts = None
-    if state not in (State.UNKNOWN, State.ITEM_CONFLICT):
+    if state not in (SaleState.UNKNOWN, SaleState.ITEM_CONFLICT):
         counts = Counts(allocated, allocated - available, available)
     return Found(state, True, Reason.APPLIED, "fine", "told", counts)
 
@@ -32,7 +33,7 @@ class Teller:
     def sees(self, *seen: Found) -> list[str]:
         for each in seen:
             known = Known.of(self.status)
-            if known.state is State.UNKNOWN:
+            if known.state is SaleState.UNKNOWN:
                 known = self.remembered or known
             else:
                 self.remembered = known
@@ -46,8 +47,8 @@ class Teller:
         self.remembered = None
 
 
-SELLING, SCHEDULED = found(State.SELLING), found(State.SCHEDULED)
-SOLD_OUT, UNKNOWN = found(State.SOLD_OUT, 0), found(State.UNKNOWN)
+SELLING, SCHEDULED = found(SaleState.SELLING), found(SaleState.SCHEDULED)
+SOLD_OUT, UNKNOWN = found(SaleState.SOLD_OUT, 0), found(SaleState.UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -56,18 +57,18 @@ SOLD_OUT, UNKNOWN = found(State.SOLD_OUT, 0), found(State.UNKNOWN)
         ([SELLING], ["Opened"]),
         ([SCHEDULED, SELLING], ["Opened"]),
         ([SELLING, SOLD_OUT], ["Opened", "SoldOut"]),
-        ([SELLING, SOLD_OUT, found(State.SELLING, 5, 20)], ["Opened", "SoldOut", "Restocked"]),
-        ([SELLING, found(State.SELLING, 15, 20)], ["Opened", "Restocked"]),
-        ([SELLING, found(State.SELLING, 1, 6)], ["Opened"]),
-        ([SELLING, found(State.PAUSED), SELLING], ["Opened", "Paused", "Resumed"]),
+        ([SELLING, SOLD_OUT, found(SaleState.SELLING, 5, 20)], ["Opened", "SoldOut", "Restocked"]),
+        ([SELLING, found(SaleState.SELLING, 15, 20)], ["Opened", "Restocked"]),
+        ([SELLING, found(SaleState.SELLING, 1, 6)], ["Opened"]),
+        ([SELLING, found(SaleState.PAUSED), SELLING], ["Opened", "Paused", "Resumed"]),
         (
-            [SOLD_OUT, found(State.PAUSED, 0), SOLD_OUT],
+            [SOLD_OUT, found(SaleState.PAUSED, 0), SOLD_OUT],
             ["SoldOut", "Paused"],
         ),
-        ([SELLING, found(State.ENDED)], ["Opened", "Ended"]),
-        ([SELLING, found(State.CLOSING)], ["Opened", "Closed"]),
-        ([found(State.ITEM_CONFLICT), SELLING], ["ItemConflict", "Opened"]),
-        ([SELLING, found(State.FENCED), SELLING], ["Opened", "Fenced", "Opened"]),
+        ([SELLING, found(SaleState.ENDED)], ["Opened", "Ended"]),
+        ([SELLING, found(SaleState.CLOSING)], ["Opened", "Closed"]),
+        ([found(SaleState.ITEM_CONFLICT), SELLING], ["ItemConflict", "Opened"]),
+        ([SELLING, found(SaleState.FENCED), SELLING], ["Opened", "Fenced", "Opened"]),
         ([UNKNOWN, SELLING], ["Opened"]),
     ],
 )
@@ -75,8 +76,8 @@ def test_a_change_is_told(seen: list[Found], told: list[str]) -> None:
     assert Teller().sees(*seen) == told
 
 
-@pytest.mark.parametrize("state", State)
-def test_nothing_is_told_again(state: State) -> None:
+@pytest.mark.parametrize("state", SaleState)
+def test_nothing_is_told_again(state: SaleState) -> None:
     teller = Teller()
     first = list(teller.sees(found(state)))
     assert teller.sees(found(state), UNKNOWN, found(state), UNKNOWN, found(state)) == first
@@ -115,7 +116,7 @@ def test_the_longest_name_makes_an_event_of_a_valid_name() -> None:
     assert made["message"] == "m" * 1024
 
 
-@pytest.mark.parametrize("state", [State.FENCED, State.ITEM_CONFLICT])
-def test_what_a_person_may_have_to_look_at_is_a_warning(state: State) -> None:
+@pytest.mark.parametrize("state", [SaleState.FENCED, SaleState.ITEM_CONFLICT])
+def test_what_a_person_may_have_to_look_at_is_a_warning(state: SaleState) -> None:
     (told,) = announcements(Known(), replace(found(state), told="told"))
     assert told.warning

@@ -12,27 +12,27 @@ from flashsale.errors import (
     RedisUnavailable,
 )
 from flashsale.inventory import Applied
-from flashsale.sale import Sale
+from flashsale.sale import Sale, SaleState
 from flashsale_operator.kubernetes import status as statuses
 from flashsale_operator.kubernetes.status import SAMPLE_SECONDS, Counts, Found, Obstacle, Status
-from flashsale_operator.sales.decision import Kept, Reason, State
+from flashsale_operator.sales.decision import Kept, Reason
 from flashsale_operator.sales.offsets import KafkaUnavailable
 from flashsale_operator.sales.reconciler import Report
 from tests.support.observations import OTHER, SPEC, a_row, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
 LATER = NOW + timedelta(minutes=1)
-SELLING = Found(State.SELLING, True, Reason.APPLIED, "fine", "open", Counts(100, 0, 100))
+SELLING = Found(SaleState.SELLING, True, Reason.APPLIED, "fine", "open", Counts(100, 0, 100))
 OPEN = {
-    State.SELLING: "True",
-    State.SCHEDULED: "False",
-    State.SOLD_OUT: "False",
-    State.PAUSED: "False",
-    State.ENDED: "False",
-    State.CLOSING: "False",
-    State.ITEM_CONFLICT: "False",
-    State.FENCED: "False",
-    State.UNKNOWN: "Unknown",
+    SaleState.SELLING: "True",
+    SaleState.SCHEDULED: "False",
+    SaleState.SOLD_OUT: "False",
+    SaleState.PAUSED: "False",
+    SaleState.ENDED: "False",
+    SaleState.CLOSING: "False",
+    SaleState.ITEM_CONFLICT: "False",
+    SaleState.FENCED: "False",
+    SaleState.UNKNOWN: "Unknown",
 }
 
 
@@ -45,7 +45,7 @@ def a_status(found: Found = SELLING, before: Status = NEVER, now: datetime = NOW
 
 
 def a_report(
-    state: State = State.SELLING, reason: Reason = Reason.APPLIED, sale: Sale = SALE
+    state: SaleState = SaleState.SELLING, reason: Reason = Reason.APPLIED, sale: Sale = SALE
 ) -> Report:
     return Report(
         sale_id=SPEC.sale_id,
@@ -63,8 +63,8 @@ def since(status: Status) -> dict[str, str]:
     return {condition.type: condition.since for condition in status.conditions}
 
 
-@pytest.mark.parametrize("state", State)
-def test_open_has_the_state_as_its_reason(state: State) -> None:
+@pytest.mark.parametrize("state", SaleState)
+def test_open_has_the_state_as_its_reason(state: SaleState) -> None:
     opened = a_status(replace(SELLING, state=state)).condition("Open")
     assert opened is not None
     assert (opened.status, opened.reason) == (OPEN[state], state)
@@ -98,19 +98,23 @@ def test_ready_names_the_server_that_is_away(error: FlashsaleError, reason: Obst
 
 
 def test_what_redis_does_is_told_while_the_ledger_is_away() -> None:
-    seen = (State.SELLING, a_sale(accepted=3))
+    seen = (SaleState.SELLING, a_sale(accepted=3))
     found = statuses.found_of_error(LedgerUnavailable("the ledger is away"), seen)
-    assert (found.ready, found.state, found.counts) == (False, State.SELLING, Counts(100, 3, 97))
+    assert (found.ready, found.state, found.counts) == (
+        False,
+        SaleState.SELLING,
+        Counts(100, 3, 97),
+    )
 
 
 def test_a_rebuild_without_kafka_names_kafka() -> None:
     kept = Kept(("Kafka is away",), without_kafka=True)
-    found = statuses.found_of(replace(a_report(State.FENCED, Reason.FENCED), kept=kept))
-    assert (found.reason, found.state) == (Obstacle.KAFKA_UNAVAILABLE, State.FENCED)
+    found = statuses.found_of(replace(a_report(SaleState.FENCED, Reason.FENCED), kept=kept))
+    assert (found.reason, found.state) == (Obstacle.KAFKA_UNAVAILABLE, SaleState.FENCED)
 
 
 def test_another_sale_s_numbers_are_not_told() -> None:
-    conflict = a_report(State.ITEM_CONFLICT, Reason.ITEM_CONFLICT, sale=a_sale(OTHER))
+    conflict = a_report(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, sale=a_sale(OTHER))
     assert statuses.found_of(conflict).counts is None
 
 
@@ -164,7 +168,7 @@ def test_numbers_and_words_alone_are_written_every_few_seconds_at_most() -> None
 @pytest.mark.parametrize(
     "found",
     [
-        replace(SELLING, state=State.PAUSED),
+        replace(SELLING, state=SaleState.PAUSED),
         replace(SELLING, ready=False, reason=Reason.FENCED),
         replace(SELLING, counts=Counts(100, 100, 0)),
     ],
