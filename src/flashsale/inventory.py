@@ -1,6 +1,6 @@
 """The Lua scripts as typed calls: the only place that talks to Redis about sales."""
 
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
@@ -251,6 +251,22 @@ class Inventory:
             )
         )
         return None if text is None else Record.parse(text)
+
+    async def reservation_pages(
+        self, item_id: str, count: int = 500
+    ) -> AsyncIterator[list[tuple[str, Record]]]:
+        """Yields all reservations of an item, with their ids, in pages of about `count`.
+
+        A reservation can appear twice, and one accepted during the scan can be missing. Raises
+        `ContractViolation` if a record cannot be read.
+        """
+        cursor = 0
+        while True:
+            scanned = self._redis.hscan(ItemKeys.of(item_id).reservations, cursor, count=count)
+            cursor, page = await translated(cast("Awaitable[tuple[int, dict[str, str]]]", scanned))
+            yield [(reservation_id, Record.parse(text)) for reservation_id, text in page.items()]
+            if not cursor:
+                return
 
     async def outbox_page(
         self, item_id: str, *, after: str = "-", until_ms: int, count: int

@@ -364,3 +364,20 @@ async def test_settle_leaves_an_entry_of_another_reservation(stock: Inventory, i
     assert (await stock.sales([item]))[item].outbox_length == 1
     page = await stock.outbox_page(item, until_ms=2**50, count=9)
     assert [entry.entry_id for entry in page] == [second.detail]
+
+
+async def test_the_pages_of_reservations_contain_each_reservation(
+    stock: Inventory, item: str
+) -> None:
+    await opened(stock, a_sale(item, 10_000))
+    requests = [a_request(f"user-{number}") for number in range(8 * 128)]
+    for start in range(0, len(requests), 128):
+        await answers(stock, item, requests[start : start + 128])
+    pages = [page async for page in stock.reservation_pages(item, count=100)]
+    assert len(pages) > 1
+    found = {reservation_id: record.user_id for page in pages for reservation_id, record in page}
+    assert found == {request.reservation_id: request.user_id for request in requests}
+
+
+async def test_an_item_without_a_sale_has_no_reservations(stock: Inventory, item: str) -> None:
+    assert [record async for page in stock.reservation_pages(item) for record in page] == []
