@@ -21,9 +21,10 @@ from uvicorn.server import ServerState
 
 from bench.ceiling import app as ceiling
 from bench.results import Parts
-from flashsale import events, inventory
+from flashsale import events, redis_client
 from flashsale.events import Event
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
@@ -182,8 +183,9 @@ async def parts(redis_url: str) -> Parts:
     unmeasured = await _path(_app(Batching, cast("Metrics", _Unmeasured())))
     tracing = Traces(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))
     untraced = await _path(_app(Batching, traces=tracing))
-    client = inventory.connect(redis_url)
+    client = redis_client.connect(redis_url)
     stock = Inventory(client)
+    outbox = Outbox(client)
     requests = [Request(_ID, "u1-000000001", 1)] * CONNECTIONS
     acknowledged = [(f"1795561067887-{number}", _ID) for number in range(CONNECTIONS)]
     record = Record("accepted", 1, 1, 1795561067887, "u1-000000001", "")
@@ -207,7 +209,7 @@ async def parts(redis_url: str) -> Parts:
             script=await _least(lambda: stock.reserve("bench-path", requests, timeout_seconds=5))
             / CONNECTIONS,
             event=await _least(publish) / CONNECTIONS,
-            settled=await _least(lambda: stock.settle("bench-path", acknowledged)) / CONNECTIONS,
+            settled=await _least(lambda: outbox.settle("bench-path", acknowledged)) / CONNECTIONS,
             metrics=accepted - unmeasured,
             untraced=untraced - accepted,
         )

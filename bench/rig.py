@@ -19,7 +19,8 @@ from bench.machine import ROOT, Cores, cpu_seconds, placed
 from bench.results import Parts, Round
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
-from flashsale import inventory
+from flashsale import redis_client
+from flashsale.outbox import Outbox
 
 QUIET_SECONDS: Final = 120.0
 BEHIND: Final = 10
@@ -242,10 +243,10 @@ class Rig:
         asyncio.run(self._drain(items))
 
     async def _drain(self, items: Sequence[str]) -> None:
-        client = inventory.connect(self.redis.url)
+        client = redis_client.connect(self.redis.url)
         try:
             async with asyncio.timeout(QUIET_SECONDS):
-                while any((await inventory.Inventory(client).outbox_lengths(items)).values()):
+                while any((await Outbox(client).lengths(items)).values()):
                     await asyncio.sleep(0.02)
         finally:
             await client.aclose()

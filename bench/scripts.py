@@ -12,8 +12,9 @@ from bench.machine import cpu_seconds
 from bench.requests import Scale, show
 from bench.results import Memory, Scripts
 from bench.rig import Api, Rig
-from flashsale.inventory import Inventory, connect
+from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
+from flashsale.redis_client import connect
 from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Request
 
 IN_FLIGHT: Final = 3

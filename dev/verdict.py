@@ -10,7 +10,8 @@ import asyncpg
 
 from dev.crowd import Journal
 from dev.services import Addresses
-from flashsale import events, inventory, ledger
+from flashsale import events, ledger, redis_client
+from flashsale.outbox import Outbox
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
 
@@ -45,13 +46,13 @@ class Verdict:
 
 async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
     """Waits until the items' outboxes are empty and the ledger has read all of the topic."""
-    client = inventory.connect(addresses.redis_url)
+    client = redis_client.connect(addresses.redis_url)
     pool = await ledger.connect(addresses.database_url)
     kafka = KafkaSettings(kafka_bootstrap=addresses.kafka_bootstrap)
     try:
         async with asyncio.timeout(QUIET_SECONDS):
             while True:
-                waiting = await inventory.Inventory(client).outbox_lengths(items)
+                waiting = await Outbox(client).lengths(items)
                 partitions = await offsets.spans(kafka)
                 stored = await ledger.stored_offsets(pool, events.TOPIC)
                 if not any(waiting.values()) and all(

@@ -17,7 +17,7 @@ from typing import Any, Final
 import kopf
 from aiohttp import web
 
-from flashsale import inventory, ledger, logs
+from flashsale import ledger, logs, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
 from flashsale.settings import host_and_port, load
@@ -103,7 +103,7 @@ async def _run(settings: Settings) -> None:
     log_in().as_ssl_context()  # what is wrong with it is said now
     metrics = Metrics()
     async with AsyncExitStack() as stack:
-        redis = inventory.connect(settings.redis_url)
+        redis = redis_client.connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         pool = await ledger.connect(settings.database_url, max_connections=CONNECTIONS)
         stack.callback(pool.terminate)

@@ -5,22 +5,15 @@ from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
 
 from flashsale.errors import ContractViolation
 from flashsale.keys import ITEMS, ItemKeys
-from flashsale.redis_client import Pool
-from flashsale.reservations import BatchReply, OutboxEntry, Outcome, Record, Request, parse_reply
+from flashsale.reservations import BatchReply, Outcome, Record, Request, parse_reply
 from flashsale.sale import Predecessor, Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
 OUTBOX_LIMIT: Final = 100_000
 """Entries of an item's outbox above which new buyers meet backpressure."""
-
-MAX_CONNECTIONS: Final = 64
-SETTLE_SECONDS: Final = 2.0
 
 
 class Applied(StrEnum):
@@ -66,27 +59,6 @@ class ServerTime(NamedTuple):
     run_id: str
 
 
-def connect(url: str) -> "Redis":
-    """A client of `url` (`redis://…` or `rediss://…`) that never repeats a call by itself.
-
-    A repeated call of a script that timed out would run it again, unseen by the caller. Nothing
-    is connected yet.
-    """
-    pool = Pool.from_url(
-        url,
-        max_connections=MAX_CONNECTIONS,
-        timeout=1,
-        decode_responses=True,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=2,
-        socket_connect_timeout=1,
-        # Else some providers send what nobody asked for, and a connection that the server has
-        # closed is not noticed before it is used.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-    )
-    return Redis.from_pool(pool)
-
-
 class Inventory:
     """Sales in Redis. Every method raises `RedisUnavailable` when Redis cannot serve the call."""
 
@@ -95,7 +67,6 @@ class Inventory:
         self._scripts = Scripts(redis)
         self._outbox_limit = outbox_limit
         self._reserve = Script("reserve")
-        self._settle = Script("settle")
         self._apply = Script("apply")
         self._close = Script("close")
         self._free = Script("free")
@@ -116,17 +87,6 @@ class Inventory:
             timeout_seconds,
         )
         return parse_reply(str(reply))
-
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
-        """Deletes outbox entries, given as (entry id, reservation id); returns how many."""
-        return int(
-            await self._scripts.call_quickly(
-                self._settle,
-                [ItemKeys.of(item_id).outbox],
-                ("".join(f"{entry_id},{own_id}\n" for entry_id, own_id in acknowledged),),
-                SETTLE_SECONDS,
-            )
-        )
 
     async def apply(
         self,
@@ -220,28 +180,6 @@ class Inventory:
                         raise
         return found
 
-    async def outbox_lengths(self, item_ids: Iterable[str]) -> dict[str, int]:
-        """Entries in the outbox of each item."""
-        wanted = list(item_ids)
-        pipeline = self._redis.pipeline(transaction=False)
-        for item_id in wanted:
-            pipeline.xlen(ItemKeys.of(item_id).outbox)
-        replies = await translated(pipeline.execute()) if wanted else []
-        return dict(zip(wanted, replies, strict=True))
-
-    async def outbox_oldest_ms(self, item_ids: Iterable[str]) -> dict[str, int]:
-        """When each outbox' oldest entry was written, by Redis' clock; empty ones are left out."""
-        wanted = list(item_ids)
-        pipeline = self._redis.pipeline(transaction=False)
-        for item_id in wanted:
-            pipeline.xrange(ItemKeys.of(item_id).outbox, count=1)
-        replies = await translated(pipeline.execute()) if wanted else []
-        return {
-            item_id: int(entries[0][0].partition("-")[0])
-            for item_id, entries in zip(wanted, replies, strict=True)
-            if entries
-        }
-
     async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
         """One reservation, or None if Redis has none of that id."""
         text = await translated(
@@ -268,32 +206,9 @@ class Inventory:
             if not cursor:
                 return
 
-    async def outbox_page(
-        self, item_id: str, *, after: str = "-", until_ms: int, count: int
-    ) -> list[OutboxEntry]:
-        """At most `count` outbox entries, oldest first, written before `until_ms`.
-
-        `after` is the last entry id of the page before, or "-".
-        """
-        start = "-" if after == "-" else f"({after}"
-        page = self._redis.xrange(ItemKeys.of(item_id).outbox, start, f"{until_ms - 1}", count)
-        entries = await translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
-        return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
-
-    async def take_sweep(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
-        """Takes or renews the lease to sweep an item's outbox; False if another pod has it.
-
-        Two sweepers at once would cost duplicates, which are harmless, and nothing else.
-        """
-        key = ItemKeys.of(item_id).sweeper
-        owner = await translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
-        if owner == pod_id:
-            await translated(self._redis.pexpire(key, lease_ms))
-        return owner in (None, pod_id)
-
     async def load(self) -> None:
         """Loads the scripts, so that the first buyer does not wait for it."""
-        await self._scripts.load(self._reserve, self._settle)
+        await self._scripts.load(self._reserve)
 
     async def eviction_policy(self) -> str:
         """The server's `maxmemory-policy`; anything but `noeviction` may drop a sale's keys."""

@@ -12,15 +12,41 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias, cast
 
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
 
 Reply: TypeAlias = str | int
 
 log = logging.getLogger(__name__)
 
+MAX_CONNECTIONS: Final = 64
+
 _END: Final = b"\r\n"
+
+
+def connect(url: str) -> "Redis":
+    """Returns a client of `url` (`redis://…` or `rediss://…`) that never retries a call.
+
+    A retry after a timeout would run a script again without the caller's knowledge. The client
+    connects on its first call.
+    """
+    pool = Pool.from_url(
+        url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=1,
+        decode_responses=True,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=2,
+        socket_connect_timeout=1,
+        # Otherwise some providers push unsolicited messages, and redis-py does not notice a
+        # closed connection until it is used.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+    )
+    return Redis.from_pool(pool)
 
 
 class Pool(BlockingConnectionPool):

@@ -29,7 +29,7 @@ class Script:
 
 
 class Scripts:
-    """Calls scripts on the Redis of an `inventory.connect`; raises `RedisUnavailable`."""
+    """Calls scripts on the Redis of an `redis_client.connect`; raises `RedisUnavailable`."""
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis

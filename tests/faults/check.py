@@ -15,7 +15,7 @@ from typing import Final
 import asyncpg
 
 from dev.verdict import quiet
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Record
 from tests.faults.crowd import Answer, Crowd
@@ -220,7 +220,7 @@ def _may_be_lost(answer: Answer, history: History) -> bool:
 
 async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     """Redis against the ledger, to the last reservation."""
-    client, keys = inventory.connect(world.addresses.redis_url), ItemKeys.of(sale.item)
+    client, keys = redis_client.connect(world.addresses.redis_url), ItemKeys.of(sale.item)
     try:
         pipeline = client.pipeline(transaction=True)
         for key in (keys.sale, keys.reservations, keys.buyers):

@@ -12,7 +12,7 @@ from typing import Final
 import asyncpg
 
 from dev.verdict import quiet
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.keys import ItemKeys
 from tests.faults.check import declared, recovered
 from tests.faults.crowd import Crowd
@@ -119,7 +119,7 @@ async def lose(world: World, case: Case) -> Loss:
 
 async def _kept(world: World, item: str) -> set[str]:
     """What the Redis that came back has, before it is rebuilt."""
-    client = inventory.connect(world.addresses.redis_url)
+    client = redis_client.connect(world.addresses.redis_url)
     try:
         return {key async for key, _ in client.hscan_iter(ItemKeys.of(item).reservations)}
     finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from flashsale.inventory import Applied, Closed, Freed
 from flashsale.reservations import Outcome, Request
+from flashsale.sale import Predecessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Manifest:
     ends_hour: int | None = None
     paused: bool = False
     may_seed: bool = False
-    replaces: tuple[str, int] | None = None
+    replaces: Predecessor | None = None
 
     @property
     def state(self) -> str:

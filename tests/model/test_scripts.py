@@ -26,12 +26,14 @@ from hypothesis.stateful import (
 )
 from redis.asyncio import Redis
 
-from dev.stack.servers import RedisServer, redis_binaries
-from flashsale import inventory
+from dev.stack.packages import redis_binaries
+from dev.stack.servers import RedisServer
+from flashsale import redis_client
 from flashsale.inventory import Applied, Closed, Freed, Inventory
 from flashsale.keys import ItemKeys
+from flashsale.outbox import Outbox
 from flashsale.reservations import BatchReply, Outcome, Record, Request
-from flashsale.sale import SaleSpec
+from flashsale.sale import Predecessor, SaleSpec
 from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
 from tests.model.scripts import Hash, Item, Manifest
 
@@ -53,9 +55,9 @@ class Fault(NamedTuple):
     right: str
     wrong: str
 
-    def into(self, stock: Inventory, recovery: Recovery) -> None:
+    def into(self, *clients: Inventory | Outbox | Recovery) -> None:
         name = f"_{self.script}"
-        script = getattr(stock, name, None) or getattr(recovery, name)
+        [script] = [getattr(client, name) for client in clients if hasattr(client, name)]
         assert script.source.count(self.right) == 1
         script.source = script.source.replace(self.right, self.wrong)
         script.sha = sha1(script.source.encode(), usedforsecurity=False).hexdigest()
@@ -100,6 +102,7 @@ class Connected:
     runner: asyncio.Runner
     redis: Redis
     stock: Inventory
+    outbox: Outbox
     recovery: Recovery
     run_id: str
     names: Iterator[int]
@@ -168,7 +171,7 @@ class Scripts(RuleBasedStateMachine):
                 *window,
                 paused=paused,
                 may_seed=may_seed,
-                replaces=None if replaces is None else (other, accepted + replaces),
+                replaces=None if replaces is None else Predecessor(other, accepted + replaces),
             )
         )
 
@@ -247,7 +250,7 @@ class Scripts(RuleBasedStateMachine):
                 entry, identity = self.retired[pick % len(self.retired)]
             pairs.append((entry, identity))
         expected = self.model.settle(pairs)
-        assert self.server.run(self.server.stock.settle(self.item, pairs)) == expected
+        assert self.server.run(self.server.outbox.settle(self.item, pairs)) == expected
         self.retired += pairs
         self.server.seen["settled"] += expected
 
@@ -256,7 +259,7 @@ class Scripts(RuleBasedStateMachine):
         pairs = list((self.model.outbox or {}).items())
         expected = self.model.settle(pairs)
         if pairs:
-            assert self.server.run(self.server.stock.settle(self.item, pairs)) == expected
+            assert self.server.run(self.server.outbox.settle(self.item, pairs)) == expected
 
     @rule(sale_id=st.sampled_from([SALES[0], *SALES]), above=revisions, chance=chances)
     def close(self, sale_id: str, above: int, chance: int) -> None:
@@ -486,13 +489,15 @@ def _modelled(
 ) -> Counter[str]:
     """Runs sequences on a server; returns what was seen."""
     with asyncio.Runner() as runner:
-        client = inventory.connect(server.url)
+        client = redis_client.connect(server.url)
         stock = Inventory(client, outbox_limit=Item().outbox_limit)
-        recovery = Recovery(client)
+        outbox, recovery = Outbox(client), Recovery(client)
         if fault is not None:
-            fault.into(stock, recovery)
+            fault.into(stock, outbox, recovery)
         run_id = runner.run(stock.server()).run_id
-        connected = Connected(runner, client, stock, recovery, run_id, itertools.count(), Counter())
+        connected = Connected(
+            runner, client, stock, outbox, recovery, run_id, itertools.count(), Counter()
+        )
         machine = type("OnServer", (Scripts,), {"server": connected})
         try:
             run_state_machine_as_test(

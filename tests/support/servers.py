@@ -12,8 +12,9 @@ from dev.cluster.binaries import Binaries, binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale import inventory, ledger
+from flashsale import ledger, redis_client
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def addresses(
 
 @pytest.fixture
 async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = inventory.connect(redis_server.url)
+    client = redis_client.connect(redis_server.url)
     yield client
     await client.aclose()
 
@@ -51,6 +52,11 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
 @pytest.fixture
 def stock(redis: Redis) -> Inventory:
     return Inventory(redis)
+
+
+@pytest.fixture
+def outbox(redis: Redis) -> Outbox:
+    return Outbox(redis)
 
 
 @pytest.fixture

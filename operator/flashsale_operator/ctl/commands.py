@@ -18,8 +18,9 @@ from redis.asyncio import Redis
 
 from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
-from flashsale.inventory import MAX_CONNECTIONS, Inventory, connect
+from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
+from flashsale.redis_client import MAX_CONNECTIONS, connect
 from flashsale.sale import Predecessor, SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
 from flashsale_operator.ctl import tables

@@ -16,9 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from flashsale import heartbeat, inventory
+from flashsale import heartbeat, redis_client
 from flashsale.errors import FlashsaleError, RedisUnavailable
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 from flashsale_api import responses
 from flashsale_api.batcher import Batching
 from flashsale_api.metrics import Metrics
@@ -67,9 +68,10 @@ def create_app(
 ) -> Application:
     """The API. `on_failure` is called when a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
-    redis = inventory.connect(settings.redis_url)
+    redis = redis_client.connect(settings.redis_url)
     stock = Inventory(redis)
-    publisher = Publisher(settings, stock, metrics, traces=traces)
+    outbox = Outbox(redis)
+    publisher = Publisher(settings, outbox, metrics, traces=traces)
     decided = batching(stock, publisher, metrics, traces=traces)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()
@@ -79,10 +81,10 @@ def create_app(
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("first sight of Redis", _see_redis(stock, redis_seen)),
+                ("first sight of Redis", _see_redis(stock, outbox, redis_seen)),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
-                ("sweep", Sweeper(stock, publisher, metrics, pod_id).run()),
+                ("sweep", Sweeper(stock, outbox, publisher, metrics, pod_id).run()),
                 ("heartbeat", beat(redis, stock, publisher, pod_id)),
             )
         ]
@@ -143,12 +145,13 @@ def create_app(
     return Application(reserve, rest)
 
 
-async def _see_redis(stock: Inventory, seen: asyncio.Event) -> None:
+async def _see_redis(stock: Inventory, outbox: Outbox, seen: asyncio.Event) -> None:
     """Waits for Redis' first answer, and refuses a Redis that would evict a sale."""
     while True:
         try:
             policy = await stock.eviction_policy()
             await stock.load()
+            await outbox.load()
         except RedisUnavailable as error:
             log.info("waiting for Redis: %s", error)
             await asyncio.sleep(1)

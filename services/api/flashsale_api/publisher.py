@@ -21,7 +21,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from flashsale import events
 from flashsale.errors import RedisUnavailable
 from flashsale.events import Event
-from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.batcher import Accepted
@@ -56,7 +56,7 @@ class Publisher:
     def __init__(
         self,
         kafka: KafkaSettings,
-        inventory: Inventory,
+        outbox: Outbox,
         metrics: Metrics,
         *,
         topic: str = events.TOPIC,
@@ -64,7 +64,7 @@ class Publisher:
     ) -> None:
         self._kafka = kafka
         self._traces = traces
-        self._inventory = inventory
+        self._outbox = outbox
         self._metrics = metrics
         self._topic = topic
         self._pending: deque[Accepted] = deque()
@@ -148,7 +148,7 @@ class Publisher:
                 item_id = next(iter(self._acknowledged))
                 page = self._acknowledged[item_id][:SETTLE_BATCH]
                 try:
-                    await self._inventory.settle(item_id, page)
+                    await self._outbox.settle(item_id, page)
                 except RedisUnavailable as error:
                     if not away:
                         log.warning("outbox entries are settled later: %s", error)

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from redis.asyncio import Redis
 
-from flashsale import events, inventory
+from flashsale import events, redis_client
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.events import Event
 from flashsale.inventory import Inventory
@@ -63,7 +63,7 @@ def main() -> int:
 
 async def _run(item_id: str, environ: Mapping[str, str]) -> int:
     settings = load(Settings, environ)
-    redis = inventory.connect(settings.redis_url)
+    redis = redis_client.connect(settings.redis_url)
     producer = AIOKafkaProducer(**settings.kafka_client(), acks="all")
     try:
         async with asyncio.timeout(ACKNOWLEDGED_SECONDS):

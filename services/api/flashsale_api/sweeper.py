@@ -14,6 +14,7 @@ from flashsale import heartbeat
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.heartbeat import Heartbeat
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 from flashsale_api.batcher import Accepted
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
@@ -47,9 +48,15 @@ class Sweeper:
     """Publishes what dead pods left in the outboxes; one a process, one at work an item."""
 
     def __init__(
-        self, inventory: Inventory, publisher: Publisher, metrics: Metrics, pod_id: str
+        self,
+        inventory: Inventory,
+        outbox: Outbox,
+        publisher: Publisher,
+        metrics: Metrics,
+        pod_id: str,
     ) -> None:
         self._inventory = inventory
+        self._outbox = outbox
         self._publisher = publisher
         self._metrics = metrics
         self._pod_id = pod_id
@@ -82,9 +89,9 @@ class Sweeper:
     async def _look(self, now_ms: int) -> list[str]:
         """Measures all outboxes; returns the items of those that hold something."""
         items = await self._inventory.items()
-        lengths = await self._inventory.outbox_lengths(items)
+        lengths = await self._outbox.lengths(items)
         filled = [item_id for item_id, length in lengths.items() if length]
-        oldest_ms = await self._inventory.outbox_oldest_ms(filled)
+        oldest_ms = await self._outbox.oldest_ms(filled)
         self._metrics.know_all(items)
         for item_id, length in lengths.items():
             self._metrics.outbox_length.labels(item_id).set(length)
@@ -95,11 +102,11 @@ class Sweeper:
     async def _sweep_item(self, item_id: str, until_ms: int) -> None:
         publisher, after = self._publisher, "-"
         while publisher.connected and publisher.held < BACKLOG:
-            page = await self._inventory.outbox_page(
+            page = await self._outbox.page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
             )
             left = [entry for entry in page if not publisher.holds(item_id, entry.entry_id)]
-            if left and not await self._inventory.take_sweep(item_id, self._pod_id, SWEEP_LEASE_MS):
+            if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
                 return
             for entry in left:
                 publisher.add(

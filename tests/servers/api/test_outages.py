@@ -15,7 +15,7 @@ from dev.crowd import Attempt, Journal, stampede
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
 from tests.servers.api.test_reserve import problem, reserve
@@ -33,7 +33,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def own_stock(own_redis: RedisServer) -> AsyncIterator[Inventory]:
-    client = inventory.connect(own_redis.url)
+    client = redis_client.connect(own_redis.url)
     stock = Inventory(client)
     assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
     yield stock

@@ -14,8 +14,9 @@ from redis.asyncio import Redis
 from dev.crowd import Attempt, Journal, stampede
 from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import events, heartbeat, inventory
+from flashsale import events, heartbeat, redis_client
 from flashsale.inventory import Applied, Inventory
+from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Request, Snapshot
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
@@ -40,7 +41,7 @@ def redis_here(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def stock_here(redis_here: RedisServer) -> AsyncIterator[Inventory]:
-    client = inventory.connect(redis_here.url)
+    client = redis_client.connect(redis_here.url)
     stock = Inventory(client)
     assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
     yield stock
@@ -144,7 +145,7 @@ async def test_whoever_answers_a_replay_publishes_it_too(
             assert (again.status_code, again.json()) == (202, answer.json())
     sale = (await stock_here.sales([ITEM]))[ITEM]
     assert (sale.accepted, sale.outbox_length) == (2, 1)
-    client = inventory.connect(redis_here.url)
+    client = redis_client.connect(redis_here.url)
     await client.flushall()
     await client.aclose()
     await start_kafka(kafka_here)
@@ -263,7 +264,7 @@ async def test_a_pod_that_is_told_to_end_publishes_what_it_accepted(
     await asyncio.to_thread(api.stop)
     assert (await stock_here.sales([ITEM]))[ITEM].outbox_length == 0
     assert ids(await published(kafka_here)) == set(journal.accepted())
-    client = inventory.connect(redis_here.url)
+    client = redis_client.connect(redis_here.url)
     assert await heartbeat.living(client) == []
     await client.aclose()
 
@@ -276,7 +277,7 @@ async def test_a_heartbeat_says_what_kafka_has_not_acknowledged(
 ) -> None:
     api = new_api("api")
     await asyncio.to_thread(api.start)
-    client = inventory.connect(redis_here.url)
+    client = redis_client.connect(redis_here.url)
 
     async def beats(unacknowledged: dict[str, int]) -> None:
         async with asyncio.timeout(60):
@@ -315,7 +316,7 @@ async def test_a_reservation_whose_reply_was_lost_is_published_by_the_sweep(
         assert (await reserve(http, ITEM, "bob")).status_code == 202
 
 
-class Settling(Inventory):
+class Settling(Outbox):
     """Remembers in what order items are settled."""
 
     def __init__(self, redis: "Redis") -> None:
@@ -329,7 +330,7 @@ class Settling(Inventory):
 
 @pytest.fixture
 async def settling(redis_here: RedisServer) -> AsyncIterator[Settling]:
-    client = inventory.connect(redis_here.url)
+    client = redis_client.connect(redis_here.url)
     yield Settling(client)
     await client.aclose()
 
@@ -356,19 +357,19 @@ async def test_no_item_waits_until_another_is_settled(settling: Settling) -> Non
 
 
 async def test_who_has_much_to_settle_does_not_sweep(
-    stock_here: Inventory, monkeypatch: pytest.MonkeyPatch
+    stock_here: Inventory, settling: Settling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failure of Kafka most of what it would read again and again are its own entries."""
     monkeypatch.setattr(sweeper_module, "BACKLOG", 10)
     monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
-    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), stock_here, Metrics())
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), settling, Metrics())
     publisher.connected = True
     own = [accepted(ITEM, number) for number in range(10)]
     for each in own:
         publisher.add(each)
     others = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
     await stock_here.reserve(ITEM, [others], timeout_seconds=5)
-    sweeper = Sweeper(stock_here, publisher, Metrics(), "pod")
+    sweeper = Sweeper(stock_here, settling, publisher, Metrics(), "pod")
     await sweeper.sweep()
     assert publisher.held == 10
     publisher._let_go([(ITEM, own[0].entry_id)])

@@ -15,6 +15,7 @@ from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events
 from flashsale.events import Event
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 from flashsale.reservations import BatchReply, Request
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
@@ -57,7 +58,12 @@ async def published(kafka: KafkaServer, item: str) -> list[Event]:
 
 
 async def test_what_redis_has_is_published_again_and_again(
-    stock: Inventory, redis: Redis, redis_server: RedisServer, kafka_server: KafkaServer, item: str
+    stock: Inventory,
+    outbox: Outbox,
+    redis: Redis,
+    redis_server: RedisServer,
+    kafka_server: KafkaServer,
+    item: str,
 ) -> None:
     kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
     await topics.create(kafka, events.TOPIC, events.DEAD_LETTER_TOPIC)
@@ -72,8 +78,8 @@ async def test_what_redis_has_is_published_again_and_again(
         assert isinstance(reply, BatchReply)
         # As if Kafka had acknowledged them: the outbox lets go.
         entries = zip(reply.answers, wanted[first : first + 100], strict=True)
-        await stock.settle(item, [(answer.detail, it.reservation_id) for answer, it in entries])
-    assert await stock.outbox_lengths([item]) == {item: 0}
+        await outbox.settle(item, [(answer.detail, it.reservation_id) for answer, it in entries])
+    assert await outbox.lengths([item]) == {item: 0}
     before = await redis.hgetall(f"flashsale:{{{item}}}:sale")
 
     environment = {"REDIS_URL": redis_server.url, "KAFKA_BOOTSTRAP": kafka_server.bootstrap}

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer, redis_binaries
-from flashsale import inventory
+from flashsale import redis_client
 
 
 @pytest.fixture(scope="session", params=sorted(redis_binaries()))
@@ -20,6 +20,6 @@ def redis_server(
 
 @pytest.fixture
 async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = inventory.connect(redis_server.url)
+    client = redis_client.connect(redis_server.url)
     yield client
     await client.aclose()

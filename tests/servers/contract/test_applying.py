@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flashsale.inventory import Applied, Closed, Inventory
+from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
 from flashsale.sale import Predecessor, Sale, SaleState
 from tests.servers.contract.test_reserve import a_request, a_sale, answers, opened, outcome
@@ -144,7 +145,7 @@ async def test_closing_leaves_other_sales_and_newer_revisions_alone(
 
 
 async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_recorded(
-    stock: Inventory, item: str
+    stock: Inventory, outbox: Outbox, item: str
 ) -> None:
     first = await opened(stock, a_sale(item, 5))
     second = replace(first, sale_id="default/second", stock=7)
@@ -158,7 +159,7 @@ async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_r
     assert await take(1) is Applied.CONFLICT  # selling
     await stock.close(item, first.sale_id, 2)
     assert await take(1) is Applied.CONFLICT  # not drained
-    await stock.settle(item, [(answer.detail, bought.reservation_id)])
+    await outbox.settle(item, [(answer.detail, bought.reservation_id)])
     assert await take(0) is Applied.CONFLICT  # not recorded
     assert await stock.apply(second, 1, seed_until_ms=2**53) is Applied.CONFLICT  # not asked to
     assert await take(1) is Applied.SEEDED

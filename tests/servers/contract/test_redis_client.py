@@ -12,13 +12,13 @@ from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import NoScriptError, ResponseError
 
 from dev.stack.redis import RedisServer
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.redis_client import Link, Pool, Reply
 
 
 @asynccontextmanager
 async def piped(server: RedisServer) -> AsyncIterator[Pool]:
-    client = inventory.connect(server.url)
+    client = redis_client.connect(server.url)
     pool = client.connection_pool
     assert isinstance(pool, Pool)
     try:

@@ -12,10 +12,11 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
+from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request
 from flashsale.sale import SaleSpec
 
@@ -193,7 +194,7 @@ async def test_a_clock_that_jumps_back_does_not_move_the_sale_back(
     assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
 
 
-async def test_a_full_outbox_is_backpressure(redis: Redis, item: str) -> None:
+async def test_a_full_outbox_is_backpressure(redis: Redis, outbox: Outbox, item: str) -> None:
     stock = Inventory(redis, outbox_limit=2)
     await opened(stock, a_sale(item, 10))
     requests = [a_request(f"u{n}") for n in range(4)]
@@ -203,7 +204,7 @@ async def test_a_full_outbox_is_backpressure(redis: Redis, item: str) -> None:
     ] * 2
     replay = await answers(stock, item, requests[:1])
     assert replay[0].outcome is Outcome.REPLAYED
-    await stock.settle(item, [(found[0].detail, requests[0].reservation_id)])
+    await outbox.settle(item, [(found[0].detail, requests[0].reservation_id)])
     assert await outcome(stock, item, requests[2]) is Outcome.ACCEPTED
 
 
@@ -228,12 +229,12 @@ async def test_a_sale_of_another_format_is_left_alone(
 
 @pytest.mark.parametrize("part", ["buyers", "reservations", "outbox"])
 async def test_a_sale_that_lost_a_key_is_fenced(
-    stock: Inventory, redis: Redis, item: str, part: str
+    stock: Inventory, outbox: Outbox, redis: Redis, item: str, part: str
 ) -> None:
     spec = await opened(stock, a_sale(item))
     first = a_request("ann")
     [answer] = await answers(stock, item, [first])
-    await stock.settle(item, [(answer.detail, first.reservation_id)])
+    await outbox.settle(item, [(answer.detail, first.reservation_id)])
     assert await outcome(stock, item, a_request("bob")) is Outcome.ACCEPTED
     await redis.delete(getattr(ItemKeys.of(item), part))
     assert await outcome(stock, item, a_request("cid")) is Outcome.FENCED
@@ -257,7 +258,7 @@ async def test_a_restarted_server_fences_its_sales(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:
     with RedisServer(tmp_path, binary=redis_server.binary, appendfsync="always") as server:
-        client = inventory.connect(server.url)
+        client = redis_client.connect(server.url)
         stock = Inventory(client)
         spec = await opened(stock, a_sale(item, 5))
         bought = a_request("ann")
@@ -270,7 +271,7 @@ async def test_a_restarted_server_fences_its_sales(
         assert await outcome(stock, item, bought) is Outcome.FENCED
         assert await stock.apply(spec, 2) is Applied.FENCED
         # What it had accepted can still be published and settled.
-        assert await stock.settle(item, [(answer.detail, bought.reservation_id)]) == 1
+        assert await Outbox(client).settle(item, [(answer.detail, bought.reservation_id)]) == 1
         assert (await stock.sales([item]))[item].accepted == 1
         await client.aclose()
 
@@ -284,7 +285,7 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
         RedisServer(tmp_path / "one", binary=binary) as one,
         RedisServer(tmp_path / "two", binary=binary) as two,
     ):
-        client, other = inventory.connect(one.url), inventory.connect(two.url)
+        client, other = redis_client.connect(one.url), redis_client.connect(two.url)
         stock = Inventory(client)
         before = await stock.server()
         await opened(stock, a_sale(item, 5))
@@ -312,7 +313,7 @@ async def test_a_server_out_of_memory_sells_nothing(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:
     with RedisServer(tmp_path, binary=redis_server.binary) as server:
-        client = inventory.connect(server.url)
+        client = redis_client.connect(server.url)
         stock = Inventory(client)
         await opened(stock, a_sale(item))
         assert await outcome(stock, item, a_request("ann")) is Outcome.ACCEPTED
@@ -341,28 +342,32 @@ async def test_a_malformed_batch_changes_nothing(stock: Inventory, redis: Redis,
     assert await redis.exists(ItemKeys.of(item).buyers) == 0
 
 
-async def test_the_outbox_holds_the_whole_event(stock: Inventory, item: str) -> None:
+async def test_the_outbox_holds_the_whole_event(
+    stock: Inventory, outbox: Outbox, item: str
+) -> None:
     await opened(stock, a_sale(item, 7, max_per_user=2))
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     request = Request(str(uuid.uuid4()), "ann", 2, "k", trace)
     [answer] = await answers(stock, item, [request])
     until_ms = (await stock.server()).now_ms + 1
-    [entry] = await stock.outbox_page(item, until_ms=until_ms, count=10)
+    [entry] = await outbox.page(item, until_ms=until_ms, count=10)
     assert (entry.entry_id, entry.reservation_id) == (answer.detail, request.reservation_id)
     assert entry.record == Record("accepted", 1, 2, entry.record.occurred_ms, "ann", "k")
     assert entry.snapshot == (f"default/{item}", 7, 7, 1)
     assert entry.traceparent == trace
 
 
-async def test_settle_leaves_an_entry_of_another_reservation(stock: Inventory, item: str) -> None:
+async def test_settle_leaves_an_entry_of_another_reservation(
+    stock: Inventory, outbox: Outbox, item: str
+) -> None:
     await opened(stock, a_sale(item))
     mine, other = a_request("ann"), a_request("bob")
     [first, second] = await answers(stock, item, [mine, other])
-    assert await stock.settle(item, [(first.detail, other.reservation_id)]) == 0
-    assert await stock.settle(item, [(first.detail, mine.reservation_id)] * 2) == 1
-    assert await stock.settle(item, [(first.detail, mine.reservation_id)]) == 0
+    assert await outbox.settle(item, [(first.detail, other.reservation_id)]) == 0
+    assert await outbox.settle(item, [(first.detail, mine.reservation_id)] * 2) == 1
+    assert await outbox.settle(item, [(first.detail, mine.reservation_id)]) == 0
     assert (await stock.sales([item]))[item].outbox_length == 1
-    page = await stock.outbox_page(item, until_ms=2**50, count=9)
+    page = await outbox.page(item, until_ms=2**50, count=9)
     assert [entry.entry_id for entry in page] == [second.detail]
 
 

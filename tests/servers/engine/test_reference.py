@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaProducer
 
 from dev.crowd import Attempt, stampede
 from dev.verdict import judge, quiet
-from flashsale import events, inventory
+from flashsale import events, redis_client
 from tests.servers.engine.conftest import Engine
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ OF_OTHER_FRAMEWORKS = (
 
 
 async def test_an_item_id_reaches_no_key_of_another_application(engine: Engine, item: str) -> None:
-    client = inventory.connect(engine.addresses.redis_url)
+    client = redis_client.connect(engine.addresses.redis_url)
     theirs = f"counter-{item}"
     await client.set(theirs, 5)
     async with httpx.AsyncClient(base_url=engine.urls[0]) as buyer:

@@ -11,7 +11,7 @@ import pytest
 
 from dev.crowd import Attempt, Journal, stampede
 from dev.verdict import Verdict, judge, quiet
-from flashsale import inventory
+from flashsale import redis_client
 from tests.servers.engine.conftest import Engine
 
 pytestmark = pytest.mark.slow
@@ -203,7 +203,7 @@ async def test_a_redis_restored_from_an_older_copy_sells_nothing_again(
 
 async def test_a_wiped_redis_is_rebuilt_in_the_middle_of_a_crowd(engine: Engine, item: str) -> None:
     await engine.apply(item, stock=BUYERS // 2)
-    client = inventory.connect(engine.addresses.redis_url)
+    client = redis_client.connect(engine.addresses.redis_url)
     async with a_crowd(engine, buyers(item)) as journal:
         await client.flushall()
         async with asyncio.timeout(90):

@@ -19,7 +19,7 @@ from schemathesis.core.result import Ok
 
 from dev.services import ApiServer
 from dev.stack.servers import RedisServer
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import Sale, SaleSpec
 
@@ -51,7 +51,7 @@ def sale_of(server: RedisServer) -> Sale:
     """The sale that all these requests are for, seeded when it is not there."""
 
     async def look() -> Sale:
-        client = inventory.connect(server.url)
+        client = redis_client.connect(server.url)
         stock = Inventory(client)
         spec = SaleSpec(f"default/{ITEM}", ITEM, UNITS, max_per_user=1_000)
         assert await stock.apply(spec, 1, seed_until_ms=2**53) in (

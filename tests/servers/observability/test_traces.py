@@ -13,7 +13,7 @@ import pytest
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale import inventory
+from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
 from tests.servers.observability.collector import Collector, Span, collecting
@@ -49,7 +49,7 @@ def addresses(
 
 def seed(addresses: Addresses, item: str) -> None:
     async def apply() -> None:
-        redis = inventory.connect(addresses.redis_url)
+        redis = redis_client.connect(addresses.redis_url)
         spec = SaleSpec(f"default/{item}", item, 10)
         assert await Inventory(redis).apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
         await redis.aclose()

@@ -11,9 +11,10 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
-from flashsale import events, inventory, ledger
+from flashsale import events, ledger, redis_client
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
+from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Request
 from flashsale.sale import Sale, SaleSpec
 from flashsale_operator.sales.drain import Barrier, Patience
@@ -36,6 +37,7 @@ class Shop:
 
     def __post_init__(self) -> None:
         self.inventory = Inventory(self.redis)
+        self.outbox = Outbox(self.redis)
         self.barrier = Barrier(self.redis, self.pool, self.spans, patience=self.patience)
         rebuild = Rebuild(self.redis, self.pool, self.barrier)
         self.steward = Steward(self.inventory, self.pool, rebuild.rebuild)
@@ -66,7 +68,7 @@ class Shop:
 
     async def record(self, item_id: str, *, lose: int = 0) -> None:
         """Takes the outbox to the ledger, but for `lose` of its events."""
-        entries = await self.inventory.outbox_page(item_id, until_ms=2**50, count=10_000)
+        entries = await self.outbox.page(item_id, until_ms=2**50, count=10_000)
         for number, entry in enumerate(entries):
             sale_id, record = entry.snapshot.sale_id, entry.record
             if number < lose:
@@ -81,7 +83,7 @@ class Shop:
                     "UPDATE sales SET accepted = accepted + $2 WHERE sale_id = $1",
                     *(sale_id, record.quantity),
                 )
-        await self.inventory.settle(item_id, [(e.entry_id, e.reservation_id) for e in entries])
+        await self.outbox.settle(item_id, [(e.entry_id, e.reservation_id) for e in entries])
 
     async def read_to(self, partition: int, next_offset: int) -> None:
         await self.pool.execute(
@@ -115,7 +117,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture
 async def redis(redis_server: RedisServer) -> AsyncIterator["Redis"]:
-    client = inventory.connect(redis_server.url)
+    client = redis_client.connect(redis_server.url)
     await client.flushall()
     yield client
     await client.aclose()
@@ -142,7 +144,7 @@ def within(
     """Does something in a shop on `database_url`, from a test without an event loop."""
 
     async def run(does: Callable[[Shop], Awaitable[None]]) -> None:
-        redis, pool = inventory.connect(redis_server.url), await ledger.connect(database_url)
+        redis, pool = redis_client.connect(redis_server.url), await ledger.connect(database_url)
         try:
             await does(Shop(redis, pool))
         finally:

@@ -9,7 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
-from flashsale import inventory, ledger
+from flashsale import ledger, redis_client
 from flashsale.errors import LedgerUnavailable, RedisUnavailable
 from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
@@ -211,7 +211,7 @@ async def test_after_a_restart_a_sale_is_rebuilt_once_its_outbox_is_drained(
     tmp_path: Path, pool: Pool, spec: SaleSpec, lose: int
 ) -> None:
     with RedisServer(tmp_path, appendfsync="always") as server:
-        redis = inventory.connect(server.url)
+        redis = redis_client.connect(server.url)
         shop = Shop(redis, pool)
         await shop.apply(spec)
         await shop.buy(spec.item_id, "a", "b", "c")

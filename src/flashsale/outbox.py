@@ -1,0 +1,87 @@
+"""The outboxes in Redis: reservation events that Kafka has not acknowledged."""
+
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Final, cast
+
+from redis.asyncio import Redis
+
+from flashsale.keys import ItemKeys
+from flashsale.reservations import OutboxEntry
+from flashsale.scripts import Script, Scripts, translated
+
+SETTLE_SECONDS: Final = 2.0
+
+
+class Outbox:
+    """The outboxes of all items. Every method raises `RedisUnavailable` if the call fails."""
+
+    def __init__(self, redis: "Redis") -> None:
+        self._redis = redis
+        self._scripts = Scripts(redis)
+        self._settle = Script("settle")
+
+    async def load(self) -> None:
+        """Loads the script, so that no call has to send its source."""
+        await self._scripts.load(self._settle)
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+        """Deletes entries that Kafka has acknowledged, and returns the number deleted.
+
+        Each is given as (entry id, reservation id). An entry of another reservation stays.
+        """
+        return int(
+            await self._scripts.call_quickly(
+                self._settle,
+                [ItemKeys.of(item_id).outbox],
+                ("".join(f"{entry_id},{own_id}\n" for entry_id, own_id in acknowledged),),
+                SETTLE_SECONDS,
+            )
+        )
+
+    async def page(
+        self, item_id: str, *, after: str = "-", until_ms: int, count: int
+    ) -> list[OutboxEntry]:
+        """Returns at most `count` entries written before `until_ms`, oldest first.
+
+        `after` is the last entry id of the previous page, or "-" for the first page.
+        """
+        start = "-" if after == "-" else f"({after}"
+        page = self._redis.xrange(ItemKeys.of(item_id).outbox, start, f"{until_ms - 1}", count)
+        entries = await translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
+        return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
+
+    async def lengths(self, item_ids: Iterable[str]) -> dict[str, int]:
+        """Returns the number of entries per item."""
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            pipeline.xlen(ItemKeys.of(item_id).outbox)
+        replies = await translated(pipeline.execute()) if wanted else []
+        return dict(zip(wanted, replies, strict=True))
+
+    async def oldest_ms(self, item_ids: Iterable[str]) -> dict[str, int]:
+        """Returns when each item's oldest entry was written, in ms of Redis' clock.
+
+        Items with an empty outbox are left out.
+        """
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            pipeline.xrange(ItemKeys.of(item_id).outbox, count=1)
+        replies = await translated(pipeline.execute()) if wanted else []
+        return {
+            item_id: int(entries[0][0].partition("-")[0])
+            for item_id, entries in zip(wanted, replies, strict=True)
+            if entries
+        }
+
+    async def take_lease(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
+        """Takes or renews the lease to sweep an item's outbox. False if another pod has it.
+
+        The lease only saves work: two sweepers publish duplicates, which are harmless.
+        """
+        key = ItemKeys.of(item_id).sweeper
+        owner = await translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
+        if owner == pod_id:
+            await translated(self._redis.pexpire(key, lease_ms))
+        return owner in (None, pod_id)
