@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 import asyncpg
 
@@ -17,6 +17,7 @@ from flashsale.errors import LedgerUnavailable
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 _MIGRATION_LOCK: Final = (
     0x666C617368  # "flash": any constant that nothing else in the database takes
 )
@@ -58,7 +59,7 @@ class SaleRow:
 SALE_COLUMNS: Final = tuple(field.name for field in fields(SaleRow))
 
 
-async def connect(url: str, *, max_connections: int = 4) -> "asyncpg.Pool[asyncpg.Record]":
+async def connect(url: str, *, max_connections: int = 4) -> Pool:
     """A pool of connections to `url`; connections are made when they are needed."""
     async with translated():
         return await asyncpg.create_pool(
@@ -97,7 +98,7 @@ async def translated() -> AsyncIterator[None]:
         raise LedgerUnavailable(f"the ledger is away: {why}") from error
 
 
-async def migrate(pool: "asyncpg.Pool[asyncpg.Record]") -> int:
+async def migrate(pool: Pool) -> int:
     """Runs the numbered migrations that the database lacks; returns its version.
 
     Safe to call from every process at once: an advisory lock lets one through at a time. A
@@ -137,14 +138,14 @@ async def _version(connection: "PoolConnectionProxy[asyncpg.Record]") -> int:
     return version
 
 
-async def sale(pool: "asyncpg.Pool[asyncpg.Record]", sale_id: str) -> SaleRow | None:
+async def sale(pool: Pool, sale_id: str) -> SaleRow | None:
     """One sale's row."""
     async with translated():
         record = await pool.fetchrow("SELECT * FROM sales WHERE sale_id = $1", sale_id)
     return None if record is None else SaleRow.of(record)
 
 
-async def sales(pool: "asyncpg.Pool[asyncpg.Record]", item_id: str | None = None) -> list[SaleRow]:
+async def sales(pool: Pool, item_id: str | None = None) -> list[SaleRow]:
     """The rows of all sales, or of one item's, by sale id."""
     async with translated():
         records = await pool.fetch(
@@ -153,7 +154,7 @@ async def sales(pool: "asyncpg.Pool[asyncpg.Record]", item_id: str | None = None
     return [SaleRow.of(record) for record in records]
 
 
-async def stored_offsets(pool: "asyncpg.Pool[asyncpg.Record]", topic: str) -> dict[int, int]:
+async def stored_offsets(pool: Pool, topic: str) -> dict[int, int]:
     """Next offset by partition, for the partitions of which something is recorded."""
     async with translated():
         records = await pool.fetch(
