@@ -19,7 +19,6 @@ BURST: Final = 10
 WINDOW_SECONDS: Final = 10.0
 """Of the lines that one statement logs, those beyond `BURST` in so long are left out."""
 
-_OURS: Final = ("flashsale", "flashsale_api", "flashsale_consumer", "flashsale_operator")
 # uvicorn's own way to say the message again.
 _NO_FIELDS: Final = (*RESERVED_ATTRS, "color_message")
 _MAX_STATEMENTS: Final = 1_000
@@ -34,13 +33,15 @@ def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Terminal() if stream.isatty() else _Json())
+    handler.addFilter(_without_debug_of_libraries)
     handler.addFilter(Repeats())
-    number = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(level=max(number, logging.INFO), handlers=[handler], force=True)
-    for name in _OURS:
-        logging.getLogger(name).setLevel(number)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # It logs every try while Kafka is away; whoever uses it logs each change, once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL + 1)
+
+
+def _without_debug_of_libraries(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or record.name.startswith("flashsale")
 
 
 @dataclass(slots=True)

@@ -25,8 +25,6 @@ def as_before() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name in ("flashsale", "flashsale_api", "flashsale_consumer", "flashsale_operator"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
     logging.getLogger("aiokafka").setLevel(logging.NOTSET)
 
 
@@ -80,8 +78,10 @@ def test_debug_is_for_our_own_modules() -> None:
     stream = io.StringIO()
     logs.configure("debug", stream)
     log.debug("ours")
+    logging.getLogger("flashsale_api.app").debug("ours too")
     logging.getLogger("urllib3").debug("somebody's headers")
     assert "ours" in stream.getvalue()
+    assert "ours too" in stream.getvalue()
     assert "headers" not in stream.getvalue()
 
 
