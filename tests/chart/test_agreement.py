@@ -13,16 +13,15 @@ import flashsale
 import flashsale_api.__main__ as api_main
 import flashsale_api.app as api_app
 import flashsale_consumer.app as consumer_app
-import flashsale_consumer.closing as consumer_closing
+import flashsale_consumer.clients as consumer_clients
 import flashsale_operator.app as operator_app
 from dev.images.building import DEPLOYABLES
 from flashsale.settings import PREFIX, host_and_port
 from flashsale_api.settings import Settings as ApiSettings
 from flashsale_consumer.settings import Settings as ConsumerSettings
 from flashsale_operator.settings import Settings as OperatorSettings
-from tests.chart.chart import COMPONENTS, Rendered
-from tests.chart.values_table import CHART
-from tests.support.paths import ROOT
+from tests.support.chart import COMPONENTS, Rendered
+from tests.support.paths import CHART, ROOT
 
 SETTINGS: Final[dict[str, type[msgspec.Struct]]] = {
     "api": ApiSettings,
@@ -93,7 +92,7 @@ def test_a_pod_is_given_the_time_that_it_takes_to_end(plain: Rendered) -> None:
     assert spec["terminationGracePeriodSeconds"] == needed
 
     clients = 3  # the membership, the dead letters' producer, the ledger's connections
-    needed = consumer_app.GRACE_SECONDS + clients * consumer_closing.CLOSE_SECONDS + MARGIN_SECONDS
+    needed = consumer_app.GRACE_SECONDS + clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 

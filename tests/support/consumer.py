@@ -1,12 +1,11 @@
-"""The consumer's surroundings as its tests make them and look at them."""
+"""The ledger, the topics and the consumer processes of the consumer's tests."""
 
 import asyncio
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
@@ -21,7 +20,7 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from dev.stack.process import free_port
+from dev.stack.ports import free_port
 from dev.stack.servers import PostgresServer
 from flashsale import events, ledger
 from flashsale.errors import LedgerUnavailable
@@ -32,6 +31,7 @@ from flashsale_consumer import topics
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
+from tests.support.eventually import until
 
 DEADLINE_SECONDS = 60.0
 NOON = datetime(2026, 11, 27, 12, tzinfo=UTC)
@@ -59,7 +59,7 @@ _FIRST = Event(
 
 
 def accepted(number: int = 0, **changes: object) -> Event:
-    """The event of an accepted reservation; `number` orders those of one test."""
+    """Make the event of an accepted reservation. A higher `number` was accepted later."""
     own: dict[str, object] = {
         "reservation_id": str(uuid4()),
         "occurred_at": NOON + timedelta(milliseconds=number),
@@ -67,20 +67,9 @@ def accepted(number: int = 0, **changes: object) -> Event:
     return msgspec.structs.replace(_FIRST, **own | changes)
 
 
-async def until(holds: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Waits until it holds; what is away for a while does not hold."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while True:
-        with suppress(httpx.TransportError, OSError, LedgerUnavailable):
-            if await holds():
-                return
-        assert time.monotonic() < deadline, f"{what}: not within {DEADLINE_SECONDS:.0f} s"
-        await asyncio.sleep(0.05)
-
-
 @dataclass
-class Book:
-    """The ledger as a test looks at it."""
+class Ledger:
+    """A ledger, as a test reads it."""
 
     url: str
     pool: Pool
@@ -91,7 +80,7 @@ class Book:
         return row
 
     async def rows(self, sale_id: str = "default/phones") -> dict[str, tuple[str, int, int]]:
-        """State, version and quantity by reservation id."""
+        """Return state, version and quantity by reservation id."""
         async with ledger.translated():
             found = await self.pool.fetch("SELECT * FROM reservations WHERE sale_id = $1", sale_id)
         return {
@@ -100,7 +89,7 @@ class Book:
         }
 
     async def has(self, *sought: Event) -> bool:
-        """Whether the reservations are there, each counted once."""
+        """Whether the ledger has a row for each event. Also checks that each is counted once."""
         for sale_id in {event.sale_id for event in sought}:
             rows = await self.rows(sale_id)
             if not {event.reservation_id for event in sought if event.sale_id == sale_id} <= set(
@@ -111,21 +100,35 @@ class Book:
             assert (await self.sale(sale_id)).accepted == sum(row[2] for row in counted)
         return True
 
+    async def until_has(self, *sought: Event) -> None:
+        """Wait until the ledger has the events, even if PostgreSQL is down meanwhile."""
+        await until(
+            lambda: self.has(*sought),
+            f"{len(sought)} events are recorded",
+            ignoring=(LedgerUnavailable, OSError),
+        )
+
+    async def until_rows(self, least: int) -> None:
+        async def look() -> bool:
+            return len(await self.rows()) >= least
+
+        await until(look, f"{least} rows are recorded")
+
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Book]:
+async def opened(url: str) -> AsyncIterator[Ledger]:
     pool = await ledger.connect(url)
     try:
-        yield Book(url, pool)
+        yield Ledger(url, pool)
     finally:
         pool.terminate()
-        # The transports are closed by the loop, after this.
+        # The loop closes the transports in its next iteration.
         await asyncio.sleep(0)
 
 
 @asynccontextmanager
 async def database(server: PostgresServer) -> AsyncIterator[str]:
-    """The URL of an empty database, dropped afterwards."""
+    """The URL of an empty database, which is dropped afterwards."""
     name = f"test_{uuid4().hex}"
     async with connected(server.url) as connection:
         await connection.execute(f"CREATE DATABASE {name}")
@@ -145,7 +148,7 @@ async def connected(url: str) -> AsyncIterator[Connection]:
 
 @dataclass
 class Log:
-    """The topics as a test writes and reads them."""
+    """The topics and the consumer group of one test."""
 
     bootstrap: str
     topic: str = field(default_factory=lambda: f"reservations.{uuid4()}")
@@ -153,7 +156,7 @@ class Log:
     group_id: str = field(default_factory=lambda: f"ledger.{uuid4()}")
 
     async def create(self, *, largest_dead_letter: int | None = None) -> None:
-        """Creates them as the consumer does, or the second one for small records only (bytes)."""
+        """Create the topics as the consumer does. `largest_dead_letter` is a limit in bytes."""
         if largest_dead_letter is not None:
             async with self._admin() as admin:
                 limit = {"max.message.bytes": str(largest_dead_letter)}
@@ -171,10 +174,10 @@ class Log:
             async def gone() -> bool:
                 return topic not in await admin.list_topics()
 
-            await until(gone, f"{topic} is gone")
+            await until(gone, f"{topic} is deleted")
 
     async def write(self, *written: Event | bytes | None, partition: int | None = None) -> None:
-        """Produces events, and raw values, in this order where they share a partition."""
+        """Produce events and raw values. Within a partition their order is kept."""
         producer = AIOKafkaProducer(
             bootstrap_servers=self.bootstrap, acks="all", max_request_size=4_000_000
         )
@@ -204,7 +207,7 @@ class Log:
         return sum(int(place.offset) for place in committed.values()) >= offset
 
     async def dead_letters(self, count: int) -> Sequence[ConsumerRecord]:
-        """The first `count` dead letters."""
+        """Return the first `count` dead letters."""
         consumer = AIOKafkaConsumer(
             self.dead_letter_topic,
             bootstrap_servers=self.bootstrap,
@@ -242,7 +245,7 @@ class Running:
         )
 
     def events(self, result: str) -> float:
-        """How many events it counted as that."""
+        """The number of events that the worker counted under `result`."""
         sample = f'flashsale_consumer_events_total{{result="{result}"}}'
         (line,) = (
             line for line in self.metrics.text().decode().splitlines() if line.startswith(sample)
@@ -250,19 +253,19 @@ class Running:
         return float(line.split()[-1])
 
     def partitions(self) -> int:
-        """How many partitions it reads."""
+        """The number of partitions that the worker reads."""
         return self.metrics.text().decode().count("flashsale_consumer_lag{")
 
 
 @asynccontextmanager
 async def running(url: str, log: Log) -> AsyncIterator[Running]:
-    """A worker, ended afterwards; one that died fails the test."""
+    """Run a worker during the body. A worker that died fails the test."""
     member = Running(url, log)
     task = asyncio.create_task(member.worker.run())
     try:
         yield member
-        # Else the next timeout, of some versions of Python, would end it.
-        assert not task.cancelling(), "what failed was not forgotten"
+        # Otherwise the next timeout would end the worker in some versions of Python.
+        assert not task.cancelling(), "a failed batch left a cancellation on the worker's task"
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -270,17 +273,19 @@ async def running(url: str, log: Log) -> AsyncIterator[Running]:
 
 
 class Process:
-    """`python -m flashsale_consumer`, with its output."""
+    """`python -m flashsale_consumer` and its output."""
 
     def __init__(self, output: Path, **environment: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._output = output
-        own = {name: value for name, value in os.environ.items() if "FLASHSALE" not in name}
-        own |= {"FLASHSALE_LISTEN": f"127.0.0.1:{self.port}", **environment}
+        listen = {"FLASHSALE_LISTEN": f"127.0.0.1:{self.port}"}
         with output.open("wb") as file:
             self._process = Popen(
-                [sys.executable, "-m", "flashsale_consumer"], env=own, stdout=file, stderr=STDOUT
+                [sys.executable, "-m", "flashsale_consumer"],
+                env=_only(**listen | environment),
+                stdout=file,
+                stderr=STDOUT,
             )
 
     @property
@@ -291,32 +296,34 @@ class Process:
         async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
             return (await client.get(path)).status_code
 
-    async def serves(self, path: str) -> bool:
-        assert self._process.poll() is None, self.output
-        return await self.status(path) == 200
+    async def until_serves(self, path: str) -> None:
+        async def look() -> bool:
+            assert self._process.poll() is None, self.output
+            return await self.status(path) == 200
 
-    async def prints(self, text: str, times: int = 1) -> bool:
-        return self.output.count(text) >= times
+        await until(look, f"{path} answers 200", ignoring=(httpx.TransportError,))
+
+    async def until_prints(self, text: str, times: int = 1) -> None:
+        await until(lambda: self.output.count(text) >= times, lambda: f"{text}: {self.output}")
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
     async def ended(self) -> int:
-        """Its exit code."""
-
-        async def gone() -> bool:
-            return self._process.poll() is not None
-
-        await until(gone, "the process ended")
+        """Wait for the end of the process, and return its exit code."""
+        await until(lambda: self._process.poll() is not None, "the process ends")
         return self._process.wait()
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Runs `python -m flashsale_consumer` to its end: its exit code and what it printed."""
-    own = {name: value for name, value in os.environ.items() if "FLASHSALE" not in name}
+    """Run `python -m flashsale_consumer` to its end. Returns the exit code and the output."""
     ended = subprocess.run(
         [sys.executable, "-m", "flashsale_consumer", *arguments],
-        env=own | environment,
+        env=_only(**environment),
         stdout=PIPE,
         stderr=STDOUT,
         text=True,
@@ -324,3 +331,9 @@ def run(*arguments: str, **environment: str) -> tuple[int, str]:
         check=False,
     )
     return ended.returncode, ended.stdout
+
+
+def _only(**settings: str) -> dict[str, str]:
+    """This process' environment, with these settings and no others of the engine."""
+    inherited = {name: value for name, value in os.environ.items() if "FLASHSALE" not in name}
+    return inherited | settings

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Final, TypeVar, overload
 
 DEADLINE_SECONDS: Final = 90.0
 """Long enough for a busy machine. A test that meets it has failed."""
@@ -31,14 +31,36 @@ def eventually(
     return found
 
 
+@overload
 async def until(
-    look: Callable[[], T | Awaitable[T | None] | None],
+    look: Callable[[], Awaitable[T | None]],
+    expected: str | Callable[[], object] = ...,
+    *,
+    seconds: float = ...,
+    pause: float = ...,
+    ignoring: tuple[type[Exception], ...] = ...,
+) -> T: ...
+
+
+@overload
+async def until(
+    look: Callable[[], T | None],
+    expected: str | Callable[[], object] = ...,
+    *,
+    seconds: float = ...,
+    pause: float = ...,
+    ignoring: tuple[type[Exception], ...] = ...,
+) -> T: ...
+
+
+async def until(
+    look: Callable[[], object],
     expected: str | Callable[[], object] = "",
     *,
     seconds: float = DEADLINE_SECONDS,
     pause: float = 0.02,
     ignoring: tuple[type[Exception], ...] = (),
-) -> T:
+) -> object:
     """`eventually` inside an event loop. `look` may be a coroutine function.
 
     An exception of a type in `ignoring` counts as "not yet".

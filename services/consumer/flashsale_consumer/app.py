@@ -1,4 +1,4 @@
-"""The composition root: it alone reads the settings and makes what the process consists of."""
+"""The composition root. Only this module reads settings and makes clients."""
 
 import argparse
 import asyncio
@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from textwrap import dedent
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -16,18 +17,17 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from flashsale import logs, settings, tracing
 from flashsale.errors import SettingsError
 from flashsale_consumer.metrics import CONTENT_TYPE, Metrics
-from flashsale_consumer.problems import problem
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
 
 if TYPE_CHECKING:
-    from flashsale_consumer.spans import Traces
+    from flashsale_consumer.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -35,32 +35,33 @@ GRACE_SECONDS: Final = 5
 DESCRIPTION: Final = """\
     Records reservation events from Kafka in the ledger (PostgreSQL).
 
-    It migrates the ledger, creates the topics flashsale.reservations and
-    flashsale.reservations.dlq if they are missing, and reads as a member of the
-    consumer group flashsale-ledger. Run as many as you like, up to the number of
-    partitions. Kafka and PostgreSQL may come and go.
+    The consumer migrates the ledger and creates the topics flashsale.reservations
+    and flashsale.reservations.dlq if they are missing. It reads as a member of the
+    consumer group flashsale-ledger. Each partition has one reader, so consumers
+    beyond the number of partitions are idle. Kafka and PostgreSQL may be down at
+    the start or later.
 
-    Over HTTP: /healthz (the process is alive), /readyz (the ledger is migrated and
-    the group was joined), /metrics (Prometheus).
+    It serves /healthz (the process is alive), /readyz (the ledger is migrated and
+    the group is joined) and /metrics (for Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
       FLASHSALE_KAFKA_BOOTSTRAP  Kafka's brokers, host:port[,host:port…]
       FLASHSALE_KAFKA_TLS        true or false (default false)
       FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
-      FLASHSALE_KAFKA_USER       who it is to Kafka, by SCRAM-SHA-512 (default: nobody)
+      FLASHSALE_KAFKA_USER       user for SCRAM-SHA-512 (default: no authentication)
       FLASHSALE_KAFKA_PASSWORD   that user's password
       FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
-      FLASHSALE_LISTEN           where to serve HTTP, host:port (default 0.0.0.0:8081)
+      FLASHSALE_LISTEN           address to serve HTTP on (default 0.0.0.0:8081)
       FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
       OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
 
 
 def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
-    """The HTTP side, with the worker in its lifespan.
+    """Make the HTTP app that runs the worker in its lifespan.
 
-    `worker_died` is called if the worker ends by an error: nothing else would end the process.
+    The app calls `worker_died` if the worker fails. Nothing else would end the process.
     """
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -98,8 +99,20 @@ def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
     )
 
 
+async def problem(_: Request, error: Exception) -> Response:
+    """Answer an error with a problem document (RFC 9457) of the generic type."""
+    raised = error if isinstance(error, HTTPException) else HTTPException(500)
+    status = raised.status_code
+    return JSONResponse(
+        {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status},
+        status,
+        headers=raised.headers,
+        media_type="application/problem+json",
+    )
+
+
 def main() -> int:
-    """Runs the consumer until SIGTERM or SIGINT; returns the process' exit code."""
+    """Run the consumer until SIGTERM or SIGINT. Returns the exit code of the process."""
     _arguments()
     try:
         own = settings.load(Settings, os.environ)
@@ -109,7 +122,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     logs.configure(own.log_level)
-    # uvicorn ends gracefully and then raises the signal again, for whoever handled it before.
+    # uvicorn shuts down gracefully and then raises the signal again for these handlers.
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)
 
@@ -119,8 +132,8 @@ def main() -> int:
         nonlocal died
         died = server.should_exit = True
 
-    traces = _traces() if traced else None
-    app = create_app(Worker(own, Metrics(), traces=traces), worker_died)
+    spans = _spans() if traced else None
+    app = create_app(Worker(own, Metrics(), spans=spans), worker_died)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -138,16 +151,16 @@ def main() -> int:
     try:
         server.run()
     finally:
-        if traces is not None:
-            traces.close()
+        if spans is not None:
+            spans.close()
     return 1 if died else 0
 
 
-def _traces() -> "Traces":
-    # With them comes the SDK: a third of a second and 10 MB that the others need not spend.
-    from flashsale_consumer.spans import Traces  # noqa: PLC0415
+def _spans() -> "Spans":
+    # Import the SDK only if it is needed. It takes a third of a second and 10 MB.
+    from flashsale_consumer.spans import Spans  # noqa: PLC0415
 
-    return Traces(tracing.Tracing("flashsale-consumer", os.environ))
+    return Spans(tracing.Tracing("flashsale-consumer", os.environ))
 
 
 def _exit(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature

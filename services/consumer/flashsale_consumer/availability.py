@@ -1,4 +1,4 @@
-"""Whether a server is there: one log line when it goes away, one when it is back."""
+"""Tracks whether a server is up. Logs one line when it goes away and one when it is back."""
 
 import logging
 from typing import Final
@@ -12,10 +12,10 @@ LAST_DELAY_SECONDS: Final = 5.0
 
 
 class Availability:
-    """What is known of one server, and how long to wait before it is tried again."""
+    """The state of one server, and the delay until the next attempt to reach it."""
 
     def __init__(self, server: str, up: Gauge, *, there: bool | None = None) -> None:
-        """`there` is what to believe before the first call, None if nothing."""
+        """`there` is the state to assume before the first call. None means unknown."""
         self._server = server
         self._up = up
         self._there = there
@@ -23,14 +23,14 @@ class Availability:
         up.set(there or 0)
 
     def away(self, error: Exception) -> None:
-        """A call failed."""
+        """Note that a call failed."""
         if self._there is not False:
             log.warning("waiting for %s: %s", self._server, str(error) or type(error).__name__)
         self._there = False
         self._up.set(0)
 
     def back(self) -> None:
-        """A call succeeded."""
+        """Note that a call succeeded."""
         if not self._there:
             log.info("%s is %s", self._server, "there" if self._there is None else "back")
         self._there = True
@@ -38,7 +38,7 @@ class Availability:
         self._up.set(1)
 
     def delay(self) -> float:
-        """Seconds to wait before the next try: from 0.2 to 5, doubled each time."""
+        """Return the seconds to wait before the next attempt: from 0.2 to 5, doubled each time."""
         delay = self._delay_seconds
         self._delay_seconds = min(2 * delay, LAST_DELAY_SECONDS)
         return delay

@@ -1,4 +1,4 @@
-"""Records that the ledger cannot take, kept in a topic of their own with the reason."""
+"""Publishes records that the ledger cannot take to a topic of their own, with the reason."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from flashsale.settings import KafkaSettings
-from flashsale_consumer.closing import close
+from flashsale_consumer.clients import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
 
 REASON_CHARACTERS: Final = 1_000
@@ -18,13 +18,13 @@ _REQUEST_TIMEOUT_MS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A record and why it cannot be recorded."""
+    """A record and the reason why the ledger cannot take it."""
 
     record: ConsumerRecord
     reason: str
 
     def headers(self) -> list[tuple[str, bytes]]:
-        """The record's own headers, and where it came from."""
+        """Return the record's own headers, the reason, and the place in the original topic."""
         return [
             *self.record.headers,
             ("reason", self.reason[:REASON_CHARACTERS].encode(errors="replace")),
@@ -39,7 +39,7 @@ class DeadLettersUnavailable(Exception):
 
 
 class DeadLetters:
-    """Publishes dead letters; its producer is made when the first one is."""
+    """A publisher of dead letters. Its producer starts with the first one."""
 
     def __init__(self, kafka: KafkaSettings, topic: str) -> None:
         self._kafka = kafka
@@ -47,9 +47,10 @@ class DeadLetters:
         self._producer: AIOKafkaProducer | None = None
 
     async def publish(self, letters: Sequence[DeadLetter]) -> None:
-        """Returns once all in-sync replicas have all of them; else `DeadLettersUnavailable`.
+        """Return once all in-sync replicas have all letters.
 
-        Some may then have been published: they will be again.
+        Raises `DeadLettersUnavailable` if they do not. Some letters may then be published already,
+        and a repeated call publishes them again.
         """
         if not letters:
             return
@@ -63,12 +64,12 @@ class DeadLetters:
                 if isinstance(failure, BaseException):
                     raise failure
         except KafkaError as error:
-            # A producer never gives up what it holds; another one begins without it.
+            # A producer never gives up its pending records, so the next call starts another one.
             await self.close()
             raise DeadLettersUnavailable(f"{self._topic}: {error!r}") from error
 
     async def close(self) -> None:
-        """Ends the producer, if there is one, within seconds."""
+        """Close the producer, if there is one, within seconds."""
         producer, self._producer = self._producer, None
         if producer is not None:
             await close(self._topic, producer.stop())
@@ -87,11 +88,12 @@ class DeadLetters:
 
 async def _publish(producer: AIOKafkaProducer, topic: str, letter: DeadLetter) -> None:
     record, headers = letter.record, letter.headers()
-    # aiokafka wants a key or a value.
+    # aiokafka requires a key or a value.
     value = b"" if record.value is None and record.key is None else record.value
     try:
         await producer.send_and_wait(topic, value, record.key, headers=headers)
     except (MessageSizeTooLargeError, RecordListTooLargeError):
-        # Its place in the original topic must do, or it would stop its partition for good.
+        # Publish only its place in the original topic. Otherwise the record would block its
+        # partition forever.
         headers = [*headers[len(record.headers) :], ("omitted", b"too large to be copied")]
         await producer.send_and_wait(topic, b"", headers=headers)

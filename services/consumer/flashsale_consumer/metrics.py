@@ -1,4 +1,4 @@
-"""What the consumer measures, for Prometheus."""
+"""The consumer's Prometheus metrics."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """The consumer's metrics in a registry of their own."""
+    """The consumer's metrics, in their own registry."""
 
     def __init__(self) -> None:
         self._registry = telemetry.registry("consumer")
@@ -26,7 +26,7 @@ class Metrics:
         )
         self.events = Counter(
             "flashsale_consumer_events_total",
-            "Events read, by what became of them.",
+            "Events read, by result.",
             ["result"],
             registry=self._registry,
         )
@@ -46,7 +46,7 @@ class Metrics:
         )
         self.end_to_end = Ages(
             "flashsale_consumer_end_to_end_seconds",
-            "Time from a reservation's change in Redis to the commit of a batch that holds it.",
+            "Time from a reservation's change in Redis to its commit in the ledger.",
             bounds=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
         )
         self._registry.register(self.end_to_end)
@@ -58,20 +58,20 @@ class Metrics:
         )
         self.server_up = Gauge(
             "flashsale_consumer_server_up",
-            "1 if the last call of a server succeeded: ledger, kafka, dead_letters.",
+            "1 if the last call to the server succeeded: ledger, kafka, dead_letters.",
             ["server"],
             registry=self._registry,
         )
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class Ages(Collector):
-    """A histogram that takes the values of a whole batch at once.
+    """A histogram that observes the values of a whole batch at once.
 
-    `Histogram.observe` for every event would take a tenth of the consumer's time.
+    A call of `Histogram.observe` per event would take a tenth of the consumer's CPU time.
     """
 
     def __init__(self, name: str, documentation: str, *, bounds: Sequence[float]) -> None:

@@ -1,48 +1,25 @@
-"""The transaction that records a batch of events in the ledger.
+"""Records a batch of events in the ledger.
 
-Everything here runs inside a transaction of the caller's. Rows are locked in one order (offsets by
-partition, then sales by id), so that two consumers that record the same events at once, one of
-them not knowing yet that it lost its partitions, wait for each other and count nothing twice.
+All functions run inside the caller's transaction. It locks rows in one order: offsets by partition,
+then sales by id. So two consumers that record the same events wait for each other and count each
+event once. That happens when one of them has lost its partitions and does not know it yet.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final
 
-import asyncpg
 from asyncpg import CheckViolationError, DataError, IntegrityConstraintViolationError
 
 from flashsale.events import Event
-
-if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
+from flashsale_consumer import offsets
+from flashsale_consumer.clients import Connection
 
 log = logging.getLogger(__name__)
 
-Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
-
 _CAPACITY_CHECK: Final = "sales_accepted_within_capacity"
 
-_ADD_OFFSETS: Final = """
-    INSERT INTO kafka_offsets (topic, partition, next_offset)
-    SELECT $1, partition, next_offset
-    FROM unnest($2::int[], $3::bigint[]) AS log (partition, next_offset)
-    ORDER BY partition
-    ON CONFLICT DO NOTHING
-"""
-_LOCK_OFFSETS: Final = """
-    SELECT partition, next_offset FROM kafka_offsets
-    WHERE topic = $1 AND partition = ANY($2::int[])
-    ORDER BY partition
-    FOR UPDATE
-"""
-_MOVE_OFFSETS: Final = """
-    UPDATE kafka_offsets SET next_offset = batch.next_offset
-    FROM unnest($2::int[], $3::bigint[]) AS batch (partition, next_offset)
-    WHERE kafka_offsets.topic = $1 AND kafka_offsets.partition = batch.partition
-"""
-_FORGET_OFFSETS: Final = "DELETE FROM kafka_offsets WHERE topic = $1"
 _LOCK_SALES: Final = """
     SELECT sale_id, capacity, rebuilt_revision FROM sales
     WHERE sale_id = ANY($1::text[])
@@ -59,10 +36,10 @@ _RAISE_CAPACITY: Final = """
     FROM unnest($1::text[], $2::bigint[]) AS raised (sale_id, capacity)
     WHERE sales.sale_id = raised.sale_id
 """
-# Always by the primary key, whatever the planner knows of the table. Released is the last state. A
-# refused row was never counted, and the same key may have been accepted again since: it is added
-# like a new one. A row's xmax is 0 if the statement inserted it, and its own transaction's id if it
-# found and locked it.
+# Every access is by the primary key, so no plan depends on the table's statistics. `released` is
+# the final state. A refused row was never counted. If its reservation is accepted later, it is
+# added like a new one. A row's xmax is 0 if this statement inserted it, otherwise the id of this
+# transaction, which locked it.
 _WRITE: Final = """
     WITH refused AS (
         SELECT sale_id, reservation_id FROM reservations
@@ -110,31 +87,16 @@ _KNOWN: Final = """
 """
 
 _TOO_MANY: Final = "does not fit the sale's capacity"
-_TOO_LATE: Final = "came after the sale was rebuilt without it: its units were sold again"
-
-
-class LedgerRewound(Exception):
-    """The ledger has less of a partition than was recorded from it: an older copy took its place.
-
-    A failover to a replica that lagged behind, or a restored backup. What it lost is still in
-    Kafka: reading goes back to the stored offset.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """What Kafka has of a partition: offsets from `earliest` up to, not including, `end`."""
-
-    earliest: int
-    end: int
+_TOO_LATE: Final = "arrived after the sale was rebuilt without it, and its units are on sale again"
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What became of a batch's events.
+class BatchOutcome:
+    """The result of recording a batch.
 
-    `recorded`: rows added or changed. `refused`: recorded now as refused, with the reason.
-    `broken`: what PostgreSQL does not take as data, with its reason; nothing was written of these.
+    `recorded` is the number of rows that were added or changed. `refused` has the events that were
+    now recorded as refused, with the reason. `broken` has the events whose data PostgreSQL rejects,
+    with the reason. Nothing is written of those.
     """
 
     recorded: int = 0
@@ -142,62 +104,21 @@ class Outcome:
     broken: list[tuple[Event, str]] = field(default_factory=list)
 
 
-async def forget(connection: Connection, topic: str) -> None:
-    """Leaves a topic that is new without stored offsets: those were of another by its name.
-
-    `place` sees by itself that it ends before them, but not once it has become as long.
-    """
-    await connection.execute(_FORGET_OFFSETS, topic)
-
-
-async def place(connection: Connection, topic: str, logs: Mapping[int, Log]) -> dict[int, int]:
-    """Where to read each partition from: the stored offset, or the earliest if Kafka lacks that.
-
-    Afterwards each partition has a row that says so.
-    """
-    earliest = {partition: log.earliest for partition, log in logs.items()}
-    await connection.execute(_ADD_OFFSETS, topic, list(earliest), list(earliest.values()))
-    placed: dict[int, int] = await _lock_offsets(connection, topic, logs)
-    moved: dict[int, int] = {}
-    for partition, offset in placed.items():
-        kept = logs[partition]
-        if offset > kept.end:
-            log.warning(
-                "%s/%d ends at %d, before the stored offset %d: it was created anew, reading all",
-                *(topic, partition, kept.end, offset),
-            )
-            moved[partition] = kept.earliest
-        elif offset < kept.earliest:
-            log.error(
-                "%s/%d begins at %d: Kafka deleted %d events before they were recorded",
-                *(topic, partition, kept.earliest, kept.earliest - offset),
-            )
-            moved[partition] = kept.earliest
-    await _move_offsets(connection, topic, moved)
-    return placed | moved
-
-
 async def record(
     connection: Connection,
     topic: str,
     positions: Mapping[int, int],
-    next_offsets: Mapping[int, int],
+    read: Mapping[int, int],
     events: Sequence[Event],
-) -> Outcome:
-    """Records what was read between `positions` and `next_offsets`, and the latter.
+) -> BatchOutcome:
+    """Record the events between `positions` and `read`, and store the offsets in `read`.
 
-    `positions` are those of all partitions that this consumer reads: `LedgerRewound` if the ledger
-    has less of any. The events in `Outcome.broken` must be safe elsewhere before the caller
-    commits.
+    `positions` has all partitions of this consumer. Raises `LedgerRewound` if the ledger has less
+    of one of them. Before the caller commits, it must save the events in `BatchOutcome.broken`
+    elsewhere.
     """
-    stored = await _lock_offsets(connection, topic, positions)
-    for partition, position in positions.items():
-        if stored.get(partition, -1) < position:
-            raise LedgerRewound(
-                f"{topic}/{partition} was recorded up to {position}, "
-                f"the ledger has it up to {stored.get(partition, 'nothing')}"
-            )
-    outcome = Outcome()
+    stored = await offsets.lock(connection, topic, positions)
+    outcome = BatchOutcome()
     if events:
         rebuilt = await _prepare_sales(connection, events)
         batch = fold(events)
@@ -206,18 +127,12 @@ async def record(
             await _refuse_late(connection, late, outcome)
             batch = [event for event in batch if event.revision >= rebuilt[event.sale_id]]
         await _write(connection, batch, outcome)
-    # A consumer that lost its partitions may be behind the one that has them now.
-    moved = {
-        partition: offset
-        for partition, offset in next_offsets.items()
-        if offset > stored[partition]
-    }
-    await _move_offsets(connection, topic, moved)
+    await offsets.advance(connection, topic, stored, read)
     return outcome
 
 
 def fold(events: Iterable[Event]) -> list[Event]:
-    """One event a reservation: that with the highest version."""
+    """Keep one event per reservation, the one with the highest version."""
     latest: dict[tuple[str, str], Event] = {}
     for event in events:
         known = latest.setdefault((event.sale_id, event.reservation_id), event)
@@ -226,24 +141,12 @@ def fold(events: Iterable[Event]) -> list[Event]:
     return list(latest.values())
 
 
-async def _lock_offsets(
-    connection: Connection, topic: str, partitions: Iterable[int]
-) -> dict[int, int]:
-    rows = await connection.fetch(_LOCK_OFFSETS, topic, list(partitions))
-    return {row["partition"]: row["next_offset"] for row in rows}
-
-
-async def _move_offsets(connection: Connection, topic: str, offsets: Mapping[int, int]) -> None:
-    if offsets:
-        await connection.execute(_MOVE_OFFSETS, topic, list(offsets), list(offsets.values()))
-
-
 async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> dict[str, int]:
-    """Locks the sales' rows, adds those that are missing, and raises their capacity; returns the
-    revision of each sale's last rebuild.
+    """Lock the sales, add missing ones, and raise their capacity to the highest of the events.
 
-    The capacity of every event counts, of duplicates too, and before anything is accepted: which
-    events share a batch must not decide which of them fit.
+    Returns the revision of each sale's last rebuild. The capacities of all events count before any
+    event is accepted, including those of duplicates. So the split into batches does not affect
+    which events fit.
     """
     capacities: dict[str, int] = {}
     for event in events:
@@ -265,12 +168,8 @@ async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> dic
 
 
 async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
-    """Rows for sales that the ledger has lost, from the newest snapshot that the events have."""
-    newest: dict[str, Event] = {}
-    for event in events:
-        known = newest.setdefault(event.sale_id, event)
-        if event.revision > known.revision:
-            newest[event.sale_id] = event
+    """Add sales that the ledger has lost, from the newest snapshot in the events."""
+    newest = {event.sale_id: event for event in sorted(events, key=lambda event: event.revision)}
     snapshots = [newest[sale_id] for sale_id in sorted(newest)]
     await connection.execute(
         _ADD_SALES,
@@ -280,14 +179,14 @@ async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
         [event.revision for event in snapshots],
         [event.capacity for event in snapshots],
     )
-    log.warning("the ledger had no row for %s: added from an event", ", ".join(sorted(newest)))
+    log.warning("added sales that the ledger did not have: %s", ", ".join(sorted(newest)))
 
 
-async def _write(connection: Connection, events: Sequence[Event], outcome: Outcome) -> None:
-    """Writes the events together or, where that fails, each half of them.
+async def _write(connection: Connection, events: Sequence[Event], outcome: BatchOutcome) -> None:
+    """Write the events together. If that fails, write each half of them.
 
-    So the few that cannot be written are found in few steps. Those that Redis accepted first are
-    written first, as if one by one, in the same order whatever batch they came in.
+    This isolates a few bad events in few steps. Earlier events come first, so the result is the
+    same as writing the events one by one in the order in which Redis accepted them.
     """
     if not events:
         return
@@ -304,7 +203,7 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Outco
                 [event.request_key for event in events],
                 [event.occurred_at for event in events],
             )
-    # ValueError: what asyncpg finds wrong with an argument before it sends it.
+    # asyncpg raises ValueError for an argument that it cannot encode.
     except (DataError, IntegrityConstraintViolationError, ValueError) as error:
         if len(events) > 1:
             ordered = sorted(events, key=lambda event: (event.occurred_at, event.reservation_id))
@@ -319,8 +218,10 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Outco
         outcome.recorded += sum(change["events"] for change in changes)
 
 
-async def _refuse_late(connection: Connection, late: Sequence[Event], outcome: Outcome) -> None:
-    """Refuses what a rebuild of its sale has not seen; what is known already was in it."""
+async def _refuse_late(
+    connection: Connection, late: Sequence[Event], outcome: BatchOutcome
+) -> None:
+    """Refuse events from before the sale's last rebuild, unless the ledger has them already."""
     rows = await connection.fetch(
         _KNOWN, [event.sale_id for event in late], [event.reservation_id for event in late]
     )
@@ -330,8 +231,8 @@ async def _refuse_late(connection: Connection, late: Sequence[Event], outcome: O
             await _refuse(connection, event, _TOO_LATE, outcome)
 
 
-async def _refuse(connection: Connection, event: Event, why: str, outcome: Outcome) -> None:
-    """Records an event as refused, unless it is already."""
+async def _refuse(connection: Connection, event: Event, why: str, outcome: BatchOutcome) -> None:
+    """Record an event as refused, unless its reservation has a row."""
     added = await connection.fetchval(
         _REFUSE,
         event.sale_id,

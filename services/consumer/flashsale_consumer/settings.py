@@ -1,11 +1,11 @@
-"""The consumer's settings, from FLASHSALE_KAFKA_BOOTSTRAP and so on."""
+"""The consumer's settings, read from FLASHSALE_* variables."""
 
 from flashsale.logs import LogLevel
 from flashsale.settings import DatabaseUrl, KafkaSettings, Listen
 
 
 class Settings(KafkaSettings, frozen=True):
-    """Where Kafka and the ledger are, and where health and metrics are served."""
+    """Addresses of Kafka and the ledger, and the address that serves health and metrics."""
 
     database_url: DatabaseUrl
     listen: Listen = "0.0.0.0:8081"

@@ -1,7 +1,7 @@
-"""The consumer's spans: a sampled event's way into the ledger.
+"""The consumer's spans: how a sampled event reached the ledger.
 
-Names and attributes are OpenTelemetry's semantic conventions for messaging and databases. They are
-made once a batch is committed, so a batch that has to be tried again has none of the failed try.
+Names and attributes follow OpenTelemetry's semantic conventions for messaging and databases. Spans
+are made after a batch is committed, so failed attempts leave none.
 """
 
 import time
@@ -27,8 +27,8 @@ _INSERT: Final = {
 }
 
 
-class Traces:
-    """One a process that traces."""
+class Spans:
+    """The source of all spans of a process."""
 
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
@@ -40,9 +40,9 @@ class Traces:
         group_id: str,
         seconds: float,
     ) -> None:
-        """A batch was committed just now, by a transaction that took so long.
+        """Make the spans of a batch that was just committed, after a transaction of `seconds`.
 
-        `results` says of a record, by its `id()`, what became of it if it was not recorded.
+        `results` has the result of each record that was not recorded, by the record's `id()`.
         """
         size = sum(len(records) for records in batch.values())
         ended_ns = time.time_ns()
@@ -80,5 +80,5 @@ class Traces:
             span.end(ended_ns)
 
     def close(self) -> None:
-        """Sends what is left, for 2 s at most."""
+        """Send the remaining spans, for at most 2 s."""
         self._tracing.close()

@@ -1,4 +1,4 @@
-"""The consumer's two topics, created when they are missing."""
+"""Creates the consumer's two topics if they are missing."""
 
 import logging
 from typing import Final
@@ -21,13 +21,13 @@ _DAY_MS: Final = 24 * 60 * 60 * 1000
 EVENT_RETENTION_MS: Final = 7 * _DAY_MS
 DEAD_LETTER_RETENTION_MS: Final = 30 * _DAY_MS
 DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
-"""Twice the broker's default: a dead letter is the record and the headers that explain it."""
+"""Twice the broker's default, because a dead letter is a record plus explaining headers."""
 
 
 async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> frozenset[str]:
-    """Creates what is missing and returns its names; raises `KafkaError` if Kafka cannot say.
+    """Create the missing topics and return their names. Raises `KafkaError`.
 
-    A consumer that may not create topics waits for those that somebody else creates.
+    A consumer that may not create topics waits until they exist.
     """
     admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=10_000)
     try:
@@ -56,12 +56,12 @@ async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> fr
                 raise error(f"{name}: {message}")
         missing = set(refused) - set(await admin.list_topics()) if refused else set()
         if missing:
-            log.warning("not allowed to create %s: waiting for it", ", ".join(sorted(missing)))
+            log.warning("not allowed to create %s, waiting for them", ", ".join(sorted(missing)))
         return frozenset(created)
     finally:
         await admin.close()
 
 
 def _topic(name: str, configs: dict[str, str]) -> NewTopic:
-    # -1 is the broker's own replication factor; NewTopic lets it through only beside assignments.
+    # -1 means the broker's default. NewTopic accepts it only together with assignments.
     return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=configs)

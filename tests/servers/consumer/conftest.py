@@ -1,4 +1,4 @@
-"""Real PostgreSQL and Kafka; for each test a database, topics and a consumer group of its own."""
+"""Real PostgreSQL and Kafka. Each test has its own database, topics and consumer group."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 
 from dev.stack.servers import KafkaServer, PostgresServer
-from flashsale import events, ledger
+from flashsale import events
+from flashsale.ledger import migrate
 from flashsale_consumer.worker import GROUP_ID
-from tests.support.consumer import Book, Log, Process, database, opened
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=False) as server:
-        yield server
+from tests.support.consumer import Ledger, Log, Process, opened
 
 
 @pytest.fixture
@@ -24,36 +19,24 @@ def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresS
         yield server
 
 
-@pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
-        yield server
-
-
 @pytest.fixture
-async def database_url(postgres: PostgresServer) -> AsyncIterator[str]:
-    async with database(postgres) as url:
-        yield url
-
-
-@pytest.fixture
-async def book(database_url: str) -> AsyncIterator[Book]:
+async def ledger(database_url: str) -> AsyncIterator[Ledger]:
     """An empty ledger."""
-    async with opened(database_url) as book:
-        await ledger.migrate(book.pool)
-        yield book
+    async with opened(database_url) as ledger:
+        await migrate(ledger.pool)
+        yield ledger
 
 
 @pytest.fixture
-async def log(kafka: KafkaServer) -> Log:
-    log = Log(kafka.bootstrap)
+async def log(kafka_server: KafkaServer) -> Log:
+    log = Log(kafka_server.bootstrap)
     await log.create()
     return log
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts consumer processes, which are killed afterwards."""
+    """A function that starts consumer processes. They are killed after the test."""
     processes: list[Process] = []
 
     def start(**environment: str) -> Process:
@@ -62,14 +45,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
     yield start
     for process in processes:
-        process._process.kill()
-        process._process.wait()
+        process.kill()
 
 
 @pytest.fixture
-async def default_log(kafka: KafkaServer) -> Log:
-    """The topics and the group that a process uses, the topics as new."""
-    log = Log(kafka.bootstrap, events.TOPIC, events.DEAD_LETTER_TOPIC, GROUP_ID)
+async def default_log(kafka_server: KafkaServer) -> Log:
+    """The topics and the group that a process uses. The topics are empty."""
+    log = Log(kafka_server.bootstrap, events.TOPIC, events.DEAD_LETTER_TOPIC, GROUP_ID)
     await log.create()
     await log.delete(log.topic)
     await log.delete(log.dead_letter_topic)

@@ -1,4 +1,4 @@
-"""The process: its settings, its HTTP side, its ends."""
+"""The consumer process: settings, HTTP, signals and exit codes."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from flashsale_consumer.app import create_app
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
-from tests.support.consumer import Process, opened, run, until
+from tests.support.consumer import Process, opened, run
 
 KAFKA = {"FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
 DATABASE = {"FLASHSALE_DATABASE_URL": "postgresql://user:secret@127.0.0.1:1/flashsale"}
@@ -32,7 +32,9 @@ DATABASE = {"FLASHSALE_DATABASE_URL": "postgresql://user:secret@127.0.0.1:1/flas
         (KAFKA | DATABASE | {"FLASHSALE_LISTEN": "8081"}, "FLASHSALE_LISTEN"),
     ],
 )
-def test_a_wrong_setting_ends_it_with_one_line(environment: dict[str, str], variable: str) -> None:
+def test_a_wrong_setting_ends_the_process_with_one_line(
+    environment: dict[str, str], variable: str
+) -> None:
     code, output = run(**environment)
     assert code == 2
     (line,) = output.splitlines()
@@ -40,7 +42,7 @@ def test_a_wrong_setting_ends_it_with_one_line(environment: dict[str, str], vari
     assert "secret" not in line
 
 
-def test_help_names_the_environment() -> None:
+def test_help_lists_all_variables() -> None:
     code, output = run("--help")
     assert code == 0
     for variable in Settings.__struct_fields__:
@@ -72,7 +74,7 @@ def worker() -> Worker:
     )
 
 
-async def test_it_is_alive_before_it_is_ready(worker: Worker) -> None:
+async def test_the_process_is_alive_before_it_is_ready(worker: Worker) -> None:
     async with served(worker) as client:
         assert (await client.get("/healthz")).status_code == 200
         assert (await client.get("/readyz")).status_code == 503
@@ -92,7 +94,7 @@ async def test_errors_are_problems(worker: Worker, method: str, path: str, statu
     assert answer.json()["type"] == "about:blank"
 
 
-async def test_an_error_of_ours_is_a_problem(
+async def test_an_internal_error_is_a_problem(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def text(_: Metrics) -> bytes:
@@ -131,14 +133,14 @@ import sys
 from flashsale_consumer import app, worker
 
 async def run(self):
-    raise ValueError("as if by a mistake of ours")
+    raise ValueError("a programming error")
 
 worker.Worker.run = run
 sys.exit(app.main())
 """
 
 
-def test_a_worker_that_dies_takes_the_process_down() -> None:
+def test_a_worker_that_dies_ends_the_process() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", DYING],
         env=os.environ | KAFKA | DATABASE | {"FLASHSALE_LISTEN": "127.0.0.1:0"},
@@ -149,15 +151,15 @@ def test_a_worker_that_dies_takes_the_process_down() -> None:
     )
     assert ended.returncode == 1
     assert "the worker died" in ended.stderr
-    assert "as if by a mistake of ours" in ended.stderr
+    assert "a programming error" in ended.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_it_cleanly_while_nothing_else_is_there(
+async def test_a_signal_ends_the_process_cleanly_without_any_server(
     start: Callable[..., Process], number: signal.Signals
 ) -> None:
     consumer = start(**KAFKA, **DATABASE)
-    await until(lambda: consumer.prints("waiting for the ledger"), "it is noticed")
+    await consumer.until_prints("waiting for the ledger")
     assert await consumer.status("/healthz") == 200
     assert await consumer.status("/readyz") == 503
     consumer.signal(number)
@@ -167,11 +169,9 @@ async def test_a_signal_ends_it_cleanly_while_nothing_else_is_there(
     assert "secret" not in consumer.output
 
 
-async def test_migrations_run_once_however_often_and_concurrently_they_are_started(
-    database_url: str,
-) -> None:
+async def test_repeated_and_concurrent_migrations_run_once(database_url: str) -> None:
     async with opened(database_url) as one, opened(database_url) as other:
-        await asyncio.gather(*(ledger.migrate(book.pool) for book in (one, other, one, other)))
+        await asyncio.gather(*(ledger.migrate(each.pool) for each in (one, other, one, other)))
         await ledger.migrate(one.pool)
         versions = await one.pool.fetch("SELECT version FROM schema_migrations ORDER BY version")
     assert [row["version"] for row in versions] == list(range(1, len(versions) + 1))

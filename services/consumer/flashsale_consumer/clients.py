@@ -1,0 +1,77 @@
+"""The consumer's clients: how it joins its group, opens a ledger transaction, and closes both.
+
+Only this module uses private parts of aiokafka.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from aiokafka import AIOKafkaConsumer
+
+from flashsale import ledger
+from flashsale.settings import KafkaSettings
+
+if TYPE_CHECKING:
+    import asyncpg
+    from asyncpg.pool import PoolConnectionProxy
+
+log = logging.getLogger(__name__)
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+
+CLOSE_SECONDS: Final = 3.0
+TRANSACTION_SECONDS: Final = 30.0
+_REQUEST_TIMEOUT_MS: Final = 15_000
+_METADATA_AGE_MS: Final = 5_000
+"""How long the client can miss an added partition or a recreated topic."""
+
+
+def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
+    """Make a client that can join a consumer group. It is not connected yet."""
+    return AIOKafkaConsumer(
+        **kafka.kafka_client(),
+        group_id=group_id,
+        enable_auto_commit=False,
+        # The ledger determines where reading begins, see `offsets.place`.
+        auto_offset_reset="none",
+        request_timeout_ms=_REQUEST_TIMEOUT_MS,
+        metadata_max_age_ms=_METADATA_AGE_MS,
+    )
+
+
+async def leave(consumer: AIOKafkaConsumer) -> None:
+    """Leave the group and close the connections, even if leaving fails."""
+    try:
+        await consumer.stop()
+    finally:
+        # stop() does not get this far if it fails.
+        await consumer._client.close()
+
+
+@asynccontextmanager
+async def transaction(pool: Pool) -> AsyncIterator[Connection]:
+    """Open a transaction for at most 30 s. Raises `LedgerUnavailable`."""
+    async with (
+        ledger.translated(),
+        asyncio.timeout(TRANSACTION_SECONDS),
+        pool.acquire() as connection,
+        connection.transaction(),
+    ):
+        yield connection
+
+
+async def close(client: str, closing: Coroutine[Any, Any, object]) -> None:
+    """Wait up to 3 s for `closing`. A slower one continues in the background."""
+    task = asyncio.create_task(closing)
+    done, _ = await asyncio.wait([task], timeout=CLOSE_SECONDS)
+    if not done:
+        log.warning("%s: not closed within %.0f s", client, CLOSE_SECONDS)
+    elif task.cancelled():
+        # aiokafka cancels its own stop() while a fetch waits for its retry (aiokafka issue 647).
+        log.warning("%s: not closed cleanly: it was cancelled", client)
+    elif error := task.exception():
+        log.warning("%s: not closed cleanly: %s", client, error)

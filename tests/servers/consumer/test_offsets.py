@@ -1,0 +1,64 @@
+"""The stored offsets in a real PostgreSQL."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from flashsale.events import Event
+from flashsale_consumer import offsets, recorder
+from flashsale_consumer.clients import transaction
+from flashsale_consumer.offsets import LedgerRewound
+from tests.support.consumer import Ledger, accepted
+
+TOPIC = "reservations"
+FOREVER = range(1_000_000)
+
+
+async def place(ledger: Ledger, logs: dict[int, range]) -> dict[int, int]:
+    return await offsets.place(ledger.pool, TOPIC, logs)
+
+
+async def record(
+    ledger: Ledger, events: Sequence[Event], *, at: dict[int, int], to: dict[int, int]
+) -> None:
+    async with transaction(ledger.pool) as connection:
+        await recorder.record(connection, TOPIC, at, to, events)
+
+
+async def test_offsets_advance_with_the_events_and_never_go_back(ledger: Ledger) -> None:
+    assert await place(ledger, {0: FOREVER, 1: FOREVER}) == {0: 0, 1: 0}
+    at = {0: 0, 1: 0}
+    await record(ledger, [accepted(0)], at=at, to={0: 5})
+    # By a consumer that lost its partitions.
+    await record(ledger, [accepted(1)], at=at, to={0: 3, 1: 2})
+    assert await place(ledger, {0: FOREVER, 1: FOREVER}) == {0: 5, 1: 2}
+
+
+async def test_a_ledger_that_lost_its_last_transactions_is_detected(ledger: Ledger) -> None:
+    await place(ledger, {0: FOREVER, 1: FOREVER})
+    await record(ledger, [], at={0: 0, 1: 0}, to={0: 10, 1: 10})
+    await ledger.pool.execute("UPDATE kafka_offsets SET next_offset = 7 WHERE partition = 1")
+    with pytest.raises(LedgerRewound, match=r"reservations/1 .* up to 10.* up to 7"):
+        await record(ledger, [accepted()], at={0: 10, 1: 10}, to={0: 11})
+    await ledger.pool.execute("DELETE FROM kafka_offsets")
+    with pytest.raises(LedgerRewound):
+        await record(ledger, [accepted()], at={0: 10}, to={0: 11})
+    assert await ledger.rows() == {}
+
+
+async def test_a_stored_offset_beyond_the_end_means_a_new_topic(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    await place(ledger, {0: FOREVER, 1: FOREVER})
+    await record(ledger, [], at={0: 0, 1: 0}, to={0: 10, 1: 10})
+    assert await place(ledger, {0: range(9), 1: range(10)}) == {0: 0, 1: 10}
+    assert await place(ledger, {0: FOREVER, 1: FOREVER}) == {0: 0, 1: 10}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+async def test_events_that_kafka_deleted_before_they_were_recorded_are_reported(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    await place(ledger, {0: range(0)})
+    assert await place(ledger, {0: range(40, 50)}) == {0: 40}
+    assert "deleted 40 events" in caplog.text
