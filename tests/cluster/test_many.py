@@ -32,7 +32,7 @@ def test_200_flashsales_applied_at_once_all_become_ready_and_close(
 
     eventually(ready)
     assert f'flashsale_operator_sales{{state="Selling"}} {MANY}.0' in operator.get("/metrics")
-    assert operator.get("/metrics").count("flashsale_available{") == MANY
+    assert operator.get("/metrics").count("flashsale_sale_available_units{") == MANY
     world.kubectl("delete", "fs", "--all", "--timeout=60s")
     eventually(lambda: world.on_ledger("SELECT count(*) FROM sales WHERE NOT closed") == 0)
-    eventually(lambda: "flashsale_available{" not in operator.get("/metrics"))
+    eventually(lambda: "flashsale_sale_available_units{" not in operator.get("/metrics"))

@@ -38,13 +38,13 @@ def test_answers_are_resolved_between_1_and_50_ms(shop: Shop) -> None:
 
 def test_what_the_operator_tells_of_a_sale(shop: Shop) -> None:
     sale = f'item="{shop.item}",sale="{shop.world.namespace}/phone"'
-    eventually(lambda: f"flashsale_recorded{{{sale}}} 40.0" in shop.exposed()["operator"])
+    eventually(lambda: f"flashsale_sale_recorded_units{{{sale}}} 40.0" in shop.exposed()["operator"])
     text = shop.exposed()["operator"]
     for line in (
         f'flashsale_sale_state{{{sale},state="SoldOut"}} 1.0',
         f"flashsale_sale_ready{{{sale}}} 1.0",
-        f"flashsale_accepted{{{sale}}} 40.0",
-        f"flashsale_available{{{sale}}} 0.0",
-        f"flashsale_unrecorded_seconds{{{sale}}} 0.0",
+        f"flashsale_sale_accepted_units{{{sale}}} 40.0",
+        f"flashsale_sale_available_units{{{sale}}} 0.0",
+        f"flashsale_sale_unrecorded_seconds{{{sale}}} 0.0",
     ):
         assert line in text
