@@ -21,7 +21,7 @@ def test_every_test_that_reliability_names_exists() -> None:
 
 
 def test_every_hole_of_the_reference_has_a_test() -> None:
-    table = RELIABILITY.partition("## The reference's holes")[2]
+    table = RELIABILITY.partition("## Faults of the reference")[2]
     rows = [line for line in table.splitlines() if re.match(r"\| (?!fault |-|\|)", line)]
     assert len(rows) == 20
     assert not [row for row in rows if "`tests/" not in row]
