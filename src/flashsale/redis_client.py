@@ -1,17 +1,17 @@
-"""One connection to Redis for the calls that must be quick: each is written behind the last.
+"""Redis connections: redis-py's pool, and one pipelined link for the calls that must be quick.
 
-redis-py makes the connection, with all that its URL says (TLS, user, database); from then on the
-bytes are ours. Answers come in the order of the calls, so nobody waits for a connection. By
-redis-py's own way a call costs twice as much, most of it for taking a connection and giving it
-back.
+redis-py opens the link's connection, with TLS, user and database as in the URL. After that this
+module writes and reads its bytes. Each call is written directly behind the previous one, and
+replies arrive in the order of the calls, so no caller waits for a free connection. Through
+redis-py's pool a call costs twice as much, mostly for taking a connection and giving it back.
 """
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias, cast
 
+import hiredis
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 64
 
-_END: Final = b"\r\n"
+_INCOMPLETE: Final = object()
 
 
 def connect(url: str) -> "Redis":
@@ -50,7 +50,7 @@ def connect(url: str) -> "Redis":
 
 
 class Pool(BlockingConnectionPool):
-    """redis-py's pool, and beside it one `Link`: made when it is needed, ended with the pool."""
+    """redis-py's pool plus one `Link`, which opens on first use and closes with the pool."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - redis-py's own
         super().__init__(**options)
@@ -58,11 +58,11 @@ class Pool(BlockingConnectionPool):
         self._link: Link | None = None
 
     async def link(self) -> "Link":
-        """The link, open; raises what redis-py does if it cannot be made."""
+        """Returns the open link. Raises redis-py's errors if it cannot connect."""
         if self._link is None or self._link.closed:
             async with self._connecting:
                 if self._link is None or self._link.closed:
-                    self._link = await self._linked()
+                    self._link = await self._new_link()
         return self._link
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
@@ -70,49 +70,54 @@ class Pool(BlockingConnectionPool):
             self._link.close()
         await super().disconnect(inuse_connections)
 
-    async def _linked(self) -> "Link":
+    async def _new_link(self) -> "Link":
         connection: Any = self.make_connection()  # type: ignore[no-untyped-call]
         try:
             await connection.connect()
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        # The connection would complain of a writer that nobody closed.
+        # Otherwise the connection would warn of an unclosed writer when it is collected.
         writer, connection._writer = connection._writer, None
         return Link(writer)
 
 
 class Link(asyncio.Protocol):
-    """A connection of which the answers are awaited in order; once closed it stays so."""
+    """A connection that carries many calls at once. After it closes, it cannot be used again."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._transport = cast("asyncio.Transport", writer.transport)
         self._transport.set_protocol(self)
         self._asked: deque[asyncio.Future[Reply]] = deque()
-        self._received = bytearray()
+        self._reader = hiredis.Reader(
+            protocolError=ValueError,
+            replyError=_refusal,
+            encoding="utf-8",
+            notEnoughData=_INCOMPLETE,
+        )
 
     @property
     def closed(self) -> bool:
-        """Whether it is of no use any more."""
+        """Whether the connection has closed or is closing."""
         return self._transport.is_closing()
 
     def close(self) -> None:
-        """Ends it at once, for all that wait for an answer."""
+        """Closes the connection at once. Calls in flight fail."""
         self._transport.abort()
 
     async def ask(self, *words: str | int) -> Reply:
-        """The answer to a command, a string or a number.
+        """Sends a command and returns its reply, a string or an integer.
 
-        Raises `ResponseError` if Redis refuses it, `ConnectionError` (redis-py's) if the answer
-        does not come. A caller that stops waiting ends the connection: it may be dead, and whoever
-        comes next is not to wait for it.
+        Raises `ResponseError` if Redis refuses the command, and redis-py's `ConnectionError` if no
+        reply arrives. A caller that stops waiting closes the connection, because it may be dead
+        and the next caller must not wait for it.
         """
         if self.closed:
             raise Disconnected("the connection ended")
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._asked.append(answer)
-        self._transport.write(_packed(words))
+        self._transport.write(hiredis.pack_command(cast("Any", words)))
         try:
             return await answer
         except asyncio.CancelledError:
@@ -120,18 +125,12 @@ class Link(asyncio.Protocol):
             raise
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
+        self._reader.feed(data)
         try:
-            for reply in self._replies():
-                answer = self._asked.popleft()
-                if answer.done():
-                    continue  # cancelled: the link is closing
-                if isinstance(reply, RedisError):
-                    answer.set_exception(reply)
-                else:
-                    answer.set_result(reply)
-        except (ValueError, IndexError) as error:
-            log.warning("Redis answered what was not asked for: %s", error)
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                self._deliver(reply)
+        except (TypeError, ValueError, IndexError) as error:
+            log.warning("unexpected reply from Redis: %s", error)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -139,32 +138,18 @@ class Link(asyncio.Protocol):
             if not answer.done():
                 answer.set_exception(Disconnected(f"the connection ended: {exc or 'closed'}"))
 
-    def _replies(self) -> Iterator[Reply | RedisError]:
-        """The replies that are whole (the RESP types of scripts' results), taken off the buffer."""
-        received, begin = self._received, 0
-        while (end := received.find(_END, begin)) >= 0:
-            kind, text = received[begin : begin + 1], received[begin + 1 : end].decode()
-            if kind == b"$" and text != "-1":
-                start, end = end + 2, end + 2 + int(text)
-                if len(received) < end + 2:
-                    break
-                yield received[start:end].decode()
-            elif kind == b":":
-                yield int(text)
-            elif kind == b"+":
-                yield text
-            elif kind == b"-":
-                yield NoScriptError(text) if text.startswith("NOSCRIPT") else ResponseError(text)
-            else:
-                raise ValueError(f"a reply of type {bytes(kind)!r}")
-            begin = end + 2
-        del received[:begin]
+    def _deliver(self, reply: object) -> None:
+        """Hands a reply to its call. Raises `TypeError` for a type that no script returns."""
+        if not isinstance(reply, (str, int, RedisError)):
+            raise TypeError(f"type {type(reply).__name__}")
+        answer = self._asked.popleft()
+        if answer.done():
+            return  # cancelled: the link is closing
+        if isinstance(reply, RedisError):
+            answer.set_exception(reply)
+        else:
+            answer.set_result(reply)
 
 
-def _packed(words: Sequence[str | int]) -> bytes:
-    """A command as RESP has it."""
-    parts = [b"*%d\r\n" % len(words)]
-    for word in words:
-        encoded = str(word).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(encoded), encoded))
-    return b"".join(parts)
+def _refusal(text: str) -> RedisError:
+    return NoScriptError(text) if text.startswith("NOSCRIPT") else ResponseError(text)
