@@ -78,7 +78,7 @@ class Sampling:
         if self.follows:
             return sampled(traceparent)
         # By the trace's id, so that every service decides the same.
-        return int(traceparent[19:35], 16) < self.ratio * 2**64
+        return int(traceparent[19:35], 16) < round(self.ratio * 2**64)
 
 
 def wanted(environ: Mapping[str, str]) -> bool:

@@ -75,6 +75,7 @@ def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
     follows=st.booleans(),
 )
 @example(trace_id=2**63, flags=1, ratio=0.5, follows=False)
+@example(trace_id=2**64, flags=0, ratio=2.2250738585072014e-308, follows=False)
 def test_a_caller_is_followed_as_the_sdk_would(
     trace_id: int, flags: int, ratio: float, follows: bool
 ) -> None:
