@@ -23,7 +23,7 @@ $(READY): dev/requirements.txt pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
-	@$(BIN)/python -m dev.local demo
+	@$(BIN)/python -m dev.demo
 
 up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the background
 	@$(BIN)/python -m dev.local up

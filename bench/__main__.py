@@ -12,7 +12,7 @@ from typing import Final
 from bench import machine, outages, page, recording, requests, scripts
 from bench.results import Findings
 from bench.rig import Rig
-from dev.local import LOCAL
+from dev.paths import LOCAL
 from dev.stack.errors import StackError
 
 DOCS: Final = machine.ROOT / "docs"

@@ -6,11 +6,11 @@ from typing import Final
 
 import asyncpg
 
-from bench.load import rank
 from bench.requests import OPEN_CONNECTIONS, Scale
 from bench.results import Outages, Phase
 from bench.rig import Api, Rig, Sample
-from dev.stack.servers import Server
+from dev.crowd import percentile
+from dev.stack.process import Server
 
 ITEMS: Final = 8
 """Sales at once: at such a rate one of them would fill its outbox, which holds 100,000 entries,
@@ -76,7 +76,7 @@ def _found(
     each_second = []
     for second_number in range(int(end - begun)):
         within = _within(samples, begun + second_number, begun + second_number + 1)
-        each_second.append(rank(sorted(one.seconds for one in within), 95) * 1000)
+        each_second.append(percentile((one.seconds for one in within), 95) * 1000)
     return Outages(
         rate=rate,
         items=ITEMS,
@@ -92,13 +92,13 @@ def _within(samples: list[Sample], since: float, until: float) -> list[Sample]:
 
 
 def _phase(name: str, samples: list[Sample]) -> Phase:
-    took = sorted(one.seconds for one in samples)
+    took = [one.seconds for one in samples]
     phase = Phase(
         name=name,
         requests=len(samples),
-        p50=rank(took, 50) * 1000,
-        p95=rank(took, 95) * 1000,
-        p99=rank(took, 99) * 1000,
+        p50=percentile(took, 50) * 1000,
+        p95=percentile(took, 95) * 1000,
+        p99=percentile(took, 99) * 1000,
         failed=sum(one.status != 202 for one in samples),
     )
     print(

@@ -9,11 +9,11 @@ import asyncpg
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from bench.load import rank
 from bench.machine import cpu_seconds
 from bench.requests import OPEN_CONNECTIONS, Scale
 from bench.results import Drain, Together
 from bench.rig import Api, Consumer, Rig
+from dev.crowd import percentile
 from flashsale import events, ledger
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
@@ -130,12 +130,16 @@ async def _together(rig: Rig, scale: Scale, api: Api, rate: float) -> Together:
     missing = [identity for identity, _ in accepted if identity not in rows]
     if missing:
         raise SystemExit(f"{len(missing)} accepted reservations have no row, such as {missing[0]}")
-    waits = sorted(rows[identity] - at for identity, at in accepted)
+    waits = [rows[identity] - at for identity, at in accepted]
     return Together(
         rate=rate,
         seconds=tally.result().seconds,
         lag=lag,
-        to_row=(rank(waits, 50) * 1000, rank(waits, 95) * 1000, rank(waits, 99) * 1000),
+        to_row=(
+            percentile(waits, 50) * 1000,
+            percentile(waits, 95) * 1000,
+            percentile(waits, 99) * 1000,
+        ),
         recorded=len(rows),
     )
 

@@ -18,7 +18,8 @@ from bench.load import Plan, Tally
 from bench.machine import ROOT, Cores, cpu_seconds, placed
 from bench.results import Parts, Round
 from dev.services import Addresses, ApiServer, ConsumerServer
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
+from dev.stack.process import Server
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import redis_client
 from flashsale.outbox import Outbox
 

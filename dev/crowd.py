@@ -1,7 +1,8 @@
-"""A crowd of buyers over real HTTP connections that journals every answer it is given.
+"""Buyers over real HTTP connections: the one load generator in Python.
 
-The journal is the crowd's own: what it was promised is checked against the ledger, never against
-what the system says of itself.
+`stampede` sends a list of attempts and keeps a journal. `Load` sends requests in a closed loop or
+at a constant rate, and costs little enough to measure the API with. A `Client` sends one request at
+a time. All of them use the same `Connection`.
 """
 
 import asyncio
@@ -11,11 +12,13 @@ import math
 import random
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Final, Self
 from urllib.parse import urlsplit
+
+from dev.journal import Attempt, Entry, Journal
 
 BAD_REQUESTS: Final = (
     {"quantity": -1},
@@ -30,80 +33,20 @@ BAD_REQUESTS: Final = (
     {"itemId": "*"},
     {"itemId": "flashsale:{x}:sale"},
 )
-"""Fields that replace good ones; each must be refused, and take nothing."""
+"""Fields that replace valid ones. The API must refuse each of them and sell nothing."""
 
+TICK_SECONDS: Final = 0.001
+"""`Load.open_loop` sends the arrivals of one tick together, because timers are no finer."""
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One request that a buyer wants to make; without a key if that is empty."""
-
-    user_id: str
-    body: dict[str, object]
-    request_key: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One answer. `status` 0 means that the connection broke before it came.
-
-    `received_at` is Unix seconds, `seconds` the time from sending to the whole answer.
-    """
-
-    attempt: Attempt
-    status: int
-    answer: dict[str, object]
-    received_at: float
-    seconds: float
-
-    @property
-    def outcome(self) -> str:
-        """`202`, or the last part of the problem's type."""
-        if self.status in (0, 202):
-            return "202" if self.status else "no answer"
-        return str(self.answer.get("type", self.status)).rpartition(":")[2]
-
-
-@dataclass(slots=True)
-class Journal:
-    """Every answer, in the order of arrival."""
-
-    entries: list[Entry] = field(default_factory=list)
-
-    def outcomes(self) -> Counter[tuple[int, str]]:
-        """Answers by status and outcome; repeats of an accepted reservation apart."""
-        seen: set[object] = set()
-        counts: Counter[tuple[int, str]] = Counter()
-        for entry in self.entries:
-            outcome = entry.outcome
-            if entry.status == 202:
-                identity = entry.answer["reservationId"]
-                outcome = "replayed" if identity in seen else "accepted"
-                seen.add(identity)
-            counts[entry.status, outcome] += 1
-        return counts
-
-    def accepted(self) -> dict[str, Entry]:
-        """The first 202 of each reservation id."""
-        first: dict[str, Entry] = {}
-        for entry in self.entries:
-            if entry.status == 202:
-                first.setdefault(str(entry.answer["reservationId"]), entry)
-        return first
-
-    def broken_keys(self) -> list[tuple[str, str]]:
-        """(user, key) pairs that were given more than one reservation."""
-        given: dict[tuple[str, str], set[object]] = {}
-        for entry in self.entries:
-            if entry.status == 202 and entry.attempt.request_key:
-                pair = (entry.attempt.user_id, entry.attempt.request_key)
-                given.setdefault(pair, set()).add(entry.answer["reservationId"])
-        return [pair for pair, identities in given.items() if len(identities) > 1]
+DRAIN_SECONDS: Final = 15.0
+"""How long `Load.drain` waits for answers after the last request was sent."""
 
 
 def attempts(item_id: str, users: int, seed: int) -> list[Attempt]:
-    """Ten attempts a user, shuffled: one key four times, another key, no key four times, one bad.
+    """Return ten attempts per user, in random order.
 
-    Nobody may get more than one unit of it where the sale allows one a buyer.
+    Each user sends one key four times, another key once, no key four times, and one bad request. In
+    a sale with one unit per buyer, no user may get more than one.
     """
     chance = random.Random(seed)
     made = []
@@ -127,83 +70,256 @@ async def stampede(
     tries: int = 1,
     journal: Journal | None = None,
 ) -> Journal:
-    """Sends the attempts over keep-alive connections to the APIs in turn.
+    """Send the attempts over keep-alive connections, spread evenly over the APIs.
 
-    All connections are opened before the first attempt: buyers are there when the sale opens.
-    Each connection sends its next attempt when the last was answered. A keyed attempt that gets a
-    503 or no answer is sent again, up to `tries` times in all. `journal` is filled as answers come.
+    All connections are open before the first attempt, like buyers who wait for a sale to open. Each
+    connection sends its next attempt when the last one is answered. An attempt with a key is sent
+    up to `tries` times while it gets 503 or no answer. `journal` is filled as answers arrive.
     """
     journal = Journal() if journal is None else journal
     queue = deque(wanted)
-    everyone = [Connection(urls[number % len(urls)]) for number in range(connections)]
-    await asyncio.gather(*(connection.open() for connection in everyone))
+    clients = [Client(urls[number % len(urls)]) for number in range(connections)]
+    await asyncio.gather(*(client.open() for client in clients))
 
-    async def buy(connection: Connection) -> None:
+    async def buy(client: Client) -> None:
         try:
             while queue:
                 attempt = queue.popleft()
                 for again in range(tries if attempt.request_key else 1):
-                    entry = await connection.send(attempt)
+                    entry = await client.send(attempt)
                     journal.entries.append(entry)
                     if entry.status not in (0, 503):
                         break
                     await asyncio.sleep(0.05 * 2 ** min(again, 5))
         finally:
-            connection.close()
+            client.close()
 
     async with asyncio.TaskGroup() as buyers:
-        for connection in everyone:
-            buyers.create_task(buy(connection))
+        for client in clients:
+            buyers.create_task(buy(client))
     return journal
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile; NaN of nothing."""
-    if not values:
-        return math.nan
-    ordered = sorted(values)
+def percentile(values: Iterable[float], percent: float) -> float:
+    """Return the nearest-rank percentile, or 0 without values."""
+    if not (ordered := sorted(values)):
+        return 0.0
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
-class Connection:
-    """One keep-alive connection, opened again when it broke."""
+def reserve_request(body: bytes, key: str = "") -> bytes:
+    """Return the bytes of a `POST /reserve`, with an Idempotency-Key unless `key` is empty."""
+    key_line = f"Idempotency-Key: {key}\r\n" if key else ""
+    head = (
+        "POST /reserve HTTP/1.1\r\nHost: crowd\r\nContent-Type: application/json\r\n"
+        f"{key_line}Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
-    def __init__(self, url: str) -> None:
+
+Answered = Callable[["Connection", int, bytes], None]
+Lost = Callable[["Connection", Exception | None], None]
+
+
+class Connection(asyncio.Protocol):
+    """A keep-alive HTTP/1.1 connection with at most one request in flight.
+
+    `answered` gets each answer's status and body. `lost` is called when the connection ends, with
+    the error if there was one. `due` is for the caller: the time its request was due.
+    """
+
+    def __init__(self, answered: Answered, lost: Lost) -> None:
+        self.due = 0.0
+        self._answered = answered
+        self._lost = lost
+        self._received = b""
+
+    @classmethod
+    async def open(cls, url: str, answered: Answered, lost: Lost) -> Self:
+        """Connect to the host and port of a URL. Raises OSError."""
         address = urlsplit(url)
-        self._host, self._port = address.hostname or "", address.port or 80
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-
-    async def open(self) -> None:
-        """Connects if it is not connected; an API that is away is met by `send`."""
-        if self._streams is None:
-            with contextlib.suppress(OSError):
-                self._streams = await asyncio.open_connection(self._host, self._port)
-
-    async def send(self, attempt: Attempt) -> Entry:
-        """Sends one request and waits for its answer."""
-        body = json.dumps(attempt.body).encode()
-        key = f"Idempotency-Key: {attempt.request_key}\r\n" if attempt.request_key else ""
-        head = (
-            f"POST /reserve HTTP/1.1\r\nHost: {self._host}\r\n"
-            f"Content-Type: application/json\r\n{key}Content-Length: {len(body)}\r\n\r\n"
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: cls(answered, lost), address.hostname or "", address.port or 80
         )
-        started = time.perf_counter()
-        try:
-            await self.open()
-            if self._streams is None:
-                raise ConnectionError
-            reader, writer = self._streams
-            writer.write(head.encode() + body)
-            answer_head = await reader.readuntil(b"\r\n\r\n")
-            status = int(answer_head[9:12])
-            length = int(answer_head.lower().split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
-            answer = json.loads(await reader.readexactly(length))
-        except (OSError, asyncio.IncompleteReadError):
-            self.close()
-            status, answer = 0, {}
-        return Entry(attempt, status, answer, time.time(), time.perf_counter() - started)
+        return connection
+
+    def send(self, request: bytes) -> None:
+        self._transport.write(request)  # type: ignore[attr-defined] # TCP transports have it
 
     def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._received:
+            data = self._received + data
+        head = data.find(b"\r\n\r\n")
+        if head >= 0:
+            begin = data.index(b"content-length: ") + 16
+            size = int(data[begin : data.index(b"\r", begin)])
+            if len(data) == head + 4 + size:
+                self._received = b""
+                self._answered(self, int(data[9:12]), data[head + 4 :])
+                return
+        self._received = data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost(self, exc)
+
+
+class Client:
+    """Sends one request at a time to one API. Reconnects after the connection has broken."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: Connection | None = None
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+
+    async def open(self) -> None:
+        """Connect unless connected. If the API is down, `send` tries again."""
+        if self._connection is None:
+            with contextlib.suppress(OSError):
+                self._connection = await Connection.open(self._url, self._answered, self._lost)
+
+    async def send(self, attempt: Attempt) -> Entry:
+        """Send one request and wait for its answer. A caller that stops waiting disconnects."""
+        request = reserve_request(json.dumps(attempt.body).encode(), attempt.request_key)
+        started = time.perf_counter()
+        self._answer = asyncio.get_running_loop().create_future()
+        try:
+            await self.open()
+            if self._connection is None:
+                raise ConnectionError
+            self._connection.send(request)
+            status, body = await self._answer
+        except OSError:
+            status, body = 0, b"{}"
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        seconds = time.perf_counter() - started
+        return Entry(attempt, status, json.loads(body), time.time(), seconds)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _answered(self, _: Connection, status: int, body: bytes) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((status, body))
+
+    def _lost(self, connection: Connection, error: Exception | None) -> None:
+        if connection is not self._connection:
+            return  # closed by this client, which may have another connection now
+        self._connection = None
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error or ConnectionResetError())
+
+
+class Load:
+    """Sends requests over many keep-alive connections, in a closed loop or in an open loop.
+
+    `request` returns the bytes of the next request. `record` is called for each answer with the
+    time at which its request was due (`time.perf_counter`), its status and its body. A context
+    manager: the connections open at its start and close at its end.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        connections: int,
+        request: Callable[[], bytes],
+        record: Callable[[float, int, bytes], None],
+    ) -> None:
+        self._urls = [urls[number % len(urls)] for number in range(connections)]
+        self._request = request
+        self._record = record
+        self._outstanding = 0
+        self._looping = False
+        self._connections: list[Connection] = []
+        # Used in turn, so that the API closes no connection for being idle.
+        self._free: deque[Connection] = deque()
+        self._late: deque[float] = deque()
+
+    async def __aenter__(self) -> Self:
+        for url in self._urls:
+            connection = await Connection.open(url, self._answered, self._lost)
+            self._connections.append(connection)
+        self._free.extend(self._connections)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    async def closed_loop(self, seconds: float) -> None:
+        """Send on each connection as soon as its last request is answered."""
+        self._looping = True
+        self._outstanding = len(self._free)
+        now = time.perf_counter()
+        while self._free:
+            self._send(self._free.popleft(), now)
+        await asyncio.sleep(seconds)
+        self._looping = False
+
+    async def open_loop(self, seconds: float, rate: float) -> None:
+        """Send `rate` requests per second, regardless of the answers.
+
+        A request is due at a fixed time. If no connection is free then, it is sent when one is, and
+        its latency counts from when it was due, as it does for a buyer.
+        """
+        begun = time.perf_counter()
+        sent, tick = 0, 0
+        ticks = round(seconds / TICK_SECONDS)
+        while tick < ticks:
+            now = time.perf_counter()
+            while tick < ticks and begun + tick * TICK_SECONDS <= now:
+                due = begun + tick * TICK_SECONDS
+                tick += 1
+                until = int(tick * TICK_SECONDS * rate)
+                self._outstanding += until - sent
+                for _ in range(until - sent):
+                    if self._free:
+                        self._send(self._free.popleft(), due)
+                    else:
+                        self._late.append(due)
+                sent = until
+            await asyncio.sleep(max(0.0, begun + tick * TICK_SECONDS - time.perf_counter()))
+
+    async def drain(self) -> None:
+        """Wait until every request is answered. Raises TimeoutError after `DRAIN_SECONDS`."""
+        deadline = time.perf_counter() + DRAIN_SECONDS
+        while self._outstanding:
+            if time.perf_counter() > deadline:
+                raise TimeoutError(
+                    f"{self._outstanding} requests had no answer after {DRAIN_SECONDS:.0f} s"
+                )
+            await asyncio.sleep(0.005)
+
+    def _send(self, connection: Connection, due: float) -> None:
+        connection.due = due
+        connection.send(self._request())
+
+    def _answered(self, connection: Connection, status: int, body: bytes) -> None:
+        self._record(connection.due, status, body)
+        if self._looping:
+            self._send(connection, time.perf_counter())
+            return
+        self._outstanding -= 1
+        if self._late:
+            self._send(connection, self._late.popleft())
+        else:
+            self._free.append(connection)
+
+    def _lost(self, _: Connection, error: Exception | None) -> None:
+        if self._outstanding:
+            # asyncio only logs any other exception of a callback.
+            raise SystemExit(f"the API closed a connection: {error}")

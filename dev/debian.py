@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 
-from dev.cluster import running
+from dev.progress import say
 from dev.stack.errors import StackError
 
 
@@ -23,7 +23,7 @@ def require(programs: Mapping[str, str], purpose: str) -> None:
             f"{purpose} needs {', '.join(missing)}: as root, on Debian or Ubuntu, "
             f"{' '.join(command)}"
         )
-    running.say(f"installing {', '.join(missing)} from Debian's packages")
+    say(f"installing {', '.join(missing)} from Debian's packages")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for each in (("apt-get", "update"), command):
         done = subprocess.run(each, env=environment, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
-"""`python -m dev.load SCRIPT`: a k6 script of loadtest/ against what `make up` started.
+"""`python -m dev.load SCRIPT`: run a k6 script of loadtest/ against a running `make up`.
 
-Each run has sales of its own, declared by flashsalectl and closed afterwards. What the crowd was
-promised is then held against the ledger.
+Each run declares sales of its own with flashsalectl and closes them afterwards. Every reservation
+that the crowd was promised is then checked against the ledger.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-from dev.crowd import Attempt, Entry, Journal
-from dev.local import API_PORT, LOCAL, ROOT
-from dev.services import Addresses, ApiServer
+from dev.journal import Attempt, Entry, Journal
+from dev.local import API_PORT, running_engine
+from dev.paths import LOCAL, ROOT
+from dev.services import flashsalectl
 from dev.stack.errors import StackError
 from dev.verdict import judge, quiet
 
@@ -31,16 +32,12 @@ _SMOKE: Final[dict[str, dict[str, object]]] = {
     "-ended": {"endsAt": "2020-01-01T00:00:00Z"},
     "-paused": {"paused": True},
 }
+"""The sales of each script, by suffix of their name: the fields of each one's spec."""
 
 
 def load(script: Path) -> int:
-    """Runs it; the exit code is 0 only if k6's thresholds and the ledger agree that it is well."""
-    if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
-        raise StackError("the engine does not run: `make up` starts it")
-    env = dict(line.split("=", 1) for line in (LOCAL / "env").read_text().splitlines())
-    addresses = Addresses(
-        env["FLASHSALE_REDIS_URL"], env["FLASHSALE_KAFKA_BOOTSTRAP"], env["FLASHSALE_DATABASE_URL"]
-    )
+    """Run the script. Returns 0 only if k6's thresholds held and the ledger has every promise."""
+    addresses = running_engine()
     item = f"load-{int(time.time())}"
     stock = int(os.environ.get("STOCK") or _STOCK.get(script.name, _OTHER_STOCK))
     folder = LOCAL / "load"
@@ -61,13 +58,17 @@ def load(script: Path) -> int:
             for suffix, spec in sales.items()
         )
     )
-    _flashsalectl(env, "apply", "-f", str(manifest))
+    flashsalectl(addresses, "apply", "-f", str(manifest))
     journal = folder / "journal"
     journal.unlink(missing_ok=True)
     done = subprocess.run(
         [
-            *(Path(sys.executable).with_name("k6"), "run", "--no-usage-report"),
-            *("--log-format", "raw", "--console-output", journal, script),
+            Path(sys.executable).with_name("k6"),
+            "run",
+            "--no-usage-report",
+            "--log-format=raw",
+            f"--console-output={journal}",
+            script,
         ],
         env={
             "API_URL": f"http://localhost:{API_PORT}",
@@ -78,11 +79,11 @@ def load(script: Path) -> int:
         },
         check=False,
     )
-    print("Waiting until the ledger is quiet …", flush=True)
+    print("Waiting until every event is in the ledger …", flush=True)
     asyncio.run(quiet(addresses, [item]))
     verdict, _ = asyncio.run(judge(addresses, f"default/{item}", _read(journal)))
     for suffix in sales:
-        _flashsalectl(env, "close", item + suffix)
+        flashsalectl(addresses, "close", item + suffix)
     print(f"{item}: {verdict}")
     return done.returncode or int(not verdict.kept)
 
@@ -95,19 +96,12 @@ def _read(journal: Path) -> Journal:
     )
 
 
-def _flashsalectl(env: dict[str, str], *arguments: str) -> None:
-    program = Path(sys.executable).with_name("flashsalectl")
-    done = subprocess.run([program, *arguments], env={**os.environ, **env}, check=False)
-    if done.returncode:
-        raise StackError(f"flashsalectl {arguments[0]} failed: it says above what to do")
-
-
 def main() -> int:
     scripts = sorted(path.name for path in SCRIPTS.glob("*.js"))
     parser = argparse.ArgumentParser(
         prog="python -m dev.load",
         description=__doc__,
-        epilog="What else a script takes from the environment stands at its head.",
+        epilog="The head of each script lists the environment variables that it reads.",
     )
     parser.add_argument("script", choices=scripts, metavar="SCRIPT", help=", ".join(scripts))
     try:

@@ -1,8 +1,7 @@
-"""`python -m dev.local`: the whole engine on this machine, without Docker."""
+"""`python -m dev.local`: run the whole engine on this machine, without Docker."""
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,15 +11,17 @@ from typing import Final
 
 from dev.cluster.binaries import binaries
 from dev.cluster.control_plane import ControlPlane
-from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server, StackError
+from dev.paths import LOCAL, ROOT
+from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer, flashsalectl
+from dev.stack.errors import StackError
+from dev.stack.process import Server
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 
-ROOT: Final = Path(__file__).parent.parent
-LOCAL: Final = ROOT / ".local"
 SAMPLE: Final = ROOT / "k8s" / "samples" / "iphone-15.yaml"
 CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 RESOURCE: Final = "flashsales.flashsale.dev"
 API_PORT: Final = 8080
+_ENV: Final = LOCAL / "env"
 
 
 def start_stack(
@@ -30,9 +31,10 @@ def start_stack(
     *,
     detached: bool = False,
 ) -> Addresses:
-    """Starts Redis, Kafka and PostgreSQL below `data`, but for those that `environ` names.
+    """Start Redis, Kafka and PostgreSQL in folders of `data`, and return their addresses.
 
-    `started` is given each server that this call started; what ran already is left alone.
+    A server whose address is set in `environ` is not started. `started` is called with each server
+    that this call started, but not with servers that were already running.
     """
     redis = RedisServer(data / RedisServer.name, detached=detached)
     kafka = KafkaServer(data / KafkaServer.name, detached=detached)
@@ -45,31 +47,39 @@ def start_stack(
     addresses = []
     for variable, server, address in kinds:
         named = environ.get(variable)
-        # `make up` writes its own addresses to .local/env, which may be set when it runs again.
+        # If the user has sourced .local/env, the variables name the servers of an earlier `make
+        # up`. Those servers are ours to start.
         if named is None or (server.data.exists() and named == address()):
             _start(server, started)
             named = address()
         else:
-            print(f"  {server.name:9} {variable} is set: yours is taken", flush=True)
+            print(f"  {server.name:9} not started, because {variable} is set", flush=True)
         addresses.append(named)
     return Addresses(*addresses)
 
 
 def apply_sample(addresses: Addresses) -> None:
-    """Runs `flashsalectl apply` on the sample; raises StackError if it fails."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name("flashsalectl"), "apply", "-f", SAMPLE],
-        env={**os.environ, **addresses.environment()},
-        check=False,
+    """Apply the sample manifest with flashsalectl. Raises StackError if that fails."""
+    flashsalectl(addresses, "apply", "-f", str(SAMPLE))
+
+
+def running_engine() -> Addresses:
+    """Return the addresses of the servers that `up` started.
+
+    Raises StackError if the engine is not running.
+    """
+    if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
+        raise StackError("the engine is not running; start it with `make up`")
+    written = dict(line.split("=", 1) for line in _ENV.read_text().splitlines())
+    return Addresses(
+        written["FLASHSALE_REDIS_URL"],
+        written["FLASHSALE_KAFKA_BOOTSTRAP"],
+        written["FLASHSALE_DATABASE_URL"],
     )
-    if done.returncode != 0:
-        raise StackError(
-            f"flashsalectl apply failed (exit code {done.returncode}): it says above what to do"
-        )
 
 
 def up() -> None:
-    """Stack, API on port 8080 and consumer in the background, and the sample applied."""
+    """Start the servers, the API and a consumer in the background, and apply the sample."""
     LOCAL.mkdir(exist_ok=True)
     with ExitStack() as undo:
 
@@ -81,26 +91,23 @@ def up() -> None:
         _start(ConsumerServer(LOCAL / "consumer", addresses, detached=True), started)
         _start(api, started)
         variables = {**addresses.environment(), "FLASHSALE_API_URL": f"http://localhost:{API_PORT}"}
-        env = LOCAL / "env"
-        env.touch(mode=0o600)
-        env.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+        _ENV.touch(mode=0o600)
+        _ENV.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
         apply_sample(addresses)
         undo.pop_all()
     print(f"""
-The API answers on http://localhost:{API_PORT} (its metrics on {api.metrics_url}). Try:
+The API listens on http://localhost:{API_PORT}. Its metrics are on {api.metrics_url}. Try:
 
   curl -X POST localhost:{API_PORT}/reserve -H "Content-Type: application/json" \\
     -d '{{"userId":"user1","itemId":"iphone_15","quantity":1}}'
   set -a; . .local/env; set +a; .venv/bin/flashsalectl audit
 
-Logs are in .local/*/*.log. `make down` ends it; the data stays until you remove .local.""")
+The logs are in .local/*/*.log. `make down` stops everything. The data stays in .local.""")
 
 
 def control_plane() -> None:
-    """A Kubernetes API with the CRD and the operator, beside what `up` started."""
-    if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
-        raise StackError("the engine does not run: `make up` starts it")
-    written = dict(line.split("=", 1) for line in (LOCAL / "env").read_text().splitlines())
+    """Start a Kubernetes API with the CRD and the operator, next to a running engine."""
+    addresses = running_engine()
     with ExitStack() as undo:
 
         def started(server: Server) -> None:
@@ -111,26 +118,31 @@ def control_plane() -> None:
         _start(plane, started)
         plane.kubectl("apply", "-f", str(CRD), check=True)
         plane.kubectl("wait", "--for=condition=Established", f"crd/{RESOURCE}", check=True)
-        environment = {**written, "KUBECONFIG": str(plane.kubeconfig)}
+        environment = {**addresses.environment(), "KUBECONFIG": str(plane.kubeconfig)}
         _start(OperatorServer(LOCAL / OperatorServer.name, environment, detached=True), started)
         undo.pop_all()
     print(f"""
-FlashSales can be declared. Try, in this folder:
+The operator watches FlashSales. Try, in this folder:
 
   export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH=$PATH:{folder}
   kubectl apply -f k8s/samples/iphone-15.yaml
   kubectl get flashsales
 
-`make down` ends it too.""")
+`make down` stops it too.""")
 
 
 def down() -> None:
-    """Ends what `up` started, by the ids that were recorded."""
+    """Stop everything that `up` and `control_plane` started, by the recorded process ids."""
     stopped = False
-    # The engine before its servers: so it ends with nothing left to publish or record.
+    # The engine stops before its servers, so that it can still publish and record the rest.
     kinds: tuple[type[Server], ...] = (
-        *(OperatorServer, ControlPlane, ApiServer, ConsumerServer),
-        *(KafkaServer, PostgresServer, RedisServer),
+        OperatorServer,
+        ControlPlane,
+        ApiServer,
+        ConsumerServer,
+        KafkaServer,
+        PostgresServer,
+        RedisServer,
     )
     for kind in kinds:
         if not (LOCAL / kind.name).exists():
@@ -140,12 +152,12 @@ def down() -> None:
             print(f"  {server.name:9} stopping process {server.pid}", flush=True)
             server.stop()
             stopped = True
-    print("Stopped; the data stays in .local." if stopped else "Nothing runs.")
+    print("Stopped. The data stays in .local." if stopped else "Nothing is running.")
 
 
 def _start(server: Server, started: Callable[[Server], None]) -> None:
     if server.data.exists() and type(server).attach(server.data).pid is not None:
-        print(f"  {server.name:9} runs already on port {server.port}", flush=True)
+        print(f"  {server.name:9} already running on port {server.port}", flush=True)
         return
     begun = time.monotonic()
     print(f"  {server.name:9} starting on port {server.port} …", end="", flush=True)
@@ -159,25 +171,18 @@ def _start(server: Server, started: Callable[[Server], None]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("up", help="stack, API on port 8080 and consumer, in the background")
-    commands.add_parser("down", help="ends what up started; keeps the data in .local")
     commands.add_parser(
-        "control-plane", help="a Kubernetes API with CRD and operator, beside what up started"
+        "up",
+        help="start Redis, Kafka, PostgreSQL, the API on port 8080 and a consumer in the "
+        "background, and apply the sample",
     )
-    commands.add_parser("demo", help="sells 100 phones to a crowd on fresh servers, and checks")
-    command = parser.parse_args().command
+    commands.add_parser("down", help="stop everything; the data stays in .local")
+    commands.add_parser(
+        "control-plane", help="start a Kubernetes API with CRD and operator, after `up`"
+    )
+    actions = {"up": up, "down": down, "control-plane": control_plane}
     try:
-        match command:
-            case "up":
-                up()
-            case "down":
-                down()
-            case "control-plane":
-                control_plane()
-            case _:
-                from dev.demo import demo  # noqa: PLC0415 - the demo builds on this module
-
-                return demo()
+        actions[parser.parse_args().command]()
     except StackError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

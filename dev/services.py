@@ -1,6 +1,7 @@
-"""The engine's own processes, started and ended like the servers of the stack."""
+"""The engine's own processes, started and stopped like the servers of the stack."""
 
 import os
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -9,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dev.stack.servers import Server
+from dev.stack.errors import StackError
+from dev.stack.process import Server
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the three servers are."""
+    """The addresses of Redis, Kafka and PostgreSQL."""
 
     redis_url: str
     kafka_bootstrap: str
     database_url: str
 
     def environment(self) -> dict[str, str]:
-        """The variables that every process of the engine reads."""
+        """Return the addresses as the variables that every process of the engine reads."""
         return {
             "FLASHSALE_REDIS_URL": self.redis_url,
             "FLASHSALE_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
@@ -40,17 +42,17 @@ class _Service(Server):
         *,
         detached: bool = False,
     ) -> None:
-        """`addresses` may be left out of what is not started here, as in `attach`."""
+        """`addresses` is needed only to start the process, not to `attach` to it."""
         super().__init__(data, port, detached=detached)
         self._addresses = addresses
 
     @property
     def url(self) -> str:
-        """Where it serves HTTP."""
+        """The base URL of its HTTP server."""
         return f"http://127.0.0.1:{self.port}"
 
     def _prepare(self) -> None:
-        """Nothing is stored but the log."""
+        """The process stores nothing but its log."""
 
     def _command(self) -> list[str]:
         return [sys.executable, "-m", self.module]
@@ -72,14 +74,14 @@ class _Service(Server):
 
 
 class ApiServer(_Service):
-    """One API process; started once Redis has answered it."""
+    """One API process. It counts as started when Redis has answered it."""
 
     name: ClassVar[str] = "api"
     module: ClassVar[str] = "flashsale_api"
 
     @property
     def metrics_url(self) -> str:
-        """Where Prometheus would look."""
+        """The URL of its Prometheus metrics."""
         return f"http://127.0.0.1:{self._port('metrics')}/metrics"
 
     def _environment(self) -> dict[str, str]:
@@ -90,31 +92,32 @@ class ApiServer(_Service):
 
 
 class ConsumerServer(_Service):
-    """One consumer process; started once it has joined its group."""
+    """One consumer process. It counts as started when it has joined its group."""
 
     name: ClassVar[str] = "consumer"
     module: ClassVar[str] = "flashsale_consumer"
 
 
 class OperatorServer(Server):
-    """One operator process; started once it serves its health. `environment` is its own."""
+    """One operator process. It counts as started when it answers its health check."""
 
     name: ClassVar[str] = "operator"
 
     def __init__(
         self, data: Path, environment: Mapping[str, str] | None = None, *, detached: bool = False
     ) -> None:
+        """`environment` is added to this process's environment."""
         super().__init__(data, detached=detached)
         self._own = environment or {}
 
     def get(self, path: str) -> str:
-        """What it answers over HTTP."""
+        """Return the body of a GET request to its HTTP server."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             text: bytes = answer.read()
             return text.decode()
 
     def _prepare(self) -> None:
-        """Nothing is stored but the log."""
+        """The process stores nothing but its log."""
 
     def _command(self) -> list[str]:
         return [sys.executable, "-m", "flashsale_operator"]
@@ -124,3 +127,20 @@ class OperatorServer(Server):
 
     def _ready(self) -> bool:
         return self.get("/healthz") == "alive\n"
+
+
+def flashsalectl(addresses: Addresses, *arguments: str) -> None:
+    """Run flashsalectl to its end, with its output on the terminal.
+
+    Raises StackError if it fails.
+    """
+    done = subprocess.run(
+        [Path(sys.executable).with_name("flashsalectl"), *arguments],
+        env={**os.environ, **addresses.environment()},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise StackError(
+            f"`flashsalectl {arguments[0]}` failed (exit code {done.returncode}); see its message "
+            "above"
+        )

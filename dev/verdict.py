@@ -8,7 +8,7 @@ from typing import Final
 
 import asyncpg
 
-from dev.crowd import Journal
+from dev.journal import Journal
 from dev.services import Addresses
 from flashsale import events, ledger, redis_client
 from flashsale.outbox import Outbox

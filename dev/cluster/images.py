@@ -2,10 +2,10 @@
 
 from importlib.metadata import version
 
-from dev.cluster import running
 from dev.cluster.node import Cluster
 from dev.images.building import DEPLOYABLES, Image, build
 from dev.images.servers import SERVERS, build_servers
+from dev.progress import Progress
 
 
 def load_all(cluster: Cluster) -> list[Image]:
@@ -17,7 +17,7 @@ def load_all(cluster: Cluster) -> list[Image]:
     own = list(build(list(DEPLOYABLES)))
     for image in own:
         names[image.reference] = f"{image.reference.rpartition(':')[0]}:{version('flashsale')}"
-    progress = running.Progress()
+    progress = Progress()
     cluster.load(names)
     progress.end(f"{len(names)} images: on the node, in {{seconds}} s")
     return own

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Final
 
 from dev import debian
-from dev.cluster import pki, running
+from dev.cluster import pki
 from dev.cluster.binaries import binaries, helm, kubernetes_version, node, system
 from dev.cluster.first_process import ADDRESS, API_SERVICE, Plan, controllers
 from dev.images.archive import save
 from dev.images.building import wrap
+from dev.paths import LOCAL, ROOT
+from dev.progress import Progress, say
 from dev.stack import lifeline
 from dev.stack.errors import StackError
-from dev.stack.jars import only_one
+from dev.stack.locks import exclusive
 
-ROOT: Final = Path(__file__).parents[2]
-OF_TESTS: Final = ROOT / ".local" / "e2e"
+OF_TESTS: Final = LOCAL / "e2e"
 """The folder of the cluster that `make e2e` has for itself."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PACKAGES: Final = {
@@ -49,7 +50,7 @@ _SECONDS: Final = 180.0
 class Cluster:
     """The cluster of one folder, which may run or not; any process may end what another started."""
 
-    state: Path = ROOT / ".local" / "cluster"
+    state: Path = LOCAL / "cluster"
 
     @property
     def runs(self) -> bool:
@@ -69,12 +70,12 @@ class Cluster:
         _require_machine()
         for build in (binaries, node, system, helm):  # minutes, the first time
             build()
-        with only_one(self.state):
+        with exclusive(self.state):
             if self.runs:
                 return
             self._clear()
-            progress = running.Progress()
-            running.say(f"Kubernetes {kubernetes_version()}: starting one node")
+            progress = Progress()
+            say(f"Kubernetes {kubernetes_version()}: starting one node")
             try:
                 self._prepare()
                 self._start(progress)
@@ -85,7 +86,7 @@ class Cluster:
 
     def down(self) -> None:
         """Ends it, and removes every trace but its logs, in whatever state it is."""
-        with only_one(self.state):
+        with exclusive(self.state):
             self._clear()
 
     def inside(self, *command: str) -> list[str]:
@@ -143,7 +144,7 @@ class Cluster:
         )
         (self.state / "plan.json").write_text(plan.written())
 
-    def _start(self, progress: running.Progress) -> None:
+    def _start(self, progress: Progress) -> None:
         self._make_groups()
         # It joins the control groups before it enters its namespaces, in which they are the roots.
         joining = 'while read -r group; do echo $$ >"$group/cgroup.procs"; done; exec "$@"'

@@ -1,6 +1,5 @@
 """Programs built once from Go modules, and kept in a cache by what may make them differ."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from dev.cluster import running
+from dev.progress import Progress, run, say
 from dev.stack.errors import StackError
-from dev.stack.jars import only_one
+from dev.stack.locks import exclusive
 from dev.stack.packages import cache_folder
 
 _LOG_LINES: Final = 20
@@ -93,8 +92,8 @@ def built(tools: Toolset) -> Path:
     name = f"{tools.title.lower()}-{tools.version}-{tools.key(go)}"
     folder = cache_folder() / "cluster" / name
     if not folder.exists():
-        _say_if_another_builds(tools, folder)
-        with only_one(folder):
+        busy = f"{tools.named}: another process builds it; waiting for that"
+        with exclusive(folder, waiting=lambda: say(busy)):
             if not folder.exists():
                 part = folder.with_name(folder.name + ".part")
                 shutil.rmtree(part, ignore_errors=True)
@@ -144,23 +143,14 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
 
 
-def _say_if_another_builds(tools: Toolset, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            running.say(f"{tools.named}: another process builds it; waiting for that")
-
-
 def _build(tools: Toolset, go: Go, part: Path) -> None:
     """Leaves the programs in `part/bin`."""
     packages = list(tools.programs.values())
-    running.say(
+    say(
         f"{tools.named}: building {', '.join(tools.programs)} with {go.version}, once; "
         f"{tools.cost} of CPU where Go has compiled nothing of it yet"
     )
-    progress = running.Progress()
+    progress = Progress()
     building = _Building(tools, go, part, progress)
     said = building.run(["list", "-deps", *packages], "downloading modules")
     # One line a package, and one a module that had to be downloaded.
@@ -181,7 +171,7 @@ class _Building:
     tools: Toolset
     go: Go
     part: Path
-    progress: running.Progress
+    progress: Progress
 
     def run(self, arguments: list[str], doing: str) -> list[str]:
         """Runs `go` to its end and returns its output's lines. Raises StackError if it fails."""
@@ -191,7 +181,7 @@ class _Building:
             done = doing.replace("{lines}", str(len(lines)))
             self.progress.show(f"{self.tools.named}: {done}, {{seconds}} s")
 
-        code, said = running.run(
+        code, said = run(
             [self.go.program, *arguments],
             folder=self.tools.folder,
             # What it has to throw away goes away with the rest, however it ends.

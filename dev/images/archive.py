@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dev.images.buildah import buildah
-from dev.stack.jars import only_one
+from dev.stack.locks import exclusive
 
 
 def save(names: Mapping[str, str], archive: Path) -> None:
@@ -21,7 +21,7 @@ def save(names: Mapping[str, str], archive: Path) -> None:
     """
     tool = buildah()
     index: list[dict[str, Any]] = []
-    with only_one(tool.folder / "store"), tarfile.open(archive, "w") as tar:
+    with exclusive(tool.folder / "store"), tarfile.open(archive, "w") as tar:
         there: set[str] = set()
 
         def add(digest: str, content: bytes | Path) -> None:

@@ -7,14 +7,13 @@ Dockerfiles need not know. An image on it is for this machine: nobody should shi
 import hashlib
 import os
 import re
-from pathlib import Path
 from typing import Final
 
-from dev.cluster import running
 from dev.images.buildah import Buildah
+from dev.paths import ROOT
+from dev.progress import Progress, run, say
 from dev.stack.errors import StackError
 
-ROOT: Final = Path(__file__).parents[2]
 _SUITES: Final = {"3.11": "bookworm", "3.13": "trixie"}
 """The Debian that has a Python."""
 _PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
@@ -59,11 +58,11 @@ def stand_in(buildah: Buildah) -> str:
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
     if buildah.label(name, _LABEL) == key:
         return name
-    progress = running.Progress()
+    progress = Progress()
     title = f"{name}: a stand-in from Debian {suite}"
-    running.say(f"{title}, once; about a minute")
+    say(f"{title}, once; about a minute")
     archive = buildah.folder / "base.tar"
-    code, said = running.run(
+    code, said = run(
         [*command, str(archive)],
         folder=ROOT,
         environment=dict(os.environ),

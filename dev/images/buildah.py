@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dev import debian
-from dev.cluster import running
+from dev.progress import run
 from dev.stack.errors import StackError
 from dev.stack.packages import cache_folder
 
@@ -36,9 +36,7 @@ class Buildah:
         log = self.folder / "build.log"
         # Chroot: containers within a container, or in CI, are rarely allowed.
         command = [*self._command(), "build", "--isolation=chroot", "--pull=never", *arguments]
-        code, said = running.run(
-            command, folder=folder, environment=dict(os.environ), log=log, show=show
-        )
+        code, said = run(command, folder=folder, environment=dict(os.environ), log=log, show=show)
         if code != 0:
             tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
             raise StackError(

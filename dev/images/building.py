@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dev.cluster import running
-from dev.images.base import ROOT, stand_in
+from dev.images.base import stand_in
 from dev.images.buildah import Buildah, buildah
-from dev.stack.jars import only_one
+from dev.paths import ROOT
+from dev.progress import Progress
+from dev.stack.locks import exclusive
 
 DEPLOYABLES: Final = {
     "api": Path("services/api"),
@@ -41,7 +42,7 @@ class Image:
 def build(names: list[str]) -> Iterator[Image]:
     """Builds what has changed since the last time, with progress on stderr."""
     tool = buildah()
-    with only_one(tool.folder / "store"):
+    with exclusive(tool.folder / "store"):
         tool.ask("rm", "--all")  # what a build that failed left
         base = stand_in(tool)
         for name in names:
@@ -52,7 +53,7 @@ def variant(reference: str, tag: str) -> str:
     """Makes another image of one that was built, which differs in a label; returns its name."""
     tool = buildah()
     other = f"{reference.rpartition(':')[0]}:{tag}"
-    with only_one(tool.folder / "store"):
+    with exclusive(tool.folder / "store"):
         container = tool.ask("from", reference)
         try:
             tool.ask("config", "--label", f"dev.flashsale.variant={tag}", container)
@@ -66,7 +67,7 @@ def wrap(program: Path, reference: str) -> None:
     """Makes an image of one static program, unless that was done."""
     tool = buildah()
     key = hashlib.sha256(program.read_bytes()).hexdigest()[:12]
-    with only_one(tool.folder / "store"):
+    with exclusive(tool.folder / "store"):
         if tool.label(reference, CONTENT) != key:
             entry = f"/{program.name}"
             config = ("--entrypoint", json.dumps([entry]), "--label", f"{CONTENT}={key}")
@@ -80,7 +81,7 @@ def _image(tool: Buildah, base: str, name: str) -> Image:
     reference = f"flashsale/{name}:{key}"
     built = tool.label(reference, CONTENT) != key
     if built:
-        progress = running.Progress()
+        progress = Progress()
         with network() as mounts:
             tool.build(
                 *("--layers", "--file", str(folder / "Dockerfile"), "--tag", reference),

@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from dev.cluster import running
-from dev.images.base import ROOT, stand_in
+from dev.images.base import stand_in
 from dev.images.buildah import Buildah, buildah
 from dev.images.building import CONTENT, network
+from dev.paths import ROOT
+from dev.progress import Progress
 from dev.stack.errors import StackError
-from dev.stack.jars import kafka_folder, only_one
+from dev.stack.jars import kafka_folder
+from dev.stack.locks import exclusive
 from dev.stack.packages import wheel_folder
 
 SERVERS: Final = {
@@ -30,7 +32,7 @@ _FOLDER: Final = ROOT / "dev" / "images" / "dockerfiles"
 def build_servers(names: list[str]) -> Iterator[str]:
     """Builds those that have changed since the last time, and names each as manifests do."""
     tool = buildah()
-    with only_one(tool.folder / "store"):
+    with exclusive(tool.folder / "store"):
         tool.ask("rm", "--all")  # what a build that failed left
         base = stand_in(tool)
         for name in names:
@@ -46,7 +48,7 @@ def _build(tool: Buildah, base: str, name: str) -> None:
     key = digest.hexdigest()[:12]
     if tool.label(reference, CONTENT) == key:
         return
-    progress = running.Progress()
+    progress = Progress()
     mounts = [f"--volume={source}:/from/{at}:ro" for at, source in sources.items()]
     with network() as access:
         tool.build(

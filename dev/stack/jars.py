@@ -1,6 +1,5 @@
 """Kafka's jars: exactly those of kafka.lock, fetched by jgo into a cache outside the tree."""
 
-import fcntl
 import hashlib
 import shutil
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dev.stack.errors import StackError
+from dev.stack.locks import exclusive
 from dev.stack.packages import cache_folder
 
 LOCK_FILE = Path(__file__).with_name("kafka.lock")
@@ -59,7 +59,7 @@ def kafka_folder() -> Path:
     folder = cache_folder() / f"kafka-{kafka_version()}-{digest}"
     if folder.exists():
         return folder
-    with only_one(folder):
+    with exclusive(folder):
         if not folder.exists():
             part = folder.with_name(folder.name + ".part")
             part.mkdir(exist_ok=True)
@@ -68,21 +68,12 @@ def kafka_folder() -> Path:
     return folder
 
 
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds the lock on making the folder; the kernel gives it back however the process ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def resolve(version: str) -> list[Jar]:
     """Downloads a version of Kafka with all that it needs, and says what that is: a new lock."""
     from jgo.maven import MavenContext  # noqa: PLC0415 - slow to import, needed here only
     from jgo.parse import Coordinate  # noqa: PLC0415
 
-    with only_one(cache_folder() / "resolved"):
+    with exclusive(cache_folder() / "resolved"):
         repository = cache_folder() / "resolved"
         context = MavenContext(repo_cache=repository, remote_repos=_repositories())
 

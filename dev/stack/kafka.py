@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from dev.stack.errors import StackError
-from dev.stack.jars import kafka_folder, kafka_version, only_one
+from dev.stack.jars import kafka_folder, kafka_version
+from dev.stack.locks import exclusive
 from dev.stack.packages import java, java_build, java_version
 from dev.stack.process import Server
 
@@ -176,7 +177,7 @@ def rehearse() -> Path:
     folder = rehearsed_folder()
     if folder.exists():
         return folder
-    with only_one(folder):
+    with exclusive(folder):
         if not folder.exists():
             part = folder.with_name(folder.name + ".part")
             part.mkdir(exist_ok=True)

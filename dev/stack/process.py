@@ -16,8 +16,6 @@ from dev.stack import keeper, lifeline
 from dev.stack.errors import StackError
 from dev.stack.ports import free_port
 
-__all__ = ["START_SECONDS", "Server", "StackError", "free_port"]
-
 START_SECONDS = 60.0
 _LOG_LINES = 20
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
 from dev.stack.errors import StackError
-from dev.stack.jars import only_one
+from dev.stack.locks import exclusive
 from dev.stack.packages import cache_folder
 from dev.stack.process import Server
 
@@ -47,7 +47,7 @@ def programs() -> Programs:
             "Debian's package is fetched, but this machine has no apt-get)"
         )
     folder = cache_folder() / "prometheus"
-    with only_one(folder):
+    with exclusive(folder):
         if not folder.exists():
             _fetch(folder)
     return Programs(folder / "usr/bin/prometheus", folder / "usr/bin/promtool")

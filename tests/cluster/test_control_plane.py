@@ -18,7 +18,7 @@ import pytest
 from dev.cluster.binaries import Binaries, kubernetes_version
 from dev.cluster.control_plane import ControlPlane, EtcdServer
 from dev.stack import lifeline
-from dev.stack.servers import StackError
+from dev.stack.errors import StackError
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Buyers who do not give up, and the journal of every answer that they were given."""
+"""Buyers who do not give up, and a journal of every answer they got."""
 
 import asyncio
 import random
@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dev.crowd import Attempt, Connection, Entry
+from dev.crowd import Client
+from dev.journal import Attempt, Entry
 
 BUYERS: Final = 10
 PATIENCE_SECONDS: Final = 3.0
 LEAVING: Final = 0.01
-"""Of the requests, those whose buyer is gone before the answer and comes back for it."""
+"""The share of requests whose buyer disconnects before the answer and asks again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request and its answer; times are Unix seconds, `api` is the number of the process.
+    """One request and its answer. Times are in Unix seconds. `api` is the index of the process.
 
-    `status` 0: there was none.
+    `status` is 0 if there was no answer.
     """
 
     api: int
@@ -32,8 +33,8 @@ class Answer:
     kind: str
     reservation_id: str = ""
 
-    def told(self, began: float) -> str:
-        """A line about it; `began` is what its seconds count from."""
+    def line(self, began: float) -> str:
+        """Return the answer as one line of text, with seconds since `began`."""
         order = f"{self.user} x {self.quantity}, {f'key {self.key}' if self.key else 'no key'}"
         return (
             f"{self.sent - began:8.3f} to {self.received - began:8.3f} s  API {self.api + 1}  "
@@ -42,7 +43,7 @@ class Answer:
 
 
 class Crowd:
-    """Asks two APIs for one item until it is told to go home."""
+    """Buyers who ask two APIs for one item until `stop` is called."""
 
     def __init__(
         self, urls: Sequence[str], item: str, *, seed: int, users: int, max_per_user: int
@@ -52,63 +53,61 @@ class Crowd:
         self._seed = seed
         self._users = users
         self._max_per_user = max_per_user
-        self._home = asyncio.Event()
+        self._stopped = asyncio.Event()
         self.journal: list[Answer] = []
 
     async def run(self) -> None:
-        """Returns once everybody has gone home."""
+        """Buy until `stop` is called and every buyer has finished."""
         async with asyncio.TaskGroup() as buyers:
             for number in range(BUYERS):
                 buyers.create_task(self._buy(random.Random(self._seed * 100 + number)))
 
-    def go_home(self) -> None:
-        """Nobody begins anything new."""
-        self._home.set()
+    def stop(self) -> None:
+        """Let no buyer begin a new request."""
+        self._stopped.set()
 
     async def ask(self, api: int, user: str, key: str, quantity: int) -> Answer:
-        """One request on a connection of its own."""
-        connection = Connection(self._urls[api])
+        """Send one request on a new connection."""
+        client = Client(self._urls[api])
         try:
-            return await self._send(connection, api, user, key, quantity)
+            return await self._send(client, api, user, key, quantity)
         finally:
-            connection.close()
+            client.close()
 
     async def _buy(self, chance: random.Random) -> None:
-        connections = [Connection(url) for url in self._urls]
+        clients = [Client(url) for url in self._urls]
         try:
-            while not self._home.is_set():
+            while not self._stopped.is_set():
                 user = f"user-{chance.randrange(self._users)}"
-                # The same key always asks for the same.
+                # A key always asks for the same quantity.
                 number = chance.randrange(3)
                 quantity = 1 + (number if number < self._max_per_user else 0)
                 key = f"{user}-{number}" if chance.random() < 0.7 else ""
-                await self._insist(connections, chance, user, key, quantity)
+                await self._insist(clients, chance, user, key, quantity)
                 await asyncio.sleep(chance.uniform(0.01, 0.05))
         finally:
-            for connection in connections:
-                connection.close()
+            for client in clients:
+                client.close()
 
     async def _insist(
         self,
-        connections: Sequence[Connection],
+        clients: Sequence[Client],
         chance: random.Random,
         user: str,
         key: str,
         quantity: int,
     ) -> None:
         while True:
-            api = chance.randrange(len(connections))
-            leaves = chance.random() < LEAVING
-            answer = await self._send(
-                connections[api], api, user, key, quantity, 0.005 if leaves else PATIENCE_SECONDS
-            )
-            if answer.status not in (0, 503) or not key or self._home.is_set():
+            api = chance.randrange(len(clients))
+            patience = 0.005 if chance.random() < LEAVING else PATIENCE_SECONDS
+            answer = await self._send(clients[api], api, user, key, quantity, patience)
+            if answer.status not in (0, 503) or not key or self._stopped.is_set():
                 return
             await asyncio.sleep(chance.uniform(0.05, 0.3))
 
     async def _send(
         self,
-        connection: Connection,
+        client: Client,
         api: int,
         user: str,
         key: str,
@@ -119,9 +118,8 @@ class Crowd:
         attempt, sent = Attempt(user, body, key), time.time()
         try:
             async with asyncio.timeout(patience):
-                entry = await connection.send(attempt)
+                entry = await client.send(attempt)
         except TimeoutError:
-            connection.close()
             entry = Entry(attempt, 0, {}, time.time(), patience)
         answer = Answer(
             api=api,

@@ -102,7 +102,7 @@ async def lose(world: World, case: Case) -> Loss:
     await world.redis.whole()
     await recovered(world, crowd, item)
     closed = time.monotonic() - began
-    crowd.go_home()
+    crowd.stop()
     await coming
     await declared(world, sale)
     await quiet(world.addresses, [item])

@@ -21,7 +21,7 @@ class Failed(Exception):
 
     def __init__(self, schedule: Schedule, journal: Sequence[Answer], why: str) -> None:
         began = min((answer.sent for answer in journal), default=0.0)
-        lines = [f"  {answer.told(began)}" for answer in journal]
+        lines = [f"  {answer.line(began)}" for answer in journal]
         super().__init__("\n".join([str(schedule), "JOURNAL:", *lines, f"BROKEN: {why}"]))
 
 
@@ -53,7 +53,7 @@ async def run(world: World, schedule: Schedule) -> Result:
             await declared(world, sale)
             alive(world)
         finally:
-            crowd.go_home()
+            crowd.stop()
             await coming
         result = await check(world, crowd, sale)
         result.recovery_seconds = seconds

@@ -17,7 +17,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
-from dev.stack.servers import KafkaServer, PostgresServer, Server
+from dev.stack.process import Server
+from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, heartbeat
 from tests.faults.redis_pair import RedisPair
 from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step

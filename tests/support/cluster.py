@@ -15,7 +15,8 @@ import yaml
 
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
-from dev.stack.servers import RedisServer, Server
+from dev.stack.process import Server
+from dev.stack.servers import RedisServer
 from flashsale.keys import ItemKeys
 from tests.support.eventually import eventually
 from tests.support.paths import CHART_FILES

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dev.crowd import Attempt, Journal, stampede
+from dev.crowd import stampede
+from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer

@@ -11,7 +11,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
-from dev.crowd import Attempt, Journal, stampede
+from dev.crowd import stampede
+from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, heartbeat, redis_client

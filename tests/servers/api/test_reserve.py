@@ -13,7 +13,8 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from dev.crowd import Attempt, stampede
+from dev.crowd import stampede
+from dev.journal import Attempt
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
-from dev.stack.servers import RedisServer, redis_binaries
+from dev.stack.packages import redis_binaries
+from dev.stack.servers import RedisServer
 from flashsale import redis_client
 
 

@@ -11,7 +11,8 @@ import httpx
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from dev.crowd import Attempt, stampede
+from dev.crowd import stampede
+from dev.journal import Attempt
 from dev.verdict import judge, quiet
 from flashsale import events, redis_client
 from tests.servers.engine.conftest import Engine

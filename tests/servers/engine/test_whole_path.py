@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
-from dev.crowd import Attempt, Journal, stampede
+from dev.crowd import stampede
+from dev.journal import Attempt, Journal
 from dev.verdict import Verdict, judge, quiet
 from flashsale import redis_client
 from tests.servers.engine.conftest import Engine

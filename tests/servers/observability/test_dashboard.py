@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from dev.crowd import Attempt, attempts, stampede
+from dev.crowd import attempts, stampede
+from dev.journal import Attempt
 from dev.stack.prometheus import Programs, PrometheusServer
 from tests.servers.observability.conftest import Shop
 from tests.servers.observability.documented import documented

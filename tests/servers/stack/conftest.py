@@ -11,7 +11,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer, Server
+from dev.stack.process import Server
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 
 S = TypeVar("S", bound=Server)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from dev.stack.servers import PostgresServer, StackError
+from dev.stack.errors import StackError
+from dev.stack.servers import PostgresServer
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from dev.stack.errors import StackError
 from dev.stack.packages import redis_binaries
-from dev.stack.servers import RedisServer, StackError
+from dev.stack.servers import RedisServer
 
 
 @pytest.mark.parametrize("name", redis_binaries())

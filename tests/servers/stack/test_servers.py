@@ -14,8 +14,10 @@ from typing import Protocol
 import pytest
 
 from dev.stack import lifeline
+from dev.stack.errors import StackError
 from dev.stack.ports import free_port
-from dev.stack.servers import RedisServer, Server, StackError
+from dev.stack.process import Server
+from dev.stack.servers import RedisServer
 from tests.support.paths import ROOT
 
 PROC = Path("/proc")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dev.stack import jars
+from dev.stack.errors import StackError
 from dev.stack.packages import cache_folder
-from dev.stack.servers import StackError
 
 # jgo leaves the connection of an answer that was not 200 to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
