@@ -136,7 +136,7 @@ class _Node:
             *("--enable-admission-plugins", "NodeRestriction", "--allow-privileged"),
             *("--service-cluster-ip-range", SERVICES),
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
-            f"--service-account-key-file={pki}/service-accounts.pub",
+            f"--service-account-key-file={pki}/service-accounts.key",
             f"--service-account-signing-key-file={pki}/service-accounts.key",
             *("--kubelet-preferred-address-types", "InternalIP"),
             f"--kubelet-client-certificate={pki}/admin.crt",

@@ -41,7 +41,6 @@ _PACKAGES: Final = {
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "iptables": "iptables",
     "ip": "iproute2",
-    "openssl": "openssl",
 }
 _SECONDS: Final = 180.0
 

@@ -1,90 +1,64 @@
-"""Certificates of a cluster: an authority, the API server's, and a kubeconfig for each user."""
+"""The certificates of a cluster: its authority, its API server, and a kubeconfig per user."""
 
 import base64
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from dev.stack.errors import StackError
+import trustme
 
-_DAYS: Final = "365"
-_NAMES: Final = (
+_NAME: Final = "flashsale-cluster"
+_HOSTS: Final = (
     "localhost",
     "kubernetes",
     "kubernetes.default",
     "kubernetes.default.svc",
     "kubernetes.default.svc.cluster.local",
 )
-# Whom Kubernetes' own roles know by these names.
-USERS: Final[Mapping[str, str]] = {
-    "admin": "/O=system:masters/CN=admin",
-    "controllers": "/CN=system:kube-controller-manager",
-    "scheduler": "/CN=system:kube-scheduler",
-    "proxy": "/CN=system:kube-proxy",
-    "kubelet": "/O=system:nodes/CN=system:node:node",
+USERS: Final[Mapping[str, tuple[str, str | None]]] = {
+    "admin": ("admin", "system:masters"),
+    "controllers": ("system:kube-controller-manager", None),
+    "scheduler": ("system:kube-scheduler", None),
+    "proxy": ("system:kube-proxy", None),
+    "kubelet": ("system:node:node", "system:nodes"),
 }
+"""The common name and the organisation of each user. Kubernetes' own roles name them as its users
+and groups.
+"""
 
 
 def make(folder: Path, url: str, addresses: Sequence[str]) -> None:
-    """Makes them all: `ca`, `apiserver` (for the IP addresses) and a `USER.kubeconfig` each.
+    """Write everything into a new folder.
 
-    And `service-accounts.key` and `.pub`, for tokens.
+    The authority is `ca`, the API server's certificate for its hosts and IP addresses `apiserver`,
+    and each user's certificate has the user's name: a `.crt` and a `.key` file each. Each user also
+    gets a `USER.kubeconfig`. `service-accounts.key` signs and verifies tokens.
     """
     folder.mkdir(mode=0o700)
-    _key(folder, "ca")
-    _openssl(
-        folder,
-        *("req", "-x509", "-new", "-key", "ca.key", "-subj", "/CN=flashsale-cluster"),
-        # Python is strict from 3.13 on: an authority without this is none.
-        *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),
-        *("-days", _DAYS, "-out", "ca.crt"),
-    )
-    names = [*(f"DNS:{name}" for name in _NAMES), *(f"IP:{each}" for each in addresses)]
-    _signed(folder, "apiserver", "/CN=kube-apiserver", f"subjectAltName={','.join(names)}")
-    _key(folder, "service-accounts")
-    public = ("-pubout", "-out", "service-accounts.pub")
-    _openssl(folder, "ec", "-in", "service-accounts.key", *public)
-    for user, who in USERS.items():
-        _signed(folder, user, who, "extendedKeyUsage=clientAuth")
+    authority = trustme.CA(organization_name=_NAME)
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    authority.private_key_pem.write_to_path(folder / "ca.key")
+    _write(folder, "apiserver", authority.issue_cert(*_HOSTS, *addresses))
+    tokens = authority.issue_cert(common_name="service-accounts")
+    tokens.private_key_pem.write_to_path(folder / "service-accounts.key")
+    for user, (common_name, organisation) in USERS.items():
+        # Go refuses a certificate without any alternative name, because trustme marks that
+        # extension as critical.
+        issued = authority.issue_cert(user, common_name=common_name, organization_name=organisation)
+        _write(folder, user, issued)
         _write_kubeconfig(folder, user, url)
 
 
-def _signed(folder: Path, name: str, subject: str, extension: str) -> None:
-    _key(folder, name)
-    _openssl(folder, "req", "-new", "-key", f"{name}.key", "-subj", subject, "-out", f"{name}.csr")
-    extensions = folder / f"{name}.ext"
-    extensions.write_text(f"authorityKeyIdentifier=keyid\n{extension}\n")
-    _openssl(
-        folder,
-        *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key"),
-        *("-CAcreateserial", "-days", _DAYS, "-extfile", extensions.name, "-out", f"{name}.crt"),
-    )
-
-
-def _key(folder: Path, name: str) -> None:
-    curve = ("-name", "prime256v1", "-genkey", "-noout")
-    _openssl(folder, "ecparam", *curve, "-out", f"{name}.key")
-
-
-def _openssl(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        ["openssl", *arguments],  # noqa: S607 - wherever this system has it
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise StackError(f"`openssl {arguments[0]}` failed: {done.stderr.strip()}")
+def _write(folder: Path, name: str, issued: trustme.LeafCert) -> None:
+    issued.cert_chain_pems[0].write_to_path(folder / f"{name}.crt")
+    issued.private_key_pem.write_to_path(folder / f"{name}.key")
 
 
 def _write_kubeconfig(folder: Path, user: str, url: str) -> None:
     def content(name: str) -> str:
         return base64.b64encode((folder / name).read_bytes()).decode()
 
-    name = "flashsale-cluster"
     cluster = {"server": url, "certificate-authority-data": content("ca.crt")}
     certificate = {
         "client-certificate-data": content(f"{user}.crt"),
@@ -93,9 +67,10 @@ def _write_kubeconfig(folder: Path, user: str, url: str) -> None:
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": name, "cluster": cluster}],
+        "clusters": [{"name": _NAME, "cluster": cluster}],
         "users": [{"name": user, "user": certificate}],
-        "contexts": [{"name": name, "context": {"cluster": name, "user": user}}],
-        "current-context": name,
+        "contexts": [{"name": _NAME, "context": {"cluster": _NAME, "user": user}}],
+        "current-context": _NAME,
     }
-    (folder / f"{user}.kubeconfig").write_text(json.dumps(config, indent=2) + "\n")  # is YAML
+    # JSON is YAML.
+    (folder / f"{user}.kubeconfig").write_text(json.dumps(config, indent=2) + "\n")
