@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test faults audit \
+.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test faults check-locks \
   images check lint lock
 
 help: ## Print the targets
@@ -58,8 +58,8 @@ test: $(READY) ## Pass the tests, on real servers that they start themselves
 faults: $(READY) ## N schedules of faults on real servers, from SEED on (needs Go)
 	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
 
-audit: $(READY) ## Ask the index and the advisories about what the images install
-	@$(BIN)/python -m dev.audit
+check-locks: $(READY) ## Check the images' pinned packages against the index and the advisories
+	@$(BIN)/python -m dev.check_locks
 
 lint: $(READY) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -1,18 +1,19 @@
-"""What `make audit` makes of what pip and pip-audit say; their own words, shortened."""
+"""`make check-locks` reads the reports of pip and pip-audit, shortened here."""
 
 import re
 
-from dev.audit import LOCKS, ROOT, of_advisories, of_index
+from dev.check_locks import LOCKS, of_advisories, of_index
+from tests.support.paths import ROOT
 
 
-def test_a_yanked_package_is_named() -> None:
+def test_a_yanked_package_is_reported() -> None:
     fine = {"metadata": {"name": "a", "version": "1"}, "is_yanked": False}
     yanked = {"metadata": {"name": "b", "version": "2"}, "is_yanked": True}
     found = of_index({"install": [fine, yanked]})
     assert (found.packages, found.wrong) == (2, ("b 2 was yanked by its authors",))
 
 
-def test_a_vulnerable_package_is_named_with_what_mends_it() -> None:
+def test_a_vulnerable_package_is_reported_with_the_version_that_fixes_it() -> None:
     found = of_advisories(
         {
             "dependencies": [
@@ -27,11 +28,11 @@ def test_a_vulnerable_package_is_named_with_what_mends_it() -> None:
             "fixes": [],
         }
     )
-    assert found.wrong == ("c 3: PYSEC-1, mended in 3.1",)
-    assert found.unknown == ("b",)
+    assert found.wrong == ("c 3: PYSEC-1, fixed in 3.1",)
+    assert found.unchecked == ("b",)
 
 
-def test_every_package_of_an_image_is_pinned_by_hash_to_the_version_that_was_tested() -> None:
+def test_every_package_of_an_image_is_pinned_by_hash_to_the_tested_version() -> None:
     tested = pins((ROOT / "dev" / "requirements.txt").read_text())
     for lock in LOCKS:
         text = lock.read_text()
