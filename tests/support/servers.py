@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 import asyncpg
 import pytest
@@ -70,19 +71,26 @@ def item(new_item: Callable[[], str]) -> str:
     return new_item()
 
 
-@pytest.fixture
-def database_url(postgres_server: PostgresServer) -> Iterator[str]:
-    """The address of an empty database that only this test uses."""
+@contextmanager
+def database(server: PostgresServer) -> Iterator[str]:
+    """The address of an empty database, which is dropped afterwards."""
     name = f"ledger_{uuid.uuid4().hex}"
 
     async def execute(statement: str) -> None:
-        connection = await asyncpg.connect(postgres_server.url)
+        connection = await asyncpg.connect(server.url)
         await connection.execute(statement)
         await connection.close()
 
     asyncio.run(execute(f'CREATE DATABASE "{name}"'))
-    yield f"{postgres_server.url.rpartition('/')[0]}/{name}"
+    yield f"{server.url.rpartition('/')[0]}/{name}"
     asyncio.run(execute(f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+@pytest.fixture
+def database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The address of an empty database that only this test uses."""
+    with database(postgres_server) as url:
+        yield url
 
 
 @pytest.fixture

@@ -1,27 +1,21 @@
-"""The alerts: each fires when it must, is quiet when it must be, and says what to do."""
+"""The alert rules: each fires when it must, stays quiet otherwise, and has a runbook."""
 
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from dev.stack.prometheus import Programs
-from tests.servers.observability.documented import documented
-from tests.support.paths import ROOT
+from tests.support.observability import ALERTS, RULES, documented
+from tests.support.paths import DOCS, ROOT
 
-ALERTS = ROOT / "charts" / "flashsale" / "files" / "alerts.yaml"
+RUNBOOKS = DOCS / "runbooks.md"
 UNIT_TESTS = Path(__file__).with_name("alerts_test.yaml")
-RULES: dict[str, dict[str, Any]] = {
-    rule["alert"]: rule
-    for group in yaml.safe_load(ALERTS.read_text())["groups"]
-    for rule in group["rules"]
-}
 
 
-def test_promtool_finds_nothing_wrong_and_its_unit_tests_pass(
+def test_promtool_accepts_the_rules_and_their_unit_tests_pass(
     prometheus_programs: Programs,
 ) -> None:
     for arguments in (("check", "rules", ALERTS), ("test", "rules", UNIT_TESTS)):
@@ -31,7 +25,7 @@ def test_promtool_finds_nothing_wrong_and_its_unit_tests_pass(
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_alert_has_a_test_that_fires_and_one_that_does_not() -> None:
+def test_each_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() -> None:
     fired: dict[str, set[bool]] = {}
     for test in yaml.safe_load(UNIT_TESTS.read_text())["tests"]:
         for case in test["alert_rule_test"]:
@@ -40,25 +34,21 @@ def test_each_alert_has_a_test_that_fires_and_one_that_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_an_alert_asks_for_metrics_that_there_are(name: str) -> None:
+def test_an_alert_uses_documented_metrics(name: str) -> None:
     known = {metric.name for metric in documented()}
-    asked = set(re.findall(r"flashsale_\w+", RULES[name]["expr"]))
-    assert asked
-    assert {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in asked} <= known
+    used = set(re.findall(r"flashsale_\w+", RULES[name]["expr"]))
+    assert used
+    assert {re.sub(r"_(bucket|count|sum)$", "", metric) for metric in used} <= known
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_an_alert_has_its_runbook(name: str) -> None:
+def test_an_alert_links_to_a_runbook_with_a_remedy(name: str) -> None:
     page, _, anchor = RULES[name]["annotations"]["runbook_url"].partition("#")
-    alerts = (ROOT / page).read_text().partition("\n## Alerts\n")[2]
-    headings = re.findall(r"^### (\w+)$", alerts, re.MULTILINE)
+    assert page == str(RUNBOOKS.relative_to(ROOT))
     assert anchor == name.lower()
-    assert name in headings
-    runbook = alerts.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+    runbook = RUNBOOKS.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     assert "Do:" in runbook
 
 
-def test_there_is_no_runbook_without_an_alert() -> None:
-    alerts = (ROOT / "docs" / "operations.md").read_text().partition("\n## Alerts\n")[2]
-    headings = re.findall(r"^### (\w+)$", alerts.partition("\n## ")[0], re.MULTILINE)
-    assert headings == list(RULES)
+def test_each_runbook_has_an_alert() -> None:
+    assert re.findall(r"^## (Flashsale\w+)$", RUNBOOKS.read_text(), re.MULTILINE) == list(RULES)

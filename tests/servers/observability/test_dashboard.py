@@ -1,4 +1,4 @@
-"""The dashboard, on a real Prometheus that reads real processes under load."""
+"""The dashboard, on a real Prometheus that scrapes real processes under load."""
 
 import asyncio
 import itertools
@@ -6,7 +6,6 @@ import json
 import math
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,11 @@ import pytest
 from dev.crowd import attempts, stampede
 from dev.journal import Attempt
 from dev.stack.prometheus import Programs, PrometheusServer
-from tests.servers.observability.conftest import Shop
-from tests.servers.observability.documented import documented
-from tests.servers.observability.test_alerts import ALERTS, RULES
-from tests.support.paths import ROOT
+from tests.support.eventually import eventually
+from tests.support.observability import ALERTS, RULES, ObservedEngine, documented
+from tests.support.paths import CHART_FILES
 
-DASHBOARD = ROOT / "charts" / "flashsale" / "files" / "dashboard.json"
-DEADLINE_SECONDS = 90.0
+DASHBOARD = CHART_FILES / "dashboard.json"
 WINDOW = "15s"
 
 PANELS: list[dict[str, Any]] = [
@@ -33,13 +30,13 @@ PANELS: list[dict[str, Any]] = [
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
 
 
-def test_an_expression_asks_for_metrics_that_there_are() -> None:
+def test_expressions_use_documented_metrics() -> None:
     known = {metric.name for metric in documented()}
     asked = set(re.findall(r"(?:flashsale|process)_\w+", " ".join(EXPRESSIONS)))
     assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in asked} <= known
 
 
-def test_panels_say_what_they_show_and_do_not_overlap() -> None:
+def test_panels_have_descriptions_and_do_not_overlap() -> None:
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     assert len({panel["title"] for panel in PANELS}) == len(PANELS)
     assert all(panel["description"] for panel in PANELS)
@@ -55,8 +52,8 @@ def test_panels_say_what_they_show_and_do_not_overlap() -> None:
 
 
 @contextmanager
-def a_crowd(shop: Shop) -> Iterator[None]:
-    """Buyers who come until the body is done: some get a unit, some are turned away."""
+def a_crowd(engine: ObservedEngine) -> Iterator[None]:
+    """Send buyers during the body. Some get a unit, some are rejected."""
     done = threading.Event()
 
     def come() -> None:
@@ -65,12 +62,12 @@ def a_crowd(shop: Shop) -> Iterator[None]:
                 return
             new = [
                 Attempt(
-                    f"w{wave}-{n}", {"userId": f"w{wave}-{n}", "itemId": shop.item, "quantity": 1}
+                    f"w{wave}-{n}", {"userId": f"w{wave}-{n}", "itemId": engine.item, "quantity": 1}
                 )
                 for n in range(20)
             ]
-            wanted = [*new, *attempts(shop.item, 4, seed=wave)]
-            asyncio.run(stampede([shop.api.url], wanted, connections=4))
+            wanted = [*new, *attempts(engine.item, 4, seed=wave)]
+            asyncio.run(stampede([engine.api.url], wanted, connections=4))
             done.wait(0.2)
 
     thread = threading.Thread(target=come)
@@ -82,11 +79,13 @@ def a_crowd(shop: Shop) -> Iterator[None]:
         thread.join()
 
 
-def values(prometheus: PrometheusServer, shop: Shop, expression: str) -> list[float]:
-    """What Prometheus finds, but for what is not a number."""
+def values(prometheus: PrometheusServer, engine: ObservedEngine, expression: str) -> list[float]:
+    """Return the results of a query that are numbers."""
     for variable, value in (
-        *(("$__rate_interval", WINDOW), ("$__range", "1m")),
-        *(("$namespace", "shop"), ("$item", shop.item)),
+        ("$__rate_interval", WINDOW),
+        ("$__range", "1m"),
+        ("$namespace", "shop"),
+        ("$item", engine.item),
     ):
         expression = expression.replace(variable, value)
     answer = httpx.get(f"{prometheus.url}/api/v1/query", params={"query": expression}).json()
@@ -96,37 +95,36 @@ def values(prometheus: PrometheusServer, shop: Shop, expression: str) -> list[fl
 
 
 @pytest.mark.slow
-def test_no_expression_is_empty_and_no_alert_fires_under_load(
-    prometheus_programs: Programs,  # noqa: ARG001 - says what is missing where it is
-    shop: Shop,
+def test_under_load_no_expression_is_empty_and_no_alert_fires(
+    prometheus_programs: Programs,  # noqa: ARG001 - skips the test without Prometheus
+    engine: ObservedEngine,
     tmp_path: Path,
 ) -> None:
-    shop.world.apply("phone", shop.item, stock=1_000_000)
-    server = PrometheusServer(tmp_path / "prometheus", shop.targets, ALERTS)
-    with server as prometheus, a_crowd(shop):
-        empty = EXPRESSIONS
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while empty and time.monotonic() < deadline:
-            time.sleep(0.5)
-            empty = [each for each in empty if not values(prometheus, shop, each)]
-        assert not empty
+    engine.world.apply("phone", engine.item, stock=1_000_000)
+    server = PrometheusServer(tmp_path / "prometheus", engine.targets, ALERTS)
+    with server as prometheus, a_crowd(engine):
+        empty = list(EXPRESSIONS)
+
+        def none_is_empty() -> bool:
+            empty[:] = [each for each in empty if not values(prometheus, engine, each)]
+            return not empty
+
+        eventually(none_is_empty, lambda: str(empty), pause=0.5)
         listed = httpx.get(f"{prometheus.url}/api/v1/rules").json()["data"]["groups"]
         rules = [rule for group in listed for rule in group["rules"]]
         assert {rule["name"] for rule in rules} == set(RULES)
         assert [rule["lastError"] for rule in rules if rule.get("lastError")] == []
-        # How fast this machine is while it runs the tests, is no matter of theirs.
+        # The machine may be slow while it runs the tests.
         firing = {rule["name"] for rule in rules if rule["state"] == "firing"}
         assert firing <= {"FlashsaleSlow"}
 
 
 @pytest.mark.slow
-def test_a_metric_that_nobody_exposes_is_found_empty(
-    prometheus_programs: Programs,  # noqa: ARG001 - says what is missing where it is
-    shop: Shop,
+def test_an_expression_with_an_unknown_metric_is_empty(
+    prometheus_programs: Programs,  # noqa: ARG001 - skips the test without Prometheus
+    engine: ObservedEngine,
     tmp_path: Path,
 ) -> None:
-    with PrometheusServer(tmp_path / "prometheus", shop.targets) as prometheus:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not values(prometheus, shop, "flashsale_build_info"):
-            assert time.monotonic() < deadline
-        assert not values(prometheus, shop, "flashsale_no_such_thing")
+    with PrometheusServer(tmp_path / "prometheus", engine.targets) as prometheus:
+        eventually(lambda: values(prometheus, engine, "flashsale_build_info"))
+        assert not values(prometheus, engine, "flashsale_no_such_thing")

@@ -1,4 +1,4 @@
-"""What real processes log, while all is well and while servers are away."""
+"""The logs of real processes, with and without their servers."""
 
 import json
 import re
@@ -16,15 +16,15 @@ from dev.stack.ports import free_port
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale.keys import ITEMS, ItemKeys
-from tests.servers.observability.conftest import Shop
 from tests.support.eventually import eventually
+from tests.support.observability import ObservedEngine
 
 PASSWORD = "s3cr3t"
-BODY = {"userId": "somebody", "itemId": "phone", "quantity": 1}
+BODY = {"userId": "buyer-7", "itemId": "phone", "quantity": 1}
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
-    """Everything that it logged, as JSON and nothing else."""
+    """Return the log. All of its lines must be JSON."""
     return [json.loads(line) for line in server.log.read_text().splitlines()]
 
 
@@ -47,8 +47,8 @@ def redis_with_password(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.mark.slow
-def test_every_process_logs_json_and_no_user_and_little(shop: Shop) -> None:
-    for process in (shop.api, shop.consumer, shop.operator):
+def test_processes_log_few_lines_in_json_without_users(engine: ObservedEngine) -> None:
+    for process in (engine.api, engine.consumer, engine.operator):
         logged = lines(process)
         assert logged
         assert all({"time", "level", "logger", "message"} <= line.keys() for line in logged)
@@ -57,22 +57,22 @@ def test_every_process_logs_json_and_no_user_and_little(shop: Shop) -> None:
 
 
 @pytest.mark.slow
-def test_an_outbox_entry_that_cannot_be_read_is_told_of_without_its_buyer(shop: Shop) -> None:
+def test_an_unreadable_outbox_entry_is_logged_without_its_buyer(engine: ObservedEngine) -> None:
     keys = ItemKeys.of("torn")
-    with redis_client.Redis.from_url(shop.world.redis.url) as client:
-        fields = {"id": "x", "record": "accepted,1,1,somebody", "sale": "a,1,1,1"}
+    with redis_client.Redis.from_url(engine.world.redis.url) as client:
+        fields = {"id": "x", "record": "accepted,1,1,buyer-7", "sale": "a,1,1,1"}
         client.xadd(keys.outbox, {**fields, "traceparent": ""}, id="1-1")
         client.sadd(ITEMS, "torn")
         try:
-            eventually(lambda: "the outbox of torn cannot be swept" in shop.api.log.read_text())
+            eventually(lambda: "the outbox of torn cannot be swept" in engine.api.log.read_text())
         finally:
             client.srem(ITEMS, "torn")
             client.delete(keys.outbox)
-    assert "not a reservation record" in shop.api.log.read_text()
-    assert "somebody" not in shop.api.log.read_text()
+    assert "not a reservation record" in engine.api.log.read_text()
+    assert "buyer-7" not in engine.api.log.read_text()
 
 
-def test_an_api_without_its_servers_tells_it_and_is_quiet(tmp_path: Path) -> None:
+def test_an_api_without_its_servers_logs_little(tmp_path: Path) -> None:
     with RedisServer(tmp_path / "redis") as redis:
         addresses = Addresses(redis.url, f"127.0.0.1:{free_port()}", "")
         api = ApiServer(tmp_path / "api", addresses)
@@ -86,10 +86,10 @@ def test_an_api_without_its_servers_tells_it_and_is_quiet(tmp_path: Path) -> Non
             )
             eventually(lambda: failures.search(http.get(api.metrics_url).text))
             assert len(lines(api)) < 10
-            assert "somebody" not in api.log.read_text()
+            assert "buyer-7" not in api.log.read_text()
 
 
-def test_a_redis_that_wants_another_password_is_not_told_the_one_that_was_given(
+def test_the_log_has_no_password_if_redis_rejects_it(
     tmp_path: Path, redis_with_password: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHSALE_LOG_LEVEL", "debug")
@@ -105,7 +105,7 @@ def test_a_redis_that_wants_another_password_is_not_told_the_one_that_was_given(
 
 
 @pytest.mark.slow
-def test_a_ledger_that_wants_another_password_is_not_told_the_one_that_was_given(
+def test_the_log_has_no_password_if_the_ledger_rejects_it(
     tmp_path: Path,
     kafka_server: KafkaServer,
     postgres_server: PostgresServer,

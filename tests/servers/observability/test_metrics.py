@@ -1,30 +1,29 @@
-"""What the processes tell Prometheus, and what docs/metrics.md says that they tell."""
+"""The metrics of real processes, compared with docs/metrics.md."""
 
 from itertools import pairwise
 
 import pytest
 
-from tests.servers.observability.conftest import Shop
-from tests.servers.observability.documented import documented, exposed
 from tests.support.eventually import eventually
+from tests.support.observability import ObservedEngine, documented, exposed
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_page_lists_what_the_processes_expose_and_nothing_else(shop: Shop) -> None:
-    eventually(lambda: "flashsale_consumer_lag{" in shop.exposed()["consumer"])
-    assert sorted(exposed(shop.exposed())) == sorted(documented())
+def test_the_page_lists_exactly_the_metrics_of_the_processes(engine: ObservedEngine) -> None:
+    eventually(lambda: "flashsale_consumer_lag{" in engine.metrics()["consumer"])
+    assert sorted(exposed(engine.metrics())) == sorted(documented())
 
 
-def test_a_sale_is_counted_under_its_item_and_no_other_name_makes_a_series(shop: Shop) -> None:
-    text = shop.exposed()["api"]
-    assert f'flashsale_api_requests_total{{item="{shop.item}",outcome="accepted"}} 40.0' in text
+def test_only_items_with_a_sale_have_series(engine: ObservedEngine) -> None:
+    text = engine.metrics()["api"]
+    assert f'flashsale_api_requests_total{{item="{engine.item}",outcome="accepted"}} 40.0' in text
     assert 'flashsale_api_requests_total{item="",outcome="invalid_field"}' in text
     assert "user-" not in text
 
 
-def test_answers_are_resolved_between_1_and_50_ms(shop: Shop) -> None:
-    text = shop.exposed()["api"]
+def test_buckets_resolve_answers_between_1_and_50_ms(engine: ObservedEngine) -> None:
+    text = engine.metrics()["api"]
     bounds = {
         float(line.partition('le="')[2].partition('"')[0])
         for line in text.splitlines()
@@ -36,10 +35,12 @@ def test_answers_are_resolved_between_1_and_50_ms(shop: Shop) -> None:
     assert all(after <= 2 * before for before, after in pairwise(between))
 
 
-def test_what_the_operator_tells_of_a_sale(shop: Shop) -> None:
-    sale = f'item="{shop.item}",sale="{shop.world.namespace}/phone"'
-    eventually(lambda: f"flashsale_sale_recorded_units{{{sale}}} 40.0" in shop.exposed()["operator"])
-    text = shop.exposed()["operator"]
+def test_the_operator_reports_a_sale(engine: ObservedEngine) -> None:
+    sale = f'item="{engine.item}",sale="{engine.world.namespace}/phone"'
+    eventually(
+        lambda: f"flashsale_sale_recorded_units{{{sale}}} 40.0" in engine.metrics()["operator"]
+    )
+    text = engine.metrics()["operator"]
     for line in (
         f'flashsale_sale_state{{{sale},state="SoldOut"}} 1.0',
         f"flashsale_sale_ready{{{sale}}} 1.0",

@@ -1,4 +1,4 @@
-"""One trace from the HTTP request to the ledger, received as real OTLP over HTTP."""
+"""Traces from the HTTP request to the ledger, received as OTLP over HTTP."""
 
 import asyncio
 import secrets
@@ -12,13 +12,12 @@ import pytest
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
-from tests.servers.observability.collector import Collector, Span, collecting
-from tests.servers.observability.conftest import database
 from tests.support.eventually import eventually
+from tests.support.trace_collector import Collector, Span, collecting
 
 WAY = (
     "POST /reserve",
@@ -31,7 +30,7 @@ WAY = (
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """Every process that is started from now on sends its traces to it, soon."""
+    """A collector that receives the traces of all processes that start from now on."""
     with collecting() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -41,10 +40,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 
 @pytest.fixture
-def addresses(
-    redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
-) -> Addresses:
-    return Addresses(redis_server.url, kafka_server.bootstrap, database(postgres_server))
+def addresses(redis_server: RedisServer, kafka_server: KafkaServer, database_url: str) -> Addresses:
+    return Addresses(redis_server.url, kafka_server.bootstrap, database_url)
 
 
 def seed(addresses: Addresses, item: str) -> None:
@@ -58,7 +55,7 @@ def seed(addresses: Addresses, item: str) -> None:
 
 
 def reserve(api: ApiServer, item: str, *, sampled: bool) -> tuple[str, str]:
-    """Reserves a unit as part of a caller's trace: its id, and the id of the caller's span."""
+    """Reserve a unit in a caller's trace. Returns the ids of the trace and the caller's span."""
     trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
     answer = httpx.post(
         f"{api.url}/reserve",
@@ -71,7 +68,7 @@ def reserve(api: ApiServer, item: str, *, sampled: bool) -> tuple[str, str]:
 
 
 def whole(collector: Collector, trace_id: str) -> dict[str, Span]:
-    """The way of a request once all of it is known."""
+    """Return the spans of a request by name, once all of them have arrived."""
     return eventually(
         lambda: way if (way := collector.way_to(WAY[-1], trace_id)).keys() == set(WAY) else None,
         lambda: str(collector.spans),
@@ -81,9 +78,8 @@ def whole(collector: Collector, trace_id: str) -> dict[str, Span]:
 def assert_joined(trace: dict[str, Span], caller: str) -> None:
     assert trace.keys() == set(WAY)
     request, call, send, process, insert = (trace[name] for name in WAY)
-    assert [span.kind for span in (request, call, send, process, insert)] == [
-        *("SERVER", "CLIENT", "PRODUCER", "CONSUMER", "CLIENT")
-    ]
+    kinds = [span.kind for span in (request, call, send, process, insert)]
+    assert kinds == ["SERVER", "CLIENT", "PRODUCER", "CONSUMER", "CLIENT"]
     assert request.parent_id == caller
     assert call.parent_id == send.parent_id == request.span_id
     assert process.parent_id == send.span_id
@@ -121,12 +117,12 @@ def test_one_trace_goes_from_the_request_to_the_ledger(
     assert process["messaging.consumer.group.name"] == "flashsale-ledger"
     assert process["flashsale.result"] == "recorded"
     assert insert["db.system.name"] == "postgresql"
-    told = [value for span in trace.values() for value in span.attributes.values()]
-    assert not any("buyer" in str(value) for value in told)
+    values = [value for span in trace.values() for value in span.attributes.values()]
+    assert not any("buyer" in str(value) for value in values)
 
 
 @pytest.mark.slow
-def test_an_event_that_another_pod_swept_is_in_the_trace_of_its_request(
+def test_an_event_swept_by_another_pod_stays_in_the_trace_of_its_request(
     collector: Collector, addresses: Addresses, item: str, tmp_path: Path
 ) -> None:
     seed(addresses, item)
@@ -151,7 +147,7 @@ def test_an_event_that_another_pod_swept_is_in_the_trace_of_its_request(
 
 
 @pytest.mark.slow
-def test_what_the_caller_does_not_sample_leaves_no_span(
+def test_a_request_that_its_caller_does_not_sample_leaves_no_span(
     collector: Collector, addresses: Addresses, item: str, tmp_path: Path
 ) -> None:
     seed(addresses, item)
@@ -162,14 +158,14 @@ def test_what_the_caller_does_not_sample_leaves_no_span(
         unsampled = {reserve(api, item, sampled=False)[0] for _ in range(5)}
         trace_id, _ = reserve(api, item, sampled=True)
         whole(collector, trace_id)
-    # Others may be read again: the topic is the whole session's.
+    # The topic belongs to the whole session, so the consumer may read other events, too.
     assert not unsampled & {span.trace_id for span in collector.spans}
     (request,) = (span for span in collector.spans if span.name == "POST /reserve")
     assert request.trace_id == trace_id
 
 
 @pytest.mark.slow
-def test_requests_without_a_caller_are_sampled_by_the_ratio(
+def test_requests_without_a_traceparent_are_sampled_by_the_ratio(
     collector: Collector,
     addresses: Addresses,
     item: str,
@@ -186,7 +182,7 @@ def test_requests_without_a_caller_are_sampled_by_the_ratio(
     assert request.parent_id == ""
 
 
-def test_a_collector_that_is_away_costs_no_answer_and_no_shutdown(
+def test_without_a_collector_the_api_answers_and_shuts_down(
     redis_server: RedisServer, item: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
@@ -204,7 +200,7 @@ def test_a_collector_that_is_away_costs_no_answer_and_no_shutdown(
         api.kill()
 
 
-def test_without_a_place_to_send_them_no_exporter_is_even_imported() -> None:
+def test_without_an_endpoint_no_exporter_is_imported() -> None:
     code = "import flashsale_api.__main__, flashsale_consumer.app, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "flashsale.tracing" in done.stdout

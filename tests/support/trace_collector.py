@@ -1,4 +1,4 @@
-"""A collector of traces: real OTLP over HTTP, kept in memory."""
+"""Receives traces as OTLP over HTTP and keeps them in memory."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span as it was received; ids in hex."""
+    """A received span. Ids are in hex."""
 
     trace_id: str
     span_id: str
@@ -32,15 +32,15 @@ class Span:
 
 @dataclass
 class Collector:
-    """What was received so far."""
+    """The spans that were received so far."""
 
     url: str
     spans: list[Span] = field(default_factory=list)
 
     def way_to(self, name: str, trace_id: str) -> dict[str, Span]:
-        """A span of that name, those above it and what they called themselves, by name.
+        """Return the span `name`, its ancestors, and the client spans of all of these, by name.
 
-        Of a trace in which something was done twice, as it may be, it is one way of two.
+        A trace can have several spans of a name, because events can repeat. The first one counts.
         """
         found = {span.span_id: span for span in self.spans if span.trace_id == trace_id}
         span = next((span for span in found.values() if span.name == name), None)
@@ -56,7 +56,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """A collector on a free port of loopback."""
+    """Run a collector on a free loopback port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -72,7 +72,7 @@ def collecting() -> Iterator[Collector]:
             self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
-            """Nothing is printed."""
+            """Print nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         collector = Collector(f"http://127.0.0.1:{server.server_port}")
