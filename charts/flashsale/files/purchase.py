@@ -1,7 +1,8 @@
-# ruff: noqa: INP001 - a script that `helm test` hands to Python, and no module
-"""Buys the one unit of a throw-away sale, and finds it in the ledger.
+# ruff: noqa: INP001 - a script that `helm test` passes to Python, not a module
+"""Buy the only unit of a temporary sale and find it in the ledger.
 
-It takes all parts: the operator to open the sale, the API to sell, the consumer to record.
+This needs every component: the operator opens the sale, the API sells the unit and the consumer
+records it.
 """
 
 import asyncio
@@ -26,7 +27,10 @@ NAME = f"helm-test-{uuid.uuid4().hex[:8]}"
 
 
 def call(method: str, url: str, body: object = None, **headers: str) -> tuple[int, Any]:
-    """The status and the JSON of an answer, whatever it says."""
+    """Send a request and return the status and JSON of the response.
+
+    An error status is returned like any other. The status is 0 if there was no response.
+    """
     request = urllib.request.Request(  # noqa: S310 - the cluster's own addresses
         url,
         method=method,
@@ -36,8 +40,8 @@ def call(method: str, url: str, body: object = None, **headers: str) -> tuple[in
     secure = url.startswith("https:")
     context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")) if secure else None
     try:
-        with urllib.request.urlopen(request, timeout=10, context=context) as answer:  # noqa: S310
-            return answer.status, json.load(answer)
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:  # noqa: S310
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
@@ -60,7 +64,7 @@ def buy(user: str) -> tuple[int, Any]:
 
 
 def recorded(reservation: str) -> str | None:
-    """What the ledger has of a reservation."""
+    """Return a reservation's state in the ledger, None if the ledger does not have it."""
 
     async def fetch() -> str | None:
         connection = await asyncpg.connect(os.environ["FLASHSALE_DATABASE_URL"], timeout=10)
@@ -77,16 +81,19 @@ def recorded(reservation: str) -> str | None:
     return asyncio.run(fetch())
 
 
-def until(what: str, wanted: object, look: Callable[[], tuple[object, Any]]) -> Any:  # noqa: ANN401
-    """Looks until the first of the two is as wanted; returns the second."""
+def until(step: str, expected: object, look: Callable[[], tuple[object, Any]]) -> Any:  # noqa: ANN401
+    """Call `look` until it returns `expected` and a detail, and return the detail.
+
+    Exits with an error message after `DEADLINE_SECONDS`.
+    """
     deadline = time.monotonic() + DEADLINE_SECONDS
     while True:
         found, detail = look()
-        if found == wanted:
-            print(f"{what}: {found}", flush=True)
+        if found == expected:
+            print(f"{step}: {found}", flush=True)
             return detail
         if time.monotonic() > deadline:
-            sys.exit(f"{what}: {found} and not {wanted}, {detail}")
+            sys.exit(f"{step}: expected {expected}, got {found}: {detail}")
         time.sleep(0.5)
 
 
@@ -99,7 +106,7 @@ sale = {
 until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST", body=sale))
 try:
     bought = until("buy one unit", 202, lambda: buy("first"))
-    until("another buyer is refused", 409, lambda: buy("second"))
-    until("the ledger", "accepted", lambda: (recorded(bought["reservationId"]), bought))
+    until("refuse a second buyer", 409, lambda: buy("second"))
+    until("record in the ledger", "accepted", lambda: (recorded(bought["reservationId"]), bought))
 finally:
     until("delete the FlashSale", 200, lambda: flash_sales("DELETE", f"/{NAME}"))

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" }}
 {{- end }}
 
-{{/* The start of every name, short enough for "-consumer" behind it. */}}
+{{/* Prefix of every name. 50 characters leave room for suffixes such as "-consumer". */}}
 {{- define "flashsale.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
@@ -13,7 +13,7 @@
 {{- end }}
 {{- end }}
 
-{{/* The following take (dict "root" $ "component" "api"). */}}
+{{/* The flashsale.component.* templates take (dict "root" $ "component" "api"). */}}
 {{- define "flashsale.component.name" -}}
 {{ include "flashsale.fullname" .root }}-{{ .component }}
 {{- end }}
@@ -29,7 +29,7 @@ app.kubernetes.io/component: {{ .component }}
 {{ include "flashsale.labels.rest" .root }}
 {{- end }}
 
-{{/* For what belongs to no component. */}}
+{{/* Labels of an object that belongs to no component. */}}
 {{- define "flashsale.labels" -}}
 app.kubernetes.io/name: {{ include "flashsale.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -45,7 +45,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* name, namespace unless there is none, and labels of a component's resource */}}
+{{/* Name, namespace and labels of a component's object. */}}
 {{- define "flashsale.component.metadata" -}}
 name: {{ include "flashsale.component.name" . }}
 namespace: {{ .root.Release.Namespace }}

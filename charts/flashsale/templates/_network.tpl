@@ -1,5 +1,5 @@
-{{/* An arrow from here: (dict "peers" (list) "port" 6379 ) */}}
-{{- define "flashsale.network.to" -}}
+{{/* Egress rule to a port of some peers: (dict "peers" (list) "port" 6379). */}}
+{{- define "flashsale.network.egress" -}}
 - ports:
     - {protocol: TCP, port: {{ .port }}}
   {{- with .peers }}
@@ -14,8 +14,8 @@
     - {protocol: TCP, port: 53}
 {{- end }}
 
-{{/* An arrow to a named port of the pods: (dict "peers" (list) "port" "http") */}}
-{{- define "flashsale.network.from" -}}
+{{/* Ingress rule from some peers to a named port of the pods: (dict "peers" (list) "port" "http"). */}}
+{{- define "flashsale.network.ingress" -}}
 - ports:
     - {protocol: TCP, port: {{ .port }}}
   {{- with .peers }}

@@ -1,4 +1,4 @@
-{{/* What the three pods have in common. All take (dict "root" $ "component" "api"). */}}
+{{/* Parts that all pods share. They take (dict "root" $ "component" "api"). */}}
 
 {{- define "flashsale.pod.metadata" -}}
 {{- $values := index .root.Values .component -}}
@@ -13,11 +13,11 @@ annotations:
 {{- end }}
 {{- end }}
 
-{{/* Also (dict … "of" "operator") for a pod that is made as another component's are. */}}
+{{/* Pod spec. "of" names the component whose values apply, if it is not the pod's own component. */}}
 {{- define "flashsale.pod.spec" -}}
 {{- $values := index .root.Values (default .component .of) -}}
 serviceAccountName: {{ include "flashsale.component.name" . }}
-{{- /* Variables for each Service, such as FLASHSALE_API_PORT, would look like settings. */}}
+{{- /* The processes would read service links such as FLASHSALE_API_PORT as settings. */}}
 enableServiceLinks: false
 securityContext:
   runAsNonRoot: true
@@ -65,6 +65,7 @@ topologySpreadConstraints:
   {{- end }}
 {{- end }}
 
+{{/* Container without its environment, ports and probes. Takes "of" like flashsale.pod.spec. */}}
 {{- define "flashsale.container" -}}
 {{- $values := index .root.Values (default .component .of) -}}
 name: {{ .component }}
@@ -91,7 +92,7 @@ volumeMounts:
 {{- end }}
 {{- end }}
 
-{{/* Secrets with certificates to trust, by the volume that each becomes. */}}
+{{/* Secrets with CA certificates, by the name of their volume. */}}
 {{- define "flashsale.authorities" -}}
 {{- with .Values.certificateAuthority.existingSecret }}
 {{- if .name }}
@@ -105,7 +106,7 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{- end }}
 {{- end }}
 
-{{/* What Python's TLS, for Redis, and PostgreSQL's client look at. */}}
+{{/* CA certificates for Redis (Python reads SSL_CERT_FILE) and PostgreSQL (PGSSLROOTCERT). */}}
 {{- define "flashsale.certificates" -}}
 {{- if .Values.certificateAuthority.existingSecret.name }}
 {{- range list "SSL_CERT_FILE" "PGSSLROOTCERT" }}
@@ -115,7 +116,7 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{- end }}
 {{- end }}
 
-{{/* One FLASHSALE_* variable: (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url") */}}
+{{/* An address, from a value or a Secret: (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url"). */}}
 {{- define "flashsale.address" -}}
 - name: {{ .variable }}
   {{- with .of.existingSecret }}
@@ -134,7 +135,7 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url") }}
 {{- end }}
 
-{{/* Where Kafka is, and how and as whom the component speaks to it. */}}
+{{/* Kafka's address, TLS settings and the component's user. */}}
 {{- define "flashsale.address.kafka" -}}
 {{- $kafka := .root.Values.kafka -}}
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_KAFKA_BOOTSTRAP" "of" $kafka "key" "bootstrap") }}
@@ -161,8 +162,8 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" .Values.database "key" "url") }}
 {{- end }}
 
-{{/* How a pod tells what it does. */}}
-{{- define "flashsale.seen" -}}
+{{/* Logs and traces. The operator sends no traces. */}}
+{{- define "flashsale.observability" -}}
 - name: FLASHSALE_LOG_LEVEL
   value: {{ .root.Values.logLevel }}
 {{- if and .root.Values.tracing.endpoint (ne .component "operator") }}
@@ -173,8 +174,8 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 {{- end }}
 {{- end }}
 
-{{/* (dict "port" "http"): a busy pod answers late, and must not be killed or cut off for that */}}
-{{- define "flashsale.probes.alive" -}}
+{{/* The probes take (dict "port" "http"). Their timeouts are long, because a busy pod answers late. */}}
+{{- define "flashsale.probes.live" -}}
 startupProbe:
   httpGet: {path: /healthz, port: {{ .port }}}
   periodSeconds: 1

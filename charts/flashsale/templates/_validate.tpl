@@ -1,65 +1,65 @@
-{{/* What no schema can say, all of it at once. */}}
+{{/* Checks that a JSON schema cannot express. They report all mistakes together. */}}
 {{- define "flashsale.validate" -}}
 {{- $wrong := list }}
 {{- range $section, $key := dict "redis" "url" "kafka" "bootstrap" "database" "url" }}
 {{- $of := index $.Values $section }}
 {{- $address := index $of $key }}
 {{- if and $address $of.existingSecret.name }}
-{{- $wrong = append $wrong (printf "%s.%s and %s.existingSecret.name: set one of them, not both" $section $key $section) }}
+{{- $wrong = append $wrong (printf "%s.%s and %s.existingSecret.name are both set: set only one of them" $section $key $section) }}
 {{- else if not (or $address $of.existingSecret.name) }}
-{{- $wrong = append $wrong (printf "%s.%s or %s.existingSecret.name must be set" $section $key $section) }}
+{{- $wrong = append $wrong (printf "%s.%s or %s.existingSecret.name is required" $section $key $section) }}
 {{- end }}
 {{- if regexMatch "^[a-z]+://[^/@]*:[^/@]*@|[?&]password=" (toString $address) }}
-{{- $wrong = append $wrong (printf "%s.%s holds a password: put the address into a Secret and name that in %s.existingSecret.name" $section $key $section) }}
+{{- $wrong = append $wrong (printf "%s.%s contains a password: put the address into a Secret and set %s.existingSecret.name" $section $key $section) }}
 {{- end }}
 {{- end }}
 {{- with .Values.consumer }}
 {{- if .autoscaling.by }}
 {{- if gt (int .autoscaling.maxReplicas) (int $.Values.kafka.partitions) }}
-{{- $wrong = append $wrong (printf "consumer.autoscaling.maxReplicas: %d consumers of %d partitions (kafka.partitions): the others would idle" (int .autoscaling.maxReplicas) (int $.Values.kafka.partitions)) }}
+{{- $wrong = append $wrong (printf "consumer.autoscaling.maxReplicas is %d, but kafka.partitions is %d: the remaining consumers would be idle" (int .autoscaling.maxReplicas) (int $.Values.kafka.partitions)) }}
 {{- end }}
 {{- if gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas) }}
-{{- $wrong = append $wrong "consumer.autoscaling.minReplicas is more than consumer.autoscaling.maxReplicas" }}
+{{- $wrong = append $wrong "consumer.autoscaling.minReplicas is greater than consumer.autoscaling.maxReplicas" }}
 {{- end }}
 {{- else if gt (int .replicas) (int $.Values.kafka.partitions) }}
-{{- $wrong = append $wrong (printf "consumer.replicas: %d consumers of %d partitions (kafka.partitions): the others would idle" (int .replicas) (int $.Values.kafka.partitions)) }}
+{{- $wrong = append $wrong (printf "consumer.replicas is %d, but kafka.partitions is %d: the remaining consumers would be idle" (int .replicas) (int $.Values.kafka.partitions)) }}
 {{- end }}
 {{- end }}
 {{- with .Values.api.autoscaling }}
 {{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}
-{{- $wrong = append $wrong "api.autoscaling.minReplicas is more than api.autoscaling.maxReplicas" }}
+{{- $wrong = append $wrong "api.autoscaling.minReplicas is greater than api.autoscaling.maxReplicas" }}
 {{- end }}
 {{- end }}
 {{- with .Values.kafka }}
 {{- if not (has (len (without (values .users) "")) (list 0 3)) }}
-{{- $wrong = append $wrong "kafka.users: set all three (api, consumer, operator) or none" }}
+{{- $wrong = append $wrong "kafka.users: set all of api, consumer and operator, or none" }}
 {{- end }}
 {{- if and .tls.existingSecret.name (not .tls.enabled) }}
-{{- $wrong = append $wrong "kafka.tls.existingSecret.name is set: kafka.tls.enabled must be true" }}
+{{- $wrong = append $wrong "kafka.tls.existingSecret.name requires kafka.tls.enabled" }}
 {{- end }}
 {{- end }}
 {{- with .Values.kafka.topics }}
 {{- if .enabled }}
 {{- if not .cluster }}
-{{- $wrong = append $wrong "kafka.topics.cluster must be set: the name of the Strimzi Kafka cluster" }}
+{{- $wrong = append $wrong "kafka.topics.enabled requires kafka.topics.cluster, the name of the Strimzi Kafka cluster" }}
 {{- end }}
 {{- if gt (int .minInSyncReplicas) (int .replicas) }}
-{{- $wrong = append $wrong "kafka.topics.minInSyncReplicas is more than kafka.topics.replicas: nothing could be written" }}
+{{- $wrong = append $wrong "kafka.topics.minInSyncReplicas is greater than kafka.topics.replicas: Kafka would refuse every record" }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- with .Values.operator }}
 {{- if and .allNamespaces .namespaces }}
-{{- $wrong = append $wrong "operator.allNamespaces and operator.namespaces: set one of them, not both" }}
+{{- $wrong = append $wrong "operator.allNamespaces and operator.namespaces are both set: set only one of them" }}
 {{- end }}
 {{- end }}
 {{- if and .Values.api.service.nodePort (eq .Values.api.service.type "ClusterIP") }}
-{{- $wrong = append $wrong "api.service.nodePort is set: api.service.type must be NodePort or LoadBalancer" }}
+{{- $wrong = append $wrong "api.service.nodePort requires api.service.type NodePort or LoadBalancer" }}
 {{- end }}
 {{- if and .Values.api.ingress.tlsSecretName (not .Values.api.ingress.host) }}
-{{- $wrong = append $wrong "api.ingress.host must be set: api.ingress.tlsSecretName has a certificate for it" }}
+{{- $wrong = append $wrong "api.ingress.tlsSecretName requires api.ingress.host, the name in its certificate" }}
 {{- end }}
 {{- if $wrong }}
-{{- fail (printf "\n\nThese values will not do:\n  - %s\n" (join "\n  - " $wrong)) }}
+{{- fail (printf "\n\nInvalid values:\n  - %s\n" (join "\n  - " $wrong)) }}
 {{- end }}
 {{- end }}

@@ -1,4 +1,4 @@
-{{/* The namespaces that the operator serves, as JSON; none means all. */}}
+{{/* The namespaces that the operator serves, as a JSON list. An empty list means all. */}}
 {{- define "flashsale.operator.namespaces" -}}
 {{- if .Values.operator.allNamespaces -}}
 []
@@ -7,7 +7,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Of what has no namespace, so that releases of one name in two namespaces do not collide. */}}
+{{/* Name of cluster-wide objects. It differs for releases of the same name in two namespaces. */}}
 {{- define "flashsale.operator.clusterName" -}}
 {{ .Release.Namespace }}-{{ include "flashsale.component.name" (dict "root" . "component" "operator") }}
 {{- end }}

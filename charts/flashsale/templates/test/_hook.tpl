@@ -1,4 +1,4 @@
-{{/* Metadata of what `helm test` makes: (dict "root" $ "component" "test" "weight" 0), and "namespace" */}}
+{{/* Metadata of an object of `helm test`: (dict "root" $ "component" "test" "weight" 0), optionally with "namespace". */}}
 {{- define "flashsale.test.metadata" -}}
 name: {{ include "flashsale.component.name" . }}
 namespace: {{ default .root.Release.Namespace .namespace }}
@@ -10,7 +10,7 @@ annotations:
   helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
 
-{{/* A namespace that the operator serves. */}}
+{{/* The namespace of the test's FlashSale: one that the operator serves. */}}
 {{- define "flashsale.test.namespace" -}}
 {{ default .Release.Namespace (include "flashsale.operator.namespaces" . | fromJsonArray | first) }}
 {{- end }}
