@@ -1,4 +1,7 @@
-"""Helm, and a kube-apiserver of the chart's own: a release would collide with others' CRDs."""
+"""Helm and a kube-apiserver for the tests of the chart.
+
+The chart installs the CRD, so its tests cannot share a kube-apiserver with tests that apply it.
+"""
 
 import json
 import uuid
@@ -8,39 +11,40 @@ import pytest
 
 from dev.cluster.binaries import Binaries, helm
 from dev.cluster.control_plane import ControlPlane
-from tests.chart import third_party
-from tests.chart.chart import Helm, Rendered
+from tests.support import third_party_crds
+from tests.support.chart import Helm, Rendered
 
 
 @pytest.fixture(scope="session")
 def chart(
     request: pytest.FixtureRequest,
-    kubernetes: Binaries,  # noqa: ARG001 - without Go there is neither
+    kubernetes: Binaries,  # noqa: ARG001 - skips the test if Go is missing
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Helm:
+    """Build Helm if necessary, which takes minutes and therefore shows its progress."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
-    with capture.global_and_fixture_disabled():  # it takes minutes: its progress is to be seen
+    with capture.global_and_fixture_disabled():
         program = helm()
     return Helm(program, tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="session")
 def plain(chart: Helm) -> Rendered:
-    """The chart with nothing but addresses."""
+    """The chart rendered with addresses only."""
     return chart.render()
 
 
 @pytest.fixture(scope="session")
 def cluster(
-    kubernetes: Binaries,  # noqa: ARG001 - built before the minute that a start may take
+    kubernetes: Binaries,  # noqa: ARG001 - builds them before the start's timeout begins
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ControlPlane]:
-    """With the resources of the operators that the chart, k8s and loadtest speak to."""
-    crds = third_party.crds()
+    """A kube-apiserver with every third-party CRD that the chart, k8s and loadtest use."""
+    crds = third_party_crds.crds()
     with ControlPlane(tmp_path_factory.mktemp("kubernetes")) as plane:
         for path in crds:
-            # Server-side: they are too long for the annotation that a client would make.
+            # A client-side apply fails: the CRDs do not fit into its annotation.
             plane.kubectl("apply", "--server-side", "-f", str(path), check=True)
         for path in crds:
             plane.kubectl("wait", "--for=condition=Established", "-f", str(path), check=True)
@@ -49,13 +53,13 @@ def cluster(
 
 @pytest.fixture
 def namespace(cluster: ControlPlane) -> str:
-    """One that admits pods of the restricted standard only."""
+    """A new namespace that admits only pods of the restricted Pod Security Standard."""
     name = f"sales-{uuid.uuid4().hex[:8]}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    made = {
+    manifest = {
         "apiVersion": "v1",
         "kind": "Namespace",
         "metadata": {"name": name, "labels": labels},
     }
-    cluster.kubectl("create", "-f", "-", stdin=json.dumps(made), check=True)
+    cluster.kubectl("create", "-f", "-", stdin=json.dumps(manifest), check=True)
     return name

@@ -1,4 +1,4 @@
-"""The chart, the images and the code agree with one another."""
+"""The chart, the Dockerfiles and the code agree with each other."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ from flashsale_api.settings import Settings as ApiSettings
 from flashsale_consumer.settings import Settings as ConsumerSettings
 from flashsale_operator.settings import Settings as OperatorSettings
 from tests.support.chart import COMPONENTS, Rendered
-from tests.support.paths import CHART, ROOT
+from tests.support.paths import CHART, CRD, ROOT
 
 SETTINGS: Final[dict[str, type[msgspec.Struct]]] = {
     "api": ApiSettings,
@@ -34,8 +34,8 @@ MARGIN_SECONDS: Final = 5
 each_component = pytest.mark.parametrize("component", COMPONENTS)
 
 
-def listened(component: str) -> set[int]:
-    """The ports of the settings' defaults."""
+def default_ports(component: str) -> set[int]:
+    """Return the ports on which a component listens by default."""
     return {
         host_and_port(str(field.default))[1]
         for field in msgspec.structs.fields(SETTINGS[component])
@@ -49,7 +49,7 @@ def dockerfile(component: str) -> str:
 
 @pytest.mark.slow
 @each_component
-def test_a_pod_is_told_all_that_its_settings_need_and_nothing_that_they_do_not_know(
+def test_a_pod_gets_all_required_settings_and_no_unknown_ones(
     plain: Rendered, component: str
 ) -> None:
     fields = msgspec.structs.fields(SETTINGS[component])
@@ -61,14 +61,14 @@ def test_a_pod_is_told_all_that_its_settings_need_and_nothing_that_they_do_not_k
 
 @pytest.mark.slow
 @each_component
-def test_ports_are_those_where_the_process_listens(plain: Rendered, component: str) -> None:
+def test_a_container_exposes_the_ports_of_its_process(plain: Rendered, component: str) -> None:
     ports = {each["containerPort"] for each in plain.container(component)["ports"]}
-    assert ports == listened(component)
+    assert ports == default_ports(component)
 
 
 @pytest.mark.slow
 @each_component
-def test_probes_ask_what_the_process_answers(plain: Rendered, component: str) -> None:
+def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: str) -> None:
     container = plain.container(component)
     probes = [container[f"{name}Probe"] for name in ("startup", "liveness")]
     ready = container.get("readinessProbe")
@@ -83,7 +83,7 @@ def test_probes_ask_what_the_process_answers(plain: Rendered, component: str) ->
 
 
 @pytest.mark.slow
-def test_a_pod_is_given_the_time_that_it_takes_to_end(plain: Rendered) -> None:
+def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_main))
     assert found is not None
     spec = plain.pod("api")["spec"]
@@ -91,39 +91,39 @@ def test_a_pod_is_given_the_time_that_it_takes_to_end(plain: Rendered) -> None:
     needed = sleep + int(found[1]) + api_app.FLUSH_SECONDS + MARGIN_SECONDS
     assert spec["terminationGracePeriodSeconds"] == needed
 
-    clients = 3  # the membership, the dead letters' producer, the ledger's connections
+    clients = 3  # the group membership, the dead-letter producer and the ledger's pool
     needed = consumer_app.GRACE_SECONDS + clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 
 @pytest.mark.slow
-def test_roles_are_the_operators_own_list(plain: Rendered) -> None:
+def test_the_operators_role_has_the_rules_of_its_file(plain: Rendered) -> None:
     rules = yaml.safe_load((CHART / "files/operator-rules.yaml").read_text())
     assert plain.one("Role", "operator")["rules"] == rules["namespaced"]
 
 
 @pytest.mark.slow
-def test_the_resource_is_the_file(plain: Rendered) -> None:
+def test_the_installed_crd_is_the_file(plain: Rendered) -> None:
     (rendered,) = plain.all("CustomResourceDefinition")
-    file = yaml.safe_load((CHART / "files/crd.yaml").read_text())
+    file = yaml.safe_load(CRD.read_text())
     assert rendered["spec"] == file["spec"]
     assert rendered["metadata"]["name"] == file["metadata"]["name"]
 
 
 @each_component
-def test_images_are_named_as_they_are_built(component: str) -> None:
+def test_the_chart_uses_the_image_name_of_the_dockerfile(component: str) -> None:
     values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     assert values[component]["image"]["repository"] == f"flashsale/{component}"
     assert f"-t flashsale/{component} ." in dockerfile(component).splitlines()[0]
 
 
 @each_component
-def test_an_image_runs_its_own_package_as_nobody_in_particular(component: str) -> None:
+def test_an_image_runs_only_its_own_package_as_an_unprivileged_user(component: str) -> None:
     text = dockerfile(component)
     assert f'ENTRYPOINT ["python3", "-m", "flashsale_{component}"]' in text
     assert re.findall(r"^USER (.*)", text, re.MULTILINE) == ["65532:65532"]
     exposed = re.findall(r"^EXPOSE (.*)", text, re.MULTILINE)
-    assert {int(port) for port in exposed[0].split()} == listened(component)
+    assert {int(port) for port in exposed[0].split()} == default_ports(component)
     copied = re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE)
     own = str(DEPLOYABLES[component])
     assert copied == [
@@ -133,7 +133,7 @@ def test_an_image_runs_its_own_package_as_nobody_in_particular(component: str) -
     ]
 
 
-def test_there_is_one_version_of_everything() -> None:
+def test_the_project_the_chart_and_the_images_have_the_same_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == project == flashsale.__version__

@@ -1,7 +1,7 @@
-"""kind-config.yaml and the Tiltfile: read as kind and Tilt read them, and held against the rest.
+"""kind-config.yaml and the Tiltfile are valid and match the chart, k8s and the Dockerfiles.
 
-kind's configuration goes through kind's own parser. Tilt cannot be had as a Go module here, so the
-Tiltfile is run by Tilt's interpreter with stand-ins for Tilt's builtins: see checks/tiltfile.
+kind's own parser reads kind-config.yaml. Tilt is not published as a Go module, so Tilt's
+interpreter runs the Tiltfile with stand-ins for the builtins of Tilt: see checks/tiltfile.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dev.images.building import DEPLOYABLES
-from tests.chart.chart import Helm, Manifest, Refused, merged
+from tests.support.chart import Helm, Manifest, Refused, merged
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ Call = dict[str, Any]
 
 
 def checked(check: str, *arguments: str) -> str:
-    """What a check prints. Raises `Refused` with its words if it fails."""
+    """Run a Go program in `checks` and return its output. Raises `Refused` if it fails."""
     done = subprocess.run(
         ["go", "run", f"./{check}", *arguments],
         cwd=CHECKS,
@@ -41,14 +41,15 @@ def checked(check: str, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def kind(kubernetes: object) -> Manifest:  # noqa: ARG001 - without Go there is none
-    made: Manifest = json.loads(checked("kind", str(ROOT / "kind-config.yaml")))
-    return made
+def kind(kubernetes: object) -> Manifest:  # noqa: ARG001 - skips the test if Go is missing
+    """The configuration as kind reads it, with all defaults."""
+    cluster: Manifest = json.loads(checked("kind", str(ROOT / "kind-config.yaml")))
+    return cluster
 
 
 @pytest.fixture(scope="module")
-def calls(chart: Helm) -> dict[str, list[Call]]:  # noqa: ARG001 - without Go there is none
-    """What the Tiltfile asks of Tilt, by Tilt's command."""
+def calls(chart: Helm) -> dict[str, list[Call]]:  # noqa: ARG001 - skips the test if Go is missing
+    """The Tiltfile's calls of Tilt's builtins under `tilt up` and under `tilt ci`."""
     return {
         command: [
             json.loads(line)
@@ -64,7 +65,7 @@ def all_of(calls: list[Call], builtin: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def objects(chart: Helm, calls: dict[str, list[Call]]) -> list[Manifest]:
-    """Every object that the Tiltfile hands to Tilt."""
+    """Every Kubernetes object that the Tiltfile passes to Tilt."""
     found: list[Manifest] = []
     (helm,) = all_of(calls["up"], "helm")
     assert (ROOT / helm["pathToChartDir"] / "Chart.yaml").exists()
@@ -81,14 +82,14 @@ def objects(chart: Helm, calls: dict[str, list[Call]]) -> list[Manifest]:
     return found
 
 
-def test_kind_makes_a_control_plane_and_two_workers_in_zones_of_their_own(kind: Manifest) -> None:
+def test_kind_creates_a_control_plane_and_two_workers_in_two_zones(kind: Manifest) -> None:
     assert Counter(node["Role"] for node in kind["Nodes"]) == {"control-plane": 1, "worker": 2}
     workers = [node for node in kind["Nodes"] if node["Role"] == "worker"]
     zones = {worker["Labels"]["topology.kubernetes.io/zone"] for worker in workers}
     assert len(zones) == 2
 
 
-def test_the_apis_node_port_is_localhost_8080(kind: Manifest, objects: list[Manifest]) -> None:
+def test_kind_maps_the_apis_node_port_to_port_8080(kind: Manifest, objects: list[Manifest]) -> None:
     (mapping,) = (port for node in kind["Nodes"] for port in node["ExtraPortMappings"])
     services = [each for each in objects if each["kind"] == "Service"]
     (port,) = (port for each in services for port in each["spec"]["ports"] if "nodePort" in port)
@@ -109,7 +110,7 @@ def test_kind_refuses_a_mistake(kind: Manifest, tmp_path: Path, before: str, aft
         checked("kind", str(wrong))
 
 
-def test_every_image_is_built_from_what_its_dockerfile_copies(
+def test_an_image_is_rebuilt_if_a_file_that_its_dockerfile_copies_changes(
     calls: dict[str, list[Call]], objects: list[Manifest]
 ) -> None:
     built = {each["ref"]: each for each in all_of(calls["up"], "docker_build")}
@@ -129,7 +130,7 @@ def test_every_image_is_built_from_what_its_dockerfile_copies(
             assert any(copied.startswith(only) for only in build["only"]), copied
 
 
-def test_what_the_tiltfile_speaks_of_is_there(
+def test_every_workload_object_and_dependency_in_the_tiltfile_exists(
     calls: dict[str, list[Call]], objects: list[Manifest]
 ) -> None:
     workloads = {each["metadata"]["name"]: each for each in objects if each["kind"] in WORKLOADS}
@@ -146,7 +147,7 @@ def test_what_the_tiltfile_speaks_of_is_there(
         assert set(called.get("resource_deps", [])) <= resources, called
 
 
-def test_ports_that_are_forwarded_are_ports_of_the_pods(
+def test_forwarded_ports_are_container_ports_and_do_not_collide(
     calls: dict[str, list[Call]], objects: list[Manifest]
 ) -> None:
     pods = {
@@ -165,35 +166,35 @@ def test_ports_that_are_forwarded_are_ports_of_the_pods(
     assert len(taken) == len(set(taken)) > 1
 
 
-def test_the_stampede_and_the_audit_are_buttons_and_the_test_of_tilt_ci(
+def test_the_stampede_and_the_audit_are_manual_except_in_tilt_ci(
     calls: dict[str, list[Call]],
 ) -> None:
-    for command, at_once in (("up", False), ("ci", True)):
+    for command, automatic in (("up", False), ("ci", True)):
         found = {each["name"]: each for each in all_of(calls[command], "local_resource")}
         for name in ("stampede", "audit"):
-            assert found[name]["auto_init"] is at_once
+            assert found[name]["auto_init"] is automatic
             assert found[name]["trigger_mode"] == "manual"
-        assert ("stampede" in found["audit"]["resource_deps"]) is at_once
+        assert ("stampede" in found["audit"]["resource_deps"]) is automatic
         script = ROOT / found["stampede"]["cmd"]
         assert script.stat().st_mode & 0o111
-        module = found["audit"]["cmd"][found["audit"]["cmd"].index("-m") + 1]
-        assert (ROOT / "operator" / f"{module.replace('.', '/')}.py").exists()
+        assert found["audit"]["cmd"][-2:] == ["flashsalectl", "audit"]
+        assert ">/app/bin/flashsalectl" in (ROOT / "operator" / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("dokcer_build('a', '.')", "undefined: dokcer_build"),
         ("docker_build('a', '.', dokcerfile='b')", "unexpected keyword argument"),
-        ("docker_build('a', '.', dockerfile=1)", "dockerfile is int and wants string"),
-        ("k8s_resource(resource_deps='redis')", "resource_deps is string and wants list"),
+        ("docker_build('a', '.', dockerfile=1)", "dockerfile is int, expected string"),
+        ("k8s_resource(resource_deps='redis')", "resource_deps is string, expected list"),
         ("config.tilt_sub", "has no .tilt_sub"),
     ],
 )
-def test_a_mistake_in_a_tiltfile_is_found(
-    calls: dict[str, list[Call]], tmp_path: Path, line: str, words: str
+def test_the_check_finds_a_mistake_in_a_tiltfile(
+    calls: dict[str, list[Call]], tmp_path: Path, line: str, message: str
 ) -> None:
     assert calls
     (tmp_path / "Tiltfile").write_text(f"{line}\n")
-    with pytest.raises(Refused, match=re.escape(words)):
+    with pytest.raises(Refused, match=re.escape(message)):
         checked("tiltfile", str(tmp_path / "Tiltfile"), "up")

@@ -1,4 +1,4 @@
-"""A real kube-apiserver takes what the chart renders, and runs its release."""
+"""A real kube-apiserver accepts the rendered chart, and Helm installs and upgrades it there."""
 
 import json
 from typing import Any, Final
@@ -6,8 +6,17 @@ from typing import Any, Final
 import pytest
 
 from dev.cluster.control_plane import ControlPlane
-from tests.chart.chart import ADDRESSES, COMPONENTS, Helm, Manifest, Rendered, at, merged
-from tests.chart.values_table import CHART
+from tests.support.chart import (
+    ADDRESSES,
+    COMPONENTS,
+    CRD_RESOURCE,
+    Helm,
+    Manifest,
+    Rendered,
+    at,
+    merged,
+)
+from tests.support.paths import CHART
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +53,7 @@ EVERYTHING: Final[Manifest] = {
 VARIANTS: Final = {
     "addresses only": {},
     "everything": EVERYTHING,
-    "the consumer by cpu": at("consumer.autoscaling.by", "cpu"),
+    "consumer scaled by cpu": at("consumer.autoscaling.by", "cpu"),
 }
 
 each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -62,13 +71,12 @@ def listed(manifests: list[Manifest]) -> str:
 
 
 @each_variant
-def test_every_manifest_is_accepted_to_the_letter(
+def test_the_api_server_accepts_every_manifest_without_a_warning(
     chart: Helm, cluster: ControlPlane, namespace: str, changes: Manifest
 ) -> None:
     rendered = rendered_for(chart, namespace, changes)
     manifests = [*rendered.manifests, *rendered.hooks]
     done = cluster.kubectl(
-        # Strictly: a field that the API server does not know is an error, and so is a warning.
         *("apply", "--server-side", "--dry-run=server", "--validate=strict"),
         *("--warnings-as-errors", "-f", "-"),
         stdin=listed(manifests),
@@ -78,7 +86,7 @@ def test_every_manifest_is_accepted_to_the_letter(
 
 
 @each_variant
-def test_helm_would_install_it(
+def test_helm_installs_the_chart_in_a_dry_run(
     chart: Helm, cluster: ControlPlane, namespace: str, changes: Manifest
 ) -> None:
     output = chart.run(
@@ -93,7 +101,7 @@ def test_helm_would_install_it(
 def test_a_pod_passes_the_restricted_standard(
     chart: Helm, cluster: ControlPlane, namespace: str, component: str
 ) -> None:
-    """Of the Deployment's template, since no controller runs here that would make it."""
+    """Create the pod of each template directly, because no controller runs here."""
     rendered = rendered_for(chart, namespace, EVERYTHING)
     (found,) = (
         [rendered.pod(component)]
@@ -112,12 +120,11 @@ def test_a_pod_passes_the_restricted_standard(
 
 
 def names(cluster: ControlPlane, namespace: str, instance: str) -> set[str]:
-    """What there is of a release, without what Kubernetes makes of it itself."""
+    """Return the names of a release's objects, except those that Kubernetes derives from them."""
     kinds = (
         "deployments,services,serviceaccounts,roles,rolebindings,poddisruptionbudgets,"
-        "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,triggerauthentications,podmonitors,"
-        "prometheusrules,"
-        "secrets,configmaps"
+        "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,"
+        "triggerauthentications,podmonitors,prometheusrules,secrets,configmaps"
     )
     selected = f"app.kubernetes.io/instance={instance}"
     listed = cluster.kubectl(
@@ -129,16 +136,16 @@ def names(cluster: ControlPlane, namespace: str, instance: str) -> set[str]:
     return set((listed.stdout + everywhere.stdout).split())
 
 
-def may(cluster: ControlPlane, account: str, verb: str, what: str, namespace: str) -> bool:
-    kind, _, subresource = what.partition("/")
-    asked = cluster.kubectl(
+def may(cluster: ControlPlane, account: str, verb: str, resource: str, namespace: str) -> bool:
+    kind, _, subresource = resource.partition("/")
+    answer = cluster.kubectl(
         *("auth", "can-i", verb, kind, "--subresource", subresource),
         *("-n", namespace, "--as", account),
     )
-    return asked.stdout.strip() == "yes"
+    return answer.stdout.strip() == "yes"
 
 
-def test_a_release_comes_and_goes_and_leaves_what_is_peoples(
+def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     chart: Helm, cluster: ControlPlane, namespace: str
 ) -> None:
     def helm(*arguments: str, values: Manifest) -> str:
@@ -155,23 +162,22 @@ def test_a_release_comes_and_goes_and_leaves_what_is_peoples(
         "metadata": {"name": "iphone-15", "namespace": namespace},
         "spec": {"itemId": "iphone_15", "stock": 100},
     }
-    crd = "customresourcedefinition.apiextensions.k8s.io/flashsales.flashsale.dev"
-    cluster.kubectl("wait", "--for=condition=Established", crd, check=True)
+    cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(sale), check=True)
     account = f"system:serviceaccount:{namespace}:shop-flashsale-operator"
     assert may(cluster, account, "patch", "flashsales.flashsale.dev/status", namespace)
-    for verb, what, where in (
+    for verb, resource, where in (
         ("patch", "flashsales.flashsale.dev", namespace),
         ("get", "secrets", namespace),
         ("list", "flashsales.flashsale.dev", "default"),
         ("list", "namespaces", ""),
     ):
-        assert not may(cluster, account, verb, what, where), (verb, what, where)
+        assert not may(cluster, account, verb, resource, where), (verb, resource, where)
     for component in ("api", "consumer"):
         account = f"system:serviceaccount:{namespace}:shop-flashsale-{component}"
         assert not may(cluster, account, "list", "flashsales.flashsale.dev", namespace)
 
-    # Every switch at once, and back.
+    # Turn every option on, then off again.
     helm("upgrade", "shop", str(CHART), values=merged(ADDRESSES, EVERYTHING))
     account = f"system:serviceaccount:{namespace}:shop-flashsale-operator"
     assert may(cluster, account, "list", "flashsales.flashsale.dev", "default")
@@ -186,11 +192,11 @@ def test_a_release_comes_and_goes_and_leaves_what_is_peoples(
         for name in ("reservations", "reservations.dlq")
     }
     uninstall()
-    assert names(cluster, namespace, "shop") == {crd, *topics}
+    assert names(cluster, namespace, "shop") == {CRD_RESOURCE, *topics}
     assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
 
-    # It finds its own again.
+    # A release of the same name takes over the objects that were left.
     helm("install", "shop", str(CHART), values=merged(ADDRESSES, EVERYTHING))
     assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
     uninstall()
-    cluster.kubectl("delete", crd, "--timeout=30s", check=True)
+    cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)

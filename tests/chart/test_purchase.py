@@ -1,6 +1,6 @@
-"""`helm test`, run as its pod would be, against the real parts of a release.
+"""The script of `helm test` buys one unit from the real API, consumer and operator.
 
-The operator has the rights of the chart's own service account, and so has the test.
+The operator and the script run with the chart's own service accounts.
 """
 
 import json
@@ -17,12 +17,10 @@ import pytest
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from tests.chart.chart import ADDRESSES, Helm, Rendered, at, merged
-from tests.chart.values_table import CHART
+from tests.support.chart import ADDRESSES, CRD_RESOURCE, Helm, Rendered, at, merged
+from tests.support.paths import CHART
 
 pytestmark = pytest.mark.slow
-
-CRD = "customresourcedefinition.apiextensions.k8s.io/flashsales.flashsale.dev"
 
 
 @pytest.fixture
@@ -36,30 +34,35 @@ async def database(postgres_server: PostgresServer) -> str:
 
 @pytest.fixture
 def release(chart: Helm, cluster: ControlPlane, namespace: str) -> Iterator[Rendered]:
-    """Installed, with the accounts that `helm test` makes beside its pod."""
+    """An installed release with the accounts that `helm test` creates for its pod."""
     values = merged(ADDRESSES, at("operator.namespaces", [namespace]))
     command = ("shop", str(CHART), "-n", namespace)
     chart.run("install", *command, values=values, kubeconfig=cluster.kubeconfig)
-    cluster.kubectl("wait", "--for=condition=Established", CRD, check=True)
+    cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
     rendered = Rendered.of(chart.run("template", *command, values=values))
     accounts = [each for each in rendered.hooks if each["kind"] != "Pod"]
     listed = {"apiVersion": "v1", "kind": "List", "items": accounts}
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(listed), check=True)
     yield rendered
     chart.run_plain("uninstall", "shop", "-n", namespace, kubeconfig=cluster.kubeconfig)
-    cluster.kubectl("delete", CRD, "--timeout=30s", check=True)
+    cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)
 
 
 @pytest.fixture
-def account(cluster: ControlPlane, release: Rendered, namespace: str, tmp_path: Path) -> Path:  # noqa: ARG001 - it makes it
-    """The folder that the test's pod would find."""
-    made = cluster.kubectl("create", "token", "shop-flashsale-test", "-n", namespace, check=True)
-    (tmp_path / "token").write_text(made.stdout.strip())
+def account(
+    cluster: ControlPlane,
+    release: Rendered,  # noqa: ARG001 - creates the account
+    namespace: str,
+    tmp_path: Path,
+) -> Path:
+    """The account's token and certificate, as they are mounted into a pod."""
+    token = cluster.kubectl("create", "token", "shop-flashsale-test", "-n", namespace, check=True)
+    (tmp_path / "token").write_text(token.stdout.strip())
     (tmp_path / "ca.crt").write_bytes((cluster.data / "pki/apiserver.crt").read_bytes())
     return tmp_path
 
 
-def test_it_buys_one_unit_and_finds_it_in_the_ledger(
+def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
     cluster: ControlPlane,
     release: Rendered,
     account: Path,
@@ -72,13 +75,13 @@ def test_it_buys_one_unit_and_finds_it_in_the_ledger(
     (container,) = pod["spec"]["containers"]
     given = {each["name"]: each.get("value", "") for each in container["env"]}
     kubeconfig = cluster.kubeconfig_for_service_account(namespace, "shop-flashsale-operator")
-    told = release.environment("operator")["FLASHSALE_NAMESPACES"]
+    served = release.environment("operator")["FLASHSALE_NAMESPACES"]
     with RedisServer(tmp_path / "redis") as redis:
         addresses = Addresses(redis.url, kafka_server.bootstrap, database)
         environment = {
             **addresses.environment(),
             "KUBECONFIG": str(kubeconfig),
-            "FLASHSALE_NAMESPACES": told,
+            "FLASHSALE_NAMESPACES": served,
         }
         with (
             OperatorServer(tmp_path / "operator", environment),

@@ -1,17 +1,17 @@
-"""Wrong values are refused, by name."""
+"""Helm refuses wrong values and names each of them."""
 
 from typing import Any
 
 import pytest
 
-from tests.chart.chart import ADDRESSES, Helm, Refused, at
-from tests.chart.values_table import CHART
+from tests.support.chart import ADDRESSES, Helm, Refused, at
+from tests.support.paths import CHART
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         (at("api.replica", 2), "'/api': additional properties 'replica' not allowed"),
         (at("apis", {}), "additional properties 'apis' not allowed"),
@@ -34,73 +34,82 @@ pytestmark = pytest.mark.slow
         (at("networkPolicies.buyers", [{}]), "'/networkPolicies/buyers/0'"),
         (
             at("consumer.replicas", 13),
-            "consumer.replicas: 13 consumers of 12 partitions (kafka.partitions)",
+            "consumer.replicas is 13, but kafka.partitions is 12",
         ),
         (
             at("consumer.autoscaling", {"by": "lag", "maxReplicas": 13}),
-            "consumer.autoscaling.maxReplicas: 13 consumers of 12 partitions",
+            "consumer.autoscaling.maxReplicas is 13, but kafka.partitions is 12",
         ),
         (
             at("consumer.autoscaling", {"by": "cpu", "minReplicas": 7}),
-            "consumer.autoscaling.minReplicas is more than consumer.autoscaling.maxReplicas",
+            "consumer.autoscaling.minReplicas is greater than consumer.autoscaling.maxReplicas",
         ),
         (
             at("api.autoscaling", {"enabled": True, "minReplicas": 11}),
-            "api.autoscaling.minReplicas is more than api.autoscaling.maxReplicas",
+            "api.autoscaling.minReplicas is greater than api.autoscaling.maxReplicas",
         ),
         (
             at("redis.url", "redis://:secret@redis:6379"),
-            "redis.url holds a password: put the address into a Secret",
+            "redis.url contains a password: put the address into a Secret",
         ),
         (
             at(
                 "database", {"url": "postgresql://u@h/d?password=x", "existingSecret": {"name": ""}}
             ),
-            "database.url holds a password",
+            "database.url contains a password",
         ),
-        (at("redis.url", ""), "redis.url or redis.existingSecret.name must be set"),
+        (at("redis.url", ""), "redis.url or redis.existingSecret.name is required"),
         (
             at("redis.existingSecret.name", "redis"),
-            "redis.url and redis.existingSecret.name: set one of them, not both",
+            "redis.url and redis.existingSecret.name are both set: set only one of them",
         ),
-        (at("api.service.nodePort", 30080), "api.service.type must be NodePort or LoadBalancer"),
-        (at("kafka.users.api", "me"), "kafka.users: set all three (api, consumer, operator) or"),
-        (at("kafka.tls.existingSecret.name", "ca"), "kafka.tls.enabled must be true"),
-        (at("kafka.topics.enabled", True), "kafka.topics.cluster must be set"),
+        (
+            at("api.service.nodePort", 30080),
+            "api.service.nodePort requires api.service.type NodePort or LoadBalancer",
+        ),
+        (at("kafka.users.api", "me"), "kafka.users: set all of api, consumer and operator, or"),
+        (
+            at("kafka.tls.existingSecret.name", "ca"),
+            "kafka.tls.existingSecret.name requires kafka.tls.enabled",
+        ),
+        (at("kafka.topics.enabled", True), "kafka.topics.enabled requires kafka.topics.cluster"),
         (
             at("kafka.topics", {"enabled": True, "cluster": "a", "replicas": 1}),
-            "kafka.topics.minInSyncReplicas is more than kafka.topics.replicas",
+            "kafka.topics.minInSyncReplicas is greater than kafka.topics.replicas",
         ),
         (
             at("operator", {"allNamespaces": True, "namespaces": ["a"]}),
-            "operator.allNamespaces and operator.namespaces: set one of them, not both",
+            "operator.allNamespaces and operator.namespaces are both set: set only one of them",
         ),
-        (at("api.ingress.tlsSecretName", "a"), "api.ingress.host must be set"),
+        (
+            at("api.ingress.tlsSecretName", "a"),
+            "api.ingress.tlsSecretName requires api.ingress.host",
+        ),
     ],
     ids=str,
 )
-def test_what_is_wrong_is_named(chart: Helm, values: dict[str, Any], words: str) -> None:
+def test_a_wrong_value_is_named(chart: Helm, values: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused) as refused:
         chart.render(values)
-    assert words in str(refused.value)
+    assert message in str(refused.value)
     assert "secret@" not in str(refused.value)
 
 
-def test_all_that_is_wrong_is_said_at_once(chart: Helm) -> None:
+def test_all_wrong_values_are_reported_together(chart: Helm) -> None:
     with pytest.raises(Refused) as refused:
         chart.render_only({"consumer": {"replicas": 100}})
-    for words in ("redis.url", "kafka.bootstrap", "database.url", "consumer.replicas"):
-        assert f"- {words}" in str(refused.value)
+    for value in ("redis.url", "kafka.bootstrap", "database.url", "consumer.replicas"):
+        assert f"- {value}" in str(refused.value)
 
 
-def test_as_many_consumers_as_partitions_are_fine(chart: Helm) -> None:
+def test_one_consumer_per_partition_is_allowed(chart: Helm) -> None:
     assert chart.render(at("consumer.replicas", 12))
     assert chart.render(at("consumer.replicas", 24), at("kafka.partitions", 24))
-    # What does not scale need not fit.
+    # The limits of autoscaling do not matter while it is off.
     assert chart.render(at("consumer.autoscaling.maxReplicas", 100))
 
 
-def test_kubernetes_before_1_30_is_refused(chart: Helm) -> None:
+def test_a_kubernetes_older_than_1_30_is_refused(chart: Helm) -> None:
     with pytest.raises(Refused, match=r"incompatible with Kubernetes v1[.]29"):
         chart.run("template", "x", str(CHART), "--kube-version", "1.29.9", values=ADDRESSES)
     chart.run("template", "x", str(CHART), "--kube-version", "1.30.1-gke.100", values=ADDRESSES)

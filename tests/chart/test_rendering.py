@@ -1,4 +1,4 @@
-"""What the chart makes of its values."""
+"""Each value has its effect on the rendered manifests, and the manifests are as intended."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -7,8 +7,9 @@ import pytest
 
 from flashsale import events
 from flashsale_consumer import topics, worker
-from tests.chart.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at, merged
-from tests.chart.values_table import CHART, values
+from tests.support.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at, merged
+from tests.support.chart_values import values
+from tests.support.paths import CHART
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,7 @@ KUBERNETES_LABELS: Final = {
 }
 
 
-def _of_a_component(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     changes = {
         "image.repository": "elsewhere/it",
         "image.tag": "2",
@@ -40,7 +41,7 @@ def _of_a_component(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
-def _of_a_server(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     secret = {"existingSecret": {"name": "other"}}
     return {
         f"{name}.existingSecret.name": ("other", at(f"{name}.{field}", "")),
@@ -75,9 +76,9 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
         "postgresql://u@h/d?sslmode=verify-full",
         at("database", {"url": "postgresql://u@other/d", "existingSecret": {"name": ""}}),
     ),
-    **_of_a_server("redis", "url"),
-    **_of_a_server("kafka", "bootstrap"),
-    **_of_a_server("database", "url"),
+    **_server_changes("redis", "url"),
+    **_server_changes("kafka", "bootstrap"),
+    **_server_changes("database", "url"),
     "kafka.tls.enabled": (True, {}),
     "kafka.tls.existingSecret.name": ("other", TLS),
     "kafka.tls.existingSecret.key": ("pem", merged(TLS, at("kafka.tls.existingSecret.name", "ca"))),
@@ -88,7 +89,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "kafka.topics.namespace": ("other", TOPICS),
     "kafka.topics.replicas": (5, TOPICS),
     "kafka.topics.minInSyncReplicas": (1, TOPICS),
-    **_of_a_component("api"),
+    **_component_changes("api"),
     "api.replicas": (3, {}),
     "api.autoscaling.enabled": (True, {}),
     "api.autoscaling.minReplicas": (3, API_SCALES),
@@ -104,14 +105,14 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "api.ingress.annotations": ({"a": "b"}, INGRESS),
     "api.ingress.host": ("other.example", INGRESS),
     "api.ingress.tlsSecretName": ("tls", INGRESS),
-    **_of_a_component("consumer"),
+    **_component_changes("consumer"),
     "consumer.replicas": (3, {}),
     "consumer.autoscaling.by": ("cpu", {}),
     "consumer.autoscaling.minReplicas": (2, BY_LAG),
     "consumer.autoscaling.maxReplicas": (7, BY_LAG),
     "consumer.autoscaling.targetCPUUtilizationPercentage": (3, BY_CPU),
     "consumer.autoscaling.lagThreshold": (3, BY_LAG),
-    **_of_a_component("operator"),
+    **_component_changes("operator"),
     "operator.allNamespaces": (True, {}),
     "operator.namespaces": (["a"], {}),
     "operator.keepClosedSeconds": (3, {}),
@@ -136,12 +137,12 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
 }
 
 
-def test_the_changes_below_are_of_every_value() -> None:
+def test_the_table_changes_every_value() -> None:
     assert sorted(CHANGES) == sorted(value.path for value in values())
 
 
 @pytest.mark.parametrize("path", CHANGES)
-def test_every_value_changes_something(chart: Helm, path: str) -> None:
+def test_every_value_changes_the_manifests(chart: Helm, path: str) -> None:
     value, context = CHANGES[path]
     if path in {f"{server}.existingSecret.name" for server in ("redis", "kafka", "database")}:
         name = path.partition(".")[0]
@@ -189,7 +190,7 @@ EVERYWHERE: Final = at("operator.allNamespaces", True)
     ],
     ids=str,
 )
-def test_a_switch_adds_what_it_says_and_nothing_else(
+def test_an_option_adds_only_its_own_kinds(
     chart: Helm, switch: dict[str, Any], change: dict[str, int]
 ) -> None:
     expected = {kind: number for kind, number in {**PLAIN, **change}.items() if number}
@@ -222,13 +223,13 @@ def namespaces(rendered: Rendered) -> list[str]:
 
 
 EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], Any]]] = [
-    ("replicas are said", {}, replicas, [2, 2, 1]),
-    ("not where one scales the API", API_SCALES, replicas, [None, 2, 1]),
-    ("nor the consumer by CPU", BY_CPU, replicas, [2, None, 1]),
-    ("nor by lag", BY_LAG, replicas, [2, None, 1]),
-    ("none at all", at("consumer.replicas", 0), replicas, [2, 0, 1]),
+    ("Deployments set replicas", {}, replicas, [2, 2, 1]),
+    ("a scaled API sets no replicas", API_SCALES, replicas, [None, 2, 1]),
+    ("a consumer scaled by CPU sets no replicas", BY_CPU, replicas, [2, None, 1]),
+    ("a consumer scaled by lag sets no replicas", BY_LAG, replicas, [2, None, 1]),
+    ("zero replicas are possible", at("consumer.replicas", 0), replicas, [2, 0, 1]),
     (
-        "the API scales by its CPU",
+        "the API scales by CPU",
         API_SCALES,
         lambda r: (
             hpa(r, "api")["scaleTargetRef"]["name"],
@@ -239,7 +240,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ("shop-flashsale-api", 2, 10, 60),
     ),
     (
-        "the consumer scales by its lag",
+        "the consumer scales by lag",
         BY_LAG,
         lambda r: (
             r.one("ScaledObject", "consumer")["spec"]["scaleTargetRef"]["name"],
@@ -257,7 +258,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ),
     ),
     (
-        "KEDA finds the brokers where the container has them",
+        "KEDA reads the brokers from the container's environment",
         BY_LAG,
         lambda r: (
             r.one("ScaledObject", "consumer")["spec"]["scaleTargetRef"]["envSourceContainerName"],
@@ -266,7 +267,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ("consumer", True),
     ),
     (
-        "topics as the consumer would create them",
+        "topics are declared as the consumer creates them",
         TOPICS,
         lambda r: {
             each["metadata"]["name"]: (each["spec"]["partitions"], each["spec"]["config"])
@@ -288,7 +289,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         },
     ),
     (
-        "topics stay",
+        "topics survive an uninstall",
         TOPICS,
         lambda r: {
             each["metadata"]["annotations"]["helm.sh/resource-policy"]
@@ -297,68 +298,93 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {"keep"},
     ),
     (
-        "the resource stays",
+        "the CRD survives an uninstall",
         {},
         lambda r: r.all("CustomResourceDefinition")[0]["metadata"]["annotations"],
         {"helm.sh/resource-policy": "keep"},
     ),
-    ("its own namespace", {}, env("FLASHSALE_NAMESPACES", "operator"), NAMESPACE),
-    ("all namespaces", EVERYWHERE, env("FLASHSALE_NAMESPACES", "operator"), ""),
     (
-        "some namespaces",
+        "the operator serves the release's namespace",
+        {},
+        env("FLASHSALE_NAMESPACES", "operator"),
+        NAMESPACE,
+    ),
+    (
+        "the operator serves all namespaces",
+        EVERYWHERE,
+        env("FLASHSALE_NAMESPACES", "operator"),
+        "",
+    ),
+    (
+        "the operator serves the listed namespaces",
         at("operator.namespaces", ["a", "b"]),
         env("FLASHSALE_NAMESPACES", "operator"),
         "a,b",
     ),
-    ("rights where it serves", {}, namespaces, [NAMESPACE]),
-    ("rights in each", at("operator.namespaces", ["a", "b"]), namespaces, ["a", "b"]),
-    ("keys are kept", {}, env("FLASHSALE_KEEP_CLOSED_SECONDS", "operator"), "3600"),
+    ("a Role in the release's namespace", {}, namespaces, [NAMESPACE]),
     (
-        "a million seconds are no float",
+        "a Role in each listed namespace",
+        at("operator.namespaces", ["a", "b"]),
+        namespaces,
+        ["a", "b"],
+    ),
+    (
+        "closed sales keep their keys",
+        {},
+        env("FLASHSALE_KEEP_CLOSED_SECONDS", "operator"),
+        "3600",
+    ),
+    (
+        "a large number of seconds is no float",
         at("operator.keepClosedSeconds", 10_000_000),
         env("FLASHSALE_KEEP_CLOSED_SECONDS", "operator"),
         "10000000",
     ),
-    ("an address", {}, env("FLASHSALE_REDIS_URL", "api"), "redis://redis:6379/0"),
+    ("an address as a value", {}, env("FLASHSALE_REDIS_URL", "api"), "redis://redis:6379/0"),
     (
-        "an address in a Secret",
+        "an address from a Secret",
         {},
         env("FLASHSALE_DATABASE_URL", "consumer"),
         {"secretKeyRef": {"name": "ledger", "key": "url"}},
     ),
-    ("a tag is the version", {}, lambda r: r.container("api")["image"], "flashsale/api:0.1.0"),
     (
-        "a digest counts",
+        "the default tag is the version",
+        {},
+        lambda r: r.container("api")["image"],
+        "flashsale/api:0.1.0",
+    ),
+    (
+        "a digest takes precedence over a tag",
         at("api.image", {"tag": "2", "digest": f"sha256:{'0' * 64}"}),
         lambda r: r.container("api")["image"],
         f"flashsale/api@sha256:{'0' * 64}",
     ),
     (
-        "Redis and Kafka are all that the API sees",
+        "the API reaches only Redis and Kafka",
         POLICIES,
         lambda r: destinations(r, "api"),
         [53, 53, 6379, 9092],
     ),
     (
-        "Kafka and PostgreSQL are all that the consumer sees",
+        "the consumer reaches only Kafka and PostgreSQL",
         POLICIES,
         lambda r: destinations(r, "consumer"),
         [53, 53, 5432, 9092],
     ),
     (
-        "the operator sees all three and Kubernetes",
+        "the operator reaches Redis, Kafka, PostgreSQL and Kubernetes",
         POLICIES,
         lambda r: destinations(r, "operator"),
         [53, 53, 5432, 6379, 6443, 9092],
     ),
     (
-        "buyers reach the API and nobody reaches the others",
+        "buyers reach only the API",
         POLICIES,
         lambda r: [policy(r, each).get("ingress") for each in COMPONENTS],
         [[{"ports": [{"protocol": "TCP", "port": "http"}]}], None, None],
     ),
     (
-        "where not everybody is a buyer, helm test is",
+        "helm test reaches the API even if buyers are restricted",
         {"networkPolicies": {"enabled": True, "buyers": [PEER]}},
         lambda r: [
             each.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/component")
@@ -367,7 +393,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         [None, "test"],
     ),
     (
-        "a certificate authority is trusted for Redis and PostgreSQL",
+        "Redis and PostgreSQL clients trust the certificate authority",
         AUTHORITY,
         lambda r: [
             (
@@ -389,7 +415,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         * 3,
     ),
     (
-        "Prometheus reaches metrics only",
+        "Prometheus reaches only the metrics ports",
         {"networkPolicies": {"enabled": True, "prometheus": [PEER]}},
         lambda r: [
             [(rule["ports"][0]["port"], rule.get("from")) for rule in policy(r, each)["ingress"]]
@@ -398,7 +424,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         [[("http", None), ("metrics", [PEER])], [("http", [PEER])], [("http", [PEER])]],
     ),
     (
-        "an Ingress shows buyers what is theirs",
+        "the Ingress exposes only the buyers' paths",
         INGRESS,
         lambda r: {
             each["path"]: each["pathType"]
@@ -407,7 +433,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {"/reserve": "Exact", "/sales": "Prefix"},
     ),
     (
-        "the pods that metrics are read from",
+        "PodMonitors read each component's metrics port",
         MONITORS,
         lambda r: [
             r.one("PodMonitor", each)["spec"]["podMetricsEndpoints"][0]["port"]
@@ -416,7 +442,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ["metrics", "http", "http"],
     ),
     (
-        "where traces go, and the way to there, but for the operator, which makes none",
+        "the API and the consumer send traces and may reach the collector",
         merged(POLICIES, TRACING),
         lambda r: [
             (
@@ -433,13 +459,13 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ],
     ),
     (
-        "the dashboard as it is in the chart's files",
+        "the dashboard is the file",
         DASHBOARD,
         lambda r: r.all("ConfigMap")[0]["data"]["flashsale.json"],
         (CHART / "files" / "dashboard.json").read_text(),
     ),
     (
-        "the alerts, which point to where their runbooks are",
+        "the alerts link to the configured runbooks",
         merged(RULES, at("prometheusRules.runbooks", "https://wiki.example/flashsale")),
         lambda r: {
             rule["annotations"]["runbook_url"].partition("#")[0]
@@ -455,25 +481,25 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
     [each[1:] for each in EXPECTATIONS],
     ids=[each[0] for each in EXPECTATIONS],
 )
-def test_expectations(
+def test_a_combination_of_values_renders_as_expected(
     chart: Helm, changes: dict[str, Any], actual: Callable[[Rendered], Any], expected: object
 ) -> None:
     assert actual(chart.render(changes)) == expected
 
 
-def test_helm_finds_nothing_to_complain_about(chart: Helm) -> None:
+def test_helm_lint_finds_no_problem(chart: Helm) -> None:
     for changes in ({}, ADDRESSES):
         chart.run("lint", "--strict", str(CHART), values=changes)
 
 
-def test_everything_that_is_made_has_every_label_and_pods_are_selected_by_three(
+def test_every_object_has_the_recommended_labels_and_selectors_use_three_of_them(
     chart: Helm,
 ) -> None:
     rendered = chart.render(API_SCALES, BY_LAG, INGRESS, POLICIES, MONITORS, EVERYWHERE)
     for manifest in rendered.manifests:
         labels = set(manifest["metadata"]["labels"])
-        of_a_component = manifest["kind"] != "CustomResourceDefinition"
-        wanted = KUBERNETES_LABELS - (set() if of_a_component else {"app.kubernetes.io/component"})
+        has_component = manifest["kind"] != "CustomResourceDefinition"
+        wanted = KUBERNETES_LABELS - (set() if has_component else {"app.kubernetes.io/component"})
         assert wanted <= labels, manifest
     for component in COMPONENTS:
         spec = rendered.one("Deployment", component)["spec"]
@@ -492,10 +518,10 @@ def test_everything_that_is_made_has_every_label_and_pods_are_selected_by_three(
     )
 
 
-def test_pods_are_made_as_this_system_needs_them(plain: Rendered) -> None:
+def test_pods_have_the_required_security_resources_and_spread(plain: Rendered) -> None:
     for component in COMPONENTS:
         spec, container = plain.pod(component)["spec"], plain.container(component)
-        # FLASHSALE_API_PORT and the like would be taken for settings.
+        # The processes would read service links such as FLASHSALE_API_PORT as settings.
         assert spec["enableServiceLinks"] is False
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         resources = container["resources"]
@@ -517,7 +543,7 @@ def test_pods_are_made_as_this_system_needs_them(plain: Rendered) -> None:
     assert (operator["replicas"], operator["strategy"]) == (1, {"type": "Recreate"})
 
 
-def test_helm_test_leaves_nothing_but_a_failure(plain: Rendered) -> None:
+def test_the_objects_of_helm_test_are_deleted_unless_it_fails(plain: Rendered) -> None:
     assert sorted(each["kind"] for each in plain.hooks) == [
         "Pod",
         "Role",
@@ -530,7 +556,7 @@ def test_helm_test_leaves_nothing_but_a_failure(plain: Rendered) -> None:
         assert policies == "before-hook-creation,hook-succeeded"
 
 
-def test_nothing_of_a_secret_is_in_a_manifest(chart: Helm) -> None:
+def test_an_address_in_a_secret_appears_in_no_manifest(chart: Helm) -> None:
     secrets = {
         name: {key: "", "existingSecret": {"name": f"{name}-secret", "key": "address"}}
         for name, key in (("redis", "url"), ("kafka", "bootstrap"), ("database", "url"))
@@ -547,7 +573,7 @@ def test_nothing_of_a_secret_is_in_a_manifest(chart: Helm) -> None:
         assert all("secretKeyRef" in value for value in addresses)
 
 
-def test_long_names_are_cut_so_that_kubernetes_takes_them(chart: Helm) -> None:
+def test_long_names_are_cut_to_63_characters(chart: Helm) -> None:
     rendered = chart.render({"fullnameOverride": "a" * 63})
     names = [each["metadata"]["name"] for each in rendered.all("Deployment")]
     assert len(set(names)) == 3
@@ -555,7 +581,7 @@ def test_long_names_are_cut_so_that_kubernetes_takes_them(chart: Helm) -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_each_is_its_own_user_of_kafka_and_trusts_kafkas_authority(
+def test_each_component_has_its_own_kafka_user_and_trusts_kafkas_certificates(
     chart: Helm, component: str
 ) -> None:
     rendered = chart.render(TLS, USERS, at("kafka.tls.existingSecret.name", "main-ca"))
@@ -581,18 +607,18 @@ def test_each_is_its_own_user_of_kafka_and_trusts_kafkas_authority(
         (merged(TLS, AUTHORITY, at("kafka.tls.existingSecret.name", "m")), [], [("ca", "m")]),
     ],
 )
-def test_keda_asks_kafka_as_the_consumer_does(
+def test_keda_connects_to_kafka_with_the_consumers_credentials(
     chart: Helm, changes: dict[str, Any], environment: list[str], secrets: list[tuple[str, str]]
 ) -> None:
     rendered = chart.render(BY_LAG, changes)
     (scaled,) = rendered.all("ScaledObject")
     (trigger,) = scaled["spec"]["triggers"]
-    (made,) = rendered.all("TriggerAuthentication")
-    assert trigger["authenticationRef"]["name"] == made["metadata"]["name"]
-    asked = merged(TLS, changes) == changes
-    assert trigger["metadata"].get("tls") == ("enable" if asked else None)
+    (authentication,) = rendered.all("TriggerAuthentication")
+    assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
+    has_tls = merged(TLS, changes) == changes
+    assert trigger["metadata"].get("tls") == ("enable" if has_tls else None)
     assert trigger["metadata"].get("sasl") == ("scram_sha512" if environment else None)
-    given = made["spec"] or {}
+    given = authentication["spec"] or {}
     assert [each["parameter"] for each in given.get("env", [])] == environment
     known = rendered.environment("consumer")
     assert all(each["name"] in known for each in given.get("env", []))
@@ -600,7 +626,7 @@ def test_keda_asks_kafka_as_the_consumer_does(
     assert found == secrets
 
 
-def test_keda_needs_no_authentication_where_kafka_asks_for_none(chart: Helm) -> None:
+def test_keda_has_no_authentication_if_kafka_needs_none(chart: Helm) -> None:
     rendered = chart.render(BY_LAG)
     assert not rendered.all("TriggerAuthentication")
     assert "authenticationRef" not in rendered.all("ScaledObject")[0]["spec"]["triggers"][0]

