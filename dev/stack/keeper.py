@@ -1,4 +1,4 @@
-"""This process's end of the lifeline: it says which servers are to end with this process."""
+"""This process's end of the lifeline, which knows the servers that end with this process."""
 
 import atexit
 import os
@@ -12,7 +12,7 @@ from dev.stack import lifeline
 
 
 class _Keeper:
-    """This process's end of the lifeline, made when the first server needs it."""
+    """Tells the lifeline which servers to end. The lifeline starts with the first server."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -22,12 +22,12 @@ class _Keeper:
 
     def add(self, pid: int, identity: str, first: signal.Signals) -> None:
         with self._lock:
-            if self._owner != os.getpid():  # a fork has its own servers, and none at first
+            if self._owner != os.getpid():  # a fork has servers of its own, and none at first
                 self._owner, self._child, self._servers = os.getpid(), None, {}
             self._servers[pid] = f"+ {pid} {first.value} {identity}\n"
             try:
                 self._tell(self._servers[pid])
-            except BrokenPipeError:  # somebody ended it: another takes over all
+            except BrokenPipeError:  # the lifeline was killed: a new one takes over all servers
                 if self._child is not None:
                     self._child.communicate()
                 self._child = None
@@ -41,7 +41,7 @@ class _Keeper:
                     self._tell(f"- {pid}\n")
 
     def close(self) -> None:
-        """Ends the servers that are left and waits for it."""
+        """End the servers that are left, and wait until they have ended."""
         with self._lock:
             if self._child is not None and self._owner == os.getpid():
                 self._child.communicate()

@@ -1,11 +1,12 @@
-"""Ends servers whose parent has died; also the process facts that this needs.
+"""Ends servers whose parent has died, and answers questions about processes.
 
-Run as a script, it is told on its standard input which servers exist, and ends those that are left
-when that input closes, which the kernel does however the parent died. This is not
-PR_SET_PDEATHSIG because that fires when the *thread* that started the server ends, misses
-PostgreSQL's children, and would leave a server that was paused when its parent was killed.
+As a script, it reads from its standard input which servers exist. When that input closes, it ends
+the servers that are left. The kernel closes the input even if the parent was killed.
 
-The script is run by its path, isolated: it imports nothing but the standard library.
+PR_SET_PDEATHSIG would not do. It fires when the *thread* that started the server ends, it misses
+PostgreSQL's children, and it has no effect on a server that was paused.
+
+The script is run by its path in isolated mode, so it imports only the standard library.
 """
 
 import os
@@ -22,22 +23,23 @@ _HAS_PROC = (_PROC / "self" / "stat").exists()
 
 
 def identity(pid: int) -> str | None:
-    """What tells this process from a later one with the same id; None once it is dead.
+    """Return a text that only this process with this id ever has, or None once it is dead.
 
-    A zombie counts as dead: it holds no port, no lock and no memory.
+    A zombie counts as dead, because it holds no port, no lock and no memory. While other threads of
+    the process are still ending, it does hold them and counts as alive.
     """
     if not _HAS_PROC:
         out = _ps("-o", "stat=,lstart=", "-p", str(pid)).split(maxsplit=1)
         return None if len(out) < 2 or out[0].startswith("Z") else out[1].strip()
     fields = _stat(pid)
-    if fields is None or fields[0] in "ZX":
+    if fields is None or (fields[0] in "ZX" and int(fields[17]) <= 1):
         return None
     boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{fields[19]}"
 
 
 def family(pid: int) -> list[int]:
-    """The process and all that descend from it, parents first."""
+    """Return the process and all its descendants, parents first."""
     children: dict[int, list[int]] = {}
     for child, parent in _parents():
         children.setdefault(parent, []).append(child)
@@ -48,17 +50,17 @@ def family(pid: int) -> list[int]:
 
 
 def send(pids: list[int], sent: signal.Signals) -> None:
-    """Sends the signal to each process that still exists."""
+    """Send the signal to each process that still exists."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, sent)
 
 
 def freeze(pid: int) -> list[int]:
-    """Stops the process and all its descendants; returns them.
+    """Stop the process and all its descendants, and return them.
 
-    The parent is stopped first, so none is missed because it was just being started. A process
-    group would not do: each PostgreSQL backend makes itself the leader of its own.
+    The parent is stopped first, so that it starts no child that would be missed. A process group
+    would not do, because each PostgreSQL backend becomes the leader of its own group.
     """
     members = [pid]
     send(members, signal.SIGSTOP)
@@ -69,7 +71,7 @@ def freeze(pid: int) -> list[int]:
 
 
 def destroy(pid: int) -> None:
-    """Kills the process and all its descendants, and waits (10 s at most) until none is left."""
+    """Kill the process and all its descendants, and wait at most 10 s until they are dead."""
     members = {member: identity(member) for member in freeze(pid)}
     send(list(members), signal.SIGKILL)
     deadline = time.monotonic() + 10
@@ -80,7 +82,7 @@ def destroy(pid: int) -> None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on (the name before it may hold anything)."""
+    """Return the fields of /proc/PID/stat after the name, which can contain any character."""
     try:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -97,7 +99,7 @@ def _parents() -> list[tuple[int, int]]:
 
 def _ps(*arguments: str) -> str:
     return subprocess.run(
-        ["ps", *arguments],  # noqa: S607 - wherever this system has it
+        ["ps", *arguments],  # noqa: S607 - its path differs between systems
         capture_output=True,
         text=True,
         check=False,
@@ -105,7 +107,10 @@ def _ps(*arguments: str) -> str:
 
 
 def _end(pid: int, recorded: str, first: signal.Signals) -> None:
-    """Ends a server: its own quick way first, then without mercy; never a process with its id."""
+    """End a server with its first signal, or after 5 s with SIGKILL.
+
+    A later process with the same id is left alone.
+    """
     if identity(pid) != recorded:
         return
     if first is not signal.SIGKILL:
@@ -120,12 +125,12 @@ def _end(pid: int, recorded: str, first: signal.Signals) -> None:
 
 
 def _watch() -> None:
-    """Reads "+ PID SIGNAL IDENTITY" and "- PID" lines; at their end, ends what is left.
+    """Read "+ PID SIGNAL IDENTITY" and "- PID" lines, then end the servers that are left.
 
-    A forked child of the parent may hold the other end of the pipe open, so the parent's id is
-    watched as well.
+    A forked child of the parent can hold the other end of the pipe open, so the parent's id is
+    checked as well.
     """
-    # Ctrl-C is for the parent, whose end is what counts here.
+    # Ctrl-C is meant for the parent. This process acts when the parent has ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = int(sys.argv[1])
     servers: dict[int, tuple[str, signal.Signals]] = {}

@@ -1,4 +1,4 @@
-"""A server process: started, waited for, paused, killed and stopped by the id it was given."""
+"""A server process: start it, wait for it, pause it, kill it and stop it, always by its id."""
 
 import json
 import os
@@ -19,13 +19,10 @@ from dev.stack.ports import free_port
 START_SECONDS = 60.0
 _LOG_LINES = 20
 
-# A detached server outlives its Popen, whose finaliser would warn about exactly that.
-_detached: list[subprocess.Popen[bytes]] = []
-
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    """A process that was started here or, by its recorded identity, elsewhere."""
+    """A process with its identity. `child` is set if this process has to wait for its end."""
 
     pid: int
     identity: str
@@ -37,7 +34,7 @@ class _Process:
         return lifeline.identity(self.pid) == self.identity
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended within that time."""
+        """Return whether it ended within that time."""
         deadline = time.monotonic() + seconds
         while self.alive():
             if time.monotonic() > deadline:
@@ -49,22 +46,22 @@ class _Process:
 class Server(ABC):
     """One server on loopback with its data in one folder.
 
-    It is one process tree in a session of its own. Unless `detached`, it ends with this process,
-    however this process ends. The folder's `server.json` records port, process id and what tells
-    that process from a later one with the same id: a new object on the same folder keeps the port,
-    and `attach` finds a server that another process started.
+    It is one process tree in its own session. Unless it is `detached`, it ends when this process
+    ends, even if this process is killed. The folder's `server.json` records the ports, the process
+    id and the process's identity. A new object on the same folder keeps the port, and `attach`
+    finds a server that another process started.
 
-    An object is not thread-safe, but may be used from any one thread at a time.
+    An object is not thread-safe, but any thread can use it while no other does.
     """
 
     name: ClassVar[str]
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
-    # What ends it at once, its own way, when there is nobody left to wait for it.
+    # The signal that ends it at once after this process has died.
     orphan_signal: ClassVar[signal.Signals] = signal.SIGKILL
     stop_seconds: ClassVar[float] = 30.0
 
     def __init__(self, data: Path, port: int | None = None, *, detached: bool = False) -> None:
-        """`data` is made when missing; `port` is a free one, kept with the data, unless given."""
+        """`data` is created if it is missing. Without `port`, a free port is chosen and kept."""
         self.data = Path(data).absolute()
         self.detached = detached
         self._ports: dict[str, int] = self._recorded().get("ports", {})
@@ -74,10 +71,10 @@ class Server(ABC):
 
     @classmethod
     def attach(cls, data: Path) -> Self:
-        """The server that may run on this folder already, whoever started it.
+        """Return the server on this folder, which another process may have started.
 
-        `pid` is None if it does not run. Settings other than the port are the defaults: meant for
-        stop, kill, pause and resume.
+        `pid` is None if it is not running. The result is meant for stop, kill, pause and resume:
+        settings other than the port are the defaults.
         """
         server = cls(data, detached=True)
         server._process = server._running_elsewhere()
@@ -85,33 +82,33 @@ class Server(ABC):
 
     @property
     def port(self) -> int:
-        """The port, chosen at first use: free then, and outside the range of outgoing ones."""
+        """The port. It is chosen at first use, outside the range of outgoing ports."""
         return self._port("main")
 
     @property
     def pid(self) -> int | None:
-        """The id of the running process, None when it does not run."""
+        """The id of the running process, or None if it is not running."""
         if self._process is not None and not self._process.alive():
             self._forget()
         return self._process.pid if self._process is not None else None
 
     @property
     def log(self) -> Path:
-        """What the server prints."""
+        """The file with the server's output."""
         return self.data / f"{self.name}.log"
 
     def start(self) -> None:
-        """Starts the server and returns once it answers; does nothing if this object runs it.
+        """Start the server and return when it answers. Does nothing if it is already running.
 
-        The first start initialises the data folder. Raises StackError if the server has not become
-        useful within 60 seconds or another process runs one on this folder.
+        The first start initialises the data folder. Raises StackError if the server does not answer
+        within 60 seconds, or if another process runs one on this folder.
         """
         if self.pid is not None:
             return
         if (other := self._running_elsewhere()) is not None:
             raise StackError(
-                f"{self.name}: process {other.pid} runs on {self.data} already; "
-                f"stop it ({type(self).__name__}.attach(data).stop()) or take another folder"
+                f"{self.name}: process {other.pid} already runs on {self.data}; "
+                f"stop it ({type(self).__name__}.attach(data).stop()) or use another folder"
             )
         self.data.mkdir(parents=True, exist_ok=True)
         try:
@@ -123,7 +120,7 @@ class Server(ABC):
             raise
 
     def stop(self) -> None:
-        """Ends the server gracefully, killing it after `stop_seconds`; returns when it is gone."""
+        """Stop the server gracefully. After `stop_seconds` it is killed."""
         if self.pid is None or self._process is None:
             return
         lifeline.send(lifeline.family(self._process.pid), signal.SIGCONT)
@@ -134,7 +131,7 @@ class Server(ABC):
             self.kill()
 
     def kill(self) -> None:
-        """Kills the server and its children without warning; returns when they are gone."""
+        """Kill the server and its children, and return when they are dead."""
         if self.pid is None or self._process is None:
             return
         lifeline.destroy(self._process.pid)
@@ -142,15 +139,15 @@ class Server(ABC):
         self._forget()
 
     def pause(self) -> None:
-        """Freezes the server and its children: connections stay open, nothing is answered."""
+        """Freeze the server and its children. Connections stay open, but get no answer."""
         lifeline.freeze(self._required_pid())
 
     def resume(self) -> None:
-        """Ends a pause."""
+        """End a pause."""
         lifeline.send(lifeline.family(self._required_pid())[::-1], signal.SIGCONT)
 
     def restart(self) -> None:
-        """Stops and starts on the same port and data."""
+        """Stop the server and start it on the same port and data."""
         self.stop()
         self.start()
 
@@ -168,21 +165,21 @@ class Server(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Makes the data folder ready for the server, the first time and later; idempotent."""
+        """Prepare the data folder. Called before every start."""
 
     @abstractmethod
     def _command(self) -> list[str]:
-        """The program and its arguments; its folder is `data`."""
+        """Return the program and its arguments. It runs in the folder `data`."""
 
     @abstractmethod
     def _ready(self) -> bool:
-        """Whether it does its work now; False or OSError if not yet."""
+        """Return whether the server does its work. False and OSError mean not yet."""
 
     def _environment(self) -> dict[str, str]:
         return dict(os.environ)
 
     def _advice(self) -> str:
-        """What to do when it did not start."""
+        """Return the advice for a server that did not start."""
         return f"read {self.log}; if its data is broken, remove {self.data}"
 
     def _port(self, role: str) -> int:
@@ -205,12 +202,16 @@ class Server(ABC):
                 )
         except OSError as error:
             raise StackError(f"{self.name}: cannot run {command[0]}: {error}") from error
-        if self.detached:
-            _detached.append(child)
-        # A child that was not waited for keeps its id, so this identity is its own; it has none if
-        # it has ended already.
+        # No later process can have this id yet, because the child has not been waited for. The
+        # identity is None if the child has already ended.
         identity = lifeline.identity(child.pid)
-        self._process = _Process(child.pid, identity or "", child)
+        if self.detached:
+            # The server can outlive this process, so nothing here waits for its end. Without an
+            # exit code, Popen's finaliser would warn that the child is still running.
+            child.returncode = 0
+            self._process = _Process(child.pid, identity or "")
+        else:
+            self._process = _Process(child.pid, identity or "", child)
         if identity is None:
             return
         if not self.detached:
@@ -227,26 +228,27 @@ class Server(ABC):
                 if self._ready():
                     return
             if time.monotonic() > deadline:
-                raise self._failure(f"does not answer after {START_SECONDS:.0f} s")
+                raise self._failure(f"did not answer within {START_SECONDS:.0f} s")
             time.sleep(delay)
             delay = min(delay * 1.5, 0.1)
 
-    def _failure(self, what: str) -> StackError:
+    def _failure(self, reason: str) -> StackError:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         tail = "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
         return StackError(
-            f"{self.name} on port {self.port} {what}; {self._advice()}. Its last words:\n{tail}"
+            f"{self.name} on port {self.port} {reason}; {self._advice()}. "
+            f"The end of its log:\n{tail}"
         )
 
     def _required_pid(self) -> int:
         if (pid := self.pid) is None:
-            raise StackError(f"{self.name} on {self.data} does not run; start it first")
+            raise StackError(f"{self.name} on {self.data} is not running; start it first")
         return pid
 
     def _forget(self) -> None:
         if self._process is not None:
             keeper.remove(self._process.pid)
-            # Another process may have started a new server here since.
+            # Another process may have started a new server here in the meantime.
             if self._recorded().get("identity") == self._process.identity:
                 self._record(None)
             self._process = None
@@ -259,7 +261,7 @@ class Server(ABC):
         recorded: dict[str, object] = {"name": self.name, "ports": self._ports}
         if process is not None:
             recorded |= {"pid": process.pid, "identity": process.identity}
-        with suppress(FileNotFoundError):  # the folder may have been removed since
+        with suppress(FileNotFoundError):  # the folder may have been removed
             temporary = self._state.with_suffix(".new")
             temporary.write_text(json.dumps(recorded, indent=2) + "\n")
             temporary.replace(self._state)

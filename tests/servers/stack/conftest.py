@@ -1,4 +1,4 @@
-"""The three servers as one kind of thing: made, written to by a real client, read from."""
+"""The three servers behind one interface: create one, write with a real client, read it back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ S = TypeVar("S", bound=Server)
 
 
 class Kind(ABC, Generic[S]):
-    """One of the three, with the least that proves that it works."""
+    """One kind of server, with the least that proves that it works."""
 
     server: type[S]
 
@@ -27,11 +27,11 @@ class Kind(ABC, Generic[S]):
 
     @abstractmethod
     async def write(self, server: S, text: str) -> None:
-        """Stores the text where `read` finds it, acknowledged as durable as this server is."""
+        """Store the text for `read`. It is as durable as the server's acknowledgement."""
 
     @abstractmethod
     async def read(self, server: S) -> str:
-        """The text that was stored."""
+        """Return the stored text."""
 
 
 class RedisKind(Kind[RedisServer]):
@@ -109,21 +109,21 @@ ALL = [*LIGHT, pytest.param(KafkaKind(), id="kafka", marks=pytest.mark.slow)]
 
 @pytest.fixture(params=ALL)
 def kind(request: pytest.FixtureRequest) -> Kind[Any]:
-    """Each of the three in turn."""
+    """Each of the three servers in turn."""
     found: Kind[Any] = request.param
     return found
 
 
 @pytest.fixture(params=LIGHT)
 def light_kind(request: pytest.FixtureRequest) -> Kind[Any]:
-    """Those of the three that start at once: enough where the server itself makes no difference."""
+    """Each server that starts fast, for tests in which the kind of server does not matter."""
     found: Kind[Any] = request.param
     return found
 
 
 @pytest.fixture
 def cleanup() -> Iterator[Callable[[Server], None]]:
-    """Kills, after the test, the servers it is told of."""
+    """A function that registers a server to be killed after the test."""
     servers: list[Server] = []
     yield servers.append
     for server in servers:

@@ -1,4 +1,4 @@
-"""What is Kafka's own."""
+"""Kafka's topics and settings."""
 
 from collections.abc import Iterator
 
@@ -18,12 +18,12 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
         yield server
 
 
-async def test_no_topic_comes_into_being_by_itself(kafka: KafkaServer) -> None:
+async def test_the_broker_creates_no_topic_automatically(kafka: KafkaServer) -> None:
     consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap)
     await consumer.start()
     try:
         assert await consumer.topics() == set()
-        # Asking for a topic is what would make it.
+        # A broker with auto-creation would create the topic at this request.
         assert not consumer.partitions_for_topic("never-made")
         await consumer._client.force_metadata_update()
         assert await consumer.topics() == set()
@@ -31,7 +31,7 @@ async def test_no_topic_comes_into_being_by_itself(kafka: KafkaServer) -> None:
         await consumer.stop()
 
 
-async def test_messages_are_kept_for_seven_days_and_the_callers_options_hold(
+async def test_messages_are_kept_for_seven_days_and_the_options_of_the_caller_apply(
     kafka: KafkaServer,
 ) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)

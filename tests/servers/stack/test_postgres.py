@@ -1,4 +1,4 @@
-"""What is PostgreSQL's own."""
+"""PostgreSQL's listener, password and first start."""
 
 import stat
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from dev.stack.servers import PostgresServer
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     data = tmp_path_factory.mktemp("postgres")
-    # What a private folder looks like, whatever pytest made: root's server is not root.
+    # A private folder must do, although the server of root does not run as root.
     data.chmod(0o700)
     with PostgresServer(data / "data", durable=False) as server:
         yield server
@@ -37,16 +37,16 @@ async def test_a_wrong_password_is_refused(postgres: PostgresServer) -> None:
         await asyncpg.connect(postgres.url.replace(password, "guess"))
 
 
-def test_the_password_is_its_owners_only(postgres: PostgresServer) -> None:
+def test_only_the_owner_can_read_the_password_file(postgres: PostgresServer) -> None:
     assert stat.S_IMODE((postgres.data / "password").stat().st_mode) == 0o600
 
 
-def test_there_is_no_address_before_the_first_start(tmp_path: Path) -> None:
+def test_the_url_is_unknown_before_the_first_start(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="start it"):
         _ = PostgresServer(tmp_path).url
 
 
-def test_an_interrupted_first_start_is_made_good(tmp_path: Path) -> None:
+def test_a_start_after_an_interrupted_first_start_succeeds(tmp_path: Path) -> None:
     half = tmp_path / "cluster.new"
     half.mkdir()
     (half / "PG_VERSION").write_text("18\n")

@@ -1,4 +1,4 @@
-"""What is Redis' own."""
+"""Redis' binaries and settings."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dev.stack.servers import RedisServer
 
 
 @pytest.mark.parametrize("name", redis_binaries())
-async def test_every_server_binary_there_is_works(name: str, tmp_path: Path) -> None:
+async def test_every_available_server_binary_works(name: str, tmp_path: Path) -> None:
     with RedisServer(tmp_path, binary=redis_binaries()[name]) as server:
         async with Redis.from_url(server.url) as client:
             settings = await client.config_get("maxmemory-policy", "appendonly", "appendfsync")
@@ -24,14 +24,16 @@ async def test_every_server_binary_there_is_works(name: str, tmp_path: Path) -> 
             assert b"graph" not in modules, "FalkorDB's module was loaded"
 
 
-async def test_settings_of_the_caller_are_used(tmp_path: Path) -> None:
+async def test_the_settings_of_the_caller_apply(tmp_path: Path) -> None:
     with RedisServer(tmp_path, appendfsync="always", options=("--maxmemory", "64mb")) as server:
         async with Redis.from_url(server.url) as client:
             settings = await client.config_get("appendfsync", "maxmemory")
             assert settings == {"appendfsync": "always", "maxmemory": str(64 << 20)}
 
 
-def test_the_environment_names_the_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_selects_the_binary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHSALE_REDIS_SERVER", str(tmp_path / "absent"))
     with pytest.raises(StackError, match=r"cannot run .*absent"):
         RedisServer(tmp_path).start()

@@ -1,12 +1,12 @@
-"""What every server of the stack does, on the real ones and with real clients."""
+"""Every server of the stack starts, stops, pauses and dies alike: real servers, real clients."""
 
+import gc
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -18,13 +18,14 @@ from dev.stack.errors import StackError
 from dev.stack.ports import free_port
 from dev.stack.process import Server
 from dev.stack.servers import RedisServer
+from tests.support.eventually import eventually
 from tests.support.paths import ROOT
 
 PROC = Path("/proc")
 
 
 class Kind(Protocol):
-    """Of conftest.py."""
+    """The part of `Kind` in conftest.py that these tests use."""
 
     server: type[Server]
 
@@ -34,7 +35,7 @@ class Kind(Protocol):
 
 
 def members(server: Server) -> dict[int, str]:
-    """The server's processes, told apart from later ones with their ids."""
+    """Return the server's processes with their identities."""
     assert server.pid is not None
     found = {pid: lifeline.identity(pid) for pid in lifeline.family(server.pid)}
     return {pid: identity for pid, identity in found.items() if identity is not None}
@@ -44,15 +45,8 @@ def alive(processes: dict[int, str]) -> list[int]:
     return [pid for pid, identity in processes.items() if lifeline.identity(pid) == identity]
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return met
-
-
 def another_process(server: type[Server], data: Path, then: str, **settings: object) -> list[str]:
-    """The command of a Python that starts the server, says so, and goes on with `then`."""
+    """Return the command of a Python that starts the server, prints a line, and runs `then`."""
     program = f"""
 import sys, signal, os
 from pathlib import Path
@@ -65,7 +59,7 @@ print("started", flush=True)
     return [sys.executable, "-c", program]
 
 
-async def test_a_started_server_answers_and_a_killed_one_comes_back_with_its_data(
+async def test_a_killed_server_starts_again_with_its_port_and_data(
     kind: Kind, tmp_path: Path
 ) -> None:
     with kind.make(tmp_path / "data") as server:
@@ -80,7 +74,7 @@ async def test_a_started_server_answers_and_a_killed_one_comes_back_with_its_dat
         assert await kind.read(server) == "kept"
 
 
-async def test_a_restart_keeps_data_and_port(light_kind: Kind, tmp_path: Path) -> None:
+async def test_a_restart_keeps_port_and_data(light_kind: Kind, tmp_path: Path) -> None:
     with light_kind.make(tmp_path / "data") as server:
         port, pid = server.port, server.pid
         await light_kind.write(server, "kept")
@@ -90,7 +84,7 @@ async def test_a_restart_keeps_data_and_port(light_kind: Kind, tmp_path: Path) -
         assert await light_kind.read(server) == "kept"
 
 
-def test_stopping_leaves_no_process(kind: Kind, tmp_path: Path) -> None:
+def test_a_stopped_server_leaves_no_process(kind: Kind, tmp_path: Path) -> None:
     server = kind.make(tmp_path / "data")
     server.start()
     left = members(server)
@@ -102,7 +96,9 @@ def test_stopping_leaves_no_process(kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not PROC.exists(), reason="reads the state of processes from /proc")
-async def test_a_paused_server_runs_nothing_until_it_is_resumed(kind: Kind, tmp_path: Path) -> None:
+async def test_every_process_of_a_paused_server_is_stopped_until_it_is_resumed(
+    kind: Kind, tmp_path: Path
+) -> None:
     def states(processes: dict[int, str]) -> set[str]:
         stats = [(PROC / str(pid) / "stat").read_text() for pid in processes]
         return {stat.rpartition(")")[2].split()[0] for stat in stats}
@@ -111,13 +107,15 @@ async def test_a_paused_server_runs_nothing_until_it_is_resumed(kind: Kind, tmp_
         await kind.write(server, "kept")
         server.pause()
         paused = members(server)
-        assert eventually(lambda: states(paused) == {"T"})
+        eventually(lambda: states(paused) == {"T"})
         server.resume()
         assert await kind.read(server) == "kept"
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_paused_server_can_be_ended(light_kind: Kind, tmp_path: Path, end: str) -> None:
+def test_a_paused_server_can_be_stopped_and_killed(
+    light_kind: Kind, tmp_path: Path, end: str
+) -> None:
     server = light_kind.make(tmp_path / "data")
     server.start()
     server.pause()
@@ -126,21 +124,21 @@ def test_a_paused_server_can_be_ended(light_kind: Kind, tmp_path: Path, end: str
     assert not alive(left)
 
 
-def test_starting_twice_starts_once(tmp_path: Path) -> None:
+def test_a_second_start_of_a_running_server_does_nothing(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server:
         pid = server.pid
         server.start()
         assert server.pid == pid
 
 
-def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
+def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server:
-        with pytest.raises(StackError, match="already; stop it"):
+        with pytest.raises(StackError, match=r"already runs on .*; stop it"):
             RedisServer(tmp_path).start()
         assert server.pid is not None
 
 
-def test_a_new_object_on_the_data_has_the_same_port(tmp_path: Path) -> None:
+def test_a_new_object_on_the_same_folder_has_the_same_port(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as first:
         port = first.port
     assert RedisServer(tmp_path).port == port
@@ -152,13 +150,13 @@ def test_a_server_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     left = members(server)
-    # The kernel's own "parent died" signal would come from the thread's end.
+    # PR_SET_PDEATHSIG would have killed the server at the end of the thread.
     assert alive(left)
     server.restart()
     server.stop()
 
 
-def test_a_detached_server_is_stopped_from_another_process(
+def test_a_detached_server_can_be_stopped_from_another_process(
     light_kind: Kind, tmp_path: Path, cleanup: Callable[[Server], None]
 ) -> None:
     data = tmp_path / "data"
@@ -174,9 +172,19 @@ def test_a_detached_server_is_stopped_from_another_process(
     assert light_kind.server.attach(data).pid is None
 
 
+def test_a_detached_server_is_no_child_to_wait_for(
+    tmp_path: Path, cleanup: Callable[[Server], None]
+) -> None:
+    server = RedisServer(tmp_path, detached=True)
+    server.start()
+    cleanup(server)
+    children = [each for each in gc.get_objects() if isinstance(each, subprocess.Popen)]
+    assert not [child for child in children if child.pid == server.pid and child.poll() is None]
+
+
 @pytest.mark.parametrize("then", ["", "server.pause()"], ids=["running", "paused"])
 @pytest.mark.parametrize("fatal", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
-def test_a_dead_parent_leaves_nothing(
+def test_a_server_ends_when_its_parent_is_killed(
     light_kind: Kind, tmp_path: Path, then: str, fatal: signal.Signals
 ) -> None:
     data = tmp_path / "data"
@@ -194,16 +202,16 @@ def test_a_dead_parent_leaves_nothing(
         left = members(light_kind.server.attach(data))
         assert left
         parent.send_signal(fatal)
-    assert eventually(lambda: not alive(left))
+    eventually(lambda: not alive(left))
 
 
-def test_a_parent_that_ends_without_stopping_leaves_nothing(tmp_path: Path) -> None:
+def test_a_server_ends_when_its_parent_exits_without_stopping_it(tmp_path: Path) -> None:
     starter = another_process(RedisServer, tmp_path, "")
     subprocess.run(starter, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert RedisServer.attach(tmp_path).pid is None
 
 
-def test_a_process_that_got_the_recorded_id_is_left_alone(tmp_path: Path) -> None:
+def test_a_later_process_with_the_recorded_id_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         server = RedisServer(tmp_path)
         server.start()
@@ -217,7 +225,7 @@ def test_a_process_that_got_the_recorded_id_is_left_alone(tmp_path: Path) -> Non
         assert attached.pid is None
         attached.stop()
         attached.kill()
-        with pytest.raises(StackError, match="does not run"):
+        with pytest.raises(StackError, match="is not running"):
             attached.pause()
         assert lifeline.identity(stranger.pid) == identity
         with RedisServer(tmp_path) as again:
@@ -226,14 +234,14 @@ def test_a_process_that_got_the_recorded_id_is_left_alone(tmp_path: Path) -> Non
         assert stranger.returncode == 0
 
 
-def test_a_server_that_does_not_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_start_has_the_log_and_no_process_is_left(tmp_path: Path) -> None:
     server = RedisServer(tmp_path, options=("--no-such-setting", "1"))
     with pytest.raises(StackError, match="no-such-setting"):
         server.start()
     assert server.pid is None
 
 
-def test_a_taken_port_is_named(light_kind: Kind, tmp_path: Path) -> None:
+def test_the_error_of_a_failed_start_names_the_port(light_kind: Kind, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = light_kind.make(tmp_path / "data", port=port)
@@ -241,20 +249,20 @@ def test_a_taken_port_is_named(light_kind: Kind, tmp_path: Path) -> None:
             server.start()
 
 
-def test_pausing_what_does_not_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StackError, match="does not run; start it first"):
+def test_a_server_that_is_not_running_cannot_be_paused(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="is not running; start it first"):
         RedisServer(tmp_path).pause()
 
 
 @pytest.mark.skipif(not PROC.exists(), reason="the range is in /proc")
-def test_a_free_port_is_none_that_a_client_could_be_given() -> None:
+def test_a_free_port_is_outside_the_range_of_outgoing_ports() -> None:
     first = int((PROC / "sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     if first <= 12_000:
         pytest.skip("no room below this machine's outgoing ports")
     assert free_port() < first
 
 
-def test_a_lifeline_that_was_ended_is_replaced(tmp_path: Path) -> None:
+def test_a_killed_lifeline_is_replaced(tmp_path: Path) -> None:
     ending = """
 from dev.stack import lifeline
 for pid in set(lifeline.family(os.getpid())[1:]) - {server.pid}:
@@ -263,5 +271,5 @@ with RedisServer(server.data / "second"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run(another_process(RedisServer, tmp_path, ending), cwd=ROOT, check=False)
-    assert eventually(lambda: RedisServer.attach(tmp_path).pid is None)
-    assert eventually(lambda: RedisServer.attach(tmp_path / "second").pid is None)
+    eventually(lambda: RedisServer.attach(tmp_path).pid is None)
+    eventually(lambda: RedisServer.attach(tmp_path / "second").pid is None)
