@@ -1,4 +1,4 @@
-"""The contract of the flash-sale engine: what API, consumer and operator must agree on."""
+"""The contract of the flash-sale engine, which API, consumer and operator share."""
 
 from typing import Final
 

@@ -1,19 +1,19 @@
-"""Errors that the contract's clients raise, translated once, where the client is called."""
+"""The engine's errors. Errors of client libraries are translated once, at the call."""
 
 
 class FlashsaleError(Exception):
-    """Base of the engine's errors; its text is one line that a person can act on."""
+    """Base of the engine's errors. The text is one line that a person can act on."""
 
 
 class SettingsError(FlashsaleError):
-    """An environment variable is missing or wrong; the text names it and the rule."""
+    """An environment variable is missing or wrong. The text names the variable and the rule."""
 
 
 class RedisUnavailable(FlashsaleError):
-    """Redis did not answer, or refused to work (loading, read-only, out of memory).
+    """Redis did not reply, or refused the call (loading, read-only, out of memory).
 
-    `maybe_executed` says whether the script may have run all the same: the call was sent and no
-    answer came back. Sending the same reservation ids again is then safe.
+    If `maybe_executed` is true, the call was sent and no reply came back, so the script may have
+    run. Sending the same reservation ids again is safe.
     """
 
     def __init__(self, message: str, *, maybe_executed: bool = False) -> None:
@@ -22,8 +22,8 @@ class RedisUnavailable(FlashsaleError):
 
 
 class LedgerUnavailable(FlashsaleError):
-    """PostgreSQL is away, read-only or not migrated; nothing was written."""
+    """PostgreSQL is unavailable, read-only or not migrated. Nothing was written."""
 
 
 class ContractViolation(FlashsaleError):
-    """Stored data is not of the format that this version speaks."""
+    """Stored data has a format that this version does not support."""

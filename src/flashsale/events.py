@@ -1,7 +1,7 @@
-"""Reservation events: what the outbox carries to Kafka, and Kafka to the ledger.
+"""Reservation events, which travel from the outbox through Kafka to the ledger.
 
-An event holds the reservation's whole state and a snapshot of its sale, so that neither order nor
-repetition matters: of two events of one reservation the one with the higher `version` tells more.
+An event holds the reservation's whole state and a snapshot of its sale, so order and repetition do
+not matter. Of two events of a reservation, the one with the higher `version` is newer.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ CONTENT_TYPE: Final = b"application/json"
 
 
 class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """The value of one Kafka record. `occurred_at` is Redis' clock when the change was made."""
+    """The value of a Kafka record. `occurred_at` is the time of the change by Redis' clock."""
 
     schema: Literal[1]
     reservation_id: ReservationId
@@ -42,7 +42,7 @@ class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
 
     @classmethod
     def of(cls, item_id: str, reservation_id: str, record: Record, snapshot: Snapshot) -> "Event":
-        """The event of a reservation as Redis holds it, under the sale as it was then."""
+        """Makes the event of a reservation from its record in Redis and its sale's snapshot."""
         return cls(
             schema=SCHEMA,
             reservation_id=reservation_id,
@@ -65,12 +65,12 @@ _decoder = msgspec.json.Decoder(Event)
 
 
 def encode(event: Event) -> bytes:
-    """JSON of an event."""
+    """Encodes an event as JSON."""
     return _encoder.encode(event)
 
 
 def decode(value: bytes | None) -> Event:
-    """The event of a Kafka record's value; `ContractViolation` says what is wrong with it."""
+    """Decodes the value of a Kafka record. Raises `ContractViolation` with the reason."""
     if value is None:
         raise ContractViolation("the record has no value")
     try:
@@ -80,7 +80,7 @@ def decode(value: bytes | None) -> Event:
 
 
 def traceparent(headers: Iterable[tuple[str, bytes]]) -> str:
-    """The traceparent among a record's headers, or nothing."""
+    """Returns the traceparent in a record's headers, or an empty string."""
     for name, value in headers:
         if name == "traceparent":
             return value.decode("ascii", "replace")
@@ -88,6 +88,6 @@ def traceparent(headers: Iterable[tuple[str, bytes]]) -> str:
 
 
 def headers(traceparent: str) -> list[tuple[str, bytes]]:
-    """The headers of an event's record; `traceparent` (W3C Trace Context) may be empty."""
+    """Returns the headers of an event's record. `traceparent` (W3C) may be empty."""
     own = [("content-type", CONTENT_TYPE), ("schema", b"1")]
     return [("traceparent", traceparent.encode()), *own] if traceparent else own

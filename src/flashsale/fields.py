@@ -1,7 +1,7 @@
-"""The rules for the fields that cross a border: HTTP, Kafka, manifests.
+"""Rules for the fields of HTTP requests, Kafka events and manifests.
 
-The patterns end in `\\Z`, not `$`, which would let a trailing newline through. No field may hold a
-comma or a newline, which separate the fields and lines that go to the Lua scripts.
+The patterns end in `\\Z`, because `$` would accept a trailing newline. No field may contain a comma
+or a newline, because these separate the fields and lines that the Lua scripts receive.
 """
 
 from typing import Annotated, Final
@@ -25,5 +25,5 @@ SaleId = Annotated[str, Meta(pattern=SALE_ID_PATTERN)]
 ReservationId = Annotated[str, Meta(pattern=UUID_PATTERN)]
 Quantity = Annotated[int, Meta(ge=1, le=MAX_QUANTITY)]
 Units = Annotated[int, Meta(ge=0, le=2**53)]
-"""Units of stock. Lua counts in doubles: above 2**53 it would round."""
+"""Units of stock. Lua counts in doubles, which are exact up to 2**53."""
 Revision = Annotated[int, Meta(ge=1, le=2**53)]

@@ -1,8 +1,7 @@
-"""Heartbeats of API pods: what each holds that Kafka has not acknowledged.
+"""Heartbeats of the API pods, with the number of events that Kafka has not acknowledged.
 
-Whoever wants to trust a fenced sale again must know that no living pod still holds an event of
-it. A heartbeat says when it was sampled, by Redis' clock, so that one from before the fence is
-not mistaken for one after it.
+Before a fenced sale is trusted again, no living pod may hold an event of it. A heartbeat carries
+the time of its sample by Redis' clock, which tells samples from before and after the fence apart.
 """
 
 from collections.abc import Awaitable
@@ -16,20 +15,20 @@ from flashsale.scripts import translated
 
 INTERVAL_SECONDS: Final = 1.0
 EXPIRY_SECONDS: Final = 5
-"""A pod that has not beaten for this long is dead, or cut off from Redis."""
+"""A pod without a heartbeat for this long is dead or cut off from Redis."""
 
 CALL_DEADLINE_SECONDS: Final = 1.0
-"""How long an API pod believes the answer of a script call.
+"""How long an API pod waits for the reply of a script call.
 
 A heartbeat sampled later than this after a fence counts every reservation that the pod accepted
-before it.
+before the fence.
 """
 
 
 class Heartbeat(msgspec.Struct, frozen=True, rename="camel"):
-    """`unacknowledged`: events by item, held in the pod's memory at `sampled_ms` of Redis' clock.
+    """A pod's unacknowledged events per item, in its memory at `sampled_ms` of Redis' clock.
 
-    By item, since a fenced sale accepts nothing new and comes to rest while others sell on.
+    They are counted per item because a fenced sale's count falls to zero while others still sell.
     """
 
     pod_id: str
@@ -38,7 +37,7 @@ class Heartbeat(msgspec.Struct, frozen=True, rename="camel"):
 
 
 async def beat(redis: "Redis", own: Heartbeat) -> None:
-    """Writes a pod's heartbeat; raises `RedisUnavailable`."""
+    """Writes a pod's heartbeat. Raises `RedisUnavailable`."""
     pipeline = redis.pipeline(transaction=False)
     pipeline.sadd(PODS, own.pod_id)
     pipeline.set(heartbeat(own.pod_id), msgspec.json.encode(own), ex=EXPIRY_SECONDS)
@@ -46,7 +45,7 @@ async def beat(redis: "Redis", own: Heartbeat) -> None:
 
 
 async def retire(redis: "Redis", pod_id: str) -> None:
-    """Removes the heartbeat of a pod that ends with nothing unacknowledged."""
+    """Removes the heartbeat of a pod that stops without unacknowledged events."""
     pipeline = redis.pipeline(transaction=False)
     pipeline.srem(PODS, pod_id)
     pipeline.delete(heartbeat(pod_id))
@@ -54,7 +53,7 @@ async def retire(redis: "Redis", pod_id: str) -> None:
 
 
 async def living(redis: "Redis") -> list[Heartbeat]:
-    """The heartbeats of the pods that are alive; forgets the others."""
+    """Returns the heartbeats of the living pods, and removes dead pods from the index."""
     pods = sorted(await translated(cast("Awaitable[set[str]]", redis.smembers(PODS))))
     texts = await translated(redis.mget([heartbeat(pod) for pod in pods])) if pods else []
     if dead := [pod for pod, text in zip(pods, texts, strict=True) if text is None]:

@@ -1,4 +1,7 @@
-"""The Lua scripts as typed calls: the only place that talks to Redis about sales."""
+"""Sales and reservations in Redis: typed calls of the Lua scripts, and reads.
+
+Only this module and `outbox.py` use an item's keys. The operator's rebuild is the one exception.
+"""
 
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from enum import StrEnum
@@ -13,11 +16,11 @@ from flashsale.sale import Predecessor, Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
 OUTBOX_LIMIT: Final = 100_000
-"""Entries of an item's outbox above which new buyers meet backpressure."""
+"""Entries in an item's outbox at which `reserve` refuses new buyers (`outbox_full`)."""
 
 
 class Applied(StrEnum):
-    """What `apply.lua` answers; the words are the script's own."""
+    """Results of `apply.lua`, with the script's own words."""
 
     SEEDED = "seeded"
     CHANGED = "changed"
@@ -31,7 +34,7 @@ class Applied(StrEnum):
 
 
 class Closed(StrEnum):
-    """What `close.lua` answers; the words are the script's own."""
+    """Results of `close.lua`, with the script's own words."""
 
     CLOSED = "closed"
     UNCHANGED = "unchanged"
@@ -41,7 +44,7 @@ class Closed(StrEnum):
 
 
 class Freed(StrEnum):
-    """What `free.lua` answers; the words are the script's own."""
+    """Results of `free.lua`, with the script's own words."""
 
     FREED = "freed"
     UNKNOWN = "unknown"
@@ -51,8 +54,10 @@ class Freed(StrEnum):
 
 
 class ServerTime(NamedTuple):
-    """Redis' clock in Unix milliseconds, and the server's run as sales are stamped with it: its
-    run_id, and the replication id of the master that it followed before it became one.
+    """Redis' clock in Unix milliseconds, and the server's run as `read_sale` compares it.
+
+    `run_id` is the server's run_id and its `master_replid2`, joined by a colon. The latter is the
+    replication id of the master that this server followed before it became a master itself.
     """
 
     now_ms: int
@@ -60,7 +65,7 @@ class ServerTime(NamedTuple):
 
 
 class Inventory:
-    """Sales in Redis. Every method raises `RedisUnavailable` when Redis cannot serve the call."""
+    """Sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
     def __init__(self, redis: "Redis", *, outbox_limit: int = OUTBOX_LIMIT) -> None:
         self._redis = redis
@@ -76,8 +81,9 @@ class Inventory:
     ) -> BatchReply | Outcome:
         """Decides a batch of at most `BATCH_LIMIT` requests for one item.
 
-        A lone `Outcome` (unknown, unsupported, fenced) holds for every request. The same requests
-        may be sent again after a failure: their ids make the second call a replay.
+        A single `Outcome` (unknown, unsupported, fenced) applies to every request. After a failure
+        the caller can send the same requests again, because their ids make the second call a
+        replay.
         """
         lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
         reply = await self._scripts.call_quickly(
@@ -96,11 +102,11 @@ class Inventory:
         seed_until_ms: int | None = None,
         replaces: Predecessor | None = None,
     ) -> Applied:
-        """Makes Redis agree with `spec`; the ledger's row for `revision` must exist before.
+        """Makes Redis agree with `spec`. The ledger must have the row of `revision` already.
 
-        `seed_until_ms`: a moment ago nothing of this sale could be lost, so until then, of Redis'
-        clock, absent keys mean new.
-        `replaces`: a finished sale of the item whose rows are recorded, and its accepted units.
+        `seed_until_ms` permits creating the keys until that time of Redis' clock. The caller has
+        just seen that no data of this sale can be lost, so missing keys mean a new sale.
+        `replaces` is the finished sale of the item that this one may replace.
         """
         await translated(self._redis.sadd(ITEMS, spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
@@ -115,50 +121,50 @@ class Inventory:
         )
 
     async def close(self, item_id: str, sale_id: str, revision: int) -> Closed:
-        """Closes a sale; a fenced one too, which stays fenced."""
+        """Closes a sale. A fenced sale is closed too, and stays fenced."""
         return Closed(
             await self._scripts.call(self._close, ItemKeys.of(item_id).four, (sale_id, revision))
         )
 
     async def free(self, item_id: str, sale_id: str, revision: int, recorded: int) -> Freed:
-        """Deletes the keys of a closed sale of which the ledger has `recorded` accepted units.
+        """Deletes the keys of a closed sale that the ledger has recorded completely.
 
-        `revision` is the one of the ledger's row that says closed.
+        `revision` is the revision of the closed ledger row, and `recorded` its accepted units.
         """
         keys = ItemKeys.of(item_id).four
         freed = Freed(await self._scripts.call(self._free, keys, (sale_id, revision, recorded)))
         if freed is Freed.FREED:
             await translated(self._redis.srem(ITEMS, item_id))
             if await translated(self._redis.exists(*keys)):
-                # Another sale took the item meanwhile.
+                # Another sale of the item was seeded in the meantime.
                 await self.index([item_id])
         return freed
 
     async def index(self, item_ids: Iterable[str]) -> None:
-        """Has sweeps look at the items, also if they do already."""
+        """Adds items to the index that the sweeper and the operator walk. Idempotent."""
         if items := list(item_ids):
             await translated(self._redis.sadd(ITEMS, *items))
 
     async def items(self) -> list[str]:
-        """The items that have keys, sorted."""
+        """Returns the items that have keys, sorted."""
         return sorted(await translated(cast("Awaitable[set[str]]", self._redis.smembers(ITEMS))))
 
     async def server(self) -> ServerTime:
-        """Redis' clock and run; the sales of another run are fenced."""
+        """Returns Redis' clock and run. Sales written under another run are fenced."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
         pipeline.info("server", "replication")
         (seconds, microseconds), info = await translated(pipeline.execute())
-        # The client makes a number of what has only digits, such as 40 zeros.
+        # redis-py converts an id of digits only, such as 40 zeros, to a number.
         ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
         return ServerTime(seconds * 1000 + microseconds // 1000, ":".join(ids))
 
     async def sales(
         self, item_ids: Iterable[str], *, skip_unreadable: bool = False
     ) -> dict[str, Sale]:
-        """The sales of the items, without those that have none.
+        """Returns the sale of each item that has one.
 
-        Raises `ContractViolation` for one that cannot be read, unless those are skipped.
+        Raises `ContractViolation` if a sale cannot be read, unless `skip_unreadable` is set.
         """
         wanted = list(item_ids)
         pipeline = self._redis.pipeline(transaction=False)
@@ -181,7 +187,7 @@ class Inventory:
         return found
 
     async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
-        """One reservation, or None if Redis has none of that id."""
+        """Returns a reservation, or None if Redis has none with this id."""
         text = await translated(
             cast(
                 "Awaitable[str | None]",
@@ -207,18 +213,18 @@ class Inventory:
                 return
 
     async def load(self) -> None:
-        """Loads the scripts, so that the first buyer does not wait for it."""
+        """Loads the `reserve` script, so that the first buyer does not wait for it."""
         await self._scripts.load(self._reserve)
 
     async def eviction_policy(self) -> str:
-        """The server's `maxmemory-policy`; anything but `noeviction` may drop a sale's keys."""
+        """Returns the server's `maxmemory-policy`. Any but `noeviction` can drop a sale's keys."""
         info = await translated(self._redis.info("memory"))
         return str(info["maxmemory_policy"])
 
 
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:
     if fields.get("format") != "1":
-        raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not known")
+        raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not supported")
     try:
         accepted = int(fields["accepted"])
         return Sale(
@@ -239,4 +245,4 @@ def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) 
             torn=accepted > 0 and parts < 3,
         )
     except (KeyError, ValueError) as error:
-        raise ContractViolation(f"{item_id}: a sale that cannot be read: {error}") from error
+        raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error

@@ -1,26 +1,26 @@
-"""Every Redis key of the engine; nothing else spells one.
+"""Every Redis key of the engine. No other module builds a key.
 
-The keys of one item share a hash tag, so that a sale lives in one slot of a Redis Cluster.
+The keys of an item share a hash tag, so that a sale lives in one slot of a Redis Cluster.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 ITEMS: Final = "flashsale:items"
-"""Set of the items that have keys: the index that sweeps walk."""
+"""Set of the items that have keys. The sweeper and the operator walk it."""
 
 PODS: Final = "flashsale:pods"
-"""Set of the API pods that have beaten their heart and were not yet found dead."""
+"""Set of the API pods that have sent a heartbeat and are not known to be dead."""
 
 
 def heartbeat(pod_id: str) -> str:
-    """Key of one API pod's heartbeat; it expires when the pod stops beating."""
+    """Returns the key of an API pod's heartbeat. It expires when the heartbeats stop."""
     return f"flashsale:pod:{pod_id}"
 
 
 @dataclass(frozen=True, slots=True)
 class ItemKeys:
-    """The keys of one item."""
+    """The keys of an item."""
 
     sale: str
     buyers: str
@@ -41,5 +41,5 @@ class ItemKeys:
 
     @property
     def four(self) -> tuple[str, str, str, str]:
-        """KEYS of the scripts that read a sale."""
+        """The KEYS of every script that reads a sale."""
         return self.sale, self.buyers, self.reservations, self.outbox

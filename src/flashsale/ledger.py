@@ -1,6 +1,6 @@
-"""The ledger's schema and its typed reads; who writes what is in consumer and operator.
+"""The ledger's schema and typed reads. The consumer and the operator contain the writes.
 
-Functions take a connection or a pool and raise `LedgerUnavailable` when PostgreSQL cannot serve.
+Every function raises `LedgerUnavailable` if PostgreSQL cannot serve the call.
 """
 
 from collections.abc import AsyncIterator
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
-_MIGRATION_LOCK: Final = (
-    0x666C617368  # "flash": any constant that nothing else in the database takes
-)
+_MIGRATION_LOCK: Final = 0x666C617368
+"""Key of the advisory lock that serializes migrations: "flash" in ASCII."""
 COMMAND_TIMEOUT_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class SaleRow:
-    """A row of `sales`. Counts are units; `resource_uid` is the FlashSale's that declared it.
+    """A row of `sales`. Counts are units.
 
-    `lost`: what Redis had accepted and rebuilds found nowhere.
+    `resource_uid` is the uid of the FlashSale that declared the sale. `lost` counts units that
+    Redis had accepted and that rebuilds could not find.
     """
 
     sale_id: str
@@ -52,7 +52,7 @@ class SaleRow:
         return cls(**{name: record[name] for name in SALE_COLUMNS})
 
     def finished(self, now: datetime) -> bool:
-        """Whether the sale accepts nothing any more, unless it is applied again."""
+        """Whether the sale accepts nothing more unless its manifest is applied again."""
         return self.closed or (self.ends_at is not None and self.ends_at <= now)
 
 
@@ -60,7 +60,7 @@ SALE_COLUMNS: Final = tuple(field.name for field in fields(SaleRow))
 
 
 async def connect(url: str, *, max_connections: int = 4) -> Pool:
-    """A pool of connections to `url`; connections are made when they are needed."""
+    """Returns a pool for `url`. It connects when a connection is needed."""
     async with translated():
         return await asyncpg.create_pool(
             url,
@@ -74,10 +74,10 @@ async def connect(url: str, *, max_connections: int = 4) -> Pool:
 
 @asynccontextmanager
 async def translated() -> AsyncIterator[None]:
-    """Turns what asyncpg raises when PostgreSQL cannot serve into `LedgerUnavailable`.
+    """Raises `LedgerUnavailable` in place of asyncpg's errors for an outage or a refusal.
 
-    Errors of the data itself pass: those that the server finds (SQLSTATE classes 22 and 23) and
-    those that asyncpg finds before it sends anything (an InterfaceError that is a ValueError).
+    Errors in the data itself pass through. The server reports them with SQLSTATE classes 22 and
+    23. asyncpg reports them before it sends anything, as an InterfaceError that is a ValueError.
     """
     try:
         yield
@@ -86,23 +86,23 @@ async def translated() -> AsyncIterator[None]:
     except asyncpg.PostgresError as error:
         if (error.sqlstate or "")[:2] in ("22", "23"):
             raise
-        raise LedgerUnavailable(f"the ledger refused: {error}") from error
+        raise LedgerUnavailable(f"the ledger refused the call: {error}") from error
     except (
         asyncpg.InterfaceError,
-        # A connection that the server ended while it was idle, used before its end was read.
+        # The server closed an idle connection, and asyncpg used it before it read the close.
         asyncpg.InternalClientError,
         OSError,
         TimeoutError,
     ) as error:
-        why = str(error) or "no answer in time"
-        raise LedgerUnavailable(f"the ledger is away: {why}") from error
+        reason = str(error) or "no reply in time"
+        raise LedgerUnavailable(f"the ledger is unavailable: {reason}") from error
 
 
 async def migrate(pool: Pool) -> int:
-    """Runs the numbered migrations that the database lacks; returns its version.
+    """Runs the numbered migrations that the database lacks, and returns its version.
 
-    Safe to call from every process at once: an advisory lock lets one through at a time. A
-    database that lacks nothing is only read, so that one that is read-only will do.
+    Every process can call this at the same time, because an advisory lock serializes the calls. An
+    up-to-date database is only read, so it may be read-only.
     """
     scripts = sorted(
         (path for path in (files("flashsale") / "migrations").iterdir() if path.name[:4].isdigit()),
@@ -129,7 +129,7 @@ async def migrate(pool: Pool) -> int:
 
 
 async def _version(connection: "PoolConnectionProxy[asyncpg.Record]") -> int:
-    """The highest migration that was run; 0 for an empty database."""
+    """Returns the number of the last migration, or 0 for an empty database."""
     if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
         return 0
     version: int = await connection.fetchval(
@@ -139,14 +139,14 @@ async def _version(connection: "PoolConnectionProxy[asyncpg.Record]") -> int:
 
 
 async def sale(pool: Pool, sale_id: str) -> SaleRow | None:
-    """One sale's row."""
+    """Returns a sale's row, or None."""
     async with translated():
         record = await pool.fetchrow("SELECT * FROM sales WHERE sale_id = $1", sale_id)
     return None if record is None else SaleRow.of(record)
 
 
 async def sales(pool: Pool, item_id: str | None = None) -> list[SaleRow]:
-    """The rows of all sales, or of one item's, by sale id."""
+    """Returns the rows of all sales, or of one item's sales, ordered by sale id."""
     async with translated():
         records = await pool.fetch(
             "SELECT * FROM sales WHERE $1::text IS NULL OR item_id = $1 ORDER BY sale_id", item_id
@@ -155,7 +155,7 @@ async def sales(pool: Pool, item_id: str | None = None) -> list[SaleRow]:
 
 
 async def stored_offsets(pool: Pool, topic: str) -> dict[int, int]:
-    """Next offset by partition, for the partitions of which something is recorded."""
+    """Returns the next offset of each partition with recorded events."""
     async with translated():
         records = await pool.fetch(
             "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1", topic

@@ -1,4 +1,4 @@
-"""Logs: JSON in a container, plain lines on a terminal; never a password, never a flood."""
+"""Logging: JSON in a container and plain lines on a terminal, without passwords or floods."""
 
 import logging
 import re
@@ -17,18 +17,19 @@ LogLevel = Annotated[
 
 BURST: Final = 10
 WINDOW_SECONDS: Final = 10.0
-"""Of the lines that one statement logs, those beyond `BURST` in so long are left out."""
+"""A log statement emits at most `BURST` lines per window of this length."""
 
-# uvicorn's own way to say the message again.
+# uvicorn adds the message again as `color_message`.
 _NO_FIELDS: Final = (*RESERVED_ATTRS, "color_message")
 _MAX_STATEMENTS: Final = 1_000
 _PASSWORD: Final = re.compile(r"(://[^\s/@:\"]*:)[^\s/@\"]+@")
 
 
 def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
-    """Has everything logged to `stream` (stderr).
+    """Sends all log lines to `stream`, by default stderr.
 
-    Debug is for our own modules only: clients would tell what they send, passwords too.
+    Only the engine's own loggers emit debug lines. Client libraries would log the bytes that they
+    send, including passwords.
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
@@ -36,7 +37,7 @@ def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
     handler.addFilter(_without_debug_of_libraries)
     handler.addFilter(Repeats())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # It logs every try while Kafka is away; whoever uses it logs each change, once.
+    # aiokafka logs every retry during an outage. Its callers log each change once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL + 1)
 
 
@@ -51,7 +52,7 @@ class _Window:
 
 
 class Repeats(logging.Filter):
-    """Lets each statement log `BURST` lines in a window, and says later how many were left out."""
+    """Limits each log statement to `BURST` lines per window. Reports the number suppressed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,9 +67,9 @@ class Repeats(logging.Filter):
         if len(self._windows) >= _MAX_STATEMENTS:
             self._windows.clear()
         self._windows[statement] = _Window(record.created)
-        left_out = window.lines - BURST if window is not None else 0
-        if left_out > 0:
-            record.msg = f"{record.getMessage()} ({left_out} more like it were left out)"
+        suppressed = window.lines - BURST if window is not None else 0
+        if suppressed > 0:
+            record.msg = f"{record.getMessage()} ({suppressed} similar lines suppressed)"
             record.args = ()
         return True
 

@@ -1,4 +1,4 @@
-"""Reservations as they go to and come from Redis: requests, decisions, records, outbox entries."""
+"""The values that Redis takes and returns: requests, outcomes, records, outbox entries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Final, NamedTuple
 from flashsale.errors import ContractViolation
 
 BATCH_LIMIT: Final = 128
-"""Requests in one `reserve` call: it holds Redis for about 2 ms at most."""
+"""Requests in one `reserve` call. Such a call blocks Redis for at most about 2 ms."""
 
 
 class Outcome(StrEnum):
-    """What `reserve.lua` answers a request; the words are the script's own."""
+    """Outcomes of a request in `reserve.lua`, with the script's own words."""
 
     ACCEPTED = "accepted"
     REPLAYED = "replayed"
@@ -30,7 +30,7 @@ class Outcome(StrEnum):
 
 
 class Request(NamedTuple):
-    """One request of a batch. Fields are valid by `fields.py`; the last two may be empty."""
+    """A request of a batch. Its fields satisfy `fields.py`. The last two may be empty."""
 
     reservation_id: str
     user_id: str
@@ -40,7 +40,7 @@ class Request(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A reservation as Redis holds it. `occurred_ms` is Redis' clock in Unix milliseconds."""
+    """A reservation as stored in Redis. `occurred_ms` is Redis' clock in Unix milliseconds."""
 
     state: str
     version: int
@@ -55,11 +55,11 @@ class Record(NamedTuple):
             state, version, quantity, occurred_ms, user_id, request_key = text.split(",")
             return cls(state, int(version), int(quantity), int(occurred_ms), user_id, request_key)
         except ValueError as error:
-            raise ContractViolation("not a reservation record: its fields are wrong") from error
+            raise ContractViolation("not a reservation record: wrong fields") from error
 
 
 class Snapshot(NamedTuple):
-    """The sale as it was when a reservation was accepted; goes into its event."""
+    """The sale at the moment a reservation was accepted. It becomes part of the event."""
 
     sale_id: str
     allocated: int
@@ -68,7 +68,7 @@ class Snapshot(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The answer to one request. `detail`: the outbox entry's id, or a replay's record."""
+    """The answer to one request. `detail` is the id of the outbox entry, or a replay's record."""
 
     outcome: Outcome
     detail: str = ""
@@ -76,7 +76,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchReply:
-    """A decided batch: answers in the order of the requests, and the sale after it."""
+    """A decided batch: the answers in the order of the requests, and the sale after the batch."""
 
     now_ms: int
     snapshot: Snapshot
@@ -112,7 +112,7 @@ class OutboxEntry:
 
 
 def parse_reply(reply: str) -> BatchReply | Outcome:
-    """What `reserve.lua` returned; a lone `Outcome` holds for every request of the batch."""
+    """Parses the reply of `reserve.lua`. A single `Outcome` applies to the whole batch."""
     head, *answers = reply.split("\n")
     if not answers:
         return Outcome(head)
@@ -132,6 +132,6 @@ def _answer(line: str) -> Answer:
     return Answer(_OUTCOMES[word], detail)
 
 
-# Looked up, since calling an Enum takes as long as all else that is done with an answer.
+# Calling an Enum would take as long as all other work on an answer, so use a dict.
 _OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}
 _ANSWERS: Final = {word: Answer(outcome) for word, outcome in _OUTCOMES.items()}

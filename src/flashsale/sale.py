@@ -1,4 +1,4 @@
-"""A sale: the request of its owner, its record in Redis, and the state that follows."""
+"""A sale: the manifest's values, the record in Redis, and the state derived from it."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ class Predecessor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SaleSpec:
-    """The request of a manifest. Times are Unix milliseconds; None means no bound."""
+    """The values of a manifest. Times are Unix milliseconds, and None means no bound."""
 
     sale_id: str
     item_id: str
@@ -92,7 +92,7 @@ class Sale:
 
     @property
     def available(self) -> int:
-        """Units that can still be accepted; derived, never stored."""
+        """Units that can still be accepted. This is derived and never stored."""
         return self.allocated - self.held
 
     def state(self, now_ms: int, server_run_id: str) -> SaleState:

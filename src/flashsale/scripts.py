@@ -1,4 +1,4 @@
-"""Lua scripts on a Redis: loaded by their hash, called, and their failures translated."""
+"""Load and call the Lua scripts, and translate failures to `RedisUnavailable`."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +18,7 @@ LOAD_SECONDS: Final = 2.0
 
 
 class Script:
-    """One of `lua/`, with `sale.lua` in front of it."""
+    """A script of `lua/`, with `sale.lua` prepended."""
 
     def __init__(self, name: str) -> None:
         folder = files("flashsale") / "lua"
@@ -29,14 +29,14 @@ class Script:
 
 
 class Scripts:
-    """Calls scripts on the Redis of an `redis_client.connect`; raises `RedisUnavailable`."""
+    """Calls scripts on a client of `redis_client.connect`. Methods raise `RedisUnavailable`."""
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
         self._pool = cast("Pool", redis.connection_pool)
 
     async def load(self, *scripts: Script) -> None:
-        """Loads scripts, and connects, so that no quick call has to."""
+        """Connects the link and loads scripts, so that no later call waits for either."""
 
         async def loaded() -> None:
             async with asyncio.timeout(LOAD_SECONDS):
@@ -48,8 +48,8 @@ class Scripts:
 
     async def call(
         self, script: Script, keys: Sequence[str], arguments: Sequence[str | int]
-    ) -> Any:  # noqa: ANN401 - a script's own type
-        """Runs a script; a caller who does not hear the answer may call again."""
+    ) -> Any:  # noqa: ANN401 - depends on the script
+        """Runs a script that is safe to repeat, on a connection of the pool."""
         call = cast("Callable[..., Awaitable[Any]]", self._redis.evalsha)
         try:
             return await translated(call(script.sha, len(keys), *keys, *arguments))
@@ -64,9 +64,10 @@ class Scripts:
         arguments: Sequence[str | int],
         timeout_seconds: float,
     ) -> Reply:
-        """Runs a script that answers a string or a number, behind all that are under way.
+        """Runs a script that returns a string or an integer, on the pipelined link.
 
-        When it fails, `maybe_executed` says whether the call was sent; it is not tried again.
+        A call is never retried. If it fails, `RedisUnavailable.maybe_executed` says whether it was
+        sent.
         """
         sent = False
         tail = (len(keys), *keys, *arguments)
@@ -79,13 +80,13 @@ class Scripts:
                 except NoScriptError:
                     return await link.ask("EVAL", script.source, *tail)
         except (RedisError, OSError, TimeoutError) as error:
-            # What was refused was answered: nothing was done.
+            # A refusal is a reply: the script has changed nothing.
             maybe_executed = sent and not isinstance(error, ResponseError)
             raise RedisUnavailable(_describe(error), maybe_executed=maybe_executed) from error
 
 
 async def translated(call: Awaitable[T]) -> T:
-    """The result of a client's call; its failure as `RedisUnavailable`, but for NOSCRIPT."""
+    """Awaits a call of redis-py and raises `RedisUnavailable` if it fails, except on NOSCRIPT."""
     try:
         return await call
     except NoScriptError:
@@ -95,5 +96,5 @@ async def translated(call: Awaitable[T]) -> T:
 
 
 def _describe(error: Exception) -> str:
-    what = "refused the call" if isinstance(error, ResponseError) else "is away"
-    return f"Redis {what}: {str(error) or 'no answer in time'}"
+    problem = "refused the call" if isinstance(error, ResponseError) else "is unavailable"
+    return f"Redis {problem}: {str(error) or 'no reply in time'}"

@@ -1,4 +1,4 @@
-"""Settings from `FLASHSALE_*` environment variables, the same ones for every process."""
+"""Reads settings from `FLASHSALE_*` environment variables, which all processes share."""
 
 import ssl
 from collections.abc import Mapping
@@ -45,12 +45,12 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where Kafka is and how it is spoken to: with TLS, and as whom (SCRAM-SHA-512)."""
+    """Kafka's address, and optionally TLS and a user (SCRAM-SHA-512)."""
 
     kafka_bootstrap: KafkaBootstrap
     kafka_tls: Flag = False
     kafka_ca_file: str = ""
-    """Certificates to trust, in PEM, in place of the system's (or those of SSL_CERT_FILE)."""
+    """PEM file of certificates to trust, instead of the system's or those of SSL_CERT_FILE."""
     kafka_user: str = ""
     kafka_password: str = ""
 
@@ -58,17 +58,17 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
         for one, other in (("user", "password"), ("password", "user")):
             if getattr(self, f"kafka_{one}") and not getattr(self, f"kafka_{other}"):
                 raise ValueError(
-                    f"{PREFIX}KAFKA_{other.upper()} is not set, and {PREFIX}KAFKA_{one.upper()} is"
+                    f"{PREFIX}KAFKA_{one.upper()} is set, but {PREFIX}KAFKA_{other.upper()} is not"
                 )
         if self.kafka_ca_file and not self.kafka_tls:
-            raise ValueError(f"{PREFIX}KAFKA_CA_FILE is set: expected {PREFIX}KAFKA_TLS=true too")
-        self.kafka_client()  # what is wrong with the file is said at the start
+            raise ValueError(f"{PREFIX}KAFKA_CA_FILE needs {PREFIX}KAFKA_TLS=true")
+        self.kafka_client()  # reports an unreadable certificate file at the start
 
     def kafka_client(self) -> dict[str, Any]:
-        """What every client of aiokafka is to be made with.
+        """Returns the keyword arguments for an aiokafka client.
 
-        The file of certificates is read anew each time, since it changes when they are renewed.
-        Raises `SettingsError` if it cannot be read.
+        Each call reads the certificate file again, because it changes when certificates are
+        renewed. Raises `SettingsError` if it cannot be read.
         """
         protocol = "SASL_" if self.kafka_user else ""
         client: dict[str, Any] = {"bootstrap_servers": self.kafka_bootstrap}
@@ -83,7 +83,7 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
                 client["ssl_context"] = ssl.create_default_context(
                     cafile=self.kafka_ca_file or None
                 )
-            except OSError as error:  # an SSLError is one too
+            except OSError as error:  # SSLError is a subclass
                 raise SettingsError(
                     f"{PREFIX}KAFKA_CA_FILE is wrong: expected certificates in PEM: {error}"
                 ) from None
@@ -91,11 +91,11 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load(kind: type[S], environ: Mapping[str, str]) -> S:
-    """Reads the fields of `kind` from the environment: `redis_url` from FLASHSALE_REDIS_URL.
+    """Reads the fields of `kind` from the environment, `redis_url` from FLASHSALE_REDIS_URL.
 
-    Raises `SettingsError` with one line that names the variable and the rule, never its value
-    (an address may hold a password). Variables that `kind` does not know are left alone: the
-    processes share one environment.
+    Raises `SettingsError` with one line that names the variable and the rule. The value is left
+    out, because an address may contain a password. Variables that `kind` lacks are ignored,
+    because the processes share one environment.
     """
     fields = msgspec.structs.fields(kind)
     values = {
@@ -114,12 +114,12 @@ def load(kind: type[S], environ: Mapping[str, str]) -> S:
                 raise SettingsError(f"{variable} is wrong: expected {_rule(field.type)}") from None
     try:
         return msgspec.convert(values, kind, strict=False)
-    except msgspec.ValidationError as error:  # of several variables together
+    except msgspec.ValidationError as error:  # raised by __post_init__
         raise SettingsError(str(error)) from None
 
 
 def host_and_port(listen: str) -> tuple[str, int]:
-    """Splits a `Listen` value; an IPv6 address loses its brackets."""
+    """Splits a `Listen` value into host and port. Removes the brackets of an IPv6 address."""
     host, _, port = listen.rpartition(":")
     return host.strip("[]"), int(port)
 

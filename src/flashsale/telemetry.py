@@ -1,4 +1,4 @@
-"""What every process tells of itself beside its own metrics."""
+"""Metrics that every process exports in addition to its own."""
 
 import platform
 
@@ -8,13 +8,13 @@ from flashsale import __version__
 
 
 def registry(component: str) -> CollectorRegistry:
-    """A registry that has `flashsale_build_info` and, on Linux, the process' own figures."""
-    # A series for every counter that nobody looks at.
+    """Returns a registry with `flashsale_build_info` and, on Linux, the process metrics."""
+    # Otherwise every counter gets a second, unused series with its creation time.
     disable_created_metrics()  # type: ignore[no-untyped-call] # it lacks its "-> None"
     made = CollectorRegistry()
     Gauge(
         "flashsale_build_info",
-        "1: this component runs in this version.",
+        "Always 1. The labels are the component, its version and its Python.",
         ["component", "version", "python"],
         registry=made,
     ).labels(component, __version__, platform.python_version()).set(1)

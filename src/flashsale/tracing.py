@@ -1,7 +1,7 @@
-"""Traces, by OpenTelemetry: off, unless OTEL_* variables say where to send them.
+"""OpenTelemetry traces, which are off unless OTEL_* variables name an endpoint.
 
-Whether a request is traced is decided once, at the edge, and travels in the `traceparent` (W3C
-Trace Context) of its outbox entry and its record. What is not traced costs a branch.
+The API decides once per request whether to trace it. The decision travels in the `traceparent`
+(W3C Trace Context) of the outbox entry and the Kafka record. An untraced request costs one branch.
 """
 
 import random
@@ -24,9 +24,9 @@ _SAMPLER: Final = "OTEL_TRACES_SAMPLER"
 _ARGUMENT: Final = "OTEL_TRACES_SAMPLER_ARG"
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-# The lowest bit of the flags.
+# Last digits of flags with the sampled bit, which is the lowest bit.
 _ODD: Final = frozenset("13579bdf")
-# Of each sampler whether it follows the caller, and its ratio; None is the argument.
+# Per sampler: whether it follows the caller, and its ratio. None means OTEL_TRACES_SAMPLER_ARG.
 _SAMPLERS: Final[dict[str, tuple[bool, float | None]]] = {
     "always_on": (False, 1.0),
     "always_off": (False, 0.0),
@@ -38,21 +38,21 @@ _SAMPLERS: Final[dict[str, tuple[bool, float | None]]] = {
 
 
 def sampled(traceparent: str) -> bool:
-    """Whether a traceparent, or nothing, says that its request is traced."""
+    """Whether the request of this traceparent is traced. False for an empty string."""
     return traceparent[-1:] in _ODD
 
 
 def fields(traceparent: str) -> dict[str, str]:
-    """What a log line about a request has beside its message: the trace, if there is one."""
+    """Returns the extra fields of a log line about a request: its trace id, if it is traced."""
     return {"trace_id": traceparent[3:35]} if sampled(traceparent) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Which requests to trace: as the caller says, where `follows`, else a share of them.
+    """Decides which requests to trace: as the caller decided if `follows`, else the share `ratio`.
 
-    The SDK's own samplers decide the same way, at many times the cost: they want a context that is
-    made for each request.
+    The SDK's own samplers decide the same way but cost many times more, because they need a
+    context object per request.
     """
 
     follows: bool
@@ -60,7 +60,7 @@ class Sampling:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Sampling":
-        """From the standard variables; one of a hundred where they say nothing."""
+        """Reads the standard OTEL_* variables. By default it samples one request in a hundred."""
         name = environ.get(_SAMPLER, "")
         try:
             follows, ratio = _SAMPLERS[name or "parentbased_traceidratio"]
@@ -74,15 +74,15 @@ class Sampling:
 
     def __call__(self, traceparent: str) -> bool:
         if not traceparent:
-            return random.random() < self.ratio  # noqa: S311 - no secret
+            return random.random() < self.ratio  # noqa: S311 - not a secret
         if self.follows:
             return sampled(traceparent)
-        # By the trace's id, so that every service decides the same.
+        # The trace id decides, so that every service decides the same.
         return int(traceparent[19:35], 16) < round(self.ratio * 2**64)
 
 
 def wanted(environ: Mapping[str, str]) -> bool:
-    """Whether to trace at all; raises `SettingsError` for what cannot be done."""
+    """Whether tracing is on. Raises `SettingsError` for an unsupported setting."""
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     named = any(environ.get(name) for name in _ENDPOINTS)
@@ -93,16 +93,16 @@ def wanted(environ: Mapping[str, str]) -> bool:
         return False
     for name in _PROTOCOLS:
         if environ.get(name, "http/protobuf") != "http/protobuf":
-            raise SettingsError(f"{name} is wrong: only http/protobuf is spoken")
+            raise SettingsError(f"{name} is wrong: only http/protobuf is supported")
     Sampling.of(environ)
     return True
 
 
 class Tracing:
-    """A process' tracer and what goes with it; imports the SDK, so made only where it is wanted."""
+    """A process' tracer, exporter and sampler. Imports the SDK, so make it only if needed."""
 
     def __init__(self, service: str, environ: Mapping[str, str]) -> None:
-        # SDK and exporter take a quarter of a second and 10 MB: not for those without traces.
+        # SDK and exporter take 0.25 s and 10 MB, so processes without tracing do not import them.
         from opentelemetry import trace  # noqa: PLC0415
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter,
@@ -122,7 +122,7 @@ class Tracing:
         ):
             attributes["service.name"] = service
         resource = Resource.create(attributes)
-        # Only what was sampled gets as far as the SDK.
+        # `samples` has already decided: only sampled requests reach the SDK.
         self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self.tracer = self._provider.get_tracer("flashsale", __version__)
@@ -130,22 +130,22 @@ class Tracing:
         self._set_span_in_context = trace.set_span_in_context
 
     def remote(self, traceparent: str) -> "Context":
-        """The context of a span elsewhere; an empty one for an empty traceparent."""
+        """Returns the context of another process' span. It is empty for an empty traceparent."""
         return self._propagator.extract({"traceparent": traceparent})
 
     def under(self, span: "Span") -> "Context":
-        """The context of a span of this process."""
+        """Returns the context of a span of this process."""
         return self._set_span_in_context(span)
 
     def close(self) -> None:
-        """Sends what is left, for 2 s at most."""
+        """Sends the remaining spans. Gives up after `CLOSE_SECONDS`."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
 
 
 def traceparent_of(span: "Span") -> str:
-    """What a span's children elsewhere are told."""
+    """Returns the traceparent that a span passes to its children in other processes."""
     context = span.get_span_context()
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 

@@ -1,24 +1,24 @@
--- apply: makes Redis agree with a sale's manifest. Absolute and idempotent: it writes what the
--- manifest says, never a difference, and never touches what was sold.
+-- apply: make Redis agree with a sale's manifest. The script is absolute and idempotent: it writes
+-- the manifest's values, never a difference. It does not change the counts of sold units.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
 --       7 state (open, paused), 8 display name or '',
---       9 seed: '' or until when the caller may create the keys, since the ledger showed a moment
---         ago that nothing of this sale can be lost (Redis' clock, ms): a caller that was suspended
---         meanwhile may not,
---       10 replace: '' or the id of the finished sale whose place this one may take,
---       11 the units that the ledger has accepted for the sale in 10
+--       9 seed: '', or the time of Redis' clock (ms) until which the caller may create the keys.
+--         The caller has just seen in the ledger that no data of this sale can be lost. The limit
+--         stops a caller that was suspended since then.
+--       10 replace: '' or the id of the finished sale that this one may replace,
+--       11 the accepted units that the ledger has recorded for the sale in 10
 -- Returns one word:
 --         seeded, changed, unchanged   Redis agrees with the manifest
---         stale        a higher revision is there: somebody else knows better
---         missing      no keys, and they may not be created
+--         stale        Redis has a higher revision, so the caller's row is outdated
+--         missing      the keys are missing and may not be created
 --         fenced       written under another run of the server, or torn: it must be rebuilt
---         conflict     another sale has the item and is not finished, drained and recorded
---         ended        the end was reached; an ended sale stays ended
---         unsupported  a format that this version does not speak
--- Keeps invariants 1 (lowers allocated at most to what is held), 6 (again changes nothing) and
---       7 (a sale that may lack something is not opened).
+--         conflict     another sale has the item, and it is not finished, drained and recorded
+--         ended        the sale has reached its end, and an ended sale stays ended
+--         unsupported  this version does not support the sale's format
+-- Invariants: allocated is never lowered below the units that buyers hold. Applying a manifest
+--       again changes nothing. A sale that may lack data is not opened.
 
 local sale_id, revision, requested = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 if not revision or not requested or not tonumber(ARGV[4])

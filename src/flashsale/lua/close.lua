@@ -1,11 +1,15 @@
--- close: ends a sale for good, until it is applied again. Replays are still answered. A sale whose
--- end was reached stays ended, so that applying it again does not continue it.
+-- close: end a sale until its manifest is applied again. Replays are still answered. A sale that
+-- has reached its end stays ended, so that applying it again does not continue it.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 sale id, 2 revision
--- Returns closed, unchanged, stale (a higher revision is there), unknown (no keys, or another
---       sale's) or unsupported.
--- Keeps invariant 5: a closed sale accepts nothing. A fenced sale is closed too, and stays fenced.
+-- Returns one word:
+--         closed       the sale is closed or ended
+--         unchanged    it was already, with this revision
+--         stale        Redis has a higher revision
+--         unknown      the item has no keys, or they belong to another sale
+--         unsupported  this version does not support the sale's format
+-- Invariant: a closed sale accepts nothing. A fenced sale is closed too, and stays fenced.
 
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end

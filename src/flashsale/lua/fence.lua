@@ -1,26 +1,26 @@
--- fence: says that an item's sale may not be trusted until it is rebuilt, and by whom. Called first,
--- again and again while the rebuild waits for what is on its way, and at last to begin writing.
+-- fence: mark an item's sale as untrusted until this rebuild has rebuilt it. The rebuild calls it
+-- first, repeats it while it waits for events in flight, and at last calls it to begin writing.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
---         7 state (open, paused, closed, ended), 8 display name or '': the ledger's row, whose
---         revision was taken for this rebuild and names it,
---       9 how long rebuilds that come later are to leave the sale to this one, ms,
---       10 replace: '' or the id of the finished sale whose place this one may take,
---       11 the units that the ledger has accepted for the sale in 10,
+--         7 state (open, paused, closed, ended), 8 display name or '': the ledger's row. Its
+--         revision was taken for this rebuild and names it.
+--       9 lease: how long later rebuilds leave the sale to this one, ms,
+--       10 replace: '' or the id of the finished sale that this one may replace,
+--       11 the accepted units that the ledger has recorded for the sale in 10,
 --       12 begin: '1' to empty the keys for `restore`, '' to fence
 -- Returns one word:
---         fenced       the sale, or a marker where there was none, waits for this rebuild
---         begun        the keys are empty; only this rebuild writes them
---         trusted      the sale is whole: there is nothing to rebuild
---         rebuilding   another rebuild has it; of two that begin at once, the one that the ledger
---                      knows last
---         superseded   to begin: it waits for another rebuild, or was closed meanwhile
---         undrained    to begin: the outbox holds events that Kafka lacks
---         conflict     the item has another sale that is not finished, drained and recorded
---         unsupported  a format that this version does not speak
--- Keeps invariants 2 (the outbox is never dropped) and 7. A rebuild that is overtaken by another
---       finds its mark gone and can write nothing more.
+--         fenced       the sale waits for this rebuild. If it had no keys, there is a marker now.
+--         begun        the keys are empty, and only this rebuild can write them
+--         trusted      the sale is complete and needs no rebuild
+--         rebuilding   another rebuild has the sale. Of two that start together, the one with the
+--                      higher revision wins.
+--         superseded   cannot begin: another rebuild has the sale, or it was closed meanwhile
+--         undrained    cannot begin: the outbox has events that Kafka lacks
+--         conflict     another sale has the item, and it is not finished, drained and recorded
+--         unsupported  this version does not support the sale's format
+-- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. A rebuild that was
+--       overtaken finds another mark and cannot write anything more.
 
 local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end

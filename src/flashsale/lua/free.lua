@@ -1,17 +1,16 @@
--- free: deletes the keys of a closed sale of which everything is recorded. Its replays are not
--- answered any more.
+-- free: delete the keys of a closed sale that is recorded completely. Its replays are not answered
+-- any more.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
--- ARGV  1 sale id, 2 the revision of the ledger's row that says closed, 3 the units that the
---         ledger has accepted
+-- ARGV  1 sale id, 2 the revision of the closed ledger row, 3 the ledger's accepted units
 -- Returns one word:
---         freed        the keys are gone
---         unknown      no keys, or another sale's
---         unsupported  a format that this version does not speak
---         open         not closed, or another revision is there: it was applied again
+--         freed        the keys are deleted
+--         unknown      the item has no keys, or they belong to another sale
+--         unsupported  this version does not support the sale's format
+--         open         not closed, or at another revision: it was applied again
 --         unrecorded   the outbox has events, or the counts differ
--- Keeps invariant 2 (an event leaves the outbox only for Kafka) and, since the ledger's row stays
---       and says what was sold, invariant 7: without keys the sale is lost, never new.
+-- Invariants: an event leaves the outbox only after Kafka has acknowledged it. The ledger's row
+--       stays, so a sale without keys counts as lost, never as new.
 
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end

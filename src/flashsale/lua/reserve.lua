@@ -1,27 +1,28 @@
--- reserve: decides a batch of requests for one item, in the order in which they are given.
+-- reserve: decide a batch of requests for one item, in the given order.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 outbox limit (entries), 2 number of requests,
---       3 the requests, a line each: id,user,quantity,key,traceparent (key and traceparent may be
---         empty; no field holds a comma or a newline)
--- Returns one string. Where no request can be decided, one word: unknown, unsupported, fenced.
---       Else a line about the sale: now_ms,sale_id,allocated,capacity,revision,available,
---       outbox length,starts_ms; then a line a request, in order:
+--       3 the requests, one per line: id,user,quantity,key,traceparent. Key and traceparent may be
+--         empty. No field contains a comma or a newline.
+-- Returns one string. If no request can be decided, it is one word: unknown, unsupported or fenced.
+--       Otherwise the first line describes the sale: now_ms,sale_id,allocated,capacity,revision,
+--       available,outbox length,starts_ms. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
 --         limit_reached | sold_out | not_enough_left | outbox_full
--- Keeps invariants 1 (accepted - released <= allocated), 3 (maxPerUser), 4 (one id, one
---       reservation) and 5 (only inside the window). Everything is read and checked before the
---       first write, and the first write is the outbox entry: Redis does not roll back, so what
---       fails on its way (out of memory) has sold nothing.
+-- Invariants: accepted - released <= allocated. A user never has more than max_per_user units. An
+--       id has one reservation. Nothing is accepted outside the sale's window, or while the sale is
+--       paused, closed or fenced. The script reads and checks everything before its first write,
+--       and the first write is the outbox entry. Redis does not roll back, so a script that fails
+--       there (out of memory) has sold nothing.
 
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end
 if sale.fenced then return 'fenced' end
 
--- Lists side by side, since a table for each request would cost more than all the rest of reading.
+-- Parallel lists: a table per request would cost more than the rest of the parsing.
 local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
 local count = 0
-local parsed = 0 -- bytes: a match may begin anywhere, and nothing may be left over
+local parsed = 0 -- bytes: gmatch skips text that does not match, and none may be left
 for id, user, quantity, key, traceparent in string.gmatch(ARGV[3],
   '([^,\n]+),([^,\n]+),(%d+),([^,\n]*),([^,\n]*)\n') do
   count = count + 1
@@ -44,7 +45,7 @@ for n = 1, count do
 end
 local outbox_length = redis.call('XLEN', KEYS[4])
 
--- What every request that is not a replay is answered, whatever it asks for.
+-- The answer to every request that is not a replay, if the sale accepts nothing.
 local refusal
 if sale.finished then refusal = 'ended'
 elseif sale.state == 'paused' then refusal = 'paused'
@@ -91,7 +92,7 @@ if #accepted > 0 then
   redis.call('HSET', KEYS[2], unpack(new_held))
   redis.call('HSET', KEYS[1], 'accepted', integer(sale.accepted + units), 'last_now_ms', now)
 elseif sale.state ~= 'ended' and sale.state ~= 'closed' and sale.finished then
-  -- Latched: a clock that jumps back does not open the sale again.
+  -- Latch the end, so that a clock that jumps back does not open the sale again.
   redis.call('HSET', KEYS[1], 'state', 'ended', 'last_now_ms', now)
 end
 

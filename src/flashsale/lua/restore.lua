@@ -1,11 +1,13 @@
--- restore: writes a page of what the ledger knows into a sale that is being rebuilt.
+-- restore: write a page of the ledger's data into a sale that is being rebuilt.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
--- ARGV  1 the revision that names the rebuild, 2 how long others are to leave the sale to it, ms,
+-- ARGV  1 the revision that names the rebuild, 2 lease: how long others leave the sale to it, ms,
 --       3 the number of buyers in the page,
---       4... pairs: user, units held (that many), then reservation id, record (the rest)
--- Returns restored, or superseded: another rebuild has the keys, or they are gone.
--- Keeps invariant 7: writes are absolute, and only into keys that nobody trusts.
+--       4... pairs: user and units for each buyer, then reservation id and record
+-- Returns one word:
+--         restored     the page is written
+--         superseded   another rebuild has the sale, or the keys are gone
+-- Invariant: writes are absolute, and go only into keys that are not trusted.
 
 if redis.call('HGET', KEYS[1], 'run_id') ~= 'rebuild:' .. ARGV[1] then return 'superseded' end
 local first_record = 4 + 2 * tonumber(ARGV[3])

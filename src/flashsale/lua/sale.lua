@@ -1,14 +1,18 @@
--- sale.lua: put in front of every other script; how a sale is read and when it may be trusted.
+-- sale.lua: shared functions, prepended to every other script. They read a sale and decide whether
+-- its keys can be trusted.
 --
--- read_sale(keys), of the item's keys sale, buyers, reservations and outbox, returns the sale as a
--- table of numbers and strings, or nil and a reason:
---   unknown      there is no such sale
---   unsupported  its format or a field is not one that this version speaks
--- Invariant 7: sale.fenced says that the keys were written under another run of the Redis server
--- (it restarted, failed over or was restored) or wait for a rebuild, so that they may lack what the
--- ledger has; sale.torn that a key is gone which a sale with accepted units has (an emptied stream
--- stays a key).
--- sale.now is Redis' clock in ms; it never runs backwards for a sale, whatever the machine's does.
+-- read_sale(keys) takes the item's keys (sale, buyers, reservations, outbox). It returns the sale
+-- as a table of numbers and strings, or nil and a reason:
+--   unknown      the item has no sale
+--   unsupported  this version does not support the sale's format, or a field is invalid
+--
+-- Invariant: a sale whose keys may lack data that the ledger has is never trusted.
+--   sale.fenced  The keys were written under another run of the Redis server (it restarted, failed
+--                over or was restored), or they wait for a rebuild, or the sale is torn.
+--   sale.torn    The sale has accepted units and one of its keys is missing. An emptied stream
+--                still is a key.
+--   sale.now     Redis' clock in ms. It never runs backwards for a sale, even if the machine's
+--                clock does.
 
 local FORMAT = '1'
 local STATES = { open = true, paused = true, ended = true, closed = true }
@@ -17,9 +21,9 @@ local function integer(n)
   return string.format('%.0f', n)
 end
 
--- A server that was demoted and promoted again keeps its run_id, but has another master_replid2:
--- the replication id of the master that it followed. (Not master_replid, which also changes when a
--- master gets its first replica.)
+-- A server that was demoted and promoted again keeps its run_id, but its master_replid2 changes to
+-- the replication id of the master that it followed. master_replid does not serve, because it also
+-- changes when a master gets its first replica.
 local function server_run()
   local info = redis.call('INFO', 'server', 'replication')
   return string.match(info, 'run_id:(%x+)') .. ':' .. string.match(info, 'master_replid2:(%x+)')
@@ -63,8 +67,8 @@ local function read_sale(keys)
   return sale
 end
 
--- Whether another sale may take the place of this one: it is finished, Kafka has all of it, and the
--- ledger has recorded the units that it accepted.
+-- Whether another sale may replace this one: it is finished, Kafka has all its events, and the
+-- ledger has recorded all its accepted units.
 local function replaceable(sale, outbox, sale_id, recorded)
   return sale.id == sale_id and sale.finished and sale.accepted == tonumber(recorded)
     and redis.call('XLEN', outbox) == 0

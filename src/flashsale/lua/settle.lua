@@ -1,10 +1,11 @@
--- settle: deletes outbox entries whose events Kafka has acknowledged.
+-- settle: delete outbox entries whose events Kafka has acknowledged.
 --
 -- KEYS  1 outbox
--- ARGV  1 the entries, a line each: entry id,reservation id
--- Returns the number of entries deleted.
--- Keeps invariant 2: an entry is matched by its reservation id, since a Redis that went back to an
---       older copy may give the same entry id to another reservation, which Kafka does not have.
+-- ARGV  1 the entries, one per line: entry id,reservation id
+-- Returns the number of deleted entries.
+-- Invariant: an event leaves the outbox only after Kafka has acknowledged it. An entry must match
+--       its reservation id, because a Redis that was restored from an older copy can give the same
+--       entry id to another reservation, which Kafka does not have.
 
 local acknowledged = {}
 for entry_id, reservation_id in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]+)\n') do

@@ -1,16 +1,16 @@
--- trust: ends a rebuild; from now on the sale is what the ledger said when it was written.
+-- trust: end a rebuild. From now on the sale is open as its state and window allow.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
 -- ARGV  1 the revision that names the rebuild, 2 the server's run when the rebuild began,
 --       3 accepted, 4 released: units in the ledger,
 --       5 the number of reservations, 6 the number of buyers that were written
 -- Returns one word:
---         trusted      the sale is open for what its state and window allow
---         superseded   another rebuild has the keys, or they are gone
---         restarted    the server has restarted since: begin again
---         incomplete   the keys do not hold what was written
--- Keeps invariants 1 (allocated is at least what is held) and 7: the run id is written last, and
---       only under the run that the rebuild began in.
+--         trusted      the sale is trusted again
+--         superseded   another rebuild has the sale, or the keys are gone
+--         restarted    the server has restarted since the rebuild began, so begin again
+--         incomplete   the keys hold other numbers of reservations or buyers than were written
+-- Invariants: allocated is at least the units that buyers hold. The run id is written last, and
+--       only under the run in which the rebuild began.
 
 local sale, reason = read_sale(KEYS)
 if not sale or sale.run_id ~= 'rebuild:' .. ARGV[1] then return 'superseded' end
@@ -22,7 +22,7 @@ if redis.call('HLEN', KEYS[3]) ~= tonumber(ARGV[5])
   return 'incomplete'
 end
 if redis.call('EXISTS', KEYS[4]) == 0 then
-  -- An outbox that is empty is a key all the same: one that is missing is a loss.
+  -- An empty outbox must exist as a key, because a missing key counts as a loss.
   redis.call('XDEL', KEYS[4], redis.call('XADD', KEYS[4], '*', 'id', ''))
 end
 redis.call('HDEL', KEYS[1], 'rebuild_until_ms')

@@ -1,4 +1,4 @@
--- The ledger: what was sold, whatever Redis remembers.
+-- The ledger: the durable record of every sale, independent of Redis.
 
 CREATE TABLE sales (
     sale_id      text        PRIMARY KEY,
@@ -10,11 +10,10 @@ CREATE TABLE sales (
     ends_at      timestamptz,
     paused       boolean     NOT NULL DEFAULT false,
     closed       boolean     NOT NULL DEFAULT false,
-    -- Grows with every change of the columns above; Redis refuses a lower one.
+    -- Grows with every change of the columns above. Redis refuses a lower revision.
     revision     bigint      NOT NULL CHECK (revision >= 1),
-    -- The most that this sale was ever allowed to have accepted: allocated + released, at its
-    -- highest. It only grows, so that a re-sold unit may be recorded before the release that
-    -- freed it.
+    -- The highest value of allocated + released so far. It only grows, so that a unit that was
+    -- sold again can be recorded before the release that freed it.
     capacity     bigint      NOT NULL CHECK (capacity >= 0),
     accepted     bigint      NOT NULL DEFAULT 0 CHECK (accepted >= 0),
     released     bigint      NOT NULL DEFAULT 0 CHECK (released >= 0),
@@ -26,14 +25,14 @@ CREATE TABLE sales (
 
 CREATE INDEX sales_item_id ON sales (item_id);
 
--- No foreign key to sales: the consumer locks the sale's row before it writes, and a trigger for
--- every row would check again what the lock already holds.
+-- There is no foreign key to sales. The consumer locks the sale's row before it writes, so a
+-- trigger per row would only repeat that check.
 CREATE TABLE reservations (
     sale_id        text        NOT NULL,
     reservation_id uuid        NOT NULL,
     user_id        text        NOT NULL,
     quantity       integer     NOT NULL CHECK (quantity BETWEEN 1 AND 1000),
-    -- refused: Redis accepted it, and it does not fit the sale's capacity; it is not counted.
+    -- refused: Redis accepted it, but the ledger does not count it. It exceeds the sale's capacity.
     state          text        NOT NULL CHECK (state IN ('accepted', 'released', 'refused')),
     version        integer     NOT NULL CHECK (version >= 1),
     request_key    text,
@@ -42,7 +41,7 @@ CREATE TABLE reservations (
     PRIMARY KEY (sale_id, reservation_id)
 );
 
--- The next offset to read, written in the transaction that recorded what came before it.
+-- The next offset to read, written in the transaction that records the events before it.
 CREATE TABLE kafka_offsets (
     topic       text    NOT NULL,
     partition   integer NOT NULL,

@@ -1,12 +1,12 @@
--- What a rebuild of a sale in Redis leaves behind.
+-- The traces of rebuilds of a sale in Redis.
 
--- The revision of the last rebuild. What was accepted before it and comes after it was not in it:
--- Redis sells those units again, so it is refused.
+-- The revision of the last rebuild. An event that was accepted before the rebuild and first arrives
+-- after it is refused, because Redis sells those units again.
 ALTER TABLE sales ADD COLUMN rebuilt_revision bigint NOT NULL DEFAULT 0;
 
--- Units that Redis had accepted and whose events were nowhere when it was rebuilt.
+-- Units that Redis had accepted and whose events were missing everywhere at a rebuild.
 ALTER TABLE sales ADD COLUMN lost bigint NOT NULL DEFAULT 0 CHECK (lost >= 0);
 
--- Nearly empty, so that every batch can look whether it brings one of them again.
+-- The index is nearly empty, so every batch can check cheaply for repeats of refused events.
 CREATE INDEX reservations_refused ON reservations (sale_id, reservation_id)
     WHERE state = 'refused';

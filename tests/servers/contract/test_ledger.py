@@ -54,7 +54,7 @@ async def test_the_database_itself_refuses_what_may_not_be(
 async def test_a_server_that_is_away_is_said_in_one_line(pool: Pool) -> None:
     del pool
     away = await ledger.connect("postgresql://u:secret@127.0.0.1:1/db")
-    with pytest.raises(LedgerUnavailable, match="the ledger is away") as refused:
+    with pytest.raises(LedgerUnavailable, match="the ledger is unavailable") as refused:
         await ledger.sales(away)
     assert "secret" not in str(refused.value)
     await away.close()

@@ -254,8 +254,8 @@ def test_a_command_asks_only_for_the_addresses_it_needs(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"FLASHSALE_REDIS_URL": f"redis://{NOWHERE}/0"}, "Redis is away"),
-        ({"FLASHSALE_DATABASE_URL": f"postgresql://{NOWHERE}/db"}, "the ledger is away"),
+        ({"FLASHSALE_REDIS_URL": f"redis://{NOWHERE}/0"}, "Redis is unavailable"),
+        ({"FLASHSALE_DATABASE_URL": f"postgresql://{NOWHERE}/db"}, "the ledger is unavailable"),
         ({}, "Kafka is away"),
     ],
 )

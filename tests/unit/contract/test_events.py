@@ -1,4 +1,4 @@
-"""Events survive the way, and nothing else passes for one."""
+"""Encode and decode reservation events, and refuse values that are not events."""
 
 import json
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ made = st.builds(
 
 
 @given(made)
-def test_an_event_survives_the_way(event: Event) -> None:
+def test_decoding_an_encoded_event_returns_the_event(event: Event) -> None:
     assert events.decode(events.encode(event)) == event
 
 
@@ -60,7 +60,7 @@ def an_event(**changes: object) -> bytes:
     return json.dumps(changed).encode()
 
 
-def test_the_wire_format_is_what_consumers_of_other_versions_read() -> None:
+def test_other_versions_can_read_the_wire_format() -> None:
     event = events.decode(an_event(requestKey="k", added_by_a_later_version=[1]))
     assert event.occurred_at == datetime(2026, 11, 23, 14, 9, 14, 521_000, UTC)
     assert event.request_key == "k"
@@ -94,13 +94,13 @@ def test_the_wire_format_is_what_consumers_of_other_versions_read() -> None:
         {"requestKey": ""},
     ],
 )
-def test_what_is_not_an_event_is_refused_with_its_reason(changes: dict[str, object]) -> None:
+def test_an_invalid_event_is_refused_with_the_reason(changes: dict[str, object]) -> None:
     with pytest.raises(ContractViolation, match="not a reservation event: ") as refused:
         events.decode(an_event(**changes))
     assert next(iter(changes)) in str(refused.value) or "schema" in changes
 
 
 @pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_not_json_is_refused(value: bytes | None) -> None:
+def test_a_value_that_is_not_json_is_refused(value: bytes | None) -> None:
     with pytest.raises(ContractViolation):
         events.decode(value)

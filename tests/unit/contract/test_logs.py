@@ -1,4 +1,4 @@
-"""What a process logs: JSON for machines, lines for people, no password, no flood."""
+"""Log lines: JSON in containers, text on terminals, no passwords, no floods."""
 
 import io
 import json
@@ -42,19 +42,19 @@ def test_a_container_logs_json() -> None:
     }
 
 
-def test_a_traceback_stays_in_its_line() -> None:
+def test_a_traceback_is_part_of_its_json_line() -> None:
     stream = io.StringIO()
     logs.configure(stream=stream)
     try:
-        raise ValueError("no such thing")  # noqa: TRY301 - for its traceback
+        raise ValueError("bad value")  # noqa: TRY301 - for its traceback
     except ValueError:
         log.exception("it failed")
     (line,) = stream.getvalue().splitlines()
     assert json.loads(line)["message"] == "it failed"
-    assert json.loads(line)["exception"].endswith("ValueError: no such thing")
+    assert json.loads(line)["exception"].endswith("ValueError: bad value")
 
 
-def test_a_terminal_is_shown_lines() -> None:
+def test_a_terminal_gets_text_lines() -> None:
     stream = Terminal()
     logs.configure(stream=stream)
     log.warning("waiting for %s", "Kafka", extra={"trace_id": "4bf9"})
@@ -74,23 +74,23 @@ def test_a_password_in_an_address_is_not_logged(kind: type[io.StringIO]) -> None
     assert "postgresql://shop:***@db:5432/flashsale" in stream.getvalue()
 
 
-def test_debug_is_for_our_own_modules() -> None:
+def test_libraries_log_no_debug_lines() -> None:
     stream = io.StringIO()
     logs.configure("debug", stream)
     log.debug("ours")
     logging.getLogger("flashsale_api.app").debug("ours too")
-    logging.getLogger("urllib3").debug("somebody's headers")
+    logging.getLogger("urllib3").debug("request headers")
     assert "ours" in stream.getvalue()
     assert "ours too" in stream.getvalue()
     assert "headers" not in stream.getvalue()
 
 
-def test_a_level_leaves_out_what_is_below() -> None:
+def test_lines_below_the_level_are_not_logged() -> None:
     stream = io.StringIO()
     logs.configure("error", stream)
-    log.warning("not this")
-    logging.getLogger("uvicorn").warning("nor this")
-    log.error("but this")
+    log.warning("hidden")
+    logging.getLogger("uvicorn").warning("hidden too")
+    log.error("shown")
     assert stream.getvalue().count("\n") == 1
 
 
@@ -100,17 +100,17 @@ def at(seconds: float, message: str, *arguments: object) -> logging.LogRecord:
     return record
 
 
-def test_a_statement_that_is_logged_again_and_again_is_cut_short_and_says_so() -> None:
+def test_repeated_lines_are_suppressed_and_their_number_is_reported() -> None:
     repeats = logs.Repeats()
     kept = [repeats.filter(at(0.01 * n, "try %d failed", n)) for n in range(50)]
     assert kept == [True] * 10 + [False] * 40
     assert repeats.filter(at(1, "something else"))
     later = at(10.5, "try %d failed", 50)
     assert repeats.filter(later)
-    assert later.getMessage() == "try 50 failed (40 more like it were left out)"
+    assert later.getMessage() == "try 50 failed (40 similar lines suppressed)"
 
 
-def test_statements_that_are_never_the_same_do_not_fill_the_memory() -> None:
+def test_the_memory_for_different_statements_is_bounded() -> None:
     repeats = logs.Repeats()
     assert all(repeats.filter(at(0, f"message {n}")) for n in range(5_000))
     assert len(repeats._windows) <= 1_000

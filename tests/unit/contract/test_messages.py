@@ -1,4 +1,4 @@
-"""Whatever is on the topic, it is an event or refused with a reason: never anything in between."""
+"""Any record value either decodes to a valid event or is refused with a reason (Hypothesis)."""
 
 import json
 
@@ -18,7 +18,7 @@ JSON = st.recursive(
 )
 
 
-def an_event_or_refused(value: bytes | None) -> None:
+def check_decoding(value: bytes | None) -> None:
     try:
         event = events.decode(value)
     except ContractViolation as error:
@@ -32,34 +32,34 @@ def an_event_or_refused(value: bytes | None) -> None:
 
 
 @given(st.none() | st.binary(max_size=300))
-def test_bytes(value: bytes | None) -> None:
-    an_event_or_refused(value)
+def test_random_bytes_are_refused_or_valid(value: bytes | None) -> None:
+    check_decoding(value)
 
 
 @given(JSON)
-def test_json_that_is_no_event(value: object) -> None:
-    an_event_or_refused(json.dumps(value).encode())
+def test_random_json_is_refused_or_valid(value: object) -> None:
+    check_decoding(json.dumps(value).encode())
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=4))
-def test_an_event_with_other_values(changes: dict[str, object]) -> None:
-    an_event_or_refused(json.dumps(json.loads(GOOD) | changes).encode())
+def test_an_event_with_changed_values_is_refused_or_valid(changes: dict[str, object]) -> None:
+    check_decoding(json.dumps(json.loads(GOOD) | changes).encode())
 
 
 @given(st.sets(st.sampled_from(FIELDS), min_size=1))
-def test_an_event_that_lacks_fields(lacking: set[str]) -> None:
-    left = {name: value for name, value in json.loads(GOOD).items() if name not in lacking}
-    an_event_or_refused(json.dumps(left).encode())
+def test_an_event_without_some_fields_is_refused_or_valid(missing: set[str]) -> None:
+    left = {name: value for name, value in json.loads(GOOD).items() if name not in missing}
+    check_decoding(json.dumps(left).encode())
 
 
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=8))
-def test_an_event_with_other_bytes(changes: list[tuple[int, int]]) -> None:
+def test_an_event_with_changed_bytes_is_refused_or_valid(changes: list[tuple[int, int]]) -> None:
     changed = bytearray(GOOD)
     for place, byte in changes:
         changed[place] = byte
-    an_event_or_refused(bytes(changed))
+    check_decoding(bytes(changed))
 
 
 @given(st.integers(0, len(GOOD)))
-def test_an_event_that_is_cut_off(length: int) -> None:
-    an_event_or_refused(GOOD[:length])
+def test_a_truncated_event_is_refused_or_valid(length: int) -> None:
+    check_decoding(GOOD[:length])

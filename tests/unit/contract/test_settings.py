@@ -1,4 +1,4 @@
-"""Settings from the environment: typed, and a wrong one is named in one line."""
+"""Settings from the environment are typed, and one line names a wrong variable."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ GOOD = {
 }
 
 
-def test_defaults_hold_where_nothing_is_said_and_other_variables_are_left_alone() -> None:
+def test_unset_variables_have_defaults_and_unknown_variables_are_ignored() -> None:
     settings = load(Everything, GOOD | {"FLASHSALE_API_URL": "x", "HOME": "/"})
     assert msgspec.structs.astuple(settings) == (*GOOD.values(), "0.0.0.0:8080")
 
@@ -49,7 +49,7 @@ def test_defaults_hold_where_nothing_is_said_and_other_variables_are_left_alone(
         ("FLASHSALE_LISTEN", "localhost:65535"),
     ],
 )
-def test_what_is_right_is_taken(variable: str, value: str) -> None:
+def test_a_valid_value_is_accepted(variable: str, value: str) -> None:
     settings = load(Everything, GOOD | {variable: value})
     assert value in msgspec.structs.astuple(settings)
 
@@ -73,7 +73,7 @@ def test_what_is_right_is_taken(variable: str, value: str) -> None:
         ("FLASHSALE_LISTEN", "::1:80"),
     ],
 )
-def test_what_is_wrong_is_named_without_its_value(variable: str, value: str) -> None:
+def test_an_error_names_the_wrong_variable_without_its_value(variable: str, value: str) -> None:
     with pytest.raises(SettingsError) as wrong:
         load(Everything, GOOD | {variable: value})
     text = str(wrong.value)
@@ -83,18 +83,18 @@ def test_what_is_wrong_is_named_without_its_value(variable: str, value: str) -> 
 
 
 @pytest.mark.parametrize("variable", sorted(GOOD))
-def test_what_is_missing_is_named(variable: str) -> None:
+def test_an_error_names_a_missing_variable(variable: str) -> None:
     with pytest.raises(SettingsError, match=f"^{variable} is not set: expected "):
         load(Everything, {name: value for name, value in GOOD.items() if name != variable})
 
 
-def test_an_address_is_split() -> None:
+def test_a_listen_address_is_split_into_host_and_port() -> None:
     assert host_and_port("0.0.0.0:8080") == ("0.0.0.0", 8080)
     assert host_and_port("[::1]:80") == ("::1", 80)
 
 
 def kafka(**given: str) -> KafkaSettings:
-    """From the environment, FLASHSALE_KAFKA_… of each."""
+    """Loads the settings from one FLASHSALE_KAFKA_… variable per keyword."""
     named = {f"FLASHSALE_KAFKA_{name.upper()}": value for name, value in given.items()}
     return load(KafkaSettings, {"FLASHSALE_KAFKA_BOOTSTRAP": "a:1,b:2", **named})
 
@@ -109,7 +109,7 @@ def kafka(**given: str) -> KafkaSettings:
         ({"tls": "true", "user": "u", "password": "p"}, "SASL_SSL", {"ssl_context"}),
     ],
 )
-def test_kafka_is_spoken_to_as_it_is_said(
+def test_kafka_clients_use_the_configured_protocol(
     given: dict[str, str], protocol: str, keys: set[str]
 ) -> None:
     client = kafka(**given).kafka_client()
@@ -128,22 +128,22 @@ def test_kafka_is_spoken_to_as_it_is_said(
     ("given", "words"),
     [
         ({"tls": "yes please"}, "FLASHSALE_KAFKA_TLS is wrong: expected true or false"),
-        ({"user": "u"}, "FLASHSALE_KAFKA_PASSWORD is not set, and FLASHSALE_KAFKA_USER is"),
+        ({"user": "u"}, "FLASHSALE_KAFKA_USER is set, but FLASHSALE_KAFKA_PASSWORD is not"),
         (
             {"password": "s3cret"},
-            "FLASHSALE_KAFKA_USER is not set, and FLASHSALE_KAFKA_PASSWORD is",
+            "FLASHSALE_KAFKA_PASSWORD is set, but FLASHSALE_KAFKA_USER is not",
         ),
-        ({"ca_file": "x"}, "FLASHSALE_KAFKA_CA_FILE is set: expected FLASHSALE_KAFKA_TLS=true too"),
+        ({"ca_file": "x"}, "FLASHSALE_KAFKA_CA_FILE needs FLASHSALE_KAFKA_TLS=true"),
     ],
 )
-def test_what_does_not_go_together_of_kafka_is_named(given: dict[str, str], words: str) -> None:
+def test_inconsistent_kafka_settings_are_refused(given: dict[str, str], words: str) -> None:
     with pytest.raises(SettingsError) as refused:
         kafka(**given)
     assert words in str(refused.value)
     assert "s3cret" not in str(refused.value)
 
 
-def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_an_unreadable_certificate_file_is_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "ca.crt"
     for _ in range(2):
         with pytest.raises(SettingsError, match="FLASHSALE_KAFKA_CA_FILE is wrong: expected"):

@@ -1,4 +1,4 @@
-"""Which requests are traced, as the standard variables say."""
+"""The standard OTEL_* variables select the requests to trace."""
 
 import pytest
 from hypothesis import example, given
@@ -30,7 +30,7 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
         ({"OTEL_TRACES_SAMPLER": "always_on"}, False),
     ],
 )
-def test_traces_are_off_until_there_is_a_place_to_send_them(
+def test_tracing_is_off_unless_an_endpoint_or_exporter_is_set(
     environ: dict[str, str], on: bool
 ) -> None:
     assert wanted(environ) is on
@@ -46,7 +46,7 @@ def test_traces_are_off_until_there_is_a_place_to_send_them(
         ({"OTEL_TRACES_SAMPLER": "parentbased_always_on"}, Sampling(True, 1)),
     ],
 )
-def test_one_of_a_hundred_is_traced_unless_told_otherwise(
+def test_one_request_in_a_hundred_is_traced_by_default(
     environ: dict[str, str], sampling: Sampling
 ) -> None:
     assert Sampling.of(environ) == sampling
@@ -63,7 +63,7 @@ def test_one_of_a_hundred_is_traced_unless_told_otherwise(
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
     ],
 )
-def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
+def test_an_error_names_the_wrong_variable(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{variable} is wrong: "):
         wanted({**ENDPOINT, variable: value})
 
@@ -76,7 +76,7 @@ def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
 )
 @example(trace_id=2**63, flags=1, ratio=0.5, follows=False)
 @example(trace_id=2**64, flags=0, ratio=2.2250738585072014e-308, follows=False)
-def test_a_caller_is_followed_as_the_sdk_would(
+def test_sampling_decides_as_the_opentelemetry_sdk_does(
     trace_id: int, flags: int, ratio: float, follows: bool
 ) -> None:
     traceparent = f"00-{trace_id:032x}-00f067aa0ba902b7-{flags:02x}"
@@ -87,7 +87,7 @@ def test_a_caller_is_followed_as_the_sdk_would(
     assert Sampling(follows, ratio)(traceparent) is expected
 
 
-def test_without_a_caller_a_share_is_traced() -> None:
+def test_requests_without_a_traceparent_are_sampled_by_ratio() -> None:
     for follows in (True, False):
         traced = sum(Sampling(follows, 0.25)("") for _ in range(10_000))
         assert 2_000 < traced < 3_000
@@ -95,7 +95,7 @@ def test_without_a_caller_a_share_is_traced() -> None:
         assert all(Sampling(follows, 1)("") for _ in range(1_000))
 
 
-def test_only_what_is_traced_has_a_trace_to_look_up() -> None:
+def test_only_log_lines_of_traced_requests_have_a_trace_id() -> None:
     assert fields(f"00-{TRACE}-00f067aa0ba902b7-01") == {"trace_id": TRACE}
     assert fields(f"00-{TRACE}-00f067aa0ba902b7-00") == {}
     assert fields("") == {}
