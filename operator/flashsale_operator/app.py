@@ -1,4 +1,4 @@
-"""The operator's composition root: it alone reads the settings and makes what it consists of."""
+"""The operator's composition root: it reads the settings and makes all parts."""
 
 import argparse
 import asyncio
@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import chain, repeat
 from textwrap import dedent
 from typing import Any, Final
 
@@ -23,43 +22,44 @@ from flashsale.inventory import Inventory
 from flashsale.settings import host_and_port, load
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, log_in
-from flashsale_operator.kubernetes.controller import Clients, Key, Rounds
+from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.metrics import CONTENT_TYPE, Metrics
-from flashsale_operator.kubernetes.queue import Tending
+from flashsale_operator.kubernetes.queue import Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.kubernetes.resync import Sweep
+from flashsale_operator.kubernetes.resync import Resync
 from flashsale_operator.sales import offsets
 from flashsale_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 STUCK_SECONDS: Final = 180.0
-"""A pass ends in seconds, well or not: without one for this long the process hangs."""
+"""A resync ends within seconds, also during outages. After this long without one, the process is
+stuck, and /healthz fails."""
 CONNECTIONS: Final = 8
-# Kopf would make one of the user's name, and in a container the user has none. It tells operators
-# apart that know of one another, which `standalone` ones do not.
+# By default, kopf derives the identity from the user name, which a container may not have. Only
+# operators with peering use it.
 _IDENTITY: Final[Any] = "flashsale-operator"
 DESCRIPTION: Final = """\
-    Makes Redis agree with the FlashSale resources of a Kubernetes cluster, by way
-    of the ledger, and tells in their status and Events how the sales go.
+    Makes the ledger and Redis match the FlashSale resources of a Kubernetes
+    cluster, and reports each sale in the resource's status and in Events.
 
-    In a pod it is known by its service account, elsewhere by KUBECONFIG. Redis,
-    Kafka, PostgreSQL and the kube-apiserver may come and go. Two operators at once
-    are harmless.
+    In a pod it logs in by its service account, elsewhere by KUBECONFIG. It waits
+    for Redis, Kafka, PostgreSQL and the kube-apiserver if they are down. Two
+    operators at the same time are harmless.
 
-    Over HTTP: /healthz (the process is alive), /metrics (Prometheus).
+    HTTP: /healthz (the process is alive), /metrics (Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
       FLASHSALE_REDIS_URL            redis://[user:password@]host:port/db
       FLASHSALE_KAFKA_BOOTSTRAP      Kafka's brokers, host:port[,host:port...]
       FLASHSALE_KAFKA_TLS            true or false (default false)
-      FLASHSALE_KAFKA_CA_FILE        certificates to trust, in PEM (default: the system's)
-      FLASHSALE_KAFKA_USER           who it is to Kafka, by SCRAM-SHA-512 (default: nobody)
-      FLASHSALE_KAFKA_PASSWORD       that user's password
+      FLASHSALE_KAFKA_CA_FILE        trusted certificates in PEM (default: the system's)
+      FLASHSALE_KAFKA_USER           Kafka user for SCRAM-SHA-512 (default: no login)
+      FLASHSALE_KAFKA_PASSWORD       the Kafka user's password
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
-      FLASHSALE_NAMESPACES           namespaces to serve, by commas (default: all)
-      FLASHSALE_LISTEN               where to serve HTTP, host:port (default 0.0.0.0:8082)
+      FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
+      FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
       FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
@@ -67,7 +67,7 @@ ENVIRONMENT: Final = """\
 
 
 def main() -> int:
-    """Runs the operator until SIGTERM or SIGINT; 2 for a wrong setting, 1 for a failure."""
+    """Runs the operator until SIGTERM or SIGINT. Returns 2 for a wrong setting, 1 for a failure."""
     argparse.ArgumentParser(
         prog="python -m flashsale_operator",
         description=dedent(DESCRIPTION),
@@ -89,18 +89,18 @@ def main() -> int:
 
 def _configure_logs(settings: Settings) -> None:
     logs.configure(settings.log_level)
-    # It logs every try while a server is away; the operator logs each change, once.
+    # kopf logs every retry during an outage. The operator logs each change once.
     logging.getLogger("kopf").setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_news)
+        handler.addFilter(_is_no_retry)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_no_retry(record: logging.LogRecord) -> bool:
     return not (record.name.startswith("kopf") and "will retry" in record.getMessage())
 
 
 async def _run(settings: Settings) -> None:
-    log_in().as_ssl_context()  # what is wrong with it is said now
+    log_in().as_ssl_context()  # reports a wrong KUBECONFIG now
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = redis_client.connect(settings.redis_url)
@@ -110,33 +110,29 @@ async def _run(settings: Settings) -> None:
         kube = Kube(log_in)
         stack.push_async_callback(kube.close)
 
-        stock = Inventory(redis)
-        tending = Tending(lambda: rounds, metrics)
-        rebuilds = Rebuilds(
-            redis,
-            pool,
-            partial(offsets.spans, settings),
-            lambda sale_id: tending.wake(Key(*sale_id.split("/", 1))),
-        )
-        clients = Clients(kube, stock, pool, metrics)
-        rounds = Rounds(clients, rebuilds)
-        sweep = Sweep(
+        queue = Queue()
+        rebuilds = Rebuilds(redis, pool, partial(offsets.spans, settings), queue)
+        clients = Clients(kube, Inventory(redis), pool, metrics)
+        controller = Controller(clients, queue, rebuilds)
+        resync = Resync(
             clients,
-            rounds,
-            tending,
+            controller,
+            queue,
             served=settings.served,
             keep_closed=timedelta(seconds=settings.keep_closed_seconds),
         )
-        await stack.enter_async_context(_serving(settings.listen, metrics, sweep))
-        registry = kopf.OperatorRegistry()
-
-        async def close() -> None:
-            await tending.close()
-            await rebuilds.close()
-
-        handlers.register(registry, tending.wake, log_in, close)
+        await stack.enter_async_context(_serving(settings.listen, metrics, resync))
         async with asyncio.TaskGroup() as group:
-            sweeping = group.create_task(sweep.run())
+            background = [group.create_task(controller.run()), group.create_task(resync.run())]
+
+            async def close() -> None:
+                for task in background:
+                    task.cancel()
+                await asyncio.wait(background)
+                await rebuilds.close()
+
+            registry = kopf.OperatorRegistry()
+            handlers.register(registry, queue, log_in, close)
             await kopf.operator(
                 registry=registry,
                 settings=_kopf_settings(settings),
@@ -145,14 +141,15 @@ async def _run(settings: Settings) -> None:
                 clusterwide=not settings.served,
                 namespaces=settings.served,
             )
-            sweeping.cancel()
 
 
-class _Endless:
-    """Delays between tries, in seconds: kopf ends the process when there are no more."""
+class _Backoffs:
+    """Endless delays between retries, in seconds. kopf ends the process when they run out."""
 
     def __iter__(self) -> Iterator[float]:
-        return chain((0.5, 1, 2, 4), repeat(8))
+        yield from (0.5, 1, 2, 4)
+        while True:
+            yield 8
 
 
 def _kopf_settings(settings: Settings) -> kopf.OperatorSettings:
@@ -160,7 +157,7 @@ def _kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     own.posting.enabled = False
     own.scanning.disabled = bool(settings.served)
     own.queueing.exit_timeout = 0.2
-    own.networking.error_backoffs = _Endless()
+    own.networking.error_backoffs = _Backoffs()
     own.networking.request_timeout = 30
     own.networking.connect_timeout = 5
     own.watching.server_timeout = 240
@@ -170,10 +167,10 @@ def _kopf_settings(settings: Settings) -> kopf.OperatorSettings:
 
 
 @asynccontextmanager
-async def _serving(listen: str, metrics: Metrics, sweep: Sweep) -> AsyncIterator[None]:
+async def _serving(listen: str, metrics: Metrics, resync: Resync) -> AsyncIterator[None]:
     async def healthz(_: web.Request) -> web.Response:
-        if time.monotonic() - sweep.ended > STUCK_SECONDS:
-            return web.Response(status=503, text="no pass has ended for minutes\n")
+        if time.monotonic() - resync.ended > STUCK_SECONDS:
+            return web.Response(status=503, text="no resync has ended for minutes\n")
         return web.Response(text="alive\n")
 
     async def prometheus(_: web.Request) -> web.Response:

@@ -44,7 +44,7 @@ def ask(plane: ControlPlane, given: object, validate: str = "strict") -> tuple[b
 def test_both_judge_a_wrong_manifest_alike(plane: ControlPlane, name: str) -> None:
     bad = BAD_MANIFESTS[name]
     accepted, answer = ask(plane, manifest(bad))
-    assert accepted == (bad.server is Server.TAKES), answer
+    assert accepted == (bad.server is Server.ACCEPTS), answer
     assert "rule evaluation error" not in answer
     assert "panic" not in answer
 

@@ -1,4 +1,4 @@
-"""Bad manifests and what must be said of them: by flashsalectl and, for the same, by the CRD."""
+"""Bad manifests, with the messages of flashsalectl and the reaction of the CRD."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,18 +26,18 @@ NAMESPACE = (
 
 
 class Server(StrEnum):
-    """What the kube-apiserver does with it, asked as kubectl asks (`--validate=strict`)."""
+    """The kube-apiserver's reaction to a request of kubectl (`--validate=strict`)."""
 
     REFUSES = "refuses"
     REFUSES_OR_PRUNES = "refuses, or prunes the field if asked without validation"
-    TAKES = "takes"
+    ACCEPTS = "accepts"
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A good manifest with these changes; None takes a field out."""
+    """Changes to a good manifest. `ABSENT` removes a field."""
 
-    says: tuple[str, ...]
+    mistakes: tuple[str, ...]
     spec: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
@@ -56,8 +56,8 @@ BAD_MANIFESTS = {
     "stock_null": Bad((STOCK,), {"stock": None}),
     "stock_a_list": Bad((STOCK,), {"stock": [100]}),
     "stock_absent": Bad(("spec.stock: is required",), {"stock": ABSENT}),
-    "nobody_may_buy": Bad((PER_USER,), {"maxPerUser": 0}),
-    "too_many_a_user": Bad((PER_USER,), {"maxPerUser": 1001}),
+    "per_user_zero": Bad((PER_USER,), {"maxPerUser": 0}),
+    "per_user_too_many": Bad((PER_USER,), {"maxPerUser": 1001}),
     "per_user_a_boolean": Bad((PER_USER,), {"maxPerUser": True}),
     "per_user_text": Bad((PER_USER,), {"maxPerUser": "1"}),
     "item_absent": Bad(("spec.itemId: is required",), {"itemId": ABSENT}),
@@ -114,11 +114,11 @@ BAD_MANIFESTS = {
     "name_absent": Bad(("metadata.name: is required",), metadata={"name": ABSENT}),
     "name_ends_with_a_newline": Bad((NAME,), metadata={"name": "iphone\n"}),
     "namespace_with_a_dot": Bad((NAMESPACE,), metadata={"namespace": "a.b"}),
-    # Every kind may have one, and a name beside it counts.
+    # Every kind of object may have generateName, which a name overrides.
     "name_generated": Bad(
         ("metadata.generateName: unknown field",),
         metadata={"generateName": "iphone-"},
-        server=Server.TAKES,
+        server=Server.ACCEPTS,
     ),
     "another_kind": Bad(("kind: must be FlashSale",), top={"kind": "FlashSail"}),
     "another_version": Bad(
@@ -138,7 +138,7 @@ BAD_MANIFESTS = {
 
 
 def manifest(bad: Bad = Bad(())) -> dict[str, Any]:
-    """The manifest as the kube-apiserver and YAML give it."""
+    """Returns the manifest as YAML and the kube-apiserver parse it."""
     return _with(
         {
             "apiVersion": "flashsale.dev/v1alpha1",

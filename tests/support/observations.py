@@ -1,4 +1,4 @@
-"""Values to decide on: a row and a sale as the first apply of a spec leaves them."""
+"""Records to decide on: a row and a sale after the first apply of a spec."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""`flashsalectl`: sales without a cluster, and a look into those with one."""
+"""`flashsalectl`: apply, inspect and repair sales, with or without Kubernetes."""
 
 import argparse
 import asyncio
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
@@ -25,11 +24,12 @@ from flashsale.sale import Predecessor, SaleSpec
 from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
 from flashsale_operator.ctl import tables
 from flashsale_operator.sales import audit, manifest, offsets
-from flashsale_operator.sales.decision import Kept
-from flashsale_operator.sales.drain import Barrier
+from flashsale_operator.sales.decision import StillFenced, counted
+from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.manifest import ManifestError
-from flashsale_operator.sales.rebuild import Rebuild, Rebuilt
-from flashsale_operator.sales.reconciler import Report, Steward, UnknownSale, refuse_eviction
+from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
+from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_eviction
+from flashsale_operator.sales.republish import republish
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
 
@@ -48,18 +48,18 @@ class _All(KafkaSettings, frozen=True):
 class _Clients:
     redis: "Redis"
     inventory: Inventory
-    pool: "asyncpg.Pool[asyncpg.Record]"
+    pool: ledger.Pool
 
 
 def main() -> None:
-    """Ends the process: 0 done, 1 not done and said why, 2 called or set up wrongly."""
+    """Runs the command line of the process and exits with its code."""
     sys.exit(run(sys.argv[1:], os.environ))
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """The exit code of a command line."""
+    """Runs a command line and returns its exit code."""
     options = _parser().parse_args(arguments)
-    # Clients log what they also raise, and what is raised is said once, at the end.
+    # The clients also raise the errors that they log. Each error is printed once, below.
     for name in ("aiokafka", "asyncio", "asyncpg", "redis"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     try:
@@ -78,28 +78,30 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     async with _connected(addresses) as clients:
         await refuse_eviction(clients.inventory)
         await ledger.migrate(clients.pool)
-        steward = Steward(clients.inventory, clients.pool, _rebuilder(clients, addresses).rebuild)
+        reconciler = Reconciler(
+            clients.inventory, clients.pool, _rebuilder(clients, addresses).rebuild
+        )
         turns = asyncio.Semaphore(MAX_CONNECTIONS)
 
-        async def reconcile(spec: SaleSpec) -> Report:
-            # Of a thousand at once most would wait for a connection until that counts as an outage.
+        async def reconcile(spec: SaleSpec) -> Result:
+            # With a thousand reconciles at once, most would time out waiting for a connection.
             async with turns:
-                return await steward.reconcile(spec)
+                return await reconciler.reconcile(spec)
 
         try:
-            # Many at once: what a rebuild waits for is the same for every sale.
+            # Many at once, because all rebuilds wait for the same pods and the same topic.
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(reconcile(spec)) for spec in specs]
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
-        return max(_print_report(task.result()) for task in tasks)
+        return max(_print_result(task.result()) for task in tasks)
 
 
 async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     async with _connected(settings.load(_Stores, environ)) as clients:
-        steward = Steward(clients.inventory, clients.pool, _never_rebuild)
-        sale_ids = await steward.sales_to_close(options.item)
-        return max([_print_report(await steward.close(sale_id)) for sale_id in sale_ids])
+        reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
+        sale_ids = await reconciler.sales_to_close(options.item)
+        return max([_print_result(await reconciler.close(sale_id)) for sale_id in sale_ids])
 
 
 async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -109,12 +111,12 @@ async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> i
         rows = await ledger.sales(clients.pool, options.item)
         if not rows:
             raise UnknownSale(_no_such(options.item))
-        # A sale that is closed has made room: the item is the other one's.
+        # If one sale of the item is closed and another is not, rebuild the other.
         row = min(rows, key=lambda row: row.closed)
         done = await _rebuilder(clients, addresses).rebuild(row)
-    whole = isinstance(done, Rebuilt)
-    print(tables.line_of_rebuild(row.sale_id, done), file=sys.stdout if whole else sys.stderr)
-    return 0 if whole else 1
+    success = isinstance(done, Rebuilt)
+    print(tables.line_of_rebuild(row.sale_id, done), file=sys.stdout if success else sys.stderr)
+    return 0 if success else 1
 
 
 async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -145,64 +147,86 @@ async def _audit(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     return 0 if found.agrees else 1
 
 
+async def _republish(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    addresses = settings.load(_All, environ)
+    async with _connected(addresses) as clients:
+        published = await republish(clients.inventory, addresses, options.item)
+    reservations = counted(published, "reservation")
+    print(f"{options.item}: {reservations} published again; check with `flashsalectl audit`")
+    return 0
+
+
 _COMMANDS: Final[
     dict[str, Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]]
-] = {"apply": _apply, "get": _get, "close": _close, "rebuild": _rebuild, "audit": _audit}
+] = {
+    "apply": _apply,
+    "get": _get,
+    "close": _close,
+    "rebuild": _rebuild,
+    "audit": _audit,
+    "republish": _republish,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashsalectl",
-        description="Declares flash sales and looks into them, without a cluster or beside one.",
-        epilog="Addresses come from FLASHSALE_REDIS_URL, FLASHSALE_DATABASE_URL and, for apply, "
-        "rebuild and audit, FLASHSALE_KAFKA_BOOTSTRAP with _TLS, _CA_FILE, _USER "
-        "and _PASSWORD. Exit codes: 0 done; 1 not done, or a disagreement; 2 wrong usage or "
-        "settings.",
+        description="Applies, inspects and repairs flash sales, with or without Kubernetes.",
+        epilog="All commands read FLASHSALE_REDIS_URL and FLASHSALE_DATABASE_URL. All but get and "
+        "close also read FLASHSALE_KAFKA_BOOTSTRAP and FLASHSALE_KAFKA_TLS, _CA_FILE, _USER and "
+        "_PASSWORD. Exit codes: 0 success; 1 failure or disagreement; 2 wrong usage or settings.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     apply = _command(
-        commands, "apply", "Makes ledger and Redis agree with FlashSale manifests; may be repeated."
+        commands, "apply", "Make the ledger and Redis match FlashSale manifests. Repeats are safe."
     )
     apply.add_argument(
         "-f",
         "--file",
         action="append",
         required=True,
-        help="a YAML file of one or more FlashSales, - for standard input; may be given again",
+        help="YAML file with one or more FlashSales, or - for standard input; can be repeated",
     )
-    get = _command(commands, "get", "Shows the sales of an item, or all.")
-    get.add_argument("item", nargs="?", metavar="ITEM", help="an itemId")
+    get = _command(commands, "get", "Show the sales of one item, or all sales.")
+    get.add_argument("item", nargs="?", metavar="ITEM", help="itemId of the sale")
     close = _command(
         commands,
         "close",
-        "Closes the sale of an item; applying its manifest again continues it.",
+        "Close the sale of an item. Apply its manifest again to continue it.",
     )
-    close.add_argument("item", metavar="ITEM", help="an itemId")
+    close.add_argument("item", metavar="ITEM", help="itemId of the sale")
     rebuild = _command(
         commands,
         "rebuild",
-        "Rebuilds the fenced sale of an item in Redis from the ledger; leaves a sale that is whole "
-        "alone.",
+        "Rebuild the fenced sale of an item in Redis from the ledger. A sale that is not fenced "
+        "stays as it is.",
     )
-    rebuild.add_argument("item", metavar="ITEM", help="an itemId")
+    rebuild.add_argument("item", metavar="ITEM", help="itemId of the sale")
     check = _command(
         commands,
         "audit",
-        "Compares Redis, outbox, Kafka and ledger; exits 1 on a difference that is not just work "
-        "in flight.",
+        "Check that Redis, outbox, Kafka and ledger agree. Exits with 1 if they differ by more "
+        "than events in flight.",
     )
-    check.add_argument("item", nargs="?", metavar="ITEM", help="an itemId")
+    check.add_argument("item", nargs="?", metavar="ITEM", help="itemId of the sale")
+    publish = _command(
+        commands,
+        "republish",
+        "Publish all reservations of an item's sale from Redis to Kafka again, if Kafka lost "
+        "events that are not recorded. Repeats are harmless.",
+    )
+    publish.add_argument("item", metavar="ITEM", help="itemId of the sale")
     return parser
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=does, description=does)
+    return commands.add_parser(name, help=text, description=text)
 
 
 def _specs(names: Sequence[str]) -> list[SaleSpec]:
-    """The sales of all files; raises `ManifestError` with the mistakes of all."""
+    """Returns the sales of all files. Raises `ManifestError` with the mistakes of all files."""
     specs: dict[str, SaleSpec] = {}
     mistakes: list[str] = []
     for name in names:
@@ -210,7 +234,7 @@ def _specs(names: Sequence[str]) -> list[SaleSpec]:
         try:
             for spec in manifest.parse(_read(name)):
                 if spec.sale_id in specs:
-                    mistakes.append(f"{shown}: metadata.name: {spec.sale_id} is there twice")
+                    mistakes.append(f"{shown}: metadata.name: {spec.sale_id} appears twice")
                 specs[spec.sale_id] = spec
         except ManifestError as error:
             mistakes += [f"{shown}: {mistake}" for mistake in error.mistakes]
@@ -250,24 +274,24 @@ async def _connected(addresses: _Stores | _All) -> AsyncIterator[_Clients]:
         await redis.aclose()
 
 
-def _rebuilder(clients: _Clients, addresses: _All) -> Rebuild:
-    barrier = Barrier(
+def _rebuilder(clients: _Clients, addresses: _All) -> Rebuilder:
+    drain = Drain(
         clients.redis,
         clients.pool,
         partial(offsets.spans, addresses),
         progress=_progress,
     )
-    return Rebuild(clients.redis, clients.pool, barrier, _progress)
+    return Rebuilder(clients.redis, clients.pool, drain, _progress)
 
 
-async def _never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | Kept:
-    raise AssertionError(f"closing {row.sale_id} rebuilds nothing")
+async def _never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | StillFenced:
+    raise AssertionError(f"{row.sale_id}: a close never rebuilds")
 
 
-def _print_report(report: Report) -> int:
-    """Prints a line; returns the exit code that it means."""
-    print(tables.line_of(report), file=sys.stdout if report.ready else sys.stderr)
-    return 0 if report.ready else 1
+def _print_result(result: Result) -> int:
+    """Prints a line about a sale and returns the exit code for it."""
+    print(tables.line_of(result), file=sys.stdout if result.ready else sys.stderr)
+    return 0 if result.ready else 1
 
 
 def _progress(line: str) -> None:
@@ -277,7 +301,3 @@ def _progress(line: str) -> None:
 
 def _no_such(item_id: str) -> str:
     return f"{item_id}: there is no sale of this item"
-
-
-if __name__ == "__main__":
-    main()  # in the image, which has no console scripts: python3 -m flashsale_operator.ctl.commands

@@ -1,4 +1,4 @@
-"""What `flashsalectl` prints of sales, reports and audits."""
+"""The lines and tables that `flashsalectl` prints."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -8,43 +8,48 @@ from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
 from flashsale_operator.sales.audit import Audit, Finding
-from flashsale_operator.sales.decision import Kept, Reason, spec_of, state_of
+from flashsale_operator.sales.decision import Reason, StillFenced, counted, spec_of, state_of
 from flashsale_operator.sales.rebuild import Rebuilt
-from flashsale_operator.sales.reconciler import Report
+from flashsale_operator.sales.reconciler import Result
 
+_REBUILD: Final = (
+    "nothing is accepted until it is rebuilt from the ledger: apply it again, or run "
+    "`flashsalectl rebuild {item}`"
+)
 _NEXT: Final = {
-    Reason.FENCED: "nothing is accepted until it is rebuilt from the ledger: apply it again, or "
-    "`flashsalectl rebuild {item}`",
+    Reason.FENCED: _REBUILD,
+    Reason.KAFKA_UNAVAILABLE: _REBUILD,
     Reason.ITEM_CONFLICT: "apply it again when that sale is closed (`flashsalectl close {item}`) "
     "and recorded",
-    Reason.SUPERSEDED: "apply it again if this manifest is the one that counts",
+    Reason.SUPERSEDED: "apply it again if this manifest must win",
 }
 
 
-def line_of(report: Report) -> str:
-    """One line about a sale, with what to do next if it is not as its manifest asks."""
-    told = report.ready or report.reason.value == report.state.value
-    state = report.state if told else f"{report.state} ({report.reason})"
-    did = report.applied if report.rebuilt is None else "rebuilt"
-    line = f"sale {report.sale_id} {did}: {state}, {report.message}"
-    if report.rebuilt is not None:
-        line += f"; {report.rebuilt}"
-    if report.ready or report.reason not in _NEXT:
+def line_of(result: Result) -> str:
+    """Returns one line about a sale. If it does not match its manifest, adds the next step."""
+    reason = result.reason
+    implied = reason is Reason.KAFKA_UNAVAILABLE or reason.value == result.state.value
+    state = result.state if result.ready or implied else f"{result.state} ({reason})"
+    change = result.applied if result.rebuilt is None else "rebuilt"
+    line = f"sale {result.sale_id} {change}: {state}, {result.message}"
+    if result.rebuilt is not None:
+        line += f"; {result.rebuilt}"
+    if result.ready or reason not in _NEXT:
         return line
-    return f"{line}; {_NEXT[report.reason].format(item=report.item_id)}"
+    return f"{line}; {_NEXT[reason].format(item=result.item_id)}"
 
 
-def line_of_rebuild(sale_id: str, done: Rebuilt | Kept) -> str:
-    """One line about a rebuild: what came back and what was lost, or what keeps it fenced."""
-    if isinstance(done, Kept):
+def line_of_rebuild(sale_id: str, done: Rebuilt | StillFenced) -> str:
+    """Returns one line about a rebuild: its counts, or why the sale stays fenced."""
+    if isinstance(done, StillFenced):
         return f"sale {sale_id} stays fenced: {done}; try again"
-    if not done.brought:
-        return f"sale {sale_id} is whole: {done.accepted} accepted units"
+    if not done.changed:
+        return f"sale {sale_id} needs no rebuild: {counted(done.accepted, 'accepted unit')}"
     return f"sale {sale_id} rebuilt in {done.seconds:.1f} s: {done}"
 
 
 def of_sales(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> str:
-    """The sales that the ledger or Redis has, by item."""
+    """Returns a table of the sales in the ledger or Redis, sorted by item."""
     lines = [
         _line_of_sale(row, held.get(row.item_id), server)
         for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
@@ -60,7 +65,7 @@ def of_sales(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTi
 
 
 def of_audit(found: Audit) -> str:
-    """A line a sale, and one for each fault of the topic."""
+    """Returns a table with one line per sale, and one line per fault of the topic."""
     table = _table(
         "SALE ITEM STATE ALLOCATED ACCEPTED RECORDED OUTBOX LAG VERDICT",
         [
@@ -86,7 +91,7 @@ def _line_of_sale(row: SaleRow | None, holder: Sale | None, server: ServerTime) 
     sale = None if holder and row and holder.sale_id != row.sale_id else holder
     known: Sale | SaleSpec | None = sale or (spec_of(row) if row else None)
     if known is None:
-        raise ValueError("a line of no sale")
+        raise ValueError("neither the ledger nor Redis has the sale")
     return [
         known.item_id,
         known.sale_id,

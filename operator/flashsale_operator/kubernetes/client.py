@@ -11,7 +11,7 @@ import yaml
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
 
-PAGE: Final = 500
+LIST_PAGE: Final = 500
 TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
 
 _WRONG: Final = (
@@ -69,7 +69,7 @@ class Kube:
     async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
         """The objects of a namespace, or of all."""
         found: list[dict[str, Any]] = []
-        parameters = {"limit": str(PAGE)}
+        parameters = {"limit": str(LIST_PAGE)}
         while True:
             status, body = await self._call("GET", _sales_path(namespace), parameters=parameters)
             _expect_success(status, body)
@@ -77,7 +77,7 @@ class Kube:
             onward = body.get("metadata", {}).get("continue")
             if not onward:
                 return found
-            parameters = {"limit": str(PAGE), "continue": onward}
+            parameters = {"limit": str(LIST_PAGE), "continue": onward}
 
     async def patch_status(
         self, namespace: str, name: str, status: Mapping[str, object], resource_version: str

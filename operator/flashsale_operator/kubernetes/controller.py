@@ -1,13 +1,12 @@
-"""One reconcile of one FlashSale: reads the live object, makes it so, tells of it."""
+"""Reconcile FlashSales: read the live object, make it so, report it in Events and the status."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
-
-import asyncpg
+from typing import Any, Final
 
 from flashsale import ledger
 from flashsale.errors import (
@@ -17,38 +16,39 @@ from flashsale.errors import (
     RedisUnavailable,
 )
 from flashsale.inventory import Inventory
-from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
 from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
-from flashsale_operator.kubernetes.events import Announcement, Known
-from flashsale_operator.kubernetes.metrics import Figures, Metrics
+from flashsale_operator.kubernetes.events import Known
+from flashsale_operator.kubernetes.metrics import Metrics
+from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.kubernetes.status import Found, Obstacle, Status
+from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import manifest
+from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.offsets import KafkaUnavailable
-from flashsale_operator.sales.reconciler import Steward, UnknownSale, refuse_eviction
+from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_eviction
 
 log = logging.getLogger(__name__)
 
+RECONCILES_AT_ONCE: Final = 16
 SERVERS: Final[tuple[tuple[type[FlashsaleError], str], ...]] = (
     (RedisUnavailable, "redis"),
     (LedgerUnavailable, "ledger"),
     (KafkaUnavailable, "kafka"),
     (KubeUnavailable, "kubernetes"),
 )
-CLOSED: Final = Announcement("Closed", "deleted: nothing is accepted any more")
-
-
-class Key(NamedTuple):
-    """A FlashSale's namespace and name."""
-
-    namespace: str
-    name: str
-
-    @property
-    def sale_id(self) -> str:
-        return f"{self.namespace}/{self.name}"
+_RETRIED: Final = frozenset(
+    {
+        Reason.REDIS_UNAVAILABLE,
+        Reason.LEDGER_UNAVAILABLE,
+        Reason.KAFKA_UNAVAILABLE,
+        Reason.UNREADABLE,
+        Reason.INVALID_SPEC,
+    }
+)
+"""Reasons of a reconcile that did not finish, and is retried with a back-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,42 +57,35 @@ class Clients:
 
     kube: Kube
     inventory: Inventory
-    pool: "asyncpg.Pool[asyncpg.Record]"
+    pool: ledger.Pool
     metrics: Metrics
-
-
-@dataclass(frozen=True, slots=True)
-class Upshot:
-    """How a reconcile ended: `gone` there is nothing to come back for; `failed` come back later,
-    after longer each time; `changes_ms` when the window will change the state, Unix milliseconds.
-    """
-
-    gone: bool = False
-    failed: bool = False
-    changes_ms: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class _Memory:
-    """What is remembered of a FlashSale: what was `known` before its state became Unknown; when
-    its status was `written`, of the monotonic clock; whether its keys were missing (`doubted`), and
-    whether it was `fenced`, the last time. Without it, a status is written a little early, and what
-    changed during an outage is not told.
+    """The controller's memory of a FlashSale between reconciles.
+
+    - `known`: the last known state before the state became Unknown.
+    - `written`: when the status was last written, on the monotonic clock.
+    - `keys_missing` and `fenced`: whether that was so in the last reconcile.
+
+    After a restart a status is written a little early, and changes during an outage get no Event.
     """
 
     uid: str
     known: Known | None = None
     written: float = float("-inf")
-    doubted: bool = False
+    keys_missing: bool = False
     fenced: bool = False
 
 
-class Rounds:
-    """Reconciles FlashSales. Of one of them, one reconcile at a time."""
+class Controller:
+    """Reconciles the FlashSales of a queue."""
 
     def __init__(
         self,
         clients: Clients,
+        queue: Queue,
         rebuilds: Rebuilds,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -101,28 +94,34 @@ class Rounds:
         self._inventory = clients.inventory
         self._pool = clients.pool
         self._metrics = clients.metrics
+        self._queue = queue
         self._rebuilds = rebuilds
-        self._steward = Steward(clients.inventory, clients.pool, rebuilds.rebuild)
+        self._reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
         self._clock = clock
         self._memories: dict[Key, _Memory] = {}
         self._prepared = False
 
-    async def reconcile(self, key: Key) -> Upshot:
-        """Raises `KubeUnavailable`, and nothing else that a server may cause."""
+    async def run(self) -> None:
+        """Reconciles until it is cancelled."""
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(RECONCILES_AT_ONCE):
+                workers.create_task(self._work())
+
+    async def reconcile(self, key: Key) -> Requeue:
+        """Reconciles one FlashSale. Of all servers' errors it raises only `KubeUnavailable`."""
         live = await self._kube.flash_sale(*key)
         if live is None:
-            return await self._gone(key)
+            return await self._close_deleted(key)
         memory = self._memories.get(key)
         if memory is None or memory.uid != live["metadata"]["uid"]:
-            # One that was deleted and is applied again at once was never closed.
+            # If a FlashSale is deleted and applied again at once, its sale was never closed.
             memory = self._memories[key] = _Memory(live["metadata"]["uid"])
         return await self._reconcile(key, memory, live)
 
     async def prepare(self) -> None:
-        """Migrates the ledger and looks at Redis' settings, at the start and after an outage:
-        another server may have come back.
+        """Migrates the ledger and checks Redis' settings, at the start and after each outage.
 
-        Raises `LedgerUnavailable` and `RedisUnavailable`.
+        A different server may have come back. Raises `LedgerUnavailable` and `RedisUnavailable`.
         """
         if not self._prepared:
             await ledger.migrate(self._pool)
@@ -130,67 +129,90 @@ class Rounds:
             self._prepared = True
 
     async def close(self, sale_id: str) -> None:
-        """Closes a sale. Raises as `Steward.close`."""
-        await self._steward.close(sale_id)
+        """Closes a sale. Raises the errors of `Reconciler.close`."""
+        await self._reconciler.close(sale_id)
 
-    async def _reconcile(self, key: Key, memory: _Memory, live: dict[str, Any]) -> Upshot:
-        spec: SaleSpec | None = None
+    async def _work(self) -> None:
+        while True:
+            key = await self._queue.take()
+            began = time.monotonic()
+            requeue = Requeue(failed=True)
+            try:
+                requeue = await self.reconcile(key)
+            except KubeUnavailable as error:
+                self._metrics.failures.labels(server_of(error)).inc()
+                log.warning("%s: %s", key.sale_id, error)
+            except Exception:
+                # A programming error with one FlashSale must not stop the others.
+                self._metrics.failures.labels("other").inc()
+                log.exception("%s: the reconcile failed", key.sale_id)
+            self._metrics.reconciles.inc()
+            self._metrics.reconcile_seconds.observe(time.monotonic() - began)
+            self._queue.give_back(key, requeue)
+
+    async def _reconcile(self, key: Key, memory: _Memory, live: dict[str, Any]) -> Requeue:
+        bounds: tuple[int | None, ...] = ()
         try:
             spec = manifest.sale_spec(live)
         except ManifestError as error:
-            found = Found(
-                SaleState.UNKNOWN,
-                False,
-                Obstacle.INVALID_SPEC,
-                "; ".join(error.mistakes),
-                "not known",
-            )
+            message = "; ".join(error.mistakes)
+            result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)
         else:
+            bounds = (spec.starts_ms, spec.ends_ms)
             made = await self._make(spec, memory, live["metadata"])
             if made is None:
-                return Upshot(failed=True)
-            found = made
-        self._metrics.sales.found(
-            key,
-            Figures(
-                item_id="" if spec is None else spec.item_id,
-                state=found.state,
-                ready=found.ready,
-                counts=found.counts,
-                recorded=found.recorded,
-            ),
+                return Requeue(failed=True)
+            result = made
+        self._metrics.sales.update(key, result)
+        self._count_fences(memory, result.state)
+        written = await self._report(key, memory, live, result)
+        return Requeue(
+            failed=result.reason in _RETRIED or not written,
+            changes_ms=tuple(ms for ms in bounds if ms is not None),
         )
-        self._count_fences(memory, found.state)
-        written = await self._tell(key, memory, live, found)
-        failed = isinstance(found.reason, Obstacle) or not written
-        bounds = () if spec is None else (spec.starts_ms, spec.ends_ms)
-        return Upshot(failed=failed, changes_ms=tuple(ms for ms in bounds if ms is not None))
 
     async def _make(
         self, spec: SaleSpec, memory: _Memory, metadata: dict[str, Any]
-    ) -> Found | None:
-        """Makes it so; None to look again before anything is told."""
+    ) -> Result | None:
+        """Makes the ledger and Redis match the spec. None means: look again before a report."""
         try:
             await self.prepare()
             if metadata.get("deletionTimestamp"):
-                # Somebody else's finalizer holds it; the sale does not wait for that.
-                return status.found_of(await self._steward.close(spec.sale_id))
-            report = await self._steward.reconcile(spec, metadata["uid"])
+                # Another party's finalizer keeps the object. The sale is closed without it.
+                return await self._reconciler.close(spec.sale_id)
+            result = await self._reconciler.reconcile(spec, metadata["uid"])
         except (RedisUnavailable, LedgerUnavailable, ContractViolation, UnknownSale) as error:
             self._failed(error)
-            return status.found_of_error(error, await self._seen(spec, error))
-        if report.state is not SaleState.FENCED:
-            report = replace(report, rebuilt=self._rebuilds.forget(spec.sale_id))
-            if report.rebuilt is not None:
-                self._metrics.lost.inc(report.rebuilt.lost)
-            memory.doubted = False
-        elif report.sale is None and not memory.doubted:
-            # Another operator may have written the row just now and be about to seed.
-            memory.doubted = True
+            return await self._failed_result(spec, error)
+        if result.state is not SaleState.FENCED:
+            result = replace(result, rebuilt=self._rebuilds.forget(spec.sale_id))
+            if result.rebuilt is not None:
+                self._metrics.lost.inc(result.rebuilt.lost)
+            memory.keys_missing = False
+        elif result.sale is None and not memory.keys_missing:
+            # Another process may have inserted the row just now and be about to seed the keys.
+            memory.keys_missing = True
             return None
-        if report.kept is not None and report.kept.without_kafka:
+        if result.reason is Reason.KAFKA_UNAVAILABLE:
             self._metrics.failures.labels("kafka").inc()
-        return status.found_of(report)
+        return result
+
+    async def _failed_result(self, spec: SaleSpec, error: FlashsaleError) -> Result:
+        """Returns the result of a reconcile that an error ended.
+
+        If only the ledger is away, Redis still sells, and the result has Redis' counts.
+        """
+        result = result_of_error(spec, error)
+        if not isinstance(error, LedgerUnavailable):
+            return result
+        try:
+            server = await self._inventory.server()
+            sale = (await self._inventory.sales([spec.item_id])).get(spec.item_id)
+        except (RedisUnavailable, ContractViolation):
+            return result
+        if sale is None or sale.sale_id != spec.sale_id:
+            return result
+        return replace(result, state=sale.state(server.now_ms, server.run_id), sale=sale)
 
     def _count_fences(self, memory: _Memory, state: SaleState) -> None:
         if state is SaleState.FENCED and not memory.fenced:
@@ -200,22 +222,12 @@ class Rounds:
         if state is not SaleState.UNKNOWN:
             memory.fenced = state is SaleState.FENCED
 
-    async def _seen(self, spec: SaleSpec, error: FlashsaleError) -> tuple[SaleState, Sale] | None:
-        """What Redis does with the sale while the ledger is away: it goes on selling."""
-        if not isinstance(error, LedgerUnavailable):
-            return None
-        try:
-            server = await self._inventory.server()
-            sale = (await self._inventory.sales([spec.item_id])).get(spec.item_id)
-        except (RedisUnavailable, ContractViolation):
-            return None
-        if sale is None or sale.sale_id != spec.sale_id:
-            return None
-        return sale.state(server.now_ms, server.run_id), sale
+    async def _report(
+        self, key: Key, memory: _Memory, live: dict[str, Any], result: Result
+    ) -> bool:
+        """Creates Events and writes the status if they changed.
 
-    async def _tell(self, key: Key, memory: _Memory, live: dict[str, Any], found: Found) -> bool:
-        """Makes Events and writes the status, if there is news; False if the object has changed
-        meanwhile.
+        Returns False if the object has changed since it was read.
         """
         metadata, now = live["metadata"], self._clock()
         before = Status.parse(live.get("status") or {})
@@ -224,13 +236,11 @@ class Rounds:
             known = memory.known or known
         else:
             memory.known = known
-        for announcement in events.announcements(known, found):
-            log.info("%s: %s: %s", key.sale_id, announcement.reason, announcement.message)
-            event = events.event(announcement, metadata, known.mark, now)
-            await self._kube.create_event(key.namespace, event)
-        after = status.next_status(
-            before, found, sale_id=key.sale_id, generation=metadata["generation"], now=now
-        )
+        for event in events.sale_events(known, result):
+            log.info("%s: %s: %s", key.sale_id, event.reason, event.message)
+            body = events.event_object(event, metadata, known.mark, now)
+            await self._kube.create_event(key.namespace, body)
+        after = status.next_status(before, result, generation=metadata["generation"], now=now)
         since = time.monotonic() - memory.written
         if status.worth_writing(before, after, since):
             version = metadata["resourceVersion"]
@@ -239,24 +249,24 @@ class Rounds:
             memory.written = time.monotonic()
         return True
 
-    async def _gone(self, key: Key) -> Upshot:
-        """Closes the sale of a FlashSale that is there no more: in the ledger, then in Redis."""
+    async def _close_deleted(self, key: Key) -> Requeue:
+        """Closes the sale of a deleted FlashSale: in the ledger, then in Redis."""
         self._rebuilds.forget(key.sale_id)
         try:
             await self.prepare()
             row = await ledger.sale(self._pool, key.sale_id)
             if row is not None and row.resource_uid is not None:
-                await self._steward.close(key.sale_id)
+                await self._reconciler.close(key.sale_id)
                 metadata = {**key._asdict(), "uid": row.resource_uid}
-                event = events.event(CLOSED, metadata, "", self._clock())
-                await self._kube.create_event(key.namespace, event)
+                body = events.event_object(events.CLOSED, metadata, "", self._clock())
+                await self._kube.create_event(key.namespace, body)
         except (RedisUnavailable, LedgerUnavailable, ContractViolation) as error:
             self._failed(error)
-            log.warning("%s is deleted and not closed yet: %s", key.sale_id, error)
-            return Upshot(failed=True)
+            log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
+            return Requeue(failed=True)
         self._memories.pop(key, None)
         self._metrics.sales.forget(key)
-        return Upshot(gone=True)
+        return Requeue(gone=True)
 
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
@@ -264,5 +274,18 @@ class Rounds:
 
 
 def server_of(error: BaseException) -> str:
-    """The server that an error comes from, as the metrics name it."""
+    """Returns the server that an error comes from, as the metrics name it."""
     return next((name for kind, name in SERVERS if isinstance(error, kind)), "other")
+
+
+def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
+    """Returns the result of a reconcile that an error ended, if nothing else is known."""
+    match error:
+        case RedisUnavailable():
+            reason = Reason.REDIS_UNAVAILABLE
+        case LedgerUnavailable():
+            reason = Reason.LEDGER_UNAVAILABLE
+        case _:
+            reason = Reason.UNREADABLE
+    message = " ".join(str(error).split())
+    return Result(spec.sale_id, spec.item_id, SaleState.UNKNOWN, reason, message)

@@ -1,8 +1,8 @@
-"""The Kubernetes Events of a sale: pure, from what was known of it and what was found now.
+"""The Kubernetes Events of a sale: pure functions of its known state and a new result.
 
-An Event is made before the status that tells of the same change is written, under a name that
-follows from the change. So an operator that dies between the two, or another operator beside it,
-makes the same name again, which the kube-apiserver refuses: each change is told once.
+The operator creates an Event before it writes the status that reports the same change. The Event's
+name follows from the change. If the operator dies between the two writes, or if two operators see
+the change, the kube-apiserver refuses the second Event of that name. So each change gets one Event.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from hashlib import sha256
 from typing import Any, Final
 
 from flashsale.sale import SaleState
-from flashsale_operator.kubernetes.status import Found, Status
+from flashsale_operator.kubernetes.status import DELETED_MESSAGE, Status, open_message
 from flashsale_operator.sales.manifest import API_VERSION, KIND
+from flashsale_operator.sales.reconciler import Result
 
 COMPONENT: Final = "flashsale-operator"
 MAX_NAME: Final = 253
@@ -22,10 +23,10 @@ _STATES: Final = frozenset(state.value for state in SaleState)
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was last known of a sale, from its status.
+    """The last known state of a sale, from its status.
 
-    A state of Unknown tells nothing, so whoever remembers more passes that: a server that comes
-    and goes must not open the sale again each time.
+    The state `Unknown` carries no information, so callers pass the last known state instead.
+    Otherwise every short outage would report the sale as opened again.
     """
 
     state: SaleState | None = None
@@ -46,58 +47,59 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Announcement:
-    """An Event to be. `warning` is for what a person may have to look at."""
+class SaleEvent:
+    """An Event about a sale. `warning` marks an Event that may need a person's attention."""
 
     reason: str
     message: str
     warning: bool = False
 
 
-def announcements(before: Known, found: Found) -> list[Announcement]:
-    """What is to be told of the change from `before` to `found`."""
-    state, was, counts = found.state, before.state, found.counts
-    told: list[Announcement] = []
-    if found.rebuilt is not None and found.rebuilt.brought:
-        told.append(Announcement("Rebuilt", str(found.rebuilt), warning=found.rebuilt.lost > 0))
-    # A sale that was known once and is not remembered: what changed meanwhile is not known.
-    lost = was is SaleState.UNKNOWN and before.allocated is not None
-    if counts is not None and before.allocated is not None and counts.allocated > before.allocated:
-        told.append(
-            Announcement("Restocked", f"{before.allocated} to {counts.allocated} units allocated")
-        )
-    if state is was or state is SaleState.UNKNOWN or lost:
-        return told
+CLOSED: Final = SaleEvent("Closed", DELETED_MESSAGE)
+
+
+def sale_events(before: Known, result: Result) -> list[SaleEvent]:
+    """Returns the Events for the change from `before` to `result`."""
+    state, was, rebuilt = result.state, before.state, result.rebuilt
+    message = open_message(result)
+    found: list[SaleEvent] = []
+    if rebuilt is not None and rebuilt.changed:
+        found.append(SaleEvent("Rebuilt", str(rebuilt), warning=rebuilt.lost > 0))
+    sale, allocated = result.own_sale, before.allocated
+    if sale is not None and allocated is not None and sale.allocated > allocated:
+        raised = f"allocated units raised from {allocated} to {sale.allocated}"
+        found.append(SaleEvent("Restocked", raised))
+    # The operator restarted during an outage: it cannot tell whether the state has changed.
+    forgotten = was is SaleState.UNKNOWN and allocated is not None
+    if state is was or state is SaleState.UNKNOWN or forgotten:
+        return found
     match state:
         case SaleState.SELLING if was is SaleState.PAUSED:
-            told.append(Announcement("Resumed", found.told))
+            found.append(SaleEvent("Resumed", message))
         case SaleState.SELLING if was is not SaleState.SOLD_OUT:
-            told.append(Announcement("Opened", found.told))
+            found.append(SaleEvent("Opened", message))
         case SaleState.SOLD_OUT if not before.sold_out:
-            told.append(Announcement("SoldOut", found.told))
-        case SaleState.PAUSED:
-            told.append(Announcement("Paused", found.told))
-        case SaleState.ENDED:
-            told.append(Announcement("Ended", found.told))
+            found.append(SaleEvent("SoldOut", message))
+        case SaleState.PAUSED | SaleState.ENDED:
+            found.append(SaleEvent(state.value, message))
         case SaleState.CLOSING:
-            told.append(Announcement("Closed", found.told))
-        case SaleState.ITEM_CONFLICT:
-            told.append(Announcement("ItemConflict", found.message, warning=True))
-        case SaleState.FENCED:
-            told.append(Announcement("Fenced", found.told, warning=True))
-    return told
+            found.append(SaleEvent("Closed", message))
+        case SaleState.ITEM_CONFLICT | SaleState.FENCED:
+            found.append(SaleEvent(state.value, message, warning=True))
+    return found
 
 
-def event(
-    announcement: Announcement, metadata: Mapping[str, Any], mark: str, now: datetime
+def event_object(
+    event: SaleEvent, metadata: Mapping[str, Any], mark: str, now: datetime
 ) -> dict[str, object]:
-    """The Event of one announcement about the FlashSale of this metadata.
+    """Returns the Event as a Kubernetes object. `metadata` is the FlashSale's.
 
-    `mark` tells this change from another of the same kind; a sale is closed once.
+    `mark` distinguishes this change from another one of the same kind. A sale is closed only once,
+    so `Closed` needs no mark.
     """
     uid = metadata["uid"]
-    what = "" if announcement.reason == "Closed" else mark
-    digest = sha256(f"{uid} {announcement.reason} {what}".encode()).hexdigest()[:16]
+    change = "" if event.reason == "Closed" else mark
+    digest = sha256(f"{uid} {event.reason} {change}".encode()).hexdigest()[:16]
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",
@@ -113,9 +115,9 @@ def event(
             "name": metadata["name"],
             "uid": uid,
         },
-        "type": "Warning" if announcement.warning else "Normal",
-        "reason": announcement.reason,
-        "message": announcement.message[:1024],
+        "type": "Warning" if event.warning else "Normal",
+        "reason": event.reason,
+        "message": event.message[:1024],
         "firstTimestamp": at,
         "lastTimestamp": at,
         "count": 1,

@@ -1,8 +1,8 @@
-"""What kopf calls: translates every event of a FlashSale to "look at it".
+"""Register the handlers that kopf calls: each event of a FlashSale wakes it in the queue.
 
-Only an `on.event` handler is registered. kopf's others keep their progress in annotations of the
-object, and its timers put a finalizer on it, which would hang a namespace that is deleted together
-with the operator (docs/adr/0007).
+Only `on.event` is registered. kopf's other handlers keep their progress in annotations of the
+object. Its timers put a finalizer on the object, which would block the deletion of a namespace
+together with its operator (docs/adr/0007-status-and-conditions.md).
 """
 
 from collections.abc import Awaitable, Callable
@@ -10,28 +10,28 @@ from typing import Any
 
 import kopf
 
-from flashsale_operator.kubernetes.controller import Key
+from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales.manifest import GROUP, PLURAL, VERSION
 
 
 def register(
     registry: kopf.OperatorRegistry,
-    wake: Callable[[Key], None],
+    queue: Queue,
     login: Callable[[], kopf.ConnectionInfo],
     close: Callable[[], Awaitable[None]],
 ) -> None:
-    """Has `wake` called for each FlashSale that is there, comes, changes or goes.
+    """Wakes each FlashSale that exists, is created, changed or deleted.
 
-    `close` ends the tasks that were made since: kopf would wait for them.
+    `close` cancels the tasks that were created since kopf started. Otherwise kopf waits for them.
     """
     seen: dict[Key, tuple[object, ...]] = {}
 
     @kopf.on.login(registry=registry)
-    def log_in(**_: Any) -> kopf.ConnectionInfo:  # noqa: ANN401 - kopf's own keywords
+    def log_in(**_: Any) -> kopf.ConnectionInfo:  # noqa: ANN401 - kopf's keywords
         return login()
 
     @kopf.on.cleanup(registry=registry)
-    async def clean_up(**_: Any) -> None:  # noqa: ANN401 - kopf's own keywords
+    async def clean_up(**_: Any) -> None:  # noqa: ANN401 - kopf's keywords
         await close()
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
@@ -40,15 +40,15 @@ def register(
         meta: kopf.Meta,
         name: str,
         namespace: str | None,
-        **_: Any,  # noqa: ANN401 - kopf's own keywords
+        **_: Any,  # noqa: ANN401 - kopf's keywords
     ) -> None:
         key = Key(namespace or "", name)
         if type == "DELETED":
             seen.pop(key, None)
         else:
-            # Not for what the operator wrote itself: a status has no generation.
+            # Skip the operator's own writes: a change of the status keeps the generation.
             mark = (meta.get("uid"), meta.get("generation"), meta.get("deletionTimestamp"))
             if seen.get(key) == mark:
                 return
             seen[key] = mark
-        wake(key)
+        queue.wake(key)

@@ -1,4 +1,4 @@
-"""What the operator measures, for Prometheus. Labels are bounded by the FlashSales there are."""
+"""The operator's Prometheus metrics. The number of FlashSales bounds their labels."""
 
 import time
 from collections import deque
@@ -11,32 +11,21 @@ from prometheus_client.registry import Collector
 
 from flashsale import telemetry
 from flashsale.sale import SaleState
-from flashsale_operator.kubernetes.status import Counts
+from flashsale_operator.sales.reconciler import Result
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What the last reconcile of a FlashSale found; `recorded` is the units that the ledger has."""
-
-    item_id: str
-    state: SaleState
-    ready: bool
-    counts: Counts | None
-    recorded: int | None = None
 
 
 class Backlog:
     """How long the oldest accepted unit has waited for the ledger, as far as samples tell."""
 
     def __init__(self) -> None:
-        # Moments, and the units that had been accepted by then and not recorded.
+        # Times, and the units that were accepted at that time but not recorded.
         self._samples: deque[tuple[float, int]] = deque()
         self._recorded = 0
 
     def sample(self, now: float, accepted: int, recorded: int | None) -> None:
-        """`recorded` is None while the ledger does not say."""
+        """Adds the counts at a time. `recorded` is None while the ledger does not answer."""
         if recorded is not None:
             self._recorded = recorded
         samples = self._samples
@@ -52,68 +41,65 @@ class Backlog:
 
 
 @dataclass(slots=True)
-class _Known:
-    figures: Figures
+class _Entry:
+    result: Result
     backlog: Backlog = field(default_factory=Backlog)
 
 
-class Sales(Collector):
-    """The sales as they were found last; one that is gone is not told of any more."""
+class SaleMetrics(Collector):
+    """The gauges of each sale, from its last reconcile."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._known: dict[tuple[str, str], _Known] = {}
+        self._entries: dict[tuple[str, str], _Entry] = {}
         self._clock = clock
 
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def found(self, key: tuple[str, str], figures: Figures) -> None:
-        known = self._known.setdefault(key, _Known(figures))
-        known.figures = figures
-        if figures.counts is not None:
-            known.backlog.sample(self._clock(), figures.counts.accepted, figures.recorded)
+    def update(self, key: tuple[str, str], result: Result) -> None:
+        entry = self._entries.setdefault(key, _Entry(result))
+        entry.result = result
+        if (sale := result.own_sale) is not None:
+            entry.backlog.sample(self._clock(), sale.accepted, result.recorded)
 
     def forget(self, key: tuple[str, str]) -> None:
-        self._known.pop(key, None)
+        self._entries.pop(key, None)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        states = dict.fromkeys(SaleState, 0)
-        for known in self._known.values():
-            states[known.figures.state] += 1
-        numbers = GaugeMetricFamily(
+        counts = dict.fromkeys(SaleState, 0)
+        for entry in self._entries.values():
+            counts[entry.result.state] += 1
+        by_state = GaugeMetricFamily(
             "flashsale_operator_sales", "FlashSales by state.", labels=["state"]
         )
-        for state, number in states.items():
-            numbers.add_metric([state], number)
-        yield numbers
-        doing = GaugeMetricFamily(
+        for state, number in counts.items():
+            by_state.add_metric([state], number)
+        yield by_state
+        current = GaugeMetricFamily(
             "flashsale_sale_state",
-            "1 for the state that the sale is in.",
+            "1 for the current state of the sale.",
             labels=["sale", "item", "state"],
         )
-        ready = _of_a_sale("flashsale_sale_ready", "1 if Redis and ledger are as the spec asks.")
+        ready = _of_a_sale("flashsale_sale_ready", "1 if the ledger and Redis match the spec.")
         waiting = _of_a_sale(
-            "flashsale_unrecorded_seconds",
-            "How long the oldest accepted unit has not been in the ledger, as seen every 5 s.",
+            "flashsale_sale_unrecorded_seconds",
+            "How long the oldest accepted unit has waited for the ledger, sampled every 5 s.",
         )
-        allocated = _of_a_sale("flashsale_allocated", "Units that the sale may sell.")
-        accepted = _of_a_sale("flashsale_accepted", "Units ever accepted by the sale.")
-        available = _of_a_sale("flashsale_available", "Units left of the sale.")
-        recorded = _of_a_sale("flashsale_recorded", "Accepted units that the ledger has.")
+        allocated = _of_a_sale("flashsale_sale_allocated_units", "Units that the sale may sell.")
+        accepted = _of_a_sale("flashsale_sale_accepted_units", "Units ever accepted by the sale.")
+        available = _of_a_sale("flashsale_sale_available_units", "Units that are still for sale.")
+        recorded = _of_a_sale("flashsale_sale_recorded_units", "Accepted units in the ledger.")
         now = self._clock()
-        for key, known in self._known.items():
-            figures, counts = known.figures, known.figures.counts
-            labels = ["/".join(key), figures.item_id]
-            doing.add_metric([*labels, figures.state], 1)
-            ready.add_metric(labels, figures.ready)
-            if figures.recorded is not None:
-                recorded.add_metric(labels, figures.recorded)
-            if counts is not None:
-                waiting.add_metric(labels, known.backlog.seconds(now))
-                allocated.add_metric(labels, counts.allocated)
-                accepted.add_metric(labels, counts.accepted)
-                available.add_metric(labels, counts.available)
-        yield from (doing, ready, allocated, accepted, available, recorded, waiting)
+        for key, entry in self._entries.items():
+            result = entry.result
+            labels = ["/".join(key), result.item_id]
+            current.add_metric([*labels, result.state], 1)
+            ready.add_metric(labels, result.ready)
+            if result.recorded is not None:
+                recorded.add_metric(labels, result.recorded)
+            if (sale := result.own_sale) is not None:
+                waiting.add_metric(labels, entry.backlog.seconds(now))
+                allocated.add_metric(labels, sale.allocated)
+                accepted.add_metric(labels, sale.accepted)
+                available.add_metric(labels, sale.available)
+        yield from (current, ready, allocated, accepted, available, recorded, waiting)
 
 
 def _of_a_sale(name: str, documentation: str) -> GaugeMetricFamily:
@@ -121,11 +107,11 @@ def _of_a_sale(name: str, documentation: str) -> GaugeMetricFamily:
 
 
 class Metrics:
-    """The operator's metrics in a registry of their own."""
+    """The operator's metrics, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = telemetry.registry("operator")
-        self.sales = Sales()
+        self.sales = SaleMetrics()
         self.registry.register(self.sales)
         self.reconciles = Counter(
             "flashsale_operator_reconciles",
@@ -134,7 +120,7 @@ class Metrics:
         )
         self.failures = Counter(
             "flashsale_operator_failures",
-            "Reconciles and passes that failed, by what was away: redis, ledger, kafka, "
+            "Failed reconciles and resyncs, by the server that was away: redis, ledger, kafka, "
             "kubernetes, other.",
             ["server"],
             registry=self.registry,
@@ -164,15 +150,15 @@ class Metrics:
         )
         self.lost = Counter(
             "flashsale_operator_lost_units",
-            "Units that Redis had accepted and rebuilds found nowhere.",
+            "Units that Redis had accepted and that rebuilds found nowhere.",
             registry=self.registry,
         )
         self.last_success = Gauge(
             "flashsale_operator_last_success_timestamp_seconds",
-            "When a pass over all FlashSales last succeeded, in Unix seconds.",
+            "When a resync of all FlashSales last succeeded, in Unix seconds.",
             registry=self.registry,
         )
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,103 +1,109 @@
-"""When each FlashSale is reconciled: one task each, which is what keeps two from being at once."""
+"""The work queue: which FlashSale is reconciled next, and when it is reconciled again."""
 
 import asyncio
-import logging
 import random
 import time
-from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from flashsale_operator.kubernetes.client import KubeUnavailable
-from flashsale_operator.kubernetes.controller import Key, Rounds, Upshot, server_of
-from flashsale_operator.kubernetes.metrics import Metrics
-
-log = logging.getLogger(__name__)
-
-EVERY_SECONDS: Final = 5.0
-"""Between two reconciles of a quiet FlashSale: drift is healed and stock sampled that often."""
+RECONCILE_SECONDS: Final = 5.0
+"""Between two reconciles of a quiet FlashSale. Each repairs drift and samples the counts."""
 JITTER: Final = 0.2
-AT_ONCE: Final = 16
-"""Reconciles that run at the same time."""
 FIRST_BACKOFF_SECONDS: Final = 0.5
 LAST_BACKOFF_SECONDS: Final = 8.0
 AFTER_BOUND_SECONDS: Final = 0.2
-"""How long after startsAt or endsAt to look: Redis' clock is not the operator's."""
+"""Delay after startsAt or endsAt, because Redis' clock differs from the operator's."""
 
 
-def pause(upshot: Upshot, failures: int, now_ms: int, chance: float) -> float:
-    """Seconds until the next reconcile; `chance` is from 0 to 1."""
+class Key(NamedTuple):
+    """A FlashSale's namespace and name."""
+
+    namespace: str
+    name: str
+
+    @classmethod
+    def of(cls, sale_id: str) -> "Key":
+        return cls(*sale_id.split("/", 1))
+
+    @property
+    def sale_id(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """When a reconciled FlashSale is due again.
+
+    - `gone`: never, because it was deleted and its sale is closed.
+    - `failed`: after a back-off.
+    - `changes_ms`: soon after these times, at which the state may change. Unix milliseconds.
+    """
+
+    gone: bool = False
+    failed: bool = False
+    changes_ms: tuple[int, ...] = ()
+
+
+def pause(requeue: Requeue, failures: int, now_ms: int, chance: float) -> float:
+    """Returns the seconds until the next reconcile. `chance` is from 0 to 1."""
     jitter = 1 + JITTER * (2 * chance - 1)
-    seconds = EVERY_SECONDS * jitter
-    for bound_ms in upshot.changes_ms:
+    if failures:
+        backoff = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10)
+        return min(backoff, LAST_BACKOFF_SECONDS) * jitter
+    seconds = RECONCILE_SECONDS * jitter
+    for bound_ms in requeue.changes_ms:
         away = (bound_ms - now_ms) / 1000 + AFTER_BOUND_SECONDS
         if away > 0:
             seconds = min(seconds, away)
-    if failures:
-        backoff = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10)
-        seconds = min(backoff, LAST_BACKOFF_SECONDS) * jitter
     return seconds
 
 
-class Tending:
-    """Reconciles every FlashSale that was named once, again and again until it is gone."""
+@dataclass(slots=True)
+class _Entry:
+    """A FlashSale in the queue. `waiting`: it is due, or due again after its reconcile."""
 
-    def __init__(self, rounds: Callable[[], Rounds], metrics: Metrics) -> None:
-        self._rounds = rounds
-        self._metrics = metrics
-        self._turns = asyncio.Semaphore(AT_ONCE)
-        self._tasks: dict[Key, asyncio.Task[None]] = {}
-        self._woken: dict[Key, asyncio.Event] = {}
+    waiting: bool = False
+    taken: bool = False
+    failures: int = 0
+    timer: asyncio.TimerHandle | None = None
 
-    def __len__(self) -> int:
-        return len(self._tasks)
 
-    def tends(self, key: Key) -> bool:
-        """Whether the FlashSale is reconciled without being named again."""
-        return key in self._tasks
+class Queue:
+    """FlashSales in the order in which they are due. Each is taken by one worker at a time."""
+
+    def __init__(self) -> None:
+        self._due: asyncio.Queue[Key] = asyncio.Queue()
+        self._entries: dict[Key, _Entry] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
 
     def wake(self, key: Key) -> None:
-        """Has a FlashSale reconciled soon, also if it is being reconciled now."""
-        self._woken.setdefault(key, asyncio.Event()).set()
-        if key not in self._tasks:
-            self._tasks[key] = asyncio.create_task(self._tend(key), name=f"tending {key.sale_id}")
+        """Makes a FlashSale due now, or again after the reconcile that is running."""
+        entry = self._entries.setdefault(key, _Entry())
+        if entry.timer is not None:
+            entry.timer.cancel()
+        if not entry.waiting and not entry.taken:
+            self._due.put_nowait(key)
+        entry.waiting = True
 
-    async def close(self) -> None:
-        """Ends all of them, wherever they are: doing it again continues it."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def take(self) -> Key:
+        """Waits for a FlashSale that is due. The worker gives it back after its reconcile."""
+        key = await self._due.get()
+        entry = self._entries[key]
+        entry.waiting, entry.taken = False, True
+        return key
 
-    async def _tend(self, key: Key) -> None:
-        failures = 0
-        woken = self._woken[key]
-        while True:
-            woken.clear()
-            upshot = await self._reconcile(key)
-            if upshot.gone and not woken.is_set():
-                del self._tasks[key], self._woken[key]
-                return
-            failures = failures + 1 if upshot.failed else 0
-            seconds = pause(upshot, failures, time.time_ns() // 1_000_000, random.random())  # noqa: S311 - no secret
-            try:
-                async with asyncio.timeout(seconds):
-                    await woken.wait()
-            except TimeoutError:
-                continue
-
-    async def _reconcile(self, key: Key) -> Upshot:
-        async with self._turns:
-            began = time.monotonic()
-            try:
-                return await self._rounds().reconcile(key)
-            except KubeUnavailable as error:
-                self._metrics.failures.labels(server_of(error)).inc()
-                log.warning("%s: %s", key.sale_id, error)
-            except Exception:
-                # A mistake with one FlashSale must not keep the others from being reconciled.
-                self._metrics.failures.labels("other").inc()
-                log.exception("%s: the reconcile failed", key.sale_id)
-            finally:
-                self._metrics.reconciles.inc()
-                self._metrics.reconcile_seconds.observe(time.monotonic() - began)
-            return Upshot(failed=True)
+    def give_back(self, key: Key, requeue: Requeue) -> None:
+        """Queues a FlashSale again after its reconcile, unless it is gone."""
+        entry = self._entries[key]
+        entry.taken = False
+        entry.failures = entry.failures + 1 if requeue.failed else 0
+        if entry.waiting:
+            self._due.put_nowait(key)
+        elif requeue.gone:
+            del self._entries[key]
+        else:
+            chance = random.random()  # noqa: S311 - no secret
+            seconds = pause(requeue, entry.failures, time.time_ns() // 1_000_000, chance)
+            entry.timer = asyncio.get_running_loop().call_later(seconds, self.wake, key)

@@ -1,5 +1,7 @@
-"""The pass over everything, for what no watch tells: FlashSales that were deleted while nobody
-looked, closings that did not reach Redis, and keys of closed sales, to be freed.
+"""Resync everything periodically, to find changes that no watch reports.
+
+These are FlashSales that were deleted while no operator ran, closed sales that are still open in
+Redis, and the keys of closed sales, which can be freed.
 """
 
 import asyncio
@@ -14,12 +16,12 @@ from flashsale.errors import FlashsaleError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale
-from flashsale_operator.kubernetes.controller import Clients, Key, Rounds, server_of
-from flashsale_operator.kubernetes.queue import Tending
+from flashsale_operator.kubernetes.controller import Clients, Controller, server_of
+from flashsale_operator.kubernetes.queue import Key, Queue
 
 log = logging.getLogger(__name__)
 
-EVERY_SECONDS: Final = 10.0
+RESYNC_SECONDS: Final = 10.0
 
 _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
@@ -30,23 +32,23 @@ _HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
 def left_behind(
     declared: Sequence[SaleRow], objects: Sequence[Key], served: Sequence[str]
 ) -> list[Key]:
-    """The FlashSales of unclosed rows that are there no more, in the namespaces served (none: all).
+    """Returns the deleted FlashSales of unclosed rows, in the served namespaces (none means all).
 
-    The rows must have been read before the objects: a row is younger than its FlashSale.
+    The rows must be read before the objects, because a row is younger than its FlashSale.
     """
-    there = set(objects)
-    keys = [Key(*row.sale_id.split("/", 1)) for row in declared]
-    return [key for key in keys if key not in there and (not served or key.namespace in served)]
+    present = set(objects)
+    keys = [Key.of(row.sale_id) for row in declared]
+    return [key for key in keys if key not in present and (not served or key.namespace in served)]
 
 
 def unclosed(row: SaleRow, sale: Sale) -> bool:
-    """Whether the ledger has closed a sale that Redis has not."""
+    """Whether the sale is closed in the ledger but not in Redis."""
     closed = sale.stored_state in ("closed", "ended") and sale.revision >= row.revision
     return row.closed and not closed
 
 
 def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelta) -> bool:
-    """Whether to try: `free.lua` decides."""
+    """Whether to try to free the keys of a closed sale. `free.lua` decides."""
     return (
         row.closed
         and closed_for >= keep
@@ -56,14 +58,14 @@ def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelt
     )
 
 
-class Sweep:
-    """Passes again and again; a server that is away ends one, and the next one begins anew."""
+class Resync:
+    """Resyncs periodically. An outage ends one resync, and the next one starts again."""
 
     def __init__(
         self,
         clients: Clients,
-        rounds: Rounds,
-        tending: Tending,
+        controller: Controller,
+        queue: Queue,
         *,
         served: Sequence[str],
         keep_closed: timedelta,
@@ -72,43 +74,43 @@ class Sweep:
         self._inventory = clients.inventory
         self._pool = clients.pool
         self._metrics = clients.metrics
-        self._rounds = rounds
-        self._tending = tending
+        self._controller = controller
+        self._queue = queue
         self._served = served
         self._keep_closed = keep_closed
         self.ended = time.monotonic()
-        """When the last pass ended, well or not, of the monotonic clock."""
+        """When the last resync ended, successfully or not, on the monotonic clock."""
 
     async def run(self) -> None:
-        """Never returns."""
+        """Resyncs until it is cancelled."""
         failing = ""
         while True:
             try:
-                await self.sweep()
+                await self.resync()
                 self._metrics.last_success.set_to_current_time()
                 failing = ""
             except FlashsaleError as error:
                 self._metrics.failures.labels(server_of(error)).inc()
                 if failing != str(error):
-                    log.warning("a pass failed: %s", error)
+                    log.warning("resync failed: %s", error)
                 failing = str(error)
             self.ended = time.monotonic()
-            await asyncio.sleep(EVERY_SECONDS)
+            await asyncio.sleep(RESYNC_SECONDS)
 
-    async def sweep(self) -> None:
-        """One pass."""
-        await self._rounds.prepare()
+    async def resync(self) -> None:
+        """Resyncs once."""
+        await self._controller.prepare()
         async with ledger.translated():
             declared = [SaleRow.of(record) for record in await self._pool.fetch(_DECLARED)]
         objects = await self._objects()
         for key in objects:
-            if not self._tending.tends(key):
-                self._tending.wake(key)
+            if key not in self._queue:
+                self._queue.wake(key)
         for key in left_behind(declared, objects, self._served):
-            log.info("%s: its FlashSale is gone", key.sale_id)
-            self._tending.wake(key)
+            log.info("%s: its FlashSale was deleted", key.sale_id)
+            self._queue.wake(key)
         await self._inventory.index([row.item_id for row in declared])
-        await self._sweep_held()
+        await self._resync_redis()
 
     async def _objects(self) -> list[Key]:
         return [
@@ -117,8 +119,8 @@ class Sweep:
             for live in await self._kube.flash_sales(namespace)
         ]
 
-    async def _sweep_held(self) -> None:
-        """Looks at the sales that Redis holds."""
+    async def _resync_redis(self) -> None:
+        """Closes and frees sales in Redis that the ledger has closed."""
         held = await self._inventory.sales(await self._inventory.items(), skip_unreadable=True)
         rows = await self._rows([sale.sale_id for sale in held.values()])
         for sale in held.values():
@@ -126,22 +128,22 @@ class Sweep:
                 continue
             row, updated_at = rows[sale.sale_id]
             if unclosed(row, sale):
-                log.info("%s: closing it in Redis, as the ledger says", sale.sale_id)
+                log.info("%s: closed in the ledger, closing it in Redis", sale.sale_id)
                 await self._close(row, sale)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
                     sale.item_id, sale.sale_id, row.revision, row.accepted
                 )
-                log.info("%s: keys of %s: %s", sale.sale_id, sale.item_id, freed)
+                log.info("%s: freeing the keys of %s: %s", sale.sale_id, sale.item_id, freed)
                 if freed is Freed.FREED:
                     self._metrics.freed.inc()
 
     async def _close(self, row: SaleRow, sale: Sale) -> None:
         if sale.revision > row.revision:
-            # The ledger is an older copy: its revision has to pass Redis' first.
-            await self._rounds.close(sale.sale_id)
+            # The ledger is an older copy: its revision must rise above Redis' first.
+            await self._controller.close(sale.sale_id)
         else:
-            # Not a closing anew: the script refuses this one if it was applied again meanwhile.
+            # The script refuses this close if the manifest was applied again since.
             await self._inventory.close(sale.item_id, sale.sale_id, row.revision)
 
     async def _rows(self, sale_ids: Sequence[str]) -> Mapping[str, tuple[SaleRow, datetime]]:

@@ -1,37 +1,22 @@
-"""A FlashSale's status: pure, from what a reconcile found and the status before it."""
+"""A FlashSale's status: pure functions of a reconcile's result and the status before."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from typing import Any, Final, Self
 
-from flashsale.errors import FlashsaleError, LedgerUnavailable, RedisUnavailable
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
-from flashsale_operator.sales.decision import Reason
-from flashsale_operator.sales.offsets import KafkaUnavailable
-from flashsale_operator.sales.rebuild import Rebuilt
-from flashsale_operator.sales.reconciler import Report
+from flashsale_operator.sales.reconciler import Result
 
 SAMPLE_SECONDS: Final = 5.0
-"""How often, at most, a status is written in which only numbers or words changed."""
+"""Shortest time between two writes of a status in which only counts or messages changed."""
 MAX_MESSAGE: Final = 1024
-
-
-class Obstacle(StrEnum):
-    """Ready's reasons for what kept a reconcile from its end; `Reason` has the others."""
-
-    REDIS_UNAVAILABLE = "RedisUnavailable"
-    LEDGER_UNAVAILABLE = "LedgerUnavailable"
-    KAFKA_UNAVAILABLE = "KafkaUnavailable"
-    UNREADABLE = "Unreadable"
-    INVALID_SPEC = "InvalidSpec"
-    FAILED = "Failed"
+DELETED_MESSAGE: Final = "the FlashSale was deleted: no reservation is accepted"
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Units of a sale as Redis has them."""
+    """Units of a sale in Redis."""
 
     allocated: int
     accepted: int
@@ -43,25 +28,8 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a reconcile found. `reason` and `message` are Ready's, `told` is Open's message;
-    no `counts`: they are not known, or Redis has none of this sale. `recorded` is the accepted
-    units that the ledger has, if that is known; `rebuilt` what came back of a fenced sale.
-    """
-
-    state: SaleState
-    ready: bool
-    reason: Reason | Obstacle
-    message: str
-    told: str
-    counts: Counts | None = None
-    recorded: int | None = None
-    rebuilt: Rebuilt | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Condition:
-    """One condition of a status; `since` is its lastTransitionTime."""
+    """One condition of a status. `since` is its lastTransitionTime."""
 
     type: str
     status: str
@@ -94,7 +62,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A FlashSale's status; an empty one is that of a FlashSale that was never reconciled."""
+    """A FlashSale's status. It is empty before the first reconcile."""
 
     observed_generation: int | None = None
     sale_id: str | None = None
@@ -103,7 +71,7 @@ class Status:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Self:
-        """A status as the kube-apiserver gives it."""
+        """Reads a status from a FlashSale of the kube-apiserver."""
         numbers = [given[name] for name in ("allocated", "accepted", "available") if name in given]
         return cls(
             observed_generation=given.get("observedGeneration"),
@@ -113,7 +81,7 @@ class Status:
         )
 
     def json(self) -> dict[str, object]:
-        """The whole status as a merge patch."""
+        """Returns the whole status as a merge patch."""
         counts = self.counts
         return {
             "observedGeneration": self.observed_generation,
@@ -125,69 +93,38 @@ class Status:
         }
 
     def condition(self, kind: str) -> Condition | None:
-        """The condition of that type."""
+        """Returns the condition of that type."""
         return next((each for each in self.conditions if each.type == kind), None)
 
 
-def found_of(report: Report) -> Found:
-    """What a reconcile that came to its end found."""
-    sale = report.sale if report.sale and report.sale.sale_id == report.sale_id else None
-    reason: Reason | Obstacle = report.reason
-    if report.reason is Reason.FENCED and report.kept and report.kept.without_kafka:
-        reason = Obstacle.KAFKA_UNAVAILABLE
-    return Found(
-        state=report.state,
-        ready=report.ready,
-        reason=reason,
-        message="ledger and Redis are as the spec asks" if report.ready else report.message,
-        told=_told(report.state, report.message, sale),
-        counts=None if sale is None else Counts.of(sale),
-        recorded=None if report.row is None else report.row.accepted,
-        rebuilt=report.rebuilt,
-    )
+def next_status(before: Status, result: Result, *, generation: int, now: datetime) -> Status:
+    """Returns the status after `result`.
 
-
-def found_of_error(error: FlashsaleError, seen: tuple[SaleState, Sale] | None = None) -> Found:
-    """What is known when a reconcile met `error`; `seen` is what Redis says all the same."""
-    message = " ".join(str(error).split())
-    match error:
-        case RedisUnavailable():
-            reason = Obstacle.REDIS_UNAVAILABLE
-        case LedgerUnavailable():
-            reason = Obstacle.LEDGER_UNAVAILABLE
-        case KafkaUnavailable():
-            reason = Obstacle.KAFKA_UNAVAILABLE
-        case _:
-            reason = Obstacle.UNREADABLE
-    if seen is None:
-        return Found(SaleState.UNKNOWN, False, reason, message, f"not known: {message}")
-    state, sale = seen
-    return Found(state, False, reason, message, _told(state, message, sale), Counts.of(sale))
-
-
-def next_status(
-    before: Status, found: Found, *, sale_id: str, generation: int, now: datetime
-) -> Status:
-    """The status after `found`. A lastTransitionTime moves only when the condition's status does;
-    numbers that are not known now stay as they were.
+    A lastTransitionTime changes only with the status of its condition. Counts that are not known
+    now stay as they were.
     """
-    counts = found.counts or before.counts
-    ready = (str(found.ready), found.reason, found.message)
-    kinds = {"Ready": ready, "Open": _open(found), "SoldOut": _sold_out(found)}
+    sale = result.own_sale
+    message = "the ledger and Redis match the spec" if result.ready else result.message
+    conditions = {
+        "Ready": (str(result.ready), result.reason, message),
+        "Open": _open(result),
+        "SoldOut": _sold_out(sale),
+    }
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
-    conditions = []
-    for kind, (status, reason, message) in kinds.items():
+    after = []
+    for kind, (status, reason, words) in conditions.items():
         old = before.condition(kind)
         since = old.since if old is not None and old.status == status and old.since else at
-        conditions.append(
-            Condition(kind, status, str(reason), message[:MAX_MESSAGE], generation, since)
-        )
-    return Status(generation, sale_id, tuple(conditions), counts)
+        after.append(Condition(kind, status, str(reason), words[:MAX_MESSAGE], generation, since))
+    counts = before.counts if sale is None else Counts.of(sale)
+    return Status(generation, result.sale_id, tuple(after), counts)
 
 
 def worth_writing(before: Status, after: Status, seconds_since_written: float) -> bool:
-    """Whether to write a status: at once when a condition or the generation changed, and for
-    numbers and words alone every 5 s at most.
+    """Whether to write a status.
+
+    A changed condition or generation is written at once. Changes of only counts or messages are
+    written every `SAMPLE_SECONDS` at most.
     """
     if before == after:
         return False
@@ -202,40 +139,41 @@ def _outline(status: Status) -> Sequence[object]:
     ]
 
 
-def _open(found: Found) -> tuple[str, str, str]:
-    if found.state is SaleState.UNKNOWN:
-        return "Unknown", found.state, found.told
-    return str(found.state is SaleState.SELLING), found.state, found.told
+def _open(result: Result) -> tuple[str, str, str]:
+    known = result.state is not SaleState.UNKNOWN
+    status = str(result.state is SaleState.SELLING) if known else "Unknown"
+    return status, result.state, open_message(result)
 
 
-def _sold_out(found: Found) -> tuple[str, str, str]:
-    counts = found.counts
-    if counts is None:
-        return "Unknown", "Unknown", "Redis says nothing of this sale"
-    if counts.available <= 0:
-        return "True", "SoldOut", "nothing is available"
+def _sold_out(sale: Sale | None) -> tuple[str, str, str]:
+    if sale is None:
+        return "Unknown", "Unknown", "Redis has no counts of this sale"
+    if sale.available <= 0:
+        return "True", "SoldOut", "no units are available"
     return "False", "Available", "units are available"
 
 
-def _told(state: SaleState, message: str, sale: Sale | None) -> str:  # noqa: PLR0911 - a list of words
+def open_message(result: Result) -> str:  # noqa: PLR0911 - one message per state
+    """Returns the message of the Open condition, and of Events about the state."""
+    sale, message = result.own_sale, result.message
     starts_ms = None if sale is None else sale.starts_ms
     ends_ms = None if sale is None else sale.ends_ms
-    match state:
+    match result.state:
         case SaleState.SCHEDULED if starts_ms is not None:
-            return f"opens at {rfc3339_of_ms(starts_ms)}"
+            return f"the sale opens at {rfc3339_of_ms(starts_ms)}"
         case SaleState.SELLING if ends_ms is not None:
             return f"reservations are accepted until {rfc3339_of_ms(ends_ms)}"
         case SaleState.SELLING:
             return "reservations are accepted"
         case SaleState.SOLD_OUT:
-            return "all units are held; a larger spec.stock opens it again"
+            return "all units are sold: a larger spec.stock opens the sale again"
         case SaleState.PAUSED:
-            return "spec.paused is true: nothing is accepted"
+            return "spec.paused is true: no reservation is accepted"
         case SaleState.CLOSING:
-            return "deleted: nothing is accepted any more"
+            return DELETED_MESSAGE
         case SaleState.ENDED if ends_ms is not None:
-            return f"it ended at {rfc3339_of_ms(ends_ms)}"
+            return f"the sale ended at {rfc3339_of_ms(ends_ms)}"
         case SaleState.FENCED:
-            return f"Redis restarted or lost keys, so nothing is accepted: {message}"
+            return f"Redis restarted or lost keys, so no reservation is accepted: {message}"
         case _:
             return message

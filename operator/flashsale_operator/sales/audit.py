@@ -1,11 +1,13 @@
-"""Do Redis, outbox, topic and ledger agree?
+"""Check that Redis, the outbox, the topic and the ledger agree on every sale.
 
-Nothing stands still while it is looked at, so the order of the reads decides what a difference
-means: the ledger's rows, Redis, the topic's ends, the stored offsets, the ledger again. A unit is
-in Redis before it is in the ledger, so that the ledger's first count cannot be above Redis' unless
-Redis lost units. A unit that Redis had is in the outbox, or on the topic before its end was read,
-or counted by the second look at the ledger if that read to the end: else it is lost. What is in
-the outbox or unread is in flight.
+The stores change during the audit. So it reads them in an order that gives each difference one
+meaning: the ledger's rows, Redis, the topic's end offsets, the stored offsets, the ledger again.
+
+- Redis has a unit before the ledger has it. If the first count of the ledger is above Redis', Redis
+  lost units.
+- Each unit that Redis accepted is in the outbox, on the topic below its end, or in the second count
+  of the ledger. If the ledger has read the topic to its end, a unit found in none of them is lost.
+- Units in the outbox or in the unread part of the topic are in flight.
 """
 
 import asyncio
@@ -14,21 +16,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-import asyncpg
-
 from flashsale import events, ledger
 from flashsale.inventory import Inventory, ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales import offsets
-from flashsale_operator.sales.decision import ended, state_of
+from flashsale_operator.sales.decision import counted, ended, state_of
 from flashsale_operator.sales.offsets import Span
 
 LOOKS: Final = 5
-"""A disagreement must be there at each look: a change that is being carried out is not one."""
+"""Only a difference that every look finds is a disagreement. A change in progress is none."""
 BETWEEN_LOOKS_SECONDS: Final = 0.4
 
-# One statement, so that all of it is of one moment.
+# One statement, so that all counts are of the same moment.
 _TALLIES: Final = """
 SELECT s.*, r.*, b.*
 FROM sales s,
@@ -51,7 +51,7 @@ ORDER BY s.item_id, s.sale_id
 
 
 class Verdict(StrEnum):
-    """What an audit says of a sale."""
+    """The conclusion of an audit about one sale."""
 
     OK = "ok"
     IN_FLIGHT = "in flight"
@@ -60,8 +60,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """A sale's row in the ledger, and what its reservations add up to. Units, but for `refused`
-    (reservations) and `buyers_above_limit`.
+    """A sale's row in the ledger, and the sums of its reservations.
+
+    `accepted`, `released` and `refused_units` are units, and `refused` counts reservations.
     """
 
     row: SaleRow
@@ -74,8 +75,10 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One sale in all stores, in the order of the reads. `holder` is what Redis has for the item,
-    maybe another sale; `lag` counts the topic's records that the ledger had not read.
+    """The records of one sale in all stores, in the order of the reads.
+
+    `holder` is Redis' sale of the item, which may be another sale. `lag` counts the topic's records
+    that the ledger has not read.
     """
 
     before: SaleRow | None
@@ -86,7 +89,7 @@ class Facts:
 
     @property
     def sale(self) -> Sale | None:
-        """What Redis has of this sale."""
+        """Redis' record of this sale."""
         row = self.before or (None if self.after is None else self.after.row)
         if self.holder is None or row is None or self.holder.sale_id == row.sale_id:
             return self.holder
@@ -95,7 +98,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What an audit found of one sale; counts are None where a store has none."""
+    """An audit's result for one sale. A count is None if its store does not have the sale."""
 
     sale_id: str
     item_id: str
@@ -111,21 +114,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The findings of all sales looked at, and what is wrong with the topic as a whole."""
+    """The findings of the audited sales, and the faults of the topic as a whole."""
 
     findings: tuple[Finding, ...]
     topic_faults: tuple[str, ...]
 
     @property
     def agrees(self) -> bool:
-        """Whether every difference is work in flight."""
+        """Whether every difference is in flight."""
         return not self.topic_faults and all(
             finding.verdict is not Verdict.DISAGREES for finding in self.findings
         )
 
 
 def compare(facts: Facts) -> Finding:
-    """What the facts of one sale mean."""
+    """Returns the conclusion from the records of one sale."""
     sale, tally = facts.sale, facts.after
     row = None if tally is None else tally.row
     known = row or facts.before or sale
@@ -135,23 +138,24 @@ def compare(facts: Facts) -> Finding:
     differences = [*_within_redis(facts), *([] if tally is None else _within_ledger(tally))]
     missing = 0
     if sale is not None and row is None:
-        differences.append("the ledger has no row of it")
+        differences.append("the ledger has no row of the sale")
     if sale is not None and facts.before is not None and sale.accepted < facts.before.accepted:
-        differences.append(f"Redis lost {facts.before.accepted - sale.accepted} units")
+        differences.append(f"Redis lost {counted(facts.before.accepted - sale.accepted, 'unit')}")
     if sale is not None and tally is not None:
         missing = sale.accepted - tally.row.accepted - tally.refused_units
         if missing > 0 and not outbox and not facts.lag:
-            differences.append(f"{missing} units are neither in the ledger nor on their way to it")
+            differences.append(f"lost: {counted(missing, 'unit')}, not in ledger, outbox or topic")
     if differences:
         verdict = Verdict.DISAGREES
     else:
         verdict = Verdict.IN_FLIGHT if outbox or missing > 0 else Verdict.OK
     notes = differences
     if tally is not None and tally.buyers_above_limit:
-        # Not a fault in itself: who bought before maxPerUser was lowered keeps the units.
-        notes.append(f"{tally.buyers_above_limit} buyers hold more than {tally.row.max_per_user}")
+        # This is no fault. Buyers keep their units when maxPerUser is lowered.
+        buyers = counted(tally.buyers_above_limit, "buyer")
+        notes.append(f"above maxPerUser {tally.row.max_per_user}: {buyers}")
     if row is not None and row.lost:
-        notes.append(f"{row.lost} units were lost before it was rebuilt")
+        notes.append(f"lost before a rebuild: {counted(row.lost, 'unit')}")
     return Finding(
         sale_id=known.sale_id,
         item_id=known.item_id,
@@ -167,26 +171,26 @@ def compare(facts: Facts) -> Finding:
 
 
 def _within_redis(facts: Facts) -> list[str]:
-    """What is wrong with Redis' sale by itself or against what the ledger asks for."""
+    """Describes faults of Redis' sale, alone and compared with the ledger's row."""
     sale, server = facts.sale, facts.server
     row = facts.before
     if sale is None:
         state = state_of(row, facts.holder, server)
         if state is SaleState.FENCED:
-            return ["Redis has no keys of it"]
-        return ["another sale has its item"] if state is SaleState.ITEM_CONFLICT else []
+            return ["Redis has no keys of the sale"]
+        return ["another sale has the item"] if state is SaleState.ITEM_CONFLICT else []
     differences = []
     if sale.held > sale.allocated:
-        differences.append(f"oversold: {sale.held} units held of {sale.allocated} allocated")
+        differences.append(f"oversold: {sale.held} units held, {sale.allocated} allocated")
     if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
-        differences.append("fenced: Redis restarted or lost keys, and it is not rebuilt yet")
+        differences.append("fenced: Redis restarted or lost keys, and the sale is not rebuilt yet")
     if row is None:
         return differences
     after = row if facts.after is None else facts.after.row
     if sale.revision < row.revision and not ended(sale, server.now_ms):
-        differences.append(f"Redis has revision {sale.revision} of {row.revision}")
+        differences.append(f"Redis has revision {sale.revision}, the ledger {row.revision}")
     elif sale.revision > after.revision:
-        differences.append(f"the ledger has revision {after.revision} of {sale.revision}")
+        differences.append(f"the ledger has revision {after.revision}, Redis {sale.revision}")
     elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.held):
         differences.append(f"Redis allocates {sale.allocated}, the ledger {after.allocated}")
     return differences
@@ -196,24 +200,24 @@ def _within_ledger(tally: Tally) -> list[str]:
     row = tally.row
     differences = []
     if tally.accepted != row.accepted:
-        differences.append(f"reservations add up to {tally.accepted} units, not {row.accepted}")
+        differences.append(f"accepted: {row.accepted}, but reservations add up to {tally.accepted}")
     if tally.released != row.released:
-        differences.append(f"releases add up to {tally.released} units, not {row.released}")
+        differences.append(f"released: {row.released}, but releases add up to {tally.released}")
     if tally.refused:
         differences.append(
-            f"{tally.refused} reservations ({tally.refused_units} units) did not fit and were "
-            "refused"
+            f"refused by the ledger: {counted(tally.refused, 'reservation')} "
+            f"({counted(tally.refused_units, 'unit')})"
         )
     return differences
 
 
 async def audit(
     inventory: Inventory,
-    pool: "asyncpg.Pool[asyncpg.Record]",
+    pool: ledger.Pool,
     spans: Callable[[], Awaitable[Mapping[int, Span]]],
     item_id: str | None = None,
 ) -> Audit:
-    """Audits one item's sales, or all.
+    """Audits the sales of one item, or all sales.
 
     Raises `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable` and `ContractViolation`.
     """
@@ -228,7 +232,7 @@ async def audit(
 
 async def _look(
     inventory: Inventory,
-    pool: "asyncpg.Pool[asyncpg.Record]",
+    pool: ledger.Pool,
     spans: Callable[[], Awaitable[Mapping[int, Span]]],
     item_id: str | None,
 ) -> Audit:
@@ -262,7 +266,7 @@ async def _look(
     return Audit(tuple(found), offsets.faults(ends, stored))
 
 
-async def _tallies(pool: "asyncpg.Pool[asyncpg.Record]", item_id: str | None) -> list[Tally]:
+async def _tallies(pool: ledger.Pool, item_id: str | None) -> list[Tally]:
     async with ledger.translated():
         records = await pool.fetch(_TALLIES, item_id)
     return [

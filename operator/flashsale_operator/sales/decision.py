@@ -1,9 +1,11 @@
-"""What to do about a sale next: a pure decision over what is observed.
+"""Decide the next step of a sale: a pure function of the ledger's and Redis' records.
 
-Level-triggered: one action is carried out, everything is observed again, until `Done`. The order
-keeps stock from being made twice: the ledger's row is written before Redis is told, Redis is told
-what the row says, and keys are made without a rebuild only once, for a row that the same reconcile
-has inserted. A row without its keys means lost, never new.
+The reconciler carries out one action, observes again, and asks again until it gets `Done`. The
+order of the steps keeps units from being created twice:
+
+- The ledger's row is written before Redis changes, and Redis receives the row's contents.
+- Only the reconcile that inserted the row may seed its keys, and only once.
+- A row without keys otherwise means that Redis lost them. The sale is rebuilt from the ledger.
 """
 
 from dataclasses import dataclass
@@ -16,13 +18,15 @@ from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
 
 SEED_MS: Final = 5_000
-"""How old what was observed may be when keys are made for a new row: a rebuild of the same sale
-that others do meanwhile takes longer, since it waits for a heartbeat's expiry.
+"""Maximum age of the observation when keys are seeded for a new row, in milliseconds.
+
+A rebuild of the same sale by another process takes longer, because it waits until a heartbeat
+expires. So the seeding cannot follow such a rebuild.
 """
 
 
 class Reason(StrEnum):
-    """Why a sale is, or is not, as its manifest asks."""
+    """Why a sale does or does not match its manifest: the reason of the Ready condition."""
 
     APPLIED = "Applied"
     CLOSED = "Closed"
@@ -32,12 +36,17 @@ class Reason(StrEnum):
     SALE_ENDED = "SaleEnded"
     FENCED = "Fenced"
     SUPERSEDED = "Superseded"
-    UNSETTLED = "Unsettled"
+    NOT_CONVERGED = "NotConverged"
+    REDIS_UNAVAILABLE = "RedisUnavailable"
+    LEDGER_UNAVAILABLE = "LedgerUnavailable"
+    KAFKA_UNAVAILABLE = "KafkaUnavailable"
+    UNREADABLE = "Unreadable"
+    INVALID_SPEC = "InvalidSpec"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What keeps a sale fenced, in words; maybe for want of Kafka."""
+class StillFenced:
+    """Why a sale stays fenced, one phrase per cause. `without_kafka`: Kafka did not answer."""
 
     why: tuple[str, ...]
     without_kafka: bool = False
@@ -48,13 +57,15 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The ledger and Redis around one sale. Redis is read first, so that its revision is above
-    the row's only if the ledger lost something.
+    """The records of one sale in the ledger and Redis.
 
-    `row` is the sale's own, `others` are the other rows of the item; `sale` is what Redis holds
-    for the item, maybe another sale. `written` is the revision that this reconcile wrote: 1 says
-    that it inserted the row, for which it may have `seeded` keys since. `kept` says why this
-    reconcile could not have the sale rebuilt.
+    Redis is read first. So its revision is above the row's only if the ledger lost something.
+
+    - `sale` is Redis' sale of the item. It may be another sale.
+    - `row` is the sale's own row, and `others` are the other rows of the item.
+    - `written` is the revision that this reconcile wrote. 1 means that it inserted the row.
+    - `seeded`: this reconcile has tried to seed the keys of that row.
+    - `still_fenced` tells why this reconcile could not get the sale rebuilt.
     """
 
     server: ServerTime
@@ -63,15 +74,15 @@ class Observed:
     others: tuple[SaleRow, ...] = ()
     written: int | None = None
     seeded: bool = False
-    kept: Kept | None = None
+    still_fenced: StillFenced | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WriteRow:
-    """Write the manifest into the ledger, if the item's other rows are still `others`.
+    """Write the manifest into the ledger if the item's other rows are still `others`.
 
-    The row's revision goes above `above`: a ledger that was restored from a backup has a lower one
-    than Redis, which would refuse it.
+    The row's new revision must exceed `above`. A ledger that was restored from a backup can have a
+    lower revision than Redis, and Redis would refuse it.
     """
 
     others: tuple[SaleRow, ...]
@@ -80,7 +91,7 @@ class WriteRow:
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """Bring the sale of the ledger's row back into Redis, where `replaces` may have its item."""
+    """Restore the sale of `row` in Redis. `replaces` is the sale that has the item there now."""
 
     row: SaleRow
     replaces: Predecessor | None = None
@@ -88,7 +99,7 @@ class Rebuild:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Make Redis agree with the ledger's row; the arguments are `Inventory.apply`'s."""
+    """Make Redis agree with the ledger's row, by `Inventory.apply` with these arguments."""
 
     row: SaleRow
     seed_until_ms: int | None = None
@@ -108,29 +119,29 @@ Action = WriteRow | Rebuild | Apply | Done
 
 
 def decide(spec: SaleSpec, observed: Observed) -> Action:
-    """The next step towards `spec`."""
+    """Returns the next step towards `spec`."""
     row = observed.row
     if row is not None and row.item_id != spec.item_id:
         return Done(
             SaleState.UNKNOWN,
             Reason.ITEM_CHANGED,
-            f"spec.itemId: is immutable; {row.sale_id} sells {row.item_id}, "
-            "and another item needs a sale of another name",
+            f"spec.itemId is immutable: {row.sale_id} sells {row.item_id}, "
+            "and another item needs a FlashSale of another name",
         )
     sale = observed.sale
-    if row is not None and observed.written is not None and _asks_differently(row, spec):
+    if row is not None and observed.written is not None and _differs(row, spec):
         return Done(
             state_of(row, sale, observed.server),
             Reason.SUPERSEDED,
-            f"another apply has changed the sale meanwhile: revision {row.revision}",
+            f"another apply changed the sale at the same time: revision {row.revision}",
         )
     if sale is not None and sale.sale_id == spec.sale_id:
-        return _decide_held(spec, observed, sale)
+        return _decide_present(spec, observed, sale)
     return _decide_absent(spec, observed)
 
 
 def spec_of(row: SaleRow) -> SaleSpec:
-    """What a row of the ledger asks for."""
+    """Returns the request of a ledger row."""
     return SaleSpec(
         sale_id=row.sale_id,
         item_id=row.item_id,
@@ -144,7 +155,7 @@ def spec_of(row: SaleRow) -> SaleSpec:
 
 
 def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> SaleState:
-    """The state of a sale of which the ledger has `row` and Redis, for its item, `sale`."""
+    """Returns the state of a sale from its ledger row and Redis' sale of the item."""
     if sale is not None and (row is None or sale.sale_id == row.sale_id):
         return sale.state(server.now_ms, server.run_id)
     if row is None:
@@ -157,11 +168,16 @@ def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> Sale
 
 
 def ended(sale: Sale, now_ms: int) -> bool:
-    """Whether the sale's end was reached, which is for good; a closed sale may be continued."""
+    """Whether the sale has reached its end, which is final. A closed sale can be continued."""
     return sale.stored_state != "closed" and sale.finished(now_ms)
 
 
-def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
+def counted(number: int, noun: str) -> str:
+    """Returns the number with its noun: `1 unit`, `2 units`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     """Redis has the sale."""
     row, server = observed.row, observed.server
     state = sale.state(server.now_ms, server.run_id)
@@ -169,10 +185,10 @@ def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     behind = row is None or row.revision < sale.revision
     if over and (behind or state is not SaleState.FENCED):
         return _ended(row, spec, sale.ends_ms)
-    if row is None or behind or (not over and (row.closed or _asks_differently(row, spec))):
+    if row is None or behind or (not over and (row.closed or _differs(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
     if state is SaleState.FENCED:
-        return _fenced(observed.kept) if observed.kept else Rebuild(row)
+        return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row)
     wanted = "paused" if row.paused else "open"
     if (
         sale.revision != row.revision
@@ -184,14 +200,14 @@ def _decide_held(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
         return Done(
             state,
             Reason.STOCK_BELOW_HELD,
-            f"spec.stock {row.allocated} is below the {sale.held} units that buyers hold: "
-            f"{sale.allocated} stay allocated",
+            f"spec.stock {row.allocated} is below the {sale.held} units that buyers hold, "
+            f"so {sale.allocated} stay allocated",
         )
     return Done(state, Reason.APPLIED, f"{sale.available} of {sale.allocated} available")
 
 
 def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
-    """Redis has nothing for the item, or another sale."""
+    """Redis has no sale of the item, or another sale."""
     row, sale = observed.row, observed.sale
     now = utc_of_ms(observed.server.now_ms)
     inserted = row is not None and observed.written == row.revision == 1
@@ -199,16 +215,16 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
         return _ended(row, spec, _ms(row.ends_at))
     if obstacle := _obstacle(spec, observed, now):
         return Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
-    if row is None or row.closed or _asks_differently(row, spec):
+    if row is None or row.closed or _differs(row, spec):
         return WriteRow(observed.others)
     replaces = None if sale is None else Predecessor(sale.sale_id, sale.accepted)
     if inserted and not observed.seeded:
         return Apply(row, observed.server.now_ms + SEED_MS, replaces)
-    return _fenced(observed.kept) if observed.kept else Rebuild(row, replaces)
+    return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row, replaces)
 
 
 def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
-    """What keeps the sale from its item, in words."""
+    """Returns why the sale cannot have its item, or None."""
     sale, server = observed.sale, observed.server
     rivals = [
         other.sale_id
@@ -222,36 +238,33 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
     if not sale.finished(server.now_ms):
         state = sale.state(server.now_ms, server.run_id)
         return f"{spec.item_id} is sold by {sale.sale_id}, which is {state}"
-    waits = f"{sale.sale_id} had {spec.item_id} before and is not recorded whole yet"
+    waits = f"{sale.sale_id} sold {spec.item_id} before and is not fully recorded yet"
     if sale.outbox_length:
-        return f"{waits}: its outbox has {_counted(sale.outbox_length, 'event')}"
+        return f"{waits}: its outbox has {counted(sale.outbox_length, 'event')}"
     recorded = sum(other.accepted for other in observed.others if other.sale_id == sale.sale_id)
     if recorded != sale.accepted:
         return f"{waits}: {recorded} of {sale.accepted} accepted units"
     return None
 
 
-def _asks_differently(row: SaleRow, spec: SaleSpec) -> bool:
+def _differs(row: SaleRow, spec: SaleSpec) -> bool:
     return spec_of(row) != spec
 
 
 def _ended(row: SaleRow | None, spec: SaleSpec, ends_ms: int | None) -> Done:
-    at = "before" if ends_ms is None else f"at {rfc3339_of_ms(ends_ms)}"
-    if row is not None and not _asks_differently(row, spec):
-        return Done(SaleState.ENDED, Reason.APPLIED, f"it ended {at}")
+    at = "earlier" if ends_ms is None else f"at {rfc3339_of_ms(ends_ms)}"
+    if row is not None and not _differs(row, spec):
+        return Done(SaleState.ENDED, Reason.APPLIED, f"the sale ended {at}")
     return Done(
         SaleState.ENDED,
         Reason.SALE_ENDED,
-        f"it ended {at} and stays ended: a new sale needs a new name",
+        f"the sale ended {at} and stays ended: a new sale needs a new name",
     )
 
 
-def _fenced(kept: Kept) -> Done:
-    return Done(SaleState.FENCED, Reason.FENCED, str(kept))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _fenced(still_fenced: StillFenced) -> Done:
+    reason = Reason.KAFKA_UNAVAILABLE if still_fenced.without_kafka else Reason.FENCED
+    return Done(SaleState.FENCED, reason, str(still_fenced))
 
 
 def _ms(time: datetime | None) -> int | None:

@@ -1,9 +1,11 @@
-"""Waits until the ledger has everything of a fenced sale that was not lost.
+"""Wait until the ledger has every event of a fenced sale that was not lost.
 
-The order is what makes it a proof. First nobody may hold an event that Kafka lacks: the outbox is
-empty, and every pod that lives has said, after the last call that it can have had in flight, that
-it holds nothing. Then the topic's ends cover every event there will be. Then the ledger has read
-that far.
+The order of the waits makes this a proof:
+
+1. The outbox is empty, and every living pod has reported that it has no unacknowledged event. The
+   report is later than the last call that the pod can have had in flight.
+2. No new event can appear, so the topic's end offsets now cover all events.
+3. The ledger has read the topic up to these offsets.
 """
 
 import asyncio
@@ -12,24 +14,24 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import asyncpg
 from redis.asyncio import Redis
 
 from flashsale import events, heartbeat, ledger
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
+from flashsale_operator.sales.decision import counted
 from flashsale_operator.sales.offsets import Span, faults
 
 CALL_DEADLINE_MS: Final = 1_500
-"""Longer than an API pod waits for a script, so that what it may have accepted before the sale
-was fenced is in its heartbeat that much later."""
+"""Longer than an API pod waits for a script. A heartbeat that is sampled this long after the sale
+was fenced covers every event that the pod accepted before the fence."""
 
 Progress = Callable[[str], None]
 Spans = Callable[[], Awaitable[Mapping[int, Span]]]
 
 
-class Unsettled(FlashsaleError):
-    """Something of a sale may still be on its way to the ledger; `why` says what, in words."""
+class NotDrained(FlashsaleError):
+    """Events of the sale may still be on their way to the ledger. `why` has a phrase per cause."""
 
     def __init__(self, *why: str) -> None:
         super().__init__("; ".join(why))
@@ -40,9 +42,11 @@ class Unsettled(FlashsaleError):
 class Patience:
     """How long to wait, in seconds.
 
-    `seeding`: for another operator to make the keys of a new sale. `unseen`: after a flush a
-    living pod is not in the pods' set until it beats again. `quiet`: for pods to publish what they
-    hold. `recorded`: for the ledger to read what is on the topic.
+    - `seeding`: for another process to seed the keys of a new sale.
+    - `unseen`: for the heartbeat of a living pod. A flush of Redis deletes all heartbeats.
+    - `quiet`: for pods to publish their events.
+    - `recorded`: for the ledger to read the topic.
+    - `between`: between two looks.
     """
 
     seeding: float = 1.0
@@ -52,13 +56,13 @@ class Patience:
     between: float = 0.2
 
 
-class Barrier:
-    """Waits for sales; `progress` is told for what, when that changes."""
+class Drain:
+    """Waits until no event of a sale is in flight, and reports the wait's cause to `progress`."""
 
     def __init__(
         self,
         redis: "Redis",
-        pool: "asyncpg.Pool[asyncpg.Record]",
+        pool: ledger.Pool,
         spans: Spans,
         *,
         patience: Patience = Patience(),
@@ -71,51 +75,52 @@ class Barrier:
         self.patience = patience
         self._progress = progress
 
-    async def settled(
-        self, sale_id: str, item_id: str, look_after: Callable[[], Awaitable[None]]
+    async def wait(
+        self, sale_id: str, item_id: str, keep_fenced: Callable[[], Awaitable[None]]
     ) -> dict[int, int]:
-        """The offsets that the ledger has read to, when nothing of the sale is before them unread
-        and nothing comes after them.
+        """Waits until no event is in flight. Returns the topic's end offsets, which the ledger has
+        reached.
 
-        `look_after` is called at each look, to keep the sale fenced meanwhile. Raises `Unsettled`
-        at the deadline, `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable` and whatever
-        `look_after` raises.
+        Calls `keep_fenced` at each look. Raises `NotDrained` at the deadline, `RedisUnavailable`,
+        `LedgerUnavailable`, `KafkaUnavailable`, and the errors of `keep_fenced`.
         """
         sampled_from_ms = (await self._inventory.server()).now_ms + CALL_DEADLINE_MS
 
-        async def held() -> tuple[str, ...]:
-            await look_after()
-            return await self._held(item_id, sampled_from_ms)
+        async def unpublished() -> tuple[str, ...]:
+            await keep_fenced()
+            return await self._unpublished(item_id, sampled_from_ms)
 
         patience = self.patience
-        await self._until(sale_id, held, patience.quiet, at_least=patience.unseen)
+        await self._until(sale_id, unpublished, patience.quiet, at_least=patience.unseen)
         topic = await self._spans()
 
         async def unread() -> tuple[str, ...]:
-            await look_after()
+            await keep_fenced()
             return await self._unread(topic)
 
         await self._until(sale_id, unread, patience.recorded)
         return {number: span.end for number, span in topic.items()}
 
-    async def _held(self, item_id: str, sampled_from_ms: int) -> tuple[str, ...]:
-        """What may not be on the topic yet."""
+    async def _unpublished(self, item_id: str, sampled_from_ms: int) -> tuple[str, ...]:
+        """Returns why events may be missing from the topic."""
         found = []
         sale = (await self._inventory.sales([item_id])).get(item_id)
         if sale is not None and sale.outbox_length:
-            found.append(f"the outbox has {sale.outbox_length} events that Kafka has not")
+            events_left = counted(sale.outbox_length, "event")
+            found.append(f"the outbox has {events_left} that Kafka has not acknowledged")
         for pod in await heartbeat.living(self._redis):
             if pod.sampled_ms < sampled_from_ms:
-                found.append(f"pod {pod.pod_id} has not said what it holds")
-            elif events_held := pod.unacknowledged.get(item_id, 0):
-                found.append(f"pod {pod.pod_id} holds {events_held} events")
+                found.append(f"pod {pod.pod_id} has not reported its unacknowledged events yet")
+            elif number := pod.unacknowledged.get(item_id, 0):
+                found.append(f"pod {pod.pod_id} has {counted(number, 'unacknowledged event')}")
         return tuple(found)
 
     async def _unread(self, topic: Mapping[int, Span]) -> tuple[str, ...]:
-        """What of the topic the ledger has not read."""
+        """Returns why the ledger may lack events of the topic."""
         stored = await ledger.stored_offsets(self._pool, events.TOPIC)
         late = tuple(
-            f"the ledger has read partition {number} to {stored.get(number, 0)} of {span.end}"
+            f"the ledger has read partition {number} to offset {stored.get(number, 0)} "
+            f"of {span.end}"
             for number, span in sorted(topic.items())
             if stored.get(number, 0) < span.end
         )
@@ -129,17 +134,20 @@ class Barrier:
         *,
         at_least: float = 0.0,
     ) -> None:
-        """Looks until nothing is found, from `at_least` to `seconds`; then raises `Unsettled`."""
-        began, told = time.monotonic(), ""
+        """Looks until nothing is found, for at least `at_least` and at most `seconds`.
+
+        Raises `NotDrained` if something is still found then.
+        """
+        began, reported = time.monotonic(), ""
         while True:
             found = await look()
             waited = time.monotonic() - began
             if not found and waited >= at_least:
                 return
             if waited >= max(seconds, at_least):
-                raise Unsettled(*found)
-            tell = found[0] if found else "listening for API pods"
-            if tell != told:
-                self._progress(f"{sale_id}: {tell}")
-                told = tell
+                raise NotDrained(*found)
+            cause = found[0] if found else "waiting for heartbeats of API pods"
+            if cause != reported:
+                self._progress(f"{sale_id}: {cause}")
+                reported = cause
             await asyncio.sleep(self.patience.between)

@@ -1,13 +1,13 @@
-"""FlashSale manifests: YAML in, `SaleSpec` out, or every mistake in words.
+"""Parse FlashSale manifests: from YAML to `SaleSpec`, or to a list of all mistakes.
 
-The rules are a table, since the CRD must say the same for the same mistakes.
+The rules are a table. The CRD has the same rules, and a test compares the two.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import yaml
 
@@ -16,6 +16,7 @@ from flashsale.fields import ITEM_ID_PATTERN, MAX_DISPLAY_NAME, MAX_PER_USER, MA
 from flashsale.sale import SaleSpec
 
 GROUP: Final = "flashsale.dev"
+"""The API group. docs/adr/0008-the-api-group.md tells why it has only this one constant."""
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "FlashSale"
@@ -26,71 +27,75 @@ _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 NAME_PATTERN: Final = rf"^(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\Z"
 NAMESPACE_PATTERN: Final = rf"^{_LABEL}\Z"
 DISPLAY_NAME_PATTERN: Final = rf"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{{1,{MAX_DISPLAY_NAME}}}\Z"
-# Years from 2000 to 2999: no offset carries such a time out of what a datetime can hold.
+# Years from 2000 to 2999: with any offset, such a time stays in the range of a datetime.
 TIME_PATTERN: Final = r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)\Z"
 
 
 class ManifestError(FlashsaleError):
-    """A manifest is wrong; `mistakes` are lines that name a field and its rule each."""
+    """A manifest is wrong. Each line of `mistakes` names a field and its rule."""
 
     def __init__(self, mistakes: list[str]) -> None:
         super().__init__("\n".join(mistakes))
         self.mistakes = tuple(mistakes)
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """A field and its rule. Null is as good as absent, as in a CRD."""
+class Rule(NamedTuple):
+    """A rule in words, and the check that a value follows it."""
 
-    name: str
     must: str
     holds: Callable[[object], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field and its rule. As in a CRD, a null field counts as absent."""
+
+    name: str
+    rule: Rule
     required: bool = False
     default: object = None
 
 
-def _integer(low: int, high: int) -> tuple[str, Callable[[object], bool]]:
-    return (
+def _integer(low: int, high: int) -> Rule:
+    return Rule(
         f"must be an integer from {low} to {high}",
         lambda value: type(value) is int and low <= value <= high,
     )
 
 
-def _text(must: str, pattern: str) -> tuple[str, Callable[[object], bool]]:
-    return must, lambda value: isinstance(value, str) and re.match(pattern, value) is not None
+def _text(must: str, pattern: str) -> Rule:
+    return Rule(must, lambda value: isinstance(value, str) and re.match(pattern, value) is not None)
 
 
-def _exactly(wanted: str) -> tuple[str, Callable[[object], bool]]:
-    return f"must be {wanted}", lambda value: value == wanted
+def _exactly(wanted: str) -> Rule:
+    return Rule(f"must be {wanted}", lambda value: value == wanted)
 
 
-def _time() -> tuple[str, Callable[[object], bool]]:
-    def holds(value: object) -> bool:
-        if not isinstance(value, str) or not re.match(TIME_PATTERN, value, re.ASCII):
-            return False
-        try:
-            datetime.fromisoformat(value)
-        except ValueError:
-            return False
-        return True
-
-    return "must be an RFC 3339 time with an offset, such as 2026-11-27T09:00:00Z", holds
+def _is_time(value: object) -> bool:
+    if not isinstance(value, str) or not re.match(TIME_PATTERN, value, re.ASCII):
+        return False
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
 
 
-def _mapping() -> tuple[str, Callable[[object], bool]]:
-    return "must be a mapping", lambda value: isinstance(value, dict)
-
-
+MAPPING: Final = Rule("must be a mapping", lambda value: isinstance(value, dict))
+BOOLEAN: Final = Rule("must be true or false", lambda value: isinstance(value, bool))
+TIME: Final = Rule(
+    "must be an RFC 3339 time with an offset, such as 2026-11-27T09:00:00Z", _is_time
+)
 TOP_FIELDS: Final = (
-    Field("apiVersion", *_exactly(API_VERSION), required=True),
-    Field("kind", *_exactly(KIND), required=True),
-    Field("metadata", *_mapping(), required=True),
-    Field("spec", *_mapping(), required=True),
+    Field("apiVersion", _exactly(API_VERSION), required=True),
+    Field("kind", _exactly(KIND), required=True),
+    Field("metadata", MAPPING, required=True),
+    Field("spec", MAPPING, required=True),
 )
 METADATA_FIELDS: Final = (
     Field(
         "metadata.name",
-        *_text(
+        _text(
             "must be a DNS-1123 name: at most 253 characters, lower-case letters, digits, - and .",
             NAME_PATTERN,
         ),
@@ -98,7 +103,7 @@ METADATA_FIELDS: Final = (
     ),
     Field(
         "metadata.namespace",
-        *_text(
+        _text(
             "must be a DNS-1123 label: at most 63 characters, lower-case letters, digits and -",
             NAMESPACE_PATTERN,
         ),
@@ -108,7 +113,7 @@ METADATA_FIELDS: Final = (
 SPEC_FIELDS: Final = (
     Field(
         "spec.itemId",
-        *_text(
+        _text(
             "must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ - and begin with a letter or "
             "a digit",
             ITEM_ID_PATTERN,
@@ -117,20 +122,18 @@ SPEC_FIELDS: Final = (
     ),
     Field(
         "spec.displayName",
-        *_text(
+        _text(
             f"must be 1 to {MAX_DISPLAY_NAME} characters, none of them a control character",
             DISPLAY_NAME_PATTERN,
         ),
     ),
-    Field("spec.stock", *_integer(0, MAX_STOCK), required=True),
-    Field("spec.maxPerUser", *_integer(1, MAX_PER_USER), default=1),
-    Field("spec.startsAt", *_time()),
-    Field("spec.endsAt", *_time()),
-    Field(
-        "spec.paused", "must be true or false", lambda value: isinstance(value, bool), default=False
-    ),
+    Field("spec.stock", _integer(0, MAX_STOCK), required=True),
+    Field("spec.maxPerUser", _integer(1, MAX_PER_USER), default=1),
+    Field("spec.startsAt", TIME),
+    Field("spec.endsAt", TIME),
+    Field("spec.paused", BOOLEAN, default=False),
 )
-# What the kube-apiserver or kubectl may add to an object; it says nothing about the sale.
+# Fields that the kube-apiserver or kubectl adds to an object. They do not describe the sale.
 IGNORED_TOP: Final = frozenset({"status"})
 IGNORED_METADATA: Final = frozenset(
     {
@@ -142,9 +145,10 @@ IGNORED_METADATA: Final = frozenset(
 
 
 def parse(text: str) -> list[SaleSpec]:
-    """The sales of a YAML text, one a document; empty documents are skipped.
+    """Returns the sales of a YAML text, one per document. Empty documents are skipped.
 
-    Raises `ManifestError` with the mistakes of all documents, each named if there are several.
+    Raises `ManifestError` with the mistakes of all documents. If there are several documents, each
+    mistake names its document.
     """
     try:
         documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
@@ -153,7 +157,7 @@ def parse(text: str) -> list[SaleSpec]:
     except RecursionError:
         raise ManifestError(["not YAML: nested too deeply"]) from None
     if not documents:
-        raise ManifestError(["no FlashSale in it"])
+        raise ManifestError(["contains no FlashSale"])
     specs: list[SaleSpec] = []
     mistakes: list[str] = []
     for number, document in enumerate(documents, 1):
@@ -164,7 +168,7 @@ def parse(text: str) -> list[SaleSpec]:
             mistakes += [where + mistake for mistake in error.mistakes]
             continue
         if any(spec.sale_id == other.sale_id for other in specs):
-            mistakes.append(f"{where}metadata.name: {spec.sale_id} is there twice")
+            mistakes.append(f"{where}metadata.name: {spec.sale_id} appears twice")
         specs.append(spec)
     if mistakes:
         raise ManifestError(mistakes)
@@ -172,7 +176,7 @@ def parse(text: str) -> list[SaleSpec]:
 
 
 def sale_spec(document: object) -> SaleSpec:
-    """The sale of one manifest, as YAML or the kube-apiserver gives it; raises `ManifestError`."""
+    """Returns the sale of one parsed manifest. Raises `ManifestError`."""
     if not isinstance(document, dict):
         raise ManifestError(["must be a mapping: a FlashSale"])
     mistakes: list[str] = []
@@ -213,7 +217,7 @@ def _read(
     ignored: frozenset[str],
     mistakes: list[str],
 ) -> dict[str, Any]:
-    """The values that keep their rules, by the last word of the field's name."""
+    """Returns the valid values by the last part of the field's name, and adds to `mistakes`."""
     values: dict[str, Any] = {}
     known = {field.name.rpartition(".")[2]: field for field in fields}
     mistakes += [
@@ -228,10 +232,10 @@ def _read(
                 mistakes.append(f"{field.name}: is required")
             elif field.default is not None:
                 values[key] = field.default
-        elif field.holds(value):
+        elif field.rule.holds(value):
             values[key] = value
         else:
-            mistakes.append(f"{field.name}: {field.must}")
+            mistakes.append(f"{field.name}: {field.rule.must}")
     return values
 
 
@@ -240,7 +244,7 @@ def _ms(time: str) -> int:
 
 
 def _shown(key: object) -> str:
-    """A field's name as the manifest has it, whatever it has, short and in ASCII."""
+    """Returns any field name of a manifest as short ASCII text."""
     shown = key if isinstance(key, str) and re.match(r"^[\w./-]+\Z", key, re.ASCII) else ascii(key)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -254,18 +258,22 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as a manifest needs it: no aliases (a few lines may stand for gigabytes), no tags, no
-    key twice, and of the scalars that YAML 1.1 reads by itself only the ones that JSON has.
+    """A strict YAML loader for manifests.
+
+    It refuses tags, duplicate keys, and aliases, which can expand a few lines to gigabytes. Of
+    YAML 1.1's implicit scalar types it knows only those of JSON.
     """
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's convention
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         refused = "alias" if isinstance(event, yaml.AliasEvent) else getattr(event, "tag", None)
         if refused not in (None, "!"):
-            what = "aliases are" if refused == "alias" else "a tag is"
-            raise yaml.composer.ComposerError(None, None, f"{what} not taken", event.start_mark)
+            kind = "aliases" if refused == "alias" else "tags"
+            raise yaml.composer.ComposerError(
+                None, None, f"{kind} are not allowed", event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -273,7 +281,7 @@ class _Loader(yaml.SafeLoader):
         for key in self._keys(node):
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{_shown(key)} is there twice", node.start_mark
+                    None, None, f"{_shown(key)} appears twice", node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -282,12 +290,12 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, "a field's name must be text", key_node.start_mark
+                    None, None, "a field name must be text", key_node.start_mark
                 )
             yield self.construct_object(key_node)
 
 
-# A number of more digits than any field takes stays text: reading it would take seconds.
+# A number with more digits than any field allows stays text, because to parse it can take seconds.
 for _tag, _pattern, _first in (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
     ("int", r"^-?(?:0|[1-9]\d{0,17})\Z", "-0123456789"),

@@ -1,4 +1,4 @@
-"""The topic of reservation events, as far as the operator looks into it: its offsets."""
+"""Read the offsets of the topic of reservation events, and compare them with the ledger's."""
 
 import asyncio
 from collections.abc import Mapping
@@ -20,14 +20,17 @@ class KafkaUnavailable(FlashsaleError):
 
 
 class Span(NamedTuple):
-    """A partition's records: from the first one that is still there to the next one to come."""
+    """A partition's offsets: of the first record that is left, and of the next one to come."""
 
     first: int
     end: int
 
 
 async def spans(kafka: KafkaSettings, topic: str = events.TOPIC) -> Mapping[int, Span]:
-    """The topic's partitions; none if there is no such topic. Raises `KafkaUnavailable`."""
+    """Returns the span of each partition, or none if the topic does not exist.
+
+    Raises `KafkaUnavailable`.
+    """
     client = kafka.kafka_client()
     admin = AIOKafkaAdminClient(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
     consumer = AIOKafkaConsumer(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
@@ -35,7 +38,7 @@ async def spans(kafka: KafkaSettings, topic: str = events.TOPIC) -> Mapping[int,
         async with asyncio.timeout(TIMEOUT_SECONDS):
             try:
                 await admin.start()
-                # All topics: to ask for one by name may create it.
+                # Describe all topics, because to ask for one by name can create it.
                 partitions = [
                     TopicPartition(topic, partition["partition"])
                     for described in await admin.describe_topics()
@@ -59,25 +62,25 @@ async def spans(kafka: KafkaSettings, topic: str = events.TOPIC) -> Mapping[int,
 
 
 def behind(topic: Mapping[int, Span], stored: Mapping[int, int]) -> int:
-    """Records that the ledger has still to read, by its stored offsets."""
+    """Counts the records that the ledger has not read, by its stored offsets."""
     return sum(
         max(0, span.end - max(span.first, stored.get(number, 0))) for number, span in topic.items()
     )
 
 
 def faults(topic: Mapping[int, Span], stored: Mapping[int, int]) -> tuple[str, ...]:
-    """What cannot be made good by reading on, in words: records are gone from the topic."""
+    """Describes records that are missing from the topic. To read on cannot fix these faults."""
     found = []
     for number in sorted({*topic, *stored}):
         next_offset, (first, end) = stored.get(number, 0), topic.get(number, Span(0, 0))
         if next_offset > end:
             found.append(
-                f"partition {number} ends at {end} and {next_offset} are recorded: "
-                "the topic was made anew, or Kafka lost records"
+                f"partition {number} ends at offset {end}, but the ledger has read to "
+                f"{next_offset}: the topic was recreated, or Kafka lost records"
             )
         elif next_offset < first:
             found.append(
-                f"partition {number} begins at {first} and only {next_offset} are recorded: "
-                "records were deleted unread"
+                f"partition {number} begins at offset {first}, but the ledger has read only to "
+                f"{next_offset}: records were deleted unread"
             )
     return tuple(found)

@@ -1,11 +1,16 @@
-"""Rebuilds a fenced sale in Redis from the ledger.
+"""Rebuild a fenced sale in Redis from the ledger.
 
-In this order: the ledger gives the rebuild a revision, which names it; the sale is fenced for it,
-or a marker put where its keys are gone; the outbox that survived is drained, every living pod
-holds nothing of it, and the ledger has read the topic to its end (barrier.py); the ledger notes
-that it refuses from now on what was accepted before and was not in it; buyers and reservations are
-written; the run is stamped last. Until then the API answers 503. What PostgreSQL or Kafka cannot
-show now, keeps the sale fenced.
+The steps, in this order:
+
+1. The ledger gives the rebuild a revision, which is its name.
+2. The sale is fenced for the rebuild. If its keys are lost, a marker takes their place.
+3. The rebuild waits until no event of the sale is in flight (drain.py).
+4. The ledger notes the rebuild. From then on it refuses events that were accepted before and are
+   not in it yet.
+5. Buyers and reservations are written to Redis.
+6. The sale is stamped with Redis' run, and the API accepts reservations again.
+
+If PostgreSQL or Kafka cannot confirm a step, the sale stays fenced.
 """
 
 import asyncio
@@ -23,10 +28,10 @@ from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Record
 from flashsale.sale import Predecessor
-from flashsale_operator.sales.decision import Kept, spec_of
-from flashsale_operator.sales.drain import Barrier, Unsettled
+from flashsale_operator.sales.decision import StillFenced, counted, spec_of
+from flashsale_operator.sales.drain import Drain, NotDrained
 from flashsale_operator.sales.offsets import KafkaUnavailable
-from flashsale_operator.sales.recovery import LEASE_MS, PAGE, Fenced, Recovery, Trusted
+from flashsale_operator.sales.recovery import LEASE_MS, RESTORE_PAGE, Fenced, Recovery, Trusted
 
 _CLAIM: Final = """
 UPDATE sales SET revision = greatest(revision, $2) + 1, updated_at = now()
@@ -49,24 +54,25 @@ _BUYERS: Final = """
 SELECT user_id, sum(quantity) AS units
 FROM reservations WHERE sale_id = $1 AND state = 'accepted' GROUP BY user_id
 """
-_ENDED_OTHERWISE: Final = {
-    Fenced.REBUILDING: "another operator or flashsalectl rebuilds it",
-    Fenced.SUPERSEDED: "it was changed or rebuilt by another meanwhile: it begins again",
-    Fenced.UNDRAINED: "the outbox has events that Kafka has not",
+_INTERRUPTED: Final = {
+    Fenced.REBUILDING: "another operator or flashsalectl is rebuilding it",
+    Fenced.SUPERSEDED: "another process changed or rebuilt it: the rebuild starts again",
+    Fenced.UNDRAINED: "the outbox has events that Kafka has not acknowledged",
     Fenced.CONFLICT: "Redis has another sale of the item",
-    Trusted.SUPERSEDED: "it was changed or rebuilt by another meanwhile: it begins again",
-    Trusted.RESTARTED: "Redis restarted meanwhile: it begins again",
-    Trusted.INCOMPLETE: "Redis does not hold what was written: it begins again",
+    Trusted.SUPERSEDED: "another process changed or rebuilt it: the rebuild starts again",
+    Trusted.RESTARTED: "Redis restarted during the rebuild: it starts again",
+    Trusted.INCOMPLETE: "Redis lost a part of the rebuild: it starts again",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """A sale that is trusted again; counts are units but for `reservations` and `seconds`.
+    """A sale that is trusted again. `accepted`, `redis_lacked` and `lost` are units.
 
-    `redis_lacked` were in the ledger and not in Redis. `lost` were accepted by the Redis that came
-    back and are not in the ledger: their events are nowhere, or were refused. `seconds` is how
-    long it took to write, without the wait for what was on its way.
+    - `redis_lacked` were in the ledger and missing in Redis.
+    - `lost` had been accepted by Redis and are not in the ledger: their events are lost, or the
+      ledger refused them.
+    - `seconds` is the time of the writing, without the wait for events in flight.
     """
 
     accepted: int
@@ -76,56 +82,57 @@ class Rebuilt:
     seconds: float = 0.0
 
     @property
-    def brought(self) -> bool:
-        """Whether there was anything to bring back, or to miss."""
+    def changed(self) -> bool:
+        """Whether the rebuild restored or missed anything."""
         return bool(self.reservations or self.redis_lacked or self.lost)
 
     def __str__(self) -> str:
-        lost = f"; {self.lost} that Redis had accepted are not recorded" if self.lost else ""
         return (
-            f"{self.accepted} accepted units in {self.reservations} reservations came from the "
-            f"ledger, {self.redis_lacked} of them gone from Redis{lost}"
+            f"restored {counted(self.accepted, 'accepted unit')} in "
+            f"{counted(self.reservations, 'reservation')} from the ledger; "
+            f"missing in Redis: {self.redis_lacked}; lost: {self.lost}"
         )
 
 
-class _Superseded(FlashsaleError):
-    """The rebuild has come to an end that is not its own."""
+class _Interrupted(FlashsaleError):
+    """Another process or a restart of Redis ended the rebuild."""
 
     def __init__(self, answer: Fenced | Trusted) -> None:
-        super().__init__(_ENDED_OTHERWISE[answer])
+        super().__init__(_INTERRUPTED[answer])
 
 
-class Rebuild:
-    """Rebuilds sales; any number may work at once, also on the same sale: one of them does it."""
+class Rebuilder:
+    """Rebuilds sales. Any number may work at once: one of them rebuilds a sale."""
 
     def __init__(
         self,
         redis: "Redis",
-        pool: "asyncpg.Pool[asyncpg.Record]",
-        barrier: Barrier,
+        pool: ledger.Pool,
+        drain: Drain,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._inventory = Inventory(redis)
         self._recovery = Recovery(redis)
         self._pool = pool
-        self._barrier = barrier
+        self._drain = drain
         self._progress = progress
 
-    async def rebuild(self, row: SaleRow, replaces: Predecessor | None = None) -> Rebuilt | Kept:
-        """Brings a sale back, or says what keeps it fenced.
+    async def rebuild(
+        self, row: SaleRow, replaces: Predecessor | None = None
+    ) -> Rebuilt | StillFenced:
+        """Restores a sale, or returns why it stays fenced.
 
-        `replaces`: the finished sale that Redis has for the item, whose rows are recorded, and its
-        accepted units. Raises `RedisUnavailable`, `LedgerUnavailable` and `ContractViolation`;
-        doing it again begins anew.
+        `replaces` is the finished sale that has the item in Redis. Raises `RedisUnavailable`,
+        `LedgerUnavailable` and `ContractViolation`. Another call starts from the beginning.
         """
         try:
             return await self._rebuild(row.sale_id, row.item_id, replaces)
-        except Unsettled as error:
-            return Kept(error.why)
+        except NotDrained as error:
+            return StillFenced(error.why)
         except KafkaUnavailable as error:
-            return Kept((str(error),), without_kafka=True)
-        except _Superseded as error:
-            return Kept((str(error),))
+            return StillFenced((str(error),), without_kafka=True)
+        except _Interrupted as error:
+            return StillFenced((str(error),))
 
     async def _rebuild(self, sale_id: str, item_id: str, replaces: Predecessor | None) -> Rebuilt:
         run_id = (await self._inventory.server()).run_id
@@ -133,10 +140,10 @@ class Rebuild:
         if had is not None and had.sale_id != sale_id:
             had = None
         if had is None:
-            # Another operator may have written a new sale's row just now and be about to seed.
-            await asyncio.sleep(self._barrier.patience.seeding)
+            # Another process may have inserted the row of a new sale and be about to seed it.
+            await asyncio.sleep(self._drain.patience.seeding)
         if await self._recovery.rebuilding(item_id):
-            raise _Superseded(Fenced.REBUILDING)
+            raise _Interrupted(Fenced.REBUILDING)
         row = await self._claim(sale_id, above=0 if had is None else had.revision)
         spec, claim = spec_of(row), row.revision
 
@@ -150,21 +157,23 @@ class Rebuild:
                 lease_ms=lease_ms,
             )
             if answer is Fenced.UNSUPPORTED:
-                raise ContractViolation(f"{item_id}: Redis has a sale this version cannot read")
-            if answer in _ENDED_OTHERWISE:
-                raise _Superseded(answer)
+                raise ContractViolation(
+                    f"{item_id}: Redis has a sale that this version cannot read"
+                )
+            if answer in _INTERRUPTED:
+                raise _Interrupted(answer)
             return answer
 
-        async def look_after() -> None:
+        async def keep_fenced() -> None:
             if await fence() is Fenced.TRUSTED:
-                raise _Superseded(Fenced.SUPERSEDED)
+                raise _Interrupted(Fenced.SUPERSEDED)
 
         if await fence() is Fenced.TRUSTED:
             return Rebuilt(row.accepted)
         try:
-            offsets = await self._barrier.settled(sale_id, item_id, look_after)
-        except (Unsettled, KafkaUnavailable):
-            await fence(lease_ms=0)  # the next one need not wait for this one
+            offsets = await self._drain.wait(sale_id, item_id, keep_fenced)
+        except (NotDrained, KafkaUnavailable):
+            await fence(lease_ms=0)  # so that the next rebuild need not wait for this one
             raise
         began = time.monotonic()
         redis_had = 0 if had is None else had.accepted
@@ -181,7 +190,7 @@ class Rebuild:
             buyers=buyers,
         )
         if ended is not Trusted.TRUSTED:
-            raise _Superseded(ended)
+            raise _Interrupted(ended)
         return Rebuilt(
             accepted=accepted,
             reservations=reservations,
@@ -191,20 +200,21 @@ class Rebuild:
         )
 
     async def _claim(self, sale_id: str, *, above: int) -> SaleRow:
-        """Takes the next revision of the sale for this rebuild."""
+        """Takes the sale's next revision for this rebuild."""
         async with ledger.translated():
             record = await self._pool.fetchrow(_CLAIM, sale_id, above)
         if record is None:
-            raise ContractViolation(f"{sale_id}: the ledger has no row of it any more")
+            raise ContractViolation(f"{sale_id}: the ledger has lost its row")
         return SaleRow.of(record)
 
     async def _note(
         self, sale_id: str, claim: int, offsets: Mapping[int, int], redis_had: int
     ) -> tuple[int, int]:
-        """Has the ledger refuse from now on what the rebuild will not have seen; returns the units
-        that it has accepted and released, which stay what they are.
+        """Makes the ledger refuse older events that it does not have yet.
 
-        Not if the sale was changed or claimed since, or the ledger is an older copy by now.
+        Returns the accepted and the released units, which are now final for the rebuild. Raises
+        `_Interrupted` if the sale was changed or claimed since, or if the ledger was replaced by an
+        older copy.
         """
         async with (
             ledger.translated(),
@@ -219,11 +229,11 @@ class Rebuild:
             if counts is None or any(
                 stored.get(number, 0) < offset for number, offset in offsets.items()
             ):
-                raise _Superseded(Fenced.SUPERSEDED)
+                raise _Interrupted(Fenced.SUPERSEDED)
             return counts["accepted"], counts["released"]
 
     async def _write(self, row: SaleRow, claim: int) -> tuple[int, int]:
-        """Writes what the ledger has; returns the number of reservations and of buyers."""
+        """Writes the ledger's records. Returns the number of reservations and of buyers."""
         buyers = reservations = 0
         async with (
             ledger.translated(),
@@ -238,22 +248,22 @@ class Rebuild:
                 records = [(record["id"], _record(record)) for record in page]
                 _expect_restored(await self._recovery.restore(row.item_id, claim, records=records))
                 reservations += len(page)
-                self._progress(f"{row.sale_id}: {reservations} reservations written")
+                self._progress(f"{row.sale_id}: {counted(reservations, 'reservation')} written")
         return reservations, buyers
 
 
 def _expect_restored(answer: Trusted) -> None:
     if answer is not Trusted.RESTORED:
-        raise _Superseded(answer)
+        raise _Interrupted(answer)
 
 
 async def _pages(
     connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", query: str, sale_id: str
 ) -> AsyncIterator[list[asyncpg.Record]]:
     page: list[asyncpg.Record] = []
-    async for record in connection.cursor(query, sale_id, prefetch=PAGE):
+    async for record in connection.cursor(query, sale_id, prefetch=RESTORE_PAGE):
         page.append(record)
-        if len(page) == PAGE:
+        if len(page) == RESTORE_PAGE:
             yield page
             page = []
     if page:

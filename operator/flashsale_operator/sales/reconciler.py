@@ -1,12 +1,12 @@
-"""Carries decisions out against ledger and Redis, in the order that keeps stock from being made
-twice; the only writer of what a manifest says into the ledger's `sales`.
+"""Carry out decisions against the ledger and Redis.
+
+The reconciler alone writes manifests into the ledger's `sales` table. It writes the row before it
+changes Redis.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
-
-import asyncpg
 
 from flashsale import ledger
 from flashsale.errors import ContractViolation, FlashsaleError, RedisUnavailable
@@ -16,11 +16,12 @@ from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
 from flashsale_operator.sales.decision import (
     Apply,
     Done,
-    Kept,
     Observed,
     Reason,
     Rebuild,
+    StillFenced,
     WriteRow,
+    counted,
     decide,
     spec_of,
     state_of,
@@ -28,14 +29,11 @@ from flashsale_operator.sales.decision import (
 from flashsale_operator.sales.rebuild import Rebuilt
 
 MAX_STEPS: Final = 16
-"""Steps of one reconcile: a quiet one takes three, each race with another a few more."""
+"""Steps of one reconcile. A quiet one takes one to three, and each race adds a few."""
 
-_TOLD_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
-_STUCK: Final = {
-    Applied.FENCED: "Redis fences the sale again and again: does the server restart?",
-}
+_CHANGED_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
 
-# One writer an item at a time, so that of two new sales for one item one sees the other's row.
+# One writer per item at a time, so that of two new sales of an item one sees the other's row.
 _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended('flashsale:' || $1, 0))"
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
 _WRITE: Final = """
@@ -62,16 +60,21 @@ _CLOSE: Final = """
 UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
+_UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
-    """The ledger has no such sale, or no sale of such an item."""
+    """The ledger has no such sale, or no sale of the item."""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """How a reconcile or a close ended. `applied` is what it did to Redis, at its most; `rebuilt`
-    what came back of a fenced sale; `kept` why it is fenced still.
+class Result:
+    """The outcome of a reconcile or a close.
+
+    - `applied` is the largest change that it made in Redis.
+    - `sale` is Redis' sale of the item, which may be another sale. `row` is the ledger's row.
+      None means that the store has none, or that it did not answer.
+    - `rebuilt` counts the units of a rebuild since the result before.
     """
 
     sale_id: str
@@ -79,48 +82,56 @@ class Report:
     state: SaleState
     reason: Reason
     message: str
-    applied: Applied | Closed
-    sale: Sale | None
-    row: SaleRow | None
+    applied: Applied | Closed = Applied.UNCHANGED
+    sale: Sale | None = None
+    row: SaleRow | None = None
     rebuilt: Rebuilt | None = None
-    kept: Kept | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether Redis and ledger are as the manifest asks."""
+        """Whether Redis and the ledger match the manifest."""
         return self.reason in (Reason.APPLIED, Reason.CLOSED)
 
+    @property
+    def own_sale(self) -> Sale | None:
+        """Redis' sale of the item, unless it is another sale."""
+        return self.sale if self.sale and self.sale.sale_id == self.sale_id else None
 
-Rebuilder = Callable[[SaleRow, Predecessor | None], Awaitable[Rebuilt | Kept]]
-"""`rebuild.Rebuild.rebuild`, or what does it beside the caller."""
+    @property
+    def recorded(self) -> int | None:
+        """Accepted units in the ledger, or None if they are not known."""
+        return None if self.row is None else self.row.accepted
 
 
-class Steward:
-    """Makes ledger and Redis agree with manifests. Any number may work at once.
+RebuildCall = Callable[[SaleRow, Predecessor | None], Awaitable[Rebuilt | StillFenced]]
+"""`Rebuilder.rebuild`, or a call that runs it in the background."""
 
-    Methods raise `RedisUnavailable`, `LedgerUnavailable` and `ContractViolation`; doing them
-    again continues where they ended.
+
+class Reconciler:
+    """Makes the ledger and Redis agree with manifests. Any number may work at once.
+
+    Methods raise `RedisUnavailable`, `LedgerUnavailable` and `ContractViolation`. Another call
+    continues where the failed one ended.
     """
 
-    def __init__(
-        self, inventory: Inventory, pool: "asyncpg.Pool[asyncpg.Record]", rebuild: Rebuilder
-    ) -> None:
+    def __init__(self, inventory: Inventory, pool: ledger.Pool, rebuild: RebuildCall) -> None:
         self._inventory = inventory
         self._pool = pool
         self._rebuild = rebuild
 
-    async def reconcile(self, spec: SaleSpec, resource_uid: str | None = None) -> Report:
-        """Does what `decide` says until nothing is left to do now.
+    async def reconcile(self, spec: SaleSpec, resource_uid: str | None = None) -> Result:
+        """Carries out decisions until nothing is left to do now.
 
-        `resource_uid` is the FlashSale's: when it is gone, its sale is to be closed.
+        `resource_uid` is the UID of the FlashSale. The operator closes the sale when that object
+        is deleted.
         """
         written: int | None = None
         seeded = False
         rebuilt: Rebuilt | None = None
-        kept: Kept | None = None
+        still_fenced: StillFenced | None = None
         applied = answer = Applied.UNCHANGED
         for _ in range(MAX_STEPS):
-            observed = await self._observe(spec, written, seeded=seeded, kept=kept)
+            observed = await self._observe(spec, written, seeded=seeded, still_fenced=still_fenced)
             match decide(spec, observed):
                 case WriteRow() as step:
                     written = await self._write_row(spec, step, resource_uid) or written
@@ -128,7 +139,7 @@ class Steward:
                     match await self._rebuild(row, replaces):
                         case Rebuilt() as rebuilt:
                             pass
-                        case Kept() as kept:
+                        case StillFenced() as still_fenced:
                             pass
                 case Apply() as step:
                     seeded = seeded or step.seed_until_ms is not None
@@ -139,22 +150,33 @@ class Steward:
                         replaces=step.replaces,
                     )
                     if answer is Applied.UNSUPPORTED:
-                        raise ContractViolation(
-                            f"{spec.item_id}: Redis has a sale that this version cannot read"
-                        )
-                    if answer in _TOLD_REDIS:
+                        raise ContractViolation(_UNREADABLE.format(spec.item_id))
+                    if answer in _CHANGED_REDIS:
                         applied = answer
-                case Done(state, reason, message):
+                case Done() as done:
                     await self._adopt(observed.row, resource_uid)
-                    report = _report(spec, observed, applied, (state, reason, message))
-                    return replace(report, rebuilt=rebuilt)
-        message = _STUCK.get(answer, "others keep changing the sale; apply it again")
-        return _report(spec, observed, applied, (SaleState.UNKNOWN, Reason.UNSETTLED, message))
+                    break
+        else:
+            why = "other writers keep changing the sale: apply it again"
+            if answer is Applied.FENCED:
+                why = "Redis keeps fencing the sale: check whether the server keeps restarting"
+            done = Done(SaleState.UNKNOWN, Reason.NOT_CONVERGED, why)
+        return Result(
+            sale_id=spec.sale_id,
+            item_id=spec.item_id,
+            state=done.state,
+            reason=done.reason,
+            message=done.message,
+            applied=applied,
+            sale=observed.sale,
+            row=observed.row,
+            rebuilt=rebuilt,
+        )
 
-    async def close(self, sale_id: str) -> Report:
-        """Closes a sale in the ledger and then in Redis, where its keys may be gone.
+    async def close(self, sale_id: str) -> Result:
+        """Closes a sale in the ledger and then in Redis, which may have lost its keys.
 
-        Raises `UnknownSale` if the ledger has no row of it.
+        Raises `UnknownSale` if the ledger has no row of the sale.
         """
         row = await self._close_row(sale_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision)
@@ -163,47 +185,50 @@ class Steward:
         if closed is Closed.STALE and sale is not None:
             row = await ledger.sale(self._pool, sale_id) or row
             if row.closed:
-                # Not another apply: the ledger is an older copy, below Redis' revision.
+                # The ledger is an older copy: its revision is below Redis' revision.
                 row = await self._close_row(sale_id, above=sale.revision)
                 closed = await self._inventory.close(row.item_id, sale_id, row.revision)
                 sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
         if closed is Closed.UNSUPPORTED:
-            raise ContractViolation(
-                f"{row.item_id}: Redis has a sale that this version cannot read"
-            )
+            raise ContractViolation(_UNREADABLE.format(row.item_id))
         superseded = not row.closed or closed is Closed.STALE
-        return Report(
+        return Result(
             sale_id=sale_id,
             item_id=row.item_id,
             state=state_of(row, sale, server),
             reason=Reason.SUPERSEDED if superseded else Reason.CLOSED,
-            message="it was applied again meanwhile"
+            message="its manifest was applied again at the same time"
             if superseded
-            else f"{row.accepted} units recorded",
+            else f"{counted(row.accepted, 'unit')} recorded",
             applied=closed,
             sale=sale,
             row=row,
         )
 
     async def sales_to_close(self, item_id: str) -> list[str]:
-        """The sales of an item that a person who closes the item means.
+        """Returns the sales to close when a person closes an item.
 
-        They are the one that Redis holds and the unfinished ones; if there are none, the finished
-        ones, which are closed already. Raises `UnknownSale` if there is no sale of the item.
+        These are Redis' sale of the item and all unfinished sales. If there are none, the finished
+        sales are returned, which may be closed again. Raises `UnknownSale` if the item has no sale.
         """
         server = await self._inventory.server()
         held = (await self._inventory.sales([item_id])).get(item_id)
         rows = await ledger.sales(self._pool, item_id)
         now = utc_of_ms(server.now_ms)
-        meant = {row.sale_id for row in rows if not row.finished(now)}
+        unfinished = {row.sale_id for row in rows if not row.finished(now)}
         if held is not None:
-            meant.add(held.sale_id)
-        if not meant and not rows:
+            unfinished.add(held.sale_id)
+        if not unfinished and not rows:
             raise UnknownSale(f"{item_id}: there is no sale of this item")
-        return sorted(meant or {row.sale_id for row in rows})
+        return sorted(unfinished or {row.sale_id for row in rows})
 
     async def _observe(
-        self, spec: SaleSpec, written: int | None, *, seeded: bool, kept: Kept | None
+        self,
+        spec: SaleSpec,
+        written: int | None,
+        *,
+        seeded: bool,
+        still_fenced: StillFenced | None,
     ) -> Observed:
         server = await self._inventory.server()
         held = await self._inventory.sales([spec.item_id])
@@ -216,7 +241,7 @@ class Steward:
             others=tuple(other for other in others if other.sale_id != spec.sale_id),
             written=written,
             seeded=seeded,
-            kept=kept,
+            still_fenced=still_fenced,
         )
 
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
@@ -224,11 +249,11 @@ class Steward:
             await self._pool.execute(_CLOSE, sale_id, above)
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
-            raise UnknownSale(f"{sale_id}: the ledger has no such sale; apply its manifest first")
+            raise UnknownSale(f"{sale_id}: the ledger has no such sale: apply its manifest first")
         return row
 
     async def _adopt(self, row: SaleRow | None, resource_uid: str | None) -> None:
-        """Notes whose sale it is, where another FlashSale or flashsalectl made the row."""
+        """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made."""
         if row is not None and resource_uid is not None and row.resource_uid != resource_uid:
             async with ledger.translated():
                 await self._pool.execute(_ADOPT, row.sale_id, resource_uid)
@@ -236,8 +261,10 @@ class Steward:
     async def _write_row(
         self, spec: SaleSpec, step: WriteRow, resource_uid: str | None
     ) -> int | None:
-        """Writes the manifest into the ledger; returns the new revision, or None if the row says
-        the same already or the item's other rows are not what was observed.
+        """Writes the manifest into the ledger and returns the new revision.
+
+        Returns None if the row matches already, or if the item's other rows have changed since
+        they were observed.
         """
         async with (
             ledger.translated(),
@@ -274,20 +301,3 @@ async def refuse_eviction(inventory: Inventory) -> None:
             f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
             "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
         )
-
-
-def _report(
-    spec: SaleSpec, observed: Observed, applied: Applied, outcome: tuple[SaleState, Reason, str]
-) -> Report:
-    state, reason, message = outcome
-    return Report(
-        sale_id=spec.sale_id,
-        item_id=spec.item_id,
-        state=state,
-        reason=reason,
-        message=message,
-        applied=applied,
-        sale=observed.sale,
-        row=observed.row,
-        kept=observed.kept,
-    )

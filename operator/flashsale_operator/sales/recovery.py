@@ -1,7 +1,7 @@
-"""Rebuilding a fenced sale in Redis: the scripts `fence`, `restore` and `trust` as typed calls.
+"""Call the scripts that rebuild a fenced sale in Redis: `fence`, `restore` and `trust`.
 
-The keys belong to one rebuild at a time, named by the revision that the ledger gave it; nothing of
-them is believed before `trust`.
+The keys belong to one rebuild at a time. Its name is the revision that the ledger gave it. The
+API trusts nothing in the keys before `trust` has succeeded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from flashsale.reservations import Record
 from flashsale.sale import Predecessor, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
-PAGE: Final = 1_000
-"""Reservations, or buyers, in one `restore` call: it holds Redis for about a millisecond."""
+RESTORE_PAGE: Final = 1_000
+"""Reservations or buyers per `restore` call, which takes Redis about a millisecond."""
 LEASE_MS: Final = 5_000
-"""How long others leave a sale to a rebuild that does not say that it goes on."""
+"""How long other processes leave a sale to a rebuild that does not renew its lease."""
 
 
 class Fenced(StrEnum):
-    """What `fence.lua` answers; the words are the script's own."""
+    """The answers of `fence.lua`."""
 
     FENCED = "fenced"
     BEGUN = "begun"
@@ -35,7 +35,7 @@ class Fenced(StrEnum):
 
 
 class Trusted(StrEnum):
-    """What `restore.lua` and `trust.lua` answer; the words are the scripts' own."""
+    """The answers of `restore.lua` and `trust.lua`."""
 
     RESTORED = "restored"
     TRUSTED = "trusted"
@@ -45,7 +45,7 @@ class Trusted(StrEnum):
 
 
 class Recovery:
-    """Every method raises `RedisUnavailable` when Redis cannot serve the call."""
+    """The scripts as typed calls. Each raises `RedisUnavailable` if Redis cannot serve it."""
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
@@ -55,7 +55,7 @@ class Recovery:
         self._trust = Script("trust")
 
     async def rebuilding(self, item_id: str) -> bool:
-        """Whether a rebuild has the item's sale, and said so less than its lease ago."""
+        """Whether another rebuild has the item's sale, and its lease has not run out."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
         pipeline.hmget(ItemKeys.of(item_id).sale, "run_id", "rebuild_until_ms")
@@ -65,7 +65,7 @@ class Recovery:
             and int(until_ms or 0) > seconds * 1000 + microseconds // 1000
         )
 
-    async def fence(  # noqa: PLR0913 - what the row says, and what the rebuild does now
+    async def fence(  # noqa: PLR0913 - the row, and the step of the rebuild
         self,
         spec: SaleSpec,
         claim: int,
@@ -75,10 +75,10 @@ class Recovery:
         begin: bool = False,
         lease_ms: int = LEASE_MS,
     ) -> Fenced:
-        """Has the sale wait for the rebuild `claim` for `lease_ms`, or begins to write it.
+        """Fences the sale for the rebuild `claim` until its lease ends, or begins to write it.
 
-        `spec` is the ledger's row, `closed` if it says so, and `claim` the row's revision.
-        `replaces` is as for `Inventory.apply`.
+        `spec`, `closed` and `claim` come from the ledger's row; `claim` is its revision.
+        `replaces` is the same as for `Inventory.apply`.
         """
         await translated(self._redis.sadd(ITEMS, spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
@@ -101,7 +101,7 @@ class Recovery:
         buyers: Mapping[str, int] | None = None,
         records: Sequence[tuple[str, Record]] = (),
     ) -> Trusted:
-        """Writes at most `PAGE` buyers (units held by user) and reservations (id and record)."""
+        """Writes at most `RESTORE_PAGE` buyers (units by user) and reservations (id, record)."""
         pairs: list[str | int] = []
         for user_id, units in (buyers or {}).items():
             pairs += (user_id, units)
@@ -112,7 +112,7 @@ class Recovery:
             await self._scripts.call(self._restore, ItemKeys.of(item_id).four, arguments)
         )
 
-    async def trust(  # noqa: PLR0913 - each is a number to agree on
+    async def trust(  # noqa: PLR0913 - the counts that must agree
         self,
         item_id: str,
         claim: int,
@@ -123,6 +123,6 @@ class Recovery:
         reservations: int,
         buyers: int,
     ) -> Trusted:
-        """Ends the rebuild; `run_id` is the server's when it began."""
+        """Ends the rebuild. `run_id` is the run of the server when the rebuild began."""
         arguments = (claim, run_id, accepted, released, reservations, buyers)
         return Trusted(await self._scripts.call(self._trust, ItemKeys.of(item_id).four, arguments))

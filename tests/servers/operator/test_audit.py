@@ -1,4 +1,4 @@
-"""What an audit says of differences, and that it says so of real ones only."""
+"""The audit reports real differences between the stores, and no others."""
 
 import asyncio
 from dataclasses import replace
@@ -11,8 +11,8 @@ from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales import audit as module
 from flashsale_operator.sales.audit import Audit, Facts, Finding, Tally, Verdict, audit, compare
 from flashsale_operator.sales.offsets import Span, behind, faults
-from tests.servers.operator.conftest import Shop
 from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
+from tests.support.simulated_shop import SimulatedShop
 
 
 def tally(**changes: Any) -> Tally:  # noqa: ANN401 - any field
@@ -54,48 +54,50 @@ def test_equal_counts_are_ok() -> None:
         {"before": a_row(), "holder": a_sale(accepted=2, outbox_length=1)},
     ],
 )
-def test_what_is_on_its_way_is_in_flight(changes: dict[str, Any]) -> None:
+def test_units_in_the_outbox_or_unread_are_in_flight(changes: dict[str, Any]) -> None:
     assert verdict(**changes) == (Verdict.IN_FLIGHT, ())
 
 
-def test_lag_without_a_difference_is_of_another_sale() -> None:
+def test_lag_without_a_difference_belongs_to_another_sale() -> None:
     assert verdict(lag=7) == (Verdict.OK, ())
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "note"),
     [
-        ({"after": RECORDED_THREE}, "1 units are neither in the ledger nor on their way to it"),
-        ({"holder": a_sale(accepted=3)}, "Redis lost 1 units"),
-        ({"holder": a_sale(accepted=3, outbox_length=1)}, "Redis lost 1 units"),
-        ({"holder": None}, "Redis has no keys of it"),
-        ({"holder": a_sale(OTHER)}, "another sale has its item"),
-        ({"after": None, "before": None}, "the ledger has no row of it"),
+        ({"after": RECORDED_THREE}, "lost: 1 unit, not in ledger, outbox or topic"),
+        ({"holder": a_sale(accepted=3)}, "Redis lost 1 unit"),
+        ({"holder": a_sale(accepted=3, outbox_length=1)}, "Redis lost 1 unit"),
+        ({"holder": None}, "Redis has no keys of the sale"),
+        ({"holder": a_sale(OTHER)}, "another sale has the item"),
+        ({"after": None, "before": None}, "the ledger has no row of the sale"),
         ({"holder": a_sale(accepted=4, run_id="run-0")}, "fenced: Redis restarted or lost keys"),
         ({"holder": a_sale(accepted=4, torn=True)}, "fenced: Redis restarted or lost keys"),
-        ({"before": a_row(revision=2, accepted=4)}, "Redis has revision 1 of 2"),
-        ({"holder": a_sale(accepted=4, revision=2)}, "the ledger has revision 1 of 2"),
+        ({"before": a_row(revision=2, accepted=4)}, "Redis has revision 1, the ledger 2"),
+        ({"holder": a_sale(accepted=4, revision=2)}, "the ledger has revision 1, Redis 2"),
         ({"holder": a_sale(accepted=4, allocated=99)}, "Redis allocates 99, the ledger 100"),
-        ({"holder": a_sale(accepted=4, allocated=3)}, "oversold: 4 units held of 3 allocated"),
-        ({"after": tally(accepted=5)}, "reservations add up to 5 units, not 4"),
-        ({"after": tally(released=1)}, "releases add up to 1 units, not 0"),
+        ({"holder": a_sale(accepted=4, allocated=3)}, "oversold: 4 units held, 3 allocated"),
+        ({"after": tally(accepted=5)}, "accepted: 4, but reservations add up to 5"),
+        ({"after": tally(released=1)}, "released: 0, but releases add up to 1"),
     ],
 )
-def test_what_cannot_be_in_flight_disagrees(changes: dict[str, Any], says: str) -> None:
+def test_a_difference_that_cannot_be_in_flight_disagrees(
+    changes: dict[str, Any], note: str
+) -> None:
     found, notes = verdict(**changes)
     assert found is Verdict.DISAGREES
-    assert notes[0].startswith(says)
+    assert notes[0].startswith(note)
 
 
 def test_a_refused_reservation_disagrees_once() -> None:
     holder = a_sale(accepted=6)
     assert verdict(holder=holder, after=tally(refused=1, refused_units=2)) == (
         Verdict.DISAGREES,
-        ("1 reservations (2 units) did not fit and were refused",),
+        ("refused by the ledger: 1 reservation (2 units)",),
     )
 
 
-def test_a_finished_sale_needs_no_keys_nor_the_last_revision() -> None:
+def test_a_finished_sale_needs_neither_keys_nor_the_last_revision() -> None:
     closed = a_row(accepted=4, closed=True)
     over = a_row(ENDED, accepted=4, revision=2)
     for row, holder in (
@@ -107,7 +109,7 @@ def test_a_finished_sale_needs_no_keys_nor_the_last_revision() -> None:
         assert verdict(before=row, holder=holder, after=tally(row=row)) == (Verdict.OK, ())
 
 
-def test_stock_below_what_is_held_is_no_disagreement() -> None:
+def test_stock_below_the_held_units_is_no_disagreement() -> None:
     row = a_row(replace(SPEC, stock=1), accepted=4)
     assert verdict(before=row, holder=a_sale(accepted=4, allocated=4), after=tally(row=row)) == (
         Verdict.OK,
@@ -115,35 +117,35 @@ def test_stock_below_what_is_held_is_no_disagreement() -> None:
     )
 
 
-def test_a_limit_that_was_lowered_is_noted() -> None:
+def test_buyers_above_a_lowered_limit_are_noted() -> None:
     assert verdict(after=tally(buyers_above_limit=2)) == (
         Verdict.OK,
-        ("2 buyers hold more than 1",),
+        ("above maxPerUser 1: 2 buyers",),
     )
 
 
-def test_offsets() -> None:
+def test_lag_and_faults_of_a_topic() -> None:
     topic = {0: Span(0, 5), 1: Span(3, 9), 2: Span(0, 0)}
     assert behind(topic, {0: 5, 1: 4}) == 5
     assert faults(topic, {0: 5, 1: 4}) == ()
     assert [fault.split(":")[0] for fault in faults(topic, {0: 6, 1: 2, 3: 1})] == [
-        "partition 0 ends at 5 and 6 are recorded",
-        "partition 1 begins at 3 and only 2 are recorded",
-        "partition 3 ends at 0 and 1 are recorded",
+        "partition 0 ends at offset 5, but the ledger has read to 6",
+        "partition 1 begins at offset 3, but the ledger has read only to 2",
+        "partition 3 ends at offset 0, but the ledger has read to 1",
     ]
 
 
-async def audited(shop: Shop, item_id: str | None = None) -> Audit:
+async def audited(shop: SimulatedShop, item_id: str | None = None) -> Audit:
     return await audit(shop.inventory, shop.pool, shop.spans, item_id)
 
 
 @pytest.fixture(autouse=True)
-def _looks_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_pause_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BETWEEN_LOOKS_SECONDS", 0.01)
 
 
-async def test_a_sale_from_the_first_unit_to_the_last(
-    shop: Shop, spec: SaleSpec, other: SaleSpec
+async def test_a_sale_agrees_before_during_and_after_recording(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
 ) -> None:
     assert await audited(shop) == Audit((), ())
     await shop.apply(spec)
@@ -157,46 +159,46 @@ async def test_a_sale_from_the_first_unit_to_the_last(
     assert (finding.verdict, finding.accepted, finding.recorded) == (Verdict.OK, 2, 2)
 
 
-async def test_a_lost_unit_disagrees(shop: Shop, spec: SaleSpec) -> None:
+async def test_a_lost_unit_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b")
     await shop.record(spec.item_id, lose=1)
     shop.topic[0] = Span(0, 2)
     found = await audited(shop)
-    assert found.agrees, "it may be on the topic"
+    assert found.agrees, "the unit may be on the topic"
     await shop.read_to(0, 2)
     found = await audited(shop)
-    assert found.findings[0].notes == ("1 units are neither in the ledger nor on their way to it",)
+    assert found.findings[0].notes == ("lost: 1 unit, not in ledger, outbox or topic",)
     assert not found.agrees
 
 
-async def test_a_flush_disagrees(shop: Shop, spec: SaleSpec) -> None:
+async def test_a_flush_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a")
     await shop.record(spec.item_id)
     await shop.redis.flushall()
     found = await audited(shop)
-    assert found.findings[0].notes == ("Redis has no keys of it",)
+    assert found.findings[0].notes == ("Redis has no keys of the sale",)
     assert not found.agrees
 
 
 async def test_a_ledger_that_lost_a_reservation_disagrees_with_itself(
-    shop: Shop, spec: SaleSpec
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b")
     await shop.record(spec.item_id)
     await shop.pool.execute("DELETE FROM reservations WHERE user_id = 'a'")
     [finding] = (await audited(shop)).findings
-    assert finding.notes == ("reservations add up to 1 units, not 2",)
+    assert finding.notes == ("accepted: 2, but reservations add up to 1",)
 
 
-async def test_a_topic_that_was_made_anew_disagrees(shop: Shop) -> None:
+async def test_a_recreated_topic_disagrees(shop: SimulatedShop) -> None:
     await shop.read_to(0, 3)
     assert not (await audited(shop)).agrees
 
 
-async def test_a_busy_sale_is_never_said_to_disagree(shop: Shop, spec: SaleSpec) -> None:
+async def test_a_busy_sale_never_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(replace(spec, stock=100_000))
     done = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""`flashsalectl` as it is typed: lines, exit codes, and never a traceback."""
+"""The command line of `flashsalectl`: its output and exit codes, and no tracebacks."""
 
 import asyncio
 import io
@@ -21,14 +21,14 @@ from flashsale.settings import KafkaSettings
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import parse
-from tests.servers.operator.conftest import Shop
 from tests.support.paths import ROOT
+from tests.support.simulated_shop import SimulatedShop
 
 SAMPLE = ROOT / "k8s/samples/iphone-15.yaml"
 NOWHERE = "127.0.0.1:1"
 HEAD = "ITEM        SALE                STATE     ALLOCATED   AVAILABLE   ACCEPTED   RECORDED"
 
-Within = Callable[[Callable[[Shop], Awaitable[None]]], None]
+Within = Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]
 Ctl = Callable[..., tuple[int, list[str], list[str]]]
 
 
@@ -44,7 +44,10 @@ def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
 
 @pytest.fixture
 def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
-    """Runs a command line; returns exit code, output lines and error lines."""
+    """Return a function that runs a command line.
+
+    It returns the exit code, the output lines and the error lines.
+    """
 
     def call(*arguments: str, **changes: str) -> tuple[int, list[str], list[str]]:
         code = run(arguments, environ | changes)
@@ -55,7 +58,7 @@ def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
 
 
 def a_file(folder: Path, **spec: object) -> str:
-    """The sample with other fields."""
+    """Write the sample with changed fields of its spec, and return its path."""
     text = SAMPLE.read_text()
     for name, value in spec.items():
         text = "".join(
@@ -67,7 +70,7 @@ def a_file(folder: Path, **spec: object) -> str:
     return str(path)
 
 
-def test_the_sample_is_one_sale() -> None:
+def test_the_sample_has_one_sale() -> None:
     [spec] = parse(SAMPLE.read_text())
     assert (spec.sale_id, spec.item_id, spec.stock) == ("default/iphone-15", "iphone_15", 100)
 
@@ -103,12 +106,12 @@ def test_a_sale_from_apply_to_close(ctl: Ctl, tmp_path: Path) -> None:
     )
 
 
-def test_get_shows_what_only_one_store_has(
+def test_get_shows_sales_that_only_one_store_has(
     ctl: Ctl, environ: dict[str, str], within: Within
 ) -> None:
     ctl("apply", "-f", str(SAMPLE))
 
-    async def lose_the_row(shop: Shop) -> None:
+    async def lose_the_row(shop: SimulatedShop) -> None:
         await shop.pool.execute("DELETE FROM sales")
 
     within(lose_the_row)
@@ -118,7 +121,7 @@ def test_get_shows_what_only_one_store_has(
     assert ctl("get")[1][1].split()[2:] == ["Fenced", "100", "-", "-", "0", "-", "-"]
 
 
-def test_standard_input_and_several_files(
+def test_apply_reads_standard_input_and_several_files(
     ctl: Ctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = SAMPLE.read_text().replace("iphone-15", "other").replace("iphone_15", "other")
@@ -134,7 +137,7 @@ def test_standard_input_and_several_files(
     ]
 
 
-def test_what_is_not_as_asked_is_said_with_what_to_do(ctl: Ctl, tmp_path: Path) -> None:
+def test_a_refused_manifest_is_reported_with_the_next_step(ctl: Ctl, tmp_path: Path) -> None:
     ctl("apply", "-f", str(SAMPLE))
     rival = tmp_path / "rival.yaml"
     rival.write_text(SAMPLE.read_text().replace("name: iphone-15", "name: rival"))
@@ -145,8 +148,8 @@ def test_what_is_not_as_asked_is_said_with_what_to_do(ctl: Ctl, tmp_path: Path) 
     )
     assert ctl("apply", "-f", str(rival)) == (1, [], [conflict])
     moved = (
-        "sale default/iphone-15 unchanged: Unknown (ItemChanged), spec.itemId: is immutable; "
-        "default/iphone-15 sells iphone_15, and another item needs a sale of another name"
+        "sale default/iphone-15 unchanged: Unknown (ItemChanged), spec.itemId is immutable: "
+        "default/iphone-15 sells iphone_15, and another item needs a FlashSale of another name"
     )
     assert ctl("apply", "-f", a_file(tmp_path, itemId="iphone_16")) == (1, [], [moved])
 
@@ -156,7 +159,7 @@ def test_a_flushed_sale_stays_fenced_without_kafka(
 ) -> None:
     ctl("apply", "-f", str(SAMPLE))
 
-    async def sell(shop: Shop) -> None:
+    async def sell(shop: SimulatedShop) -> None:
         await shop.buy("iphone_15", "ann", "bob")
         await shop.record("iphone_15")
 
@@ -165,10 +168,10 @@ def test_a_flushed_sale_stays_fenced_without_kafka(
     code, lines, [error] = ctl("apply", "-f", str(SAMPLE))
     assert (code, lines) == (1, [])
     assert error.startswith("sale default/iphone-15 unchanged: Fenced, Kafka is away: ")
-    assert error.endswith("apply it again, or `flashsalectl rebuild iphone_15`")
+    assert error.endswith("apply it again, or run `flashsalectl rebuild iphone_15`")
 
 
-def test_every_mistake_of_every_file_is_a_line(ctl: Ctl, tmp_path: Path) -> None:
+def test_each_mistake_of_each_file_is_one_line(ctl: Ctl, tmp_path: Path) -> None:
     bad = a_file(tmp_path, stock=-1, maxPerUser="many", color="red")
     missing = str(tmp_path / "missing.yaml")
     assert ctl("apply", "-f", bad, "-f", missing, "-f", str(SAMPLE), "-f", str(SAMPLE)) == (
@@ -179,26 +182,26 @@ def test_every_mistake_of_every_file_is_a_line(ctl: Ctl, tmp_path: Path) -> None
             f"flashsalectl: {bad}: spec.stock: must be an integer from 0 to 100000000",
             f"flashsalectl: {bad}: spec.maxPerUser: must be an integer from 1 to 1000",
             f"flashsalectl: {missing}: cannot be read: No such file or directory",
-            f"flashsalectl: {SAMPLE}: metadata.name: default/iphone-15 is there twice",
+            f"flashsalectl: {SAMPLE}: metadata.name: default/iphone-15 appears twice",
         ],
     )
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
         (b"\xff", "cannot be read: not UTF-8"),
         (b" " * (1024 * 1024 + 1), "cannot be read: larger than 1 MiB"),
-        (b"", "no FlashSale in it"),
+        (b"", "contains no FlashSale"),
     ],
 )
-def test_a_file_that_is_no_manifest_is_one_line(
-    ctl: Ctl, tmp_path: Path, content: bytes, says: str
+def test_the_error_about_a_bad_file_is_one_line(
+    ctl: Ctl, tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
-    assert ctl("apply", "-f", str(path)) == (1, [], [f"flashsalectl: {path}: {says}"])
+    assert ctl("apply", "-f", str(path)) == (1, [], [f"flashsalectl: {path}: {message}"])
     assert ctl("apply", "-f", str(tmp_path)) == (
         1,
         [],
@@ -207,7 +210,7 @@ def test_a_file_that_is_no_manifest_is_one_line(
 
 
 @pytest.mark.parametrize("command", ["get", "close", "audit"])
-def test_an_unknown_item_is_one_line(
+def test_the_error_about_an_unknown_item_is_one_line(
     ctl: Ctl, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def spans(_: str) -> dict[int, offsets.Span]:
@@ -223,7 +226,7 @@ def test_an_unknown_item_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "says"),
+    ("variable", "value", "message"),
     [
         ("FLASHSALE_REDIS_URL", "localhost", "is wrong: expected redis://"),
         ("FLASHSALE_REDIS_URL", "redis://h:port/0", "is wrong: expected"),
@@ -233,11 +236,11 @@ def test_an_unknown_item_is_one_line(
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(
-    ctl: Ctl, variable: str, value: str, says: str
+    ctl: Ctl, variable: str, value: str, message: str
 ) -> None:
     code, lines, [error] = ctl("apply", "-f", str(SAMPLE), **{variable: value})
     assert (code, lines) == (2, [])
-    assert error.startswith(f"flashsalectl: {variable} {says}")
+    assert error.startswith(f"flashsalectl: {variable} {message}")
     assert "secret" not in error
 
 
@@ -252,24 +255,26 @@ def test_a_command_asks_only_for_the_addresses_it_needs(
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"FLASHSALE_REDIS_URL": f"redis://{NOWHERE}/0"}, "Redis is unavailable"),
         ({"FLASHSALE_DATABASE_URL": f"postgresql://{NOWHERE}/db"}, "the ledger is unavailable"),
         ({}, "Kafka is away"),
     ],
 )
-def test_a_server_that_is_away_is_one_line(ctl: Ctl, changes: dict[str, str], says: str) -> None:
+def test_the_error_about_a_server_that_is_away_is_one_line(
+    ctl: Ctl, changes: dict[str, str], message: str
+) -> None:
     ctl("apply", "-f", str(SAMPLE))
     for command in (["apply", "-f", str(SAMPLE)], ["get"], ["close", "iphone_15"], ["audit"]):
         if not changes and command != ["audit"]:
             continue
         code, lines, [error] = ctl(*command, **changes)
         assert (code, lines) == (1, [])
-        assert error.startswith(f"flashsalectl: {says}")
+        assert error.startswith(f"flashsalectl: {message}")
 
 
-def test_a_redis_that_evicts_is_refused(ctl: Ctl, environ: dict[str, str]) -> None:
+def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, environ: dict[str, str]) -> None:
     redis = Redis.from_url(environ["FLASHSALE_REDIS_URL"])
     redis.config_set("maxmemory-policy", "volatile-ttl")
     try:
@@ -280,8 +285,8 @@ def test_a_redis_that_evicts_is_refused(ctl: Ctl, environ: dict[str, str]) -> No
     assert error.startswith("flashsalectl: Redis' maxmemory-policy is volatile-ttl")
 
 
-def test_the_installed_command_prints_nothing_but_its_line(environ: dict[str, str]) -> None:
-    """Its own process: what libraries log or warn of would show here."""
+def test_the_installed_command_prints_only_its_own_lines(environ: dict[str, str]) -> None:
+    """In a separate process, log lines and warnings of libraries would show."""
     program = Path(sys.executable).with_name("flashsalectl")
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -300,7 +305,7 @@ def test_the_installed_command_prints_nothing_but_its_line(environ: dict[str, st
     assert audited.stderr.startswith("flashsalectl: Kafka is away")
 
 
-@pytest.mark.parametrize("command", ["apply", "get", "close", "audit"])
+@pytest.mark.parametrize("command", ["apply", "get", "close", "rebuild", "audit", "republish"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run([command, "--help"], {})
@@ -320,15 +325,15 @@ def test_a_wrong_command_line_is_exit_code_2(
 def test_an_audit_and_a_rebuild_with_kafka(
     ctl: Ctl, environ: dict[str, str], within: Within, kafka_server: KafkaServer
 ) -> None:
-    """A consumer's part is played by hand, so that each moment stands still."""
+    """The test records the events itself, so that it controls each step."""
     kafka = kafka_server.bootstrap
     environ["FLASHSALE_KAFKA_BOOTSTRAP"] = kafka
 
-    async def read_all(shop: Shop) -> None:
+    async def read_all(shop: SimulatedShop) -> None:
         for partition, span in (await offsets.spans(KafkaSettings(kafka_bootstrap=kafka))).items():
             await shop.read_to(partition, span.end)
 
-    async def prepare(shop: Shop) -> None:
+    async def prepare(shop: SimulatedShop) -> None:
         admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
         await admin.start()
         if events.TOPIC not in await admin.list_topics():
@@ -336,7 +341,7 @@ def test_an_audit_and_a_rebuild_with_kafka(
         await admin.close()
         await read_all(shop)
 
-    async def sell_and_publish(shop: Shop) -> None:
+    async def sell_and_publish(shop: SimulatedShop) -> None:
         await shop.buy("iphone_15", "ann", "bob")
         producer = AIOKafkaProducer(bootstrap_servers=kafka, acks="all")
         await producer.start()
@@ -358,17 +363,16 @@ def test_an_audit_and_a_rebuild_with_kafka(
     within(read_all)
     code, [_, line], _ = ctl("audit")
     assert code == 1
-    assert line.endswith("DISAGREES: 1 units are neither in the ledger nor on their way to it")
+    assert line.endswith("DISAGREES: lost: 1 unit, not in ledger, outbox or topic")
 
     redis = Redis.from_url(environ["FLASHSALE_REDIS_URL"], decode_responses=True)
     redis.hset(ItemKeys.of("iphone_15").sale, "run_id", "0" * 40)
     code, [line], _ = ctl("apply", "-f", str(SAMPLE))
     assert code == 0
     assert line == (
-        "sale default/iphone-15 rebuilt: Selling, 99 of 100 available; 1 accepted units in 1 "
-        "reservations came from the ledger, 0 of them gone from Redis; 1 that Redis had accepted "
-        "are not recorded"
+        "sale default/iphone-15 rebuilt: Selling, 99 of 100 available; restored 1 accepted unit "
+        "in 1 reservation from the ledger; missing in Redis: 0; lost: 1"
     )
     code, [_, line], _ = ctl("audit")
     assert (code, line.split()[3:9]) == (0, ["100", "1", "1", "0", "0", "ok:"])
-    assert line.endswith("1 units were lost before it was rebuilt")
+    assert line.endswith("lost before a rebuild: 1 unit")

@@ -1,4 +1,4 @@
-"""The process itself: what it refuses to start with, and the one name of the API group."""
+"""The operator's process: wrong settings, and the single name of the API group."""
 
 import os
 import subprocess
@@ -45,11 +45,11 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({"FLASHSALE_REDIS_URL": None}, "FLASHSALE_REDIS_URL is not set"),
         ({"FLASHSALE_LISTEN": "here"}, "FLASHSALE_LISTEN is wrong"),
-        ({"FLASHSALE_NAMESPACES": "Shop"}, "FLASHSALE_NAMESPACES is wrong"),
+        ({"FLASHSALE_NAMESPACES": "SimulatedShop"}, "FLASHSALE_NAMESPACES is wrong"),
         ({}, "KUBECONFIG is not set"),
         ({"KUBECONFIG": "/nowhere"}, "KUBECONFIG is wrong"),
         ({"KUBECONFIG": "broken"}, "KUBECONFIG is wrong"),
@@ -58,7 +58,7 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(
-    tmp_path: Path, environment: dict[str, str | None], said: str
+    tmp_path: Path, environment: dict[str, str | None], message: str
 ) -> None:
     (tmp_path / "broken").write_text("{")
     (tmp_path / "empty").write_text("")
@@ -67,25 +67,25 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
         environment["KUBECONFIG"] = str(tmp_path / name)
     done = run(tmp_path, **environment)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(said)
+    assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("given", "served"), [("", ()), ("shop", ("shop",)), ("yard,shop,yard", ("shop", "yard"))]
 )
-def test_namespaces_are_a_list(given: str, served: tuple[str, ...]) -> None:
+def test_namespaces_are_sorted_and_unique(given: str, served: tuple[str, ...]) -> None:
     own = settings.load(Settings, {**GOOD, "FLASHSALE_NAMESPACES": given})
     assert own.served == served
 
 
 @pytest.mark.parametrize("given", ["shop,", ",", "a b", "shop, yard", "a.b", "-a"])
-def test_what_is_no_list_of_namespaces_is_refused(given: str) -> None:
+def test_a_wrong_list_of_namespaces_is_refused(given: str) -> None:
     with pytest.raises(SettingsError, match="FLASHSALE_NAMESPACES is wrong"):
         settings.load(Settings, {**GOOD, "FLASHSALE_NAMESPACES": given})
 
 
-def test_crd_and_rules_have_the_group_of_the_one_constant() -> None:
+def test_the_crd_and_the_rules_use_the_group_of_the_constant() -> None:
     crd = yaml.safe_load((FILES / "crd.yaml").read_text())
     assert crd["metadata"]["name"] == f"{manifest.PLURAL}.{manifest.GROUP}"
     assert crd["spec"]["group"] == manifest.GROUP

@@ -1,4 +1,4 @@
-"""A fenced sale comes back from the ledger, and nothing is believed before it is whole."""
+"""Rebuilds of a fenced sale: the API trusts the keys only after the rebuild is complete."""
 
 import asyncio
 import os
@@ -11,25 +11,24 @@ from flashsale.inventory import Closed
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
 from flashsale.sale import SaleSpec, SaleState
-from flashsale_operator.sales.decision import Kept, spec_of
+from flashsale_operator.sales.decision import StillFenced, spec_of
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.rebuild import Rebuild, Rebuilt
+from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
-from tests.servers.operator.conftest import Shop
+from tests.support.simulated_shop import SimulatedShop
 
 
-async def rebuild(shop: Shop, spec: SaleSpec) -> Rebuilt | Kept:
-    work = Rebuild(shop.redis, shop.pool, shop.barrier)
-    return await work.rebuild(await shop.row(spec.sale_id))
+async def rebuild(shop: SimulatedShop, spec: SaleSpec) -> Rebuilt | StillFenced:
+    return await shop.rebuilder.rebuild(await shop.row(spec.sale_id))
 
 
-async def restart(shop: Shop, spec: SaleSpec) -> None:
-    """What a sale sees of a restarted server: another run id than its own."""
+async def restart(shop: SimulatedShop, spec: SaleSpec) -> None:
+    """Make the sale look as after a restart of Redis, with another run id than the server's."""
     await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "run_id", "an earlier run")
 
 
-async def test_a_wiped_redis_gets_back_what_was_sold_and_sells_the_rest(
-    shop: Shop, sold: SaleSpec
+async def test_after_a_wipe_the_sold_units_are_restored_and_the_rest_is_sold(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     await shop.redis.flushall()
     done = await rebuild(shop, sold)
@@ -45,7 +44,7 @@ async def test_a_wiped_redis_gets_back_what_was_sold_and_sells_the_rest(
     assert report.state is SaleState.SOLD_OUT
 
 
-async def test_a_retry_after_the_rebuild_finds_its_reservation(shop: Shop, spec: SaleSpec) -> None:
+async def test_a_retry_after_the_rebuild_is_a_replay(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     request = Request(str(uuid.uuid4()), "ann", 1, "k")
     await shop.send(spec.item_id, [request])
@@ -59,14 +58,16 @@ async def test_a_retry_after_the_rebuild_finds_its_reservation(shop: Shop, spec:
 
 
 @pytest.mark.parametrize("part", ["sale", "buyers", "reservations", "outbox"])
-async def test_a_sale_that_lost_a_key_is_made_whole(shop: Shop, sold: SaleSpec, part: str) -> None:
+async def test_a_sale_that_lost_one_key_is_rebuilt(
+    shop: SimulatedShop, sold: SaleSpec, part: str
+) -> None:
     await shop.redis.delete(getattr(ItemKeys.of(sold.item_id), part))
     assert isinstance(await rebuild(shop, sold), Rebuilt)
     assert await shop.buy(sold.item_id, "a", "z") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
 
 
-async def test_until_it_is_rebuilt_a_missing_sale_is_fenced_and_not_unknown(
-    shop: Shop, sold: SaleSpec
+async def test_a_lost_sale_is_fenced_during_its_rebuild_and_not_unknown(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     await shop.redis.flushall()
     row = await shop.row(sold.sale_id)
@@ -74,8 +75,8 @@ async def test_until_it_is_rebuilt_a_missing_sale_is_fenced_and_not_unknown(
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
 
 
-async def test_an_older_copy_is_replaced_by_what_the_ledger_knows(
-    shop: Shop, sold: SaleSpec
+async def test_an_older_copy_in_redis_is_replaced_by_the_ledger(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     keys = ItemKeys.of(sold.item_id)
     await shop.redis.hdel(keys.buyers, "c")
@@ -87,8 +88,8 @@ async def test_an_older_copy_is_replaced_by_what_the_ledger_knows(
     assert await shop.buy(sold.item_id, "c") == [Outcome.LIMIT_REACHED]
 
 
-async def test_what_redis_has_and_the_ledger_has_not_is_reported_as_lost(
-    shop: Shop, spec: SaleSpec
+async def test_units_that_only_redis_has_are_reported_as_lost(
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b", "c")
@@ -99,57 +100,61 @@ async def test_what_redis_has_and_the_ledger_has_not_is_reported_as_lost(
     assert (done.accepted, done.redis_lacked, done.lost) == (2, 0, 1)
 
 
-async def test_an_outbox_that_is_not_drained_keeps_the_sale_fenced(
-    shop: Shop, sold: SaleSpec
+async def test_the_sale_stays_fenced_while_the_outbox_has_events(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     await shop.buy(sold.item_id, "d")
     await restart(shop, sold)
-    kept = await rebuild(shop, sold)
-    assert kept == Kept(("the outbox has 1 events that Kafka has not",))
+    still_fenced = await rebuild(shop, sold)
+    assert still_fenced == StillFenced(("the outbox has 1 event that Kafka has not acknowledged",))
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
     sale = await shop.sale(sold.item_id)
     assert sale is not None
-    assert sale.outbox_length == 1  # it is the only copy
+    assert sale.outbox_length == 1  # the only copy of the event
     await shop.record(sold.item_id)
     done = await rebuild(shop, sold)
     assert isinstance(done, Rebuilt)
     assert done.accepted == 4
 
 
-async def test_a_ledger_that_has_not_read_the_topic_keeps_the_sale_fenced(
-    shop: Shop, sold: SaleSpec
+async def test_the_sale_stays_fenced_until_the_ledger_has_read_the_topic(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     shop.topic |= {0: Span(0, 5)}
     await shop.read_to(0, 4)
     await shop.redis.flushall()
-    assert isinstance(await rebuild(shop, sold), Kept)
+    assert isinstance(await rebuild(shop, sold), StillFenced)
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
 
 
-async def test_a_sale_that_is_whole_is_left_alone(shop: Shop, sold: SaleSpec) -> None:
+async def test_a_sale_that_is_not_fenced_stays_as_it_is(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
     before = await shop.sale(sold.item_id)
     assert isinstance(await rebuild(shop, sold), Rebuilt)
     assert await shop.sale(sold.item_id) == before
 
 
-async def begin(shop: Shop, spec: SaleSpec, claim: int) -> None:
-    """A rebuild that comes as far as its first write."""
+async def begin(shop: SimulatedShop, spec: SaleSpec, claim: int) -> None:
+    """Run a rebuild up to its first write."""
     recovery, row = Recovery(shop.redis), await shop.row(spec.sale_id)
     assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
     assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.BEGUN
 
 
-async def end_lease(shop: Shop, spec: SaleSpec) -> None:
-    """As if the rebuild had not said for long that it goes on."""
+async def end_lease(shop: SimulatedShop, spec: SaleSpec) -> None:
+    """Let the lease of the rebuild run out."""
     await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "rebuild_until_ms", "1")
 
 
-async def test_a_rebuild_that_is_overtaken_can_write_nothing(shop: Shop, sold: SaleSpec) -> None:
+async def test_an_overtaken_rebuild_cannot_write(shop: SimulatedShop, sold: SaleSpec) -> None:
     recovery = Recovery(shop.redis)
     await shop.redis.flushall()
     run_id = (await shop.inventory.server()).run_id
     await begin(shop, sold, 1)
-    assert await rebuild(shop, sold) == Kept(("another operator or flashsalectl rebuilds it",))
+    assert await rebuild(shop, sold) == StillFenced(
+        ("another operator or flashsalectl is rebuilding it",)
+    )
     await end_lease(shop, sold)
     assert isinstance(await rebuild(shop, sold), Rebuilt)
     assert await shop.buy(sold.item_id, "d") == [Outcome.ACCEPTED]
@@ -165,10 +170,10 @@ async def test_a_rebuild_that_is_overtaken_can_write_nothing(shop: Shop, sold: S
     assert await shop.sale(sold.item_id) == before
 
 
-async def test_a_rebuild_that_was_suspended_while_redis_was_wiped_begins_nothing(
-    shop: Shop, sold: SaleSpec
+async def test_a_rebuild_suspended_during_a_wipe_of_redis_cannot_begin(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
-    """What it waited for was before others sold on, and Redis lost that."""
+    """Its wait ended before later reservations, which Redis has lost."""
     recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
     await shop.redis.flushall()
     assert await recovery.fence(spec_of(row), 7) is Fenced.FENCED
@@ -178,7 +183,9 @@ async def test_a_rebuild_that_was_suspended_while_redis_was_wiped_begins_nothing
     assert await recovery.fence(spec_of(row), 7, begin=True) is Fenced.SUPERSEDED
 
 
-async def test_a_sale_that_is_closed_in_the_middle_stays_closed(shop: Shop, sold: SaleSpec) -> None:
+async def test_a_sale_closed_during_its_rebuild_stays_closed(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
     recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
     await shop.redis.flushall()
     claim = row.revision + 1
@@ -187,8 +194,8 @@ async def test_a_sale_that_is_closed_in_the_middle_stays_closed(shop: Shop, sold
     assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.SUPERSEDED
 
 
-async def test_a_server_that_restarts_in_the_middle_is_not_trusted(
-    shop: Shop, sold: SaleSpec
+async def test_a_rebuild_fails_if_redis_restarts_during_it(
+    shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     recovery = Recovery(shop.redis)
     await shop.redis.flushall()
@@ -205,12 +212,12 @@ async def test_a_server_that_restarts_in_the_middle_is_not_trusted(
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
 
 
-async def test_a_sale_that_was_freed_comes_back_in_place_of_another_that_is_finished(
-    shop: Shop, sold: SaleSpec, other: SaleSpec
+async def test_a_freed_sale_is_rebuilt_in_place_of_a_finished_one(
+    shop: SimulatedShop, sold: SaleSpec, other: SaleSpec
 ) -> None:
-    await shop.steward.close(sold.sale_id)
+    await shop.reconciler.close(sold.sale_id)
     await shop.apply(other)
-    await shop.steward.close(other.sale_id)
+    await shop.reconciler.close(other.sale_id)
     report = await shop.apply(sold)
     assert (report.state, report.ready) == (SaleState.SELLING, True)
     assert report.rebuilt is not None
@@ -218,7 +225,7 @@ async def test_a_sale_that_was_freed_comes_back_in_place_of_another_that_is_fini
     assert await shop.buy(sold.item_id, "a", "z") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
 
 
-async def test_a_fenced_sale_is_rebuilt_by_applying_it(shop: Shop, sold: SaleSpec) -> None:
+async def test_applying_a_fenced_sale_rebuilds_it(shop: SimulatedShop, sold: SaleSpec) -> None:
     await restart(shop, sold)
     report = await shop.apply(sold)
     assert (report.state, report.ready) == (SaleState.SELLING, True)
@@ -226,7 +233,7 @@ async def test_a_fenced_sale_is_rebuilt_by_applying_it(shop: Shop, sold: SaleSpe
     assert report.rebuilt.redis_lacked == 0
 
 
-async def test_what_is_lost_is_noted_once(shop: Shop, spec: SaleSpec) -> None:
+async def test_lost_units_are_counted_once(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b", "c")
     await shop.record(spec.item_id, lose=1)
@@ -236,7 +243,9 @@ async def test_what_is_lost_is_noted_once(shop: Shop, spec: SaleSpec) -> None:
     assert (await shop.row(spec.sale_id)).lost == 1
 
 
-async def test_many_rebuilds_at_once_end_with_one_whole_sale(shop: Shop, sold: SaleSpec) -> None:
+async def test_concurrent_rebuilds_give_one_correct_sale(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
     await shop.redis.flushall()
     done = await asyncio.gather(*(rebuild(shop, sold) for _ in range(5)))
     assert any(isinstance(each, Rebuilt) for each in done)
@@ -245,14 +254,16 @@ async def test_many_rebuilds_at_once_end_with_one_whole_sale(shop: Shop, sold: S
     assert (sale.accepted, sale.available, sale.torn) == (3, 7, False)
 
 
-async def test_a_closed_sale_comes_back_closed(shop: Shop, sold: SaleSpec) -> None:
-    await shop.steward.close(sold.sale_id)
+async def test_a_closed_sale_is_still_closed_after_its_rebuild(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    await shop.reconciler.close(sold.sale_id)
     await shop.redis.flushall()
     assert isinstance(await rebuild(shop, sold), Rebuilt)
     assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
 
 
-async def test_a_large_sale_comes_back_page_by_page(shop: Shop, spec: SaleSpec) -> None:
+async def test_a_large_sale_is_rebuilt_in_pages(shop: SimulatedShop, spec: SaleSpec) -> None:
     number = int(os.environ.get("FLASHSALE_REBUILD_RESERVATIONS", "4321"))
     large = SaleSpec(spec.sale_id, spec.item_id, 5 * number, max_per_user=3)
     await shop.apply(large)

@@ -1,7 +1,7 @@
-"""Rebuilds that run beside the reconciles."""
+"""Rebuilds in the background of the reconciles."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 
@@ -9,17 +9,19 @@ from flashsale import ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.keys import ItemKeys
 from flashsale.sale import SaleSpec, SaleState
-from flashsale_operator.kubernetes.rebuilds import Rebuilds, Shared
-from flashsale_operator.sales.decision import Kept
+from flashsale_operator.kubernetes.queue import Queue
+from flashsale_operator.kubernetes.rebuilds import Rebuilds, SharedSpans
+from flashsale_operator.sales.decision import Reason, StillFenced
 from flashsale_operator.sales.offsets import KafkaUnavailable, Span
-from flashsale_operator.sales.reconciler import Steward
-from tests.servers.operator.conftest import QUICK, Shop
+from flashsale_operator.sales.reconciler import Reconciler
+from tests.support.eventually import until
+from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def woken(queue: Queue) -> str:
+    """Wait for the next FlashSale in the queue and return its sale id."""
     async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
+        return (await queue.take()).sale_id
 
 
 async def nothing() -> Mapping[int, Span]:
@@ -31,7 +33,7 @@ async def without_kafka() -> Mapping[int, Span]:
 
 
 @pytest.fixture
-async def fenced(shop: Shop, spec: SaleSpec) -> SaleSpec:
+async def fenced(shop: SimulatedShop, spec: SaleSpec) -> SaleSpec:
     """A sale with one unit sold and recorded, after a restart of Redis."""
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ada")
@@ -40,12 +42,14 @@ async def fenced(shop: Shop, spec: SaleSpec) -> SaleSpec:
     return spec
 
 
-async def test_a_rebuild_is_begun_and_its_result_given_once(shop: Shop, fenced: SaleSpec) -> None:
-    woken: list[str] = []
-    own = Rebuilds(shop.redis, shop.pool, nothing, woken.append, patience=QUICK)
+async def test_a_rebuild_wakes_its_flashsale_and_returns_its_result_once(
+    shop: SimulatedShop, fenced: SaleSpec
+) -> None:
+    queue = Queue()
+    own = Rebuilds(shop.redis, shop.pool, nothing, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     assert str(await own.rebuild(row)).startswith("being rebuilt from the ledger: ")
-    await until(lambda: woken == [fenced.sale_id])
+    assert await woken(queue) == fenced.sale_id
     done = own.forget(fenced.sale_id)
     assert done is not None
     assert (done.accepted, done.reservations) == (1, 1)
@@ -53,62 +57,63 @@ async def test_a_rebuild_is_begun_and_its_result_given_once(shop: Shop, fenced: 
     await own.close()
 
 
-async def test_what_keeps_it_is_told_until_it_is_time_to_begin_again(
-    shop: Shop, fenced: SaleSpec
+async def test_the_cause_of_a_failed_rebuild_is_reported_until_the_retry(
+    shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     await shop.redis.xadd(ItemKeys.of(fenced.item_id).outbox, {"id": "x"})
-    woken: list[str] = []
-    own = Rebuilds(shop.redis, shop.pool, nothing, woken.append, patience=QUICK)
+    queue = Queue()
+    own = Rebuilds(shop.redis, shop.pool, nothing, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
-    await until(lambda: len(woken) == 1)
+    await woken(queue)
     for _ in range(3):
-        assert await own.rebuild(row) == Kept(("the outbox has 1 events that Kafka has not",))
+        assert await own.rebuild(row) == StillFenced(
+            ("the outbox has 1 event that Kafka has not acknowledged",)
+        )
     await own.close()
 
 
-async def test_the_lack_of_kafka_is_noted(shop: Shop, fenced: SaleSpec) -> None:
-    woken: list[str] = []
-    own = Rebuilds(shop.redis, shop.pool, without_kafka, woken.append, patience=QUICK)
+async def test_a_rebuild_without_kafka_reports_kafka(shop: SimulatedShop, fenced: SaleSpec) -> None:
+    queue = Queue()
+    own = Rebuilds(shop.redis, shop.pool, without_kafka, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
-    await until(lambda: len(woken) == 1)
-    kept = await own.rebuild(row)
-    assert kept == Kept(("Kafka is away: no answer in time",), without_kafka=True)
+    await woken(queue)
+    still_fenced = await own.rebuild(row)
+    assert still_fenced == StillFenced(("Kafka is away: no answer in time",), without_kafka=True)
     own.forget(fenced.sale_id)
     await own.close()
 
 
-async def test_a_server_that_is_away_is_raised_where_the_result_is_asked_for(
-    shop: Shop, fenced: SaleSpec
+async def test_an_outage_during_a_rebuild_is_raised_by_the_next_call(
+    shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     pool = await ledger.connect("postgresql://nobody@127.0.0.1:1/none")
-    woken: list[str] = []
-    own = Rebuilds(shop.redis, pool, nothing, woken.append, patience=QUICK)
+    queue = Queue()
+    own = Rebuilds(shop.redis, pool, nothing, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
-    await until(lambda: len(woken) == 1)
+    await woken(queue)
     with pytest.raises(LedgerUnavailable):
         await own.rebuild(row)
     pool.terminate()
 
 
-async def test_a_fenced_sale_is_rebuilt_without_waiting_for_it(
-    shop: Shop, fenced: SaleSpec
+async def test_a_reconcile_does_not_wait_for_the_rebuild_of_its_sale(
+    shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
-    woken: list[str] = []
-    own = Rebuilds(shop.redis, shop.pool, nothing, woken.append, patience=QUICK)
-    steward = Steward(shop.inventory, shop.pool, own.rebuild)
-    report = await steward.reconcile(fenced)
-    assert report.state is SaleState.FENCED
-    assert report.kept is not None
-    await until(lambda: len(woken) == 1)
-    assert (await steward.reconcile(fenced)).state is SaleState.SELLING
+    queue = Queue()
+    own = Rebuilds(shop.redis, shop.pool, nothing, queue, patience=QUICK)
+    reconciler = Reconciler(shop.inventory, shop.pool, own.rebuild)
+    result = await reconciler.reconcile(fenced)
+    assert (result.state, result.reason) == (SaleState.FENCED, Reason.FENCED)
+    await woken(queue)
+    assert (await reconciler.reconcile(fenced)).state is SaleState.SELLING
     assert own.forget(fenced.sale_id) is not None
     await own.close()
 
 
-async def test_those_who_ask_at_the_same_time_share_a_call_that_began_after_they_asked() -> None:
+async def test_concurrent_callers_share_a_call_that_began_after_they_asked() -> None:
     calls = 0
     let_go = asyncio.Event()
 
@@ -119,9 +124,9 @@ async def test_those_who_ask_at_the_same_time_share_a_call_that_began_after_they
         await let_go.wait()
         return {number: Span(0, 0)}
 
-    shared = Shared(spans)
+    shared = SharedSpans(spans)
     first = asyncio.create_task(shared())
-    await until(lambda: calls == 1)
+    await until(lambda: calls == 1, pause=0.005)
     late = [asyncio.create_task(shared()) for _ in range(10)]
     await asyncio.sleep(0)
     late[0].cancel()
@@ -131,8 +136,8 @@ async def test_those_who_ask_at_the_same_time_share_a_call_that_began_after_they
     assert calls == 2
 
 
-async def test_a_shared_call_that_fails_fails_for_those_who_asked_and_no_other() -> None:
-    shared = Shared(without_kafka)
+async def test_a_failed_shared_call_does_not_affect_later_callers() -> None:
+    shared = SharedSpans(without_kafka)
     with pytest.raises(KafkaUnavailable):
         await shared()
     with pytest.raises(KafkaUnavailable):

@@ -1,4 +1,4 @@
-"""Manifests carried out on real Redis and PostgreSQL."""
+"""Reconciles of manifests on real Redis and PostgreSQL."""
 
 import asyncio
 import random
@@ -18,23 +18,25 @@ from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.reconciler import UnknownSale, refuse_eviction
-from tests.servers.operator.conftest import QUICK, Pool, Shop
+from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
-async def test_a_new_sale_is_sold(shop: Shop, spec: SaleSpec) -> None:
-    report = await shop.apply(spec)
-    assert (report.applied, report.state, report.reason) == (
+async def test_a_new_sale_can_be_sold(shop: SimulatedShop, spec: SaleSpec) -> None:
+    result = await shop.apply(spec)
+    assert (result.applied, result.state, result.reason) == (
         Applied.SEEDED,
         SaleState.SELLING,
         Reason.APPLIED,
     )
-    assert report.message == "10 of 10 available"
+    assert result.message == "10 of 10 available"
     row = await shop.row(spec.sale_id)
     assert (row.revision, row.allocated, row.capacity, row.closed) == (1, 10, 10, False)
     assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
 
 
-async def test_applying_again_changes_nothing(shop: Shop, redis: Redis, spec: SaleSpec) -> None:
+async def test_applying_again_changes_nothing(
+    shop: SimulatedShop, redis: Redis, spec: SaleSpec
+) -> None:
     full = replace(
         spec, display_name="Größe", starts_ms=1_000_000_000_123, ends_ms=32_000_000_000_456
     )
@@ -42,14 +44,14 @@ async def test_applying_again_changes_nothing(shop: Shop, redis: Redis, spec: Sa
     await shop.buy(spec.item_id, "ann", "bob")
     before = await shop.row(spec.sale_id), await redis.hgetall(ItemKeys.of(spec.item_id).sale)
     for _ in range(2):
-        report = await shop.apply(full)
-        assert (report.applied, report.message) == (Applied.UNCHANGED, "8 of 10 available")
+        result = await shop.apply(full)
+        assert (result.applied, result.message) == (Applied.UNCHANGED, "8 of 10 available")
     after = await shop.row(spec.sale_id), await redis.hgetall(ItemKeys.of(spec.item_id).sale)
     assert after == before
 
 
-async def test_a_crowd_and_ever_changing_manifests_create_no_unit(
-    shop: Shop, spec: SaleSpec
+async def test_manifest_changes_during_a_sale_create_no_units(
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
     choose = random.Random(7)
@@ -75,7 +77,9 @@ async def test_a_crowd_and_ever_changing_manifests_create_no_unit(
     assert (sale.revision, sale.allocated) == (row.revision, 300)
 
 
-async def test_restock_pause_and_window_reach_the_next_buyer(shop: Shop, spec: SaleSpec) -> None:
+async def test_a_restock_a_pause_and_a_window_apply_to_the_next_buyer(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
     async def buy(user: str) -> Outcome:
         return (await shop.buy(spec.item_id, user))[0]
 
@@ -93,63 +97,65 @@ async def test_restock_pause_and_window_reach_the_next_buyer(shop: Shop, spec: S
     assert (await shop.row(spec.sale_id)).revision == 5
 
 
-async def test_stock_below_what_is_held_leaves_what_is_held(shop: Shop, spec: SaleSpec) -> None:
+async def test_stock_below_the_held_units_keeps_these_units(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b", "c")
     for applied in (Applied.CHANGED, Applied.UNCHANGED):
-        report = await shop.apply(replace(spec, stock=1))
-        assert (report.applied, report.reason) == (applied, Reason.STOCK_BELOW_HELD)
-        assert "stock 1 is below the 3 units" in report.message
+        result = await shop.apply(replace(spec, stock=1))
+        assert (result.applied, result.reason) == (applied, Reason.STOCK_BELOW_HELD)
+        assert "stock 1 is below the 3 units" in result.message
     row = await shop.row(spec.sale_id)
     assert (row.allocated, row.capacity, row.revision) == (1, 10, 2)
     await shop.record(spec.item_id)
 
 
-async def test_an_ended_sale_stays_ended(shop: Shop, spec: SaleSpec) -> None:
+async def test_an_ended_sale_stays_ended(shop: SimulatedShop, spec: SaleSpec) -> None:
     now_ms = (await shop.inventory.server()).now_ms
     over = replace(spec, ends_ms=now_ms - 1)
     assert (await shop.apply(over)).state is SaleState.ENDED
     assert (await shop.apply(over)).ready
     for spec_again in (spec, replace(spec, ends_ms=now_ms + 60_000)):
-        report = await shop.apply(spec_again)
-        assert (report.state, report.reason) == (SaleState.ENDED, Reason.SALE_ENDED)
-        assert "a new sale needs a new name" in report.message
-    await shop.steward.close(spec.sale_id)
+        result = await shop.apply(spec_again)
+        assert (result.state, result.reason) == (SaleState.ENDED, Reason.SALE_ENDED)
+        assert "a new sale needs a new name" in result.message
+    await shop.reconciler.close(spec.sale_id)
     assert (await shop.apply(spec)).reason is Reason.SALE_ENDED
     assert await shop.buy(spec.item_id, "ann") == [Outcome.ENDED]
 
 
-async def test_the_item_of_a_sale_cannot_be_changed(shop: Shop, spec: SaleSpec) -> None:
+async def test_the_item_of_a_sale_cannot_be_changed(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
-    report = await shop.apply(replace(spec, item_id="another"))
-    assert report.reason is Reason.ITEM_CHANGED
-    assert report.message.startswith("spec.itemId: is immutable")
+    result = await shop.apply(replace(spec, item_id="another"))
+    assert result.reason is Reason.ITEM_CHANGED
+    assert result.message.startswith("spec.itemId is immutable")
     assert await shop.sale("another") is None
 
 
-async def test_two_different_manifests_at_once_leave_one_of_them_everywhere(
-    shop: Shop, spec: SaleSpec
+async def test_of_concurrent_manifests_one_reaches_both_ledger_and_redis(
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
     for _ in range(10):
         stocks = random.sample(range(11, 99), 3)
-        reports = await asyncio.gather(
+        results = await asyncio.gather(
             *(shop.apply(replace(spec, stock=stock)) for stock in stocks)
         )
-        assert {report.reason for report in reports} <= {Reason.APPLIED, Reason.SUPERSEDED}
+        assert {result.reason for result in results} <= {Reason.APPLIED, Reason.SUPERSEDED}
         row, sale = await shop.row(spec.sale_id), await shop.sale(spec.item_id)
         assert sale is not None
         assert row.allocated in stocks
         assert (sale.allocated, sale.revision) == (row.allocated, row.revision)
 
 
-async def test_many_stewards_with_one_new_manifest_seed_it_once(
-    redis: "Redis", pool: Pool, spec: SaleSpec
+async def test_concurrent_reconciles_of_a_new_manifest_seed_it_once(
+    redis: "Redis", pool: ledger.Pool, spec: SaleSpec
 ) -> None:
-    # Those who find the row and no keys yet leave the time that it takes to seed.
-    shop = Shop(redis, pool, patience=replace(QUICK, seeding=1.0))
-    reports = await asyncio.gather(*(shop.apply(spec) for _ in range(8)))
-    assert [report.applied for report in reports].count(Applied.SEEDED) == 1
+    # Reconciles that find the row without keys must leave enough time for the seeding.
+    shop = SimulatedShop(redis, pool, patience=replace(QUICK, seeding=1.0))
+    results = await asyncio.gather(*(shop.apply(spec) for _ in range(8)))
+    assert [result.applied for result in results].count(Applied.SEEDED) == 1
     assert (await shop.apply(spec)).ready
     assert await shop.buy(spec.item_id, *"abcdefghijkl") == [
         *[Outcome.ACCEPTED] * 10,
@@ -157,62 +163,66 @@ async def test_many_stewards_with_one_new_manifest_seed_it_once(
     ]
 
 
-async def test_of_two_new_sales_of_an_item_one_gets_it(
-    shop: Shop, spec: SaleSpec, other: SaleSpec
+async def test_of_two_new_sales_only_one_gets_the_item(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
 ) -> None:
-    reports = await asyncio.gather(shop.apply(spec), shop.apply(other))
-    assert {report.reason for report in reports} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
+    results = await asyncio.gather(shop.apply(spec), shop.apply(other))
+    assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
     assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
 
 
-async def test_a_steward_that_died_before_seeding_is_followed_by_a_rebuild(
-    shop: Shop, spec: SaleSpec
+async def test_a_reconciler_that_dies_before_seeding_leads_to_a_rebuild(
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
-    await shop.redis.flushall()  # as if nothing had been seeded
+    await shop.redis.flushall()  # as if the keys had never been seeded
     shop.topic[0] = Span(0, 3)
-    report = await shop.apply(spec)
-    assert (report.state, report.reason) == (SaleState.FENCED, Reason.FENCED)
-    assert report.message == "the ledger has read partition 0 to 0 of 3"
+    result = await shop.apply(spec)
+    assert (result.state, result.reason) == (SaleState.FENCED, Reason.FENCED)
+    assert result.message == "the ledger has read partition 0 to offset 0 of 3"
     assert await shop.buy(spec.item_id, "d") == [Outcome.FENCED]
     await shop.read_to(0, 3)
     assert (await shop.apply(spec)).state is SaleState.SELLING
 
 
-async def test_a_flush_with_units_sold_is_never_sold_again(shop: Shop, spec: SaleSpec) -> None:
+async def test_units_sold_before_a_flush_are_not_sold_again(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b", "c")
     await shop.record(spec.item_id)
     await shop.redis.flushall()
     assert await shop.buy(spec.item_id, "d") == [Outcome.UNKNOWN]
-    report = await shop.apply(spec)
-    assert (report.state, report.ready) == (SaleState.SELLING, True)
-    assert report.sale is not None
-    assert (report.sale.accepted, report.sale.available) == (3, 7)
+    result = await shop.apply(spec)
+    assert (result.state, result.ready) == (SaleState.SELLING, True)
+    assert result.sale is not None
+    assert (result.sale.accepted, result.sale.available) == (3, 7)
 
 
-async def test_keys_without_their_sale_are_not_seeded_over(shop: Shop, spec: SaleSpec) -> None:
+async def test_remaining_keys_of_a_lost_sale_are_not_overwritten(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a")
     await shop.redis.delete(ItemKeys.of(spec.item_id).sale)
-    report = await shop.apply(spec)
-    assert (report.state, report.message) == (
+    result = await shop.apply(spec)
+    assert (result.state, result.message) == (
         SaleState.FENCED,
-        "the outbox has 1 events that Kafka has not",
+        "the outbox has 1 event that Kafka has not acknowledged",
     )
     await shop.record(spec.item_id)
-    report = await shop.apply(spec)
-    assert report.sale is not None
-    assert (report.state, report.sale.accepted) == (SaleState.SELLING, 1)
+    result = await shop.apply(spec)
+    assert result.sale is not None
+    assert (result.state, result.sale.accepted) == (SaleState.SELLING, 1)
 
 
 @pytest.mark.parametrize("lose", [0, 1])
-async def test_after_a_restart_a_sale_is_rebuilt_once_its_outbox_is_drained(
-    tmp_path: Path, pool: Pool, spec: SaleSpec, lose: int
+async def test_after_a_restart_a_sale_is_rebuilt_when_its_outbox_is_empty(
+    tmp_path: Path, pool: ledger.Pool, spec: SaleSpec, lose: int
 ) -> None:
     with RedisServer(tmp_path, appendfsync="always") as server:
         redis = redis_client.connect(server.url)
-        shop = Shop(redis, pool)
+        shop = SimulatedShop(redis, pool)
         await shop.apply(spec)
         await shop.buy(spec.item_id, "a", "b", "c")
         server.kill()
@@ -220,30 +230,30 @@ async def test_after_a_restart_a_sale_is_rebuilt_once_its_outbox_is_drained(
             await shop.apply(spec)
         server.start()
         assert await shop.buy(spec.item_id, "d") == [Outcome.FENCED]
-        report = await shop.apply(spec)
-        assert (report.state, report.message) == (
+        result = await shop.apply(spec)
+        assert (result.state, result.message) == (
             SaleState.FENCED,
-            "the outbox has 3 events that Kafka has not",
+            "the outbox has 3 events that Kafka has not acknowledged",
         )
         await shop.record(spec.item_id, lose=lose)
-        report = await shop.apply(spec)
-        assert (report.ready, report.state) == (True, SaleState.SELLING)
-        assert report.rebuilt is not None
-        assert (report.rebuilt.accepted, report.rebuilt.lost) == (3 - lose, lose)
+        result = await shop.apply(spec)
+        assert (result.ready, result.state) == (True, SaleState.SELLING)
+        assert result.rebuilt is not None
+        assert (result.rebuilt.accepted, result.rebuilt.lost) == (3 - lose, lose)
         assert (await shop.buy(spec.item_id, "b", "c", "d")).count(Outcome.LIMIT_REACHED) == 2
         await redis.aclose()
 
 
-async def test_an_item_goes_to_the_next_sale_when_the_first_is_closed_and_recorded(
-    shop: Shop, spec: SaleSpec, other: SaleSpec
+async def test_a_new_sale_gets_the_item_after_the_first_is_closed_and_recorded(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
 ) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ann")
-    report = await shop.apply(other)
-    assert (report.state, report.reason) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
-    assert report.message == f"{spec.item_id} is sold by {spec.sale_id}, which is Selling"
+    result = await shop.apply(other)
+    assert (result.state, result.reason) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
+    assert result.message == f"{spec.item_id} is sold by {spec.sale_id}, which is Selling"
     assert await ledger.sale(shop.pool, other.sale_id) is None
-    await shop.steward.close(spec.sale_id)
+    await shop.reconciler.close(spec.sale_id)
     assert "its outbox has 1 event" in (await shop.apply(other)).message
     await shop.record(spec.item_id)
     assert (await shop.apply(other)).applied is Applied.SEEDED
@@ -251,37 +261,39 @@ async def test_an_item_goes_to_the_next_sale_when_the_first_is_closed_and_record
     assert (await shop.apply(spec)).reason is Reason.ITEM_CONFLICT
 
 
-async def test_closing_and_applying_again_continues_with_the_same_buyers(
-    shop: Shop, spec: SaleSpec
+async def test_applying_a_closed_sale_again_keeps_its_buyers(
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ann")
-    report = await shop.steward.close(spec.sale_id)
-    assert (report.applied, report.state, report.ready) == (Closed.CLOSED, SaleState.CLOSING, True)
+    result = await shop.reconciler.close(spec.sale_id)
+    assert (result.applied, result.state, result.ready) == (Closed.CLOSED, SaleState.CLOSING, True)
     assert await shop.buy(spec.item_id, "bob") == [Outcome.ENDED]
-    assert (await shop.steward.close(spec.sale_id)).applied is Closed.UNCHANGED
+    assert (await shop.reconciler.close(spec.sale_id)).applied is Closed.UNCHANGED
     assert (await shop.row(spec.sale_id)).revision == 2
-    report = await shop.apply(spec)
-    assert (report.applied, report.message) == (Applied.CHANGED, "9 of 10 available")
+    result = await shop.apply(spec)
+    assert (result.applied, result.message) == (Applied.CHANGED, "9 of 10 available")
     assert await shop.buy(spec.item_id, "ann", "bob") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
 
 
-async def test_closing_needs_no_keys_and_an_older_ledger_still_closes(
-    shop: Shop, spec: SaleSpec
+async def test_a_sale_without_keys_or_with_an_older_ledger_can_be_closed(
+    shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     await shop.apply(spec)
     await shop.apply(replace(spec, stock=20))
     await shop.pool.execute("UPDATE sales SET revision = 1")
-    report = await shop.steward.close(spec.sale_id)
-    assert (report.applied, report.state) == (Closed.CLOSED, SaleState.CLOSING)
+    result = await shop.reconciler.close(spec.sale_id)
+    assert (result.applied, result.state) == (Closed.CLOSED, SaleState.CLOSING)
     await shop.redis.flushall()
-    report = await shop.steward.close(spec.sale_id)
-    assert (report.applied, report.state, report.ready) == (Closed.UNKNOWN, SaleState.CLOSING, True)
+    result = await shop.reconciler.close(spec.sale_id)
+    assert (result.applied, result.state, result.ready) == (Closed.UNKNOWN, SaleState.CLOSING, True)
     with pytest.raises(UnknownSale, match="no such sale"):
-        await shop.steward.close("default/never")
+        await shop.reconciler.close("default/never")
 
 
-async def test_an_older_ledger_is_brought_above_redis_revision(shop: Shop, spec: SaleSpec) -> None:
+async def test_an_older_ledger_takes_a_revision_above_redis(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
     for stock in (10, 11, 12):
         await shop.apply(replace(spec, stock=stock))
     await shop.pool.execute("UPDATE sales SET revision = 1")
@@ -291,29 +303,31 @@ async def test_an_older_ledger_is_brought_above_redis_revision(shop: Shop, spec:
     assert (await shop.row(spec.sale_id)).revision == 5
 
 
-async def test_who_closes_an_item_means_the_sale_that_may_sell(
-    shop: Shop, spec: SaleSpec, other: SaleSpec
+async def test_closing_an_item_closes_its_unfinished_sale(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
 ) -> None:
     with pytest.raises(UnknownSale, match="there is no sale of this item"):
-        await shop.steward.sales_to_close(spec.item_id)
+        await shop.reconciler.sales_to_close(spec.item_id)
     await shop.apply(spec)
-    await shop.steward.close(spec.sale_id)
+    await shop.reconciler.close(spec.sale_id)
     await shop.apply(other)
-    assert await shop.steward.sales_to_close(spec.item_id) == [other.sale_id]
-    await shop.steward.close(other.sale_id)
-    assert await shop.steward.sales_to_close(spec.item_id) == [other.sale_id]
+    assert await shop.reconciler.sales_to_close(spec.item_id) == [other.sale_id]
+    await shop.reconciler.close(other.sale_id)
+    assert await shop.reconciler.sales_to_close(spec.item_id) == [other.sale_id]
     await shop.redis.flushall()
-    assert await shop.steward.sales_to_close(spec.item_id) == [spec.sale_id, other.sale_id]
+    assert await shop.reconciler.sales_to_close(spec.item_id) == [spec.sale_id, other.sale_id]
 
 
-async def test_nothing_reaches_redis_when_the_ledger_is_away(shop: Shop, spec: SaleSpec) -> None:
+async def test_nothing_reaches_redis_while_the_ledger_is_away(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
     await shop.pool.execute("ALTER TABLE sales RENAME TO away")
     with pytest.raises(LedgerUnavailable):
         await shop.apply(spec)
     assert await shop.sale(spec.item_id) is None
 
 
-async def test_a_redis_that_evicts_is_refused(shop: Shop) -> None:
+async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:
     await refuse_eviction(shop.inventory)
     await shop.redis.config_set("maxmemory-policy", "allkeys-lru")
     try:

@@ -1,4 +1,4 @@
-"""The calls of the Kubernetes API, against answers that a real server gives at bad moments."""
+"""The Kubernetes client, against answers of a real server at bad moments."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,7 +14,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @asynccontextmanager
 async def serving(answer: Answer) -> AsyncIterator[Kube]:
-    """A client that logs in as 1, 2, … each time, of a server that answers everything so."""
+    """Yields a client of a server with this answer. Its logins have the tokens 1, 2, …"""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
     runner = web.AppRunner(app)
@@ -35,14 +35,14 @@ async def serving(answer: Answer) -> AsyncIterator[Kube]:
     await runner.cleanup()
 
 
-def says(status: int, **body: object) -> Answer:
+def answers(status: int, **body: object) -> Answer:
     async def answer(_: web.Request) -> web.Response:
         return web.json_response(body, status=status)
 
     return answer
 
 
-async def test_a_token_that_is_known_no_more_is_renewed() -> None:
+async def test_an_expired_token_is_renewed() -> None:
     seen = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -56,14 +56,14 @@ async def test_a_token_that_is_known_no_more_is_renewed() -> None:
     assert seen == ["Bearer 1", "Bearer 2", "Bearer 2"]
 
 
-async def test_an_account_that_is_not_known_is_no_endless_login() -> None:
-    async with serving(says(401, message="Unauthorized")) as kube:
+async def test_an_unknown_account_does_not_log_in_endlessly() -> None:
+    async with serving(answers(401, message="Unauthorized")) as kube:
         with pytest.raises(KubeUnavailable, match="401 Unauthorized"):
             await kube.flash_sale("shop", "phone")
 
 
-async def test_only_an_answer_that_names_the_object_says_that_it_is_gone() -> None:
-    async with serving(says(404, details={"name": "phone", "kind": "flashsales"})) as kube:
+async def test_only_a_404_that_names_the_object_means_that_it_is_deleted() -> None:
+    async with serving(answers(404, details={"name": "phone", "kind": "flashsales"})) as kube:
         assert await kube.flash_sale("shop", "phone") is None
 
     async def no_such_path(_: web.Request) -> web.Response:
@@ -76,28 +76,28 @@ async def test_only_an_answer_that_names_the_object_says_that_it_is_gone() -> No
             await kube.flash_sales(None)
 
 
-async def test_a_status_that_is_based_on_an_older_object_is_not_written() -> None:
+async def test_a_status_based_on_an_older_object_is_not_written() -> None:
     for code, written in ((200, True), (404, False), (409, False)):
-        async with serving(says(code)) as kube:
+        async with serving(answers(code)) as kube:
             assert await kube.patch_status("shop", "phone", {}, "1") is written
 
 
-async def test_an_event_that_is_there_or_has_no_namespace_any_more_is_no_failure() -> None:
+async def test_an_existing_event_or_a_deleted_namespace_is_no_failure() -> None:
     terminating = {"causes": [{"reason": "NamespaceTerminating"}]}
     for answer, made in (
-        (says(201), True),
-        (says(409), False),
-        (says(404), False),
-        (says(403, details=terminating), False),
+        (answers(201), True),
+        (answers(409), False),
+        (answers(404), False),
+        (answers(403, details=terminating), False),
     ):
         async with serving(answer) as kube:
             assert await kube.create_event("shop", {}) is made
-    async with serving(says(403, message="forbidden")) as kube:
+    async with serving(answers(403, message="forbidden")) as kube:
         with pytest.raises(KubeUnavailable, match="403 forbidden"):
             await kube.create_event("shop", {})
 
 
-async def test_a_list_is_read_to_its_end() -> None:
+async def test_all_pages_of_a_list_are_read() -> None:
     async def answer(request: web.Request) -> web.Response:
         page = int(request.query.get("continue", "0"))
         onward = {"continue": str(page + 1)} if page < 2 else {}
@@ -107,14 +107,14 @@ async def test_a_list_is_read_to_its_end() -> None:
         assert await kube.flash_sales("shop") == [{"page": 0}, {"page": 1}, {"page": 2}]
 
 
-async def test_a_server_that_is_away_is_told_in_one_line() -> None:
+async def test_the_error_about_a_server_that_is_away_is_one_line() -> None:
     kube = Kube(lambda: kopf.ConnectionInfo(server="http://127.0.0.1:1"))
     with pytest.raises(KubeUnavailable, match=r"the kube-apiserver is away: [^\n]+$"):
         await kube.flash_sale("shop", "phone")
     await kube.close()
 
 
-async def test_what_is_no_json_is_told_too() -> None:
+async def test_an_answer_that_is_not_json_is_an_error() -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text="{", content_type="application/json")
 

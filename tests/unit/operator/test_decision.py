@@ -1,4 +1,4 @@
-"""`decide`: every rule, and what no observation makes it do."""
+"""`decide`: each rule, and the invariants under all observations."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,20 +14,20 @@ from flashsale_operator.sales.decision import (
     Action,
     Apply,
     Done,
-    Kept,
     Observed,
     Reason,
     Rebuild,
+    StillFenced,
     WriteRow,
     decide,
     spec_of,
 )
 from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
 
-NOT_RECORDED = "default/older had iphone_15 before and is not recorded whole yet"
+NOT_RECORDED = "default/older sold iphone_15 before and is not fully recorded yet"
 PAST = replace(SPEC, ends_ms=NOW_MS - 1)
 SOON = NOW_MS + SEED_MS
-KEPT = Kept(("one", "two"))
+STILL_FENCED = StillFenced(("one", "two"))
 
 
 def observed(**changes: Any) -> Observed:  # noqa: ANN401 - any field
@@ -43,27 +43,27 @@ def test_a_new_sale_is_written_into_the_ledger_first() -> None:
     assert decide(SPEC, observed()) == WriteRow(())
 
 
-def test_the_row_that_this_reconcile_inserted_may_be_seeded() -> None:
+def test_keys_are_seeded_for_a_row_that_this_reconcile_inserted() -> None:
     assert decide(SPEC, observed(row=a_row(), written=1)) == Apply(a_row(), seed_until_ms=SOON)
 
 
-def test_it_is_seeded_once() -> None:
+def test_keys_are_seeded_only_once() -> None:
     seen = observed(row=a_row(), written=1, seeded=True)
     assert decide(SPEC, seen) == Rebuild(a_row())
 
 
-def test_a_row_that_was_there_without_keys_is_lost_until_it_is_rebuilt() -> None:
+def test_an_older_row_without_keys_is_fenced_until_it_is_rebuilt() -> None:
     lost = observed(row=a_row(accepted=3))
     assert decide(SPEC, lost) == Rebuild(a_row(accepted=3))
-    kept = decide(SPEC, replace(lost, kept=KEPT))
-    assert kept == Done(SaleState.FENCED, Reason.FENCED, "one; two")
+    action = decide(SPEC, replace(lost, still_fenced=STILL_FENCED))
+    assert action == Done(SaleState.FENCED, Reason.FENCED, "one; two")
 
 
-def test_a_row_that_this_reconcile_changed_is_no_new_row() -> None:
+def test_a_row_that_this_reconcile_only_changed_is_not_seeded() -> None:
     assert decide(SPEC, observed(row=a_row(revision=2), written=2)) == Rebuild(a_row(revision=2))
 
 
-def test_a_sale_that_is_as_its_manifest_asks_is_left_alone() -> None:
+def test_a_sale_that_matches_its_manifest_stays_as_it_is() -> None:
     sale = a_sale(accepted=40)
     assert outcome(decide(SPEC, observed(row=a_row(), sale=sale))) == (
         SaleState.SELLING,
@@ -83,21 +83,21 @@ def test_a_sale_that_is_as_its_manifest_asks_is_left_alone() -> None:
         {"ends_ms": NOW_MS + 1},
     ],
 )
-def test_a_change_goes_to_the_ledger_and_then_to_redis(changes: dict[str, Any]) -> None:
+def test_a_change_is_written_to_the_ledger_before_redis(changes: dict[str, Any]) -> None:
     spec = replace(SPEC, **changes)
     assert decide(spec, observed(row=a_row(), sale=a_sale())) == WriteRow((), above=1)
     row = a_row(spec, revision=2)
     assert decide(spec, observed(row=row, sale=a_sale(), written=2)) == Apply(row)
-    told = a_sale(spec, revision=2)
-    assert isinstance(decide(spec, observed(row=row, sale=told, written=2)), Done)
+    applied = a_sale(spec, revision=2)
+    assert isinstance(decide(spec, observed(row=row, sale=applied, written=2)), Done)
 
 
-def test_redis_that_was_not_told_is_told() -> None:
+def test_a_revision_that_redis_lacks_is_applied() -> None:
     row = a_row(revision=3)
     assert decide(SPEC, observed(row=row, sale=a_sale(revision=2))) == Apply(row)
 
 
-def test_stock_below_what_is_held_is_reported_and_not_applied_for_ever() -> None:
+def test_stock_below_the_held_units_is_reported_and_not_applied_endlessly() -> None:
     spec = replace(SPEC, stock=30)
     sale = a_sale(spec, allocated=40, accepted=40)
     assert outcome(decide(spec, observed(row=a_row(spec), sale=sale))) == (
@@ -108,19 +108,19 @@ def test_stock_below_what_is_held_is_reported_and_not_applied_for_ever() -> None
     assert decide(spec, observed(row=a_row(spec), sale=released)) == Apply(a_row(spec))
 
 
-def test_an_older_ledger_goes_above_redis_revision() -> None:
+def test_an_older_ledger_takes_a_revision_above_redis() -> None:
     sale = a_sale(revision=7, accepted=9)
     assert decide(SPEC, observed(row=a_row(), sale=sale)) == WriteRow((), above=7)
     assert decide(SPEC, observed(sale=sale)) == WriteRow((), above=7)
 
 
-def test_whoever_wrote_last_wins_and_the_other_says_so() -> None:
+def test_the_last_writer_wins_and_the_other_reports_superseded() -> None:
     theirs = a_row(replace(SPEC, stock=7), revision=3)
     mine = observed(row=theirs, sale=a_sale(), written=2)
     assert outcome(decide(SPEC, mine)) == (SaleState.SELLING, Reason.SUPERSEDED)
 
 
-def test_the_item_of_a_sale_is_for_good() -> None:
+def test_the_item_of_a_sale_cannot_change() -> None:
     moved = replace(SPEC, item_id="iphone_16")
     assert outcome(decide(moved, observed(row=a_row()))) == (SaleState.UNKNOWN, Reason.ITEM_CHANGED)
 
@@ -137,12 +137,12 @@ def test_an_ended_sale_stays_ended(stored_state: str) -> None:
     )
 
 
-def test_an_ended_sale_stays_ended_when_it_was_closed_too() -> None:
+def test_an_ended_sale_that_was_also_closed_stays_ended() -> None:
     seen = observed(row=a_row(PAST, closed=True), sale=a_sale(PAST, stored_state="ended"))
     assert outcome(decide(SPEC, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
 
 
-def test_a_closed_sale_continues() -> None:
+def test_a_closed_sale_can_be_continued() -> None:
     seen = observed(
         row=a_row(closed=True, revision=2),
         sale=a_sale(stored_state="closed", revision=2, accepted=4),
@@ -156,17 +156,29 @@ def test_a_closed_sale_continues() -> None:
 def test_a_fenced_sale_is_rebuilt(changes: dict[str, Any]) -> None:
     seen = observed(row=a_row(accepted=4), sale=a_sale(accepted=4, **changes))
     assert decide(SPEC, seen) == Rebuild(a_row(accepted=4))
-    assert outcome(decide(SPEC, replace(seen, kept=KEPT))) == (SaleState.FENCED, Reason.FENCED)
+    assert outcome(decide(SPEC, replace(seen, still_fenced=STILL_FENCED))) == (
+        SaleState.FENCED,
+        Reason.FENCED,
+    )
 
 
-def test_a_fenced_sale_that_ended_is_rebuilt_without_a_word_to_the_ledger() -> None:
+def test_a_rebuild_without_kafka_reports_kafka() -> None:
+    seen = observed(
+        row=a_row(),
+        sale=a_sale(torn=True),
+        still_fenced=StillFenced(("Kafka is away",), without_kafka=True),
+    )
+    assert decide(SPEC, seen) == Done(SaleState.FENCED, Reason.KAFKA_UNAVAILABLE, "Kafka is away")
+
+
+def test_a_fenced_sale_that_ended_is_rebuilt_without_a_new_row() -> None:
     row = a_row(PAST, accepted=4)
     seen = observed(row=row, sale=a_sale(PAST, run_id="run-0", accepted=4))
     assert decide(PAST, seen) == Rebuild(row)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({}, "iphone_15 is sold by default/older, which is Selling"),
         ({"stored_state": "paused"}, "iphone_15 is sold by default/older, which is Paused"),
@@ -180,13 +192,13 @@ def test_a_fenced_sale_that_ended_is_rebuilt_without_a_word_to_the_ledger() -> N
         ),
     ],
 )
-def test_an_item_that_another_sale_has_is_a_conflict(changes: dict[str, Any], says: str) -> None:
+def test_an_item_of_another_sale_is_a_conflict(changes: dict[str, Any], message: str) -> None:
     others = (a_row(OTHER, accepted=5),)
     found = decide(SPEC, observed(sale=a_sale(OTHER, **changes), others=others))
-    assert found == Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, says)
+    assert found == Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, message)
 
 
-def test_an_unfinished_sale_in_the_ledger_is_a_conflict_even_if_redis_lost_it() -> None:
+def test_an_unfinished_sale_that_redis_lost_is_still_a_conflict() -> None:
     for sale in (None, a_sale(replace(OTHER, sale_id="default/third"), stored_state="closed")):
         found = decide(SPEC, observed(sale=sale, others=(a_row(OTHER),)))
         assert outcome(found) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
@@ -238,20 +250,20 @@ def situations(draw: st.DrawFn) -> tuple[SaleSpec, Observed]:
         others=tuple(all_rows.values()),
         written=draw(st.none() | st.integers(1, 3)),
         seeded=draw(st.booleans()),
-        kept=draw(st.none() | st.just(KEPT)),
+        still_fenced=draw(st.none() | st.just(STILL_FENCED)),
     )
     return spec, seen
 
 
 @given(situations())
-def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observed]) -> None:
+def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec, Observed]) -> None:
     spec, seen = situation
     row, sale = seen.row, seen.sale
     action = decide(spec, seen)
     own = sale if sale is not None and sale.sale_id == spec.sale_id else None
     match action:
         case Apply():
-            assert action.row is row, "Redis is told what the ledger has"
+            assert action.row is row, "Redis gets the contents of the ledger"
             assert not row.closed
             if own is None:
                 assert action.seed_until_ms == SOON
@@ -272,7 +284,9 @@ def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observe
         case WriteRow():
             assert action.others == seen.others
             if own is not None:
-                assert own.stored_state == "closed" or not own.finished(NOW_MS), "ended is ended"
+                assert own.stored_state == "closed" or not own.finished(NOW_MS), (
+                    "an ended sale stays ended"
+                )
         case Done(state, reason, message):
             assert message
             if reason is Reason.APPLIED and state is not SaleState.ENDED:
@@ -283,4 +297,4 @@ def test_nothing_observed_makes_it_sell_twice(situation: tuple[SaleSpec, Observe
                 assert own.allocated == max(spec.stock, own.held)
         case Rebuild():
             assert action.row is row
-            assert seen.kept is None
+            assert seen.still_fenced is None

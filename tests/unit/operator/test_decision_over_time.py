@@ -1,8 +1,8 @@
-"""Decisions carried out in a small world where stewards die between any two steps, and Redis
-restarts from older copies or is wiped: no sale ever sells more than it was allocated.
+"""Decisions in a small model: no sale ever sells more units than it was allocated.
 
-The world's Redis follows `apply.lua` and `close.lua`. The tests in tests/servers/contract check
-the scripts themselves.
+Reconcilers die between any two steps. Redis restarts, from older copies or empty. The model's
+Redis follows `apply.lua` and `close.lua`. The tests in tests/servers/contract check the scripts
+themselves.
 """
 
 from dataclasses import replace
@@ -17,10 +17,10 @@ from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState
 from flashsale_operator.sales.decision import (
     Apply,
     Done,
-    Kept,
     Observed,
     Reason,
     Rebuild,
+    StillFenced,
     WriteRow,
     decide,
     spec_of,
@@ -51,7 +51,7 @@ class World(RuleBasedStateMachine):
 
     @rule(spec=specs, lives=st.sampled_from([MAX_STEPS, MAX_STEPS, 1, 2, 3, 4]))
     def apply(self, spec: SaleSpec, lives: int) -> None:
-        """A steward works on the manifest, and may die after a few steps."""
+        """A reconciler applies the manifest, and may die after a few steps."""
         self._reconcile(spec, lives)
 
     @precondition(lambda self: self.sale is not None)
@@ -78,7 +78,7 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def publish_and_record(self) -> None:
-        """Living pods hold what they accepted, whatever became of Redis."""
+        """Living pods have their accepted events in memory, even if Redis was wiped."""
         for sale_id, row in self.rows.items():
             self.rows[sale_id] = replace(row, accepted=self.sold[sale_id])
         if self.sale is not None:
@@ -122,7 +122,7 @@ class World(RuleBasedStateMachine):
     def _reconcile(self, spec: SaleSpec, lives: int) -> None:
         written: int | None = None
         seeded = False
-        kept: Kept | None = None
+        still_fenced: StillFenced | None = None
         for _ in range(lives):
             seen = Observed(
                 server=self.server,
@@ -131,20 +131,20 @@ class World(RuleBasedStateMachine):
                 others=tuple(row for row in self.rows.values() if row.sale_id != spec.sale_id),
                 written=written,
                 seeded=seeded,
-                kept=kept,
+                still_fenced=still_fenced,
             )
             match decide(spec, seen):
                 case WriteRow() as step:
                     written = self._write_row(spec, step)
                 case Rebuild(row, replaces):
-                    kept = self._rebuild(row, replaces)
+                    still_fenced = self._rebuild(row, replaces)
                 case Apply() as step:
                     seeded = seeded or step.seed_until_ms is not None
                     assert self._apply(step) not in (Applied.STALE, Applied.MISSING)
                 case Done(reason=reason):
-                    assert reason is not Reason.SUPERSEDED, "nobody else was there"
+                    assert reason is not Reason.SUPERSEDED, "no other writer exists"
                     return
-        assert lives < MAX_STEPS, "it always comes to an end"
+        assert lives < MAX_STEPS, "a reconcile always ends"
 
     def _write_row(self, spec: SaleSpec, step: WriteRow) -> int:
         old = self.rows.get(spec.sale_id)
@@ -157,12 +157,12 @@ class World(RuleBasedStateMachine):
         self.allocated[spec.sale_id] = max(self.allocated[spec.sale_id], spec.stock)
         return revision
 
-    def _rebuild(self, row: SaleRow, replaces: Predecessor | None) -> Kept | None:
-        """As the scripts and the barrier do: what living pods hold is recorded first."""
+    def _rebuild(self, row: SaleRow, replaces: Predecessor | None) -> StillFenced | None:
+        """Rebuilds like the scripts: the events of living pods are recorded first."""
         sale = self.sale
         if sale is not None and sale.sale_id != row.sale_id:
             if replaces != (sale.sale_id, sale.accepted) or sale.outbox_length:
-                return Kept(("Redis has another sale of the item",))
+                return StillFenced(("Redis has another sale of the item",))
             assert sale.finished(self.server.now_ms)
         self.publish_and_record()
         known = self.rows[row.sale_id]
@@ -177,7 +177,7 @@ class World(RuleBasedStateMachine):
         )
         return None
 
-    def _apply(self, step: Apply) -> Applied:  # noqa: PLR0911 - the script's own list
+    def _apply(self, step: Apply) -> Applied:  # noqa: PLR0911 - one per answer of the script
         spec, sale, now_ms = spec_of(step.row), self.sale, self.server.now_ms
         seeded = a_sale(spec, revision=step.row.revision, run_id=self.server.run_id)
         if sale is None or sale.sale_id != spec.sale_id:

@@ -1,115 +1,115 @@
-"""The Events that follow from a change: each once."""
+"""The Events of a change: one per change."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
 from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status
-from flashsale_operator.kubernetes.events import Announcement, Known, announcements, event
-from flashsale_operator.kubernetes.status import Counts, Found, Status
+from flashsale_operator.kubernetes.events import Known, SaleEvent, event_object, sale_events
+from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.reconciler import Result
+from tests.support.observations import SPEC, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
 METADATA = {"name": "iphone-15", "namespace": "shop", "uid": "uid-1"}
 
 
-def found(state: SaleState, available: int = 5, allocated: int = 10) -> Found:
-    counts = None
+def a_result(state: SaleState, available: int = 5, allocated: int = 10) -> Result:
+    sale = None
     if state not in (SaleState.UNKNOWN, SaleState.ITEM_CONFLICT):
-        counts = Counts(allocated, allocated - available, available)
-    return Found(state, True, Reason.APPLIED, "fine", "told", counts)
+        sale = a_sale(allocated=allocated, accepted=allocated - available)
+    return Result(SPEC.sale_id, SPEC.item_id, state, Reason.APPLIED, "fine", sale=sale)
 
 
-class Teller:
-    """What a life of reconciles tells, as `Rounds` does it."""
+class Operator:
+    """The Events of an operator's life, created as `Controller` does it."""
 
     def __init__(self) -> None:
         self.status = Status()
         self.remembered: Known | None = None
-        self.told: list[str] = []
+        self.events: list[str] = []
 
-    def sees(self, *seen: Found) -> list[str]:
-        for each in seen:
+    def sees(self, *results: Result) -> list[str]:
+        for result in results:
             known = Known.of(self.status)
             if known.state is SaleState.UNKNOWN:
                 known = self.remembered or known
             else:
                 self.remembered = known
-            self.told += [told.reason for told in announcements(known, each)]
-            self.status = status.next_status(
-                self.status, each, sale_id="shop/iphone-15", generation=1, now=NOW
-            )
-        return self.told
+            self.events += [event.reason for event in sale_events(known, result)]
+            self.status = status.next_status(self.status, result, generation=1, now=NOW)
+        return self.events
 
     def restarts(self) -> None:
         self.remembered = None
 
 
-SELLING, SCHEDULED = found(SaleState.SELLING), found(SaleState.SCHEDULED)
-SOLD_OUT, UNKNOWN = found(SaleState.SOLD_OUT, 0), found(SaleState.UNKNOWN)
+SELLING, SCHEDULED = a_result(SaleState.SELLING), a_result(SaleState.SCHEDULED)
+SOLD_OUT, UNKNOWN = a_result(SaleState.SOLD_OUT, 0), a_result(SaleState.UNKNOWN)
 
 
 @pytest.mark.parametrize(
-    ("seen", "told"),
+    ("results", "events"),
     [
         ([SELLING], ["Opened"]),
         ([SCHEDULED, SELLING], ["Opened"]),
         ([SELLING, SOLD_OUT], ["Opened", "SoldOut"]),
-        ([SELLING, SOLD_OUT, found(SaleState.SELLING, 5, 20)], ["Opened", "SoldOut", "Restocked"]),
-        ([SELLING, found(SaleState.SELLING, 15, 20)], ["Opened", "Restocked"]),
-        ([SELLING, found(SaleState.SELLING, 1, 6)], ["Opened"]),
-        ([SELLING, found(SaleState.PAUSED), SELLING], ["Opened", "Paused", "Resumed"]),
         (
-            [SOLD_OUT, found(SaleState.PAUSED, 0), SOLD_OUT],
-            ["SoldOut", "Paused"],
+            [SELLING, SOLD_OUT, a_result(SaleState.SELLING, 5, 20)],
+            ["Opened", "SoldOut", "Restocked"],
         ),
-        ([SELLING, found(SaleState.ENDED)], ["Opened", "Ended"]),
-        ([SELLING, found(SaleState.CLOSING)], ["Opened", "Closed"]),
-        ([found(SaleState.ITEM_CONFLICT), SELLING], ["ItemConflict", "Opened"]),
-        ([SELLING, found(SaleState.FENCED), SELLING], ["Opened", "Fenced", "Opened"]),
+        ([SELLING, a_result(SaleState.SELLING, 15, 20)], ["Opened", "Restocked"]),
+        ([SELLING, a_result(SaleState.SELLING, 1, 6)], ["Opened"]),
+        ([SELLING, a_result(SaleState.PAUSED), SELLING], ["Opened", "Paused", "Resumed"]),
+        ([SOLD_OUT, a_result(SaleState.PAUSED, 0), SOLD_OUT], ["SoldOut", "Paused"]),
+        ([SELLING, a_result(SaleState.ENDED)], ["Opened", "Ended"]),
+        ([SELLING, a_result(SaleState.CLOSING)], ["Opened", "Closed"]),
+        ([a_result(SaleState.ITEM_CONFLICT), SELLING], ["ItemConflict", "Opened"]),
+        ([SELLING, a_result(SaleState.FENCED), SELLING], ["Opened", "Fenced", "Opened"]),
         ([UNKNOWN, SELLING], ["Opened"]),
     ],
 )
-def test_a_change_is_told(seen: list[Found], told: list[str]) -> None:
-    assert Teller().sees(*seen) == told
+def test_a_change_creates_an_event(results: list[Result], events: list[str]) -> None:
+    assert Operator().sees(*results) == events
 
 
 @pytest.mark.parametrize("state", SaleState)
-def test_nothing_is_told_again(state: SaleState) -> None:
-    teller = Teller()
-    first = list(teller.sees(found(state)))
-    assert teller.sees(found(state), UNKNOWN, found(state), UNKNOWN, found(state)) == first
-    teller.restarts()
-    assert teller.sees(found(state)) == first
+def test_an_unchanged_state_creates_no_second_event(state: SaleState) -> None:
+    operator, result = Operator(), a_result(state)
+    first = list(operator.sees(result))
+    assert operator.sees(result, UNKNOWN, result, UNKNOWN, result) == first
+    operator.restarts()
+    assert operator.sees(result) == first
 
 
-def test_an_operator_that_restarts_in_an_outage_opens_nothing_again() -> None:
-    teller = Teller()
-    teller.sees(SELLING, UNKNOWN)
-    teller.restarts()
-    assert teller.sees(SELLING) == ["Opened"]
+def test_a_restart_during_an_outage_does_not_report_the_sale_as_opened_again() -> None:
+    operator = Operator()
+    operator.sees(SELLING, UNKNOWN)
+    operator.restarts()
+    assert operator.sees(SELLING) == ["Opened"]
 
 
-def test_an_event_of_the_same_change_has_the_same_name() -> None:
-    told = Announcement("Paused", "spec.paused is true")
-    one = event(told, METADATA, "1 2026-11-27T09:00:00Z", NOW)
-    again = event(told, METADATA, "1 2026-11-27T09:00:00Z", NOW.replace(hour=10))
-    later = event(told, METADATA, "3 2026-11-27T09:00:00Z", NOW)
+def test_two_events_of_the_same_change_have_the_same_name() -> None:
+    paused = SaleEvent("Paused", "spec.paused is true")
+    one = event_object(paused, METADATA, "1 2026-11-27T09:00:00Z", NOW)
+    again = event_object(paused, METADATA, "1 2026-11-27T09:00:00Z", NOW.replace(hour=10))
+    later = event_object(paused, METADATA, "3 2026-11-27T09:00:00Z", NOW)
     assert one["metadata"] == again["metadata"] != later["metadata"]
 
 
-def test_a_closing_is_told_once_by_whoever_closed() -> None:
-    closed = Announcement("Closed", "deleted")
-    names = {str(event(closed, METADATA, mark, NOW)["metadata"]) for mark in ("", "1 x")}
+def test_a_close_creates_one_event_by_either_way() -> None:
+    closed = SaleEvent("Closed", "deleted")
+    names = {str(event_object(closed, METADATA, mark, NOW)["metadata"]) for mark in ("", "1 x")}
     assert len(names) == 1
-    other = event(closed, METADATA | {"uid": "uid-2"}, "", NOW)
+    other = event_object(closed, METADATA | {"uid": "uid-2"}, "", NOW)
     assert str(other["metadata"]) not in names
 
 
-def test_the_longest_name_makes_an_event_of_a_valid_name() -> None:
-    made = event(Announcement("Opened", "m" * 5000), METADATA | {"name": "a" * 253}, "", NOW)
+def test_the_longest_flashsale_name_gives_a_valid_event_name() -> None:
+    opened = SaleEvent("Opened", "m" * 5000)
+    made = event_object(opened, METADATA | {"name": "a" * 253}, "", NOW)
     metadata = made["metadata"]
     assert isinstance(metadata, dict)
     assert len(metadata["name"]) == 253
@@ -117,6 +117,6 @@ def test_the_longest_name_makes_an_event_of_a_valid_name() -> None:
 
 
 @pytest.mark.parametrize("state", [SaleState.FENCED, SaleState.ITEM_CONFLICT])
-def test_what_a_person_may_have_to_look_at_is_a_warning(state: SaleState) -> None:
-    (told,) = announcements(Known(), replace(found(state), told="told"))
-    assert told.warning
+def test_an_event_that_may_need_attention_is_a_warning(state: SaleState) -> None:
+    (event,) = sale_events(Known(), a_result(state))
+    assert event.warning

@@ -1,4 +1,4 @@
-"""FlashSale manifests: what is read, and what is said of mistakes."""
+"""FlashSale manifests: parsed values, and messages about mistakes."""
 
 import json
 
@@ -24,7 +24,7 @@ def with_stock(text: str) -> str:
     return f"{HEAD}spec: {{itemId: a, stock: {text}}}\n"
 
 
-def test_a_manifest_is_a_sale() -> None:
+def test_a_manifest_becomes_a_sale() -> None:
     text = """
 apiVersion: flashsale.dev/v1alpha1
 kind: FlashSale
@@ -56,7 +56,7 @@ status: {saleId: shop/iphone-15}
     ]
 
 
-def test_defaults() -> None:
+def test_absent_and_null_fields_get_defaults() -> None:
     assert sale_spec(manifest()) == SaleSpec("default/iphone-15", "iphone_15", 100)
     nulls = Bad((), {"maxPerUser": None, "paused": None}, {"namespace": None})
     assert sale_spec(manifest(nulls)) == SaleSpec("default/iphone-15", "iphone_15", 100)
@@ -67,10 +67,10 @@ def test_every_mistake_names_its_field_and_rule(case: str) -> None:
     bad = BAD_MANIFESTS[case]
     with pytest.raises(ManifestError) as refused:
         sale_spec(manifest(bad))
-    assert refused.value.mistakes == bad.says
+    assert refused.value.mistakes == bad.mistakes
     if not any(isinstance(value, float | int) for value in bad.spec.values()):
-        assert mistakes(yaml.safe_dump(manifest(bad))) == bad.says
-    assert mistakes(json.dumps(manifest(bad))) == bad.says
+        assert mistakes(yaml.safe_dump(manifest(bad))) == bad.mistakes
+    assert mistakes(json.dumps(manifest(bad))) == bad.mistakes
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_every_mistake_names_its_field_and_rule(case: str) -> None:
         ".inf",
     ],
 )
-def test_yaml_never_makes_an_integer_of_something_else(text: str) -> None:
+def test_yaml_reads_only_plain_decimal_numbers_as_integers(text: str) -> None:
     assert mistakes(with_stock(text)) == (STOCK,)
 
 
-def test_a_time_that_yaml_would_parse_keeps_its_rule() -> None:
+def test_a_time_in_yaml_s_own_format_is_refused() -> None:
     assert mistakes(f"{HEAD}spec: {{itemId: a, stock: 1, startsAt: 2026-11-27 09:00:00}}\n") == (
         STARTS,
     )
@@ -103,27 +103,27 @@ def test_a_time_that_yaml_would_parse_keeps_its_rule() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no FlashSale in it"),
-        ("# only a comment\n---\n", "no FlashSale in it"),
+        ("", "contains no FlashSale"),
+        ("# only a comment\n---\n", "contains no FlashSale"),
         ("- a\n", "must be a mapping: a FlashSale"),
         ("just text", "must be a mapping: a FlashSale"),
         ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
-        ("a: 1\na: 2\n", "not YAML: a is there twice in line 1"),
-        ("a: &x [1]\nb: *x\n", "not YAML: aliases are not taken in line 2"),
-        ("a: !!python/object:os.system x\n", "not YAML: a tag is not taken in line 1"),
-        ("a: !!int 0x1z\n", "not YAML: a tag is not taken in line 1"),
-        ("? [a]\n: b\n", "not YAML: a field's name must be text in line 1"),
+        ("a: 1\na: 2\n", "not YAML: a appears twice in line 1"),
+        ("a: &x [1]\nb: *x\n", "not YAML: aliases are not allowed in line 2"),
+        ("a: !!python/object:os.system x\n", "not YAML: tags are not allowed in line 1"),
+        ("a: !!int 0x1z\n", "not YAML: tags are not allowed in line 1"),
+        ("? [a]\n: b\n", "not YAML: a field name must be text in line 1"),
         ("a: \x00", "not YAML: unacceptable character #x0000: special characters are not allowed"),
         ("[" * 100_000, "not YAML: nested too deeply"),
     ],
 )
-def test_what_is_no_manifest_is_said_in_one_line(text: str, says: str) -> None:
+def test_text_that_is_no_manifest_gives_a_message_of_one_line(text: str, says: str) -> None:
     [mistake] = mistakes(text)
     assert mistake.startswith(says)
     assert "\n" not in mistake
 
 
-def test_a_line_about_a_field_is_short_and_printable_whatever_its_name() -> None:
+def test_a_message_about_any_field_name_is_short_and_printable() -> None:
     text = f'{HEAD}spec: {{itemId: a, stock: 1, "\\ud800\\n": 1, {"x" * 500}: 1, 7: 1, on: 1}}\n'
     found = mistakes(text)
     assert all(
@@ -132,7 +132,7 @@ def test_a_line_about_a_field_is_short_and_printable_whatever_its_name() -> None
     assert found[-2:] == ("spec.7: unknown field", "spec.on: unknown field")
 
 
-def test_documents_are_sales_and_mistakes_say_which() -> None:
+def test_each_document_is_a_sale_and_mistakes_name_their_document() -> None:
     good, bad = json.dumps(manifest()), json.dumps(manifest(Bad((), {"stock": ABSENT})))
     other = json.dumps(manifest(Bad((), metadata={"name": "b"})))
     assert [spec.sale_id for spec in parse(f"---\n{good}\n---\n{other}\n---\n")] == [
@@ -141,11 +141,11 @@ def test_documents_are_sales_and_mistakes_say_which() -> None:
     ]
     assert mistakes(f"{good}\n---\n{bad}\n---\n{good}\n") == (
         "document 2: spec.stock: is required",
-        "document 3: metadata.name: default/iphone-15 is there twice",
+        "document 3: metadata.name: default/iphone-15 appears twice",
     )
 
 
-# What YAML gives a meaning, and a little else; all of Unicode takes seconds to set up.
+# Characters with a meaning in YAML, and a few others. All of Unicode takes seconds to set up.
 CHARACTERS = "aZ09_.~-:{}[],&*!|>'\"%@`#?<= \n\t\x00\x7fé\ud800"
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(CHARACTERS),
@@ -156,7 +156,7 @@ FIELDS = ("itemId", "stock", "maxPerUser", "startsAt", "endsAt", "displayName")
 
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, json_values)))
-def test_whatever_a_spec_holds_is_a_sale_or_mistakes(spec: dict[str, object]) -> None:
+def test_any_spec_gives_a_sale_or_mistakes(spec: dict[str, object]) -> None:
     try:
         sale = sale_spec(manifest() | {"spec": spec})
     except ManifestError:
@@ -166,6 +166,6 @@ def test_whatever_a_spec_holds_is_a_sale_or_mistakes(spec: dict[str, object]) ->
 
 
 @given(st.text(CHARACTERS))
-def test_whatever_a_file_holds_is_refused_as_a_manifest_not_as_a_crash(text: str) -> None:
+def test_any_text_is_refused_with_mistakes_and_no_crash(text: str) -> None:
     with pytest.raises(ManifestError):
         parse(text)

@@ -1,9 +1,9 @@
-"""What the operator tells of a sale's way into the ledger."""
+"""How long accepted units wait for the ledger, in the operator's metrics."""
 
 from flashsale_operator.kubernetes.metrics import Backlog
 
 
-def test_a_unit_that_is_recorded_at_the_next_look_has_waited_for_no_time() -> None:
+def test_a_unit_that_is_recorded_by_the_next_sample_has_not_waited() -> None:
     backlog = Backlog()
     backlog.sample(0, accepted=5, recorded=4)
     backlog.sample(5, accepted=9, recorded=8)
@@ -12,7 +12,7 @@ def test_a_unit_that_is_recorded_at_the_next_look_has_waited_for_no_time() -> No
     assert backlog.seconds(60) == 0
 
 
-def test_the_oldest_unit_that_is_not_recorded_counts() -> None:
+def test_the_oldest_unrecorded_unit_counts() -> None:
     backlog = Backlog()
     for second in range(0, 50, 5):
         backlog.sample(second, accepted=10 + second, recorded=10)
@@ -23,7 +23,7 @@ def test_the_oldest_unit_that_is_not_recorded_counts() -> None:
     assert backlog.seconds(55) == 0
 
 
-def test_units_wait_also_while_the_ledger_does_not_say() -> None:
+def test_units_wait_also_while_the_ledger_is_away() -> None:
     backlog = Backlog()
     backlog.sample(0, accepted=5, recorded=5)
     backlog.sample(5, accepted=5, recorded=None)
@@ -32,7 +32,7 @@ def test_units_wait_also_while_the_ledger_does_not_say() -> None:
     assert backlog.seconds(90) == 30
 
 
-def test_units_that_redis_lost_do_not_wait() -> None:
+def test_units_that_redis_lost_do_not_count() -> None:
     backlog = Backlog()
     backlog.sample(0, accepted=5, recorded=3)
     backlog.sample(5, accepted=3, recorded=3)

@@ -1,28 +1,37 @@
-"""The status that follows from what a reconcile found."""
+"""The status that follows from a reconcile's result."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from flashsale.errors import (
-    ContractViolation,
-    FlashsaleError,
-    LedgerUnavailable,
-    RedisUnavailable,
-)
-from flashsale.inventory import Applied
-from flashsale.sale import Sale, SaleState
+from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status as statuses
-from flashsale_operator.kubernetes.status import SAMPLE_SECONDS, Counts, Found, Obstacle, Status
-from flashsale_operator.sales.decision import Kept, Reason
-from flashsale_operator.sales.offsets import KafkaUnavailable
-from flashsale_operator.sales.reconciler import Report
+from flashsale_operator.kubernetes.status import SAMPLE_SECONDS, Counts, Status
+from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.reconciler import Result
 from tests.support.observations import OTHER, SPEC, a_row, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
 LATER = NOW + timedelta(minutes=1)
-SELLING = Found(SaleState.SELLING, True, Reason.APPLIED, "fine", "open", Counts(100, 0, 100))
+SELLING = Result(
+    sale_id=SPEC.sale_id,
+    item_id=SPEC.item_id,
+    state=SaleState.SELLING,
+    reason=Reason.APPLIED,
+    message="100 of 100 available",
+    sale=a_sale(),
+    row=a_row(),
+)
+AWAY = replace(
+    SELLING,
+    state=SaleState.UNKNOWN,
+    reason=Reason.REDIS_UNAVAILABLE,
+    message="Redis is away",
+    sale=None,
+    row=None,
+)
+NEVER = Status()
 OPEN = {
     SaleState.SELLING: "True",
     SaleState.SCHEDULED: "False",
@@ -36,27 +45,8 @@ OPEN = {
 }
 
 
-NEVER = Status()
-SALE = a_sale()
-
-
-def a_status(found: Found = SELLING, before: Status = NEVER, now: datetime = NOW) -> Status:
-    return statuses.next_status(before, found, sale_id="default/iphone-15", generation=1, now=now)
-
-
-def a_report(
-    state: SaleState = SaleState.SELLING, reason: Reason = Reason.APPLIED, sale: Sale = SALE
-) -> Report:
-    return Report(
-        sale_id=SPEC.sale_id,
-        item_id=SPEC.item_id,
-        state=state,
-        reason=reason,
-        message="words",
-        applied=Applied.UNCHANGED,
-        sale=sale,
-        row=a_row(),
-    )
+def a_status(result: Result = SELLING, before: Status = NEVER, now: datetime = NOW) -> Status:
+    return statuses.next_status(before, result, generation=1, now=now)
 
 
 def since(status: Status) -> dict[str, str]:
@@ -64,78 +54,53 @@ def since(status: Status) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("state", SaleState)
-def test_open_has_the_state_as_its_reason(state: SaleState) -> None:
+def test_the_open_condition_has_the_state_as_its_reason(state: SaleState) -> None:
     opened = a_status(replace(SELLING, state=state)).condition("Open")
     assert opened is not None
     assert (opened.status, opened.reason) == (OPEN[state], state)
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_ready_is_true_for_what_is_as_the_spec_asks(reason: Reason) -> None:
-    found = statuses.found_of(a_report(reason=reason))
-    ready = a_status(found).condition("Ready")
+def test_the_ready_condition_is_true_if_the_spec_is_applied_or_closed(reason: Reason) -> None:
+    ready = a_status(replace(SELLING, reason=reason)).condition("Ready")
     assert ready is not None
     as_asked = reason in (Reason.APPLIED, Reason.CLOSED)
     assert (ready.status, ready.reason) == (str(as_asked), reason)
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (RedisUnavailable("Redis is away"), Obstacle.REDIS_UNAVAILABLE),
-        (LedgerUnavailable("the ledger is away"), Obstacle.LEDGER_UNAVAILABLE),
-        (KafkaUnavailable("Kafka is away"), Obstacle.KAFKA_UNAVAILABLE),
-        (ContractViolation("another format"), Obstacle.UNREADABLE),
-    ],
-)
-def test_ready_names_the_server_that_is_away(error: FlashsaleError, reason: Obstacle) -> None:
-    status = a_status(statuses.found_of_error(error))
+def test_an_outage_is_reported_in_ready_and_open() -> None:
+    status = a_status(AWAY)
     ready, opened = status.condition("Ready"), status.condition("Open")
     assert ready is not None
     assert opened is not None
-    assert (ready.status, ready.reason, ready.message) == ("False", reason, str(error))
-    assert (opened.status, opened.reason) == ("Unknown", "Unknown")
+    assert (ready.status, ready.message) == ("False", "Redis is away")
+    assert (opened.status, opened.reason, opened.message) == ("Unknown", "Unknown", "Redis is away")
 
 
-def test_what_redis_does_is_told_while_the_ledger_is_away() -> None:
-    seen = (SaleState.SELLING, a_sale(accepted=3))
-    found = statuses.found_of_error(LedgerUnavailable("the ledger is away"), seen)
-    assert (found.ready, found.state, found.counts) == (
-        False,
-        SaleState.SELLING,
-        Counts(100, 3, 97),
-    )
+def test_the_counts_of_another_sale_are_not_reported() -> None:
+    conflict = replace(SELLING, state=SaleState.ITEM_CONFLICT, sale=a_sale(OTHER))
+    assert a_status(conflict).counts is None
 
 
-def test_a_rebuild_without_kafka_names_kafka() -> None:
-    kept = Kept(("Kafka is away",), without_kafka=True)
-    found = statuses.found_of(replace(a_report(SaleState.FENCED, Reason.FENCED), kept=kept))
-    assert (found.reason, found.state) == (Obstacle.KAFKA_UNAVAILABLE, SaleState.FENCED)
-
-
-def test_another_sale_s_numbers_are_not_told() -> None:
-    conflict = a_report(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, sale=a_sale(OTHER))
-    assert statuses.found_of(conflict).counts is None
-
-
-def test_a_transition_time_moves_with_the_status_of_its_condition_alone() -> None:
+def test_a_transition_time_changes_only_with_the_status_of_its_condition() -> None:
     first = a_status()
     assert set(since(first).values()) == {"2026-11-27T09:00:00Z"}
-    unready = replace(SELLING, ready=False, reason=Reason.STOCK_BELOW_HELD, message="below")
+    unready = replace(SELLING, reason=Reason.STOCK_BELOW_HELD, message="below")
     second = a_status(unready, first, LATER)
     assert since(second) == since(first) | {"Ready": "2026-11-27T09:01:00Z"}
-    third = a_status(replace(unready, reason=Reason.UNSETTLED), second, LATER + timedelta(hours=1))
+    again = replace(unready, reason=Reason.NOT_CONVERGED)
+    third = a_status(again, second, LATER + timedelta(hours=1))
     assert since(third) == since(second)
 
 
-def test_numbers_that_are_not_known_now_stay() -> None:
-    status = a_status(statuses.found_of_error(RedisUnavailable("away")), a_status())
-    assert status.counts == Counts(100, 0, 100)
+def test_counts_stay_as_they_were_during_an_outage() -> None:
+    assert a_status(AWAY, a_status()).counts == Counts(100, 0, 100)
 
 
-@pytest.mark.parametrize(("available", "status"), [(1, "False"), (0, "True"), (-1, "True")])
-def test_sold_out_means_nothing_available(available: int, status: str) -> None:
-    sold_out = a_status(replace(SELLING, counts=Counts(9, 9, available))).condition("SoldOut")
+@pytest.mark.parametrize(("accepted", "status"), [(8, "False"), (9, "True"), (10, "True")])
+def test_sold_out_means_that_no_unit_is_available(accepted: int, status: str) -> None:
+    sale = a_sale(allocated=9, accepted=accepted)
+    sold_out = a_status(replace(SELLING, sale=sale)).condition("SoldOut")
     assert sold_out is not None
     assert sold_out.status == status
 
@@ -143,11 +108,7 @@ def test_sold_out_means_nothing_available(available: int, status: str) -> None:
 def test_a_status_survives_the_kube_apiserver() -> None:
     status = a_status()
     assert Status.parse(status.json()) == status
-    given = {
-        key: value
-        for key, value in a_status(statuses.found_of_error(RedisUnavailable("away"))).json().items()
-        if value is not None
-    }
+    given = {key: value for key, value in a_status(AWAY).json().items() if value is not None}
     assert Status.parse(given).counts is None
     assert Status.parse({}) == Status()
 
@@ -157,36 +118,34 @@ def test_an_unchanged_status_is_not_written() -> None:
     assert not statuses.worth_writing(status, a_status(before=status, now=LATER), 1e9)
 
 
-def test_numbers_and_words_alone_are_written_every_few_seconds_at_most() -> None:
+def test_changes_of_only_counts_or_messages_are_written_every_few_seconds() -> None:
     before = a_status()
-    for found in (replace(SELLING, counts=Counts(100, 1, 99)), replace(SELLING, told="other")):
-        after = a_status(found, before, LATER)
+    for sale in (a_sale(accepted=1), a_sale(replace(SPEC, ends_ms=2_000_000_000_000))):
+        after = a_status(replace(SELLING, sale=sale), before, LATER)
         assert not statuses.worth_writing(before, after, SAMPLE_SECONDS - 0.1)
         assert statuses.worth_writing(before, after, SAMPLE_SECONDS)
 
 
 @pytest.mark.parametrize(
-    "found",
+    "result",
     [
         replace(SELLING, state=SaleState.PAUSED),
-        replace(SELLING, ready=False, reason=Reason.FENCED),
-        replace(SELLING, counts=Counts(100, 100, 0)),
+        replace(SELLING, reason=Reason.FENCED),
+        replace(SELLING, sale=a_sale(accepted=100)),
     ],
     ids=["state", "readiness", "sold_out"],
 )
-def test_a_changed_condition_is_written_at_once(found: Found) -> None:
+def test_a_changed_condition_is_written_at_once(result: Result) -> None:
     before = a_status()
-    assert statuses.worth_writing(before, a_status(found, before), 0)
+    assert statuses.worth_writing(before, a_status(result, before), 0)
 
 
 def test_a_new_generation_is_written_at_once() -> None:
     before = a_status()
-    after = statuses.next_status(
-        before, SELLING, sale_id="default/iphone-15", generation=2, now=LATER
-    )
+    after = statuses.next_status(before, SELLING, generation=2, now=LATER)
     assert statuses.worth_writing(before, after, 0)
 
 
-def test_a_message_is_no_longer_than_a_person_reads() -> None:
-    status = a_status(replace(SELLING, message="x" * 5000))
+def test_messages_are_cut_to_their_maximum_length() -> None:
+    status = a_status(replace(AWAY, message="x" * 5000))
     assert max(len(condition.message) for condition in status.conditions) == 1024

@@ -1,0 +1,59 @@
+"""Publish the reservations of a sale to Kafka again, from Redis.
+
+This repairs a Kafka that lost acknowledged events before the ledger recorded them. The outbox has
+deleted these events, but Redis still has the reservations. The ledger skips reservations that it
+has already, so a repeat is harmless.
+"""
+
+import asyncio
+from typing import Final
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from flashsale import events
+from flashsale.events import Event
+from flashsale.inventory import Inventory
+from flashsale.reservations import Snapshot
+from flashsale.settings import KafkaSettings
+from flashsale_operator.sales.offsets import KafkaUnavailable
+from flashsale_operator.sales.reconciler import UnknownSale
+
+ACKNOWLEDGED_SECONDS: Final = 30.0
+"""How long Kafka may take to answer at the start, and to acknowledge a page of events."""
+
+
+async def republish(inventory: Inventory, kafka: KafkaSettings, item_id: str) -> int:
+    """Publishes all reservations of an item's sale, and returns how many.
+
+    Each event carries the sale's current numbers. Raises `UnknownSale` if Redis has no sale of the
+    item, `RedisUnavailable`, and `KafkaUnavailable` unless Kafka acknowledges all events.
+    """
+    sale = (await inventory.sales([item_id])).get(item_id)
+    if sale is None:
+        raise UnknownSale(f"{item_id}: Redis has no sale of this item, so nothing is published")
+    snapshot = Snapshot(sale.sale_id, sale.allocated, sale.allocated + sale.released, sale.revision)
+    producer = AIOKafkaProducer(**kafka.kafka_client(), acks="all")
+    published = 0
+    try:
+        async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+            await producer.start()
+        async for page in inventory.reservation_pages(item_id):
+            async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+                sent = [
+                    await producer.send(
+                        events.TOPIC,
+                        events.encode(Event.of(item_id, reservation_id, record, snapshot)),
+                        key=reservation_id.encode(),
+                        headers=events.headers(""),
+                    )
+                    for reservation_id, record in page
+                ]
+                await asyncio.gather(*sent)
+            published += len(page)
+    except (KafkaError, OSError, TimeoutError) as error:
+        why = str(error) or "no answer in time"
+        raise KafkaUnavailable(f"Kafka is away, run it again: {why}") from error
+    finally:
+        await producer.stop()
+    return published
