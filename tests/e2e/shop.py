@@ -34,11 +34,11 @@ def eventually(what: str, look: Callable[[], object], seconds: float = SECONDS) 
         time.sleep(0.5)
 
 
-def commands(what: str) -> list[str]:
-    """The commands of a block of the README's, which follows a comment that names it."""
-    readme = (ROOT / "README.md").read_text()
-    block = readme.partition(f"<!-- e2e: {what} -->")[2].split("```")[1]
-    return [line for line in block.replace("\\\n", " ").splitlines() if line]
+def commands(block: str) -> list[str]:
+    """Return the commands of a block in docs/install.md, which a comment above it names."""
+    page = (ROOT / "docs" / "install.md").read_text()
+    commands = page.partition(f"<!-- e2e: {block} -->")[2].split("```")[1]
+    return [line for line in commands.replace("\\\n", " ").splitlines() if line]
 
 
 @dataclass(frozen=True, slots=True)
