@@ -27,7 +27,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
-    """Installed as the README says, in a namespace that admits restricted pods only."""
+    """Installed as docs/install.md says, in a namespace that admits restricted pods only."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
     with capture.global_and_fixture_disabled():

@@ -57,7 +57,7 @@ class Shop:
     cluster: Cluster
 
     def shell(self, command: str) -> str:
-        """What a command of the README prints; fails with its words if it does."""
+        """Returns the output of a command of docs/install.md. Fails with the output on an error."""
         path = f"{self.cluster.commands}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
@@ -98,7 +98,7 @@ class Shop:
         self.kubectl("apply", "--filename=-", stdin=json.dumps(manifest))
 
     def install(self) -> None:
-        """As the README does it."""
+        """Installs the release as docs/install.md does."""
         (command,) = (each for each in commands("install") if each.startswith("helm install"))
         self.shell(command)
 
