@@ -1,0 +1,118 @@
+"""`flashsalectl republish` publishes the reservations of a sale again, from Redis."""
+
+import asyncio
+import uuid
+from collections import Counter
+
+import pytest
+from aiokafka import AIOKafkaConsumer
+from redis.asyncio import Redis
+
+from dev.stack.servers import KafkaServer, RedisServer
+from flashsale import events
+from flashsale.events import Event
+from flashsale.inventory import Inventory
+from flashsale.keys import ItemKeys
+from flashsale.outbox import Outbox
+from flashsale.reservations import BatchReply, Request
+from flashsale.sale import SaleSpec
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import topics
+from flashsale_operator.ctl.commands import run
+
+PAGE = 500
+"""Reservations per page of `Inventory.reservation_pages`."""
+
+
+def environ(redis_server: RedisServer, kafka: str) -> dict[str, str]:
+    return {
+        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+        "FLASHSALE_KAFKA_BOOTSTRAP": kafka,
+    }
+
+
+async def published(kafka: KafkaServer, item: str) -> list[Event]:
+    """Return all events of the item on the topic."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        consumer.subscribe([events.TOPIC])
+        found: list[Event] = []
+        async with asyncio.timeout(60):
+            while not consumer.assignment():
+                await asyncio.sleep(0.05)
+            ends = await consumer.end_offsets(consumer.assignment())
+            for tp, end in ends.items():
+                while await consumer.position(tp) < end:
+                    for records in (await consumer.getmany(tp, timeout_ms=500)).values():
+                        found += [events.decode(record.value) for record in records]
+    finally:
+        await consumer.stop()
+    return [event for event in found if event.item_id == item]
+
+
+@pytest.mark.slow
+async def test_all_reservations_are_published_again_by_each_run(
+    redis: Redis,
+    redis_server: RedisServer,
+    kafka_server: KafkaServer,
+    item: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inventory = Inventory(redis)
+    kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
+    await topics.create(kafka, events.TOPIC, events.DEAD_LETTER_TOPIC)
+    many = PAGE + 7
+    await inventory.apply(SaleSpec(f"default/{item}", item, many + 5), 3, seed_until_ms=2**53)
+    requests = [
+        Request(str(uuid.uuid4()), f"user{number}", 1, f"key{number}" if number % 2 else "")
+        for number in range(many)
+    ]
+    for first in range(0, many, 100):
+        batch = requests[first : first + 100]
+        reply = await inventory.reserve(item, batch, timeout_seconds=10)
+        assert isinstance(reply, BatchReply)
+        # Settle the entries as if Kafka had acknowledged the events.
+        entries = zip(reply.answers, batch, strict=True)
+        await Outbox(redis).settle(
+            item, [(answer.detail, request.reservation_id) for answer, request in entries]
+        )
+    before = await redis.hgetall(ItemKeys.of(item).sale)
+
+    for times in (1, 2):
+        variables = environ(redis_server, kafka_server.bootstrap)
+        assert await asyncio.to_thread(run, ["republish", item], variables) == 0
+        printed = capsys.readouterr()
+        assert printed.out.startswith(f"{item}: {many} reservations published again")
+        assert printed.err == ""
+        found = await published(kafka_server, item)
+        assert Counter(event.reservation_id for event in found) == {
+            request.reservation_id: times for request in requests
+        }
+    by_id = {event.reservation_id: event for event in found}
+    for request in requests:
+        event = by_id[request.reservation_id]
+        assert (event.user_id, event.quantity) == (request.user_id, request.quantity)
+        assert (event.request_key or "") == request.request_key
+        assert (event.state, event.version, event.sale_id) == ("accepted", 1, f"default/{item}")
+        assert (event.allocated, event.capacity, event.revision) == (many + 5, many + 5, 3)
+    assert await redis.hgetall(ItemKeys.of(item).sale) == before
+
+
+async def test_without_kafka_the_error_is_one_line(
+    redis: Redis, redis_server: RedisServer, item: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await Inventory(redis).apply(SaleSpec(f"default/{item}", item, 5), 1, seed_until_ms=2**53)
+    variables = environ(redis_server, "127.0.0.1:1")
+    assert await asyncio.to_thread(run, ["republish", item], variables) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flashsalectl: Kafka is away, run it again: ")
+    assert error.count("\n") == 1
+
+
+def test_a_sale_that_redis_does_not_have_is_not_published(
+    redis_server: RedisServer, item: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["republish", item], environ(redis_server, "127.0.0.1:1")) == 1
+    assert f"{item}: Redis has no sale of this item" in capsys.readouterr().err
