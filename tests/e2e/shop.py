@@ -209,7 +209,7 @@ class Shop:
 
     def audit(self) -> str:
         """What flashsalectl, in the operator's pod, says of Redis, outbox, Kafka and ledger."""
-        cli = ("python3", "-m", "flashsale_operator.ctl.commands", "audit")
+        cli = ("flashsalectl", "audit")
         return self.kubectl("exec", f"deployment/{RELEASE}-flashsale-operator", "--", *cli)
 
     def roll_out(self, *components: str) -> None:
