@@ -349,7 +349,7 @@ class Superseded(Exception):
 
 
 class Operator(Process):
-    """flashsale_operator: reconcile.py and steward.py, and the rebuild of issue 6."""
+    """flashsale_operator: decision.py and reconciler.py, and the rebuild of issue 6."""
 
     MARK_SECONDS = 3.0
     """How long another operator leaves a rebuild alone of which nothing is heard."""
@@ -391,7 +391,7 @@ class Operator(Process):
             yield self.world.between(*self.every)
 
     def _reconcile(self) -> Steps:
-        """Steward.reconcile: observe, decide, act; again until nothing is left to do."""
+        """Reconciler.reconcile: observe, decide, act; again until nothing is left to do."""
         world, redis, ledger = self.world, self.servers.redis, self.servers.ledger
         inserted = False
         for _ in range(self.STEPS):
@@ -477,12 +477,12 @@ class Operator(Process):
         _mine(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS))
 
     def _recorded(self, ends: list[int]) -> bool:
-        """Barrier._unread."""
+        """Drain._unread."""
         self.servers.ledger.reached()
         return self.servers.ledger.recorded(ends)
 
     def _unpublished(self, began: float) -> bool:
-        """Barrier._held: whether anybody may hold an event that Kafka has not."""
+        """Drain._unpublished: whether anybody may hold an event that Kafka has not."""
         redis, now = self.servers.redis, self.world.now
         redis.reached()
         unseen = self.world.rules.unseen_pods_awaited and now < began + EXPIRY

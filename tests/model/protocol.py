@@ -6,11 +6,11 @@ What stands for what:
 
     servers.Redis      src/flashsale/lua: reserve, settle, apply, close; release and the rebuild's
                        scripts as DESIGN.md and issue 6 describe them; a server's durability
-    servers.Ledger     flashsale_consumer/recording.py, the row of flashsale_operator/steward.py
+    servers.Ledger     flashsale_consumer/recording.py, the row of flashsale_operator/sales/reconciler.py
     servers.Kafka      the topic: partitions, duplicates, no order between them
     processes.Pod      flashsale_api/batching.py, publishing.py, sweeping.py
     processes.Consumer flashsale_consumer/worker.py
-    processes.Operator flashsale_operator/reconcile.py, steward.py, rebuild.py, barrier.py
+    processes.Operator flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
     rules.Rules        the parts that can be left out
 
 One sale of few units, few users and thirty seconds of faults; then everything comes back and the

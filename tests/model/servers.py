@@ -410,7 +410,7 @@ class Tables:
 
 
 class Ledger:
-    """recording.py's transaction and steward.py's, and a server that can be an older copy."""
+    """recording.py's transaction and reconciler.py's, and a server that can be an older copy."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -434,7 +434,7 @@ class Ledger:
             del self._copies[keep + 1 :]
 
     def write_row(self, stock: int, state: str, above: int) -> tuple[Row, bool]:
-        """steward._WRITE and _CLOSE; returns the row, and whether it was inserted."""
+        """reconciler._WRITE and _CLOSE; returns the row, and whether it was inserted."""
         row = self.tables.row
         if row is None:
             self.tables.row = Row(above + 1, stock, state, stock)
