@@ -93,7 +93,7 @@ def test_a_stock_below_the_units_held_is_reported_and_the_sale_continues(
     ready = world.condition("held", "Ready")
     assert (ready["status"], ready["message"]) == (
         "False",
-        "spec.stock 1 is below the 3 units that buyers hold: 3 stay allocated",
+        "spec.stock 1 is below the 3 units that buyers hold, so 3 stay allocated",
     )
     assert world.sale("held")["allocated"] == "3"
     world.apply("held", stock=4)
@@ -118,7 +118,7 @@ def test_a_second_sale_of_an_item_waits_for_the_first(
 
     world.delete("first")
     eventually(lambda: "Closed" in world.events("first"))
-    eventually(lambda: "not recorded whole" in world.condition("second", "Ready")["message"])
+    eventually(lambda: "not fully recorded" in world.condition("second", "Ready")["message"])
     assert world.sale("shared")["sale_id"] == f"{world.namespace}/first"
     world.consumer()
     world.until("second", state="Selling", ready="Applied")
