@@ -1,4 +1,4 @@
-"""The scripts are tested on every Redis there is: Valkey, Redis 8, and one on the PATH."""
+"""Runs these tests on each available Redis: Valkey, Redis 8, and one on the PATH."""
 
 from collections.abc import AsyncIterator, Iterator
 

@@ -1,4 +1,4 @@
-"""`apply.lua` and `close.lua` on real servers: absolute, idempotent, and never a unit more."""
+"""`apply.lua` and `close.lua` on real servers: absolute, idempotent, and never an extra unit."""
 
 import asyncio
 import random
@@ -10,7 +10,7 @@ from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
 from flashsale.sale import Predecessor, Sale, SaleState
-from tests.servers.contract.test_reserve import a_request, a_sale, answers, opened, outcome
+from tests.support.inventory import a_request, a_sale, answers, opened, outcome
 
 
 async def the_sale(stock: Inventory, item: str) -> Sale:
@@ -26,9 +26,7 @@ async def test_applying_again_changes_nothing(stock: Inventory, item: str) -> No
     assert await the_sale(stock, item) == before
 
 
-async def test_absent_keys_are_not_seeded_unless_nothing_can_be_lost(
-    stock: Inventory, item: str
-) -> None:
+async def test_missing_keys_are_not_created_without_permission(stock: Inventory, item: str) -> None:
     assert await stock.apply(a_sale(item), 1) is Applied.MISSING
     assert await outcome(stock, item, a_request()) is Outcome.UNKNOWN
 
@@ -49,7 +47,7 @@ async def test_a_restock_sells_the_difference(stock: Inventory, item: str) -> No
     assert [answer.outcome for answer in found] == [Outcome.ACCEPTED, Outcome.SOLD_OUT]
 
 
-async def test_stock_is_lowered_at_most_to_what_is_held(stock: Inventory, item: str) -> None:
+async def test_allocated_is_not_lowered_below_the_held_units(stock: Inventory, item: str) -> None:
     spec = await opened(stock, a_sale(item, 10))
     await answers(stock, item, [a_request(f"u{n}") for n in range(4)])
     assert await stock.apply(replace(spec, stock=1), 2) is Applied.CHANGED
@@ -59,7 +57,7 @@ async def test_stock_is_lowered_at_most_to_what_is_held(stock: Inventory, item: 
     assert await stock.apply(replace(spec, stock=1), 2) is Applied.UNCHANGED
 
 
-async def test_manifests_applied_in_the_middle_of_a_crowd_create_no_unit(
+async def test_applying_manifests_during_a_sale_creates_no_units(
     stock: Inventory, item: str
 ) -> None:
     spec = await opened(stock, a_sale(item, 20))
@@ -91,13 +89,15 @@ async def test_manifests_applied_in_the_middle_of_a_crowd_create_no_unit(
     assert sale.accepted == sum(sold) <= most
 
 
-async def test_whoever_was_suspended_before_it_seeds_may_not(stock: Inventory, item: str) -> None:
+async def test_the_permission_to_seed_expires(stock: Inventory, item: str) -> None:
     now_ms, _ = await stock.server()
     assert await stock.apply(a_sale(item), 1, seed_until_ms=now_ms - 1) is Applied.MISSING
     assert await stock.apply(a_sale(item), 1, seed_until_ms=now_ms + 60_000) is Applied.SEEDED
 
 
-async def test_pausing_and_resuming(stock: Inventory, item: str) -> None:
+async def test_a_paused_sale_accepts_nothing_until_it_is_resumed(
+    stock: Inventory, item: str
+) -> None:
     spec = await opened(stock, a_sale(item, 5))
     server = await stock.server()
     assert await stock.apply(replace(spec, paused=True), 2) is Applied.CHANGED
@@ -128,12 +128,12 @@ async def test_a_closed_sale_accepts_nothing_until_it_is_applied_again(
     assert await outcome(stock, item, a_request("bob")) is Outcome.ENDED
     assert await stock.apply(spec, 1) is Applied.STALE
     assert await stock.apply(spec, 3) is Applied.CHANGED
-    # The same sale: its buyers and its count go on.
+    # It is the same sale, with the same buyers and counts.
     assert await outcome(stock, item, a_request("ann")) is Outcome.LIMIT_REACHED
     assert (await the_sale(stock, item)).available == 3
 
 
-async def test_closing_leaves_other_sales_and_newer_revisions_alone(
+async def test_closing_does_not_change_another_sale_or_a_newer_revision(
     stock: Inventory, item: str
 ) -> None:
     spec = await opened(stock, a_sale(item, 5))
@@ -144,7 +144,7 @@ async def test_closing_leaves_other_sales_and_newer_revisions_alone(
     assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
 
 
-async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_recorded(
+async def test_another_sale_replaces_only_a_finished_and_recorded_sale(
     stock: Inventory, outbox: Outbox, item: str
 ) -> None:
     first = await opened(stock, a_sale(item, 5))
@@ -161,7 +161,7 @@ async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_r
     assert await take(1) is Applied.CONFLICT  # not drained
     await outbox.settle(item, [(answer.detail, bought.reservation_id)])
     assert await take(0) is Applied.CONFLICT  # not recorded
-    assert await stock.apply(second, 1, seed_until_ms=2**53) is Applied.CONFLICT  # not asked to
+    assert await stock.apply(second, 1, seed_until_ms=2**53) is Applied.CONFLICT  # not permitted
     assert await take(1) is Applied.SEEDED
     sale = await the_sale(stock, item)
     assert (sale.sale_id, sale.accepted, sale.available) == ("default/second", 0, 7)
@@ -170,11 +170,13 @@ async def test_another_sale_takes_the_item_only_when_the_first_is_finished_and_r
 
 
 @pytest.mark.parametrize("stock_wanted", [0, 1, 100_000_000])
-async def test_the_extremes_of_stock(stock: Inventory, item: str, stock_wanted: int) -> None:
+async def test_the_smallest_and_largest_stocks_can_be_applied(
+    stock: Inventory, item: str, stock_wanted: int
+) -> None:
     await opened(stock, a_sale(item, stock_wanted))
     assert (await the_sale(stock, item)).available == stock_wanted
 
 
-async def test_a_display_name_may_hold_anything(stock: Inventory, item: str) -> None:
+async def test_a_display_name_can_contain_any_text(stock: Inventory, item: str) -> None:
     await opened(stock, a_sale(item, display_name="Ein 📱, „neu“\nund gut"))
     assert (await the_sale(stock, item)).display_name == "Ein 📱, „neu“\nund gut"

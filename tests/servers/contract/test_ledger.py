@@ -1,4 +1,4 @@
-"""The ledger's schema: migrated once, by whoever comes first, and a wall behind the code."""
+"""The ledger's migrations, constraints and errors on a real PostgreSQL."""
 
 import asyncio
 from importlib.resources import files
@@ -15,13 +15,13 @@ Pool = asyncpg.Pool
 LATEST = len(list((files("flashsale") / "migrations").iterdir()))
 
 
-async def test_migrations_run_once_however_many_processes_start(pool: Pool) -> None:
+async def test_concurrent_migrations_run_once(pool: Pool) -> None:
     versions = await asyncio.gather(*(ledger.migrate(pool) for _ in range(8)))
     assert set(versions) == {LATEST}
     assert await pool.fetchval("SELECT count(*) FROM schema_migrations") == LATEST
 
 
-async def test_processes_that_start_at_once_on_an_empty_database(
+async def test_processes_can_migrate_an_empty_database_at_the_same_time(
     postgres_server: PostgresServer, pool: Pool
 ) -> None:
     name = await pool.fetchval("SELECT current_database() || '_empty'")
@@ -40,9 +40,7 @@ async def test_processes_that_start_at_once_on_an_empty_database(
     ("column", "value"),
     [("accepted", 11), ("released", 1), ("accepted", -1), ("allocated", -1), ("revision", 0)],
 )
-async def test_the_database_itself_refuses_what_may_not_be(
-    pool: Pool, column: str, value: int
-) -> None:
+async def test_constraints_refuse_impossible_counts(pool: Pool, column: str, value: int) -> None:
     await pool.execute(
         "INSERT INTO sales (sale_id, item_id, allocated, revision, capacity) "
         "VALUES ('default/a', 'a', 10, 1, 10)"
@@ -51,13 +49,13 @@ async def test_the_database_itself_refuses_what_may_not_be(
         await pool.execute(f"UPDATE sales SET {column} = $1", value)
 
 
-async def test_a_server_that_is_away_is_said_in_one_line(pool: Pool) -> None:
+async def test_an_unreachable_server_is_reported_without_the_password(pool: Pool) -> None:
     del pool
-    away = await ledger.connect("postgresql://u:secret@127.0.0.1:1/db")
+    unreachable = await ledger.connect("postgresql://u:secret@127.0.0.1:1/db")
     with pytest.raises(LedgerUnavailable, match="the ledger is unavailable") as refused:
-        await ledger.sales(away)
+        await ledger.sales(unreachable)
     assert "secret" not in str(refused.value)
-    await away.close()
+    await unreachable.close()
 
 
 async def test_a_ledger_that_is_not_migrated_is_unavailable(
@@ -70,7 +68,7 @@ async def test_a_ledger_that_is_not_migrated_is_unavailable(
     await empty.close()
 
 
-async def test_a_read_only_ledger_that_lacks_nothing_counts_as_migrated(pool: Pool) -> None:
+async def test_a_read_only_ledger_that_is_up_to_date_counts_as_migrated(pool: Pool) -> None:
     name = await pool.fetchval("SELECT current_database()")
     await pool.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     await pool.expire_connections()
@@ -80,7 +78,7 @@ async def test_a_read_only_ledger_that_lacks_nothing_counts_as_migrated(pool: Po
             await pool.execute("DELETE FROM sales")
 
 
-async def test_bad_data_is_not_a_server_that_is_away(pool: Pool) -> None:
+async def test_bad_data_is_not_reported_as_an_outage(pool: Pool) -> None:
     for value in ("nul\x00", 5):
         with pytest.raises((asyncpg.DataError, ValueError)):
             async with ledger.translated():

@@ -1,4 +1,4 @@
-"""The pipelined connection: every caller gets their own answer, or is told that none comes."""
+"""The pipelined link: each caller gets its own reply or an error."""
 
 import asyncio
 import socket
@@ -17,7 +17,7 @@ from flashsale.redis_client import Link, Pool, Reply
 
 
 @asynccontextmanager
-async def piped(server: RedisServer) -> AsyncIterator[Pool]:
+async def new_pool(server: RedisServer) -> AsyncIterator[Pool]:
     client = redis_client.connect(server.url)
     pool = client.connection_pool
     assert isinstance(pool, Pool)
@@ -29,7 +29,7 @@ async def piped(server: RedisServer) -> AsyncIterator[Pool]:
 
 @asynccontextmanager
 async def other_side() -> AsyncIterator[tuple[Link, socket.socket]]:
-    """A link and the end that a test writes its answers into."""
+    """Yields a link and the socket on which the test plays the server."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(5)
     _, writer = await asyncio.open_connection(sock=ours)
@@ -42,7 +42,7 @@ async def other_side() -> AsyncIterator[tuple[Link, socket.socket]]:
         theirs.close()
 
 
-async def test_everybody_gets_their_own_answer(redis_server: RedisServer) -> None:
+async def test_each_caller_gets_its_own_reply(redis_server: RedisServer) -> None:
     random = Random(1)
     texts = ["ü\r\n$-1\r\n" * random.randrange(2_000) for _ in range(500)]
 
@@ -59,14 +59,14 @@ async def test_everybody_gets_their_own_answer(redis_server: RedisServer) -> Non
             return await link.ask("STRLEN", texts[number])
         return await link.ask("ECHO", texts[number])
 
-    async with piped(redis_server) as pool:
+    async with new_pool(redis_server) as pool:
         answers = await asyncio.gather(*(echoed(number) for number in range(500)))
         assert answers == [0 if number % 3 == 0 else texts[number] for number in range(500)]
         assert len({id(await pool.link()) for _ in range(3)}) == 1
 
 
-async def test_answers_may_come_in_any_pieces() -> None:
-    answers = "$7\r\né\r\nok!\r\n:-12\r\n+OK\r\n-ERR it is wrong\r\n$0\r\n\r\n".encode()
+async def test_replies_can_arrive_in_pieces_of_any_size() -> None:
+    answers = "$7\r\né\r\nok!\r\n:-12\r\n+OK\r\n-ERR bad command\r\n$0\r\n\r\n".encode()
     for size in (1, 2, 3, 7, len(answers)):
         async with other_side() as (link, theirs):
             waiting = [asyncio.create_task(link.ask("X", n)) for n in range(5)]
@@ -77,7 +77,7 @@ async def test_answers_may_come_in_any_pieces() -> None:
             got = await asyncio.gather(*waiting, return_exceptions=True)
             assert got[:3] + got[4:] == ["é\r\nok!", -12, "OK", ""]
             assert isinstance(got[3], ResponseError)
-            assert str(got[3]) == "ERR it is wrong"
+            assert str(got[3]) == "ERR bad command"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ async def test_answers_may_come_in_any_pieces() -> None:
         b"+a\r\n+b\r\n+c\r\n",
     ],
 )
-async def test_an_answer_that_cannot_be_ends_the_link(nonsense: bytes) -> None:
+async def test_an_invalid_or_unexpected_reply_closes_the_link(nonsense: bytes) -> None:
     async with other_side() as (link, theirs):
         waiting = [asyncio.create_task(link.ask("X", n)) for n in range(2)]
         await asyncio.sleep(0)
@@ -101,8 +101,10 @@ async def test_an_answer_that_cannot_be_ends_the_link(nonsense: bytes) -> None:
         assert all(isinstance(each, Disconnected) or each in ("a", "b") for each in done)
 
 
-async def test_who_stops_waiting_leaves_no_answer_to_another(redis_server: RedisServer) -> None:
-    async with piped(redis_server) as pool:
+async def test_a_cancelled_call_does_not_leave_its_reply_to_another_caller(
+    redis_server: RedisServer,
+) -> None:
+    async with new_pool(redis_server) as pool:
         link = await pool.link()
         redis_server.pause()
         try:
@@ -120,11 +122,11 @@ async def test_who_stops_waiting_leaves_no_answer_to_another(redis_server: Redis
         assert await (await pool.link()).ask("ECHO", "mine") == "mine"
 
 
-async def test_a_server_that_dies_tells_all_that_wait_and_is_found_again(
+async def test_a_server_crash_fails_all_calls_and_the_next_call_reconnects(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with RedisServer(tmp_path, binary=redis_server.binary) as server:
-        async with piped(server) as pool:
+        async with new_pool(server) as pool:
             link = await pool.link()
             server.pause()
             waiting = [asyncio.create_task(link.ask("ECHO", n)) for n in range(3)]

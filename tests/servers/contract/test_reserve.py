@@ -1,10 +1,9 @@
-"""`reserve.lua` on real servers."""
+"""`reserve.lua` and `settle.lua` on real servers."""
 
 import asyncio
 import random
 import uuid
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,35 +16,11 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
-from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request
-from flashsale.sale import SaleSpec
+from flashsale.reservations import BatchReply, Outcome, Record, Request
+from tests.support.inventory import a_request, a_sale, answers, opened, outcome
 
 
-def a_sale(item: str, stock: int = 100, **changes: object) -> SaleSpec:
-    return replace(SaleSpec(f"default/{item.lower()}", item, stock), **changes)  # type: ignore[arg-type]
-
-
-def a_request(user: str = "ann", quantity: int = 1, identity: str = "", key: str = "") -> Request:
-    return Request(identity or str(uuid.uuid4()), user, quantity, key)
-
-
-async def opened(stock: Inventory, spec: SaleSpec) -> SaleSpec:
-    assert await stock.apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
-    return spec
-
-
-async def answers(stock: Inventory, item: str, requests: Sequence[Request]) -> list[Answer]:
-    reply = await stock.reserve(item, requests, timeout_seconds=5)
-    assert isinstance(reply, BatchReply)
-    return list(reply.answers)
-
-
-async def outcome(stock: Inventory, item: str, request: Request) -> Outcome:
-    reply = await stock.reserve(item, [request], timeout_seconds=5)
-    return reply.answers[0].outcome if isinstance(reply, BatchReply) else reply
-
-
-async def test_a_crowd_at_once_is_sold_exactly_the_stock(stock: Inventory, item: str) -> None:
+async def test_concurrent_batches_sell_exactly_the_stock(stock: Inventory, item: str) -> None:
     await opened(stock, a_sale(item, 99, max_per_user=3))
     chance = random.Random(item)
     crowd = [a_request(f"user-{n % 400}", chance.randint(1, 3)) for n in range(1_200)]
@@ -71,7 +46,7 @@ async def test_a_crowd_at_once_is_sold_exactly_the_stock(stock: Inventory, item:
         assert (record.user_id, record.quantity) == (request.user_id, request.quantity)
 
 
-async def test_an_id_is_one_reservation_however_often_it_is_sent(
+async def test_sending_an_id_again_returns_the_same_reservation(
     stock: Inventory, item: str
 ) -> None:
     await opened(stock, a_sale(item, 10, max_per_user=10))
@@ -92,9 +67,7 @@ async def test_concurrent_retries_of_one_key_take_one_unit(stock: Inventory, ite
     assert (await stock.sales([item]))[item].accepted == 2
 
 
-async def test_a_key_with_another_quantity_is_refused_and_takes_nothing(
-    stock: Inventory, item: str
-) -> None:
+async def test_a_repeated_key_with_another_quantity_is_refused(stock: Inventory, item: str) -> None:
     await opened(stock, a_sale(item, 10, max_per_user=10))
     request = a_request(key="k", quantity=2)
     assert await outcome(stock, item, request) is Outcome.ACCEPTED
@@ -102,7 +75,7 @@ async def test_a_key_with_another_quantity_is_refused_and_takes_nothing(
     assert (await stock.sales([item]))[item].accepted == 2
 
 
-async def test_a_replay_is_answered_after_the_sale_sold_out_paused_and_ended(
+async def test_a_replay_is_answered_while_sold_out_paused_and_ended(
     stock: Inventory, item: str
 ) -> None:
     spec = await opened(stock, a_sale(item, 1))
@@ -129,7 +102,9 @@ async def test_the_limit_counts_every_purchase_of_a_user(stock: Inventory, item:
     ]
 
 
-async def test_more_than_is_left_is_not_sold_out(stock: Inventory, item: str) -> None:
+async def test_a_quantity_above_the_available_units_is_not_sold_out(
+    stock: Inventory, item: str
+) -> None:
     await opened(stock, a_sale(item, 3, max_per_user=5))
     found = await answers(
         stock, item, [a_request("a", 4), a_request("b", 2), a_request("c", 2), a_request("d")]
@@ -173,7 +148,7 @@ async def test_nothing_is_accepted_before_the_start_or_after_the_end(
     assert {found for found, _ in seen} == {Outcome.NOT_OPEN, Outcome.ACCEPTED, Outcome.ENDED}
 
 
-async def test_an_end_that_was_reached_stays_reached(
+async def test_moving_the_end_does_not_reopen_an_ended_sale(
     stock: Inventory, redis: Redis, item: str
 ) -> None:
     now_ms = (await stock.server()).now_ms
@@ -184,17 +159,19 @@ async def test_an_end_that_was_reached_stays_reached(
     assert await outcome(stock, item, a_request()) is Outcome.ENDED
 
 
-async def test_a_clock_that_jumps_back_does_not_move_the_sale_back(
+async def test_a_clock_that_jumps_back_does_not_close_an_open_sale(
     stock: Inventory, redis: Redis, item: str
 ) -> None:
     now_ms = (await stock.server()).now_ms
     await opened(stock, a_sale(item, 10, starts_ms=now_ms + 3_600_000, max_per_user=9))
-    # The sale has seen a time after its start: as if the machine's clock was set back since.
+    # The last time that the sale saw is after its start, as if the clock was set back since.
     await redis.hset(ItemKeys.of(item).sale, "last_now_ms", str(now_ms + 3_600_001))
     assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
 
 
-async def test_a_full_outbox_is_backpressure(redis: Redis, outbox: Outbox, item: str) -> None:
+async def test_a_full_outbox_refuses_new_requests_and_answers_replays(
+    redis: Redis, outbox: Outbox, item: str
+) -> None:
     stock = Inventory(redis, outbox_limit=2)
     await opened(stock, a_sale(item, 10))
     requests = [a_request(f"u{n}") for n in range(4)]
@@ -216,7 +193,7 @@ async def test_an_item_without_a_sale_is_unknown(stock: Inventory, item: str) ->
     ("field", "value"),
     [("format", "2"), ("state", "open?"), ("accepted", "many"), ("starts_ms", "soon")],
 )
-async def test_a_sale_of_another_format_is_left_alone(
+async def test_a_sale_of_an_unsupported_format_is_not_changed(
     stock: Inventory, redis: Redis, item: str, field: str, value: str
 ) -> None:
     spec = await opened(stock, a_sale(item))
@@ -242,7 +219,7 @@ async def test_a_sale_that_lost_a_key_is_fenced(
     assert await stock.apply(spec, 2) is Applied.FENCED
 
 
-async def test_a_key_of_another_type_costs_no_unit(
+async def test_a_key_of_the_wrong_type_sells_nothing(
     stock: Inventory, redis: Redis, item: str
 ) -> None:
     await opened(stock, a_sale(item))
@@ -270,7 +247,7 @@ async def test_a_restarted_server_fences_its_sales(
         assert await outcome(stock, item, a_request("bob")) is Outcome.FENCED
         assert await outcome(stock, item, bought) is Outcome.FENCED
         assert await stock.apply(spec, 2) is Applied.FENCED
-        # What it had accepted can still be published and settled.
+        # Reservations accepted before the restart can still be published and settled.
         assert await Outbox(client).settle(item, [(answer.detail, bought.reservation_id)]) == 1
         assert (await stock.sales([item]))[item].accepted == 1
         await client.aclose()
@@ -279,7 +256,7 @@ async def test_a_restarted_server_fences_its_sales(
 async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:
-    """It has the run_id that it had, and may lack what the master between had not sent it."""
+    """It keeps its run_id, but can lack writes that the master in between did not replicate."""
     binary = redis_server.binary
     with (
         RedisServer(tmp_path / "one", binary=binary) as one,
@@ -293,7 +270,7 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
         async with asyncio.timeout(30):
             while not await other.exists(ItemKeys.of(item).sale):
                 await asyncio.sleep(0.05)
-        # A master that gets its first replica is the same one.
+        # Getting its first replica does not change a master's run.
         assert (await stock.server()).run_id == before.run_id
         assert await outcome(stock, item, a_request("ann")) is Outcome.ACCEPTED
         await other.replicaof("NO", "ONE")
@@ -342,7 +319,7 @@ async def test_a_malformed_batch_changes_nothing(stock: Inventory, redis: Redis,
     assert await redis.exists(ItemKeys.of(item).buyers) == 0
 
 
-async def test_the_outbox_holds_the_whole_event(
+async def test_an_outbox_entry_contains_the_whole_event(
     stock: Inventory, outbox: Outbox, item: str
 ) -> None:
     await opened(stock, a_sale(item, 7, max_per_user=2))
@@ -357,7 +334,7 @@ async def test_the_outbox_holds_the_whole_event(
     assert entry.traceparent == trace
 
 
-async def test_settle_leaves_an_entry_of_another_reservation(
+async def test_settle_keeps_an_entry_of_another_reservation(
     stock: Inventory, outbox: Outbox, item: str
 ) -> None:
     await opened(stock, a_sale(item))

@@ -1,0 +1,36 @@
+"""Sales, requests and calls for tests that use the inventory without the API."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flashsale.inventory import Applied, Inventory
+from flashsale.reservations import Answer, BatchReply, Outcome, Request
+from flashsale.sale import SaleSpec
+
+
+def a_sale(item: str, stock: int = 100, **changes: object) -> SaleSpec:
+    return replace(SaleSpec(f"default/{item.lower()}", item, stock), **changes)  # type: ignore[arg-type]
+
+
+def a_request(user: str = "ann", quantity: int = 1, identity: str = "", key: str = "") -> Request:
+    return Request(identity or str(uuid.uuid4()), user, quantity, key)
+
+
+async def opened(inventory: Inventory, spec: SaleSpec) -> SaleSpec:
+    """Seeds a sale."""
+    assert await inventory.apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
+    return spec
+
+
+async def answers(inventory: Inventory, item: str, requests: Sequence[Request]) -> list[Answer]:
+    """Sends a batch that Redis decides."""
+    reply = await inventory.reserve(item, requests, timeout_seconds=5)
+    assert isinstance(reply, BatchReply)
+    return list(reply.answers)
+
+
+async def outcome(inventory: Inventory, item: str, request: Request) -> Outcome:
+    """Sends one request."""
+    reply = await inventory.reserve(item, [request], timeout_seconds=5)
+    return reply.answers[0].outcome if isinstance(reply, BatchReply) else reply
