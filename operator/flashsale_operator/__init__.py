@@ -1,1 +1,1 @@
-"""The operator's core: makes Redis agree with FlashSales, by way of the ledger."""
+"""The operator: makes the ledger and Redis match FlashSale resources. Includes flashsalectl."""

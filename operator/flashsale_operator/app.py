@@ -30,8 +30,6 @@ from flashsale_operator.kubernetes.resync import Resync
 from flashsale_operator.sales import offsets
 from flashsale_operator.settings import Settings
 
-log = logging.getLogger(__name__)
-
 STUCK_SECONDS: Final = 180.0
 """A resync ends within seconds, also during outages. After this long without one, the process is
 stuck, and /healthz fails."""

@@ -1,4 +1,4 @@
-"""The operator's settings, from FLASHSALE_REDIS_URL and so on."""
+"""The operator's settings, read from FLASHSALE_REDIS_URL and similar variables."""
 
 from typing import Annotated
 
@@ -12,13 +12,13 @@ Namespaces = Annotated[
     str,
     Meta(
         pattern=rf"^({_LABEL}(,{_LABEL})*)?\Z",
-        description="namespaces, separated by commas, or nothing for all",
+        description="namespaces separated by commas, or nothing for all",
     ),
 ]
 
 
 class Settings(KafkaSettings, frozen=True):
-    """Where the servers are, what is served and how long a closed sale's keys are kept."""
+    """The servers' addresses, the served namespaces, and how long closed sales keep their keys."""
 
     redis_url: RedisUrl
     database_url: DatabaseUrl
@@ -31,5 +31,5 @@ class Settings(KafkaSettings, frozen=True):
 
     @property
     def served(self) -> tuple[str, ...]:
-        """The namespaces; none means all."""
+        """The served namespaces, sorted. None means all."""
         return tuple(sorted({name for name in self.namespaces.split(",") if name}))

@@ -111,7 +111,7 @@ async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> i
         rows = await ledger.sales(clients.pool, options.item)
         if not rows:
             raise UnknownSale(_no_such(options.item))
-        # If one sale of the item is closed and another is not, rebuild the other.
+        # Prefer the sale that is not closed, because it has the item.
         row = min(rows, key=lambda row: row.closed)
         done = await _rebuilder(clients, addresses).rebuild(row)
     success = isinstance(done, Rebuilt)

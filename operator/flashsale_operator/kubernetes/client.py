@@ -1,4 +1,4 @@
-"""The few calls of the Kubernetes API that the operator makes by itself; kopf makes the watches."""
+"""A client for the few Kubernetes API calls that kopf does not make. kopf makes the watches."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -17,21 +17,25 @@ TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
 _WRONG: Final = (
     kopf.LoginError,
     yaml.YAMLError,
-    *(OSError, LookupError, ValueError, TypeError, AttributeError),
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
 )
 
 Login = Callable[[], kopf.ConnectionInfo]
 
 
 class KubeUnavailable(FlashsaleError):
-    """The kube-apiserver did not answer, or refused to work."""
+    """The kube-apiserver did not answer, or refused the request."""
 
 
 def log_in() -> kopf.ConnectionInfo:
-    """Where the kube-apiserver is and who we are: the pod's service account, else the kubeconfig.
+    """Returns the kube-apiserver's address and the credentials.
 
-    Raises `SettingsError`. To be called again when the server knows us no more: tokens are
-    renewed in place.
+    They come from the pod's service account, otherwise from the kubeconfig. Tokens are renewed in
+    place, so callers log in again if the server refuses the credentials. Raises `SettingsError`.
     """
     settings = kopf.OperatorSettings()
     try:
@@ -49,9 +53,9 @@ def log_in() -> kopf.ConnectionInfo:
 
 
 class Kube:
-    """FlashSales and Events over one HTTP session.
+    """Calls about FlashSales and Events over one HTTP session.
 
-    Methods raise `KubeUnavailable`, when nothing is known of what was asked for or done.
+    Methods raise `KubeUnavailable`. A write that raised may have succeeded.
     """
 
     def __init__(self, login: Login) -> None:
@@ -59,7 +63,7 @@ class Kube:
         self._session: aiohttp.ClientSession | None = None
 
     async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
-        """The live object, or None if there is none of that name."""
+        """Returns the live object, or None if it does not exist."""
         status, body = await self._call("GET", f"{_sales_path(namespace)}/{name}")
         if status == 404 and body.get("details", {}).get("name") == name:
             return None
@@ -67,22 +71,22 @@ class Kube:
         return body
 
     async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
-        """The objects of a namespace, or of all."""
+        """Returns the objects of a namespace, or of all namespaces."""
         found: list[dict[str, Any]] = []
         parameters = {"limit": str(LIST_PAGE)}
         while True:
             status, body = await self._call("GET", _sales_path(namespace), parameters=parameters)
             _expect_success(status, body)
             found += body.get("items", [])
-            onward = body.get("metadata", {}).get("continue")
-            if not onward:
+            token = body.get("metadata", {}).get("continue")
+            if not token:
                 return found
-            parameters = {"limit": str(LIST_PAGE), "continue": onward}
+            parameters = {"limit": str(LIST_PAGE), "continue": token}
 
     async def patch_status(
         self, namespace: str, name: str, status: Mapping[str, object], resource_version: str
     ) -> bool:
-        """Writes a status, if the object is still at that version; False if not, or if gone."""
+        """Writes a status. Returns False if the object has changed or was deleted since."""
         code, body = await self._call(
             "PATCH",
             f"{_sales_path(namespace)}/{name}/status",
@@ -95,7 +99,7 @@ class Kube:
         return True
 
     async def create_event(self, namespace: str, event: Mapping[str, object]) -> bool:
-        """Makes an Event; False if there is one of its name, or its namespace ends."""
+        """Creates an Event. Returns False if the name exists or the namespace is being deleted."""
         code, body = await self._call("POST", f"/api/v1/namespaces/{namespace}/events", event)
         if code in (404, 409) or (code == 403 and _terminating(body)):
             return False
@@ -116,7 +120,7 @@ class Kube:
         parameters: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> tuple[int, dict[str, Any]]:
-        """The status code and the JSON of an answer, logging in again once if it is 401."""
+        """Returns the status code and the JSON of an answer. Logs in again once after a 401."""
         code = 401
         answer: dict[str, Any] = {}
         for _ in range(2):
@@ -145,7 +149,7 @@ class Kube:
         try:
             info = self._login()
         except SettingsError as error:
-            raise KubeUnavailable(f"the kube-apiserver cannot be asked: {error}") from error
+            raise KubeUnavailable(f"no login to the kube-apiserver: {error}") from error
         return aiohttp.ClientSession(
             info.server,
             headers={**info.as_http_headers(), "Accept": "application/json"},
@@ -170,8 +174,8 @@ def _sales_path(namespace: str | None) -> str:
 
 def _expect_success(code: int, body: Mapping[str, Any]) -> None:
     if code >= 400:
-        what = " ".join(str(body.get("message", "")).split())[:500]
-        raise KubeUnavailable(f"the kube-apiserver refused: {code} {what}")
+        message = " ".join(str(body.get("message", "")).split())[:500]
+        raise KubeUnavailable(f"the kube-apiserver refused: {code} {message}")
 
 
 def _terminating(body: Mapping[str, Any]) -> bool:

@@ -210,7 +210,7 @@ class Rebuilder:
     async def _note(
         self, sale_id: str, claim: int, offsets: Mapping[int, int], redis_had: int
     ) -> tuple[int, int]:
-        """Makes the ledger refuse older events that it does not have yet.
+        """Makes the ledger refuse events from before the rebuild that it does not have yet.
 
         Returns the accepted and the released units, which are now final for the rebuild. Raises
         `_Interrupted` if the sale was changed or claimed since, or if the ledger was replaced by an

@@ -64,7 +64,7 @@ _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
-    """The ledger has no such sale, or no sale of the item."""
+    """There is no such sale, or no sale of the item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +272,8 @@ class Reconciler:
             connection.transaction(),
         ):
             await connection.execute(_LOCK_ITEM, spec.item_id)
-            there = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
-            if {(r["sale_id"], r["revision"]) for r in there} != {
+            others = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
+            if {(r["sale_id"], r["revision"]) for r in others} != {
                 (other.sale_id, other.revision) for other in step.others
             }:
                 return None
