@@ -1,6 +1,6 @@
-"""Holes of the engine that this one was written to be better than, where no other test tries them.
+"""Faults of the reference engine that no other test covers.
 
-docs/reliability.md has all of them, with the test of each.
+docs/reliability.md lists all of them, each with its test.
 """
 
 import asyncio
@@ -15,13 +15,23 @@ from dev.crowd import stampede
 from dev.journal import Attempt
 from dev.verdict import judge, quiet
 from flashsale import events, redis_client
-from tests.servers.engine.conftest import Engine
+from tests.support.engine import Engine
+from tests.support.eventually import until
 
 pytestmark = pytest.mark.slow
 
 OF_OTHER_FRAMEWORKS = (
-    *("/actuator", "/actuator/heapdump", "/actuator/env", "/actuator/configprops", "/env"),
-    *("/debug/pprof/heap", "/debug/vars", "/server-status", "/config", "/.env", "/console"),
+    "/actuator",
+    "/actuator/heapdump",
+    "/actuator/env",
+    "/actuator/configprops",
+    "/env",
+    "/debug/pprof/heap",
+    "/debug/vars",
+    "/server-status",
+    "/config",
+    "/.env",
+    "/console",
 )
 
 
@@ -48,7 +58,7 @@ async def test_no_port_shows_memory_or_settings(engine: Engine) -> None:
         assert port is not None
         for path in ("/", *OF_OTHER_FRAMEWORKS, "/healthz", "/readyz", "/metrics", "/openapi.json"):
             status, text = await asyncio.to_thread(get, port, path)
-            # The metrics' port of prometheus-client answers every path with the metrics.
+            # On the metrics port, prometheus-client answers every path with the metrics.
             assert status == 404 or path not in OF_OTHER_FRAMEWORKS or port == metrics, path
             assert not [secret for secret in secrets if secret in text], (port, path)
 
@@ -86,13 +96,13 @@ async def test_records_that_cannot_be_read_stop_no_consumer_and_fill_no_log(
         consumer.log.stat().st_size - size
         for consumer, size in zip(engine.consumers, before, strict=True)
     )
-    assert grown < bad * 2_000, "a record is told of once, in a line or two"
+    assert grown < bad * 2_000, "a bad record is logged once, in one or two lines"
 
 
 async def test_kafka_away_for_longer_than_any_client_waits_and_the_apis_killed_loses_nothing(
     engine: Engine, item: str
 ) -> None:
-    """Nothing of it is in any process's memory at the end: what was accepted is in the outbox."""
+    """In the end no process has the reservations in memory. Only the outbox has them."""
     await engine.apply(item, stock=300)
     await asyncio.to_thread(engine.kafka.stop)
     wanted = [
@@ -101,9 +111,8 @@ async def test_kafka_away_for_longer_than_any_client_waits_and_the_apis_killed_l
     ]
     journal = await stampede(engine.urls, wanted, connections=20, tries=5)
     assert {entry.status for entry in journal.entries} == {202}
-    async with httpx.AsyncClient() as client, asyncio.timeout(60):
-        while "publish_failures_total 0.0" in (await client.get(engine.apis[0].metrics_url)).text:
-            await asyncio.sleep(0.2)
+    url = engine.apis[0].metrics_url
+    await until(lambda: "publish_failures_total 0.0" not in httpx.get(url).text, pause=0.2)
     for api in engine.apis:
         assert (await asyncio.to_thread(get, api.port, "/healthz"))[0] == 200
         api.kill()

@@ -1,4 +1,4 @@
-"""From POST /reserve to a row in the ledger, while parts of the way die, stop and come back."""
+"""From POST /reserve to a row in the ledger, while processes die, stop and come back."""
 
 import asyncio
 import random
@@ -13,7 +13,8 @@ from dev.crowd import stampede
 from dev.journal import Attempt, Journal
 from dev.verdict import Verdict, judge, quiet
 from flashsale import redis_client
-from tests.servers.engine.conftest import Engine
+from tests.support.engine import Engine
+from tests.support.eventually import until
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,7 @@ BUYERS = 6_000
 
 
 def buyers(item: str, number: int = BUYERS, quantity: int = 1) -> list[Attempt]:
-    """Every buyer asks twice under one key, somewhere in the crowd."""
+    """Make a crowd in random order, in which every buyer asks twice with the same key."""
     crowd = [
         Attempt(
             f"user-{n}", {"userId": f"user-{n}", "itemId": item, "quantity": quantity}, f"key-{n}"
@@ -34,23 +35,21 @@ def buyers(item: str, number: int = BUYERS, quantity: int = 1) -> list[Attempt]:
 
 @asynccontextmanager
 async def a_crowd(engine: Engine, crowd: list[Attempt]) -> AsyncIterator[Journal]:
-    """The body runs once the crowd is under way; the journal is whole after it."""
+    """Run the body while the crowd is under way. The journal is complete afterwards."""
     journal = Journal()
     coming = asyncio.create_task(
         stampede(engine.urls, crowd, connections=40, tries=40, journal=journal)
     )
     try:
-        async with asyncio.timeout(60):
-            while len(journal.entries) < len(crowd) // 10 and not coming.done():
-                await asyncio.sleep(0.01)
+        await until(lambda: len(journal.entries) >= len(crowd) // 10 or coming.done(), pause=0.01)
         yield journal
         await coming
     finally:
         coming.cancel()
 
 
-async def settled(engine: Engine, item: str, journal: Journal) -> Verdict:
-    """The verdict once everything has arrived; the audit must agree."""
+async def final_verdict(engine: Engine, item: str, journal: Journal) -> Verdict:
+    """Wait until all events have arrived. Return the verdict, with which the audit must agree."""
     await quiet(engine.addresses, [item])
     verdict, _ = await judge(engine.addresses, f"default/{item}", journal)
     assert verdict.kept, verdict
@@ -61,7 +60,7 @@ async def settled(engine: Engine, item: str, journal: Journal) -> Verdict:
 
 
 def given_up(journal: Journal) -> set[str]:
-    """Users who never got a final answer."""
+    """Return the users who never got a final answer."""
     final = {entry.attempt.user_id for entry in journal.entries if entry.status in (202, 409)}
     return {entry.attempt.user_id for entry in journal.entries} - final
 
@@ -71,7 +70,7 @@ async def test_two_apis_and_two_consumers_sell_exactly_the_stock(engine: Engine,
     async with a_crowd(engine, buyers(item)) as journal:
         pass
     assert not given_up(journal)
-    verdict = await settled(engine, item, journal)
+    verdict = await final_verdict(engine, item, journal)
     assert (verdict.sold, verdict.allocated) == (99, 99)
     assert {entry.status for entry in journal.entries} == {202, 409}
 
@@ -149,14 +148,16 @@ async def test_nothing_is_lost_or_sold_twice(engine: Engine, item: str, fault: F
     async with a_crowd(engine, buyers(item)) as journal:
         await fault(engine)
     assert not given_up(journal)
-    verdict = await settled(engine, item, journal)
+    verdict = await final_verdict(engine, item, journal)
     assert verdict.sold == BUYERS // 2
     # Buyers do not wait for Kafka or PostgreSQL.
     if fault not in (kill_an_api, freeze_an_api):
         assert {entry.status for entry in journal.entries} == {202, 409}
 
 
-async def test_redis_killed_in_the_middle_is_fenced_and_rebuilt(engine: Engine, item: str) -> None:
+async def test_a_redis_killed_during_a_sale_is_fenced_and_rebuilt(
+    engine: Engine, item: str
+) -> None:
     await engine.apply(item, stock=10 * BUYERS)
     async with a_crowd(engine, buyers(item)) as journal:
         engine.redis.kill()
@@ -166,15 +167,15 @@ async def test_redis_killed_in_the_middle_is_fenced_and_rebuilt(engine: Engine, 
     assert {entry.status for entry in fenced.entries} == {503}
     assert " rebuilt: Selling" in applied.stdout
     assert not given_up(journal)
-    # What Redis had not written to disk yet (everysec) was in the pods' memory.
-    verdict = await settled(engine, item, journal)
+    # Redis had not written the last second to disk (everysec). The pods still had it in memory.
+    verdict = await final_verdict(engine, item, journal)
     assert verdict.sold == BUYERS
 
 
 async def test_a_redis_restored_from_an_older_copy_sells_nothing_again(
     engine: Engine, item: str
 ) -> None:
-    """The copy knows of fewer sales than were made: its stock would be sold a second time."""
+    """The copy lacks the latest reservations, so it would sell their units a second time."""
     files, copy = engine.redis.data / "appendonlydir", engine.folder / f"copy-of-{item}"
     await engine.apply(item, stock=300)
     journal = await stampede(engine.urls, buyers(item, 100), tries=5)
@@ -194,15 +195,15 @@ async def test_a_redis_restored_from_an_older_copy_sells_nothing_again(
     rebuilt = await engine.ctl("rebuild", item)
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (
-        "250 accepted units in 250 reservations came from the ledger, 150 of them gone from Redis"
+        "restored 250 accepted units in 250 reservations from the ledger; missing in Redis: 150"
         in rebuilt.stdout
     )
     journal.entries += (await stampede(engine.urls, buyers(item, 400), tries=5)).entries
-    verdict = await settled(engine, item, journal)
+    verdict = await final_verdict(engine, item, journal)
     assert verdict.sold == verdict.allocated == 300
 
 
-async def test_a_wiped_redis_is_rebuilt_in_the_middle_of_a_crowd(engine: Engine, item: str) -> None:
+async def test_a_redis_wiped_during_a_sale_is_rebuilt(engine: Engine, item: str) -> None:
     await engine.apply(item, stock=BUYERS // 2)
     client = redis_client.connect(engine.addresses.redis_url)
     async with a_crowd(engine, buyers(item)) as journal:
@@ -214,11 +215,11 @@ async def test_a_wiped_redis_is_rebuilt_in_the_middle_of_a_crowd(engine: Engine,
     assert " rebuilt in " in done.stdout
     again = await stampede(engine.urls, buyers(item), tries=5)
     journal.entries += again.entries
-    verdict = await settled(engine, item, journal)
+    verdict = await final_verdict(engine, item, journal)
     assert verdict.sold == verdict.allocated == BUYERS // 2
 
 
-async def test_restock_shorten_pause_and_apply_again_in_the_middle_of_a_crowd(
+async def test_stock_changes_and_a_pause_during_a_sale_sell_exactly_the_last_stock(
     engine: Engine, item: str
 ) -> None:
     await engine.apply(item, stock=100)
@@ -228,11 +229,11 @@ async def test_restock_shorten_pause_and_apply_again_in_the_middle_of_a_crowd(
             {"stock": 300},
             {"stock": 300},
             {"stock": 50},
-            {"stock": 200, "paused": "true"},
+            {"stock": 200, "paused": True},
             {"stock": most},
         ):
             await engine.apply(item, below_held=True, **spec)
     final = await stampede(engine.urls, buyers(item, most + 50), tries=5)
     journal.entries += final.entries
-    verdict = await settled(engine, item, journal)
+    verdict = await final_verdict(engine, item, journal)
     assert verdict.sold == verdict.allocated == most
