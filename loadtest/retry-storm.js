@@ -1,17 +1,26 @@
-// A retry storm: buyers send the same order many times, at once and again. It is one order.
+// A retry storm: each buyer sends the same order many times, in parallel and in sequence. Each
+// buyer must get one reservation.
 //
-//   ITEM_ID   what is sold, one a buyer (required)  STOCK     units available at the start (100)
-//   RATE      buyers a second (50)                  DURATION  10s, 5m, 1h (10s)
-//   COPIES    requests of a buyer at once (4)       AGAIN     times they are repeated (2)
+//   ITEM_ID   item, with maxPerUser 1 (required)    STOCK     units available at the start (100)
+//   RATE      buyers per second (50)                DURATION  such as 10s, 5m or 1h (10s)
+//   COPIES    parallel requests per buyer (4)       AGAIN     repetitions of these requests (2)
 //   API_URL, P95_MS, RUN, VUS, MAX_VUS              as in stampede.js
 //
-// The journal on the console is that of stampede.js.
+// The script prints the same journal as stampede.js.
 
 import { check } from 'k6';
 import exec from 'k6/execution';
 import http from 'k6/http';
 import { Counter } from 'k6/metrics';
-import { checkAccepted, freshSale, journal, kindOf, outcomeOf, reserve, wanted } from './lib/api.js';
+import {
+  checkAccepted,
+  freshSale,
+  journal,
+  kindOf,
+  outcomeOf,
+  reserve,
+  reserveRequest,
+} from './lib/api.js';
 import { RUN, arrivals, seconds, text, thresholds, whole } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
@@ -26,7 +35,7 @@ const accepted = new Counter('units_accepted');
 const refused = new Counter('buyers_refused');
 
 export const options = {
-  batchPerHost: COPIES, // else k6 sends six at once
+  batchPerHost: COPIES, // k6's default is six parallel requests
   scenarios: { retryStorm: arrivals(RATE, SECONDS) },
   thresholds: thresholds(
     DEMAND >= STOCK
@@ -42,11 +51,11 @@ export function setup() {
 export default function () {
   const userId = `${RUN}-${exec.scenario.iterationInTest}`;
   const key = `order-${userId}`;
-  const copies = Array.from({ length: COPIES }, () => wanted(userId, ITEM_ID, 1, key));
+  const copies = Array.from({ length: COPIES }, () => reserveRequest(userId, ITEM_ID, 1, key));
   const outcomes = new Set();
   const ids = new Set();
   let first;
-  for (let turn = 0; turn <= AGAIN; turn += 1) {
+  for (let repetition = 0; repetition <= AGAIN; repetition += 1) {
     for (const response of http.batch(copies)) {
       const outcome = outcomeOf(response);
       outcomes.add(outcome);
@@ -56,10 +65,10 @@ export default function () {
       }
     }
   }
-  check(outcomes, { 'every copy is answered alike': () => outcomes.size === 1 });
+  check(outcomes, { 'all copies get the same answer': () => outcomes.size === 1 });
   if (!first) {
     refused.add(1);
-    check(outcomes, { 'a refusal is sold out': () => outcomes.has('sold-out') });
+    check(outcomes, { 'a refusal is sold-out': () => outcomes.has('sold-out') });
     return;
   }
   accepted.add(1);
@@ -67,8 +76,8 @@ export default function () {
   checkAccepted(first, userId, ITEM_ID, 1);
   const other = reserve(userId, ITEM_ID, 2, key);
   check(other, {
-    'all copies are one reservation': () => ids.size === 1,
-    'the key with another quantity is refused': () =>
+    'all copies get the same reservation': () => ids.size === 1,
+    'the same key with another quantity is refused': () =>
       other.status === 422 && kindOf(other) === 'key-reused',
   });
 }

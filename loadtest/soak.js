@@ -1,11 +1,12 @@
-// A soak: a steady stream of buyers for a long time, all of whom can be served.
+// A soak test: buyers arrive steadily for a long time, and the stock is large enough for all of
+// them.
 //
-//   ITEM_ID   what is sold (required)         STOCK     units available at the start (1000000)
-//   RATE      buyers a second (100)           DURATION  10s, 5m, 1h (10m)
+//   ITEM_ID   item (required)                 STOCK     units available at the start (1000000)
+//   RATE      buyers per second (100)         DURATION  such as 10s, 5m or 1h (10m)
 //   API_URL, P95_MS, RUN, VUS, MAX_VUS        as in stampede.js
 //
-// Every tenth buyer looks the reservation up, every tenth sends the order again. The journal on
-// the console is that of stampede.js.
+// One in ten buyers reads the reservation, and another one in ten repeats the order. The script
+// prints the same journal as stampede.js.
 
 import { check } from 'k6';
 import exec from 'k6/execution';
@@ -22,7 +23,10 @@ const accepted = new Counter('units_accepted');
 const refused = new Counter('buyers_refused');
 
 if (RATE * SECONDS > STOCK) {
-  throw new Error(`${RATE * SECONDS} buyers would come and STOCK is ${STOCK}: raise it, or come less`);
+  throw new Error(
+    `${RATE * SECONDS} buyers will arrive, but STOCK is ${STOCK}: ` +
+      `increase STOCK, or reduce RATE or DURATION`,
+  );
 }
 
 export const options = {
@@ -53,19 +57,19 @@ export default function () {
   if (number % 10 === 0) {
     const found = get(response.headers.Location, 'reservation');
     check(found, {
-      'a reservation is where its 202 said': () =>
+      'a reservation is at the Location of its 202': () =>
         found.status === 200 && found.json('reservationId') === reservationId,
     });
     const sale = get(`/sales/${ITEM_ID}`, 'sale');
     check(sale, {
-      'a sale has between none and all of its stock': () =>
+      'a sale has between 0 and STOCK units available': () =>
         sale.status === 200 && sale.json('available') >= 0 && sale.json('available') <= STOCK,
     });
   }
   if (number % 10 === 5) {
     const again = reserve(userId, ITEM_ID, 1, key);
     check(again, {
-      'the same order again is the same reservation': () =>
+      'a repeated order gets the same reservation': () =>
         outcomeOf(again) === 'accepted' && again.json('reservationId') === reservationId,
     });
   }

@@ -1,12 +1,14 @@
-// A stampede: every buyer wants one unit, once, all at the same time. Exactly the stock is sold.
+// A stampede: many buyers arrive at once, and each sends one request for one unit. The engine must
+// sell exactly the stock.
 //
-//   ITEM_ID   what is sold (required)         STOCK     units available at the start (100)
-//   RATE      buyers a second (400)           DURATION  10s, 5m, 1h (10s)
-//   API_URL   (http://localhost:8080)         P95_MS    fail if the P95 is above (not checked)
-//   RUN       names this run's users (now)    VUS, MAX_VUS  connections (100), at most (1000)
+//   ITEM_ID   item (required)                  STOCK     units available at the start (100)
+//   RATE      buyers per second (400)          DURATION  such as 10s, 5m or 1h (10s)
+//   API_URL   (http://localhost:8080)          P95_MS    fail above this 95th percentile (none)
+//   RUN       prefix of user ids (the time)    VUS       connections at the start (100)
+//                                              MAX_VUS   maximum number of connections (1000)
 //
-// Every second buyer sends an Idempotency-Key. Each 202 is a JSON line on the console:
-// {"reservationId","userId","itemId","key"}; `k6 run --log-format raw` prints it as it is.
+// Every other buyer sends an Idempotency-Key. Each 202 is printed as a JSON line with
+// reservationId, userId, itemId and key. With `k6 run --log-format raw` the line has no prefix.
 
 import { check } from 'k6';
 import exec from 'k6/execution';
@@ -48,6 +50,6 @@ export default function () {
     checkAccepted(response, userId, ITEM_ID, 1);
   } else {
     refused.add(1);
-    check(outcome, { 'a refusal is sold out': () => outcome === 'sold-out' });
+    check(outcome, { 'a refusal is sold-out': () => outcome === 'sold-out' });
   }
 }

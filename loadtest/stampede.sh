@@ -1,6 +1,7 @@
 #!/bin/sh
-# A stampede in the cluster, on the sample sale: restocks it to 100 units to sell, runs
-# loadtest/job.yaml and prints what k6 says. Fails if a threshold does. May be run again and again.
+# Run a stampede on the sample sale in the cluster. The script restocks the sale to 100 available
+# units, runs loadtest/job.yaml and prints k6's output. It fails if k6 crosses a threshold, and it
+# can be run repeatedly.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -14,12 +15,12 @@ kubectl create configmap loadtest --from-file=loadtest --from-file=loadtest/lib 
 kubectl delete job loadtest --ignore-not-found
 kubectl apply -f loadtest/job.yaml
 kubectl wait --for='jsonpath={.status.ready}=1' job/loadtest --timeout=5m ||
-  echo "it may have ended already"
-kubectl logs --follow job/loadtest | grep -v '^{' # the journal of every 202
+  echo "the job is not running; it may have ended already"
+kubectl logs --follow job/loadtest | grep -v '^{' # hides the journal
 until conditions="$(kubectl get job loadtest -o 'jsonpath={.status.conditions[*].type}')" &&
   [ -n "$conditions" ]; do
   sleep 1
 done
 case "$conditions" in
-  *Failed*) echo "the stampede failed: a threshold above says which rule" >&2; exit 1 ;;
+  *Failed*) echo "the stampede failed: see the crossed thresholds above" >&2; exit 1 ;;
 esac

@@ -1,4 +1,4 @@
-// The API as the scripts see it: requests, what is counted of their answers, and the journal.
+// Requests to the API, counters of its answers, and the journal of accepted reservations.
 
 import { check } from 'k6';
 import exec from 'k6/execution';
@@ -9,11 +9,11 @@ import { API_URL } from './settings.js';
 const failures = new Counter('answers_5xx');
 const silences = new Counter('answers_none');
 
-// Refusals are answers too: only what a script does not expect is a failed request.
+// A refusal is an expected answer, so k6 must not count a 4xx as a failed request.
 http.setResponseCallback(http.expectedStatuses({ min: 200, max: 499 }));
 
-/** One POST /reserve: options for http.post and http.batch. */
-export function wanted(userId, itemId, quantity, key) {
+/** Build one POST /reserve for http.post or http.batch. */
+export function reserveRequest(userId, itemId, quantity, key) {
   const headers = { 'Content-Type': 'application/json' };
   if (key) headers['Idempotency-Key'] = key;
   return {
@@ -24,9 +24,9 @@ export function wanted(userId, itemId, quantity, key) {
   };
 }
 
-/** Sends it; see `outcomeOf`. */
+/** Send one POST /reserve. `outcomeOf` classifies the response. */
 export function reserve(userId, itemId, quantity = 1, key = '') {
-  const { url, body, params } = wanted(userId, itemId, quantity, key);
+  const { url, body, params } = reserveRequest(userId, itemId, quantity, key);
   return http.post(url, body, params);
 }
 
@@ -34,7 +34,9 @@ export function get(path, name) {
   return http.get(`${API_URL}${path}`, { tags: { name } });
 }
 
-/** `accepted`, or the last part of the problem's type; counts what is neither. */
+/**
+ * Return `accepted`, `no-answer` or the result of `kindOf`. Counts 5xx answers and missing answers.
+ */
 export function outcomeOf(response) {
   let outcome;
   if (response.status === 0) {
@@ -49,7 +51,7 @@ export function outcomeOf(response) {
   return outcome;
 }
 
-/** The last part of the problem's type, or the status of what is no problem. */
+/** Return the last part of the problem's type, or `status-N` if the response is not a problem. */
 export function kindOf(response) {
   const type = String(response.headers['Content-Type']);
   if (!type.startsWith('application/problem+json')) return `status-${response.status}`;
@@ -57,36 +59,38 @@ export function kindOf(response) {
 }
 
 /**
- * Writes an accepted reservation down, a JSON line each: what the crowd was promised, to be held
- * against the ledger.
+ * Print an accepted reservation as a JSON line. The journal of all lines can be checked against the
+ * ledger after the run.
  */
 export function journal(response, key = '') {
   const { reservationId, userId, itemId } = response.json();
   console.log(JSON.stringify({ reservationId, userId, itemId, key }));
 }
 
-/** Whether a 202 is the reservation that was asked for. */
+/** Check that a 202 matches its request. */
 export function checkAccepted(response, userId, itemId, quantity) {
   const got = response.json();
   check(response, {
-    'a 202 is what was asked for': () =>
+    'a 202 matches its request': () =>
       got.userId === userId && got.itemId === itemId && got.quantity === quantity,
-    'a 202 says where it is': () =>
+    'a 202 has the Location of its reservation': () =>
       response.headers.Location === `/sales/${itemId}/reservations/${got.reservationId}`,
   });
 }
 
-/** The sale; ends the run if there is none or if it does not have `available` units. */
+/** Return the sale. Aborts the run if it does not exist or does not have `available` units. */
 export function freshSale(itemId, available) {
   const response = get(`/sales/${itemId}`, 'sale');
   if (response.status !== 200) {
-    exec.test.abort(`GET /sales/${itemId} was answered ${response.status}: apply the sale first`);
+    exec.test.abort(
+      `GET /sales/${itemId} returned status ${response.status}: apply the sale first`,
+    );
   }
   const sale = response.json();
   if (sale.available !== available) {
     exec.test.abort(
-      `${itemId} has ${sale.available} units available, STOCK is ${available}: ` +
-        `apply a sale that has sold nothing yet, or set STOCK=${sale.available}`,
+      `${itemId} has ${sale.available} units available, but STOCK is ${available}: ` +
+        `apply a new sale or set STOCK=${sale.available}`,
     );
   }
   return sale;

@@ -1,35 +1,37 @@
-// Settings from the environment. A wrong one ends the run before the first request.
+// Settings from the environment. An invalid setting aborts the run before its first request.
 
-/** A required text. */
+/** Return a required text. */
 export function text(name) {
   const value = __ENV[name];
-  if (!value) throw new Error(`set ${name}: see the head of the script`);
+  if (!value) throw new Error(`set ${name}: see the comment at the top of the script`);
   return value;
 }
 
-/** A whole number of at least 1. */
+/** Return an integer of at least 1. */
 export function whole(name, byDefault) {
   const value = __ENV[name] || `${byDefault}`;
-  if (!/^[1-9][0-9]*$/.test(value)) throw new Error(`${name} is a whole number of 1 or more: ${value}`);
+  if (!/^[1-9][0-9]*$/.test(value)) {
+    throw new Error(`${name} must be an integer of at least 1, not ${value}`);
+  }
   return Number(value);
 }
 
-/** A duration in seconds: 90s, 5m or 1h. */
+/** Return a duration such as 90s, 5m or 1h in seconds. */
 export function seconds(name, byDefault) {
   const value = __ENV[name] || byDefault;
   const match = /^([1-9][0-9]*)([smh])$/.exec(value);
-  if (!match) throw new Error(`${name} is a duration such as 90s, 5m or 1h: ${value}`);
+  if (!match) throw new Error(`${name} must be a duration such as 90s, 5m or 1h, not ${value}`);
   return Number(match[1]) * { s: 1, m: 60, h: 3600 }[match[2]];
 }
 
 export const API_URL = (__ENV.API_URL || 'http://localhost:8080').replace(/\/$/, '');
 
-/** Tells the users and keys of this run from those of another. */
+/** Prefix of the user ids and keys of this run, so that two runs do not share users. */
 export const RUN = __ENV.RUN || `${Date.now()}`;
 
 /**
- * A crowd that arrives at a constant rate, whatever the API does: a slow answer does not keep the
- * next buyer away, so no latency hides in requests that were never sent.
+ * Return a scenario in which buyers arrive at a constant rate. A slow answer does not delay the
+ * next buyer, so no latency hides in requests that were never sent.
  */
 export function arrivals(rate, durationSeconds) {
   return {
@@ -42,7 +44,7 @@ export function arrivals(rate, durationSeconds) {
   };
 }
 
-/** The thresholds that every script has; latency only if P95_MS (milliseconds) is set. */
+/** Return the thresholds of all scripts and a script's own. P95_MS (milliseconds) adds latency. */
 export function thresholds(own) {
   const all = {
     checks: ['rate==1'],
