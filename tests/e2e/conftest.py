@@ -1,4 +1,4 @@
-"""A cluster of the tests' own, with the images of this tree, the servers and the release."""
+"""A cluster for these tests, with this tree's images, the servers and the release."""
 
 import sys
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from tests.e2e.shop import CHANGED, Shop, commands
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Apart from that of `make cluster`; it ends with the tests."""
+    """A cluster next to the one of `make cluster`. It is removed after the tests."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
     own = Cluster(OF_TESTS)
-    own.down()  # of tests that were killed
-    with capture.global_and_fixture_disabled():  # minutes, the first time: to be seen
+    own.down()  # removes the remains of tests that were killed
+    with capture.global_and_fixture_disabled():  # shows the progress of a build that takes minutes
         own.up()
     yield own
     with capture.global_and_fixture_disabled():
@@ -27,7 +27,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
-    """Installed as docs/install.md says, in a namespace that admits restricted pods only."""
+    """The release, installed with the commands in docs/install.md."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
     with capture.global_and_fixture_disabled():
@@ -39,21 +39,21 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
         found.shell(command)
     yield found
     if request.session.testsfailed:
-        _keep_what_there_was(found)
+        _keep_state(found)
 
 
-def _keep_what_there_was(shop: Shop) -> None:
-    """For who looks into a failure once the cluster is gone."""
+def _keep_state(shop: Shop) -> None:
+    """Write the cluster's state and logs to a file that outlives the cluster."""
     log = shop.cluster.state / "log" / "shop.log"
-    said = [
+    parts = [
         shop.kubectl("get", "all,fs,events", "--output=wide", check=False),
         shop.kubectl("describe", "pods", check=False),
     ]
     for pod in shop.get("pods")["items"]:
         name = pod["metadata"]["name"]
-        said += [
+        parts += [
             f"== {name} {which}\n" + shop.kubectl("logs", name, which, check=False)
             for which in ("--previous=false", "--previous")
         ]
-    log.write_text("\n".join(said))
-    sys.stderr.write(f"\nwhat there was in the cluster: {log}\n")
+    log.write_text("\n".join(parts))
+    sys.stderr.write(f"\nthe state of the cluster is in {log}\n")

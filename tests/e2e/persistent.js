@@ -1,8 +1,9 @@
-// Buyers who do not give up: one who gets no answer sends the same request again, with the same key,
-// until there is one. Whatever is neither a 202 nor a connection that could not be made fails the
-// run; so does a connection that was cut, unless CUT=allowed.
+// Persistent buyers: a buyer without an answer repeats the request with the same key until there is
+// one. Any answer except 202 fails the run. Refused connections are allowed. Broken connections are
+// allowed only with CUT=allowed.
 //
-//   ITEM_ID, RATE, DURATION, API_URL, RUN   as in loadtest/stampede.js; the stock must do for all
+//   ITEM_ID, RATE, DURATION, API_URL, RUN   as in loadtest/stampede.js; the stock must be enough for
+//                                           all buyers
 
 import { check, sleep } from 'k6';
 import exec from 'k6/execution';
@@ -12,7 +13,7 @@ import { RUN, arrivals, seconds, text, whole } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
 
-// k6's codes of errors between 1210 and 1213 are of connections that were refused, or had no route.
+// k6's error codes 1210 to 1213 mean that a connection was refused or had no route.
 const refusals = new Counter('connections_refused');
 const cuts = new Counter('connections_cut');
 
@@ -37,8 +38,8 @@ export default function () {
     if (outcome !== 'no-answer') break;
     const refused = response.error_code >= 1210 && response.error_code <= 1213;
     (refused ? refusals : cuts).add(1);
-    console.warn(`again: ${response.error_code} ${response.error}`);
+    console.warn(`retrying after ${response.error_code} ${response.error}`);
     sleep(0.5);
   }
-  check(outcome, { 'everybody is accepted in the end': () => outcome === 'accepted' });
+  check(outcome, { 'every buyer is accepted in the end': () => outcome === 'accepted' });
 }

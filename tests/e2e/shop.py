@@ -1,9 +1,8 @@
-"""The shop: a release of the chart on a real cluster, and what its crowd was promised."""
+"""A release of the chart on a real cluster, its load tests and their journals."""
 
 import json
 import os
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,25 +12,20 @@ from typing import Any, Final
 import yaml
 
 from dev.cluster.node import Cluster
+from tests.support.eventually import eventually
 from tests.support.paths import ROOT
 
 HERE: Final = Path(__file__).parent
-CHART: Final = ROOT / "charts" / "flashsale"
 NAMESPACE: Final = "shop"
 RELEASE: Final = "shop"
 CHANGED: Final = "changed"
-"""A tag under which the cluster has another image of each deployable."""
+"""The tag of a second image of each deployable, for upgrades."""
 SECONDS: Final = 120.0
+"""How long a rollout or a load test may take to reach a state. A test that meets it has failed."""
+PAUSE_SECONDS: Final = 0.5
+"""How often kubectl asks for a state."""
 
 Object = dict[str, Any]
-
-
-def eventually(what: str, look: Callable[[], object], seconds: float = SECONDS) -> None:
-    """Looks until it is true; fails with what it saw last."""
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"{what}: not after {seconds:.0f} s; last: {seen!r}"
-        time.sleep(0.5)
 
 
 def commands(block: str) -> list[str]:
@@ -43,7 +37,7 @@ def commands(block: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """One 202, as the crowd's journal has it."""
+    """One 202 in the journal of a load test."""
 
     reservation: str
     user: str
@@ -52,12 +46,12 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """Commands on the cluster, in the shop's namespace."""
+    """Runs commands on the cluster, in the namespace of the release."""
 
     cluster: Cluster
 
     def shell(self, command: str) -> str:
-        """Returns the output of a command of docs/install.md. Fails with the output on an error."""
+        """Run a command of docs/install.md and return its output. A failure fails the test."""
         path = f"{self.cluster.commands}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
@@ -71,7 +65,10 @@ class Shop:
         return done.stdout
 
     def run(self, program: str, *arguments: str, stdin: str = "", check: bool = True) -> str:
-        """What kubectl or helm prints; fails with its words if it does and `check`."""
+        """Run kubectl or helm and return its output.
+
+        A failing command fails the test. Without `check`, its command line and output are returned.
+        """
         done = subprocess.run(
             [self.cluster.commands / program, "--namespace", NAMESPACE, *arguments],
             cwd=ROOT,
@@ -80,9 +77,9 @@ class Shop:
             text=True,
             check=False,
         )
-        said = f"{program} {' '.join(arguments)}: {done.stdout}{done.stderr}"
-        assert done.returncode == 0 or not check, said
-        return done.stdout if done.returncode == 0 else said
+        failure = f"{program} {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0 or not check, failure
+        return done.stdout if done.returncode == 0 else failure
 
     def kubectl(self, *arguments: str, stdin: str = "", check: bool = True) -> str:
         return self.run("kubectl", *arguments, stdin=stdin, check=check)
@@ -98,12 +95,12 @@ class Shop:
         self.kubectl("apply", "--filename=-", stdin=json.dumps(manifest))
 
     def install(self) -> None:
-        """Installs the release as docs/install.md does."""
+        """Install the release with the command in docs/install.md."""
         (command,) = (each for each in commands("install") if each.startswith("helm install"))
         self.shell(command)
 
     def declare(self, name: str, stock: int) -> None:
-        """Applies a sale of an item of that name, and waits until it is sold."""
+        """Apply a sale of an item of the same name and wait until it sells."""
         self.apply(
             {
                 "apiVersion": "flashsale.dev/v1alpha1",
@@ -114,16 +111,20 @@ class Shop:
         )
         self.until_sale(name, "Selling")
 
+    def until(self, look: Callable[[], object], expected: str, seconds: float = SECONDS) -> None:
+        """Poll the cluster until `look` returns a true result."""
+        eventually(look, expected, seconds=seconds, pause=PAUSE_SECONDS)
+
     def until_sale(self, name: str, state: str) -> None:
-        """Waits until `kubectl get fs` shows a state."""
+        """Wait until `kubectl get fs` shows a state."""
 
         def shown() -> bool:
             return state in self.kubectl("get", "fs", name, "--no-headers").split()
 
-        eventually(f"the sale {name} is {state}", shown)
+        self.until(shown, f"the sale {name} is {state}")
 
     def start_load(self, job: str, script: str, **variables: object) -> None:
-        """Starts loadtest/job.yaml with another script or other variables; returns at once."""
+        """Start loadtest/job.yaml with another script or other variables. Does not wait for it."""
         sources = [ROOT / "loadtest", ROOT / "loadtest" / "lib", HERE]
         files = {path.name: path.read_text() for each in sources for path in each.glob("*.js")}
         scripts: Object = {
@@ -136,23 +137,23 @@ class Shop:
         manifest["metadata"]["name"] = job
         (container,) = manifest["spec"]["template"]["spec"]["containers"]
         container["args"][-1] = script
-        own = {each["name"]: each for each in container["env"]}
-        own |= {name: {"name": name, "value": str(value)} for name, value in variables.items()}
-        container["env"] = list(own.values())
-        # One that a node of two cores has left beside the shop.
+        env = {each["name"]: each for each in container["env"]}
+        env |= {name: {"name": name, "value": str(value)} for name, value in variables.items()}
+        container["env"] = list(env.values())
+        # A node with two cores also runs the engine and its servers.
         container["resources"]["requests"]["cpu"] = "50m"
         self.apply(manifest)
 
     def selling(self, job: str) -> None:
-        """Waits until a load has been promised something."""
-        eventually(f"{job} is promised something", lambda: self.promises(job))
+        """Wait until a load test has got its first 202."""
+        self.until(lambda: self.promises(job), f"{job} gets a 202")
 
     def still_selling(self, job: str) -> None:
-        """Fails if the load has ended before what was to happen under it."""
+        """Fail if the load test has ended too early to cover the test's actions."""
         assert self.get("job", job)["status"].get("ready") == 1, f"{job} ended too early"
 
     def end_load(self, job: str, seconds: float = SECONDS) -> list[Promise]:
-        """Waits for its end, which must be a success by its thresholds; returns its journal."""
+        """Wait until a load test ends and return its journal. Its thresholds must have passed."""
         kinds: list[str] = []
 
         def ended() -> bool:
@@ -160,7 +161,7 @@ class Shop:
             kinds[:] = [each["type"] for each in conditions]
             return "Complete" in kinds or "Failed" in kinds
 
-        eventually(f"the end of {job}", ended, seconds)
+        self.until(ended, f"{job} ends", seconds)
         print(self.summary(job))
         assert "Complete" in kinds, self.summary(job)
         return self.promises(job)
@@ -171,12 +172,12 @@ class Shop:
         return [Promise(each["reservationId"], each["userId"], each["key"]) for each in read]
 
     def summary(self, job: str) -> str:
-        """What k6 says at the end."""
+        """Return k6's output without the journal."""
         lines = self.kubectl("logs", f"job/{job}", check=False).splitlines()
         return "\n".join(line for line in lines if not line.startswith("{"))
 
     def ledger(self, sale: str) -> list[tuple[str, str, int]]:
-        """Reservation, user and quantity of each row of a sale, as PostgreSQL has them."""
+        """Return the reservation, user and quantity of each accepted row of a sale."""
         query = (
             "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
             f"WHERE sale_id = '{NAMESPACE}/{sale}' AND state = 'accepted'"
@@ -186,9 +187,9 @@ class Shop:
         return [(row[0], row[1], row[2]) for row in map(json.loads, lines)]
 
     def check(self, sale: str, stock: int, promises: Iterable[Promise]) -> None:
-        """Nothing was oversold, lost or duplicated: the ledger has what was promised, no more.
+        """Check that nothing was oversold and that the ledger has exactly the promised reservations.
 
-        That the rows are exactly the promises takes a crowd that gave up no request unanswered.
+        This requires a load test that repeats each request until it gets an answer.
         """
         promised = {each.reservation: each for each in promises}
         keys = Counter((each.user, each.key) for each in promised.values() if each.key)
@@ -197,23 +198,23 @@ class Shop:
         def recorded() -> bool:
             return {row[0] for row in self.ledger(sale)} >= promised.keys()
 
-        eventually(f"the ledger has all {len(promised)} reservations of {sale}", recorded)
+        self.until(recorded, f"the ledger has all {len(promised)} reservations of {sale}")
         rows = self.ledger(sale)
-        assert {row[0] for row in rows} == promised.keys(), "rows that nobody was promised"
+        assert {row[0] for row in rows} == promised.keys(), "rows without a 202"
         assert len(rows) == len(promised)
         assert {row[0]: row[1] for row in rows} == {
             each.reservation: each.user for each in promised.values()
         }
-        assert max(Counter(row[1] for row in rows).values()) == 1, "a buyer has two"
+        assert max(Counter(row[1] for row in rows).values()) == 1, "a buyer has two units"
         assert sum(row[2] for row in rows) <= stock, "oversold"
 
     def audit(self) -> str:
-        """What flashsalectl, in the operator's pod, says of Redis, outbox, Kafka and ledger."""
+        """Run `flashsalectl audit` in the operator's pod and return its table."""
         cli = ("flashsalectl", "audit")
         return self.kubectl("exec", f"deployment/{RELEASE}-flashsale-operator", "--", *cli)
 
     def roll_out(self, *components: str) -> None:
-        """Waits until all pods are the wanted ones, and ready."""
+        """Wait until all pods of the components are up to date and ready."""
         for component in components or ("api", "consumer", "operator"):
             name = f"deployment/{RELEASE}-flashsale-{component}"
             self.kubectl("rollout", "status", name, f"--timeout={SECONDS:.0f}s")

@@ -1,8 +1,9 @@
-"""A sale on a real cluster, from `kubectl apply` to SoldOut, and what the cluster forbids."""
+"""A sale on a real cluster from `kubectl apply` to SoldOut, and the limits of pods and accounts."""
 
 import yaml
 
-from tests.e2e.shop import CHART, NAMESPACE, RELEASE, Shop, commands, eventually
+from tests.e2e.shop import NAMESPACE, RELEASE, Shop, commands
+from tests.support.paths import CHART_FILES
 
 OPERATOR = f"{RELEASE}-flashsale-operator"
 
@@ -14,32 +15,32 @@ def test_a_stampede_buys_exactly_the_stock(shop: Shop) -> None:
     assert len(promises) == 100
     shop.check("iphone-15", 100, promises)
     shop.until_sale("iphone-15", "SoldOut")
-    eventually("the audit finds them to agree", lambda: shop.audit().splitlines()[1].endswith("ok"))
+    shop.until(lambda: shop.audit().splitlines()[1].endswith("ok"), "the audit reports ok")
 
 
 def test_helm_test_buys_one_unit_and_leaves_nothing(shop: Shop) -> None:
-    said = shop.helm("test", RELEASE, "--timeout=2m")
-    assert "Failed" not in said
+    output = shop.helm("test", RELEASE, "--timeout=2m")
+    assert "Failed" not in output
     assert "helm-test" not in shop.kubectl("get", "fs,pods", "--output=name")
 
 
-def test_the_namespace_admits_no_pod_that_is_not_restricted(shop: Shop) -> None:
-    said = shop.kubectl("run", "anybody", "--image=redis:8.0", check=False)
-    assert 'violates PodSecurity "restricted:latest"' in said
+def test_the_namespace_refuses_an_unrestricted_pod(shop: Shop) -> None:
+    output = shop.kubectl("run", "unrestricted", "--image=redis:8.0", check=False)
+    assert 'violates PodSecurity "restricted:latest"' in output
 
 
-def test_the_operator_may_do_what_the_chart_says_and_no_more(shop: Shop) -> None:
+def test_the_operator_has_only_the_permissions_of_the_chart(shop: Shop) -> None:
     deployment = shop.get("deployment", OPERATOR)
     account = deployment["spec"]["template"]["spec"]["serviceAccountName"]
-    rules = yaml.safe_load((CHART / "files" / "operator-rules.yaml").read_text())
+    rules = yaml.safe_load((CHART_FILES / "operator-rules.yaml").read_text())
     role = shop.get("role", OPERATOR)
     assert role["rules"] == rules["namespaced"]
     binding = shop.get("rolebinding", OPERATOR)
     assert [each["name"] for each in binding["subjects"]] == [account]
 
-    def may(*what: str) -> bool:
-        who = f"--as=system:serviceaccount:{NAMESPACE}:{account}"
-        return shop.kubectl("auth", "can-i", *what, who, check=False).startswith("yes")
+    def may(*request: str) -> bool:
+        user = f"--as=system:serviceaccount:{NAMESPACE}:{account}"
+        return shop.kubectl("auth", "can-i", *request, user, check=False).startswith("yes")
 
     assert may("patch", "flashsales", "--subresource=status")
     assert not may("patch", "flashsales")
@@ -47,15 +48,15 @@ def test_the_operator_may_do_what_the_chart_says_and_no_more(shop: Shop) -> None
     assert not may("list", "flashsales", "--all-namespaces")
 
 
-def test_pods_run_as_nobody_on_a_root_that_they_cannot_write(shop: Shop) -> None:
+def test_pods_run_unprivileged_on_a_read_only_root_without_build_tools(shop: Shop) -> None:
     for component in ("api", "consumer", "operator"):
         pod = f"deployment/{RELEASE}-flashsale-{component}"
         assert shop.kubectl("exec", pod, "--", "id", "-u").strip() == "65532"
-        said = shop.kubectl("exec", pod, "--", "touch", "/app/new", check=False)
-        assert "Read-only file system" in said
+        output = shop.kubectl("exec", pod, "--", "touch", "/app/new", check=False)
+        assert "Read-only file system" in output
         for tool in ("pip", "ensurepip"):
-            said = shop.kubectl("exec", pod, "--", "python3", "-m", tool, check=False)
-            assert f"No module named {tool}" in said
+            output = shop.kubectl("exec", pod, "--", "python3", "-m", tool, check=False)
+            assert f"No module named {tool}" in output
         for program in ("cc", "gcc", "uv"):
-            said = shop.kubectl("exec", pod, "--", "which", program, check=False)
-            assert "exit code 1" in said
+            output = shop.kubectl("exec", pod, "--", "which", program, check=False)
+            assert "exit code 1" in output

@@ -1,26 +1,30 @@
-"""A cluster that has ended, in whatever way, has left nothing but its logs."""
+"""A cluster leaves nothing but its logs, whether it is stopped, killed or fails to start."""
 
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from dev.cluster.node import Cluster
 from dev.stack.errors import StackError
-from tests.e2e.shop import eventually
+from tests.support.eventually import eventually
 from tests.support.paths import ROOT
+
+START_SECONDS: Final = 120.0
+"""How long a part of the cluster may take to start. A test that meets it has failed."""
 
 
 def traces(state: Path) -> list[str]:
-    """Processes, mounts and control groups of a cluster, and what its folder has."""
+    """Return a cluster's processes, mounts and control groups, and the files in its folder."""
     processes = []
     for each in Path("/proc").glob("[0-9]*"):
         try:
             command = (each / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if str(state) in command:
             processes.append(command)
@@ -33,7 +37,7 @@ def traces(state: Path) -> list[str]:
 
 def start(state: Path) -> subprocess.Popen[bytes]:
     program = "import signal, sys; from pathlib import Path; from dev.cluster.node import Cluster; "
-    # Whoever runs in the background of a shell has inherited that Ctrl-C is ignored.
+    # A shell lets its background processes ignore Ctrl-C, and children inherit this.
     program += "signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "Cluster(Path(sys.argv[1])).up()"
     return subprocess.Popen(
@@ -45,33 +49,34 @@ def start(state: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("moment", ["first-process", "etcd", "kubelet"])
-def test_a_start_that_is_killed_in_the_middle(tmp_path: Path, moment: str) -> None:
+def test_down_cleans_up_after_a_start_that_was_killed(tmp_path: Path, moment: str) -> None:
     before = traces(tmp_path)
     state = tmp_path / "state"
     with start(state) as up:
-        eventually(f"{moment} starts", (state / "log" / f"{moment}.log").exists)
+        log = state / "log" / f"{moment}.log"
+        eventually(log.exists, f"{moment} starts", seconds=START_SECONDS)
         up.send_signal(signal.SIGKILL)
     Cluster(state).down()
     assert traces(state) == before
 
 
-def test_a_start_that_is_interrupted_cleans_up_itself(tmp_path: Path) -> None:
+def test_an_interrupted_start_cleans_up(tmp_path: Path) -> None:
     before = traces(tmp_path)
     state = tmp_path / "state"
     with start(state) as up:
-        eventually("etcd starts", (state / "log" / "etcd.log").exists)
+        eventually((state / "log" / "etcd.log").exists, "etcd starts", seconds=START_SECONDS)
         up.send_signal(signal.SIGINT)
     left = traces(state)
     Cluster(state).down()
     assert left == before
 
 
-def test_a_start_that_fails_says_why_and_cleans_up(
+def test_a_failed_start_reports_the_reason_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = traces(tmp_path)
     state = tmp_path / "state"
-    # A containerd that ends at once.
+    # This containerd exits immediately.
     broken = tmp_path / "bin"
     broken.mkdir()
     (broken / "containerd").symlink_to("/bin/false")
@@ -81,16 +86,16 @@ def test_a_start_that_fails_says_why_and_cleans_up(
     assert traces(state) == before
 
 
-def test_a_cluster_that_ran_and_its_end_twice(tmp_path: Path) -> None:
+def test_up_and_down_may_be_repeated(tmp_path: Path) -> None:
     before = traces(tmp_path)
     state = tmp_path / "state"
     cluster = Cluster(state)
     cluster.up()
     try:
         nodes = [str(cluster.commands / "kubectl"), "get", "nodes", "--no-headers"]
-        said = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()
-        assert said[:2] == ["node", "Ready"]
-        cluster.up()  # It runs: nothing happens.
+        output = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()
+        assert output[:2] == ["node", "Ready"]
+        cluster.up()
     finally:
         cluster.down()
     cluster.down()

@@ -1,6 +1,7 @@
-"""What is done to pods while a crowd buys: nothing is lost, and nobody is told of an error."""
+"""Scaling, killing and upgrading pods while buyers arrive loses no reservation."""
 
-from tests.e2e.shop import CHANGED, CHART, RELEASE, Shop, eventually
+from tests.e2e.shop import CHANGED, RELEASE, Shop
+from tests.support.paths import CHART
 
 PLENTY = 1_000_000
 COMPONENTS = ("api", "consumer", "operator")
@@ -13,7 +14,7 @@ def deployment(component: str) -> str:
 
 
 def images(shop: Shop) -> set[str]:
-    """The tags that the running pods have."""
+    """Return the image tags of the running pods."""
     pods = shop.get("pods", f"--selector=app.kubernetes.io/instance={RELEASE}")["items"]
     return {each["spec"]["containers"][0]["image"].rpartition(":")[2] for each in pods}
 
@@ -30,7 +31,7 @@ def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
     shop.check("scaled", PLENTY, shop.end_load("scaling"))
 
 
-def test_pods_that_are_killed_lose_nothing(shop: Shop) -> None:
+def test_killing_pods_loses_nothing(shop: Shop) -> None:
     shop.declare("killed", PLENTY)
     shop.start_load("killing", "persistent.js", ITEM_ID="killed", DURATION="45s", CUT="allowed")
     shop.selling("killing")
@@ -42,9 +43,9 @@ def test_pods_that_are_killed_lose_nothing(shop: Shop) -> None:
     shop.still_selling("killing")
     promises = shop.end_load("killing")
     shop.check("killed", PLENTY, promises)
-    eventually(
-        "the audit finds them to agree",
+    shop.until(
         lambda: all(line.endswith("ok") for line in shop.audit().splitlines()[1:]),
+        "the audit reports ok for every sale",
     )
 
 
@@ -55,8 +56,8 @@ def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     before = images(shop)
     changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
     shop.helm("upgrade", RELEASE, str(CHART), "--reuse-values", *changed, *WAIT)
-    eventually("all pods are the new ones", lambda: images(shop) == {CHANGED})
+    shop.until(lambda: images(shop) == {CHANGED}, "all pods have the new image")
     shop.helm("rollback", RELEASE, *WAIT)
-    eventually("all pods are the old ones", lambda: images(shop) == before)
+    shop.until(lambda: images(shop) == before, "all pods have the old image")
     shop.still_selling("upgrading")
     shop.check("upgraded", PLENTY, shop.end_load("upgrading"))

@@ -1,19 +1,17 @@
-"""The release goes, the sales stay, and another release continues them."""
+"""Uninstalling keeps the sales, and the next release continues them."""
 
-from tests.e2e.shop import RELEASE, Shop, eventually
-
-CRD = "customresourcedefinition.apiextensions.k8s.io/flashsales.flashsale.dev"
+from tests.e2e.shop import RELEASE, Shop
+from tests.support.chart import CRD_RESOURCE
 
 
 def left(shop: Shop) -> list[str]:
-    """What there is of the release, of any kind, but for Events, which tell of it for an hour."""
+    """Return the release's remaining objects of any kind except Events, which live for an hour."""
     kinds = shop.kubectl("api-resources", "--verbs=list", "--output=name").split()
     wanted = ",".join(kind for kind in kinds if not kind.startswith("events"))
-    labelled = shop.kubectl(
-        *("get", wanted, "--output=name", "--ignore-not-found", "--show-kind"),
-        f"--selector=app.kubernetes.io/instance={RELEASE}",
-    ).split()
-    everything = shop.kubectl("get", wanted, "--output=name", "--ignore-not-found").split()
+    get = ("get", wanted, "--output=name", "--ignore-not-found")
+    selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
+    labelled = shop.kubectl(*get, "--show-kind", selector).split()
+    everything = shop.kubectl(*get).split()
     named = [each for each in everything if f"/{RELEASE}-flashsale" in each]
     return sorted({*labelled, *named})
 
@@ -27,8 +25,8 @@ def test_uninstalling_leaves_the_sales_and_reinstalling_continues_them(shop: Sho
     sales = set(shop.kubectl("get", "fs", "--output=name").split())
 
     shop.helm("uninstall", RELEASE, "--wait", "--timeout=2m")
-    # Helm waits for what it made, and not for pods that take their time to end.
-    eventually("nothing but the resource is left", lambda: left(shop) == [CRD])
+    # Helm does not wait for the pods of the Deployments that it deletes.
+    shop.until(lambda: left(shop) == [CRD_RESOURCE], "only the CRD is left")
     assert set(shop.kubectl("get", "fs", "--output=name").split()) == sales
 
     shop.install()
