@@ -60,10 +60,8 @@ each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANT
 
 
 def rendered_for(chart: Helm, namespace: str, changes: Manifest) -> Rendered:
-    text = chart.run(
-        *("template", "shop", str(CHART), "-n", namespace), values=merged(ADDRESSES, changes)
-    )
-    return Rendered.of(text)
+    values = merged(ADDRESSES, changes)
+    return Rendered.of(chart.run("template", "shop", str(CHART), "-n", namespace, values=values))
 
 
 def listed(manifests: list[Manifest]) -> str:
@@ -76,11 +74,9 @@ def test_the_api_server_accepts_every_manifest_without_a_warning(
 ) -> None:
     rendered = rendered_for(chart, namespace, changes)
     manifests = [*rendered.manifests, *rendered.hooks]
-    done = cluster.kubectl(
-        *("apply", "--server-side", "--dry-run=server", "--validate=strict"),
-        *("--warnings-as-errors", "-f", "-"),
-        stdin=listed(manifests),
-    )
+    strict = ("--validate=strict", "--warnings-as-errors")
+    apply = ("apply", "--server-side", "--dry-run=server", *strict, "-f", "-")
+    done = cluster.kubectl(*apply, stdin=listed(manifests))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("(server dry run)") == len(manifests)
 
@@ -89,11 +85,8 @@ def test_the_api_server_accepts_every_manifest_without_a_warning(
 def test_helm_installs_the_chart_in_a_dry_run(
     chart: Helm, cluster: ControlPlane, namespace: str, changes: Manifest
 ) -> None:
-    output = chart.run(
-        *("install", "shop", str(CHART), "-n", namespace, "--dry-run=server"),
-        values=merged(ADDRESSES, changes),
-        kubeconfig=cluster.kubeconfig,
-    )
+    install = ("install", "shop", str(CHART), "-n", namespace, "--dry-run=server")
+    output = chart.run(*install, values=merged(ADDRESSES, changes), kubeconfig=cluster.kubeconfig)
     assert "kubectl get flashsales" in output
 
 
@@ -126,22 +119,17 @@ def names(cluster: ControlPlane, namespace: str, instance: str) -> set[str]:
         "horizontalpodautoscalers,networkpolicies,ingresses,kafkatopics,scaledobjects,"
         "triggerauthentications,podmonitors,prometheusrules,secrets,configmaps"
     )
-    selected = f"app.kubernetes.io/instance={instance}"
-    listed = cluster.kubectl(
-        *("get", kinds, "-n", namespace, "-l", selected, "-o", "name"), check=True
-    )
-    everywhere = cluster.kubectl(
-        *("get", "clusterroles,clusterrolebindings,crds", "-l", selected, "-o", "name"), check=True
-    )
-    return set((listed.stdout + everywhere.stdout).split())
+    names = ("-l", f"app.kubernetes.io/instance={instance}", "-o", "name")
+    namespaced = cluster.kubectl("get", kinds, "-n", namespace, *names, check=True)
+    everywhere = "clusterroles,clusterrolebindings,crds"
+    cluster_wide = cluster.kubectl("get", everywhere, *names, check=True)
+    return set((namespaced.stdout + cluster_wide.stdout).split())
 
 
 def may(cluster: ControlPlane, account: str, verb: str, resource: str, namespace: str) -> bool:
     kind, _, subresource = resource.partition("/")
-    answer = cluster.kubectl(
-        *("auth", "can-i", verb, kind, "--subresource", subresource),
-        *("-n", namespace, "--as", account),
-    )
+    question = ("auth", "can-i", verb, kind, "--subresource", subresource)
+    answer = cluster.kubectl(*question, "-n", namespace, "--as", account)
     return answer.stdout.strip() == "yes"
 
 

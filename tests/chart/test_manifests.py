@@ -64,11 +64,11 @@ def refused(
     cluster: ControlPlane, namespace: str, manifests: list[Manifest], verb: str = "apply"
 ) -> str:
     """Return the API server's errors and warnings about the manifests, "" if there are none."""
-    done = cluster.kubectl(
-        *(verb, *(("--server-side",) if verb == "apply" else ()), "--dry-run=server"),
-        *("--validate=strict", "--warnings-as-errors", "-n", namespace, "-f", "-"),
-        stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}),
-    )
+    command = [verb, "--dry-run=server", "--validate=strict", "--warnings-as-errors"]
+    if verb == "apply":
+        command.append("--server-side")
+    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
+    done = cluster.kubectl(*command, "-n", namespace, "-f", "-", stdin=listed)
     assert done.returncode or done.stdout.count("(server dry run)") == len(manifests)
     return done.stderr
 

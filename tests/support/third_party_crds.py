@@ -52,30 +52,29 @@ def _of_go_module(module: str, path: str) -> Path:
 
 def _of_strimzi() -> list[Path]:
     """Run Strimzi's generator on Strimzi's API. Both come from Maven Central."""
-    made = cache_folder() / "crds" / f"strimzi-{_STRIMZI}.crds"
-    with exclusive(made):
-        if not made.exists():
-            folder = made.with_suffix(".part")
+    generated = cache_folder() / "crds" / f"strimzi-{_STRIMZI}.crds"
+    with exclusive(generated):
+        if not generated.exists():
+            folder = generated.with_suffix(".part")
             shutil.rmtree(folder, ignore_errors=True)
             jars = _jars(
                 folder, f"io.strimzi:crd-generator:{_STRIMZI}", f"io.strimzi:api:{_STRIMZI}"
             )
-            (folder / "made").mkdir()
+            output = folder / "output"
+            output.mkdir()
+            generator = "io.strimzi.crdgenerator.CrdGenerator"
+            models = [
+                f"io.strimzi.api.kafka.model.{model}={output / model}.yaml"
+                for model in _STRIMZI_MODELS
+            ]
             subprocess.run(
-                [
-                    str(_java()),
-                    *("-cp", ":".join(map(str, jars)), "io.strimzi.crdgenerator.CrdGenerator"),
-                    *(
-                        f"io.strimzi.api.kafka.model.{model}={folder / 'made' / model}.yaml"
-                        for model in _STRIMZI_MODELS
-                    ),
-                ],
+                [str(_java()), "-cp", ":".join(map(str, jars)), generator, *models],
                 check=True,
                 capture_output=True,
             )
-            (folder / "made").rename(made)
+            output.rename(generated)
             shutil.rmtree(folder)
-    return [made / f"{model}.yaml" for model in _STRIMZI_MODELS]
+    return [generated / f"{model}.yaml" for model in _STRIMZI_MODELS]
 
 
 def _jars(folder: Path, *coordinates: str) -> list[Path]:

@@ -83,11 +83,10 @@ def engine() -> Iterator[Engine]:
 
 
 def run(engine: Engine, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    k6 = Path(sys.executable).with_name("k6")
+    options = ("--no-usage-report", "--quiet", "--log-format", "raw")
     return subprocess.run(
-        [
-            *(Path(sys.executable).with_name("k6"), "run", "--no-usage-report"),
-            *("--quiet", "--log-format", "raw", ROOT / "loadtest" / script),
-        ],
+        [k6, "run", *options, ROOT / "loadtest" / script],
         env={
             **os.environ,
             "API_URL": f"http://127.0.0.1:{engine.server_port}",
