@@ -187,7 +187,7 @@ class Shop:
         return [(row[0], row[1], row[2]) for row in map(json.loads, lines)]
 
     def check(self, sale: str, stock: int, promises: Iterable[Promise]) -> None:
-        """Check that nothing was oversold and that the ledger has exactly the promised reservations.
+        """Check that nothing was oversold and that the ledger has the promised reservations only.
 
         This requires a load test that repeats each request until it gets an answer.
         """
