@@ -1,4 +1,4 @@
-"""Programs that come as Debian's packages, where nothing else brings them."""
+"""Installs programs from Debian's packages."""
 
 import os
 import shutil
@@ -10,9 +10,10 @@ from dev.stack.errors import StackError
 
 
 def require(programs: Mapping[str, str], purpose: str) -> None:
-    """Installs the packages of programs that are missing, as root on Debian or Ubuntu.
+    """Install the packages of missing programs. Needs root on Debian or Ubuntu.
 
-    Anywhere else raises StackError, which says what to install.
+    `programs` maps each program to its package. Raises StackError with the list of packages if they
+    cannot be installed.
     """
     missing = sorted({package for name, package in programs.items() if shutil.which(name) is None})
     if not missing:
@@ -20,10 +21,10 @@ def require(programs: Mapping[str, str], purpose: str) -> None:
     command = ("apt-get", "install", "--yes", "--no-install-recommends", *missing)
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise StackError(
-            f"{purpose} needs {', '.join(missing)}: as root, on Debian or Ubuntu, "
+            f"{purpose} needs {', '.join(missing)}; on Debian or Ubuntu, run as root: "
             f"{' '.join(command)}"
         )
-    say(f"installing {', '.join(missing)} from Debian's packages")
+    say(f"installing Debian's packages {', '.join(missing)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for each in (("apt-get", "update"), command):
         done = subprocess.run(each, env=environment, capture_output=True, text=True, check=False)

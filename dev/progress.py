@@ -1,4 +1,4 @@
-"""Programs that take minutes, with their progress on stderr."""
+"""Progress on stderr of programs that take minutes."""
 
 import signal
 import subprocess
@@ -18,9 +18,9 @@ def run(
     log: Path,
     show: Callable[[list[str]], None],
 ) -> tuple[int, list[str]]:
-    """Runs a program to its end and returns its exit code and the lines of its output.
+    """Run a program to its end. Returns its exit code and the lines of its output.
 
-    Twice a second `show` is given the lines so far. They go to `log`.
+    The output goes to `log`. `show` gets the lines so far twice per second.
     """
     with log.open("w") as output:
         child = subprocess.Popen(
@@ -31,7 +31,7 @@ def run(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    # A session that is killed must not leave minutes of work behind.
+    # If this process is killed, the program must not continue for minutes.
     if (identity := lifeline.identity(child.pid)) is not None:
         keeper.add(child.pid, identity, signal.SIGKILL)
     try:
@@ -46,7 +46,7 @@ def run(
 
 
 def _ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether it ended, now or in the next half a second."""
+    """Wait for half a second, and return whether the program has ended."""
     try:
         child.wait(timeout=0.5)
     except subprocess.TimeoutExpired:
@@ -55,20 +55,20 @@ def _ended(child: subprocess.Popen[bytes]) -> bool:
 
 
 def say(line: str) -> None:
-    """A line on stderr, at once."""
+    """Print a line on stderr, unbuffered."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
 class Progress:
-    """How far it is: one line that changes on a terminal, else a line every 15 s."""
+    """Progress as one changing line on a terminal, otherwise as a line every 15 s."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._shown = self._began
 
     def show(self, line: str) -> None:
-        """Shows a line, in which "{seconds}" stands for the time since the beginning."""
+        """Show a line. `{seconds}` in it becomes the time since the start."""
         terminal = sys.stderr.isatty()
         now = time.monotonic()
         if now - self._shown < (0.2 if terminal else 15.0):
@@ -79,11 +79,11 @@ class Progress:
         sys.stderr.flush()
 
     def clear(self) -> None:
-        """Takes the line back that would have changed."""
+        """Erase the changing line."""
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")
 
     def end(self, line: str) -> None:
-        """Shows the last line, which stays."""
+        """Show the last line, which stays."""
         self.clear()
         say(line.replace("{seconds}", f"{time.monotonic() - self._began:.0f}"))

@@ -1,4 +1,4 @@
-"""Whether what a crowd was promised is what the ledger has."""
+"""Checks every reservation that a crowd was promised against the ledger."""
 
 import asyncio
 from collections import Counter
@@ -20,10 +20,10 @@ QUIET_SECONDS: Final = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the ledger says of what the crowd was promised.
+    """The result of the check for one sale.
 
-    `sold`, `allocated` and `oversold` are units; `lost` counts promised reservations without a row,
-    `duplicates` users above the sale's limit and keys that were given two reservations.
+    `sold`, `allocated` and `oversold` are units. `lost` counts promised reservations without a row.
+    `duplicates` counts users above the sale's limit and keys with more than one reservation.
     """
 
     sold: int
@@ -45,7 +45,10 @@ class Verdict:
 
 
 async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
-    """Waits until the items' outboxes are empty and the ledger has read all of the topic."""
+    """Wait until the items' outboxes are empty and the ledger has every event of the topic.
+
+    Raises TimeoutError after `QUIET_SECONDS`.
+    """
     client = redis_client.connect(addresses.redis_url)
     pool = await ledger.connect(addresses.database_url)
     kafka = KafkaSettings(kafka_bootstrap=addresses.kafka_bootstrap)
@@ -69,7 +72,10 @@ async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
 async def judge(
     addresses: Addresses, sale_id: str, journal: Journal
 ) -> tuple[Verdict, dict[str, float]]:
-    """The verdict on one sale, and when each of its reservations was recorded (Unix seconds)."""
+    """Return the verdict on one sale, and the Unix time at which each reservation was recorded.
+
+    Raises LookupError if the ledger has no such sale.
+    """
     connection = await asyncpg.connect(addresses.database_url)
     try:
         sale = await connection.fetchrow(

@@ -1,4 +1,4 @@
-"""`python -m dev.cluster`: a real one-node Kubernetes without Docker, and the programs for it."""
+"""`python -m dev.cluster`: run a real one-node Kubernetes without Docker; build its programs."""
 
 import argparse
 import sys
@@ -13,30 +13,34 @@ from dev.stack.errors import StackError
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.cluster", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="build the programs, unless that was done")
-    # Not `choices`, which would have argparse refuse none at all.
-    build.add_argument("what", nargs="*", help=f"of {', '.join(TOOLSETS)}; kubernetes if none")
-    commands.add_parser("up", help="start the cluster (Linux, root; Debian's packages)")
-    commands.add_parser("down", help="end it, and that of `make e2e`; only logs stay")
-    load = commands.add_parser("load", help="give its node images")
+    build = commands.add_parser("build", help="build the programs, unless that is done")
+    # Not `choices`, because argparse would then require at least one.
+    build.add_argument(
+        "toolset",
+        nargs="*",
+        help=f"one or more of {', '.join(TOOLSETS)} (default: kubernetes)",
+    )
+    commands.add_parser("up", help="start the cluster (needs Linux, root and Debian's packages)")
+    commands.add_parser("down", help="stop it and the cluster of `make e2e`; only the logs stay")
+    load = commands.add_parser("load", help="load images into the cluster")
     load.add_argument(
         "reference",
         nargs="*",
-        help="as `python -m dev.images build` printed it; if none, all are built: the deployables, "
-        "under the tag that the chart takes, and the servers",
+        help="an image printed by `python -m dev.images build`; by default all images are built: "
+        "the deployables with the tag that the chart uses, and the servers",
     )
     options = parser.parse_args()
     cluster = Cluster()
     try:
         match options.command:
             case "build":
-                _build(parser, options.what)
+                _build(parser, options.toolset)
             case "up":
                 cluster.up()
                 sys.stdout.write(f"export PATH={cluster.commands}:$PATH\n")
             case "down":
                 cluster.down()
-                Cluster(OF_TESTS).down()  # of tests that were killed
+                Cluster(OF_TESTS).down()  # left by tests that were killed
             case "load":
                 if options.reference:
                     cluster.load({each: each for each in options.reference})
@@ -50,7 +54,7 @@ def main() -> int:
 
 def _build(parser: argparse.ArgumentParser, names: list[str]) -> None:
     if unknown := [name for name in names if name not in TOOLSETS]:
-        parser.error(f"{unknown[0]} is none of {', '.join(TOOLSETS)}")
+        parser.error(f"{unknown[0]} is not one of {', '.join(TOOLSETS)}")
     for name in names or ["kubernetes"]:
         tools = TOOLSETS[name]
         sys.stdout.write(f"{tools.named}: {built(tools)}\n")

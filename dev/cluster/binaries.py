@@ -1,9 +1,10 @@
-"""etcd, Kubernetes, CoreDNS and Helm: which of their programs there are, and where.
+"""The programs of etcd, Kubernetes, CoreDNS and Helm, built from their Go modules.
 
-The folder `tools` pins the modules of Kubernetes and etcd, `tools/helm` and `tools/system` those of
-programs that do not agree with them on versions. What is built are their own main packages, but for
-CoreDNS, whose own has plugins for every cloud, and pause, which has no module. Another program is a
-line in a toolset below and a `tool` line in its go.mod.
+`tools` pins the modules of Kubernetes and etcd. Helm and CoreDNS need other versions of shared
+modules, so `tools/helm` and `tools/system` pin theirs. The main packages of the projects are built,
+with two exceptions in `tools/system`: CoreDNS, whose own program has plugins for every cloud, and
+pause, which has no module. To add a program, add it to a toolset here and to the `tool` lines of
+its go.mod.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ TOOLS: Final = Path(__file__).with_name("tools")
 
 @dataclass(frozen=True, slots=True)
 class Binaries:
-    """The programs of the control plane, in one folder of the cache."""
+    """The programs of the control plane, in a folder of the cache."""
 
     folder: Path
 
@@ -49,7 +50,7 @@ def _kubernetes_stamps() -> dict[str, str]:
 
 
 def _helm_stamps() -> dict[str, str]:
-    """As Helm's own Makefile. The Kubernetes is the one that `helm template` takes for granted."""
+    """Return the stamps of Helm's own Makefile. `helm template` assumes this Kubernetes version."""
     _, minor, _patch = _HELM.in_go_mod(r"k8s\.io/client-go (v\S+)").split(".", 2)
     helm = "helm.sh/helm/v3"
     return {
@@ -75,7 +76,7 @@ _KUBERNETES: Final = Toolset(
     stamps=_kubernetes_stamps,
     cost="about ten minutes",
 )
-# Apart, since a control plane alone, which most tests take, does without them.
+# A separate toolset, because most tests need only the control plane.
 _NODE: Final = Toolset(
     title="Node",
     folder=TOOLS,
@@ -108,39 +109,39 @@ TOOLSETS: Final = {tools.title.lower(): tools for tools in (_KUBERNETES, _NODE, 
 
 @cache
 def binaries() -> Binaries:
-    """The programs of the control plane, built first if need be (minutes), progress on stderr.
+    """Return the programs of the control plane. The first call builds them, which takes minutes.
 
-    Safe against an interruption, after which Go goes on from what it had compiled, and against
-    another process that does the same. Raises NoGoError without a Go that is new enough, StackError
-    if the build fails.
+    Progress goes to stderr. After an interruption, Go continues with the packages that it has
+    compiled. Another process that calls this waits. Raises NoGoError without a Go that is new
+    enough, and StackError if the build fails.
     """
     return Binaries(built(_KUBERNETES))
 
 
 @cache
 def node() -> Path:
-    """The folder of what a node takes besides, as `binaries`."""
+    """Return the folder of the other programs of a node, built like `binaries`."""
     return built(_NODE)
 
 
 @cache
 def system() -> Path:
-    """The folder of what runs in pods of every cluster, as `binaries`."""
+    """Return the folder of the programs that run in pods of the cluster, built like `binaries`."""
     return built(_SYSTEM)
 
 
 @cache
 def helm() -> Path:
-    """The program, as `binaries`."""
+    """Return the path of Helm, built like `binaries`."""
     return built(_HELM) / "helm"
 
 
 def require_go() -> None:
-    """Raises NoGoError without a Go that is new enough for all; builds nothing."""
+    """Check that Go is new enough for every toolset. Raises NoGoError otherwise. Builds nothing."""
     for tools in TOOLSETS.values():
         go_for(tools)
 
 
 def kubernetes_version() -> str:
-    """The version that go.mod names, such as "v1.34.4"."""
+    """Return the version in go.mod, for example "v1.34.4"."""
     return _KUBERNETES.version

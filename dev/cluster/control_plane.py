@@ -1,8 +1,8 @@
-"""A Kubernetes API on loopback: real etcd and kube-apiserver, and nothing that would run a pod.
+"""A Kubernetes API on loopback: real etcd and kube-apiserver, but nothing that could run a pod.
 
-Custom resources, validation, RBAC, watches and Events are the real thing. No controller runs:
-nothing makes a namespace's default service account, nothing removes what a deleted owner owned, and
-a deleted namespace stays Terminating.
+Custom resources, validation, RBAC, watches and Events are real. No controller runs. A namespace
+therefore gets no default service account, dependents of a deleted owner stay, and a deleted
+namespace stays Terminating.
 """
 
 import base64
@@ -25,32 +25,35 @@ _TOKEN_HOURS = 24
 
 
 class EtcdServer(Server):
-    """One etcd, which flushes nothing to disk: a kill loses nothing even so, a power cut may."""
+    """One etcd that does not flush to disk. A power cut can lose data, but a kill cannot."""
 
     name: ClassVar[str] = "etcd"
 
     @property
     def url(self) -> str:
-        """Where the API server finds it."""
+        """The address for the API server."""
         return f"http://127.0.0.1:{self.port}"
 
     def _prepare(self) -> None:
-        """An empty folder will do."""
+        """The server needs only an empty folder."""
 
     def _command(self) -> list[str]:
         peer = f"http://127.0.0.1:{self._port('peer')}"
         return [
             str(binaries().etcd),
-            *("--name", "only", "--initial-cluster", f"only={peer}"),
-            *("--data-dir", str(self.data / "store")),
-            *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
-            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            "--name=only",
+            f"--initial-cluster=only={peer}",
+            f"--data-dir={self.data / 'store'}",
+            f"--listen-client-urls={self.url}",
+            f"--advertise-client-urls={self.url}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
             "--unsafe-no-fsync",
-            *("--log-level", "warn"),
+            "--log-level=warn",
         ]
 
     def _environment(self) -> dict[str, str]:
-        """The caller's, without the ETCD_ settings that would change this one's."""
+        """Return the caller's environment without ETCD_ variables, which are etcd's settings."""
         return {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
 
     def _ready(self) -> bool:
@@ -59,11 +62,10 @@ class EtcdServer(Server):
 
 
 class ControlPlane(Server):
-    """A kube-apiserver with its etcd, started and ended together; RBAC decides what is allowed.
+    """A kube-apiserver with its etcd, started and stopped together. RBAC is enforced.
 
-    Of the two, `pid`, `log`, `pause` and `resume` mean the API server. The administrator is known
-    by a token and the server by a certificate that it signed itself, both made at the first start:
-    that takes neither openssl nor a library.
+    `pid`, `log`, `pause` and `resume` refer to the API server. The first start makes a token for
+    the administrator. The server signs its own certificate.
     """
 
     name: ClassVar[str] = "kubernetes"
@@ -74,33 +76,33 @@ class ControlPlane(Server):
 
     @classmethod
     def attach(cls, data: Path) -> Self:
-        """What another process started on this folder, as `Server.attach`."""
+        """Return the control plane that another process started on this folder."""
         found = super().attach(data)
         found.etcd = EtcdServer.attach(found.etcd.data)
         return found
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """The address for clients."""
         return f"https://127.0.0.1:{self.port}"
 
     @property
     def kubeconfig(self) -> Path:
-        """How the administrator reaches it; there is none before the first start."""
+        """The administrator's kubeconfig. It does not exist before the first start."""
         return self.data / "kubeconfig"
 
     def start(self) -> None:
-        """Starts both, as `Server.start`, and returns once the API serves."""
+        """Start both, and return when the API answers. See `Server.start`."""
         super().start()
         self._write_kubeconfig(self.kubeconfig, "admin", self._token(), "default")
 
     def stop(self) -> None:
-        """Ends both gracefully."""
+        """Stop both gracefully."""
         super().stop()
         self.etcd.stop()
 
     def kill(self) -> None:
-        """Kills both without warning."""
+        """Kill both."""
         super().kill()
         self.etcd.kill()
 
@@ -111,10 +113,10 @@ class ControlPlane(Server):
         kubeconfig: Path | None = None,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs kubectl to its end, as the administrator unless a kubeconfig is given.
+        """Run kubectl to its end, as the administrator unless a kubeconfig is given.
 
-        It reads and writes nothing of the user's own kubectl. With `check`, raises StackError,
-        which has its words, if it fails.
+        It does not read or write the files of the user's own kubectl. With `check`, raises
+        StackError with its error message if it fails.
         """
         own = {
             "KUBECONFIG": str(kubeconfig or self.kubeconfig),
@@ -134,14 +136,17 @@ class ControlPlane(Server):
         return done
 
     def kubeconfig_for_service_account(self, namespace: str, name: str) -> Path:
-        """How a service account, which must exist, reaches it: a token for 24 hours.
+        """Return a kubeconfig with a token of a service account, valid for 24 hours.
 
-        Its client may do what RBAC lets it do, no more. Raises StackError if there is no such
-        account.
+        RBAC decides what its client is allowed to do. Raises StackError if the account does not
+        exist.
         """
         asked = self.kubectl(
-            *("create", "token", name, "--namespace", namespace),
-            *("--duration", f"{_TOKEN_HOURS}h"),
+            "create",
+            "token",
+            name,
+            f"--namespace={namespace}",
+            f"--duration={_TOKEN_HOURS}h",
             check=True,
         )
         path = self.data / f"kubeconfig.{namespace}.{name}"
@@ -165,41 +170,43 @@ class ControlPlane(Server):
 
     def _prepare(self) -> None:
         if not self.kubeconfig.exists():
-            # A first start that was interrupted may have left a certificate without its key.
+            # An interrupted first start can leave a certificate without its key.
             shutil.rmtree(self._pki, ignore_errors=True)
             self._pki.mkdir(mode=0o700)
             _write_private(
                 self._tokens, f"{secrets.token_urlsafe(32)},admin,admin,system:masters\n"
             )
         if self.detached and (left := EtcdServer.attach(self.etcd.data)).pid is not None:
-            # It has outlived its API server.
+            # This etcd has outlived its API server.
             self.etcd = left
         self.etcd.start()
 
     def _command(self) -> list[str]:
-        key = str(self._pki / "apiserver.key")
+        key = self._pki / "apiserver.key"
         return [
             str(binaries().kube_apiserver),
-            *("--etcd-servers", self.etcd.url),
-            *("--bind-address", "127.0.0.1", "--secure-port", str(self.port)),
-            *("--advertise-address", "127.0.0.1"),
-            # It signs its own certificate into this folder, once, before it reads the key for
-            # service accounts: one key will do for both.
-            *("--cert-dir", str(self._pki)),
-            *("--service-account-key-file", key, "--service-account-signing-key-file", key),
-            *("--service-account-issuer", "https://kubernetes.default.svc.cluster.local"),
-            *("--token-auth-file", str(self._tokens)),
-            *("--authorization-mode", "RBAC"),
-            # No controller runs that would make the service account that this would wait for.
-            *("--disable-admission-plugins", "ServiceAccount"),
-            # It refuses an address on loopback, and no pod will ask for the endpoint.
-            *("--endpoint-reconciler-type", "none"),
-            *("--service-cluster-ip-range", "10.96.0.0/16"),
+            f"--etcd-servers={self.etcd.url}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={self.port}",
+            "--advertise-address=127.0.0.1",
+            # The server writes its own certificate and key into this folder before it reads the key
+            # for service accounts, so one key serves both purposes.
+            f"--cert-dir={self._pki}",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+            f"--token-auth-file={self._tokens}",
+            "--authorization-mode=RBAC",
+            # This plugin waits for a service account, which a controller would have to make.
+            "--disable-admission-plugins=ServiceAccount",
+            # The reconciler refuses an address on loopback, and no pod needs the endpoint.
+            "--endpoint-reconciler-type=none",
+            "--service-cluster-ip-range=10.96.0.0/16",
             "--profiling=false",
         ]
 
     def _ready(self) -> bool:
-        # /readyz does not wait for the namespace that a client without one uses.
+        # /readyz does not wait for the namespace `default`.
         return all(self._get(path) == 200 for path in ("/readyz", "/api/v1/namespaces/default"))
 
     def _get(self, path: str) -> int:
@@ -226,7 +233,8 @@ class ControlPlane(Server):
             "contexts": [{"name": _CONTEXT, "context": context}],
             "current-context": _CONTEXT,
         }
-        _write_private(path, json.dumps(config, indent=2) + "\n")  # JSON is YAML
+        # JSON is YAML.
+        _write_private(path, json.dumps(config, indent=2) + "\n")
 
 
 def _write_private(path: Path, text: str) -> None:
@@ -237,7 +245,7 @@ def _write_private(path: Path, text: str) -> None:
 def _status(
     connection: http.client.HTTPConnection, path: str, headers: dict[str, str] | None = None
 ) -> int:
-    """The status of a GET. Raises OSError, also for what is no HTTP yet."""
+    """Return the status of a GET. Raises OSError, also if the answer is not HTTP."""
     try:
         connection.request("GET", path, headers=headers or {})
         return connection.getresponse().status

@@ -1,7 +1,7 @@
-"""`python -m dev.cluster.first_process PLAN`: process 1 of a cluster's namespaces.
+"""`python -m dev.cluster.first_process PLAN`: process 1 in the namespaces of a cluster.
 
-Started by `node.up` only. It makes the mounts and the network, starts every program of the node,
-and from then on waits: as long as it lives the cluster does.
+Only `Cluster.up` starts it. It makes the mounts and the network, starts every program of the node,
+and then waits. The cluster lives as long as this process.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 ADDRESS: Final = "10.99.0.1"
-"""The node's, on a bridge without a port: there is no way out of the cluster's network."""
+"""The node's address, on a bridge without ports. The cluster's network has no way out."""
 SERVICES: Final = "10.96.0.0/16"
 API_SERVICE: Final = "10.96.0.1"
 _DNS: Final = "10.96.0.10"
@@ -23,8 +23,8 @@ _PODS: Final = "10.244.0.0/16"
 _NODE_PODS: Final = "10.244.0.0/24"
 _VOLUMES: Final = 8
 _SOCKET: Final = "/run/containerd/containerd.sock"
-# The kubelet would set these for the whole machine, unless they have its values already: it is
-# shown those values, and sets nothing.
+# The kubelet sets these for the whole machine unless they already have its values. The cluster
+# shows it files with those values, so that it sets nothing.
 _SYSCTLS: Final = {
     "vm/overcommit_memory": 1,
     "vm/panic_on_oom": 0,
@@ -37,16 +37,16 @@ _SYSCTLS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the outside hands in: folders, all of them absolute."""
+    """The input of this process: absolute paths."""
 
     state: str
-    """The cluster's data; `log` and `pki` in it exist."""
+    """The folder of the cluster's data. It has the folders `log` and `pki`."""
     control_plane: str
     node: str
     coredns: str
-    """A manifest."""
+    """The manifest of CoreDNS."""
     images: str
-    """An archive of pause and CoreDNS."""
+    """An archive with the images of pause and CoreDNS."""
 
     def written(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -74,7 +74,7 @@ class _Node:
         self._wait()
 
     def _mount(self) -> None:
-        """The kubelet needs shared mounts; /run, /var/lib and /var/log are the cluster's own."""
+        """Make shared mounts for the kubelet, and own folders /run, /var/lib and /var/log."""
         _do("mount", "--make-rshared", "/")
         _do("mount", "-t", "sysfs", "sysfs", "/sys")
         _do("mount", "-t", "tmpfs", "-o", "mode=755", "cgroups", "/sys/fs/cgroup")
@@ -91,13 +91,17 @@ class _Node:
             _do("mount", "--bind", str(own), f"/{shared}")
         for name, value in _SYSCTLS.items():
             _write_over(Path("/proc/sys") / name, f"{value}\n")
-        # No DNS server outside can be asked, so that asking fails at once.
+        # No DNS server is reachable from inside, so a query fails at once.
         _write_over(Path("/etc/resolv.conf"), "")
         _write_over(Path("/etc/hosts"), f"127.0.0.1 localhost\n{ADDRESS} node\n")
 
     @staticmethod
     def _connect() -> None:
-        """A route to the services too, without which packets fail before they are rewritten."""
+        """Make the network.
+
+        It needs a route to the services, too. Without one, packets fail before kube-proxy's rules
+        rewrite them.
+        """
         _do("hostname", "node")
         _do("ip", "link", "set", "lo", "up")
         _do("ip", "link", "add", "node0", "type", "bridge")
@@ -118,27 +122,30 @@ class _Node:
         self._start(
             "etcd",
             f"{self._plan.control_plane}/etcd",
-            *("--data-dir", str(self._state / "etcd")),
-            # The data are thrown away in the end: no need to wait for a disk.
+            f"--data-dir={self._state / 'etcd'}",
+            # The data is deleted with the cluster, so there is no need to flush it to disk.
             "--unsafe-no-fsync",
-            *("--log-level", "warn"),
-            *("--listen-client-urls", client, "--advertise-client-urls", client),
+            "--log-level=warn",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
         )
         pki = str(self._pki)
         self._start(
             "kube-apiserver",
             f"{self._plan.control_plane}/kube-apiserver",
-            *("--etcd-servers", client, "--advertise-address", ADDRESS),
+            f"--etcd-servers={client}",
+            f"--advertise-address={ADDRESS}",
             f"--tls-cert-file={pki}/apiserver.crt",
             f"--tls-private-key-file={pki}/apiserver.key",
             f"--client-ca-file={pki}/ca.crt",
-            *("--authorization-mode", "Node,RBAC"),
-            *("--enable-admission-plugins", "NodeRestriction", "--allow-privileged"),
-            *("--service-cluster-ip-range", SERVICES),
+            "--authorization-mode=Node,RBAC",
+            "--enable-admission-plugins=NodeRestriction",
+            "--allow-privileged",
+            f"--service-cluster-ip-range={SERVICES}",
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
             f"--service-account-key-file={pki}/service-accounts.key",
             f"--service-account-signing-key-file={pki}/service-accounts.key",
-            *("--kubelet-preferred-address-types", "InternalIP"),
+            "--kubelet-preferred-address-types=InternalIP",
             f"--kubelet-client-certificate={pki}/admin.crt",
             f"--kubelet-client-key={pki}/admin.key",
         )
@@ -147,8 +154,10 @@ class _Node:
             "kube-controller-manager",
             f"{self._plan.node}/kube-controller-manager",
             f"--kubeconfig={pki}/controllers.kubeconfig",
-            *("--leader-elect=false", "--use-service-account-credentials"),
-            *("--kube-api-qps", "500", "--kube-api-burst", "1000"),
+            "--leader-elect=false",
+            "--use-service-account-credentials",
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
             f"--root-ca-file={pki}/ca.crt",
             f"--service-account-private-key-file={pki}/service-accounts.key",
             f"--cluster-signing-cert-file={pki}/ca.crt",
@@ -157,7 +166,8 @@ class _Node:
         self._start(
             "kube-scheduler",
             f"{self._plan.node}/kube-scheduler",
-            *(f"--kubeconfig={pki}/scheduler.kubeconfig", "--leader-elect=false"),
+            f"--kubeconfig={pki}/scheduler.kubeconfig",
+            "--leader-elect=false",
         )
         config = {**_PROXY, "clientConnection": {"kubeconfig": f"{pki}/proxy.kubeconfig"}}
         Path("/run/kube-proxy.json").write_text(json.dumps(config))
@@ -170,7 +180,7 @@ class _Node:
     def _import_images(self) -> None:
         self._until("containerd", lambda: _succeeds("ctr", "version"))
         _do("ctr", "--namespace", "k8s.io", "images", "import", self._plan.images)
-        self._say("images imported")
+        self._say("images: imported")
 
     def _kubelet(self) -> None:
         authority = {"x509": {"clientCAFile": f"{self._pki}/ca.crt"}}
@@ -180,9 +190,10 @@ class _Node:
         self._start(
             "kubelet",
             f"{self._plan.node}/kubelet",
-            *("--config", "/run/kubelet.json"),
-            *("--kubeconfig", f"{self._pki}/kubelet.kubeconfig"),
-            *("--hostname-override", "node", "--node-ip", ADDRESS),
+            "--config=/run/kubelet.json",
+            f"--kubeconfig={self._pki}/kubelet.kubeconfig",
+            "--hostname-override=node",
+            f"--node-ip={ADDRESS}",
         )
 
     def _start(self, name: str, *command: str) -> None:
@@ -191,37 +202,37 @@ class _Node:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def _await(self, what: str, *arguments: str) -> None:
-        """Waits until kubectl succeeds."""
+    def _await(self, subject: str, *arguments: str) -> None:
+        """Wait until kubectl succeeds with these arguments."""
         config = f"--kubeconfig={self._pki}/admin.kubeconfig"
         kubectl = f"{self._plan.control_plane}/kubectl"
-        self._until(what, lambda: _succeeds(kubectl, config, *arguments))
-        self._say(f"{what}: ready")
+        self._until(subject, lambda: _succeeds(kubectl, config, *arguments))
+        self._say(f"{subject}: ready")
 
-    def _until(self, what: str, done: Callable[[], bool]) -> None:
+    def _until(self, subject: str, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         while not done():
             for name, program in self._running.items():
                 if program.poll() is not None:
                     sys.exit(f"{name} ended (exit code {program.returncode}): see {name}.log")
             if time.monotonic() > deadline:
-                sys.exit(f"gave up waiting for {what}")
+                sys.exit(f"gave up waiting for {subject}")
             time.sleep(0.1)
 
     def _wait(self) -> None:
-        """Until one of the programs ends, which none should; orphans are ours to bury."""
+        """Reap orphans until one of the programs ends, which none should."""
         programs = {program.pid: name for name, program in self._running.items()}
         while True:
             pid, status = os.wait()
             if pid in programs:
-                sys.exit(f"{programs[pid]} ended (status {status}), and the cluster with it")
+                sys.exit(f"{programs[pid]} ended (status {status}), so the cluster ends")
 
-    def _say(self, what: str) -> None:
-        print(f"{time.monotonic() - self._began:5.1f} s  {what}", flush=True)
+    def _say(self, line: str) -> None:
+        print(f"{time.monotonic() - self._began:5.1f} s  {line}", flush=True)
 
 
 def _volumes() -> list[dict[str, object]]:
-    """Folders of the node, for who claims a volume, each for one claim in the cluster's life."""
+    """Return volumes that are folders of the node. Each can be claimed once."""
     name = "node-folders"
     default = {"storageclass.kubernetes.io/is-default-class": "true"}
     found: list[dict[str, object]] = [
@@ -258,13 +269,13 @@ def _volumes() -> list[dict[str, object]]:
 
 
 def controllers() -> list[str]:
-    """This process's, of the hierarchies of version 1, as in "cpu,cpuacct" or "name=systemd"."""
+    """Return this process's cgroup v1 hierarchies, for example "cpu,cpuacct" or "name=systemd"."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     return [found for line in lines if (found := line.split(":")[1])]
 
 
 def _write_over(path: Path, content: str) -> None:
-    """Has the cluster see a file that is not there outside."""
+    """Show another content of a file inside the cluster."""
     own = Path("/run/over") / path.relative_to("/")
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text(content)
@@ -311,7 +322,7 @@ disabled_plugins = [
   address = "{_SOCKET}"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "flashsale.dev/pause:local"
-  # We may lack CAP_SYS_RESOURCE, which a lower OOM score takes.
+  # A lower OOM score needs CAP_SYS_RESOURCE, which this process may lack.
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
@@ -329,7 +340,7 @@ _PROXY: Final = {
     "mode": "iptables",
     "iptables": {"minSyncPeriod": "100ms"},
     "oomScoreAdj": 0,
-    # These are the whole machine's: they stay as they are.
+    # Zero leaves these settings alone, which apply to the whole machine.
     "conntrack": {
         "maxPerCore": 0,
         "min": 0,
@@ -350,7 +361,7 @@ _KUBELET: Final = {
     "clusterDNS": [_DNS],
     "clusterDomain": "cluster.local",
     "resolvConf": "/etc/resolv.conf",
-    # Nothing can be pulled again, so no image may be thrown away for lack of space.
+    # Images cannot be pulled again, so none may be deleted for lack of space.
     "imageGCHighThresholdPercent": 100,
     "evictionHard": {
         "memory.available": "100Mi",

@@ -1,4 +1,4 @@
-"""What runs on a cluster of this project's: its images and those of the servers."""
+"""Loads all images into a cluster: the deployables and the servers."""
 
 from importlib.metadata import version
 
@@ -9,9 +9,9 @@ from dev.progress import Progress
 
 
 def load_all(cluster: Cluster) -> list[Image]:
-    """Builds all that has changed and gives it to the node, with progress on stderr.
+    """Build all images that have changed, and load all into the cluster, with progress on stderr.
 
-    The deployables' images, which are returned, get the tag that the chart takes by itself.
+    The deployables' images get the tag that the chart uses by default. They are returned.
     """
     names = {server: server for server in build_servers(list(SERVERS))}
     own = list(build(list(DEPLOYABLES)))
@@ -19,5 +19,5 @@ def load_all(cluster: Cluster) -> list[Image]:
         names[image.reference] = f"{image.reference.rpartition(':')[0]}:{version('flashsale')}"
     progress = Progress()
     cluster.load(names)
-    progress.end(f"{len(names)} images: on the node, in {{seconds}} s")
+    progress.end(f"{len(names)} images loaded into the cluster in {{seconds}} s")
     return own

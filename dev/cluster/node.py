@@ -1,8 +1,8 @@
 """A real one-node Kubernetes without Docker: kubelet, containerd, runc and CNI on Linux, as root.
 
-All of it runs in namespaces of its own (network, mounts, processes, control groups). Outside there
-is nothing of it but a folder, and a control group in each hierarchy. There is no way out of its
-network, NetworkPolicies are not enforced in it, and its only volumes are eight folders of its node.
+It runs in its own namespaces (network, mounts, processes, control groups). Outside of them it has
+only a folder, and a control group in each hierarchy. Its network has no way out, NetworkPolicies
+are not enforced, and its only volumes are eight folders of its node.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from dev.stack.errors import StackError
 from dev.stack.locks import exclusive
 
 OF_TESTS: Final = LOCAL / "e2e"
-"""The folder of the cluster that `make e2e` has for itself."""
+"""The folder of the cluster of `make e2e`."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PACKAGES: Final = {
     "containerd": "containerd",
@@ -47,27 +47,27 @@ _SECONDS: Final = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The cluster of one folder, which may run or not; any process may end what another started."""
+    """The cluster of one folder, running or not. Any process can stop a cluster of another."""
 
     state: Path = LOCAL / "cluster"
 
     @property
     def runs(self) -> bool:
-        """Whether it is up, and not only on its way."""
+        """Whether it is up. A cluster that is still starting is not."""
         return (self.state / "ready").exists() and self._first_process() is not None
 
     @property
     def commands(self) -> Path:
-        """A folder for PATH: kubectl and helm on this cluster, and `in-cluster COMMAND`."""
+        """A folder for PATH with kubectl, helm and `in-cluster COMMAND` for this cluster."""
         return self.state / "bin"
 
     def up(self) -> None:
-        """Starts it unless it runs; returns once its node is Ready and its DNS answers.
+        """Start it unless it is running. Returns when its node is Ready and its DNS answers.
 
-        What a start that fails, or is interrupted, leaves goes away with it. Raises StackError.
+        A start that fails or is interrupted leaves nothing behind. Raises StackError.
         """
         _require_machine()
-        for build in (binaries, node, system, helm):  # minutes, the first time
+        for build in (binaries, node, system, helm):  # takes minutes the first time
             build()
         with exclusive(self.state):
             if self.runs:
@@ -81,19 +81,19 @@ class Cluster:
             except BaseException:
                 self._clear()
                 raise
-            progress.end("Kubernetes: node Ready, in {seconds} s")
+            progress.end("Kubernetes: node Ready after {seconds} s")
 
     def down(self) -> None:
-        """Ends it, and removes every trace but its logs, in whatever state it is."""
+        """Stop it in any state, and remove everything but its logs."""
         with exclusive(self.state):
             self._clear()
 
     def inside(self, *command: str) -> list[str]:
-        """A command in the cluster's network, where Services and pods have their addresses."""
+        """Return a command that runs inside the cluster's network, which has Services and pods."""
         return [*self._enter("net"), *command]
 
     def load(self, names: Mapping[str, str]) -> None:
-        """Gives the node images that were built here; `names` says what each is called there."""
+        """Load images that were built here. `names` maps each reference to its name there."""
         command = [*self._enter("mnt"), "ctr", "--namespace=k8s.io", "images", "import", "-"]
         archive = self.state / "images.tar"
         save(names, archive)
@@ -111,11 +111,11 @@ class Cluster:
         while left := [pid for group in groups for pid in _members(group)]:
             lifeline.send(left, signal.SIGKILL)
             if time.monotonic() > deadline:
-                raise StackError(f"these processes do not end: {sorted(set(left))}")
+                raise StackError(f"these processes did not end: {sorted(set(left))}")
             time.sleep(0.05)
         while left_groups := [group for group in groups if not _removed(group)]:
             if time.monotonic() > deadline:
-                raise StackError(f"these control groups do not go: {left_groups}")
+                raise StackError(f"these control groups cannot be removed: {left_groups}")
             time.sleep(0.05)
         for path in self.state.glob("*"):
             if path.is_dir() and path != self._log.parent:
@@ -145,17 +145,17 @@ class Cluster:
 
     def _start(self, progress: Progress) -> None:
         self._make_groups()
-        # It joins the control groups before it enters its namespaces, in which they are the roots.
+        # The process joins its control groups before it enters its namespaces, so that they are the
+        # roots in there.
         joining = 'while read -r group; do echo $$ >"$group/cgroup.procs"; done; exec "$@"'
-        namespaces = ("--net", "--mount", "--uts", "--ipc", "--cgroup", "--pid")
-        command = [
-            *("sh", "-euc", joining, "sh"),
-            *("unshare", *namespaces, "--fork", "--mount-proc"),
-            *(sys.executable, "-m", "dev.cluster.first_process", str(self.state / "plan.json")),
-        ]
+        shell = ["sh", "-euc", joining, "sh"]
+        namespaces = ["--net", "--mount", "--uts", "--ipc", "--cgroup", "--pid"]
+        unshare = ["unshare", *namespaces, "--fork", "--mount-proc"]
+        plan = self.state / "plan.json"
+        process = [sys.executable, "-m", "dev.cluster.first_process", str(plan)]
         with self._log.open("wb") as log, self._group_list.open() as groups:
             outer = subprocess.Popen(
-                command,
+                [*shell, *unshare, *process],
                 cwd=ROOT,
                 stdin=groups,
                 stdout=log,
@@ -164,17 +164,22 @@ class Cluster:
             )
         deadline = time.monotonic() + _SECONDS
         while not (self.state / "ready").exists():
-            said = self._log.read_text(errors="replace").splitlines()
+            lines = self._log.read_text(errors="replace").splitlines()
             if outer.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(f"    {line}" for line in said[-20:])
-                raise StackError(f"Kubernetes did not start; its logs: {self._log.parent}\n{tail}")
-            progress.show(f"Kubernetes: {said[-1].strip() if said else 'starting'}, {{seconds}} s")
+                tail = "\n".join(f"    {line}" for line in lines[-20:])
+                raise StackError(
+                    f"Kubernetes did not start; its logs are in {self._log.parent}\n{tail}"
+                )
+            step = lines[-1].strip() if lines else "starting"
+            progress.show(f"Kubernetes: {step}, {{seconds}} s")
             time.sleep(0.1)
         (first,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
         identity = lifeline.identity(int(first))
         (self.state / "process.json").write_text(json.dumps({"pid": int(first), "is": identity}))
         self._write_commands()
-        outer.returncode = 0  # It is to outlive this process: nobody waits for it.
+        # The cluster can outlive this process, so nothing here waits for its end. Without an exit
+        # code, Popen's finaliser would warn that the child is still running.
+        outer.returncode = 0
 
     def _write_commands(self) -> None:
         own = {
@@ -207,9 +212,12 @@ class Cluster:
         return [Path(line) for line in listed]
 
     def _make_groups(self) -> None:
-        """One in each hierarchy, below our own; listed before they are made, for `down`."""
+        """Make a control group in each hierarchy, inside this process's own.
+
+        The list is written before, so that `down` can remove groups of a failed start.
+        """
         lines = Path("/proc/self/cgroup").read_text().splitlines()
-        # Of the folder, which only one cluster has at a time.
+        # The name depends on the folder, which has only one cluster at a time.
         name = f"flashsale-{hashlib.sha256(str(self.state).encode()).hexdigest()[:12]}"
         groups = [
             _CGROUPS / found.removeprefix("name=") / path.strip("/") / name
@@ -220,14 +228,14 @@ class Cluster:
         self._group_list.write_text("".join(f"{group}\n" for group in groups))
         for group in groups:
             group.mkdir()
-            # Where there are processors to choose, a new group has none.
+            # In a hierarchy with cpusets, a new group has no processors.
             for each in ("cpuset.cpus", "cpuset.mems"):
                 if (group / each).exists():
                     (group / each).write_text((group.parent / each).read_text())
 
     def _enter(self, namespace: str) -> list[str]:
         if (pid := self._first_process()) is None:
-            raise StackError("the cluster does not run; start it with: make cluster")
+            raise StackError("the cluster is not running; start it with: make cluster")
         option = {"net": "--net", "mnt": "--mount"}[namespace]
         return ["nsenter", f"{option}=/proc/{pid}/ns/{namespace}"]
 
@@ -242,28 +250,28 @@ class Cluster:
 
 def _require_machine() -> None:
     if sys.platform != "linux" or os.geteuid() != 0:
-        raise StackError("a node takes Linux and root; anywhere else use kind: kind-config.yaml")
+        raise StackError("a node needs Linux and root; elsewhere use kind: kind-config.yaml")
     if not controllers():
         raise StackError(
-            "this machine has version 2 of control groups only, and this node knows version 1; "
+            "this machine has only version 2 of control groups, but the node needs version 1; "
             "use kind: kind-config.yaml"
         )
     debian.require(_PACKAGES, "a node")
 
 
 def _members(group: Path) -> list[int]:
-    """Every process in a control group and those below it."""
+    """Return every process in a control group and its descendants."""
     found = []
-    # os.walk, unlike Path.rglob, does not mind what goes while it looks.
+    # os.walk, unlike Path.rglob, ignores folders that disappear in the meantime.
     for each, _, _ in os.walk(group):
-        with suppress(OSError):  # it has gone meanwhile
+        with suppress(OSError):  # it has disappeared
             found += [int(pid) for pid in Path(each, "cgroup.procs").read_text().split()]
     return found
 
 
 def _removed(group: Path) -> bool:
-    """Removes an empty control group and those below it, as far as they can be by now."""
+    """Remove an empty control group and its descendants. Returns whether that succeeded."""
     for each, _, _ in os.walk(group, topdown=False):
-        with suppress(OSError):  # the last process may be on its way out
+        with suppress(OSError):  # its last process may still be ending
             Path(each).rmdir()
     return not group.exists()

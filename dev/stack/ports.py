@@ -9,16 +9,16 @@ from dev.stack.errors import StackError
 
 
 def free_port(besides: frozenset[int] = frozenset()) -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on.
+    """Return a TCP port of 127.0.0.1 that is free, and not one of `besides`.
 
-    It lies below the range that the kernel takes outgoing ports from, where there is room: a client
-    that keeps calling a server that is down may otherwise be given the server's own port, be
-    connected to itself, and keep the server from starting again.
+    The port lies below the range of outgoing ports if there is room. Otherwise a client that keeps
+    calling a stopped server could get the server's own port as its outgoing port. It would then be
+    connected to itself, and the server could not start again.
     """
     try:
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except FileNotFoundError:
-        first = 49152  # where IANA's dynamic range, and that of macOS, begins
+        first = 49152  # the start of the dynamic range of IANA and of macOS
     below = range(max(first - 12_000, 10_000), first)
     candidates = random.sample(below, 100) if len(below) > 1000 else []
     for candidate in [*candidates, 0]:
@@ -27,4 +27,4 @@ def free_port(besides: frozenset[int] = frozenset()) -> int:
             port: int = probe.getsockname()[1]
             if port not in besides:
                 return port
-    raise StackError("no free port on 127.0.0.1; end some servers")
+    raise StackError("no free port on 127.0.0.1; stop some servers")

@@ -1,4 +1,4 @@
-"""PostgreSQL as a plain process, over TCP only."""
+"""PostgreSQL as a plain process that listens on TCP only."""
 
 import os
 import pwd
@@ -15,14 +15,15 @@ from dev.stack.errors import StackError
 from dev.stack.packages import postgres_programs
 from dev.stack.process import Server
 
-# Both the role, a superuser, and the database.
+# The name of the role, which is a superuser, and of the database.
 _NAME = "flashsale"
 
 
 class PostgresServer(Server):
-    """A server with one role and one database, both `flashsale`.
+    """A server with one role and one database, both named `flashsale`.
 
-    PostgreSQL refuses to run as root: for root it runs as `nobody`, who then owns the data.
+    PostgreSQL refuses to run as root. If root starts it, it runs as the user `nobody`, who then
+    owns the data.
     """
 
     name: ClassVar[str] = "postgres"
@@ -37,20 +38,21 @@ class PostgresServer(Server):
         durable: bool = True,
         detached: bool = False,
     ) -> None:
-        """Without `durable` nothing is flushed to disk.
+        """Without `durable`, nothing is flushed to disk.
 
-        A kill loses nothing even then, since the kernel has what was committed; a power cut may.
+        A killed server still loses nothing, because the kernel has all committed data. A power cut
+        can lose it.
         """
         super().__init__(data, port, detached=detached)
         self.durable = durable
 
     @property
     def url(self) -> str:
-        """Where clients find it, with the password. Raises StackError before the first start."""
+        """The address with the password. Raises StackError before the first start."""
         try:
             password = self._password_file.read_text().strip()
         except FileNotFoundError:
-            raise StackError(f"{self.name}: no password in {self.data} yet; start it") from None
+            raise StackError(f"{self.name}: {self.data} has no password yet; start it") from None
         return f"postgresql://{_NAME}:{password}@127.0.0.1:{self.port}/{_NAME}"
 
     @property
@@ -66,15 +68,15 @@ class PostgresServer(Server):
         return self._cluster / "postmaster.pid"
 
     def _lock_names(self, pid: int | None) -> bool:
-        """Whether PostgreSQL's own lock is of that process.
+        """Return whether PostgreSQL's own lock file names this process.
 
-        It is removed when that process is known to be dead: PostgreSQL would take whatever process
-        has its id by now for a server that runs. A lock of any other is PostgreSQL's to judge.
+        The caller removes the lock of a dead process. Otherwise PostgreSQL would take a later
+        process with the same id for a running server. PostgreSQL handles all other locks itself.
         """
         return self._lock.exists() and self._lock.read_text().split("\n", 1)[0] == str(pid)
 
     def kill(self) -> None:
-        """Kills the server and its children without warning; returns when they are gone."""
+        """Kill the server and its children, and return when they are dead."""
         pid = self.pid
         super().kill()
         if pid is not None and self._lock_names(pid):
@@ -90,7 +92,7 @@ class PostgresServer(Server):
             self._lock.unlink()
 
     def _initialise(self) -> None:
-        """Makes the cluster beside its place and moves it there, so that it is whole or absent."""
+        """Create the cluster under another name and rename it, so that it is never incomplete."""
         new = self.data / "cluster.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
@@ -101,22 +103,27 @@ class PostgresServer(Server):
             for path in (new, self._password_file):
                 os.chown(path, _nobody().pw_uid, _nobody().pw_gid)
         options = [
-            *("--username", _NAME),
-            *("--pwfile", str(self._password_file)),
-            *("--auth", "scram-sha-256"),
-            *("--encoding", "UTF8"),
-            # The same order and the same rules for letters whatever the machine has.
-            *("--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
+            f"--pgdata={new}",
+            f"--username={_NAME}",
+            f"--pwfile={self._password_file}",
+            "--auth=scram-sha-256",
+            "--encoding=UTF8",
+            # Sort order and character classes must not depend on the machine's locale.
+            "--locale=C",
+            "--locale-provider=builtin",
+            "--builtin-locale=C.UTF-8",
             "--no-instructions",
-            *(() if self.durable else ("--no-sync",)),
         ]
-        self._once("initdb", "-D", str(new), *options)
+        if not self.durable:
+            options.append("--no-sync")
+        self._once("initdb", *options)
         statement = f"CREATE DATABASE {_NAME}"
-        self._once("postgres", "--single", "-D", str(new), "postgres", said=statement)
+        self._once("postgres", "--single", "-D", str(new), "postgres", stdin=statement)
         new.rename(self._cluster)
 
     def _command(self) -> list[str]:
         settings = {
+            "port": str(self.port),
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
             "max_connections": "200",
@@ -126,9 +133,9 @@ class PostgresServer(Server):
         }
         return [
             *self._program("postgres"),
-            *("-D", str(self._cluster)),
-            *("-p", str(self.port)),
-            *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
+            "-D",
+            str(self._cluster),
+            *(f"--{name}={value}" for name, value in settings.items()),
         ]
 
     def _ready(self) -> bool:
@@ -148,7 +155,7 @@ class PostgresServer(Server):
         return asked.stdout.strip() == b"1"
 
     def _environment(self) -> dict[str, str]:
-        """The caller's, without the client settings that would change the server's."""
+        """Return the caller's environment without client settings, which affect the server too."""
         return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
 
     def _program(self, name: str) -> list[str]:
@@ -157,18 +164,23 @@ class PostgresServer(Server):
             return [str(program)]
         reach = not (_reachable(program) and _reachable(self.data))
         return [
-            *(sys.executable, "-I", "-S", unprivileged.__file__),
-            *(str(_nobody().pw_uid), str(_nobody().pw_gid), str(int(reach))),
+            sys.executable,
+            "-I",
+            "-S",
+            unprivileged.__file__,
+            str(_nobody().pw_uid),
+            str(_nobody().pw_gid),
+            str(int(reach)),
             str(program),
         ]
 
-    def _once(self, name: str, *arguments: str, said: str = "") -> None:
-        """Runs a program of PostgreSQL to its end. Raises StackError if it fails."""
+    def _once(self, name: str, *arguments: str, stdin: str = "") -> None:
+        """Run a program of PostgreSQL to its end. Raises StackError if it fails."""
         done = subprocess.run(
             [*self._program(name), *arguments],
             cwd=self.data,
             env=self._environment(),
-            input=said,
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
@@ -176,16 +188,16 @@ class PostgresServer(Server):
         if done.returncode != 0:
             raise StackError(
                 f"{self.name}: {name} failed on {self.data}; {self._advice()}. "
-                f"Its last words:\n{done.stderr.strip()[-2000:]}"
+                f"The end of its output:\n{done.stderr.strip()[-2000:]}"
             )
 
     def _advice(self) -> str:
         if not _is_root():
             return super()._advice()
         return (
-            f"{super()._advice()}. Started by root it runs as `nobody`, who must be able to enter "
-            f"{self.data} and {postgres_programs()}: if the log says it is denied, use folders "
-            "that everybody may enter or start it as another user"
+            f"{super()._advice()}. If root starts it, it runs as the user `nobody`, who needs "
+            f"access to {self.data} and {postgres_programs()}. If the log says that access is "
+            "denied, use folders that every user can enter, or start it as another user"
         )
 
 
@@ -198,6 +210,6 @@ def _nobody() -> pwd.struct_passwd:
 
 
 def _reachable(path: Path) -> bool:
-    """Whether everybody may enter the folders that lead to it, and it."""
+    """Return whether every user can enter the path and all folders that lead to it."""
     real = path.resolve()
     return all(each.stat().st_mode & 0o001 for each in (real, *real.parents))

@@ -21,12 +21,12 @@ _PACKAGE: Final = "prometheus"
 
 
 class NoPrometheusError(StackError):
-    """This machine has no Prometheus, and nobody to fetch one from."""
+    """This machine has no Prometheus, and none can be downloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The two programs."""
+    """The paths of the two programs."""
 
     prometheus: Path
     promtool: Path
@@ -34,17 +34,18 @@ class Programs:
 
 @cache
 def programs() -> Programs:
-    """Those on PATH, else those of Debian's package, fetched once and not installed.
+    """Return the programs on PATH, or those of Debian's package.
 
-    Raises `NoPrometheusError` if there are none.
+    The package is downloaded once into the cache and not installed. Raises NoPrometheusError if
+    that is not possible.
     """
     on_path = shutil.which("prometheus"), shutil.which("promtool")
     if on_path[0] and on_path[1]:
         return Programs(Path(on_path[0]), Path(on_path[1]))
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise NoPrometheusError(
-            "prometheus and promtool are needed on PATH (without them, "
-            "Debian's package is fetched, but this machine has no apt-get)"
+            "prometheus and promtool are not on PATH, and Debian's package cannot be downloaded, "
+            "because this machine has no apt-get"
         )
     folder = cache_folder() / "prometheus"
     with exclusive(folder):
@@ -58,13 +59,13 @@ def _fetch(folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     lists = part / "lists"
     (lists / "partial").mkdir(parents=True)
-    # The machine's own lists of packages may be missing, and only root may fetch them anew.
+    # The machine's own package lists can be missing, and only root can download them.
     own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={part}"]
     if _run("apt-get", "download", _PACKAGE, folder=part) is not None:
         for options in (("update", "-qq"), ("download", _PACKAGE)):
             if (failed := _run("apt-get", *own, *options, folder=part)) is not None:
                 raise NoPrometheusError(
-                    f"put prometheus and promtool on PATH: apt-get cannot fetch them: {failed}"
+                    f"put prometheus and promtool on PATH; apt-get cannot download them: {failed}"
                 )
     shutil.rmtree(lists)
     for package in part.glob("*.deb"):
@@ -75,7 +76,7 @@ def _fetch(folder: Path) -> None:
 
 
 def _run(*command: str, folder: Path) -> str | None:
-    """The last line of what it complains of, or None if it went well."""
+    """Run a command. Returns None, or the last line of its errors if it failed."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
@@ -83,9 +84,9 @@ def _run(*command: str, folder: Path) -> str | None:
 
 
 class PrometheusServer(Server):
-    """Reads the metrics of components every second; `targets` is their addresses by component.
+    """Scrapes components every second. `targets` are the metrics URLs by component.
 
-    Each gets the labels that a PodMonitor gives: namespace, pod and job.
+    Each component gets the labels that a PodMonitor would add: namespace, pod and job.
     """
 
     name: ClassVar[str] = "prometheus"
@@ -104,7 +105,7 @@ class PrometheusServer(Server):
 
     @property
     def url(self) -> str:
-        """Where it answers queries."""
+        """The base URL for queries."""
         return f"http://127.0.0.1:{self.port}"
 
     def _prepare(self) -> None:
@@ -127,7 +128,7 @@ class PrometheusServer(Server):
             "rule_files": [str(self._rules)] if self._rules else [],
             "scrape_configs": scrapes,
         }
-        # JSON is YAML too.
+        # JSON is YAML.
         (self.data / "prometheus.yml").write_text(json.dumps(config, indent=2))
 
     def _command(self) -> list[str]:

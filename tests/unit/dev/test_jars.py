@@ -1,4 +1,4 @@
-"""Kafka's download, from a Maven repository on loopback."""
+"""The download of Kafka, from a Maven repository on loopback."""
 
 import gc
 import hashlib
@@ -16,7 +16,7 @@ from dev.stack import jars
 from dev.stack.errors import StackError
 from dev.stack.packages import cache_folder
 
-# jgo leaves the connection of an answer that was not 200 to the garbage collector.
+# jgo does not close the connection of an answer other than 200.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
 )
@@ -26,7 +26,7 @@ CONTENTS = {"first": b"the first jar", "second": b"the second jar"}
 
 @dataclass
 class Repository:
-    """A Maven repository with what is in `files`, by path; it counts what it was asked for."""
+    """A Maven repository with `files` by path. It counts requests by path."""
 
     files: dict[str, bytes]
     asked: Counter[str] = field(default_factory=Counter)
@@ -38,7 +38,7 @@ def path_of(artifact: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
-    """A repository with both jars, the lock file that names them, and an empty cache."""
+    """A repository with both jars, a lock file with both, and an empty cache."""
     found = Repository({path_of(name): content for name, content in CONTENTS.items()})
 
     class Handler(BaseHTTPRequestHandler):
@@ -51,7 +51,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repo
             self.wfile.write(content or b"")
 
         def log_message(self, *_arguments: object) -> None:
-            """Silent."""
+            """Print nothing."""
 
     lock = tmp_path / "kafka.lock"
     lines = [
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 WHOLE = {f"{name}-1.0.jar": content for name, content in CONTENTS.items()}
 
 
-def test_the_jars_are_fetched_once(
+def test_the_jars_are_downloaded_once(
     repository: Repository, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = jars.kafka_folder()
@@ -94,7 +94,7 @@ def test_the_jars_are_fetched_once(
     assert "Kafka 1.0: 0 of 0 MB, 2 of 2 files" in capsys.readouterr().err
 
 
-def test_two_at_once_fetch_once(repository: Repository) -> None:
+def test_two_concurrent_callers_download_once(repository: Repository) -> None:
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: jars.kafka_folder(), range(2)))
     assert folders[0] == folders[1]
@@ -104,16 +104,16 @@ def test_two_at_once_fetch_once(repository: Repository) -> None:
     )
 
 
-def test_a_file_that_is_not_the_locked_one_is_refused(repository: Repository) -> None:
+def test_a_file_that_differs_from_the_lock_is_refused(repository: Repository) -> None:
     repository.files[path_of("second")] = b"something else"
-    with pytest.raises(StackError, match=r"example:second:1\.0 is not the file"):
+    with pytest.raises(StackError, match=r"example:second:1\.0 differs from kafka.lock"):
         jars.kafka_folder()
 
 
-def test_after_a_failure_only_what_is_missing_is_fetched(repository: Repository) -> None:
+def test_after_a_failure_only_missing_files_are_downloaded(repository: Repository) -> None:
     missing = path_of("second")
     content = repository.files.pop(missing)
-    with pytest.raises(StackError, match=r"could not get example:second:1\.0.*run again"):
+    with pytest.raises(StackError, match=r"cannot download example:second:1\.0.*run again"):
         jars.kafka_folder()
     assert not [path for path in cache_folder().iterdir() if path.name.endswith(".jar")]
     repository.files[missing] = content
@@ -121,7 +121,7 @@ def test_after_a_failure_only_what_is_missing_is_fetched(repository: Repository)
     assert repository.asked[path_of("first")] == 1
 
 
-def test_a_jar_cut_short_is_fetched_again(repository: Repository) -> None:
+def test_a_truncated_jar_is_downloaded_again(repository: Repository) -> None:
     kept = repository.files.pop(path_of("second"))
     with pytest.raises(StackError):
         jars.kafka_folder()

@@ -1,4 +1,4 @@
-"""A machine that cannot be a node is told why, before minutes are spent on it."""
+"""`make cluster` refuses an unsuitable machine at once, with the reason."""
 
 import os
 from pathlib import Path
@@ -16,32 +16,32 @@ def refused(folder: Path) -> str:
     return str(error.value)
 
 
-def test_who_is_not_root_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_other_than_root_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "a node takes Linux and root" in refused(tmp_path)
+    assert "a node needs Linux and root" in refused(tmp_path)
 
 
-def test_a_machine_without_the_first_version_of_control_groups_is_told_so(
+def test_a_machine_without_control_groups_of_version_1_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(node, "controllers", list)
-    assert "version 2 of control groups only" in refused(tmp_path)
+    assert "has only version 2 of control groups" in refused(tmp_path)
 
 
-def test_where_packages_cannot_be_installed_it_names_them(
+def test_the_missing_packages_are_named_if_they_cannot_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(node, "controllers", lambda: ["memory"])
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    said = refused(tmp_path)
-    assert "a node needs" in said
-    assert "containerd" in said
-    assert "apt-get install" in said
+    message = refused(tmp_path)
+    assert "a node needs" in message
+    assert "containerd" in message
+    assert "apt-get install" in message
 
 
-def test_what_does_not_run_can_be_ended_and_not_entered(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_running_can_be_stopped_but_not_entered(tmp_path: Path) -> None:
     cluster = node.Cluster(tmp_path)
     cluster.down()
     assert not cluster.runs

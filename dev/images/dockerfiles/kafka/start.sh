@@ -1,5 +1,5 @@
 #!/bin/sh
-# start.sh SERVER.PROPERTIES: one node that is broker and controller; formats its empty log.dirs.
+# start.sh SERVER.PROPERTIES: run one node as broker and controller, and format an empty log.dirs.
 set -eu
 settings=$1
 set -- /opt/java/bin/java -Xms256m -Xmx256m -XX:+UseSerialGC -XX:+ExitOnOutOfMemoryError \

@@ -1,5 +1,5 @@
 #!/bin/sh
-# As much of the real image's entrypoint as k8s/postgres needs: the first start makes the database.
+# The part of the real image's entrypoint that k8s/postgres needs: the first start creates the database.
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   printf '%s\n' "$POSTGRES_PASSWORD" >/tmp/password

@@ -1,4 +1,4 @@
-// The cluster's DNS: CoreDNS, with no other plugins than names inside a cluster take.
+// CoreDNS for the cluster, with only the plugins that names inside a cluster need.
 package main
 
 import (

@@ -1,4 +1,4 @@
-// The process that keeps a pod's namespaces open, and reaps what its containers leave.
+// The process that keeps a pod's namespaces open and reaps orphans of its containers.
 package main
 
 import (
