@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from redis.asyncio import Redis
@@ -59,11 +59,12 @@ def main() -> None:
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Runs a command line and returns its exit code."""
     options = _parser().parse_args(arguments)
+    command, _ = _COMMANDS[options.command]
     # The clients also raise the errors that they log. Each error is printed once, below.
     for name in ("aiokafka", "asyncio", "asyncpg", "redis"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     try:
-        return asyncio.run(_COMMANDS[options.command](options, environ))
+        return asyncio.run(command(options, environ))
     except FlashsaleError as error:
         for line in str(error).splitlines():
             print(f"flashsalectl: {line}", file=sys.stderr)
@@ -156,15 +157,14 @@ async def _republish(options: argparse.Namespace, environ: Mapping[str, str]) ->
     return 0
 
 
-_COMMANDS: Final[
-    dict[str, Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]]
-] = {
-    "apply": _apply,
-    "get": _get,
-    "close": _close,
-    "rebuild": _rebuild,
-    "audit": _audit,
-    "republish": _republish,
+_Command: TypeAlias = Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]
+_COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
+    "apply": (_apply, "Make the ledger and Redis match FlashSale manifests. Repeats are safe."),
+    "get": (_get, "Show the sales of one item, or all sales."),
+    "close": (_close, "Close the sale of an item. Apply its manifest again to continue it."),
+    "rebuild": (_rebuild, "Rebuild the fenced sale of an item in Redis from the ledger."),
+    "audit": (_audit, "Check that Redis, outbox, Kafka and ledger agree. Exits with 1 if not."),
+    "republish": (_republish, "Publish an item's reservations from Redis to Kafka again."),
 }
 
 
@@ -177,52 +177,20 @@ def _parser() -> argparse.ArgumentParser:
         "_PASSWORD. Exit codes: 0 success; 1 failure or disagreement; 2 wrong usage or settings.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    apply = _command(
-        commands, "apply", "Make the ledger and Redis match FlashSale manifests. Repeats are safe."
-    )
-    apply.add_argument(
-        "-f",
-        "--file",
-        action="append",
-        required=True,
-        help="YAML file with one or more FlashSales, or - for standard input; can be repeated",
-    )
-    get = _command(commands, "get", "Show the sales of one item, or all sales.")
-    get.add_argument("item", nargs="?", metavar="ITEM", help="itemId of the sale")
-    close = _command(
-        commands,
-        "close",
-        "Close the sale of an item. Apply its manifest again to continue it.",
-    )
-    close.add_argument("item", metavar="ITEM", help="itemId of the sale")
-    rebuild = _command(
-        commands,
-        "rebuild",
-        "Rebuild the fenced sale of an item in Redis from the ledger. A sale that is not fenced "
-        "stays as it is.",
-    )
-    rebuild.add_argument("item", metavar="ITEM", help="itemId of the sale")
-    check = _command(
-        commands,
-        "audit",
-        "Check that Redis, outbox, Kafka and ledger agree. Exits with 1 if they differ by more "
-        "than events in flight.",
-    )
-    check.add_argument("item", nargs="?", metavar="ITEM", help="itemId of the sale")
-    publish = _command(
-        commands,
-        "republish",
-        "Publish all reservations of an item's sale from Redis to Kafka again, if Kafka lost "
-        "events that are not recorded. Repeats are harmless.",
-    )
-    publish.add_argument("item", metavar="ITEM", help="itemId of the sale")
+    for name, (_, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == "apply":
+            command.add_argument(
+                "-f",
+                "--file",
+                action="append",
+                required=True,
+                help="YAML file of FlashSales, or - for standard input; can be repeated",
+            )
+        else:
+            nargs = "?" if name in ("get", "audit") else None
+            command.add_argument("item", nargs=nargs, metavar="ITEM", help="itemId of the sale")
     return parser
-
-
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=text)
 
 
 def _specs(names: Sequence[str]) -> list[SaleSpec]:
