@@ -25,7 +25,7 @@ from dev.stack.servers import PostgresServer
 from flashsale import events, ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
-from flashsale.ledger import SaleRow
+from flashsale.ledger import Pool, SaleRow
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_consumer.metrics import Metrics
@@ -38,7 +38,6 @@ NOON = datetime(2026, 11, 27, 12, tzinfo=UTC)
 # A valid RFC 3339 time that is in the year 0 in UTC.
 BEYOND_POSTGRESQL = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 

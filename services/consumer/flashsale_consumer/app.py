@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from textwrap import dedent
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,9 +25,6 @@ from flashsale.errors import SettingsError
 from flashsale_consumer.metrics import CONTENT_TYPE, Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
-
-if TYPE_CHECKING:
-    from flashsale_consumer.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +110,12 @@ async def problem(_: Request, error: Exception) -> Response:
 
 def main() -> int:
     """Run the consumer until SIGTERM or SIGINT. Returns the exit code of the process."""
-    _arguments()
+    argparse.ArgumentParser(
+        prog="flashsale_consumer",
+        description=dedent(DESCRIPTION),
+        epilog=dedent(ENVIRONMENT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     try:
         own = settings.load(Settings, os.environ)
         host, port = settings.host_and_port(own.listen)
@@ -132,7 +134,12 @@ def main() -> int:
         nonlocal died
         died = server.should_exit = True
 
-    spans = _spans() if traced else None
+    spans = None
+    if traced:
+        # Import the SDK only if it is needed. It takes a third of a second and 10 MB.
+        from flashsale_consumer.spans import Spans  # noqa: PLC0415
+
+        spans = Spans(tracing.Tracing("flashsale-consumer", os.environ))
     app = create_app(Worker(own, Metrics(), spans=spans), worker_died)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -156,21 +163,5 @@ def main() -> int:
     return 1 if died else 0
 
 
-def _spans() -> "Spans":
-    # Import the SDK only if it is needed. It takes a third of a second and 10 MB.
-    from flashsale_consumer.spans import Spans  # noqa: PLC0415
-
-    return Spans(tracing.Tracing("flashsale-consumer", os.environ))
-
-
 def _exit(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
     sys.exit(0)
-
-
-def _arguments() -> None:
-    argparse.ArgumentParser(
-        prog="flashsale_consumer",
-        description=dedent(DESCRIPTION),
-        epilog=dedent(ENVIRONMENT),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()

@@ -1,4 +1,4 @@
-"""The consumer's clients: how it joins its group, opens a ledger transaction, and closes both.
+"""Makes the Kafka client, opens ledger transactions, and closes clients within a bounded time.
 
 Only this module uses private parts of aiokafka.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from aiokafka import AIOKafkaConsumer
 
 from flashsale import ledger
+from flashsale.ledger import Pool
 from flashsale.settings import KafkaSettings
 
 if TYPE_CHECKING:
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 
 CLOSE_SECONDS: Final = 3.0
 TRANSACTION_SECONDS: Final = 30.0
 _REQUEST_TIMEOUT_MS: Final = 15_000
 _METADATA_AGE_MS: Final = 5_000
-"""How long the client can miss an added partition or a recreated topic."""
+"""The client notices added partitions and recreated topics within this time."""
 
 
 def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:

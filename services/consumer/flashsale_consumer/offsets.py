@@ -8,7 +8,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from flashsale_consumer.clients import Connection, Pool, transaction
+from flashsale.ledger import Pool
+from flashsale_consumer.clients import Connection, transaction
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ class LedgerRewound(Exception):
 async def forget(pool: Pool, topic: str) -> None:
     """Delete the stored offsets of a topic that was just created.
 
-    They belong to a deleted topic of the same name. `place` does not notice that if the new topic
-    is already as long as the old one.
+    They belong to a deleted topic of the same name. `place` cannot tell this if the new topic is
+    already as long as the old one.
     """
     async with transaction(pool) as connection:
         await connection.execute(_FORGET, topic)
@@ -67,17 +68,18 @@ async def place(pool: Pool, topic: str, logs: Mapping[int, range]) -> dict[int, 
             if offset > kept.stop:
                 text = "%s ends at %d, before the stored offset %d: recreated, reading all of it"
                 log.warning(text, name, kept.stop, offset)
-                moved[partition] = kept.start
             elif offset < kept.start:
                 text = "%s begins at %d: Kafka deleted %d events before they were recorded"
                 log.error(text, name, kept.start, kept.start - offset)
-                moved[partition] = kept.start
-        await _move(connection, topic, moved)
+            else:
+                continue
+            moved[partition] = kept.start
+        await move(connection, topic, moved)
     return stored | moved
 
 
 async def lock(connection: Connection, topic: str, positions: Mapping[int, int]) -> dict[int, int]:
-    """Lock and return stored offsets, in the caller's transaction.
+    """Lock stored offsets in the caller's transaction, and return them.
 
     Raises `LedgerRewound` if one of them is below its position.
     """
@@ -91,22 +93,12 @@ async def lock(connection: Connection, topic: str, positions: Mapping[int, int])
     return stored
 
 
-async def advance(
-    connection: Connection, topic: str, stored: Mapping[int, int], read: Mapping[int, int]
-) -> None:
-    """Store the offsets of `read` that are higher than those of `stored`, in the same transaction.
-
-    A consumer that lost its partitions can be behind the one that reads them now.
-    """
-    ahead = {partition: offset for partition, offset in read.items() if offset > stored[partition]}
-    await _move(connection, topic, ahead)
+async def move(connection: Connection, topic: str, offsets: Mapping[int, int]) -> None:
+    """Store offsets whose rows the caller's transaction has locked."""
+    if offsets:
+        await connection.execute(_MOVE, topic, list(offsets), list(offsets.values()))
 
 
 async def _lock(connection: Connection, topic: str, partitions: Iterable[int]) -> dict[int, int]:
     rows = await connection.fetch(_LOCK, topic, list(partitions))
     return {row["partition"]: row["next_offset"] for row in rows}
-
-
-async def _move(connection: Connection, topic: str, offsets: Mapping[int, int]) -> None:
-    if offsets:
-        await connection.execute(_MOVE, topic, list(offsets), list(offsets.values()))

@@ -17,8 +17,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord
 from aiokafka.errors import CommitFailedError, IllegalStateError
 from prometheus_client import Gauge
 
+from flashsale.ledger import Pool
 from flashsale_consumer import offsets
-from flashsale_consumer.clients import Pool
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         return not self._unplaced
 
     def unassigned_seconds(self) -> float:
-        """Time since the partitions were revoked; 0 if others, or none, were assigned since."""
+        """Seconds since the partitions were revoked, or 0 after the next assignment."""
         return 0.0 if self._revoked_at is None else time.monotonic() - self._revoked_at
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002
@@ -73,7 +73,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._unplaced = frozenset(self._consumer.assignment())
 
     async def place(self, pool: Pool) -> None:
-        """Read the partitions from the ledger's offsets on."""
+        """Set the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`."""
         placing = self._unplaced
         earliest = await self._consumer.beginning_offsets(placing)
         ends = await self._consumer.end_offsets(placing)

@@ -1,8 +1,8 @@
 """Records a batch of events in the ledger.
 
-All functions run inside the caller's transaction. It locks rows in one order: offsets by partition,
-then sales by id. So two consumers that record the same events wait for each other and count each
-event once. That happens when one of them has lost its partitions and does not know it yet.
+All functions run inside the caller's transaction. They lock rows in one order: offsets by
+partition, then sales by id. So two consumers that record the same events wait for each other, and
+each event counts once. This happens if one of them has lost its partitions without noticing yet.
 """
 
 import logging
@@ -127,7 +127,9 @@ async def record(
             await _refuse_late(connection, late, outcome)
             batch = [event for event in batch if event.revision >= rebuilt[event.sale_id]]
         await _write(connection, batch, outcome)
-    await offsets.advance(connection, topic, stored, read)
+    # A consumer that lost its partitions can be behind the one that reads them now.
+    ahead = {partition: offset for partition, offset in read.items() if offset > stored[partition]}
+    await offsets.move(connection, topic, ahead)
     return outcome
 
 

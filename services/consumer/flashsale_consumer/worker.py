@@ -14,9 +14,10 @@ from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRa
 from flashsale import events, ledger, tracing
 from flashsale.errors import ContractViolation, LedgerUnavailable
 from flashsale.events import Event
+from flashsale.ledger import Pool
 from flashsale_consumer import clients, offsets, recorder, topics
 from flashsale_consumer.availability import Availability
-from flashsale_consumer.clients import Pool, transaction
+from flashsale_consumer.clients import transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import LedgerRewound
