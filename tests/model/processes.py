@@ -1,4 +1,4 @@
-"""API pods, consumers, operators and buyers, each as the steps that it takes."""
+"""API pods, consumers, operators and buyers, each as a sequence of steps."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,21 +24,21 @@ from tests.model.servers import (
     Row,
     SaleHash,
 )
-from tests.model.world import Away, Event, Process, Steps, World, changes_of
+from tests.model.world import Event, Process, Steps, Unreachable, World, changes_of
 
 SLOW_CALLS = 0.06
-"""Of the calls to Redis, those that are executed long after the pod has given them up."""
+"""Share of the calls to Redis that are executed long after the pod has given up on them."""
 LOST_ACKNOWLEDGEMENTS = 0.05
 LONG_SUSPENSION = EXPIRY - 1.5 * BEAT
-"""From here on a suspended pod's heartbeat may expire."""
+"""A pod that is suspended for this long, in seconds, may lose its heartbeat."""
 
 Held = tuple[int, Event]
-"""An outbox entry that a pod publishes or settles; 0 for an event whose entry it does not know."""
+"""An outbox entry and its event. The entry is 0 if the pod does not know it."""
 
 
 @dataclass(slots=True)
 class Servers:
-    """What the processes talk to, and what the owner wants of the sale."""
+    """The servers, and the owner's manifest (stock and state)."""
 
     redis: Redis
     kafka: Kafka
@@ -49,20 +49,20 @@ class Servers:
 
 @dataclass(slots=True)
 class Asked:
-    """A request that waits in a pod, and what it was answered."""
+    """A request that waits in a pod, and its answer."""
 
     request: Request
     answer: str = ""
 
 
 class Pod(Process):
-    """flashsale_api: batching.py, publishing.py, sweeping.py."""
+    """flashsale_api: batcher.py, publisher.py, sweeper.py."""
 
     def __init__(self, world: World, name: str, servers: Servers) -> None:
         super().__init__(world, name)
         self.servers = servers
         self.connected = True
-        """To Redis; it may be cut off from that and from nothing else."""
+        """Whether the pod can reach Redis. Its connection to Kafka never fails alone."""
         self.alive = False
         self.forget()
 
@@ -90,8 +90,8 @@ class Pod(Process):
         super().suspend(seconds)
 
     def cut_off(self, seconds: float) -> None:
-        """Takes Redis away from this pod only."""
-        self.world.tell(self.name, "cannot reach redis for", f"{seconds:.1f} s")
+        """Disconnects this pod from Redis."""
+        self.world.log(self.name, "cannot reach redis for", f"{seconds:.1f} s")
         if seconds >= LONG_SUSPENSION:
             self._orphan()
         self.connected = False
@@ -106,7 +106,7 @@ class Pod(Process):
         return not (self.waiting or self.calls or self.unacknowledged or self.acknowledged)
 
     def ask(self, asked: Asked) -> None:
-        """Batching.decide."""
+        """Queues a request, and starts a call if there may be one more."""
         if self.alive:
             self.waiting.append(asked)
             if self.calls < CALLS_IN_FLIGHT:
@@ -114,12 +114,12 @@ class Pod(Process):
                 self.spawn(self._call())
 
     def release(self, reservation_id: str) -> None:
-        """Gives a reservation back."""
+        """Starts the release of a reservation."""
         if self.alive:
             self.spawn(self._release(reservation_id))
 
     def _call(self) -> Steps:
-        """Batching._call and _reserve: once more if it failed, never believed when late."""
+        """Calls `reserve`, again if that fails. A late reply is ignored."""
         world, redis = self.world, self.servers.redis
         batch, self.waiting = self.waiting, []
         requests = [asked.request for asked in batch]
@@ -138,11 +138,11 @@ class Pod(Process):
                 yield world.between(0.005, 0.2)
                 self._reached()
                 redis.replied(stamp=stamp)
-            except Away:
+            except Unreachable:
                 yield 0.05
                 continue
             late = world.now - started >= CALL_DEADLINE
-            if not (late and world.rules.late_answers_disbelieved):
+            if not (late and world.rules.late_answers_ignored):
                 answers = found
                 break
         self._deliver(batch, answers)
@@ -157,15 +157,15 @@ class Pod(Process):
         stamp = redis.stamp
 
         def executes() -> Steps:
-            if redis.up and redis.stamp == stamp:  # the connection is the server's own
-                self.world.tell(self.name, "has a late call executed", *requests)
+            if redis.up and redis.stamp == stamp:  # the connection ends with the server's run
+                self.world.log(self.name, "has its late call executed", *requests)
                 redis.reserve(requests)
             yield from ()
 
         self.world.later(self.world.between(0.1, 1.5), executes())
 
     def _deliver(self, batch: list[Asked], answers: list[Answer] | None) -> None:
-        """Batching._deliver: hands over what was accepted, then answers, without a pause."""
+        """Hands accepted events to the publisher and then answers, in one step."""
         world = self.world
         if answers is None:
             for asked in batch:
@@ -178,9 +178,9 @@ class Pod(Process):
             if answer.outcome == "accepted" or world.rules.replays_published:
                 self._hold(answer.entry, answer.event)
             promise = (answer.event.reservation_id, 1)
-            world.onlooker.promised.setdefault(promise, answer.event.quantity)
-            world.onlooker.counts[answer.outcome] += 1
-            world.tell(self.name, "answers 202:", answer.outcome, answer.event)
+            world.oracle.promised.setdefault(promise, answer.event.quantity)
+            world.oracle.counts[answer.outcome] += 1
+            world.log(self.name, "answers 202:", answer.outcome, answer.event)
 
     def _release(self, reservation_id: str) -> Steps:
         world, started = self.world, self.world.now
@@ -191,19 +191,19 @@ class Pod(Process):
             yield world.between(0.005, 0.2)
             self._reached()
             self.servers.redis.replied()
-        except Away:
+        except Unreachable:
             return
-        if world.now - started >= CALL_DEADLINE and world.rules.late_answers_disbelieved:
+        if world.now - started >= CALL_DEADLINE and world.rules.late_answers_ignored:
             return
         if answer.outcome == "accepted" and answer.event is not None:
             self._hold(answer.entry, answer.event)
             world.risk(self)
-            world.onlooker.promised[reservation_id, 2] = answer.event.quantity
-            world.onlooker.counts["released"] += 1
-            world.tell(self.name, "answers released:", answer.event)
+            world.oracle.promised[reservation_id, 2] = answer.event.quantity
+            world.oracle.counts["released"] += 1
+            world.log(self.name, "answers released:", answer.event)
 
     def _hold(self, entry: int, event: Event, *, swept: bool = False) -> None:
-        """Publisher.add."""
+        """Hands an event to the publisher."""
         if not (self.world.rules.publish_at_once or swept):
             return
         self.pending.append((entry, event))
@@ -213,7 +213,7 @@ class Pod(Process):
             self.spawn(self._publish())
 
     def _publish(self) -> Steps:
-        """Publisher._send_forever: whatever fails is sent again from memory."""
+        """Publishes from memory, and sends a batch again if it fails."""
         world, kafka = self.world, self.servers.kafka
         while self.pending:
             self.publishing, self.pending = self.pending, []
@@ -234,7 +234,7 @@ class Pod(Process):
         self._publishes = False
 
     def _settle(self) -> Steps:
-        """Publisher.settle."""
+        """Settles acknowledged events."""
         while self.acknowledged:
             page = self.acknowledged.copy()
             yield self.world.between(0.005, 0.1)
@@ -242,7 +242,7 @@ class Pod(Process):
                 self._reached()
                 self.servers.redis.settle(page)
                 self.servers.redis.replied()
-            except Away:
+            except Unreachable:
                 yield 2.0
                 continue
             del self.acknowledged[: len(page)]
@@ -250,7 +250,7 @@ class Pod(Process):
         self._settles = False
 
     def _tick(self) -> Steps:
-        """Sweeping.beat and Sweeper.run."""
+        """Sends heartbeats and sweeps."""
         world, redis = self.world, self.servers.redis
         own = f"{self.name}/{self.generation}"
         while True:
@@ -265,18 +265,18 @@ class Pod(Process):
                 )
                 if self.servers.kafka.up:
                     self._sweep(redis)
-            except Away:
+            except Unreachable:
                 continue
 
     def _sweep(self, redis: Redis) -> None:
         for entry, (event, written) in redis.keys.outbox.items():
             if written <= self.world.now - SWEEP_AGE and entry not in self.held:
-                self.world.tell(self.name, "sweeps", entry, event)
+                self.world.log(self.name, "sweeps", entry, event)
                 self._hold(entry, event, swept=True)
 
     def _reached(self) -> None:
         if not self.connected:
-            raise Away
+            raise Unreachable
         self.servers.redis.reached()
 
     def _reconnection(self) -> Steps:
@@ -285,11 +285,11 @@ class Pod(Process):
 
     def _orphan(self) -> None:
         held = [event for _, event in (*self.pending, *self.publishing)]
-        self.world.onlooker.orphaned |= changes_of(held)
+        self.world.oracle.orphaned |= changes_of(held)
 
 
 class Consumer(Process):
-    """flashsale_consumer: worker.py around recording.py."""
+    """flashsale_consumer: worker.py."""
 
     BATCH = 6
     CHECK_SECONDS = 5.0
@@ -307,7 +307,7 @@ class Consumer(Process):
         self.positions: dict[int, int] = {}
 
     def assign(self, partitions: Iterable[int]) -> None:
-        """A rebalance; what it is recording at this moment it does not give up."""
+        """Assigns partitions, as a rebalance does. A transaction in progress continues."""
         self.assigned = frozenset(partitions)
         self.positions = {}
 
@@ -319,7 +319,7 @@ class Consumer(Process):
             try:
                 kafka.reached()
                 ledger.reached()
-                if not self.positions:  # placed where the ledger is
+                if not self.positions:  # begin at the ledger's offsets
                     offsets = ledger.tables.offsets
                     self.positions = {number: offsets[number] for number in self.assigned}
                     checked = world.now
@@ -340,19 +340,19 @@ class Consumer(Process):
                 ledger.record(positions, offsets_after, batch)
                 positions.update(offsets_after)
                 checked = world.now
-            except (Away, Rewound):
+            except (Unreachable, Rewound):
                 self.positions = {}
 
 
 class Superseded(Exception):
-    """Somebody else rebuilds the sale, or it needs no rebuild any more."""
+    """Another operator rebuilds the sale, or it does not need a rebuild any more."""
 
 
 class Operator(Process):
-    """flashsale_operator: decision.py and reconciler.py, and the rebuild of issue 6."""
+    """flashsale_operator/sales: decision.py, reconciler.py, rebuild.py and drain.py."""
 
     MARK_SECONDS = 3.0
-    """How long another operator leaves a rebuild alone of which nothing is heard."""
+    """Lease of a rebuild: how long other operators wait for its next sign of life."""
     STEPS = 8
 
     def __init__(
@@ -366,7 +366,7 @@ class Operator(Process):
         self.spawn(self._run(), self.world.between(0, self.every[0]))
 
     def forget(self) -> None:
-        """All that it knows, it observes."""
+        """An operator has no memory between reconciles."""
 
     @property
     def settled(self) -> bool:
@@ -376,7 +376,7 @@ class Operator(Process):
             row is not None
             and sale is not None
             and not self.servers.redis.fenced()
-            and not self._asks_differently(row)
+            and not self._differs_from_manifest(row)
             and _agrees(sale, row)
         )
 
@@ -384,14 +384,14 @@ class Operator(Process):
         while True:
             try:
                 yield from self._reconcile()
-            except Away:
-                self.world.tell(self.name, "meets a server that is away")
+            except Unreachable:
+                self.world.log(self.name, "cannot reach a server")
             except Superseded:
-                self.world.tell(self.name, "leaves it to another")
+                self.world.log(self.name, "leaves the sale to another operator")
             yield self.world.between(*self.every)
 
     def _reconcile(self) -> Steps:
-        """Reconciler.reconcile: observe, decide, act; again until nothing is left to do."""
+        """Observes, decides and acts, until nothing is left to do."""
         world, redis, ledger = self.world, self.servers.redis, self.servers.ledger
         inserted = False
         for _ in range(self.STEPS):
@@ -403,9 +403,9 @@ class Operator(Process):
             row = None if ledger.tables.row is None else ledger.tables.row.copy()
             yield world.between(0.01, 0.1)
             ledger.reached()
-            if row is None or row.revision < above or self._asks_differently(row):
+            if row is None or row.revision < above or self._differs_from_manifest(row):
                 row, new = ledger.write_row(self.servers.stock, self.servers.state, above)
-                world.tell(self.name, "writes", row)
+                world.log(self.name, "writes", row)
                 inserted = inserted or new
                 if row.state == "closed":
                     yield world.between(0.01, 0.1)
@@ -419,7 +419,7 @@ class Operator(Process):
                     inserted = False
                     if world.now > observed + SEED_SECONDS:
                         continue
-                world.tell(self.name, "seeds:", redis.apply(row, seed=True))
+                world.log(self.name, "seeds:", redis.apply(row, seed=True))
                 world.risk(self)
             elif sale is None or fenced:
                 yield from self._rebuild()
@@ -427,15 +427,15 @@ class Operator(Process):
             elif not _agrees(sale, row):
                 yield world.between(0.01, 0.1)
                 redis.reached()
-                world.tell(self.name, "applies:", redis.apply(row, seed=False))
+                world.log(self.name, "applies:", redis.apply(row, seed=False))
             else:
                 return
 
-    def _asks_differently(self, row: Row) -> bool:
+    def _differs_from_manifest(self, row: Row) -> bool:
         return (row.allocated, row.state) != (self.servers.stock, self.servers.state)
 
     def _rebuild(self) -> Steps:
-        """Issue 6: fence, barrier, the sale as the ledger has it, trusted as the last step."""
+        """Rebuilds the sale: fence, drain, restore from the ledger, trust."""
         world, redis, ledger = self.world, self.servers.redis, self.servers.ledger
         sale = redis.keys.sale
         if sale is not None and redis.rebuilding(sale):
@@ -444,10 +444,10 @@ class Operator(Process):
         claim = ledger.claim(0 if sale is None else sale.revision)
         yield world.between(0.01, 0.1)
         self._mark(claim)
-        world.tell(self.name, "begins rebuild", claim)
+        world.log(self.name, "begins rebuild", claim)
         world.risk(self)
         ends = [0] * PARTITIONS
-        if world.rules.barrier:
+        if world.rules.drain:
             began = world.now
             while self._unpublished(began):
                 yield world.between(0.2, 0.5)
@@ -465,24 +465,24 @@ class Operator(Process):
         world.risk(self)
         yield world.between(0.01, 0.3)
         redis.reached()
-        _mine(redis.fill_rebuild(claim, reservations))
+        _continue_if(redis.fill_rebuild(claim, reservations))
         yield world.between(0.01, 0.3)
         redis.reached()
-        _mine(redis.finish_rebuild(claim, row))
-        world.onlooker.counts["rebuilt"] += 1
-        world.tell(self.name, "has rebuilt:", redis.keys.sale)
+        _continue_if(redis.finish_rebuild(claim, row))
+        world.oracle.counts["rebuilt"] += 1
+        world.log(self.name, "has rebuilt:", redis.keys.sale)
 
     def _mark(self, claim: int) -> None:
         self.servers.redis.reached()
-        _mine(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS))
+        _continue_if(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS))
 
     def _recorded(self, ends: list[int]) -> bool:
-        """Drain._unread."""
+        """Whether the ledger has recorded all events before `ends`."""
         self.servers.ledger.reached()
         return self.servers.ledger.recorded(ends)
 
     def _unpublished(self, began: float) -> bool:
-        """Drain._unpublished: whether anybody may hold an event that Kafka has not."""
+        """Whether the outbox or a pod may hold an event that Kafka lacks."""
         redis, now = self.servers.redis, self.world.now
         redis.reached()
         unseen = self.world.rules.unseen_pods_awaited and now < began + EXPIRY
@@ -497,20 +497,20 @@ class Operator(Process):
         )
 
 
-def _mine(done: bool) -> None:
+def _continue_if(done: bool) -> None:
     if not done:
         raise Superseded
 
 
 def _agrees(sale: SaleHash, row: Row) -> bool:
     allocated = max(row.allocated, sale.accepted - sale.released)
-    # A closed sale's allocation is left as it is.
+    # Closing does not change the allocation.
     same = sale.allocated == allocated or row.state == "closed"
     return same and (sale.revision, sale.state) == (row.revision, row.state)
 
 
 def buy(world: World, pods: list[Pod], request: Request, *, keyed: bool) -> Steps:
-    """A buyer: asks, waits, asks again, maybe another pod. Without a key that is a new request."""
+    """A buyer, who retries, maybe on another pod. Without a key each attempt is a new request."""
     sent = request
     for attempt in range(1 + int(world.chance() * 5)):
         if not keyed:
@@ -521,7 +521,7 @@ def buy(world: World, pods: list[Pod], request: Request, *, keyed: bool) -> Step
         patient = asked.answer in {"", "unavailable", "fenced", "sold_out"}
         if world.chance() < (0.1 if patient else 0.8):
             break
-    if keyed and world.chance() < 0.3:  # comes back, to see whether it is still there
+    if keyed and world.chance() < 0.3:  # later repeats the request to check the reservation
         yield world.between(2.0, 15.0)
         pods[int(world.chance() * len(pods))].ask(Asked(sent))
     elif world.chance() < 0.5:

@@ -1,21 +1,21 @@
-"""The whole protocol as a discrete-event model: what every process does, step by step, with any
-of them killed, suspended or cut off between any two steps, and any server down, back as an older
-copy, or empty.
+"""A discrete-event model of the whole protocol, with faults between any two steps.
 
-What stands for what:
+Every process can be killed, suspended or disconnected. Every server can be down, return as an older
+copy, or be empty. The model's classes stand for these modules:
 
-    servers.Redis      src/flashsale/lua: reserve, settle, apply, close; release and the rebuild's
-                       scripts as DESIGN.md and issue 6 describe them; a server's durability
-    servers.Ledger     flashsale_consumer/recording.py, the row of flashsale_operator/sales/reconciler.py
-    servers.Kafka      the topic: partitions, duplicates, no order between them
-    processes.Pod      flashsale_api/batching.py, publishing.py, sweeping.py
+    servers.Redis      src/flashsale/lua: reserve, settle, apply, close, and a rebuild's scripts in
+                       short; a server's durability. `release` exists only in the model.
+    servers.Ledger     flashsale_consumer/recorder.py, the writes of
+                       flashsale_operator/sales/reconciler.py and rebuild.py
+    servers.Kafka      the topic: partitions with duplicates and without a common order
+    processes.Pod      flashsale_api/batcher.py, publisher.py, sweeper.py
     processes.Consumer flashsale_consumer/worker.py
     processes.Operator flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
-    rules.Rules        the parts that can be left out
+    rules.Rules        the parts that a run can leave out
 
-One sale of few units, few users and thirty seconds of faults; then everything comes back and the
-system must come to rest and agree. One seed is one run, always the same. A violation shows what
-happened, moment by moment.
+A run has one sale of few units, few users and thirty seconds of faults. Then everything comes back,
+and the system must come to rest and agree. A seed always gives the same run. A violation carries
+the trace of its run.
 """
 
 from collections.abc import Callable
@@ -40,24 +40,24 @@ USERS = 12
 
 
 class Run:
-    """One seed's world, its faults and its verdict."""
+    """The world of a seed, its faults and its verdict."""
 
     def __init__(self, seed: int, rules: Rules, *, tracing: bool = False) -> None:
         world = self.world = World(seed, rules, tracing=tracing)
         redis = Redis(world, always=world.chance() < 0.3)
         self.servers = Servers(redis, Kafka(world), Ledger(world), 2 + int(world.chance() * 5))
-        world.onlooker.highest_stock = self.servers.stock
+        world.oracle.highest_stock = self.servers.stock
         self.pods = [Pod(world, f"api-{n}", self.servers) for n in range(2)]
         self.consumers = [Consumer(world, f"consumer-{n}", self.servers) for n in range(2)]
         self.operator = Operator(world, "operator", self.servers, every=(0.5, 2.0))
-        # A person with flashsalectl.
+        # A person who uses flashsalectl.
         self.person = Operator(world, "person", self.servers, every=(5.0, 20.0))
         self._kinds = self._chosen()
         if world.chance() < 0.5:
             world.strike = self._strike
 
     def check(self) -> dict[str, int]:
-        """Runs it; raises `Violation`. Returns what was seen, to know that runs are not empty."""
+        """Runs the seed and returns counts of what happened. Raises `Violation`."""
         world = self.world
         for process in (*self.pods, *self.consumers, self.operator, self.person):
             process.begin()
@@ -70,15 +70,15 @@ class Run:
         if not world.run(FAULT_SECONDS + REST_SECONDS, self._at_rest):
             raise Violation(f"does not come to rest: {self._unrest()}")
         self._judge()
-        return world.onlooker.counts
+        return world.oracle.counts
 
-    # What happens.
+    # Buyers, the owner and faults.
 
     def _crowd(self) -> Steps:
         world = self.world
         number = 0
         while world.now < FAULT_SECONDS:
-            # Now a crowd, now nobody.
+            # Crowds alternate with pauses.
             for _ in range(1 + int(world.chance() * 8)):
                 number += 1
                 self._buyer(number)
@@ -90,12 +90,12 @@ class Run:
         request = Request(f"r{number}", f"u{int(world.chance() * USERS)}", _quantity(world))
         keyed = world.chance() < 0.6
         world.later(0, buy(world, self.pods, request, keyed=keyed))
-        if keyed and world.chance() < 0.1:  # the same key for another quantity
+        if keyed and world.chance() < 0.1:  # the same key with another quantity
             other = request._replace(quantity=3 - request.quantity)
             world.later(world.between(0, 3), buy(world, self.pods, other, keyed=True))
 
     def _trouble(self) -> Steps:
-        """A few faults, often one right after another."""
+        """Makes a few faults, often one right after another."""
         world = self.world
         while True:
             yield world.between(0.02, 1.0) if world.chance() < 0.4 else world.between(3.0, 15.0)
@@ -104,7 +104,7 @@ class Run:
             self._kinds[int(world.chance() * len(self._kinds))]()
 
     def _strike(self, process: Process | None) -> Steps:
-        """Hits a process, or all pods, at that moment, and often Redis right after it."""
+        """Kills or suspends a process, or kills all pods, and often hits Redis right after that."""
         world = self.world
         if world.now >= FAULT_SECONDS:
             return
@@ -118,7 +118,7 @@ class Run:
         else:
             process.suspend(seconds)
             if isinstance(process, Operator) and world.chance() < 0.4:
-                yield seconds - 0.05  # so that it does not know yet
+                yield seconds - 0.05  # just before it resumes, so that it has not noticed
                 if world.now < FAULT_SECONDS:
                     self._redis_emptied()
                 return
@@ -134,22 +134,22 @@ class Run:
                 lossy[int(world.chance() * len(lossy))]()
 
     def _owner(self) -> Steps:
-        """A restock, a lower stock, or a close and the same manifest applied again."""
+        """Changes the stock, or closes the sale and applies the manifest again."""
         world, servers = self.world, self.servers
         for _ in range(int(world.chance() * 4)):
             yield world.between(1.0, 10.0)
             if world.chance() < 0.3:
                 servers.state = "closed"
-                world.tell("owner", "closes")
+                world.log("owner", "closes the sale")
                 yield world.between(0.1, 3.0)
                 servers.state = "open"
             else:
                 servers.stock = 2 + int(world.chance() * 7)
-            world.onlooker.highest_stock = max(world.onlooker.highest_stock, servers.stock)
-            world.tell("owner", "wants", servers.stock, servers.state)
+            world.oracle.highest_stock = max(world.oracle.highest_stock, servers.stock)
+            world.log("owner", "wants", servers.stock, servers.state)
 
     def _chosen(self) -> list[Callable[[], None]]:
-        """The faults of this run: few kinds, so that each kind meets each other kind often."""
+        """Chooses the faults of this run. Few kinds make each combination of two kinds frequent."""
         every = [
             self._pod_killed,
             self._pod_suspended,
@@ -182,7 +182,7 @@ class Run:
         return self.operator if self.world.chance() < 0.7 else self.person
 
     def _short_or_long(self) -> float:
-        """Well below what a heartbeat lives, or well above."""
+        """Returns a duration well below or well above the lifetime of a heartbeat."""
         short = self.world.chance() < 0.5
         return self.world.between(0.3, EXPIRY / 2) if short else self.world.between(6.0, 20.0)
 
@@ -209,7 +209,7 @@ class Run:
     def _redis_emptied(self) -> None:
         redis = self.servers.redis
         if self.world.chance() < 0.5:
-            self.world.tell("redis", "is flushed")
+            self.world.log("redis", "is flushed")
             redis.become(Keys(), restarted=False)
         else:
             self._redis_returns("is new and empty", Keys(), self.world.between(0.5, 3.0))
@@ -219,16 +219,16 @@ class Run:
         self._redis_returns("fails over", keys, self.world.between(0.1, 3.0))
 
     def _redis_promoted_again(self) -> None:
-        """Demoted, synchronised with a replica that had lagged, promoted again: the same run."""
+        """Demotes Redis, synchronises it with a replica that lagged, and promotes it again."""
         redis = self.servers.redis
-        self.world.tell("redis", "was away, and is the primary again")
+        self.world.log("redis", "was demoted and is the primary again")
         redis.become(redis.copy_of(3.0), restarted=False)
 
-    def _redis_returns(self, what: str, keys: Keys, seconds: float) -> None:
+    def _redis_returns(self, message: str, keys: Keys, seconds: float) -> None:
         redis = self.servers.redis
         if not redis.up:
             return
-        self.world.tell("redis", what, f"{seconds:.1f} s")
+        self.world.log("redis", message, f"{seconds:.1f} s")
         redis.become(keys)
         redis.up = False
 
@@ -246,7 +246,7 @@ class Run:
 
     def _down(self, server: Kafka | Ledger, name: str) -> None:
         seconds = self.world.between(0.5, 8.0)
-        self.world.tell(name, "is down for", f"{seconds:.1f} s")
+        self.world.log(name, "is down for", f"{seconds:.1f} s")
         server.up = False
 
         def comes_back() -> Steps:
@@ -256,7 +256,7 @@ class Run:
         self.world.later(seconds, comes_back())
 
     def _ledger_rewound(self) -> None:
-        self.world.tell("ledger", "is an older copy")
+        self.world.log("ledger", "is an older copy")
         self.servers.ledger.rewind()
 
     def _consumer_killed(self) -> None:
@@ -277,7 +277,7 @@ class Run:
         self._some_operator().suspend(self.world.between(0.5, 20.0))
 
     def _rebalance(self) -> None:
-        """Shares the partitions out to those that answer; another may be recording still."""
+        """Assigns the partitions to responsive consumers. A suspended one may still record."""
         living = [one for one in self.consumers if not one.suspended] or self.consumers
         for consumer in self.consumers:
             consumer.assign(())
@@ -286,7 +286,7 @@ class Run:
             member.assign({*member.assigned, number})
 
     def _heal(self) -> None:
-        self.world.tell("everything", "comes back")
+        self.world.log("everything", "recovers")
         servers = self.servers
         servers.redis.up = servers.kafka.up = servers.ledger.up = True
         for process in (*self.pods, *self.consumers, self.operator, self.person):
@@ -295,65 +295,68 @@ class Run:
             pod.connected = True
         self._rebalance()
 
-    # What must be true in the end.
+    # The verdict.
 
     def _unrest(self) -> list[str]:
         ledger, kafka = self.servers.ledger, self.servers.kafka
         found = {
-            "a pod works": not all(pod.idle for pod in self.pods),
+            "a pod has work": not all(pod.idle for pod in self.pods),
             "the outbox has entries": bool(self.servers.redis.keys.outbox),
-            "the ledger has not read all": ledger.tables.offsets != kafka.ends(),
+            "the ledger has not read the topic to its ends": ledger.tables.offsets != kafka.ends(),
             "the operator has work": not self.operator.settled,
         }
-        return [what for what, is_so in found.items() if is_so]
+        return [name for name, is_so in found.items() if is_so]
 
     def _at_rest(self) -> bool:
-        # Buyers may still be on their way.
+        # Some buyers are still retrying before then.
         return self.world.now > FAULT_SECONDS + 20.0 and not self._unrest()
 
     def _judge(self) -> None:
-        onlooker, tables, keys = self.world.onlooker, self.servers.ledger.tables, self._keys()
+        oracle, tables, keys = self.world.oracle, self.servers.ledger.tables, self._keys()
         row, recorded = tables.row, tables.reservations
         if row is None or keys.sale is None:
-            raise Violation("no sale is left")
+            raise Violation("the sale is gone")
         held = sum(held_by(recorded.values()).values())
         _must(
-            held <= onlooker.highest_stock,
-            f"{held} units are recorded and not released, {onlooker.highest_stock} were for sale",
+            held <= oracle.highest_stock,
+            f"{held} units are recorded and not released, of {oracle.highest_stock} for sale",
         )
         for user, units in held_by(recorded.values()).items():
             _must(units <= MAX_PER_USER, f"{user} has {units} units in the ledger")
-        for (reservation_id, version), quantity in onlooker.promised.items():
+        for (reservation_id, version), quantity in oracle.promised.items():
             found = recorded.get(reservation_id)
             kept = found is not None and found.version >= version and found.quantity == quantity
             if not kept:
                 where = "refused" if reservation_id in tables.refused else "not in the ledger"
                 _must(
-                    onlooker.excused((reservation_id, version)),
-                    f"{reservation_id} (version {version}, {quantity} units) was promised, and is "
-                    f"{found or where}; lost by Redis: "
-                    f"{(reservation_id, version) in onlooker.lost}, its pod cut off: "
-                    f"{(reservation_id, version) in onlooker.orphaned}",
+                    oracle.excused((reservation_id, version)),
+                    f"{reservation_id} (version {version}, {quantity} units) was promised, but is "
+                    f"{found or where}. Lost by Redis: "
+                    f"{(reservation_id, version) in oracle.lost}, its pod killed or disconnected: "
+                    f"{(reservation_id, version) in oracle.orphaned}",
                 )
-                onlooker.counts["excused"] += 1
+                oracle.counts["excused"] += 1
         units = sum(event.quantity for event in recorded.values())
-        _must(row.accepted == units, f"the ledger counts {row.accepted} of {units} units")
+        _must(
+            row.accepted == units,
+            f"the ledger counts {row.accepted} of {units} recorded units",
+        )
         sale = keys.sale
         _must(
             (sale.accepted, sale.released) == (row.accepted, row.released),
-            f"Redis has accepted and released {sale.accepted}, {sale.released}, "
-            f"the ledger {row.accepted}, {row.released}",
+            f"accepted and released are {sale.accepted} and {sale.released} in Redis, "
+            f"but {row.accepted} and {row.released} in the ledger",
         )
-        _must(keys.reservations == recorded, "Redis and the ledger have other reservations")
+        _must(keys.reservations == recorded, "the reservations of Redis and the ledger differ")
         _must(
             {user: units for user, units in keys.buyers.items() if units}
             == {user: units for user, units in held_by(recorded.values()).items() if units},
-            "Redis and the ledger have other buyers",
+            "the buyers of Redis and the ledger differ",
         )
         _must(
-            sale.state == "closed"  # which a close does not touch
+            sale.state == "closed"  # closing does not change the allocation
             or sale.allocated == max(row.allocated, sale.accepted - sale.released),
-            f"{sale.allocated} units are allocated of {row.allocated} declared",
+            f"{sale.allocated} units are allocated, but {row.allocated} are declared",
         )
 
     def _keys(self) -> Keys:
@@ -361,7 +364,7 @@ class Run:
 
 
 def check(seed: int, rules: Rules) -> dict[str, int]:
-    """Runs a seed; a `Violation` carries the run's trace."""
+    """Runs a seed. A `Violation` carries the trace of the run."""
     try:
         return Run(seed, rules).check()
     except Violation:
@@ -374,9 +377,9 @@ def check(seed: int, rules: Rules) -> dict[str, int]:
         raise
 
 
-def _must(holds: bool, otherwise: str) -> None:
+def _must(holds: bool, violation: str) -> None:
     if not holds:
-        raise Violation(otherwise)
+        raise Violation(violation)
 
 
 def _quantity(world: World) -> int:

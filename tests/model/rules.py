@@ -1,5 +1,6 @@
-"""The parts of the protocol that can be left out of the model, one by one, to see what they are
-for; and the durations, which are the code's own.
+"""The parts of the protocol, each of which a run of the model can leave out, and its durations.
+
+For each part, a test shows a run that fails without it. The durations are the code's own.
 """
 
 from dataclasses import dataclass
@@ -15,56 +16,58 @@ CALL_DEADLINE: Final = heartbeat.CALL_DEADLINE_SECONDS
 SWEEP_AGE: Final = sweeper.SWEEP_AGE_MS / 1000
 CALLS_IN_FLIGHT: Final = batcher.CALLS_IN_FLIGHT
 SETTLED_BEFORE: Final = drain.CALL_DEADLINE_MS / 1000
-"""A heartbeat sampled this long after a fence counts all that was accepted before it."""
+"""A heartbeat sampled this long after a fence counts everything accepted before the fence."""
 
 SEED_SECONDS: Final = decision.SEED_MS / 1000
-"""How old what an operator observed may be when it seeds: a rebuild takes longer."""
+"""Greatest age of an operator's observation when it seeds. A rebuild takes longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The protocol; `Rules()` is all of it. Each field says where the code has it.
+    """Which parts of the protocol are in force. `Rules()` is the whole protocol.
 
-    Two of them are about releases, which the code does not have yet.
+    Each field names the module that implements it. `release_when_acknowledged` and
+    `settle_matches_version` are about releases, which exist only in the model so far.
     """
 
     publish_at_once: bool = True
-    """publishing.py: the pod that accepted publishes from memory, before any sweep."""
+    """publisher.py: the pod that accepted a reservation publishes it from memory at once."""
     fence: bool = True
-    """sale.lua: a sale written under another run of the server is fenced."""
-    barrier: bool = True
-    """barrier.py: outbox empty, pods hold nothing, then the ledger at the topic's ends."""
+    """sale.lua: a sale that was written under another run of the server is fenced."""
+    drain: bool = True
+    """drain.py: a rebuild waits until the outbox is empty, no pod holds an event, and the ledger
+    has read the topic to its ends."""
     capacity_in_events: bool = True
-    """recording.py: the ledger's capacity rises to what an event was accepted under."""
+    """recorder.py: the ledger raises a sale's capacity to the capacity in each event."""
     release_when_acknowledged: bool = True
-    """DESIGN.md, not in the code yet: `settle` adds to `released` and to what the buyer may buy,
-    `release` does not."""
+    """Only in the model: `settle` gives a released unit back to the sale and to the buyer's limit.
+    `release` does not, because Kafka does not have the event yet."""
     settle_matches: bool = True
-    """settle.lua: an entry is deleted only if it is the reservation's that was acknowledged."""
-    late_answers_disbelieved: bool = True
-    """batching.py: an answer that comes after the call's deadline is not an answer."""
+    """settle.lua: an outbox entry is deleted only if it has the acknowledged reservation's id."""
+    late_answers_ignored: bool = True
+    """batcher.py: a reply that arrives after the call's deadline is ignored."""
     unseen_pods_awaited: bool = True
-    """barrier.py: who is in no heartbeat may be alive, until one would have expired."""
+    """drain.py: a pod without a heartbeat may be alive until a heartbeat would have expired."""
     rewound_ledger_noticed: bool = True
-    """recording.py: reading goes back to the stored offset when the ledger has less."""
+    """recorder.py: if the ledger has a lower offset, reading goes back to that offset."""
 
     settle_matches_version: bool = True
-    """Not in the code, where a reservation has one version yet: an acknowledged acceptance does not
-    settle the release of the same reservation."""
+    """Only in the model: the acknowledgement of an acceptance does not settle the release of the
+    same reservation."""
     replays_published: bool = True
-    """batching.py: a pod that answers 202 because of a replay publishes the event too; it is in
-    nobody's memory if the call that was executed was never answered."""
+    """batcher.py: a pod that answers 202 for a replay also publishes the event. If the first call
+    was executed but its reply was lost, no pod has the event in memory."""
     cut_off_events_refused: bool = True
-    """recording.py: what was accepted before the sale's last rebuild and comes after it."""
+    """recorder.py: an event that was accepted before the sale's last rebuild, and was not in it,
+    is refused."""
     refused_may_return: bool = True
-    """recording.py: an id that was refused and is accepted again, under the same key, is recorded.
-    """
+    """recorder.py: a refused id that is accepted again, under the same key, is recorded."""
     rebuild_guarded: bool = True
-    """fence.lua, restore.lua, trust.lua, rebuild.py: each write of a rebuild says which rebuild and
-    which run of the server it belongs to, and is refused by another."""
+    """fence.lua, restore.lua, trust.lua, rebuild.py: each write of a rebuild names its rebuild and
+    its run of the server, and is refused if either has changed."""
     seed_is_fresh: bool = True
-    """apply.lua, decision.py: an operator seeds without a rebuild once, and only soon after it
-    looked."""
+    """apply.lua, decision.py: an operator seeds a sale without a rebuild only once, and only soon
+    after its observation."""
     fence_on_replication_id: bool = True
-    """sale.lua: a server that was demoted and promoted again has the run_id that it had, and
-    another replication id behind it."""
+    """sale.lua: the fence compares the replication id as well, because a server that was demoted
+    and promoted again keeps its run_id."""

@@ -1,6 +1,7 @@
-"""What the Lua scripts answer and leave behind, in Python: a sale as their headers tell it.
+"""A model of the Lua scripts in Python: their results and the state of an item after each call.
 
-Hours count from the start of a run, which takes much less than one: the server's clock is hour 0.
+Hours count from the start of a sequence, which takes much less than one hour. The server's clock is
+at hour 0.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from flashsale.sale import Predecessor
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The arguments of `apply`; `replaces` is a sale and the units recorded of it."""
+    """The arguments of `apply`."""
 
     sale_id: str
     revision: int
@@ -32,7 +33,7 @@ class Manifest:
 
 @dataclass(slots=True)
 class Hash:
-    """The sale's hash. `restarted`: since it was written, the server has run anew."""
+    """The sale's hash. `restarted` means that it was written under another run of the server."""
 
     manifest: Manifest
     state: str
@@ -50,17 +51,17 @@ class Hash:
 
 @dataclass(slots=True)
 class Item:
-    """The four keys of an item. A key that is gone is None; so is one that never was."""
+    """The four keys of an item. A missing key is None."""
 
     sale: Hash | None = None
     buyers: dict[str, int] | None = None
     reservations: dict[str, Request] | None = None
     outbox: dict[str, str] | None = None
-    """Reservation ids by entry; emptied, it is there still."""
+    """Reservation ids by entry id. An empty outbox is a key too."""
     outbox_limit: int = 4
     settled: set[str] = field(default_factory=set)
     taken: dict[str, Request] = field(default_factory=dict)
-    """What this sale ever accepted, as a ledger that has everything knows it."""
+    """All requests that this sale has accepted, as in a complete ledger."""
 
     @property
     def others(self) -> int:
@@ -108,10 +109,10 @@ class Item:
         return Applied.CHANGED
 
     def rebuild(self, claim: int) -> None:
-        """A fenced sale with a drained outbox comes back from the ledger."""
+        """Rebuilds a fenced sale, whose outbox is empty, from the ledger."""
         sale = self.sale
         if sale is None:
-            raise ValueError("the row is the hash's: without that there is none")
+            raise ValueError("without the hash there is no ledger row")
         sale.manifest = replace(sale.manifest, revision=claim)
         if sale.state != "closed":
             sale.state = sale.manifest.state
@@ -123,7 +124,7 @@ class Item:
         self.outbox, self.settled = {}, set(self.taken)
 
     def held(self) -> dict[str, int]:
-        """Units by buyer, of what was ever accepted."""
+        """Returns the accepted units per buyer."""
         held: dict[str, int] = {}
         for request in self.taken.values():
             held[request.user_id] = held.get(request.user_id, 0) + request.quantity
@@ -136,8 +137,9 @@ class Item:
         return Applied.SEEDED
 
     def reserve(self, batch: Sequence[Request]) -> Outcome | list[Outcome]:
-        """The outcomes; what was accepted is in the reservations then, not yet in the outbox,
-        whose ids the server makes.
+        """Returns the outcomes. The caller adds accepted requests to the outbox.
+
+        The server makes the entry ids of the outbox, so the model cannot predict them.
         """
         sale = self.sale
         if sale is None:
@@ -179,7 +181,7 @@ class Item:
 
     @property
     def unsettled(self) -> set[str]:
-        """The reservations whose events Kafka has not acknowledged."""
+        """The reservations with an outbox entry."""
         return (self.reservations or {}).keys() - self.settled
 
     def settle(self, pairs: Sequence[tuple[str, str]]) -> int:

@@ -1,19 +1,19 @@
-"""Redis, Kafka and PostgreSQL as the protocol sees them: each call happens at one instant."""
+"""Redis, Kafka and PostgreSQL in the model. Each call happens at one instant."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tests.model.world import Away, Event, Violation, World, changes_of
+from tests.model.world import Event, Unreachable, Violation, World, changes_of
 
 MAX_PER_USER = 2
 PARTITIONS = 3
 LOST_REPLIES = 0.02
-"""Of the calls that were executed, those whose answer does not come."""
+"""Share of the executed calls whose reply is lost."""
 
 
 class Request(NamedTuple):
-    """inventory.Request."""
+    """`reservations.Request`."""
 
     reservation_id: str
     user: str
@@ -21,8 +21,9 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One answer of `reserve`: with the outbox entry and the event where it accepted, with what
-    is known of the reservation where it was a replay.
+    """An answer of `reserve`. An acceptance has the outbox entry and the event.
+
+    A replay has the event of the known reservation.
     """
 
     outcome: str
@@ -31,7 +32,7 @@ class Answer(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """heartbeat.py."""
+    """`heartbeat.Heartbeat`, with the time at which its key expires."""
 
     held: int
     sampled: float
@@ -39,20 +40,20 @@ class Heartbeat(NamedTuple):
 
 
 class Rebuilding(NamedTuple):
-    """The mark of a rebuild that is under way: whose, on which server, and how long it is heard."""
+    """The mark of a rebuild in progress: its claim, the server's stamp, the end of its lease."""
 
     claim: int
     stamp: tuple[int, int]
     until: float
 
 
-NOBODY = (0, 0)
-"""The stamp of a sale that no server trusts."""
+UNTRUSTED = (0, 0)
+"""The stamp of a sale that is trusted under no server."""
 
 
 @dataclass(slots=True)
 class SaleHash:
-    """The sale's hash. `stamp` says under which server it may be trusted."""
+    """The sale's hash. It is trusted only under the server that has the same `stamp`."""
 
     stamp: tuple[int, int]
     revision: int
@@ -63,7 +64,7 @@ class SaleHash:
     rebuilding: Rebuilding | None = None
 
     def copy(self) -> "SaleHash":
-        # Ten times as fast as dataclasses.replace, and a quarter of a run was spent there.
+        # Ten times as fast as dataclasses.replace, which took a quarter of a run's time.
         return SaleHash(
             self.stamp,
             self.revision,
@@ -77,7 +78,7 @@ class SaleHash:
 
 @dataclass(slots=True)
 class Keys:
-    """All that Redis stores."""
+    """The data in Redis."""
 
     sale: SaleHash | None = None
     buyers: dict[str, int] = field(default_factory=dict)
@@ -98,12 +99,12 @@ class Keys:
 
 
 class Redis:
-    """The scripts of src/flashsale/lua, and a server that can lose what it has written."""
+    """The scripts of src/flashsale/lua, on a server that can lose writes."""
 
     def __init__(self, world: World, *, always: bool) -> None:
         self.world = world
         self.always = always
-        """appendfsync always: a crash loses nothing. Else what was written in the last second."""
+        """Whether appendfsync is `always`. Otherwise a crash can lose the last second of writes."""
         self.up = True
         self.keys = Keys()
         self.run_id = world.new_id()
@@ -114,28 +115,28 @@ class Redis:
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """What a sale must have been written under."""
+        """The server's run. A sale is trusted only if it was written under the same run."""
         by_replication = self.world.rules.fence_on_replication_id
         return (self.run_id, self.replication_id if by_replication else 0)
 
     def reached(self) -> None:
-        """Raises `Away` before anything was done."""
+        """Raises `Unreachable` if a call cannot arrive. Nothing was executed."""
         if not self.up:
-            raise Away
+            raise Unreachable
 
     def replied(self, *, stamp: tuple[int, int] | None = None) -> None:
-        """Raises `Away` after it was done, when the answer is lost."""
+        """Raises `Unreachable` if the reply of an executed call is lost."""
         if not self.up or self.world.chance() < LOST_REPLIES:
-            raise Away
+            raise Unreachable
         if stamp is not None and stamp != self.stamp and self.world.chance() < 0.5:
-            raise Away
+            raise Unreachable
 
     def become(self, keys: Keys, *, restarted: bool = True) -> None:
-        """Goes back to another state, as another run of the server or as the same one."""
-        gone = changes_of(self.keys.reservations.values())
-        gone -= changes_of(keys.reservations.values())
-        self.world.onlooker.lost |= gone
-        self.world.tell("redis", "loses", *sorted(gone))
+        """Takes an earlier state, in a new run of the server or in the same run."""
+        lost = changes_of(self.keys.reservations.values())
+        lost -= changes_of(keys.reservations.values())
+        self.world.oracle.lost |= lost
+        self.world.log("redis", "loses", *sorted(lost))
         self.keys = keys.copy()
         self.replication_id = self.world.new_id()
         if restarted:
@@ -143,20 +144,20 @@ class Redis:
         self._copies.append((self.world.now, self.keys.copy()))
 
     def copy_of(self, seconds: float) -> Keys:
-        """The state at some moment of the last seconds."""
+        """Returns the state at a random moment of the last seconds."""
         since = self.world.now - seconds
-        young = [keys for at, keys in self._copies if at >= since]
-        # The one before them was the state when that time began.
-        choice = self._copies[-len(young) - 1 :] or self._copies
+        recent = [keys for at, keys in self._copies if at >= since]
+        # The copy before them is the state at the beginning of that time.
+        choice = self._copies[-len(recent) - 1 :] or self._copies
         return choice[int(self.world.chance() * len(choice))][1]
 
     def _wrote(self) -> None:
         sale = self.keys.sale
         if sale is not None and sale.accepted - sale.released > sale.allocated:
-            raise Violation(f"Redis: {sale} has more in buyers' hands than allocated")
+            raise Violation(f"Redis: buyers of {sale} hold more units than are allocated")
         self._copies.append((self.world.now, self.keys.copy()))
 
-    # What every script does first: sale.lua.
+    # sale.lua, which is part of every script.
 
     def fenced(self) -> bool:
         sale = self.keys.sale
@@ -202,7 +203,7 @@ class Redis:
         return entry, event
 
     def release(self, reservation_id: str) -> Answer:
-        """Gives a reservation back (DESIGN.md; no script yet)."""
+        """Releases a reservation. Only the model has this call."""
         sale, keys = self.keys.sale, self.keys
         known = keys.reservations.get(reservation_id)
         if sale is None or known is None or self.fenced():
@@ -228,19 +229,19 @@ class Redis:
         rules, keys = self.world.rules, self.keys
         wrote = False
         for entry, event in acknowledged:
-            there = keys.outbox.get(entry)
-            mine = there is not None and (
-                there[0].reservation_id == event.reservation_id
-                and (there[0].version == event.version or not rules.settle_matches_version)
+            found = keys.outbox.get(entry)
+            matches = found is not None and (
+                found[0].reservation_id == event.reservation_id
+                and (found[0].version == event.version or not rules.settle_matches_version)
             )
-            if there is not None and not mine:
+            if found is not None and not matches:
                 self.world.risk(chance=0.5)
-            if there is None or (rules.settle_matches and not mine):
+            if found is None or (rules.settle_matches and not matches):
                 continue
             del keys.outbox[entry]
             wrote = True
-            if there[0].version > 1 and rules.release_when_acknowledged and keys.sale is not None:
-                self._give_back(keys.sale, there[0])
+            if found[0].version > 1 and rules.release_when_acknowledged and keys.sale is not None:
+                self._give_back(keys.sale, found[0])
         if wrote:
             self._wrote()
 
@@ -256,7 +257,7 @@ class Redis:
     # The operator's scripts.
 
     def apply(self, row: "Row", *, seed: bool) -> str:
-        """apply.lua: a sale that was fenced is rebuilt."""
+        """apply.lua."""
         sale = self.keys.sale
         if sale is None:
             if not seed:
@@ -281,28 +282,28 @@ class Redis:
             self._wrote()
 
     def mark_rebuild(self, claim: int, seconds: float) -> bool:
-        """Fences the sale for one rebuild, and again while that goes on.
+        """fence.lua: marks the sale for a rebuild, or renews the mark of that rebuild.
 
-        Where the keys are gone this is the fence; an unfinished sale is not unknown.
+        If the keys are missing, this creates a fenced sale, so that buyers do not get `unknown`.
         """
         sale, now = self.keys.sale, self.world.now
         if sale is None:
-            sale = self.keys.sale = SaleHash(NOBODY, 0, "closed", 0)
+            sale = self.keys.sale = SaleHash(UNTRUSTED, 0, "closed", 0)
         elif self.world.rules.rebuild_guarded:
-            trusted = not (self.fenced() or sale.stamp == NOBODY)
+            trusted = not (self.fenced() or sale.stamp == UNTRUSTED)
             if trusted or (self.rebuilding(sale) and claim != _claim(sale)):
                 return False
-        sale.stamp, sale.rebuilding = NOBODY, Rebuilding(claim, self.stamp, now + seconds)
+        sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, self.stamp, now + seconds)
         self._wrote()
         return True
 
     def rebuilding(self, sale: SaleHash) -> bool:
-        """Whether somebody rebuilds the sale, as far as can be seen."""
+        """Whether a rebuild has a mark on the sale that has not expired."""
         mark = sale.rebuilding
         return mark is not None and mark.stamp == self.stamp and mark.until > self.world.now
 
     def fill_rebuild(self, claim: int, reservations: Mapping[str, Event]) -> bool:
-        """Writes what the ledger has recorded."""
+        """restore.lua: writes the ledger's reservations."""
         if self._of_another(claim) or self.keys.outbox:
             return False
         self.keys.reservations = dict(reservations)
@@ -311,7 +312,7 @@ class Redis:
         return True
 
     def finish_rebuild(self, claim: int, row: "Row") -> bool:
-        """Opens the sale, as the last step."""
+        """trust.lua: opens the sale, as the last step of a rebuild."""
         if self._of_another(claim):
             return False
         allocated = max(row.allocated, row.accepted - row.released)
@@ -322,7 +323,7 @@ class Redis:
         return True
 
     def _of_another(self, claim: int) -> bool:
-        """Whether the sale is not, or no longer, fenced for this rebuild, on this server."""
+        """Whether the sale is not fenced, or not any more, for this rebuild in this run."""
         sale = self.keys.sale
         if sale is None or not self.world.rules.rebuild_guarded:
             return sale is None
@@ -335,22 +336,22 @@ def _claim(sale: SaleHash) -> int:
 
 
 class Kafka:
-    """The topic: partitions that keep what they acknowledged."""
+    """The topic. Its partitions keep every event that they have acknowledged."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.up = True
         self.delay = 0.2 if world.chance() < 0.6 else 4.0
-        """Seconds until a batch is there, at most."""
+        """Longest time until a batch arrives, in seconds."""
         self.partitions: list[list[Event]] = [[] for _ in range(PARTITIONS)]
         self._turn = 0
 
     def reached(self) -> None:
         if not self.up:
-            raise Away
+            raise Unreachable
 
     def append(self, batch: Iterable[Event]) -> None:
-        """A batch goes to one partition: order means nothing."""
+        """Appends a batch to the next partition, because the order of events does not matter."""
         self._turn += 1
         self.partitions[self._turn % PARTITIONS] += batch
 
@@ -361,8 +362,10 @@ class Kafka:
 
 @dataclass(slots=True)
 class Row:
-    """A row of `sales`. `claimed` and `rebuilt` are the revisions of the rebuild that was begun
-    last, and of the one that was read for last.
+    """A row of `sales`.
+
+    `claimed` is the revision of the rebuild that began last. `rebuilt` is the revision of the
+    rebuild that last read the ledger.
     """
 
     revision: int
@@ -388,12 +391,12 @@ class Row:
 
 
 class Rewound(Exception):
-    """recording.LedgerRewound."""
+    """The ledger has lower offsets than the consumer."""
 
 
 @dataclass(slots=True)
 class Tables:
-    """All that PostgreSQL stores. `refused`: changes that were not recorded, and are reported."""
+    """The data in PostgreSQL. `refused` has events that were not recorded but reported."""
 
     row: Row | None = None
     reservations: dict[str, Event] = field(default_factory=dict)
@@ -410,7 +413,7 @@ class Tables:
 
 
 class Ledger:
-    """recording.py's transaction and reconciler.py's, and a server that can be an older copy."""
+    """The transactions of consumer and operator, on a server that can become an older copy."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -420,13 +423,13 @@ class Ledger:
 
     def reached(self) -> None:
         if not self.up:
-            raise Away
+            raise Unreachable
 
     def rewind(self) -> None:
-        """Becomes an older copy: a failover to a standby that lagged.
+        """Becomes an older copy, as in a failover to a standby that lagged.
 
-        Not one from before the last rebuild, or from before the sale was declared: those two
-        commits are taken to be on the standby too (see docs/reliability.md).
+        The copy has the last rebuild's commit and the sale's declaration, because these two
+        commits are assumed to be on the standby (see docs/reliability.md).
         """
         if self._copies:
             keep = int(self.world.chance() * len(self._copies))
@@ -434,7 +437,7 @@ class Ledger:
             del self._copies[keep + 1 :]
 
     def write_row(self, stock: int, state: str, above: int) -> tuple[Row, bool]:
-        """reconciler._WRITE and _CLOSE; returns the row, and whether it was inserted."""
+        """Writes the manifest to the row, and returns the row and whether it was inserted."""
         row = self.tables.row
         if row is None:
             self.tables.row = Row(above + 1, stock, state, stock)
@@ -448,7 +451,7 @@ class Ledger:
         return row.copy(), False
 
     def claim(self, above: int) -> int:
-        """Takes the next revision for a rebuild: of two, the ledger hears the later one."""
+        """Takes the next revision for a rebuild. The ledger serves the latest rebuild only."""
         row = self.tables.row
         if row is None:
             return 0
@@ -457,15 +460,15 @@ class Ledger:
         return row.claimed
 
     def recorded(self, ends: Sequence[int]) -> bool:
-        """Whether everything before these offsets is recorded."""
+        """Whether every event before these offsets is recorded."""
         return all(offset >= end for offset, end in zip(self.tables.offsets, ends, strict=True))
 
     def read_for_rebuild(
         self, claim: int, ends: Sequence[int]
     ) -> tuple[Row, dict[str, Event]] | None:
-        """Reads the sale whole, and marks that what comes later was not in it: one transaction.
+        """Reads the whole sale and writes `rebuilt`, in one transaction.
 
-        None if another rebuild has claimed the sale since, or if the ledger has less than it had.
+        Returns None if another rebuild has claimed the sale since, or if the ledger was rewound.
         """
         row = self.tables.row
         if row is None:
@@ -482,7 +485,7 @@ class Ledger:
         next_offsets: Mapping[int, int],
         events: Iterable[Event],
     ) -> None:
-        """recording.record."""
+        """Records a batch. Raises `Rewound`."""
         offsets = self.tables.offsets
         if self.world.rules.rewound_ledger_noticed and any(
             offsets[partition] < position for partition, position in positions.items()
@@ -518,7 +521,7 @@ class Ledger:
         added = 0 if known is not None else event.quantity
         if late or row.accepted + added > row.capacity:
             tables.refused.setdefault(event.reservation_id, event)
-            self.world.tell("ledger", "refuses", event)
+            self.world.log("ledger", "refuses", event)
             return
         tables.reservations[event.reservation_id] = event
         row.accepted += added
@@ -534,7 +537,7 @@ class Ledger:
 
 
 def held_by(reservations: Iterable[Event]) -> dict[str, int]:
-    """Units in each buyer's hands."""
+    """Returns the units that each buyer holds."""
     held: dict[str, int] = {}
     for event in reservations:
         units = event.quantity if event.version == 1 else 0

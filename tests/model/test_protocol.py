@@ -1,7 +1,7 @@
-"""The protocol holds in every run of the model, and fails without any one of its parts.
+"""The protocol holds in every run of the model, and fails if any of its parts is left out.
 
-More runs: FLASHSALE_MODEL_SEEDS=100000, from FLASHSALE_MODEL_FIRST_SEED on. A seed that fails
-prints its run, moment by moment; the same seed is the same run again.
+`FLASHSALE_MODEL_SEEDS=100000` makes more runs, starting at seed `FLASHSALE_MODEL_FIRST_SEED`. A
+failing seed prints the trace of its run. The same seed always gives the same run. Needs no server.
 """
 
 import os
@@ -19,10 +19,10 @@ SEEDS = int(os.environ.get("FLASHSALE_MODEL_SEEDS", "10000"))
 FIRST_SEED = int(os.environ.get("FLASHSALE_MODEL_FIRST_SEED", "0"))
 SHARDS = 10
 SEARCH = 20_000
-"""Seeds within which a run without one of the parts must fail."""
+"""Number of seeds among which a run must fail if a part is left out."""
 
 SEEN = {
-    "late_answers_disbelieved": 186,
+    "late_answers_ignored": 186,
     "rebuild_guarded": 295,
     "refused_may_return": 3443,
     "release_when_acknowledged": 815,
@@ -30,42 +30,42 @@ SEEN = {
     "settle_matches": 2455,
     "settle_matches_version": 1204,
 }
-"""Seeds that are tried first, since they failed once; the search finds others if they do not."""
+"""Seeds that failed before and are tried first. If they pass, the search tries all others."""
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_nothing_is_oversold_lost_or_left_in_disagreement(shard: int) -> None:
+def test_nothing_is_oversold_or_lost_and_all_servers_agree(shard: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(FIRST_SEED + shard, FIRST_SEED + SEEDS, SHARDS):
         seen.update(check(seed, Rules()))
-    if SEEDS >= 10_000:  # runs in which nothing happens would prove nothing
-        for what in ("accepted", "replayed", "released", "rebuilt", "excused"):
-            assert seen[what] > 0, what
+    if SEEDS >= 10_000:  # runs without events would prove nothing
+        for count in ("accepted", "replayed", "released", "rebuilt", "excused"):
+            assert seen[count] > 0, count
 
 
 @pytest.mark.parametrize("part", [field.name for field in fields(Rules)])
-def test_without_one_of_its_parts_the_protocol_fails(part: str) -> None:
+def test_the_protocol_fails_without_any_one_of_its_parts(part: str) -> None:
     rules = replace(Rules(), **{part: False})
     for seed in chain([SEEN.get(part, 0)], range(SEARCH)):
         try:
             Run(seed, rules).check()
         except Violation:
             return
-    pytest.fail(f"{SEARCH} runs without {part} and no violation: what is it for?")
+    pytest.fail(f"{SEARCH} runs without {part} had no violation, so the protocol does not need it")
 
 
-def test_a_seed_is_always_the_same_run() -> None:
+def test_the_same_seed_gives_the_same_run() -> None:
     rules = replace(Rules(), fence=False)
-    told = []
+    traces = []
     for _ in range(2):
         run = Run(1, rules, tracing=True)
         with pytest.raises(Violation):
             run.check()
-        told.append(run.world.trace)
-    assert told[0] == told[1]
+        traces.append(run.world.trace)
+    assert traces[0] == traces[1]
 
 
-def test_a_violation_shows_how_it_came_about() -> None:
+def test_a_violation_contains_the_trace_of_its_run() -> None:
     with pytest.raises(Violation, match=r"(?s)seed 1: .*\n\n +\d+\.\d\d  \w") as violation:
         check(1, replace(Rules(), fence=False))
     assert "redis" in str(violation.value)

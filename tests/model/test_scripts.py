@@ -1,6 +1,7 @@
-"""The Lua scripts on real servers against their model, in random sequences of calls.
+"""Random sequences of calls compare the Lua scripts on real servers with their model.
 
-More of them: FLASHSALE_MODEL_EXAMPLES=5000; other ones each time: FLASHSALE_MODEL_RANDOM=1.
+`FLASHSALE_MODEL_EXAMPLES=5000` runs more sequences, and `FLASHSALE_MODEL_RANDOM=1` other ones each
+time. Needs the Redis servers of the stack.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ T = TypeVar("T")
 
 
 class Fault(NamedTuple):
-    """A mistake that somebody could make in a script."""
+    """A mistake in a script: the correct text and the wrong one."""
 
     script: str
     right: str
@@ -92,16 +93,16 @@ limits = st.sampled_from([2, 3, 4, 1])
 pauses = st.sampled_from([False] * 5 + [True])
 sales = st.sampled_from(SALES)
 revisions = st.sampled_from([0, 0, 1, 1, 1, 2, -1])
-"""By how much a call's revision is above the highest that was used."""
+"""Difference between a call's revision and the highest used revision."""
 
 
 @dataclass(slots=True)
 class Connected:
-    """A server, and one event loop for all calls to it."""
+    """A server, and the event loop of all calls to it."""
 
     runner: asyncio.Runner
     redis: Redis
-    stock: Inventory
+    inventory: Inventory
     outbox: Outbox
     recovery: Recovery
     run_id: str
@@ -113,16 +114,16 @@ class Connected:
 
 
 class Scripts(RuleBasedStateMachine):
-    """One item; each rule makes one call on the server and the same one on the model."""
+    """Tests one item. Each rule makes the same call on the server and on the model."""
 
     server: Connected
 
     def __init__(self) -> None:
         super().__init__()
-        self.item = f"modelled-{next(self.server.names)}"
+        self.item = f"model-{next(self.server.names)}"
         self.keys = ItemKeys.of(self.item)
         self.model = Item()
-        self.zero_ms = self.server.run(self.server.stock.server()).now_ms
+        self.zero_ms = self.server.run(self.server.inventory.server()).now_ms
         self.revision = 1
         self.highest_limit = 1
         self.ids = itertools.count()
@@ -178,7 +179,7 @@ class Scripts(RuleBasedStateMachine):
     @rule(stock=stocks, limit=limits, paused=pauses, again=chances)
     @precondition(lambda self: self.model.sale is not None)
     def edit(self, stock: int, limit: int, paused: bool, again: int) -> None:
-        """What an operator mostly does: the same sale, another stock."""
+        """Applies the same sale again, mostly with a new revision and other values."""
         sale = cast("Hash", self.model.sale)
         manifest = replace(sale.manifest, may_seed=False, replaces=None)
         if again > 25:
@@ -203,7 +204,7 @@ class Scripts(RuleBasedStateMachine):
         before = self.model.sale and replace(self.model.sale)
         fenced = self.model.fenced
         expected = self.model.reserve(batch)
-        reply = self.server.run(self.server.stock.reserve(self.item, batch, timeout_seconds=10))
+        reply = self.server.run(self.server.inventory.reserve(self.item, batch, timeout_seconds=10))
         if not isinstance(reply, BatchReply):
             assert reply is expected
             return
@@ -232,18 +233,18 @@ class Scripts(RuleBasedStateMachine):
 
     @rule(first=st.integers(0, 5), size=st.integers(2, 6))
     def crowd(self, first: int, size: int) -> None:
-        """Users who each want one unit."""
+        """Sends a batch of users who each want one unit."""
         self.reserve([((first + n) % 6, 1, 99) for n in range(size)])
 
     @rule(picks=st.lists(st.tuples(st.integers(0, 9), chances), min_size=1, max_size=5))
     def settle(self, picks: list[tuple[int, int]]) -> None:
-        """Mostly right; else an entry of another reservation, or one that is not there."""
+        """Settles entries, some with the id of another reservation and some that do not exist."""
         outbox = list((self.model.outbox or {}).items())
         pairs = []
         for pick, chance in picks:
-            entry, identity = outbox[pick % len(outbox)] if outbox else (NO_ENTRY, "nobody")
+            entry, identity = outbox[pick % len(outbox)] if outbox else (NO_ENTRY, "no-id")
             if chance < 20:
-                identity = outbox[(pick + 1) % len(outbox)][1] if outbox else "nobody"
+                identity = outbox[(pick + 1) % len(outbox)][1] if outbox else "no-id"
             elif chance < 30:
                 entry = NO_ENTRY
             elif chance < 40 and self.retired:
@@ -267,7 +268,7 @@ class Scripts(RuleBasedStateMachine):
             return
         revision = self._revision(above)
         expected = self.model.close(sale_id, revision)
-        call = self.server.stock.close(self.item, sale_id, revision)
+        call = self.server.inventory.close(self.item, sale_id, revision)
         assert self.server.run(call) is expected
         self.server.seen[f"close: {expected}"] += 1
 
@@ -278,16 +279,16 @@ class Scripts(RuleBasedStateMachine):
         revision = above + (sale.manifest.revision if sale else self.revision)
         recorded = more + (sale.accepted if sale else 0)
         expected = self.model.free(sale_id, revision, recorded)
-        call = self.server.stock.free(self.item, sale_id, revision, recorded)
+        call = self.server.inventory.free(self.item, sale_id, revision, recorded)
         assert self.server.run(call) is expected
         self.server.seen[f"free: {expected}"] += 1
 
-    # What happens to a server.
+    # Faults and rebuilds.
 
     @rule(chance=chances)
     @precondition(lambda self: self.model.sale is not None)
     def restart(self, chance: int) -> None:
-        """As if the server had been another one when the hash was written."""
+        """Makes the hash look as if it was written under another run of the server."""
         if chance > 40:
             return
         cast("Hash", self.model.sale).restarted = True
@@ -296,7 +297,7 @@ class Scripts(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.model.fenced and not self.model.outbox)
     def rebuild(self) -> None:
-        """From a ledger that has recorded everything, and whose row is as the hash was."""
+        """Rebuilds from a ledger that has recorded everything and whose row matches the hash."""
         sale = cast("Hash", self.model.sale)
         claim = self.revision = max(self.revision, sale.manifest.revision) + 1
         closed = sale.state == "closed"
@@ -331,30 +332,30 @@ class Scripts(RuleBasedStateMachine):
     @rule(hour=st.sampled_from([1, 2, 3]))
     @precondition(lambda self: self.model.sale is not None and self.model.sale.last_hour < 3)
     def pass_time(self, hour: int) -> None:
-        """As if the sale had seen a later time, after which the clock was set back."""
+        """Makes the sale remember a later time, as if the clock was set back since."""
         sale = cast("Hash", self.model.sale)
         sale.last_hour = max(sale.last_hour, hour)
         self._set("last_now_ms", str(self._ms(sale.last_hour)))
 
     @rule(part=st.sampled_from(PARTS), chance=chances)
     def lose(self, part: str, chance: int) -> None:
-        if chance < 20:  # what comes after a loss is mostly nothing
+        if chance < 20:  # rare, because most calls after a loss do nothing
             self._lose(part)
 
     @rule(stock=stocks, limit=limits)
     @precondition(lambda self: self.model.useless)
-    def begin_anew(self, stock: int, limit: int) -> None:
-        """Loses what is left, so that the rest of the sequence is about something."""
+    def start_over(self, stock: int, limit: int) -> None:
+        """Deletes all keys and seeds a sale, so that the rest of the sequence does something."""
         manifest = Manifest(SALES[0], self._revision(1), stock, limit, may_seed=True)
-        self._apply(manifest)  # which must not be how a loss ends
+        self._apply(manifest)  # must not repair a lost sale
         for part in PARTS:
             self._lose(part)
         self._apply(manifest)
 
-    # What is true after each of them.
+    # Checks after each call.
 
     @invariant()
-    def the_server_has_what_the_model_says(self) -> None:
+    def the_server_has_the_state_of_the_model(self) -> None:
         model = self.model
         sale, buyers, reservations, entries, *there = self.server.run(self._state())
         assert [bool(one) for one in there] == [
@@ -374,16 +375,16 @@ class Scripts(RuleBasedStateMachine):
         else:
             assert self.zero_ms <= last_ms < self.zero_ms + HOUR_MS
         if not model.torn:
-            self._promises_are_kept(sale, buyers, reservations, entries)
+            self._check_invariants(sale, buyers, reservations, entries)
 
-    def _promises_are_kept(
+    def _check_invariants(
         self,
         sale: dict[str, str],
         buyers: dict[str, str],
         reservations: dict[str, str],
         entries: list[tuple[str, dict[str, str]]],
     ) -> None:
-        """The invariants of DESIGN.md, by what the server has and not by what the model says."""
+        """Checks that the server's state is consistent, without the model."""
         accepted, released = int(sale["accepted"]), int(sale["released"])
         assert accepted - released <= int(sale["allocated"])
         records = {identity: Record.parse(text) for identity, text in reservations.items()}
@@ -406,7 +407,7 @@ class Scripts(RuleBasedStateMachine):
 
     def _apply(self, manifest: Manifest) -> None:
         expected = self.model.apply(manifest)
-        call = self.server.stock.apply(
+        call = self.server.inventory.apply(
             self._spec(manifest),
             manifest.revision,
             seed_until_ms=2**53 if manifest.may_seed else None,
@@ -433,7 +434,7 @@ class Scripts(RuleBasedStateMachine):
         return max(1, self.revision + above)
 
     def _request(self, user: int, quantity: int, chance: int) -> Request:
-        """A new one; or one that was sent before, as it was or for another quantity."""
+        """Returns a new request, or an earlier one with the same or another quantity."""
         if self.used and chance < 30:
             known = self.used[chance % len(self.used)]
             return known if chance < 22 else known._replace(quantity=known.quantity % 3 + 1)
@@ -480,23 +481,23 @@ class Scripts(RuleBasedStateMachine):
         self.server.run(_awaited(self.server.redis.delete(*names)))
 
 
-async def _awaited(call: Any) -> Any:  # noqa: ANN401 - redis-py's types are of either kind
+async def _awaited(call: Any) -> Any:  # noqa: ANN401 - redis-py's types are sync or async
     return await call
 
 
-def _modelled(
+def _compared(
     server: RedisServer, *phases: Phase, examples: int, fault: Fault | None
 ) -> Counter[str]:
-    """Runs sequences on a server; returns what was seen."""
+    """Runs sequences on a server and returns counts of the results."""
     with asyncio.Runner() as runner:
         client = redis_client.connect(server.url)
-        stock = Inventory(client, outbox_limit=Item().outbox_limit)
+        inventory = Inventory(client, outbox_limit=Item().outbox_limit)
         outbox, recovery = Outbox(client), Recovery(client)
         if fault is not None:
-            fault.into(stock, outbox, recovery)
-        run_id = runner.run(stock.server()).run_id
+            fault.into(inventory, outbox, recovery)
+        run_id = runner.run(inventory.server()).run_id
         connected = Connected(
-            runner, client, stock, outbox, recovery, run_id, itertools.count(), Counter()
+            runner, client, inventory, outbox, recovery, run_id, itertools.count(), Counter()
         )
         machine = type("OnServer", (Scripts,), {"server": connected})
         try:
@@ -518,10 +519,10 @@ def _modelled(
 
 
 @pytest.mark.parametrize("kind", sorted(redis_binaries()))
-def test_the_scripts_do_what_their_model_says(kind: str, tmp_path: Path) -> None:
+def test_the_scripts_agree_with_their_model(kind: str, tmp_path: Path) -> None:
     with RedisServer(tmp_path, binary=redis_binaries()[kind]) as server:
-        seen = _modelled(server, Phase.generate, Phase.shrink, examples=EXAMPLES, fault=None)
-    # Sequences in which nothing happens would prove nothing.
+        seen = _compared(server, Phase.generate, Phase.shrink, examples=EXAMPLES, fault=None)
+    # Sequences without these results would prove nothing.
     decided = {*Outcome} - {Outcome.UNKNOWN, Outcome.UNSUPPORTED, Outcome.FENCED}
     assert seen["rebuilt"]
     answered = {f"apply: {answer}" for answer in Applied if answer is not Applied.UNSUPPORTED}
@@ -532,6 +533,6 @@ def test_the_scripts_do_what_their_model_says(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.script}: {fault.right}")
-def test_a_fault_in_a_script_is_found(fault: Fault, redis_server: RedisServer) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever shows it first
-        _modelled(redis_server, Phase.generate, examples=1_000, fault=fault)
+def test_a_mistake_in_a_script_is_found(fault: Fault, redis_server: RedisServer) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011 - any check may fail first
+        _compared(redis_server, Phase.generate, examples=1_000, fault=fault)
