@@ -1,4 +1,4 @@
-"""`python -m bench`: how fast the engine is, and what it costs, on real servers."""
+"""`python -m bench`: measure the speed and the cost of the engine on real servers."""
 
 import argparse
 import shutil
@@ -19,25 +19,32 @@ DOCS: Final = machine.ROOT / "docs"
 
 
 def main() -> int:
-    """Runs all of it; the exit code is 0 whether or not the goals are met."""
+    """Run the benchmark. Missed goals do not change the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one short round of each: a minute")
     parser.add_argument(
-        "--write", action="store_true", help="put the figures into docs/performance.md"
+        "--quick",
+        action="store_true",
+        help="run one short round of each measurement, about a minute in all",
     )
     parser.add_argument(
-        "--beside", metavar="WHAT", default="nothing", help="what else ran meanwhile, for the page"
+        "--write", action="store_true", help="write the figures into docs/performance.md"
+    )
+    parser.add_argument(
+        "--background",
+        metavar="TEXT",
+        default="nothing",
+        help="other load on the machine during the run, for the page (default: nothing)",
     )
     arguments = parser.parse_args()
     if sys.platform != "linux":
-        print("the benchmark pins processes to cores, which needs Linux", file=sys.stderr)
+        print("the benchmark needs Linux, because it pins processes to cores", file=sys.stderr)
         return 1
     command = "python -m bench" + (" --quick" if arguments.quick else "")
     folder = LOCAL / "bench"
     shutil.rmtree(folder, ignore_errors=True)
     scale = requests.QUICK if arguments.quick else requests.WHOLE
     try:
-        findings = run(scale, folder, command, arguments.beside)
+        findings = run(scale, folder, command, arguments.background)
     except StackError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -45,38 +52,39 @@ def main() -> int:
     print("\n" + page.summary(findings))
     if arguments.write:
         page.write(findings, DOCS)
-        print(f"Written to {DOCS / 'performance.md'} and beside it.")
+        print(f"Wrote {DOCS / 'performance.md'}, its charts and performance.json.")
     return 0
 
 
-def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findings:
-    """Every point in turn, with a line for each round."""
+def run(scale: requests.Scale, folder: Path, command: str, background: str) -> Findings:
+    """Run every measurement in turn, and print a line per round."""
     begun, when = time.monotonic(), datetime.now(UTC)
     load_average = machine.load_average()
     python = machine.python()
     described = machine.describe(python)
-    for name, what in described.items():
-        print(f"  {name:11} {what}")
+    for name, description in described.items():
+        print(f"  {name:11} {description}")
     print("Starting Redis, Kafka and PostgreSQL …", flush=True)
     with Rig(folder, python) as rig:
-        # It makes the topic and the ledger.
+        # The consumer creates the topic and the ledger.
         rig.consumer(rig.cores.rest).stop()
         api = rig.api()
-        # First what is compared: later ones fill Redis, whose file is then rewritten beside them.
-        _say("POST /reserve, one API process on one core, 100 connections")
+        # The rounds that are compared come first. Later ones fill Redis, which then rewrites its
+        # file in the background.
+        _say("POST /reserve: one API process on one core, 100 connections")
         reserve = requests.closed_loop(rig, scale, api)
         parts = rig.parts()
         capacity = median(done.tally.rps for done in reserve["accepted"])
-        _say(f"Constant arrival rates, capacity {capacity:,.0f}/s")
+        _say(f"Constant arrival rates (capacity {capacity:,.0f}/s)")
         open_loop = requests.open_loop(rig, scale, api, capacity)
         _say("Redis alone")
         calls = scripts.scripts(rig, scale)
         _say("From accepted to recorded")
         drains = recording.drains(rig, scale)
         together = recording.together(rig, scale, api, capacity)
-        _say("PostgreSQL away, then Kafka")
+        _say("Outages of PostgreSQL and of Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
-        _say("Growth: processes, sales, stock")
+        _say("Growth of processes, sales and stock")
         processes = requests.processes(rig, scale, api)
         many, apply_seconds = requests.sales(rig, scale, api)
         memory = scripts.memory(rig, scale, api)
@@ -87,7 +95,7 @@ def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findi
         rounds=scale.rounds,
         seconds=scale.seconds,
         warm_up_seconds=scale.warm_up_seconds,
-        beside=f"{beside} (load average {load_average} before the start)",
+        background=f"{background} (load average {load_average} before the start)",
         machine=described,
         reserve=reserve,
         parts=parts,
@@ -103,8 +111,8 @@ def run(scale: requests.Scale, folder: Path, command: str, beside: str) -> Findi
     )
 
 
-def _say(what: str) -> None:
-    print(what, flush=True)
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ceiling: what the API's own server, with its settings, does for an app that does nothing.
+"""The ceiling: an app that does nothing, on the API's own server with the API's settings.
 
 It reads the body and answers 202 with as many bytes as a reservation has.
 """
@@ -21,7 +21,7 @@ _HEADERS: Final = [
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers every request alike."""
+    """Give the same answer to every request."""
     if scope["type"] == "lifespan":
         for word in ("startup", "shutdown"):
             await receive()

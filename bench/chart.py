@@ -1,4 +1,4 @@
-"""Line charts as plain SVG: no library, nothing but text and lines."""
+"""Line charts as plain SVG, without a library."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _COLOURS: Final = ("#1b6ac9", "#c9541b", "#2e8b57")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its name and its points."""
+    """One line of a chart."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -26,7 +26,10 @@ def chart(
     lines: Sequence[Line],
     spans: Sequence[tuple[str, float, float]] = (),
 ) -> str:
-    """An SVG of the lines, both axes from 0; `spans` are named stretches of x with a background."""
+    """Return an SVG of the lines. Both axes begin at 0.
+
+    `spans` are (name, begin, end) of parts of the x axis, which get a grey background.
+    """
     x_top = max(x for line in lines for x, _ in line.points)
     y_step = _step(max(y for line in lines for _, y in line.points))
     y_top = y_step * ceil(max(y for line in lines for _, y in line.points) / y_step)
@@ -70,7 +73,7 @@ def chart(
 
 
 def _step(top: float) -> float:
-    """A round number that divides the axis into five parts or so."""
+    """Return a round number that divides the axis into about five parts."""
     power = 10.0 ** floor(log10(top / 5))
     return next(power * step for step in (1, 2, 5, 10) if power * step * 5 >= top)
 

@@ -1,4 +1,4 @@
-"""The machine: its cores, what a process has used of them, and what to say of it all."""
+"""The machine: its cores, the CPU time of processes, and its description for the page."""
 
 import hashlib
 import os
@@ -26,13 +26,20 @@ import time, timeit
 print(min(timeit.repeat("sum(n * n for n in range(1000))", timer=time.process_time, number=500)))
 """
 _MEASURED: Final = (
-    *("uvicorn", "httptools", "uvloop", "starlette", "msgspec"),
-    *("redis", "aiokafka", "asyncpg", "prometheus-client"),
+    "uvicorn",
+    "httptools",
+    "uvloop",
+    "starlette",
+    "msgspec",
+    "redis",
+    "aiokafka",
+    "asyncpg",
+    "prometheus-client",
 )
 
 
 class Cores:
-    """`first` is for the process that is measured, `rest` for everything else."""
+    """The cores: `first` is for the measured process, `rest` for everything else."""
 
     def __init__(self) -> None:
         every = sorted(os.sched_getaffinity(0))
@@ -41,9 +48,9 @@ class Cores:
 
 
 def placed(cores: set[int], start: Callable[[], T], *, nice: int = 0) -> T:
-    """Calls `start` so that the processes it starts stay on these cores, at this priority.
+    """Call `start` so that the processes that it starts stay on these cores with this niceness.
 
-    Both are a thread's own on Linux, and what a thread starts inherits them.
+    On Linux both belong to a thread, and the processes that a thread starts inherit them.
     """
 
     def within() -> T:
@@ -56,7 +63,7 @@ def placed(cores: set[int], start: Callable[[], T], *, nice: int = 0) -> T:
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process, its children and those that it has waited for have used."""
+    """Return the CPU time of a process, its children, and the children it has waited for."""
     ticks = 0
     for member in lifeline.family(pid):
         try:
@@ -68,10 +75,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def python() -> Path:
-    """The quicker of this Python and /usr/bin/python3, with what the engine needs.
+    """Return the faster of this Python and /usr/bin/python3, with the engine's packages.
 
-    A Python that was built without profile-guided optimisation, as pyenv does unless told
-    otherwise, takes half as long again for everything, and is not what anybody deploys.
+    pyenv by default builds a Python without profile-guided optimisation. It needs 50 % more time
+    for everything, and nobody deploys it.
     """
     ours, systems = Path(sys.executable), Path("/usr/bin/python3")
     if not _recent(systems) or _loop(systems) > 0.9 * _loop(ours):
@@ -80,14 +87,19 @@ def python() -> Path:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in requirements)).hexdigest()[:12]
     venv = cache_folder() / f"bench-{digest}"
     if not (venv / ".ready").exists():
-        print(f"{systems} is quicker than {ours}: a venv of it, once …", flush=True)
+        print(f"{systems} is faster than {ours}: making a venv of it, once …", flush=True)
         made = venv / "bin" / "python"
         subprocess.run([systems, "-m", "venv", "--clear", venv], check=True)
         subprocess.run(
             [
-                *(made, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+                made,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
                 "--require-hashes",
-                *(word for path in requirements for word in ("-r", path)),
+                *(f"--requirement={path}" for path in requirements),
             ],
             check=True,
         )
@@ -108,29 +120,29 @@ def _loop(program: Path) -> float:
 
 
 def describe(chosen: Path) -> dict[str, str]:
-    """Hardware and versions, for the page."""
+    """Return hardware and versions for the page. `chosen` is the measured Python."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = int(re.findall(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[0])
     built = "import sys; print(sys.version.split(' (')[0], sys.base_prefix)"
-    number, prefix = _said(chosen, "-c", built).split()
-    redis = _said(default_binary(), "--version")
-    commit = _said("git", "-C", ROOT, "describe", "--always", "--dirty")
+    number, prefix = _output(chosen, "-c", built).split()
+    redis = _output(default_binary(), "--version")
+    commit = _output("git", "-C", ROOT, "describe", "--always", "--dirty")
     return {
         "machine": f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor()}, "
         f"{memory / 2**20:.0f} GiB, Linux {platform.release()}",
-        "Python": f"{number} of {prefix} for what is measured and for the crowd alike",
+        "Python": f"{number} of {prefix}, for the measured processes and the crowd",
         "packages": ", ".join(f"{name} {version(name)}" for name in _MEASURED),
         "Redis": re.sub(r" (sha|malloc|bits|build)\S*", "", redis).strip() + ", AOF everysec",
         "Kafka": f"{kafka_version()}, one node, {java_build(java()).splitlines()[0]}",
-        "PostgreSQL": _said(postgres_programs() / "postgres", "--version"),
+        "PostgreSQL": _output(postgres_programs() / "postgres", "--version"),
         "commit": commit,
     }
 
 
 def load_average() -> str:
-    """Of the last minute: what else runs, if it is taken before anything was started."""
+    """Return the load average of the last minute."""
     return f"{os.getloadavg()[0]:.1f}"
 
 
-def _said(*command: str | Path) -> str:
+def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""What buyers notice of PostgreSQL and Kafka going away."""
+"""Measures the effect of outages of PostgreSQL and of Kafka on buyers."""
 
 import asyncio
 import time
@@ -13,23 +13,25 @@ from dev.crowd import percentile
 from dev.stack.process import Server
 
 ITEMS: Final = 8
-"""Sales at once: at such a rate one of them would fill its outbox, which holds 100,000 entries,
-before Kafka is back, and answer 503 from then on.
+"""Concurrent sales. At this rate, a single sale would fill its outbox of 100,000 entries before
+Kafka is back, and then answer 503.
 """
 
 RECORDED_SECONDS: Final = 120.0
-"""How long after the last request its rows may take."""
+"""How long the rows may take after the last request."""
 
 
 def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
-    """PostgreSQL away, then Kafka, under a constant arrival rate, with a consumer running."""
+    """Stop PostgreSQL and then Kafka for a while, at a constant arrival rate with a consumer."""
     items = rig.sales(ITEMS)
     consumer = rig.consumer(rig.cores.rest)
     calm, away = scale.calm_seconds, scale.outage_seconds
     # Kafka takes a few seconds to start.
     total = 3 * calm + 2 * away + 10
     crowd = rig.crowd(
-        *([api], items, total),
+        [api],
+        items,
+        total,
         connections=OPEN_CONNECTIONS,
         rate=rate,
         samples=rig.data / "samples",
@@ -41,7 +43,7 @@ def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
         print(f"    {name} was away for {marks[-1][2] - marks[-1][1]:.0f} s", flush=True)
         time.sleep(calm)
     tally = crowd.tally()
-    print(f"    {tally.requests:,} requests: {tally.statuses}; waiting for the ledger", flush=True)
+    print(f"    {tally.requests:,} requests: {tally.statuses}. Waiting for the ledger", flush=True)
     accepted = tally.statuses.get("202", 0)
     deadline = time.monotonic() + RECORDED_SECONDS
     while (recorded := asyncio.run(_recorded(rig, items))) < accepted:
@@ -53,7 +55,7 @@ def outages(rig: Rig, scale: Scale, api: Api, rate: float) -> Outages:
 
 
 def _away(rig: Rig, server: Server, seconds: float) -> tuple[float, float]:
-    """From when it was told to stop until it works again."""
+    """Stop the server for some seconds. Returns the times of the stop and of its next answer."""
     begun = time.perf_counter()
     server.stop()
     time.sleep(max(0.0, begun + seconds - time.perf_counter()))

@@ -1,7 +1,7 @@
-"""The figures as text: docs/performance.md between its markers, two charts, and all of it as JSON.
+"""Writes the figures into docs/performance.md, into two charts, and into a JSON file.
 
-The page's words are written by hand; a section's figures stand between `<!-- figures NAME -->` and
-`<!-- end -->`, and nothing else is touched.
+The text of the page is written by hand. The figures of a section stand between
+`<!-- figures NAME -->` and `<!-- end -->`. Only they are replaced.
 """
 
 import re
@@ -19,14 +19,14 @@ PAGE = "performance.md"
 
 
 def write(findings: Findings, docs: Path) -> None:
-    """Puts the figures into the page, the charts and the JSON beside it."""
+    """Write the page, the charts and the JSON file into the folder `docs`."""
     sections = _sections(findings)
     page = docs / PAGE
     text = page.read_text()
     for name, figures in sections.items():
         marked = re.compile(rf"(<!-- figures {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not (place := marked.search(text)):
-            raise SystemExit(f"{page} has no place for the figures of {name}")
+            raise SystemExit(f"{page} has no markers for the figures of {name}")
         text = text[: place.end(1)] + figures + text[place.start(2) :]
     page.write_text(text)
     made = msgspec.json.format(msgspec.json.encode(findings), indent=1)
@@ -36,7 +36,7 @@ def write(findings: Findings, docs: Path) -> None:
 
 
 def summary(findings: Findings) -> str:
-    """The figures for a terminal."""
+    """Return the figures for a terminal."""
     return "\n".join(_sections(findings).values())
 
 
@@ -55,12 +55,12 @@ def _sections(found: Findings) -> dict[str, str]:
 
 
 def _run(found: Findings) -> str:
-    lines = [f"- {name}: {what}" for name, what in found.machine.items()]
+    lines = [f"- {name}: {description}" for name, description in found.machine.items()]
     lines.append(
-        f"- `{found.command}`, {found.when}, {found.minutes:.0f} min; rounds of "
-        f"{found.seconds:g} s: {found.rounds}, after {found.warm_up_seconds:g} s to warm up"
+        f"- run: `{found.command}`, {found.when}, {found.minutes:.0f} min, with {found.rounds} "
+        f"rounds of {found.seconds:g} s after a warm-up of {found.warm_up_seconds:g} s"
     )
-    lines.append(f"- beside it ran: {found.beside}")
+    lines.append(f"- other load: {found.background}")
     return "\n".join(lines) + "\n"
 
 
@@ -75,27 +75,32 @@ def _goals(found: Findings) -> str:
     early, late = max(found.together.lag[:half], default=0), max(found.together.lag[half:])
     rows = (
         (
-            "accepted, of the ceiling",
+            "accepted requests per second, share of the ceiling",
             "60 %",
             f"{accepted / ceiling:.0%}",
             accepted >= 0.6 * ceiling,
         ),
         (
-            "sold out, of the ceiling",
+            "sold-out answers per second, share of the ceiling",
             "80 %",
             f"{sold_out / ceiling:.0%}",
             sold_out >= 0.8 * ceiling,
         ),
-        ("accepted, P95", "< 30 ms", f"{p95:.1f} ms", p95 < 30),
+        ("P95 of accepted requests", "< 30 ms", f"{p95:.1f} ms", p95 < 30),
         (
-            "CPU of the API, for 10,000 accepted",
-            "a fifth of the reference's 2.5 to 4.3 s: 0.5 to 0.86 s",
-            f"{cpu:.2f} s: {2.5 / cpu:.1f} to {4.3 / cpu:.1f} times fewer",
+            "CPU of the API per 10,000 accepted requests",
+            "0.5 to 0.86 s, a fifth of the reference's 2.5 to 4.3 s",
+            f"{cpu:.2f} s, {2.5 / cpu:.1f} to {4.3 / cpu:.1f} times less",
             cpu <= 0.5,
         ),
-        ("recorded by one consumer", "20,000/s", f"{rates:,.0f}/s", rates >= 20_000),
         (
-            "lag, API and consumer at once",
+            "events recorded per second by one consumer",
+            "20,000/s",
+            f"{rates:,.0f}/s",
+            rates >= 20_000,
+        ),
+        (
+            "lag of the consumer while the API sells",
             "bounded",
             f"at most {early:,} events in the first half, {late:,} in the second",
             late <= max(2 * early, found.together.rate * 2),
@@ -103,7 +108,7 @@ def _goals(found: Findings) -> str:
     )
     return _table(
         ("", "goal", "measured", ""),
-        [(what, goal, got, "met" if met else "**missed**") for what, goal, got, met in rows],
+        [(name, goal, got, "met" if met else "**missed**") for name, goal, got, met in rows],
     )
 
 
@@ -121,39 +126,40 @@ def _reserve(ways: dict[str, list[Round]]) -> str:
                 *_cpu(rounds, ("API", "Redis", "Kafka", "crowd")),
             )
         )
-    head = (
-        *("answer", "requests/s", "of the ceiling", "by CPU", "P95 ms"),
-        *("API", "Redis", "Kafka", "crowd"),
-    )
-    return _table(head, rows)
+    head = "answer|requests/s|of the ceiling|by CPU|P95 ms|API|Redis|Kafka|crowd"
+    return _table(head.split("|"), rows)
 
 
 def _parts(found: Findings) -> str:
-    """The rest is what the whole costs, less the parts: the kernel, the loop, and each batch."""
+    """Return the cost of each part, and of everything else: the whole minus the parts."""
     parts = found.parts
     ceiling, sold_out, accepted = (
         _middle_cpu(found.reserve[name]) * 100 for name in ("ceiling", "sold out", "accepted")
     )
     publishing = parts.event + parts.settled
     rows = {
-        "from the bytes of a request to those of its answer": (
-            *(parts.server, parts.refused, parts.accepted),
+        "from the bytes of the request to the bytes of the answer": (
+            parts.server,
+            parts.refused,
+            parts.accepted,
         ),
-        "of that, metrics": (0.0, parts.metrics, parts.metrics),
-        "a script call, the client's part": (0.0, 0.0, parts.script),
-        "an event in its batch, and settling it": (0.0, 0.0, publishing),
-        "all else: the kernel's sockets, the event loop, batches for Kafka": (
+        "of this, metrics": (0.0, parts.metrics, parts.metrics),
+        "the client's part of a script call": (0.0, 0.0, parts.script),
+        "adding an event to its batch, and settling it": (0.0, 0.0, publishing),
+        "everything else: sockets, event loop, batches for Kafka": (
             ceiling - parts.server,
             sold_out - parts.refused,
             accepted - parts.accepted - parts.script - publishing,
         ),
-        "together, as measured above": (ceiling, sold_out, accepted),
-        "more, where tracing is on and the request is not sampled": (
-            *(0.0, parts.untraced, parts.untraced),
+        "total, as measured above": (ceiling, sold_out, accepted),
+        "additional if tracing is on and the request is not sampled": (
+            0.0,
+            parts.untraced,
+            parts.untraced,
         ),
     }
     return _table(
-        ("CPU us a request", "ceiling", "sold out", "accepted"),
+        ("CPU µs per request", "ceiling", "sold out", "accepted"),
         [(name, *(f"{value:.1f}" for value in values)) for name, values in rows.items()],
     )
 
@@ -186,26 +192,23 @@ def _redis(found: Findings) -> str:
         accepted, rejected = [one.accepted_us for one in ones], [one.rejected_us for one in ones]
         rows.append(
             (
-                f"{batch} requests a call",
+                f"{batch} requests per call",
                 _spread(accepted, 1),
                 f"{1e6 / median(accepted):,.0f}",
                 _spread(rejected, 1),
                 f"{1e6 / median(rejected):,.0f}",
             )
         )
-    table = _table(("", "us a reservation", "a core, /s", "us a rejection", "a core, /s"), rows)
-    ways = found.reserve
-    carried = []
-    for name in ("accepted", "sold out, with keys"):
-        redis = median(one.cpu["Redis"] for one in ways[name])
-        api = median(one.cpu["API"] for one in ways[name])
-        carried.append(f"{api / redis:.1f} API cores that do nothing but {name}")
+    head = "|µs per reservation|reservations/s per core|µs per rejection|rejections/s per core"
+    ways = [found.reserve[name] for name in ("accepted", "sold out, with keys")]
+    redis = [median(one.cpu["Redis"] for one in rounds) for rounds in ways]
+    cores = [_middle_cpu(rounds) / spent for rounds, spent in zip(ways, redis, strict=True)]
     return (
-        table
-        + "\nBehind the API, with settling and its smaller batches, Redis takes "
-        + f"{median(one.cpu['Redis'] for one in ways['accepted']) * 100:.0f} us a reservation and "
-        + f"{median(one.cpu['Redis'] for one in ways['sold out, with keys']) * 100:.0f} us a "
-        + f"rejection: one Redis core carries {' or '.join(carried)}.\n"
+        _table(head.split("|"), rows)
+        + "\nBehind the API, which has smaller batches and also settles, Redis needs "
+        + f"{redis[0] * 100:.0f} µs per reservation and {redis[1] * 100:.0f} µs per rejection. "
+        + f"One Redis core is enough for {cores[0]:.1f} API cores that only accept, or for "
+        + f"{cores[1]:.1f} API cores that only reject requests with keys.\n"
     )
 
 
@@ -225,10 +228,11 @@ def _recording(found: Findings) -> str:
     half = len(one.lag) // 2
     return (
         _table(("", "events/s", "consumer", "PostgreSQL", "Kafka"), drains)
-        + f"\nAPI and consumer at once, {one.rate:,.0f} reservations a second for "
+        + f"\nAPI and consumer at once, {one.rate:,.0f} reservations per second for "
         + f"{one.seconds:.0f} s: the lag was at most {max(one.lag[:half], default=0):,} events in "
-        + f"the first half and {max(one.lag[half:]):,} in the second; from the 202 to the row "
-        + f"P50 {p50:.0f}, P95 {p95:.0f}, P99 {p99:.0f} ms; all {one.recorded:,} were recorded.\n"
+        + f"the first half and {max(one.lag[half:]):,} in the second. The time from the 202 to the "
+        + f"row was P50 {p50:.0f}, P95 {p95:.0f}, P99 {p99:.0f} ms. "
+        + f"All {one.recorded:,} reservations were recorded.\n"
     )
 
 
@@ -245,8 +249,8 @@ def _outages(found: Findings) -> str:
     ]
     return (
         _table(("", "requests", "P50 ms", "P95 ms", "P99 ms", "not accepted"), rows)
-        + f"\n{one.rate:,.0f} requests a second over {one.items} sales; accepted and not recorded "
-        + f"afterwards: {one.unrecorded}.\n"
+        + f"\nThe rate was {one.rate:,.0f} requests per second over {one.items} sales. Accepted "
+        + f"reservations without a row afterwards: {one.unrecorded}.\n"
     )
 
 
@@ -273,8 +277,8 @@ def _growth(found: Findings) -> str:
     applied = _spread(found.apply_seconds, 1)
     return (
         _table(("accepted", "requests/s", "P95 ms", "API", "Redis"), rows)
-        + f"\n`flashsalectl apply` of 1,000 sales: {applied} s.\n\n"
-        + _table(("stock, sold", "bytes each", "refused/s", "P95 ms", "Redis"), stocks)
+        + f"\n`flashsalectl apply` of 1,000 sales took {applied} s.\n\n"
+        + _table(("stock, sold", "bytes per reservation", "refused/s", "P95 ms", "Redis"), stocks)
     )
 
 
@@ -293,7 +297,7 @@ def _open_loop_chart(found: Findings) -> str:
 def _outage_chart(found: Findings) -> str:
     points = list(enumerate(found.outages.each_second))
     return chart(
-        f"P95 each second, at {found.outages.rate:,.0f} requests/s",
+        f"P95 of each second at {found.outages.rate:,.0f} requests/s",
         "seconds",
         "ms",
         [Line("P95", points)],
@@ -318,7 +322,7 @@ def _cpu(rounds: Sequence[Round], names: Sequence[str]) -> list[str]:
 
 
 def _spread(values: Iterable[float], digits: int = 0) -> str:
-    """The median, and in brackets the least and the most."""
+    """Return the median, with the least and the most in brackets."""
     ordered = sorted(values)
     least, middle, most = (
         f"{value:,.{digits}f}" for value in (ordered[0], median(ordered), ordered[-1])

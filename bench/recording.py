@@ -1,4 +1,4 @@
-"""From accepted to recorded: how fast a consumer drains, and how long a reservation takes."""
+"""Measures the path from accepted to recorded: a consumer's rate, and the time to the row."""
 
 import asyncio
 import time
@@ -19,13 +19,13 @@ from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
 
 SHARE: Final = 0.3
-"""Of the API's capacity, when API and consumer run at once: on two cores one of them carries
-Redis, Kafka, PostgreSQL, the consumer and the crowd.
+"""The share of the API's capacity that is sent while API and consumer run at once. On two cores,
+one core carries Redis, Kafka, PostgreSQL, the consumer and the crowd.
 """
 
 
 class Progress:
-    """How far the ledger is behind Kafka. A context manager."""
+    """Counts the events that Kafka has and that the ledger has. A context manager."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
@@ -43,18 +43,18 @@ class Progress:
         await self._pool.close()
 
     async def published(self) -> int:
-        """Events that Kafka has."""
+        """Return the number of events that Kafka has."""
         return sum((await self._kafka.end_offsets(self._partitions)).values())
 
     async def recorded(self) -> int:
-        """Events that the ledger has."""
+        """Return the number of events that the ledger has."""
         return sum((await ledger.stored_offsets(self._pool, events.TOPIC)).values())
 
 
 def drains(rig: Rig, scale: Scale) -> list[Drain]:
-    """One consumer on the first core records what the runs before it have sold.
+    """Let one consumer on the first core record the reservations of the earlier rounds.
 
-    The backlog is cut into a part for warming up, as long as a tenth, and one for each round.
+    The first tenth of the backlog is the warm-up. The rest is divided into rounds.
     """
     return asyncio.run(_drains(rig, scale.rounds))
 
@@ -75,7 +75,7 @@ async def _drains(rig: Rig, rounds: int) -> list[Drain]:
         await asyncio.to_thread(starting.result().stop)
     for (since, before, cpu_before), (until, after, cpu_after) in pairwise(passed):
         if after == before:
-            continue  # a backlog as small as a batch or two, of a quick run
+            continue  # the backlog of a quick run can be as small as one batch
         done = Drain(
             events=after - before,
             seconds=until - since,
@@ -100,7 +100,7 @@ def _cpu(rig: Rig, consumer: Consumer) -> dict[str, float]:
 
 
 def together(rig: Rig, scale: Scale, api: Api, capacity: float) -> Together:
-    """API and consumer at once, at a constant arrival rate."""
+    """Run API and consumer at once, at a constant arrival rate."""
     return asyncio.run(_together(rig, scale, api, capacity * SHARE))
 
 
@@ -111,7 +111,9 @@ async def _together(rig: Rig, scale: Scale, api: Api, rate: float) -> Together:
     lag = []
     async with Progress(rig) as progress:
         crowd = rig.crowd(
-            *([api], [item], scale.together_seconds),
+            [api],
+            [item],
+            scale.together_seconds,
             connections=OPEN_CONNECTIONS,
             rate=rate,
             journal=journal,
@@ -129,7 +131,9 @@ async def _together(rig: Rig, scale: Scale, api: Api, rate: float) -> Together:
     rows = await _rows(rig, item)
     missing = [identity for identity, _ in accepted if identity not in rows]
     if missing:
-        raise SystemExit(f"{len(missing)} accepted reservations have no row, such as {missing[0]}")
+        raise SystemExit(
+            f"{len(missing)} accepted reservations have no row, for example {missing[0]}"
+        )
     waits = [rows[identity] - at for identity, at in accepted]
     return Together(
         rate=rate,

@@ -1,4 +1,4 @@
-"""What a request costs: closed loop, open loop, and as processes and sales grow in number."""
+"""Measures the cost of a request: closed loop, open loop, more processes and more sales."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ OPEN_CONNECTIONS = 400
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much to run. Seconds are of one round."""
+    """The size of a run. Seconds are per round."""
 
     rounds: int
     seconds: float
@@ -30,26 +30,23 @@ QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, (100, 20_000))
 
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
-    """Every way to answer, in turn, round by round, so that all meet the same weather."""
-    unbatched, ceiling = rig.api("unbatched", "bench.unbatched"), rig.ceiling()
+    """Measure every kind of answer. The kinds alternate, so that all have the same conditions."""
+    ceiling = rig.ceiling()
     open_sale, sold_out = rig.sales(), rig.sales(stock=1)
     ways: dict[str, Callable[[float], Round]] = {
         "accepted": partial(rig.round, [api], open_sale),
         "accepted, with keys": partial(rig.round, [api], open_sale, keys=True),
         "sold out": partial(rig.round, [api], sold_out),
         "sold out, with keys": partial(rig.round, [api], sold_out, keys=True),
-        "accepted, a call each": partial(rig.round, [unbatched], open_sale),
-        "sold out, with keys, a call each": partial(rig.round, [unbatched], sold_out, keys=True),
         "ceiling": partial(rig.round, [ceiling], open_sale),
     }
     found = _in_turn(ways, scale)
-    unbatched.stop()
     ceiling.stop()
     return found
 
 
 def open_loop(rig: Rig, scale: Scale, api: Api, capacity: float) -> list[OpenRound]:
-    """Constant arrival rates below `capacity`, in requests a second."""
+    """Measure at constant arrival rates below `capacity`, which is in requests per second."""
     items = rig.sales()
     found = []
     for number in range(scale.rounds):
@@ -62,7 +59,7 @@ def open_loop(rig: Rig, scale: Scale, api: Api, capacity: float) -> list[OpenRou
 
 
 def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
-    """A second API process, on the core that all the rest is on."""
+    """Measure with a second API process, on the core of everything else."""
     another = rig.api("another", cores=rig.cores.rest)
     items = rig.sales()
     found = _in_turn(
@@ -77,7 +74,7 @@ def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
 
 
 def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], list[float]]:
-    """Buyers spread over many sales; also the seconds that applying 1,000 takes."""
+    """Measure with many sales. Also returns the seconds that applying 1,000 sales takes."""
     apply_seconds = []
     many: list[str] = []
     for _ in range(min(3, scale.rounds)):
@@ -86,7 +83,10 @@ def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], lis
         apply_seconds.append(time.monotonic() - begun)
         print(f"    1,000 sales applied in {apply_seconds[-1]:.1f} s", flush=True)
     found = _in_turn(
-        {f"{count:,} sales": partial(rig.round, [api], many[:count]) for count in (1, 100, 1_000)},
+        {
+            f"{count:,} sale{'s' if count > 1 else ''}": partial(rig.round, [api], many[:count])
+            for count in (1, 100, 1_000)
+        },
         scale,
     )
     return found, apply_seconds
@@ -104,7 +104,7 @@ def _in_turn(ways: dict[str, Callable[[float], Round]], scale: Scale) -> dict[st
 
 
 def show(name: str, number: int, done: Round) -> None:
-    """A line of progress."""
+    """Print the result of a round."""
     tally = done.tally
     statuses = " ".join(f"{count:,} x {status}" for status, count in tally.statuses.items())
     print(

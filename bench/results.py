@@ -1,4 +1,4 @@
-"""What a run of the benchmark found: written as JSON beside the page, which is made from it."""
+"""The results of a benchmark run. The page is generated from them."""
 
 import msgspec
 
@@ -6,9 +6,9 @@ from bench.load import Tally
 
 
 class Round(msgspec.Struct, frozen=True):
-    """One run of a crowd, and the CPU seconds of each process for 10,000 requests.
+    """One run of a crowd, and the CPU seconds of each process per 10,000 requests.
 
-    The CPU is taken until the outbox is empty: what was left to publish is paid for too.
+    The CPU time counts until the outbox is empty, so that it includes all publishing.
     """
 
     tally: Tally
@@ -16,13 +16,13 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """CPU microseconds of the API for one request.
+    """CPU microseconds of the API per request.
 
-    `server`, `refused` and `accepted`: from the bytes of a request to those of its answer, of a
-    bare app by uvicorn's way, of a sale that is sold out, and of one that accepts. `script`,
-    `event` and `settled`: the client's part of a script call, of an event in its batch and of an
-    outbox entry's deletion, at 32 a call. `metrics`: what of `accepted` counts and observes.
-    `untraced`: what tracing adds to a request that is not sampled.
+    `server`, `refused` and `accepted` cover the way from the bytes of a request to the bytes of its
+    answer: for a bare app in uvicorn, for a sold-out sale, and for a sale that accepts. `script`,
+    `event` and `settled` are the client's part of a script call, an event in its batch, and the
+    deletion of an outbox entry, each at 32 requests per call. `metrics` is the share of `accepted`
+    that updates metrics. `untraced` is the addition if tracing is on but the request not sampled.
     """
 
     server: float
@@ -36,7 +36,7 @@ class Parts(msgspec.Struct, frozen=True):
 
 
 class OpenRound(msgspec.Struct, frozen=True):
-    """One run at a constant arrival rate, which is `percent` of the capacity."""
+    """One run at a constant arrival rate of `percent` of the capacity."""
 
     percent: int
     rate: float
@@ -44,7 +44,7 @@ class OpenRound(msgspec.Struct, frozen=True):
 
 
 class Scripts(msgspec.Struct, frozen=True):
-    """Redis alone, called without HTTP: its CPU microseconds for a request, by outcome."""
+    """CPU microseconds of Redis per request, called without HTTP, by outcome."""
 
     batch: int
     accepted_us: float
@@ -52,7 +52,7 @@ class Scripts(msgspec.Struct, frozen=True):
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """A backlog recorded by one consumer process: events a second, CPU seconds per 10,000."""
+    """A backlog recorded by one consumer. `cpu` is in seconds per 10,000 events by process."""
 
     events: int
     seconds: float
@@ -64,9 +64,10 @@ class Drain(msgspec.Struct, frozen=True):
 
 
 class Together(msgspec.Struct, frozen=True):
-    """API and consumer at a constant arrival rate. `lag` are events not recorded, each second.
+    """API and consumer at a constant arrival rate.
 
-    `to_row` are P50, P95 and P99 of the milliseconds from a 202 to its row.
+    `lag` is the number of unrecorded events in each second. `to_row` has P50, P95 and P99 of the
+    milliseconds from a 202 to its row.
     """
 
     rate: float
@@ -77,7 +78,7 @@ class Together(msgspec.Struct, frozen=True):
 
 
 class Phase(msgspec.Struct, frozen=True):
-    """A part of the run with outages; latencies in milliseconds of what was answered in it."""
+    """A part of the run with outages. Latencies are in milliseconds."""
 
     name: str
     requests: int
@@ -88,9 +89,10 @@ class Phase(msgspec.Struct, frozen=True):
 
 
 class Outages(msgspec.Struct, frozen=True):
-    """PostgreSQL and then Kafka away under a constant arrival rate.
+    """Outages of PostgreSQL and then of Kafka at a constant arrival rate.
 
-    `each_second` is the P95 of the requests due in each second; `spans` are (what, from, to).
+    `each_second` has the P95 of the requests due in each second. `spans` are (name, begin, end) in
+    seconds since the start. `unrecorded` counts accepted reservations without a row.
     """
 
     rate: float
@@ -102,8 +104,10 @@ class Outages(msgspec.Struct, frozen=True):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """A sale that sold all of its stock: bytes of Redis for a reservation (without its outbox
-    entry), and runs of refused requests with keys, each of which Redis looks up in it.
+    """A sale that has sold all of its stock.
+
+    `bytes_each` is the memory of Redis per reservation, without its outbox entry. The rounds are
+    refused requests with keys, which Redis looks up in the sale.
     """
 
     stock: int
@@ -112,7 +116,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it. Lists of rounds are in the order in which they were run."""
+    """All results of a run. Lists of rounds are in the order of the rounds."""
 
     command: str
     when: str
@@ -120,7 +124,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     seconds: float
     warm_up_seconds: float
-    beside: str
+    background: str
     machine: dict[str, str]
     reserve: dict[str, list[Round]]
     parts: Parts

@@ -1,4 +1,4 @@
-"""The engine on real servers, each process on its core, and the crowd in front of it."""
+"""The engine on real servers with each process on its core, and a crowd of buyers."""
 
 import asyncio
 import os
@@ -25,31 +25,32 @@ from flashsale.outbox import Outbox
 
 QUIET_SECONDS: Final = 120.0
 BEHIND: Final = 10
-"""The niceness of Kafka, PostgreSQL and the consumer: where they share a core with Redis and the
-crowd, those go first, so that what a JVM takes to start is not taken from the buyers' Redis.
+"""The niceness of Kafka, PostgreSQL and the consumer. If they share a core with Redis and the
+crowd, those have priority, so that a starting JVM does not slow down Redis.
 """
 
 _S = TypeVar("_S", bound=Server)
 
 
 class Api(ApiServer):
-    """An API process on the Python that is measured."""
+    """An API process on the measured Python."""
 
-    def __init__(self, data: Path, addresses: Addresses, python: Path, module: str) -> None:
+    def __init__(self, data: Path, addresses: Addresses, python: Path) -> None:
         super().__init__(data, addresses)
-        self._python, self._module = python, module
+        self._python = python
 
     def _command(self) -> list[str]:
-        return [str(self._python), "-m", self._module]
+        return [str(self._python), "-m", self.module]
 
     def _environment(self) -> dict[str, str]:
         return super()._environment() | python_path()
 
 
 class Ceiling(Api):
-    """It has no /readyz that means anything: whatever it answers is an answer."""
+    """The bare app. Its /readyz means nothing, so an open port counts as ready."""
 
     name: ClassVar[str] = "ceiling"
+    module: ClassVar[str] = "bench.ceiling"
 
     def _ready(self) -> bool:
         with socket.create_connection(("127.0.0.1", self.port), timeout=2):
@@ -57,7 +58,7 @@ class Ceiling(Api):
 
 
 class Consumer(ConsumerServer):
-    """A consumer process on the Python that is measured."""
+    """A consumer process on the measured Python."""
 
     def __init__(self, data: Path, addresses: Addresses, python: Path) -> None:
         super().__init__(data, addresses)
@@ -71,13 +72,13 @@ class Consumer(ConsumerServer):
 
 
 def python_path() -> dict[str, str]:
-    """Where the measured Python finds the engine and the bench."""
+    """Return the variables with which the measured Python finds the engine and the bench."""
     folders = (ROOT / "src", ROOT / "services/api", ROOT / "services/consumer", ROOT)
     return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One request: when it was due (`time.perf_counter`), seconds it took, and its status."""
+    """One request: its due time (`time.perf_counter`), its latency in seconds, its status."""
 
     due: float
     seconds: float
@@ -85,9 +86,9 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Rig:
-    """Redis, Kafka and PostgreSQL on the rest of the cores; processes of the engine as asked for.
+    """Redis, Kafka and PostgreSQL on the rest of the cores, and processes of the engine.
 
-    A context manager; everything ends with it.
+    A context manager. At its end it stops everything.
     """
 
     def __init__(self, data: Path, python: Path) -> None:
@@ -117,32 +118,26 @@ class Rig:
 
     @property
     def addresses(self) -> Addresses:
-        """Where the servers are."""
+        """The addresses of the servers."""
         return Addresses(self.redis.url, self.kafka.bootstrap, self.postgres.url)
 
-    def api(
-        self,
-        name: str = "api",
-        module: str = "flashsale_api",
-        cores: set[int] | None = None,
-    ) -> Api:
-        """An API process, on the first core unless told otherwise; it ends with the rig."""
-        return self._start(
-            Api(self.data / name, self.addresses, self.python, module), cores or self.cores.first
-        )
+    def api(self, name: str = "api", cores: set[int] | None = None) -> Api:
+        """Start an API process, by default on the first core."""
+        api = Api(self.data / name, self.addresses, self.python)
+        return self._start(api, cores or self.cores.first)
 
-    def ceiling(self) -> Api:
-        """The bare app on the first core."""
-        ceiling = Ceiling(self.data / "ceiling", self.addresses, self.python, "bench.ceiling")
+    def ceiling(self) -> Ceiling:
+        """Start the bare app on the first core."""
+        ceiling = Ceiling(self.data / "ceiling", self.addresses, self.python)
         return self._start(ceiling, self.cores.first)
 
     def consumer(self, cores: set[int]) -> Consumer:
-        """A consumer process."""
+        """Start a consumer process."""
         consumer = Consumer(self.data / "consumer", self.addresses, self.python)
         return self._start(consumer, cores, nice=BEHIND)
 
     def again(self, server: Server) -> None:
-        """Starts a server that was stopped, where it was."""
+        """Start a stopped server on the same cores."""
         placed(self.cores.rest, server.start, nice=BEHIND)
 
     def _start(self, server: _S, cores: set[int], *, nice: int = 0) -> _S:
@@ -151,7 +146,7 @@ class Rig:
         return server
 
     def sales(self, count: int = 1, stock: int = 100_000_000) -> list[str]:
-        """New sales, by flashsalectl; returns their items."""
+        """Declare new sales with flashsalectl, and return their items."""
         first, self._sales = self._sales, self._sales + count
         items = [f"bench-{number}" for number in range(first, self._sales)]
         manifest = self.data / "sales.yaml"
@@ -170,7 +165,7 @@ class Rig:
             check=False,
         )
         if done.returncode:
-            raise SystemExit(f"flashsalectl apply failed: {done.stderr}")
+            raise SystemExit(f"`flashsalectl apply` failed: {done.stderr}")
         return items
 
     def crowd(
@@ -185,7 +180,7 @@ class Rig:
         samples: Path | None = None,
         journal: Path | None = None,
     ) -> "Crowd":
-        """Sends a crowd, from the rest of the cores, in the background."""
+        """Start a crowd in the background, on the rest of the cores."""
         self._crowds += 1
         plan = Plan(
             urls=[api.url for api in apis],
@@ -201,7 +196,7 @@ class Rig:
         return placed(self.cores.rest, lambda: Crowd(plan, self.python))
 
     def parts(self) -> Parts:
-        """What the parts of a request cost, each alone, on the first core."""
+        """Measure the parts of a request separately, on the first core."""
 
         def run() -> bytes:
             return subprocess.run(
@@ -224,7 +219,7 @@ class Rig:
         keys: bool = False,
         rate: float | None = None,
     ) -> Round:
-        """One run of a crowd, and what it cost until nothing was left to publish."""
+        """Run a crowd, and measure the CPU time until everything is published."""
         processes: dict[str, Sequence[Server]] = {
             "API": apis,
             "Redis": [self.redis],
@@ -240,7 +235,7 @@ class Rig:
         return Round(tally, {name: used / tally.requests * 10_000 for name, used in spent.items()})
 
     def drain(self, items: Sequence[str]) -> None:
-        """Waits until the items' outboxes are empty."""
+        """Wait until the items' outboxes are empty."""
         asyncio.run(self._drain(items))
 
     async def _drain(self, items: Sequence[str]) -> None:
@@ -254,7 +249,7 @@ class Rig:
 
 
 class Crowd:
-    """A crowd that runs as a process of its own."""
+    """A crowd in a process of its own."""
 
     def __init__(self, plan: Plan, python: Path) -> None:
         self._plan = plan
@@ -274,14 +269,14 @@ class Crowd:
         return self._process.pid
 
     def tally(self) -> Tally:
-        """Waits until it is done."""
+        """Wait for the end of the crowd, and return its tally."""
         answer = cast("IO[bytes]", self._process.stdout).read()
         if self._process.wait():
-            raise SystemExit("the crowd failed, it says above why")
+            raise SystemExit("the crowd failed; see its message above")
         return msgspec.json.decode(answer, type=Tally)
 
     def samples(self) -> list[Sample]:
-        """Every request, in the order in which they were due."""
+        """Return every request, in the order of their due times."""
         values = array("d")
         values.frombytes(Path(self._plan.samples or "").read_bytes())
         count = len(values) // 3

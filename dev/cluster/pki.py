@@ -31,9 +31,10 @@ and groups.
 def make(folder: Path, url: str, addresses: Sequence[str]) -> None:
     """Write everything into a new folder.
 
-    The authority is `ca`, the API server's certificate for its hosts and IP addresses `apiserver`,
-    and each user's certificate has the user's name: a `.crt` and a `.key` file each. Each user also
-    gets a `USER.kubeconfig`. `service-accounts.key` signs and verifies tokens.
+    The authority `ca`, the API server's `apiserver` and each user have a `.crt` and a `.key` file.
+    The API server's certificate is valid for its host names and for `addresses`. Each user also has
+    a `USER.kubeconfig` for the API server at `url`. `service-accounts.key` signs and verifies
+    tokens.
     """
     folder.mkdir(mode=0o700)
     authority = trustme.CA(organization_name=_NAME)

@@ -1,4 +1,4 @@
-"""docs/performance.md says what was measured, and nothing else."""
+"""docs/performance.md and its charts have the figures of performance.json."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ def findings() -> Findings:
     return msgspec.json.decode((DOCS / "performance.json").read_bytes(), type=Findings)
 
 
-def test_the_page_and_its_charts_show_the_figures_beside_it(
+def test_the_page_and_its_charts_have_the_figures_of_the_json_file(
     findings: Findings, tmp_path: Path
 ) -> None:
     shutil.copy(DOCS / page.PAGE, tmp_path)
@@ -31,13 +31,11 @@ def test_the_page_and_its_charts_show_the_figures_beside_it(
         assert file.read_text() == (DOCS / file.name).read_text(), file.name
 
 
-def test_a_page_that_lost_a_place_for_figures_is_not_written(
-    findings: Findings, tmp_path: Path
-) -> None:
+def test_a_page_without_a_marker_is_not_written(findings: Findings, tmp_path: Path) -> None:
     lost = (DOCS / page.PAGE).read_text().replace("<!-- figures redis -->\n", "")
     (tmp_path / page.PAGE).write_text(lost)
 
-    with pytest.raises(SystemExit, match="no place for the figures of redis"):
+    with pytest.raises(SystemExit, match="no markers for the figures of redis"):
         page.write(findings, tmp_path)
 
     assert [file.name for file in tmp_path.iterdir()] == [page.PAGE]
