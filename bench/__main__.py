@@ -12,10 +12,10 @@ from typing import Final
 from bench import machine, outages, page, recording, requests, scripts
 from bench.results import Findings
 from bench.rig import Rig
-from dev.paths import LOCAL
+from dev.paths import LOCAL, ROOT
 from dev.stack.errors import StackError
 
-DOCS: Final = machine.ROOT / "docs"
+DOCS: Final = ROOT / "docs"
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final, TypeVar
 
+from dev.paths import ROOT
 from dev.stack import lifeline
 from dev.stack.jars import kafka_version
 from dev.stack.packages import cache_folder, java, java_build, postgres_programs
@@ -19,7 +20,6 @@ from dev.stack.redis import default_binary
 
 T = TypeVar("T")
 
-ROOT: Final = Path(__file__).parent.parent
 _HERTZ: Final = os.sysconf("SC_CLK_TCK")
 _LOOP: Final = """
 import time, timeit
@@ -78,7 +78,7 @@ def python() -> Path:
     """Return the faster of this Python and /usr/bin/python3, with the engine's packages.
 
     pyenv by default builds a Python without profile-guided optimisation. It needs 50 % more time
-    for everything, and nobody deploys it.
+    for everything, and is not what runs in production.
     """
     ours, systems = Path(sys.executable), Path("/usr/bin/python3")
     if not _recent(systems) or _loop(systems) > 0.9 * _loop(ours):

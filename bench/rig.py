@@ -15,8 +15,9 @@ from typing import IO, ClassVar, Final, Self, TypeVar, cast
 import msgspec
 
 from bench.load import Plan, Tally
-from bench.machine import ROOT, Cores, cpu_seconds, placed
+from bench.machine import Cores, cpu_seconds, placed
 from bench.results import Parts, Round
+from dev.paths import ROOT
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
