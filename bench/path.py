@@ -1,7 +1,8 @@
-"""`python -m bench.path`: what the parts of a request cost, each alone, in one process.
+"""`python -m bench.path`: measure the CPU time of each part of a request, in one process.
 
-Without sockets and with the least of many tries, so that neither the kernel nor a busy machine is
-in it. Reads FLASHSALE_REDIS_URL, for the client's part of a script call; prints `Parts` (JSON).
+There are no sockets, and the result is the minimum of many tries, so the kernel and a busy machine
+do not disturb it. Reads FLASHSALE_REDIS_URL for the client's part of a script call. Prints `Parts`
+as JSON.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ from flashsale_api.reserve import Reserve
 from flashsale_api.spans import Traces
 
 CONNECTIONS: Final = 32
-"""As many requests at once, and so in a batch."""
+"""Requests in flight, and therefore in a batch."""
 
 _TRIES: Final = 200
 _SALE: Final = Snapshot("default/bench", 100, 100, 1)
@@ -48,7 +49,7 @@ _REQUEST: Final = (
 
 
 class _Transport(asyncio.Transport):
-    """Takes what is written and forgets it."""
+    """Counts and discards the written bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,24 +62,24 @@ class _Transport(asyncio.Transport):
         return False
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing."""
 
     def get_extra_info(self, name: str, default: object = None) -> object:
         return ("127.0.0.1", 1) if name in {"sockname", "peername"} else default
 
 
-class _Stock(Inventory):
-    """Accepts everything at once."""
+class _AcceptingInventory(Inventory):
+    """Accepts every request at once, without Redis."""
 
     def __init__(self) -> None:
-        """Needs no client."""
+        """Has no client."""
 
     async def reserve(
         self,
-        item_id: str,  # noqa: ARG002 - it says yes to everybody
+        item_id: str,  # noqa: ARG002 - accepts for every item
         requests: Sequence[Request],
         *,
-        timeout_seconds: float,  # noqa: ARG002 - at once
+        timeout_seconds: float,  # noqa: ARG002 - never waits
     ) -> BatchReply:
         await asyncio.sleep(0)
         answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
@@ -91,12 +92,12 @@ class _Nowhere:
 
 
 class _SoldOut(Batching):
-    def sold_out(self, item_id: str) -> bool:  # noqa: ARG002 - whatever it is
+    def sold_out(self, item_id: str) -> bool:  # noqa: ARG002 - every item is sold out
         return True
 
 
 class _Unmeasured:
-    """Metrics, items and counters at once, that count nothing."""
+    """Stands for the metrics, an item's metrics and a counter, and does nothing."""
 
     def __getattr__(self, name: str) -> "_Unmeasured":
         return self
@@ -104,22 +105,22 @@ class _Unmeasured:
     def __getitem__(self, name: str) -> "_Unmeasured":
         return self
 
-    def of(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - all are the same
+    def of(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
         return self
 
     def know(self, item_id: str) -> None:
-        """Knows nothing."""
+        """Does nothing."""
 
     def inc(self) -> None:
-        """Counts nothing."""
+        """Does nothing."""
 
     def observe(self, value: float) -> None:
-        """Measures nothing."""
+        """Does nothing."""
 
     def set(self, value: float) -> None:
-        """Says nothing."""
+        """Does nothing."""
 
-    def labels(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - all are the same
+    def labels(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
         return self
 
 
@@ -127,14 +128,14 @@ def _app(
     batching: type[Batching], metrics: Metrics | None = None, traces: Traces | None = None
 ) -> ASGIApp:
     metrics = metrics or Metrics()
-    decided = batching(_Stock(), _Nowhere(), metrics, traces=traces)
+    decided = batching(_AcceptingInventory(), _Nowhere(), metrics, traces=traces)
     reserve = Reserve(decided, metrics, traces)
 
     return Application(reserve, Starlette())
 
 
 async def _path(app: ASGIApp) -> float:
-    """Microseconds of a request from its bytes to its answer's."""
+    """Returns the CPU microseconds from the bytes of a request to the bytes of its answer."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -166,7 +167,7 @@ async def _path(app: ASGIApp) -> float:
 
 
 async def _least(turn: Callable[[], Awaitable[object]]) -> float:
-    """The fewest CPU microseconds of many tries."""
+    """Returns the minimum of many tries, in CPU microseconds."""
     least = float("inf")
     for _ in range(_TRIES):
         begun = time.process_time()
@@ -177,15 +178,14 @@ async def _least(turn: Callable[[], Awaitable[object]]) -> float:
 
 
 async def parts(redis_url: str) -> Parts:
-    """Measures all of them; the Redis needs no sale."""
+    """Measures all parts. Redis does not need a sale."""
     server = await _path(ceiling)
     accepted = await _path(_app(Batching))
     unmeasured = await _path(_app(Batching, cast("Metrics", _Unmeasured())))
     tracing = Traces(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))
     untraced = await _path(_app(Batching, traces=tracing))
     client = redis_client.connect(redis_url)
-    stock = Inventory(client)
-    outbox = Outbox(client)
+    inventory, outbox = Inventory(client), Outbox(client)
     requests = [Request(_ID, "u1-000000001", 1)] * CONNECTIONS
     acknowledged = [(f"1795561067887-{number}", _ID) for number in range(CONNECTIONS)]
     record = Record("accepted", 1, 1, 1795561067887, "u1-000000001", "")
@@ -206,7 +206,9 @@ async def parts(redis_url: str) -> Parts:
             server=server,
             refused=await _path(_app(_SoldOut)),
             accepted=accepted,
-            script=await _least(lambda: stock.reserve("bench-path", requests, timeout_seconds=5))
+            script=await _least(
+                lambda: inventory.reserve("bench-path", requests, timeout_seconds=5)
+            )
             / CONNECTIONS,
             event=await _least(publish) / CONNECTIONS,
             settled=await _least(lambda: outbox.settle("bench-path", acknowledged)) / CONNECTIONS,

@@ -1,4 +1,4 @@
-"""Redis alone: the scripts called without HTTP, and what a sold sale takes of its memory."""
+"""Redis alone: the CPU time of the scripts, and the memory of a sold sale."""
 
 import asyncio
 import time
@@ -18,11 +18,11 @@ from flashsale.redis_client import connect
 from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Request
 
 IN_FLIGHT: Final = 3
-"""As the API has it."""
+"""Calls in flight, as in the API."""
 
 
 def scripts(rig: Rig, scale: Scale) -> list[Scripts]:
-    """At two sizes of batch."""
+    """Measures the scripts with two batch sizes."""
     found = []
     for number in range(scale.rounds):
         for batch in (64, BATCH_LIMIT):
@@ -38,16 +38,16 @@ def scripts(rig: Rig, scale: Scale) -> list[Scripts]:
                 )
             )
             print(
-                f"    round {number + 1}  {batch} a call: Redis "
-                f"{found[-1].accepted_us:.1f} us a reservation, "
-                f"{found[-1].rejected_us:.1f} us a rejection",
+                f"    round {number + 1}  {batch} per call: Redis "
+                f"{found[-1].accepted_us:.1f} us per reservation, "
+                f"{found[-1].rejected_us:.1f} us per rejection",
                 flush=True,
             )
     return found
 
 
 def memory(rig: Rig, scale: Scale, api: Api) -> list[Memory]:
-    """Sells sales out, small and large, and asks for more."""
+    """Sells out small and large sales, and then sends more requests."""
     found = []
     for stock in scale.stocks:
         [item] = rig.sales(stock=stock)
@@ -55,7 +55,7 @@ def memory(rig: Rig, scale: Scale, api: Api) -> list[Memory]:
         each = asyncio.run(_sell_out(rig, item, stock))
         print(
             f"    {stock:,} sold in {time.monotonic() - begun:.0f} s: "
-            f"{each:.0f} bytes a reservation",
+            f"{each:.0f} bytes per reservation",
             flush=True,
         )
         rounds = []
@@ -67,7 +67,7 @@ def memory(rig: Rig, scale: Scale, api: Api) -> list[Memory]:
 
 
 async def _call(rig: Rig, item: str, batch: int, seconds: float) -> tuple[int, float]:
-    """Requests decided in that time, and Redis' CPU seconds for them. The outbox is trimmed."""
+    """Returns the requests decided in `seconds` and Redis' CPU seconds. Trims the outbox."""
     client = connect(rig.redis.url)
     inventory = Inventory(client, outbox_limit=10**9)
     pid = cast("int", rig.redis.pid)
@@ -94,7 +94,7 @@ async def _call(rig: Rig, item: str, batch: int, seconds: float) -> tuple[int, f
 
 
 async def _sell_out(rig: Rig, item: str, stock: int) -> float:
-    """Bytes that each reservation takes."""
+    """Returns the bytes per reservation."""
     client = connect(rig.redis.url)
     inventory = Inventory(client, outbox_limit=10**9)
     sold_out = False
@@ -125,7 +125,7 @@ async def _sell_out(rig: Rig, item: str, stock: int) -> float:
 
 
 def _buyers(count: int) -> Sequence[Request]:
-    """Buyers who have never bought, with names as long as a UUID."""
+    """Makes requests of new users, whose ids have the length of a UUID."""
     ids = [str(uuid.uuid4()) for _ in range(count)]
     return [Request(identity, identity, 1) for identity in ids]
 
