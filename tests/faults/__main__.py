@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: schedules of faults against the real engine, many of them."""
+"""`python -m tests.faults`: run many schedules of faults against the real engine."""
 
 import argparse
 import asyncio
@@ -23,18 +23,20 @@ FOLDER: Final = ROOT / ".local" / "faults"
 
 
 def main() -> int:
-    """0 if every promise was kept in every schedule."""
+    """Return 0 if every schedule kept every promise."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults",
-        description="Runs seeded schedules of faults against real Redis (with Sentinel), Kafka, "
-        "PostgreSQL, kube-apiserver, two APIs, two consumers and an operator, under a crowd whose "
-        "journal is checked afterwards. A schedule takes about half a minute. One that fails is "
-        "printed with its journal, and run again by its seed alone.",
+        description="Run seeded schedules of faults against real Redis (with Sentinel), Kafka, "
+        "PostgreSQL, kube-apiserver, two APIs, two consumers and an operator. Meanwhile a crowd "
+        "buys, and its journal is checked afterwards. A schedule takes about half a minute. A "
+        "failed schedule is printed with its journal. Its seed runs it again.",
     )
-    parser.add_argument("-n", type=int, default=20, help="how many schedules (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one's seed (default 0)")
+    parser.add_argument("-n", type=int, default=20, help="the number of schedules (default: 20)")
     parser.add_argument(
-        "--keep-going", action="store_true", help="run the others when one has failed"
+        "--seed", type=int, default=0, help="the seed of the first schedule (default: 0)"
+    )
+    parser.add_argument(
+        "--keep-going", action="store_true", help="continue after a failed schedule"
     )
     options = parser.parse_args()
     if options.n < 1:
@@ -50,7 +52,7 @@ def main() -> int:
 
 @dataclass
 class _Line:
-    """What came of the schedules that had a kind of fault."""
+    """The totals of the schedules with one kind of fault."""
 
     schedules: int = 0
     promised: int = 0
@@ -61,7 +63,7 @@ class _Line:
 
 @dataclass
 class _Summary:
-    """Of all schedules."""
+    """The totals of all schedules, by kind of fault."""
 
     kinds: dict[str, _Line] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
@@ -78,7 +80,7 @@ class _Summary:
         self.answers.update(result.outcomes)
 
     def print(self) -> None:
-        head = ("fault", "schedules", "202s", "lost, as allowed", "refused", "slowest recovery")
+        head = ("fault", "schedules", "202s", "lost (allowed)", "refused", "slowest recovery")
         lines = [
             f"| {kind} | {line.schedules} | {line.promised:,} | {line.lost} | {line.refused} "
             f"| {line.slowest:.0f} s |"
@@ -97,9 +99,9 @@ async def _all(seeds: Sequence[int], keep_going: bool) -> int:
     left = list(seeds)
     try:
         while left and (keep_going or not summary.failed):
-            # A world that failed is not one to go on in.
+            # After a failure, the next schedules get a new world.
             async with AsyncExitStack() as stack:
-                print("starting the servers …", flush=True)
+                print("Starting the servers …", flush=True)
                 world = await stack.enter_async_context(opened(FOLDER / "world"))
                 while left:
                     made = schedule(left.pop(0))
@@ -108,24 +110,24 @@ async def _all(seeds: Sequence[int], keep_going: bool) -> int:
                     try:
                         result = await run(world, made)
                     except Failed as failed:
-                        _tell(made.seed, failed)
+                        _report(made.seed, failed)
                         summary.failed.append(made.seed)
                         break
                     summary.add(made, result)
-                    print(f"  kept: {result}", flush=True)
-    finally:  # also of a run that is interrupted
+                    print(f"  passed: {result}", flush=True)
+    finally:  # also after an interruption
         summary.print()
     return 1 if summary.failed else 0
 
 
-def _tell(seed: int, failed: Failed) -> None:
-    """Prints all of it, and keeps it with what the processes said."""
+def _report(seed: int, failed: Failed) -> None:
+    """Print the failure, and save it with the logs of all processes."""
     kept = FOLDER / f"seed-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "failed.txt").write_text(f"{failed}\n")
     for log in (FOLDER / "world").glob("*/*.log"):
         shutil.copy(log, kept / f"{log.parent.name}.log")
-    print(f"{failed}\nThis and the logs: {kept.relative_to(ROOT)}", flush=True)
+    print(f"{failed}\nSaved with the logs in {kept.relative_to(ROOT)}", flush=True)
     if failed.__cause__ is not None:
         traceback.print_exception(failed.__cause__)
 

@@ -1,4 +1,4 @@
-"""Whether what the crowd was answered is what came of it."""
+"""Checks the answers of the crowd against the ledger, and Redis against both."""
 
 import asyncio
 import json
@@ -23,20 +23,20 @@ from tests.faults.world import History, Sale, World
 
 RECOVERY_SECONDS: Final = 120.0
 UNPUBLISHED_SECONDS: Final = 2.0
-"""How long an event may be in nothing but the pod's memory and Redis while Kafka answers."""
+"""How long an event may exist only in the pod's memory and in Redis while Kafka is up."""
 RETRIES: Final = 30
 
 
 class Broken(Exception):
-    """A promise was not kept; each of the arguments says one, with the journal's lines of it."""
+    """Promises were broken. Each argument describes one, with its lines of the journal."""
 
 
 @dataclass
 class Result:
-    """How a schedule ended. Counts are reservations but for `accepted_units`.
+    """The result of a schedule. Counts are reservations, except for `accepted_units`.
 
-    `lost` and `refused` were answered 202 and are not recorded, as the durability allows;
-    `recovery_seconds` from the last fault's end until both APIs answered again.
+    `lost` and `refused` reservations were answered 202 and are not recorded, which the durability
+    of Redis allows. `recovery_seconds` count from the end of the last fault until both APIs answer.
     """
 
     answers: int = 0
@@ -50,12 +50,12 @@ class Result:
     def __str__(self) -> str:
         return (
             f"{self.answers} answers, {self.promised} reservations promised, {self.lost} lost, "
-            f"{self.refused} refused, answering again after {self.recovery_seconds:.1f} s"
+            f"{self.refused} refused, recovered after {self.recovery_seconds:.1f} s"
         )
 
 
-async def recovered(world: World, crowd: Crowd, item: str) -> float:
-    """How long it took until both APIs answered by themselves."""
+async def await_recovery(world: World, crowd: Crowd, item: str) -> float:
+    """Wait until both APIs answer. Returns the seconds. Raises Broken if they do not recover."""
     began = time.monotonic()
     deadline = began + RECOVERY_SECONDS
     for api in range(len(world.apis)):
@@ -67,21 +67,21 @@ async def recovered(world: World, crowd: Crowd, item: str) -> float:
             if time.monotonic() > deadline:
                 raise Broken(
                     f"API {api + 1} does not sell {item} {RECOVERY_SECONDS:.0f} s after the last "
-                    f"fault: {answer}\n{await _words(world)}"
+                    f"fault: {answer}\n{await _flash_sales(world)}"
                 )
             await asyncio.sleep(0.2)
     return time.monotonic() - began
 
 
-def alive(world: World) -> None:
-    """Nothing that was not killed may have ended: only a pod would be started again."""
+def check_alive(world: World) -> None:
+    """Raise Broken if a process ended that was not killed. Here nothing restarts it."""
     for service in (*world.apis, *world.consumers, world.operator):
         if service.pid is None:
-            raise Broken(f"it ended by itself: {service.log}")
+            raise Broken(f"the process ended without being killed: {service.log}")
 
 
-async def declared(world: World, sale: Sale) -> None:
-    """Waits until the operator says that everything is as the FlashSale asks."""
+async def await_ready(world: World, sale: Sale) -> None:
+    """Wait until the operator reports that the sale is as the FlashSale declares."""
     deadline = time.monotonic() + RECOVERY_SECONDS
     while True:
         done = await asyncio.to_thread(
@@ -89,27 +89,27 @@ async def declared(world: World, sale: Sale) -> None:
         )
         live = json.loads(done.stdout)
         generation = live["metadata"]["generation"]
-        told = {
+        reasons = {
             condition["reason"]
             for condition in live.get("status", {}).get("conditions", [])
             if condition["type"] == "Ready" and condition["observedGeneration"] == generation
         }
-        # Less stock than buyers hold already is all that can be wrong with it.
-        if told & {"Applied", "StockBelowHeld"}:
+        # The only possible error is a stock below the units that buyers already hold.
+        if reasons & {"Applied", "StockBelowHeld"}:
             return
         if time.monotonic() > deadline:
-            raise Broken(f"the FlashSale is not ready: {await _words(world)}")
+            raise Broken(f"the FlashSale is not ready: {await _flash_sales(world)}")
         await asyncio.sleep(0.5)
 
 
 async def check(world: World, crowd: Crowd, sale: Sale) -> Result:
-    """Raises `Broken` with everything that is wrong."""
+    """Check every promise. Raises Broken with everything that is wrong."""
     await quiet(world.addresses, [sale.item])
     journal = tuple(crowd.journal)
     result = Result(answers=len(journal))
     result.outcomes.update(f"{answer.status} {answer.kind}" for answer in journal)
     wrong = [
-        f"an answer that nobody may get: {answer}"
+        f"an answer that no request may get: {answer}"
         for answer in journal
         if not _expected(answer, world.history)
     ]
@@ -127,7 +127,7 @@ async def check(world: World, crowd: Crowd, sale: Sale) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class _Book:
-    """The ledger: the sale's counts, and its reservations by id."""
+    """The ledger's contents: the counts of the sale, and its reservations by id."""
 
     accepted: int
     released: int
@@ -142,7 +142,7 @@ async def _book(world: World, sale: Sale) -> _Book:
     finally:
         await connection.close()
     if counts is None:
-        raise Broken(f"the ledger has no row of {sale.sale_id}")
+        raise Broken(f"the ledger has no row for {sale.sale_id}")
     return _Book(
         counts["accepted"], counts["released"], {str(row["reservation_id"]): row for row in rows}
     )
@@ -151,20 +151,20 @@ async def _book(world: World, sale: Sale) -> _Book:
 def _compare(
     book: _Book, journal: Sequence[Answer], sale: Sale, history: History, result: Result
 ) -> list[str]:
-    """The ledger against the journal and against itself."""
+    """Check the ledger against the journal, and its counts against its rows."""
     wrong = []
     recorded = {i: row for i, row in book.rows.items() if row["state"] == "accepted"}
     units = sum(row["quantity"] for row in recorded.values())
     result.accepted_units = units
-    if units > sale.most:
-        wrong.append(f"{units} units are recorded and at most {sale.most} were for sale")
+    if units > sale.highest_stock:
+        wrong.append(f"{units} units are recorded, but at most {sale.highest_stock} were for sale")
     if units != book.accepted - book.released:
-        wrong.append(f"the rows have {units} units, the sale {book.accepted} less {book.released}")
+        wrong.append(f"the rows have {units} units, the sale has {book.accepted} - {book.released}")
     held: Counter[str] = Counter()
     for row in recorded.values():
         held[row["user_id"]] += row["quantity"]
     wrong += [
-        f"{user} holds {units} units and may hold {sale.max_per_user}"
+        f"{user} holds {units} units, but the limit is {sale.max_per_user}"
         for user, units in held.items()
         if units > sale.max_per_user
     ]
@@ -176,7 +176,11 @@ def _compare(
             if answer.key:
                 keys[answer.user, answer.key].add(answer.reservation_id)
     result.promised = len(promises)
-    wrong += [f"{pair} was given {sorted(ids)}" for pair, ids in keys.items() if len(ids) > 1]
+    wrong += [
+        f"{pair} got several reservations: {sorted(ids)}"
+        for pair, ids in keys.items()
+        if len(ids) > 1
+    ]
     for identity, answers in promises.items():
         found = recorded.get(identity)
         if found is not None:
@@ -186,22 +190,22 @@ def _compare(
             result.refused += identity in book.rows
             result.lost += identity not in book.rows
         else:
-            what = "refused" if identity in book.rows else "not recorded"
-            wrong.append(f"was promised and is {what}:\n" + "\n".join(map(str, answers)))
+            state = "refused" if identity in book.rows else "not recorded"
+            wrong.append(f"promised, but {state}:\n" + "\n".join(map(str, answers)))
     return wrong
 
 
 def _expected(answer: Answer, history: History) -> bool:
     if answer.status == 404:
-        # A pod that has started since Redis lost the keys has never seen the sale, and knows no
-        # better until the operator has put a marker there.
+        # A pod that started after Redis lost the keys has never seen the sale. It answers 404 until
+        # the operator has fenced the sale in Redis.
         started = any(api == answer.api and to <= answer.received for api, _, to in history.killed)
         return started and any(began <= answer.received for began, _ in history.lost_in_redis)
     return answer.status in (0, 202, 409, 503)
 
 
 def _may_be_lost(answer: Answer, history: History) -> bool:
-    """Whether Redis lost it and the pod that answered was gone before Kafka can have had it."""
+    """Return whether Redis lost the reservation and its pod died before Kafka could have it."""
     lost = any(end >= answer.sent for _, end in history.lost_in_redis)
     orphaned = any(
         api == answer.api
@@ -219,7 +223,7 @@ def _may_be_lost(answer: Answer, history: History) -> bool:
 
 
 async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
-    """Redis against the ledger, to the last reservation."""
+    """Check Redis against the ledger, down to each reservation."""
     client, keys = redis_client.connect(world.addresses.redis_url), ItemKeys.of(sale.item)
     try:
         pipeline = client.pipeline(transaction=True)
@@ -232,7 +236,7 @@ async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     wrong = []
     counts = int(of_sale["accepted"]), int(of_sale["released"]), outbox
     if counts != (book.accepted, book.released, 0):
-        wrong.append(f"Redis has {counts} accepted, released, in its outbox: the ledger {book}")
+        wrong.append(f"Redis has {counts} accepted, released and in its outbox. The ledger: {book}")
     known = {i: (r.user_id, r.quantity) for i, r in _records(reservations).items()}
     rows = {
         identity: (row["user_id"], row["quantity"])
@@ -248,7 +252,7 @@ async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     for user, quantity in rows.values():
         held[user] += quantity
     if {user: int(units) for user, units in buyers.items() if int(units)} != dict(held):
-        wrong.append("Redis and ledger have other buyers")
+        wrong.append("Redis and the ledger have different buyers")
     return wrong
 
 
@@ -257,7 +261,7 @@ def _records(reservations: dict[str, str]) -> dict[str, Record]:
 
 
 async def _retries(crowd: Crowd, book: _Book) -> list[str]:
-    """The same key is still the same reservation."""
+    """Check that a repeated key still gets the same reservation."""
     keyed = [answer for answer in crowd.journal if answer.status == 202 and answer.key]
     wrong = []
     for answer in keyed[:: max(1, len(keyed) // RETRIES)]:
@@ -266,7 +270,7 @@ async def _retries(crowd: Crowd, book: _Book) -> list[str]:
             continue
         again = await crowd.ask(1 - answer.api, answer.user, answer.key, answer.quantity)
         if again.reservation_id != answer.reservation_id:
-            wrong.append(f"{answer} was asked again and answered {again}")
+            wrong.append(f"{answer} was repeated and got {again}")
     return wrong
 
 
@@ -284,7 +288,7 @@ async def _ctl(world: World, *arguments: str) -> "subprocess.CompletedProcess[st
     return await asyncio.to_thread(run)
 
 
-async def _words(world: World) -> str:
-    """What the FlashSales say."""
+async def _flash_sales(world: World) -> str:
+    """Return the FlashSales with their status as YAML."""
     done = await asyncio.to_thread(world.plane.kubectl, "get", "fs", "-o", "yaml")
     return done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""`python -m tests.faults.losses`: what Redis forgets in a failure, and what of it is lost."""
+"""`python -m tests.faults.losses`: measure the losses and the downtime per failure of Redis."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ import asyncpg
 from dev.verdict import quiet
 from flashsale import redis_client
 from flashsale.keys import ItemKeys
-from tests.faults.check import declared, recovered
+from tests.faults.check import await_ready, await_recovery
 from tests.faults.crowd import Crowd
 from tests.faults.world import Sale, World, opened
 from tests.support.paths import ROOT
@@ -28,8 +28,10 @@ Fails = Callable[[World], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A failure of Redis; whether both APIs are killed at the same moment, and whether Kafka was
-    away for the seconds before.
+    """A failure of Redis.
+
+    With `apis_too`, both APIs are killed at the same moment. With `without_kafka`, Kafka is down
+    during the seconds before.
     """
 
     name: str
@@ -41,15 +43,16 @@ class Case:
     @property
     def others(self) -> str:
         return ("killed too" if self.apis_too else "alive") + (
-            ", Kafka away" if self.without_kafka else ""
+            ", Kafka down" if self.without_kafka else ""
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Reservations that had been answered 202: `forgotten` by Redis, `lost` in the end.
+    """Reservations that were answered 202 before the failure.
 
-    `closed_seconds`: from the failure until both APIs sold again.
+    Redis has lost the `forgotten` ones. The `lost` ones are not in the ledger either, after the
+    rebuild. `closed_seconds` count from the failure until both APIs sell again.
     """
 
     promised: int
@@ -58,7 +61,7 @@ class Loss:
     closed_seconds: float
 
 
-_PROMOTED: Final = f"a replica promoted that lags {LAG_SECONDS:.0f} s"
+_PROMOTED: Final = f"a promoted replica that lags {LAG_SECONDS:.0f} s"
 _FAILURES: Final[tuple[tuple[str, bool, Fails], ...]] = (
     ("`always`, power cut", True, lambda world: world.redis.lose_power()),
     ("`everysec`, kill -9 of the process", False, lambda world: world.redis.kill(0.0)),
@@ -74,16 +77,16 @@ _number = itertools.count()
 
 
 async def lose(world: World, case: Case) -> Loss:
-    """One failure in the middle of a crowd."""
+    """Let Redis fail while a crowd buys, and count the losses."""
     item = f"loss-{next(_number)}"
-    sale = Sale(item, max_per_user=5, stock=100_000, most=100_000)
+    sale = Sale(item, max_per_user=5, stock=100_000, highest_stock=100_000)
     crowd = Crowd(
         [api.url for api in world.apis], item, seed=next(_number), users=5_000, max_per_user=5
     )
     await world.redis.set_durability(always=case.always)
     await world.apply(sale)
-    await recovered(world, crowd, item)
-    coming = asyncio.create_task(crowd.run())
+    await await_recovery(world, crowd, item)
+    buying = asyncio.create_task(crowd.run())
     await asyncio.sleep(BUYING_SECONDS / 2)
     if case.without_kafka:
         await asyncio.to_thread(world.kafka.pause)
@@ -99,12 +102,12 @@ async def lose(world: World, case: Case) -> Loss:
         await asyncio.to_thread(api.start)
     if case.without_kafka:
         await asyncio.to_thread(world.kafka.resume)
-    await world.redis.whole()
-    await recovered(world, crowd, item)
+    await world.redis.await_health()
+    await await_recovery(world, crowd, item)
     closed = time.monotonic() - began
     crowd.stop()
-    await coming
-    await declared(world, sale)
+    await buying
+    await await_ready(world, sale)
     await quiet(world.addresses, [item])
     rows = await _rows(world, sale)
     promised = {answer.reservation_id for answer in crowd.journal if answer.status == 202}
@@ -118,7 +121,7 @@ async def lose(world: World, case: Case) -> Loss:
 
 
 async def _kept(world: World, item: str) -> set[str]:
-    """What the Redis that came back has, before it is rebuilt."""
+    """Return the reservation ids that the restarted Redis has before its rebuild."""
     client = redis_client.connect(world.addresses.redis_url)
     try:
         return {key async for key, _ in client.hscan_iter(ItemKeys.of(item).reservations)}
@@ -139,9 +142,11 @@ async def _rows(world: World, sale: Sale) -> set[str]:
 
 
 def main() -> int:
-    """Prints the table of docs/operations.md."""
+    """Print the table of docs/operations.md."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.losses", description=__doc__)
-    parser.add_argument("--trials", type=int, default=5, help="of each failure (default 5)")
+    parser.add_argument(
+        "--trials", type=int, default=5, help="the number of trials per failure (default: 5)"
+    )
     trials = parser.parse_args().trials
     if trials < 1:
         parser.error("--trials: must be at least 1")

@@ -1,6 +1,6 @@
-"""Two Redis servers, one the replica of the other, with a Sentinel, behind one address.
+"""A Redis primary with a replica and a Sentinel, behind one address.
 
-The address is a proxy that follows Sentinel, as a Service that selects the primary does.
+The address is a proxy that follows Sentinel, like a Service that selects the primary.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from dev.stack.redis import RedisServer, default_binary
 from tests.support.proxy import Proxy
 
 DOWN_AFTER_MS: Final = 1_500
-"""How long a primary is silent before Sentinel looks for another."""
+"""How long a primary must be silent before Sentinel promotes the replica."""
 MASTER: Final = "sale"
 FSYNC_SECONDS: Final = 1.0
-"""What a machine that loses power loses of an `everysec` file, at the least often seen."""
+"""The part of an `everysec` file that a power cut loses here. Real losses are rarely smaller."""
 DEADLINE_SECONDS: Final = 60.0
 
 
 class SentinelServer(Server):
-    """The server's own binary as a Sentinel: one of them decides alone."""
+    """The Redis binary as a Sentinel. A single one decides alone."""
 
     name: ClassVar[str] = "sentinel"
 
@@ -51,7 +51,7 @@ class SentinelServer(Server):
             f"sentinel down-after-milliseconds {MASTER} {DOWN_AFTER_MS}",
             f"sentinel failover-timeout {MASTER} 4000",
         )
-        if not self._config.exists():  # it writes down what it learns
+        if not self._config.exists():  # Sentinel keeps its state in this file
             self._config.write_text("".join(f"{line}\n" for line in lines))
 
     def _command(self) -> list[str]:
@@ -67,35 +67,35 @@ class SentinelServer(Server):
 
 
 class RedisPair:
-    """What happens to the primary happens to whichever is it at that moment."""
+    """Two servers. Each fault affects the server that is the primary at that moment."""
 
     def __init__(self, folder: Path) -> None:
         self.servers = RedisServer(folder / "redis-1"), RedisServer(folder / "redis-2")
         self.sentinel = SentinelServer(folder / "sentinel", self.servers[0])
-        self.door = Proxy()
+        self.proxy = Proxy()
         self._folder = folder
         self._following = self.servers[0]
         self._sizes: deque[tuple[float, dict[Path, int]]] = deque(maxlen=200)
 
     @property
     def url(self) -> str:
-        """Where the engine finds it."""
-        return f"redis://127.0.0.1:{self.door.port}/0"
+        """The address for the engine."""
+        return f"redis://127.0.0.1:{self.proxy.port}/0"
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator["RedisPair"]:
-        """Runs all of it."""
+        """Run both servers, the Sentinel and the proxy."""
         first, second = self.servers
         await asyncio.to_thread(first.start)
         second.options = ("--replicaof", "127.0.0.1", str(first.port))
         await asyncio.to_thread(second.start)
         await asyncio.to_thread(self.sentinel.start)
-        self.door.target_port = first.port
+        self.proxy.target_port = first.port
         tasks: list[asyncio.Task[None]] = []
         try:
-            async with self.door.serve():
+            async with self.proxy.serve():
                 tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._measure())]
-                await self.whole()
+                await self.await_health()
                 yield self
         finally:
             for task in tasks:
@@ -105,13 +105,13 @@ class RedisPair:
                 await asyncio.to_thread(server.kill)
 
     async def set_durability(self, *, always: bool) -> None:
-        """`appendfsync` of both, also after they start again."""
+        """Set `appendfsync` of both servers, now and for later starts."""
         for server in self.servers:
             server.appendfsync = "always" if always else "everysec"
             await _ask(server.port, "CONFIG", "SET", "appendfsync", server.appendfsync)
 
-    async def whole(self) -> None:
-        """Returns when one is the primary and the other its replica, up to date."""
+    async def await_health(self) -> None:
+        """Wait until one server is the primary and the other its synchronised replica."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         while True:
             with contextlib.suppress(RedisError, OSError):
@@ -120,13 +120,13 @@ class RedisPair:
                 replica = info.get("slave0", {}).get("state")
                 if info["role"] == "master" and replica == "online" and self._following is primary:
                     return
-            assert time.monotonic() < deadline, "Redis has no primary with a replica"
+            assert time.monotonic() < deadline, "Redis has no primary with a synchronised replica"
             await asyncio.sleep(0.05)
 
-    # Faults. Each ends with both servers running.
+    # The faults. Each ends with both servers running.
 
     async def kill(self, seconds: float) -> None:
-        """Kills the primary; for longer than Sentinel waits, another is made."""
+        """Kill the primary for some seconds. Sentinel may promote the replica meanwhile."""
         server = self._following
         await asyncio.to_thread(server.kill)
         await asyncio.sleep(seconds)
@@ -145,7 +145,7 @@ class RedisPair:
         await asyncio.to_thread(server.resume)
 
     async def lose_power(self) -> None:
-        """Kills the primary and takes away what was written and not flushed to disk."""
+        """Kill the primary, and cut off the data that was written but not flushed to disk."""
         server = self._following
         await asyncio.to_thread(server.kill)
         since = time.monotonic() - FSYNC_SECONDS
@@ -161,7 +161,7 @@ class RedisPair:
         await _ask(self._following.port, "FLUSHALL")
 
     async def restore_older_copy(self, seconds: float) -> None:
-        """Copies the primary's files and puts the copy in their place some time later."""
+        """Copy the primary's files, and replace the files with the copy some time later."""
         server, copy = self._following, self._folder / "older-copy"
         files = server.data / "appendonlydir"
         await asyncio.to_thread(shutil.copytree, files, copy)
@@ -172,24 +172,24 @@ class RedisPair:
         await self._start(server)
 
     async def fail_over(self, seconds: float) -> None:
-        """Makes a replica the primary that has heard nothing for some time."""
+        """Promote a replica that lags behind."""
         await self.leave_behind(min(seconds, 1.0))
         await self.promote()
 
     async def leave_behind(self, seconds: float) -> None:
-        """Cuts the replica off and lets the primary go on for a while."""
+        """Disconnect the replica, and let the primary continue for some seconds."""
         await asyncio.to_thread(self._replica.pause)
         await _ask(self._following.port, "CLIENT", "KILL", "TYPE", "replica")
         await asyncio.sleep(seconds)
 
     async def promote(self) -> None:
-        """Kills the primary for so long that Sentinel makes its replica the primary."""
+        """Kill the primary until Sentinel has promoted its replica."""
         old, new = self._following, self._replica
         await asyncio.to_thread(old.kill)
         await asyncio.to_thread(new.resume)
         deadline = time.monotonic() + DEADLINE_SECONDS
         while self._following is old:
-            assert time.monotonic() < deadline, "Sentinel promotes nobody"
+            assert time.monotonic() < deadline, "Sentinel does not promote the replica"
             await asyncio.sleep(0.05)
         await self._start(old)
 
@@ -213,19 +213,19 @@ class RedisPair:
             with contextlib.suppress(RedisError, OSError):
                 if (primary := await self._primary()) is not self._following:
                     self._following = primary
-                    self.door.target_port = primary.port
-                    self.door.cut_all()
+                    self.proxy.target_port = primary.port
+                    self.proxy.cut_all()
             await asyncio.sleep(0.1)
 
     async def _measure(self) -> None:
-        """Notes how large the files are, so that a power cut knows how large they were."""
+        """Record the sizes of the files, for a power cut."""
         while True:
             files = (self._following.data / "appendonlydir").glob("*.aof")
             self._sizes.append((time.monotonic(), {path: path.stat().st_size for path in files}))
             await asyncio.sleep(0.05)
 
 
-async def _ask(port: int, *command: str) -> Any:  # noqa: ANN401 - what redis-py makes of it
+async def _ask(port: int, *command: str) -> Any:  # noqa: ANN401 - redis-py returns any type
     client = redis.asyncio.Redis(
         host="127.0.0.1", port=port, decode_responses=True, socket_timeout=5
     )

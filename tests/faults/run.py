@@ -1,11 +1,18 @@
-"""One schedule from the sale's first unit to the last check."""
+"""Runs one schedule, from declaring its sale to the last check."""
 
 import asyncio
 import itertools
 import time
 from collections.abc import Sequence
 
-from tests.faults.check import Broken, Result, alive, check, declared, recovered
+from tests.faults.check import (
+    Broken,
+    Result,
+    await_ready,
+    await_recovery,
+    check,
+    check_alive,
+)
 from tests.faults.crowd import Answer, Crowd
 from tests.faults.schedule import SECONDS, Schedule
 from tests.faults.world import History, Sale, World
@@ -14,22 +21,22 @@ _number = itertools.count()
 
 
 class Failed(Exception):
-    """A schedule in which a promise was broken, or something that is not to be.
+    """A schedule failed: a promise was broken, or an error occurred.
 
-    Its text is all of it: the schedule, the journal in seconds from the first request, and why.
+    The text has the schedule, the journal in seconds since the first request, and the reason.
     """
 
-    def __init__(self, schedule: Schedule, journal: Sequence[Answer], why: str) -> None:
+    def __init__(self, schedule: Schedule, journal: Sequence[Answer], reason: str) -> None:
         began = min((answer.sent for answer in journal), default=0.0)
         lines = [f"  {answer.line(began)}" for answer in journal]
-        super().__init__("\n".join([str(schedule), "JOURNAL:", *lines, f"BROKEN: {why}"]))
+        super().__init__("\n".join([str(schedule), "JOURNAL:", *lines, f"BROKEN: {reason}"]))
 
 
 async def run(world: World, schedule: Schedule) -> Result:
-    """Raises `Failed`."""
-    # A sale of its own each time, also when the same seed runs twice in a world.
+    """Run a schedule. Raises Failed if a promise is broken or an error occurs."""
+    # Each run has its own sale, even if a seed runs twice in one world.
     item = f"phone-{schedule.seed}-{next(_number)}"
-    sale = Sale(item, schedule.max_per_user, schedule.stock, most=schedule.stock)
+    sale = Sale(item, schedule.max_per_user, schedule.stock, highest_stock=schedule.stock)
     crowd = Crowd(
         [api.url for api in world.apis],
         item,
@@ -41,20 +48,20 @@ async def run(world: World, schedule: Schedule) -> Result:
     try:
         await world.redis.set_durability(always=schedule.always)
         await world.apply(sale)
-        await recovered(world, crowd, item)
+        await await_recovery(world, crowd, item)
         crowd.journal.clear()
-        coming = asyncio.create_task(crowd.run())
+        buying = asyncio.create_task(crowd.run())
         began = time.monotonic()
         try:
-            await world.suffer(schedule, sale)
+            await world.inflict(schedule, sale)
             await asyncio.sleep(max(0.0, began + SECONDS - time.monotonic()))
-            await world.redis.whole()
-            seconds = await recovered(world, crowd, item)
-            await declared(world, sale)
-            alive(world)
+            await world.redis.await_health()
+            seconds = await await_recovery(world, crowd, item)
+            await await_ready(world, sale)
+            check_alive(world)
         finally:
             crowd.stop()
-            await coming
+            await buying
         result = await check(world, crowd, sale)
         result.recovery_seconds = seconds
         await world.delete(sale)

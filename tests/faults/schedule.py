@@ -1,4 +1,4 @@
-"""What goes wrong when: one seed, one schedule."""
+"""Schedules of faults. A seed determines a schedule."""
 
 import random
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from enum import StrEnum
 from typing import Final
 
 SECONDS: Final = 10.0
-"""How long a crowd buys while things go wrong, before everything is put right again."""
+"""How long the crowd buys under faults, before everything is repaired."""
 
 
 class Kind(StrEnum):
-    """What can go wrong; `tests/faults/world.py` says how each is done."""
+    """The kinds of faults. `tests/faults/world.py` implements them."""
 
     API_KILL = "kill -9 of an API"
     API_FREEZE = "an API frozen"
@@ -45,27 +45,30 @@ class Kind(StrEnum):
 LOSES_IN_REDIS: Final = frozenset(
     {Kind.REDIS_POWER_CUT, Kind.REDIS_FLUSH, Kind.REDIS_OLDER_COPY, Kind.REDIS_FAILOVER}
 )
-"""After these Redis may lack what it had answered. A power cut loses the last second of
-`everysec`, and nothing of `always`."""
+"""After these faults, Redis may lack reservations that it has answered. A power cut loses the last
+second with `everysec`, and nothing with `always`.
+"""
 
 _OF_REDIS: Final = tuple(kind for kind in Kind if kind.name.startswith("REDIS_"))
 _FREEZES: Final = {
-    # Some longer than a heartbeat lives (5 s), so that a rebuild must do without the pod.
+    # Some are longer than the life of a heartbeat (5 s), so that a rebuild must go on without the
+    # pod.
     Kind.API_FREEZE: (0.3, 8.0),
     Kind.CONSUMER_FREEZE: (0.3, 8.0),
     Kind.OPERATOR_FREEZE: (1.0, 12.0),
     Kind.KAFKA_FREEZE: (0.5, 6.0),
     Kind.POSTGRES_FREEZE: (0.5, 6.0),
-    # Sentinel makes the replica the primary after 1.5 s.
+    # Sentinel promotes the replica after 1.5 s.
     Kind.REDIS_FREEZE: (0.2, 2.5),
 }
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Step:
-    """One fault, `at` seconds after the crowd began, for `seconds`; `which` of two processes.
+    """One fault, `at` seconds after the start of the crowd, for `seconds`.
 
-    `amount` is a kind's own: units of stock, records, connections.
+    `which` selects one of two processes. The unit of `amount` depends on the kind: units of stock,
+    records or connections.
     """
 
     at: float
@@ -87,7 +90,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A sale and what happens to it. `always`: Redis' appendfsync, else everysec."""
+    """A sale and its faults. `always` is the appendfsync of Redis, otherwise it is everysec."""
 
     seed: int
     always: bool
@@ -98,14 +101,14 @@ class Schedule:
 
     def __str__(self) -> str:
         head = (
-            f"seed {self.seed}: {self.stock} units, {self.max_per_user} a user, {self.users} "
+            f"seed {self.seed}: {self.stock} units, {self.max_per_user} per user, {self.users} "
             f"users, appendfsync {'always' if self.always else 'everysec'}"
         )
         return "\n".join([head, *(f"  {step}" for step in self.steps)])
 
 
 def schedule(seed: int) -> Schedule:
-    """The schedule of a seed."""
+    """Return the schedule of a seed."""
     chance = random.Random(seed)
     steps = [_step(chance, kind) for kind in chance.sample(list(Kind), chance.randint(2, 5))]
     if not any(step.kind in _OF_REDIS for step in steps) and chance.random() < 0.5:

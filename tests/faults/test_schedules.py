@@ -1,4 +1,4 @@
-"""A few of the schedules that `make faults N=1000` runs many of."""
+"""A few of the schedules of `make faults`."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from tests.faults.run import run
 from tests.faults.schedule import Kind, schedule
 from tests.faults.world import opened
 
-# Together they have every kind of fault.
+# Together these seeds have every kind of fault.
 SEEDS = (17, 44, 77, 7, 130, 22, 38)
 
 
-def test_a_seed_is_one_schedule() -> None:
+def test_a_seed_always_gives_the_same_schedule() -> None:
     assert all(schedule(seed) == schedule(seed) for seed in range(100))
     assert schedule(1) != schedule(2)
 
 
-def test_the_schedules_that_are_run_here_have_every_kind_of_fault() -> None:
+def test_the_seeds_of_this_file_have_every_kind_of_fault() -> None:
     assert {step.kind for seed in SEEDS for step in schedule(seed).steps} == set(Kind)
 
 
 @pytest.mark.slow
-async def test_every_promise_is_kept_whatever_goes_wrong(
-    kubernetes: Binaries,  # noqa: ARG001 - built before the servers are started
+async def test_every_promise_is_kept_under_every_kind_of_fault(
+    kubernetes: Binaries,  # noqa: ARG001 - builds the programs first
     tmp_path: Path,
 ) -> None:
     async with opened(tmp_path / "world") as world:

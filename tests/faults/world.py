@@ -1,4 +1,4 @@
-"""The whole engine on real servers, two of each process, and how each fault is done to it."""
+"""The whole engine on real servers, with two APIs and two consumers, and its faults."""
 
 import asyncio
 import contextlib
@@ -22,23 +22,22 @@ from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, heartbeat
 from tests.faults.redis_pair import RedisPair
 from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step
-from tests.support.paths import ROOT
+from tests.support.paths import CRD
 from tests.support.proxy import Proxy
 
-CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 NAMESPACE: Final = "default"
-# Shorter than an hour, so that a run of many seeds does not fill up with closed sales.
+# The default of an hour would keep too many closed sales in a run of many seeds.
 KEEP_CLOSED_SECONDS: Final = "20"
 LONG_FREEZE_SECONDS: Final = heartbeat.EXPIRY_SECONDS - 1.5 * heartbeat.INTERVAL_SECONDS
-"""A pod frozen for longer may be taken for dead: its heartbeat expires."""
+"""A pod that is frozen for longer can count as dead, because its heartbeat expires."""
 
 
 @dataclass
 class History:
-    """What was done, in Unix seconds: spans from beginning to end.
+    """The faults so far, as (begin, end) in Unix seconds.
 
-    `killed` are APIs; `orphaned` too, and those that were out of reach for as long as a heartbeat
-    lives.
+    `killed` has the index of the killed API first. `orphaned` also has APIs that were unreachable
+    for longer than the life of a heartbeat.
     """
 
     lost_in_redis: list[tuple[float, float]] = field(default_factory=list)
@@ -49,12 +48,12 @@ class History:
 
 @dataclass
 class Sale:
-    """The FlashSale as its owner wants it now; `most` is the highest stock there ever was."""
+    """The FlashSale as it is declared now. `highest_stock` is the highest stock so far."""
 
     item: str
     max_per_user: int
     stock: int
-    most: int
+    highest_stock: int
     paused: bool = False
 
     @property
@@ -80,13 +79,13 @@ class Sale:
 
 @dataclass
 class World:
-    """Everything that runs."""
+    """All running processes."""
 
     redis: RedisPair
     kafka: KafkaServer
-    kafka_door: Proxy
+    kafka_proxy: Proxy
     postgres: PostgresServer
-    postgres_door: Proxy
+    postgres_proxy: Proxy
     apis: tuple[ApiServer, ApiServer]
     consumers: tuple[ConsumerServer, ConsumerServer]
     plane: ControlPlane
@@ -96,9 +95,10 @@ class World:
     history: History = field(default_factory=History)
     _locks: dict[object, asyncio.Lock] = field(default_factory=dict)
 
-    async def suffer(self, schedule: Schedule, sale: Sale) -> None:
-        """Does what the schedule says, each step at its time; what one step does to a server waits
-        for the step before it. Returns when everything is as it was.
+    async def inflict(self, schedule: Schedule, sale: Sale) -> None:
+        """Run each step of the schedule at its time, and return when all faults have ended.
+
+        A step waits for an earlier step on the same server.
         """
         began = time.monotonic()
 
@@ -112,19 +112,19 @@ class World:
                 steps.create_task(one(step))
 
     async def apply(self, sale: Sale) -> None:
-        """`kubectl apply`."""
+        """Run `kubectl apply`."""
         await asyncio.to_thread(
             self.plane.kubectl, "apply", "-f", "-", stdin=sale.manifest(), check=True
         )
 
     async def delete(self, sale: Sale) -> None:
-        """`kubectl delete`, which does not wait for the sale to be closed."""
+        """Run `kubectl delete`. It does not wait until the sale is closed."""
         await asyncio.to_thread(
             self.plane.kubectl, "delete", "fs", sale.item, "--timeout=30s", check=True
         )
 
     def _subject(self, step: Step) -> object:
-        """What must not suffer two steps at once."""
+        """Return a key for the target of a step. A target has only one step at a time."""
         match step.kind.name.partition("_")[0]:
             case "API" | "CONSUMER" as kind:
                 return kind, step.which
@@ -138,10 +138,10 @@ class World:
         await self._doing(step, sale)
         span = began, time.time()
         if step.kind in LOSES_IN_REDIS or step.kind is Kind.REDIS_FREEZE:
-            # Sentinel may take a frozen one for dead.
+            # Sentinel can take a frozen server for dead.
             self.history.lost_in_redis.append(span)
         if step.kind in (Kind.REDIS_KILL, Kind.REDIS_RESTART) and step.seconds > 1:
-            self.history.lost_in_redis.append(span)  # the replica, promoted, may be behind
+            self.history.lost_in_redis.append(span)  # a promoted replica can lag
         if step.kind is Kind.API_KILL:
             self.history.killed.append((step.which, *span))
         if step.kind is Kind.API_KILL or (
@@ -202,18 +202,18 @@ class World:
     def _cut(self, step: Step) -> None:
         match step.kind:
             case Kind.CUT_REDIS:
-                self.redis.door.cut_replies(b"EVALSHA", step.amount)
+                self.redis.proxy.cut_replies(b"EVALSHA", step.amount)
             case Kind.CUT_POSTGRES:
-                self.postgres_door.cut_replies(b"COMMIT", step.amount)
+                self.postgres_proxy.cut_replies(b"COMMIT", step.amount)
             case _:
-                self.kafka_door.cut_all()
+                self.kafka_proxy.cut_all()
 
     async def _change(self, step: Step, sale: Sale) -> None:
-        """What the sale's owner does."""
+        """Change the FlashSale, as its owner does."""
         match step.kind:
             case Kind.RESTOCK:
                 sale.stock += step.amount
-                sale.most = max(sale.most, sale.stock)
+                sale.highest_stock = max(sale.highest_stock, sale.stock)
             case Kind.SHORTEN:
                 sale.stock = max(0, sale.stock - step.amount)
             case Kind.PAUSE:
@@ -229,7 +229,7 @@ class World:
         await self.apply(sale)
 
     async def _read_only(self, seconds: float) -> None:
-        """As a primary that has become a standby."""
+        """Make PostgreSQL read-only, like a primary that has become a standby."""
 
         async def set_to(value: str) -> None:
             admin = await asyncpg.connect(self.postgres.url)
@@ -245,11 +245,11 @@ class World:
         await set_to("off")
 
     async def _duplicate(self, step: Step) -> None:
-        """Writes some of the topic's last records again, in another order and place."""
+        """Write some of the last records of the topic again, in random order and partition."""
         chance = random.Random(step.at)
         consumer = AIOKafkaConsumer(bootstrap_servers=self.kafka.bootstrap)
         producer = AIOKafkaProducer(bootstrap_servers=self.kafka.bootstrap, acks="all")
-        with contextlib.suppress(Exception):  # Kafka may be away: then there are no duplicates
+        with contextlib.suppress(Exception):  # without Kafka there are no duplicates
             async with asyncio.timeout(10):
                 await consumer.start()
                 await producer.start()
@@ -279,7 +279,7 @@ class World:
 
 @asynccontextmanager
 async def opened(folder: Path) -> AsyncIterator[World]:
-    """A world on a folder that is emptied first; ended without mercy."""
+    """Run a world in a folder, which is emptied first. At the end all processes are killed."""
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     async with AsyncExitStack() as stack:
 
@@ -287,31 +287,28 @@ async def opened(folder: Path) -> AsyncIterator[World]:
             stack.push_async_callback(asyncio.to_thread, server.kill)
             await asyncio.to_thread(server.start)
 
-        kafka_door = await stack.enter_async_context(Proxy().serve())
-        postgres_door = await stack.enter_async_context(Proxy().serve())
-        kafka = KafkaServer(folder / "kafka", options=_advertised(kafka_door))
+        kafka_proxy = await stack.enter_async_context(Proxy().serve())
+        postgres_proxy = await stack.enter_async_context(Proxy().serve())
+        kafka = KafkaServer(folder / "kafka", options=_advertised(kafka_proxy))
         postgres = PostgresServer(folder / "postgres", durable=False)
         plane = ControlPlane(folder / "kubernetes")
-        kafka_door.target_port, postgres_door.target_port = kafka.port, postgres.port
+        kafka_proxy.target_port, postgres_proxy.target_port = kafka.port, postgres.port
         redis = await stack.enter_async_context(RedisPair(folder).serve())
         await asyncio.gather(run(kafka), run(postgres), run(plane))
         await asyncio.to_thread(plane.kubectl, "apply", "-f", str(CRD), check=True)
-        await asyncio.to_thread(
-            plane.kubectl,
-            *("wait", "--for=condition=Established", "crd/flashsales.flashsale.dev"),
-            check=True,
-        )
+        established = ("wait", "--for=condition=Established", "crd/flashsales.flashsale.dev")
+        await asyncio.to_thread(plane.kubectl, *established, check=True)
         addresses = Addresses(
             redis.url,
-            f"127.0.0.1:{kafka_door.port}",
-            postgres.url.replace(f":{postgres.port}/", f":{postgres_door.port}/"),
+            f"127.0.0.1:{kafka_proxy.port}",
+            postgres.url.replace(f":{postgres.port}/", f":{postgres_proxy.port}/"),
         )
         world = World(
             redis=redis,
             kafka=kafka,
-            kafka_door=kafka_door,
+            kafka_proxy=kafka_proxy,
             postgres=postgres,
-            postgres_door=postgres_door,
+            postgres_proxy=postgres_proxy,
             apis=(ApiServer(folder / "api-1", addresses), ApiServer(folder / "api-2", addresses)),
             consumers=(
                 ConsumerServer(folder / "consumer-1", addresses),
@@ -327,8 +324,8 @@ async def opened(folder: Path) -> AsyncIterator[World]:
         yield world
 
 
-def _advertised(door: Proxy) -> Mapping[str, str]:
-    return {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{door.port}"}
+def _advertised(proxy: Proxy) -> Mapping[str, str]:
+    return {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{proxy.port}"}
 
 
 def _for_operator(addresses: Addresses, plane: ControlPlane) -> Mapping[str, str]:
@@ -341,14 +338,14 @@ def _for_operator(addresses: Addresses, plane: ControlPlane) -> Mapping[str, str
 
 
 async def _kill(server: Server, seconds: float) -> None:
-    await _ended_and_started(server, server.kill, seconds)
+    await _end_and_start(server, server.kill, seconds)
 
 
 async def _restart(server: Server, seconds: float) -> None:
-    await _ended_and_started(server, server.stop, seconds)
+    await _end_and_start(server, server.stop, seconds)
 
 
-async def _ended_and_started(server: Server, end: Callable[[], None], seconds: float) -> None:
+async def _end_and_start(server: Server, end: Callable[[], None], seconds: float) -> None:
     await asyncio.to_thread(end)
     await asyncio.sleep(seconds)
     await asyncio.to_thread(server.start)
