@@ -57,8 +57,8 @@ def _sections(found: Findings) -> dict[str, str]:
 def _run(found: Findings) -> str:
     lines = [f"- {name}: {description}" for name, description in found.machine.items()]
     lines.append(
-        f"- run: `{found.command}`, {found.when}, {found.minutes:.0f} min, with {found.rounds} "
-        f"rounds of {found.seconds:g} s after a warm-up of {found.warm_up_seconds:g} s"
+        f"- run: `{found.command}`, {found.when}, {found.minutes:.0f} min, rounds: "
+        f"{found.rounds} of {found.seconds:g} s, after a warm-up of {found.warm_up_seconds:g} s"
     )
     lines.append(f"- other load: {found.background}")
     return "\n".join(lines) + "\n"

@@ -43,7 +43,7 @@ class Case:
     @property
     def others(self) -> str:
         return ("killed too" if self.apis_too else "alive") + (
-            ", Kafka down" if self.without_kafka else ""
+            ", Kafka away" if self.without_kafka else ""
         )
 
 
@@ -168,7 +168,9 @@ async def _measure(trials: int) -> None:
                 f"{_span(loss.lost for loss in losses)} | "
                 f"{_span(round(loss.closed_seconds) for loss in losses)} s |"
             )
-    print("\n| Redis | APIs | 202s before | forgotten by Redis | lost | closed for |")
+    print(
+        "\n| failure of Redis | APIs | answered 202 before | forgotten by Redis | lost | downtime |"
+    )
     print("|---|---|---|---|---|---|")
     print("\n".join(lines))
 
