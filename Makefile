@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# A file runs in one process, with servers of that process. More than four gain nothing.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test faults check-locks \
+.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
   images check lint lock
 
 help: ## Print the targets
@@ -52,8 +54,16 @@ load: $(READY) ## A k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 bench: $(READY) ## Measure it, under half an hour, and write docs/performance.md
 	@$(BIN)/python -m bench --write
 
-test: $(READY) ## Pass the tests, on real servers that they start themselves
-	$(BIN)/pytest
+test: $(READY) ## The quick tests, on real servers: three to five minutes on two cores
+	@echo "Running the quick tests: three to five minutes on two cores."
+	$(BIN)/pytest --quick $(PARALLEL)
+
+test-all: $(READY) ## All tests: about 20 minutes, after 10 for building Kubernetes once (needs Go)
+	@echo "Running all tests: about 20 minutes on two cores. The first run also builds Kubernetes and"
+	@echo "Helm with Go, which takes about ten minutes. Without Go their tests are skipped."
+	@if command -v go >/dev/null; then $(BIN)/python -m dev.cluster build kubernetes helm; fi
+	$(BIN)/pytest $(PARALLEL) --ignore tests/faults
+	$(BIN)/pytest tests/faults
 
 faults: $(READY) ## N schedules of faults on real servers, from SEED on (needs Go)
 	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
@@ -67,7 +77,7 @@ lint: $(READY) ## ruff, mypy and import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test ## What CI runs
+check: lint test-all ## Lint, then run all tests
 
 images: $(READY) ## Build the three images with buildah, from a stand-in base
 	@$(BIN)/python -m dev.images build

@@ -65,7 +65,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Skipping here instead of in the fixture makes it one line of pytest's summary.
     """
-    if "kubernetes" not in getattr(item, "fixturenames", ()):
+    needs = getattr(item, "fixturenames", ())
+    builds_helm = "chart" in needs and not item.config.getoption("quick")
+    if "kubernetes" not in needs and not builds_helm:
         return
     try:
         require_go()

@@ -12,9 +12,18 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from dev.cluster.toolset import NoGoError, Toolset, built, go_for
+from dev.cluster.toolset import NoGoError, Toolset, built, cache_of, go_for
 
-__all__ = ["Binaries", "NoGoError", "binaries", "helm", "node", "require_go", "system"]
+__all__ = [
+    "Binaries",
+    "NoGoError",
+    "binaries",
+    "helm",
+    "helm_if_built",
+    "node",
+    "require_go",
+    "system",
+]
 
 TOOLS: Final = Path(__file__).with_name("tools")
 
@@ -134,6 +143,15 @@ def system() -> Path:
 def helm() -> Path:
     """Return the path of Helm, built like `binaries`."""
     return built(_HELM) / "helm"
+
+
+def helm_if_built() -> Path | None:
+    """Return the path of Helm if it has been built on this machine. Builds nothing."""
+    try:
+        program = cache_of(_HELM) / "helm"
+    except NoGoError:
+        return None
+    return program if program.exists() else None
 
 
 def require_go() -> None:

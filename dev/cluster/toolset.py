@@ -90,9 +90,7 @@ def built(tools: Toolset) -> Path:
 
     Raises NoGoError without a Go that is new enough, and StackError if the build fails.
     """
-    go = go_for(tools)
-    name = f"{tools.title.lower()}-{tools.version}-{tools.key(go)}"
-    folder = cache_folder() / "cluster" / name
+    folder = cache_of(tools)
     if not folder.exists():
         busy = f"{tools.named}: waiting for another process that builds it"
         with exclusive(folder, waiting=lambda: say(busy)):
@@ -100,10 +98,16 @@ def built(tools: Toolset) -> Path:
                 part = folder.with_name(folder.name + ".part")
                 shutil.rmtree(part, ignore_errors=True)
                 (part / "work").mkdir(parents=True)
-                _build(tools, go, part)
+                _build(tools, go_for(tools), part)
                 (part / "bin").rename(folder)
                 shutil.rmtree(part)
     return folder
+
+
+def cache_of(tools: Toolset) -> Path:
+    """Return the folder that a toolset's programs have, or will have. Raises as `go_for`."""
+    name = f"{tools.title.lower()}-{tools.version}-{tools.key(go_for(tools))}"
+    return cache_folder() / "cluster" / name
 
 
 @cache

@@ -4,29 +4,30 @@ The chart installs the CRD, so its tests cannot share a kube-apiserver with test
 """
 
 import json
+import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from dev.cluster.binaries import Binaries, helm
+from dev.cluster.binaries import Binaries, helm, helm_if_built
 from dev.cluster.control_plane import ControlPlane
 from tests.support import third_party_crds
 from tests.support.chart import Helm, Rendered
 
 
 @pytest.fixture(scope="session")
-def chart(
-    request: pytest.FixtureRequest,
-    kubernetes: Binaries,  # noqa: ARG001 - skips the test if Go is missing
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Helm:
-    """Build Helm if necessary, which takes minutes and therefore shows its progress."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    assert capture is not None
-    with capture.global_and_fixture_disabled():
+def chart(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """The chart and a Helm. With --quick only a Helm that is there already is used."""
+    if request.config.getoption("quick"):
+        program = helm_if_built() or shutil.which("helm")
+        if program is None:
+            pytest.skip("the chart needs Helm: install it, or build it once with `make test-all`")
+    else:
+        request.getfixturevalue("kubernetes")
         program = helm()
-    return Helm(program, tmp_path_factory.mktemp("helm"))
+    return Helm(Path(program), tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="session")

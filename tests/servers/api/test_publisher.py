@@ -28,7 +28,6 @@ from flashsale_api.publisher import Publisher
 from flashsale_api.sweeper import Sweeper
 from tests.servers.api.test_reserve import reserve
 
-pytestmark = pytest.mark.slow
 
 ITEM = "phone"
 SPEC = SaleSpec("default/phone", ITEM, 100_000, max_per_user=10)
@@ -223,6 +222,7 @@ async def test_a_killed_pod_leaves_its_events_to_the_sweep_of_another(
     assert ids(await published(kafka_here)) == {*of_the_dead.accepted(), *of_the_living.accepted()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graceful", [True, False], ids=["stopped", "killed"])
 async def test_kafka_restarted_under_load_loses_nothing(
     kafka_here: KafkaServer,

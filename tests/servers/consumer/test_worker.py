@@ -28,8 +28,6 @@ from tests.support.consumer import (
 )
 from tests.support.eventually import until
 
-pytestmark = pytest.mark.slow
-
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
     good = [accepted(number) for number in range(40)]
@@ -86,6 +84,7 @@ async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
     assert headers["omitted"] == b"too large to be copied"
 
 
+@pytest.mark.slow
 async def test_the_offset_waits_until_dead_letters_are_written(
     ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,6 +237,7 @@ async def test_two_groups_on_one_ledger_count_each_event_once(ledger: Ledger, lo
         assert one.events("recorded") + other.events("recorded") == len(sold)
 
 
+@pytest.mark.slow
 async def test_killed_consumers_lose_and_double_nothing(
     ledger: Ledger, default_log: Log, start: Callable[..., Process]
 ) -> None:
@@ -261,6 +261,7 @@ async def test_killed_consumers_lose_and_double_nothing(
     assert await consumer.ended() == 0
 
 
+@pytest.mark.slow
 async def test_a_read_only_ledger_loses_nothing(
     ledger: Ledger, default_log: Log, start: Callable[..., Process], postgres_server: PostgresServer
 ) -> None:
@@ -290,6 +291,7 @@ async def test_a_read_only_ledger_loses_nothing(
     assert len(await default_log.dead_letters(1)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["stopped", "frozen"])
 async def test_a_ledger_that_is_away_loses_nothing(
     fault: str,
@@ -408,6 +410,7 @@ async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
         await ledger.until_has(first, second)
 
 
+@pytest.mark.slow
 async def test_a_client_that_fails_to_close_without_kafka_is_replaced(
     ledger: Ledger,
     tmp_path_factory: pytest.TempPathFactory,
@@ -433,6 +436,7 @@ async def test_a_client_that_fails_to_close_without_kafka_is_replaced(
             await ledger.until_has(first, second)
 
 
+@pytest.mark.slow
 async def test_kafka_may_start_later_and_go_away(
     ledger: Ledger, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Process]
 ) -> None:
