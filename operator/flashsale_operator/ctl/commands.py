@@ -136,12 +136,8 @@ async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 async def _audit(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     addresses = settings.load(_All, environ)
     async with _connected(addresses) as clients:
-        found = await audit.audit(
-            clients.inventory,
-            clients.pool,
-            partial(offsets.spans, addresses),
-            options.item,
-        )
+        spans = partial(offsets.spans, addresses)
+        found = await audit.audit(clients.inventory, clients.pool, spans, options.item)
     if options.item is not None and not found.findings:
         raise UnknownSale(_no_such(options.item))
     print(tables.of_audit(found))
@@ -243,12 +239,8 @@ async def _connected(addresses: _Stores | _All) -> AsyncIterator[_Clients]:
 
 
 def _rebuilder(clients: _Clients, addresses: _All) -> Rebuilder:
-    drain = Drain(
-        clients.redis,
-        clients.pool,
-        partial(offsets.spans, addresses),
-        progress=_progress,
-    )
+    spans = partial(offsets.spans, addresses)
+    drain = Drain(clients.redis, clients.pool, spans, progress=_progress)
     return Rebuilder(clients.redis, clients.pool, drain, _progress)
 
 

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -113,17 +114,13 @@ class Metrics:
         self.registry = telemetry.registry("operator")
         self.sales = SaleMetrics()
         self.registry.register(self.sales)
-        self.reconciles = Counter(
-            "flashsale_operator_reconciles",
-            "Reconciles of FlashSales.",
-            registry=self.registry,
-        )
-        self.failures = Counter(
+        counter = partial(Counter, registry=self.registry)
+        self.reconciles = counter("flashsale_operator_reconciles", "Reconciles of FlashSales.")
+        self.failures = counter(
             "flashsale_operator_failures",
             "Failed reconciles and resyncs, by the server that was away: redis, ledger, kafka, "
             "kubernetes, other.",
             ["server"],
-            registry=self.registry,
         )
         for server in ("redis", "ledger", "kafka", "kubernetes", "other"):
             self.failures.labels(server)
@@ -133,25 +130,16 @@ class Metrics:
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
             registry=self.registry,
         )
-        self.freed = Counter(
-            "flashsale_operator_sales_freed",
-            "Closed sales whose keys were deleted from Redis.",
-            registry=self.registry,
+        self.freed = counter(
+            "flashsale_operator_sales_freed", "Closed sales whose keys were deleted from Redis."
         )
-        self.fences = Counter(
-            "flashsale_operator_fences",
-            "Times a sale was found fenced.",
-            registry=self.registry,
+        self.fences = counter("flashsale_operator_fences", "Times a sale was found fenced.")
+        self.rebuilds = counter(
+            "flashsale_operator_rebuilds", "Fenced sales that were rebuilt and are trusted again."
         )
-        self.rebuilds = Counter(
-            "flashsale_operator_rebuilds",
-            "Fenced sales that were rebuilt and are trusted again.",
-            registry=self.registry,
-        )
-        self.lost = Counter(
+        self.lost = counter(
             "flashsale_operator_lost_units",
             "Units that Redis had accepted and that rebuilds found nowhere.",
-            registry=self.registry,
         )
         self.last_success = Gauge(
             "flashsale_operator_last_success_timestamp_seconds",

@@ -245,7 +245,10 @@ class Rebuilder:
                 _expect_restored(await self._recovery.restore(row.item_id, claim, buyers=held))
                 buyers += len(page)
             async for page in _pages(connection, _RESERVATIONS, row.sale_id):
-                records = [(record["id"], _record(record)) for record in page]
+                records = [
+                    (record["id"], Record._make(record[name] for name in Record._fields))
+                    for record in page
+                ]
                 _expect_restored(await self._recovery.restore(row.item_id, claim, records=records))
                 reservations += len(page)
                 self._progress(f"{row.sale_id}: {counted(reservations, 'reservation')} written")
@@ -268,14 +271,3 @@ async def _pages(
             page = []
     if page:
         yield page
-
-
-def _record(record: asyncpg.Record) -> Record:
-    return Record(
-        state=record["state"],
-        version=record["version"],
-        quantity=record["quantity"],
-        occurred_ms=record["occurred_ms"],
-        user_id=record["user_id"],
-        request_key=record["request_key"],
-    )
