@@ -18,11 +18,12 @@ class Round(msgspec.Struct, frozen=True):
 class Parts(msgspec.Struct, frozen=True):
     """CPU microseconds of the API per request.
 
-    `server`, `refused` and `accepted` cover the way from the bytes of a request to the bytes of its
-    answer: for a bare app in uvicorn, for a sold-out sale, and for a sale that accepts. `script`,
-    `event` and `settled` are the client's part of a script call, an event in its batch, and the
-    deletion of an outbox entry, each at 32 requests per call. `metrics` is the share of `accepted`
-    that updates metrics. `untraced` is the addition if tracing is on but the request not sampled.
+    - `server`, `refused`, `accepted`: from the bytes of a request to the bytes of its answer, for a
+      bare app in uvicorn, for a sold-out sale, and for a sale that accepts.
+    - `script`, `event`, `settled`: the client's part of a script call, an event in its batch, and
+      the deletion of an outbox entry, at 32 requests per call.
+    - `metrics`: the part of `accepted` that updates metrics.
+    - `untraced`: the addition if tracing is on but the request is not sampled.
     """
 
     server: float

@@ -273,8 +273,8 @@ class Load:
     async def open_loop(self, seconds: float, rate: float) -> None:
         """Send `rate` requests per second, regardless of the answers.
 
-        A request is due at a fixed time. If no connection is free then, it is sent when one is, and
-        its latency counts from when it was due, as it does for a buyer.
+        Each request is due at a fixed time, from which its latency counts. If no connection is free
+        at that time, it waits for one, as a buyer does.
         """
         begun = time.perf_counter()
         sent, tick = 0, 0

@@ -1,4 +1,4 @@
-"""`python -m dev.cluster`: run a real one-node Kubernetes without Docker; build its programs."""
+"""`python -m dev.cluster`: build the programs of Kubernetes, and run one node without Docker."""
 
 import argparse
 import sys
