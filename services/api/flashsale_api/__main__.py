@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
@@ -16,7 +15,6 @@ from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
-from flashsale_api.batcher import Batching
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import Connection
 from flashsale_api.settings import Settings
@@ -63,7 +61,7 @@ def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     )
 
 
-def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
+def main() -> int:
     """Runs the API until SIGTERM; exit code 2 for a wrong setting, 1 for a failure."""
     argparse.ArgumentParser(
         prog="python -m flashsale_api",
@@ -92,7 +90,7 @@ def main(batching: type[Batching] | partial[Batching] = Batching) -> int:
     traces = _traces() if traced else None
     metrics = Metrics()
     host, port = host_and_port(settings.listen)
-    app = create_app(settings, metrics, on_failure, batching, traces)
+    app = create_app(settings, metrics, on_failure, traces)
     server = server_of(app, host, port)
     metrics_host, metrics_port = host_and_port(settings.metrics_listen)
     try:

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final
 
@@ -63,7 +62,6 @@ def create_app(
     settings: Settings,
     metrics: Metrics,
     on_failure: Callable[[BaseException], None],
-    batching: type[Batching] | partial[Batching] = Batching,
     traces: "Traces | None" = None,
 ) -> Application:
     """The API. `on_failure` is called when a background task dies: the process must end."""
@@ -72,7 +70,7 @@ def create_app(
     stock = Inventory(redis)
     outbox = Outbox(redis)
     publisher = Publisher(settings, outbox, metrics, traces=traces)
-    decided = batching(stock, publisher, metrics, traces=traces)
+    decided = Batching(stock, publisher, metrics, traces=traces)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()
 

@@ -95,22 +95,18 @@ class _Lane:
 class Batching:
     """Decides requests through batched script calls; one a process."""
 
-    def __init__(  # noqa: PLR0913 - the last three have defaults
+    def __init__(
         self,
         inventory: Inventory,
         publisher: Publishes,
         metrics: Metrics,
         *,
-        batch_limit: int = BATCH_LIMIT,
-        calls_in_flight: int = CALLS_IN_FLIGHT,
         traces: "Traces | None" = None,
     ) -> None:
         self._traces = traces
         self._inventory = inventory
         self._publisher = publisher
         self._metrics = metrics
-        self._batch_limit = batch_limit
-        self._calls_in_flight = calls_in_flight
         self._lanes: dict[str, _Lane] = {}
         self._waiting = 0
         self._calls: set[asyncio.Task[None]] = set()
@@ -142,7 +138,7 @@ class Batching:
             lane = self._lanes[item_id] = _Lane(item_id)
         lane.waiting.append(_Waiting(request, decided, loop.time()))
         self._waiting += 1
-        if lane.calls < self._calls_in_flight and not lane.starting:
+        if lane.calls < CALLS_IN_FLIGHT and not lane.starting:
             # After what is ready now: requests read in the same turn of the loop go together.
             lane.starting = True
             loop.call_soon(self._start, lane)
@@ -158,12 +154,12 @@ class Batching:
 
     def _start(self, lane: _Lane) -> None:
         lane.starting = False
-        while lane.waiting and lane.calls < self._calls_in_flight:
+        while lane.waiting and lane.calls < CALLS_IN_FLIGHT:
             if self._in_flight >= MAX_CALLS:
                 lane.starting = True
                 self._held_back.append(lane)
                 break
-            size = min(len(lane.waiting), self._batch_limit)
+            size = min(len(lane.waiting), BATCH_LIMIT)
             batch = [lane.waiting.popleft() for _ in range(size)]
             self._waiting -= size
             self._in_flight += 1
