@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY) ## Install what is missing (.venv, Kafka's jars in the cache)
+setup: $(READY) ## Create .venv, and download Kafka into the cache
 
 $(READY): dev/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
@@ -33,25 +33,25 @@ up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the bac
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down
 
-control-plane: $(READY) ## A Kubernetes API with CRD and operator beside `make up` (needs Go)
+control-plane: $(READY) ## Start a Kubernetes API with CRD and operator, after `make up` (needs Go)
 	@$(BIN)/python -m dev.local control-plane
 
-cluster: $(READY) ## A real one-node Kubernetes without Docker (Linux, root, Debian, Go)
+cluster: $(READY) ## Start a real one-node Kubernetes without Docker (Linux, root, Debian, Go)
 	@$(BIN)/python -m dev.cluster up
 
-cluster-images: $(READY) ## Build the images and those of the servers, and load them into it
+cluster-images: $(READY) ## Build all images and load them into the cluster
 	@$(BIN)/python -m dev.cluster load
 
-cluster-down: $(READY) ## End it, and remove every trace
+cluster-down: $(READY) ## Stop the cluster, and remove everything but its logs
 	@$(BIN)/python -m dev.cluster down
 
-e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (as `make cluster`)
+e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (needs as `make cluster`)
 	$(BIN)/pytest tests/e2e
 
-load: $(READY) ## A k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
+load: $(READY) ## Run a k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)
 
-bench: $(READY) ## Measure it, under half an hour, and write docs/performance.md
+bench: $(READY) ## Measure the engine in under half an hour, and write docs/performance.md
 	@$(BIN)/python -m bench --write
 
 test: $(READY) ## The quick tests, on real servers: three to five minutes on two cores
@@ -65,13 +65,13 @@ test-all: $(READY) ## All tests: about 20 minutes, after 10 for building Kuberne
 	$(BIN)/pytest $(PARALLEL) --ignore tests/faults
 	$(BIN)/pytest tests/faults
 
-faults: $(READY) ## N schedules of faults on real servers, from SEED on (needs Go)
+faults: $(READY) ## Run N schedules of faults on real servers, beginning with seed SEED (needs Go)
 	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
 
 check-locks: $(READY) ## Check the images' pinned packages against the index and the advisories
 	@$(BIN)/python -m dev.check_locks
 
-lint: $(READY) ## ruff, mypy and import-linter
+lint: $(READY) ## Run ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -82,7 +82,7 @@ check: lint test-all ## Lint, then run all tests
 images: $(READY) ## Build the three images with buildah, from a stand-in base
 	@$(BIN)/python -m dev.images build
 
-lock: $(READY) ## Compile the hashed requirements anew, from pyproject.toml
+lock: $(READY) ## Compile the hashed requirements from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	  --all-extras pyproject.toml -o dev/requirements.txt
 	for deployable in api consumer operator; do \
