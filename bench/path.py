@@ -29,11 +29,12 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
-from flashsale_api.batcher import Accepted, Batching
+from flashsale_api.batcher import Batcher
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import Connection
+from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.reserve import Reserve
-from flashsale_api.spans import Traces
+from flashsale_api.spans import Spans
 
 CONNECTIONS: Final = 32
 """Requests in flight, and therefore in a batch."""
@@ -86,12 +87,15 @@ class _AcceptingInventory(Inventory):
         return BatchReply(1795561067887, _SALE, 50, 0, 0, [answer] * len(requests))
 
 
-class _Nowhere:
+class _Nowhere(Publisher):
+    def __init__(self) -> None:
+        """Has no producer."""
+
     def add(self, accepted: Accepted) -> None:
         """Publishes nothing."""
 
 
-class _SoldOut(Batching):
+class _SoldOut(Batcher):
     def sold_out(self, item_id: str) -> bool:  # noqa: ARG002 - every item is sold out
         return True
 
@@ -125,11 +129,11 @@ class _Unmeasured:
 
 
 def _app(
-    batching: type[Batching], metrics: Metrics | None = None, traces: Traces | None = None
+    batcher: type[Batcher], metrics: Metrics | None = None, spans: Spans | None = None
 ) -> ASGIApp:
     metrics = metrics or Metrics()
-    decided = batching(_AcceptingInventory(), _Nowhere(), metrics, traces=traces)
-    reserve = Reserve(decided, metrics, traces)
+    decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, spans=spans)
+    reserve = Reserve(decided, metrics, spans)
 
     return Application(reserve, Starlette())
 
@@ -180,10 +184,10 @@ async def _least(turn: Callable[[], Awaitable[object]]) -> float:
 async def parts(redis_url: str) -> Parts:
     """Measures all parts. Redis does not need a sale."""
     server = await _path(ceiling)
-    accepted = await _path(_app(Batching))
-    unmeasured = await _path(_app(Batching, cast("Metrics", _Unmeasured())))
-    tracing = Traces(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))
-    untraced = await _path(_app(Batching, traces=tracing))
+    accepted = await _path(_app(Batcher))
+    unmeasured = await _path(_app(Batcher, cast("Metrics", _Unmeasured())))
+    tracing = Spans(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))
+    untraced = await _path(_app(Batcher, spans=tracing))
     client = redis_client.connect(redis_url)
     inventory, outbox = Inventory(client), Outbox(client)
     requests = [Request(_ID, "u1-000000001", 1)] * CONNECTIONS

@@ -20,7 +20,7 @@ from flashsale_api.protocol import Connection
 from flashsale_api.settings import Settings
 
 if TYPE_CHECKING:
-    from flashsale_api.spans import Traces
+    from flashsale_api.spans import Spans
 
 _HELP: Final = """\
 Answers POST /reserve from Redis and publishes what it accepts to Kafka.
@@ -87,10 +87,10 @@ def main() -> int:
             "the API ends: %s", error, exc_info=None if known else error
         )
 
-    traces = _traces() if traced else None
+    spans = _spans() if traced else None
     metrics = Metrics()
     host, port = host_and_port(settings.listen)
-    app = create_app(settings, metrics, on_failure, traces)
+    app = create_app(settings, metrics, on_failure, spans)
     server = server_of(app, host, port)
     metrics_host, metrics_port = host_and_port(settings.metrics_listen)
     try:
@@ -107,16 +107,16 @@ def main() -> int:
     finally:
         metrics_server.shutdown()
         metrics_server.server_close()
-        if traces is not None:
-            traces.close()
+        if spans is not None:
+            spans.close()
     return 1 if failed else 0
 
 
-def _traces() -> "Traces":
+def _spans() -> "Spans":
     # With them comes the SDK: a third of a second and 10 MB that the others need not spend.
-    from flashsale_api.spans import Traces  # noqa: PLC0415
+    from flashsale_api.spans import Spans  # noqa: PLC0415
 
-    return Traces(tracing.Tracing("flashsale-api", os.environ))
+    return Spans(tracing.Tracing("flashsale-api", os.environ))
 
 
 if __name__ == "__main__":

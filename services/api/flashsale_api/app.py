@@ -20,7 +20,7 @@ from flashsale.errors import FlashsaleError, RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api import responses
-from flashsale_api.batcher import Batching
+from flashsale_api.batcher import Batcher
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
@@ -30,7 +30,7 @@ from flashsale_api.settings import Settings
 from flashsale_api.sweeper import Sweeper, beat
 
 if TYPE_CHECKING:
-    from flashsale_api.spans import Traces
+    from flashsale_api.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +62,15 @@ def create_app(
     settings: Settings,
     metrics: Metrics,
     on_failure: Callable[[BaseException], None],
-    traces: "Traces | None" = None,
+    spans: "Spans | None" = None,
 ) -> Application:
     """The API. `on_failure` is called when a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = redis_client.connect(settings.redis_url)
     stock = Inventory(redis)
     outbox = Outbox(redis)
-    publisher = Publisher(settings, outbox, metrics, traces=traces)
-    decided = Batching(stock, publisher, metrics, traces=traces)
+    publisher = Publisher(settings, outbox, metrics, spans=spans)
+    decided = Batcher(stock, publisher, metrics, spans=spans)
     sales = Sales(stock, SaleViews(stock))
     redis_seen = asyncio.Event()
 
@@ -123,7 +123,7 @@ def create_app(
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(decided, metrics, traces)
+    reserve = Reserve(decided, metrics, spans)
     rest = Starlette(
         routes=[
             # Known here too, for its answer to other methods.

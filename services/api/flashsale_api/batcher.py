@@ -11,16 +11,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
-from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Record, Request, Snapshot
+from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Record, Request
 from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Accepted, Publisher
 
 if TYPE_CHECKING:
-    from flashsale_api.spans import Traces
+    from flashsale_api.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -56,25 +57,6 @@ class Decision(NamedTuple):
     now_ms: int = 0
 
 
-class Accepted(NamedTuple):
-    """A reservation that Redis has accepted, and its outbox entry; none for a replay, whose entry
-    may be gone.
-    """
-
-    item_id: str
-    entry_id: str
-    reservation_id: str
-    record: Record
-    snapshot: Snapshot
-    traceparent: str
-
-
-class Publishes(Protocol):
-    """Where accepted reservations go; never waits."""
-
-    def add(self, accepted: Accepted) -> None: ...
-
-
 Decided: TypeAlias = Callable[[Decision], None]
 
 
@@ -92,18 +74,18 @@ class _Lane:
     starting: bool = False
 
 
-class Batching:
+class Batcher:
     """Decides requests through batched script calls; one a process."""
 
     def __init__(
         self,
         inventory: Inventory,
-        publisher: Publishes,
+        publisher: Publisher,
         metrics: Metrics,
         *,
-        traces: "Traces | None" = None,
+        spans: "Spans | None" = None,
     ) -> None:
-        self._traces = traces
+        self._spans = spans
         self._inventory = inventory
         self._publisher = publisher
         self._metrics = metrics
@@ -211,16 +193,19 @@ class Batching:
         for waiting, decision in zip(batch, decisions, strict=True):
             waiting.decided(decision)
 
-    async def _decisions(self, item_id: str, requests: Sequence[Request]) -> list[Decision]:
+    async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
         reply = await self._reserve(item_id, requests)
-        if isinstance(reply, BatchReply):
-            return self._delivered(item_id, requests, reply)
-        self._sold_out_until.pop(item_id, None)
-        if reply is Outcome.FENCED:
-            self._remember(item_id)
-        elif reply is Outcome.UNKNOWN and self._remembers(item_id):
-            reply = Outcome.FENCED
-        return [Decision(reply, request.reservation_id) for request in requests]
+        if not isinstance(reply, BatchReply):
+            outcome = self._of_a_whole_batch(item_id, reply)
+            return [Decision(outcome, request.reservation_id) for request in requests]
+        self._metrics.know(item_id)
+        self._metrics.outbox_length.labels(item_id).set(reply.outbox_length)
+        decisions, accepted = _read(item_id, requests, reply)
+        # Before any buyer is answered: a pod that answers 202 holds the event.
+        for each in accepted:
+            self._publisher.add(each)
+        self._remember(item_id, reply)
+        return decisions
 
     async def _reserve(
         self, item_id: str, requests: Sequence[Request]
@@ -245,68 +230,61 @@ class Batching:
                 continue
             seconds = loop.time() - started
             self._metrics.script_seconds.observe(seconds)
-            if self._traces is not None and self._traces.open:
-                self._traces.called(requests, seconds)
+            if self._spans is not None and self._spans.open:
+                self._spans.called(requests, seconds)
             if seconds < CALL_DEADLINE_SECONDS:
                 return reply
             maybe_executed = True
         return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
 
-    def _remember(self, item_id: str) -> None:
-        self._known_until[item_id] = asyncio.get_running_loop().time() + KNOWN_SECONDS
+    def _of_a_whole_batch(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
+        """Remembers a fenced sale, and takes the lost keys of a remembered sale for its fence."""
+        self._sold_out_until.pop(item_id, None)
+        now = asyncio.get_running_loop().time()
+        if outcome is Outcome.FENCED:
+            self._known_until[item_id] = now + KNOWN_SECONDS
+        elif outcome is Outcome.UNKNOWN:
+            if now < self._known_until.get(item_id, 0.0):
+                return Outcome.FENCED
+            self._known_until.pop(item_id, None)
+        return outcome
 
-    def _remembers(self, item_id: str) -> bool:
-        if self._known_until.get(item_id, 0.0) > asyncio.get_running_loop().time():
-            return True
-        self._known_until.pop(item_id, None)
-        return False
-
-    def _delivered(
-        self, item_id: str, requests: Sequence[Request], reply: BatchReply
-    ) -> list[Decision]:
-        """The decisions; what was accepted is with the publisher before anybody is answered."""
-        sale_id, now_ms = reply.snapshot.sale_id, reply.now_ms
-        self._metrics.know(item_id)
-        decisions = []
-        sold_out = over = False
-        for request, (outcome, detail) in zip(requests, reply.answers, strict=True):
-            record = None
-            if outcome is Outcome.ACCEPTED:
-                entry_id = detail
-                record = Record(
-                    "accepted", 1, request.quantity, now_ms, request.user_id, request.request_key
-                )
-            elif outcome is Outcome.REPLAYED:
-                # Whoever answers 202 holds the event: the call that was executed may have been
-                # answered to nobody, and Redis may lose it before the sweep comes.
-                entry_id, record = "", Record.parse(detail)
-            if record is not None:
-                self._publisher.add(
-                    Accepted(
-                        item_id,
-                        entry_id,
-                        request.reservation_id,
-                        record,
-                        reply.snapshot,
-                        request.traceparent,
-                    )
-                )
-                decision = Decision(outcome, request.reservation_id, sale_id, record)
-            else:
-                sold_out = sold_out or outcome is Outcome.SOLD_OUT
-                over = over or outcome is Outcome.ENDED
-                decision = Decision(
-                    outcome, request.reservation_id, sale_id, None, reply.starts_ms, now_ms
-                )
-            decisions.append(decision)
-        if sold_out and reply.available == 0:
-            now = asyncio.get_running_loop().time()
+    def _remember(self, item_id: str, reply: BatchReply) -> None:
+        """Remembers for a while that the sale exists, and for a moment that it is sold out."""
+        now = asyncio.get_running_loop().time()
+        outcomes = {answer.outcome for answer in reply.answers}
+        if reply.available == 0 and Outcome.SOLD_OUT in outcomes:
             self._sold_out_until[item_id] = now + SOLD_OUT_SECONDS
         else:
             self._sold_out_until.pop(item_id, None)
-        if over:
+        if Outcome.ENDED in outcomes:
             self._known_until.pop(item_id, None)
         else:
-            self._remember(item_id)
-        self._metrics.outbox_length.labels(item_id).set(reply.outbox_length)
-        return decisions
+            self._known_until[item_id] = now + KNOWN_SECONDS
+
+
+def _read(
+    item_id: str, requests: Sequence[Request], reply: BatchReply
+) -> tuple[list[Decision], list[Accepted]]:
+    """Returns the decisions on a batch, and the reservations to publish.
+
+    A replay is published again. The pod that accepted it may be dead, and Redis may lose the
+    outbox entry before a sweep.
+    """
+    snapshot, now_ms = reply.snapshot, reply.now_ms
+    sale_id = snapshot.sale_id
+    decisions = []
+    accepted = []
+    for request, (outcome, detail) in zip(requests, reply.answers, strict=True):
+        identity, user_id, quantity, request_key, traceparent = request
+        if outcome is Outcome.ACCEPTED:
+            entry_id = detail
+            record = Record("accepted", 1, quantity, now_ms, user_id, request_key)
+        elif outcome is Outcome.REPLAYED:
+            entry_id, record = "", Record.parse(detail)
+        else:
+            decisions.append(Decision(outcome, identity, sale_id, None, reply.starts_ms, now_ms))
+            continue
+        accepted.append(Accepted(item_id, entry_id, identity, record, snapshot, traceparent))
+        decisions.append(Decision(outcome, identity, sale_id, record))
+    return decisions, accepted

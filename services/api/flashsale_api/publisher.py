@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -22,15 +22,15 @@ from flashsale import events
 from flashsale.errors import RedisUnavailable
 from flashsale.events import Event
 from flashsale.outbox import Outbox
+from flashsale.reservations import Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
-from flashsale_api.batcher import Accepted
 from flashsale_api.metrics import Metrics
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from flashsale_api.spans import Traces
+    from flashsale_api.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,19 @@ STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
+class Accepted(NamedTuple):
+    """A reservation that Redis has accepted, and its outbox entry; none for a replay, whose entry
+    may be gone.
+    """
+
+    item_id: str
+    entry_id: str
+    reservation_id: str
+    record: Record
+    snapshot: Snapshot
+    traceparent: str
+
+
 class Publisher:
     """Publishes events to `topic` and settles their outbox entries; one a process."""
 
@@ -59,11 +72,11 @@ class Publisher:
         outbox: Outbox,
         metrics: Metrics,
         *,
-        topic: str = events.TOPIC,
-        traces: "Traces | None" = None,
+        topic: str = events.topic(),
+        spans: "Spans | None" = None,
     ) -> None:
         self._kafka = kafka
-        self._traces = traces
+        self._spans = spans
         self._outbox = outbox
         self._metrics = metrics
         self._topic = topic
@@ -200,11 +213,11 @@ class Publisher:
                     await asyncio.shield(sent)
             except BaseException as error:
                 self._pending.extendleft(reversed(batch))
-                if self._traces is not None:
-                    self._traces.failed(spans, error)
+                if self._spans is not None:
+                    self._spans.failed(spans, error)
                 raise
-            if self._traces is not None:
-                self._traces.sent(spans, len(batch), partition)
+            if self._spans is not None:
+                self._spans.sent(spans, len(batch), partition)
             self._metrics.published.inc(len(batch))
             for accepted in batch:
                 self._by_item[accepted.item_id] -= 1
@@ -223,8 +236,8 @@ class Publisher:
         while self._pending:
             item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
             span = None
-            if self._traces is not None and sampled(traceparent):
-                span = self._traces.sending(self._topic, reservation_id, traceparent)
+            if self._spans is not None and sampled(traceparent):
+                span = self._spans.sending(self._topic, reservation_id, traceparent)
                 traceparent = traceparent_of(span)
             fits = builder.append(
                 timestamp=record.occurred_ms,

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -14,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
 from flashsale.reservations import Outcome, Record, Request
 from flashsale.sale import rfc3339_of_ms
+from flashsale.tracing import traceparent_of
 from flashsale_api import responses
-from flashsale_api.batcher import Batching, Decision, Failure
+from flashsale_api.batcher import Batcher, Decision, Failure
 from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
 from flashsale_api.responses import Headers, Problem
@@ -23,7 +23,7 @@ from flashsale_api.responses import Headers, Problem
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from flashsale_api.spans import Traces
+    from flashsale_api.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +104,10 @@ class Reserve:
     the same for whoever calls it by that way.
     """
 
-    def __init__(
-        self, batching: Batching, metrics: Metrics, traces: "Traces | None" = None
-    ) -> None:
-        self._batching = batching
+    def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
+        self._batcher = batcher
         self._metrics = metrics
-        self._traces = traces
+        self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await _body(receive)
@@ -138,7 +136,7 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            item_id, request = _request(headers, raw, self._batching.sold_out)
+            order, request_key, traceparent = _parsed(headers, raw)
         except _Refused as refused:
             counted = self._metrics.of("")
             counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
@@ -146,53 +144,71 @@ class Reserve:
             counted.rejected.observe(perf_counter() - started)
             respond(*answer)
             return
+        item_id = order.item_id
         span = None
-        if self._traces is not None and self._traces.samples(request.traceparent):
-            waited = perf_counter() - started
-            request, span = self._traces.begin(item_id, request, waited)
-        if request.reservation_id:
-            self._batching.decide(
-                item_id, request, partial(self._end, item_id, request, started, respond, span)
-            )
-        else:
-            self._end(item_id, request, started, respond, span, _SOLD_OUT)
+        if self._spans is not None and self._spans.samples(traceparent):
+            span = self._spans.begin(item_id, traceparent, perf_counter() - started)
+            traceparent = traceparent_of(span)
+        pending = _Pending(self, item_id, started, span, respond)
+        # A request with a key is always looked up, because it may have been accepted before.
+        if not request_key and self._batcher.sold_out(item_id):
+            pending.end(_SOLD_OUT)
+            return
+        identity = reservation_id(item_id, order.user_id, request_key)
+        request = Request(identity, order.user_id, order.quantity, request_key, traceparent)
+        if self._spans is not None and span is not None:
+            self._spans.deciding(span, request)
+        self._batcher.decide(item_id, request, pending.end)
 
-    def _end(  # noqa: PLR0913, PLR0917 - all but the last are known when it begins
-        self,
-        item_id: str,
-        request: Request,
-        started: float,
-        respond: Respond,
-        span: "Span | None",
-        decision: Decision,
-    ) -> None:
-        try:
-            status, headers, body = _answer(item_id, decision)
-            if self._traces is not None and span is not None:
-                self._traces.end(span, request, decision.outcome, status)
-            self._count(item_id, decision.outcome, status, perf_counter() - started)
-        except Exception:  # whatever it was: the buyer is not to wait for nothing
-            log.exception("a request for %s could not be answered", item_id)
-            status, headers, body = responses.plain(Problem.INTERNAL_ERROR)
-        respond(status, headers, body)
-
-    def _count(self, item_id: str, outcome: Outcome | Failure, status: int, seconds: float) -> None:
+    def answer(
+        self, item_id: str, decision: Decision, started: float, span: "Span | None"
+    ) -> tuple[int, Headers, bytes]:
+        """Makes and counts the answer to a request that began at `started`."""
+        status, headers, body = _answer(item_id, decision)
+        if self._spans is not None and span is not None:
+            self._spans.end(span, decision.outcome, status)
         counted = self._metrics.of(item_id)
-        counted.outcomes[outcome].inc()
+        counted.outcomes[decision.outcome].inc()
+        seconds = perf_counter() - started
         if status < 300:
             counted.accepted.observe(seconds)
         elif status < 500:
             counted.rejected.observe(seconds)
         else:
             counted.failed.observe(seconds)
+        return status, headers, body
 
 
-def _request(
-    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, sold_out: Callable[[str], bool]
-) -> tuple[str, Request]:
-    """The item and the request that headers and body ask for.
+class _Pending:
+    """A request that waits for its decision."""
 
-    It has no id where nothing is left: most requests of a sale are such, and have no use for one.
+    __slots__ = ("_item_id", "_reserve", "_respond", "_span", "_started")
+
+    def __init__(
+        self, reserve: Reserve, item_id: str, started: float, span: "Span | None", respond: Respond
+    ) -> None:
+        self._reserve = reserve
+        self._item_id = item_id
+        self._started = started
+        self._span = span
+        self._respond = respond
+
+    def end(self, decision: Decision) -> None:
+        """Answers the request. Never raises."""
+        try:
+            answer = self._reserve.answer(self._item_id, decision, self._started, self._span)
+        except Exception:  # whatever it was: the buyer is not to wait for nothing
+            log.exception("a request for %s could not be answered", self._item_id)
+            answer = responses.plain(Problem.INTERNAL_ERROR)
+        self._respond(*answer)
+
+
+def _parsed(
+    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
+) -> tuple[ReserveBody, str, str]:
+    """Returns the body, the Idempotency-Key and the traceparent; "" for a missing header.
+
+    Raises `_Refused`. A malformed traceparent counts as missing.
     """
     content_type = request_key = traceparent = ""
     for name, value in headers:
@@ -213,16 +229,11 @@ def _request(
     if len(raw) > MAX_BODY_BYTES:
         raise _Refused(Problem.BODY_TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes")
     try:
-        body = _decode(raw)
+        return _decode(raw), request_key, traceparent
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _Refused(Problem.MALFORMED_JSON, str(error)) from None
-    item_id, user_id = body.item_id, body.user_id
-    # The same order may have been accepted before: a key is always looked up.
-    refused = not request_key and sold_out(item_id)
-    identity = "" if refused else reservation_id(item_id, user_id, request_key)
-    return item_id, Request(identity, user_id, body.quantity, request_key, traceparent)
 
 
 async def _body(receive: Receive) -> bytes | None:

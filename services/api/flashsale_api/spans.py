@@ -34,7 +34,7 @@ _SEND: Final = {
 }
 
 
-class Traces:
+class Spans:
     """One a process that traces. Everything here is for sampled requests only."""
 
     def __init__(self, tracing: Tracing) -> None:
@@ -44,40 +44,39 @@ class Traces:
         self.open: dict[str, Span] = {}
         """The requests that are being decided, by the traceparent of their span."""
 
-    def begin(self, item_id: str, request: Request, seconds: float) -> tuple[Request, Span]:
-        """The span of a request that began `seconds` ago, and the request as part of it."""
-        span = self._tracer.start_span(
+    def begin(self, item_id: str, traceparent: str, seconds: float) -> Span:
+        """Starts the span of a request that began `seconds` ago."""
+        return self._tracer.start_span(
             "POST /reserve",
-            self._tracing.remote(request.traceparent),
+            self._tracing.remote(traceparent),
             SpanKind.SERVER,
-            {
-                **_REQUEST,
-                "flashsale.item_id": item_id,
-                "flashsale.reservation_id": request.reservation_id,
-            },
+            {**_REQUEST, "flashsale.item_id": item_id},
             start_time=time.time_ns() - int(seconds * 1e9),
         )
-        request = request._replace(traceparent=traceparent_of(span))
-        self.open[request.traceparent] = span
-        return request, span
 
-    def end(self, span: Span, request: Request, outcome: str, status: int) -> None:
-        """The request was answered."""
-        self.open.pop(request.traceparent, None)
+    def deciding(self, span: Span, request: Request) -> None:
+        """Notes the request of a span, which the script is asked to decide."""
+        span.set_attribute("flashsale.reservation_id", request.reservation_id)
+        self.open[request.traceparent] = span
+        log.debug("reservation %s is of user %s", request.reservation_id, request.user_id)
+
+    def end(self, span: Span, outcome: str, status: int) -> None:
+        """Ends the span of a request that was answered."""
+        traceparent = traceparent_of(span)
+        self.open.pop(traceparent, None)
         span.set_attribute("flashsale.outcome", outcome)
         span.set_attribute("http.response.status_code", status)
         if status >= 500:
             span.set_attribute("error.type", outcome)
             span.set_status(Status(StatusCode.ERROR))
         span.end()
-        level = logging.WARNING if status >= 500 else logging.DEBUG
         log.log(
-            level,
+            logging.WARNING if status >= 500 else logging.DEBUG,
             "POST /reserve was answered %d (%s)",
-            *(status, outcome),
-            extra=fields(request.traceparent),
+            status,
+            outcome,
+            extra=fields(traceparent),
         )
-        log.debug("reservation %s is of user %s", request.reservation_id, request.user_id)
 
     def called(self, requests: Sequence[Request], seconds: float) -> None:
         """A script call that has just been answered decided these requests."""

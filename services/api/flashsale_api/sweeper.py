@@ -15,9 +15,8 @@ from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.heartbeat import Heartbeat
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from flashsale_api.batcher import Accepted
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Publisher
+from flashsale_api.publisher import Accepted, Publisher
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 
 from flashsale_api import reserve as reserve_module
 from flashsale_api.app import Application
-from flashsale_api.batcher import Batching
+from flashsale_api.batcher import Batcher
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import Connection
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
@@ -59,7 +59,7 @@ class Talk:
 @asynccontextmanager
 async def talk(inventory: StandingInventory, timeout_keep_alive: int = 75) -> AsyncIterator[Talk]:
     metrics = Metrics()
-    reserve = Reserve(Batching(inventory, Publications(), metrics), metrics)
+    reserve = Reserve(Batcher(inventory, Publications(), metrics), metrics)
     config = uvicorn.Config(
         Application(reserve, Starlette()),
         http=Connection,

@@ -22,12 +22,10 @@ from flashsale.reservations import Record, Request, Snapshot
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_api import sweeper as sweeper_module
-from flashsale_api.batcher import Accepted
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Publisher
+from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.sweeper import Sweeper
 from tests.servers.api.test_reserve import reserve
-
 
 ITEM = "phone"
 SPEC = SaleSpec("default/phone", ITEM, 100_000, max_per_user=10)
@@ -77,8 +75,8 @@ async def start_kafka(kafka: KafkaServer) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     try:
-        if events.TOPIC not in await admin.list_topics():
-            await admin.create_topics([NewTopic(events.TOPIC, 3, 1)])
+        if events.topic() not in await admin.list_topics():
+            await admin.create_topics([NewTopic(events.topic(), 3, 1)])
     finally:
         await admin.close()
 
@@ -86,7 +84,7 @@ async def start_kafka(kafka: KafkaServer) -> None:
 async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:
     """Everything on the topic."""
     consumer = AIOKafkaConsumer(
-        events.TOPIC, bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
+        events.topic(), bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
     )
     await consumer.start()
     try:

@@ -8,8 +8,9 @@ from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import Answer, BatchReply, Outcome, Request, Snapshot
 from flashsale_api import batcher
-from flashsale_api.batcher import Accepted, Batching, Decision, Failure
+from flashsale_api.batcher import Batcher, Decision, Failure
 from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Accepted, Publisher
 
 
 class StandingInventory(Inventory):
@@ -42,7 +43,7 @@ class StandingInventory(Inventory):
         )
 
 
-class Publications:
+class Publications(Publisher):
     def __init__(self) -> None:
         self.taken: list[Accepted] = []
 
@@ -54,7 +55,7 @@ def a_request(number: int = 0) -> Request:
     return Request(f"id-{number}", f"user-{number}", 1)
 
 
-def decided(batches: Batching, item_id: str, request: Request) -> "asyncio.Future[Decision]":
+def decided(batches: Batcher, item_id: str, request: Request) -> "asyncio.Future[Decision]":
     decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
 
     def tell(made: Decision) -> None:
@@ -72,7 +73,7 @@ async def turns(number: int = 5) -> None:
 
 async def test_what_arrives_while_calls_are_in_flight_forms_the_next_call() -> None:
     inventory, published = StandingInventory(), Publications()
-    batches = Batching(inventory, published, Metrics())
+    batches = Batcher(inventory, published, Metrics())
     waiting = []
     for number in range(3):
         waiting.append(decided(batches, "x", a_request(number)))
@@ -92,7 +93,7 @@ async def test_what_arrives_while_calls_are_in_flight_forms_the_next_call() -> N
 
 async def test_requests_of_one_turn_go_together() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     waiting = [decided(batches, "x", a_request(n)) for n in range(20)]
     inventory.go.release()
     await asyncio.gather(*waiting)
@@ -101,7 +102,7 @@ async def test_requests_of_one_turn_go_together() -> None:
 
 async def test_items_do_not_wait_for_one_another() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     waiting = [decided(batches, f"x{n}", a_request(n)) for n in range(10)]
     await turns()
     assert len(inventory.calls) == 10
@@ -112,7 +113,7 @@ async def test_items_do_not_wait_for_one_another() -> None:
 
 async def test_too_many_are_refused_and_never_sent() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     first = decided(batches, "x", a_request())
     await turns()
     waiting = [decided(batches, "x", a_request(n)) for n in range(1, 3 * 128 + 4_400)]
@@ -130,7 +131,7 @@ async def test_too_many_are_refused_and_never_sent() -> None:
 
 async def test_who_waited_too_long_is_answered_and_never_sent() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     in_flight = []
     for number in range(batcher.CALLS_IN_FLIGHT):
         in_flight.append(decided(batches, "x", a_request(number)))
@@ -147,7 +148,7 @@ async def test_who_waited_too_long_is_answered_and_never_sent() -> None:
 async def test_a_failed_call_is_sent_once_more_with_the_same_ids() -> None:
     inventory = StandingInventory()
     inventory.fail = True
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     for _ in range(10):
         inventory.go.release()
     decision = await decided(batches, "x", a_request())
@@ -158,7 +159,7 @@ async def test_a_failed_call_is_sent_once_more_with_the_same_ids() -> None:
 
 async def test_an_answer_from_before_a_suspension_is_not_believed() -> None:
     inventory, published = StandingInventory(), Publications()
-    batches = Batching(inventory, published, Metrics())
+    batches = Batcher(inventory, published, Metrics())
     deciding = decided(batches, "x", a_request())
     await turns()
     loop = asyncio.get_running_loop()
@@ -176,7 +177,7 @@ async def test_an_answer_from_before_a_suspension_is_not_believed() -> None:
 async def test_sold_out_is_remembered_for_a_moment_for_its_item_only() -> None:
     inventory = StandingInventory()
     inventory.outcome, inventory.available = Outcome.SOLD_OUT, 0
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     inventory.go.release()
     assert not batches.sold_out("x")
     await decided(batches, "x", a_request())
@@ -190,7 +191,7 @@ async def test_sold_out_is_remembered_for_a_moment_for_its_item_only() -> None:
 async def test_fewer_left_than_asked_for_is_not_sold_out() -> None:
     inventory = StandingInventory()
     inventory.outcome, inventory.available = Outcome.NOT_ENOUGH_LEFT, 1
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     inventory.go.release()
     await decided(batches, "x", a_request())
     assert not batches.sold_out("x")
@@ -198,7 +199,7 @@ async def test_fewer_left_than_asked_for_is_not_sold_out() -> None:
 
 async def test_a_buyer_who_goes_away_does_not_cancel_the_batch() -> None:
     inventory, published = StandingInventory(), Publications()
-    batches = Batching(inventory, published, Metrics())
+    batches = Batcher(inventory, published, Metrics())
     leaver = decided(batches, "x", a_request(1))
     stayer = decided(batches, "x", a_request(2))
     await turns()
@@ -211,7 +212,7 @@ async def test_a_buyer_who_goes_away_does_not_cancel_the_batch() -> None:
 
 async def test_however_many_items_are_asked_for_redis_is_not_flooded() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     waiting = [decided(batches, f"x{n % 200}", a_request(n)) for n in range(400)]
     await turns()
     assert len(inventory.calls) == batcher.MAX_CALLS
@@ -228,7 +229,7 @@ async def test_however_many_items_are_asked_for_redis_is_not_flooded() -> None:
 
 async def test_who_closes_decides_what_waits_and_refuses_who_comes() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     waiting = [decided(batches, "x", a_request(n)) for n in range(500)]
     await turns()
     closing = asyncio.create_task(batches.close())
@@ -244,7 +245,7 @@ async def test_who_closes_decides_what_waits_and_refuses_who_comes() -> None:
 
 async def test_who_closes_decides_what_has_come_in_the_same_turn() -> None:
     inventory = StandingInventory()
-    batches = Batching(inventory, Publications(), Metrics())
+    batches = Batcher(inventory, Publications(), Metrics())
     inventory.go.release()
     last = decided(batches, "x", a_request())
     await batches.close()
