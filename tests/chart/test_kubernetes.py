@@ -176,7 +176,7 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     assert not may(cluster, account, "list", "flashsales.flashsale.dev", "default")
 
     topics = {
-        f"kafkatopic.kafka.strimzi.io/flashsale.{name}"
+        f"kafkatopic.kafka.strimzi.io/shop-flashsale.{name}"
         for name in ("reservations", "reservations.dlq")
     }
     uninstall()

@@ -18,8 +18,6 @@ from redis.exceptions import ResponseError
 
 from dev.cluster.control_plane import ControlPlane
 from dev.stack.servers import RedisServer
-from flashsale import events
-from flashsale_consumer.worker import GROUP_ID
 from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
 from tests.support.paths import ROOT
 
@@ -28,6 +26,9 @@ pytestmark = pytest.mark.slow
 K8S: Final = ROOT / "k8s"
 VALUES: Final = K8S / "values"
 LOADTEST: Final = ROOT / "loadtest"
+# The names of the engine in k8s/values.
+TOPIC: Final = "flashsale.reservations"
+GROUP: Final = "flashsale-ledger"
 TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
     "kind": [VALUES / "one-node.yaml", VALUES / "kind.yaml"],
@@ -194,8 +195,8 @@ def test_topics_have_one_copy_per_broker(chart: Helm, files: list[Path]) -> None
     )
     topics = rendered(chart, files).all("KafkaTopic")
     assert {each["metadata"]["name"] for each in topics} == {
-        events.TOPIC,
-        events.DEAD_LETTER_TOPIC,
+        TOPIC,
+        f"{TOPIC}.dlq",
     }
     config = kafka[0]["spec"]["kafka"]["config"]
     for topic in topics:
@@ -211,8 +212,8 @@ def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
         for acl in user["spec"]["authorization"]["acls"]:
             resource = acl["resource"]
             assert resource.get("patternType", "literal") == "literal"
-            assert resource["name"] in (events.TOPIC, events.DEAD_LETTER_TOPIC, GROUP_ID)
-            assert (resource["type"] == "group") == (resource["name"] == GROUP_ID)
+            assert resource["name"] in (TOPIC, f"{TOPIC}.dlq", GROUP)
+            assert (resource["type"] == "group") == (resource["name"] == GROUP)
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 
 

@@ -30,6 +30,14 @@ pytestmark = pytest.mark.slow
         (at("redis.url", "http://redis"), "'/redis/url'"),
         (at("kafka.bootstrap", "kafka"), "'/kafka/bootstrap'"),
         (at("database.url", "mysql://x"), "'/database/url'"),
+        *(
+            (at("engine", name), "'/engine'")
+            for name in ("1", "-a", "a-", "Shop", "a.b", "a" * 64, 1)
+        ),
+        (
+            at("fullnameOverride", "7"),
+            "engine is required, because the release's full name 7 does not begin with a letter",
+        ),
         (at("podMonitors.interval", "often"), "'/podMonitors/interval'"),
         (at("networkPolicies.buyers", [{}]), "'/networkPolicies/buyers/0'"),
         (

@@ -5,8 +5,7 @@ from typing import Any, Final
 
 import pytest
 
-from flashsale import events
-from flashsale_consumer import topics, worker
+from flashsale_consumer import topics
 from tests.support.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at, merged
 from tests.support.chart_values import values
 from tests.support.paths import CHART
@@ -65,6 +64,7 @@ AUTHORITY: Final = at("certificateAuthority.existingSecret.name", "ca")
 CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "nameOverride": ("other", {}),
     "fullnameOverride": ("other", {}),
+    "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
     "imagePullSecrets": (["a"], {}),
     "crds.enabled": (False, {}),
@@ -250,8 +250,8 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             "shop-flashsale-consumer",
             {
                 "bootstrapServersFromEnv": "FLASHSALE_KAFKA_BOOTSTRAP",
-                "consumerGroup": worker.GROUP_ID,
-                "topic": events.TOPIC,
+                "consumerGroup": "shop-flashsale-ledger",
+                "topic": "shop-flashsale.reservations",
                 "lagThreshold": "5000",
                 "offsetResetPolicy": "earliest",
             },
@@ -267,6 +267,26 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ("consumer", True),
     ),
     (
+        "an engine's name is the prefix of its topics and its consumer group",
+        merged(TOPICS, BY_LAG, at("engine", "flashsale")),
+        lambda r: (
+            sorted(each["metadata"]["name"] for each in r.all("KafkaTopic")),
+            r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]["topic"],
+            r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]["consumerGroup"],
+        ),
+        (
+            ["flashsale.reservations", "flashsale.reservations.dlq"],
+            "flashsale.reservations",
+            "flashsale-ledger",
+        ),
+    ),
+    (
+        "every process knows its engine's name, by default the release's full name",
+        {},
+        lambda r: [r.environment(each)["FLASHSALE_ENGINE"] for each in COMPONENTS],
+        ["shop-flashsale"] * 3,
+    ),
+    (
         "topics are declared as the consumer creates them",
         TOPICS,
         lambda r: {
@@ -274,11 +294,11 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in r.all("KafkaTopic")
         },
         {
-            events.TOPIC: (
+            "shop-flashsale.reservations": (
                 topics.PARTITIONS,
                 {"retention.ms": topics.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
-            events.DEAD_LETTER_TOPIC: (
+            "shop-flashsale.reservations.dlq": (
                 topics.PARTITIONS,
                 {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,

@@ -13,6 +13,11 @@
 {{- end }}
 {{- end }}
 
+{{/* Name of the engine, the prefix of its topics, consumer group and Redis keys. */}}
+{{- define "flashsale.engine" -}}
+{{ default (include "flashsale.fullname" .) .Values.engine }}
+{{- end }}
+
 {{/* The flashsale.component.* templates take (dict "root" $ "component" "api"). */}}
 {{- define "flashsale.component.name" -}}
 {{ include "flashsale.fullname" .root }}-{{ .component }}

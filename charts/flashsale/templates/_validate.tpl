@@ -13,6 +13,9 @@
 {{- $wrong = append $wrong (printf "%s.%s contains a password: put the address into a Secret and set %s.existingSecret.name" $section $key $section) }}
 {{- end }}
 {{- end }}
+{{- if not (regexMatch "^[a-z]" (include "flashsale.engine" .)) }}
+{{- $wrong = append $wrong (printf "engine is required, because the release's full name %s does not begin with a letter" (include "flashsale.engine" .)) }}
+{{- end }}
 {{- with .Values.consumer }}
 {{- if .autoscaling.by }}
 {{- if gt (int .autoscaling.maxReplicas) (int $.Values.kafka.partitions) }}
