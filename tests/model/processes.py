@@ -56,7 +56,7 @@ class Asked:
 
 
 class Pod(Process):
-    """flashsale_api: batcher.py, publisher.py, sweeper.py."""
+    """flashsale_api: batcher.py, publisher.py, sweeper.py, heartbeat.py."""
 
     def __init__(self, world: World, name: str, servers: Servers) -> None:
         super().__init__(world, name)

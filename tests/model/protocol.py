@@ -8,7 +8,7 @@ copy, or be empty. The model's classes stand for these modules:
     servers.Ledger     flashsale_consumer/recorder.py, the writes of
                        flashsale_operator/sales/reconciler.py and rebuild.py
     servers.Kafka      the topic: partitions with duplicates and without a common order
-    processes.Pod      flashsale_api/batcher.py, publisher.py, sweeper.py
+    processes.Pod      flashsale_api/batcher.py, publisher.py, sweeper.py, heartbeat.py
     processes.Consumer flashsale_consumer/worker.py
     processes.Operator flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
     rules.Rules        the parts that a run can leave out

@@ -21,13 +21,14 @@ from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
+from flashsale_api.heartbeat import beat
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
-from flashsale_api.responses import Problem
+from flashsale_api.responses import Problem, problem_response
 from flashsale_api.sales import Sales, SaleViews
 from flashsale_api.settings import Settings
-from flashsale_api.sweeper import Sweeper, beat
+from flashsale_api.sweeper import Sweeper
 
 if TYPE_CHECKING:
     from flashsale_api.spans import Spans
@@ -44,7 +45,7 @@ class UnsafeRedisError(FlashsaleError):
 
 class Application:
     """Starlette, and POST /reserve beside it, which its middleware and routing would cost a third
-    of what a bare request costs. A `Connection` calls `reserve` itself where it can.
+    of what a bare request costs. A `HttpProtocol` calls `reserve` itself where it can.
     """
 
     def __init__(self, reserve: Reserve, rest: Starlette) -> None:
@@ -67,11 +68,11 @@ def create_app(
     """The API. `on_failure` is called when a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = redis_client.connect(settings.redis_url)
-    stock = Inventory(redis)
+    inventory = Inventory(redis)
     outbox = Outbox(redis)
     publisher = Publisher(settings, outbox, metrics, spans=spans)
-    decided = Batcher(stock, publisher, metrics, spans=spans)
-    sales = Sales(stock, SaleViews(stock))
+    batcher = Batcher(inventory, publisher, metrics, spans=spans)
+    sales = Sales(inventory, SaleViews(inventory))
     redis_seen = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -79,11 +80,11 @@ def create_app(
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("first sight of Redis", _see_redis(stock, outbox, redis_seen)),
+                ("first sight of Redis", _see_redis(inventory, outbox, redis_seen)),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
-                ("sweep", Sweeper(stock, outbox, publisher, metrics, pod_id).run()),
-                ("heartbeat", beat(redis, stock, publisher, pod_id)),
+                ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
+                ("heartbeat", beat(redis, inventory, publisher, metrics, pod_id)),
             )
         ]
 
@@ -98,7 +99,7 @@ def create_app(
         try:
             yield
         finally:
-            await decided.close()
+            await batcher.close()
             if left := await publisher.flush(FLUSH_SECONDS):
                 log.warning("%d accepted reservations are left to another pod's sweep", left)
             else:
@@ -123,7 +124,7 @@ def create_app(
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(decided, metrics, spans)
+    reserve = Reserve(batcher, metrics, spans)
     rest = Starlette(
         routes=[
             # Known here too, for its answer to other methods.
@@ -143,12 +144,12 @@ def create_app(
     return Application(reserve, rest)
 
 
-async def _see_redis(stock: Inventory, outbox: Outbox, seen: asyncio.Event) -> None:
+async def _see_redis(inventory: Inventory, outbox: Outbox, seen: asyncio.Event) -> None:
     """Waits for Redis' first answer, and refuses a Redis that would evict a sale."""
     while True:
         try:
-            policy = await stock.eviction_policy()
-            await stock.load()
+            policy = await inventory.eviction_policy()
+            await inventory.load()
             await outbox.load()
         except RedisUnavailable as error:
             log.info("waiting for Redis: %s", error)
@@ -166,15 +167,8 @@ async def _see_redis(stock: Inventory, outbox: Outbox, seen: asyncio.Event) -> N
 async def _http_problem(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    sent = dict(error.headers or {})
-    status, headers, body = responses.render(responses.of_status(error.status_code))
-    response = Response(body, status, headers=sent)
-    response.raw_headers.extend(headers)
-    return response
+    return problem_response(responses.of_status(error.status_code), headers=error.headers)
 
 
 async def _internal_problem(_: Request, __: Exception) -> Response:
-    status, headers, body = responses.render(Problem.INTERNAL_ERROR)
-    response = Response(body, status)
-    response.raw_headers.extend(headers)
-    return response
+    return problem_response(Problem.INTERNAL_ERROR)

@@ -72,7 +72,7 @@ class Publisher:
         outbox: Outbox,
         metrics: Metrics,
         *,
-        topic: str = events.topic(),
+        topic: str = events.TOPIC,
         spans: "Spans | None" = None,
     ) -> None:
         self._kafka = kafka

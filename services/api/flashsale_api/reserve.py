@@ -11,14 +11,14 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
-from flashsale.reservations import Outcome, Record, Request
+from flashsale.reservations import Outcome, Request
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher, Decision, Failure
 from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
-from flashsale_api.responses import Headers, Problem
+from flashsale_api.responses import Headers, Problem, Reservation
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -69,18 +69,6 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
     user_id: UserId
     item_id: ItemId
     quantity: Quantity
-
-
-class Reservation(msgspec.Struct, frozen=True, rename="camel"):
-    """A reservation as HTTP shows it."""
-
-    reservation_id: str
-    sale_id: str
-    item_id: str
-    user_id: str
-    quantity: int
-    state: str
-    accepted_at: str
 
 
 class _Refused(Exception):
@@ -265,7 +253,7 @@ def _explained(error: str) -> _Refused:
 def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
     record = decision.record
     if record is not None:
-        body = _encode(shown(item_id, decision.sale_id, decision.reservation_id, record))
+        body = _encode(Reservation.of(item_id, decision.sale_id, decision.reservation_id, record))
         location = _location(item_id, decision.reservation_id)
         return 202, (_JSON, (b"location", location)), body
     problem = _PROBLEMS[decision.outcome]
@@ -283,16 +271,3 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
 
 def _location(item_id: str, reservation_id: str) -> bytes:
     return f"/sales/{item_id}/reservations/{reservation_id}".encode()
-
-
-def shown(item_id: str, sale_id: str, reservation_id: str, record: Record) -> Reservation:
-    """A reservation as HTTP shows it."""
-    return Reservation(
-        reservation_id=reservation_id,
-        sale_id=sale_id,
-        item_id=item_id,
-        user_id=record.user_id,
-        quantity=record.quantity,
-        state=record.state,
-        accepted_at=rfc3339_of_ms(record.occurred_ms),
-    )

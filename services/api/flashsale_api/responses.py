@@ -1,11 +1,16 @@
-"""The answers that are not a reservation, as problem details (RFC 9457)."""
+"""The bodies of the API's responses: reservations, and problem details (RFC 9457)."""
 
+from collections.abc import Mapping
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Final, NamedTuple
 
 import msgspec
+from starlette.responses import Response
+
+from flashsale.reservations import Record
+from flashsale.sale import rfc3339_of_ms
 
 CONTENT_TYPE: Final = b"application/problem+json"
 
@@ -73,6 +78,16 @@ def render(
     return kind.status, headers, msgspec.json.encode(body | members)
 
 
+def problem_response(
+    problem: Problem, detail: str | None = None, *, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Returns a problem as Starlette's response, with additional `headers`."""
+    status, own, body = render(problem, detail)
+    made = Response(body, status, headers)
+    made.raw_headers.extend(own)
+    return made
+
+
 def of_status(status: int) -> Problem:
     """The problem for an error that the framework raised."""
     match status:
@@ -84,3 +99,27 @@ def of_status(status: int) -> Problem:
             return Problem.MALFORMED_REQUEST
         case _:
             return Problem.INTERNAL_ERROR
+
+
+class Reservation(msgspec.Struct, frozen=True, rename="camel"):
+    """A reservation as HTTP shows it."""
+
+    reservation_id: str
+    sale_id: str
+    item_id: str
+    user_id: str
+    quantity: int
+    state: str
+    accepted_at: str
+
+    @classmethod
+    def of(cls, item_id: str, sale_id: str, reservation_id: str, record: Record) -> "Reservation":
+        return cls(
+            reservation_id=reservation_id,
+            sale_id=sale_id,
+            item_id=item_id,
+            user_id=record.user_id,
+            quantity=record.quantity,
+            state=record.state,
+            accepted_at=rfc3339_of_ms(record.occurred_ms),
+        )

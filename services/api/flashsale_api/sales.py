@@ -13,9 +13,7 @@ from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
-from flashsale_api import responses
-from flashsale_api.reserve import shown
-from flashsale_api.responses import Problem
+from flashsale_api.responses import Problem, Reservation, problem_response
 
 CACHE_SECONDS: Final = 0.25
 
@@ -89,7 +87,7 @@ class Sales:
 
         async def answer() -> Response:
             view = await self._views.one(item_id) if _ITEM_ID.match(item_id) else None
-            return _problem(Problem.UNKNOWN_ITEM) if view is None else _fresh(view)
+            return problem_response(Problem.UNKNOWN_ITEM) if view is None else _fresh(view)
 
         return await _guarded(answer)
 
@@ -101,19 +99,19 @@ class Sales:
 
         async def answer() -> Response:
             if not _ITEM_ID.match(item_id):
-                return _problem(Problem.UNKNOWN_ITEM)
+                return problem_response(Problem.UNKNOWN_ITEM)
             sale = (await self._inventory.sales([item_id])).get(item_id)
             if sale is None:
-                return _problem(Problem.UNKNOWN_ITEM)
+                return problem_response(Problem.UNKNOWN_ITEM)
             if _UUID.match(reservation_id):
                 record = await self._inventory.reservation(item_id, reservation_id)
                 if record is not None:
-                    return _json(shown(item_id, sale.sale_id, reservation_id, record))
+                    return _json(Reservation.of(item_id, sale.sale_id, reservation_id, record))
             server = await self._inventory.server()
             if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
                 # It may exist all the same: the ledger knows.
-                return _problem(Problem.FENCED)
-            return _problem(Problem.UNKNOWN_RESERVATION)
+                return problem_response(Problem.FENCED)
+            return problem_response(Problem.UNKNOWN_RESERVATION)
 
         return await _guarded(answer)
 
@@ -122,9 +120,9 @@ async def _guarded(answer: Callable[[], Awaitable[Response]]) -> Response:
     try:
         return await answer()
     except RedisUnavailable:
-        return _problem(Problem.REDIS_UNAVAILABLE)
+        return problem_response(Problem.REDIS_UNAVAILABLE)
     except ContractViolation as error:
-        return _problem(Problem.FENCED, str(error))
+        return problem_response(Problem.FENCED, str(error))
 
 
 def _view(sale: Sale, state: SaleState) -> SaleView:
@@ -148,11 +146,4 @@ def _json(value: object) -> Response:
 def _fresh(value: object) -> Response:
     response = _json(value)
     response.headers["cache-control"] = "max-age=1"
-    return response
-
-
-def _problem(problem: Problem, detail: str | None = None) -> Response:
-    status, headers, body = responses.render(problem, detail)
-    response = Response(body, status)
-    response.raw_headers.extend(headers)
     return response

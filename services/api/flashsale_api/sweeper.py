@@ -1,18 +1,13 @@
-"""What a pod does every second beside answering: its heartbeat, and the sweep.
+"""The sweep: publishes outbox entries that are older than a living pod leaves its own.
 
-The sweep publishes outbox entries that are older than any living pod would leave them: their pod
-died, or never learnt that its call had been executed.
+The pod that accepted such an entry died, or its call to Redis failed after Redis had executed it.
 """
 
 import asyncio
 import logging
 from typing import Final
 
-from redis.asyncio import Redis
-
-from flashsale import heartbeat
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.heartbeat import Heartbeat
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api.metrics import Metrics
@@ -28,19 +23,6 @@ BACKLOG: Final = 10_000
 """Events held above which a pod has enough to do and does not sweep: after a failure of Kafka most
 of what it would read are its own.
 """
-
-
-async def beat(redis: Redis, inventory: Inventory, publisher: Publisher, pod_id: str) -> None:
-    """Keeps the pod's heartbeat until it is cancelled."""
-    while True:
-        try:
-            # The clock first: a heartbeat must not claim to be younger than its sample.
-            sampled_ms = (await inventory.server()).now_ms
-            held = publisher.unacknowledged_by_item()
-            await heartbeat.beat(redis, Heartbeat(pod_id, held, sampled_ms))
-        except RedisUnavailable as error:
-            log.debug("no heartbeat: %s", error)
-        await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
 
 
 class Sweeper:
@@ -67,15 +49,11 @@ class Sweeper:
             await asyncio.sleep(INTERVAL_SECONDS)
             try:
                 await self.sweep()
-                self._metrics.redis_up.set(1)
             except RedisUnavailable as error:
-                self._metrics.redis_up.set(0)
                 log.debug("no sweep: %s", error)
 
     async def sweep(self) -> None:
         """One round over the items; raises `RedisUnavailable`."""
-        self._metrics.unacknowledged.set(self._publisher.unacknowledged)
-        self._metrics.kafka_up.set(self._publisher.connected)
         until_ms = (await self._inventory.server()).now_ms - SWEEP_AGE_MS
         for item_id in await self._look(until_ms + SWEEP_AGE_MS):
             try:

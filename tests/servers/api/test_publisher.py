@@ -75,8 +75,8 @@ async def start_kafka(kafka: KafkaServer) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     try:
-        if events.topic() not in await admin.list_topics():
-            await admin.create_topics([NewTopic(events.topic(), 3, 1)])
+        if events.TOPIC not in await admin.list_topics():
+            await admin.create_topics([NewTopic(events.TOPIC, 3, 1)])
     finally:
         await admin.close()
 
@@ -84,7 +84,7 @@ async def start_kafka(kafka: KafkaServer) -> None:
 async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:
     """Everything on the topic."""
     consumer = AIOKafkaConsumer(
-        events.topic(), bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
+        events.TOPIC, bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
     )
     await consumer.start()
     try:
