@@ -31,7 +31,7 @@ from flashsale.tracing import Tracing
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
 from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import Connection
+from flashsale_api.protocol import HttpProtocol
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.reserve import Reserve
 from flashsale_api.spans import Spans
@@ -142,7 +142,7 @@ async def _path(app: ASGIApp) -> float:
     """Returns the CPU microseconds from the bytes of a request to the bytes of its answer."""
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=HttpProtocol,
         ws="none",
         log_config=None,
         access_log=False,
@@ -155,7 +155,7 @@ async def _path(app: ASGIApp) -> float:
     transports = [_Transport() for _ in range(CONNECTIONS)]
     connections = []
     for transport in transports:
-        connection = Connection(config=config, server_state=state, app_state={})
+        connection = HttpProtocol(config=config, server_state=state, app_state={})
         connection.connection_made(transport)
         connections.append(connection)
 

@@ -16,7 +16,7 @@ from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
 from flashsale_api.app import create_app
 from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import Connection
+from flashsale_api.protocol import HttpProtocol
 from flashsale_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
             host=host,
             port=port,
             loop="uvloop",
-            http=Connection,
+            http=HttpProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

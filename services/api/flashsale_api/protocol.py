@@ -23,7 +23,7 @@ _OF_AN_UPGRADE: Final = (b"connection", b"upgrade", b"http2-settings")
 _RESERVE: Final = RESERVE_PATH.encode()
 
 
-class Connection(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """Closes on a client that is too slow or whose head does not end; ignores Upgrade.
 
     uvicorn has no deadline for a request, so that connections which never finish one pile up until
@@ -175,7 +175,7 @@ class Exchange:
     message_event = asyncio.Event()
     """Nobody waits for it."""
 
-    def __init__(self, connection: Connection, reserve: Reserve) -> None:
+    def __init__(self, connection: HttpProtocol, reserve: Reserve) -> None:
         self._connection = connection
         self._reserve = reserve
         self.body = bytearray()

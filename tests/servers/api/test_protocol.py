@@ -18,7 +18,7 @@ from flashsale_api import reserve as reserve_module
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
 from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import Connection
+from flashsale_api.protocol import HttpProtocol
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
 from tests.unit.api.test_batcher import Publications, StandingInventory
 
@@ -31,7 +31,7 @@ BAD = GOOD.replace(b'"quantity"', b'"quantite"')
 class Talk:
     """A connection and the client at its other end."""
 
-    def __init__(self, connection: Connection, client: socket.socket) -> None:
+    def __init__(self, connection: HttpProtocol, client: socket.socket) -> None:
         self.connection, self.client = connection, client
 
     async def send(self, data: bytes) -> None:
@@ -62,14 +62,14 @@ async def talk(inventory: StandingInventory, timeout_keep_alive: int = 75) -> As
     reserve = Reserve(Batcher(inventory, Publications(), metrics), metrics)
     config = uvicorn.Config(
         Application(reserve, Starlette()),
-        http=Connection,
+        http=HttpProtocol,
         ws="none",
         log_config=None,
         proxy_headers=False,
         timeout_keep_alive=timeout_keep_alive,
     )
     config.load()
-    connection = Connection(config=config, server_state=ServerState(), app_state={})
+    connection = HttpProtocol(config=config, server_state=ServerState(), app_state={})
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     transport, _ = await asyncio.get_running_loop().create_connection(lambda: connection, sock=ours)
