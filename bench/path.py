@@ -112,7 +112,7 @@ class _Unmeasured:
     def of(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
         return self
 
-    def know(self, item_id: str) -> None:
+    def add_item(self, item_id: str) -> None:
         """Does nothing."""
 
     def inc(self) -> None:

@@ -1,1 +1,1 @@
-"""The API: answers buyers, and publishes what it accepted."""
+"""The API: answers buyers and publishes the accepted reservations to Kafka."""

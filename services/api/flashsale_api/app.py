@@ -1,4 +1,4 @@
-"""The composition root: it alone makes clients and starts what runs in the background."""
+"""The composition root: makes the clients and starts the background tasks."""
 
 import asyncio
 import contextlib
@@ -36,16 +36,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS: Final = 10.0
-"""How long a pod that ends tries to publish what it accepted; a sweep takes the rest."""
+"""How long a stopping pod tries to publish its accepted reservations.
+
+Another pod's sweep publishes the rest.
+"""
 
 
 class UnsafeRedisError(FlashsaleError):
-    """Redis is set up so that it may drop a sale's keys."""
+    """Redis is configured so that it may evict a sale's keys."""
 
 
 class Application:
-    """Starlette, and POST /reserve beside it, which its middleware and routing would cost a third
-    of what a bare request costs. A `HttpProtocol` calls `reserve` itself where it can.
+    """The ASGI application: `reserve` for POST /reserve, and Starlette for everything else.
+
+    Starlette's middleware and routing would add a third to the cost of a bare request. For most
+    requests `HttpProtocol` calls `reserve` directly, without ASGI.
     """
 
     def __init__(self, reserve: Reserve, rest: Starlette) -> None:
@@ -65,7 +70,7 @@ def create_app(
     on_failure: Callable[[BaseException], None],
     spans: "Spans | None" = None,
 ) -> Application:
-    """The API. `on_failure` is called when a background task dies: the process must end."""
+    """Makes the application. Calls `on_failure` if a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = redis_client.connect(settings.redis_url)
     inventory = Inventory(redis)
@@ -73,14 +78,14 @@ def create_app(
     publisher = Publisher(settings, outbox, metrics, spans=spans)
     batcher = Batcher(inventory, publisher, metrics, spans=spans)
     sales = Sales(inventory, SaleViews(inventory))
-    redis_seen = asyncio.Event()
+    redis_checked = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("first sight of Redis", _see_redis(inventory, outbox, redis_seen)),
+                ("check Redis", _check_redis(inventory, outbox, redis_checked)),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
                 ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
@@ -101,7 +106,7 @@ def create_app(
         finally:
             await batcher.close()
             if left := await publisher.flush(FLUSH_SECONDS):
-                log.warning("%d accepted reservations are left to another pod's sweep", left)
+                log.warning("%d accepted reservations remain for another pod's sweep", left)
             else:
                 with contextlib.suppress(RedisUnavailable):
                     await heartbeat.retire(redis, pod_id)
@@ -115,7 +120,7 @@ def create_app(
         return Response("ok\n", media_type="text/plain")
 
     async def readyz(_: Request) -> Response:
-        if redis_seen.is_set():
+        if redis_checked.is_set():
             return Response("ready\n", media_type="text/plain")
         return Response("Redis has not answered yet\n", 503, media_type="text/plain")
 
@@ -127,7 +132,7 @@ def create_app(
     reserve = Reserve(batcher, metrics, spans)
     rest = Starlette(
         routes=[
-            # Known here too, for its answer to other methods.
+            # Starlette answers the other methods with 405.
             Route(RESERVE_PATH, reserve, methods=["POST"]),
             Route("/sales", sales.list),
             Route("/sales/{item_id}", sales.one),
@@ -139,13 +144,16 @@ def create_app(
         exception_handlers={HTTPException: _http_problem, Exception: _internal_problem},
         lifespan=lifespan,
     )
-    # Else /sales/ is sent to /sales of whatever host the request names.
+    # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
     rest.router.redirect_slashes = False
     return Application(reserve, rest)
 
 
-async def _see_redis(inventory: Inventory, outbox: Outbox, seen: asyncio.Event) -> None:
-    """Waits for Redis' first answer, and refuses a Redis that would evict a sale."""
+async def _check_redis(inventory: Inventory, outbox: Outbox, checked: asyncio.Event) -> None:
+    """Waits for Redis and loads the scripts.
+
+    Raises `UnsafeRedisError` if Redis may evict a sale.
+    """
     while True:
         try:
             policy = await inventory.eviction_policy()
@@ -157,10 +165,10 @@ async def _see_redis(inventory: Inventory, outbox: Outbox, seen: asyncio.Event) 
             continue
         if policy != "noeviction":
             raise UnsafeRedisError(
-                f"Redis runs with maxmemory-policy {policy}, which may drop a sale: "
+                f"Redis runs with maxmemory-policy {policy}, which may evict a sale: "
                 "set it to noeviction"
             )
-        seen.set()
+        checked.set()
         return
 
 

@@ -1,8 +1,8 @@
 """Requests that arrive while a script call is in flight form the next call.
 
-No timer and no added delay: a lone request goes at once, and under load the batches grow by
-themselves, up to `BATCH_LIMIT` requests a call, `CALLS_IN_FLIGHT` calls an item and `MAX_CALLS`
-in all.
+There is no timer and no added delay. A lone request is sent at once, and batches grow with the
+load. A call has at most `BATCH_LIMIT` requests. At most `CALLS_IN_FLIGHT` calls per item and
+`MAX_CALLS` calls in all are in flight.
 """
 
 import asyncio
@@ -27,18 +27,23 @@ log = logging.getLogger(__name__)
 
 CALLS_IN_FLIGHT: Final = 3
 MAX_CALLS: Final = 64
-"""Calls in flight of all items together, however many items are asked for."""
+"""Calls in flight of all items together, however many items the requests name."""
 MAX_WAITING: Final = 4096
+"""Requests of all items that wait for a call. Further requests are refused."""
 MAX_WAIT_SECONDS: Final = 0.5
+"""How long a request waits for a call before it is refused."""
 SOLD_OUT_SECONDS: Final = 0.1
-"""How long a pod answers "sold out" without asking: what a restock may be late by."""
+"""How long a pod caches "sold out". A restock can take this long to become visible."""
 KNOWN_SECONDS: Final = 60.0
-"""How long a pod remembers that an item had a sale that was not over. If Redis knows nothing of it
-then, its keys are lost: the sale is about to be fenced, and is not unknown."""
+"""How long a pod remembers that an item had an unfinished sale.
+
+If Redis has no keys of such an item, it has lost them. The sale is then answered as fenced, not as
+unknown.
+"""
 
 
 class Failure(StrEnum):
-    """Why a request was not decided."""
+    """Why a request has no decision from Redis."""
 
     TOO_MANY_WAITING = "too_many_waiting"
     REDIS_UNAVAILABLE = "redis_unavailable"
@@ -47,7 +52,10 @@ class Failure(StrEnum):
 
 
 class Decision(NamedTuple):
-    """What became of a request; a record where a reservation exists."""
+    """The decision on a request. `record` is set if the request has a reservation.
+
+    `starts_ms` and `now_ms` are Redis' clock in Unix milliseconds.
+    """
 
     outcome: Outcome | Failure
     reservation_id: str = ""
@@ -58,6 +66,7 @@ class Decision(NamedTuple):
 
 
 Decided: TypeAlias = Callable[[Decision], None]
+"""Takes the decision on a request. Must not raise."""
 
 
 class _Waiting(NamedTuple):
@@ -67,7 +76,9 @@ class _Waiting(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Lane:
+class _Queue:
+    """The waiting requests of an item, and the number of its calls in flight."""
+
     item_id: str
     waiting: deque[_Waiting] = field(default_factory=deque)
     calls: int = 0
@@ -75,7 +86,7 @@ class _Lane:
 
 
 class Batcher:
-    """Decides requests through batched script calls; one a process."""
+    """Decides requests through batched script calls. A process has one."""
 
     def __init__(
         self,
@@ -89,90 +100,90 @@ class Batcher:
         self._inventory = inventory
         self._publisher = publisher
         self._metrics = metrics
-        self._lanes: dict[str, _Lane] = {}
+        self._queues: dict[str, _Queue] = {}
         self._waiting = 0
         self._calls: set[asyncio.Task[None]] = set()
         self._in_flight = 0
-        self._held_back: deque[_Lane] = deque()
+        self._held_back: deque[_Queue] = deque()
         self._closed = False
         self._expiry: asyncio.TimerHandle | None = None
         self._sold_out_until: dict[str, float] = {}
         self._known_until: dict[str, float] = {}
 
     def sold_out(self, item_id: str) -> bool:
-        """Whether this pod has just seen the item's sale sold out."""
+        """Whether this pod saw the item's sale sold out within the last `SOLD_OUT_SECONDS`."""
         until = self._sold_out_until.get(item_id)
         return until is not None and asyncio.get_running_loop().time() < until
 
     def decide(self, item_id: str, request: Request, decided: Decided) -> None:
-        """Calls `decided`, which may not fail, once, now or later.
+        """Calls `decided` exactly once, immediately or later.
 
-        The request waits `MAX_WAIT_SECONDS` for its turn at most, then for the call and, should it
-        fail, one more: `CALL_DEADLINE_SECONDS` together. Nothing cancels it, whether the buyer is
-        still there or not: it is part of a batch.
+        The request waits at most `MAX_WAIT_SECONDS` for a call. The call and its one repetition
+        take at most `CALL_DEADLINE_SECONDS` together. The request is not cancelled if the buyer
+        disconnects, because it is part of a batch.
         """
         if self._closed or self._waiting >= MAX_WAITING:
             decided(Decision(Failure.TOO_MANY_WAITING))
             return
         loop = asyncio.get_running_loop()
-        lane = self._lanes.get(item_id)
-        if lane is None:
-            lane = self._lanes[item_id] = _Lane(item_id)
-        lane.waiting.append(_Waiting(request, decided, loop.time()))
+        queue = self._queues.get(item_id)
+        if queue is None:
+            queue = self._queues[item_id] = _Queue(item_id)
+        queue.waiting.append(_Waiting(request, decided, loop.time()))
         self._waiting += 1
-        if lane.calls < CALLS_IN_FLIGHT and not lane.starting:
-            # After what is ready now: requests read in the same turn of the loop go together.
-            lane.starting = True
-            loop.call_soon(self._start, lane)
+        if queue.calls < CALLS_IN_FLIGHT and not queue.starting:
+            # Start the call after the requests that are read in the same turn of the event loop.
+            queue.starting = True
+            loop.call_soon(self._start, queue)
         if self._expiry is None:
             self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
 
     async def close(self) -> None:
-        """Decides all that waits; whoever comes now is refused."""
+        """Refuses new requests, and returns once all waiting requests are decided."""
         self._closed = True
-        while self._lanes:
-            await asyncio.sleep(0)  # what came in this turn has no call yet
+        while self._queues:
+            await asyncio.sleep(0)  # the calls of this turn of the event loop start first
             await asyncio.gather(*self._calls, return_exceptions=True)
 
-    def _start(self, lane: _Lane) -> None:
-        lane.starting = False
-        while lane.waiting and lane.calls < CALLS_IN_FLIGHT:
+    def _start(self, queue: _Queue) -> None:
+        queue.starting = False
+        while queue.waiting and queue.calls < CALLS_IN_FLIGHT:
             if self._in_flight >= MAX_CALLS:
-                lane.starting = True
-                self._held_back.append(lane)
+                queue.starting = True
+                self._held_back.append(queue)
                 break
-            size = min(len(lane.waiting), BATCH_LIMIT)
-            batch = [lane.waiting.popleft() for _ in range(size)]
+            size = min(len(queue.waiting), BATCH_LIMIT)
+            batch = [queue.waiting.popleft() for _ in range(size)]
             self._waiting -= size
             self._in_flight += 1
-            lane.calls += 1
-            call = asyncio.get_running_loop().create_task(self._call(lane, batch))
+            queue.calls += 1
+            call = asyncio.get_running_loop().create_task(self._call(queue, batch))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
         self._metrics.waiting.set(self._waiting)
-        if not lane.waiting and not lane.calls:
-            self._lanes.pop(lane.item_id, None)
+        if not queue.waiting and not queue.calls:
+            self._queues.pop(queue.item_id, None)
 
-    def _ended(self, lane: _Lane) -> None:
-        """A call has: those go on that were held back, and then its own item."""
+    def _ended(self, queue: _Queue) -> None:
+        """Starts the next calls: first for items held back by `MAX_CALLS`, then for this item."""
         self._in_flight -= 1
-        lane.calls -= 1
+        queue.calls -= 1
         while self._held_back and self._in_flight < MAX_CALLS:
             self._start(self._held_back.popleft())
-        if not lane.starting:
-            self._start(lane)
+        if not queue.starting:
+            self._start(queue)
 
     def _expire(self) -> None:
-        """Answers those that have waited too long; they were never sent."""
+        """Refuses the requests that have waited too long. They were never sent to Redis."""
         loop = asyncio.get_running_loop()
         oldest_allowed = loop.time() - MAX_WAIT_SECONDS
         next_since = None
-        for lane in self._lanes.values():
-            while lane.waiting and lane.waiting[0].since <= oldest_allowed:
-                lane.waiting.popleft().decided(Decision(Failure.TOO_MANY_WAITING))
+        for queue in self._queues.values():
+            while queue.waiting and queue.waiting[0].since <= oldest_allowed:
+                queue.waiting.popleft().decided(Decision(Failure.TOO_MANY_WAITING))
                 self._waiting -= 1
-            if lane.waiting:
-                since = lane.waiting[0].since
+            if queue.waiting:
+                since = queue.waiting[0].since
                 next_since = since if next_since is None else min(since, next_since)
         self._metrics.waiting.set(self._waiting)
         self._expiry = (
@@ -181,27 +192,27 @@ class Batcher:
             else loop.call_at(next_since + MAX_WAIT_SECONDS, self._expire)
         )
 
-    async def _call(self, lane: _Lane, batch: Sequence[_Waiting]) -> None:
+    async def _call(self, queue: _Queue, batch: Sequence[_Waiting]) -> None:
         self._metrics.batch_size.observe(len(batch))
         try:
-            decisions = await self._decisions(lane.item_id, [waiting.request for waiting in batch])
-        except Exception:  # whatever it was: nobody may be left waiting
-            log.exception("a batch for %s failed", lane.item_id)
+            decisions = await self._decisions(queue.item_id, [waiting.request for waiting in batch])
+        except Exception:  # after any error, every request needs an answer
+            log.exception("could not decide a batch for %s", queue.item_id)
             decisions = [Decision(Failure.INTERNAL_ERROR)] * len(batch)
         finally:
-            self._ended(lane)
+            self._ended(queue)
         for waiting, decision in zip(batch, decisions, strict=True):
             waiting.decided(decision)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
         reply = await self._reserve(item_id, requests)
         if not isinstance(reply, BatchReply):
-            outcome = self._of_a_whole_batch(item_id, reply)
+            outcome = self._undecided(item_id, reply)
             return [Decision(outcome, request.reservation_id) for request in requests]
-        self._metrics.know(item_id)
+        self._metrics.add_item(item_id)
         self._metrics.outbox_length.labels(item_id).set(reply.outbox_length)
         decisions, accepted = _read(item_id, requests, reply)
-        # Before any buyer is answered: a pod that answers 202 holds the event.
+        # A pod must hold the event before it answers 202.
         for each in accepted:
             self._publisher.add(each)
         self._remember(item_id, reply)
@@ -210,10 +221,11 @@ class Batcher:
     async def _reserve(
         self, item_id: str, requests: Sequence[Request]
     ) -> BatchReply | Outcome | Failure:
-        """Calls the script, and once more if that failed: the ids make it a replay.
+        """Calls the script, and repeats a failed call once. The ids make the repetition a replay.
 
-        An answer that comes after the deadline is not believed. A pod that was suspended may find
-        one in its socket from before a Redis failure, and the sale rebuilt without it since.
+        A reply that arrives after the deadline is ignored. A pod that was suspended may find a
+        reply from before a Redis failure in its socket, and the rebuilt sale may not have its
+        reservations.
         """
         loop = asyncio.get_running_loop()
         maybe_executed = False
@@ -226,7 +238,7 @@ class Batcher:
             except RedisUnavailable as error:
                 self._metrics.script_failures.inc()
                 maybe_executed = maybe_executed or error.maybe_executed
-                log.debug("a call for %s failed: %s", item_id, error)
+                log.debug("a script call for %s failed: %s", item_id, error)
                 continue
             seconds = loop.time() - started
             self._metrics.script_seconds.observe(seconds)
@@ -237,8 +249,11 @@ class Batcher:
             maybe_executed = True
         return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
 
-    def _of_a_whole_batch(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
-        """Remembers a fenced sale, and takes the lost keys of a remembered sale for its fence."""
+    def _undecided(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
+        """Returns the outcome of a batch that was not decided per request.
+
+        An unknown item that had a sale until recently is answered as fenced.
+        """
         self._sold_out_until.pop(item_id, None)
         now = asyncio.get_running_loop().time()
         if outcome is Outcome.FENCED:
@@ -250,7 +265,7 @@ class Batcher:
         return outcome
 
     def _remember(self, item_id: str, reply: BatchReply) -> None:
-        """Remembers for a while that the sale exists, and for a moment that it is sold out."""
+        """Caches that the sale is sold out, and that it exists and has not ended."""
         now = asyncio.get_running_loop().time()
         outcomes = {answer.outcome for answer in reply.answers}
         if reply.available == 0 and Outcome.SOLD_OUT in outcomes:

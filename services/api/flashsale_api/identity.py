@@ -1,4 +1,4 @@
-"""Reservation ids, minted before Redis is asked, so that a call can safely be sent again."""
+"""Reservation ids. The API makes them before the script call, so that it can repeat the call."""
 
 import os
 import time
@@ -6,16 +6,16 @@ from hashlib import sha256
 from typing import Final
 
 _FREE: Final = ~(0b1111 << 76 | 0b11 << 62) & (1 << 128) - 1
-"""The bits of a UUID that are neither version nor variant."""
+"""Mask of the bits of a UUID other than version and variant."""
 
 
 def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
-    """The id of a request: the same for the same key of the same user for the same item.
+    """Returns the same id for the same item, user and non-empty key; otherwise a new one.
 
-    With a key a UUIDv8 of its SHA-256, without one a UUIDv7 (RFC 9562, sections 5.7 and 5.8).
+    The id is a UUIDv8 of a SHA-256, or a UUIDv7 if the key is empty (RFC 9562, sections 5.7, 5.8).
     """
     if request_key:
-        # No field holds a newline: two different triples never give the same text.
+        # No field contains a newline, so different triples never give the same text.
         digest = sha256(f"{item_id}\n{user_id}\n{request_key}".encode()).digest()
         return _uuid(8, int.from_bytes(digest[:16], "big"))
     random = int.from_bytes(os.urandom(10), "big")

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the API, served on their own port."""
+"""Prometheus metrics of the API. They are served on their own port."""
 
 from collections.abc import Iterable
 
@@ -6,13 +6,13 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from flashsale import telemetry
 
-# Resolves 1 to 50 ms, where the answers must be.
+# Fine steps from 1 to 50 ms, because most answers should take that long.
 _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class _Outcomes(dict[str, Counter]):
-    """The counters of one item by outcome, each made when it is first needed."""
+    """The counters of an item by outcome. Each one is made at its first use."""
 
     def __init__(self, requests: Counter, item_id: str) -> None:
         self._requests = requests
@@ -23,8 +23,8 @@ class _Outcomes(dict[str, Counter]):
         return made
 
 
-class OfItem:
-    """What is counted of the requests for one item, without a search for its labels each time."""
+class ItemMetrics:
+    """The metrics of the requests for an item. Saves a lookup of the labels per request."""
 
     __slots__ = ("accepted", "failed", "outcomes", "rejected")
 
@@ -36,10 +36,10 @@ class OfItem:
 
 
 class Metrics:
-    """The metrics and the registry that holds them. Durations are seconds.
+    """The metrics and their registry. Durations are in seconds.
 
-    An item is a label only while it has a sale, whatever items requests name: that of another one
-    is empty.
+    An item is a label only while it has a sale. Requests for other items are counted with an empty
+    label, so that clients cannot add time series.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Metrics:
         )
         self._request_seconds = Histogram(
             "flashsale_api_request_seconds",
-            "Time from the whole request read to its answer handed to the server.",
+            "Time from reading the whole request to passing the answer to the server.",
             ["item", "answer"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -65,13 +65,13 @@ class Metrics:
         )
         self.script_seconds = Histogram(
             "flashsale_api_script_seconds",
-            "Time of one script call, as the API sees it.",
+            "Duration of one script call, as measured by the API.",
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.script_failures = Counter(
             "flashsale_api_script_failures",
-            "Script calls that Redis did not answer in time, or refused.",
+            "Script calls that Redis refused or did not answer in time.",
             registry=self.registry,
         )
         self.waiting = Gauge(
@@ -87,7 +87,7 @@ class Metrics:
         )
         self.outbox_age = Gauge(
             "flashsale_api_outbox_age_seconds",
-            "Age of the outbox' oldest entry, as last seen by this pod; 0 if it is empty.",
+            "Age of the oldest entry in the outbox, as last seen by this pod. 0 if it is empty.",
             ["item"],
             registry=self.registry,
         )
@@ -113,34 +113,32 @@ class Metrics:
         )
         up = Gauge(
             "flashsale_api_server_up",
-            "1 if the server answered the last time this pod asked: redis, kafka.",
+            "1 if the last call to the server succeeded: redis, kafka.",
             ["server"],
             registry=self.registry,
         )
         self.redis_up, self.kafka_up = up.labels("redis"), up.labels("kafka")
-        self._of_no_item = OfItem(self._requests, self._request_seconds, "")
-        self._of_item: dict[str, OfItem] = {}
+        self._of_no_item = ItemMetrics(self._requests, self._request_seconds, "")
+        self._of_item: dict[str, ItemMetrics] = {}
         self._listed: frozenset[str] = frozenset()
 
-    def of(self, item_id: str) -> OfItem:
-        """Where a request for an item is counted."""
+    def of(self, item_id: str) -> ItemMetrics:
+        """Returns the metrics of the requests for an item."""
         return self._of_item.get(item_id, self._of_no_item)
 
-    def know(self, item_id: str) -> None:
-        """Counts an item by its name from now on: it has a sale."""
+    def add_item(self, item_id: str) -> None:
+        """Makes an item with a sale a label."""
         if item_id not in self._of_item:
-            self._of_item[item_id] = OfItem(self._requests, self._request_seconds, item_id)
+            self._of_item[item_id] = ItemMetrics(self._requests, self._request_seconds, item_id)
 
-    def know_all(self, item_ids: Iterable[str]) -> None:
-        """Counts all items that have a sale, and forgets those that had one the last time."""
+    def set_items(self, item_ids: Iterable[str]) -> None:
+        """Makes items with a sale labels. Removes those of the previous call that are missing now."""
         listed = frozenset(item_ids)
+        by_item = self._requests, self._request_seconds, self.outbox_length, self.outbox_age
         for item_id in self._listed - listed:
             del self._of_item[item_id]
-            for metric in (
-                *(self._requests, self._request_seconds),
-                *(self.outbox_length, self.outbox_age),
-            ):
+            for metric in by_item:
                 metric.remove_by_labels({"item": item_id})
         for item_id in listed:
-            self.know(item_id)
+            self.add_item(item_id)
         self._listed = listed

@@ -69,7 +69,7 @@ class Sweeper:
         lengths = await self._outbox.lengths(items)
         filled = [item_id for item_id, length in lengths.items() if length]
         oldest_ms = await self._outbox.oldest_ms(filled)
-        self._metrics.know_all(items)
+        self._metrics.set_items(items)
         for item_id, length in lengths.items():
             self._metrics.outbox_length.labels(item_id).set(length)
             age_ms = now_ms - oldest_ms.get(item_id, now_ms)

@@ -224,7 +224,7 @@ async def test_however_many_items_are_asked_for_redis_is_not_flooded() -> None:
     decisions = await asyncio.gather(*waiting)
     assert {decision.outcome for decision in decisions} == {Outcome.ACCEPTED}
     assert sum(len(call) for call in inventory.calls) == 800
-    assert not batches._lanes
+    assert not batches._queues
 
 
 async def test_who_closes_decides_what_waits_and_refuses_who_comes() -> None:
