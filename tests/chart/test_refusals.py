@@ -30,6 +30,25 @@ pytestmark = pytest.mark.slow
         (at("redis.url", "http://redis"), "'/redis/url'"),
         (at("kafka.bootstrap", "kafka"), "'/kafka/bootstrap'"),
         (at("database.url", "mysql://x"), "'/database/url'"),
+        (at("kafka.users", None), "at '/kafka': missing property 'users'"),
+        (at("redis", None), "at '': missing property 'redis'"),
+        (at("api.resources", None), "at '/api': missing property 'resources'"),
+        (at("tracing.ratio", None), "at '/tracing': missing property 'ratio'"),
+        (at("global.imageRegistry", "a"), "'/global': additional properties 'imageRegistry' not"),
+        *(
+            (at(path, {label: "x"}), f"{path}: the chart sets the label {label}")
+            for path, label in (
+                ("commonLabels", "app.kubernetes.io/name"),
+                ("commonLabels", "helm.sh/chart"),
+                ("api.podLabels", "app.kubernetes.io/component"),
+                ("operator.podLabels", "app.kubernetes.io/instance"),
+                ("podMonitors.labels", "app.kubernetes.io/version"),
+            )
+        ),
+        (
+            at("commonAnnotations", {"helm.sh/hook": "pre-install"}),
+            "commonAnnotations: the chart sets the annotation helm.sh/hook",
+        ),
         *(
             (at("engine", name), "'/engine'")
             for name in ("1", "-a", "a-", "Shop", "a.b", "a" * 64, 1)
@@ -101,6 +120,7 @@ def test_a_wrong_value_is_named(chart: Helm, values: dict[str, Any], message: st
         chart.render(values)
     assert message in str(refused.value)
     assert "secret@" not in str(refused.value)
+    assert "nil pointer" not in str(refused.value)
 
 
 def test_all_wrong_values_are_reported_together(chart: Helm) -> None:

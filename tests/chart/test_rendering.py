@@ -1,12 +1,24 @@
 """Each value has its effect on the rendered manifests, and the manifests are as intended."""
 
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from flashsale_consumer import topics
-from tests.support.chart import ADDRESSES, COMPONENTS, NAMESPACE, Helm, Rendered, at, merged
+from tests.support.chart import (
+    ADDRESSES,
+    COMPONENTS,
+    NAMESPACE,
+    RELEASE,
+    Helm,
+    Rendered,
+    at,
+    merged,
+)
 from tests.support.chart_values import values
 from tests.support.paths import CHART
 
@@ -20,7 +32,7 @@ TOPICS: Final = {"kafka": {"topics": {"enabled": True, "cluster": "main"}}}
 KUBERNETES_LABELS: Final = {
     f"app.kubernetes.io/{name}"
     for name in ("name", "instance", "component", "version", "part-of", "managed-by")
-}
+} | {"helm.sh/chart"}
 
 
 def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -66,6 +78,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "fullnameOverride": ("other", {}),
     "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
+    "commonAnnotations": ({"a": "b"}, {}),
     "imagePullSecrets": (["a"], {}),
     "crds.enabled": (False, {}),
     "certificateAuthority.existingSecret.name": ("ca", {}),
@@ -536,6 +549,91 @@ def test_every_object_has_the_recommended_labels_and_selectors_use_three_of_them
     assert (
         rendered.one("Service", "api")["spec"]["selector"]["app.kubernetes.io/component"] == "api"
     )
+
+
+def test_common_labels_and_annotations_join_those_of_each_object(chart: Helm) -> None:
+    labels = {"team": "sales", "release": "common"}
+    annotations = {"a": "b", "c": "d"}
+    rendered = chart.render(
+        TOPICS,
+        MONITORS,
+        INGRESS,
+        {"commonLabels": labels, "commonAnnotations": annotations},
+        at("podMonitors.labels", {"release": "prometheus"}),
+        at("api", {"podLabels": {"team": "shop"}, "ingress": {"annotations": {"c": "own"}}}),
+    )
+    for each in [*rendered.manifests, *rendered.hooks]:
+        own_release = "prometheus" if each["kind"] == "PodMonitor" else "common"
+        assert each["metadata"]["labels"].items() >= {**labels, "release": own_release}.items()
+        own = {"c": "own"} if each["kind"] == "Ingress" else {}
+        assert each["metadata"]["annotations"].items() >= {**annotations, **own}.items()
+    for topic in rendered.all("KafkaTopic"):
+        assert topic["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert rendered.pod("api")["metadata"]["labels"]["team"] == "shop"
+    assert rendered.pod("consumer")["metadata"]["labels"]["team"] == "sales"
+
+
+def test_a_new_version_of_the_chart_alone_changes_no_pod(chart: Helm, tmp_path: Path) -> None:
+    copy = tmp_path / "flashsale"
+    shutil.copytree(CHART, copy)
+    about = copy / "Chart.yaml"
+    about.write_text(about.read_text().replace("\nversion: 0.1.0\n", "\nversion: 0.2.0+a\n"))
+    text = chart.run("template", RELEASE, str(copy), "-n", NAMESPACE, values=ADDRESSES)
+    upgraded, before = Rendered.of(text), chart.render()
+    for component in COMPONENTS:
+        labels = upgraded.one("Deployment", component)["metadata"]["labels"]
+        assert labels["helm.sh/chart"] == "flashsale-0.2.0_a"
+        assert upgraded.pod(component) == before.pod(component)
+        assert "app.kubernetes.io/version" not in before.pod(component)["metadata"]["labels"]
+
+
+# YAML reads each of these as a number, a boolean or null unless it is quoted.
+ODD_NAMES: Final = ("1e3", "007", "10", "1.5", "0x1f", "true", "no", "null", "1-1")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_looks_like_another_type_stays_a_name(chart: Helm, name: str) -> None:
+    dashed = name.replace(".", "-")  # a namespace or a release has no dot
+    values: dict[str, Any] = {
+        "imagePullSecrets": [name],
+        "engine": "e",
+        "commonLabels": {"a": name},
+        "certificateAuthority": {"existingSecret": {"name": name, "key": name}},
+        "redis": {"url": "", "existingSecret": {"name": name, "key": name}},
+        "kafka": {
+            "tls": {"enabled": True, "existingSecret": {"name": name, "key": name}},
+            "users": dict.fromkeys(COMPONENTS, name),
+            "topics": {"enabled": True, "cluster": name, "namespace": dashed},
+        },
+        "api": {
+            "priorityClassName": name,
+            "image": {"tag": name},
+            "ingress": {"enabled": True, "className": name, "host": name, "tlsSecretName": name},
+        },
+        "consumer": {"autoscaling": {"by": "lag"}},
+        "operator": {"namespaces": [dashed]},
+    }
+    text = chart.run(
+        "template", dashed, str(CHART), "-n", dashed, values=merged(ADDRESSES, MONITORS, values)
+    )
+    # Helm's YAML parser reads 1e3 as a number, but Python's does not.
+    assert not re.search(r"[:-] 1e3\b", text)
+    rendered = Rendered.of(text)
+    pod = rendered.pod("api")["spec"]
+    assert pod["priorityClassName"] == name
+    assert pod["imagePullSecrets"] == [{"name": name}]
+    assert {each["secret"]["secretName"] for each in pod["volumes"]} == {name}
+    assert {each["secret"]["items"][0]["key"] for each in pod["volumes"]} == {name}
+    given = rendered.environment("consumer")
+    assert given["FLASHSALE_KAFKA_USER"] == name
+    assert given["FLASHSALE_KAFKA_PASSWORD"]["secretKeyRef"]["name"] == name
+    (tls,) = rendered.one("Ingress", "api")["spec"]["tls"]
+    assert tls == {"hosts": [name], "secretName": name}
+    for each in [*rendered.manifests, *rendered.hooks]:
+        texts = [each["metadata"]["name"], each["metadata"].get("namespace", "")]
+        texts += each["metadata"]["labels"].values()
+        texts += each["metadata"].get("annotations", {}).values()
+        assert all(isinstance(text, str) for text in texts), each
 
 
 def test_pods_have_the_required_security_resources_and_spread(plain: Rendered) -> None:

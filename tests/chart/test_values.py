@@ -42,8 +42,18 @@ def test_the_schema_refuses_unknown_properties() -> None:
     open_ones = [
         path for path, schema in objects(SCHEMA) if schema.get("additionalProperties") is not False
     ]
-    # Helm adds `global` to a subchart, and an annotation may have any name.
-    assert open_ones == ["/properties/global", "/$defs/annotations"]
+    assert open_ones == []
+
+
+def test_a_section_that_is_null_is_refused() -> None:
+    """Helm removes a value that is null, and the schema requires all of them."""
+    optional = {
+        path: missing
+        for path, schema in objects(SCHEMA)
+        if path.startswith("/properties") or path in ("", "/$defs/image", "/$defs/secret")
+        if (missing := set(schema.get("properties", {})) - set(schema.get("required", [])))
+    }
+    assert optional == {"": {"global"}}
 
 
 @pytest.mark.parametrize("value", list(values()), ids=lambda value: value.path)

@@ -24,36 +24,45 @@
 {{- end }}
 
 {{- define "flashsale.component.selector" -}}
-app.kubernetes.io/name: {{ include "flashsale.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "flashsale.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
-{{- define "flashsale.component.labels" -}}
-{{ include "flashsale.component.selector" . }}
-{{ include "flashsale.labels.rest" .root }}
+{{/*
+Metadata of an object: (dict "root" $ "component" "api"). An object of the whole release has "name"
+instead of "component". Optional are "namespace", "labels" and "annotations", and "clusterScoped" true
+for an object without a namespace.
+*/}}
+{{- define "flashsale.metadata" -}}
+{{- if .name -}}
+name: {{ .name | quote }}
+{{- else -}}
+name: {{ include "flashsale.component.name" . | quote }}
 {{- end }}
-
-{{/* Labels of an object that belongs to no component. */}}
-{{- define "flashsale.labels" -}}
-app.kubernetes.io/name: {{ include "flashsale.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
-{{ include "flashsale.labels.rest" . }}
+{{- if not .clusterScoped }}
+namespace: {{ default .root.Release.Namespace .namespace | quote }}
 {{- end }}
-
-{{- define "flashsale.labels.rest" -}}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/part-of: flashsale
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
-{{- end }}
-
-{{/* Name, namespace and labels of a component's object. */}}
-{{- define "flashsale.component.metadata" -}}
-name: {{ include "flashsale.component.name" . }}
-namespace: {{ .root.Release.Namespace }}
 labels:
-  {{- include "flashsale.component.labels" . | nindent 2 }}
+  {{- include "flashsale.labels" . | nindent 2 }}
+{{- with merge (dict) (default dict .annotations) .root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of an object. Takes "root", "component" and "labels" like flashsale.metadata. */}}
+{{- define "flashsale.labels" -}}
+{{- $chart := printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 -}}
+{{- $version := dict "helm.sh/chart" $chart "app.kubernetes.io/version" .root.Chart.AppVersion -}}
+{{ merge $version (include "flashsale.labels.stable" . | fromYaml) | toYaml }}
+{{- end }}
+
+{{/* The labels that an upgrade of the chart leaves unchanged. Pods have no others, so that an upgrade restarts only changed pods. */}}
+{{- define "flashsale.labels.stable" -}}
+{{- $own := dict "app.kubernetes.io/name" (include "flashsale.name" .root) "app.kubernetes.io/instance" .root.Release.Name -}}
+{{- with .component }}{{ $_ := set $own "app.kubernetes.io/component" . }}{{ end -}}
+{{- $_ := set $own "app.kubernetes.io/part-of" "flashsale" -}}
+{{- $_ := set $own "app.kubernetes.io/managed-by" .root.Release.Service -}}
+{{ merge $own (default dict .labels) .root.Values.commonLabels | toYaml }}
 {{- end }}

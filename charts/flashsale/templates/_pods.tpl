@@ -3,10 +3,7 @@
 {{- define "flashsale.pod.metadata" -}}
 {{- $values := index .root.Values .component -}}
 labels:
-  {{- include "flashsale.component.labels" . | nindent 2 }}
-  {{- with $values.podLabels }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- include "flashsale.labels.stable" (merge (dict "labels" $values.podLabels) .) | nindent 2 }}
 {{- with $values.podAnnotations }}
 annotations:
   {{- toYaml . | nindent 2 }}
@@ -16,7 +13,7 @@ annotations:
 {{/* Pod spec. "of" names the component whose values apply, if it is not the pod's own component. */}}
 {{- define "flashsale.pod.spec" -}}
 {{- $values := index .root.Values (default .component .of) -}}
-serviceAccountName: {{ include "flashsale.component.name" . }}
+serviceAccountName: {{ include "flashsale.component.name" . | quote }}
 {{- /* The processes would read service links such as FLASHSALE_API_PORT as settings. */}}
 enableServiceLinks: false
 securityContext:
@@ -28,19 +25,19 @@ volumes:
   {{- range $volume, $of := . }}
   - name: {{ $volume }}
     secret:
-      secretName: {{ $of.name }}
+      secretName: {{ $of.name | quote }}
       items:
-        - {key: {{ $of.key }}, path: ca.crt}
+        - {key: {{ $of.key | quote }}, path: ca.crt}
   {{- end }}
 {{- end }}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with $values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $values.nodeSelector }}
 nodeSelector:
@@ -71,9 +68,9 @@ topologySpreadConstraints:
 name: {{ .component }}
 {{- with $values.image }}
 {{- if .digest }}
-image: {{ printf "%s@%s" .repository .digest }}
+image: {{ printf "%s@%s" .repository .digest | quote }}
 {{- else }}
-image: {{ printf "%s:%s" .repository (default $.root.Chart.AppVersion .tag) }}
+image: {{ printf "%s:%s" .repository (default $.root.Chart.AppVersion .tag) | quote }}
 {{- end }}
 imagePullPolicy: {{ .pullPolicy }}
 {{- end }}
@@ -96,12 +93,12 @@ volumeMounts:
 {{- define "flashsale.authorities" -}}
 {{- with .Values.certificateAuthority.existingSecret }}
 {{- if .name }}
-certificate-authority: {name: {{ .name }}, key: {{ .key }}, folder: /etc/flashsale}
+certificate-authority: {name: {{ .name | quote }}, key: {{ .key | quote }}, folder: /etc/flashsale}
 {{- end }}
 {{- end }}
 {{- with .Values.kafka.tls }}
 {{- if and .enabled .existingSecret.name }}
-kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existingSecret.key }}, folder: /etc/flashsale-kafka}
+kafka-certificate-authority: {name: {{ .existingSecret.name | quote }}, key: {{ .existingSecret.key | quote }}, folder: /etc/flashsale-kafka}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -123,8 +120,8 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
   {{- if .name }}
   valueFrom:
     secretKeyRef:
-      name: {{ .name }}
-      key: {{ .key }}
+      name: {{ .name | quote }}
+      key: {{ .key | quote }}
   {{- else }}
   value: {{ index $.of $.key | quote }}
   {{- end }}
@@ -153,7 +150,7 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
 - name: FLASHSALE_KAFKA_PASSWORD
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
+      name: {{ . | quote }}
       key: password
 {{- end }}
 {{- end }}
@@ -168,7 +165,7 @@ kafka-certificate-authority: {name: {{ .existingSecret.name }}, key: {{ .existin
   value: {{ .root.Values.logLevel }}
 {{- if and .root.Values.tracing.endpoint (ne .component "operator") }}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
-  value: {{ .root.Values.tracing.endpoint }}
+  value: {{ .root.Values.tracing.endpoint | quote }}
 - name: OTEL_TRACES_SAMPLER_ARG
   value: {{ .root.Values.tracing.ratio | quote }}
 {{- end }}

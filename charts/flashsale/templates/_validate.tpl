@@ -13,6 +13,22 @@
 {{- $wrong = append $wrong (printf "%s.%s contains a password: put the address into a Secret and set %s.existingSecret.name" $section $key $section) }}
 {{- end }}
 {{- end }}
+{{- $labels := dict "commonLabels" .Values.commonLabels "podMonitors.labels" .Values.podMonitors.labels "prometheusRules.labels" .Values.prometheusRules.labels "dashboard.labels" .Values.dashboard.labels }}
+{{- range list "api" "consumer" "operator" }}
+{{- $_ := set $labels (printf "%s.podLabels" .) (index $.Values .).podLabels }}
+{{- end }}
+{{- range $path, $given := $labels }}
+{{- range $key, $_ := $given }}
+{{- if regexMatch "^(app[.]kubernetes[.]io/(name|instance|component|version|part-of|managed-by)|helm[.]sh/chart)$" $key }}
+{{- $wrong = append $wrong (printf "%s: the chart sets the label %s" $path $key) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $key, $_ := .Values.commonAnnotations }}
+{{- if hasPrefix "helm.sh/" $key }}
+{{- $wrong = append $wrong (printf "commonAnnotations: the chart sets the annotation %s" $key) }}
+{{- end }}
+{{- end }}
 {{- if not (regexMatch "^[a-z]" (include "flashsale.engine" .)) }}
 {{- $wrong = append $wrong (printf "engine is required, because the release's full name %s does not begin with a letter" (include "flashsale.engine" .)) }}
 {{- end }}

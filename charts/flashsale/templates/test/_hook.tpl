@@ -1,13 +1,7 @@
-{{/* Metadata of an object of `helm test`: (dict "root" $ "component" "test" "weight" 0), optionally with "namespace". */}}
+{{/* Metadata of an object of `helm test`: (dict "root" $ "weight" 0), optionally with "namespace". */}}
 {{- define "flashsale.test.metadata" -}}
-name: {{ include "flashsale.component.name" . }}
-namespace: {{ default .root.Release.Namespace .namespace }}
-labels:
-  {{- include "flashsale.component.labels" . | nindent 2 }}
-annotations:
-  helm.sh/hook: test
-  helm.sh/hook-weight: {{ .weight | quote }}
-  helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- $annotations := dict "helm.sh/hook" "test" "helm.sh/hook-weight" (toString .weight) "helm.sh/hook-delete-policy" "before-hook-creation,hook-succeeded" -}}
+{{ include "flashsale.metadata" (merge (dict "component" "test" "annotations" $annotations) .) }}
 {{- end }}
 
 {{/* The namespace of the test's FlashSale: one that the operator serves. */}}
