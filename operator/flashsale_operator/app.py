@@ -53,8 +53,12 @@ ENVIRONMENT: Final = """\
       FLASHSALE_KAFKA_BOOTSTRAP      Kafka's brokers, host:port[,host:port...]
       FLASHSALE_KAFKA_TLS            true or false (default false)
       FLASHSALE_KAFKA_CA_FILE        trusted certificates in PEM (default: the system's)
-      FLASHSALE_KAFKA_USER           Kafka user for SCRAM-SHA-512 (default: no login)
+      FLASHSALE_KAFKA_CERT_FILE      the client's certificate in PEM (default: none)
+      FLASHSALE_KAFKA_KEY_FILE       the certificate's key in PEM, without a password
+      FLASHSALE_KAFKA_USER           Kafka user (default: no login)
       FLASHSALE_KAFKA_PASSWORD       the Kafka user's password
+      FLASHSALE_KAFKA_SASL_MECHANISM SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default
+                                     SCRAM-SHA-512)
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
       FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
       FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)

@@ -2,7 +2,7 @@
 
 import ssl
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -39,55 +39,78 @@ DatabaseUrl = Annotated[
 ]
 Listen = Annotated[str, Meta(pattern=rf"^{_HOST}:{_PORT}\Z", description="host:port")]
 
+SaslMechanism = Annotated[
+    Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"],
+    Meta(description="SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN"),
+]
 Flag = Annotated[bool, Meta(description="true or false")]
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
 class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Kafka's address, and optionally TLS and a user (SCRAM-SHA-512)."""
+    """Kafka's address, and optionally TLS, a client certificate and a user."""
 
     kafka_bootstrap: KafkaBootstrap
     kafka_tls: Flag = False
     kafka_ca_file: str = ""
     """PEM file of certificates to trust, instead of the system's or those of SSL_CERT_FILE."""
+    kafka_cert_file: str = ""
+    """PEM file of the client's certificate, for brokers that require one."""
+    kafka_key_file: str = ""
+    """PEM file of the certificate's key, without a password."""
+    kafka_sasl_mechanism: SaslMechanism = "SCRAM-SHA-512"
     kafka_user: str = ""
     kafka_password: str = ""
 
     def __post_init__(self) -> None:
-        for one, other in (("user", "password"), ("password", "user")):
-            if getattr(self, f"kafka_{one}") and not getattr(self, f"kafka_{other}"):
-                raise ValueError(
-                    f"{PREFIX}KAFKA_{one.upper()} is set, but {PREFIX}KAFKA_{other.upper()} is not"
-                )
-        if self.kafka_ca_file and not self.kafka_tls:
-            raise ValueError(f"{PREFIX}KAFKA_CA_FILE needs {PREFIX}KAFKA_TLS=true")
+        for pair in (("user", "password"), ("cert_file", "key_file")):
+            for one, other in (pair, pair[::-1]):
+                if getattr(self, f"kafka_{one}") and not getattr(self, f"kafka_{other}"):
+                    raise ValueError(
+                        f"{PREFIX}KAFKA_{one.upper()} is set, "
+                        f"but {PREFIX}KAFKA_{other.upper()} is not"
+                    )
+        for name in ("ca_file", "cert_file"):
+            if getattr(self, f"kafka_{name}") and not self.kafka_tls:
+                raise ValueError(f"{PREFIX}KAFKA_{name.upper()} needs {PREFIX}KAFKA_TLS=true")
         self.kafka_client()  # reports an unreadable certificate file at the start
 
     def kafka_client(self) -> dict[str, Any]:
         """Returns the keyword arguments for an aiokafka client.
 
-        Each call reads the certificate file again, because it changes when certificates are
-        renewed. Raises `SettingsError` if it cannot be read.
+        Each call reads the certificate files again, because they change when certificates are
+        renewed. Raises `SettingsError` if one cannot be read.
         """
         protocol = "SASL_" if self.kafka_user else ""
         client: dict[str, Any] = {"bootstrap_servers": self.kafka_bootstrap}
         if self.kafka_user:
             client |= {
-                "sasl_mechanism": "SCRAM-SHA-512",
+                "sasl_mechanism": self.kafka_sasl_mechanism,
                 "sasl_plain_username": self.kafka_user,
                 "sasl_plain_password": self.kafka_password,
             }
         if self.kafka_tls:
-            try:
-                client["ssl_context"] = ssl.create_default_context(
-                    cafile=self.kafka_ca_file or None
-                )
-            except OSError as error:  # SSLError is a subclass
-                raise SettingsError(
-                    f"{PREFIX}KAFKA_CA_FILE is wrong: expected certificates in PEM: {error}"
-                ) from None
+            client["ssl_context"] = self._ssl_context()
         return client | {"security_protocol": protocol + ("SSL" if self.kafka_tls else "PLAINTEXT")}
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self.kafka_ca_file or None)
+        except OSError as error:  # SSLError is a subclass
+            raise SettingsError(
+                f"{PREFIX}KAFKA_CA_FILE is wrong: expected certificates in PEM: {error}"
+            ) from None
+        if self.kafka_cert_file:
+            try:
+                # Without a password, an encrypted key would ask for one on the terminal.
+                context.load_cert_chain(self.kafka_cert_file, self.kafka_key_file, password="")
+            except OSError as error:
+                raise SettingsError(
+                    f"{PREFIX}KAFKA_CERT_FILE or {PREFIX}KAFKA_KEY_FILE is wrong: expected a "
+                    f"certificate in PEM and its unencrypted key: {error}"
+                ) from None
+        return context
 
 
 def load(kind: type[S], environ: Mapping[str, str]) -> S:

@@ -30,8 +30,12 @@ environment:
   FLASHSALE_KAFKA_BOOTSTRAP  host:port[,host:port...] (required)
   FLASHSALE_KAFKA_TLS        true or false (default false)
   FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
-  FLASHSALE_KAFKA_USER       user for SCRAM-SHA-512 (default: no authentication)
+  FLASHSALE_KAFKA_CERT_FILE  the client's certificate, in PEM (default: none)
+  FLASHSALE_KAFKA_KEY_FILE   the certificate's key, in PEM and without a password
+  FLASHSALE_KAFKA_USER       user (default: no authentication by password)
   FLASHSALE_KAFKA_PASSWORD   that user's password
+  FLASHSALE_KAFKA_SASL_MECHANISM
+                             SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
   FLASHSALE_LISTEN           address to serve buyers on (default 0.0.0.0:8080)
   FLASHSALE_METRICS_LISTEN   address to serve metrics on (default 0.0.0.0:9090)
   FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)

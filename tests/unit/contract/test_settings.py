@@ -4,6 +4,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from flashsale.errors import SettingsError
 from flashsale.settings import (
@@ -107,6 +114,14 @@ def kafka(**given: str) -> KafkaSettings:
         ({"tls": "true"}, "SSL", {"ssl_context"}),
         ({"user": "u", "password": "p"}, "SASL_PLAINTEXT", {"sasl_mechanism"}),
         ({"tls": "true", "user": "u", "password": "p"}, "SASL_SSL", {"ssl_context"}),
+        *(
+            (
+                {"user": "u", "password": "p", "sasl_mechanism": mechanism},
+                "SASL_PLAINTEXT",
+                {"sasl_mechanism"},
+            )
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512", "PLAIN")
+        ),
     ],
 )
 def test_kafka_clients_use_the_configured_protocol(
@@ -118,7 +133,7 @@ def test_kafka_clients_use_the_configured_protocol(
     assert keys <= client.keys()
     assert ("ssl_context" in client) == ("SSL" in protocol.replace("SASL", ""))
     if "user" in given:
-        assert client["sasl_mechanism"] == "SCRAM-SHA-512"
+        assert client["sasl_mechanism"] == given.get("sasl_mechanism", "SCRAM-SHA-512")
         assert (client["sasl_plain_username"], client["sasl_plain_password"]) == ("u", "p")
     else:
         assert "sasl_mechanism" not in client
@@ -134,6 +149,22 @@ def test_kafka_clients_use_the_configured_protocol(
             "FLASHSALE_KAFKA_PASSWORD is set, but FLASHSALE_KAFKA_USER is not",
         ),
         ({"ca_file": "x"}, "FLASHSALE_KAFKA_CA_FILE needs FLASHSALE_KAFKA_TLS=true"),
+        (
+            {"cert_file": "x", "key_file": "x"},
+            "FLASHSALE_KAFKA_CERT_FILE needs FLASHSALE_KAFKA_TLS=true",
+        ),
+        (
+            {"tls": "true", "cert_file": "x"},
+            "FLASHSALE_KAFKA_CERT_FILE is set, but FLASHSALE_KAFKA_KEY_FILE is not",
+        ),
+        (
+            {"tls": "true", "key_file": "x"},
+            "FLASHSALE_KAFKA_KEY_FILE is set, but FLASHSALE_KAFKA_CERT_FILE is not",
+        ),
+        (
+            {"sasl_mechanism": "GSSAPI"},
+            "FLASHSALE_KAFKA_SASL_MECHANISM is wrong: expected SCRAM-SHA-512, SCRAM-SHA-256 or",
+        ),
     ],
 )
 def test_inconsistent_kafka_settings_are_refused(given: dict[str, str], words: str) -> None:
@@ -149,3 +180,25 @@ def test_an_unreadable_certificate_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="FLASHSALE_KAFKA_CA_FILE is wrong: expected"):
             kafka(tls="true", ca_file=str(wrong))
         wrong.write_text("no certificate")
+
+
+def test_an_unusable_client_certificate_is_refused(tmp_path: Path) -> None:
+    authority, other = trustme.CA(), trustme.CA()
+    issued = authority.issue_cert("api.example")
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    certificate.write_bytes(issued.cert_chain_pems[0].bytes())
+    private_key = load_pem_private_key(issued.private_key_pem.bytes(), None)
+    encrypted = private_key.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"s3cret")
+    )
+    keys = {
+        "of another certificate": other.issue_cert("api.example").private_key_pem.bytes(),
+        "encrypted": encrypted,
+        "not in PEM": b"no key",
+    }
+    for wrong in keys.values():
+        key.write_bytes(wrong)
+        with pytest.raises(SettingsError, match="KAFKA_KEY_FILE is wrong: expected a certificate"):
+            kafka(tls="true", cert_file=str(certificate), key_file=str(key))
+    key.write_bytes(issued.private_key_pem.bytes())
+    assert kafka(tls="true", cert_file=str(certificate), key_file=str(key))

@@ -1,0 +1,166 @@
+"""Clients log in to a real Kafka with each mechanism, and with a client certificate."""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trustme
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+from confluent_kafka import admin as kafka_admin
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from dev.stack.ports import free_port
+from dev.stack.servers import KafkaServer
+from flashsale.settings import KafkaSettings, load
+
+pytestmark = pytest.mark.slow
+
+PASSWORD: Final = "a-password-of-this-test"
+_LOGIN: Final = "org.apache.kafka.common.security"
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """The addresses of a broker's two listeners, and the PEM files for them."""
+
+    with_users: str
+    with_certificates: str
+    authority: Path
+    certificate: Path
+    key: Path
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    found = Broker(
+        f"127.0.0.1:{free_port()}",
+        f"127.0.0.1:{free_port()}",
+        folder / "ca.crt",
+        folder / "tls.crt",
+        folder / "tls.key",
+    )
+    authority.cert_pem.write_to_path(found.authority)
+    issued.cert_chain_pems[0].write_to_path(found.certificate)
+    issued.private_key_pem.write_to_path(found.key)
+    keystore = folder / "keystore.pem"
+    # Kafka reads only keys in PKCS#8.
+    key = load_pem_private_key(issued.private_key_pem.bytes(), None)
+    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    keystore.write_bytes(pkcs8 + issued.cert_chain_pems[0].bytes())
+
+    server = KafkaServer(tmp_path_factory.mktemp("kafka"))
+    given = server.settings()
+    added = f"USERS://{found.with_users},CERTIFICATES://{found.with_certificates}"
+    server.options |= {
+        "listeners": f"{given['listeners']},{added}",
+        "advertised.listeners": f"{given['advertised.listeners']},{added}",
+        "listener.security.protocol.map": f"{given['listener.security.protocol.map']},"
+        "USERS:SASL_PLAINTEXT,CERTIFICATES:SSL",
+        "sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
+        **{
+            f"listener.name.users.scram-sha-{bits}.sasl.jaas.config": (
+                f"{_LOGIN}.scram.ScramLoginModule required;"
+            )
+            for bits in (256, 512)
+        },
+        "listener.name.users.plain.sasl.jaas.config": (
+            f'{_LOGIN}.plain.PlainLoginModule required user_plain="{PASSWORD}";'
+        ),
+        "listener.name.certificates.ssl.keystore.type": "PEM",
+        "listener.name.certificates.ssl.keystore.location": str(keystore),
+        "listener.name.certificates.ssl.truststore.type": "PEM",
+        "listener.name.certificates.ssl.truststore.location": str(found.authority),
+        "listener.name.certificates.ssl.client.auth": "required",
+    }
+    with server:
+        owner = kafka_admin.AdminClient({"bootstrap.servers": server.bootstrap})
+        made = owner.alter_user_scram_credentials(
+            [
+                kafka_admin.UserScramCredentialUpsertion(
+                    f"scram-{bits}",
+                    kafka_admin.ScramCredentialInfo(mechanism, 4096),
+                    PASSWORD.encode(),
+                )
+                for bits, mechanism in (
+                    (256, kafka_admin.ScramMechanism.SCRAM_SHA_256),
+                    (512, kafka_admin.ScramMechanism.SCRAM_SHA_512),
+                )
+            ]
+        )
+        for future in made.values():
+            future.result(timeout=30)
+        del owner  # closes its connections
+        yield found
+
+
+def user(broker: Broker, name: str, mechanism: str, password: str = PASSWORD) -> KafkaSettings:
+    variables = {
+        "FLASHSALE_KAFKA_BOOTSTRAP": broker.with_users,
+        "FLASHSALE_KAFKA_SASL_MECHANISM": mechanism,
+        "FLASHSALE_KAFKA_USER": name,
+        "FLASHSALE_KAFKA_PASSWORD": password,
+    }
+    return load(KafkaSettings, variables)
+
+
+def certified(broker: Broker, **more: str) -> KafkaSettings:
+    variables = {
+        "FLASHSALE_KAFKA_BOOTSTRAP": broker.with_certificates,
+        "FLASHSALE_KAFKA_TLS": "true",
+        "FLASHSALE_KAFKA_CA_FILE": str(broker.authority),
+        **more,
+    }
+    return load(KafkaSettings, variables)
+
+
+async def connect(kafka: KafkaSettings) -> None:
+    """Connect and ask for metadata. Raises `KafkaError` if the broker refuses the client."""
+    producer = AIOKafkaProducer(**kafka.kafka_client())
+    try:
+        await producer.start()
+    finally:
+        await producer.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "mechanism"),
+    [("scram-512", "SCRAM-SHA-512"), ("scram-256", "SCRAM-SHA-256"), ("plain", "PLAIN")],
+)
+# aiokafka leaves the socket of a refused connection to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_user_logs_in_with_its_own_mechanism_and_password_only(
+    broker: Broker, name: str, mechanism: str
+) -> None:
+    await connect(user(broker, name, mechanism))
+    with pytest.raises(KafkaError):
+        await connect(user(broker, name, mechanism, "another"))
+    other = "PLAIN" if mechanism != "PLAIN" else "SCRAM-SHA-512"
+    with pytest.raises(KafkaError):
+        await connect(user(broker, name, other))
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_broker_that_requires_certificates_admits_a_client_with_its_own(
+    broker: Broker,
+) -> None:
+    files = {
+        "FLASHSALE_KAFKA_CERT_FILE": str(broker.certificate),
+        "FLASHSALE_KAFKA_KEY_FILE": str(broker.key),
+    }
+    await connect(certified(broker, **files))
+    with pytest.raises(KafkaError):
+        await connect(certified(broker))
+    gc.collect()
