@@ -10,7 +10,7 @@ _FREE: Final = ~(0b1111 << 76 | 0b11 << 62) & (1 << 128) - 1
 
 
 def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
-    """Returns the same id for the same item, user and non-empty key; otherwise a new one.
+    """Returns the same id for the same item, user and key. Returns a new id if the key is empty.
 
     The id is a UUIDv8 of a SHA-256, or a UUIDv7 if the key is empty (RFC 9562, sections 5.7, 5.8).
     """

@@ -132,7 +132,7 @@ class Metrics:
             self._of_item[item_id] = ItemMetrics(self._requests, self._request_seconds, item_id)
 
     def set_items(self, item_ids: Iterable[str]) -> None:
-        """Makes items with a sale labels. Removes those of the previous call that are missing now."""
+        """Makes these items labels, and removes items of the previous call that are missing now."""
         listed = frozenset(item_ids)
         by_item = self._requests, self._request_seconds, self.outbox_length, self.outbox_age
         for item_id in self._listed - listed:

@@ -1,4 +1,8 @@
-"""A connection as uvicorn has it, with a bound on what a client may make it wait for or keep."""
+"""uvicorn's HTTP protocol with limits against slow clients, and a short path for POST /reserve.
+
+This is the only module that uses uvicorn's internals: the parts of `HttpToolsProtocol`, and the
+attributes that it expects of its `cycle`.
+"""
 
 import asyncio
 import logging
@@ -14,32 +18,34 @@ from flashsale_api.responses import Headers, Problem
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS: Final = 10.0
-"""From a request's first byte, or from connecting, until all of it is here: twice that at most."""
+"""Time from connecting, or from a request's first byte, until the request must be complete.
+
+The check runs once per this interval, so a connection is closed after at most twice this time.
+"""
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Request line and headers that came after the first read and are not complete."""
+"""Limit for an incomplete request line with headers, not counting the first read."""
 
 _OF_AN_UPGRADE: Final = (b"connection", b"upgrade", b"http2-settings")
 _RESERVE: Final = RESERVE_PATH.encode()
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Closes on a client that is too slow or whose head does not end; ignores Upgrade.
+    """One connection. Differs from uvicorn's protocol in three ways.
 
-    uvicorn has no deadline for a request, so that connections which never finish one pile up until
-    no file descriptor is left for a buyer's, and no limit for a head, which it keeps. What follows
-    an Upgrade it does not read as the request's body: Java's HttpClient, which offers h2c with its
-    first request, could not POST. An Upgrade may be ignored (RFC 9110, section 7.8).
-
-    POST /reserve, as nearly everybody sends it, it gives to `app.reserve` itself: uvicorn's task,
-    scope and messages for it would cost more than the answer. Whatever is unusual (an older HTTP,
-    a connection that is to close, a request that waits for another) goes by uvicorn's way.
+    - It closes a connection whose request is late, or whose head is too large. uvicorn has no
+      limit for either, so a client could use up the file descriptors and the memory.
+    - It ignores Upgrade, which RFC 9110, section 7.8 allows. uvicorn would drop the body of such a
+      request. Java's HttpClient offers h2c in its first request and could not POST.
+    - It passes a common POST /reserve directly to `app.reserve`. uvicorn's task, ASGI scope and
+      messages would cost more than the answer. Other requests take the ASGI path, for example
+      HTTP/1.0, `Connection: close`, and a request that is pipelined behind another.
     """
 
     _since: float | None = None
-    """When what is being received began; None between requests."""
+    """When the current request began, by the loop's clock. None between requests."""
     _head: int | None = None
-    """Bytes of an incomplete head; None where there is none."""
+    """Bytes counted towards `MAX_HEAD_BYTES`. None unless a head is incomplete."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*arguments, **options)
@@ -54,24 +60,24 @@ class HttpProtocol(HttpToolsProtocol):
         self._deadline.cancel()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        self.cycle = None  # type: ignore[assignment] # an exchange has the connection, too
+        self.cycle = None  # type: ignore[assignment] # breaks the cycle with an Exchange
 
     def data_received(self, data: bytes) -> None:
         if self._since is None:
             self._since = self.loop.time()
         self._unset_keepalive_if_required()
-        went_on = self._head is not None
+        head_continues = self._head is not None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
             self._refuse("Invalid HTTP request received.")
         except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(data[upgrade.args[0] :])
+            self._ignore_upgrade(data[upgrade.args[0] :])
         else:
-            if went_on and self._head is not None:
+            if head_continues and self._head is not None:
                 self._head += len(data)
                 if self._head > MAX_HEAD_BYTES:
-                    self._refuse("The head of the request is too large.")
+                    self._refuse("The request's head is too large.")
 
     def on_message_begin(self) -> None:
         self.url, self.headers, self.expect_100_continue = b"", [], False
@@ -80,9 +86,9 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head = None
         if self.parser.should_upgrade() or self.transport.is_closing():
-            return  # what follows an answer behind which the connection ends is not begun
-        if self.url == _RESERVE and self._reserve is not None and self._is_usual():
-            # It has what uvicorn asks of a cycle.
+            return  # ignore requests after the last answer of a closing connection
+        if self.url == _RESERVE and self._reserve is not None and self._is_common():
+            # An Exchange has the attributes that uvicorn expects of a cycle.
             self.cycle = Exchange(self, self._reserve)  # type: ignore[assignment]
         else:
             self._make_scope()
@@ -105,15 +111,16 @@ class HttpProtocol(HttpToolsProtocol):
         self._since = None
         exchange = self.cycle
         if exchange is None or exchange.response_complete:
-            self._wait_for_the_next()
+            self._restart_keep_alive()
         elif isinstance(exchange, Exchange):
             exchange.begin()
         else:
             super().on_message_complete()
 
-    def _wait_for_the_next(self) -> None:
-        """As uvicorn does behind an answer; this one came first, and the rest of the request then
-        ended the wait.
+    def _restart_keep_alive(self) -> None:
+        """Restarts the keep-alive timer of a request that was answered before its body arrived.
+
+        The rest of the body cancelled the timer.
         """
         if self.timeout_keep_alive_task is None:
             self.timeout_keep_alive_task = self.loop.call_later(
@@ -121,13 +128,14 @@ class HttpProtocol(HttpToolsProtocol):
             )
 
     def _make_scope(self) -> None:
-        """What uvicorn does when a message begins, of which most have no use for it."""
+        """Builds the ASGI scope. uvicorn does this for every message, when it begins."""
         kept = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue = kept
         self.scope["headers"] = self.headers
 
-    def _is_usual(self) -> bool:
+    def _is_common(self) -> bool:
+        """Whether the request can be answered without ASGI."""
         parser = self.parser
         return (
             (self.cycle is None or self.cycle.response_complete)
@@ -139,13 +147,14 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _watch(self) -> None:
-        """Now and then, since a timer for each request would cost more than it is worth."""
+        """Closes a late connection. One timer per connection is cheaper than one per request."""
         if self._since is not None and self.loop.time() - self._since >= REQUEST_SECONDS:
             self.transport.close()
         else:
             self._deadline = self.loop.call_later(REQUEST_SECONDS, self._watch)
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parses the request again without its Upgrade headers. `rest` follows its head."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             self._refuse("Invalid HTTP request received.")
@@ -155,16 +164,16 @@ class HttpProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
-    def _refuse(self, why: str) -> None:
-        self.logger.warning(why)
-        self.send_400_response(why)
+    def _refuse(self, reason: str) -> None:
+        self.logger.warning(reason)
+        self.send_400_response(reason)
 
 
 class Exchange:
-    """A request to reserve and its answer, in the place of uvicorn's `RequestResponseCycle`."""
+    """A POST /reserve and its answer. Takes the place of uvicorn's `RequestResponseCycle`."""
 
     __slots__ = (
-        "_connection",
+        "_protocol",
         "_reserve",
         "body",
         "disconnected",
@@ -173,10 +182,10 @@ class Exchange:
     )
 
     message_event = asyncio.Event()
-    """Nobody waits for it."""
+    """uvicorn sets it. An Exchange does not wait for it."""
 
-    def __init__(self, connection: HttpProtocol, reserve: Reserve) -> None:
-        self._connection = connection
+    def __init__(self, protocol: HttpProtocol, reserve: Reserve) -> None:
+        self._protocol = protocol
         self._reserve = reserve
         self.body = bytearray()
         self.keep_alive = True
@@ -184,24 +193,24 @@ class Exchange:
         self.response_complete = False
 
     def begin(self) -> None:
-        """Answers, now or later."""
+        """Decides the request. The answer follows immediately or later."""
         try:
-            self._reserve.begin(self._connection.headers, self.body, self.respond)
-        except Exception:  # whatever it was: the buyer is not to wait for nothing
-            log.exception("a request could not be decided")
+            self._reserve.begin(self._protocol.headers, self.body, self.respond)
+        except Exception:  # after any error, the buyer needs an answer
+            log.exception("could not decide a request")
             self.respond(*responses.plain(Problem.INTERNAL_ERROR))
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """Writes the answer, unless the buyer went."""
+        """Writes the answer, unless the buyer has disconnected."""
         if self.response_complete:
             return
         self.response_complete = True
         self.body = bytearray()
-        connection = self._connection
-        if self.disconnected or connection.transport.is_closing():
+        protocol = self._protocol
+        if self.disconnected or protocol.transport.is_closing():
             return
         lines = [STATUS_LINE[status]]
-        for name, value in connection.server_state.default_headers:
+        for name, value in protocol.server_state.default_headers:
             lines += (name, b": ", value, b"\r\n")
         for name, value in headers:
             lines += (name, b": ", value, b"\r\n")
@@ -209,7 +218,7 @@ class Exchange:
             lines.append(b"connection: close\r\n")
         lines.append(b"content-length: %d\r\n\r\n" % len(body))
         lines.append(body)
-        connection.transport.write(b"".join(lines))
+        protocol.transport.write(b"".join(lines))
         if not self.keep_alive:
-            connection.transport.close()
-        connection.on_response_complete()
+            protocol.transport.close()
+        protocol.on_response_complete()

@@ -1,9 +1,9 @@
-"""Accepted reservations on their way to Kafka: published at once, from memory.
+"""Publishes accepted reservations to Kafka, immediately and from memory.
 
-Order does not matter and duplicates cost nothing, so a batch goes to any partition, whatever
-fails is sent again, and there is no idempotent producer: aiokafka's never gives up a sent batch.
-An event leaves the memory when Kafka has acknowledged it (`acks=all`) and its outbox entry is
-deleted.
+Order does not matter and duplicates are harmless. A batch therefore goes to any partition, and a
+failed batch is sent again. The producer is not idempotent, because aiokafka's idempotent producer
+never gives up a sent batch. The publisher holds an event until Kafka has acknowledged it
+(`acks=all`) and its outbox entry is deleted.
 """
 
 import asyncio
@@ -36,23 +36,26 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 256 * 1024
 SENDERS: Final = 3
-"""Batches in flight: while they are, the next ones fill."""
+"""Batches in flight. Meanwhile the next batches fill."""
 ENOUGH: Final = 256
-"""Events that are sent without waiting for more."""
+"""This many pending events are sent without waiting for more."""
 LINGER_SECONDS: Final = 0.01
-"""How long fewer wait for company, as they do in Kafka's own producer: a batch costs the API
-0.16 ms, as much as a hundred events. No buyer waits for it.
+"""How long fewer events wait for more, as in Kafka's own producer.
+
+A batch costs the API 0.16 ms of CPU, as much as a hundred events. Buyers do not wait for it.
 """
 SETTLE_BATCH: Final = 256
 REQUEST_TIMEOUT_SECONDS: Final = 10
 ACKNOWLEDGED_SECONDS: Final = 12.0
+"""How long to wait for the acknowledgement of a batch before the producer is discarded."""
 STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Accepted(NamedTuple):
-    """A reservation that Redis has accepted, and its outbox entry; none for a replay, whose entry
-    may be gone.
+    """A reservation that Redis has accepted, and the id of its outbox entry.
+
+    `entry_id` is empty for a replay, whose entry may be deleted already.
     """
 
     item_id: str
@@ -64,7 +67,7 @@ class Accepted(NamedTuple):
 
 
 class Publisher:
-    """Publishes events to `topic` and settles their outbox entries; one a process."""
+    """Publishes events to `topic` and settles their outbox entries. A process has one."""
 
     def __init__(
         self,
@@ -93,16 +96,16 @@ class Publisher:
 
     @property
     def unacknowledged(self) -> int:
-        """Events in memory that Kafka has not acknowledged."""
+        """The number of events in memory that Kafka has not acknowledged."""
         return self._by_item.total()
 
     @property
     def held(self) -> int:
-        """Events in memory that Kafka has not acknowledged, or whose entries are not settled."""
+        """The number of events in memory, including acknowledged ones that are not settled."""
         return len(self._held)
 
     def unacknowledged_by_item(self) -> dict[str, int]:
-        """The same, by item; items without any are left out."""
+        """Returns `unacknowledged` per item, without the items that have none."""
         self._by_item = +self._by_item
         return dict(self._by_item)
 
@@ -111,7 +114,7 @@ class Publisher:
         return (item_id, entry_id) in self._held
 
     def add(self, accepted: Accepted) -> None:
-        """Takes a reservation to publish, unless it is held already; never waits."""
+        """Takes a reservation to publish, unless the publisher holds it already. Never waits."""
         key = _key(accepted)
         if key in self._held:
             return
@@ -122,7 +125,7 @@ class Publisher:
         self._work.set()
 
     async def run(self) -> None:
-        """Publishes until it is cancelled: after any failure with a new producer."""
+        """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
         failures = 0
         while True:
             producer = AIOKafkaProducer(
@@ -134,16 +137,19 @@ class Publisher:
             try:
                 await producer.start()
                 await producer.partitions_for(self._topic)
-                log.info("publishing to Kafka; %d events wait", self.unacknowledged)
+                log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
                 failures = 0
                 self.connected = True
-                # In a task of its own: a TaskGroup that fails leaves its task a cancellation that
-                # counts (Python before 3.13), which a timeout may take for one from outside.
+                # Before Python 3.13, a failed TaskGroup leaves its task a counted cancellation,
+                # which a timeout can mistake for one from outside. So give it its own task.
                 await asyncio.create_task(self._send(producer))
             except* (KafkaError, OSError) as group:
                 self._metrics.publish_failures.inc()
                 if not failures:
-                    log.warning("Kafka failed, will publish from memory: %r", group.exceptions[0])
+                    log.warning(
+                        "Kafka failed, events stay in memory until it is back: %r",
+                        group.exceptions[0],
+                    )
                 failures += 1
             finally:
                 self.connected = False
@@ -157,14 +163,14 @@ class Publisher:
             await self._to_settle.wait()
             self._to_settle.clear()
             while self._acknowledged:
-                # Items in turn: while one waits, its outbox may be full and sell nothing.
+                # Take the items in turn. A waiting item may have a full outbox and sell nothing.
                 item_id = next(iter(self._acknowledged))
                 page = self._acknowledged[item_id][:SETTLE_BATCH]
                 try:
                     await self._outbox.settle(item_id, page)
                 except RedisUnavailable as error:
                     if not away:
-                        log.warning("outbox entries are settled later: %s", error)
+                        log.warning("cannot settle outbox entries yet: %s", error)
                     away = True
                     self._acknowledged[item_id] = self._acknowledged.pop(item_id)
                     await asyncio.sleep(BACKOFF_SECONDS[-1])
@@ -172,16 +178,16 @@ class Publisher:
                 away = False
                 if left := self._acknowledged.pop(item_id)[len(page) :]:
                     self._acknowledged[item_id] = left
-                self._let_go((item_id, entry_id) for entry_id, _ in page)
+                self._forget((item_id, entry_id) for entry_id, _ in page)
 
     async def flush(self, timeout_seconds: float) -> int:
-        """Waits until nothing is held; returns how many entries are left to another pod's sweep."""
+        """Waits until no event is held. Returns how many are left after `timeout_seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 await self._idle.wait()
         return len(self._held)
 
-    def _let_go(self, keys: Iterable[tuple[str, str]]) -> None:
+    def _forget(self, keys: Iterable[tuple[str, str]]) -> None:
         self._held.difference_update(keys)
         if not self._held:
             self._idle.set()
@@ -199,17 +205,17 @@ class Publisher:
             if len(self._pending) < ENOUGH:
                 await asyncio.sleep(LINGER_SECONDS)
             if not self._pending:
-                continue  # another sender has taken them
+                continue  # another sender took them
             builder = producer.create_batch()
             batch, spans = self._fill(builder)
             try:
-                # A broker that was killed leaves aiokafka trying, with no end of its own.
+                # If a broker was killed, aiokafka retries without a limit.
                 async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
                     partitions = sorted(await producer.partitions_for(self._topic))
                     partition = partitions[next(self._turn) % len(partitions)]
                     sent = await producer.send_batch(builder, self._topic, partition=partition)
-                    sent.add_done_callback(_look_at)
-                    # Not cancelled with us: aiokafka stumbles over a batch that is.
+                    sent.add_done_callback(_retrieve)
+                    # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
                     await asyncio.shield(sent)
             except BaseException as error:
                 self._pending.extendleft(reversed(batch))
@@ -226,11 +232,14 @@ class Publisher:
                         (accepted.entry_id, accepted.reservation_id)
                     )
                 else:
-                    self._let_go([_key(accepted)])
+                    self._forget([_key(accepted)])
             self._to_settle.set()
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
-        """Moves pending events into a batch until it is full; also the spans of those sampled."""
+        """Moves pending events into a batch until it is full.
+
+        Returns the events, and the spans of the sampled ones.
+        """
         batch: list[Accepted] = []
         spans: list[Span] = []
         while self._pending:
@@ -255,22 +264,22 @@ class Publisher:
 
 
 def _key(accepted: Accepted) -> tuple[str, str]:
-    """What is held: an outbox entry, or a replayed reservation."""
+    """Returns the key of a held event: the id of its outbox entry, or of a replayed reservation."""
     return accepted.item_id, accepted.entry_id or accepted.reservation_id
 
 
 async def _discard(producer: AIOKafkaProducer) -> None:
-    """Ends a producer; what it has not sent is sent again by the next one."""
-    # There is no public way to make it give up its batches, and stop() would wait for them.
+    """Stops a producer. The next producer sends its unsent events again."""
+    # aiokafka has no public way to drop the batches, and stop() would wait for them.
     producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
     try:
         await asyncio.wait_for(producer.stop(), STOP_SECONDS)
-    except Exception as error:  # noqa: BLE001 - however badly it ends, another takes its place
-        log.debug("a producer did not end well: %r", error)
-    await producer.client.close()  # which stop() has not come to if it failed
+    except Exception as error:  # noqa: BLE001 - a new producer replaces it after any error
+        log.debug("a producer failed to stop: %r", error)
+    await producer.client.close()  # stop() did not close it if it failed
 
 
-def _look_at(sent: asyncio.Future[object]) -> None:
-    """So that asyncio does not complain of a failure that nobody waits for any more."""
+def _retrieve(sent: asyncio.Future[object]) -> None:
+    """Retrieves the exception of a batch that timed out, or asyncio would log it."""
     if not sent.cancelled():
         sent.exception()

@@ -1,4 +1,4 @@
-"""POST /reserve: from bytes to a decision, and back."""
+"""POST /reserve: parses a request, has it decided, and makes the answer."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ _MISSING: Final = re.compile(r"^Object missing required field `(?P<field>[^`]*)`
 _RULES: Final = {
     "userId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
     "itemId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, "
-    "beginning with a letter or digit",
+    "starting with a letter or digit",
     "quantity": "an integer from 1 to 1000",
     "Idempotency-Key": "1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
 }
@@ -64,7 +64,7 @@ _PROBLEMS: Final = {
 
 
 class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
-    """The body of POST /reserve; unknown fields are ignored."""
+    """The body of POST /reserve. Unknown fields are ignored."""
 
     user_id: UserId
     item_id: ItemId
@@ -72,14 +72,14 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _Refused(Exception):
-    """A request that is answered before Redis is asked."""
+    """The request is invalid. It is answered without a call to Redis."""
 
     def __init__(self, problem: Problem, detail: str, **members: object) -> None:
         self.problem, self.detail, self.members = problem, detail, members
 
 
 Respond: TypeAlias = Callable[[int, Headers, bytes], None]
-"""Takes status, headers without a length, and body."""
+"""Takes the status, the headers without a length, and the body."""
 
 _SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
 
@@ -88,9 +88,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Reserve:
-    """The endpoint. `begin` answers as soon as there is an answer; as an ASGI application it does
-    the same for whoever calls it by that way.
-    """
+    """The endpoint. `HttpProtocol` calls `begin`. An instance is also an ASGI application."""
 
     def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
         self._batcher = batcher
@@ -100,13 +98,13 @@ class Reserve:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await _body(receive)
         if raw is None:
-            return  # the buyer went before the body was whole
+            return  # the buyer disconnected before the body was complete
         answered: asyncio.Future[tuple[int, Headers, bytes]] = (
             asyncio.get_running_loop().create_future()
         )
 
         def respond(status: int, headers: Headers, body: bytes) -> None:
-            if not answered.done():  # the server gave it up
+            if not answered.done():  # the server cancelled the request
                 answered.set_result((status, headers, body))
 
         self.begin(scope["headers"], raw, respond)
@@ -118,9 +116,9 @@ class Reserve:
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
     ) -> None:
-        """Decides a request; calls `respond` once, now or later.
+        """Decides a request, and calls `respond` exactly once, immediately or later.
 
-        `raw` is the whole body, or its beginning if it is larger than `MAX_BODY_BYTES`.
+        `raw` is the whole body, or more than `MAX_BODY_BYTES` of it.
         """
         started = perf_counter()
         try:
@@ -185,8 +183,8 @@ class _Pending:
         """Answers the request. Never raises."""
         try:
             answer = self._reserve.answer(self._item_id, decision, self._started, self._span)
-        except Exception:  # whatever it was: the buyer is not to wait for nothing
-            log.exception("a request for %s could not be answered", self._item_id)
+        except Exception:  # after any error, the buyer needs an answer
+            log.exception("could not answer a request for %s", self._item_id)
             answer = responses.plain(Problem.INTERNAL_ERROR)
         self._respond(*answer)
 
@@ -194,9 +192,9 @@ class _Pending:
 def _parsed(
     headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
 ) -> tuple[ReserveBody, str, str]:
-    """Returns the body, the Idempotency-Key and the traceparent; "" for a missing header.
+    """Returns the body, the Idempotency-Key and the traceparent. Raises `_Refused`.
 
-    Raises `_Refused`. A malformed traceparent counts as missing.
+    A missing header is returned as "". A malformed traceparent counts as missing.
     """
     content_type = request_key = traceparent = ""
     for name, value in headers:
@@ -215,7 +213,7 @@ def _parsed(
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise _Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
     if len(raw) > MAX_BODY_BYTES:
-        raise _Refused(Problem.BODY_TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes")
+        raise _Refused(Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes")
     try:
         return _decode(raw), request_key, traceparent
     except msgspec.ValidationError as error:
@@ -225,7 +223,7 @@ def _parsed(
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or as much as shows that it is too large; None if the client went."""
+    """Returns the body, cut once it is too large. None if the client has disconnected."""
     chunks = b""
     while True:
         message = await receive()
@@ -242,7 +240,7 @@ def _invalid(field: str) -> _Refused:
 
 
 def _explained(error: str) -> _Refused:
-    """Names the field and the rule that msgspec found broken."""
+    """Turns msgspec's error into the field and the rule that it violates."""
     match = _MISSING.match(error) or _FIELD.match(error)
     field = match["field"] if match else ""
     if field in _RULES:

@@ -16,7 +16,7 @@ CONTENT_TYPE: Final = b"application/problem+json"
 
 
 class Kind(NamedTuple):
-    """One kind of problem. `retry_after` in seconds, where trying again can help."""
+    """One kind of problem. `retry_after` is in seconds, if a retry can help."""
 
     slug: str
     status: int
@@ -25,29 +25,29 @@ class Kind(NamedTuple):
 
 
 class Problem(Enum):
-    """Every problem that the API answers. The slug ends its `type` and never changes."""
+    """All problems that the API answers. The slug is the end of `type` and never changes."""
 
-    MALFORMED_JSON = Kind("malformed-json", 400, "The body is not JSON")
+    MALFORMED_JSON = Kind("malformed-json", 400, "The body is not valid JSON")
     MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
-    NOT_FOUND = Kind("not-found", 404, "There is nothing at this path")
-    UNKNOWN_ITEM = Kind("unknown-item", 404, "No sale has this item")
+    NOT_FOUND = Kind("not-found", 404, "The path does not exist")
+    UNKNOWN_ITEM = Kind("unknown-item", 404, "The item has no sale")
     UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
-    METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take this method")
+    METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not support this method")
     SOLD_OUT = Kind("sold-out", 409, "Sold out")
-    NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than asked for")
-    LIMIT_REACHED = Kind("limit-reached", 409, "The user's limit for this sale is reached")
+    NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than requested")
+    LIMIT_REACHED = Kind("limit-reached", 409, "The user has reached the limit of this sale")
     NOT_OPEN = Kind("not-open", 409, "The sale is not open yet")
     ENDED = Kind("ended", 409, "The sale has ended")
     PAUSED = Kind("paused", 409, "The sale is paused", 5)
     BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large")
     UNSUPPORTED_MEDIA_TYPE = Kind("unsupported-media-type", 415, "The body must be JSON")
     INVALID_FIELD = Kind("invalid-field", 422, "A field is missing or wrong")
-    KEY_REUSED = Kind("key-reused", 422, "The Idempotency-Key was used for another quantity")
+    KEY_REUSED = Kind("key-reused", 422, "The Idempotency-Key was used with another quantity")
     INTERNAL_ERROR = Kind("internal-error", 500, "The API failed")
-    OUTBOX_FULL = Kind("outbox-full", 503, "Accepted reservations wait to be published", 2)
+    OUTBOX_FULL = Kind("outbox-full", 503, "Too many accepted reservations wait to be published", 2)
     FENCED = Kind("fenced", 503, "The sale is being rebuilt after a Redis failure", 5)
-    TOO_MANY_WAITING = Kind("too-many-waiting", 503, "Too many requests wait", 1)
-    REDIS_UNAVAILABLE = Kind("redis-unavailable", 503, "The inventory does not answer", 1)
+    TOO_MANY_WAITING = Kind("too-many-waiting", 503, "Too many requests are waiting", 1)
+    REDIS_UNAVAILABLE = Kind("redis-unavailable", 503, "Redis does not answer", 1)
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
 
 
@@ -56,14 +56,14 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 @lru_cache
 def plain(problem: Problem) -> tuple[int, Headers, bytes]:
-    """A problem of which there is nothing more to say: most answers of a sold out sale."""
+    """Renders a problem without details once. Most answers of a sold-out sale are such."""
     return render(problem)
 
 
 def render(
     problem: Problem, detail: str | None = None, **members: object
 ) -> tuple[int, Headers, bytes]:
-    """Status, headers and body of a problem; `members` are its extension members."""
+    """Returns status, headers and body of a problem. `members` are its extension members."""
     kind = problem.value
     body: dict[str, object] = {
         "type": f"urn:flashsale:problem:{kind.slug}",
@@ -89,7 +89,7 @@ def problem_response(
 
 
 def of_status(status: int) -> Problem:
-    """The problem for an error that the framework raised."""
+    """Returns the problem for a status that Starlette raised."""
     match status:
         case HTTPStatus.NOT_FOUND:
             return Problem.NOT_FOUND
@@ -102,7 +102,7 @@ def of_status(status: int) -> Problem:
 
 
 class Reservation(msgspec.Struct, frozen=True, rename="camel"):
-    """A reservation as HTTP shows it."""
+    """A reservation as JSON."""
 
     reservation_id: str
     sale_id: str

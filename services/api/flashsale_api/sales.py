@@ -1,4 +1,4 @@
-"""GET /sales and below: what a buyer may see of sales and of a reservation."""
+"""GET /sales and the paths below it: the public data of sales and reservations."""
 
 import asyncio
 import re
@@ -16,13 +16,14 @@ from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api.responses import Problem, Reservation, problem_response
 
 CACHE_SECONDS: Final = 0.25
+"""How old a sale in an answer can be."""
 
 _ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
 _UUID: Final = re.compile(UUID_PATTERN)
 
 
 class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A sale as HTTP shows it; units, and RFC 3339 times."""
+    """A sale as JSON. Counts are in units, and times are RFC 3339."""
 
     item_id: str
     sale_id: str
@@ -36,18 +37,18 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
 
 
 class SaleViews:
-    """Views of sales, read at most every `CACHE_SECONDS` by this pod, whoever asks."""
+    """A cache of sales. The pod reads each of them at most once per `CACHE_SECONDS`."""
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
         self._cached: dict[str | None, tuple[float, asyncio.Task[list[SaleView]]]] = {}
 
     async def all(self) -> list[SaleView]:
-        """Every sale that has keys, by item."""
+        """Returns all sales that have keys, sorted by item."""
         return await self._read(None)
 
     async def one(self, item_id: str) -> SaleView | None:
-        """The sale of one item."""
+        """Returns the sale of an item, or None if it has none."""
         views = await self._read(item_id)
         return views[0] if views else None
 
@@ -56,7 +57,7 @@ class SaleViews:
         now = loop.time()
         until, reading = self._cached.get(item_id, (0.0, None))
         if reading is None or now >= until:
-            # Entries live for a moment only: a crowd of unknown items does not stay.
+            # Drop the expired entries, because requests can name any number of unknown items.
             self._cached = {key: entry for key, entry in self._cached.items() if now < entry[0]}
             reading = loop.create_task(self._fetch(item_id))
             self._cached[item_id] = (now + CACHE_SECONDS, reading)
@@ -70,7 +71,7 @@ class SaleViews:
 
 
 class Sales:
-    """The endpoints; `views` and `inventory` are the process's."""
+    """The endpoints for sales and reservations."""
 
     def __init__(self, inventory: Inventory, views: SaleViews) -> None:
         self._inventory = inventory
@@ -109,7 +110,7 @@ class Sales:
                     return _json(Reservation.of(item_id, sale.sale_id, reservation_id, record))
             server = await self._inventory.server()
             if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
-                # It may exist all the same: the ledger knows.
+                # Redis may have lost the reservation, while the ledger still has it.
                 return problem_response(Problem.FENCED)
             return problem_response(Problem.UNKNOWN_RESERVATION)
 

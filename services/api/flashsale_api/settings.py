@@ -1,11 +1,11 @@
-"""Settings of the API, from FLASHSALE_* environment variables."""
+"""The API's settings, from FLASHSALE_* environment variables."""
 
 from flashsale.logs import LogLevel
 from flashsale.settings import KafkaSettings, Listen, RedisUrl
 
 
 class Settings(KafkaSettings, frozen=True):
-    """`listen` serves buyers, `metrics_listen` Prometheus only."""
+    """`listen` is for buyers, and `metrics_listen` for Prometheus."""
 
     redis_url: RedisUrl
     listen: Listen = "0.0.0.0:8080"

@@ -1,7 +1,7 @@
-"""The API's spans: the request, the script call that decided it, its event's way to Kafka.
+"""The API's spans: the request, its script call, and the sending of its event to Kafka.
 
-Names and attributes are OpenTelemetry's semantic conventions for HTTP, databases and messaging.
-Never a user.
+Names and attributes follow OpenTelemetry's semantic conventions for HTTP, databases and messaging.
+No attribute names a user.
 """
 
 import logging
@@ -35,14 +35,14 @@ _SEND: Final = {
 
 
 class Spans:
-    """One a process that traces. Everything here is for sampled requests only."""
+    """The source of all spans of a process. Every method is for sampled requests only."""
 
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
         self._tracer = tracing.tracer
         self.samples = tracing.samples
         self.open: dict[str, Span] = {}
-        """The requests that are being decided, by the traceparent of their span."""
+        """The spans of the requests that Redis is deciding, by their traceparent."""
 
     def begin(self, item_id: str, traceparent: str, seconds: float) -> Span:
         """Starts the span of a request that began `seconds` ago."""
@@ -55,13 +55,13 @@ class Spans:
         )
 
     def deciding(self, span: Span, request: Request) -> None:
-        """Notes the request of a span, which the script is asked to decide."""
+        """Registers the request of a span before the script decides it."""
         span.set_attribute("flashsale.reservation_id", request.reservation_id)
         self.open[request.traceparent] = span
-        log.debug("reservation %s is of user %s", request.reservation_id, request.user_id)
+        log.debug("reservation %s is by user %s", request.reservation_id, request.user_id)
 
     def end(self, span: Span, outcome: str, status: int) -> None:
-        """Ends the span of a request that was answered."""
+        """Ends the span of an answered request, and logs the answer."""
         traceparent = traceparent_of(span)
         self.open.pop(traceparent, None)
         span.set_attribute("flashsale.outcome", outcome)
@@ -72,14 +72,14 @@ class Spans:
         span.end()
         log.log(
             logging.WARNING if status >= 500 else logging.DEBUG,
-            "POST /reserve was answered %d (%s)",
+            "answered POST /reserve with %d (%s)",
             status,
             outcome,
             extra=fields(traceparent),
         )
 
     def called(self, requests: Sequence[Request], seconds: float) -> None:
-        """A script call that has just been answered decided these requests."""
+        """Makes the spans of a script call that has just decided these requests in `seconds`."""
         ended = time.time_ns()
         for request in requests:
             parent = self.open.get(request.traceparent)
@@ -93,7 +93,7 @@ class Spans:
                 ).end(ended)
 
     def sending(self, topic: str, reservation_id: str, traceparent: str) -> Span:
-        """The span of an event that goes to Kafka now; its record carries this span."""
+        """Starts the span of an event that is being sent. The record carries this span."""
         return self._tracer.start_span(
             f"send {topic}",
             self._tracing.remote(traceparent),
@@ -106,12 +106,12 @@ class Spans:
         )
 
     def close(self) -> None:
-        """Sends what is left, for 2 s at most."""
+        """Sends the remaining spans, for at most 2 s."""
         self._tracing.close()
 
     @staticmethod
     def sent(spans: Iterable[Span], events: int, partition: int) -> None:
-        """Kafka acknowledged the batch of that many events."""
+        """Ends the spans of a batch of `events` that Kafka acknowledged."""
         for span in spans:
             span.set_attribute("messaging.batch.message_count", events)
             span.set_attribute("messaging.destination.partition.id", str(partition))
@@ -119,7 +119,7 @@ class Spans:
 
     @staticmethod
     def failed(spans: Iterable[Span], error: BaseException) -> None:
-        """The batch is sent again, under spans of its own."""
+        """Ends the spans of a failed batch. The retry gets new spans."""
         for span in spans:
             span.set_attribute("error.type", type(error).__name__)
             span.set_status(Status(StatusCode.ERROR))

@@ -17,16 +17,18 @@ log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS: Final = 1.0
 SWEEP_AGE_MS: Final = 3_000
+"""Age at which another pod's entry is swept."""
 SWEEP_LEASE_MS: Final = 10_000
 SWEEP_PAGE: Final = 500
 BACKLOG: Final = 10_000
-"""Events held above which a pod has enough to do and does not sweep: after a failure of Kafka most
-of what it would read are its own.
+"""A pod that holds this many events does not sweep.
+
+After an outage of Kafka, most of the entries that it would read are its own.
 """
 
 
 class Sweeper:
-    """Publishes what dead pods left in the outboxes; one a process, one at work an item."""
+    """Publishes the outbox entries of dead pods. A lease lets one pod sweep an item at a time."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Sweeper:
         self._unreadable: set[str] = set()
 
     async def run(self) -> None:
-        """Sweeps every item's outbox until it is cancelled."""
+        """Sweeps all outboxes every `INTERVAL_SECONDS` until it is cancelled."""
         while True:
             await asyncio.sleep(INTERVAL_SECONDS)
             try:
@@ -53,18 +55,18 @@ class Sweeper:
                 log.debug("no sweep: %s", error)
 
     async def sweep(self) -> None:
-        """One round over the items; raises `RedisUnavailable`."""
+        """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
         until_ms = (await self._inventory.server()).now_ms - SWEEP_AGE_MS
-        for item_id in await self._look(until_ms + SWEEP_AGE_MS):
+        for item_id in await self._measure(until_ms + SWEEP_AGE_MS):
             try:
                 await self._sweep_item(item_id, until_ms)
             except ContractViolation:
-                if item_id not in self._unreadable:  # once: it will not mend itself
+                if item_id not in self._unreadable:  # log once, because it stays unreadable
                     log.exception("the outbox of %s cannot be swept", item_id)
                 self._unreadable.add(item_id)
 
-    async def _look(self, now_ms: int) -> list[str]:
-        """Measures all outboxes; returns the items of those that hold something."""
+    async def _measure(self, now_ms: int) -> list[str]:
+        """Updates the gauges of all outboxes. Returns the items whose outbox has entries."""
         items = await self._inventory.items()
         lengths = await self._outbox.lengths(items)
         filled = [item_id for item_id, length in lengths.items() if length]

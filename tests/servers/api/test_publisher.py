@@ -371,7 +371,7 @@ async def test_who_has_much_to_settle_does_not_sweep(
     sweeper = Sweeper(stock_here, settling, publisher, Metrics(), "pod")
     await sweeper.sweep()
     assert publisher.held == 10
-    publisher._let_go([(ITEM, own[0].entry_id)])
+    publisher._forget([(ITEM, own[0].entry_id)])
     await sweeper.sweep()
     assert publisher.held == 10
     assert publisher._pending[-1].reservation_id == others.reservation_id
