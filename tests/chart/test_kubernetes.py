@@ -22,15 +22,60 @@ pytestmark = pytest.mark.slow
 
 EVERYTHING: Final[Manifest] = {
     "commonLabels": {"team": "sales"},
-    "imagePullSecrets": ["pull"],
+    "commonAnnotations": {"owner": "sales"},
+    "imagePullSecrets": ["pull", {"name": "1e3"}],
+    "image": {"registry": "registry.example:5000/mirror"},
     "certificateAuthority": {"existingSecret": {"name": "ca"}},
     "kafka": {
         "topics": {"enabled": True, "cluster": "main"},
-        "tls": {"enabled": True, "existingSecret": {"name": "main-cluster-ca-cert"}},
+        "tls": {
+            "enabled": True,
+            "existingSecret": {"name": "main-cluster-ca-cert"},
+            "clientCertificate": {"existingSecret": {"name": "1e3"}},
+        },
         "users": {component: f"flashsale-{component}" for component in COMPONENTS},
     },
     "api": {
         "autoscaling": {"enabled": True},
+        "service": {
+            "type": "LoadBalancer",
+            "loadBalancerClass": "example.com/internal",
+            "loadBalancerSourceRanges": ["192.0.2.0/24"],
+            "externalTrafficPolicy": "Local",
+        },
+        "httpRoute": {
+            "enabled": True,
+            "parentRefs": [{"name": "public", "namespace": "gateways", "sectionName": "https"}],
+            "hostnames": ["*.shop.example"],
+        },
+        "resources": {
+            "requests": {"cpu": 2, "ephemeral-storage": "1Ti", "example.com/gpu": 1},
+            "limits": {"cpu": 2.5, "ephemeral-storage": "1Ti", "example.com/gpu": 1},
+        },
+        "strategy": {"rollingUpdate": {"maxSurge": "50%", "maxUnavailable": 1}},
+        "extraEnv": [
+            {
+                "name": "OTEL_EXPORTER_OTLP_HEADERS",
+                "valueFrom": {"secretKeyRef": {"name": "1e3", "key": "007"}},
+            },
+            {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+        ],
+        "affinity": {
+            "podAntiAffinity": {
+                "preferredDuringSchedulingIgnoredDuringExecution": [
+                    {
+                        "weight": 1,
+                        "podAffinityTerm": {
+                            "topologyKey": "kubernetes.io/hostname",
+                            "labelSelector": {"matchLabels": {"a": "b"}},
+                        },
+                    }
+                ]
+            }
+        },
+        "topologySpreadConstraints": [
+            {"topologyKey": "rack", "maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}
+        ],
         "ingress": {"enabled": True, "host": "shop.example", "tlsSecretName": "shop-tls"},
         "podLabels": {"a": "b"},
         "podAnnotations": {"a": "b"},
@@ -41,6 +86,7 @@ EVERYTHING: Final[Manifest] = {
     "operator": {"allNamespaces": True},
     "networkPolicies": {
         "enabled": True,
+        "dns": {"port": 5353, "peers": [{"podSelector": {"matchLabels": {"a": "b"}}}]},
         "buyers": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
         "prometheus": [{"podSelector": {"matchLabels": {"a": "b"}}}],
         "kubernetes": {"peers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]},

@@ -19,6 +19,66 @@ pytestmark = pytest.mark.slow
         (at("api.replicas", "2"), "'/api/replicas'"),
         (at("api.replicas", -1), "'/api/replicas'"),
         (at("api.resources.limits", {"gpu": "1"}), "'/api/resources/limits'"),
+        (at("api.resources.limits.cpu", -1), "'/api/resources/limits/cpu'"),
+        (at("api.topologySpreadConstraints", [{"topologyKey": "a"}]), "'maxSkew'"),
+        (at("api.affinity.podAffinities", {}), "'/api/affinity'"),
+        (at("api.extraEnv", [{"name": "A"}]), "'/api/extraEnv/0'"),
+        (at("api.extraEnv", [{"name": "A=B", "value": ""}]), "'/api/extraEnv/0/name'"),
+        (
+            at("api.extraEnv", [{"name": "FLASHSALE_REDIS_URL", "value": "redis://other"}]),
+            "api.extraEnv: the variable FLASHSALE_REDIS_URL is set already",
+        ),
+        (
+            at("consumer.extraEnv", [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]),
+            "consumer.extraEnv: the variable A is set already",
+        ),
+        (at("consumer.strategy.rollingUpdate.maxSurge", "200%"), "rollingUpdate/maxSurge'"),
+        (
+            at("api.strategy.rollingUpdate.maxSurge", "0%"),
+            "api.strategy.rollingUpdate: maxSurge and maxUnavailable are both 0",
+        ),
+        (at("imagePullSecrets", [{"names": "a"}]), "'/imagePullSecrets/0'"),
+        (at("image.registry", "https://registry.example"), "'/image/registry'"),
+        (at("kafka.sasl.mechanism", "GSSAPI"), "'/kafka/sasl/mechanism'"),
+        (
+            at("kafka.sasl.mechanism", "PLAIN"),
+            "kafka.sasl.mechanism requires kafka.users or kafka.sasl.existingSecret.name",
+        ),
+        (
+            at("kafka.tls.clientCertificate.existingSecret.name", "a"),
+            "kafka.tls.clientCertificate.existingSecret.name requires kafka.tls.enabled",
+        ),
+        (
+            at(
+                "kafka",
+                {
+                    "users": {"api": "a", "consumer": "b", "operator": "c"},
+                    "sasl": {"existingSecret": {"name": "d"}},
+                },
+            ),
+            "kafka.users and kafka.sasl.existingSecret.name are both set",
+        ),
+        *(
+            (at(f"api.service.{key}", value), f"api.service.{key} requires api.service.type ")
+            for key, value in (
+                ("loadBalancerClass", "a"),
+                ("loadBalancerSourceRanges", ["192.0.2.0/24"]),
+                ("externalTrafficPolicy", "Local"),
+            )
+        ),
+        (at("api.httpRoute.enabled", True), "api.httpRoute.enabled requires api.httpRoute.parent"),
+        (at("networkPolicies.collector.port", 1), "additional properties 'port' not allowed"),
+        (
+            at("networkPolicies.redis.port", 6380),
+            "networkPolicies.redis.port is 6380, but the address has port 6379: remove the value",
+        ),
+        (
+            {
+                "kafka": {"bootstrap": "a:9092,b:9094"},
+                "networkPolicies": {"kafka": {"port": 9092}},
+            },
+            "networkPolicies.kafka.port is 9092, but the address has port 9092,9094",
+        ),
         (at("api.resources.requests.memory", "lots"), "'/api/resources/requests/memory'"),
         (at("api.image.digest", "sha256:1"), "'/api/image/digest'"),
         (at("api.service.type", "ExternalName"), "'/api/service/type'"),

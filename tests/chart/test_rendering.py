@@ -36,19 +36,27 @@ KUBERNETES_LABELS: Final = {
 
 
 def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
-    changes = {
+    changes: dict[str, Any] = {
         "image.repository": "elsewhere/it",
         "image.tag": "2",
         "image.digest": f"sha256:{'0' * 64}",
         "image.pullPolicy": "Always",
         "resources.requests": {"cpu": "2"},
         "resources.limits": {"memory": "1Gi"},
+        "extraEnv": [{"name": "A", "value": "b"}],
         "podAnnotations": {"a": "b"},
         "podLabels": {"a": "b"},
         "nodeSelector": {"a": "b"},
         "tolerations": [{"key": "a", "operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {}},
         "priorityClassName": "high",
     }
+    if component != "operator":
+        changes |= {
+            "topologySpreadConstraints": [],
+            "strategy.rollingUpdate.maxSurge": "50%",
+            "strategy.rollingUpdate.maxUnavailable": 1,
+        }
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
@@ -58,7 +66,7 @@ def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any
         f"{name}.existingSecret.name": ("other", at(f"{name}.{field}", "")),
         f"{name}.existingSecret.key": ("other", {name: {field: "", **secret}}),
         f"networkPolicies.{name}.peers": ([PEER], POLICIES),
-        f"networkPolicies.{name}.port": (1, POLICIES),
+        f"networkPolicies.{name}.port": (1, {**at(name, {field: "", **secret}), **POLICIES}),
     }
 
 
@@ -66,6 +74,8 @@ API_SCALES: Final = at("api.autoscaling.enabled", True)
 BY_LAG: Final = at("consumer.autoscaling.by", "lag")
 BY_CPU: Final = at("consumer.autoscaling.by", "cpu")
 INGRESS: Final = at("api.ingress", {"enabled": True, "host": "shop.example"})
+ROUTE: Final = at("api.httpRoute", {"enabled": True, "parentRefs": [{"name": "public"}]})
+BALANCED: Final = at("api.service.type", "LoadBalancer")
 MONITORS: Final = at("podMonitors.enabled", True)
 RULES: Final = at("prometheusRules.enabled", True)
 DASHBOARD: Final = at("dashboard.enabled", True)
@@ -80,6 +90,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "commonLabels": ({"a": "b"}, {}),
     "commonAnnotations": ({"a": "b"}, {}),
     "imagePullSecrets": (["a"], {}),
+    "image.registry": ("registry.example:5000/mirror", {}),
     "crds.enabled": (False, {}),
     "certificateAuthority.existingSecret.name": ("ca", {}),
     "certificateAuthority.existingSecret.key": ("pem", AUTHORITY),
@@ -95,6 +106,9 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "kafka.tls.enabled": (True, {}),
     "kafka.tls.existingSecret.name": ("other", TLS),
     "kafka.tls.existingSecret.key": ("pem", merged(TLS, at("kafka.tls.existingSecret.name", "ca"))),
+    "kafka.tls.clientCertificate.existingSecret.name": ("client", TLS),
+    "kafka.sasl.mechanism": ("PLAIN", USERS),
+    "kafka.sasl.existingSecret.name": ("login", {}),
     **{f"kafka.users.{component}": ("other", USERS) for component in COMPONENTS},
     "kafka.partitions": (24, TOPICS),
     "kafka.topics.enabled": (True, at("kafka.topics.cluster", "main")),
@@ -112,12 +126,18 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "api.service.type": ("LoadBalancer", {}),
     "api.service.port": (8080, {}),
     "api.service.nodePort": (30080, at("api.service.type", "NodePort")),
+    "api.service.loadBalancerClass": ("example.com/internal", BALANCED),
+    "api.service.loadBalancerSourceRanges": (["192.0.2.0/24"], BALANCED),
+    "api.service.externalTrafficPolicy": ("Local", BALANCED),
     "api.service.annotations": ({"a": "b"}, {}),
     "api.ingress.enabled": (True, {}),
     "api.ingress.className": ("nginx", INGRESS),
     "api.ingress.annotations": ({"a": "b"}, INGRESS),
     "api.ingress.host": ("other.example", INGRESS),
     "api.ingress.tlsSecretName": ("tls", INGRESS),
+    "api.httpRoute.enabled": (True, at("api.httpRoute.parentRefs", [{"name": "public"}])),
+    "api.httpRoute.parentRefs": ([{"name": "other"}], ROUTE),
+    "api.httpRoute.hostnames": (["shop.example"], ROUTE),
     **_component_changes("consumer"),
     "consumer.replicas": (3, {}),
     "consumer.autoscaling.by": ("cpu", {}),
@@ -132,13 +152,14 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "networkPolicies.enabled": (True, {}),
     "networkPolicies.buyers": ([PEER], POLICIES),
     "networkPolicies.prometheus": ([PEER], POLICIES),
+    "networkPolicies.dns.peers": ([PEER], POLICIES),
+    "networkPolicies.dns.port": (5353, POLICIES),
     "networkPolicies.kubernetes.peers": ([{"ipBlock": {"cidr": "10.0.0.1/32"}}], POLICIES),
     "networkPolicies.kubernetes.port": (443, POLICIES),
     "logLevel": ("debug", {}),
     "tracing.endpoint": ("http://collector:4318", {}),
     "tracing.ratio": (0.5, TRACING),
     "networkPolicies.collector.peers": ([PEER], merged(POLICIES, TRACING)),
-    "networkPolicies.collector.port": (1, merged(POLICIES, TRACING)),
     "podMonitors.enabled": (True, {}),
     "podMonitors.labels": ({"a": "b"}, MONITORS),
     "podMonitors.interval": ("1m", MONITORS),
@@ -193,6 +214,7 @@ EVERYWHERE: Final = at("operator.allNamespaces", True)
         (BY_CPU, {"HorizontalPodAutoscaler": 1}),
         (BY_LAG, {"ScaledObject": 1}),
         (INGRESS, {"Ingress": 1}),
+        (ROUTE, {"HTTPRoute": 1}),
         (TOPICS, {"KafkaTopic": 2}),
         (POLICIES, {"NetworkPolicy": 3}),
         (MONITORS, {"PodMonitor": 3}),
@@ -391,6 +413,180 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         at("api.image", {"tag": "2", "digest": f"sha256:{'0' * 64}"}),
         lambda r: r.container("api")["image"],
         f"flashsale/api@sha256:{'0' * 64}",
+    ),
+    (
+        "one registry for all images",
+        at("image.registry", "registry.example:5000/mirror"),
+        lambda r: [r.container(each)["image"] for each in COMPONENTS],
+        [f"registry.example:5000/mirror/flashsale/{each}:0.1.0" for each in COMPONENTS],
+    ),
+    (
+        "both forms of pull secrets",
+        at("imagePullSecrets", ["a", {"name": "b"}]),
+        lambda r: r.pod("api")["spec"]["imagePullSecrets"],
+        [{"name": "a"}, {"name": "b"}],
+    ),
+    (
+        "resources with every name, as texts and numbers",
+        at("api.resources.limits", {"cpu": 2, "ephemeral-storage": 1_000_000, "a.example/gpu": 1}),
+        lambda r: r.container("api")["resources"]["limits"],
+        {"memory": "512Mi", "cpu": 2, "ephemeral-storage": 1_000_000, "a.example/gpu": 1},
+    ),
+    (
+        "an additional variable from a Secret follows those of the chart",
+        at(
+            "consumer.extraEnv",
+            [
+                {
+                    "name": "OTEL_EXPORTER_OTLP_HEADERS",
+                    "valueFrom": {"secretKeyRef": {"name": "collector", "key": "headers"}},
+                }
+            ],
+        ),
+        lambda r: r.container("consumer")["env"][-2:],
+        [
+            {"name": "FLASHSALE_LOG_LEVEL", "value": "info"},
+            {
+                "name": "OTEL_EXPORTER_OTLP_HEADERS",
+                "valueFrom": {"secretKeyRef": {"name": "collector", "key": "headers"}},
+            },
+        ],
+    ),
+    (
+        "a spread has the selector of the component's own pods of the same revision",
+        at(
+            "api.topologySpreadConstraints",
+            [{"topologyKey": "rack", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"}],
+        ),
+        lambda r: r.pod("api")["spec"]["topologySpreadConstraints"],
+        [
+            {
+                "topologyKey": "rack",
+                "maxSkew": 2,
+                "whenUnsatisfiable": "DoNotSchedule",
+                "labelSelector": {
+                    "matchLabels": {
+                        "app.kubernetes.io/name": "flashsale",
+                        "app.kubernetes.io/instance": "shop",
+                        "app.kubernetes.io/component": "api",
+                    }
+                },
+                "matchLabelKeys": ["pod-template-hash"],
+            }
+        ],
+    ),
+    (
+        "a rollout within a full quota",
+        at("api.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
+        lambda r: r.one("Deployment", "api")["spec"]["strategy"],
+        {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+    ),
+    (
+        "the HTTPRoute exposes only the buyers' paths",
+        merged(ROUTE, at("api.httpRoute.hostnames", ["shop.example"])),
+        lambda r: r.one("HTTPRoute", "api")["spec"],
+        {
+            "parentRefs": [{"name": "public"}],
+            "hostnames": ["shop.example"],
+            "rules": [
+                {
+                    "matches": [
+                        {"path": {"type": "Exact", "value": "/reserve"}},
+                        {"path": {"type": "PathPrefix", "value": "/sales"}},
+                    ],
+                    "backendRefs": [{"name": "shop-flashsale-api", "port": 80}],
+                }
+            ],
+        },
+    ),
+    (
+        "one Kafka user that all components share",
+        at("kafka.sasl", {"mechanism": "PLAIN", "existingSecret": {"name": "login"}}),
+        lambda r: [
+            (
+                r.environment(each)["FLASHSALE_KAFKA_SASL_MECHANISM"],
+                r.environment(each)["FLASHSALE_KAFKA_USER"]["secretKeyRef"],
+                r.environment(each)["FLASHSALE_KAFKA_PASSWORD"]["secretKeyRef"],
+            )
+            for each in COMPONENTS
+        ],
+        [("PLAIN", {"name": "login", "key": "username"}, {"name": "login", "key": "password"})] * 3,
+    ),
+    (
+        "a client certificate for Kafka",
+        merged(TLS, at("kafka.tls.clientCertificate.existingSecret.name", "client")),
+        lambda r: [
+            (
+                r.environment(each)["FLASHSALE_KAFKA_CERT_FILE"],
+                r.environment(each)["FLASHSALE_KAFKA_KEY_FILE"],
+                r.container(each)["volumeMounts"][0]["mountPath"],
+                r.pod(each)["spec"]["volumes"][0]["secret"]["secretName"],
+                [
+                    item["path"]
+                    for item in r.pod(each)["spec"]["volumes"][0]["secret"]["items"]
+                    if item["path"] == item["key"]
+                ],
+            )
+            for each in COMPONENTS
+        ],
+        [
+            (
+                "/etc/flashsale-kafka-client/tls.crt",
+                "/etc/flashsale-kafka-client/tls.key",
+                "/etc/flashsale-kafka-client",
+                "client",
+                ["tls.crt", "tls.key"],
+            )
+        ]
+        * 3,
+    ),
+    *(
+        (
+            f"policies follow the address {address}",
+            merged(POLICIES, at(path, address), at("database.existingSecret.name", name)),
+            lambda r, component=component: destinations(r, component),
+            expected,
+        )
+        for path, address, name, component, expected in (
+            ("redis.url", "rediss://u@r:6380/0", "x", "api", [53, 53, 6380, 9092]),
+            ("redis.url", "redis://r", "x", "api", [53, 53, 6379, 9092]),
+            ("kafka.bootstrap", "a:9094,b:9094,c:9095", "x", "api", [53, 53, 6379, 9094, 9095]),
+            ("database.url", "postgresql://u@h:6432/x", "", "consumer", [53, 53, 6432, 9092]),
+            ("database.url", "postgres://[::1]", "", "consumer", [53, 53, 5432, 9092]),
+            ("database.url", "postgres://a:1,b/x?c=d:9", "", "consumer", [1, 53, 53, 5432, 9092]),
+            ("tracing.endpoint", "https://c/v1", "x", "api", [53, 53, 443, 6379, 9092]),
+            ("tracing.endpoint", "http://c", "x", "api", [53, 53, 80, 6379, 9092]),
+        )
+    ),
+    (
+        "policies follow the configured DNS",
+        merged(POLICIES, at("networkPolicies.dns", {"port": 5353, "peers": [PEER]})),
+        lambda r: [policy(r, each)["egress"][0] for each in COMPONENTS],
+        [
+            {
+                "ports": [
+                    {"protocol": "UDP", "port": 5353},
+                    {"protocol": "TCP", "port": 5353},
+                ],
+                "to": [PEER],
+            }
+        ]
+        * 3,
+    ),
+    (
+        "the pod of helm test reaches only DNS, the API, PostgreSQL and Kubernetes",
+        POLICIES,
+        lambda r: [
+            (
+                each["metadata"]["annotations"]["helm.sh/hook-weight"],
+                each["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"],
+                each["spec"].get("ingress"),
+                [rule["ports"][0]["port"] for rule in each["spec"]["egress"]],
+            )
+            for each in r.hooks
+            if each["kind"] == "NetworkPolicy"
+        ],
+        [("-1", "test", None, [53, 8080, 5432, 6443])],
     ),
     (
         "the API reaches only Redis and Kafka",
@@ -717,16 +913,31 @@ def test_each_component_has_its_own_kafka_user_and_trusts_kafkas_certificates(
 
 
 @pytest.mark.parametrize(
-    ("changes", "environment", "secrets"),
+    ("changes", "sasl", "secrets"),
     [
-        (TLS, [], []),
-        (USERS, ["username", "password"], []),
-        (merged(TLS, AUTHORITY), [], [("ca", "ca")]),
-        (merged(TLS, AUTHORITY, at("kafka.tls.existingSecret.name", "m")), [], [("ca", "m")]),
+        (TLS, None, []),
+        (USERS, "scram_sha512", []),
+        (merged(USERS, at("kafka.sasl.mechanism", "SCRAM-SHA-256")), "scram_sha256", []),
+        (
+            at("kafka.sasl", {"mechanism": "PLAIN", "existingSecret": {"name": "a"}}),
+            "plaintext",
+            [],
+        ),
+        (merged(TLS, AUTHORITY), None, [("ca", "ca", "ca.crt")]),
+        (
+            merged(TLS, AUTHORITY, at("kafka.tls.existingSecret", {"name": "m", "key": "pem"})),
+            None,
+            [("ca", "m", "pem")],
+        ),
+        (
+            merged(TLS, at("kafka.tls.clientCertificate.existingSecret.name", "client")),
+            None,
+            [("cert", "client", "tls.crt"), ("key", "client", "tls.key")],
+        ),
     ],
 )
 def test_keda_connects_to_kafka_with_the_consumers_credentials(
-    chart: Helm, changes: dict[str, Any], environment: list[str], secrets: list[tuple[str, str]]
+    chart: Helm, changes: dict[str, Any], sasl: str | None, secrets: list[tuple[str, str, str]]
 ) -> None:
     rendered = chart.render(BY_LAG, changes)
     (scaled,) = rendered.all("ScaledObject")
@@ -735,13 +946,14 @@ def test_keda_connects_to_kafka_with_the_consumers_credentials(
     assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
     has_tls = merged(TLS, changes) == changes
     assert trigger["metadata"].get("tls") == ("enable" if has_tls else None)
-    assert trigger["metadata"].get("sasl") == ("scram_sha512" if environment else None)
+    assert trigger["metadata"].get("sasl") == sasl
     given = authentication["spec"] or {}
-    assert [each["parameter"] for each in given.get("env", [])] == environment
+    parameters = [each["parameter"] for each in given.get("env", [])]
+    assert parameters == (["username", "password"] if sasl else [])
     known = rendered.environment("consumer")
     assert all(each["name"] in known for each in given.get("env", []))
-    found = [(each["parameter"], each["name"]) for each in given.get("secretTargetRef", [])]
-    assert found == secrets
+    found = given.get("secretTargetRef", [])
+    assert [(each["parameter"], each["name"], each["key"]) for each in found] == secrets
 
 
 def test_keda_has_no_authentication_if_kafka_needs_none(chart: Helm) -> None:

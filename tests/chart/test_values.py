@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -45,12 +45,16 @@ def test_the_schema_refuses_unknown_properties() -> None:
     assert open_ones == []
 
 
+NEEDED: Final = ("", "image", "secret", "wholeSecret", "strategy", "destination", "server")
+
+
 def test_a_section_that_is_null_is_refused() -> None:
     """Helm removes a value that is null, and the schema requires all of them."""
     optional = {
         path: missing
         for path, schema in objects(SCHEMA)
-        if path.startswith("/properties") or path in ("", "/$defs/image", "/$defs/secret")
+        if (path.startswith("/properties") and "/items" not in path)
+        or path.rpartition("/")[2] in NEEDED
         if (missing := set(schema.get("properties", {})) - set(schema.get("required", [])))
     }
     assert optional == {"": {"global"}}
@@ -72,6 +76,9 @@ def test_every_value_of_the_schema_has_a_default() -> None:
             elif isinstance(given[key], dict):
                 yield from missing(inner, given[key], f"{path}{key}.")
 
-    # Containers have no CPU limit by default.
-    expected = ["global", *(f"{each}.resources.limits.cpu" for each in ("api", "consumer"))]
-    assert list(missing(SCHEMA, defaults())) == [*expected, "operator.resources.limits.cpu"]
+    affinity = [
+        f"{component}.affinity.{kind}"
+        for component in ("api", "consumer", "operator")
+        for kind in ("nodeAffinity", "podAffinity", "podAntiAffinity")
+    ]
+    assert list(missing(SCHEMA, defaults())) == ["global", *affinity]

@@ -14,6 +14,10 @@ from tests.support.paths import ROOT
 _GO: Final = (
     ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
     ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_triggerauthentications.yaml"),
+    (
+        "sigs.k8s.io/gateway-api@v1.3.0",
+        "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml",
+    ),
     *(
         (
             "github.com/prometheus-operator/prometheus-operator@v0.85.0",

@@ -20,20 +20,22 @@ securityContext:
   runAsNonRoot: true
   seccompProfile:
     type: RuntimeDefault
-{{- with include "flashsale.authorities" .root | fromYaml }}
+{{- with include "flashsale.certificates" .root | fromYaml }}
 volumes:
   {{- range $volume, $of := . }}
   - name: {{ $volume }}
     secret:
       secretName: {{ $of.name | quote }}
       items:
-        - {key: {{ $of.key | quote }}, path: ca.crt}
+        {{- range $key, $file := $of.items }}
+        - {key: {{ $key | quote }}, path: {{ $file }}}
+        {{- end }}
   {{- end }}
 {{- end }}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . | quote }}
+  - name: {{ kindIs "map" . | ternary . (dict "name" .) | dig "name" "" | quote }}
   {{- end }}
 {{- end }}
 {{- with $values.priorityClassName }}
@@ -47,19 +49,24 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with $values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
+{{/* Spreads the pods of one revision, so that a rollout does not count the former pods. */}}
 {{- define "flashsale.pod.spread" -}}
+{{- with (index .root.Values .component).topologySpreadConstraints -}}
 topologySpreadConstraints:
-  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
-  - topologyKey: {{ . }}
-    maxSkew: 1
-    whenUnsatisfiable: ScheduleAnyway
+  {{- range . }}
+  - {{ toYaml . | nindent 4 | trim }}
     labelSelector:
       matchLabels:
         {{- include "flashsale.component.selector" $ | nindent 8 }}
     matchLabelKeys: [pod-template-hash]
   {{- end }}
+{{- end }}
 {{- end }}
 
 {{/* Container without its environment, ports and probes. Takes "of" like flashsale.pod.spec. */}}
@@ -67,10 +74,11 @@ topologySpreadConstraints:
 {{- $values := index .root.Values (default .component .of) -}}
 name: {{ .component }}
 {{- with $values.image }}
+{{- $repository := list $.root.Values.image.registry .repository | compact | join "/" }}
 {{- if .digest }}
-image: {{ printf "%s@%s" .repository .digest | quote }}
+image: {{ printf "%s@%s" $repository .digest | quote }}
 {{- else }}
-image: {{ printf "%s:%s" .repository (default $.root.Chart.AppVersion .tag) | quote }}
+image: {{ printf "%s:%s" $repository (default $.root.Chart.AppVersion .tag) | quote }}
 {{- end }}
 imagePullPolicy: {{ .pullPolicy }}
 {{- end }}
@@ -81,7 +89,7 @@ securityContext:
     drop: [ALL]
 resources:
   {{- toYaml $values.resources | nindent 2 }}
-{{- with include "flashsale.authorities" .root | fromYaml }}
+{{- with include "flashsale.certificates" .root | fromYaml }}
 volumeMounts:
   {{- range $volume, $of := . }}
   - {name: {{ $volume }}, mountPath: {{ $of.folder }}, readOnly: true}
@@ -89,85 +97,20 @@ volumeMounts:
 {{- end }}
 {{- end }}
 
-{{/* Secrets with CA certificates, by the name of their volume. */}}
-{{- define "flashsale.authorities" -}}
+{{/* Secrets with certificates, by the name of their volume. "items" are the file names by key. */}}
+{{- define "flashsale.certificates" -}}
 {{- with .Values.certificateAuthority.existingSecret }}
 {{- if .name }}
-certificate-authority: {name: {{ .name | quote }}, key: {{ .key | quote }}, folder: /etc/flashsale}
+certificate-authority: {name: {{ .name | quote }}, folder: /etc/flashsale, items: { {{ .key | quote }}: ca.crt } }
 {{- end }}
 {{- end }}
 {{- with .Values.kafka.tls }}
 {{- if and .enabled .existingSecret.name }}
-kafka-certificate-authority: {name: {{ .existingSecret.name | quote }}, key: {{ .existingSecret.key | quote }}, folder: /etc/flashsale-kafka}
+kafka-certificate-authority: {name: {{ .existingSecret.name | quote }}, folder: /etc/flashsale-kafka, items: { {{ .existingSecret.key | quote }}: ca.crt } }
 {{- end }}
+{{- if and .enabled .clientCertificate.existingSecret.name }}
+kafka-client-certificate: {name: {{ .clientCertificate.existingSecret.name | quote }}, folder: /etc/flashsale-kafka-client, items: {tls.crt: tls.crt, tls.key: tls.key}}
 {{- end }}
-{{- end }}
-
-{{/* CA certificates for Redis (Python reads SSL_CERT_FILE) and PostgreSQL (PGSSLROOTCERT). */}}
-{{- define "flashsale.certificates" -}}
-{{- if .Values.certificateAuthority.existingSecret.name }}
-{{- range list "SSL_CERT_FILE" "PGSSLROOTCERT" }}
-- name: {{ . }}
-  value: /etc/flashsale/ca.crt
-{{- end }}
-{{- end }}
-{{- end }}
-
-{{/* An address, from a value or a Secret: (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url"). */}}
-{{- define "flashsale.address" -}}
-- name: {{ .variable }}
-  {{- with .of.existingSecret }}
-  {{- if .name }}
-  valueFrom:
-    secretKeyRef:
-      name: {{ .name | quote }}
-      key: {{ .key | quote }}
-  {{- else }}
-  value: {{ index $.of $.key | quote }}
-  {{- end }}
-  {{- end }}
-{{- end }}
-
-{{- define "flashsale.address.redis" -}}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" .Values.redis "key" "url") }}
-{{- end }}
-
-{{/* Kafka's address, TLS settings and the component's user. */}}
-{{- define "flashsale.address.kafka" -}}
-{{- $kafka := .root.Values.kafka -}}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_KAFKA_BOOTSTRAP" "of" $kafka "key" "bootstrap") }}
-{{- if $kafka.tls.enabled }}
-- name: FLASHSALE_KAFKA_TLS
-  value: "true"
-{{- if $kafka.tls.existingSecret.name }}
-- name: FLASHSALE_KAFKA_CA_FILE
-  value: /etc/flashsale-kafka/ca.crt
-{{- end }}
-{{- end }}
-{{- with index $kafka.users .component }}
-- name: FLASHSALE_KAFKA_USER
-  value: {{ . | quote }}
-- name: FLASHSALE_KAFKA_PASSWORD
-  valueFrom:
-    secretKeyRef:
-      name: {{ . | quote }}
-      key: password
-{{- end }}
-{{- end }}
-
-{{- define "flashsale.address.database" -}}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" .Values.database "key" "url") }}
-{{- end }}
-
-{{/* Logs and traces. The operator sends no traces. */}}
-{{- define "flashsale.observability" -}}
-- name: FLASHSALE_LOG_LEVEL
-  value: {{ .root.Values.logLevel }}
-{{- if and .root.Values.tracing.endpoint (ne .component "operator") }}
-- name: OTEL_EXPORTER_OTLP_ENDPOINT
-  value: {{ .root.Values.tracing.endpoint | quote }}
-- name: OTEL_TRACES_SAMPLER_ARG
-  value: {{ .root.Values.tracing.ratio | quote }}
 {{- end }}
 {{- end }}
 

@@ -57,6 +57,40 @@
 {{- $wrong = append $wrong "kafka.tls.existingSecret.name requires kafka.tls.enabled" }}
 {{- end }}
 {{- end }}
+{{- with .Values.kafka }}
+{{- if and .tls.clientCertificate.existingSecret.name (not .tls.enabled) }}
+{{- $wrong = append $wrong "kafka.tls.clientCertificate.existingSecret.name requires kafka.tls.enabled" }}
+{{- end }}
+{{- if and .sasl.existingSecret.name (without (values .users) "") }}
+{{- $wrong = append $wrong "kafka.users and kafka.sasl.existingSecret.name are both set: set only one of them" }}
+{{- end }}
+{{- if and (ne .sasl.mechanism "SCRAM-SHA-512") (not .sasl.existingSecret.name) (not (without (values .users) "")) }}
+{{- $wrong = append $wrong "kafka.sasl.mechanism requires kafka.users or kafka.sasl.existingSecret.name" }}
+{{- end }}
+{{- end }}
+{{- range $component := list "api" "consumer" "operator" }}
+{{- $names := list }}
+{{- range include "flashsale.environment" (dict "root" $ "component" $component) | fromYamlArray }}
+{{- if has .name $names }}
+{{- $wrong = append $wrong (printf "%s.extraEnv: the variable %s is set already" $component .name) }}
+{{- end }}
+{{- $names = append $names .name }}
+{{- end }}
+{{- end }}
+{{- range $component := list "api" "consumer" }}
+{{- with (index $.Values $component).strategy.rollingUpdate }}
+{{- if and (has (toString .maxSurge) (list "0" "0%")) (has (toString .maxUnavailable) (list "0" "0%")) }}
+{{- $wrong = append $wrong (printf "%s.strategy.rollingUpdate: maxSurge and maxUnavailable are both 0, so no pod could be replaced" $component) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $server := list "redis" "kafka" "database" }}
+{{- $port := int (index $.Values.networkPolicies $server).port }}
+{{- $ports := include "flashsale.network.ports" (dict "root" $ "server" $server) | fromJsonArray }}
+{{- if and $port $ports (ne (join "," $ports) (toString $port)) }}
+{{- $wrong = append $wrong (printf "networkPolicies.%s.port is %d, but the address has port %s: remove the value" $server $port (join "," $ports)) }}
+{{- end }}
+{{- end }}
 {{- with .Values.kafka.topics }}
 {{- if .enabled }}
 {{- if not .cluster }}
@@ -74,6 +108,21 @@
 {{- end }}
 {{- if and .Values.api.service.nodePort (eq .Values.api.service.type "ClusterIP") }}
 {{- $wrong = append $wrong "api.service.nodePort requires api.service.type NodePort or LoadBalancer" }}
+{{- end }}
+{{- with .Values.api.service }}
+{{- if ne .type "LoadBalancer" }}
+{{- range $key := list "loadBalancerClass" "loadBalancerSourceRanges" }}
+{{- if index $.Values.api.service $key }}
+{{- $wrong = append $wrong (printf "api.service.%s requires api.service.type LoadBalancer" $key) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and .externalTrafficPolicy (eq .type "ClusterIP") }}
+{{- $wrong = append $wrong "api.service.externalTrafficPolicy requires api.service.type NodePort or LoadBalancer" }}
+{{- end }}
+{{- end }}
+{{- if and .Values.api.httpRoute.enabled (not .Values.api.httpRoute.parentRefs) }}
+{{- $wrong = append $wrong "api.httpRoute.enabled requires api.httpRoute.parentRefs, the Gateways that the route joins" }}
 {{- end }}
 {{- if and .Values.api.ingress.tlsSecretName (not .Values.api.ingress.host) }}
 {{- $wrong = append $wrong "api.ingress.tlsSecretName requires api.ingress.host, the name in its certificate" }}
