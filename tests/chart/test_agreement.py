@@ -110,6 +110,12 @@ def test_the_installed_crd_is_the_file(plain: Rendered) -> None:
     assert rendered["metadata"]["name"] == file["metadata"]["name"]
 
 
+def test_all_times_in_the_crd_have_the_same_format() -> None:
+    formats = re.findall(r"matches\('(\^\(2[^']*)'\)", CRD.read_text())
+    assert len(formats) == 3
+    assert len(set(formats)) == 1
+
+
 @each_component
 def test_the_chart_uses_the_image_name_of_the_dockerfile(component: str) -> None:
     values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())

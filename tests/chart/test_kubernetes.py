@@ -1,6 +1,8 @@
 """A real kube-apiserver accepts the rendered chart, and Helm installs and upgrades it there."""
 
 import json
+import re
+from itertools import pairwise
 from typing import Any, Final
 
 import pytest
@@ -16,7 +18,7 @@ from tests.support.chart import (
     at,
     merged,
 )
-from tests.support.paths import CHART
+from tests.support.paths import CHART, CRD
 
 pytestmark = pytest.mark.slow
 
@@ -233,4 +235,44 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     helm("install", "shop", str(CHART), values=merged(ADDRESSES, EVERYTHING))
     assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
     uninstall()
+    cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)
+
+
+def test_kubectl_get_shows_whether_a_sale_is_ready_and_why_not(cluster: ControlPlane) -> None:
+    """Write a status as the operator does, and read the table."""
+    cluster.kubectl("apply", "-f", str(CRD), check=True)
+    cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
+    sale: dict[str, Any] = {
+        "apiVersion": "flashsale.dev/v1alpha1",
+        "kind": "FlashSale",
+        "metadata": {"name": "columns", "namespace": "default"},
+        "spec": {"itemId": "columns", "stock": 100},
+    }
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(sale), check=True)
+    condition = {"observedGeneration": 1, "lastTransitionTime": "2026-11-27T09:00:00Z"}
+    ready = {"type": "Ready", "status": "False", "reason": "OtherEngine", "message": "of another"}
+    selling = {"type": "Open", "status": "True", "reason": "Selling", "message": "open"}
+    status = {
+        "observedGeneration": 1,
+        "engine": "0b6d6a0e-53a4-4a26-bd01-3a0d5ba1f4f0",
+        "accepted": 7,
+        "available": 93,
+        "conditions": [{**condition, **ready}, {**condition, **selling}],
+    }
+    patch = ("patch", "fs", "columns", "--subresource=status", "--type=merge", "-p")
+    cluster.kubectl(*patch, json.dumps({"status": status}), check=True)
+    stored = cluster.kubectl("get", "fs", "columns", "-o", "json", check=True).stdout
+    assert json.loads(stored)["status"] == status
+
+    def columns(*arguments: str) -> dict[str, str]:
+        table = cluster.kubectl("get", "fs", "columns", *arguments, check=True).stdout
+        names, values = table.splitlines()
+        starts = [each.start() for each in re.finditer(r"\S+", names)]
+        cells = [values[a:b].strip() for a, b in pairwise([*starts, len(values)])]
+        return dict(zip(names.split(), cells, strict=True))
+
+    plain, wide = columns(), columns("-o", "wide")
+    assert plain.items() >= {"STATE": "Selling", "READY": "False", "AVAILABLE": "93"}.items()
+    assert wide.items() >= {"ACCEPTED": "7", "MESSAGE": "of another"}.items()
+    assert wide.keys() - plain.keys() == {"ACCEPTED", "MESSAGE"}
     cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)

@@ -82,9 +82,29 @@ def test_the_server_accepts_manifests_that_flashsalectl_accepts(
         ("end_before_start", "spec.endsAt: Invalid value"),
         ("end_before_start", "must be after spec.startsAt"),
         ("stock_too_large", "should be less than or equal to 100000000"),
-        ("start_on_no_day", "spec.startsAt in body must be of type date-time"),
+        ("start_on_no_day", "must be an RFC 3339 time with an offset in the years 2000 to 2999,"),
         ("field_misspelt", 'unknown field "spec.stocks"'),
     ],
 )
 def test_a_refusal_states_the_rule(plane: ControlPlane, name: str, words: str) -> None:
     assert words in ask(plane, manifest(BAD_MANIFESTS[name]))[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, bad in BAD_MANIFESTS.items()
+        if name.startswith(("start_", "end_"))
+        and all(type(each) is str for each in bad.spec.values())
+    ],
+)
+def test_a_refused_time_is_answered_in_words(plane: ControlPlane, name: str) -> None:
+    bad = BAD_MANIFESTS[name]
+    refusal = ask(plane, manifest(bad))[1]
+    assert "[0-9]" not in refusal
+    assert "<nil>" not in refusal
+    assert "evaluating rule" not in refusal
+    (mistake,) = bad.mistakes
+    assert refusal.count("Invalid value") == 1
+    assert mistake.partition(":")[0] in refusal
