@@ -223,9 +223,8 @@ class Batcher:
     ) -> BatchReply | Outcome | Failure:
         """Calls the script, and repeats a failed call once. The ids make the repetition a replay.
 
-        A reply that arrives after the deadline is ignored. A pod that was suspended may find a
-        reply from before a Redis failure in its socket, and the rebuilt sale may not have its
-        reservations.
+        A reply that arrives after the deadline is ignored. After the pod was suspended, its socket
+        may hold a reply from before a Redis failure. The rebuilt sale may lack its reservations.
         """
         loop = asyncio.get_running_loop()
         maybe_executed = False

@@ -1,4 +1,4 @@
-"""A connection by itself, on a real socket: what it keeps, ends and does not begin."""
+"""One connection on a real socket: its memory, its end, and the requests that it ignores."""
 
 import asyncio
 import gc
@@ -20,7 +20,7 @@ from flashsale_api.batcher import Batcher
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
-from tests.unit.api.test_batcher import Publications, StandingInventory
+from tests.support.batcher import HeldInventory, RecordingPublisher
 
 BODY = b'{"userId":"ann","itemId":"x","quantity":1}'
 GOOD = b"POST /reserve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -28,24 +28,24 @@ GOOD += b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 BAD = GOOD.replace(b'"quantity"', b'"quantite"')
 
 
-class Talk:
-    """A connection and the client at its other end."""
+class Client:
+    """The client of a connection, with the connection's server side."""
 
-    def __init__(self, connection: HttpProtocol, client: socket.socket) -> None:
-        self.connection, self.client = connection, client
+    def __init__(self, connection: HttpProtocol, end: socket.socket) -> None:
+        self.connection, self._socket = connection, end
 
     async def send(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.client, data)
+        await asyncio.get_running_loop().sock_sendall(self._socket, data)
         await asyncio.sleep(0.01)
 
     async def answers(self) -> list[int]:
-        """The statuses of what has come by now; 0 last where the connection was closed."""
+        """Return the statuses of the answers so far, and a final 0 if the connection was closed."""
         await asyncio.sleep(0.05)
         loop, heads = asyncio.get_running_loop(), b""
         try:
             while True:
                 async with asyncio.timeout(0.05):
-                    read = await loop.sock_recv(self.client, 65536)
+                    read = await loop.sock_recv(self._socket, 65536)
                 if not read:
                     break
                 heads += read
@@ -57,9 +57,11 @@ class Talk:
 
 
 @asynccontextmanager
-async def talk(inventory: StandingInventory, timeout_keep_alive: int = 75) -> AsyncIterator[Talk]:
+async def connected(
+    inventory: HeldInventory, timeout_keep_alive: int = 75
+) -> AsyncIterator[Client]:
     metrics = Metrics()
-    reserve = Reserve(Batcher(inventory, Publications(), metrics), metrics)
+    reserve = Reserve(Batcher(inventory, RecordingPublisher(), metrics), metrics)
     config = uvicorn.Config(
         Application(reserve, Starlette()),
         http=HttpProtocol,
@@ -74,71 +76,76 @@ async def talk(inventory: StandingInventory, timeout_keep_alive: int = 75) -> As
     theirs.setblocking(False)
     transport, _ = await asyncio.get_running_loop().create_connection(lambda: connection, sock=ours)
     try:
-        yield Talk(connection, theirs)
+        yield Client(connection, theirs)
     finally:
         transport.abort()
         await asyncio.sleep(0)
         theirs.close()
 
 
-async def test_a_closed_connection_is_gone_at_once() -> None:
-    """The garbage collector runs too seldom to be needed for that."""
+async def test_a_closed_connection_is_freed_without_the_garbage_collector() -> None:
+    """A connection is in no reference cycle, so it does not wait for the garbage collector."""
     gc.collect()
     gc.disable()
     try:
-        async with talk(StandingInventory()) as one:
-            await one.send(BAD + BAD)
-            assert await one.answers() == [422, 422]
-            gone = weakref.ref(one.connection)
-        del one
+        async with connected(HeldInventory()) as client:
+            await client.send(BAD + BAD)
+            assert await client.answers() == [422, 422]
+            gone = weakref.ref(client.connection)
+        del client
         await asyncio.sleep(0.01)
         assert gone() is None
     finally:
         gc.enable()
 
 
-async def test_nothing_is_kept_of_a_body_that_was_too_large_and_its_sender_is_not_waited_for() -> (
-    None
-):
-    async with talk(StandingInventory(), timeout_keep_alive=1) as one:
+async def test_a_body_that_is_too_large_is_dropped_and_the_keep_alive_timer_restarts() -> None:
+    async with connected(HeldInventory(), timeout_keep_alive=1) as client:
         size = MAX_BODY_BYTES + 10
-        await one.send(GOOD.replace(b"Length: %d" % len(BODY), b"Length: %d" % size)[: -len(BODY)])
-        await one.send(b"a" * (size - 5))
-        assert await one.answers() == [413]
-        assert not one.connection.cycle.body
-        await one.send(b"a" * 5)
-        await one.send(BAD)
-        assert await one.answers() == [422]
-        await one.send(GOOD.replace(b"Length: %d" % len(BODY), b"Length: %d" % size)[: -len(BODY)])
-        await one.send(b"a" * (size - 5))
-        await one.send(b"a" * 5)
+        head = GOOD.removesuffix(BODY).replace(b"Length: %d" % len(BODY), b"Length: %d" % size)
+        await client.send(head)
+        await client.send(b"a" * (size - 5))
+        assert await client.answers() == [413]
+        assert not client.connection.cycle.body
+        await client.send(b"a" * 5)
+        await client.send(BAD)
+        assert await client.answers() == [422]
+        await client.send(head)
+        await client.send(b"a" * (size - 5))
+        await client.send(b"a" * 5)
         await asyncio.sleep(1.2)
-        assert await one.answers() == [413, 0]
+        assert await client.answers() == [413, 0]
 
 
-async def test_what_comes_behind_the_last_answer_is_not_begun() -> None:
-    inventory = StandingInventory()
-    async with talk(inventory) as one:
-        await one.send(BAD[:-5])
-        one.connection.shutdown()
-        await one.send(BAD[-5:] + GOOD)
-        assert await one.answers() == [422, 0]
+async def test_requests_after_the_last_answer_of_a_connection_are_ignored() -> None:
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        await client.send(BAD[:-5])
+        client.connection.shutdown()
+        await client.send(BAD[-5:] + GOOD)
+        assert await client.answers() == [422, 0]
         assert inventory.calls == []
 
 
-async def test_who_has_asked_before_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    inventory = StandingInventory()
-    async with talk(inventory) as one:
-        await one.send(GOOD)
-        one.connection.shutdown()
+async def test_a_request_before_the_shutdown_is_answered() -> None:
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        await client.send(GOOD)
+        client.connection.shutdown()
         inventory.go.release()
-        assert await one.answers() == [202, 0]
-    monkeypatch.setattr(reserve_module, "_answer", json.loads)  # which takes no decision
-    async with talk(inventory) as one:
+        assert await client.answers() == [202, 0]
+
+
+async def test_a_failure_is_answered_500_and_the_connection_stays_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reserve_module, "_answer", json.loads)  # raises TypeError for a decision
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
         inventory.go.release()
-        await one.send(GOOD)
-        assert await one.answers() == [500]
+        await client.send(GOOD)
+        assert await client.answers() == [500]
         monkeypatch.undo()
         inventory.go.release()
-        await one.send(GOOD)
-        assert await one.answers() == [202]
+        await client.send(GOOD)
+        assert await client.answers() == [202]

@@ -1,4 +1,4 @@
-"""From an accepted reservation to an acknowledged event, whatever happens to Kafka or the pod."""
+"""Accepted reservations reach Kafka, even if Kafka or the pod fails. Needs Redis and Kafka."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -25,7 +25,8 @@ from flashsale_api import sweeper as sweeper_module
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.sweeper import Sweeper
-from tests.servers.api.test_reserve import reserve
+from tests.support.api import UNKNOWN_ID, reserve
+from tests.support.eventually import until
 
 ITEM = "phone"
 SPEC = SaleSpec("default/phone", ITEM, 100_000, max_per_user=10)
@@ -38,17 +39,17 @@ def redis_here(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-async def stock_here(redis_here: RedisServer) -> AsyncIterator[Inventory]:
+async def inventory_here(redis_here: RedisServer) -> AsyncIterator[Inventory]:
     client = redis_client.connect(redis_here.url)
-    stock = Inventory(client)
-    assert await stock.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
-    yield stock
+    inventory = Inventory(client)
+    assert await inventory.apply(SPEC, 1, seed_until_ms=2**53) is Applied.SEEDED
+    yield inventory
     await client.aclose()
 
 
 @pytest.fixture
 def kafka_here(tmp_path: Path) -> Iterator[KafkaServer]:
-    """A broker that the test starts, stops and kills."""
+    """A broker that the test starts, stops or kills."""
     server = KafkaServer(tmp_path / "kafka")
     yield server
     server.kill()
@@ -82,7 +83,7 @@ async def start_kafka(kafka: KafkaServer) -> None:
 
 
 async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:
-    """Everything on the topic."""
+    """Return all records of the topic."""
     consumer = AIOKafkaConsumer(
         events.TOPIC, bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
     )
@@ -99,17 +100,22 @@ async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:
         await consumer.stop()
 
 
-async def outbox_is_empty(stock: Inventory) -> None:
-    async with asyncio.timeout(60):
-        while (await stock.sales([ITEM]))[ITEM].outbox_length:
-            await asyncio.sleep(0.05)
+async def outbox_is_empty(inventory: Inventory) -> None:
+    async def empty() -> bool:
+        return not (await inventory.sales([ITEM]))[ITEM].outbox_length
+
+    await until(empty)
 
 
-async def gave_up_a_producer(api: ApiServer) -> None:
-    """Kafka was away for so long that its client dropped what it was given."""
-    async with httpx.AsyncClient() as http, asyncio.timeout(60):
-        while "flashsale_api_publish_failures_total 0.0" in (await http.get(api.metrics_url)).text:
-            await asyncio.sleep(0.2)
+async def producer_is_discarded(api: ApiServer) -> None:
+    """Wait until Kafka has been down for so long that the API has discarded a producer."""
+    async with httpx.AsyncClient() as http:
+
+        async def discarded() -> bool:
+            text = (await http.get(api.metrics_url)).text
+            return "flashsale_api_publish_failures_total 0.0" not in text
+
+        await until(discarded, pause=0.2)
 
 
 def a_crowd(number: int, name: str = "u") -> list[Attempt]:
@@ -123,13 +129,13 @@ def ids(records: list[ConsumerRecord[bytes, bytes]]) -> set[str]:
     return {events.decode(record.value).reservation_id for record in records}
 
 
-async def test_whoever_answers_a_replay_publishes_it_too(
+async def test_a_pod_that_answers_a_replay_also_publishes_it(
     kafka_here: KafkaServer,
     new_api: Callable[[str], ApiServer],
     redis_here: RedisServer,
-    stock_here: Inventory,
+    inventory_here: Inventory,
 ) -> None:
-    """Redis loses what another pod, which is dead, had accepted: the second 202 keeps its word."""
+    """A dead pod accepted the reservation, and Redis loses it after the second 202."""
     request = {"userId": "ann", "itemId": ITEM, "quantity": 2}
     first, second = new_api("first"), new_api("second")
     await asyncio.to_thread(first.start)
@@ -138,24 +144,22 @@ async def test_whoever_answers_a_replay_publishes_it_too(
     first.kill()
     await asyncio.to_thread(second.start)
     async with httpx.AsyncClient(base_url=second.url) as http:
-        for _ in range(3):  # held once, however often it is answered
+        for _ in range(3):  # several replays are one held event
             again = await http.post("/reserve", json=request, headers={"Idempotency-Key": "k"})
             assert (again.status_code, again.json()) == (202, answer.json())
-    sale = (await stock_here.sales([ITEM]))[ITEM]
+    sale = (await inventory_here.sales([ITEM]))[ITEM]
     assert (sale.accepted, sale.outbox_length) == (2, 1)
     client = redis_client.connect(redis_here.url)
     await client.flushall()
     await client.aclose()
     await start_kafka(kafka_here)
-    async with asyncio.timeout(60):
-        while not (records := await published(kafka_here)):
-            await asyncio.sleep(0.2)
+    records = await until(lambda: published(kafka_here), pause=0.2)
     assert ids(records) == {answer.json()["reservationId"]}
     assert len(records) == 1
 
 
 async def test_an_event_carries_the_reservation_and_its_sale(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
 ) -> None:
     await start_kafka(kafka_here)
     api = new_api("api")
@@ -168,7 +172,7 @@ async def test_an_event_carries_the_reservation_and_its_sale(
             headers={"Idempotency-Key": "k", "traceparent": trace},
         )
     shown: dict[str, Any] = answer.json()
-    await outbox_is_empty(stock_here)
+    await outbox_is_empty(inventory_here)
     [record] = await published(kafka_here)
     assert record.key == shown["reservationId"].encode()
     assert dict(record.headers) == {
@@ -194,30 +198,30 @@ async def test_an_event_carries_the_reservation_and_its_sale(
     assert (event.allocated, event.capacity, event.revision) == (100_000, 100_000, 1)
 
 
-async def test_kafka_absent_at_the_start_costs_nothing(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+async def test_reservations_from_before_kafkas_first_start_are_published(
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
 ) -> None:
     api = new_api("api")
     await asyncio.to_thread(api.start)
     journal = await stampede([api.url], a_crowd(300))
     assert {entry.status for entry in journal.entries} == {202}
-    assert (await stock_here.sales([ITEM]))[ITEM].outbox_length == 300
+    assert (await inventory_here.sales([ITEM]))[ITEM].outbox_length == 300
     await start_kafka(kafka_here)
-    await outbox_is_empty(stock_here)
+    await outbox_is_empty(inventory_here)
     assert ids(await published(kafka_here)) == set(journal.accepted())
 
 
-async def test_a_killed_pod_leaves_its_events_to_the_sweep_of_another(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+async def test_another_pod_sweeps_the_events_of_a_killed_pod(
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
 ) -> None:
     victim, survivor = new_api("victim"), new_api("survivor")
     await asyncio.gather(asyncio.to_thread(victim.start), asyncio.to_thread(survivor.start))
-    of_the_dead = await stampede([victim.url], a_crowd(200, "v"))
-    of_the_living = await stampede([survivor.url], a_crowd(200, "s"))
+    by_victim = await stampede([victim.url], a_crowd(200, "v"))
+    by_survivor = await stampede([survivor.url], a_crowd(200, "s"))
     victim.kill()
     await start_kafka(kafka_here)
-    await outbox_is_empty(stock_here)
-    assert ids(await published(kafka_here)) == {*of_the_dead.accepted(), *of_the_living.accepted()}
+    await outbox_is_empty(inventory_here)
+    assert ids(await published(kafka_here)) == {*by_victim.accepted(), *by_survivor.accepted()}
 
 
 @pytest.mark.slow
@@ -225,7 +229,7 @@ async def test_a_killed_pod_leaves_its_events_to_the_sweep_of_another(
 async def test_kafka_restarted_under_load_loses_nothing(
     kafka_here: KafkaServer,
     new_api: Callable[[str], ApiServer],
-    stock_here: Inventory,
+    inventory_here: Inventory,
     graceful: bool,
 ) -> None:
     await start_kafka(kafka_here)
@@ -244,44 +248,45 @@ async def test_kafka_restarted_under_load_loses_nothing(
     await stampede([api.url for api in apis], late, connections=20, journal=journal)
     assert {entry.status for entry in journal.entries} == {202}
     for api in apis:
-        await gave_up_a_producer(api)
+        await producer_is_discarded(api)
     await start_kafka(kafka_here)
-    await outbox_is_empty(stock_here)
+    await outbox_is_empty(inventory_here)
     assert ids(await published(kafka_here)) == set(journal.accepted())
 
 
-async def test_a_pod_that_is_told_to_end_publishes_what_it_accepted(
+async def test_a_stopping_pod_publishes_its_accepted_reservations(
     kafka_here: KafkaServer,
     redis_here: RedisServer,
     new_api: Callable[[str], ApiServer],
-    stock_here: Inventory,
+    inventory_here: Inventory,
 ) -> None:
     await start_kafka(kafka_here)
     api = new_api("api")
     await asyncio.to_thread(api.start)
     journal = await stampede([api.url], a_crowd(500))
     await asyncio.to_thread(api.stop)
-    assert (await stock_here.sales([ITEM]))[ITEM].outbox_length == 0
+    assert (await inventory_here.sales([ITEM]))[ITEM].outbox_length == 0
     assert ids(await published(kafka_here)) == set(journal.accepted())
     client = redis_client.connect(redis_here.url)
     assert await heartbeat.living(client) == []
     await client.aclose()
 
 
-async def test_a_heartbeat_says_what_kafka_has_not_acknowledged(
+async def test_a_heartbeat_counts_the_unacknowledged_events_per_item(
     kafka_here: KafkaServer,
     redis_here: RedisServer,
     new_api: Callable[[str], ApiServer],
-    stock_here: Inventory,
+    inventory_here: Inventory,
 ) -> None:
     api = new_api("api")
     await asyncio.to_thread(api.start)
     client = redis_client.connect(redis_here.url)
 
     async def beats(unacknowledged: dict[str, int]) -> None:
+        """Wait for a heartbeat with this count."""
         async with asyncio.timeout(60):
             while True:
-                since_ms = (await stock_here.server()).now_ms
+                since_ms = (await inventory_here.server()).now_ms
                 pods = await heartbeat.living(client)
                 if [pod.unacknowledged for pod in pods] == [unacknowledged]:
                     assert pods[0].sampled_ms <= since_ms
@@ -301,22 +306,22 @@ async def test_a_heartbeat_says_what_kafka_has_not_acknowledged(
 
 
 async def test_a_reservation_whose_reply_was_lost_is_published_by_the_sweep(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], stock_here: Inventory
+    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
 ) -> None:
-    """As after an unknown outcome: Redis has the entry and no pod knows of it."""
+    """Redis has the outbox entry, and no pod holds the event."""
     await start_kafka(kafka_here)
-    request = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
-    await stock_here.reserve(ITEM, [request], timeout_seconds=5)
+    request = Request(UNKNOWN_ID, "ann", 1)
+    await inventory_here.reserve(ITEM, [request], timeout_seconds=5)
     api = new_api("api")
     await asyncio.to_thread(api.start)
-    await outbox_is_empty(stock_here)
+    await outbox_is_empty(inventory_here)
     assert ids(await published(kafka_here)) == {request.reservation_id}
     async with httpx.AsyncClient(base_url=api.url) as http:
         assert (await reserve(http, ITEM, "bob")).status_code == 202
 
 
-class Settling(Outbox):
-    """Remembers in what order items are settled."""
+class RecordingOutbox(Outbox):
+    """Records the order in which items are settled, with the number of entries."""
 
     def __init__(self, redis: "Redis") -> None:
         super().__init__(redis)
@@ -328,9 +333,9 @@ class Settling(Outbox):
 
 
 @pytest.fixture
-async def settling(redis_here: RedisServer) -> AsyncIterator[Settling]:
+async def outbox(redis_here: RedisServer) -> AsyncIterator[RecordingOutbox]:
     client = redis_client.connect(redis_here.url)
-    yield Settling(client)
+    yield RecordingOutbox(client)
     await client.aclose()
 
 
@@ -339,8 +344,8 @@ def accepted(item_id: str, number: int) -> Accepted:
     return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
 
 
-async def test_no_item_waits_until_another_is_settled(settling: Settling) -> None:
-    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), settling, Metrics())
+async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics())
     for item_id, number in (("many", 600), ("few", 300), ("one", 1)):
         publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}") for n in range(number)]
     publisher._to_settle.set()
@@ -349,26 +354,30 @@ async def test_no_item_waits_until_another_is_settled(settling: Settling) -> Non
         while publisher._acknowledged:
             await asyncio.sleep(0.01)
     task.cancel()
-    assert settling.settled == [
-        *(("many", 256), ("few", 256), ("one", 1)),
-        *(("many", 256), ("few", 44), ("many", 88)),
+    assert outbox.settled == [
+        ("many", 256),
+        ("few", 256),
+        ("one", 1),
+        ("many", 256),
+        ("few", 44),
+        ("many", 88),
     ]
 
 
-async def test_who_has_much_to_settle_does_not_sweep(
-    stock_here: Inventory, settling: Settling, monkeypatch: pytest.MonkeyPatch
+async def test_a_pod_with_a_backlog_does_not_sweep(
+    inventory_here: Inventory, outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a failure of Kafka most of what it would read again and again are its own entries."""
+    """After an outage of Kafka, it would mostly read its own entries, again and again."""
     monkeypatch.setattr(sweeper_module, "BACKLOG", 10)
     monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
-    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), settling, Metrics())
+    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics())
     publisher.connected = True
     own = [accepted(ITEM, number) for number in range(10)]
     for each in own:
         publisher.add(each)
-    others = Request("01a208bd-5117-7f0d-b8d8-4e8e9760b87e", "ann", 1)
-    await stock_here.reserve(ITEM, [others], timeout_seconds=5)
-    sweeper = Sweeper(stock_here, settling, publisher, Metrics(), "pod")
+    others = Request(UNKNOWN_ID, "ann", 1)
+    await inventory_here.reserve(ITEM, [others], timeout_seconds=5)
+    sweeper = Sweeper(inventory_here, outbox, publisher, Metrics(), "pod")
     await sweeper.sweep()
     assert publisher.held == 10
     publisher._forget([(ITEM, own[0].entry_id)])

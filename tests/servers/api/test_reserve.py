@@ -1,13 +1,9 @@
-"""POST /reserve on a real API process: every answer of the table, and what the reference got
-wrong.
-"""
+"""POST /reserve on a real API process: every answer, and the limits under concurrency."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 import httpx
 import pytest
@@ -19,35 +15,12 @@ from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.sale import rfc3339_of_ms
+from tests.support.api import UNKNOWN_ID, OpenSale, accepted, problem, reserve
 
-OpenSale = Callable[..., Any]
 TOO_DEEP = b'{"userId":"ann","itemId":"x","quantity":1,"more":' + b"[" * 8_000
 
 
-def problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
-    """Asserts an answer of RFC 9457 and returns its members."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    body: dict[str, Any] = answer.json()
-    assert body["type"] == f"urn:flashsale:problem:{kind}"
-    assert body["status"] == status
-    assert body["title"]
-    return body
-
-
-async def reserve(
-    http: httpx.AsyncClient, item: str, user: str = "ann", quantity: int = 1, key: str = ""
-) -> httpx.Response:
-    headers = {"Idempotency-Key": key} if key else {}
-    body = {"userId": user, "itemId": item, "quantity": quantity}
-    return await http.post("/reserve", json=body, headers=headers)
-
-
-async def accepted(stock: Inventory, item: str) -> int:
-    return (await stock.sales([item]))[item].accepted
-
-
-async def test_a_reservation_is_answered_with_where_to_find_it(
+async def test_an_accepted_request_returns_the_reservation_and_its_location(
     http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, max_per_user=2)
@@ -69,7 +42,7 @@ async def test_a_reservation_is_answered_with_where_to_find_it(
     assert (found.status_code, found.json()) == (200, answer.json())
 
 
-async def test_a_retry_under_the_same_key_is_the_same_reservation(
+async def test_a_retry_with_the_same_key_returns_the_same_reservation(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     spec = await open_sale(item, 5, max_per_user=5)
@@ -80,11 +53,11 @@ async def test_a_retry_under_the_same_key_is_the_same_reservation(
     await stock.close(item, spec.sale_id, 2)
     assert (await reserve(http, item, key="k-1")).text == answers[0].text
     problem(await reserve(http, item, key="k-1", quantity=2), 422, "key-reused")
-    # The key is the user's own, and the item's.
+    # Another user can use the same key.
     problem(await reserve(http, item, user="bob", key="k-1"), 409, "ended")
 
 
-async def test_only_acceptances_are_remembered(
+async def test_a_refused_request_can_be_repeated_with_its_key(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     spec = await open_sale(item, 0)
@@ -93,7 +66,7 @@ async def test_only_acceptances_are_remembered(
     assert (await reserve(http, item, key="k")).status_code == 202
 
 
-async def test_sold_out_limit_and_not_enough_left(
+async def test_a_request_is_refused_if_it_exceeds_the_limit_or_the_stock(
     http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 3, max_per_user=2)
@@ -105,7 +78,7 @@ async def test_sold_out_limit_and_not_enough_left(
     problem(await reserve(http, item, "cid"), 409, "sold-out")
 
 
-async def test_one_user_at_once_gets_the_limit_and_no_more(
+async def test_concurrent_requests_of_a_user_get_at_most_the_limit(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     await open_sale(item, 100, max_per_user=2)
@@ -114,7 +87,7 @@ async def test_one_user_at_once_gets_the_limit_and_no_more(
     assert await accepted(stock, item) == 2
 
 
-async def test_before_the_start_the_answer_says_when(
+async def test_a_request_before_the_start_gets_the_start_time(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     starts_ms = (await stock.server()).now_ms + 90_000
@@ -124,7 +97,7 @@ async def test_before_the_start_the_answer_says_when(
     assert 1 <= int(answer.headers["retry-after"]) <= 90
 
 
-async def test_paused_and_ended(
+async def test_a_paused_sale_and_an_ended_sale_refuse_requests(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     spec = await open_sale(item, paused=True)
@@ -133,11 +106,11 @@ async def test_paused_and_ended(
     problem(await reserve(http, item), 409, "ended")
 
 
-async def test_an_unknown_item(http: httpx.AsyncClient, item: str) -> None:
+async def test_an_unknown_item_gets_404(http: httpx.AsyncClient, item: str) -> None:
     problem(await reserve(http, item), 404, "unknown-item")
 
 
-async def test_a_sale_whose_keys_are_lost_is_unavailable_and_not_unknown(
+async def test_a_sale_whose_keys_are_lost_is_fenced_and_not_unknown(
     http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
 ) -> None:
     await open_sale(item)
@@ -147,7 +120,7 @@ async def test_a_sale_whose_keys_are_lost_is_unavailable_and_not_unknown(
     problem(await reserve(http, f"{item}-2"), 404, "unknown-item")
 
 
-async def test_a_sale_that_is_over_may_be_freed(
+async def test_the_item_of_a_closed_and_freed_sale_is_unknown(
     http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, stock: Inventory, item: str
 ) -> None:
     spec = await open_sale(item)
@@ -159,7 +132,7 @@ async def test_a_sale_that_is_over_may_be_freed(
 
 
 @pytest.mark.parametrize(("field", "value"), [("run_id", "another"), ("format", "99")])
-async def test_a_sale_that_may_not_be_trusted_is_unavailable(
+async def test_a_sale_of_another_run_or_format_is_fenced(
     http: httpx.AsyncClient,
     open_sale: OpenSale,
     redis: Redis,
@@ -172,11 +145,10 @@ async def test_a_sale_that_may_not_be_trusted_is_unavailable(
     answer = await reserve(http, item)
     problem(answer, 503, "fenced")
     assert int(answer.headers["retry-after"]) >= 1
-    unknown = "01a208bd-5117-7f0d-b8d8-4e8e9760b87e"
-    problem(await http.get(f"/sales/{item}/reservations/{unknown}"), 503, "fenced")
+    problem(await http.get(f"/sales/{item}/reservations/{UNKNOWN_ID}"), 503, "fenced")
 
 
-async def test_a_full_outbox_is_backpressure(
+async def test_a_full_outbox_refuses_new_buyers_but_not_retries(
     http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, stock: Inventory, item: str
 ) -> None:
     await open_sale(item)
@@ -222,7 +194,7 @@ async def test_a_full_outbox_is_backpressure(
     ],
 )
 @pytest.mark.parametrize("units", [0, 5])
-async def test_an_invalid_field_is_named_and_takes_nothing(
+async def test_an_invalid_field_is_named_and_takes_no_unit(
     http: httpx.AsyncClient,
     open_sale: OpenSale,
     stock: Inventory,
@@ -234,22 +206,24 @@ async def test_an_invalid_field_is_named_and_takes_nothing(
     await open_sale(item, units)
     good: dict[str, object] = {"userId": "ann", "itemId": item, "quantity": 1}
     body = {name: value for name, value in (good | fields).items() if value is not ...}
-    said = problem(await http.post("/reserve", json=body), 422, "invalid-field")
-    assert said["field"] == field
-    assert field in said["detail"]
-    assert said["rule"] in said["detail"]
+    refusal = problem(await http.post("/reserve", json=body), 422, "invalid-field")
+    assert refusal["field"] == field
+    assert field in refusal["detail"]
+    assert refusal["rule"] in refusal["detail"]
     sale = (await stock.sales([item]))[item]
     assert (sale.accepted, sale.available, sale.outbox_length) == (0, units, 0)
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"1", b"null"])
-async def test_a_body_that_is_not_an_object(http: httpx.AsyncClient, body: bytes) -> None:
+async def test_a_body_that_is_not_an_object_is_refused(
+    http: httpx.AsyncClient, body: bytes
+) -> None:
     answer = await http.post("/reserve", content=body, headers={"Content-Type": "application/json"})
     problem(answer, 422, "invalid-field")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"{]", b'{"userId":"\xff"}', b"NaN", TOO_DEEP])
-async def test_malformed_json(http: httpx.AsyncClient, body: bytes) -> None:
+async def test_malformed_json_is_refused(http: httpx.AsyncClient, body: bytes) -> None:
     answer = await http.post("/reserve", content=body, headers={"Content-Type": "application/json"})
     problem(answer, 400, "malformed-json")
 
@@ -257,13 +231,15 @@ async def test_malformed_json(http: httpx.AsyncClient, body: bytes) -> None:
 @pytest.mark.parametrize(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"]
 )
-async def test_another_content_type(http: httpx.AsyncClient, content_type: str | None) -> None:
+async def test_another_content_type_is_refused(
+    http: httpx.AsyncClient, content_type: str | None
+) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     answer = await http.post("/reserve", content=b"{}", headers=headers)
     problem(answer, 415, "unsupported-media-type")
 
 
-async def test_a_charset_is_no_other_content_type(
+async def test_a_content_type_with_a_charset_is_accepted(
     http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item)
@@ -274,7 +250,7 @@ async def test_a_charset_is_no_other_content_type(
     assert answer.status_code == 202
 
 
-async def test_a_huge_body_is_refused_and_takes_nothing(
+async def test_a_huge_body_is_refused_and_takes_no_unit(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     await open_sale(item)
@@ -284,7 +260,7 @@ async def test_a_huge_body_is_refused_and_takes_nothing(
 
 
 @pytest.mark.parametrize("key", ["with space", "x" * 129, "a,b", "é"])
-async def test_a_bad_key_is_named(
+async def test_an_invalid_or_repeated_key_is_refused(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str, key: str
 ) -> None:
     await open_sale(item)
@@ -297,7 +273,7 @@ async def test_a_bad_key_is_named(
     assert await accepted(stock, item) == 0
 
 
-async def test_other_methods_and_paths(http: httpx.AsyncClient) -> None:
+async def test_other_methods_get_405_and_unknown_paths_404(http: httpx.AsyncClient) -> None:
     answer = await http.get("/reserve")
     problem(answer, 405, "method-not-allowed")
     assert answer.headers["allow"] == "POST"
@@ -306,7 +282,7 @@ async def test_other_methods_and_paths(http: httpx.AsyncClient) -> None:
     problem(await http.get("/metrics"), 404, "not-found")
 
 
-async def test_three_thousand_users_on_ninety_nine_units(
+async def test_three_thousand_users_get_exactly_ninety_nine_units(
     api: ApiServer, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     await open_sale(item, 99)

@@ -1,8 +1,6 @@
-"""GET /sales and below, and the process's own endpoints."""
+"""GET /sales and the paths below it, the probes, and the metrics."""
 
-import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import httpx
 from redis.asyncio import Redis
@@ -11,12 +9,11 @@ from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ITEMS, ItemKeys
 from flashsale.sale import rfc3339_of_ms
-from tests.servers.api.test_reserve import problem, reserve
+from tests.support.api import UNKNOWN_ID, OpenSale, problem, reserve
+from tests.support.eventually import until
 
-OpenSale = Callable[..., Any]
 
-
-async def test_a_sale_shows_its_window_and_what_is_left(
+async def test_a_sale_shows_its_window_and_available_units(
     http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
 ) -> None:
     now_ms = (await stock.server()).now_ms
@@ -37,34 +34,37 @@ async def test_a_sale_shows_its_window_and_what_is_left(
         "startsAt": rfc3339_of_ms(now_ms - 1_000),
         "endsAt": rfc3339_of_ms(now_ms + 60_000),
     }
-    listed: list[object] = []
-    async with asyncio.timeout(20):
-        while answer.json() not in listed:  # what the pod has read may be a quarter of a second old
-            listed = (await http.get("/sales")).json()["sales"]
+
+    async def listed() -> bool:
+        return answer.json() in (await http.get("/sales")).json()["sales"]
+
+    await until(listed)
 
 
-async def test_one_sale_that_cannot_be_read_does_not_hide_the_others(
+async def test_an_unreadable_sale_does_not_hide_the_others(
     http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, new_item: Callable[[], str]
 ) -> None:
     good, bad = new_item(), new_item()
     await open_sale(good)
     await open_sale(bad)
     await redis.hset(ItemKeys.of(bad).sale, "allocated", "many")
-    listed: set[str] = set()
-    async with asyncio.timeout(20):
-        while good not in listed:  # what the pod has read may be a quarter of a second old
-            listed = {sale["itemId"] for sale in (await http.get("/sales")).json()["sales"]}
-    assert bad not in listed
+
+    async def listed() -> set[str]:
+        items = {sale["itemId"] for sale in (await http.get("/sales")).json()["sales"]}
+        return items if good in items else set()
+
+    assert bad not in await until(listed)
     problem(await http.get(f"/sales/{bad}"), 503, "fenced")
 
 
-async def test_what_is_not_there(http: httpx.AsyncClient, open_sale: OpenSale, item: str) -> None:
+async def test_unknown_items_and_reservations_get_404(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
     problem(await http.get(f"/sales/{item}"), 404, "unknown-item")
     problem(await http.get("/sales/bad:item"), 404, "unknown-item")
     problem(await http.get(f"/sales/{item}/reservations/x"), 404, "unknown-item")
     await open_sale(item)
-    unknown = "01a208bd-5117-7f0d-b8d8-4e8e9760b87e"
-    for identity in ("x", unknown):
+    for identity in ("x", UNKNOWN_ID):
         answer = await http.get(f"/sales/{item}/reservations/{identity}")
         problem(answer, 404, "unknown-reservation")
 
@@ -74,7 +74,7 @@ async def test_the_process_is_alive_and_ready(http: httpx.AsyncClient) -> None:
     assert (await http.get("/readyz")).status_code == 200
 
 
-async def test_metrics_have_a_port_of_their_own(
+async def test_metrics_are_served_on_their_own_port(
     api: ApiServer, http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 1)
@@ -93,7 +93,7 @@ async def test_metrics_have_a_port_of_their_own(
         assert name in text
 
 
-async def test_only_an_item_with_a_sale_is_a_label(
+async def test_only_items_with_a_sale_are_labels(
     api: ApiServer, http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
 ) -> None:
     async def metrics() -> str:
@@ -103,20 +103,23 @@ async def test_only_an_item_with_a_sale_is_a_label(
     await open_sale(item, 1)
     await reserve(http, item)
     for number in range(20):
-        problem(await reserve(http, f"ghost-{number}"), 404, "unknown-item")
+        problem(await reserve(http, f"unknown-{number}"), 404, "unknown-item")
     text = await metrics()
     assert f'item="{item}",outcome="accepted"' in text
     assert 'flashsale_api_requests_total{item="",outcome="unknown"}' in text
-    assert "ghost" not in text
-    # What freeing a sale does.
-    keys = ItemKeys.of(item)
-    async with asyncio.timeout(20):
-        while f'flashsale_api_outbox_age_seconds{{item="{item}"}}' not in await metrics():
-            await asyncio.sleep(0.05)
-        await redis.delete(*keys.four)
-        await redis.srem(ITEMS, item)
-        while f'item="{item}"' in await metrics():
-            await asyncio.sleep(0.05)
-    # To this pod the sale is lost, until it has forgotten it: it was never closed.
+    assert "unknown-" not in text
+
+    async def swept() -> bool:
+        return f'flashsale_api_outbox_age_seconds{{item="{item}"}}' in await metrics()
+
+    async def removed() -> bool:
+        return f'item="{item}"' not in await metrics()
+
+    await until(swept)
+    # Freeing a sale deletes its keys, too.
+    await redis.delete(*ItemKeys.of(item).four)
+    await redis.srem(ITEMS, item)
+    await until(removed)
+    # The pod remembers the sale, which was not closed, and takes the keys for lost.
     problem(await reserve(http, item), 503, "fenced")
     assert f'item="{item}"' not in await metrics()

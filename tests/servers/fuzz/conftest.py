@@ -1,15 +1,24 @@
-"""A real API process that is sent what nobody should send."""
+"""A real API process that receives malformed and hostile requests. Needs Redis."""
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from tests.servers.api.conftest import api, http, open_sale, without_kafka
-from tests.servers.api.test_outages import own_api, own_http, own_redis, own_stock, proxy
+from tests.support.api import (
+    OpenSale,
+    api,
+    http,
+    open_sale,
+    own_api,
+    own_http,
+    own_inventory,
+    own_redis,
+    proxy,
+    without_kafka,
+)
 
 __all__ = [
     "api",
@@ -17,8 +26,8 @@ __all__ = [
     "open_sale",
     "own_api",
     "own_http",
+    "own_inventory",
     "own_redis",
-    "own_stock",
     "proxy",
     "without_kafka",
 ]
@@ -26,14 +35,14 @@ __all__ = [
 
 @pytest.fixture
 async def untouched(
-    api: ApiServer, stock: Inventory, open_sale: Callable[..., Any], item: str
+    api: ApiServer, stock: Inventory, open_sale: OpenSale, item: str
 ) -> AsyncIterator[Sale]:
-    """A sale that must be as it was after the test, and an API that has nothing to explain."""
+    """A sale that the test must not change. The API must not log a traceback."""
     await open_sale(item, 5, max_per_user=5)
     before = (await stock.sales([item]))[item]
-    said = api.log.stat().st_size
+    logged = api.log.stat().st_size
     yield before
     assert (await stock.sales([item]))[item] == before
     with api.log.open("rb") as log:
-        log.seek(said)
+        log.seek(logged)
         assert b"Traceback" not in log.read()

@@ -1,4 +1,4 @@
-"""Bad arguments of every program: exit code 2, one usage and one error that names what is wrong."""
+"""Invalid command lines get exit code 2, the usage, and an error that names the argument."""
 
 import os
 import subprocess
@@ -12,8 +12,12 @@ PROGRAMS = {
     **{
         module: (sys.executable, "-m", module)
         for module in (
-            *("flashsale_api", "flashsale_consumer", "flashsale_operator"),
-            *("tests.faults", "dev.stack", "dev.local"),
+            "flashsale_api",
+            "flashsale_consumer",
+            "flashsale_operator",
+            "tests.faults",
+            "dev.stack",
+            "dev.local",
         )
     },
 }
@@ -49,7 +53,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("program", "arguments", "named"), BAD, ids=str)
-def test_a_wrong_command_line_is_named(program: str, arguments: list[str], named: str) -> None:
+def test_an_invalid_argument_is_named(program: str, arguments: list[str], named: str) -> None:
     done = run(program, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: ")
@@ -64,8 +68,8 @@ def test_every_program_has_help(program: str) -> None:
 
 
 @pytest.mark.parametrize("item", ["", " ", "*", "../..", "a\nb", "\udcff", "x" * 5_000, "{a}"])
-def test_an_item_that_cannot_be_is_one_that_is_not_there(item: str) -> None:
-    """Nothing is at these addresses: it is said of the servers, or of the item, in one line."""
+def test_an_impossible_item_id_gives_a_one_line_error(item: str) -> None:
+    """The error is about the item, or about the servers, which do not run."""
     for command in ("get", "close", "rebuild", "audit"):
         done = run("flashsalectl", command, item)
         assert done.returncode == 1, done

@@ -1,4 +1,4 @@
-"""The API's description of itself against its real answers: nothing more and nothing less."""
+"""The OpenAPI document describes exactly the API's real answers. Needs Redis."""
 
 import asyncio
 import json
@@ -21,27 +21,25 @@ from dev.stack.servers import RedisServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale_api.responses import Problem
-from tests.servers.api.test_outages import ITEM
-from tests.servers.api.test_reserve import reserve
+from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, reserve
 from tests.support.proxy import Proxy
 
 DESCRIPTION: dict[str, Any] = json.loads((files("flashsale_api") / "openapi.json").read_bytes())
-UNKNOWN = "01a208bd-5117-7f0d-b8d8-4e8e9760b87e"
 URN = "urn:flashsale:problem:"
 
 Sort = tuple[str, int, str]
-"""One sort of answer: the operation, the status, and a problem's slug or ""."""
+"""A sort of answer: the operation, the status, and the slug of the problem or ""."""
 
 ON_ANY_PATH = {Problem.NOT_FOUND, Problem.METHOD_NOT_ALLOWED}
-"""Answers of the framework, which the description's text has."""
+"""Starlette's answers. They are described in the document's text."""
 NEVER = {
-    Problem.INTERNAL_ERROR,  # described, and a test that can provoke it has found a bug
-    Problem.MALFORMED_REQUEST,  # what the framework would say to an error that it does not have
+    Problem.INTERNAL_ERROR,  # described, but a test that provokes it has found a bug
+    Problem.MALFORMED_REQUEST,  # for errors that Starlette does not raise today
 }
 
 
 def resolved(value: Any) -> Any:  # noqa: ANN401 - any part of a JSON document
-    """The part of the description that a reference means."""
+    """Follow the references of a part of the document."""
     while isinstance(value, dict) and "$ref" in value:
         found: Any = DESCRIPTION
         for name in value["$ref"].removeprefix("#/").split("/"):
@@ -51,7 +49,7 @@ def resolved(value: Any) -> Any:  # noqa: ANN401 - any part of a JSON document
 
 
 def slugs(schema: Any) -> Iterator[str]:  # noqa: ANN401 - any part of a JSON document
-    """The problems that a schema lets through."""
+    """Yield the slugs of the problems that a schema allows."""
     match resolved(schema):
         case {"properties": {"type": {"const": str(urn)}}}:
             yield urn.removeprefix(URN)
@@ -63,7 +61,7 @@ def slugs(schema: Any) -> Iterator[str]:  # noqa: ANN401 - any part of a JSON do
 
 
 def described() -> set[Sort]:
-    """Every sort of answer that the description has."""
+    """Return every described sort of answer."""
     found = set()
     for path, methods in DESCRIPTION["paths"].items():
         for method, operation in methods.items():
@@ -77,13 +75,13 @@ def described() -> set[Sort]:
 
 
 class Seen:
-    """Real answers, each held against the description."""
+    """The sorts of real answers. Each answer is checked against the document."""
 
     def __init__(self) -> None:
         self.sorts: set[Sort] = set()
 
     def check(self, label: str, answer: httpx.Response) -> str:
-        """Asserts that the description has just this; returns the problem's slug, or ""."""
+        """Assert that the answer is as described. Return the slug of the problem, or ""."""
         method, path = label.split(" ")
         operation = DESCRIPTION["paths"][path][method.lower()]
         assert str(answer.status_code) in operation["responses"], (label, answer.text)
@@ -116,7 +114,7 @@ class Seen:
 
 
 class Unready(ApiServer):
-    """An API that has started and cannot reach Redis."""
+    """An API that cannot reach Redis. It counts as started once it listens."""
 
     def _ready(self) -> bool:
         try:
@@ -136,7 +134,7 @@ async def unready(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     server.kill()
 
 
-async def test_every_answer_is_described_and_every_description_is_answered(
+async def test_the_described_and_the_real_answers_are_the_same(
     http: httpx.AsyncClient,
     unready: httpx.AsyncClient,
     own_http: httpx.AsyncClient,
@@ -144,25 +142,25 @@ async def test_every_answer_is_described_and_every_description_is_answered(
     proxy: Proxy,
     stock: Inventory,
     redis: Redis,
-    open_sale: Callable[..., Any],
+    open_sale: OpenSale,
     new_item: Callable[[], str],
 ) -> None:
     seen = Seen()
-    await _decided(seen, http, stock, open_sale, new_item)
-    await _refused(seen, http)
-    await _looked_up(seen, http, redis, open_sale, new_item)
-    await _unavailable(seen, unready)
-    await _backed_up(seen, http, redis, open_sale, new_item())
-    await _uncertain(seen, own_http, own_redis, proxy)
+    await _check_decisions(seen, http, stock, open_sale, new_item)
+    await _check_invalid(seen, http)
+    await _check_reads(seen, http, redis, open_sale, new_item)
+    await _check_unready(seen, unready)
+    await _check_full_outbox(seen, http, redis, open_sale, new_item())
+    await _check_outages(seen, own_http, own_redis, proxy)
     never = {problem.value.slug for problem in NEVER}
     assert seen.sorts == {sort for sort in described() if sort[2] not in never}
 
 
-async def _decided(
+async def _check_decisions(
     seen: Seen,
     http: httpx.AsyncClient,
     stock: Inventory,
-    open_sale: Callable[..., Any],
+    open_sale: OpenSale,
     new_item: Callable[[], str],
 ) -> None:
     label, item, later = "POST /reserve", new_item(), new_item()
@@ -185,15 +183,24 @@ async def _decided(
     await stock.close(item, spec.sale_id, 3)
     found.append(await reserve(http, item, "cid", key="k"))
     assert [seen.check(label, answer) for answer in found] == [
-        *("", "", "key-reused", "limit-reached", "not-enough-left", ""),
-        *("sold-out", "not-open", "unknown-item", "paused", "ended"),
+        "",
+        "",
+        "key-reused",
+        "limit-reached",
+        "not-enough-left",
+        "",
+        "sold-out",
+        "not-open",
+        "unknown-item",
+        "paused",
+        "ended",
     ]
     place = await http.get(bought.headers["location"])
     assert place.json() == bought.json()
     seen.check("GET /sales/{itemId}/reservations/{reservationId}", place)
 
 
-async def _refused(seen: Seen, http: httpx.AsyncClient) -> None:
+async def _check_invalid(seen: Seen, http: httpx.AsyncClient) -> None:
     label, json_type = "POST /reserve", {"Content-Type": "application/json"}
     good = {"userId": "ann", "itemId": "x", "quantity": 1}
     found = [
@@ -205,16 +212,18 @@ async def _refused(seen: Seen, http: httpx.AsyncClient) -> None:
         await http.post("/reserve", json=good, headers={"Idempotency-Key": "a b"}),
     ]
     assert [seen.check(label, answer) for answer in found] == [
-        *("malformed-json", "unsupported-media-type", "body-too-large"),
+        "malformed-json",
+        "unsupported-media-type",
+        "body-too-large",
         *["invalid-field"] * 5,
     ]
 
 
-async def _looked_up(
+async def _check_reads(
     seen: Seen,
     http: httpx.AsyncClient,
     redis: Redis,
-    open_sale: Callable[..., Any],
+    open_sale: OpenSale,
     new_item: Callable[[], str],
 ) -> None:
     item, foreign = new_item(), new_item()
@@ -226,9 +235,9 @@ async def _looked_up(
     assert seen.check(one, await http.get("/sales/bad:item")) == "unknown-item"
     assert seen.check(one, await http.get(f"/sales/{foreign}")) == "fenced"
     for path, slug in (
-        (f"/sales/{item}/reservations/{UNKNOWN}", "unknown-reservation"),
-        (f"/sales/{new_item()}/reservations/{UNKNOWN}", "unknown-item"),
-        (f"/sales/{foreign}/reservations/{UNKNOWN}", "fenced"),
+        (f"/sales/{item}/reservations/{UNKNOWN_ID}", "unknown-reservation"),
+        (f"/sales/{new_item()}/reservations/{UNKNOWN_ID}", "unknown-item"),
+        (f"/sales/{foreign}/reservations/{UNKNOWN_ID}", "fenced"),
     ):
         assert seen.check(place, await http.get(path)) == slug
     assert seen.check("POST /reserve", await reserve(http, foreign)) == "fenced"
@@ -237,12 +246,12 @@ async def _looked_up(
     assert (await http.get("/openapi.json")).json() == DESCRIPTION
 
 
-async def _unavailable(seen: Seen, unready: httpx.AsyncClient) -> None:
-    """Redis has never answered."""
+async def _check_unready(seen: Seen, unready: httpx.AsyncClient) -> None:
+    """Send requests to a pod whose Redis has never answered."""
     for label, path in (
         ("GET /sales", "/sales"),
         ("GET /sales/{itemId}", "/sales/x"),
-        ("GET /sales/{itemId}/reservations/{reservationId}", f"/sales/x/reservations/{UNKNOWN}"),
+        ("GET /sales/{itemId}/reservations/{reservationId}", f"/sales/x/reservations/{UNKNOWN_ID}"),
     ):
         assert seen.check(label, await unready.get(path)) == "redis-unavailable"
     assert seen.check("POST /reserve", await reserve(unready, "x")) == "redis-unavailable"
@@ -250,8 +259,8 @@ async def _unavailable(seen: Seen, unready: httpx.AsyncClient) -> None:
     assert seen.check("GET /healthz", await unready.get("/healthz")) == ""
 
 
-async def _backed_up(
-    seen: Seen, http: httpx.AsyncClient, redis: Redis, open_sale: Callable[..., Any], item: str
+async def _check_full_outbox(
+    seen: Seen, http: httpx.AsyncClient, redis: Redis, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item)
     assert seen.check("POST /reserve", await reserve(http, item)) == ""
@@ -261,21 +270,22 @@ async def _backed_up(
     await redis.delete(*(getattr(ItemKeys.of(item), key) for key in ("sale", "outbox")))
 
 
-async def _uncertain(
+async def _check_outages(
     seen: Seen, own_http: httpx.AsyncClient, own_redis: RedisServer, proxy: Proxy
 ) -> None:
+    item = OWN_SALE.item_id
     proxy.cut_replies(b"EVALSHA", 2)
-    assert seen.check("POST /reserve", await reserve(own_http, ITEM)) == "outcome-unknown"
+    assert seen.check("POST /reserve", await reserve(own_http, item)) == "outcome-unknown"
     own_redis.pause()
     slug = ""
     async with asyncio.timeout(30):
-        while slug != "too-many-waiting":  # more come than calls may be in flight
-            found = await asyncio.gather(*(reserve(own_http, ITEM) for _ in range(50)))
+        while slug != "too-many-waiting":  # more requests than the calls in flight can take
+            found = await asyncio.gather(*(reserve(own_http, item) for _ in range(50)))
             slug = max(seen.check("POST /reserve", answer) for answer in found)
     own_redis.resume()
 
 
-async def test_other_paths_and_methods_are_problems_too(http: httpx.AsyncClient) -> None:
+async def test_unknown_paths_and_other_methods_get_problems(http: httpx.AsyncClient) -> None:
     problem = Draft202012Validator(resolved({"$ref": "#/components/schemas/Problem"}))
     for method, path, status in (
         ("GET", "/", 404),
@@ -294,7 +304,7 @@ async def test_other_paths_and_methods_are_problems_too(http: httpx.AsyncClient)
         problem.validate(answer.json())
 
 
-def test_every_problem_is_described_once_it_can_be_answered() -> None:
-    said = {slug for _, _, slug in described() if slug}
-    unsaid = ON_ANY_PATH | (NEVER - {Problem.INTERNAL_ERROR})
-    assert said == {problem.value.slug for problem in Problem if problem not in unsaid}
+def test_every_possible_problem_is_described() -> None:
+    found = {slug for _, _, slug in described() if slug}
+    undescribed = ON_ANY_PATH | (NEVER - {Problem.INTERNAL_ERROR})
+    assert found == {problem.value.slug for problem in Problem if problem not in undescribed}

@@ -1,6 +1,7 @@
-"""Requests made up from the API's own description, good and bad, by schemathesis.
+"""Valid and invalid requests that schemathesis generates from the API's OpenAPI document.
 
-More of them: FLASHSALE_FUZZ_EXAMPLES=2000, and other ones each time: FLASHSALE_FUZZ_RANDOM=1.
+FLASHSALE_FUZZ_EXAMPLES sets their number per operation (100), and FLASHSALE_FUZZ_RANDOM=1 makes
+them differ in each run. Needs Redis.
 """
 
 import asyncio
@@ -48,21 +49,21 @@ bounded = settings(
 
 
 def sale_of(server: RedisServer) -> Sale:
-    """The sale that all these requests are for, seeded when it is not there."""
+    """Return the sale of all these requests. Seed it if it does not exist."""
 
-    async def look() -> Sale:
+    async def read() -> Sale:
         client = redis_client.connect(server.url)
-        stock = Inventory(client)
+        inventory = Inventory(client)
         spec = SaleSpec(f"default/{ITEM}", ITEM, UNITS, max_per_user=1_000)
-        assert await stock.apply(spec, 1, seed_until_ms=2**53) in (
+        assert await inventory.apply(spec, 1, seed_until_ms=2**53) in (
             Applied.SEEDED,
             Applied.UNCHANGED,
         )
-        sale = (await stock.sales([ITEM]))[ITEM]
+        sale = (await inventory.sales([ITEM]))[ITEM]
         await client.aclose()
         return sale
 
-    return asyncio.run(look())
+    return asyncio.run(read())
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,11 @@ def session() -> Iterator[requests.Session]:
         (label, mode)
         for label, operation in sorted(OPERATIONS.items())
         for mode in GenerationMode
-        # Where nothing can be sent, nothing can be wrong.
+        # An operation without parameters and body has no invalid requests.
         if mode is GenerationMode.POSITIVE or "{" in label or operation.body
     ],
 )
-def test_made_up_requests_are_answered_as_described(
+def test_generated_requests_get_documented_answers(
     api: ApiServer,
     redis_server: RedisServer,
     session: requests.Session,
@@ -93,19 +94,19 @@ def test_made_up_requests_are_answered_as_described(
 
     @bounded
     @given(case=OPERATIONS[label].as_strategy(generation_mode=mode))
-    def ask(case: Case[Any]) -> None:
+    def send(case: Case[Any]) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
-            # To JSON Schema 2.0 is an integer too.
+            # JSON Schema also counts 2.0 as an integer.
             quantity = int(str(case.body["quantity"]).partition(".")[0])
             case.body |= {"itemId": ITEM, "quantity": quantity}
             if "Idempotency-Key" in case.headers:
-                case.headers["Idempotency-Key"] = f"key-{quantity}"  # not for another quantity
+                case.headers["Idempotency-Key"] = f"key-{quantity}"  # one quantity per key
         answer = case.call_and_validate(base_url=api.url, session=session, timeout=20)
         if answer.status_code == 202:
-            said = answer.json()
-            sold[said["reservationId"]] = said["quantity"]
+            reservation = answer.json()
+            sold[reservation["reservationId"]] = reservation["quantity"]
 
-    ask()
+    send()
     after = sale_of(redis_server)
     assert after.accepted == before.accepted + sum(sold.values())
     if "/reserve" in label:

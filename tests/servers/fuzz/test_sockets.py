@@ -1,7 +1,7 @@
-"""Raw bytes at the API's socket: what no HTTP client sends.
+"""Raw bytes at the API's socket, which no HTTP client would send. Needs Redis.
 
-Whatever comes is answered with a 4xx or the connection is closed; buyers on other connections are
-served meanwhile, no unit is taken, and the log explains nothing at length.
+The API answers 4xx or closes the connection. Meanwhile it serves other connections. No unit is
+taken, and no traceback is logged.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import pytest
@@ -22,6 +21,7 @@ from flashsale.inventory import Inventory
 from flashsale.sale import Sale
 from flashsale_api.protocol import MAX_HEAD_BYTES, REQUEST_SECONDS
 from flashsale_api.reserve import MAX_BODY_BYTES
+from tests.support.api import OpenSale, accepted
 
 DEADLINE_SECONDS = 3 * REQUEST_SECONDS
 TE = b"Transfer-Encoding: chunked\r\n"
@@ -32,7 +32,7 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @dataclass(slots=True)
 class Wire:
-    """One connection, byte by byte."""
+    """A connection to the API."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -41,7 +41,7 @@ class Wire:
         self.writer.write(data)
 
     async def status(self) -> int:
-        """The status of the next answer, whose body is read; 0 if the connection was closed."""
+        """Read the next answer. Return its status, or 0 if the connection was closed."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             try:
                 head = await self.reader.readuntil(b"\r\n\r\n")
@@ -54,7 +54,7 @@ class Wire:
         return status
 
     async def rest(self) -> bytes:
-        """All that comes until the server closes."""
+        """Read until the server closes the connection."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             try:
                 return await self.reader.read(-1)
@@ -76,7 +76,7 @@ def body_for(item: str) -> bytes:
 
 
 def reserve(item: str, more: bytes = b"", body: bytes | None = None) -> bytes:
-    """A request as it should be; it would take a unit."""
+    """Make a valid request, with `more` headers. It takes a unit."""
     body = body_for(item) if body is None else body
     return POST + more + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
@@ -100,7 +100,7 @@ def _malformed(item: str) -> dict[str, bytes]:
         "a TLS hello": bytes.fromhex("160301020001 0001fc0303") + b"\x00" * 100,
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         "another version": good.replace(b"HTTP/1.1", b"HTTP/9.9"),
-        "no such method": good.replace(b"POST", b"BREW"),
+        "an unknown method": good.replace(b"POST", b"BREW"),
         "a method in lower case": good.replace(b"POST", b"post"),
         "no path": good.replace(b"/reserve", b""),
         "a path without a slash": good.replace(b"/reserve", b"reserve"),
@@ -125,29 +125,29 @@ def _malformed(item: str) -> dict[str, bytes]:
         "a length of 2**80": sized(b"Content-Length: %d\r\n" % 2**80),
         "a length and chunks": in_chunks(length + TE),
         "chunks and a length": in_chunks(TE + length),
-        "a request behind no chunks": POST + TE + b"Content-Length: 4\r\n\r\n0\r\n\r\n" + good,
+        "a request after no chunks": POST + TE + b"Content-Length: 4\r\n\r\n0\r\n\r\n" + good,
         "a request in no chunks": POST + b"Content-Length: 5\r\n" + TE + b"\r\n0\r\n\r\n" + good,
         "chunked, a space before the colon": in_chunks(TE.replace(b":", b" :")),
-        "chunked, then something else": in_chunks(TE.replace(b"chunked", b"chunked, gzip")),
-        "chunked, and not": in_chunks(TE + b"Transfer-Encoding: identity\r\n"),
+        "chunked, then gzip": in_chunks(TE.replace(b"chunked", b"chunked, gzip")),
+        "chunked and identity": in_chunks(TE + b"Transfer-Encoding: identity\r\n"),
         "almost chunked": in_chunks(TE.replace(b"chunked", b"xchunked")),
-        "a chunk's size that is none": in_chunks(TE, b"zz"),
-        "a negative chunk": in_chunks(TE, b"-1"),
+        "an invalid chunk size": in_chunks(TE, b"zz"),
+        "a negative chunk size": in_chunks(TE, b"-1"),
         "a chunk of 2**80 bytes": in_chunks(TE, b"1" + b"0" * 20),
-        "a chunk that is longer than it says": in_chunks(TE, b"5"),
+        "a chunk longer than its size": in_chunks(TE, b"5"),
         "chunks that end in line feeds": POST + TE + b"\r\n" + chunked(body).replace(b"\r", b""),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", _malformed("x"))
-async def test_malformed_bytes_are_refused_and_take_nothing(
+async def test_malformed_bytes_are_refused_and_take_no_unit(
     api: ApiServer, untouched: Sale, name: str
 ) -> None:
     async with connection(api) as wire, connection(api) as other:
         other.send(GET[:20])
         wire.send(_malformed(untouched.item_id)[name])
         assert await wire.status() in (0, *range(400, 500))
-        assert b"HTTP/1.1 2" not in await wire.rest()  # nor does anything behind it count
+        assert b"HTTP/1.1 2" not in await wire.rest()  # a request after it is ignored, too
         other.send(GET[20:])
         assert await other.status() == 200
 
@@ -162,9 +162,16 @@ async def test_malformed_bytes_are_refused_and_take_nothing(
         lambda head, body: POST + TE + b"\r\n" + chunked(body, end=b""),  # noqa: ARG005
         lambda head, body: head + b"\r\nExpect: 100-continue\r\n\r\n",  # noqa: ARG005
     ],
-    ids=["in the path", "in the head", "in the body", "before it", "before the last chunk", "told"],
+    ids=[
+        "in the path",
+        "in the head",
+        "in the body",
+        "before the body",
+        "before the last chunk",
+        "at 100-continue",
+    ],
 )
-async def test_a_client_that_goes_in_the_middle_takes_nothing(
+async def test_a_client_that_disconnects_during_a_request_takes_no_unit(
     api: ApiServer, untouched: Sale, cut: Callable[[bytes, bytes], bytes]
 ) -> None:
     for leave in ("half", "close", "reset"):
@@ -182,9 +189,9 @@ async def test_a_client_that_goes_in_the_middle_takes_nothing(
         assert await other.status() == 200
 
 
-async def test_a_head_without_an_end_is_cut_off(api: ApiServer, untouched: Sale) -> None:
+async def test_a_head_without_an_end_closes_the_connection(api: ApiServer, untouched: Sale) -> None:
     del untouched
-    most = 500 * MAX_HEAD_BYTES  # what the sockets' buffers took is not what the server kept
+    most = 500 * MAX_HEAD_BYTES  # far more than the buffers of both sockets can hold
     sent = 0
 
     async def send(wire: Wire) -> None:
@@ -201,9 +208,7 @@ async def test_a_head_without_an_end_is_cut_off(api: ApiServer, untouched: Sale)
     assert sent < most
 
 
-async def test_a_body_without_an_end_is_answered_and_kept_nowhere(
-    api: ApiServer, untouched: Sale
-) -> None:
+async def test_a_body_without_an_end_is_answered_413(api: ApiServer, untouched: Sale) -> None:
     del untouched
     async with connection(api) as wire:
         wire.send(POST + TE + b"\r\n")
@@ -212,13 +217,13 @@ async def test_a_body_without_an_end_is_answered_and_kept_nowhere(
         assert await wire.status() == 413
 
 
-async def test_odd_requests_that_are_right_are_served(
-    api: ApiServer, stock: Inventory, open_sale: Callable[..., Any], item: str
+async def test_unusual_but_valid_requests_are_served(
+    api: ApiServer, stock: Inventory, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 100, max_per_user=100)
     body, good = body_for(item), reserve(item)
     taken = 0
-    for odd in (
+    for request in (
         good,
         b"\r\n\r\n" + good,
         good.replace(b"POST /reserve", b"POST http://elsewhere/reserve"),
@@ -229,52 +234,65 @@ async def test_odd_requests_that_are_right_are_served(
         POST + TE + b"\r\n" + chunked(body),
         POST + TE + b"\r\n" + b"".join(chunked(body[n : n + 1], end=b"") for n in range(len(body)))
         + b"0\r\nTrailer: x\r\n\r\n",
-        # What Java's HttpClient sends first: it offers HTTP/2.
+        # The first request of Java's HttpClient offers HTTP/2.
         reserve(item, b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"),
         reserve(item, b"Connection: Upgrade\r\nUpgrade: websocket\r\n"),
     ):  # fmt: skip
         async with connection(api) as wire:
-            wire.send(odd)
-            assert await wire.status() == 202, odd
+            wire.send(request)
+            assert await wire.status() == 202, request
             taken += 1
-        async with connection(api) as wire:  # a byte at a time
-            for at in range(len(odd)):
-                wire.send(odd[at : at + 1])
+        async with connection(api) as wire:  # byte by byte
+            for at in range(len(request)):
+                wire.send(request[at : at + 1])
                 if at % 100 == 0:
                     await wire.writer.drain()
-            assert await wire.status() == 202, odd
+            assert await wire.status() == 202, request
             taken += 1
     async with connection(api) as wire:
         wire.send(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
         assert await wire.status() == 100
         wire.send(body)
         assert await wire.status() == 202
-    assert (await stock.sales([item]))[item].accepted == taken + 1
+    assert await accepted(stock, item) == taken + 1
 
 
-async def test_paths_that_mean_nothing_are_not_found(
+async def test_invalid_paths_are_not_found(
     api: ApiServer, http: httpx.AsyncClient, untouched: Sale
 ) -> None:
     del http, untouched
     for path in (
-        *(b"/sales/%00", b"/sales/%ff", b"/sales/%zz", b"/sales/%", b"/sales/a%2fb", b"/sales/a,b"),
-        *(b"/sales/../healthz", b"//healthz", b"/healthz/", b"/sales/%0d%0aX:%20y", b"/;", b"*"),
-        *(b"/sales/{}", b"/sales/flashsale:items", b"/sales/" + b"%41" * 300, b"/%2e%2e/etc"),
-    ):  # fmt: skip
+        b"/sales/%00",
+        b"/sales/%ff",
+        b"/sales/%zz",
+        b"/sales/%",
+        b"/sales/a%2fb",
+        b"/sales/a,b",
+        b"/sales/../healthz",
+        b"//healthz",
+        b"/healthz/",
+        b"/sales/%0d%0aX:%20y",
+        b"/;",
+        b"*",
+        b"/sales/{}",
+        b"/sales/flashsale:items",
+        b"/sales/" + b"%41" * 300,
+        b"/%2e%2e/etc",
+    ):
         async with connection(api) as wire:
             wire.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
             assert await wire.status() in (400, 404), path
 
 
-async def test_what_follows_a_good_request_cannot_undo_or_repeat_it(
-    api: ApiServer, stock: Inventory, open_sale: Callable[..., Any], item: str
+async def test_bytes_after_a_valid_request_neither_undo_nor_repeat_it(
+    api: ApiServer, stock: Inventory, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 100, max_per_user=100)
     good, bad = reserve(item), b"POST /reserve HTTP/1.1\r\nContent-Length: x\r\n\r\n"
     async with connection(api) as wire:
         wire.send(GET + good + reserve(item, body=b"{") + good + GET)
         assert [await wire.status() for _ in range(5)] == [200, 202, 400, 202, 200]
-    async with connection(api) as wire:  # the first waits for Redis, the others for nobody
+    async with connection(api) as wire:  # only the first and the last wait for Redis
         wire.send(good + reserve(item, body=b"{") + GET + good)
         assert [await wire.status() for _ in range(4)] == [202, 400, 200, 202]
     async with connection(api) as wire:
@@ -283,14 +301,14 @@ async def test_what_follows_a_good_request_cannot_undo_or_repeat_it(
         wire.send(bad + good)
         assert await wire.status() == 400
         assert await wire.rest() == b""
-    assert (await stock.sales([item]))[item].accepted == 5
+    assert await accepted(stock, item) == 5
 
 
 @pytest.mark.slow
-async def test_those_who_send_nothing_or_too_slowly_are_cut_off_and_keep_nobody_waiting(
+async def test_silent_and_slow_clients_are_disconnected_and_delay_no_other_client(
     api: ApiServer, untouched: Sale
 ) -> None:
-    """It takes twenty seconds: that is the deadline."""
+    """Takes 20 s, which is the longest time that the API allows a request."""
     good = reserve(untouched.item_id)
     body_begins = good.index(b"\r\n\r\n") + 4
 
@@ -336,8 +354,8 @@ async def test_those_who_send_nothing_or_too_slowly_are_cut_off_and_keep_nobody_
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
-def _mangled(data: st.DataObject, port: int, item: str) -> None:
-    """A good request with bytes changed, dropped, repeated and put in; then the end."""
+def _send_mangled(data: st.DataObject, port: int, item: str) -> None:
+    """Send a valid request after changing, dropping, repeating and inserting bytes."""
     request = bytearray(reserve(item, b"Idempotency-Key: k\r\n"))
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(request) - 1))
@@ -366,11 +384,11 @@ async def test_mangled_requests_are_answered_or_closed(
     api: ApiServer,
     http: httpx.AsyncClient,
     stock: Inventory,
-    open_sale: Callable[..., Any],
+    open_sale: OpenSale,
     item: str,
 ) -> None:
-    await open_sale(item, 5, paused=True)  # some come through: none may be accepted
-    await asyncio.to_thread(lambda: _mangled(port=api.port, item=item))
+    await open_sale(item, 5, paused=True)  # some requests stay valid, so the sale is paused
+    await asyncio.to_thread(lambda: _send_mangled(port=api.port, item=item))
     assert (await http.get("/healthz")).status_code == 200
-    assert (await stock.sales([item]))[item].accepted == 0
+    assert await accepted(stock, item) == 0
     assert b"Traceback" not in api.log.read_bytes()

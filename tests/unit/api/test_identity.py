@@ -1,4 +1,4 @@
-"""Reservation ids: the same for the same key, and in no other case."""
+"""Reservation ids: equal only for the same key of the same user and item."""
 
 from itertools import combinations
 from uuid import UUID
@@ -14,7 +14,7 @@ triples = st.tuples(words, words, words)
 
 
 @given(st.lists(triples, unique=True, min_size=2, max_size=5))
-def test_a_key_is_the_users_own_for_the_item(asked: list[tuple[str, str, str]]) -> None:
+def test_a_key_gives_one_id_per_user_and_item(asked: list[tuple[str, str, str]]) -> None:
     for one, other in combinations(asked, 2):
         assert reservation_id(*one) != reservation_id(*other)
         assert reservation_id(*one) == reservation_id(*one)
@@ -22,7 +22,7 @@ def test_a_key_is_the_users_own_for_the_item(asked: list[tuple[str, str, str]]) 
         assert UUID(reservation_id(*one)).variant == "specified in RFC 4122"
 
 
-def test_without_a_key_every_request_is_new() -> None:
+def test_every_request_without_a_key_gets_a_new_id() -> None:
     made = [reservation_id("phone", "ann", "") for _ in range(10_000)]
     assert len(set(made)) == len(made)
     assert {UUID(one).version for one in made} == {7}
@@ -30,5 +30,5 @@ def test_without_a_key_every_request_is_new() -> None:
 
 
 def test_ids_do_not_change_between_versions() -> None:
-    # A retry may reach a pod of another version: this value is part of the contract.
+    # A retry may reach a pod of another version, so this value is part of the contract.
     assert reservation_id("iphone_15", "user1", "k-1") == "27eb0d48-e628-8657-bb90-356f20ed8a71"
