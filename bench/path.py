@@ -30,6 +30,7 @@ from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request,
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
 from flashsale_api.publisher import Accepted, Publisher
@@ -81,6 +82,7 @@ class _AcceptingInventory(Inventory):
         requests: Sequence[Request],
         *,
         timeout_seconds: float,  # noqa: ARG002 - never waits
+        engine_id: str = "",  # noqa: ARG002 - serves every engine
     ) -> BatchReply:
         await asyncio.sleep(0)
         answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
@@ -132,7 +134,8 @@ def _app(
     batcher: type[Batcher], metrics: Metrics | None = None, spans: Spans | None = None
 ) -> ASGIApp:
     metrics = metrics or Metrics()
-    decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, spans=spans)
+    engine = Engine("flashsale")
+    decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, engine, spans=spans)
     reserve = Reserve(decided, metrics, spans)
 
     return Application(reserve, Starlette())

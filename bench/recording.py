@@ -35,7 +35,7 @@ class Progress:
         self._kafka = AIOKafkaConsumer(bootstrap_servers=self._rig.kafka.bootstrap)
         await self._kafka.start()
         numbers = await offsets.spans(KafkaSettings(kafka_bootstrap=self._rig.kafka.bootstrap))
-        self._partitions = [TopicPartition(events.TOPIC, number) for number in numbers]
+        self._partitions = [TopicPartition(events.topic(), number) for number in numbers]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -48,7 +48,7 @@ class Progress:
 
     async def recorded(self) -> int:
         """Return the number of events that the ledger has."""
-        return sum((await ledger.stored_offsets(self._pool, events.TOPIC)).values())
+        return sum((await ledger.stored_offsets(self._pool, events.topic())).values())
 
 
 def drains(rig: Rig, scale: Scale) -> list[Drain]:

@@ -57,7 +57,7 @@ async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
             while True:
                 waiting = await Outbox(client).lengths(items)
                 partitions = await offsets.spans(kafka)
-                stored = await ledger.stored_offsets(pool, events.TOPIC)
+                stored = await ledger.stored_offsets(pool, events.topic())
                 if not any(waiting.values()) and all(
                     stored.get(number, span.first) >= span.end
                     for number, span in partitions.items()

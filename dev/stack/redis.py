@@ -53,6 +53,9 @@ class RedisServer(Server):
             "appendfsync": self.appendfsync,
             # A snapshot adds nothing to the append-only file.
             "save": "",
+            # A server that forgets its former replication id would be trusted after a failover
+            # and back.
+            "repl-backlog-ttl": "0",
         }
         arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return [str(self.binary or default_binary()), *arguments, *self.options]

@@ -27,3 +27,11 @@ class LedgerUnavailable(FlashsaleError):
 
 class ContractViolation(FlashsaleError):
     """Stored data has a format that this version does not support."""
+
+
+class OtherEngine(FlashsaleError):
+    """A part (ledger, Redis, topic or FlashSale) belongs to another engine. The text names both."""
+
+
+class RedisMoved(FlashsaleError):
+    """The ledger's sales were seeded in the Redis at another address."""

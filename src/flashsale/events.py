@@ -12,13 +12,21 @@ import msgspec
 from msgspec import Meta
 
 from flashsale.errors import ContractViolation
-from flashsale.fields import ItemId, Quantity, RequestKey, ReservationId, Revision, SaleId, Units
+from flashsale.fields import (
+    EngineId,
+    ItemId,
+    Quantity,
+    RequestKey,
+    ReservationId,
+    Revision,
+    SaleId,
+    Units,
+)
 from flashsale.fields import UserId as UserIdField
+from flashsale.keys import DEFAULT_ENGINE
 from flashsale.reservations import Record, Snapshot
 from flashsale.sale import utc_of_ms
 
-TOPIC: Final = "flashsale.reservations"
-DEAD_LETTER_TOPIC: Final = "flashsale.reservations.dlq"
 SCHEMA: Final = 1
 CONTENT_TYPE: Final = b"application/json"
 
@@ -39,6 +47,8 @@ class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     capacity: Units
     revision: Revision
     request_key: RequestKey | None = None
+    engine: EngineId | None = None
+    """The engine that accepted the reservation. Absent in events of the previous version."""
 
     @classmethod
     def of(cls, item_id: str, reservation_id: str, record: Record, snapshot: Snapshot) -> "Event":
@@ -57,7 +67,37 @@ class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
             capacity=snapshot.capacity,
             revision=snapshot.revision,
             request_key=record.request_key or None,
+            engine=snapshot.engine or None,
         )
+
+
+def topic(engine: str = DEFAULT_ENGINE) -> str:
+    """Returns the engine's topic of reservation events."""
+    return f"{engine}.reservations"
+
+
+def dead_letter_topic(engine: str = DEFAULT_ENGINE) -> str:
+    """Returns the engine's topic of records that the consumer cannot record."""
+    return f"{topic(engine)}.dlq"
+
+
+def consumer_group(engine: str = DEFAULT_ENGINE) -> str:
+    """Returns the consumer group that records the engine's events."""
+    return f"{engine}-ledger"
+
+
+_OWNER: Final = "engine="
+
+
+def owner_metadata(engine_id: str) -> str:
+    """Returns the metadata of the group's committed offsets. It names the group's engine."""
+    return _OWNER + engine_id
+
+
+def owner(metadata: str | None) -> str | None:
+    """Returns the engine id in the metadata of a committed offset, if there is one."""
+    found = (metadata or "").partition(_OWNER)[2]
+    return found or None
 
 
 _encoder = msgspec.json.Encoder()

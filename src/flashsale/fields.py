@@ -27,3 +27,4 @@ Quantity = Annotated[int, Meta(ge=1, le=MAX_QUANTITY)]
 Units = Annotated[int, Meta(ge=0, le=2**53)]
 """Units of stock. Lua counts in doubles, which are exact up to 2**53."""
 Revision = Annotated[int, Meta(ge=1, le=2**53)]
+EngineId = Annotated[str, Meta(pattern=UUID_PATTERN)]

@@ -1,16 +1,20 @@
 """Heartbeats of the API pods, with the number of events that Kafka has not acknowledged.
 
-Before a fenced sale is trusted again, no living pod may hold an event of it. A heartbeat carries
-the time of its sample by Redis' clock, which tells samples from before and after the fence apart.
+Before a fenced sale is trusted again, no living pod may hold an event of it. A pod therefore
+reports per item, into the item's own slot: then one server, with one clock and one run, proves
+that the sale is at rest. A report carries the time of its sample, which tells samples from before
+and after the fence apart, and the run of the server whose clock it used.
 """
 
-from collections.abc import Awaitable
-from typing import Final, cast
+from collections.abc import Awaitable, Mapping
+from typing import Final, NamedTuple, cast
 
 import msgspec
 from redis.asyncio import Redis
 
-from flashsale.keys import PODS, heartbeat
+from flashsale import keys
+from flashsale.inventory import ServerTime
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.scripts import translated
 
 INTERVAL_SECONDS: Final = 1.0
@@ -23,39 +27,91 @@ CALL_DEADLINE_SECONDS: Final = 1.0
 A heartbeat sampled later than this after a fence counts every reservation that the pod accepted
 before the fence.
 """
+_KEPT_SECONDS: Final = 60
+"""How long an item keeps the reports of pods that have stopped. Readers ignore expired ones."""
 
 
-class Heartbeat(msgspec.Struct, frozen=True, rename="camel"):
-    """A pod's unacknowledged events per item, in its memory at `sampled_ms` of Redis' clock.
+class Report(NamedTuple):
+    """A pod's unacknowledged events of an item, at `sampled_ms` of Redis' clock."""
 
-    They are counted per item because a fenced sale's count falls to zero while others still sell.
-    """
+    pod_id: str
+    unacknowledged: int
+    sampled_ms: int
+
+
+class _Overall(msgspec.Struct, frozen=True, rename="camel"):
+    """The heartbeat of the previous version: one key per pod, with all its items."""
 
     pod_id: str
     unacknowledged: dict[str, int]
     sampled_ms: int
 
 
-async def beat(redis: "Redis", own: Heartbeat) -> None:
-    """Writes a pod's heartbeat. Raises `RedisUnavailable`."""
+async def beat(
+    redis: "Redis",
+    pod_id: str,
+    unacknowledged: Mapping[str, int],
+    sampled: ServerTime,
+    engine: str = DEFAULT_ENGINE,
+) -> None:
+    """Writes a pod's report for each item in `unacknowledged`. Raises `RedisUnavailable`.
+
+    The mapping also needs the items without events that the pod has called within the last
+    `EXPIRY_SECONDS`. `sampled` is read before the events are counted.
+    """
     pipeline = redis.pipeline(transaction=False)
-    pipeline.sadd(PODS, own.pod_id)
-    pipeline.set(heartbeat(own.pod_id), msgspec.json.encode(own), ex=EXPIRY_SECONDS)
+    for item_id, count in unacknowledged.items():
+        key = ItemKeys.of(item_id, engine).pods
+        pipeline.hset(key, pod_id, f"{sampled.now_ms},{count},{sampled.run_id}")
+        pipeline.expire(key, _KEPT_SECONDS)
+    # Operators of the previous version read only this key.
+    overall = _Overall(pod_id, dict(unacknowledged), sampled.now_ms)
+    pipeline.sadd(keys.pods(engine), pod_id)
+    pipeline.set(keys.heartbeat(engine, pod_id), msgspec.json.encode(overall), ex=EXPIRY_SECONDS)
     await translated(pipeline.execute())
 
 
-async def retire(redis: "Redis", pod_id: str) -> None:
-    """Removes the heartbeat of a pod that stops without unacknowledged events."""
+async def retire(redis: "Redis", pod_id: str, engine: str = DEFAULT_ENGINE) -> None:
+    """Removes the heartbeat of a pod that stops without unacknowledged events.
+
+    Its reports per item say the same and expire.
+    """
     pipeline = redis.pipeline(transaction=False)
-    pipeline.srem(PODS, pod_id)
-    pipeline.delete(heartbeat(pod_id))
+    pipeline.srem(keys.pods(engine), pod_id)
+    pipeline.delete(keys.heartbeat(engine, pod_id))
     await translated(pipeline.execute())
 
 
-async def living(redis: "Redis") -> list[Heartbeat]:
-    """Returns the heartbeats of the living pods, and removes dead pods from the index."""
-    pods = sorted(await translated(cast("Awaitable[set[str]]", redis.smembers(PODS))))
-    texts = await translated(redis.mget([heartbeat(pod) for pod in pods])) if pods else []
+async def living(
+    redis: "Redis", item_id: str, server: ServerTime, engine: str = DEFAULT_ENGINE
+) -> list[Report]:
+    """Returns the reports of the living pods about an item. `server` was read just before.
+
+    A report that used the clock of another run is returned as sampled at 0: after a failover to a
+    server whose clock was ahead, it could look newer than it is. The reports of pods of the
+    previous version are included.
+    """
+    call = redis.hgetall(ItemKeys.of(item_id, engine).pods)
+    found = await translated(cast("Awaitable[dict[str, str]]", call))
+    reports = []
+    for pod_id, text in sorted(found.items()):
+        sampled_ms, count, run_id = text.split(",")
+        if int(sampled_ms) < server.now_ms - EXPIRY_SECONDS * 1000:
+            continue
+        reports.append(
+            Report(pod_id, int(count), int(sampled_ms) if run_id == server.run_id else 0)
+        )
+    return reports + [
+        Report(pod.pod_id, pod.unacknowledged.get(item_id, 0), pod.sampled_ms)
+        for pod in await _previous_version(redis, engine)
+    ]
+
+
+async def _previous_version(redis: "Redis", engine: str) -> list[_Overall]:
+    index = keys.pods(engine)
+    pods = sorted(await translated(cast("Awaitable[set[str]]", redis.smembers(index))))
+    wanted = [keys.heartbeat(engine, pod) for pod in pods]
+    texts = await translated(redis.mget(wanted)) if wanted else []
     if dead := [pod for pod, text in zip(pods, texts, strict=True) if text is None]:
-        await translated(redis.srem(PODS, *dead))
-    return [msgspec.json.decode(text, type=Heartbeat) for text in texts if text is not None]
+        await translated(redis.srem(index, *dead))
+    return [msgspec.json.decode(text, type=_Overall) for text in texts if text is not None]

@@ -9,9 +9,10 @@ from typing import Final, NamedTuple, cast
 
 from redis.asyncio import Redis
 
-from flashsale.errors import ContractViolation
-from flashsale.keys import ITEMS, ItemKeys
-from flashsale.reservations import BatchReply, Outcome, Record, Request, parse_reply
+from flashsale import keys, redis_client
+from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
+from flashsale.reservations import BatchReply, Outcome, Record, Request, Snapshot, parse_reply
 from flashsale.sale import Predecessor, Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
@@ -31,6 +32,7 @@ class Applied(StrEnum):
     CONFLICT = "conflict"
     ENDED = "ended"
     UNSUPPORTED = "unsupported"
+    OTHER_ENGINE = "other_engine"
 
 
 class Closed(StrEnum):
@@ -41,6 +43,7 @@ class Closed(StrEnum):
     STALE = "stale"
     UNKNOWN = "unknown"
     UNSUPPORTED = "unsupported"
+    OTHER_ENGINE = "other_engine"
 
 
 class Freed(StrEnum):
@@ -49,6 +52,7 @@ class Freed(StrEnum):
     FREED = "freed"
     UNKNOWN = "unknown"
     UNSUPPORTED = "unsupported"
+    OTHER_ENGINE = "other_engine"
     OPEN = "open"
     UNRECORDED = "unrecorded"
 
@@ -65,31 +69,41 @@ class ServerTime(NamedTuple):
 
 
 class Inventory:
-    """Sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
+    """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
-    def __init__(self, redis: "Redis", *, outbox_limit: int = OUTBOX_LIMIT) -> None:
-        self._redis = redis
+    def __init__(
+        self, redis: "Redis", engine: str = DEFAULT_ENGINE, *, outbox_limit: int = OUTBOX_LIMIT
+    ) -> None:
+        self.redis = self._redis = redis
+        self.engine = engine
+        self._items = keys.items(engine)
         self._scripts = Scripts(redis)
         self._outbox_limit = outbox_limit
         self._reserve = Script("reserve")
         self._apply = Script("apply")
         self._close = Script("close")
         self._free = Script("free")
+        self._page = Script("page")
 
     async def reserve(
-        self, item_id: str, requests: Sequence[Request], *, timeout_seconds: float
+        self,
+        item_id: str,
+        requests: Sequence[Request],
+        *,
+        timeout_seconds: float,
+        engine_id: str = "",
     ) -> BatchReply | Outcome:
         """Decides a batch of at most `BATCH_LIMIT` requests for one item.
 
-        A single `Outcome` (unknown, unsupported, fenced) applies to every request. After a failure
-        the caller can send the same requests again, because their ids make the second call a
-        replay.
+        A single `Outcome` (unknown, unsupported, fenced, other_engine) applies to every request.
+        After a failure the caller can send the same requests again, because their ids make the
+        second call a replay. `engine_id` is the pod's engine, or empty if the pod does not know it.
         """
         lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
         reply = await self._scripts.call_quickly(
             self._reserve,
-            ItemKeys.of(item_id).four,
-            (self._outbox_limit, len(requests), lines),
+            self._keys(item_id).four,
+            (self._outbox_limit, len(requests), lines, engine_id),
             timeout_seconds,
         )
         return parse_reply(str(reply))
@@ -99,6 +113,7 @@ class Inventory:
         spec: SaleSpec,
         revision: int,
         *,
+        engine_id: str = "",
         seed_until_ms: int | None = None,
         replaces: Predecessor | None = None,
     ) -> Applied:
@@ -108,34 +123,37 @@ class Inventory:
         just seen that no data of this sale can be lost, so missing keys mean a new sale.
         `replaces` is the finished sale of the item that this one may replace.
         """
-        await translated(self._redis.sadd(ITEMS, spec.item_id))
+        await translated(self._redis.sadd(self._items, spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
         arguments = (
             *spec.arguments(revision),
             "" if seed_until_ms is None else seed_until_ms,
             other_id,
             other_accepted,
+            engine_id,
         )
-        return Applied(
-            await self._scripts.call(self._apply, ItemKeys.of(spec.item_id).four, arguments)
-        )
+        item_keys = self._keys(spec.item_id).four
+        return Applied(await self._scripts.call(self._apply, item_keys, arguments))
 
-    async def close(self, item_id: str, sale_id: str, revision: int) -> Closed:
+    async def close(self, item_id: str, sale_id: str, revision: int, engine_id: str = "") -> Closed:
         """Closes a sale. A fenced sale is closed too, and stays fenced."""
-        return Closed(
-            await self._scripts.call(self._close, ItemKeys.of(item_id).four, (sale_id, revision))
-        )
+        item_keys = self._keys(item_id).four
+        arguments = (sale_id, revision, engine_id)
+        return Closed(await self._scripts.call(self._close, item_keys, arguments))
 
-    async def free(self, item_id: str, sale_id: str, revision: int, recorded: int) -> Freed:
+    async def free(
+        self, item_id: str, sale_id: str, revision: int, recorded: int, engine_id: str = ""
+    ) -> Freed:
         """Deletes the keys of a closed sale that the ledger has recorded completely.
 
         `revision` is the revision of the closed ledger row, and `recorded` its accepted units.
         """
-        keys = ItemKeys.of(item_id).four
-        freed = Freed(await self._scripts.call(self._free, keys, (sale_id, revision, recorded)))
+        item_keys = self._keys(item_id).four
+        arguments = (sale_id, revision, recorded, engine_id)
+        freed = Freed(await self._scripts.call(self._free, item_keys, arguments))
         if freed is Freed.FREED:
-            await translated(self._redis.srem(ITEMS, item_id))
-            if await translated(self._redis.exists(*keys)):
+            await translated(self._redis.srem(self._items, item_id))
+            if await translated(self._redis.exists(*item_keys)):
                 # Another sale of the item was seeded in the meantime.
                 await self.index([item_id])
         return freed
@@ -143,11 +161,12 @@ class Inventory:
     async def index(self, item_ids: Iterable[str]) -> None:
         """Adds items to the index that the sweeper and the operator walk. Idempotent."""
         if items := list(item_ids):
-            await translated(self._redis.sadd(ITEMS, *items))
+            await translated(self._redis.sadd(self._items, *items))
 
     async def items(self) -> list[str]:
         """Returns the items that have keys, sorted."""
-        return sorted(await translated(cast("Awaitable[set[str]]", self._redis.smembers(ITEMS))))
+        members = self._redis.smembers(self._items)
+        return sorted(await translated(cast("Awaitable[set[str]]", members)))
 
     async def server(self) -> ServerTime:
         """Returns Redis' clock and run. Sales written under another run are fenced."""
@@ -169,10 +188,10 @@ class Inventory:
         wanted = list(item_ids)
         pipeline = self._redis.pipeline(transaction=False)
         for item_id in wanted:
-            keys = ItemKeys.of(item_id)
-            pipeline.hgetall(keys.sale)
-            pipeline.xlen(keys.outbox)
-            pipeline.exists(keys.buyers, keys.reservations, keys.outbox)
+            item = self._keys(item_id)
+            pipeline.hgetall(item.sale)
+            pipeline.xlen(item.outbox)
+            pipeline.exists(item.buyers, item.reservations, item.outbox)
         replies = await translated(pipeline.execute()) if wanted else []
         found = {}
         for item_id, fields, outbox_length, parts in zip(
@@ -191,35 +210,93 @@ class Inventory:
         text = await translated(
             cast(
                 "Awaitable[str | None]",
-                self._redis.hget(ItemKeys.of(item_id).reservations, reservation_id),
+                self._redis.hget(self._keys(item_id).reservations, reservation_id),
             )
         )
         return None if text is None else Record.parse(text)
 
     async def reservation_pages(
         self, item_id: str, count: int = 500
-    ) -> AsyncIterator[list[tuple[str, Record]]]:
+    ) -> AsyncIterator[tuple[Snapshot, list[tuple[str, Record]]]]:
         """Yields all reservations of an item, with their ids, in pages of about `count`.
 
-        A reservation can appear twice, and one accepted during the scan can be missing. Raises
-        `ContractViolation` if a record cannot be read.
+        Each page has the snapshot of the sale at the moment it was read. A reservation can appear
+        twice, and one accepted during the scan can be missing. Raises `ContractViolation` if the
+        item has no sale that can be read, or a fenced one, which may be an older copy.
         """
-        cursor = 0
+        cursor = "0"
         while True:
-            scanned = self._redis.hscan(ItemKeys.of(item_id).reservations, cursor, count=count)
-            cursor, page = await translated(cast("Awaitable[tuple[int, dict[str, str]]]", scanned))
-            yield [(reservation_id, Record.parse(text)) for reservation_id, text in page.items()]
-            if not cursor:
+            item_keys = self._keys(item_id).four
+            page = await self._scripts.call(self._page, item_keys, (cursor, count))
+            if isinstance(page, str):
+                raise ContractViolation(f"{item_id}: {_UNREADABLE[page]}")
+            cursor, sale_id, allocated, capacity, revision, engine, *pairs = page
+            yield (
+                Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
+                [
+                    (reservation_id, Record.parse(text))
+                    for reservation_id, text in zip(pairs[::2], pairs[1::2], strict=True)
+                ],
+            )
+            if cursor == "0":
                 return
+
+    @property
+    def address(self) -> str:
+        """The server's address, host:port/db."""
+        return redis_client.address(self._redis)
+
+    async def engine_id(self) -> str:
+        """Returns the id of the engine that this Redis serves, or "" if none has claimed it."""
+        found = self._redis.get(keys.engine_id(self.engine))
+        return str(await translated(cast("Awaitable[str | None]", found)) or "")
+
+    async def claim(self, engine_id: str) -> None:
+        """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it."""
+        key = keys.engine_id(self.engine)
+        claimed = self._redis.set(key, engine_id, nx=True, get=True)
+        owner = await translated(cast("Awaitable[str | None]", claimed))
+        if owner not in (None, engine_id):
+            raise OtherEngine(
+                f"this Redis belongs to engine {owner}, and the ledger to engine {engine_id}, both "
+                f"named {self.engine}: use a Redis of its own, or another FLASHSALE_ENGINE"
+            )
+
+    def _keys(self, item_id: str) -> ItemKeys:
+        return ItemKeys.of(item_id, self.engine)
 
     async def load(self) -> None:
         """Loads the `reserve` script, so that the first buyer does not wait for it."""
         await self._scripts.load(self._reserve)
 
-    async def eviction_policy(self) -> str:
-        """Returns the server's `maxmemory-policy`. Any but `noeviction` can drop a sale's keys."""
+    async def unsafe_setting(self) -> str | None:
+        """Returns a sentence about a setting of the server that endangers sales, or None.
+
+        A server that does not permit CONFIG is trusted to have `repl-backlog-ttl 0`.
+        """
         info = await translated(self._redis.info("memory"))
-        return str(info["maxmemory_policy"])
+        if (policy := str(info["maxmemory_policy"])) != "noeviction":
+            return (
+                f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
+                "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
+            )
+        try:
+            config = await translated(self._redis.config_get("repl-backlog-ttl"))
+        except RedisUnavailable:
+            return None
+        if (seconds := config.get("repl-backlog-ttl", "0")) != "0":
+            return (
+                f"Redis' repl-backlog-ttl is {seconds}: it must be 0, or a server that was without "
+                "replicas for that time forgets its failovers (CONFIG SET repl-backlog-ttl 0)"
+            )
+        return None
+
+
+_UNREADABLE: Final = {
+    "unknown": "Redis has no sale of this item",
+    "unsupported": "this version cannot read the sale",
+    "fenced": "the sale is fenced: rebuild it first",
+}
 
 
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:
@@ -243,6 +320,7 @@ def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) 
             last_now_ms=int(fields["last_now_ms"]),
             outbox_length=outbox_length,
             torn=accepted > 0 and parts < 3,
+            engine=fields.get("engine", ""),
         )
     except (KeyError, ValueError) as error:
         raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error

@@ -1,21 +1,34 @@
 """Every Redis key of the engine. No other module builds a key.
 
-The keys of an item share a hash tag, so that a sale lives in one slot of a Redis Cluster.
+The engine's name is the prefix of each key, so that several engines can share a Redis. The keys of
+an item share a hash tag, so that a sale lives in one slot of a Redis Cluster.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
-ITEMS: Final = "flashsale:items"
-"""Set of the items that have keys. The sweeper and the operator walk it."""
-
-PODS: Final = "flashsale:pods"
-"""Set of the API pods that have sent a heartbeat and are not known to be dead."""
+DEFAULT_ENGINE: Final = "flashsale"
+"""The name of an engine that FLASHSALE_ENGINE does not name."""
 
 
-def heartbeat(pod_id: str) -> str:
-    """Returns the key of an API pod's heartbeat. It expires when the heartbeats stop."""
-    return f"flashsale:pod:{pod_id}"
+def engine_id(engine: str) -> str:
+    """Returns the key of the id of the engine that this Redis serves."""
+    return f"{engine}:engine"
+
+
+def items(engine: str) -> str:
+    """Returns the key of the set of items that have keys. The sweeper and the operator walk it."""
+    return f"{engine}:items"
+
+
+def pods(engine: str) -> str:
+    """Returns the key of the set of API pods. Pods of the previous version look only here."""
+    return f"{engine}:pods"
+
+
+def heartbeat(engine: str, pod_id: str) -> str:
+    """Returns the key of an API pod's heartbeat over all items, for the previous version."""
+    return f"{engine}:pod:{pod_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +40,18 @@ class ItemKeys:
     reservations: str
     outbox: str
     sweeper: str
+    pods: str
 
     @classmethod
-    def of(cls, item_id: str) -> "ItemKeys":
-        tag = f"flashsale:{{{item_id}}}"
+    def of(cls, item_id: str, engine: str = DEFAULT_ENGINE) -> "ItemKeys":
+        tag = f"{engine}:{{{item_id}}}"
         return cls(
             sale=f"{tag}:sale",
             buyers=f"{tag}:buyers",
             reservations=f"{tag}:reservations",
             outbox=f"{tag}:outbox",
             sweeper=f"{tag}:sweeper",
+            pods=f"{tag}:pods",
         )
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 import asyncpg
 
-from flashsale.errors import LedgerUnavailable
+from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -21,6 +21,11 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 _MIGRATION_LOCK: Final = 0x666C617368
 """Key of the advisory lock that serializes migrations: "flash" in ASCII."""
 COMMAND_TIMEOUT_SECONDS: Final = 10.0
+_ENGINE: Final = "SELECT id::text, name, redis_address FROM engine"
+_CLAIM_ENGINE: Final = """
+UPDATE engine SET name = coalesce(name, $1), redis_address = coalesce(redis_address, $2)
+RETURNING id::text, name, redis_address
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,15 @@ class SaleRow:
 SALE_COLUMNS: Final = tuple(field.name for field in fields(SaleRow))
 
 
-async def connect(url: str, *, max_connections: int = 4) -> Pool:
-    """Returns a pool for `url`. It connects when a connection is needed."""
+async def connect(url: str, *, max_connections: int = 4, synchronous: bool = True) -> Pool:
+    """Returns a pool for `url`. It connects when a connection is needed.
+
+    With `synchronous`, commits wait for PostgreSQL's standby if there is one, whatever the
+    database's default. A standby without a sale's last revision could give it a second time.
+    """
+    server_settings = {"application_name": "flashsale"}
+    if synchronous:
+        server_settings["synchronous_commit"] = "on"
     async with translated():
         return await asyncpg.create_pool(
             url,
@@ -68,7 +80,7 @@ async def connect(url: str, *, max_connections: int = 4) -> Pool:
             max_size=max_connections,
             timeout=5,
             command_timeout=COMMAND_TIMEOUT_SECONDS,
-            server_settings={"application_name": "flashsale"},
+            server_settings=server_settings,
         )
 
 
@@ -161,3 +173,45 @@ async def stored_offsets(pool: Pool, topic: str) -> dict[int, int]:
             "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1", topic
         )
     return {record["partition"]: record["next_offset"] for record in records}
+
+
+async def engine_id(pool: Pool, name: str, redis_address: str | None = None) -> str:
+    """Returns the id of the ledger's engine.
+
+    The ledger remembers the first name and the first address of Redis (host:port/db) that a
+    process brings. Raises `OtherEngine` if the ledger belongs to an engine of another name, and
+    `RedisMoved` if its sales were seeded in another Redis.
+    """
+    async with translated():
+        found = await pool.fetchrow(_ENGINE)
+        if found is not None and (
+            found["name"] is None or (redis_address and found["redis_address"] is None)
+        ):
+            found = await pool.fetchrow(_CLAIM_ENGINE, name, redis_address)
+    if found is None:
+        raise LedgerUnavailable("the ledger has no row in its table engine: restore the database")
+    if found["name"] != name:
+        raise OtherEngine(
+            f"the ledger belongs to the engine {found['name']}, but FLASHSALE_ENGINE is {name}: "
+            f"set FLASHSALE_ENGINE={found['name']}, or give this engine a database of its own"
+        )
+    if redis_address and found["redis_address"] != redis_address:
+        raise RedisMoved(
+            f"the sales are in the Redis at {found['redis_address']}, but FLASHSALE_REDIS_URL "
+            f"names {redis_address}: stop every API pod that may still use the former address, and "
+            "then run `flashsalectl adopt-redis`"
+        )
+    return str(found["id"])
+
+
+async def adopt_redis(pool: Pool, address: str) -> str | None:
+    """Remembers another address of Redis, and returns the former one.
+
+    Call it only when no API pod uses the former address any more.
+    """
+    async with translated(), pool.acquire() as connection, connection.transaction():
+        former: str | None = await connection.fetchval(
+            "SELECT redis_address FROM engine FOR UPDATE"
+        )
+        await connection.execute("UPDATE engine SET redis_address = $1", address)
+    return former

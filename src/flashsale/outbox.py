@@ -5,7 +5,7 @@ from typing import Final, cast
 
 from redis.asyncio import Redis
 
-from flashsale.keys import ItemKeys
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.reservations import OutboxEntry
 from flashsale.scripts import Script, Scripts, translated
 
@@ -13,10 +13,11 @@ SETTLE_SECONDS: Final = 2.0
 
 
 class Outbox:
-    """The outboxes of all items. Every method raises `RedisUnavailable` if the call fails."""
+    """An engine's outboxes. Every method raises `RedisUnavailable` if the call fails."""
 
-    def __init__(self, redis: "Redis") -> None:
+    def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
         self._redis = redis
+        self._engine = engine
         self._scripts = Scripts(redis)
         self._settle = Script("settle")
 
@@ -32,7 +33,7 @@ class Outbox:
         return int(
             await self._scripts.call_quickly(
                 self._settle,
-                [ItemKeys.of(item_id).outbox],
+                [self._keys(item_id).outbox],
                 ("".join(f"{entry_id},{own_id}\n" for entry_id, own_id in acknowledged),),
                 SETTLE_SECONDS,
             )
@@ -46,7 +47,7 @@ class Outbox:
         `after` is the last entry id of the previous page, or "-" for the first page.
         """
         start = "-" if after == "-" else f"({after}"
-        page = self._redis.xrange(ItemKeys.of(item_id).outbox, start, f"{until_ms - 1}", count)
+        page = self._redis.xrange(self._keys(item_id).outbox, start, f"{until_ms - 1}", count)
         entries = await translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
         return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
 
@@ -55,7 +56,7 @@ class Outbox:
         wanted = list(item_ids)
         pipeline = self._redis.pipeline(transaction=False)
         for item_id in wanted:
-            pipeline.xlen(ItemKeys.of(item_id).outbox)
+            pipeline.xlen(self._keys(item_id).outbox)
         replies = await translated(pipeline.execute()) if wanted else []
         return dict(zip(wanted, replies, strict=True))
 
@@ -67,7 +68,7 @@ class Outbox:
         wanted = list(item_ids)
         pipeline = self._redis.pipeline(transaction=False)
         for item_id in wanted:
-            pipeline.xrange(ItemKeys.of(item_id).outbox, count=1)
+            pipeline.xrange(self._keys(item_id).outbox, count=1)
         replies = await translated(pipeline.execute()) if wanted else []
         return {
             item_id: int(entries[0][0].partition("-")[0])
@@ -80,8 +81,11 @@ class Outbox:
 
         The lease only saves work: two sweepers publish duplicates, which are harmless.
         """
-        key = ItemKeys.of(item_id).sweeper
+        key = self._keys(item_id).sweeper
         owner = await translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
         if owner == pod_id:
             await translated(self._redis.pexpire(key, lease_ms))
         return owner in (None, pod_id)
+
+    def _keys(self, item_id: str) -> ItemKeys:
+        return ItemKeys.of(item_id, self._engine)

@@ -49,6 +49,13 @@ def connect(url: str) -> "Redis":
     return Redis.from_pool(pool)
 
 
+def address(redis: "Redis") -> str:
+    """Returns the server's address as host:port/db, without user and password."""
+    options = redis.connection_pool.connection_kwargs
+    host, port, db = (options.get(name) for name in ("host", "port", "db"))
+    return f"{str(host).lower()}:{port or 6379}/{db or 0}"
+
+
 class Pool(BlockingConnectionPool):
     """redis-py's pool plus one `Link`, which opens on first use and closes with the pool."""
 

@@ -27,6 +27,7 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
     UNSUPPORTED = "unsupported"
     FENCED = "fenced"
+    OTHER_ENGINE = "other_engine"
 
 
 class Request(NamedTuple):
@@ -65,6 +66,8 @@ class Snapshot(NamedTuple):
     allocated: int
     capacity: int
     revision: int
+    engine: str = ""
+    """The id of the sale's engine. Empty for a sale that the previous version applied."""
 
 
 class Answer(NamedTuple):
@@ -100,11 +103,12 @@ class OutboxEntry:
     def parse(cls, entry_id: str, fields: Mapping[str, str]) -> "OutboxEntry":
         try:
             sale_id, allocated, capacity, revision = fields["sale"].split(",")
+            engine = fields.get("engine", "")
             return cls(
                 entry_id=entry_id,
                 reservation_id=fields["id"],
                 record=Record.parse(fields["record"]),
-                snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
+                snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
                 traceparent=fields["traceparent"],
             )
         except (KeyError, ValueError) as error:
@@ -116,10 +120,12 @@ def parse_reply(reply: str) -> BatchReply | Outcome:
     head, *answers = reply.split("\n")
     if not answers:
         return Outcome(head)
-    now_ms, sale_id, allocated, capacity, revision, available, outbox, starts_ms = head.split(",")
+    now_ms, sale_id, allocated, capacity, revision, available, outbox, starts_ms, engine = (
+        head.split(",")
+    )
     return BatchReply(
         now_ms=int(now_ms),
-        snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision)),
+        snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
         available=int(available),
         outbox_length=int(outbox),
         starts_ms=int(starts_ms),

@@ -66,7 +66,8 @@ class SaleSpec:
 class Sale:
     """A sale as Redis stores it. Counts are units, times are Unix milliseconds.
 
-    `torn` means that units were accepted and one of the sale's other keys is missing.
+    `torn` means that units were accepted and one of the sale's other keys is missing. `engine` is
+    the id of the sale's engine, or empty if the previous version applied the sale.
     """
 
     item_id: str
@@ -84,6 +85,7 @@ class Sale:
     last_now_ms: int
     outbox_length: int
     torn: bool
+    engine: str = ""
 
     @property
     def held(self) -> int:

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from flashsale.errors import SettingsError
+from flashsale.keys import DEFAULT_ENGINE
 
 PREFIX: Final = "FLASHSALE_"
 
@@ -39,6 +40,13 @@ DatabaseUrl = Annotated[
 ]
 Listen = Annotated[str, Meta(pattern=rf"^{_HOST}:{_PORT}\Z", description="host:port")]
 
+EngineName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?\Z",
+        description="1 to 63 characters of a-z, 0-9 and -, with a letter first and no - last",
+    ),
+]
 SaslMechanism = Annotated[
     Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"],
     Meta(description="SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN"),
@@ -48,7 +56,13 @@ Flag = Annotated[bool, Meta(description="true or false")]
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's name, which is the prefix of its topics, consumer group and Redis keys."""
+
+    engine: EngineName = DEFAULT_ENGINE
+
+
+class KafkaSettings(EngineSettings, frozen=True, kw_only=True):
     """Kafka's address, and optionally TLS, a client certificate and a user."""
 
     kafka_bootstrap: KafkaBootstrap

@@ -26,6 +26,8 @@ _HELP: Final = """\
 Answers POST /reserve from Redis and publishes accepted reservations to Kafka.
 
 environment:
+  FLASHSALE_ENGINE           name of the engine, the prefix of its topics, consumer group and
+                             Redis keys (default flashsale)
   FLASHSALE_REDIS_URL        redis://[user:password@]host:port/db (required)
   FLASHSALE_KAFKA_BOOTSTRAP  host:port[,host:port...] (required)
   FLASHSALE_KAFKA_TLS        true or false (default false)

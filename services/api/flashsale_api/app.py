@@ -15,13 +15,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from flashsale import heartbeat, redis_client
+from flashsale import redis_client
 from flashsale.errors import FlashsaleError, RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
-from flashsale_api.heartbeat import beat
+from flashsale_api.engine import Engine
+from flashsale_api.heartbeat import Heart
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
@@ -43,7 +44,7 @@ Another pod's sweep publishes the rest.
 
 
 class UnsafeRedisError(FlashsaleError):
-    """Redis is configured so that it may evict a sale's keys."""
+    """A setting of Redis endangers sales."""
 
 
 class Application:
@@ -73,10 +74,12 @@ def create_app(
     """Makes the application. Calls `on_failure` if a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
     redis = redis_client.connect(settings.redis_url)
-    inventory = Inventory(redis)
-    outbox = Outbox(redis)
-    publisher = Publisher(settings, outbox, metrics, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, spans=spans)
+    inventory = Inventory(redis, settings.engine)
+    outbox = Outbox(redis, settings.engine)
+    engine = Engine(settings.engine)
+    publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
+    batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
+    heart = Heart(pod_id, inventory, batcher, publisher, engine, metrics)
     sales = Sales(inventory, SaleViews(inventory))
     redis_checked = asyncio.Event()
 
@@ -89,7 +92,7 @@ def create_app(
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
                 ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
-                ("heartbeat", beat(redis, inventory, publisher, metrics, pod_id)),
+                ("heartbeat", heart.run()),
             )
         ]
 
@@ -109,7 +112,7 @@ def create_app(
                 log.warning("%d accepted reservations remain for another pod's sweep", left)
             else:
                 with contextlib.suppress(RedisUnavailable):
-                    await heartbeat.retire(redis, pod_id)
+                    await heart.stop()
             for task in tasks:
                 task.remove_done_callback(ended)
                 task.cancel()
@@ -120,6 +123,8 @@ def create_app(
         return Response("ok\n", media_type="text/plain")
 
     async def readyz(_: Request) -> Response:
+        if engine.conflict:
+            return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
         if redis_checked.is_set():
             return Response("ready\n", media_type="text/plain")
         return Response("Redis has not answered yet\n", 503, media_type="text/plain")
@@ -152,22 +157,19 @@ def create_app(
 async def _check_redis(inventory: Inventory, outbox: Outbox, checked: asyncio.Event) -> None:
     """Waits for Redis and loads the scripts.
 
-    Raises `UnsafeRedisError` if Redis may evict a sale.
+    Raises `UnsafeRedisError` if a setting of Redis endangers sales.
     """
     while True:
         try:
-            policy = await inventory.eviction_policy()
+            mistake = await inventory.unsafe_setting()
             await inventory.load()
             await outbox.load()
         except RedisUnavailable as error:
             log.info("waiting for Redis: %s", error)
             await asyncio.sleep(1)
             continue
-        if policy != "noeviction":
-            raise UnsafeRedisError(
-                f"Redis runs with maxmemory-policy {policy}, which may evict a sale: "
-                "set it to noeviction"
-            )
+        if mistake:
+            raise UnsafeRedisError(mistake)
         checked.set()
         return
 

@@ -14,9 +14,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from flashsale.errors import RedisUnavailable
-from flashsale.heartbeat import CALL_DEADLINE_SECONDS
+from flashsale.heartbeat import CALL_DEADLINE_SECONDS, EXPIRY_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Record, Request
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 
@@ -93,6 +94,7 @@ class Batcher:
         inventory: Inventory,
         publisher: Publisher,
         metrics: Metrics,
+        engine: Engine,
         *,
         spans: "Spans | None" = None,
     ) -> None:
@@ -100,6 +102,8 @@ class Batcher:
         self._inventory = inventory
         self._publisher = publisher
         self._metrics = metrics
+        self._engine = engine
+        self._called: dict[str, float] = {}
         self._queues: dict[str, _Queue] = {}
         self._waiting = 0
         self._calls: set[asyncio.Task[None]] = set()
@@ -125,6 +129,9 @@ class Batcher:
         if self._closed or self._waiting >= MAX_WAITING:
             decided(Decision(Failure.TOO_MANY_WAITING))
             return
+        if self._engine.conflict:
+            decided(Decision(Outcome.OTHER_ENGINE))
+            return
         loop = asyncio.get_running_loop()
         queue = self._queues.get(item_id)
         if queue is None:
@@ -137,6 +144,15 @@ class Batcher:
             loop.call_soon(self._start, queue)
         if self._expiry is None:
             self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
+
+    def called_items(self) -> list[str]:
+        """Returns the items that were called within the lifetime of a heartbeat.
+
+        Redis may have accepted a reservation in such a call that this pod does not count yet.
+        """
+        oldest = asyncio.get_running_loop().time() - EXPIRY_SECONDS
+        self._called = {item: since for item, since in self._called.items() if since > oldest}
+        return list(self._called)
 
     async def close(self) -> None:
         """Refuses new requests, and returns once all waiting requests are decided."""
@@ -229,10 +245,13 @@ class Batcher:
         loop = asyncio.get_running_loop()
         maybe_executed = False
         for _ in range(2):
-            started = loop.time()
+            started = self._called[item_id] = loop.time()
             try:
                 reply = await self._inventory.reserve(
-                    item_id, requests, timeout_seconds=CALL_DEADLINE_SECONDS / 2
+                    item_id,
+                    requests,
+                    timeout_seconds=CALL_DEADLINE_SECONDS / 2,
+                    engine_id=self._engine.id,
                 )
             except RedisUnavailable as error:
                 self._metrics.script_failures.inc()

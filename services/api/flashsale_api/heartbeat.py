@@ -2,34 +2,54 @@
 
 import asyncio
 import logging
-
-from redis.asyncio import Redis
+from dataclasses import dataclass
 
 from flashsale import heartbeat
 from flashsale.errors import RedisUnavailable
-from flashsale.heartbeat import Heartbeat
 from flashsale.inventory import Inventory
+from flashsale_api.batcher import Batcher
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
 
-async def beat(
-    redis: Redis, inventory: Inventory, publisher: Publisher, metrics: Metrics, pod_id: str
-) -> None:
-    """Writes the heartbeat and the gauges every `INTERVAL_SECONDS` until it is cancelled."""
-    while True:
-        metrics.unacknowledged.set(publisher.unacknowledged)
-        metrics.kafka_up.set(publisher.connected)
-        try:
-            # Read the clock first, because a heartbeat must not claim to be younger than its count.
-            sampled_ms = (await inventory.server()).now_ms
-            held = publisher.unacknowledged_by_item()
-            await heartbeat.beat(redis, Heartbeat(pod_id, held, sampled_ms))
-        except RedisUnavailable as error:
-            metrics.redis_up.set(0)
-            log.debug("no heartbeat: %s", error)
-        else:
-            metrics.redis_up.set(1)
-        await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
+@dataclass(frozen=True, slots=True)
+class Heart:
+    """Sends the heartbeat of a pod."""
+
+    pod_id: str
+    inventory: Inventory
+    batcher: Batcher
+    publisher: Publisher
+    engine: Engine
+    metrics: Metrics
+
+    async def run(self) -> None:
+        """Writes the heartbeat and the gauges every `INTERVAL_SECONDS` until it is cancelled."""
+        while True:
+            self.metrics.unacknowledged.set(self.publisher.unacknowledged)
+            self.metrics.kafka_up.set(self.publisher.connected)
+            try:
+                await self.beat()
+            except RedisUnavailable as error:
+                self.metrics.redis_up.set(0)
+                log.debug("no heartbeat: %s", error)
+            else:
+                self.metrics.redis_up.set(1)
+            await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
+
+    async def beat(self) -> None:
+        """Writes one heartbeat. Raises `RedisUnavailable`."""
+        self.engine.found_in_redis(await self.inventory.engine_id())
+        # Read the clock first, because a heartbeat must not claim to be younger than its count.
+        sampled = await self.inventory.server()
+        counts = dict.fromkeys(self.batcher.called_items(), 0)
+        counts |= self.publisher.unacknowledged_by_item()
+        redis, engine = self.inventory.redis, self.inventory.engine
+        await heartbeat.beat(redis, self.pod_id, counts, sampled, engine)
+
+    async def stop(self) -> None:
+        """Removes the heartbeat of a pod that has nothing left to publish."""
+        await heartbeat.retire(self.inventory.redis, self.pod_id, self.inventory.engine)

@@ -19,12 +19,13 @@ from aiokafka.errors import KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
-from flashsale.errors import RedisUnavailable
+from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.events import Event
 from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
+from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner
 from flashsale_api.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -74,15 +75,17 @@ class Publisher:
         kafka: KafkaSettings,
         outbox: Outbox,
         metrics: Metrics,
+        engine: Engine,
         *,
-        topic: str = events.TOPIC,
         spans: "Spans | None" = None,
     ) -> None:
         self._kafka = kafka
         self._spans = spans
         self._outbox = outbox
         self._metrics = metrics
-        self._topic = topic
+        self._engine = engine
+        self._owner = GroupOwner(kafka)
+        self._topic = events.topic(kafka.engine)
         self._pending: deque[Accepted] = deque()
         self._work = asyncio.Event()
         self._by_item: Counter[str] = Counter()
@@ -103,6 +106,11 @@ class Publisher:
     def held(self) -> int:
         """The number of events in memory, including acknowledged ones that are not settled."""
         return len(self._held)
+
+    @property
+    def sweepable(self) -> bool:
+        """Whether Kafka takes the entries of other pods. Those of another engine are left alone."""
+        return self.connected and not self._engine.conflict
 
     def unacknowledged_by_item(self) -> dict[str, int]:
         """Returns `unacknowledged` per item, without the items that have none."""
@@ -137,12 +145,15 @@ class Publisher:
             try:
                 await producer.start()
                 await producer.partitions_for(self._topic)
+                await self._check_owner()
                 log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
                 failures = 0
                 self.connected = True
                 # Before Python 3.13, a failed TaskGroup leaves its task a counted cancellation,
                 # which a timeout can mistake for one from outside. So give it its own task.
                 await asyncio.create_task(self._send(producer))
+            except* OtherEngine:
+                failures = len(BACKOFF_SECONDS)
             except* (KafkaError, OSError) as group:
                 self._metrics.publish_failures.inc()
                 if not failures:
@@ -194,8 +205,20 @@ class Publisher:
 
     async def _send(self, producer: AIOKafkaProducer) -> None:
         async with asyncio.TaskGroup() as senders:
+            senders.create_task(self._watch_owner())
             for _ in range(SENDERS):
                 senders.create_task(self._send_forever(producer))
+
+    async def _watch_owner(self) -> None:
+        while True:
+            await asyncio.sleep(OWNER_SECONDS)
+            await self._check_owner()
+
+    async def _check_owner(self) -> None:
+        """Raises `OtherEngine` if another engine's consumers would record this pod's events."""
+        self._engine.found_in_kafka(await self._owner.read())
+        if self._engine.conflict:
+            raise OtherEngine(self._engine.conflict)
 
     async def _send_forever(self, producer: AIOKafkaProducer) -> None:
         while True:

@@ -56,6 +56,7 @@ _PROBLEMS: Final = {
     Outcome.UNKNOWN: Problem.UNKNOWN_ITEM,
     Outcome.UNSUPPORTED: Problem.FENCED,
     Outcome.FENCED: Problem.FENCED,
+    Outcome.OTHER_ENGINE: Problem.OTHER_ENGINE,
     Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,

@@ -46,6 +46,7 @@ class Problem(Enum):
     INTERNAL_ERROR = Kind("internal-error", 500, "The API failed")
     OUTBOX_FULL = Kind("outbox-full", 503, "Too many accepted reservations wait to be published", 2)
     FENCED = Kind("fenced", 503, "The sale is being rebuilt after a Redis failure", 5)
+    OTHER_ENGINE = Kind("other-engine", 503, "This pod meets the parts of another engine", 5)
     TOO_MANY_WAITING = Kind("too-many-waiting", 503, "Too many requests are waiting", 1)
     REDIS_UNAVAILABLE = Kind("redis-unavailable", 503, "Redis does not answer", 1)
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)

@@ -80,7 +80,7 @@ class Sweeper:
 
     async def _sweep_item(self, item_id: str, until_ms: int) -> None:
         publisher, after = self._publisher, "-"
-        while publisher.connected and publisher.held < BACKLOG:
+        while publisher.sweepable and publisher.held < BACKLOG:
             page = await self._outbox.page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
             )

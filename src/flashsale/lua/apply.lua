@@ -8,7 +8,8 @@
 --         The caller has just seen in the ledger that no data of this sale can be lost. The limit
 --         stops a caller that was suspended since then.
 --       10 replace: '' or the id of the finished sale that this one may replace,
---       11 the accepted units that the ledger has recorded for the sale in 10
+--       11 the accepted units that the ledger has recorded for the sale in 10,
+--       12 the id of the caller's engine
 -- Returns one word:
 --         seeded, changed, unchanged   Redis agrees with the manifest
 --         stale        Redis has a higher revision, so the caller's row is outdated
@@ -17,6 +18,7 @@
 --         conflict     another sale has the item, and it is not finished, drained and recorded
 --         ended        the sale has reached its end, and an ended sale stays ended
 --         unsupported  this version does not support the sale's format
+--         other_engine another engine has the item
 -- Invariants: allocated is never lowered below the units that buyers hold. Applying a manifest
 --       again changes nothing. A sale that may lack data is not opened.
 
@@ -29,7 +31,8 @@ end
 local function write(allocated)
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', integer(allocated),
-    'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8])
+    'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
+    'engine', ARGV[12])
 end
 
 local may_seed = ARGV[9] ~= '' and clock_ms() <= tonumber(ARGV[9])
@@ -50,6 +53,7 @@ if not sale then
   return seed()
 end
 
+if foreign(sale, ARGV[12]) then return 'other_engine' end
 if sale.id ~= sale_id then
   if not replaceable(sale, KEYS[4], ARGV[10], ARGV[11]) then return 'conflict' end
   if not may_seed then return 'missing' end
@@ -66,7 +70,8 @@ if sale.state ~= 'closed' and sale.finished then
 end
 
 local allocated = math.max(requested, sale.accepted - sale.released)
-if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated then
+if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated
+  and ARGV[12] == sale.engine then
   return 'unchanged'
 end
 write(allocated)

@@ -8,23 +8,31 @@
 --       9 lease: how long later rebuilds leave the sale to this one, ms,
 --       10 replace: '' or the id of the finished sale that this one may replace,
 --       11 the accepted units that the ledger has recorded for the sale in 10,
---       12 begin: '1' to empty the keys for `restore`, '' to fence
+--       12 step: 'fence' for the first call, 'wait' for a repeat, 'begin' to empty the keys for
+--         `restore`,
+--       13 the accepted units that the ledger has recorded for this sale,
+--       14 the id of the caller's engine
 -- Returns one word:
 --         fenced       the sale waits for this rebuild. If it had no keys, there is a marker now.
 --         begun        the keys are empty, and only this rebuild can write them
 --         trusted      the sale is complete and needs no rebuild
 --         rebuilding   another rebuild has the sale. Of two that start together, the one with the
 --                      higher revision wins.
---         superseded   cannot begin: another rebuild has the sale, or it was closed meanwhile
+--         superseded   the mark of this rebuild is gone: Redis lost it, another rebuild has the
+--                      sale, or the sale was closed meanwhile
 --         undrained    cannot begin: the outbox has events that Kafka lacks
 --         conflict     another sale has the item, and it is not finished, drained and recorded
 --         unsupported  this version does not support the sale's format
--- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. A rebuild that was
---       overtaken finds another mark and cannot write anything more.
+--         other_engine another engine has the item
+-- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. A sale with fewer
+--       accepted units than the ledger is never trusted, whatever its run. A rebuild that was
+--       overtaken finds another mark and cannot write anything more. A rebuild whose mark was lost
+--       ends: Redis then lost the pods' heartbeats too, on which the wait depends.
 
 local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end
-if not tonumber(ARGV[2]) or not tonumber(ARGV[9]) then
+if not tonumber(ARGV[2]) or not tonumber(ARGV[9]) or not tonumber(ARGV[13])
+  or not (ARGV[12] == 'fence' or ARGV[12] == 'wait' or ARGV[12] == 'begin') then
   return redis.error_reply('ERR malformed rebuild')
 end
 local mine = 'rebuild:' .. ARGV[2]
@@ -34,13 +42,15 @@ local function write()
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', ARGV[1],
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', ARGV[3], 'accepted', '0', 'released', '0',
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
-    'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
+    'engine', ARGV[14], 'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
 end
 
-if ARGV[12] == '1' then
-  if not sale or sale.run_id ~= mine or sale.revision > tonumber(ARGV[2]) then
-    return 'superseded'
-  end
+if sale and foreign(sale, ARGV[14]) then return 'other_engine' end
+
+if ARGV[12] ~= 'fence' and (not sale or sale.run_id ~= mine) then return 'superseded' end
+
+if ARGV[12] == 'begin' then
+  if sale.revision > tonumber(ARGV[2]) then return 'superseded' end
   if redis.call('XLEN', KEYS[4]) > 0 then return 'undrained' end
   redis.call('DEL', KEYS[2], KEYS[3])
   write()
@@ -56,7 +66,7 @@ if not sale then
   write()
   return 'fenced'
 end
-if not sale.fenced then return 'trusted' end
+if not sale.fenced and sale.accepted >= tonumber(ARGV[13]) then return 'trusted' end
 local other = tonumber(string.match(sale.run_id, '^rebuild:(%d+)$'))
 local until_ms = tonumber(redis.call('HGET', KEYS[1], 'rebuild_until_ms') or 0)
 if other and until_ms and other > tonumber(ARGV[2]) and until_ms > clock_ms() then

@@ -2,11 +2,13 @@
 -- any more.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
--- ARGV  1 sale id, 2 the revision of the closed ledger row, 3 the ledger's accepted units
+-- ARGV  1 sale id, 2 the revision of the closed ledger row, 3 the ledger's accepted units,
+--       4 the id of the caller's engine
 -- Returns one word:
 --         freed        the keys are deleted
 --         unknown      the item has no keys, or they belong to another sale
 --         unsupported  this version does not support the sale's format
+--         other_engine another engine has the sale
 --         open         not closed, or at another revision: it was applied again
 --         unrecorded   the outbox has events, or the counts differ
 -- Invariants: an event leaves the outbox only after Kafka has acknowledged it. The ledger's row
@@ -15,6 +17,7 @@
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end
 if sale.id ~= ARGV[1] then return 'unknown' end
+if foreign(sale, ARGV[4]) then return 'other_engine' end
 local revision, recorded = tonumber(ARGV[2]), tonumber(ARGV[3])
 if not revision or not recorded then return redis.error_reply('ERR malformed row') end
 if (sale.state ~= 'closed' and sale.state ~= 'ended') or sale.revision ~= revision then

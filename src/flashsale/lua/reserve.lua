@@ -4,9 +4,10 @@
 -- ARGV  1 outbox limit (entries), 2 number of requests,
 --       3 the requests, one per line: id,user,quantity,key,traceparent. Key and traceparent may be
 --         empty. No field contains a comma or a newline.
--- Returns one string. If no request can be decided, it is one word: unknown, unsupported or fenced.
---       Otherwise the first line describes the sale: now_ms,sale_id,allocated,capacity,revision,
---       available,outbox length,starts_ms. Then follows one line per request, in order:
+--       4 the id of the pod's engine, or '' if the pod does not know it yet
+-- Returns one string. If no request can be decided, it is one word: unknown, unsupported, fenced or
+--       other_engine. Otherwise the first line describes the sale: now_ms,sale_id,allocated,
+--       capacity,revision,available,outbox length,starts_ms,engine. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
 --         limit_reached | sold_out | not_enough_left | outbox_full
 -- Invariants: accepted - released <= allocated. A user never has more than max_per_user units. An
@@ -18,6 +19,7 @@
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end
 if sale.fenced then return 'fenced' end
+if foreign(sale, ARGV[4]) then return 'other_engine' end
 
 -- Parallel lists: a table per request would cost more than the rest of the parsing.
 local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
@@ -84,7 +86,7 @@ if #accepted > 0 then
     local id, user = ids[n], users[n]
     local record = records[id]
     answers[n] = 'accepted ' .. redis.call('XADD', KEYS[4], '*', 'id', id, 'record', record,
-      'sale', snapshot, 'traceparent', traceparents[n])
+      'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
     new_records[2 * i - 1], new_records[2 * i] = id, record
     new_held[2 * i - 1], new_held[2 * i] = user, held[user]
   end
@@ -97,5 +99,5 @@ elseif sale.state ~= 'ended' and sale.state ~= 'closed' and sale.finished then
 end
 
 return table.concat({ now, sale.id, integer(sale.allocated), capacity, integer(sale.revision),
-  integer(available), integer(outbox_length), integer(sale.starts_ms) }, ',')
+  integer(available), integer(outbox_length), integer(sale.starts_ms), sale.engine }, ',')
   .. '\n' .. table.concat(answers, '\n')

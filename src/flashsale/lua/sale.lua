@@ -13,6 +13,11 @@
 --                still is a key.
 --   sale.now     Redis' clock in ms. It never runs backwards for a sale, even if the machine's
 --                clock does.
+--   sale.engine  The id of the engine that applied the sale, or '' if the previous version did.
+--
+-- Under another run the fence is latched: read_sale writes a run_id that no server has. Otherwise a
+-- server that forgets its master_replid2 could have the run again under which it lost writes. The
+-- write uses pcall, because a server without its replicas refuses it and must still say fenced.
 
 local FORMAT = '1'
 local STATES = { open = true, paused = true, ended = true, closed = true }
@@ -37,7 +42,8 @@ end
 local function read_sale(keys)
   local key = keys[1]
   local f = redis.call('HMGET', key, 'format', 'sale_id', 'run_id', 'revision', 'state',
-    'allocated', 'accepted', 'released', 'max_per_user', 'starts_ms', 'ends_ms', 'last_now_ms')
+    'allocated', 'accepted', 'released', 'max_per_user', 'starts_ms', 'ends_ms', 'last_now_ms',
+    'engine')
   if not f[1] then
     return nil, redis.call('EXISTS', key) == 0 and 'unknown' or 'unsupported'
   end
@@ -53,6 +59,7 @@ local function read_sale(keys)
     starts_ms = f[10] == '' and 0 or tonumber(f[10]),
     ends_ms = f[11] == '' and math.huge or tonumber(f[11]),
     last_now_ms = tonumber(f[12]),
+    engine = f[13] or '',
   }
   if f[1] ~= FORMAT or not sale.id or not sale.run_id or not STATES[sale.state]
     or not (sale.revision and sale.allocated and sale.accepted and sale.released
@@ -60,7 +67,11 @@ local function read_sale(keys)
     return nil, 'unsupported'
   end
   sale.torn = sale.accepted > 0 and redis.call('EXISTS', keys[2], keys[3], keys[4]) < 3
-  sale.fenced = sale.torn or sale.run_id ~= server_run()
+  local other_run = sale.run_id ~= server_run()
+  if other_run and string.match(sale.run_id, '^%x+:%x+$') then
+    redis.pcall('HSET', key, 'run_id', 'fenced')
+  end
+  sale.fenced = sale.torn or other_run
   sale.now = math.max(clock_ms(), sale.last_now_ms)
   sale.finished = sale.state == 'closed' or sale.state == 'ended' or sale.now >= sale.ends_ms
   sale.available = sale.allocated - sale.accepted + sale.released
@@ -72,4 +83,10 @@ end
 local function replaceable(sale, outbox, sale_id, recorded)
   return sale.id == sale_id and sale.finished and sale.accepted == tonumber(recorded)
     and redis.call('XLEN', outbox) == 0
+end
+
+-- Whether the sale belongs to another engine than the caller's. An empty id matches every engine,
+-- because the previous version had none.
+local function foreign(sale, engine)
+  return engine ~= '' and sale.engine ~= '' and sale.engine ~= engine
 end

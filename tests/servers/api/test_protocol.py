@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 from flashsale_api import reserve as reserve_module
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
@@ -61,7 +62,8 @@ async def connected(
     inventory: HeldInventory, timeout_keep_alive: int = 75
 ) -> AsyncIterator[Client]:
     metrics = Metrics()
-    reserve = Reserve(Batcher(inventory, RecordingPublisher(), metrics), metrics)
+    batcher = Batcher(inventory, RecordingPublisher(), metrics, Engine("flashsale"))
+    reserve = Reserve(batcher, metrics)
     config = uvicorn.Config(
         Application(reserve, Starlette()),
         http=HttpProtocol,

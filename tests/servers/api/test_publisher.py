@@ -22,6 +22,7 @@ from flashsale.reservations import Record, Request, Snapshot
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_api import sweeper as sweeper_module
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.sweeper import Sweeper
@@ -76,8 +77,8 @@ async def start_kafka(kafka: KafkaServer) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     try:
-        if events.TOPIC not in await admin.list_topics():
-            await admin.create_topics([NewTopic(events.TOPIC, 3, 1)])
+        if events.topic() not in await admin.list_topics():
+            await admin.create_topics([NewTopic(events.topic(), 3, 1)])
     finally:
         await admin.close()
 
@@ -85,7 +86,7 @@ async def start_kafka(kafka: KafkaServer) -> None:
 async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:
     """Return all records of the topic."""
     consumer = AIOKafkaConsumer(
-        events.TOPIC, bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
+        events.topic(), bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest"
     )
     await consumer.start()
     try:
@@ -268,7 +269,8 @@ async def test_a_stopping_pod_publishes_its_accepted_reservations(
     assert (await inventory_here.sales([ITEM]))[ITEM].outbox_length == 0
     assert ids(await published(kafka_here)) == set(journal.accepted())
     client = redis_client.connect(redis_here.url)
-    assert await heartbeat.living(client) == []
+    for pod in await heartbeat.living(client, ITEM, await inventory_here.server()):
+        assert pod.unacknowledged == 0
     await client.aclose()
 
 
@@ -282,25 +284,25 @@ async def test_a_heartbeat_counts_the_unacknowledged_events_per_item(
     await asyncio.to_thread(api.start)
     client = redis_client.connect(redis_here.url)
 
-    async def beats(unacknowledged: dict[str, int]) -> None:
+    async def beats(unacknowledged: int) -> None:
         """Wait for a heartbeat with this count."""
         async with asyncio.timeout(60):
             while True:
-                since_ms = (await inventory_here.server()).now_ms
-                pods = await heartbeat.living(client)
-                if [pod.unacknowledged for pod in pods] == [unacknowledged]:
-                    assert pods[0].sampled_ms <= since_ms
+                server = await inventory_here.server()
+                pods = await heartbeat.living(client, ITEM, server)
+                if pods and {pod.unacknowledged for pod in pods} == {unacknowledged}:
+                    assert all(0 < pod.sampled_ms <= server.now_ms for pod in pods)
                     return
                 await asyncio.sleep(0.1)
 
-    await beats({})
+    await beats(0)
     await stampede([api.url], a_crowd(25))
-    await beats({ITEM: 25})
+    await beats(25)
     await start_kafka(kafka_here)
-    await beats({})
+    await beats(0)
     api.kill()
     async with asyncio.timeout(60):
-        while await heartbeat.living(client):
+        while await heartbeat.living(client, ITEM, await inventory_here.server()):
             await asyncio.sleep(0.1)
     await client.aclose()
 
@@ -345,7 +347,9 @@ def accepted(item_id: str, number: int) -> Accepted:
 
 
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
-    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics())
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
     for item_id, number in (("many", 600), ("few", 300), ("one", 1)):
         publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}") for n in range(number)]
     publisher._to_settle.set()
@@ -370,7 +374,9 @@ async def test_a_pod_with_a_backlog_does_not_sweep(
     """After an outage of Kafka, it would mostly read its own entries, again and again."""
     monkeypatch.setattr(sweeper_module, "BACKLOG", 10)
     monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
-    publisher = Publisher(KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics())
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
     publisher.connected = True
     own = [accepted(ITEM, number) for number in range(10)]
     for each in own:

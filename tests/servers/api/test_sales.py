@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
-from flashsale.keys import ITEMS, ItemKeys
+from flashsale.keys import ItemKeys, items
 from flashsale.sale import rfc3339_of_ms
 from tests.support.api import UNKNOWN_ID, OpenSale, problem, reserve
 from tests.support.eventually import until
@@ -118,7 +118,7 @@ async def test_only_items_with_a_sale_are_labels(
     await until(swept)
     # Freeing a sale deletes its keys, too.
     await redis.delete(*ItemKeys.of(item).four)
-    await redis.srem(ITEMS, item)
+    await redis.srem(items("flashsale"), item)
     await until(removed)
     # The pod remembers the sale, which was not closed, and takes the keys for lost.
     problem(await reserve(http, item), 503, "fenced")

@@ -8,7 +8,7 @@ import pytest
 
 from dev.stack.servers import PostgresServer
 from flashsale import ledger
-from flashsale.errors import LedgerUnavailable
+from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved
 
 Pool = asyncpg.Pool
 
@@ -83,3 +83,39 @@ async def test_bad_data_is_not_reported_as_an_outage(pool: Pool) -> None:
         with pytest.raises((asyncpg.DataError, ValueError)):
             async with ledger.translated():
                 await pool.fetch("SELECT * FROM sales WHERE sale_id = $1", value)
+
+
+async def test_a_ledger_keeps_its_engines_name_and_id(pool: Pool) -> None:
+    own = await ledger.engine_id(pool, "shop")
+    assert await ledger.engine_id(pool, "shop") == own
+    with pytest.raises(OtherEngine, match=r"belongs to the engine shop, but .* is brand"):
+        await ledger.engine_id(pool, "brand")
+
+
+async def test_a_ledger_of_the_previous_version_has_the_default_name(database_url: str) -> None:
+    own = await ledger.connect(database_url)
+    for script in sorted((files("flashsale") / "migrations").iterdir(), key=lambda each: each.name):
+        if script.name < "0004":
+            await own.execute(script.read_text("utf-8"))
+    await own.execute(
+        "CREATE TABLE schema_migrations (version integer PRIMARY KEY, "
+        "applied_at timestamptz NOT NULL DEFAULT now()); "
+        "INSERT INTO schema_migrations SELECT generate_series(1, 3); "
+        "INSERT INTO sales (sale_id, item_id, allocated, revision, capacity) "
+        "VALUES ('default/a', 'a', 1, 1, 1)"
+    )
+    await ledger.migrate(own)
+    with pytest.raises(OtherEngine, match="set FLASHSALE_ENGINE=flashsale"):
+        await ledger.engine_id(own, "shop")
+    assert await ledger.engine_id(own, "flashsale")
+    await own.close()
+
+
+async def test_a_ledger_remembers_the_address_of_redis_until_another_is_adopted(pool: Pool) -> None:
+    await ledger.engine_id(pool, "shop", "one:6379/0")
+    with pytest.raises(RedisMoved, match=r"in the Redis at one:6379/0, but .* two:6379/0"):
+        await ledger.engine_id(pool, "shop", "two:6379/0")
+    assert await ledger.adopt_redis(pool, "two:6379/0") == "one:6379/0"
+    await ledger.engine_id(pool, "shop", "two:6379/0")
+    with pytest.raises(RedisMoved):
+        await ledger.engine_id(pool, "shop", "one:6379/0")

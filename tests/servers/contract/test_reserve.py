@@ -11,12 +11,13 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
-from flashsale import redis_client
-from flashsale.errors import RedisUnavailable
-from flashsale.inventory import Applied, Inventory
+from flashsale import heartbeat, redis_client
+from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
+from flashsale.inventory import Applied, Closed, Freed, Inventory, ServerTime
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
-from flashsale.reservations import BatchReply, Outcome, Record, Request
+from flashsale.reservations import BatchReply, Outcome, Record, Request, Snapshot
+from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened, outcome
 
 
@@ -286,6 +287,135 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
         await other.aclose()
 
 
+async def test_a_server_that_forgets_its_failovers_stays_fenced(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    """After a failover and back, a server without replicas has the run again that it had first."""
+    binary = redis_server.binary
+    with (
+        RedisServer(tmp_path / "one", binary=binary) as one,
+        RedisServer(tmp_path / "two", binary=binary) as two,
+    ):
+        client, other = redis_client.connect(one.url), redis_client.connect(two.url)
+        stock = Inventory(client)
+        await opened(stock, a_sale(item, 5))
+        before = await stock.server()
+        await client.config_set("repl-backlog-ttl", 1)
+        await other.replicaof("127.0.0.1", one.port)
+        await until(lambda: other.exists(ItemKeys.of(item).sale), "the replica has the sale")
+        await other.replicaof("NO", "ONE")
+        await client.replicaof("127.0.0.1", two.port)
+
+        async def linked() -> bool:
+            return bool((await client.info("replication"))["master_link_status"] == "up")
+
+        await until(linked, "the former master follows")
+        await client.replicaof("NO", "ONE")
+        assert await outcome(stock, item, a_request("ann")) is Outcome.FENCED
+
+        async def forgotten() -> bool:
+            return (await stock.server()).run_id == before.run_id
+
+        await until(forgotten, "the server has its first run again")
+        assert await outcome(stock, item, a_request("bob")) is Outcome.FENCED
+        await client.aclose()
+        await other.aclose()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("maxmemory-policy", "allkeys-lru"), ("repl-backlog-ttl", "3600")]
+)
+async def test_a_setting_that_endangers_sales_is_named(
+    stock: Inventory, redis: Redis, setting: str, value: str
+) -> None:
+    assert await stock.unsafe_setting() is None
+    [before] = (await redis.config_get(setting)).values()
+    await redis.config_set(setting, value)
+    try:
+        mistake = await stock.unsafe_setting()
+    finally:
+        await redis.config_set(setting, before)
+    assert mistake is not None
+    assert mistake.startswith(f"Redis' {setting} is {value}: it must be {before}")
+
+
+async def test_every_key_of_an_engine_begins_with_its_name(redis: Redis, item: str) -> None:
+    name = f"brand-{uuid.uuid4().hex[:8]}"
+    stock = Inventory(redis, name)
+    await stock.claim("e-1")
+    await opened(stock, a_sale(item))
+    assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
+    assert await Outbox(redis, name).take_lease(item, "pod", 1_000)
+    await heartbeat.beat(redis, "pod", {item: 1}, await stock.server(), name)
+    keys = [key async for key in redis.scan_iter(f"*{name}*")]
+    assert {key for key in keys if key.startswith(f"{name}:")} == set(keys)
+    named = [key async for key in redis.scan_iter(f"*{item}*")]
+    assert named
+    assert {key for key in named if key.startswith(f"{name}:{{{item}}}:")} == set(named)
+
+
+async def test_a_sale_of_another_engine_is_not_touched(stock: Inventory, item: str) -> None:
+    spec = a_sale(item)
+    assert await stock.apply(spec, 1, engine_id="one", seed_until_ms=2**53) is Applied.SEEDED
+    request = [a_request()]
+    reply = await stock.reserve(item, request, timeout_seconds=5, engine_id="two")
+    assert reply is Outcome.OTHER_ENGINE
+    assert await stock.apply(spec, 9, engine_id="two") is Applied.OTHER_ENGINE
+    assert await stock.close(item, spec.sale_id, 9, "two") is Closed.OTHER_ENGINE
+    assert await stock.free(item, spec.sale_id, 1, 0, "two") is Freed.OTHER_ENGINE
+    reply = await stock.reserve(item, request, timeout_seconds=5, engine_id="one")
+    assert isinstance(reply, BatchReply)
+    assert reply.snapshot.engine == "one"
+
+
+async def test_a_sale_of_the_previous_version_gets_its_engine(stock: Inventory, item: str) -> None:
+    spec = await opened(stock, a_sale(item))
+    reply = await stock.reserve(item, [a_request()], timeout_seconds=5, engine_id="one")
+    assert isinstance(reply, BatchReply)
+    assert reply.snapshot.engine == ""
+    assert await stock.apply(spec, 1, engine_id="one") is Applied.CHANGED
+    assert await stock.apply(spec, 1, engine_id="one") is Applied.UNCHANGED
+    assert (await stock.sales([item]))[item].accepted == 1
+    assert (await stock.sales([item]))[item].engine == "one"
+
+
+async def test_a_redis_that_an_engine_has_claimed_is_refused_to_another(redis: Redis) -> None:
+    stock = Inventory(redis, f"brand-{uuid.uuid4().hex[:8]}")
+    assert await stock.engine_id() == ""
+    await stock.claim("one")
+    await stock.claim("one")
+    with pytest.raises(OtherEngine, match="engine one, and the ledger to engine two"):
+        await stock.claim("two")
+    assert await stock.engine_id() == "one"
+
+
+async def test_a_report_by_the_clock_of_another_run_counts_as_old(redis: Redis, item: str) -> None:
+    server = await Inventory(redis).server()
+    await heartbeat.beat(redis, "pod", {item: 0}, ServerTime(server.now_ms, "another"))
+    [own, _previous] = await heartbeat.living(redis, item, server)
+    assert (own.pod_id, own.sampled_ms) == ("pod", 0)
+    await heartbeat.beat(redis, "pod", {item: 3}, server)
+    [own, _previous] = await heartbeat.living(redis, item, server)
+    assert own == ("pod", 3, server.now_ms)
+    later = ServerTime(server.now_ms + 1_000 * heartbeat.EXPIRY_SECONDS + 1, server.run_id)
+    assert [report.sampled_ms for report in await heartbeat.living(redis, item, later)] == [
+        server.now_ms
+    ]
+    await heartbeat.retire(redis, "pod")
+
+
+async def test_the_pages_of_a_fenced_sale_are_not_read(
+    stock: Inventory, redis: Redis, item: str
+) -> None:
+    await opened(stock, a_sale(item))
+    await answers(stock, item, [a_request()])
+    [(snapshot, page)] = [page async for page in stock.reservation_pages(item)]
+    assert (snapshot.sale_id, len(page)) == (f"default/{item}", 1)
+    await redis.hset(ItemKeys.of(item).sale, "run_id", "another")
+    with pytest.raises(ContractViolation, match="is fenced: rebuild it first"):
+        await anext(stock.reservation_pages(item))
+
+
 async def test_a_server_out_of_memory_sells_nothing(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:
@@ -330,7 +460,7 @@ async def test_an_outbox_entry_contains_the_whole_event(
     [entry] = await outbox.page(item, until_ms=until_ms, count=10)
     assert (entry.entry_id, entry.reservation_id) == (answer.detail, request.reservation_id)
     assert entry.record == Record("accepted", 1, 2, entry.record.occurred_ms, "ann", "k")
-    assert entry.snapshot == (f"default/{item}", 7, 7, 1)
+    assert entry.snapshot == Snapshot(f"default/{item}", 7, 7, 1)
     assert entry.traceparent == trace
 
 
@@ -357,9 +487,10 @@ async def test_the_pages_of_reservations_contain_each_reservation(
         await answers(stock, item, requests[start : start + 128])
     pages = [page async for page in stock.reservation_pages(item, count=100)]
     assert len(pages) > 1
-    found = {reservation_id: record.user_id for page in pages for reservation_id, record in page}
+    found = {own_id: record.user_id for _, page in pages for own_id, record in page}
     assert found == {request.reservation_id: request.user_id for request in requests}
 
 
 async def test_an_item_without_a_sale_has_no_reservations(stock: Inventory, item: str) -> None:
-    assert [record async for page in stock.reservation_pages(item) for record in page] == []
+    with pytest.raises(ContractViolation, match="has no sale of this item"):
+        await anext(stock.reservation_pages(item))

@@ -15,7 +15,7 @@ from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale.keys import ITEMS, ItemKeys
+from flashsale.keys import ItemKeys, items
 from tests.support.eventually import eventually
 from tests.support.observability import ObservedEngine
 
@@ -62,11 +62,11 @@ def test_an_unreadable_outbox_entry_is_logged_without_its_buyer(engine: Observed
     with redis_client.Redis.from_url(engine.world.redis.url) as client:
         fields = {"id": "x", "record": "accepted,1,1,buyer-7", "sale": "a,1,1,1"}
         client.xadd(keys.outbox, {**fields, "traceparent": ""}, id="1-1")
-        client.sadd(ITEMS, "torn")
+        client.sadd(items("flashsale"), "torn")
         try:
             eventually(lambda: "the outbox of torn cannot be swept" in engine.api.log.read_text())
         finally:
-            client.srem(ITEMS, "torn")
+            client.srem(items("flashsale"), "torn")
             client.delete(keys.outbox)
     assert "not a reservation record" in engine.api.log.read_text()
     assert "buyer-7" not in engine.api.log.read_text()

@@ -12,6 +12,7 @@ from flashsale_api.batcher import (
     Decision,
     Failure,
 )
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from tests.support.batcher import HeldInventory, RecordingPublisher
 from tests.support.eventually import until
@@ -40,7 +41,7 @@ async def turns(number: int = 5) -> None:
 
 async def test_requests_that_arrive_during_calls_form_the_next_call() -> None:
     inventory, publisher = HeldInventory(), RecordingPublisher()
-    batcher = Batcher(inventory, publisher, Metrics())
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
     waiting = []
     for number in range(3):
         waiting.append(decide(batcher, "x", a_request(number)))
@@ -60,7 +61,7 @@ async def test_requests_that_arrive_during_calls_form_the_next_call() -> None:
 
 async def test_requests_of_one_loop_turn_share_a_call() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     waiting = [decide(batcher, "x", a_request(n)) for n in range(20)]
     inventory.go.release()
     await asyncio.gather(*waiting)
@@ -69,7 +70,7 @@ async def test_requests_of_one_loop_turn_share_a_call() -> None:
 
 async def test_items_do_not_wait_for_one_another() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(10)]
     await turns()
     assert len(inventory.calls) == 10
@@ -80,7 +81,7 @@ async def test_items_do_not_wait_for_one_another() -> None:
 
 async def test_requests_above_the_limit_are_refused_and_never_sent() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     first = decide(batcher, "x", a_request())
     await turns()
     waiting = [decide(batcher, "x", a_request(n)) for n in range(1, 3 * 128 + 4_400)]
@@ -97,7 +98,7 @@ async def test_requests_above_the_limit_are_refused_and_never_sent() -> None:
 
 async def test_a_request_that_waited_too_long_is_refused_and_never_sent() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     in_flight = []
     for number in range(CALLS_IN_FLIGHT):
         in_flight.append(decide(batcher, "x", a_request(number)))
@@ -114,7 +115,7 @@ async def test_a_request_that_waited_too_long_is_refused_and_never_sent() -> Non
 async def test_a_failed_call_is_repeated_once_with_the_same_ids() -> None:
     inventory = HeldInventory()
     inventory.fail = True
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     for _ in range(10):
         inventory.go.release()
     decision = await decide(batcher, "x", a_request())
@@ -125,7 +126,7 @@ async def test_a_failed_call_is_repeated_once_with_the_same_ids() -> None:
 
 async def test_a_reply_from_before_a_suspension_is_ignored() -> None:
     inventory, publisher = HeldInventory(), RecordingPublisher()
-    batcher = Batcher(inventory, publisher, Metrics())
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
     deciding = decide(batcher, "x", a_request())
     await turns()
     loop = asyncio.get_running_loop()
@@ -143,7 +144,7 @@ async def test_a_reply_from_before_a_suspension_is_ignored() -> None:
 async def test_sold_out_is_cached_briefly_and_per_item() -> None:
     inventory = HeldInventory()
     inventory.outcome, inventory.available = Outcome.SOLD_OUT, 0
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     inventory.go.release()
     assert not batcher.sold_out("x")
     await decide(batcher, "x", a_request())
@@ -155,7 +156,7 @@ async def test_sold_out_is_cached_briefly_and_per_item() -> None:
 async def test_not_enough_left_is_not_cached_as_sold_out() -> None:
     inventory = HeldInventory()
     inventory.outcome, inventory.available = Outcome.NOT_ENOUGH_LEFT, 1
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     inventory.go.release()
     await decide(batcher, "x", a_request())
     assert not batcher.sold_out("x")
@@ -163,7 +164,7 @@ async def test_not_enough_left_is_not_cached_as_sold_out() -> None:
 
 async def test_a_buyer_who_disconnects_does_not_cancel_the_batch() -> None:
     inventory, publisher = HeldInventory(), RecordingPublisher()
-    batcher = Batcher(inventory, publisher, Metrics())
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
     disconnected = decide(batcher, "x", a_request(1))
     connected = decide(batcher, "x", a_request(2))
     await turns()
@@ -176,7 +177,7 @@ async def test_a_buyer_who_disconnects_does_not_cancel_the_batch() -> None:
 
 async def test_calls_in_flight_are_limited_across_items() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     waiting = [decide(batcher, f"x{n % 200}", a_request(n)) for n in range(400)]
     await turns()
     assert len(inventory.calls) == MAX_CALLS
@@ -193,7 +194,7 @@ async def test_calls_in_flight_are_limited_across_items() -> None:
 
 async def test_close_decides_waiting_requests_and_refuses_new_ones() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     waiting = [decide(batcher, "x", a_request(n)) for n in range(500)]
     await turns()
     closing = asyncio.create_task(batcher.close())
@@ -209,7 +210,7 @@ async def test_close_decides_waiting_requests_and_refuses_new_ones() -> None:
 
 async def test_close_decides_requests_that_arrived_in_the_same_loop_turn() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics())
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     inventory.go.release()
     last = decide(batcher, "x", a_request())
     await batcher.close()

@@ -32,6 +32,7 @@ made = st.builds(
         st.integers(0, 2**53),
         st.integers(0, 2**53),
         st.integers(1, 2**53),
+        st.one_of(st.just(""), st.uuids().map(str)),
     ),
 )
 
