@@ -72,12 +72,12 @@ async def http(api: ApiServer) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def open_sale(stock: Inventory) -> OpenSale:
+def open_sale(inventory: Inventory) -> OpenSale:
     """A function that seeds a sale: `await open_sale(item, 10, max_per_user=2)`."""
 
     async def seed(item: str, units: int = 100, **changes: object) -> SaleSpec:
         spec = replace(SaleSpec(f"default/{item.lower()}", item, units), **changes)  # type: ignore[arg-type]
-        assert await stock.apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
+        assert await inventory.apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
         return spec
 
     return seed

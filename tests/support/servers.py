@@ -51,7 +51,7 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-def stock(redis: Redis) -> Inventory:
+def inventory(redis: Redis) -> Inventory:
     return Inventory(redis)
 
 

@@ -43,14 +43,14 @@ async def test_an_accepted_request_returns_the_reservation_and_its_location(
 
 
 async def test_a_retry_with_the_same_key_returns_the_same_reservation(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
     spec = await open_sale(item, 5, max_per_user=5)
     answers = await asyncio.gather(*(reserve(http, item, key="k-1") for _ in range(30)))
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.text for answer in answers}) == 1
-    assert await accepted(stock, item) == 1
-    await stock.close(item, spec.sale_id, 2)
+    assert await accepted(inventory, item) == 1
+    await inventory.close(item, spec.sale_id, 2)
     assert (await reserve(http, item, key="k-1")).text == answers[0].text
     problem(await reserve(http, item, key="k-1", quantity=2), 422, "key-reused")
     # Another user can use the same key.
@@ -58,11 +58,11 @@ async def test_a_retry_with_the_same_key_returns_the_same_reservation(
 
 
 async def test_a_refused_request_can_be_repeated_with_its_key(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
     spec = await open_sale(item, 0)
     problem(await reserve(http, item, key="k"), 409, "sold-out")
-    await stock.apply(replace(spec, stock=1), 2)
+    await inventory.apply(replace(spec, stock=1), 2)
     assert (await reserve(http, item, key="k")).status_code == 202
 
 
@@ -79,18 +79,18 @@ async def test_a_request_is_refused_if_it_exceeds_the_limit_or_the_stock(
 
 
 async def test_concurrent_requests_of_a_user_get_at_most_the_limit(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
     await open_sale(item, 100, max_per_user=2)
     answers = await asyncio.gather(*(reserve(http, item) for _ in range(100)))
     assert Counter(answer.status_code for answer in answers) == {202: 2, 409: 98}
-    assert await accepted(stock, item) == 2
+    assert await accepted(inventory, item) == 2
 
 
 async def test_a_request_before_the_start_gets_the_start_time(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
-    starts_ms = (await stock.server()).now_ms + 90_000
+    starts_ms = (await inventory.server()).now_ms + 90_000
     await open_sale(item, starts_ms=starts_ms)
     answer = await reserve(http, item)
     assert problem(answer, 409, "not-open")["startsAt"] == rfc3339_of_ms(starts_ms)
@@ -98,11 +98,11 @@ async def test_a_request_before_the_start_gets_the_start_time(
 
 
 async def test_a_paused_sale_and_an_ended_sale_refuse_requests(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
     spec = await open_sale(item, paused=True)
     problem(await reserve(http, item), 409, "paused")
-    await stock.apply(replace(spec, ends_ms=1), 2)
+    await inventory.apply(replace(spec, ends_ms=1), 2)
     problem(await reserve(http, item), 409, "ended")
 
 
@@ -121,11 +121,11 @@ async def test_a_sale_whose_keys_are_lost_is_fenced_and_not_unknown(
 
 
 async def test_the_item_of_a_closed_and_freed_sale_is_unknown(
-    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, inventory: Inventory, item: str
 ) -> None:
     spec = await open_sale(item)
     assert (await reserve(http, item)).status_code == 202
-    await stock.close(item, spec.sale_id, 2)
+    await inventory.close(item, spec.sale_id, 2)
     problem(await reserve(http, item, "bob"), 409, "ended")
     await redis.delete(*ItemKeys.of(item).four)
     problem(await reserve(http, item, "bob"), 404, "unknown-item")
@@ -149,7 +149,7 @@ async def test_a_sale_of_another_run_or_format_is_fenced(
 
 
 async def test_a_full_outbox_refuses_new_buyers_but_not_retries(
-    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, inventory: Inventory, item: str
 ) -> None:
     await open_sale(item)
     first = await reserve(http, item, key="k")
@@ -160,7 +160,7 @@ async def test_a_full_outbox_refuses_new_buyers_but_not_retries(
     problem(answer, 503, "outbox-full")
     assert int(answer.headers["retry-after"]) >= 1
     assert (await reserve(http, item, key="k")).text == first.text
-    assert await accepted(stock, item) == 1
+    assert await accepted(inventory, item) == 1
     await redis.delete(*(getattr(ItemKeys.of(item), key) for key in ("sale", "outbox")))
 
 
@@ -197,7 +197,7 @@ async def test_a_full_outbox_refuses_new_buyers_but_not_retries(
 async def test_an_invalid_field_is_named_and_takes_no_unit(
     http: httpx.AsyncClient,
     open_sale: OpenSale,
-    stock: Inventory,
+    inventory: Inventory,
     item: str,
     fields: dict[str, object],
     field: str,
@@ -210,7 +210,7 @@ async def test_an_invalid_field_is_named_and_takes_no_unit(
     assert refusal["field"] == field
     assert field in refusal["detail"]
     assert refusal["rule"] in refusal["detail"]
-    sale = (await stock.sales([item]))[item]
+    sale = (await inventory.sales([item]))[item]
     assert (sale.accepted, sale.available, sale.outbox_length) == (0, units, 0)
 
 
@@ -251,17 +251,17 @@ async def test_a_content_type_with_a_charset_is_accepted(
 
 
 async def test_a_huge_body_is_refused_and_takes_no_unit(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
     await open_sale(item)
     answer = await reserve(http, item, user="x" * 1_500_000)
     problem(answer, 413, "body-too-large")
-    assert await accepted(stock, item) == 0
+    assert await accepted(inventory, item) == 0
 
 
 @pytest.mark.parametrize("key", ["with space", "x" * 129, "a,b", "é"])
 async def test_an_invalid_or_repeated_key_is_refused(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str, key: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str, key: str
 ) -> None:
     await open_sale(item)
     body = {"userId": "ann", "itemId": item, "quantity": 1}
@@ -270,7 +270,7 @@ async def test_an_invalid_or_repeated_key_is_refused(
     twice = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
     answer = await http.post("/reserve", json=body, headers=twice)
     assert problem(answer, 422, "invalid-field")["field"] == "Idempotency-Key"
-    assert await accepted(stock, item) == 0
+    assert await accepted(inventory, item) == 0
 
 
 async def test_other_methods_get_405_and_unknown_paths_404(http: httpx.AsyncClient) -> None:
@@ -283,7 +283,7 @@ async def test_other_methods_get_405_and_unknown_paths_404(http: httpx.AsyncClie
 
 
 async def test_three_thousand_users_get_exactly_ninety_nine_units(
-    api: ApiServer, open_sale: OpenSale, stock: Inventory, item: str
+    api: ApiServer, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
     await open_sale(item, 99)
     wanted = [
@@ -291,4 +291,4 @@ async def test_three_thousand_users_get_exactly_ninety_nine_units(
     ]
     journal = await stampede([api.url], wanted)
     assert journal.outcomes() == {(202, "accepted"): 99, (409, "sold-out"): 2_901}
-    assert await accepted(stock, item) == 99
+    assert await accepted(inventory, item) == 99

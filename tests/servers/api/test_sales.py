@@ -14,9 +14,9 @@ from tests.support.eventually import until
 
 
 async def test_a_sale_shows_its_window_and_available_units(
-    http: httpx.AsyncClient, open_sale: OpenSale, stock: Inventory, item: str
+    http: httpx.AsyncClient, open_sale: OpenSale, inventory: Inventory, item: str
 ) -> None:
-    now_ms = (await stock.server()).now_ms
+    now_ms = (await inventory.server()).now_ms
     await open_sale(
         item, 7, display_name="iPhone 15", starts_ms=now_ms - 1_000, ends_ms=now_ms + 60_000
     )

@@ -21,13 +21,13 @@ from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened, outcome
 
 
-async def test_concurrent_batches_sell_exactly_the_stock(stock: Inventory, item: str) -> None:
-    await opened(stock, a_sale(item, 99, max_per_user=3))
+async def test_concurrent_batches_sell_exactly_the_stock(inventory: Inventory, item: str) -> None:
+    await opened(inventory, a_sale(item, 99, max_per_user=3))
     chance = random.Random(item)
     crowd = [a_request(f"user-{n % 400}", chance.randint(1, 3)) for n in range(1_200)]
     chance.shuffle(crowd)
     batches = [crowd[start : start + 17] for start in range(0, len(crowd), 17)]
-    replies = await asyncio.gather(*(answers(stock, item, batch) for batch in batches))
+    replies = await asyncio.gather(*(answers(inventory, item, batch) for batch in batches))
     accepted = [
         request
         for batch, reply in zip(batches, replies, strict=True)
@@ -39,63 +39,67 @@ async def test_concurrent_batches_sell_exactly_the_stock(stock: Inventory, item:
     for request in accepted:
         held[request.user_id] += request.quantity
     assert max(held.values()) <= 3
-    sale = (await stock.sales([item]))[item]
+    sale = (await inventory.sales([item]))[item]
     assert (sale.accepted, sale.available, sale.outbox_length) == (99, 0, len(accepted))
     for request in accepted:
-        record = await stock.reservation(item, request.reservation_id)
+        record = await inventory.reservation(item, request.reservation_id)
         assert record is not None
         assert (record.user_id, record.quantity) == (request.user_id, request.quantity)
 
 
 async def test_sending_an_id_again_returns_the_same_reservation(
-    stock: Inventory, item: str
+    inventory: Inventory, item: str
 ) -> None:
-    await opened(stock, a_sale(item, 10, max_per_user=10))
+    await opened(inventory, a_sale(item, 10, max_per_user=10))
     request = a_request(key="k")
-    first, again_in_the_batch = await answers(stock, item, [request, request])
-    later = await answers(stock, item, [request])
+    first, again_in_the_batch = await answers(inventory, item, [request, request])
+    later = await answers(inventory, item, [request])
     assert first.outcome is Outcome.ACCEPTED
     assert again_in_the_batch.outcome is later[0].outcome is Outcome.REPLAYED
     assert again_in_the_batch.detail == later[0].detail
-    assert (await stock.sales([item]))[item].accepted == 1
+    assert (await inventory.sales([item]))[item].accepted == 1
 
 
-async def test_concurrent_retries_of_one_key_take_one_unit(stock: Inventory, item: str) -> None:
-    await opened(stock, a_sale(item, 50, max_per_user=50))
+async def test_concurrent_retries_of_one_key_take_one_unit(inventory: Inventory, item: str) -> None:
+    await opened(inventory, a_sale(item, 50, max_per_user=50))
     request = a_request(key="k", quantity=2)
-    outcomes = await asyncio.gather(*(outcome(stock, item, request) for _ in range(60)))
+    outcomes = await asyncio.gather(*(outcome(inventory, item, request) for _ in range(60)))
     assert Counter(outcomes) == {Outcome.ACCEPTED: 1, Outcome.REPLAYED: 59}
-    assert (await stock.sales([item]))[item].accepted == 2
+    assert (await inventory.sales([item]))[item].accepted == 2
 
 
-async def test_a_repeated_key_with_another_quantity_is_refused(stock: Inventory, item: str) -> None:
-    await opened(stock, a_sale(item, 10, max_per_user=10))
+async def test_a_repeated_key_with_another_quantity_is_refused(
+    inventory: Inventory, item: str
+) -> None:
+    await opened(inventory, a_sale(item, 10, max_per_user=10))
     request = a_request(key="k", quantity=2)
-    assert await outcome(stock, item, request) is Outcome.ACCEPTED
-    assert await outcome(stock, item, request._replace(quantity=3)) is Outcome.KEY_REUSED
-    assert (await stock.sales([item]))[item].accepted == 2
+    assert await outcome(inventory, item, request) is Outcome.ACCEPTED
+    assert await outcome(inventory, item, request._replace(quantity=3)) is Outcome.KEY_REUSED
+    assert (await inventory.sales([item]))[item].accepted == 2
 
 
 async def test_a_replay_is_answered_while_sold_out_paused_and_ended(
-    stock: Inventory, item: str
+    inventory: Inventory, item: str
 ) -> None:
-    spec = await opened(stock, a_sale(item, 1))
+    spec = await opened(inventory, a_sale(item, 1))
     request = a_request()
-    assert await outcome(stock, item, request) is Outcome.ACCEPTED
-    assert await outcome(stock, item, a_request("bob")) is Outcome.SOLD_OUT
-    assert await stock.apply(replace(spec, paused=True), 2) is Applied.CHANGED
-    assert await outcome(stock, item, request) is Outcome.REPLAYED
-    assert await outcome(stock, item, a_request("bob")) is Outcome.PAUSED
-    await stock.close(item, spec.sale_id, 3)
-    assert await outcome(stock, item, request) is Outcome.REPLAYED
-    assert await outcome(stock, item, a_request("bob")) is Outcome.ENDED
+    assert await outcome(inventory, item, request) is Outcome.ACCEPTED
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.SOLD_OUT
+    assert await inventory.apply(replace(spec, paused=True), 2) is Applied.CHANGED
+    assert await outcome(inventory, item, request) is Outcome.REPLAYED
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.PAUSED
+    await inventory.close(item, spec.sale_id, 3)
+    assert await outcome(inventory, item, request) is Outcome.REPLAYED
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.ENDED
 
 
-async def test_the_limit_counts_every_purchase_of_a_user(stock: Inventory, item: str) -> None:
-    await opened(stock, a_sale(item, 100, max_per_user=3))
-    first = await answers(stock, item, [a_request(quantity=4), a_request(quantity=2)])
+async def test_the_limit_counts_every_purchase_of_a_user(inventory: Inventory, item: str) -> None:
+    await opened(inventory, a_sale(item, 100, max_per_user=3))
+    first = await answers(inventory, item, [a_request(quantity=4), a_request(quantity=2)])
     assert [answer.outcome for answer in first] == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
-    later = await answers(stock, item, [a_request(quantity=2), a_request(quantity=1), a_request()])
+    later = await answers(
+        inventory, item, [a_request(quantity=2), a_request(quantity=1), a_request()]
+    )
     assert [answer.outcome for answer in later] == [
         Outcome.LIMIT_REACHED,
         Outcome.ACCEPTED,
@@ -104,11 +108,11 @@ async def test_the_limit_counts_every_purchase_of_a_user(stock: Inventory, item:
 
 
 async def test_a_quantity_above_the_available_units_is_not_sold_out(
-    stock: Inventory, item: str
+    inventory: Inventory, item: str
 ) -> None:
-    await opened(stock, a_sale(item, 3, max_per_user=5))
+    await opened(inventory, a_sale(item, 3, max_per_user=5))
     found = await answers(
-        stock, item, [a_request("a", 4), a_request("b", 2), a_request("c", 2), a_request("d")]
+        inventory, item, [a_request("a", 4), a_request("b", 2), a_request("c", 2), a_request("d")]
     )
     assert [answer.outcome for answer in found] == [
         Outcome.NOT_ENOUGH_LEFT,
@@ -116,24 +120,24 @@ async def test_a_quantity_above_the_available_units_is_not_sold_out(
         Outcome.NOT_ENOUGH_LEFT,
         Outcome.ACCEPTED,
     ]
-    assert await outcome(stock, item, a_request("e")) is Outcome.SOLD_OUT
+    assert await outcome(inventory, item, a_request("e")) is Outcome.SOLD_OUT
 
 
-async def test_an_empty_stock_sells_nothing(stock: Inventory, item: str) -> None:
-    await opened(stock, a_sale(item, 0))
-    assert await outcome(stock, item, a_request()) is Outcome.SOLD_OUT
+async def test_an_empty_stock_sells_nothing(inventory: Inventory, item: str) -> None:
+    await opened(inventory, a_sale(item, 0))
+    assert await outcome(inventory, item, a_request()) is Outcome.SOLD_OUT
 
 
 async def test_nothing_is_accepted_before_the_start_or_after_the_end(
-    stock: Inventory, item: str
+    inventory: Inventory, item: str
 ) -> None:
-    now_ms = (await stock.server()).now_ms
+    now_ms = (await inventory.server()).now_ms
     starts_ms, ends_ms = now_ms + 150, now_ms + 400
-    await opened(stock, a_sale(item, 10**6, starts_ms=starts_ms, ends_ms=ends_ms))
+    await opened(inventory, a_sale(item, 10**6, starts_ms=starts_ms, ends_ms=ends_ms))
     seen: list[tuple[Outcome, int]] = []
     async with asyncio.timeout(20):
         while not seen or seen[-1][0] is not Outcome.ENDED:
-            reply = await stock.reserve(item, [a_request(f"u{len(seen)}")], timeout_seconds=5)
+            reply = await inventory.reserve(item, [a_request(f"u{len(seen)}")], timeout_seconds=5)
             assert isinstance(reply, BatchReply)
             assert reply.starts_ms == starts_ms
             seen.append((reply.answers[0].outcome, reply.now_ms))
@@ -150,44 +154,44 @@ async def test_nothing_is_accepted_before_the_start_or_after_the_end(
 
 
 async def test_moving_the_end_does_not_reopen_an_ended_sale(
-    stock: Inventory, redis: Redis, item: str
+    inventory: Inventory, redis: Redis, item: str
 ) -> None:
-    now_ms = (await stock.server()).now_ms
-    spec = await opened(stock, a_sale(item, 10, ends_ms=now_ms - 1))
-    assert await outcome(stock, item, a_request()) is Outcome.ENDED
+    now_ms = (await inventory.server()).now_ms
+    spec = await opened(inventory, a_sale(item, 10, ends_ms=now_ms - 1))
+    assert await outcome(inventory, item, a_request()) is Outcome.ENDED
     assert await redis.hget(ItemKeys.of(item).sale, "state") == "ended"
-    assert await stock.apply(replace(spec, ends_ms=now_ms + 60_000), 2) is Applied.ENDED
-    assert await outcome(stock, item, a_request()) is Outcome.ENDED
+    assert await inventory.apply(replace(spec, ends_ms=now_ms + 60_000), 2) is Applied.ENDED
+    assert await outcome(inventory, item, a_request()) is Outcome.ENDED
 
 
 async def test_a_clock_that_jumps_back_does_not_close_an_open_sale(
-    stock: Inventory, redis: Redis, item: str
+    inventory: Inventory, redis: Redis, item: str
 ) -> None:
-    now_ms = (await stock.server()).now_ms
-    await opened(stock, a_sale(item, 10, starts_ms=now_ms + 3_600_000, max_per_user=9))
+    now_ms = (await inventory.server()).now_ms
+    await opened(inventory, a_sale(item, 10, starts_ms=now_ms + 3_600_000, max_per_user=9))
     # The last time that the sale saw is after its start, as if the clock was set back since.
     await redis.hset(ItemKeys.of(item).sale, "last_now_ms", str(now_ms + 3_600_001))
-    assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
+    assert await outcome(inventory, item, a_request()) is Outcome.ACCEPTED
 
 
 async def test_a_full_outbox_refuses_new_requests_and_answers_replays(
     redis: Redis, outbox: Outbox, item: str
 ) -> None:
-    stock = Inventory(redis, outbox_limit=2)
-    await opened(stock, a_sale(item, 10))
+    inventory = Inventory(redis, outbox_limit=2)
+    await opened(inventory, a_sale(item, 10))
     requests = [a_request(f"u{n}") for n in range(4)]
-    found = await answers(stock, item, requests)
+    found = await answers(inventory, item, requests)
     assert [answer.outcome for answer in found] == [Outcome.ACCEPTED] * 2 + [
         Outcome.OUTBOX_FULL
     ] * 2
-    replay = await answers(stock, item, requests[:1])
+    replay = await answers(inventory, item, requests[:1])
     assert replay[0].outcome is Outcome.REPLAYED
     await outbox.settle(item, [(found[0].detail, requests[0].reservation_id)])
-    assert await outcome(stock, item, requests[2]) is Outcome.ACCEPTED
+    assert await outcome(inventory, item, requests[2]) is Outcome.ACCEPTED
 
 
-async def test_an_item_without_a_sale_is_unknown(stock: Inventory, item: str) -> None:
-    assert await outcome(stock, item, a_request()) is Outcome.UNKNOWN
+async def test_an_item_without_a_sale_is_unknown(inventory: Inventory, item: str) -> None:
+    assert await outcome(inventory, item, a_request()) is Outcome.UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -195,40 +199,40 @@ async def test_an_item_without_a_sale_is_unknown(stock: Inventory, item: str) ->
     [("format", "2"), ("state", "open?"), ("accepted", "many"), ("starts_ms", "soon")],
 )
 async def test_a_sale_of_an_unsupported_format_is_not_changed(
-    stock: Inventory, redis: Redis, item: str, field: str, value: str
+    inventory: Inventory, redis: Redis, item: str, field: str, value: str
 ) -> None:
-    spec = await opened(stock, a_sale(item))
+    spec = await opened(inventory, a_sale(item))
     await redis.hset(ItemKeys.of(item).sale, field, value)
     before = await redis.hgetall(ItemKeys.of(item).sale)
-    assert await outcome(stock, item, a_request()) is Outcome.UNSUPPORTED
-    assert await stock.apply(spec, 2) is Applied.UNSUPPORTED
+    assert await outcome(inventory, item, a_request()) is Outcome.UNSUPPORTED
+    assert await inventory.apply(spec, 2) is Applied.UNSUPPORTED
     assert await redis.hgetall(ItemKeys.of(item).sale) == before
 
 
 @pytest.mark.parametrize("part", ["buyers", "reservations", "outbox"])
 async def test_a_sale_that_lost_a_key_is_fenced(
-    stock: Inventory, outbox: Outbox, redis: Redis, item: str, part: str
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str, part: str
 ) -> None:
-    spec = await opened(stock, a_sale(item))
+    spec = await opened(inventory, a_sale(item))
     first = a_request("ann")
-    [answer] = await answers(stock, item, [first])
+    [answer] = await answers(inventory, item, [first])
     await outbox.settle(item, [(answer.detail, first.reservation_id)])
-    assert await outcome(stock, item, a_request("bob")) is Outcome.ACCEPTED
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.ACCEPTED
     await redis.delete(getattr(ItemKeys.of(item), part))
-    assert await outcome(stock, item, a_request("cid")) is Outcome.FENCED
-    assert (await stock.sales([item]))[item].torn
-    assert await stock.apply(spec, 2) is Applied.FENCED
+    assert await outcome(inventory, item, a_request("cid")) is Outcome.FENCED
+    assert (await inventory.sales([item]))[item].torn
+    assert await inventory.apply(spec, 2) is Applied.FENCED
 
 
 async def test_a_key_of_the_wrong_type_sells_nothing(
-    stock: Inventory, redis: Redis, item: str
+    inventory: Inventory, redis: Redis, item: str
 ) -> None:
-    await opened(stock, a_sale(item))
+    await opened(inventory, a_sale(item))
     await redis.set(ItemKeys.of(item).reservations, "not a hash")
     with pytest.raises(RedisUnavailable) as refused:
-        await outcome(stock, item, a_request())
+        await outcome(inventory, item, a_request())
     assert not refused.value.maybe_executed
-    sale = (await stock.sales([item]))[item]
+    sale = (await inventory.sales([item]))[item]
     assert (sale.accepted, sale.outbox_length) == (0, 0)
 
 
@@ -237,20 +241,20 @@ async def test_a_restarted_server_fences_its_sales(
 ) -> None:
     with RedisServer(tmp_path, binary=redis_server.binary, appendfsync="always") as server:
         client = redis_client.connect(server.url)
-        stock = Inventory(client)
-        spec = await opened(stock, a_sale(item, 5))
+        inventory = Inventory(client)
+        spec = await opened(inventory, a_sale(item, 5))
         bought = a_request("ann")
-        [answer] = await answers(stock, item, [bought])
+        [answer] = await answers(inventory, item, [bought])
         server.kill()
         with pytest.raises(RedisUnavailable):
-            await outcome(stock, item, a_request("bob"))
+            await outcome(inventory, item, a_request("bob"))
         server.start()
-        assert await outcome(stock, item, a_request("bob")) is Outcome.FENCED
-        assert await outcome(stock, item, bought) is Outcome.FENCED
-        assert await stock.apply(spec, 2) is Applied.FENCED
+        assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
+        assert await outcome(inventory, item, bought) is Outcome.FENCED
+        assert await inventory.apply(spec, 2) is Applied.FENCED
         # Reservations accepted before the restart can still be published and settled.
         assert await Outbox(client).settle(item, [(answer.detail, bought.reservation_id)]) == 1
-        assert (await stock.sales([item]))[item].accepted == 1
+        assert (await inventory.sales([item]))[item].accepted == 1
         await client.aclose()
 
 
@@ -264,16 +268,16 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
         RedisServer(tmp_path / "two", binary=binary) as two,
     ):
         client, other = redis_client.connect(one.url), redis_client.connect(two.url)
-        stock = Inventory(client)
-        before = await stock.server()
-        await opened(stock, a_sale(item, 5))
+        inventory = Inventory(client)
+        before = await inventory.server()
+        await opened(inventory, a_sale(item, 5))
         await other.replicaof("127.0.0.1", one.port)
         async with asyncio.timeout(30):
             while not await other.exists(ItemKeys.of(item).sale):
                 await asyncio.sleep(0.05)
         # Getting its first replica does not change a master's run.
-        assert (await stock.server()).run_id == before.run_id
-        assert await outcome(stock, item, a_request("ann")) is Outcome.ACCEPTED
+        assert (await inventory.server()).run_id == before.run_id
+        assert await outcome(inventory, item, a_request("ann")) is Outcome.ACCEPTED
         await other.replicaof("NO", "ONE")
         assert await outcome(Inventory(other), item, a_request("bob")) is Outcome.FENCED
         await client.replicaof("127.0.0.1", two.port)
@@ -281,7 +285,7 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
             while (await client.info("replication"))["master_link_status"] != "up":
                 await asyncio.sleep(0.05)
         await client.replicaof("NO", "ONE")
-        assert await outcome(stock, item, a_request("cid")) is Outcome.FENCED
+        assert await outcome(inventory, item, a_request("cid")) is Outcome.FENCED
         assert (await client.info("server"))["run_id"] == before.run_id.partition(":")[0]
         await client.aclose()
         await other.aclose()
@@ -297,9 +301,9 @@ async def test_a_server_that_forgets_its_failovers_stays_fenced(
         RedisServer(tmp_path / "two", binary=binary) as two,
     ):
         client, other = redis_client.connect(one.url), redis_client.connect(two.url)
-        stock = Inventory(client)
-        await opened(stock, a_sale(item, 5))
-        before = await stock.server()
+        inventory = Inventory(client)
+        await opened(inventory, a_sale(item, 5))
+        before = await inventory.server()
         await client.config_set("repl-backlog-ttl", 1)
         await other.replicaof("127.0.0.1", one.port)
         await until(lambda: other.exists(ItemKeys.of(item).sale), "the replica has the sale")
@@ -311,13 +315,13 @@ async def test_a_server_that_forgets_its_failovers_stays_fenced(
 
         await until(linked, "the former master follows")
         await client.replicaof("NO", "ONE")
-        assert await outcome(stock, item, a_request("ann")) is Outcome.FENCED
+        assert await outcome(inventory, item, a_request("ann")) is Outcome.FENCED
 
         async def forgotten() -> bool:
-            return (await stock.server()).run_id == before.run_id
+            return (await inventory.server()).run_id == before.run_id
 
         await until(forgotten, "the server has its first run again")
-        assert await outcome(stock, item, a_request("bob")) is Outcome.FENCED
+        assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
         await client.aclose()
         await other.aclose()
 
@@ -326,13 +330,13 @@ async def test_a_server_that_forgets_its_failovers_stays_fenced(
     ("setting", "value"), [("maxmemory-policy", "allkeys-lru"), ("repl-backlog-ttl", "3600")]
 )
 async def test_a_setting_that_endangers_sales_is_named(
-    stock: Inventory, redis: Redis, setting: str, value: str
+    inventory: Inventory, redis: Redis, setting: str, value: str
 ) -> None:
-    assert await stock.unsafe_setting() is None
+    assert await inventory.unsafe_setting() is None
     [before] = (await redis.config_get(setting)).values()
     await redis.config_set(setting, value)
     try:
-        mistake = await stock.unsafe_setting()
+        mistake = await inventory.unsafe_setting()
     finally:
         await redis.config_set(setting, before)
     assert mistake is not None
@@ -341,12 +345,12 @@ async def test_a_setting_that_endangers_sales_is_named(
 
 async def test_every_key_of_an_engine_begins_with_its_name(redis: Redis, item: str) -> None:
     name = f"brand-{uuid.uuid4().hex[:8]}"
-    stock = Inventory(redis, name)
-    await stock.claim("e-1")
-    await opened(stock, a_sale(item))
-    assert await outcome(stock, item, a_request()) is Outcome.ACCEPTED
+    inventory = Inventory(redis, name)
+    await inventory.claim("e-1")
+    await opened(inventory, a_sale(item))
+    assert await outcome(inventory, item, a_request()) is Outcome.ACCEPTED
     assert await Outbox(redis, name).take_lease(item, "pod", 1_000)
-    await heartbeat.beat(redis, "pod", {item: 1}, await stock.server(), name)
+    await heartbeat.beat(redis, "pod", {item: 1}, await inventory.server(), name)
     keys = [key async for key in redis.scan_iter(f"*{name}*")]
     assert {key for key in keys if key.startswith(f"{name}:")} == set(keys)
     named = [key async for key in redis.scan_iter(f"*{item}*")]
@@ -354,39 +358,41 @@ async def test_every_key_of_an_engine_begins_with_its_name(redis: Redis, item: s
     assert {key for key in named if key.startswith(f"{name}:{{{item}}}:")} == set(named)
 
 
-async def test_a_sale_of_another_engine_is_not_touched(stock: Inventory, item: str) -> None:
+async def test_a_sale_of_another_engine_is_not_touched(inventory: Inventory, item: str) -> None:
     spec = a_sale(item)
-    assert await stock.apply(spec, 1, engine_id="one", seed_until_ms=2**53) is Applied.SEEDED
+    assert await inventory.apply(spec, 1, engine_id="one", seed_until_ms=2**53) is Applied.SEEDED
     request = [a_request()]
-    reply = await stock.reserve(item, request, timeout_seconds=5, engine_id="two")
+    reply = await inventory.reserve(item, request, timeout_seconds=5, engine_id="two")
     assert reply is Outcome.OTHER_ENGINE
-    assert await stock.apply(spec, 9, engine_id="two") is Applied.OTHER_ENGINE
-    assert await stock.close(item, spec.sale_id, 9, "two") is Closed.OTHER_ENGINE
-    assert await stock.free(item, spec.sale_id, 1, 0, "two") is Freed.OTHER_ENGINE
-    reply = await stock.reserve(item, request, timeout_seconds=5, engine_id="one")
+    assert await inventory.apply(spec, 9, engine_id="two") is Applied.OTHER_ENGINE
+    assert await inventory.close(item, spec.sale_id, 9, "two") is Closed.OTHER_ENGINE
+    assert await inventory.free(item, spec.sale_id, 1, 0, "two") is Freed.OTHER_ENGINE
+    reply = await inventory.reserve(item, request, timeout_seconds=5, engine_id="one")
     assert isinstance(reply, BatchReply)
     assert reply.snapshot.engine == "one"
 
 
-async def test_a_sale_of_the_previous_version_gets_its_engine(stock: Inventory, item: str) -> None:
-    spec = await opened(stock, a_sale(item))
-    reply = await stock.reserve(item, [a_request()], timeout_seconds=5, engine_id="one")
+async def test_a_sale_of_the_previous_version_gets_its_engine(
+    inventory: Inventory, item: str
+) -> None:
+    spec = await opened(inventory, a_sale(item))
+    reply = await inventory.reserve(item, [a_request()], timeout_seconds=5, engine_id="one")
     assert isinstance(reply, BatchReply)
     assert reply.snapshot.engine == ""
-    assert await stock.apply(spec, 1, engine_id="one") is Applied.CHANGED
-    assert await stock.apply(spec, 1, engine_id="one") is Applied.UNCHANGED
-    assert (await stock.sales([item]))[item].accepted == 1
-    assert (await stock.sales([item]))[item].engine == "one"
+    assert await inventory.apply(spec, 1, engine_id="one") is Applied.CHANGED
+    assert await inventory.apply(spec, 1, engine_id="one") is Applied.UNCHANGED
+    assert (await inventory.sales([item]))[item].accepted == 1
+    assert (await inventory.sales([item]))[item].engine == "one"
 
 
 async def test_a_redis_that_an_engine_has_claimed_is_refused_to_another(redis: Redis) -> None:
-    stock = Inventory(redis, f"brand-{uuid.uuid4().hex[:8]}")
-    assert await stock.engine_id() == ""
-    await stock.claim("one")
-    await stock.claim("one")
+    inventory = Inventory(redis, f"brand-{uuid.uuid4().hex[:8]}")
+    assert await inventory.engine_id() == ""
+    await inventory.claim("one")
+    await inventory.claim("one")
     with pytest.raises(OtherEngine, match="engine one, and the ledger to engine two"):
-        await stock.claim("two")
-    assert await stock.engine_id() == "one"
+        await inventory.claim("two")
+    assert await inventory.engine_id() == "one"
 
 
 async def test_a_report_by_the_clock_of_another_run_counts_as_old(redis: Redis, item: str) -> None:
@@ -405,15 +411,15 @@ async def test_a_report_by_the_clock_of_another_run_counts_as_old(redis: Redis, 
 
 
 async def test_the_pages_of_a_fenced_sale_are_not_read(
-    stock: Inventory, redis: Redis, item: str
+    inventory: Inventory, redis: Redis, item: str
 ) -> None:
-    await opened(stock, a_sale(item))
-    await answers(stock, item, [a_request()])
-    [(snapshot, page)] = [page async for page in stock.reservation_pages(item)]
+    await opened(inventory, a_sale(item))
+    await answers(inventory, item, [a_request()])
+    [(snapshot, page)] = [page async for page in inventory.reservation_pages(item)]
     assert (snapshot.sale_id, len(page)) == (f"default/{item}", 1)
     await redis.hset(ItemKeys.of(item).sale, "run_id", "another")
     with pytest.raises(ContractViolation, match="is fenced: rebuild it first"):
-        await anext(stock.reservation_pages(item))
+        await anext(inventory.reservation_pages(item))
 
 
 async def test_a_server_out_of_memory_sells_nothing(
@@ -421,22 +427,24 @@ async def test_a_server_out_of_memory_sells_nothing(
 ) -> None:
     with RedisServer(tmp_path, binary=redis_server.binary) as server:
         client = redis_client.connect(server.url)
-        stock = Inventory(client)
-        await opened(stock, a_sale(item))
-        assert await outcome(stock, item, a_request("ann")) is Outcome.ACCEPTED
+        inventory = Inventory(client)
+        await opened(inventory, a_sale(item))
+        assert await outcome(inventory, item, a_request("ann")) is Outcome.ACCEPTED
         await client.config_set("maxmemory", "1")
         with pytest.raises(RedisUnavailable) as refused:
-            await outcome(stock, item, a_request("bob"))
+            await outcome(inventory, item, a_request("bob"))
         assert not refused.value.maybe_executed
         await client.config_set("maxmemory", "0")
-        sale = (await stock.sales([item]))[item]
+        sale = (await inventory.sales([item]))[item]
         assert (sale.accepted, sale.outbox_length) == (1, 1)
         assert await client.hlen(ItemKeys.of(item).buyers) == 1
         await client.aclose()
 
 
-async def test_a_malformed_batch_changes_nothing(stock: Inventory, redis: Redis, item: str) -> None:
-    await opened(stock, a_sale(item))
+async def test_a_malformed_batch_changes_nothing(
+    inventory: Inventory, redis: Redis, item: str
+) -> None:
+    await opened(inventory, a_sale(item))
     for bad in (
         a_request("comma,comma"),
         a_request("line\nline"),
@@ -444,19 +452,19 @@ async def test_a_malformed_batch_changes_nothing(stock: Inventory, redis: Redis,
         a_request(quantity=-1),
     ):
         with pytest.raises(RedisUnavailable):
-            await stock.reserve(item, [a_request("good"), bad], timeout_seconds=5)
-    assert (await stock.sales([item]))[item].accepted == 0
+            await inventory.reserve(item, [a_request("good"), bad], timeout_seconds=5)
+    assert (await inventory.sales([item]))[item].accepted == 0
     assert await redis.exists(ItemKeys.of(item).buyers) == 0
 
 
 async def test_an_outbox_entry_contains_the_whole_event(
-    stock: Inventory, outbox: Outbox, item: str
+    inventory: Inventory, outbox: Outbox, item: str
 ) -> None:
-    await opened(stock, a_sale(item, 7, max_per_user=2))
+    await opened(inventory, a_sale(item, 7, max_per_user=2))
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     request = Request(str(uuid.uuid4()), "ann", 2, "k", trace)
-    [answer] = await answers(stock, item, [request])
-    until_ms = (await stock.server()).now_ms + 1
+    [answer] = await answers(inventory, item, [request])
+    until_ms = (await inventory.server()).now_ms + 1
     [entry] = await outbox.page(item, until_ms=until_ms, count=10)
     assert (entry.entry_id, entry.reservation_id) == (answer.detail, request.reservation_id)
     assert entry.record == Record("accepted", 1, 2, entry.record.occurred_ms, "ann", "k")
@@ -465,32 +473,32 @@ async def test_an_outbox_entry_contains_the_whole_event(
 
 
 async def test_settle_keeps_an_entry_of_another_reservation(
-    stock: Inventory, outbox: Outbox, item: str
+    inventory: Inventory, outbox: Outbox, item: str
 ) -> None:
-    await opened(stock, a_sale(item))
+    await opened(inventory, a_sale(item))
     mine, other = a_request("ann"), a_request("bob")
-    [first, second] = await answers(stock, item, [mine, other])
+    [first, second] = await answers(inventory, item, [mine, other])
     assert await outbox.settle(item, [(first.detail, other.reservation_id)]) == 0
     assert await outbox.settle(item, [(first.detail, mine.reservation_id)] * 2) == 1
     assert await outbox.settle(item, [(first.detail, mine.reservation_id)]) == 0
-    assert (await stock.sales([item]))[item].outbox_length == 1
+    assert (await inventory.sales([item]))[item].outbox_length == 1
     page = await outbox.page(item, until_ms=2**50, count=9)
     assert [entry.entry_id for entry in page] == [second.detail]
 
 
 async def test_the_pages_of_reservations_contain_each_reservation(
-    stock: Inventory, item: str
+    inventory: Inventory, item: str
 ) -> None:
-    await opened(stock, a_sale(item, 10_000))
+    await opened(inventory, a_sale(item, 10_000))
     requests = [a_request(f"user-{number}") for number in range(8 * 128)]
     for start in range(0, len(requests), 128):
-        await answers(stock, item, requests[start : start + 128])
-    pages = [page async for page in stock.reservation_pages(item, count=100)]
+        await answers(inventory, item, requests[start : start + 128])
+    pages = [page async for page in inventory.reservation_pages(item, count=100)]
     assert len(pages) > 1
     found = {own_id: record.user_id for _, page in pages for own_id, record in page}
     assert found == {request.reservation_id: request.user_id for request in requests}
 
 
-async def test_an_item_without_a_sale_has_no_reservations(stock: Inventory, item: str) -> None:
+async def test_an_item_without_a_sale_has_no_reservations(inventory: Inventory, item: str) -> None:
     with pytest.raises(ContractViolation, match="has no sale of this item"):
-        await anext(stock.reservation_pages(item))
+        await anext(inventory.reservation_pages(item))

@@ -35,14 +35,14 @@ __all__ = [
 
 @pytest.fixture
 async def untouched(
-    api: ApiServer, stock: Inventory, open_sale: OpenSale, item: str
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
 ) -> AsyncIterator[Sale]:
     """A sale that the test must not change. The API must not log a traceback."""
     await open_sale(item, 5, max_per_user=5)
-    before = (await stock.sales([item]))[item]
+    before = (await inventory.sales([item]))[item]
     logged = api.log.stat().st_size
     yield before
-    assert (await stock.sales([item]))[item] == before
+    assert (await inventory.sales([item]))[item] == before
     with api.log.open("rb") as log:
         log.seek(logged)
         assert b"Traceback" not in log.read()

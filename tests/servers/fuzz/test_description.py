@@ -140,13 +140,13 @@ async def test_the_described_and_the_real_answers_are_the_same(
     own_http: httpx.AsyncClient,
     own_redis: RedisServer,
     proxy: Proxy,
-    stock: Inventory,
+    inventory: Inventory,
     redis: Redis,
     open_sale: OpenSale,
     new_item: Callable[[], str],
 ) -> None:
     seen = Seen()
-    await _check_decisions(seen, http, stock, open_sale, new_item)
+    await _check_decisions(seen, http, inventory, open_sale, new_item)
     await _check_invalid(seen, http)
     await _check_reads(seen, http, redis, open_sale, new_item)
     await _check_unready(seen, unready)
@@ -159,13 +159,13 @@ async def test_the_described_and_the_real_answers_are_the_same(
 async def _check_decisions(
     seen: Seen,
     http: httpx.AsyncClient,
-    stock: Inventory,
+    inventory: Inventory,
     open_sale: OpenSale,
     new_item: Callable[[], str],
 ) -> None:
     label, item, later = "POST /reserve", new_item(), new_item()
     spec = await open_sale(item, 3, max_per_user=2)
-    await open_sale(later, starts_ms=(await stock.server()).now_ms + 90_000)
+    await open_sale(later, starts_ms=(await inventory.server()).now_ms + 90_000)
     bought = await reserve(http, item, quantity=2, key="k")
     found = [
         bought,
@@ -178,9 +178,9 @@ async def _check_decisions(
         await reserve(http, later),
         await reserve(http, new_item()),
     ]
-    await stock.apply(replace(spec, paused=True), 2)
+    await inventory.apply(replace(spec, paused=True), 2)
     found.append(await reserve(http, item, "cid", key="k"))
-    await stock.close(item, spec.sale_id, 3)
+    await inventory.close(item, spec.sale_id, 3)
     found.append(await reserve(http, item, "cid", key="k"))
     assert [seen.check(label, answer) for answer in found] == [
         "",

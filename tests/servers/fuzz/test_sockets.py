@@ -218,7 +218,7 @@ async def test_a_body_without_an_end_is_answered_413(api: ApiServer, untouched: 
 
 
 async def test_unusual_but_valid_requests_are_served(
-    api: ApiServer, stock: Inventory, open_sale: OpenSale, item: str
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 100, max_per_user=100)
     body, good = body_for(item), reserve(item)
@@ -254,7 +254,7 @@ async def test_unusual_but_valid_requests_are_served(
         assert await wire.status() == 100
         wire.send(body)
         assert await wire.status() == 202
-    assert await accepted(stock, item) == taken + 1
+    assert await accepted(inventory, item) == taken + 1
 
 
 async def test_invalid_paths_are_not_found(
@@ -285,7 +285,7 @@ async def test_invalid_paths_are_not_found(
 
 
 async def test_bytes_after_a_valid_request_neither_undo_nor_repeat_it(
-    api: ApiServer, stock: Inventory, open_sale: OpenSale, item: str
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 100, max_per_user=100)
     good, bad = reserve(item), b"POST /reserve HTTP/1.1\r\nContent-Length: x\r\n\r\n"
@@ -301,7 +301,7 @@ async def test_bytes_after_a_valid_request_neither_undo_nor_repeat_it(
         wire.send(bad + good)
         assert await wire.status() == 400
         assert await wire.rest() == b""
-    assert await accepted(stock, item) == 5
+    assert await accepted(inventory, item) == 5
 
 
 @pytest.mark.slow
@@ -383,12 +383,12 @@ def _send_mangled(data: st.DataObject, port: int, item: str) -> None:
 async def test_mangled_requests_are_answered_or_closed(
     api: ApiServer,
     http: httpx.AsyncClient,
-    stock: Inventory,
+    inventory: Inventory,
     open_sale: OpenSale,
     item: str,
 ) -> None:
     await open_sale(item, 5, paused=True)  # some requests stay valid, so the sale is paused
     await asyncio.to_thread(lambda: _send_mangled(port=api.port, item=item))
     assert (await http.get("/healthz")).status_code == 200
-    assert await accepted(stock, item) == 0
+    assert await accepted(inventory, item) == 0
     assert b"Traceback" not in api.log.read_bytes()
