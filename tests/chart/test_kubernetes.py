@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Final
 
@@ -236,6 +237,86 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
     uninstall()
     cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)
+
+
+@pytest.fixture
+def release(chart: Helm, cluster: ControlPlane, namespace: str) -> Iterator[str]:
+    """The namespace of an installed release."""
+    command = ("install", "shop", str(CHART), "-n", namespace)
+    chart.run(*command, values=ADDRESSES, kubeconfig=cluster.kubeconfig)
+    cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
+    yield namespace
+    chart.run_plain("uninstall", "shop", "-n", namespace, kubeconfig=cluster.kubeconfig)
+    cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)
+
+
+def aggregate(cluster: ControlPlane, role: str) -> None:
+    """Copy rules into a built-in ClusterRole, as the controller does that does not run here."""
+
+    def get(*arguments: str) -> Any:  # noqa: ANN401 - any object
+        done = cluster.kubectl("get", "clusterroles", *arguments, "-o", "json", check=True)
+        return json.loads(done.stdout)
+
+    rules = []
+    for selector in get(role)["aggregationRule"]["clusterRoleSelectors"]:
+        labels = ",".join(f"{key}={value}" for key, value in selector["matchLabels"].items())
+        rules += [rule for each in get("-l", labels)["items"] for rule in each["rules"] or ()]
+    assert any("flashsales" in rule.get("resources", ()) for rule in rules)
+    patch = json.dumps({"rules": rules})
+    cluster.kubectl("patch", "clusterrole", role, "--type=merge", "-p", patch, check=True)
+
+
+def test_people_with_edit_may_sell_and_people_with_view_may_read(
+    cluster: ControlPlane, release: str
+) -> None:
+    for role in ("view", "edit", "admin"):
+        aggregate(cluster, role)
+        bind = ("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er")
+        cluster.kubectl(*bind, "-n", release, check=True)
+    sale = {
+        "apiVersion": "flashsale.dev/v1alpha1",
+        "kind": "FlashSale",
+        "metadata": {"name": "iphone-15"},
+        "spec": {"itemId": "iphone_15", "stock": 100},
+    }
+    patch = ("patch", "fs", "iphone-15", "--type=merge", "-p")
+    status = (*patch, '{"status":{"accepted":1}}', "--subresource=status")
+
+    def run(user: str, *arguments: str, where: str = release) -> str:
+        """Return "" if the user may do this, else the API server's refusal."""
+        done = cluster.kubectl(*arguments, "--as", user, "-n", where, stdin=json.dumps(sale))
+        return done.stderr if done.returncode else ""
+
+    assert "forbidden" in run("viewer", "create", "-f", "-")
+    for user in ("editer", "adminer"):
+        assert run(user, "create", "-f", "-") == ""
+        assert run(user, *patch, '{"spec":{"paused":true}}') == ""
+        assert "forbidden" in run(user, *status)
+        assert "forbidden" in run(user, "create", "-f", "-", where="default")
+        assert "forbidden" in run("viewer", *patch, '{"spec":{"paused":false}}')
+        assert "forbidden" in run("viewer", "delete", "fs", "iphone-15")
+        assert "forbidden" in run("stranger", "get", "fs")
+        for reader in ("viewer", user):
+            assert run(reader, "get", "fs", "iphone-15") == ""
+        assert run(user, "delete", "fs", "iphone-15", "--wait=false") == ""
+
+    added = [
+        rule
+        for role in ("view", "edit")
+        for rule in json.loads(
+            cluster.kubectl(
+                "get",
+                "clusterrole",
+                f"{release}-shop-flashsale-{role}",
+                "-o",
+                "json",
+                check=True,
+            ).stdout
+        )["rules"]
+    ]
+    assert [(rule["apiGroups"], rule["resources"]) for rule in added] == [
+        (["flashsale.dev"], ["flashsales"])
+    ] * 2
 
 
 def test_kubectl_get_shows_whether_a_sale_is_ready_and_why_not(cluster: ControlPlane) -> None:

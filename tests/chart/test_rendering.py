@@ -92,6 +92,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "imagePullSecrets": (["a"], {}),
     "image.registry": ("registry.example:5000/mirror", {}),
     "crds.enabled": (False, {}),
+    "rbac.aggregateClusterRoles": (False, {}),
     "certificateAuthority.existingSecret.name": ("ca", {}),
     "certificateAuthority.existingSecret.key": ("pem", AUTHORITY),
     "redis.url": ("rediss://user@other/1", {}),
@@ -194,6 +195,7 @@ def kinds(rendered: Rendered) -> dict[str, int]:
 
 
 PLAIN: Final = {
+    "ClusterRole": 2,
     "CustomResourceDefinition": 1,
     "Deployment": 3,
     "PodDisruptionBudget": 2,
@@ -210,6 +212,7 @@ EVERYWHERE: Final = at("operator.allNamespaces", True)
     [
         ({}, {}),
         (at("crds.enabled", False), {"CustomResourceDefinition": 0}),
+        (at("rbac.aggregateClusterRoles", False), {"ClusterRole": 0}),
         (API_SCALES, {"HorizontalPodAutoscaler": 1}),
         (BY_CPU, {"HorizontalPodAutoscaler": 1}),
         (BY_LAG, {"ScaledObject": 1}),
@@ -221,7 +224,7 @@ EVERYWHERE: Final = at("operator.allNamespaces", True)
         (RULES, {"PrometheusRule": 1}),
         (DASHBOARD, {"ConfigMap": 1}),
         (at("operator.namespaces", ["a", "b"]), {"Role": 2, "RoleBinding": 2}),
-        (EVERYWHERE, {"Role": 0, "RoleBinding": 0, "ClusterRole": 1, "ClusterRoleBinding": 1}),
+        (EVERYWHERE, {"Role": 0, "RoleBinding": 0, "ClusterRole": 3, "ClusterRoleBinding": 1}),
     ],
     ids=str,
 )
@@ -727,7 +730,8 @@ def test_every_object_has_the_recommended_labels_and_selectors_use_three_of_them
     rendered = chart.render(API_SCALES, BY_LAG, INGRESS, POLICIES, MONITORS, EVERYWHERE)
     for manifest in rendered.manifests:
         labels = set(manifest["metadata"]["labels"])
-        has_component = manifest["kind"] != "CustomResourceDefinition"
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        has_component = kind != "CustomResourceDefinition" and not name.endswith(("-view", "-edit"))
         wanted = KUBERNETES_LABELS - (set() if has_component else {"app.kubernetes.io/component"})
         assert wanted <= labels, manifest
     for component in COMPONENTS:
