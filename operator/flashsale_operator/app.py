@@ -49,6 +49,8 @@ DESCRIPTION: Final = """\
 """
 ENVIRONMENT: Final = """\
     environment:
+      FLASHSALE_ENGINE               name of the engine, the prefix of its topics, consumer
+                                     group and Redis keys (default flashsale)
       FLASHSALE_REDIS_URL            redis://[user:password@]host:port/db
       FLASHSALE_KAFKA_BOOTSTRAP      Kafka's brokers, host:port[,host:port...]
       FLASHSALE_KAFKA_TLS            true or false (default false)
@@ -113,8 +115,9 @@ async def _run(settings: Settings) -> None:
         stack.push_async_callback(kube.close)
 
         queue = Queue()
-        rebuilds = Rebuilds(redis, pool, partial(offsets.spans, settings), queue)
-        clients = Clients(kube, Inventory(redis), pool, metrics)
+        inventory = Inventory(redis, settings.engine)
+        rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue)
+        clients = Clients(kube, inventory, pool, metrics)
         controller = Controller(clients, queue, rebuilds)
         resync = Resync(
             clients,

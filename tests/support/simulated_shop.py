@@ -35,12 +35,12 @@ class SimulatedShop:
     def __post_init__(self) -> None:
         self.inventory = Inventory(self.redis)
         self.outbox = Outbox(self.redis)
-        self.drain = Drain(self.redis, self.pool, self.spans, patience=self.patience)
-        self.rebuilder = Rebuilder(self.redis, self.pool, self.drain)
+        self.drain = Drain(self.inventory, self.pool, self.spans, patience=self.patience)
+        self.rebuilder = Rebuilder(self.inventory, self.pool, self.drain)
         self.reconciler = Reconciler(self.inventory, self.pool, self.rebuilder.rebuild)
 
     async def spans(self) -> Mapping[int, Span]:
-        return self.topic
+        return dict(self.topic)
 
     async def apply(self, spec: SaleSpec) -> Result:
         return await self.reconciler.reconcile(spec)
@@ -91,7 +91,7 @@ class SimulatedShop:
         await self.pool.execute(
             "INSERT INTO kafka_offsets VALUES ($1, $2, $3) "
             "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = $3",
-            events.TOPIC,
+            events.topic(),
             partition,
             next_offset,
         )

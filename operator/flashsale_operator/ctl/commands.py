@@ -12,29 +12,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-import msgspec
-from redis.asyncio import Redis
-
 from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.redis_client import MAX_CONNECTIONS, connect
 from flashsale.sale import Predecessor, SaleSpec
-from flashsale.settings import DatabaseUrl, KafkaSettings, RedisUrl
+from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl
 from flashsale_operator.ctl import tables
 from flashsale_operator.sales import audit, manifest, offsets
 from flashsale_operator.sales.decision import StillFenced, counted
 from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
-from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_eviction
+from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_unsafe_redis
 from flashsale_operator.sales.republish import republish
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
 
 
-class _Stores(msgspec.Struct, frozen=True):
+class _Stores(EngineSettings, frozen=True):
     redis_url: RedisUrl
     database_url: DatabaseUrl
 
@@ -46,7 +43,6 @@ class _All(KafkaSettings, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class _Clients:
-    redis: "Redis"
     inventory: Inventory
     pool: ledger.Pool
 
@@ -77,7 +73,7 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     specs = _specs(options.file)
     addresses = settings.load(_All, environ)
     async with _connected(addresses) as clients:
-        await refuse_eviction(clients.inventory)
+        await refuse_unsafe_redis(clients.inventory)
         await ledger.migrate(clients.pool)
         reconciler = Reconciler(
             clients.inventory, clients.pool, _rebuilder(clients, addresses).rebuild
@@ -108,7 +104,7 @@ async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int
 async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     addresses = settings.load(_All, environ)
     async with _connected(addresses) as clients:
-        await refuse_eviction(clients.inventory)
+        await refuse_unsafe_redis(clients.inventory)
         rows = await ledger.sales(clients.pool, options.item)
         if not rows:
             raise UnknownSale(_no_such(options.item))
@@ -153,6 +149,21 @@ async def _republish(options: argparse.Namespace, environ: Mapping[str, str]) ->
     return 0
 
 
+async def _adopt_redis(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    async with _connected(settings.load(_Stores, environ)) as clients:
+        await ledger.migrate(clients.pool)
+        await clients.inventory.server()  # raises RedisUnavailable for a wrong address
+        own = await ledger.engine_id(clients.pool, clients.inventory.engine)
+        await clients.inventory.claim(own)
+        address = clients.inventory.address
+        former = await ledger.adopt_redis(clients.pool, address)
+    if former in (None, address):
+        print(f"the sales are in the Redis at {address}")
+    else:
+        print(f"the sales move from the Redis at {former} to {address}: the operator rebuilds them")
+    return 0
+
+
 _Command: TypeAlias = Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]
 _COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
     "apply": (_apply, "Make the ledger and Redis match FlashSale manifests. Repeats are safe."),
@@ -160,6 +171,10 @@ _COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
     "close": (_close, "Close the sale of an item. Apply its manifest again to continue it."),
     "rebuild": (_rebuild, "Rebuild the fenced sale of an item in Redis from the ledger."),
     "audit": (_audit, "Check that Redis, outbox, Kafka and ledger agree. Exits with 1 if not."),
+    "adopt-redis": (
+        _adopt_redis,
+        "Move the sales to another Redis. First stop the API pods that use the former one.",
+    ),
     "republish": (_republish, "Publish an item's reservations from Redis to Kafka again."),
 }
 
@@ -183,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
                 required=True,
                 help="YAML file of FlashSales, or - for standard input; can be repeated",
             )
-        else:
+        elif name != "adopt-redis":
             nargs = "?" if name in ("get", "audit") else None
             command.add_argument("item", nargs=nargs, metavar="ITEM", help="itemId of the sale")
     return parser
@@ -231,7 +246,7 @@ async def _connected(addresses: _Stores | _All) -> AsyncIterator[_Clients]:
     try:
         pool = await ledger.connect(addresses.database_url)
         try:
-            yield _Clients(redis, Inventory(redis), pool)
+            yield _Clients(Inventory(redis, addresses.engine), pool)
         finally:
             pool.terminate()
     finally:
@@ -240,8 +255,8 @@ async def _connected(addresses: _Stores | _All) -> AsyncIterator[_Clients]:
 
 def _rebuilder(clients: _Clients, addresses: _All) -> Rebuilder:
     spans = partial(offsets.spans, addresses)
-    drain = Drain(clients.redis, clients.pool, spans, progress=_progress)
-    return Rebuilder(clients.redis, clients.pool, drain, _progress)
+    drain = Drain(clients.inventory, clients.pool, spans, progress=_progress)
+    return Rebuilder(clients.inventory, clients.pool, drain, _progress)
 
 
 async def _never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | StillFenced:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from flashsale import events
 from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
@@ -83,7 +82,7 @@ def of_audit(found: Audit) -> str:
             for finding in found.findings
         ],
     )
-    faults = [f"topic {events.TOPIC} DISAGREES: {fault}" for fault in found.topic_faults]
+    faults = [f"topic {found.topic} DISAGREES: {fault}" for fault in found.topic_faults]
     return "\n".join([table, *faults])
 
 

@@ -13,6 +13,8 @@ from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
     LedgerUnavailable,
+    OtherEngine,
+    RedisMoved,
     RedisUnavailable,
 )
 from flashsale.inventory import Inventory
@@ -28,7 +30,7 @@ from flashsale_operator.sales import manifest
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.offsets import KafkaUnavailable
-from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_eviction
+from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_unsafe_redis
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,14 @@ SERVERS: Final[tuple[tuple[type[FlashsaleError], str], ...]] = (
     (KafkaUnavailable, "kafka"),
     (KubeUnavailable, "kubernetes"),
 )
+_REPORTED: Final = (
+    RedisUnavailable,
+    LedgerUnavailable,
+    ContractViolation,
+    OtherEngine,
+    RedisMoved,
+)
+"""Errors of a reconcile that the FlashSale's status reports."""
 _RETRIED: Final = frozenset(
     {
         Reason.REDIS_UNAVAILABLE,
@@ -46,6 +56,8 @@ _RETRIED: Final = frozenset(
         Reason.KAFKA_UNAVAILABLE,
         Reason.UNREADABLE,
         Reason.INVALID_SPEC,
+        Reason.OTHER_ENGINE,
+        Reason.REDIS_MOVED,
     }
 )
 """Reasons of a reconcile that did not finish, and is retried with a back-off."""
@@ -125,7 +137,7 @@ class Controller:
         """
         if not self._prepared:
             await ledger.migrate(self._pool)
-            await refuse_eviction(self._inventory)
+            await refuse_unsafe_redis(self._inventory)
             self._prepared = True
 
     async def close(self, sale_id: str) -> None:
@@ -181,7 +193,7 @@ class Controller:
                 # Another party's finalizer keeps the object. The sale is closed without it.
                 return await self._reconciler.close(spec.sale_id)
             result = await self._reconciler.reconcile(spec, metadata["uid"])
-        except (RedisUnavailable, LedgerUnavailable, ContractViolation, UnknownSale) as error:
+        except (*_REPORTED, UnknownSale) as error:
             self._failed(error)
             return await self._failed_result(spec, error)
         if result.state is not SaleState.FENCED:
@@ -260,7 +272,7 @@ class Controller:
                 metadata = {**key._asdict(), "uid": row.resource_uid}
                 body = events.event_object(events.CLOSED, metadata, "", self._clock())
                 await self._kube.create_event(key.namespace, body)
-        except (RedisUnavailable, LedgerUnavailable, ContractViolation) as error:
+        except _REPORTED as error:
             self._failed(error)
             log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
             return Requeue(failed=True)
@@ -285,6 +297,10 @@ def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
             reason = Reason.REDIS_UNAVAILABLE
         case LedgerUnavailable():
             reason = Reason.LEDGER_UNAVAILABLE
+        case OtherEngine():
+            reason = Reason.OTHER_ENGINE
+        case RedisMoved():
+            reason = Reason.REDIS_MOVED
         case _:
             reason = Reason.UNREADABLE
     message = " ".join(str(error).split())

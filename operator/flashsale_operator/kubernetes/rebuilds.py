@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from redis.asyncio import Redis
-
 from flashsale import ledger
 from flashsale.errors import FlashsaleError
+from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor
 from flashsale_operator.kubernetes.queue import Key, Queue
@@ -46,14 +45,14 @@ class Rebuilds:
 
     def __init__(
         self,
-        redis: "Redis",
+        inventory: Inventory,
         pool: ledger.Pool,
         spans: Spans,
         queue: Queue,
         *,
         patience: Patience = PATIENCE,
     ) -> None:
-        self._redis = redis
+        self._inventory = inventory
         self._pool = pool
         self._spans = SharedSpans(spans)
         self._queue = queue
@@ -118,9 +117,13 @@ class Rebuilds:
         try:
             async with self._turns:
                 drain = Drain(
-                    self._redis, self._pool, self._spans, patience=self._patience, progress=progress
+                    self._inventory,
+                    self._pool,
+                    self._spans,
+                    patience=self._patience,
+                    progress=progress,
                 )
-                rebuilder = Rebuilder(self._redis, self._pool, drain, progress)
+                rebuilder = Rebuilder(self._inventory, self._pool, drain, progress)
                 result = await rebuilder.rebuild(row, replaces)
         except FlashsaleError as error:
             result = error

@@ -18,6 +18,7 @@ from flashsale.ledger import SaleRow
 from flashsale.sale import Sale
 from flashsale_operator.kubernetes.controller import Clients, Controller, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.sales import engine as engines
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Resync:
     async def resync(self) -> None:
         """Resyncs once."""
         await self._controller.prepare()
+        engine_id = await engines.engine_id(self._inventory, self._pool)
         async with ledger.translated():
             declared = [SaleRow.of(record) for record in await self._pool.fetch(_DECLARED)]
         objects = await self._objects()
@@ -110,7 +112,7 @@ class Resync:
             log.info("%s: its FlashSale was deleted", key.sale_id)
             self._queue.wake(key)
         await self._inventory.index([row.item_id for row in declared])
-        await self._resync_redis()
+        await self._resync_redis(engine_id)
 
     async def _objects(self) -> list[Key]:
         return [
@@ -119,7 +121,7 @@ class Resync:
             for live in await self._kube.flash_sales(namespace)
         ]
 
-    async def _resync_redis(self) -> None:
+    async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""
         held = await self._inventory.sales(await self._inventory.items(), skip_unreadable=True)
         rows = await self._rows([sale.sale_id for sale in held.values()])
@@ -129,22 +131,22 @@ class Resync:
             row, updated_at = rows[sale.sale_id]
             if unclosed(row, sale):
                 log.info("%s: closed in the ledger, closing it in Redis", sale.sale_id)
-                await self._close(row, sale)
+                await self._close(row, sale, engine_id)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
-                    sale.item_id, sale.sale_id, row.revision, row.accepted
+                    sale.item_id, sale.sale_id, row.revision, row.accepted, engine_id
                 )
                 log.info("%s: freeing the keys of %s: %s", sale.sale_id, sale.item_id, freed)
                 if freed is Freed.FREED:
                     self._metrics.freed.inc()
 
-    async def _close(self, row: SaleRow, sale: Sale) -> None:
+    async def _close(self, row: SaleRow, sale: Sale, engine_id: str) -> None:
         if sale.revision > row.revision:
             # The ledger is an older copy: its revision must rise above Redis' first.
             await self._controller.close(sale.sale_id)
         else:
             # The script refuses this close if the manifest was applied again since.
-            await self._inventory.close(sale.item_id, sale.sale_id, row.revision)
+            await self._inventory.close(sale.item_id, sale.sale_id, row.revision, engine_id)
 
     async def _rows(self, sale_ids: Sequence[str]) -> Mapping[str, tuple[SaleRow, datetime]]:
         async with ledger.translated():

@@ -117,6 +117,7 @@ class Audit:
     """The findings of the audited sales, and the faults of the topic as a whole."""
 
     findings: tuple[Finding, ...]
+    topic: str
     topic_faults: tuple[str, ...]
 
     @property
@@ -242,7 +243,8 @@ async def _look(
     server = await inventory.server()
     holders = await inventory.sales(sorted(items))
     ends = await spans()
-    stored = await ledger.stored_offsets(pool, events.TOPIC)
+    topic = events.topic(inventory.engine)
+    stored = await ledger.stored_offsets(pool, topic)
     after = {tally.row.sale_id: tally for tally in await _tallies(pool, item_id)}
 
     lag = offsets.behind(ends, stored)
@@ -263,7 +265,7 @@ async def _look(
         for sale in holders.values()
         if sale.sale_id not in after
     ]
-    return Audit(tuple(found), offsets.faults(ends, stored))
+    return Audit(tuple(found), topic, offsets.faults(ends, stored))
 
 
 async def _tallies(pool: ledger.Pool, item_id: str | None) -> list[Tally]:

@@ -42,6 +42,8 @@ class Reason(StrEnum):
     KAFKA_UNAVAILABLE = "KafkaUnavailable"
     UNREADABLE = "Unreadable"
     INVALID_SPEC = "InvalidSpec"
+    OTHER_ENGINE = "OtherEngine"
+    REDIS_MOVED = "RedisMoved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Observed:
     - `written` is the revision that this reconcile wrote. 1 means that it inserted the row.
     - `seeded`: this reconcile has tried to seed the keys of that row.
     - `still_fenced` tells why this reconcile could not get the sale rebuilt.
+    - `recorded` is the row's accepted units, read before Redis. Redis has at least as many, or it
+      has lost some.
     """
 
     server: ServerTime
@@ -75,6 +79,8 @@ class Observed:
     written: int | None = None
     seeded: bool = False
     still_fenced: StillFenced | None = None
+    engine_id: str = ""
+    recorded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +193,13 @@ def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
         return _ended(row, spec, sale.ends_ms)
     if row is None or behind or (not over and (row.closed or _differs(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
-    if state is SaleState.FENCED:
+    if state is SaleState.FENCED or sale.accepted < observed.recorded:
         return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row)
     wanted = "paused" if row.paused else "open"
     if (
         sale.revision != row.revision
         or sale.stored_state != wanted
+        or sale.engine != observed.engine_id
         or sale.allocated != max(row.allocated, sale.held)
     ):
         return Apply(row)

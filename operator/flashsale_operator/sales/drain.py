@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from redis.asyncio import Redis
-
 from flashsale import events, heartbeat, ledger
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
@@ -61,15 +59,15 @@ class Drain:
 
     def __init__(
         self,
-        redis: "Redis",
+        inventory: Inventory,
         pool: ledger.Pool,
         spans: Spans,
         *,
         patience: Patience = Patience(),
         progress: Progress = lambda _: None,
     ) -> None:
-        self._redis = redis
-        self._inventory = Inventory(redis)
+        self._inventory = inventory
+        self._topic = events.topic(inventory.engine)
         self._pool = pool
         self._spans = spans
         self.patience = patience
@@ -96,7 +94,14 @@ class Drain:
 
         async def unread() -> tuple[str, ...]:
             await keep_fenced()
-            return await self._unread(topic)
+            stored = await ledger.stored_offsets(self._pool, self._topic)
+            if late := _unread(topic, stored):
+                return late
+            # The ledger has reached the ends, and other sales go on. Only ends that were read after
+            # the ledger's offsets can prove that records are missing.
+            if any(stored.get(number, 0) > topic[number].end for number in topic):
+                return faults(await self._spans(), stored)
+            return faults(topic, stored)
 
         await self._until(sale_id, unread, patience.recorded)
         return {number: span.end for number, span in topic.items()}
@@ -108,23 +113,15 @@ class Drain:
         if sale is not None and sale.outbox_length:
             events_left = counted(sale.outbox_length, "event")
             found.append(f"the outbox has {events_left} that Kafka has not acknowledged")
-        for pod in await heartbeat.living(self._redis):
+        server = await self._inventory.server()
+        engine = self._inventory.engine
+        for pod in await heartbeat.living(self._inventory.redis, item_id, server, engine):
             if pod.sampled_ms < sampled_from_ms:
                 found.append(f"pod {pod.pod_id} has not reported its unacknowledged events yet")
-            elif number := pod.unacknowledged.get(item_id, 0):
-                found.append(f"pod {pod.pod_id} has {counted(number, 'unacknowledged event')}")
-        return tuple(found)
-
-    async def _unread(self, topic: Mapping[int, Span]) -> tuple[str, ...]:
-        """Returns why the ledger may lack events of the topic."""
-        stored = await ledger.stored_offsets(self._pool, events.TOPIC)
-        late = tuple(
-            f"the ledger has read partition {number} to offset {stored.get(number, 0)} "
-            f"of {span.end}"
-            for number, span in sorted(topic.items())
-            if stored.get(number, 0) < span.end
-        )
-        return late or faults(topic, stored)
+            elif pod.unacknowledged:
+                unacknowledged = counted(pod.unacknowledged, "unacknowledged event")
+                found.append(f"pod {pod.pod_id} has {unacknowledged}")
+        return tuple(dict.fromkeys(found))
 
     async def _until(
         self,
@@ -151,3 +148,12 @@ class Drain:
                 self._progress(f"{sale_id}: {cause}")
                 reported = cause
             await asyncio.sleep(self.patience.between)
+
+
+def _unread(topic: Mapping[int, Span], stored: Mapping[int, int]) -> tuple[str, ...]:
+    """Returns the partitions that the ledger has not read up to their end."""
+    return tuple(
+        f"the ledger has read partition {number} to offset {stored.get(number, 0)} of {span.end}"
+        for number, span in sorted(topic.items())
+        if stored.get(number, 0) < span.end
+    )

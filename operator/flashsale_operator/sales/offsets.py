@@ -26,11 +26,12 @@ class Span(NamedTuple):
     end: int
 
 
-async def spans(kafka: KafkaSettings, topic: str = events.TOPIC) -> Mapping[int, Span]:
-    """Returns the span of each partition, or none if the topic does not exist.
+async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
+    """Returns the span of each partition of the engine's topic, or none if it does not exist.
 
     Raises `KafkaUnavailable`.
     """
+    topic = events.topic(kafka.engine)
     client = kafka.kafka_client()
     admin = AIOKafkaAdminClient(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
     consumer = AIOKafkaConsumer(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)

@@ -20,18 +20,25 @@ from dataclasses import dataclass
 from typing import Final
 
 import asyncpg
-from redis.asyncio import Redis
 
 from flashsale import events, ledger
-from flashsale.errors import ContractViolation, FlashsaleError
+from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Record
 from flashsale.sale import Predecessor
+from flashsale_operator.sales import engine
 from flashsale_operator.sales.decision import StillFenced, counted, spec_of
 from flashsale_operator.sales.drain import Drain, NotDrained
 from flashsale_operator.sales.offsets import KafkaUnavailable
-from flashsale_operator.sales.recovery import LEASE_MS, RESTORE_PAGE, Fenced, Recovery, Trusted
+from flashsale_operator.sales.recovery import (
+    LEASE_MS,
+    RESTORE_PAGE,
+    Fenced,
+    Recovery,
+    Step,
+    Trusted,
+)
 
 _CLAIM: Final = """
 UPDATE sales SET revision = greatest(revision, $2) + 1, updated_at = now()
@@ -106,13 +113,14 @@ class Rebuilder:
 
     def __init__(
         self,
-        redis: "Redis",
+        inventory: Inventory,
         pool: ledger.Pool,
         drain: Drain,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._inventory = Inventory(redis)
-        self._recovery = Recovery(redis)
+        self._inventory = inventory
+        self._recovery = Recovery(inventory.redis, inventory.engine)
+        self._topic = events.topic(inventory.engine)
         self._pool = pool
         self._drain = drain
         self._progress = progress
@@ -135,6 +143,7 @@ class Rebuilder:
             return StillFenced((str(error),))
 
     async def _rebuild(self, sale_id: str, item_id: str, replaces: Predecessor | None) -> Rebuilt:
+        engine_id = await engine.engine_id(self._inventory, self._pool)
         run_id = (await self._inventory.server()).run_id
         had = (await self._inventory.sales([item_id])).get(item_id)
         if had is not None and had.sale_id != sale_id:
@@ -147,15 +156,19 @@ class Rebuilder:
         row = await self._claim(sale_id, above=0 if had is None else had.revision)
         spec, claim = spec_of(row), row.revision
 
-        async def fence(*, begin: bool = False, lease_ms: int = LEASE_MS) -> Fenced:
+        async def fence(step: Step, lease_ms: int = LEASE_MS) -> Fenced:
             answer = await self._recovery.fence(
                 spec,
                 claim,
+                step=step,
+                recorded=row.accepted,
+                engine_id=engine_id,
                 closed=row.closed,
                 replaces=replaces,
-                begin=begin,
                 lease_ms=lease_ms,
             )
+            if answer is Fenced.OTHER_ENGINE:
+                raise OtherEngine(engine.in_redis(item_id))
             if answer is Fenced.UNSUPPORTED:
                 raise ContractViolation(
                     f"{item_id}: Redis has a sale that this version cannot read"
@@ -165,20 +178,19 @@ class Rebuilder:
             return answer
 
         async def keep_fenced() -> None:
-            if await fence() is Fenced.TRUSTED:
-                raise _Interrupted(Fenced.SUPERSEDED)
+            await fence("wait")
 
-        if await fence() is Fenced.TRUSTED:
+        if await fence("fence") is Fenced.TRUSTED:
             return Rebuilt(row.accepted)
         try:
             offsets = await self._drain.wait(sale_id, item_id, keep_fenced)
         except (NotDrained, KafkaUnavailable):
-            await fence(lease_ms=0)  # so that the next rebuild need not wait for this one
+            await fence("wait", lease_ms=0)  # so that the next rebuild need not wait for this one
             raise
         began = time.monotonic()
         redis_had = 0 if had is None else had.accepted
         accepted, released = await self._note(sale_id, claim, offsets, redis_had)
-        await fence(begin=True)
+        await fence("begin")
         reservations, buyers = await self._write(row, claim)
         ended = await self._recovery.trust(
             item_id,
@@ -224,7 +236,7 @@ class Rebuilder:
             counts = await connection.fetchrow(_NOTE, sale_id, claim, redis_had)
             stored = {
                 record["partition"]: record["next_offset"]
-                for record in await connection.fetch(_OFFSETS, events.TOPIC)
+                for record in await connection.fetch(_OFFSETS, self._topic)
             }
             if counts is None or any(
                 stored.get(number, 0) < offset for number, offset in offsets.items()

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from flashsale import ledger
-from flashsale.errors import ContractViolation, FlashsaleError, RedisUnavailable
+from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine, RedisUnavailable
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
+from flashsale_operator.sales import engine
 from flashsale_operator.sales.decision import (
     Apply,
     Done,
@@ -34,7 +35,7 @@ MAX_STEPS: Final = 16
 _CHANGED_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
 
 # One writer per item at a time, so that of two new sales of an item one sees the other's row.
-_LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended('flashsale:' || $1, 0))"
+_LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended($1 || ':' || $2, 0))"
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
@@ -130,8 +131,11 @@ class Reconciler:
         rebuilt: Rebuilt | None = None
         still_fenced: StillFenced | None = None
         applied = answer = Applied.UNCHANGED
+        engine_id = await engine.engine_id(self._inventory, self._pool)
         for _ in range(MAX_STEPS):
-            observed = await self._observe(spec, written, seeded=seeded, still_fenced=still_fenced)
+            observed = await self._observe(
+                spec, engine_id, written, seeded=seeded, still_fenced=still_fenced
+            )
             match decide(spec, observed):
                 case WriteRow() as step:
                     written = await self._write_row(spec, step, resource_uid) or written
@@ -146,11 +150,14 @@ class Reconciler:
                     answer = await self._inventory.apply(
                         spec_of(step.row),
                         step.row.revision,
+                        engine_id=engine_id,
                         seed_until_ms=step.seed_until_ms,
                         replaces=step.replaces,
                     )
                     if answer is Applied.UNSUPPORTED:
                         raise ContractViolation(_UNREADABLE.format(spec.item_id))
+                    if answer is Applied.OTHER_ENGINE:
+                        raise OtherEngine(engine.in_redis(spec.item_id))
                     if answer in _CHANGED_REDIS:
                         applied = answer
                 case Done() as done:
@@ -178,8 +185,9 @@ class Reconciler:
 
         Raises `UnknownSale` if the ledger has no row of the sale.
         """
+        engine_id = await engine.engine_id(self._inventory, self._pool)
         row = await self._close_row(sale_id)
-        closed = await self._inventory.close(row.item_id, sale_id, row.revision)
+        closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         server = await self._inventory.server()
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
         if closed is Closed.STALE and sale is not None:
@@ -187,8 +195,10 @@ class Reconciler:
             if row.closed:
                 # The ledger is an older copy: its revision is below Redis' revision.
                 row = await self._close_row(sale_id, above=sale.revision)
-                closed = await self._inventory.close(row.item_id, sale_id, row.revision)
+                closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
                 sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        if closed is Closed.OTHER_ENGINE:
+            raise OtherEngine(engine.in_redis(row.item_id))
         if closed is Closed.UNSUPPORTED:
             raise ContractViolation(_UNREADABLE.format(row.item_id))
         superseded = not row.closed or closed is Closed.STALE
@@ -225,11 +235,15 @@ class Reconciler:
     async def _observe(
         self,
         spec: SaleSpec,
+        engine_id: str,
         written: int | None,
         *,
         seeded: bool,
         still_fenced: StillFenced | None,
     ) -> Observed:
+        # Counted before Redis is read: a sale in Redis has at least these units, or it has lost
+        # some of them.
+        before = await ledger.sale(self._pool, spec.sale_id)
         server = await self._inventory.server()
         held = await self._inventory.sales([spec.item_id])
         row = await ledger.sale(self._pool, spec.sale_id)
@@ -242,6 +256,8 @@ class Reconciler:
             written=written,
             seeded=seeded,
             still_fenced=still_fenced,
+            engine_id=engine_id,
+            recorded=0 if before is None else before.accepted,
         )
 
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
@@ -271,7 +287,7 @@ class Reconciler:
             self._pool.acquire() as connection,
             connection.transaction(),
         ):
-            await connection.execute(_LOCK_ITEM, spec.item_id)
+            await connection.execute(_LOCK_ITEM, self._inventory.engine, spec.item_id)
             others = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
             if {(r["sale_id"], r["revision"]) for r in others} != {
                 (other.sale_id, other.revision) for other in step.others
@@ -293,11 +309,7 @@ class Reconciler:
             return revision
 
 
-async def refuse_eviction(inventory: Inventory) -> None:
-    """Raises `RedisUnavailable` if Redis may drop a sale's keys when its memory is full."""
-    policy = await inventory.eviction_policy()
-    if policy != "noeviction":
-        raise RedisUnavailable(
-            f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
-            "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
-        )
+async def refuse_unsafe_redis(inventory: Inventory) -> None:
+    """Raises `RedisUnavailable` if a setting of Redis endangers sales."""
+    if mistake := await inventory.unsafe_setting():
+        raise RedisUnavailable(mistake)

@@ -6,11 +6,12 @@ API trusts nothing in the keys before `trust` has succeeded.
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 from redis.asyncio import Redis
 
-from flashsale.keys import ITEMS, ItemKeys
+from flashsale import keys
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.reservations import Record
 from flashsale.sale import Predecessor, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
@@ -19,6 +20,9 @@ RESTORE_PAGE: Final = 1_000
 """Reservations or buyers per `restore` call, which takes Redis about a millisecond."""
 LEASE_MS: Final = 5_000
 """How long other processes leave a sale to a rebuild that does not renew its lease."""
+
+
+Step = Literal["fence", "wait", "begin"]
 
 
 class Fenced(StrEnum):
@@ -32,6 +36,7 @@ class Fenced(StrEnum):
     UNDRAINED = "undrained"
     CONFLICT = "conflict"
     UNSUPPORTED = "unsupported"
+    OTHER_ENGINE = "other_engine"
 
 
 class Trusted(StrEnum):
@@ -47,8 +52,9 @@ class Trusted(StrEnum):
 class Recovery:
     """The scripts as typed calls. Each raises `RedisUnavailable` if Redis cannot serve it."""
 
-    def __init__(self, redis: "Redis") -> None:
+    def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
         self._redis = redis
+        self._engine = engine
         self._scripts = Scripts(redis)
         self._fence = Script("fence")
         self._restore = Script("restore")
@@ -58,7 +64,7 @@ class Recovery:
         """Whether another rebuild has the item's sale, and its lease has not run out."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
-        pipeline.hmget(ItemKeys.of(item_id).sale, "run_id", "rebuild_until_ms")
+        pipeline.hmget(self._keys(item_id).sale, "run_id", "rebuild_until_ms")
         (seconds, microseconds), (run_id, until_ms) = await translated(pipeline.execute())
         return (
             str(run_id).startswith("rebuild:")
@@ -70,27 +76,34 @@ class Recovery:
         spec: SaleSpec,
         claim: int,
         *,
+        step: Step = "fence",
+        recorded: int = 0,
+        engine_id: str = "",
         closed: bool = False,
         replaces: Predecessor | None = None,
-        begin: bool = False,
         lease_ms: int = LEASE_MS,
     ) -> Fenced:
         """Fences the sale for the rebuild `claim` until its lease ends, or begins to write it.
 
+        `step` is "fence" for the first call and "wait" for each repeat. "begin" empties the keys.
+        `recorded` is the ledger's accepted units: a sale with fewer in Redis is never trusted.
+
         `spec`, `closed` and `claim` come from the ledger's row; `claim` is its revision.
         `replaces` is the same as for `Inventory.apply`.
         """
-        await translated(self._redis.sadd(ITEMS, spec.item_id))
+        await translated(self._redis.sadd(keys.items(self._engine), spec.item_id))
         other_id, other_accepted = replaces or ("", 0)
         arguments = (
             *spec.arguments(claim, closed=closed),
             lease_ms,
             other_id,
             other_accepted,
-            "1" if begin else "",
+            step,
+            recorded,
+            engine_id,
         )
         return Fenced(
-            await self._scripts.call(self._fence, ItemKeys.of(spec.item_id).four, arguments)
+            await self._scripts.call(self._fence, self._keys(spec.item_id).four, arguments)
         )
 
     async def restore(
@@ -108,9 +121,7 @@ class Recovery:
         for reservation_id, record in records:
             pairs += (reservation_id, ",".join(map(str, record)))
         arguments = (claim, LEASE_MS, len(buyers or ()), *pairs)
-        return Trusted(
-            await self._scripts.call(self._restore, ItemKeys.of(item_id).four, arguments)
-        )
+        return Trusted(await self._scripts.call(self._restore, self._keys(item_id).four, arguments))
 
     async def trust(  # noqa: PLR0913 - the counts that must agree
         self,
@@ -125,4 +136,7 @@ class Recovery:
     ) -> Trusted:
         """Ends the rebuild. `run_id` is the run of the server when the rebuild began."""
         arguments = (claim, run_id, accepted, released, reservations, buyers)
-        return Trusted(await self._scripts.call(self._trust, ItemKeys.of(item_id).four, arguments))
+        return Trusted(await self._scripts.call(self._trust, self._keys(item_id).four, arguments))
+
+    def _keys(self, item_id: str) -> ItemKeys:
+        return ItemKeys.of(item_id, self._engine)

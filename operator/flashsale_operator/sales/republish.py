@@ -14,7 +14,6 @@ from aiokafka.errors import KafkaError
 from flashsale import events
 from flashsale.events import Event
 from flashsale.inventory import Inventory
-from flashsale.reservations import Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales.offsets import KafkaUnavailable
 from flashsale_operator.sales.reconciler import UnknownSale
@@ -27,22 +26,22 @@ async def republish(inventory: Inventory, kafka: KafkaSettings, item_id: str) ->
     """Publishes all reservations of an item's sale, and returns how many.
 
     Each event carries the sale's current numbers. Raises `UnknownSale` if Redis has no sale of the
-    item, `RedisUnavailable`, and `KafkaUnavailable` unless Kafka acknowledges all events.
+    item, `ContractViolation` if the sale is fenced, `RedisUnavailable`, and `KafkaUnavailable`
+    unless Kafka acknowledges all events.
     """
-    sale = (await inventory.sales([item_id])).get(item_id)
-    if sale is None:
+    if item_id not in await inventory.sales([item_id]):
         raise UnknownSale(f"{item_id}: Redis has no sale of this item, so nothing is published")
-    snapshot = Snapshot(sale.sale_id, sale.allocated, sale.allocated + sale.released, sale.revision)
+    topic = events.topic(kafka.engine)
     producer = AIOKafkaProducer(**kafka.kafka_client(), acks="all")
     published = 0
     try:
         async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
             await producer.start()
-        async for page in inventory.reservation_pages(item_id):
+        async for snapshot, page in inventory.reservation_pages(item_id):
             async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
                 sent = [
                     await producer.send(
-                        events.TOPIC,
+                        topic,
                         events.encode(Event.of(item_id, reservation_id, record, snapshot)),
                         key=reservation_id.encode(),
                         headers=events.headers(""),

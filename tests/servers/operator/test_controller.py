@@ -63,7 +63,7 @@ class FakeKube:
 def controller(shop: SimulatedShop, kube: FakeKube) -> Controller:
     queue = Queue()
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
-    rebuilds = Rebuilds(shop.redis, shop.pool, shop.spans, queue, patience=QUICK)
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
     return Controller(clients, queue, rebuilds)
 
 

@@ -336,8 +336,8 @@ def test_an_audit_and_a_rebuild_with_kafka(
     async def prepare(shop: SimulatedShop) -> None:
         admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
         await admin.start()
-        if events.TOPIC not in await admin.list_topics():
-            await admin.create_topics([NewTopic(events.TOPIC, 3, 1)])
+        if events.topic() not in await admin.list_topics():
+            await admin.create_topics([NewTopic(events.topic(), 3, 1)])
         await admin.close()
         await read_all(shop)
 
@@ -347,10 +347,10 @@ def test_an_audit_and_a_rebuild_with_kafka(
         await producer.start()
         for entry in await shop.outbox.page("iphone_15", until_ms=2**50, count=10):
             event = Event.of("iphone_15", entry.reservation_id, entry.record, entry.snapshot)
-            await producer.send_and_wait(events.TOPIC, events.encode(event), partition=1)
+            await producer.send_and_wait(events.topic(), events.encode(event), partition=1)
         await producer.stop()
 
-    assert asyncio.run(offsets.spans(KafkaSettings(kafka_bootstrap=kafka), "no.such.topic")) == {}
+    assert asyncio.run(offsets.spans(KafkaSettings(kafka_bootstrap=kafka, engine="no-such"))) == {}
     ctl("apply", "-f", str(SAMPLE))
     within(prepare)
     within(sell_and_publish)

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from flashsale import heartbeat, ledger
-from flashsale.heartbeat import Heartbeat
-from flashsale.keys import PODS
+from flashsale.inventory import ServerTime
 from flashsale.sale import SaleSpec
 from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience
 from flashsale_operator.sales.offsets import KafkaUnavailable, Span
@@ -34,9 +33,9 @@ async def beat(
     later_ms: int = CALL_DEADLINE_MS + 60_000,
 ) -> None:
     """Beat with a later sample time, so that the test need not wait."""
-    now_ms = (await shop.inventory.server()).now_ms
-    held = {item_id: unacknowledged} if unacknowledged else {}
-    await heartbeat.beat(shop.redis, Heartbeat("pod-1", held, now_ms + later_ms))
+    server = await shop.inventory.server()
+    sampled = ServerTime(server.now_ms + later_ms, server.run_id)
+    await heartbeat.beat(shop.redis, "pod-1", {item_id: unacknowledged}, sampled)
 
 
 async def test_a_fully_recorded_sale_is_drained(shop: SimulatedShop, sold: SaleSpec) -> None:
@@ -88,7 +87,7 @@ async def test_the_drain_waits_for_pods_that_have_not_beaten_yet(
 ) -> None:
     """After a flush of Redis, a pod is unknown until its next heartbeat."""
     shop.drain = Drain(
-        shop.redis, shop.pool, shop.spans, patience=replace(QUICK, unseen=0.5, quiet=0.5)
+        shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, unseen=0.5, quiet=0.5)
     )
     waiting = asyncio.create_task(not_drained(shop, sold))
     await asyncio.sleep(0.05)
@@ -107,7 +106,7 @@ async def test_the_drain_waits_until_the_ledger_has_read_the_topic(
     )
     reported: list[str] = []
     shop.drain = Drain(
-        shop.redis,
+        shop.inventory,
         shop.pool,
         shop.spans,
         patience=replace(QUICK, recorded=30),
@@ -120,6 +119,27 @@ async def test_the_drain_waits_until_the_ledger_has_read_the_topic(
     await shop.read_to(1, 2)
     assert not await waiting
     assert reported[0] == f"{sold.sale_id}: waiting for heartbeats of API pods"
+
+
+async def test_another_sale_that_goes_on_selling_is_no_loss(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """While the ledger catches up with one partition, another one moves on."""
+    shop.topic |= {0: Span(0, 5), 1: Span(0, 9)}
+    await shop.read_to(0, 5)
+    await shop.read_to(1, 2)
+    shop.drain = Drain(shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, recorded=30))
+
+    async def sell() -> None:
+        await asyncio.sleep(0.2)
+        shop.topic[0] = Span(0, 50)
+        await shop.read_to(0, 50)
+        await asyncio.sleep(0.1)
+        await shop.read_to(1, 9)
+
+    selling = asyncio.create_task(sell())
+    assert not await asyncio.wait_for(not_drained(shop, sold), 20)
+    await selling
 
 
 async def test_a_topic_that_lost_records_is_never_drained(
@@ -137,7 +157,7 @@ async def test_without_kafka_the_drain_fails(
     async def away() -> dict[int, Span]:
         raise KafkaUnavailable("Kafka is away: no answer in time")
 
-    shop.drain = Drain(shop.redis, pool, away, patience=QUICK)
+    shop.drain = Drain(shop.inventory, pool, away, patience=QUICK)
     with pytest.raises(KafkaUnavailable):
         await not_drained(shop, sold)
 
@@ -147,17 +167,14 @@ async def test_the_drain_waits_at_least_as_long_as_a_heartbeat_lives(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     """With the real timing, a pod beats every second until it has no unacknowledged event."""
-    shop.drain = Drain(shop.redis, shop.pool, shop.spans, patience=Patience())
-    await shop.redis.delete(PODS)
+    shop.drain = Drain(shop.inventory, shop.pool, shop.spans, patience=Patience())
     began = (await shop.inventory.server()).now_ms
 
     async def pod() -> None:
         for left in [*range(4, 0, -1), *[0] * 20]:
             await asyncio.sleep(1)
-            now_ms = (await shop.inventory.server()).now_ms
-            await heartbeat.beat(
-                shop.redis, Heartbeat("pod-1", {sold.item_id: left} if left else {}, now_ms)
-            )
+            sampled = await shop.inventory.server()
+            await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: left}, sampled)
 
     beating = asyncio.create_task(pod())
     assert not await not_drained(shop, sold)

@@ -139,7 +139,7 @@ async def begin(shop: SimulatedShop, spec: SaleSpec, claim: int) -> None:
     """Run a rebuild up to its first write."""
     recovery, row = Recovery(shop.redis), await shop.row(spec.sale_id)
     assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
-    assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.BEGUN
+    assert await recovery.fence(spec_of(row), claim, step="begin") is Fenced.BEGUN
 
 
 async def end_lease(shop: SimulatedShop, spec: SaleSpec) -> None:
@@ -161,7 +161,7 @@ async def test_an_overtaken_rebuild_cannot_write(shop: SimulatedShop, sold: Sale
     before = await shop.sale(sold.item_id)
     row = spec_of(await shop.row(sold.sale_id))
     assert await recovery.fence(row, 1) is Fenced.TRUSTED
-    assert await recovery.fence(row, 1, begin=True) is Fenced.SUPERSEDED
+    assert await recovery.fence(row, 1, step="begin") is Fenced.SUPERSEDED
     assert await recovery.restore(sold.item_id, 1, buyers={"e": 1}) is Trusted.SUPERSEDED
     ended = await recovery.trust(
         sold.item_id, 1, run_id, accepted=0, released=0, reservations=0, buyers=0
@@ -180,7 +180,7 @@ async def test_a_rebuild_suspended_during_a_wipe_of_redis_cannot_begin(
     await end_lease(shop, sold)
     assert isinstance(await rebuild(shop, sold), Rebuilt)
     await shop.redis.flushall()
-    assert await recovery.fence(spec_of(row), 7, begin=True) is Fenced.SUPERSEDED
+    assert await recovery.fence(spec_of(row), 7, step="begin") is Fenced.SUPERSEDED
 
 
 async def test_a_sale_closed_during_its_rebuild_stays_closed(
@@ -191,7 +191,7 @@ async def test_a_sale_closed_during_its_rebuild_stays_closed(
     claim = row.revision + 1
     assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
     assert await shop.inventory.close(sold.item_id, sold.sale_id, claim + 1) is Closed.CLOSED
-    assert await recovery.fence(spec_of(row), claim, begin=True) is Fenced.SUPERSEDED
+    assert await recovery.fence(spec_of(row), claim, step="begin") is Fenced.SUPERSEDED
 
 
 async def test_a_rebuild_fails_if_redis_restarts_during_it(

@@ -46,7 +46,7 @@ async def test_a_rebuild_wakes_its_flashsale_and_returns_its_result_once(
     shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     queue = Queue()
-    own = Rebuilds(shop.redis, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     assert str(await own.rebuild(row)).startswith("being rebuilt from the ledger: ")
     assert await woken(queue) == fenced.sale_id
@@ -62,7 +62,7 @@ async def test_the_cause_of_a_failed_rebuild_is_reported_until_the_retry(
 ) -> None:
     await shop.redis.xadd(ItemKeys.of(fenced.item_id).outbox, {"id": "x"})
     queue = Queue()
-    own = Rebuilds(shop.redis, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
     await woken(queue)
@@ -75,7 +75,7 @@ async def test_the_cause_of_a_failed_rebuild_is_reported_until_the_retry(
 
 async def test_a_rebuild_without_kafka_reports_kafka(shop: SimulatedShop, fenced: SaleSpec) -> None:
     queue = Queue()
-    own = Rebuilds(shop.redis, shop.pool, without_kafka, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, without_kafka, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
     await woken(queue)
@@ -90,7 +90,7 @@ async def test_an_outage_during_a_rebuild_is_raised_by_the_next_call(
 ) -> None:
     pool = await ledger.connect("postgresql://nobody@127.0.0.1:1/none")
     queue = Queue()
-    own = Rebuilds(shop.redis, pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, pool, nothing, queue, patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
     await woken(queue)
@@ -103,7 +103,7 @@ async def test_a_reconcile_does_not_wait_for_the_rebuild_of_its_sale(
     shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     queue = Queue()
-    own = Rebuilds(shop.redis, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
     reconciler = Reconciler(shop.inventory, shop.pool, own.rebuild)
     result = await reconciler.reconcile(fenced)
     assert (result.state, result.reason) == (SaleState.FENCED, Reason.FENCED)

@@ -17,7 +17,7 @@ from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.reconciler import UnknownSale, refuse_eviction
+from flashsale_operator.sales.reconciler import UnknownSale, refuse_unsafe_redis
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -328,10 +328,10 @@ async def test_nothing_reaches_redis_while_the_ledger_is_away(
 
 
 async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:
-    await refuse_eviction(shop.inventory)
+    await refuse_unsafe_redis(shop.inventory)
     await shop.redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(RedisUnavailable, match="allkeys-lru: it must be noeviction"):
-            await refuse_eviction(shop.inventory)
+            await refuse_unsafe_redis(shop.inventory)
     finally:
         await shop.redis.config_set("maxmemory-policy", "noeviction")

@@ -37,7 +37,7 @@ async def published(kafka: KafkaServer, item: str) -> list[Event]:
     consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
     await consumer.start()
     try:
-        consumer.subscribe([events.TOPIC])
+        consumer.subscribe([events.topic()])
         found: list[Event] = []
         async with asyncio.timeout(60):
             while not consumer.assignment():
@@ -62,7 +62,7 @@ async def test_all_reservations_are_published_again_by_each_run(
 ) -> None:
     inventory = Inventory(redis)
     kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
-    await topics.create(kafka, events.TOPIC, events.DEAD_LETTER_TOPIC)
+    await topics.create(kafka, events.topic(), events.dead_letter_topic())
     many = PAGE + 7
     await inventory.apply(SaleSpec(f"default/{item}", item, many + 5), 3, seed_until_ms=2**53)
     requests = [

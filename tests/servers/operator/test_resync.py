@@ -5,8 +5,9 @@ from datetime import timedelta
 
 import pytest
 
+from flashsale import keys
 from flashsale.inventory import Freed
-from flashsale.keys import ITEMS, ItemKeys
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleSpec
@@ -74,9 +75,8 @@ async def test_keys_are_freed_after_everything_is_recorded(
     assert await shop.inventory.free(spec.item_id, spec.sale_id, 2, 0) is Freed.UNRECORDED
     assert spec.item_id in await shop.inventory.items()
     assert await free() is Freed.FREED
-    keys = ItemKeys.of(spec.item_id)
-    assert await shop.redis.exists(keys.sale, keys.buyers, keys.reservations, keys.outbox) == 0
-    assert not await shop.redis.sismember(ITEMS, spec.item_id)
+    assert await shop.redis.exists(*ItemKeys.of(spec.item_id).four) == 0
+    assert not await shop.redis.sismember(keys.items(DEFAULT_ENGINE), spec.item_id)
     assert await free() is Freed.UNKNOWN
 
 

@@ -1,0 +1,23 @@
+"""Check that the ledger and Redis belong to this engine before a sale is touched."""
+
+from flashsale import ledger
+from flashsale.inventory import Inventory
+
+
+async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
+    """Returns the engine's id, and claims Redis for the engine.
+
+    Raises `OtherEngine` if the ledger or Redis belongs to another engine, `RedisMoved` if the sales
+    are in the Redis at another address, `LedgerUnavailable` and `RedisUnavailable`.
+    """
+    own = await ledger.engine_id(pool, inventory.engine, inventory.address)
+    await inventory.claim(own)
+    return own
+
+
+def in_redis(item_id: str) -> str:
+    """Returns the sentence about an item that another engine has in Redis."""
+    return (
+        f"{item_id}: another engine of the same name has this item in Redis: give each engine a "
+        "Redis of its own, or another FLASHSALE_ENGINE"
+    )
