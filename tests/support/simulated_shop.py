@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from flashsale import events, ledger
 from flashsale.inventory import Inventory
+from flashsale.keys import DEFAULT_ENGINE
 from flashsale.ledger import SaleRow
 from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Request
@@ -31,10 +32,11 @@ class SimulatedShop:
     pool: ledger.Pool
     topic: dict[int, Span] = field(default_factory=dict)
     patience: Patience = QUICK
+    engine: str = DEFAULT_ENGINE
 
     def __post_init__(self) -> None:
-        self.inventory = Inventory(self.redis)
-        self.outbox = Outbox(self.redis)
+        self.inventory = Inventory(self.redis, self.engine)
+        self.outbox = Outbox(self.redis, self.engine)
         self.drain = Drain(self.inventory, self.pool, self.spans, patience=self.patience)
         self.rebuilder = Rebuilder(self.inventory, self.pool, self.drain)
         self.reconciler = Reconciler(self.inventory, self.pool, self.rebuilder.rebuild)
@@ -91,7 +93,7 @@ class SimulatedShop:
         await self.pool.execute(
             "INSERT INTO kafka_offsets VALUES ($1, $2, $3) "
             "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = $3",
-            events.topic(),
+            events.topic(self.engine),
             partition,
             next_offset,
         )

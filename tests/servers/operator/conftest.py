@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from dev.stack.servers import RedisServer
+from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import ledger, redis_client
 from flashsale.sale import SaleSpec
+from tests.support.servers import database
 from tests.support.simulated_shop import SimulatedShop
 
 
@@ -42,6 +43,22 @@ async def redis(redis_server: RedisServer) -> AsyncIterator["Redis"]:
 @pytest.fixture
 def shop(redis: "Redis", pool: ledger.Pool) -> SimulatedShop:
     return SimulatedShop(redis, pool)
+
+
+@pytest.fixture
+def other_database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The address of the empty database of another engine."""
+    with database(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture
+async def other_pool(other_database_url: str) -> AsyncIterator[ledger.Pool]:
+    """The migrated ledger of another engine."""
+    own = await ledger.connect(other_database_url)
+    await ledger.migrate(own)
+    yield own
+    await own.close()
 
 
 @pytest.fixture

@@ -4,17 +4,22 @@ import asyncio
 import os
 import random
 import uuid
+from collections.abc import Iterable
 
 import pytest
 
-from flashsale.inventory import Closed
+from flashsale import heartbeat
+from flashsale.inventory import Closed, Inventory, ServerTime
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
-from flashsale.sale import SaleSpec, SaleState
+from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.sales.decision import StillFenced, spec_of
+from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.rebuild import Rebuilt
+from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
+from flashsale_operator.sales.reconciler import Reconciler
 from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
+from tests.support.eventually import until
 from tests.support.simulated_shop import SimulatedShop
 
 
@@ -183,6 +188,34 @@ async def test_a_rebuild_suspended_during_a_wipe_of_redis_cannot_begin(
     assert await recovery.fence(spec_of(row), 7, step="begin") is Fenced.SUPERSEDED
 
 
+async def test_a_wipe_of_redis_during_the_wait_ends_the_rebuild(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """The wipe deletes the heartbeat of a pod that still has to publish an event."""
+    server = await shop.inventory.server()
+    sampled = ServerTime(server.now_ms + 60_000, server.run_id)
+    await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: 1}, sampled)
+    waiting: list[str] = []
+    drain = Drain(
+        shop.inventory,
+        shop.pool,
+        shop.spans,
+        patience=Patience(unseen=0.5),
+        progress=waiting.append,
+    )
+    await shop.redis.delete(*ItemKeys.of(sold.item_id).four)
+    row = await shop.row(sold.sale_id)
+    rebuilding = asyncio.create_task(Rebuilder(shop.inventory, shop.pool, drain).rebuild(row))
+    await until(lambda: waiting)
+    await shop.redis.flushall()
+    assert await rebuilding == StillFenced(
+        ("another process changed or rebuilt it: the rebuild starts again",)
+    )
+    # The ledger noted no rebuild, so it does not refuse the event of the pod.
+    assert await shop.pool.fetchval("SELECT max(rebuilt_revision) FROM sales") in (None, 0)
+    assert await shop.buy(sold.item_id, "z") != [Outcome.ACCEPTED]
+
+
 async def test_a_sale_closed_during_its_rebuild_stays_closed(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:
@@ -231,6 +264,42 @@ async def test_applying_a_fenced_sale_rebuilds_it(shop: SimulatedShop, sold: Sal
     assert (report.state, report.ready) == (SaleState.SELLING, True)
     assert report.rebuilt is not None
     assert report.rebuilt.redis_lacked == 0
+
+
+async def test_a_sale_with_fewer_units_than_the_ledger_is_fenced_and_rebuilt(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """The server went back to an older copy, and it has the same run id."""
+    keys = ItemKeys.of(sold.item_id)
+    await shop.redis.hdel(keys.buyers, "c")
+    await shop.redis.hset(keys.sale, "accepted", "2")
+    report = await shop.apply(sold)
+    assert (report.state, report.ready) == (SaleState.SELLING, True)
+    assert report.rebuilt is not None
+    assert (report.rebuilt.accepted, report.rebuilt.redis_lacked) == (3, 1)
+    assert await shop.buy(sold.item_id, "c", "d") == [Outcome.LIMIT_REACHED, Outcome.ACCEPTED]
+
+
+async def test_a_sale_that_is_recorded_during_the_look_is_not_fenced(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    class Selling(Inventory):
+        """Sells and records a unit after each read of Redis."""
+
+        async def sales(
+            self, item_ids: Iterable[str], *, skip_unreadable: bool = False
+        ) -> dict[str, Sale]:
+            found = await super().sales(item_ids, skip_unreadable=skip_unreadable)
+            await shop.buy(sold.item_id, str(uuid.uuid4()))
+            await shop.record(sold.item_id)
+            return found
+
+    reconciler = Reconciler(Selling(shop.redis), shop.pool, shop.rebuilder.rebuild)
+    report = await reconciler.reconcile(sold)
+    assert (report.state, report.ready, report.rebuilt) == (SaleState.SELLING, True, None)
+    assert report.sale is not None
+    assert report.row is not None
+    assert report.row.accepted > report.sale.accepted
 
 
 async def test_lost_units_are_counted_once(shop: SimulatedShop, spec: SaleSpec) -> None:

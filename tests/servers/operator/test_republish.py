@@ -111,6 +111,26 @@ async def test_without_kafka_the_error_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
+async def test_a_fenced_sale_is_not_published(
+    redis: Redis,
+    redis_server: RedisServer,
+    kafka_server: KafkaServer,
+    item: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its keys may be an older copy, with reservations that a rebuild has dropped."""
+    inventory = Inventory(redis)
+    await inventory.apply(SaleSpec(f"default/{item}", item, 5), 1, seed_until_ms=2**53)
+    await inventory.reserve(item, [Request(str(uuid.uuid4()), "ann", 1)], timeout_seconds=10)
+    await redis.hset(ItemKeys.of(item).sale, "run_id", "an earlier run")
+    variables = environ(redis_server, kafka_server.bootstrap)
+    assert await asyncio.to_thread(run, ["republish", item], variables) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"flashsalectl: {item}: the sale is fenced: rebuild it first\n"
+
+
 def test_a_sale_that_redis_does_not_have_is_not_published(
     redis_server: RedisServer, item: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

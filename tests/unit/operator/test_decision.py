@@ -162,6 +162,28 @@ def test_a_fenced_sale_is_rebuilt(changes: dict[str, Any]) -> None:
     )
 
 
+def test_a_sale_with_fewer_units_than_the_ledger_is_rebuilt_under_any_run() -> None:
+    row = a_row(accepted=5)
+    seen = observed(row=row, sale=a_sale(accepted=4), recorded=5)
+    assert decide(SPEC, seen) == Rebuild(row)
+    assert outcome(decide(SPEC, replace(seen, still_fenced=STILL_FENCED))) == (
+        SaleState.FENCED,
+        Reason.FENCED,
+    )
+
+
+def test_units_that_are_recorded_between_the_reads_are_no_loss() -> None:
+    seen = observed(row=a_row(accepted=5), sale=a_sale(accepted=4), recorded=4)
+    assert outcome(decide(SPEC, seen)) == (SaleState.SELLING, Reason.APPLIED)
+
+
+def test_a_sale_of_the_previous_version_gets_the_id_of_the_engine() -> None:
+    row = a_row()
+    assert decide(SPEC, observed(row=row, sale=a_sale(), engine_id="e-1")) == Apply(row)
+    applied = observed(row=row, sale=a_sale(engine="e-1"), engine_id="e-1")
+    assert isinstance(decide(SPEC, applied), Done)
+
+
 def test_a_rebuild_without_kafka_reports_kafka() -> None:
     seen = observed(
         row=a_row(),
@@ -236,6 +258,7 @@ sales = st.builds(
     accepted=counts,
     outbox_length=st.integers(0, 1),
     torn=st.booleans(),
+    engine=st.sampled_from(["", "e-1"]),
 )
 
 
@@ -251,6 +274,8 @@ def situations(draw: st.DrawFn) -> tuple[SaleSpec, Observed]:
         written=draw(st.none() | st.integers(1, 3)),
         seeded=draw(st.booleans()),
         still_fenced=draw(st.none() | st.just(STILL_FENCED)),
+        engine_id="e-1",
+        recorded=draw(counts),
     )
     return spec, seen
 
@@ -278,6 +303,7 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                 assert action.replaces is None
                 assert row.revision >= own.revision
                 assert not own.torn
+                assert own.accepted >= seen.recorded
                 assert own.run_id == "run-1"
                 if not own.finished(NOW_MS) or own.stored_state == "closed":
                     assert spec_of(row) == spec
@@ -295,6 +321,8 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                 assert spec_of(row) == spec
                 assert own.revision == row.revision
                 assert own.allocated == max(spec.stock, own.held)
+                assert own.accepted >= seen.recorded
+                assert own.engine == seen.engine_id
         case Rebuild():
             assert action.row is row
             assert seen.still_fenced is None
