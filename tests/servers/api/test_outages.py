@@ -154,7 +154,7 @@ async def test_a_redis_that_may_evict_a_sale_stops_the_api(tmp_path: Path) -> No
         )
     assert done.returncode == 1
     assert "maxmemory-policy is allkeys-lru" in done.stderr
-    assert "set it to noeviction" in done.stderr
+    assert "it must be noeviction" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,6 +1,7 @@
 """The OpenAPI document describes exactly the API's real answers. Needs Redis."""
 
 import asyncio
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -18,10 +19,12 @@ from redis.asyncio import Redis
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
+from flashsale import redis_client
 from flashsale.inventory import Inventory
-from flashsale.keys import ItemKeys
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys, engine_id
 from flashsale_api.responses import Problem
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, reserve
+from tests.support.eventually import until
 from tests.support.proxy import Proxy
 
 DESCRIPTION: dict[str, Any] = json.loads((files("flashsale_api") / "openapi.json").read_bytes())
@@ -152,6 +155,7 @@ async def test_the_described_and_the_real_answers_are_the_same(
     await _check_unready(seen, unready)
     await _check_full_outbox(seen, http, redis, open_sale, new_item())
     await _check_outages(seen, own_http, own_redis, proxy)
+    await _check_other_engine(seen, own_http, own_redis)
     never = {problem.value.slug for problem in NEVER}
     assert seen.sorts == {sort for sort in described() if sort[2] not in never}
 
@@ -283,6 +287,22 @@ async def _check_outages(
             found = await asyncio.gather(*(reserve(own_http, item) for _ in range(50)))
             slug = max(seen.check("POST /reserve", answer) for answer in found)
     own_redis.resume()
+
+
+async def _check_other_engine(
+    seen: Seen, own_http: httpx.AsyncClient, own_redis: RedisServer
+) -> None:
+    client = redis_client.connect(own_redis.url)
+    ids = itertools.count()
+
+    async def refused() -> bool:
+        # The pod keeps the first id that it reads. Every other one belongs to another engine.
+        await client.set(engine_id(DEFAULT_ENGINE), f"engine-{next(ids)}")
+        answer = await reserve(own_http, OWN_SALE.item_id)
+        return seen.check("POST /reserve", answer) == "other-engine"
+
+    await until(refused)
+    await client.aclose()
 
 
 async def test_unknown_paths_and_other_methods_get_problems(http: httpx.AsyncClient) -> None:
