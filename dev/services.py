@@ -21,6 +21,7 @@ class Addresses:
     redis_url: str
     kafka_bootstrap: str
     database_url: str
+    engine: str = "flashsale"
 
     def environment(self) -> dict[str, str]:
         """Return the addresses as the variables that every process of the engine reads."""
@@ -28,6 +29,7 @@ class Addresses:
             "FLASHSALE_REDIS_URL": self.redis_url,
             "FLASHSALE_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
             "FLASHSALE_DATABASE_URL": self.database_url,
+            "FLASHSALE_ENGINE": self.engine,
         }
 
 

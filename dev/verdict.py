@@ -51,13 +51,13 @@ async def quiet(addresses: Addresses, items: Sequence[str]) -> None:
     """
     client = redis_client.connect(addresses.redis_url)
     pool = await ledger.connect(addresses.database_url)
-    kafka = KafkaSettings(kafka_bootstrap=addresses.kafka_bootstrap)
+    kafka = KafkaSettings(kafka_bootstrap=addresses.kafka_bootstrap, engine=addresses.engine)
     try:
         async with asyncio.timeout(QUIET_SECONDS):
             while True:
-                waiting = await Outbox(client).lengths(items)
+                waiting = await Outbox(client, addresses.engine).lengths(items)
                 partitions = await offsets.spans(kafka)
-                stored = await ledger.stored_offsets(pool, events.topic())
+                stored = await ledger.stored_offsets(pool, events.topic(addresses.engine))
                 if not any(waiting.values()) and all(
                     stored.get(number, span.first) >= span.end
                     for number, span in partitions.items()

@@ -19,6 +19,7 @@ import httpx
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.structs import OffsetAndMetadata
 
 from dev.stack.ports import free_port
 from dev.stack.servers import PostgresServer
@@ -107,6 +108,9 @@ class Ledger:
             ignoring=(LedgerUnavailable, OSError),
         )
 
+    async def engine_id(self) -> str:
+        return str(await self.pool.fetchval("SELECT id FROM engine"))
+
     async def until_rows(self, least: int) -> None:
         async def look() -> bool:
             return len(await self.rows()) >= least
@@ -147,12 +151,22 @@ async def connected(url: str) -> AsyncIterator[Connection]:
 
 @dataclass
 class Log:
-    """The topics and the consumer group of one test."""
+    """The topics and the consumer group of one engine."""
 
     bootstrap: str
-    topic: str = field(default_factory=lambda: f"reservations.{uuid4()}")
-    dead_letter_topic: str = field(default_factory=lambda: f"reservations.dlq.{uuid4()}")
-    group_id: str = field(default_factory=lambda: f"ledger.{uuid4()}")
+    engine: str = field(default_factory=lambda: f"test-{uuid4()}")
+
+    @property
+    def topic(self) -> str:
+        return events.topic(self.engine)
+
+    @property
+    def dead_letter_topic(self) -> str:
+        return events.dead_letter_topic(self.engine)
+
+    @property
+    def group_id(self) -> str:
+        return events.consumer_group(self.engine)
 
     async def create(self, *, largest_dead_letter: int | None = None) -> None:
         """Create the topics as the consumer does. `largest_dead_letter` is a limit in bytes."""
@@ -201,9 +215,19 @@ class Log:
 
     async def is_committed(self, offset: int) -> bool:
         """Whether the group has committed this many events to Kafka."""
+        committed = await self.committed()
+        return sum(int(place.offset) for place in committed.values()) >= offset
+
+    async def committed(self) -> dict[int, OffsetAndMetadata]:
+        """Return what the group has committed to Kafka, by partition."""
         async with self._admin() as admin:
             committed = await admin.list_consumer_group_offsets(self.group_id)
-        return sum(int(place.offset) for place in committed.values()) >= offset
+        return {place.partition: offset for place, offset in committed.items()}
+
+    async def owner(self) -> str | None:
+        """Return the engine id that the group names in Kafka."""
+        first = (await self.committed()).get(0)
+        return first and events.owner(first.metadata)
 
     async def dead_letters(self, count: int) -> Sequence[ConsumerRecord]:
         """Return the first `count` dead letters."""
@@ -233,14 +257,12 @@ class Log:
 class Running:
     """A worker in this process."""
 
-    def __init__(self, url: str, log: Log) -> None:
+    def __init__(self, url: str, log: Log, group_id: str | None) -> None:
         self.metrics = Metrics()
         self.worker = Worker(
-            Settings(kafka_bootstrap=log.bootstrap, database_url=url),
+            Settings(kafka_bootstrap=log.bootstrap, database_url=url, engine=log.engine),
             self.metrics,
-            topic=log.topic,
-            dead_letter_topic=log.dead_letter_topic,
-            group_id=log.group_id,
+            group_id=group_id,
         )
 
     def events(self, result: str) -> float:
@@ -257,9 +279,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(url: str, log: Log) -> AsyncIterator[Running]:
+async def running(url: str, log: Log, *, group_id: str | None = None) -> AsyncIterator[Running]:
     """Run a worker during the body. A worker that died fails the test."""
-    member = Running(url, log)
+    member = Running(url, log, group_id)
     task = asyncio.create_task(member.worker.run())
     try:
         yield member

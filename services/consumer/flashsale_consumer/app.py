@@ -32,17 +32,21 @@ GRACE_SECONDS: Final = 5
 DESCRIPTION: Final = """\
     Records reservation events from Kafka in the ledger (PostgreSQL).
 
-    The consumer migrates the ledger and creates the topics flashsale.reservations
-    and flashsale.reservations.dlq if they are missing. It reads as a member of the
-    consumer group flashsale-ledger. Each partition has one reader, so consumers
-    beyond the number of partitions are idle. Kafka and PostgreSQL may be down at
-    the start or later.
+    The consumer migrates the ledger and creates the topics ENGINE.reservations and
+    ENGINE.reservations.dlq if they are missing. It reads as a member of the consumer
+    group ENGINE-ledger. Each partition has one reader, so consumers beyond the number
+    of partitions are idle. Kafka and PostgreSQL may be down at the start or later.
 
-    It serves /healthz (the process is alive), /readyz (the ledger is migrated and
-    the group is joined) and /metrics (for Prometheus).
+    The ledger has the id of its engine. The consumer records nothing while the consumer
+    group belongs to an engine with another id.
+
+    It serves /healthz (the process is alive), /readyz (the ledger is migrated, the
+    group is joined, and both belong to this engine) and /metrics (for Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
+      FLASHSALE_ENGINE           name of the engine, the prefix of its topics, consumer
+                                 group and Redis keys (default flashsale)
       FLASHSALE_KAFKA_BOOTSTRAP  Kafka's brokers, host:port[,host:port…]
       FLASHSALE_KAFKA_TLS        true or false (default false)
       FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
@@ -82,9 +86,9 @@ def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
         return PlainTextResponse("alive\n")
 
     async def readyz(_: Request) -> Response:
-        if worker.joined:
+        if worker.joined and not worker.conflict:
             return PlainTextResponse("ready\n")
-        return await problem(_, HTTPException(503))
+        return await problem(_, HTTPException(503, worker.conflict or None))
 
     async def prometheus(_: Request) -> Response:
         return Response(worker.metrics.text(), media_type=CONTENT_TYPE)
@@ -103,9 +107,12 @@ def create_app(worker: Worker, worker_died: Callable[[], None]) -> Starlette:
 async def problem(_: Request, error: Exception) -> Response:
     """Answer an error with a problem document (RFC 9457) of the generic type."""
     raised = error if isinstance(error, HTTPException) else HTTPException(500)
-    status = raised.status_code
+    status, title = raised.status_code, HTTPStatus(raised.status_code).phrase
+    document = {"type": "about:blank", "title": title, "status": status}
+    if raised.detail != title:
+        document["detail"] = raised.detail
     return JSONResponse(
-        {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status},
+        document,
         status,
         headers=raised.headers,
         media_type="application/problem+json",

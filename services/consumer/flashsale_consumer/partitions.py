@@ -31,10 +31,14 @@ Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
     """One membership of the group, and the partitions that it reads."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, topic: str, lag: Gauge) -> None:
+    def __init__(
+        self, consumer: AIOKafkaConsumer, topic: str, lag: Gauge, *, metadata: str
+    ) -> None:
+        """`metadata` is committed with each offset."""
         self._consumer = consumer
         self._topic = topic
         self._lag = lag
+        self._metadata = metadata
         self._unplaced: frozenset[TopicPartition] = frozenset()
         self._revoked_at: float | None = None
         self._committed: dict[int, int] = {}
@@ -100,15 +104,21 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._consumer.pause(*self._unplaced)
         await self.poll(seconds)
 
-    async def report(self) -> None:
-        """Measure the lag and commit the ledger's offsets to Kafka, for tools that look there."""
+    async def report(self, *, owned: bool) -> None:
+        """Measure the lag and commit the ledger's offsets to Kafka.
+
+        Tools read the offsets, and other engines read the metadata. If the group is not `owned`
+        yet, offsets that have not changed are committed too.
+        """
         positions = dict(self.positions)
         assigned = {TopicPartition(self._topic, number): number for number in positions}
         for tp, end in (await self._consumer.end_offsets(list(assigned))).items():
             if tp.partition in self.positions:
                 lag = max(end - self.positions[tp.partition], 0)
                 self._lag.labels(tp.partition).set(lag)
-        if positions and positions != self._committed:
+        if positions and not (owned and positions == self._committed):
             with suppress(CommitFailedError, IllegalStateError):  # during a rebalance
-                await self._consumer.commit({tp: positions[n] for tp, n in assigned.items()})
+                await self._consumer.commit(
+                    {tp: (positions[number], self._metadata) for tp, number in assigned.items()}
+                )
                 self._committed = positions

@@ -12,7 +12,7 @@ from aiokafka import ConsumerRecord
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from flashsale import events, ledger, tracing
-from flashsale.errors import ContractViolation, LedgerUnavailable
+from flashsale.errors import ContractViolation, LedgerUnavailable, OtherEngine
 from flashsale.events import Event
 from flashsale.ledger import Pool
 from flashsale_consumer import clients, offsets, recorder, topics
@@ -21,6 +21,7 @@ from flashsale_consumer.clients import transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import LedgerRewound
+from flashsale_consumer.ownership import Ownership, ownership
 from flashsale_consumer.partitions import Partitions, Records
 from flashsale_consumer.recorder import BatchOutcome
 from flashsale_consumer.settings import Settings
@@ -32,13 +33,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-GROUP_ID: Final = "flashsale-ledger"
 POLL_SECONDS: Final = 0.5
 JOIN_SECONDS: Final = 60.0
 REPORT_SECONDS: Final = 1.0
 REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
 """How often an idle worker checks that the ledger has not been rolled back."""
+REFUSED_SECONDS: Final = 10.0
+"""How often a worker that met another engine checks whether it still does."""
+_FOREIGN: Final = "the event is of engine {}, but this ledger belongs to engine {}"
 
 
 class Worker:
@@ -47,34 +50,39 @@ class Worker:
     _partitions: Partitions
     """Those of the current membership, or of the last one."""
 
-    def __init__(  # noqa: PLR0913 - the last four have defaults
+    def __init__(
         self,
         settings: Settings,
         metrics: Metrics,
         *,
-        topic: str = events.TOPIC,
-        dead_letter_topic: str = events.DEAD_LETTER_TOPIC,
-        group_id: str = GROUP_ID,
+        group_id: str | None = None,
         spans: "Spans | None" = None,
     ) -> None:
+        """`group_id` is the engine's group if it is not given."""
         self._spans = spans
         self._settings = settings
         self.metrics = metrics
-        self._topic = topic
-        self._dead_letter_topic = dead_letter_topic
-        self._group_id = group_id
+        self._topic = events.topic(settings.engine)
+        self._dead_letter_topic = events.dead_letter_topic(settings.engine)
+        self._group_id = group_id or events.consumer_group(settings.engine)
         up = metrics.server_up.labels
         self._ledger = Availability("the ledger", up("ledger"))
         self._kafka = Availability("Kafka", up("kafka"))
-        self._dead_letters = Availability(dead_letter_topic, up("dead_letters"), there=True)
-        self._publisher = DeadLetters(settings, dead_letter_topic)
+        self._dead_letters = Availability(self._dead_letter_topic, up("dead_letters"), there=True)
+        self._publisher = DeadLetters(settings, self._dead_letter_topic)
+        self._engine_id = ""
         self._checked = 0.0
         self.joined = False
         """Whether the worker migrated the ledger and joined the group since its start."""
+        self.conflict = ""
+        """One line that names the two engines that meet, or nothing."""
 
     async def run(self) -> None:
         """Record events until cancelled. A cancellation rolls back the unfinished batch."""
-        pool = await ledger.connect(self._settings.database_url, max_connections=2)
+        # A commit that a failover of PostgreSQL loses is repeated from Kafka.
+        pool = await ledger.connect(
+            self._settings.database_url, max_connections=2, synchronous=False
+        )
         try:
             version = await self._when_served(lambda: ledger.migrate(pool))
             self._ledger.back()
@@ -82,12 +90,19 @@ class Worker:
             while True:
                 try:
                     await self._consume(pool)
+                except* OtherEngine as errors:
+                    self._refuse(str(errors.exceptions[0]))
                 except* (KafkaError, TimeoutError) as errors:
                     self._kafka.away(errors.exceptions[0])
-                await asyncio.sleep(self._kafka.delay())
+                await asyncio.sleep(REFUSED_SECONDS if self.conflict else self._kafka.delay())
         finally:
             await self._publisher.close()
             await clients.close("the ledger's connections", pool.close())
+
+    def _refuse(self, conflict: str) -> None:
+        if conflict != self.conflict:
+            log.error("%s", conflict)
+        self.conflict = conflict
 
     async def _when_served(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeat a call until the ledger serves it."""
@@ -99,12 +114,28 @@ class Worker:
                 await asyncio.sleep(self._ledger.delay())
 
     async def _consume(self, pool: Pool) -> None:
-        """Read as a member of the group, until an error from which the client cannot recover."""
+        """Read as a member of the group, until an error from which the client cannot recover.
+
+        Raises `OtherEngine` if the ledger or the group belongs to another engine.
+        """
+        name = self._settings.engine
+        self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
         created = await topics.create(self._settings, self._topic, self._dead_letter_topic)
         if self._topic in created:
             await self._when_served(lambda: offsets.forget(pool, self._topic))
+        async with ownership(self._settings, self._group_id, self._engine_id) as owner:
+            await owner.check()
+            self.conflict = ""
+            await self._join(pool, owner)
+
+    async def _join(self, pool: Pool, owner: Ownership) -> None:
         consumer = clients.group_member(self._settings, self._group_id)
-        self._partitions = Partitions(consumer, self._topic, self.metrics.lag)
+        self._partitions = Partitions(
+            consumer,
+            self._topic,
+            self.metrics.lag,
+            metadata=events.owner_metadata(self._engine_id),
+        )
         consumer.subscribe([self._topic], listener=self._partitions)
         try:
             async with asyncio.timeout(JOIN_SECONDS):
@@ -114,14 +145,14 @@ class Worker:
             # A TaskGroup that fails leaves a cancellation on its task (Python before 3.13).
             # asyncio.timeout takes it for one from outside (before 3.11.4), and the next timeout
             # would end the worker. In a task of its own, the cancellation ends with that task.
-            await asyncio.create_task(self._read_and_report(pool))
+            await asyncio.create_task(self._read_and_report(pool, owner))
         finally:
             await clients.close("the group membership", clients.leave(consumer))
 
-    async def _read_and_report(self, pool: Pool) -> None:
+    async def _read_and_report(self, pool: Pool, owner: Ownership) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read(pool))
-            tasks.create_task(self._report())
+            tasks.create_task(self._report(owner))
 
     async def _read(self, pool: Pool) -> None:
         partitions = self._partitions
@@ -162,9 +193,12 @@ class Worker:
                 event = events.decode(record.value)
             except ContractViolation as violation:
                 letters.append(DeadLetter(record, str(violation)))
-            else:
-                batch.append(event)
-                sources[id(event)] = record
+                continue
+            if event.engine not in (None, self._engine_id):
+                letters.append(DeadLetter(record, _FOREIGN.format(event.engine, self._engine_id)))
+                continue
+            batch.append(event)
+            sources[id(event)] = record
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
         begun = time.monotonic()
@@ -225,11 +259,13 @@ class Worker:
                 extra=tracing.fields(events.traceparent(record.headers)),
             )
 
-    async def _report(self) -> None:
+    async def _report(self, owner: Ownership) -> None:
         """Report to Prometheus and Kafka every second.
 
         Raises TimeoutError if the client lost its partitions and has not rejoined the group within
-        `JOIN_SECONDS`. The worker then replaces the client.
+        `JOIN_SECONDS`. The worker then replaces the client. Raises `OtherEngine` if the group
+        belongs to another engine. That is checked before each commit, so that no commit takes a
+        group from its engine.
         """
         partitions = self._partitions
         while True:
@@ -237,7 +273,7 @@ class Worker:
                 raise TimeoutError(f"not in the group for {JOIN_SECONDS:.0f} s")
             try:
                 async with asyncio.timeout(REPORT_TIMEOUT_SECONDS):
-                    await partitions.report()
+                    await partitions.report(owned=await owner.check())
             except (KafkaError, TimeoutError) as error:
                 self._kafka.away(error)
             else:

@@ -12,6 +12,7 @@ from asyncpg.pool import Pool
 
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
+from flashsale.keys import DEFAULT_ENGINE
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics, worker
 from tests.support.consumer import (
@@ -229,8 +230,10 @@ async def test_two_consumers_share_the_work_and_count_each_event_once(
 async def test_two_groups_on_one_ledger_count_each_event_once(ledger: Ledger, log: Log) -> None:
     """The second group is like a consumer that lost its partitions without noticing."""
     sold = [accepted(number, sale_id=f"default/sale-{number % 7}") for number in range(2_000)]
-    zombie = Log(log.bootstrap, log.topic, log.dead_letter_topic)
-    async with running(ledger.url, log) as one, running(ledger.url, zombie) as other:
+    async with (
+        running(ledger.url, log) as one,
+        running(ledger.url, log, group_id="zombies") as other,
+    ):
         for number in range(0, 2_000, 100):
             await log.write(*sold[number : number + 100])
         await ledger.until_has(*sold)
@@ -419,7 +422,7 @@ async def test_a_client_that_fails_to_close_without_kafka_is_replaced(
 ) -> None:
     """aiokafka cancels its own stop() while a fetch waits for its retry."""
     with KafkaServer(tmp_path_factory.mktemp("short-kafka")) as kafka:
-        log = Log(kafka.bootstrap, events.TOPIC, events.DEAD_LETTER_TOPIC)
+        log = Log(kafka.bootstrap)
         await log.create()
         async with running(ledger.url, log) as member:
             first, second = accepted(), accepted()
@@ -441,7 +444,7 @@ async def test_kafka_may_start_later_and_go_away(
     ledger: Ledger, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Process]
 ) -> None:
     kafka = KafkaServer(tmp_path_factory.mktemp("late-kafka"))
-    log = Log(kafka.bootstrap, events.TOPIC, events.DEAD_LETTER_TOPIC)
+    log = Log(kafka.bootstrap, DEFAULT_ENGINE)
     consumer = start(FLASHSALE_KAFKA_BOOTSTRAP=log.bootstrap, FLASHSALE_DATABASE_URL=ledger.url)
     await consumer.until_prints("waiting for Kafka")
     assert await consumer.status("/healthz") == 200
