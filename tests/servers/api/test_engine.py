@@ -1,0 +1,114 @@
+"""A pod that meets the parts of another engine, on a real Redis and a real Kafka."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from aiokafka import AIOKafkaConsumer, OffsetAndMetadata, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from redis.asyncio import Redis
+
+from dev.services import Addresses, ApiServer
+from dev.stack.servers import KafkaServer, RedisServer
+from flashsale import events, keys
+from flashsale.inventory import Inventory
+from tests.support.eventually import until
+from tests.support.inventory import a_sale, opened
+
+OWN = "11111111-1111-1111-1111-111111111111"
+OTHER = "22222222-2222-2222-2222-222222222222"
+
+
+@pytest.fixture
+def name() -> str:
+    return f"shop-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def new_api(
+    redis_server: RedisServer, kafka_server: KafkaServer, name: str, tmp_path: Path
+) -> Iterator[Callable[[], ApiServer]]:
+    """Starts API processes of the engine `name`."""
+    started: list[ApiServer] = []
+
+    def start() -> ApiServer:
+        addresses = Addresses(redis_server.url, kafka_server.bootstrap, "", name)
+        api = ApiServer(tmp_path / f"api-{len(started)}", addresses)
+        started.append(api)
+        api.start()
+        return api
+
+    yield start
+    for api in started:
+        api.kill()
+
+
+async def reserve(api: ApiServer, item: str) -> tuple[int, str]:
+    body = {"userId": f"u-{uuid.uuid4()}", "itemId": item, "quantity": 1}
+    async with httpx.AsyncClient(base_url=api.url) as http:
+        answer = await http.post("/reserve", json=body)
+    return answer.status_code, str(answer.json().get("type", "")).rpartition(":")[2]
+
+
+async def ready(api: ApiServer) -> tuple[int, str]:
+    async with httpx.AsyncClient(base_url=api.url) as http:
+        answer = await http.get("/readyz")
+    return answer.status_code, answer.text
+
+
+async def test_a_redis_that_changes_its_engine_stops_the_pod_until_it_is_back(
+    redis: Redis, name: str, item: str, new_api: Callable[[], ApiServer]
+) -> None:
+    inventory = Inventory(redis, name)
+    await inventory.claim(OWN)
+    await opened(inventory, a_sale(item))
+    api = new_api()
+    assert await reserve(api, item) == (202, "")
+    await redis.set(keys.engine_id(name), OTHER)
+
+    async def refused() -> bool:
+        return await reserve(api, item) == (503, "other-engine")
+
+    await until(refused, "the pod refuses")
+    status, sentence = await ready(api)
+    assert (status, OWN in sentence, OTHER in sentence) == (503, True, True)
+    await redis.set(keys.engine_id(name), OWN)
+
+    async def accepted() -> bool:
+        return await reserve(api, item) == (202, "")
+
+    await until(accepted, "the pod accepts again")
+    assert (await ready(api))[0] == 200
+
+
+async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
+    redis: Redis, kafka_server: KafkaServer, name: str, item: str, new_api: Callable[[], ApiServer]
+) -> None:
+    topic = events.topic(name)
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_server.bootstrap)
+    await admin.start()
+    await admin.create_topics([NewTopic(topic, 1, 1)])
+    await admin.close()
+    partition = TopicPartition(topic, 0)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=kafka_server.bootstrap,
+        group_id=events.consumer_group(name),
+        enable_auto_commit=False,  # it would commit without metadata
+    )
+    await consumer.start()
+    consumer.assign([partition])
+    await consumer.commit({partition: OffsetAndMetadata(0, events.owner_metadata(OTHER))})
+    api = new_api()
+    inventory = Inventory(redis, name)
+    await inventory.claim(OWN)
+    await opened(inventory, a_sale(item))
+
+    async def refused() -> bool:
+        return (await ready(api))[0] == 503 and "consumer group" in (await ready(api))[1]
+
+    await until(refused, "the pod is not ready")
+    assert await reserve(api, item) == (503, "other-engine")
+    assert (await consumer.end_offsets([partition]))[partition] == 0
+    await consumer.stop()
