@@ -333,7 +333,7 @@ async def test_a_setting_that_endangers_sales_is_named(
     inventory: Inventory, redis: Redis, setting: str, value: str
 ) -> None:
     assert await inventory.unsafe_setting() is None
-    [before] = (await redis.config_get(setting)).values()
+    before = str((await redis.config_get(setting))[setting])
     await redis.config_set(setting, value)
     try:
         mistake = await inventory.unsafe_setting()
