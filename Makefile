@@ -42,7 +42,7 @@ cluster: $(READY) ## Start a real one-node Kubernetes without Docker (Linux, roo
 cluster-images: $(READY) ## Build all images and load them into the cluster
 	@$(BIN)/python -m dev.cluster load
 
-cluster-down: $(READY) ## Stop the cluster, and remove everything but its logs
+cluster-down: $(READY) ## Stop the cluster, and remove everything that it left
 	@$(BIN)/python -m dev.cluster down
 
 e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (needs as `make cluster`)

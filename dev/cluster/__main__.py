@@ -21,7 +21,7 @@ def main() -> int:
         help=f"one or more of {', '.join(TOOLSETS)} (default: kubernetes)",
     )
     commands.add_parser("up", help="start the cluster (needs Linux, root and Debian's packages)")
-    commands.add_parser("down", help="stop it and the cluster of `make e2e`; only the logs stay")
+    commands.add_parser("down", help="stop it and the cluster of `make e2e`, and remove both")
     load = commands.add_parser("load", help="load images into the cluster")
     load.add_argument(
         "reference",

@@ -64,7 +64,7 @@ class Cluster:
     def up(self) -> None:
         """Start it unless it is running. Returns when its node is Ready and its DNS answers.
 
-        A start that fails or is interrupted leaves nothing behind. Raises StackError.
+        A start that fails or is interrupted leaves nothing but its logs. Raises StackError.
         """
         _require_machine()
         for build in (binaries, node, system, helm):  # takes minutes the first time
@@ -84,9 +84,11 @@ class Cluster:
             progress.end("Kubernetes: node Ready after {seconds} s")
 
     def down(self) -> None:
-        """Stop it in any state, and remove everything but its logs."""
-        with exclusive(self.state):
+        """Stop it in any state, and remove its folder."""
+        with exclusive(self.state, remove=True):
             self._clear()
+            if self.state.exists():
+                shutil.rmtree(self.state)
 
     def inside(self, *command: str) -> list[str]:
         """Return a command that runs inside the cluster's network, which has Services and pods."""
@@ -106,6 +108,7 @@ class Cluster:
             raise StackError(f"images cannot be imported: {done.stderr.strip()}")
 
     def _clear(self) -> None:
+        """Stop everything, and remove everything but the logs."""
         groups = self._groups()
         deadline = time.monotonic() + 30
         while left := [pid for group in groups for pid in _members(group)]:

@@ -8,6 +8,7 @@ import pytest
 from dev.cluster.images import load_all
 from dev.cluster.node import OF_TESTS, Cluster
 from dev.images.building import variant
+from dev.paths import LOCAL
 from tests.e2e.shop import CHANGED, Shop, commands
 
 
@@ -44,7 +45,7 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
 
 def _keep_state(shop: Shop) -> None:
     """Write the cluster's state and logs to a file that outlives the cluster."""
-    log = shop.cluster.state / "log" / "shop.log"
+    log = LOCAL / "e2e.log"
     parts = [
         shop.kubectl("get", "all,fs,events", "--output=wide", check=False),
         shop.kubectl("describe", "pods", check=False),

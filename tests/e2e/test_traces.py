@@ -1,4 +1,4 @@
-"""A cluster leaves nothing but its logs, whether it is stopped, killed or fails to start."""
+"""A stopped cluster leaves nothing, and a cluster that did not start leaves only its logs."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ START_SECONDS: Final = 120.0
 
 
 def traces(state: Path) -> list[str]:
-    """Return a cluster's processes, mounts and control groups, and the files in its folder."""
+    """Return a cluster's processes, mounts, control groups and files."""
     processes = []
     for each in Path("/proc").glob("[0-9]*"):
         try:
@@ -31,8 +31,13 @@ def traces(state: Path) -> list[str]:
     mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(state) in line]
     folders = (folder for folder, _, _ in os.walk("/sys/fs/cgroup"))
     groups = sorted(each for each in folders if Path(each).name.startswith("flashsale-"))
-    files = [str(path) for path in state.glob("*") if path.name != "log"]
+    files = sorted(str(path) for path in [*state.parent.glob(f"{state.name}*"), *state.glob("*")])
     return [*processes, *mounts, *groups, *files]
+
+
+def logs(state: Path) -> list[str]:
+    """Return the files of a cluster that did not start."""
+    return [str(state), str(state.with_name(f"{state.name}.lock")), str(state / "log")]
 
 
 def start(state: Path) -> subprocess.Popen[bytes]:
@@ -50,8 +55,8 @@ def start(state: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("moment", ["first-process", "etcd", "kubelet"])
 def test_down_cleans_up_after_a_start_that_was_killed(tmp_path: Path, moment: str) -> None:
-    before = traces(tmp_path)
     state = tmp_path / "state"
+    before = traces(state)
     with start(state) as up:
         log = state / "log" / f"{moment}.log"
         eventually(log.exists, f"{moment} starts", seconds=START_SECONDS)
@@ -61,21 +66,22 @@ def test_down_cleans_up_after_a_start_that_was_killed(tmp_path: Path, moment: st
 
 
 def test_an_interrupted_start_cleans_up(tmp_path: Path) -> None:
-    before = traces(tmp_path)
     state = tmp_path / "state"
+    before = traces(state)
     with start(state) as up:
         eventually((state / "log" / "etcd.log").exists, "etcd starts", seconds=START_SECONDS)
         up.send_signal(signal.SIGINT)
     left = traces(state)
     Cluster(state).down()
-    assert left == before
+    assert left == [*before, *logs(state)]
+    assert traces(state) == before
 
 
 def test_a_failed_start_reports_the_reason_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = traces(tmp_path)
     state = tmp_path / "state"
+    before = traces(state)
     # This containerd exits immediately.
     broken = tmp_path / "bin"
     broken.mkdir()
@@ -83,12 +89,12 @@ def test_a_failed_start_reports_the_reason_and_cleans_up(
     monkeypatch.setenv("PATH", f"{broken}:{os.environ['PATH']}")
     with pytest.raises(StackError, match=r"containerd ended \(exit code 1\)"):
         Cluster(state).up()
-    assert traces(state) == before
+    assert traces(state) == [*before, *logs(state)]
 
 
 def test_up_and_down_may_be_repeated(tmp_path: Path) -> None:
-    before = traces(tmp_path)
     state = tmp_path / "state"
+    before = traces(state)
     cluster = Cluster(state)
     cluster.up()
     try:
