@@ -253,8 +253,8 @@ class World:
             async with asyncio.timeout(10):
                 await consumer.start()
                 await producer.start()
-                numbers = sorted(await producer.partitions_for(events.TOPIC))
-                places = [TopicPartition(events.TOPIC, number) for number in numbers]
+                numbers = sorted(await producer.partitions_for(events.topic()))
+                places = [TopicPartition(events.topic(), number) for number in numbers]
                 consumer.assign(places)
                 ends = await consumer.end_offsets(places)
                 for place in places:
@@ -266,7 +266,7 @@ class World:
                 ]
                 for record in chance.sample(found, min(step.amount, len(found))):
                     await producer.send_and_wait(
-                        events.TOPIC,
+                        events.topic(),
                         record.value,
                         record.key,
                         chance.choice(numbers),
