@@ -43,6 +43,8 @@ def register(
         **_: Any,  # noqa: ANN401 - kopf's keywords
     ) -> None:
         key = Key(namespace or "", name)
+        # The objects that kopf lists at the start exist already and have no type.
+        changed = type is not None or key in seen
         if type == "DELETED":
             seen.pop(key, None)
         else:
@@ -51,4 +53,4 @@ def register(
             if seen.get(key) == mark:
                 return
             seen[key] = mark
-        queue.wake(key)
+        queue.wake(key, changed=changed)

@@ -60,38 +60,52 @@ def pause(requeue: Requeue, failures: int, now_ms: int, chance: float) -> float:
 
 @dataclass(slots=True)
 class _Entry:
-    """A FlashSale in the queue. `waiting`: it is due, or due again after its reconcile."""
+    """A FlashSale in the queue.
+
+    `waiting`: it is due, or due again after its reconcile. `changed`: it is due because it changed.
+    """
 
     waiting: bool = False
+    changed: bool = False
     taken: bool = False
     failures: int = 0
     timer: asyncio.TimerHandle | None = None
 
 
 class Queue:
-    """FlashSales in the order in which they are due. Each is taken by one worker at a time."""
+    """FlashSales in the order in which they are due. Each is taken by one worker at a time.
+
+    Changed FlashSales go first. So the thousand quiet ones of one namespace do not delay the pause
+    of a sale in another.
+    """
 
     def __init__(self) -> None:
-        self._due: asyncio.Queue[Key] = asyncio.Queue()
+        self._changed: dict[Key, None] = {}
+        self._due: dict[Key, None] = {}
+        self._number = asyncio.Semaphore(0)
         self._entries: dict[Key, _Entry] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
 
-    def wake(self, key: Key) -> None:
+    def wake(self, key: Key, *, changed: bool = False) -> None:
         """Makes a FlashSale due now, or again after the reconcile that is running."""
         entry = self._entries.setdefault(key, _Entry())
         if entry.timer is not None:
             entry.timer.cancel()
-        if not entry.waiting and not entry.taken:
-            self._due.put_nowait(key)
+        entry.changed = entry.changed or changed
         entry.waiting = True
+        if not entry.taken:
+            self._put(key, entry)
 
     async def take(self) -> Key:
         """Waits for a FlashSale that is due. The worker gives it back after its reconcile."""
-        key = await self._due.get()
+        await self._number.acquire()
+        first = self._changed or self._due
+        key = next(iter(first))
+        del first[key]
         entry = self._entries[key]
-        entry.waiting, entry.taken = False, True
+        entry.waiting, entry.changed, entry.taken = False, False, True
         return key
 
     def give_back(self, key: Key, requeue: Requeue) -> None:
@@ -100,10 +114,21 @@ class Queue:
         entry.taken = False
         entry.failures = entry.failures + 1 if requeue.failed else 0
         if entry.waiting:
-            self._due.put_nowait(key)
+            self._put(key, entry)
         elif requeue.gone:
             del self._entries[key]
         else:
             chance = random.random()  # noqa: S311 - no secret
             seconds = pause(requeue, entry.failures, time.time_ns() // 1_000_000, chance)
             entry.timer = asyncio.get_running_loop().call_later(seconds, self.wake, key)
+
+    def _put(self, key: Key, entry: _Entry) -> None:
+        if key in self._changed:
+            return
+        if key in self._due:
+            if not entry.changed:
+                return
+            del self._due[key]
+        else:
+            self._number.release()
+        (self._changed if entry.changed else self._due)[key] = None

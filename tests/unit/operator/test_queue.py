@@ -119,6 +119,27 @@ async def test_a_wake_during_the_last_reconcile_is_not_lost() -> None:
         assert ONE in queue
 
 
+async def test_changed_flashsales_go_before_those_that_are_merely_due() -> None:
+    queue = Queue()
+    crowd = [Key("crowd", f"sale-{number}") for number in range(1000)]
+    for key in crowd:
+        queue.wake(key)
+    queue.wake(ONE, changed=True)
+    assert await queue.take() == ONE
+    # One that is due and then changes is taken once, and first.
+    queue.wake(crowd[700], changed=True)
+    taken = [await queue.take() for _ in crowd]
+    assert taken == [crowd[700], *crowd[:700], *crowd[701:]]
+    # A change during a reconcile counts too.
+    for key in crowd[:3]:
+        queue.give_back(key, Requeue())
+        queue.wake(key)
+    queue.wake(ONE, changed=True)
+    queue.give_back(ONE, Requeue())
+    assert await queue.take() == ONE
+    assert await queue.take() == crowd[0]
+
+
 async def test_a_failing_flashsale_is_retried_and_does_not_block_another() -> None:
     def does(key: Key, count: int) -> Requeue:
         if key == ONE:
