@@ -245,13 +245,27 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
     if not sale.finished(server.now_ms):
         state = sale.state(server.now_ms, server.run_id)
         return f"{spec.item_id} is sold by {sale.sale_id}, which is {state}"
-    waits = f"{sale.sale_id} sold {spec.item_id} before and is not fully recorded yet"
+    return _kept(spec.sale_id, sale, observed.others)
+
+
+def _kept(sale_id: str, sale: Sale, others: tuple[SaleRow, ...]) -> str | None:
+    """Returns why a finished sale keeps its item, or None if the sale `sale_id` may replace it."""
+    if _namespace(sale.sale_id) != _namespace(sale_id):
+        return (
+            f"{sale.sale_id} sold {sale.item_id} before: another namespace may sell it once the "
+            "keys of that sale are freed"
+        )
+    waits = f"{sale.sale_id} sold {sale.item_id} before and is not fully recorded yet"
     if sale.outbox_length:
         return f"{waits}: its outbox has {counted(sale.outbox_length, 'event')}"
-    recorded = sum(other.accepted for other in observed.others if other.sale_id == sale.sale_id)
+    recorded = sum(other.accepted for other in others if other.sale_id == sale.sale_id)
     if recorded != sale.accepted:
         return f"{waits}: {recorded} of {sale.accepted} accepted units"
     return None
+
+
+def _namespace(sale_id: str) -> str:
+    return sale_id.partition("/")[0]
 
 
 def _differs(row: SaleRow, spec: SaleSpec) -> bool:

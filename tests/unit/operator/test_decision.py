@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flashsale.inventory import ServerTime
 from flashsale.sale import Predecessor, SaleSpec, SaleState
+from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.sales.decision import (
     SEED_MS,
     Action,
@@ -238,10 +239,24 @@ def test_a_finished_and_recorded_sale_is_replaced() -> None:
     )
 
 
+def test_a_finished_sale_keeps_its_item_from_other_namespaces_until_it_is_freed() -> None:
+    elsewhere = replace(OTHER, sale_id="yard/older")
+    others = (a_row(elsewhere, accepted=5, closed=True),)
+    seen = observed(sale=a_sale(elsewhere, stored_state="closed", accepted=5), others=others)
+    assert decide(SPEC, seen) == Done(
+        SaleState.ITEM_CONFLICT,
+        Reason.ITEM_CONFLICT,
+        "yard/older sold iphone_15 before: another namespace may sell it once the keys of that "
+        "sale are freed",
+    )
+    assert decide(replace(SPEC, sale_id="yard/newer"), seen) == WriteRow(others)
+    assert decide(SPEC, replace(seen, sale=None)) == WriteRow(others)
+
+
 times = st.none() | st.integers(NOW_MS - 3, NOW_MS + 3)
 specs = st.builds(
     SaleSpec,
-    sale_id=st.sampled_from([SPEC.sale_id, OTHER.sale_id]),
+    sale_id=st.sampled_from([SPEC.sale_id, OTHER.sale_id, "yard/older"]),
     item_id=st.just(SPEC.item_id),
     stock=st.integers(0, 3),
     ends_ms=times,
@@ -298,6 +313,7 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                     assert sale.finished(NOW_MS)
                     assert sale.outbox_length == 0
                     assert action.replaces == (sale.sale_id, sale.accepted)
+                    assert Key.of(sale.sale_id).namespace == Key.of(spec.sale_id).namespace
             else:
                 assert action.seed_until_ms is None
                 assert action.replaces is None
