@@ -45,7 +45,8 @@ DESCRIPTION: Final = """\
     for Redis, Kafka, PostgreSQL and the kube-apiserver if they are down. Two
     operators at the same time are harmless.
 
-    HTTP: /healthz (the process is alive), /metrics (Prometheus).
+    HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
+    kube-apiserver have answered, and belong to this engine), /metrics (Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
@@ -178,11 +179,17 @@ async def _serving(listen: str, metrics: Metrics, resync: Resync) -> AsyncIterat
             return web.Response(status=503, text="no resync has ended for minutes\n")
         return web.Response(text="alive\n")
 
+    async def readyz(_: web.Request) -> web.Response:
+        if resync.unready is not None:
+            return web.Response(status=503, text=f"{resync.unready}\n")
+        return web.Response(text="ready\n")
+
     async def prometheus(_: web.Request) -> web.Response:
         return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", prometheus)
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()

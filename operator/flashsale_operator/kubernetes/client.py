@@ -52,6 +52,10 @@ def log_in() -> kopf.ConnectionInfo:
     return found
 
 
+class KubeForbidden(KubeUnavailable):
+    """The operator's account has no right to make the request."""
+
+
 class Kube:
     """Calls about FlashSales and Events over one HTTP session.
 
@@ -85,8 +89,8 @@ class Kube:
 
     async def patch_status(
         self, namespace: str, name: str, status: Mapping[str, object], resource_version: str
-    ) -> bool:
-        """Writes a status. Returns False if the object has changed or was deleted since."""
+    ) -> dict[str, Any] | None:
+        """Writes a status. Returns the object, or None if it has changed or was deleted since."""
         code, body = await self._call(
             "PATCH",
             f"{_sales_path(namespace)}/{name}/status",
@@ -94,9 +98,9 @@ class Kube:
             content_type="application/merge-patch+json",
         )
         if code in (404, 409):
-            return False
+            return None
         _expect_success(code, body)
-        return True
+        return body
 
     async def create_event(self, namespace: str, event: Mapping[str, object]) -> bool:
         """Creates an Event. Returns False if the name exists or the namespace is being deleted."""
@@ -175,7 +179,8 @@ def _sales_path(namespace: str | None) -> str:
 def _expect_success(code: int, body: Mapping[str, Any]) -> None:
     if code >= 400:
         message = " ".join(str(body.get("message", "")).split())[:500]
-        raise KubeUnavailable(f"the kube-apiserver refused: {code} {message}")
+        kind = KubeForbidden if code == 403 else KubeUnavailable
+        raise kind(f"the kube-apiserver refused: {code} {message}")
 
 
 def _terminating(body: Mapping[str, Any]) -> bool:

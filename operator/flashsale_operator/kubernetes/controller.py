@@ -26,7 +26,7 @@ from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Status
-from flashsale_operator.sales import manifest
+from flashsale_operator.sales import engine, manifest
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.offsets import KafkaUnavailable
@@ -80,6 +80,7 @@ class _Memory:
     - `known`: the last known state before the state became Unknown.
     - `written`: when the status was last written, on the monotonic clock.
     - `keys_missing` and `fenced`: whether that was so in the last reconcile.
+    - `left_to`: the other engine that an Event has named.
 
     After a restart a status is written a little early, and changes during an outage get no Event.
     """
@@ -89,6 +90,7 @@ class _Memory:
     written: float = float("-inf")
     keys_missing: bool = False
     fenced: bool = False
+    left_to: str = ""
 
 
 class Controller:
@@ -112,6 +114,7 @@ class Controller:
         self._clock = clock
         self._memories: dict[Key, _Memory] = {}
         self._prepared = False
+        self._engine_id: str | None = None
 
     async def run(self) -> None:
         """Reconciles until it is cancelled."""
@@ -123,7 +126,7 @@ class Controller:
         """Reconciles one FlashSale. Of all servers' errors it raises only `KubeUnavailable`."""
         live = await self._kube.flash_sale(*key)
         if live is None:
-            return await self._close_deleted(key)
+            return await self.close_deleted(key)
         memory = self._memories.get(key)
         if memory is None or memory.uid != live["metadata"]["uid"]:
             # If a FlashSale is deleted and applied again at once, its sale was never closed.
@@ -131,13 +134,16 @@ class Controller:
         return await self._reconcile(key, memory, live)
 
     async def prepare(self) -> None:
-        """Migrates the ledger and checks Redis' settings, at the start and after each outage.
+        """Migrates the ledger and checks the servers, at the start and after each outage.
 
-        A different server may have come back. Raises `LedgerUnavailable` and `RedisUnavailable`.
+        A different server may have come back. Raises `LedgerUnavailable`, `RedisUnavailable`,
+        `OtherEngine` and `RedisMoved`.
         """
         if not self._prepared:
             await ledger.migrate(self._pool)
+            self._engine_id = await ledger.engine_id(self._pool, self._inventory.engine)
             await refuse_unsafe_redis(self._inventory)
+            await engine.engine_id(self._inventory, self._pool)
             self._prepared = True
 
     async def close(self, sale_id: str) -> None:
@@ -164,6 +170,27 @@ class Controller:
 
     async def _reconcile(self, key: Key, memory: _Memory, live: dict[str, Any]) -> Requeue:
         bounds: tuple[int | None, ...] = ()
+        unprepared: FlashsaleError | None = None
+        try:
+            await self.prepare()
+        except _REPORTED as error:
+            self._failed(error)
+            unprepared = error
+        own, owner = await self._own_id(), Status.parse(live.get("status") or {}).engine
+        if owner is not None and owner != own:
+            return await self._leave(key, memory, live["metadata"], owner, own)
+        if owner is None and own is not None and unprepared is None:
+            # Before any other write: of two engines, the kube-apiserver lets one have it.
+            version = live["metadata"]["resourceVersion"]
+            claimed = await self._kube.patch_status(*key, {"engine": own}, version)
+            if claimed is None:
+                return Requeue(failed=True)
+            live = claimed
+            if Status.parse(live.get("status") or {}).engine is None:
+                unprepared = ContractViolation(
+                    "the CustomResourceDefinition has no status.engine: install the one of this "
+                    "version"
+                )
         try:
             spec = manifest.sale_spec(live)
         except ManifestError as error:
@@ -171,8 +198,11 @@ class Controller:
             result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)
         else:
             bounds = (spec.starts_ms, spec.ends_ms)
-            made = await self._make(spec, memory, live["metadata"])
-            if made is None:
+            if unprepared is not None:
+                made = await self._failed_result(spec, unprepared)
+            elif (found := await self._make(spec, memory, live["metadata"])) is not None:
+                made = found
+            else:
                 return Requeue(failed=True)
             result = made
         self._metrics.sales.update(key, result)
@@ -183,12 +213,49 @@ class Controller:
             changes_ms=tuple(ms for ms in bounds if ms is not None),
         )
 
+    async def _own_id(self) -> str | None:
+        """Returns the id of this operator's engine, or None if no server has told it yet."""
+        if self._engine_id is not None:
+            return self._engine_id
+        try:
+            return await self._inventory.engine_id() or None
+        except RedisUnavailable:
+            return None
+
+    async def _leave(
+        self, key: Key, memory: _Memory, metadata: dict[str, Any], owner: str, own: str | None
+    ) -> Requeue:
+        """Leaves a FlashSale to the engine that its status names.
+
+        This engine may have served an earlier FlashSale of that name, and still sell for it. That
+        sale is closed.
+        """
+        if own is None:
+            log.warning("%s: the operator does not know its engine yet", key.sale_id)
+            return Requeue(failed=True)
+        self._rebuilds.forget(key.sale_id)
+        self._metrics.sales.forget(key)
+        try:
+            row = await ledger.sale(self._pool, key.sale_id)
+            if row is not None and row.resource_uid is not None and not row.closed:
+                await self._reconciler.close(key.sale_id)
+        except _REPORTED as error:
+            self._failed(error)
+            log.warning("%s: left to engine %s, but not closed: %s", key.sale_id, owner, error)
+            return Requeue(failed=True)
+        if memory.left_to != owner:
+            event = events.other_engine(owner, own)
+            log.warning("%s: %s", key.sale_id, event.message)
+            body = events.event_object(event, metadata, f"{owner} {own}", self._clock())
+            await self._kube.create_event(key.namespace, body)
+            memory.left_to = owner
+        return Requeue()
+
     async def _make(
         self, spec: SaleSpec, memory: _Memory, metadata: dict[str, Any]
     ) -> Result | None:
         """Makes the ledger and Redis match the spec. None means: look again before a report."""
         try:
-            await self.prepare()
             if metadata.get("deletionTimestamp"):
                 # Another party's finalizer keeps the object. The sale is closed without it.
                 return await self._reconciler.close(spec.sale_id)
@@ -256,13 +323,16 @@ class Controller:
         since = time.monotonic() - memory.written
         if status.worth_writing(before, after, since):
             version = metadata["resourceVersion"]
-            if not await self._kube.patch_status(*key, after.json(), version):
+            if await self._kube.patch_status(*key, after.json(), version) is None:
                 return False
             memory.written = time.monotonic()
         return True
 
-    async def _close_deleted(self, key: Key) -> Requeue:
-        """Closes the sale of a deleted FlashSale: in the ledger, then in Redis."""
+    async def close_deleted(self, key: Key) -> Requeue:
+        """Closes the sale of a deleted FlashSale: in the ledger, then in Redis.
+
+        Of all servers' errors it raises only `KubeUnavailable`.
+        """
         self._rebuilds.forget(key.sale_id)
         try:
             await self.prepare()

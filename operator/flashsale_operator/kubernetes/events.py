@@ -58,6 +58,15 @@ class SaleEvent:
 CLOSED: Final = SaleEvent("Closed", DELETED_MESSAGE)
 
 
+def other_engine(owner: str, own: str) -> SaleEvent:
+    """Returns the Event about a FlashSale that the engine `owner` serves, and not `own`."""
+    message = (
+        f"engine {owner} serves this FlashSale, so the operator of engine {own} leaves it alone: "
+        "to move it to another engine, delete it and apply it again"
+    )
+    return SaleEvent("OtherEngine", message, warning=True)
+
+
 def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     """Returns the Events for the change from `before` to `result`."""
     state, was, rebuilt = result.state, before.state, result.rebuilt

@@ -7,15 +7,17 @@ Redis, and the keys of closed sales, which can be freed.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from itertools import chain
+from typing import Final, TypeAlias
 
 from flashsale import ledger
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, OtherEngine, RedisMoved
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale
+from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales import engine as engines
@@ -23,23 +25,29 @@ from flashsale_operator.sales import engine as engines
 log = logging.getLogger(__name__)
 
 RESYNC_SECONDS: Final = 10.0
+RETRY_SECONDS: Final = 2.0
+"""Between two resyncs until the operator is ready."""
 
 _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
+_Objects: TypeAlias = dict[str | None, list[Key]]
 _HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
 
 
 def left_behind(
-    declared: Sequence[SaleRow], objects: Sequence[Key], served: Sequence[str]
+    declared: Sequence[SaleRow], objects: Mapping[str | None, Sequence[Key]]
 ) -> list[Key]:
-    """Returns the deleted FlashSales of unclosed rows, in the served namespaces (none means all).
+    """Returns the deleted FlashSales of unclosed rows.
 
-    The rows must be read before the objects, because a row is younger than its FlashSale.
+    `objects` are the FlashSales by the namespace that was listed. None means all namespaces. The
+    rows must be read before the objects, because a row is younger than its FlashSale.
     """
-    present = set(objects)
+    present = {key for listed in objects.values() for key in listed}
     keys = [Key.of(row.sale_id) for row in declared]
-    return [key for key in keys if key not in present and (not served or key.namespace in served)]
+    return [
+        key for key in keys if key not in present and (None in objects or key.namespace in objects)
+    ]
 
 
 def unclosed(row: SaleRow, sale: Sale) -> bool:
@@ -79,8 +87,12 @@ class Resync:
         self._queue = queue
         self._served = served
         self._keep_closed = keep_closed
+        self._refused: set[str | None] = set()
         self.ended = time.monotonic()
         """When the last resync ended, successfully or not, on the monotonic clock."""
+        self.unready: str | None = "no resync has ended yet"
+        """Why the operator cannot work, or None if a resync succeeded. Later outages do not count,
+        but a part of another engine does."""
 
     async def run(self) -> None:
         """Resyncs until it is cancelled."""
@@ -89,14 +101,16 @@ class Resync:
             try:
                 await self.resync()
                 self._metrics.last_success.set_to_current_time()
-                failing = ""
+                failing, self.unready = "", None
             except FlashsaleError as error:
                 self._metrics.failures.labels(server_of(error)).inc()
                 if failing != str(error):
                     log.warning("resync failed: %s", error)
                 failing = str(error)
+                if self.unready is not None or isinstance(error, (OtherEngine, RedisMoved)):
+                    self.unready = " ".join(failing.split())
             self.ended = time.monotonic()
-            await asyncio.sleep(RESYNC_SECONDS)
+            await asyncio.sleep(RESYNC_SECONDS if self.unready is None else RETRY_SECONDS)
 
     async def resync(self) -> None:
         """Resyncs once."""
@@ -104,22 +118,51 @@ class Resync:
         engine_id = await engines.engine_id(self._inventory, self._pool)
         async with ledger.translated():
             declared = [SaleRow.of(record) for record in await self._pool.fetch(_DECLARED)]
-        objects = await self._objects()
-        for key in objects:
+        served, others = await self._objects(declared)
+        for key in chain.from_iterable(served.values()):
             if key not in self._queue:
                 self._queue.wake(key)
-        for key in left_behind(declared, objects, self._served):
+        for key in left_behind(declared, served):
             log.info("%s: its FlashSale was deleted", key.sale_id)
-            self._queue.wake(key)
+            self._queue.wake(key, changed=True)
+        for key in left_behind(declared, others):
+            if await self._kube.flash_sale(*key) is None:
+                log.info("%s: its FlashSale was deleted", key.sale_id)
+                await self._controller.close_deleted(key)
         await self._inventory.index([row.item_id for row in declared])
         await self._resync_redis(engine_id)
 
-    async def _objects(self) -> list[Key]:
-        return [
-            Key(live["metadata"]["namespace"], live["metadata"]["name"])
-            for namespace in self._served or (None,)
-            for live in await self._kube.flash_sales(namespace)
-        ]
+    async def _objects(self, declared: Sequence[SaleRow]) -> tuple[_Objects, _Objects]:
+        """Returns the FlashSales of the served namespaces, and of the others that have open sales.
+
+        A namespace that the operator's account may not list is left out. A Role ends with its
+        namespace, so an account with Roles alone cannot see that a namespace is gone.
+        """
+        served = await self._listed(self._served or (None,))
+        if not self._served:
+            return served, {}
+        if not served:
+            raise KubeForbidden(f"the account may list no FlashSales in {', '.join(self._served)}")
+        namespaces = {Key.of(row.sale_id).namespace for row in declared}
+        return served, await self._listed(sorted(namespaces.difference(self._served)))
+
+    async def _listed(self, namespaces: Iterable[str | None]) -> _Objects:
+        found = {}
+        for namespace in namespaces:
+            try:
+                listed = await self._kube.flash_sales(namespace)
+            except KubeForbidden as error:
+                if namespace is None:
+                    raise
+                if namespace not in self._refused:
+                    log.warning("namespace %s is left out: %s", namespace, error)
+                self._refused.add(namespace)
+                continue
+            self._refused.discard(namespace)
+            found[namespace] = [
+                Key(live["metadata"]["namespace"], live["metadata"]["name"]) for live in listed
+            ]
+        return found
 
     async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""

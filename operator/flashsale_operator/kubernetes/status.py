@@ -62,10 +62,14 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A FlashSale's status. It is empty before the first reconcile."""
+    """A FlashSale's status. It is empty before the first reconcile.
+
+    `engine` is the id of the engine that serves the FlashSale.
+    """
 
     observed_generation: int | None = None
     sale_id: str | None = None
+    engine: str | None = None
     conditions: tuple[Condition, ...] = ()
     counts: Counts | None = None
 
@@ -76,6 +80,7 @@ class Status:
         return cls(
             observed_generation=given.get("observedGeneration"),
             sale_id=given.get("saleId"),
+            engine=given.get("engine"),
             conditions=tuple(Condition.parse(each) for each in given.get("conditions") or ()),
             counts=Counts(*numbers) if len(numbers) == 3 else None,
         )
@@ -86,6 +91,7 @@ class Status:
         return {
             "observedGeneration": self.observed_generation,
             "saleId": self.sale_id,
+            "engine": self.engine,
             "conditions": [condition.json() for condition in self.conditions],
             "allocated": None if counts is None else counts.allocated,
             "accepted": None if counts is None else counts.accepted,
@@ -117,7 +123,7 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
         since = old.since if old is not None and old.status == status and old.since else at
         after.append(Condition(kind, status, str(reason), words[:MAX_MESSAGE], generation, since))
     counts = before.counts if sale is None else Counts.of(sale)
-    return Status(generation, result.sale_id, tuple(after), counts)
+    return Status(generation, result.sale_id, before.engine, tuple(after), counts)
 
 
 def worth_writing(before: Status, after: Status, seconds_since_written: float) -> bool:

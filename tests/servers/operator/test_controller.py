@@ -1,16 +1,21 @@
 """The controller's reports during outages and about wrong manifests, on real Redis and ledger."""
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 import pytest
 
+from flashsale import ledger
 from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
     LedgerUnavailable,
+    OtherEngine,
+    RedisMoved,
     RedisUnavailable,
 )
+from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator.kubernetes.client import Kube
 from flashsale_operator.kubernetes.controller import Clients, Controller, result_of_error
@@ -23,9 +28,29 @@ from tests.support.bad_manifests import manifest
 from tests.support.observations import SPEC
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
+OTHER_ID = str(uuid.UUID(int=7))
+
 
 class FakeKube:
-    """A kube-apiserver with one FlashSale, which keeps its status."""
+    """A kube-apiserver with one FlashSale, which keeps its status.
+
+    `fields` are the fields of the status that its CRD has. `before_patch` is called before the
+    first write. `changed`: the object has always changed since it was read.
+    """
+
+    fields = frozenset(
+        [
+            "observedGeneration",
+            "saleId",
+            "engine",
+            "conditions",
+            "allocated",
+            "accepted",
+            "available",
+        ]
+    )
+    changed = False
+    before_patch: Callable[[], Awaitable[None]] | None = None
 
     def __init__(self, spec: SaleSpec) -> None:
         self.live = manifest()
@@ -38,18 +63,32 @@ class FakeKube:
         }
         self.live["spec"] = {"itemId": spec.item_id, "stock": spec.stock}
         self.events: list[str] = []
+        self.messages: list[str] = []
+        self.patches = 0
 
     async def flash_sale(self, *_key: str) -> dict[str, Any] | None:
         return self.live
 
     async def patch_status(
         self, _namespace: str, _name: str, status: Mapping[str, object], _version: str
-    ) -> bool:
-        self.live["status"] = {name: value for name, value in status.items() if value is not None}
-        return True
+    ) -> dict[str, Any] | None:
+        if self.before_patch is not None:
+            does, self.before_patch = self.before_patch, None
+            await does()
+        if self.changed:
+            return None
+        self.patches += 1
+        merged = {**self.live.get("status", {}), **status}
+        self.live["status"] = {
+            name: value
+            for name, value in merged.items()
+            if value is not None and name in self.fields
+        }
+        return self.live
 
     async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
         self.events.append(event["reason"])
+        self.messages.append(event["message"])
         return True
 
     @property
@@ -85,6 +124,102 @@ async def test_redis_counts_are_reported_while_the_ledger_is_away(
     assert kube.events == ["Opened"]
 
 
+async def test_the_status_names_the_engine_before_anything_else_is_written(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+
+    async def nothing_is_written() -> None:
+        assert await ledger.sale(shop.pool, spec.sale_id) is None
+        assert await shop.sale(spec.item_id) is None
+
+    kube.before_patch = nothing_is_written
+    await controller(shop, kube).reconcile(Key.of(spec.sale_id))
+    assert kube.before_patch is None
+    assert kube.reasons()["Open"] == "Selling"
+    assert kube.status.engine == await shop.inventory.engine_id()
+
+
+async def test_a_flashsale_that_changed_before_the_engine_is_named_is_read_again(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Another engine may have named itself."""
+    kube = FakeKube(spec)
+    kube.changed = True
+    assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
+    assert await ledger.sale(shop.pool, spec.sale_id) is None
+    assert await shop.sale(spec.item_id) is None
+
+
+async def test_a_flashsale_of_another_engine_is_left_alone_with_one_event(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    kube.live["status"] = {"engine": OTHER_ID}
+    own = controller(shop, kube)
+    for _ in range(3):
+        assert await own.reconcile(Key.of(spec.sale_id)) == Requeue()
+    assert (kube.live["status"], kube.patches) == ({"engine": OTHER_ID}, 0)
+    assert await ledger.sale(shop.pool, spec.sale_id) is None
+    assert await shop.sale(spec.item_id) is None
+    assert kube.events == ["OtherEngine"]
+    assert OTHER_ID in kube.messages[0]
+    assert await shop.inventory.engine_id() in kube.messages[0]
+
+
+async def test_a_sale_whose_flashsale_another_engine_has_taken_is_closed(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    own = controller(shop, kube)
+    await own.reconcile(Key.of(spec.sale_id))
+    kube.live["metadata"] |= {"uid": "uid-2"}
+    kube.live["status"] = {"engine": OTHER_ID}
+    patches = kube.patches
+    assert await own.reconcile(Key.of(spec.sale_id)) == Requeue()
+    assert (await shop.row(spec.sale_id)).closed
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ENDED]
+    assert kube.patches == patches
+
+
+async def test_without_ledger_and_redis_a_flashsale_of_any_engine_is_left_alone(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """The operator cannot know yet whether it is its own."""
+    kube = FakeKube(spec)
+    kube.live["status"] = {"engine": OTHER_ID}
+    await shop.pool.execute("ALTER TABLE engine RENAME TO away")
+    assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
+    assert (kube.patches, kube.events) == (0, [])
+
+
+async def test_a_ledger_of_another_name_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
+    await shop.pool.execute("UPDATE engine SET name = 'brand'")
+    kube = FakeKube(spec)
+    assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
+    assert kube.reasons()["Ready"] == "OtherEngine"
+    assert kube.status.engine is None
+
+
+async def test_a_redis_at_another_address_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
+    await shop.pool.execute("UPDATE engine SET redis_address = 'former:6379/0'")
+    kube = FakeKube(spec)
+    assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
+    assert kube.reasons()["Ready"] == "RedisMoved"
+    assert await ledger.sale(shop.pool, spec.sale_id) is None
+    assert await shop.redis.keys("*") == []
+
+
+async def test_a_crd_without_the_engine_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
+    kube = FakeKube(spec)
+    kube.fields = kube.fields - {"engine"}
+    assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert ready.message.startswith("the CustomResourceDefinition has no status.engine: install")
+    assert await ledger.sale(shop.pool, spec.sale_id) is None
+
+
 async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec: SaleSpec) -> None:
     kube = FakeKube(spec)
     kube.live["spec"]["stock"] = -1
@@ -101,6 +236,8 @@ async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec
         (RedisUnavailable("Redis is away"), Reason.REDIS_UNAVAILABLE),
         (LedgerUnavailable("the ledger is away"), Reason.LEDGER_UNAVAILABLE),
         (ContractViolation("another format"), Reason.UNREADABLE),
+        (OtherEngine("two engines"), Reason.OTHER_ENGINE),
+        (RedisMoved("another address"), Reason.REDIS_MOVED),
     ],
 )
 def test_the_reason_names_the_server_that_is_away(error: FlashsaleError, reason: Reason) -> None:

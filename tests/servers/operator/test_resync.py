@@ -1,7 +1,10 @@
 """The decisions of a resync, and the script that frees the keys of a closed sale."""
 
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 
@@ -11,10 +14,15 @@ from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleSpec
-from flashsale_operator.kubernetes.queue import Key
-from flashsale_operator.kubernetes.resync import left_behind, may_be_freed, unclosed
+from flashsale_operator.kubernetes.client import Kube, KubeForbidden
+from flashsale_operator.kubernetes.controller import Clients, Controller
+from flashsale_operator.kubernetes.metrics import Metrics
+from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.rebuilds import Rebuilds
+from flashsale_operator.kubernetes.resync import Resync, left_behind, may_be_freed, unclosed
+from tests.support.eventually import until
 from tests.support.observations import a_row, a_sale
-from tests.support.simulated_shop import SimulatedShop
+from tests.support.simulated_shop import QUICK, SimulatedShop
 
 HOUR, NOTHING = timedelta(hours=1), timedelta()
 CLOSED = a_sale(stored_state="closed", revision=2)
@@ -24,12 +32,12 @@ CLOSED_ROW = a_row(closed=True, revision=2)
 def test_an_unclosed_sale_of_a_deleted_flashsale_is_found() -> None:
     rows = [a_row(sale_id="shop/here"), a_row(sale_id="shop/gone"), a_row(sale_id="yard/gone")]
     present = [Key("shop", "here"), Key("yard", "here")]
-    assert left_behind(rows, present, ()) == [Key("shop", "gone"), Key("yard", "gone")]
+    assert left_behind(rows, {None: present}) == [Key("shop", "gone"), Key("yard", "gone")]
 
 
-def test_sales_of_other_namespaces_are_ignored() -> None:
+def test_sales_of_namespaces_that_were_not_listed_are_left_open() -> None:
     rows = [a_row(sale_id="shop/gone"), a_row(sale_id="yard/gone")]
-    assert left_behind(rows, [], ("yard",)) == [Key("yard", "gone")]
+    assert left_behind(rows, {"yard": []}) == [Key("yard", "gone")]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,107 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
     assert not may_be_freed(CLOSED_ROW, a_sale(stored_state="closed"), HOUR, NOTHING)
     for sale in (replace(CLOSED, outbox_length=1), replace(CLOSED, accepted=1)):
         assert not may_be_freed(CLOSED_ROW, sale, HOUR, NOTHING)
+
+
+class FakeKube:
+    """A kube-apiserver with FlashSales. It refuses to list the namespaces in `refused`."""
+
+    def __init__(self, *present: Key, refused: Sequence[str] = ()) -> None:
+        self.present = present
+        self.refused = refused
+        self.events: list[str] = []
+
+    async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
+        if namespace in self.refused:
+            raise KubeForbidden("the kube-apiserver refused: 403 forbidden")
+        return [
+            {"metadata": key._asdict()}
+            for key in self.present
+            if namespace in (None, key.namespace)
+        ]
+
+    async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
+        key = Key(namespace, name)
+        return {"metadata": key._asdict()} if key in self.present else None
+
+    async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
+        self.events.append(event["reason"])
+        return True
+
+
+def resync_of(shop: SimulatedShop, kube: FakeKube, queue: Queue, *served: str) -> Resync:
+    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
+    own = Controller(clients, queue, rebuilds)
+    return Resync(clients, own, queue, served=served, keep_closed=HOUR)
+
+
+async def test_a_sale_of_a_deleted_namespace_is_closed_by_an_operator_that_may_list_it(
+    shop: SimulatedShop, item: str
+) -> None:
+    gone, here = SaleSpec("gone/phone", item, 5), SaleSpec("yard/phone", f"{item}-2", 5)
+    for spec in (gone, here):
+        await shop.reconciler.reconcile(spec, "uid-1")
+    queue = Queue()
+    kube = FakeKube(Key("yard", "phone"), refused=["gone"])
+    await resync_of(shop, kube, queue, "shop").resync()
+    assert not (await shop.row(gone.sale_id)).closed, "the operator cannot see that it is gone"
+    kube.refused = ()
+    await resync_of(shop, kube, queue, "shop").resync()
+    assert (await shop.row(gone.sale_id)).closed
+    assert not (await shop.row(here.sale_id)).closed
+    assert kube.events == ["Closed"]
+    for spec in (gone, here):
+        assert Key.of(spec.sale_id) not in queue, "another operator serves the namespace"
+
+
+async def test_one_refused_namespace_does_not_stop_the_others(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    await shop.reconciler.reconcile(spec, "uid-1")
+    queue = Queue()
+    kube = FakeKube(refused=["yard"])
+    await resync_of(shop, kube, queue, "default", "yard").resync()
+    assert await queue.take() == Key.of(spec.sale_id)
+    kube.refused = ("default", "yard")
+    with pytest.raises(KubeForbidden, match="no FlashSales in default, yard"):
+        await resync_of(shop, kube, queue, "default", "yard").resync()
+
+
+async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None) -> Resync:
+    """Run resyncs until the operator's readiness has that text. An empty text means ready."""
+    own = own or resync_of(shop, FakeKube(), Queue())
+    running = asyncio.create_task(own.run())
+    try:
+        await until(
+            lambda: expected in own.unready if own.unready and expected else not own.unready,
+            lambda: f"{expected!r}, but {own.unready!r}",
+        )
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    return own
+
+
+async def test_the_operator_is_ready_after_a_resync_and_during_later_outages(
+    shop: SimulatedShop,
+) -> None:
+    await shop.pool.execute("ALTER TABLE sales RENAME TO away")
+    own = await unready(shop, 'relation "sales" does not exist')
+    await shop.pool.execute("ALTER TABLE away RENAME TO sales")
+    await unready(shop, "", own)
+    await shop.pool.execute("ALTER TABLE sales RENAME TO away")
+    await unready(shop, "", own)
+
+
+async def test_the_operator_is_not_ready_while_two_engines_meet(shop: SimulatedShop) -> None:
+    own = await unready(shop, "")
+    await shop.redis.set(keys.engine_id(DEFAULT_ENGINE), "the-other")
+    await unready(shop, "this Redis belongs to engine the-other, and the ledger to engine", own)
+    await shop.redis.delete(keys.engine_id(DEFAULT_ENGINE))
+    await unready(shop, "", own)
+    await shop.pool.execute("UPDATE engine SET redis_address = 'former:6379/0'")
+    await unready(shop, "the sales are in the Redis at former:6379/0", own)
 
 
 async def test_keys_are_freed_after_everything_is_recorded(

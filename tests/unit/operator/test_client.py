@@ -79,7 +79,8 @@ async def test_only_a_404_that_names_the_object_means_that_it_is_deleted() -> No
 async def test_a_status_based_on_an_older_object_is_not_written() -> None:
     for code, written in ((200, True), (404, False), (409, False)):
         async with serving(answers(code)) as kube:
-            assert await kube.patch_status("shop", "phone", {}, "1") is written
+            patched = await kube.patch_status("shop", "phone", {}, "1")
+            assert (patched is not None) is written
 
 
 async def test_an_existing_event_or_a_deleted_namespace_is_no_failure() -> None:

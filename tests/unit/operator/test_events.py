@@ -6,7 +6,13 @@ import pytest
 
 from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status
-from flashsale_operator.kubernetes.events import Known, SaleEvent, event_object, sale_events
+from flashsale_operator.kubernetes.events import (
+    Known,
+    SaleEvent,
+    event_object,
+    other_engine,
+    sale_events,
+)
 from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.reconciler import Result
@@ -105,6 +111,13 @@ def test_a_close_creates_one_event_by_either_way() -> None:
     assert len(names) == 1
     other = event_object(closed, METADATA | {"uid": "uid-2"}, "", NOW)
     assert str(other["metadata"]) not in names
+
+
+def test_another_engine_causes_one_warning_per_pair_of_engines() -> None:
+    event = other_engine("one", "two")
+    made = [event_object(event, METADATA, "one two", NOW.replace(hour=hour)) for hour in (9, 10)]
+    assert made[0]["metadata"] == made[1]["metadata"]
+    assert (made[0]["type"], made[0]["reason"]) == ("Warning", "OtherEngine")
 
 
 def test_the_longest_flashsale_name_gives_a_valid_event_name() -> None:
