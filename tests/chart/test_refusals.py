@@ -115,8 +115,14 @@ pytestmark = pytest.mark.slow
         ),
         (
             at("fullnameOverride", "7"),
-            "engine is required, because the release's full name 7 does not begin with a letter",
+            "fullnameOverride is required: the release's full name 7 cannot name a Service",
         ),
+        (at("redis.url", "redis://redis:65536"), "'/redis/url'"),
+        (at("kafka.bootstrap", "kafka:0"), "'/kafka/bootstrap'"),
+        (at("tracing.endpoint", "http://collector:port"), "'/tracing/endpoint'"),
+        (at("api.ingress.host", "a..b"), "'/api/ingress/host'"),
+        (at("prometheusRules.runbooks", "{{x}}"), "'/prometheusRules/runbooks'"),
+        (at("redis.existingSecret.key", ".."), "'/redis/existingSecret/key'"),
         (at("podMonitors.interval", "often"), "'/podMonitors/interval'"),
         (at("networkPolicies.buyers", [{}]), "'/networkPolicies/buyers/0'"),
         (

@@ -796,14 +796,14 @@ def test_a_name_that_looks_like_another_type_stays_a_name(chart: Helm, name: str
     dashed = name.replace(".", "-")  # a namespace or a release has no dot
     values: dict[str, Any] = {
         "imagePullSecrets": [name],
-        "engine": "e",
+        "fullnameOverride": "shop",
         "commonLabels": {"a": name},
         "certificateAuthority": {"existingSecret": {"name": name, "key": name}},
         "redis": {"url": "", "existingSecret": {"name": name, "key": name}},
         "kafka": {
             "tls": {"enabled": True, "existingSecret": {"name": name, "key": name}},
             "users": dict.fromkeys(COMPONENTS, name),
-            "topics": {"enabled": True, "cluster": name, "namespace": dashed},
+            "topics": {"enabled": True, "cluster": dashed, "namespace": dashed},
         },
         "api": {
             "priorityClassName": name,

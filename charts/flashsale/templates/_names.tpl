@@ -1,15 +1,15 @@
 {{- define "flashsale.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" }}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimAll "-" }}
 {{- end }}
 
 {{/* Prefix of every name. 50 characters leave room for suffixes such as "-consumer". */}}
 {{- define "flashsale.fullname" -}}
 {{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{- .Values.fullnameOverride | trunc 50 | trimAll "-" }}
 {{- else if contains (include "flashsale.name" .) .Release.Name }}
-{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- .Release.Name | trunc 50 | trimAll "-" }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name (include "flashsale.name" .) | trunc 50 | trimSuffix "-" }}
+{{- printf "%s-%s" .Release.Name (include "flashsale.name" .) | trunc 50 | trimAll "-" }}
 {{- end }}
 {{- end }}
 

@@ -29,8 +29,8 @@
 {{- $wrong = append $wrong (printf "commonAnnotations: the chart sets the annotation %s" $key) }}
 {{- end }}
 {{- end }}
-{{- if not (regexMatch "^[a-z]" (include "flashsale.engine" .)) }}
-{{- $wrong = append $wrong (printf "engine is required, because the release's full name %s does not begin with a letter" (include "flashsale.engine" .)) }}
+{{- if not (regexMatch "^[a-z][a-z0-9-]*$" (include "flashsale.fullname" .)) }}
+{{- $wrong = append $wrong (printf "fullnameOverride is required: the release's full name %s cannot name a Service, which takes a-z, 0-9 and -, with a letter first" (include "flashsale.fullname" .)) }}
 {{- end }}
 {{- with .Values.consumer }}
 {{- if .autoscaling.by }}
