@@ -137,6 +137,8 @@ def test_helm_installs_the_chart_in_a_dry_run(
     install = ("install", "shop", str(CHART), "-n", namespace, "--dry-run=server")
     output = chart.run(*install, values=merged(ADDRESSES, changes), kubeconfig=cluster.kubeconfig)
     assert "kubectl get flashsales" in output
+    assert "kubectl delete flashsales --all" in output
+    assert ("Autoscaling is on." in output) == (changes != {})
 
 
 @pytest.mark.parametrize("component", [*COMPONENTS, "test"])
