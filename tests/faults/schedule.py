@@ -32,6 +32,7 @@ class Kind(StrEnum):
     REDIS_FLUSH = "FLUSHALL"
     REDIS_OLDER_COPY = "an older copy of Redis' files"
     REDIS_FAILOVER = "failover to a replica that lags"
+    REDIS_AND_BACK = "failover to a replica that lags, and back"
     CUT_REDIS = "connections cut before Redis' replies"
     CUT_POSTGRES = "connections cut before PostgreSQL's replies"
     CUT_KAFKA = "connections to Kafka cut"
@@ -43,7 +44,13 @@ class Kind(StrEnum):
 
 
 LOSES_IN_REDIS: Final = frozenset(
-    {Kind.REDIS_POWER_CUT, Kind.REDIS_FLUSH, Kind.REDIS_OLDER_COPY, Kind.REDIS_FAILOVER}
+    {
+        Kind.REDIS_POWER_CUT,
+        Kind.REDIS_FLUSH,
+        Kind.REDIS_OLDER_COPY,
+        Kind.REDIS_FAILOVER,
+        Kind.REDIS_AND_BACK,
+    }
 )
 """After these faults, Redis may lack reservations that it has answered. A power cut loses the last
 second with `everysec`, and nothing with `always`.

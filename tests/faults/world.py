@@ -196,6 +196,10 @@ class World:
                 await self.redis.restore_older_copy(step.seconds)
             case Kind.REDIS_FAILOVER:
                 await self.redis.fail_over(step.seconds)
+            case Kind.REDIS_AND_BACK:
+                await self.redis.fail_over(step.seconds)
+                await self.redis.await_health()
+                await self.redis.fail_over(step.seconds)
             case kind:
                 raise AssertionError(kind)
 
