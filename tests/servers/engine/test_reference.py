@@ -82,7 +82,7 @@ async def test_records_that_cannot_be_read_stop_no_consumer_and_fill_no_log(
     await producer.start()
     bad = 200
     for number in range(bad):
-        await producer.send(events.TOPIC, b"no event " * 1_000, partition=number % 12)
+        await producer.send(events.topic(), b"no event " * 1_000, partition=number % 12)
     await producer.flush()
     await producer.stop()
     wanted = [

@@ -19,9 +19,13 @@ from typing import Any, Final
 import pytest
 import trustme
 import yaml
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    KafkaError,
+    TopicAuthorizationFailedError,
+)
 from confluent_kafka import admin as kafka_admin
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -36,7 +40,6 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import events
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
-from flashsale_consumer.worker import GROUP_ID
 from flashsale_operator.sales import offsets
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
@@ -158,7 +161,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Ite
             future.result(timeout=30)
         # The users may not create topics. Strimzi's topic operator does that.
         owned = KafkaSettings(kafka_bootstrap=server.bootstrap)
-        asyncio.run(topics.create(owned, events.TOPIC, events.DEAD_LETTER_TOPIC))
+        asyncio.run(topics.create(owned, events.topic(), events.dead_letter_topic()))
         del owner  # closes its connections
         yield secured
 
@@ -265,11 +268,11 @@ async def test_each_user_can_do_its_own_work_and_nothing_else(
     operator = client("operator", kafka, authority)
     before = sum(span.end for span in (await offsets.spans(operator)).values())
     may_write = {
-        ("api", events.TOPIC): True,
-        ("api", events.DEAD_LETTER_TOPIC): False,
-        ("consumer", events.TOPIC): False,
-        ("consumer", events.DEAD_LETTER_TOPIC): True,
-        ("operator", events.TOPIC): True,
+        ("api", events.topic()): True,
+        ("api", events.dead_letter_topic()): False,
+        ("consumer", events.topic()): False,
+        ("consumer", events.dead_letter_topic()): True,
+        ("operator", events.topic()): True,
     }
     for (component, name), allowed in may_write.items():
         producer = AIOKafkaProducer(
@@ -283,9 +286,10 @@ async def test_each_user_can_do_its_own_work_and_nothing_else(
             assert not allowed, (component, name)
         finally:
             await producer.stop()
-    for component, group in (("api", None), ("consumer", GROUP_ID), ("operator", None)):
+    owned = events.consumer_group()
+    for component, group in (("api", None), ("consumer", owned), ("operator", None)):
         reader = AIOKafkaConsumer(
-            events.TOPIC,
+            events.topic(),
             **client(component, kafka, authority).kafka_client(),
             group_id=group,
             auto_offset_reset="earliest",
@@ -299,14 +303,21 @@ async def test_each_user_can_do_its_own_work_and_nothing_else(
             assert component != "consumer"
         finally:
             await reader.stop()
+    first = [TopicPartition(events.topic(), 0)]
     for component in ("api", "consumer", "operator"):
         admin = AIOKafkaAdminClient(**client(component, kafka, authority).kafka_client())
         await admin.start()
         try:
-            reply = await admin.delete_topics([events.TOPIC])
+            reply = await admin.delete_topics([events.topic()])
             assert [code for _, code in reply.topic_error_codes] == [
                 TopicAuthorizationFailedError.errno
             ]
+            # Who owns the group is in its offsets.
+            committed = await admin.list_consumer_group_offsets(owned, partitions=first)
+            assert list(committed) == first
+            assert component != "operator"
+        except GroupAuthorizationFailedError:
+            assert component == "operator"
         finally:
             await admin.close()
     after = sum(span.end for span in (await offsets.spans(operator)).values())
