@@ -16,11 +16,12 @@ import flashsale_consumer.app as consumer_app
 import flashsale_consumer.clients as consumer_clients
 import flashsale_operator.app as operator_app
 from dev.images.building import DEPLOYABLES
+from flashsale import events
 from flashsale.settings import PREFIX, host_and_port
 from flashsale_api.settings import Settings as ApiSettings
 from flashsale_consumer.settings import Settings as ConsumerSettings
 from flashsale_operator.settings import Settings as OperatorSettings
-from tests.support.chart import COMPONENTS, Rendered
+from tests.support.chart import COMPONENTS, Helm, Rendered
 from tests.support.paths import CHART, CRD, ROOT
 
 SETTINGS: Final[dict[str, type[msgspec.Struct]]] = {
@@ -53,10 +54,25 @@ def test_a_pod_gets_all_required_settings_and_no_unknown_ones(
     plain: Rendered, component: str
 ) -> None:
     fields = msgspec.structs.fields(SETTINGS[component])
-    known = {PREFIX + field.name.upper() for field in fields} | {"FLASHSALE_ENGINE"}
+    known = {PREFIX + field.name.upper() for field in fields}
     required = {PREFIX + field.name.upper() for field in fields if field.required}
     given = set(plain.environment(component))
     assert required <= given <= known
+
+
+@pytest.mark.slow
+def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) -> None:
+    changes = {
+        "engine": "other",
+        "kafka": {"topics": {"enabled": True, "cluster": "main"}},
+        "consumer": {"autoscaling": {"by": "lag"}},
+    }
+    rendered = chart.render(changes)
+    names = {each["metadata"]["name"] for each in rendered.all("KafkaTopic")}
+    assert names == {events.topic("other"), events.dead_letter_topic("other")}
+    trigger = rendered.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]
+    assert trigger["topic"] == events.topic("other")
+    assert trigger["consumerGroup"] == events.consumer_group("other")
 
 
 @pytest.mark.slow
@@ -71,14 +87,12 @@ def test_a_container_exposes_the_ports_of_its_process(plain: Rendered, component
 def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: str) -> None:
     container = plain.container(component)
     probes = [container[f"{name}Probe"] for name in ("startup", "liveness")]
-    ready = container.get("readinessProbe")
+    ready = container["readinessProbe"]
     assert {each["httpGet"]["path"] for each in probes} == {"/healthz"}
-    assert (ready["httpGet"]["path"] if ready else None) == (
-        "/readyz" if '"/readyz"' in inspect.getsource(APPS[component]) else None
-    )
+    assert ready["httpGet"]["path"] == "/readyz"
     names = {each["name"] for each in container["ports"]}
-    assert {each["httpGet"]["port"] for each in [*probes, *([ready] if ready else [])]} <= names
-    for path in ("/healthz", *(["/readyz"] if ready else [])):
+    assert {each["httpGet"]["port"] for each in [*probes, ready]} <= names
+    for path in ("/healthz", "/readyz"):
         assert f'"{path}"' in inspect.getsource(APPS[component])
 
 

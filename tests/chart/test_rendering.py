@@ -858,7 +858,8 @@ def test_pods_have_the_required_security_resources_and_spread(plain: Rendered) -
         }
         assert plain.one("PodDisruptionBudget", component)["spec"]["maxUnavailable"] == 1
     operator = plain.one("Deployment", "operator")["spec"]
-    assert (operator["replicas"], operator["strategy"]) == (1, {"type": "Recreate"})
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert (operator["replicas"], operator["strategy"]) == (1, rolling)
 
 
 def test_the_objects_of_helm_test_are_deleted_unless_it_fails(plain: Rendered) -> None:
