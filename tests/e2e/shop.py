@@ -20,6 +20,7 @@ NAMESPACE: Final = "shop"
 RELEASE: Final = "shop"
 CHANGED: Final = "changed"
 """The tag of a second image of each deployable, for upgrades."""
+COMPONENTS: Final = ("api", "consumer", "operator")
 SECONDS: Final = 120.0
 """How long a rollout or a load test may take to reach a state. A test that meets it has failed."""
 PAUSE_SECONDS: Final = 0.5
@@ -28,11 +29,15 @@ PAUSE_SECONDS: Final = 0.5
 Object = dict[str, Any]
 
 
-def commands(block: str) -> list[str]:
-    """Return the commands of a block in docs/install.md, which a comment above it names."""
-    page = (ROOT / "docs" / "install.md").read_text()
-    commands = page.partition(f"<!-- e2e: {block} -->")[2].split("```")[1]
-    return [line for line in commands.replace("\\\n", " ").splitlines() if line]
+def block(name: str, page: str = "install") -> str:
+    """Return a block of a page of docs/, which a comment above it names."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    return text.partition(f"<!-- e2e: {name} -->")[2].split("```")[1].partition("\n")[2]
+
+
+def commands(name: str, page: str = "install") -> list[str]:
+    """Return the commands of a block in a page of docs/."""
+    return [line for line in block(name, page).replace("\\\n", " ").splitlines() if line]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,11 @@ class Shop:
     """Runs commands on the cluster, in the namespace of the release."""
 
     cluster: Cluster
+    namespace: str = NAMESPACE
+    release: str = RELEASE
 
     def shell(self, command: str) -> str:
-        """Run a command of docs/install.md and return its output. A failure fails the test."""
+        """Run a command of the documents and return its output. A failure fails the test."""
         path = f"{self.cluster.commands}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
@@ -70,7 +77,7 @@ class Shop:
         A failing command fails the test. Without `check`, its command line and output are returned.
         """
         done = subprocess.run(
-            [self.cluster.commands / program, "--namespace", NAMESPACE, *arguments],
+            [self.cluster.commands / program, "--namespace", self.namespace, *arguments],
             cwd=ROOT,
             input=stdin,
             capture_output=True,
@@ -138,6 +145,7 @@ class Shop:
         (container,) = manifest["spec"]["template"]["spec"]["containers"]
         container["args"][-1] = script
         env = {each["name"]: each for each in container["env"]}
+        variables = {"API_URL": f"http://{self.release}-flashsale-api", **variables}
         env |= {name: {"name": name, "value": str(value)} for name, value in variables.items()}
         container["env"] = list(env.values())
         # A node with two cores also runs the engine and its servers.
@@ -180,7 +188,7 @@ class Shop:
         """Return the reservation, user and quantity of each accepted row of a sale."""
         query = (
             "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
-            f"WHERE sale_id = '{NAMESPACE}/{sale}' AND state = 'accepted'"
+            f"WHERE sale_id = '{self.namespace}/{sale}' AND state = 'accepted'"
         )
         psql = ("psql", "--username=flashsale", "--tuples-only", "--no-align", f"--command={query}")
         lines = self.kubectl("exec", "postgres-0", "--", *psql).splitlines()
@@ -208,13 +216,30 @@ class Shop:
         assert max(Counter(row[1] for row in rows).values()) == 1, "a buyer has two units"
         assert sum(row[2] for row in rows) <= stock, "oversold"
 
+    def pods(self, component: str) -> list[str]:
+        """Return the names of a component's pods."""
+        selector = f"--selector=app.kubernetes.io/component={component}"
+        return self.kubectl("get", "pods", selector, "--output=name").split()
+
+    def flashsalectl(self, *arguments: str, check: bool = True) -> str:
+        """Run `flashsalectl` in the operator's pod and return its output."""
+        cli = ("exec", f"deployment/{self.release}-flashsale-operator", "--", "flashsalectl")
+        return self.kubectl(*cli, *arguments, check=check)
+
     def audit(self) -> str:
-        """Run `flashsalectl audit` in the operator's pod and return its table."""
-        cli = ("flashsalectl", "audit")
-        return self.kubectl("exec", f"deployment/{RELEASE}-flashsale-operator", "--", *cli)
+        return self.flashsalectl("audit")
+
+    def agrees(self) -> None:
+        """Wait until the audit reports ok for every sale."""
+
+        def ok() -> bool:
+            lines = self.flashsalectl("audit", check=False).splitlines()
+            return all(line.endswith("ok") for line in lines[1:])
+
+        self.until(ok, "the audit reports ok for every sale")
 
     def roll_out(self, *components: str) -> None:
         """Wait until all pods of the components are up to date and ready."""
-        for component in components or ("api", "consumer", "operator"):
-            name = f"deployment/{RELEASE}-flashsale-{component}"
+        for component in components or COMPONENTS:
+            name = f"deployment/{self.release}-flashsale-{component}"
             self.kubectl("rollout", "status", name, f"--timeout={SECONDS:.0f}s")
