@@ -90,7 +90,8 @@ def world(
         plane=plane,
         namespace=namespace,
         redis=own_redis,
-        addresses=Addresses(own_redis.url, bootstrap, database_url),
+        # The tests share Kafka, so each engine has a name of its own.
+        addresses=Addresses(own_redis.url, bootstrap, database_url, engine=namespace),
         folder=tmp_path / "processes",
         kubeconfig=service_account,
     )

@@ -143,9 +143,10 @@ class World:
 
     def sale(self, item: str) -> dict[str, str]:
         """Return the item's sale hash in Redis."""
+        keys = ItemKeys.of(item, self.addresses.engine)
         client = redis_client.Redis.from_url(self.redis.url, decode_responses=True)
         with client:
-            return cast("dict[str, str]", client.hgetall(ItemKeys.of(item).sale))
+            return cast("dict[str, str]", client.hgetall(keys.sale))
 
     def on_ledger(self, query: str, *arguments: object) -> Any:  # noqa: ANN401 - any value
         """Return the single value of a query."""
