@@ -1,6 +1,6 @@
 """Uninstalling keeps the sales, and the next release continues them."""
 
-from tests.e2e.shop import RELEASE, Shop
+from tests.e2e.shop import RELEASE, Shop, commands
 from tests.support.chart import CRD_RESOURCE
 
 
@@ -37,3 +37,17 @@ def test_uninstalling_leaves_the_sales_and_reinstalling_continues_them(shop: Sho
     assert len(promises) == 50
     shop.check("kept", 50, promises)
     shop.until_sale("kept", "SoldOut")
+
+
+def test_deleting_the_flashsales_first_ends_every_sale(shop: Shop) -> None:
+    shop.declare("ended", 10)
+    delete, get, uninstall = commands("uninstall", "operations")
+    shop.shell(delete)
+
+    def closed() -> bool:
+        return all(" Closing " in line for line in shop.shell(get).splitlines()[1:])
+
+    shop.until(closed, "every sale is Closing")
+    shop.shell(uninstall)
+    shop.until(lambda: left(shop) == [CRD_RESOURCE], "only the CRD is left")
+    assert not shop.kubectl("get", "fs", "--output=name")
