@@ -257,12 +257,10 @@ class Pod(Process):
             yield world.between(0.9, 1.1) * BEAT
             try:
                 self._reached()
-                sampled = world.now
+                sampled, stamp = redis.clock, redis.stamp
                 yield 0.02
                 self._reached()
-                redis.keys.heartbeats[own] = Heartbeat(
-                    self.unacknowledged, sampled, world.now + EXPIRY
-                )
+                redis.keys.heartbeats[own] = Heartbeat(self.unacknowledged, sampled, stamp)
                 if self.servers.kafka.up:
                     self._sweep(redis)
             except Unreachable:
@@ -395,6 +393,9 @@ class Operator(Process):
         world, redis, ledger = self.world, self.servers.redis, self.servers.ledger
         inserted = False
         for _ in range(self.STEPS):
+            ledger.reached()
+            recorded = ledger.accepted() if world.rules.ledger_knows_more else 0
+            yield world.between(0.01, 0.1)
             redis.reached()
             sale, fenced, observed = redis.keys.sale, redis.fenced(), world.now
             above = 0 if sale is None else sale.revision
@@ -421,7 +422,7 @@ class Operator(Process):
                         continue
                 world.log(self.name, "seeds:", redis.apply(row, seed=True))
                 world.risk(self)
-            elif sale is None or fenced:
+            elif sale is None or fenced or sale.accepted < recorded:
                 yield from self._rebuild()
                 return
             elif not _agrees(sale, row):
@@ -437,19 +438,21 @@ class Operator(Process):
     def _rebuild(self) -> Steps:
         """Rebuilds the sale: fence, drain, restore from the ledger, trust."""
         world, redis, ledger = self.world, self.servers.redis, self.servers.ledger
-        sale = redis.keys.sale
+        redis.reached()
+        sale, stamp = redis.keys.sale, redis.stamp
         if sale is not None and redis.rebuilding(sale):
             raise Superseded
         ledger.reached()
-        claim = ledger.claim(0 if sale is None else sale.revision)
+        claim, recorded = ledger.claim(0 if sale is None else sale.revision), ledger.accepted()
         yield world.between(0.01, 0.1)
-        self._mark(claim)
+        redis.reached()
+        _continue_if(redis.mark_rebuild(claim, self.MARK_SECONDS, recorded=recorded))
         world.log(self.name, "begins rebuild", claim)
         world.risk(self)
         ends = [0] * PARTITIONS
         if world.rules.drain:
-            began = world.now
-            while self._unpublished(began):
+            began, sampled_from = world.now, redis.clock + SETTLED_BEFORE
+            while self.unpublished(began, sampled_from):
                 yield world.between(0.2, 0.5)
                 self._mark(claim)
             ends = self.servers.kafka.ends()
@@ -468,31 +471,36 @@ class Operator(Process):
         _continue_if(redis.fill_rebuild(claim, reservations))
         yield world.between(0.01, 0.3)
         redis.reached()
-        _continue_if(redis.finish_rebuild(claim, row))
+        _continue_if(redis.finish_rebuild(claim, row, stamp, len(reservations)))
         world.oracle.counts["rebuilt"] += 1
         world.log(self.name, "has rebuilt:", redis.keys.sale)
 
     def _mark(self, claim: int) -> None:
         self.servers.redis.reached()
-        _continue_if(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS))
+        _continue_if(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS, again=True))
 
     def _recorded(self, ends: list[int]) -> bool:
         """Whether the ledger has recorded all events before `ends`."""
         self.servers.ledger.reached()
         return self.servers.ledger.recorded(ends)
 
-    def _unpublished(self, began: float) -> bool:
-        """Whether the outbox or a pod may hold an event that Kafka lacks."""
-        redis, now = self.servers.redis, self.world.now
+    def unpublished(self, began: float, sampled_from: float) -> bool:
+        """Whether the outbox or a pod may hold an event that Kafka lacks.
+
+        `sampled_from` is by the clock of Redis.
+        """
+        rules, redis = self.world.rules, self.servers.redis
         redis.reached()
-        unseen = self.world.rules.unseen_pods_awaited and now < began + EXPIRY
+        unseen = rules.unseen_pods_awaited and self.world.now < began + EXPIRY
         return (
             unseen
             or bool(redis.keys.outbox)
             or any(
-                beat.sampled < began + SETTLED_BEFORE or beat.held > 0
+                beat.sampled < sampled_from
+                or beat.held > 0
+                or (rules.heartbeats_of_this_run and beat.stamp != redis.stamp)
                 for beat in redis.keys.heartbeats.values()
-                if beat.expires > now
+                if beat.sampled >= redis.clock - EXPIRY
             )
         )
 

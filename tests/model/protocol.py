@@ -12,6 +12,7 @@ copy, or be empty. The model's classes stand for these modules:
     processes.Consumer flashsale_consumer/worker.py
     processes.Operator flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
     rules.Rules        the parts that a run can leave out
+    schedules          short schedules, for parts that random runs need too rarely
 
 A run has one sale of few units, few users and thirty seconds of faults. Then everything comes back,
 and the system must come to rest and agree. A seed always gives the same run. A violation carries
@@ -210,7 +211,7 @@ class Run:
         redis = self.servers.redis
         if self.world.chance() < 0.5:
             self.world.log("redis", "is flushed")
-            redis.become(Keys(), restarted=False)
+            redis.become(Keys(), restarted=False, demoted=False)
         else:
             self._redis_returns("is new and empty", Keys(), self.world.between(0.5, 3.0))
 
@@ -223,6 +224,16 @@ class Run:
         redis = self.servers.redis
         self.world.log("redis", "was demoted and is the primary again")
         redis.become(redis.copy_of(3.0), restarted=False)
+
+        def forgets() -> Steps:
+            """Has no replica for long enough. Some call always comes before."""
+            redis.reserve(())
+            self.world.log("redis", "forgets its replication id")
+            redis.forget_replication()
+            yield from ()
+
+        if self.world.chance() < 0.5:
+            self.world.later(self.world.between(0.5, 6.0), forgets())
 
     def _redis_returns(self, message: str, keys: Keys, seconds: float) -> None:
         redis = self.servers.redis

@@ -71,3 +71,16 @@ class Rules:
     fence_on_replication_id: bool = True
     """sale.lua: the fence compares the replication id as well, because a server that was demoted
     and promoted again keeps its run_id."""
+    fence_latched: bool = True
+    """sale.lua: a script that finds a sale under another run makes it untrusted for good, because
+    the server can forget its replication id."""
+    lost_mark_ends_rebuild: bool = True
+    """fence.lua: a rebuild whose mark is gone ends, because the pods' heartbeats are gone too."""
+    operator_commits_kept: bool = True
+    """ledger.py: every commit of an operator is on the standby, so no revision is taken twice."""
+    fenced_not_republished: bool = True
+    """page.lua: the records of a fenced sale are not published again."""
+    heartbeats_of_this_run: bool = True
+    """heartbeat.py: a heartbeat with the clock of another run reports nothing yet."""
+    ledger_knows_more: bool = True
+    """decision.py, fence.lua: a sale with fewer accepted units than the ledger is rebuilt."""

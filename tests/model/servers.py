@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tests.model.world import Event, Unreachable, Violation, World, changes_of
 
 MAX_PER_USER = 2
 PARTITIONS = 3
+CLOCKS_APART = 60.0
+"""Difference between the clocks of two servers, in seconds."""
 LOST_REPLIES = 0.02
 """Share of the executed calls whose reply is lost."""
 
@@ -31,23 +33,26 @@ class Answer(NamedTuple):
     event: Event | None = None
 
 
+Stamp: TypeAlias = tuple[int, int]
+"""A run of the server: its run id and its replication id."""
+
+
 class Heartbeat(NamedTuple):
-    """`heartbeat.Heartbeat`, with the time at which its key expires."""
+    """`heartbeat.Report`, with the run of the server whose clock it used."""
 
     held: int
     sampled: float
-    expires: float
+    stamp: Stamp
 
 
 class Rebuilding(NamedTuple):
-    """The mark of a rebuild in progress: its claim, the server's stamp, the end of its lease."""
+    """The mark of a rebuild in progress: its claim and the end of its lease."""
 
     claim: int
-    stamp: tuple[int, int]
     until: float
 
 
-UNTRUSTED = (0, 0)
+UNTRUSTED: Stamp = (0, 0)
 """The stamp of a sale that is trusted under no server."""
 
 
@@ -55,7 +60,7 @@ UNTRUSTED = (0, 0)
 class SaleHash:
     """The sale's hash. It is trusted only under the server that has the same `stamp`."""
 
-    stamp: tuple[int, int]
+    stamp: Stamp
     revision: int
     state: str
     allocated: int
@@ -108,13 +113,18 @@ class Redis:
         self.up = True
         self.keys = Keys()
         self.run_id = world.new_id()
-        self.replication_id = world.new_id()
+        self.replication_id = 0
         self._copies: list[tuple[float, Keys]] = [(0.0, Keys())]
 
     # The server.
 
     @property
-    def stamp(self) -> tuple[int, int]:
+    def clock(self) -> float:
+        """The server's clock in seconds. Each server's is set differently."""
+        return self.world.now + (self.run_id % 3 - 1) * CLOCKS_APART
+
+    @property
+    def stamp(self) -> Stamp:
         """The server's run. A sale is trusted only if it was written under the same run."""
         by_replication = self.world.rules.fence_on_replication_id
         return (self.run_id, self.replication_id if by_replication else 0)
@@ -124,24 +134,29 @@ class Redis:
         if not self.up:
             raise Unreachable
 
-    def replied(self, *, stamp: tuple[int, int] | None = None) -> None:
+    def replied(self, *, stamp: Stamp | None = None) -> None:
         """Raises `Unreachable` if the reply of an executed call is lost."""
         if not self.up or self.world.chance() < LOST_REPLIES:
             raise Unreachable
         if stamp is not None and stamp != self.stamp and self.world.chance() < 0.5:
             raise Unreachable
 
-    def become(self, keys: Keys, *, restarted: bool = True) -> None:
-        """Takes an earlier state, in a new run of the server or in the same run."""
+    def become(self, keys: Keys, *, restarted: bool = True, demoted: bool = True) -> None:
+        """Takes an earlier state. The process restarts, was a replica meanwhile, or neither."""
         lost = changes_of(self.keys.reservations.values())
         lost -= changes_of(keys.reservations.values())
         self.world.oracle.lost |= lost
         self.world.log("redis", "loses", *sorted(lost))
         self.keys = keys.copy()
-        self.replication_id = self.world.new_id()
+        if restarted or demoted:
+            self.replication_id = self.world.new_id()
         if restarted:
             self.run_id = self.world.new_id()
         self._copies.append((self.world.now, self.keys.copy()))
+
+    def forget_replication(self) -> None:
+        """Forgets the replication id, as a server without replicas does after some time."""
+        self.replication_id = 0
 
     def copy_of(self, seconds: float) -> Keys:
         """Returns the state at a random moment of the last seconds."""
@@ -163,11 +178,19 @@ class Redis:
         sale = self.keys.sale
         return self.world.rules.fence and sale is not None and sale.stamp != self.stamp
 
+    def read_sale(self) -> SaleHash | None:
+        """Returns the sale. If it was written under another run, the fence is latched."""
+        sale, rules = self.keys.sale, self.world.rules
+        if sale is not None and self.fenced() and rules.fence_latched and sale.stamp != UNTRUSTED:
+            sale.stamp = UNTRUSTED
+            self._wrote()
+        return sale
+
     # The API's scripts.
 
     def reserve(self, batch: Sequence[Request]) -> list[Answer]:
         """reserve.lua."""
-        sale, keys = self.keys.sale, self.keys
+        sale, keys = self.read_sale(), self.keys
         if sale is None or self.fenced():
             return [Answer("unknown" if sale is None else "fenced")] * len(batch)
         answers = []
@@ -204,7 +227,7 @@ class Redis:
 
     def release(self, reservation_id: str) -> Answer:
         """Releases a reservation. Only the model has this call."""
-        sale, keys = self.keys.sale, self.keys
+        sale, keys = self.read_sale(), self.keys
         known = keys.reservations.get(reservation_id)
         if sale is None or known is None or self.fenced():
             return Answer("unknown")
@@ -258,7 +281,7 @@ class Redis:
 
     def apply(self, row: "Row", *, seed: bool) -> str:
         """apply.lua."""
-        sale = self.keys.sale
+        sale = self.read_sale()
         if sale is None:
             if not seed:
                 return "missing"
@@ -276,31 +299,48 @@ class Redis:
 
     def close(self, revision: int) -> None:
         """close.lua."""
-        sale = self.keys.sale
+        sale = self.read_sale()
         if sale is not None and revision >= sale.revision:
             sale.revision, sale.state = revision, "closed"
             self._wrote()
 
-    def mark_rebuild(self, claim: int, seconds: float) -> bool:
+    def republish(self) -> list[Event]:
+        """page.lua and republish.py: all records as events with the sale's current numbers."""
+        sale = self.read_sale()
+        if sale is None or (self.fenced() and self.world.rules.fenced_not_republished):
+            return []
+        capacity = sale.allocated + sale.released
+        return [
+            replace(event, capacity=capacity, revision=sale.revision)
+            for event in self.keys.reservations.values()
+        ]
+
+    def mark_rebuild(
+        self, claim: int, seconds: float, *, recorded: int = 0, again: bool = False
+    ) -> bool:
         """fence.lua: marks the sale for a rebuild, or renews the mark of that rebuild.
 
-        If the keys are missing, this creates a fenced sale, so that buyers do not get `unknown`.
+        If the keys are missing, the first call creates a fenced sale, so that buyers do not get
+        `unknown`. `recorded` is the ledger's accepted units.
         """
-        sale, now = self.keys.sale, self.world.now
+        rules, sale, now = self.world.rules, self.read_sale(), self.world.now
+        if again and rules.lost_mark_ends_rebuild and (sale is None or _claim(sale) != claim):
+            return False
         if sale is None:
             sale = self.keys.sale = SaleHash(UNTRUSTED, 0, "closed", 0)
-        elif self.world.rules.rebuild_guarded:
-            trusted = not (self.fenced() or sale.stamp == UNTRUSTED)
+        elif rules.rebuild_guarded:
+            complete = sale.accepted >= recorded or not rules.ledger_knows_more
+            trusted = not (self.fenced() or sale.stamp == UNTRUSTED) and complete
             if trusted or (self.rebuilding(sale) and claim != _claim(sale)):
                 return False
-        sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, self.stamp, now + seconds)
+        sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, now + seconds)
         self._wrote()
         return True
 
     def rebuilding(self, sale: SaleHash) -> bool:
         """Whether a rebuild has a mark on the sale that has not expired."""
         mark = sale.rebuilding
-        return mark is not None and mark.stamp == self.stamp and mark.until > self.world.now
+        return mark is not None and mark.until > self.world.now
 
     def fill_rebuild(self, claim: int, reservations: Mapping[str, Event]) -> bool:
         """restore.lua: writes the ledger's reservations."""
@@ -311,9 +351,12 @@ class Redis:
         self._wrote()
         return True
 
-    def finish_rebuild(self, claim: int, row: "Row") -> bool:
-        """trust.lua: opens the sale, as the last step of a rebuild."""
+    def finish_rebuild(self, claim: int, row: "Row", stamp: Stamp, reservations: int) -> bool:
+        """trust.lua: opens the sale, as the last step of a rebuild that began under `stamp`."""
         if self._of_another(claim):
+            return False
+        complete = stamp == self.stamp and len(self.keys.reservations) == reservations
+        if self.world.rules.rebuild_guarded and not complete:
             return False
         allocated = max(row.allocated, row.accepted - row.released)
         self.keys.sale = SaleHash(
@@ -323,12 +366,11 @@ class Redis:
         return True
 
     def _of_another(self, claim: int) -> bool:
-        """Whether the sale is not fenced, or not any more, for this rebuild in this run."""
+        """Whether the sale is not fenced, or not any more, for this rebuild."""
         sale = self.keys.sale
         if sale is None or not self.world.rules.rebuild_guarded:
             return sale is None
-        mark = sale.rebuilding
-        return mark is None or (mark.claim, mark.stamp) != (claim, self.stamp)
+        return _claim(sale) != claim
 
 
 def _claim(sale: SaleHash) -> int:
@@ -425,14 +467,14 @@ class Ledger:
         if not self.up:
             raise Unreachable
 
-    def rewind(self) -> None:
+    def rewind(self, *, oldest: bool = False) -> None:
         """Becomes an older copy, as in a failover to a standby that lagged.
 
-        The copy has the last rebuild's commit and the sale's declaration, because these two
-        commits are assumed to be on the standby (see docs/reliability.md).
+        The copy has every commit of the operators, because these are assumed to be on the standby
+        (see docs/reliability.md).
         """
         if self._copies:
-            keep = int(self.world.chance() * len(self._copies))
+            keep = 0 if oldest else int(self.world.chance() * len(self._copies))
             self.tables = self._copies[keep].copy()
             del self._copies[keep + 1 :]
 
@@ -447,7 +489,7 @@ class Ledger:
             row.allocated, row.state = stock, state
             row.revision = max(row.revision, above) + 1
             row.capacity = max(row.capacity, stock + row.released)
-            self._committed()
+            self._committed(durable=self.world.rules.operator_commits_kept)
         return row.copy(), False
 
     def claim(self, above: int) -> int:
@@ -458,6 +500,9 @@ class Ledger:
         row.revision = row.claimed = max(row.revision, above) + 1
         self._committed(durable=True)
         return row.claimed
+
+    def accepted(self) -> int:
+        return 0 if self.tables.row is None else self.tables.row.accepted
 
     def recorded(self, ends: Sequence[int]) -> bool:
         """Whether every event before these offsets is recorded."""
