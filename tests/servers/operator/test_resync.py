@@ -130,14 +130,21 @@ async def test_one_refused_namespace_does_not_stop_the_others(
 
 
 async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None) -> Resync:
-    """Run resyncs until the operator's readiness has that text. An empty text means ready."""
+    """Run resyncs until one has ended and the operator's readiness has that text.
+
+    An empty text means ready.
+    """
     own = own or resync_of(shop, FakeKube(), Queue())
+    before = own.ended
+
+    def look() -> bool:
+        found = own.unready
+        as_expected = expected in found if found and expected else not found and not expected
+        return own.ended != before and as_expected
+
     running = asyncio.create_task(own.run())
     try:
-        await until(
-            lambda: expected in own.unready if own.unready and expected else not own.unready,
-            lambda: f"{expected!r}, but {own.unready!r}",
-        )
+        await until(look, lambda: f"{expected!r}, but {own.unready!r}", seconds=20)
     finally:
         running.cancel()
         await asyncio.wait([running])
