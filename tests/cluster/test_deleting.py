@@ -26,6 +26,7 @@ def test_a_deletion_during_a_redis_outage_returns_and_is_completed_later(
     world.apply("alone")
     world.until("alone", state="Selling")
     world.redis.stop()
+    world.until("alone", ready="RedisUnavailable")
     world.delete("alone")
     assert "NotFound" in world.kubectl("get", "fs", "alone", check=False)
     eventually(lambda: closed_in_ledger(world, "alone"))

@@ -335,7 +335,8 @@ class Controller:
         """
         self._rebuilds.forget(key.sale_id)
         try:
-            await self.prepare()
+            if not self._prepared:
+                await ledger.migrate(self._pool)  # Redis may be away
             row = await ledger.sale(self._pool, key.sale_id)
             if row is not None and row.resource_uid is not None:
                 await self._reconciler.close(key.sale_id)

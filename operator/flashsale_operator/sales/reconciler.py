@@ -185,8 +185,11 @@ class Reconciler:
 
         Raises `UnknownSale` if the ledger has no row of the sale.
         """
-        engine_id = await engine.engine_id(self._inventory, self._pool)
+        inventory = self._inventory
+        engine_id = await ledger.engine_id(self._pool, inventory.engine, inventory.address)
+        # While Redis is away, the ledger notes the close. A resync then closes the sale in Redis.
         row = await self._close_row(sale_id)
+        await inventory.claim(engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         server = await self._inventory.server()
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)

@@ -70,9 +70,15 @@ async def test_two_ledgers_of_one_name_cannot_share_a_redis(
     expected = f"this Redis belongs to engine {foreign}, and the ledger to engine {own}, both named"
     with pytest.raises(OtherEngine, match=expected):
         await second.apply(sold)
+    assert await ledger.sale(other_pool, sold.sale_id) is None
+    await other_pool.execute(
+        "INSERT INTO sales (sale_id, item_id, allocated, revision, capacity) "
+        "VALUES ($1, $2, 10, 1, 10)",
+        sold.sale_id,
+        sold.item_id,
+    )
     with pytest.raises(OtherEngine, match=expected):
         await second.reconciler.close(sold.sale_id)
-    assert await ledger.sale(other_pool, sold.sale_id) is None
     assert await shop.sale(sold.item_id) == before
 
 
