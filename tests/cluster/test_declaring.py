@@ -166,8 +166,7 @@ def test_kubectl_get_shows_item_state_stock_and_window(
     world.apply("b-later", stock=5, startsAt="2998-11-27T09:00:00Z")
     world.until("a-selling", state="Selling")
     world.until("b-later", state="Scheduled")
-    table = [line.split() for line in world.kubectl("get", "fs").splitlines()]
-    assert table[0] == ["NAME", "ITEM", "STATE", "STOCK", "AVAILABLE", "STARTS", "ENDS", "AGE"]
-    selling = "a-selling a-selling Selling 100 100 2999-01-01T00:00:00Z"
-    assert table[1][:-1] == selling.split()
-    assert table[2][:-1] == ["b-later", "b-later", "Scheduled", "5", "5", "2998-11-27T09:00:00Z"]
+    table = [" ".join(line.split()) for line in world.kubectl("get", "fs").splitlines()]
+    assert table[0] == "NAME ITEM STATE READY STOCK AVAILABLE STARTS ENDS AGE"
+    assert table[1].startswith("a-selling a-selling Selling True 100 100 2999-01-01T00:00:00Z ")
+    assert table[2].startswith("b-later b-later Scheduled True 5 5 2998-11-27T09:00:00Z ")
