@@ -168,6 +168,10 @@ class Log:
     def group_id(self) -> str:
         return events.consumer_group(self.engine)
 
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a process that uses these topics."""
+        return {"FLASHSALE_KAFKA_BOOTSTRAP": self.bootstrap, "FLASHSALE_ENGINE": self.engine}
+
     async def create(self, *, largest_dead_letter: int | None = None) -> None:
         """Create the topics as the consumer does. `largest_dead_letter` is a limit in bytes."""
         if largest_dead_letter is not None:

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from dev.stack.servers import KafkaServer, PostgresServer
-from flashsale.keys import DEFAULT_ENGINE
 from flashsale.ledger import migrate
 from tests.support.consumer import Ledger, Log, Process, opened
-from tests.support.eventually import until
 
 
 @pytest.fixture
@@ -46,21 +44,3 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     yield start
     for process in processes:
         process.kill()
-
-
-@pytest.fixture
-async def default_log(kafka_server: KafkaServer) -> Log:
-    """The topics and the group that a process uses. The topics are empty."""
-    log = Log(kafka_server.bootstrap, DEFAULT_ENGINE)
-
-    async def forgotten() -> bool:
-        return not await log.committed()
-
-    await log.create()
-    await log.delete(log.topic)
-    await log.delete(log.dead_letter_topic)
-    # Kafka deletes the group's offsets with the topic. Otherwise an earlier test's engine would
-    # own the group.
-    await until(forgotten, "the group has no offsets")
-    await log.create()
-    return log

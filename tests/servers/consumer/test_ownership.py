@@ -152,20 +152,18 @@ async def test_of_two_engines_that_start_together_one_leaves_the_group(
 
 
 async def test_the_ledger_of_an_engine_of_another_name_is_refused_until_it_is_replaced(
-    ledger: Ledger, default_log: Log, start: Callable[..., Process]
+    ledger: Ledger, log: Log, start: Callable[..., Process]
 ) -> None:
     await ledger.pool.execute("UPDATE engine SET name = 'brand'")
-    consumer = start(
-        FLASHSALE_KAFKA_BOOTSTRAP=default_log.bootstrap, FLASHSALE_DATABASE_URL=ledger.url
-    )
-    sentence = "the ledger belongs to the engine brand, but FLASHSALE_ENGINE is flashsale"
+    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
+    sentence = f"the ledger belongs to the engine brand, but FLASHSALE_ENGINE is {log.engine}"
     await consumer.until_prints(sentence)
     assert await consumer.status("/healthz") == 200
     async with httpx.AsyncClient(base_url=consumer.url) as client:
         answer = await client.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["detail"].startswith(sentence)
-    await ledger.pool.execute("UPDATE engine SET name = 'flashsale'")
+    await ledger.pool.execute("UPDATE engine SET name = $1", log.engine)
     await consumer.until_serves("/readyz")
     assert consumer.output.count(sentence) == 1
     assert "Traceback" not in consumer.output

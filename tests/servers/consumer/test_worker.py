@@ -12,7 +12,6 @@ from asyncpg.pool import Pool
 
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
-from flashsale.keys import DEFAULT_ENGINE
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics, worker
 from tests.support.consumer import (
@@ -242,16 +241,16 @@ async def test_two_groups_on_one_ledger_count_each_event_once(ledger: Ledger, lo
 
 @pytest.mark.slow
 async def test_killed_consumers_lose_and_double_nothing(
-    ledger: Ledger, default_log: Log, start: Callable[..., Process]
+    ledger: Ledger, log: Log, start: Callable[..., Process]
 ) -> None:
     environment = {
-        "FLASHSALE_KAFKA_BOOTSTRAP": default_log.bootstrap,
+        **log.environment(),
         "FLASHSALE_DATABASE_URL": ledger.url,
     }
     sold = [accepted(number) for number in range(20_000)]
 
     consumer = start(**environment)
-    writing = asyncio.create_task(default_log.write(*sold))
+    writing = asyncio.create_task(log.write(*sold))
     for least in (1, 8_000):
         await ledger.until_rows(least)
         consumer.signal(signal.SIGKILL)
@@ -266,24 +265,22 @@ async def test_killed_consumers_lose_and_double_nothing(
 
 @pytest.mark.slow
 async def test_a_read_only_ledger_loses_nothing(
-    ledger: Ledger, default_log: Log, start: Callable[..., Process], postgres_server: PostgresServer
+    ledger: Ledger, log: Log, start: Callable[..., Process], postgres_server: PostgresServer
 ) -> None:
     name = ledger.url.rpartition("/")[2]
-    consumer = start(
-        FLASHSALE_KAFKA_BOOTSTRAP=default_log.bootstrap, FLASHSALE_DATABASE_URL=ledger.url
-    )
+    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
     sold = [accepted(number) for number in range(3_000)]
-    await default_log.write(*sold[:1_000])
+    await log.write(*sold[:1_000])
     await ledger.until_has(*sold[:1_000])
 
     async with connected(postgres_server.url) as admin:
         await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
         await terminate(admin, name)
-        await default_log.write(*sold[1_000:2_000], b"bad")
+        await log.write(*sold[1_000:2_000], b"bad")
         await consumer.until_prints("waiting for the ledger")
         assert await consumer.status("/healthz") == 200
         assert not await ledger.has(sold[1_999])
-        await default_log.write(*sold[2_000:])
+        await log.write(*sold[2_000:])
         await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
         await terminate(admin, name)
 
@@ -291,7 +288,7 @@ async def test_a_read_only_ledger_loses_nothing(
     await consumer.until_prints("the ledger is back")
     assert await consumer.status("/healthz") == 200
     assert consumer.output.count("waiting for the ledger") == 1
-    assert len(await default_log.dead_letters(1)) == 1
+    assert len(await log.dead_letters(1)) == 1
 
 
 @pytest.mark.slow
@@ -299,22 +296,20 @@ async def test_a_read_only_ledger_loses_nothing(
 async def test_a_ledger_that_is_away_loses_nothing(
     fault: str,
     own_postgres: PostgresServer,
-    default_log: Log,
+    log: Log,
     start: Callable[..., Process],
 ) -> None:
     async with database(own_postgres) as url:
-        consumer = start(
-            FLASHSALE_KAFKA_BOOTSTRAP=default_log.bootstrap, FLASHSALE_DATABASE_URL=url
-        )
+        consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=url)
         sold = [accepted(number) for number in range(2_000)]
         async with opened(url) as ledger:
-            await default_log.write(*sold[:1_000])
+            await log.write(*sold[:1_000])
             await ledger.until_has(*sold[:1_000])
         if fault == "stopped":
             own_postgres.stop()
         else:
             own_postgres.pause()
-        await default_log.write(*sold[1_000:])
+        await log.write(*sold[1_000:])
         await consumer.until_prints("waiting for the ledger")
         assert await consumer.status("/healthz") == 200
         if fault == "stopped":
@@ -444,8 +439,8 @@ async def test_kafka_may_start_later_and_go_away(
     ledger: Ledger, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Process]
 ) -> None:
     kafka = KafkaServer(tmp_path_factory.mktemp("late-kafka"))
-    log = Log(kafka.bootstrap, DEFAULT_ENGINE)
-    consumer = start(FLASHSALE_KAFKA_BOOTSTRAP=log.bootstrap, FLASHSALE_DATABASE_URL=ledger.url)
+    log = Log(kafka.bootstrap)
+    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
     await consumer.until_prints("waiting for Kafka")
     assert await consumer.status("/healthz") == 200
     assert await consumer.status("/readyz") == 503
