@@ -77,7 +77,7 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
     kubeconfig = cluster.kubeconfig_for_service_account(namespace, "shop-flashsale-operator")
     served = release.environment("operator")["FLASHSALE_NAMESPACES"]
     with RedisServer(tmp_path / "redis") as redis:
-        addresses = Addresses(redis.url, kafka_server.bootstrap, database)
+        addresses = Addresses(redis.url, kafka_server.bootstrap, database, "purchase")
         environment = {
             **addresses.environment(),
             "KUBECONFIG": str(kubeconfig),

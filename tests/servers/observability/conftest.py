@@ -47,7 +47,7 @@ def engine(
             plane=control_plane,
             namespace=namespace,
             redis=redis,
-            addresses=Addresses(redis.url, kafka_server.bootstrap, database_url),
+            addresses=Addresses(redis.url, kafka_server.bootstrap, database_url, namespace),
             folder=folder,
             kubeconfig=control_plane.kubeconfig,
         )

@@ -58,15 +58,16 @@ def test_processes_log_few_lines_in_json_without_users(engine: ObservedEngine) -
 
 @pytest.mark.slow
 def test_an_unreadable_outbox_entry_is_logged_without_its_buyer(engine: ObservedEngine) -> None:
-    keys = ItemKeys.of("torn")
+    name = engine.world.addresses.engine
+    keys = ItemKeys.of("torn", name)
     with redis_client.Redis.from_url(engine.world.redis.url) as client:
         fields = {"id": "x", "record": "accepted,1,1,buyer-7", "sale": "a,1,1,1"}
         client.xadd(keys.outbox, {**fields, "traceparent": ""}, id="1-1")
-        client.sadd(items("flashsale"), "torn")
+        client.sadd(items(name), "torn")
         try:
             eventually(lambda: "the outbox of torn cannot be swept" in engine.api.log.read_text())
         finally:
-            client.srem(items("flashsale"), "torn")
+            client.srem(items(name), "torn")
             client.delete(keys.outbox)
     assert "not a reservation record" in engine.api.log.read_text()
     assert "buyer-7" not in engine.api.log.read_text()

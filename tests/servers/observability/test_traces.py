@@ -5,6 +5,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -12,18 +13,19 @@ import pytest
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
-from dev.stack.servers import KafkaServer, RedisServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
 from tests.support.eventually import eventually
+from tests.support.servers import database
 from tests.support.trace_collector import Collector, Span, collecting
 
 WAY = (
     "POST /reserve",
     "EVALSHA reserve",
-    "send flashsale.reservations",
-    "process flashsale.reservations",
+    "send traces.reservations",
+    "process traces.reservations",
     "INSERT reservations",
 )
 
@@ -39,16 +41,21 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         yield collector
 
 
-@pytest.fixture
-def addresses(redis_server: RedisServer, kafka_server: KafkaServer, database_url: str) -> Addresses:
-    return Addresses(redis_server.url, kafka_server.bootstrap, database_url)
+@pytest.fixture(scope="module")
+def addresses(
+    redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
+) -> Iterator[Addresses]:
+    """An engine of this module, because other modules share its Kafka with other ledgers."""
+    with database(postgres_server) as url:
+        yield Addresses(redis_server.url, kafka_server.bootstrap, url, "traces")
 
 
 def seed(addresses: Addresses, item: str) -> None:
     async def apply() -> None:
         redis = redis_client.connect(addresses.redis_url)
         spec = SaleSpec(f"default/{item}", item, 10)
-        assert await Inventory(redis).apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
+        inventory = Inventory(redis, addresses.engine)
+        assert await inventory.apply(spec, 1, seed_until_ms=2**53) is Applied.SEEDED
         await redis.aclose()
 
     asyncio.run(apply())
@@ -114,7 +121,7 @@ def test_one_trace_goes_from_the_request_to_the_ledger(
     assert (
         send["messaging.destination.partition.id"] == process["messaging.destination.partition.id"]
     )
-    assert process["messaging.consumer.group.name"] == "flashsale-ledger"
+    assert process["messaging.consumer.group.name"] == "traces-ledger"
     assert process["flashsale.result"] == "recorded"
     assert insert["db.system.name"] == "postgresql"
     values = [value for span in trace.values() for value in span.attributes.values()]
@@ -126,7 +133,7 @@ def test_an_event_swept_by_another_pod_stays_in_the_trace_of_its_request(
     collector: Collector, addresses: Addresses, item: str, tmp_path: Path
 ) -> None:
     seed(addresses, item)
-    cut_off = Addresses(addresses.redis_url, f"127.0.0.1:{free_port()}", "")
+    cut_off = replace(addresses, kafka_bootstrap=f"127.0.0.1:{free_port()}")
     first = ApiServer(tmp_path / "first", cut_off)
     first.start()
     try:
