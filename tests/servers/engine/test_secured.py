@@ -203,15 +203,17 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
     monkeypatch: pytest.MonkeyPatch,
     authority: Authority,
     kafka: str,
-    redis_server: RedisServer,
     postgres_server: PostgresServer,
     database_url: str,
     item: str,
 ) -> None:
     async with AsyncExitStack() as stack:
+        redis = RedisServer(tmp_path / "redis")
+        await asyncio.to_thread(redis.start)
+        stack.callback(redis.stop)
         redis_port, database_port = [
             await stack.enter_async_context(relay(port, authority.server, asked=asked))
-            for port, asked in ((redis_server.port, False), (postgres_server.port, True))
+            for port, asked in ((redis.port, False), (postgres_server.port, True))
         ]
         database = database_url.replace(f":{postgres_server.port}/", f":{database_port}/")
         addresses = Addresses(
