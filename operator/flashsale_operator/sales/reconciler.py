@@ -158,7 +158,7 @@ class Reconciler:
                         raise ContractViolation(_UNREADABLE.format(spec.item_id))
                     if answer is Applied.OTHER_ENGINE:
                         raise OtherEngine(engine.in_redis(spec.item_id))
-                    if answer in _CHANGED_REDIS:
+                    if answer in _CHANGED_REDIS and applied is not Applied.SEEDED:
                         applied = answer
                 case Done() as done:
                     await self._adopt(observed.row, resource_uid)
