@@ -183,7 +183,7 @@ def _within_redis(facts: Facts) -> list[str]:
     differences = []
     if sale.held > sale.allocated:
         differences.append(f"oversold: {sale.held} units held, {sale.allocated} allocated")
-    if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
+    if state_of(row, sale, server) is SaleState.FENCED:
         differences.append("fenced: Redis restarted or lost keys, and the sale is not rebuilt yet")
     if row is None:
         return differences

@@ -161,8 +161,14 @@ def spec_of(row: SaleRow) -> SaleSpec:
 
 
 def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> SaleState:
-    """Returns the state of a sale from its ledger row and Redis' sale of the item."""
+    """Returns the state of a sale from its ledger row and Redis' sale of the item.
+
+    A sale that both have closed is not fenced by a restart of Redis: it accepts nothing anyway, and
+    is rebuilt when its manifest is applied again.
+    """
     if sale is not None and (row is None or sale.sale_id == row.sale_id):
+        if row is not None and row.closed and sale.stored_state == "closed" and not sale.torn:
+            return SaleState.CLOSING
         return sale.state(server.now_ms, server.run_id)
     if row is None:
         return SaleState.UNKNOWN

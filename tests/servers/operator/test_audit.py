@@ -58,6 +58,23 @@ def test_units_in_the_outbox_or_unread_are_in_flight(changes: dict[str, Any]) ->
     assert verdict(**changes) == (Verdict.IN_FLIGHT, ())
 
 
+def test_a_restart_of_redis_does_not_fence_a_closed_sale() -> None:
+    closed = a_row(closed=True, accepted=4)
+    facts = replace(
+        AGREED,
+        before=closed,
+        holder=a_sale(stored_state="closed", accepted=4, run_id="run-0"),
+        after=tally(row=closed),
+    )
+    finding = compare(facts)
+    assert (finding.state, finding.verdict, finding.notes) == (SaleState.CLOSING, Verdict.OK, ())
+    torn = compare(replace(facts, holder=replace(a_sale(), torn=True, stored_state="closed")))
+    assert torn.verdict is Verdict.DISAGREES
+    # The close has not reached Redis yet.
+    unclosed = compare(replace(facts, holder=a_sale(accepted=4, run_id="run-0")))
+    assert (unclosed.state, unclosed.verdict) == (SaleState.FENCED, Verdict.DISAGREES)
+
+
 def test_lag_without_a_difference_belongs_to_another_sale() -> None:
     assert verdict(lag=7) == (Verdict.OK, ())
 
