@@ -22,7 +22,7 @@ from flashsale.outbox import Outbox
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
-from flashsale_api.heartbeat import Heart
+from flashsale_api.heartbeat import Heartbeat
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
@@ -79,7 +79,7 @@ def create_app(
     engine = Engine(settings.engine)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
     batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
-    heart = Heart(pod_id, inventory, batcher, publisher, engine, metrics)
+    heartbeat = Heartbeat(pod_id, inventory, batcher, publisher, engine, metrics)
     sales = Sales(inventory, SaleViews(inventory))
     redis_checked = asyncio.Event()
 
@@ -92,7 +92,7 @@ def create_app(
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
                 ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
-                ("heartbeat", heart.run()),
+                ("heartbeat", heartbeat.run()),
             )
         ]
 
@@ -112,7 +112,7 @@ def create_app(
                 log.warning("%d accepted reservations remain for another pod's sweep", left)
             else:
                 with contextlib.suppress(RedisUnavailable):
-                    await heart.stop()
+                    await heartbeat.stop()
             for task in tasks:
                 task.remove_done_callback(ended)
                 task.cancel()

@@ -8,10 +8,12 @@ import asyncio
 import logging
 from typing import Final
 
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError
 
 from flashsale import events
+from flashsale.errors import FlashsaleError
 from flashsale.settings import KafkaSettings
 
 log = logging.getLogger(__name__)
@@ -66,39 +68,43 @@ class Engine:
         return conflict
 
 
+class OwnerUnknown(FlashsaleError):
+    """Kafka cannot say which engine owns the consumer group."""
+
+
 class GroupOwner:
-    """Reads which engine owns the consumer group."""
+    """Reads which engine owns the consumer group. The offset of partition 0 names it."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
         self._kafka = kafka
         self._group = events.consumer_group(kafka.engine)
+        self._decisive = TopicPartition(events.topic(kafka.engine), 0)
         self._refused = False
 
     async def read(self) -> str | None:
-        """Returns the engine's id, or None if no consumer has named one or Kafka cannot say."""
+        """Returns the engine's id, or None if no consumer has named one. Raises `OwnerUnknown`."""
         admin = AIOKafkaAdminClient(
             **self._kafka.kafka_client(), request_timeout_ms=TIMEOUT_SECONDS * 1000
         )
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 await admin.start()
-                offsets = await admin.list_consumer_group_offsets(self._group)
-        except GroupAuthorizationFailedError:
-            if not self._refused:
-                log.warning(
-                    "Kafka does not show the group %s: allow this user Describe on it", self._group
+                offsets = await admin.list_consumer_group_offsets(
+                    self._group, partitions=[self._decisive]
                 )
-            self._refused = True
-            return None
         except (KafkaError, OSError, TimeoutError) as error:
-            log.debug("the owner of the group %s is not known: %r", self._group, error)
-            return None
+            self._warn_once(error)
+            raise OwnerUnknown(f"the owner of the group {self._group}: {error!r}") from error
         finally:
             await admin.close()
-        topic = events.topic(self._kafka.engine)
-        owners = (
-            events.owner(committed.metadata)
-            for partition, committed in sorted(offsets.items())
-            if partition.topic == topic
-        )
-        return next(owners, None)
+        # aiokafka ignores the error of a whole group. Its answer then has no partitions.
+        if self._decisive not in offsets:
+            raise OwnerUnknown(f"Kafka does not show the offsets of the group {self._group}")
+        return events.owner(offsets[self._decisive].metadata)
+
+    def _warn_once(self, error: Exception) -> None:
+        if isinstance(error, GroupAuthorizationFailedError) and not self._refused:
+            self._refused = True
+            log.warning(
+                "Kafka does not show the group %s: allow this user Describe on it", self._group
+            )

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Heart:
+class Heartbeat:
     """Sends the heartbeat of a pod."""
 
     pod_id: str

@@ -25,7 +25,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
-from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner
+from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
 from flashsale_api.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -215,8 +215,14 @@ class Publisher:
             await self._check_owner()
 
     async def _check_owner(self) -> None:
-        """Raises `OtherEngine` if another engine's consumers would record this pod's events."""
-        self._engine.found_in_kafka(await self._owner.read())
+        """Raises `OtherEngine` if another engine's consumers would record this pod's events.
+
+        The last answer counts while Kafka cannot say who owns the group.
+        """
+        try:
+            self._engine.found_in_kafka(await self._owner.read())
+        except OwnerUnknown as error:
+            log.debug("%s", error)
         if self._engine.conflict:
             raise OtherEngine(self._engine.conflict)
 

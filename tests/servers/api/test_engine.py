@@ -11,9 +11,12 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
 from dev.services import Addresses, ApiServer
+from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, keys
 from flashsale.inventory import Inventory
+from flashsale.settings import KafkaSettings
+from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
 from tests.support.eventually import until
 from tests.support.inventory import a_sale, opened
 
@@ -81,6 +84,26 @@ async def test_a_redis_that_changes_its_engine_stops_the_pod_until_it_is_back(
 
     await until(accepted, "the pod accepts again")
     assert (await ready(api))[0] == 200
+
+
+async def test_an_outage_of_kafka_does_not_end_a_conflict(
+    kafka_server: KafkaServer, name: str
+) -> None:
+    engine = Engine(name)
+    engine.found_in_redis(OWN)
+    engine.found_in_kafka(OTHER)
+    away = KafkaSettings(kafka_bootstrap=f"127.0.0.1:{free_port()}", engine=name)
+    with pytest.raises(OwnerUnknown):
+        await GroupOwner(away).read()
+    assert OTHER in engine.conflict
+    there = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=name)
+
+    async def unowned() -> bool:
+        engine.found_in_kafka(await GroupOwner(there).read())
+        return engine.conflict == ""
+
+    # A new Kafka has no group coordinator for a moment.
+    await until(unowned, "the group has no owner", ignoring=(OwnerUnknown,))
 
 
 async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
