@@ -48,7 +48,6 @@ def dockerfile(component: str) -> str:
     return (ROOT / DEPLOYABLES[component] / "Dockerfile").read_text()
 
 
-@pytest.mark.slow
 @each_component
 def test_a_pod_gets_all_required_settings_and_no_unknown_ones(
     plain: Rendered, component: str
@@ -60,7 +59,6 @@ def test_a_pod_gets_all_required_settings_and_no_unknown_ones(
     assert required <= given <= known
 
 
-@pytest.mark.slow
 def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) -> None:
     changes = {
         "engine": "other",
@@ -75,14 +73,12 @@ def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) ->
     assert trigger["consumerGroup"] == events.consumer_group("other")
 
 
-@pytest.mark.slow
 @each_component
 def test_a_container_exposes_the_ports_of_its_process(plain: Rendered, component: str) -> None:
     ports = {each["containerPort"] for each in plain.container(component)["ports"]}
     assert ports == default_ports(component)
 
 
-@pytest.mark.slow
 @each_component
 def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: str) -> None:
     container = plain.container(component)
@@ -96,7 +92,6 @@ def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: st
         assert f'"{path}"' in inspect.getsource(APPS[component])
 
 
-@pytest.mark.slow
 def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_main))
     assert found is not None
@@ -110,13 +105,11 @@ def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 
-@pytest.mark.slow
 def test_the_operators_role_has_the_rules_of_its_file(plain: Rendered) -> None:
     rules = yaml.safe_load((CHART / "files/operator-rules.yaml").read_text())
     assert plain.one("Role", "operator")["rules"] == rules["namespaced"]
 
 
-@pytest.mark.slow
 def test_the_installed_crd_is_the_file(plain: Rendered) -> None:
     (rendered,) = plain.all("CustomResourceDefinition")
     file = yaml.safe_load(CRD.read_text())

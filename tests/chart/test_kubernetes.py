@@ -19,6 +19,7 @@ from tests.support.chart import (
     at,
     merged,
 )
+from tests.support.manifests import flash_sale
 from tests.support.paths import CHART, CRD
 
 pytestmark = pytest.mark.slow
@@ -195,12 +196,7 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
 
     small = merged(ADDRESSES, at("operator.namespaces", [namespace]))
     helm("install", "shop", str(CHART), values=small)
-    sale: dict[str, Any] = {
-        "apiVersion": "flashsale.dev/v1alpha1",
-        "kind": "FlashSale",
-        "metadata": {"name": "iphone-15", "namespace": namespace},
-        "spec": {"itemId": "iphone_15", "stock": 100},
-    }
+    sale = flash_sale("iphone-15", "iphone_15", namespace=namespace, stock=100)
     cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(sale), check=True)
     account = f"system:serviceaccount:{namespace}:shop-flashsale-operator"
@@ -275,12 +271,7 @@ def test_people_with_edit_may_sell_and_people_with_view_may_read(
         aggregate(cluster, role)
         bind = ("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er")
         cluster.kubectl(*bind, "-n", release, check=True)
-    sale = {
-        "apiVersion": "flashsale.dev/v1alpha1",
-        "kind": "FlashSale",
-        "metadata": {"name": "iphone-15"},
-        "spec": {"itemId": "iphone_15", "stock": 100},
-    }
+    sale = flash_sale("iphone-15", "iphone_15", stock=100)
     patch = ("patch", "fs", "iphone-15", "--type=merge", "-p")
     status = (*patch, '{"status":{"accepted":1}}', "--subresource=status")
 

@@ -7,8 +7,6 @@ import pytest
 from tests.support.chart import ADDRESSES, Helm, Refused, at
 from tests.support.paths import CHART
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
     ("values", "message"),

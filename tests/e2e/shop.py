@@ -13,6 +13,7 @@ import yaml
 
 from dev.cluster.node import Cluster
 from tests.support.eventually import eventually
+from tests.support.manifests import flash_sale
 from tests.support.paths import ROOT
 
 HERE: Final = Path(__file__).parent
@@ -108,14 +109,7 @@ class Shop:
 
     def declare(self, name: str, stock: int) -> None:
         """Apply a sale of an item of the same name and wait until it sells."""
-        self.apply(
-            {
-                "apiVersion": "flashsale.dev/v1alpha1",
-                "kind": "FlashSale",
-                "metadata": {"name": name},
-                "spec": {"itemId": name, "stock": stock},
-            }
-        )
+        self.apply(flash_sale(name, stock=stock))
         self.until_sale(name, "Selling")
 
     def until(self, look: Callable[[], object], expected: str, seconds: float = SECONDS) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.e2e.shop import CHANGED, COMPONENTS, Object, Shop, block
+from tests.support.manifests import flash_sale
 from tests.support.paths import CHART, ROOT
 
 BRAND = "brand"
@@ -77,12 +78,9 @@ def test_a_rollout_ends_in_a_full_quota(brand: Shop) -> None:
 
 def test_a_quota_limits_the_flashsales_of_a_namespace(brand: Shop) -> None:
     def refused() -> bool:
-        sale = {
-            "apiVersion": "flashsale.dev/v1alpha1",
-            "kind": "FlashSale",
-            "metadata": {"generateName": "more-"},
-            "spec": {"itemId": "more", "stock": 1, "paused": True},
-        }
+        # Another name each time, because an attempt before the quota counts makes an object.
+        sale = flash_sale("more", stock=1, paused=True)
+        sale["metadata"] = {"generateName": "more-"}
         output = brand.kubectl("create", "--filename=-", stdin=json.dumps(sale), check=False)
         return "exceeded quota: tenant" in output and "flashsales.flashsale.dev=3" in output
 

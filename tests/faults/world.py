@@ -22,6 +22,7 @@ from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, heartbeat
 from tests.faults.redis_pair import RedisPair
 from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step
+from tests.support.manifests import flash_sale
 from tests.support.paths import CRD
 from tests.support.proxy import Proxy
 
@@ -61,20 +62,14 @@ class Sale:
         return f"{NAMESPACE}/{self.item}"
 
     def manifest(self) -> str:
-        spec = {
-            "itemId": self.item,
-            "stock": self.stock,
-            "maxPerUser": self.max_per_user,
-            "paused": self.paused,
-        }
-        return json.dumps(
-            {
-                "apiVersion": "flashsale.dev/v1alpha1",
-                "kind": "FlashSale",
-                "metadata": {"name": self.item, "namespace": NAMESPACE},
-                "spec": spec,
-            }
+        sale = flash_sale(
+            self.item,
+            namespace=NAMESPACE,
+            stock=self.stock,
+            maxPerUser=self.max_per_user,
+            paused=self.paused,
         )
+        return json.dumps(sale)
 
 
 @dataclass

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from tests.support.manifests import flash_sale
+
 STOCK = "spec.stock: must be an integer from 0 to 100000000"
 PER_USER = "spec.maxPerUser: must be an integer from 1 to 1000"
 ITEM = (
@@ -139,15 +141,12 @@ BAD_MANIFESTS = {
 
 def manifest(bad: Bad = Bad(())) -> dict[str, Any]:
     """Returns the manifest as YAML and the kube-apiserver parse it."""
-    return _with(
-        {
-            "apiVersion": "flashsale.dev/v1alpha1",
-            "kind": "FlashSale",
-            "metadata": _with({"name": "iphone-15"}, bad.metadata),
-            "spec": _with({"itemId": "iphone_15", "stock": 100}, bad.spec),
-        },
-        bad.top,
-    )
+    good = flash_sale("iphone-15", "iphone_15", stock=100)
+    parts = {
+        "metadata": _with(good["metadata"], bad.metadata),
+        "spec": _with(good["spec"], bad.spec),
+    }
+    return _with(good | parts, bad.top)
 
 
 def _with(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dev.stack.process import Server
 from dev.stack.servers import RedisServer
 from flashsale.keys import ItemKeys
 from tests.support.eventually import eventually
+from tests.support.manifests import flash_sale
 from tests.support.paths import CHART_FILES
 
 RULES = CHART_FILES / "operator-rules.yaml"
@@ -87,12 +88,8 @@ class World:
         self.kubectl("apply", "-f", "-", stdin=json.dumps(self.manifest(name, item, **spec)))
 
     def manifest(self, name: str, item: str | None = None, **spec: object) -> dict[str, Any]:
-        return {
-            "apiVersion": "flashsale.dev/v1alpha1",
-            "kind": "FlashSale",
-            "metadata": {"name": name, "namespace": self.namespace},
-            "spec": {"itemId": item or name, "stock": 10, **spec},
-        }
+        """Make a FlashSale of the namespace, of ten units unless `spec` has another stock."""
+        return flash_sale(name, item, namespace=self.namespace, **{"stock": 10, **spec})
 
     def delete(self, name: str) -> None:
         """Run `kubectl delete`, which waits until the object is gone."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from tests.support.manifests import flash_sale
 
 
 async def flashsalectl(
@@ -33,14 +34,7 @@ async def flashsalectl(
 
 def manifest(item: str, **spec: object) -> str:
     """Make the manifest of the item's sale, `default/<item>`."""
-    return json.dumps(
-        {
-            "apiVersion": "flashsale.dev/v1alpha1",
-            "kind": "FlashSale",
-            "metadata": {"name": item},
-            "spec": {"itemId": item, **spec},
-        }
-    )
+    return json.dumps(flash_sale(item, item, namespace=None, **spec))
 
 
 @dataclass(frozen=True, slots=True)

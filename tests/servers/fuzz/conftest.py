@@ -7,30 +7,7 @@ import pytest
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from tests.support.api import (
-    OpenSale,
-    api,
-    http,
-    open_sale,
-    own_api,
-    own_http,
-    own_inventory,
-    own_redis,
-    proxy,
-    without_kafka,
-)
-
-__all__ = [
-    "api",
-    "http",
-    "open_sale",
-    "own_api",
-    "own_http",
-    "own_inventory",
-    "own_redis",
-    "proxy",
-    "without_kafka",
-]
+from tests.support.api import OpenSale
 
 
 @pytest.fixture
