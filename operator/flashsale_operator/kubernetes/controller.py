@@ -13,8 +13,6 @@ from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
     LedgerUnavailable,
-    OtherEngine,
-    RedisMoved,
     RedisUnavailable,
 )
 from flashsale.inventory import Inventory
@@ -22,6 +20,12 @@ from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
 from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
 from flashsale_operator.kubernetes.events import Known
+from flashsale_operator.kubernetes.failures import (
+    REPORTED,
+    RETRIED,
+    result_of_error,
+    server_of,
+)
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
@@ -29,38 +33,11 @@ from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import engine, manifest
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.manifest import ManifestError
-from flashsale_operator.sales.offsets import KafkaUnavailable
 from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_unsafe_redis
 
 log = logging.getLogger(__name__)
 
 RECONCILES_AT_ONCE: Final = 16
-SERVERS: Final[tuple[tuple[type[FlashsaleError], str], ...]] = (
-    (RedisUnavailable, "redis"),
-    (LedgerUnavailable, "ledger"),
-    (KafkaUnavailable, "kafka"),
-    (KubeUnavailable, "kubernetes"),
-)
-_REPORTED: Final = (
-    RedisUnavailable,
-    LedgerUnavailable,
-    ContractViolation,
-    OtherEngine,
-    RedisMoved,
-)
-"""Errors of a reconcile that the FlashSale's status reports."""
-_RETRIED: Final = frozenset(
-    {
-        Reason.REDIS_UNAVAILABLE,
-        Reason.LEDGER_UNAVAILABLE,
-        Reason.KAFKA_UNAVAILABLE,
-        Reason.UNREADABLE,
-        Reason.INVALID_SPEC,
-        Reason.OTHER_ENGINE,
-        Reason.REDIS_MOVED,
-    }
-)
-"""Reasons of a reconcile that did not finish, and is retried with a back-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +150,7 @@ class Controller:
         unprepared: FlashsaleError | None = None
         try:
             await self.prepare()
-        except _REPORTED as error:
+        except REPORTED as error:
             self._failed(error)
             unprepared = error
         own, owner = await self._own_id(), Status.parse(live.get("status") or {}).engine
@@ -209,7 +186,7 @@ class Controller:
         self._count_fences(memory, result.state)
         written = await self._report(key, memory, live, result)
         return Requeue(
-            failed=result.reason in _RETRIED or not written,
+            failed=result.reason in RETRIED or not written,
             changes_ms=tuple(ms for ms in bounds if ms is not None),
         )
 
@@ -239,7 +216,7 @@ class Controller:
             row = await ledger.sale(self._pool, key.sale_id)
             if row is not None and row.resource_uid is not None and not row.closed:
                 await self._reconciler.close(key.sale_id)
-        except _REPORTED as error:
+        except REPORTED as error:
             self._failed(error)
             log.warning("%s: left to engine %s, but not closed: %s", key.sale_id, owner, error)
             return Requeue(failed=True)
@@ -260,7 +237,7 @@ class Controller:
                 # Another party's finalizer keeps the object. The sale is closed without it.
                 return await self._reconciler.close(spec.sale_id)
             result = await self._reconciler.reconcile(spec, metadata["uid"])
-        except (*_REPORTED, UnknownSale) as error:
+        except (*REPORTED, UnknownSale) as error:
             self._failed(error)
             return await self._failed_result(spec, error)
         if result.state is not SaleState.FENCED:
@@ -343,7 +320,7 @@ class Controller:
                 metadata = {**key._asdict(), "uid": row.resource_uid}
                 body = events.event_object(events.CLOSED, metadata, "", self._clock())
                 await self._kube.create_event(key.namespace, body)
-        except _REPORTED as error:
+        except REPORTED as error:
             self._failed(error)
             log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
             return Requeue(failed=True)
@@ -354,25 +331,3 @@ class Controller:
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
         self._metrics.failures.labels(server_of(error)).inc()
-
-
-def server_of(error: BaseException) -> str:
-    """Returns the server that an error comes from, as the metrics name it."""
-    return next((name for kind, name in SERVERS if isinstance(error, kind)), "other")
-
-
-def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
-    """Returns the result of a reconcile that an error ended, if nothing else is known."""
-    match error:
-        case RedisUnavailable():
-            reason = Reason.REDIS_UNAVAILABLE
-        case LedgerUnavailable():
-            reason = Reason.LEDGER_UNAVAILABLE
-        case OtherEngine():
-            reason = Reason.OTHER_ENGINE
-        case RedisMoved():
-            reason = Reason.REDIS_MOVED
-        case _:
-            reason = Reason.UNREADABLE
-    message = " ".join(str(error).split())
-    return Result(spec.sale_id, spec.item_id, SaleState.UNKNOWN, reason, message)

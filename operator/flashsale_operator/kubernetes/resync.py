@@ -18,7 +18,8 @@ from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale
 from flashsale_operator.kubernetes.client import KubeForbidden
-from flashsale_operator.kubernetes.controller import Clients, Controller, server_of
+from flashsale_operator.kubernetes.controller import Clients, Controller
+from flashsale_operator.kubernetes.failures import server_of
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales import engine as engines
 

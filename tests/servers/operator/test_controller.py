@@ -18,7 +18,8 @@ from flashsale.errors import (
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator.kubernetes.client import Kube
-from flashsale_operator.kubernetes.controller import Clients, Controller, result_of_error
+from flashsale_operator.kubernetes.controller import Clients, Controller
+from flashsale_operator.kubernetes.failures import result_of_error
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds

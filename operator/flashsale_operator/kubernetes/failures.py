@@ -1,0 +1,66 @@
+"""The errors that a reconcile reports: their server, their reason, and whether it is retried."""
+
+from typing import Final
+
+from flashsale.errors import (
+    ContractViolation,
+    FlashsaleError,
+    LedgerUnavailable,
+    OtherEngine,
+    RedisMoved,
+    RedisUnavailable,
+)
+from flashsale.sale import SaleSpec, SaleState
+from flashsale_operator.kubernetes.client import KubeUnavailable
+from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.offsets import KafkaUnavailable
+from flashsale_operator.sales.reconciler import Result
+
+SERVERS: Final[tuple[tuple[type[FlashsaleError], str], ...]] = (
+    (RedisUnavailable, "redis"),
+    (LedgerUnavailable, "ledger"),
+    (KafkaUnavailable, "kafka"),
+    (KubeUnavailable, "kubernetes"),
+)
+REPORTED: Final = (
+    RedisUnavailable,
+    LedgerUnavailable,
+    ContractViolation,
+    OtherEngine,
+    RedisMoved,
+)
+"""Errors of a reconcile that the FlashSale's status reports."""
+RETRIED: Final = frozenset(
+    {
+        Reason.REDIS_UNAVAILABLE,
+        Reason.LEDGER_UNAVAILABLE,
+        Reason.KAFKA_UNAVAILABLE,
+        Reason.UNREADABLE,
+        Reason.INVALID_SPEC,
+        Reason.OTHER_ENGINE,
+        Reason.REDIS_MOVED,
+    }
+)
+"""Reasons of a reconcile that did not finish, and is retried with a back-off."""
+
+
+def server_of(error: BaseException) -> str:
+    """Returns the server that an error comes from, as the metrics name it."""
+    return next((name for kind, name in SERVERS if isinstance(error, kind)), "other")
+
+
+def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
+    """Returns the result of a reconcile that an error ended, if nothing else is known."""
+    match error:
+        case RedisUnavailable():
+            reason = Reason.REDIS_UNAVAILABLE
+        case LedgerUnavailable():
+            reason = Reason.LEDGER_UNAVAILABLE
+        case OtherEngine():
+            reason = Reason.OTHER_ENGINE
+        case RedisMoved():
+            reason = Reason.REDIS_MOVED
+        case _:
+            reason = Reason.UNREADABLE
+    message = " ".join(str(error).split())
+    return Result(spec.sale_id, spec.item_id, SaleState.UNKNOWN, reason, message)
