@@ -308,6 +308,29 @@ class Scripts(RuleBasedStateMachine):
         assert self.server.run(call) is expected
         self.server.seen[f"close: {expected}"] += 1
 
+    @rule(stock=stocks, limit=limits, chance=chances)
+    @precondition(lambda self: self.model.sale is not None)
+    def succeed(self, stock: int, limit: int, chance: int) -> None:
+        """Closes the sale, and applies another one in its place, drained or not."""
+        if chance > 30:
+            return
+        sale = cast("Hash", self.model.sale)
+        former, revision = sale.manifest.sale_id, self._revision(1)
+        expected = self.model.close(former, revision, OWN_ENGINE)
+        call = self.server.inventory.close(self.item, former, revision, OWN_ENGINE)
+        assert self.server.run(call) is expected
+        self._apply(
+            Manifest(
+                SALES[1 - SALES.index(former)],
+                self._revision(1),
+                stock,
+                limit,
+                may_seed=True,
+                replaces=Predecessor(former, sale.accepted),
+                engine=OWN_ENGINE,
+            )
+        )
+
     @rule(sale_id=st.sampled_from([SALES[0], *SALES]), above=st.sampled_from([0, 0, 0, -1]),
           more=st.sampled_from([0, 0, 0, 1]), engine=engines)  # fmt: skip
     def free(self, sale_id: str, above: int, more: int, engine: str) -> None:

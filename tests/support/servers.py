@@ -40,7 +40,9 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
 def addresses(
     redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
 ) -> Addresses:
-    return Addresses(redis_server.url, kafka_server.bootstrap, postgres_server.url)
+    """An engine of the session. Tests with a ledger of their own need another engine name."""
+    urls = (redis_server.url, kafka_server.bootstrap, postgres_server.url)
+    return Addresses(*urls, engine="session")
 
 
 @pytest.fixture

@@ -80,9 +80,9 @@ async def test_records_that_cannot_be_read_stop_no_consumer_and_fill_no_log(
     before = [consumer.log.stat().st_size for consumer in engine.consumers]
     producer = AIOKafkaProducer(bootstrap_servers=engine.kafka.bootstrap, acks="all")
     await producer.start()
-    bad = 200
+    bad, topic = 200, events.topic(engine.addresses.engine)
     for number in range(bad):
-        await producer.send(events.topic(), b"no event " * 1_000, partition=number % 12)
+        await producer.send(topic, b"no event " * 1_000, partition=number % 12)
     await producer.flush()
     await producer.stop()
     wanted = [
