@@ -39,7 +39,7 @@ from flashsale.sale import Predecessor, SaleSpec
 from flashsale_operator.sales.recovery import Fenced, Recovery, Step, Trusted
 from tests.model.scripts import OTHER_RUN, THIS_RUN, Hash, Item, Manifest
 
-EXAMPLES = int(os.environ.get("FLASHSALE_MODEL_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FLASHSALE_MODEL_EXAMPLES", "200"))
 STEPS = 40
 HOUR_MS = 3_600_000
 SALES = ("default/first", "default/second")
@@ -312,7 +312,7 @@ class Scripts(RuleBasedStateMachine):
     @precondition(lambda self: self.model.sale is not None)
     def succeed(self, stock: int, limit: int, chance: int) -> None:
         """Closes the sale, and applies another one in its place, drained or not."""
-        if chance > 30:
+        if chance > 15:
             return
         sale = cast("Hash", self.model.sale)
         former, revision = sale.manifest.sale_id, self._revision(1)
