@@ -22,7 +22,7 @@ def images(shop: Shop) -> set[str]:
 
 def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
     shop.declare("scaled", PLENTY)
-    shop.start_load("scaling", "persistent.js", ITEM_ID="scaled", DURATION="60s")
+    shop.start_load("scaling", "persistent.js", ITEM_ID="scaled", DURATION="90s")
     shop.selling("scaling")
     for api, consumer in ((3, 2), (1, 1)):
         shop.kubectl("scale", deployment("api"), f"--replicas={api}")
@@ -34,7 +34,7 @@ def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
 
 def test_killing_pods_loses_nothing(shop: Shop) -> None:
     shop.declare("killed", PLENTY)
-    shop.start_load("killing", "persistent.js", ITEM_ID="killed", DURATION="45s", CUT="allowed")
+    shop.start_load("killing", "persistent.js", ITEM_ID="killed", DURATION="75s", CUT="allowed")
     shop.selling("killing")
     for component in (*COMPONENTS, *COMPONENTS):
         shop.kubectl(
@@ -53,7 +53,7 @@ def test_replacing_the_pod_of_a_server_loses_nothing(shop: Shop, server: str) ->
     shop.declare(sale, PLENTY)
     # Only an outage of Redis is visible to buyers.
     away = "allowed" if server == "redis" else "never"
-    shop.start_load(sale, "persistent.js", ITEM_ID=sale, DURATION="45s", AWAY=away)
+    shop.start_load(sale, "persistent.js", ITEM_ID=sale, DURATION="60s", AWAY=away)
     shop.selling(sale)
     shop.kubectl("delete", "pod", f"{server}-0")
     shop.kubectl("rollout", "status", f"statefulset/{server}", f"--timeout={SECONDS:.0f}s")
@@ -65,7 +65,7 @@ def test_replacing_the_pod_of_a_server_loses_nothing(shop: Shop, server: str) ->
 
 def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     shop.declare("upgraded", PLENTY)
-    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION="60s")
+    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION="130s")
     shop.selling("upgrading")
     before = images(shop)
     changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
@@ -74,4 +74,4 @@ def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     shop.helm("rollback", RELEASE, *WAIT)
     shop.until(lambda: images(shop) == before, "all pods have the old image")
     shop.still_selling("upgrading")
-    shop.check("upgraded", PLENTY, shop.end_load("upgrading"))
+    shop.check("upgraded", PLENTY, shop.end_load("upgrading", seconds=200))
