@@ -33,7 +33,7 @@ class SaleRow:
     """A row of `sales`. Counts are units.
 
     `resource_uid` is the uid of the FlashSale that declared the sale. `lost` counts units that
-    Redis had accepted and that rebuilds could not find.
+    Redis had accepted and that rebuilds could not find. `held` are the units of open holds.
     """
 
     sale_id: str
@@ -51,6 +51,9 @@ class SaleRow:
     released: int
     resource_uid: str | None = None
     lost: int = 0
+    hold_seconds: int | None = None
+    max_expired_holds: int = 3
+    held: int = 0
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:

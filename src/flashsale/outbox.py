@@ -25,16 +25,17 @@ class Outbox:
         """Loads the script, so that no call has to send its source."""
         await self._scripts.load(self._settle)
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
         """Deletes entries that Kafka has acknowledged, and returns the number deleted.
 
-        Each is given as (entry id, reservation id). An entry of another reservation stays.
+        Each is given as (entry id, reservation id, version). An entry of another event stays. The
+        units of a cancelled or expired reservation are for sale again.
         """
         return int(
             await self._scripts.call_quickly(
                 self._settle,
-                [self._keys(item_id).outbox],
-                ("".join(f"{entry_id},{own_id}\n" for entry_id, own_id in acknowledged),),
+                self._keys(item_id).sold,
+                ("".join(f"{entry[0]},{entry[1]},{entry[2]}\n" for entry in acknowledged),),
                 SETTLE_SECONDS,
             )
         )

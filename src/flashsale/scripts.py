@@ -18,12 +18,12 @@ LOAD_SECONDS: Final = 2.0
 
 
 class Script:
-    """A script of `lua/`, with `sale.lua` prepended."""
+    """A script of `lua/`, with `sale.lua` and the other `shared` parts prepended."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *shared: str) -> None:
         folder = files("flashsale") / "lua"
         self.source = "\n".join(
-            (folder / f"{part}.lua").read_text("utf-8") for part in ("sale", name)
+            (folder / f"{part}.lua").read_text("utf-8") for part in ("sale", *shared, name)
         )
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
