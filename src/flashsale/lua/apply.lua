@@ -10,7 +10,7 @@
 --         stops a caller that was suspended since then.
 --       12 replace: '' or the id of the finished sale that this one may replace,
 --       13 the accepted and 14 the released units that the ledger has recorded for the sale in 12,
---       15 the id of the caller's engine
+--       15 the id of the caller's engine, or '' to keep the sale's
 -- Returns one word:
 --         seeded, changed, unchanged   Redis agrees with the manifest
 --         stale        Redis has a higher revision, so the caller's row is outdated
@@ -30,17 +30,17 @@ if not revision or not requested or not tonumber(ARGV[4]) or not tonumber(ARGV[9
   return redis.error_reply('ERR malformed sale')
 end
 
-local function write(allocated)
+local function write(allocated, engine)
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', integer(allocated),
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
-    'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'engine', ARGV[15])
+    'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'engine', engine)
 end
 
 local may_seed = ARGV[11] ~= '' and clock_ms() <= tonumber(ARGV[11])
 
 local function seed()
-  write(requested)
+  write(requested, ARGV[15])
   redis.call('HSET', KEYS[1], 'accepted', '0', 'released', '0', 'held', '0', 'rebuilt', '0',
     'last_now_ms', integer(clock_ms()))
   return 'seeded'
@@ -73,9 +73,10 @@ if sale.state ~= 'closed' and sale.finished then
 end
 
 local allocated = math.max(requested, sale.accepted - sale.released)
+local engine = ARGV[15] ~= '' and ARGV[15] or sale.engine
 if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated
-  and ARGV[15] == sale.engine then
+  and engine == sale.engine then
   return 'unchanged'
 end
-write(allocated)
+write(allocated, engine)
 return 'changed'

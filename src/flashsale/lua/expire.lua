@@ -1,12 +1,11 @@
--- expire: end a batch of holds whose time and grace are over.
+-- expire: end a batch of holds that are due.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 the most holds to expire, 2 the id of the pod's engine, or ''
 -- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
 --       (now_ms,sale_id,allocated,capacity,revision,engine) and one line per expired hold:
 --         ID ENTRY-ID RECORD
--- Invariant: only a held reservation expires, a tenth of the hold but at most 30 s after its time,
---       so that a buyer who pays in the last second gets the unit.
+-- Invariant: only a held reservation expires, and only when it is due.
 
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end
@@ -15,9 +14,8 @@ if foreign(sale, ARGV[2]) then return 'other_engine' end
 local limit = tonumber(ARGV[1])
 if not limit then return redis.error_reply('ERR malformed limit') end
 
-local grace_ms = math.min(math.floor(sale.hold_ms / 10), 30000)
-local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', integer(sale.now - grace_ms),
-  'LIMIT', '0', integer(limit))
+local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', integer(sale.now), 'LIMIT', '0',
+  integer(limit))
 local texts = #due > 0 and redis.call('HMGET', KEYS[3], unpack(due)) or {}
 local changes = {}
 for n, id in ipairs(due) do

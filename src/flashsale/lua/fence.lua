@@ -11,8 +11,8 @@
 --       13 the accepted and 14 the released units that the ledger has recorded for the sale in 12,
 --       15 step: 'fence' for the first call, 'wait' for a repeat, 'begin' to empty the keys for
 --         `restore`,
---       16 the accepted units that the ledger has recorded for this sale,
---       17 the id of the caller's engine
+--       16 the accepted and 17 the held units that the ledger has recorded for this sale,
+--       18 the id of the caller's engine
 -- Returns one word:
 --         fenced       the sale waits for this rebuild. If it had no keys, there is a marker now.
 --         begun        the keys are empty, and only this rebuild can write them
@@ -26,14 +26,15 @@
 --         unsupported  this version does not support the sale's format
 --         other_engine another engine has the item
 -- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. A sale with fewer
---       accepted units than the ledger is never trusted, whatever its run. A rebuild that was
+--       accepted units, or fewer units that are no longer held, than the ledger is never trusted,
+--       whatever its run. A rebuild that was
 --       overtaken finds another mark and cannot write anything more. A rebuild whose mark was lost
 --       ends: Redis then lost the pods' heartbeats too, on which the wait depends.
 
 local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end
 if not tonumber(ARGV[2]) or not tonumber(ARGV[9]) or not tonumber(ARGV[10])
-  or not tonumber(ARGV[11]) or not tonumber(ARGV[16])
+  or not tonumber(ARGV[11]) or not tonumber(ARGV[16]) or not tonumber(ARGV[17])
   or not (ARGV[15] == 'fence' or ARGV[15] == 'wait' or ARGV[15] == 'begin') then
   return redis.error_reply('ERR malformed rebuild')
 end
@@ -45,10 +46,10 @@ local function write()
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', ARGV[3], 'accepted', '0', 'released', '0',
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
     'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'held', '0', 'rebuilt', ARGV[2],
-    'engine', ARGV[17], 'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
+    'engine', ARGV[18], 'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
 end
 
-if sale and foreign(sale, ARGV[17]) then return 'other_engine' end
+if sale and foreign(sale, ARGV[18]) then return 'other_engine' end
 
 if ARGV[15] ~= 'fence' and (not sale or sale.run_id ~= mine) then return 'superseded' end
 
@@ -69,7 +70,11 @@ if not sale then
   write()
   return 'fenced'
 end
-if not sale.fenced and sale.accepted >= tonumber(ARGV[16]) then return 'trusted' end
+local accepted, held = tonumber(ARGV[16]), tonumber(ARGV[17])
+if not sale.fenced and sale.accepted >= accepted
+  and sale.accepted - sale.held >= accepted - held then
+  return 'trusted'
+end
 local other = tonumber(string.match(sale.run_id, '^rebuild:(%d+)$'))
 local until_ms = tonumber(redis.call('HGET', KEYS[1], 'rebuild_until_ms') or 0)
 if other and until_ms and other > tonumber(ARGV[2]) and until_ms > clock_ms() then

@@ -61,6 +61,7 @@ local available, units = sale.available, 0
 local holds, version = sale.hold_ms > 0, integer(next_version(sale, 0))
 local state = holds and 'held' or 'confirmed'
 local expires = integer(sale.now + sale.hold_ms)
+local due = integer(due_ms(sale.now, sale.now + sale.hold_ms))
 local ending = holds and ',' .. expires .. ',,' or ''
 local answers, accepted = {}, {}
 for n = 1, count do
@@ -96,7 +97,7 @@ if #accepted > 0 then
       'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
     new_records[2 * i - 1], new_records[2 * i] = id, record
     new_buyers[2 * i - 1], new_buyers[2 * i] = user, buyer_text(units_of[user], expired_of[user])
-    new_holds[2 * i - 1], new_holds[2 * i] = expires, id
+    new_holds[2 * i - 1], new_holds[2 * i] = due, id
   end
   redis.call('HSET', KEYS[3], unpack(new_records))
   redis.call('HSET', KEYS[2], unpack(new_buyers))

@@ -20,9 +20,10 @@ if first_record <= #ARGV then
   redis.call('HSET', KEYS[3], unpack(ARGV, first_record, #ARGV))
   local holds = {}
   for n = first_record, #ARGV, 2 do
-    local expires_ms = string.match(ARGV[n + 1], '^held,%d+,%d+,%d+,[^,]+,[^,]*,(%d+),')
+    local accepted_ms, expires_ms =
+      string.match(ARGV[n + 1], '^held,%d+,%d+,(%d+),[^,]+,[^,]*,(%d+),')
     if expires_ms then
-      holds[#holds + 1] = expires_ms
+      holds[#holds + 1] = integer(due_ms(tonumber(accepted_ms), tonumber(expires_ms)))
       holds[#holds + 1] = ARGV[n]
     end
   end

@@ -66,6 +66,12 @@ local function buyer_text(units, expired)
   return expired > 0 and integer(units) .. ',' .. integer(expired) or integer(units)
 end
 
+-- When a hold may be ended: a tenth of its length after its time, but at most 30 s after it. So a
+-- buyer who pays in the last second gets the unit.
+local function due_ms(accepted_ms, expires_ms)
+  return expires_ms + math.min(math.floor((expires_ms - accepted_ms) / 10), 30000)
+end
+
 local function snapshot_of(sale)
   return table.concat({ sale.id, integer(sale.allocated),
     integer(sale.allocated + sale.released), integer(sale.revision) }, ',')

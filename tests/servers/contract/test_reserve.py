@@ -385,6 +385,17 @@ async def test_a_sale_of_the_previous_version_gets_its_engine(
     assert (await inventory.sales([item]))[item].engine == "one"
 
 
+async def test_a_caller_without_an_engine_leaves_the_sale_its_engine(
+    inventory: Inventory, item: str
+) -> None:
+    spec = a_sale(item, 2)
+    assert await inventory.apply(spec, 1, engine_id="one", seed_until_ms=2**53) is Applied.SEEDED
+    assert await inventory.apply(spec, 1) is Applied.UNCHANGED
+    assert await inventory.apply(replace(spec, stock=3), 2) is Applied.CHANGED
+    sale = (await inventory.sales([item]))[item]
+    assert (sale.allocated, sale.engine) == (3, "one")
+
+
 async def test_a_redis_that_an_engine_has_claimed_is_refused_to_another(redis: Redis) -> None:
     inventory = Inventory(redis, f"brand-{uuid.uuid4().hex[:8]}")
     assert await inventory.engine_id() == ""
