@@ -23,6 +23,7 @@ from tests.support.chart_options import (
     EVERYWHERE,
     INGRESS,
     MONITORS,
+    ORDERS,
     PEER,
     POLICIES,
     ROUTE,
@@ -60,6 +61,7 @@ PLAIN: Final = {
         (API_SCALES, {"HorizontalPodAutoscaler": 1}),
         (BY_CPU, {"HorizontalPodAutoscaler": 1}),
         (BY_LAG, {"ScaledObject": 1}),
+        (ORDERS, {"Service": 2}),
         (INGRESS, {"Ingress": 1}),
         (ROUTE, {"HTTPRoute": 1}),
         (TOPICS, {"KafkaTopic": 2}),
@@ -498,6 +500,50 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in COMPONENTS
         ],
         [[("http", None), ("metrics", [PEER])], [("http", [PEER])], [("http", [PEER])]],
+    ),
+    (
+        "the order port needs a Secret with tokens",
+        {},
+        lambda r: [
+            [each for each in r.manifests if each["metadata"]["name"].endswith("-orders")],
+            [each["name"] for each in r.container("api")["ports"]],
+            "FLASHSALE_ORDER_TOKENS" in r.environment("api"),
+        ],
+        [[], ["http", "metrics"], False],
+    ),
+    (
+        "the order port has a Service of its own",
+        ORDERS,
+        lambda r: [
+            [
+                each["spec"]["ports"][0]["targetPort"]
+                for each in r.manifests
+                if each["kind"] == "Service"
+            ],
+            [each["name"] for each in r.container("api")["ports"]],
+            r.environment("api")["FLASHSALE_ORDER_TOKENS"],
+            [each for each in COMPONENTS if "FLASHSALE_ORDER_TOKENS" in r.environment(each)],
+        ],
+        [
+            ["orders", "http"],
+            ["http", "metrics", "orders"],
+            {"secretKeyRef": {"name": "order-service", "key": "tokens"}},
+            ["api"],
+        ],
+    ),
+    (
+        "only the order service reaches the order port",
+        merged(ORDERS, {"networkPolicies": {"enabled": True, "orders": [PEER]}}),
+        lambda r: [
+            (rule["ports"][0]["port"], rule.get("from")) for rule in policy(r, "api")["ingress"]
+        ],
+        [("http", None), ("orders", [PEER])],
+    ),
+    (
+        "nothing reaches the order port without peers",
+        merged(ORDERS, {"networkPolicies": {"enabled": True}}),
+        lambda r: [rule["ports"][0]["port"] for rule in policy(r, "api")["ingress"]],
+        ["http"],
     ),
     (
         "the Ingress exposes only the buyers' paths",
