@@ -258,8 +258,8 @@ def _sale(head: str) -> tuple[int, Snapshot]:
 
 def _transition(line: str) -> TransitionAnswer:
     word, *details = line.split(" ")
-    entry_id, record = details if len(details) == 2 else ("", *details) if details else ("", "")
-    return TransitionAnswer(Transition(word), entry_id, Record.parse(record) if record else None)
+    record = Record.parse(details.pop()) if details else None
+    return TransitionAnswer(Transition(word), "".join(details), record)
 
 
 def _answer(line: str) -> Answer:

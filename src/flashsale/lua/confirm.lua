@@ -9,6 +9,8 @@
 -- Invariants: a hold can be confirmed until it is expired, also after its time. A confirmed
 --       reservation never expires. A reservation has at most one order.
 
+if string.find(ARGV[1], ',,', 1, true) then return redis.error_reply('ERR no order reference') end
+
 return change_all(function(record, order_ref, now)
   if record.state == 'expired' then return nil, 'hold_expired' end
   if record.state == 'cancelled' then return nil, 'cancelled' end

@@ -12,7 +12,7 @@ if not sale then return reason end
 if sale.fenced then return 'fenced' end
 if foreign(sale, ARGV[2]) then return 'other_engine' end
 local limit = tonumber(ARGV[1])
-if not limit then return redis.error_reply('ERR malformed limit') end
+if not limit or limit < 1 then return redis.error_reply('ERR limit below 1') end
 
 local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', integer(sale.now), 'LIMIT', '0',
   integer(limit))

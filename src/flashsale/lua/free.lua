@@ -19,7 +19,9 @@ if not sale then return reason end
 if sale.id ~= ARGV[1] then return 'unknown' end
 if foreign(sale, ARGV[5]) then return 'other_engine' end
 local revision = tonumber(ARGV[2])
-if not revision or not tonumber(ARGV[3]) or not tonumber(ARGV[4]) then return redis.error_reply('ERR malformed row') end
+if not revision or not tonumber(ARGV[3]) or not tonumber(ARGV[4]) then
+  return redis.error_reply('ERR malformed row')
+end
 if (sale.state ~= 'closed' and sale.state ~= 'ended') or sale.revision ~= revision then
   return 'open'
 end

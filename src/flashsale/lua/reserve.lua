@@ -97,7 +97,7 @@ if #accepted > 0 then
       'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
     new_records[2 * i - 1], new_records[2 * i] = id, record
     new_buyers[2 * i - 1], new_buyers[2 * i] = user, buyer_text(units_of[user], expired_of[user])
-    new_holds[2 * i - 1], new_holds[2 * i] = due, id
+    if holds then new_holds[2 * i - 1], new_holds[2 * i] = due, id end
   end
   redis.call('HSET', KEYS[3], unpack(new_records))
   redis.call('HSET', KEYS[2], unpack(new_buyers))

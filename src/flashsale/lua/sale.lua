@@ -58,12 +58,12 @@ local function buyer(text)
   if not text then return 0, 0 end
   local units = tonumber(text)
   if units then return units, 0 end
-  local held, expired = string.match(text, '^(%d+),(%d+)$')
-  return tonumber(held), tonumber(expired)
+  local counted, expired = string.match(text, '^(%d+),(%d+)$')
+  return tonumber(counted), tonumber(expired)
 end
 
 local function buyer_text(units, expired)
-  return expired > 0 and integer(units) .. ',' .. integer(expired) or integer(units)
+  return expired > 0 and integer(units) .. ',' .. integer(expired) or units
 end
 
 -- When a hold may be ended: a tenth of its length after its time, but at most 30 s after it. So a

@@ -9,9 +9,9 @@
 --       the same entry id to another event, which Kafka does not have. A unit is released once, and
 --       only after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
 --       ledger, so they are not touched here. The first write is the deletion, which Redis permits
---       when it is out of memory, and then permits the others.
+--       when it is out of memory. It then permits the other writes too.
 
-local acknowledged, given_back, seen = {}, {}, {}
+local acknowledged, releases, seen = {}, {}, {}
 for entry_id, reservation_id, version in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]+),(%d+)\n') do
   local entry = not seen[entry_id] and redis.call('XRANGE', KEYS[4], entry_id, entry_id)[1]
   if entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
@@ -21,25 +21,24 @@ for entry_id, reservation_id, version in string.gmatch(ARGV[1], '([^,\n]+),([^,\
       seen[entry_id] = true
       acknowledged[#acknowledged + 1] = entry_id
       if state == 'expired' or state == 'cancelled' then
-        given_back[#given_back + 1] = { user, tonumber(quantity), state == 'expired' and 1 or 0 }
+        releases[#releases + 1] = { user, tonumber(quantity), state == 'expired' and 1 or 0 }
       end
     end
   end
 end
 if #acknowledged == 0 then return 0 end
-local sale = #given_back > 0 and read_sale(KEYS)
+local sale, reason
+if #releases > 0 then sale, reason = read_sale(KEYS) end
+-- A pod of a version that supports the sale can still give the units back.
+if reason == 'unsupported' then return 0 end
 local deleted = redis.call('XDEL', KEYS[4], unpack(acknowledged))
 if not sale or sale.fenced then return deleted end
 
-local changed = {}
-for _, release in ipairs(given_back) do
-  local user, quantity, expired = unpack(release)
-  if not changed[user] then changed[user] = { buyer(redis.call('HGET', KEYS[2], user)) } end
-  changed[user] = { changed[user][1] - quantity, changed[user][2] + expired }
+for _, release in ipairs(releases) do
+  local user, quantity, ended = unpack(release)
+  local units, expired = buyer(redis.call('HGET', KEYS[2], user))
+  redis.call('HSET', KEYS[2], user, buyer_text(units - quantity, expired + ended))
   sale.released = sale.released + quantity
-end
-for user, counts in pairs(changed) do
-  redis.call('HSET', KEYS[2], user, buyer_text(math.max(counts[1], 0), counts[2]))
 end
 redis.call('HSET', KEYS[1], 'released', integer(sale.released))
 return deleted
