@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS, EXPIRY_SECONDS
 from flashsale.inventory import Inventory
-from flashsale.reservations import BATCH_LIMIT, BatchReply, Outcome, Record, Request
+from flashsale.reservations import (
+    BATCH_LIMIT,
+    BatchReply,
+    Outcome,
+    Record,
+    Request,
+    State,
+    Transition,
+)
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
@@ -53,17 +61,19 @@ class Failure(StrEnum):
 
 
 class Decision(NamedTuple):
-    """The decision on a request. `record` is set if the request has a reservation.
+    """The decision on a request. `record` is set if the buyer has the reservation.
 
-    `starts_ms` and `now_ms` are Redis' clock in Unix milliseconds.
+    `starts_ms` and `now_ms` are Redis' clock in Unix milliseconds. `held` counts the units of open
+    holds, or is None if the sale has no holds. A `Transition` says how the reservation has ended.
     """
 
-    outcome: Outcome | Failure
+    outcome: Outcome | Failure | Transition
     reservation_id: str = ""
     sale_id: str = ""
     record: Record | None = None
     starts_ms: int = 0
     now_ms: int = 0
+    held: int | None = None
 
 
 Decided: TypeAlias = Callable[[Decision], None]
@@ -111,13 +121,13 @@ class Batcher:
         self._held_back: deque[_Queue] = deque()
         self._closed = False
         self._expiry: asyncio.TimerHandle | None = None
-        self._sold_out_until: dict[str, float] = {}
+        self._sold_out: dict[str, tuple[float, Decision]] = {}
         self._known_until: dict[str, float] = {}
 
-    def sold_out(self, item_id: str) -> bool:
-        """Whether this pod saw the item's sale sold out within the last `SOLD_OUT_SECONDS`."""
-        until = self._sold_out_until.get(item_id)
-        return until is not None and asyncio.get_running_loop().time() < until
+    def sold_out(self, item_id: str) -> Decision | None:
+        """Returns the decision that the sale is sold out, for `SOLD_OUT_SECONDS` after it."""
+        until, decision = self._sold_out.get(item_id, (0.0, None))
+        return decision if asyncio.get_running_loop().time() < until else None
 
     def decide(self, item_id: str, request: Request, decided: Decided) -> None:
         """Calls `decided` exactly once, immediately or later.
@@ -272,7 +282,7 @@ class Batcher:
 
         An unknown item that had a sale until recently is answered as fenced.
         """
-        self._sold_out_until.pop(item_id, None)
+        self._sold_out.pop(item_id, None)
         now = asyncio.get_running_loop().time()
         if outcome is Outcome.FENCED:
             self._known_until[item_id] = now + KNOWN_SECONDS
@@ -287,9 +297,10 @@ class Batcher:
         now = asyncio.get_running_loop().time()
         outcomes = {answer.outcome for answer in reply.answers}
         if reply.available == 0 and Outcome.SOLD_OUT in outcomes:
-            self._sold_out_until[item_id] = now + SOLD_OUT_SECONDS
+            decision = Decision(Outcome.SOLD_OUT, held=_held(reply))
+            self._sold_out[item_id] = now + SOLD_OUT_SECONDS, decision
         else:
-            self._sold_out_until.pop(item_id, None)
+            self._sold_out.pop(item_id, None)
         if Outcome.ENDED in outcomes:
             self._known_until.pop(item_id, None)
         else:
@@ -305,19 +316,40 @@ def _read(
     outbox entry before a sweep.
     """
     snapshot, now_ms = reply.snapshot, reply.now_ms
-    sale_id = snapshot.sale_id
+    version, starts_ms = reply.version, reply.starts_ms
+    sale_id, held = snapshot.sale_id, _held(reply)
+    state = State.HELD if reply.hold_ms else State.CONFIRMED
+    expires_ms = now_ms + reply.hold_ms if reply.hold_ms else None
+    confirmed_ms = None if reply.hold_ms else now_ms
     decisions = []
     accepted = []
     for request, (outcome, detail) in zip(requests, reply.answers, strict=True):
         identity, user_id, quantity, request_key, traceparent = request
         if outcome is Outcome.ACCEPTED:
             entry_id = detail
-            record = Record("accepted", 1, quantity, now_ms, user_id, request_key)
+            record = Record(
+                state, version, quantity, now_ms, user_id, request_key, expires_ms, confirmed_ms
+            )
         elif outcome is Outcome.REPLAYED:
             entry_id, record = "", Record.parse(detail)
         else:
-            decisions.append(Decision(outcome, identity, sale_id, None, reply.starts_ms, now_ms))
+            decisions.append(Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held))
             continue
         accepted.append(Accepted(item_id, entry_id, identity, record, snapshot, traceparent))
-        decisions.append(Decision(outcome, identity, sale_id, record))
+        ending = _ENDINGS.get(record.state)
+        decisions.append(
+            Decision(ending, identity, sale_id)
+            if ending
+            else Decision(outcome, identity, sale_id, record)
+        )
     return decisions, accepted
+
+
+def _held(reply: BatchReply) -> int | None:
+    return reply.held if reply.hold_ms or reply.held else None
+
+
+_ENDINGS: Final = {
+    State.EXPIRED: Transition.HOLD_EXPIRED,
+    State.CANCELLED: Transition.CANCELLED,
+}

@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -67,6 +67,9 @@ class Accepted(NamedTuple):
     traceparent: str
 
 
+_Key: TypeAlias = tuple[str, str] | tuple[str, str, int]
+
+
 class Publisher:
     """Publishes events to `topic` and settles their outbox entries. A process has one."""
 
@@ -89,9 +92,9 @@ class Publisher:
         self._pending: deque[Accepted] = deque()
         self._work = asyncio.Event()
         self._by_item: Counter[str] = Counter()
-        self._acknowledged: dict[str, list[tuple[str, str]]] = {}
+        self._acknowledged: dict[str, list[tuple[str, str, int]]] = {}
         self._to_settle = asyncio.Event()
-        self._held: set[tuple[str, str]] = set()
+        self._held: set[_Key] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
@@ -189,7 +192,7 @@ class Publisher:
                 away = False
                 if left := self._acknowledged.pop(item_id)[len(page) :]:
                     self._acknowledged[item_id] = left
-                self._forget((item_id, entry_id) for entry_id, _ in page)
+                self._forget((item_id, entry_id) for entry_id, _, _ in page)
 
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until no event is held. Returns how many are left after `timeout_seconds`."""
@@ -198,7 +201,7 @@ class Publisher:
                 await self._idle.wait()
         return len(self._held)
 
-    def _forget(self, keys: Iterable[tuple[str, str]]) -> None:
+    def _forget(self, keys: Iterable[_Key]) -> None:
         self._held.difference_update(keys)
         if not self._held:
             self._idle.set()
@@ -258,7 +261,7 @@ class Publisher:
                 self._by_item[accepted.item_id] -= 1
                 if accepted.entry_id:
                     self._acknowledged.setdefault(accepted.item_id, []).append(
-                        (accepted.entry_id, accepted.reservation_id)
+                        (accepted.entry_id, accepted.reservation_id, accepted.record.version)
                     )
                 else:
                     self._forget([_key(accepted)])
@@ -278,7 +281,7 @@ class Publisher:
                 span = self._spans.sending(self._topic, reservation_id, traceparent)
                 traceparent = traceparent_of(span)
             fits = builder.append(
-                timestamp=record.occurred_ms,
+                timestamp=record.accepted_ms,
                 key=reservation_id.encode(),
                 value=events.encode(Event.of(item_id, reservation_id, record, snapshot)),
                 headers=events.headers(traceparent),
@@ -292,9 +295,11 @@ class Publisher:
         return batch, spans
 
 
-def _key(accepted: Accepted) -> tuple[str, str]:
-    """Returns the key of a held event: the id of its outbox entry, or of a replayed reservation."""
-    return accepted.item_id, accepted.entry_id or accepted.reservation_id
+def _key(accepted: Accepted) -> _Key:
+    """Returns the key of a held event: its outbox entry, or a replayed reservation's version."""
+    if accepted.entry_id:
+        return accepted.item_id, accepted.entry_id
+    return accepted.item_id, accepted.reservation_id, accepted.record.version
 
 
 async def _discard(producer: AIOKafkaProducer) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
-from flashsale.reservations import Outcome, Request
+from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
@@ -50,6 +50,7 @@ _PROBLEMS: Final = {
     Outcome.PAUSED: Problem.PAUSED,
     Outcome.NOT_OPEN: Problem.NOT_OPEN,
     Outcome.LIMIT_REACHED: Problem.LIMIT_REACHED,
+    Outcome.TOO_MANY_HOLDS: Problem.TOO_MANY_HOLDS,
     Outcome.SOLD_OUT: Problem.SOLD_OUT,
     Outcome.NOT_ENOUGH_LEFT: Problem.NOT_ENOUGH_LEFT,
     Outcome.OUTBOX_FULL: Problem.OUTBOX_FULL,
@@ -57,6 +58,8 @@ _PROBLEMS: Final = {
     Outcome.UNSUPPORTED: Problem.FENCED,
     Outcome.FENCED: Problem.FENCED,
     Outcome.OTHER_ENGINE: Problem.OTHER_ENGINE,
+    Transition.HOLD_EXPIRED: Problem.HOLD_EXPIRED,
+    Transition.CANCELLED: Problem.CANCELLED,
     Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
@@ -81,8 +84,6 @@ class _Refused(Exception):
 
 Respond: TypeAlias = Callable[[int, Headers, bytes], None]
 """Takes the status, the headers without a length, and the body."""
-
-_SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
 
 _decode = msgspec.json.Decoder(ReserveBody).decode
 _encode = msgspec.json.Encoder().encode
@@ -138,8 +139,8 @@ class Reserve:
             traceparent = traceparent_of(span)
         pending = _Pending(self, item_id, started, span, respond)
         # A request with a key is always looked up, because it may have been accepted before.
-        if not request_key and self._batcher.sold_out(item_id):
-            pending.end(_SOLD_OUT)
+        if not request_key and (sold_out := self._batcher.sold_out(item_id)):
+            pending.end(sold_out)
             return
         identity = reservation_id(item_id, order.user_id, request_key)
         request = Request(identity, order.user_id, order.quantity, request_key, traceparent)
@@ -262,6 +263,8 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         )
         seconds = max(1, -(-(decision.starts_ms - decision.now_ms) // 1000))
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
+    if problem is Problem.SOLD_OUT and decision.held is not None:
+        return responses.sold_out(decision.held)
     status, headers, body = responses.plain(problem)
     if problem is Problem.OUTCOME_UNKNOWN:
         headers = (*headers, (b"location", _location(item_id, decision.reservation_id)))

@@ -34,6 +34,9 @@ class Problem(Enum):
     UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
     METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not support this method")
     SOLD_OUT = Kind("sold-out", 409, "Sold out")
+    HOLD_EXPIRED = Kind("hold-expired", 409, "The hold has expired")
+    CANCELLED = Kind("cancelled", 409, "The reservation was cancelled")
+    TOO_MANY_HOLDS = Kind("too-many-holds", 409, "Too many holds of the user have expired")
     NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than requested")
     LIMIT_REACHED = Kind("limit-reached", 409, "The user has reached the limit of this sale")
     NOT_OPEN = Kind("not-open", 409, "The sale is not open yet")
@@ -59,6 +62,12 @@ Headers = tuple[tuple[bytes, bytes], ...]
 def plain(problem: Problem) -> tuple[int, Headers, bytes]:
     """Renders a problem without details once. Most answers of a sold-out sale are such."""
     return render(problem)
+
+
+@lru_cache(maxsize=16)
+def sold_out(held: int) -> tuple[int, Headers, bytes]:
+    """Renders that a sale with holds is sold out. `held` units may still come back."""
+    return render(Problem.SOLD_OUT, held=held)
 
 
 def render(
@@ -102,8 +111,8 @@ def of_status(status: int) -> Problem:
             return Problem.INTERNAL_ERROR
 
 
-class Reservation(msgspec.Struct, frozen=True, rename="camel"):
-    """A reservation as JSON."""
+class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """A reservation as JSON. `expires_at` is set if it was a hold."""
 
     reservation_id: str
     sale_id: str
@@ -112,6 +121,8 @@ class Reservation(msgspec.Struct, frozen=True, rename="camel"):
     quantity: int
     state: str
     accepted_at: str
+    expires_at: str | None = None
+    confirmed_at: str | None = None
 
     @classmethod
     def of(cls, item_id: str, sale_id: str, reservation_id: str, record: Record) -> "Reservation":
@@ -122,5 +133,11 @@ class Reservation(msgspec.Struct, frozen=True, rename="camel"):
             user_id=record.user_id,
             quantity=record.quantity,
             state=record.state,
-            accepted_at=rfc3339_of_ms(record.occurred_ms),
+            accepted_at=rfc3339_of_ms(record.accepted_ms),
+            expires_at=_time(record.expires_ms),
+            confirmed_at=_time(record.confirmed_ms),
         )
+
+
+def _time(ms: int | None) -> str | None:
+    return None if ms is None else rfc3339_of_ms(ms)

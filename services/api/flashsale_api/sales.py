@@ -23,7 +23,10 @@ _UUID: Final = re.compile(UUID_PATTERN)
 
 
 class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A sale as JSON. Counts are in units, and times are RFC 3339."""
+    """A sale as JSON. Counts are in units, and times are RFC 3339.
+
+    `held` counts the units of open holds. A sale without holds has no such field.
+    """
 
     item_id: str
     sale_id: str
@@ -31,6 +34,7 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     allocated: int
     available: int
     max_per_user: int
+    held: int | None = None
     display_name: str | None = None
     starts_at: str | None = None
     ends_at: str | None = None
@@ -134,6 +138,7 @@ def _view(sale: Sale, state: SaleState) -> SaleView:
         allocated=sale.allocated,
         available=sale.available,
         max_per_user=sale.max_per_user,
+        held=sale.held if sale.hold_ms or sale.held else None,
         display_name=sale.display_name,
         starts_at=None if sale.starts_ms is None else rfc3339_of_ms(sale.starts_ms),
         ends_at=None if sale.ends_ms is None else rfc3339_of_ms(sale.ends_ms),

@@ -117,7 +117,7 @@ async def test_only_items_with_a_sale_are_labels(
 
     await until(swept)
     # Freeing a sale deletes its keys, too.
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     await redis.srem(items("flashsale"), item)
     await until(removed)
     # The pod remembers the sale, which was not closed, and takes the keys for lost.
