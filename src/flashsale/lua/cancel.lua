@@ -13,6 +13,6 @@ return change_all(function(record, order_ref)
   if record.state == 'confirmed' and record.order_ref ~= order_ref then
     return nil, 'other_order'
   end
-  if order_ref ~= '' then record.order_ref = order_ref end
+  record.order_ref = order_ref
   return 'cancelled'
 end)
