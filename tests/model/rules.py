@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from flashsale import heartbeat
-from flashsale_api import batcher, sweeper
+from flashsale_api import calls, sweeper
 from flashsale_operator.sales import decision, drain
 
 BEAT: Final = heartbeat.INTERVAL_SECONDS
 EXPIRY: Final = float(heartbeat.EXPIRY_SECONDS)
 CALL_DEADLINE: Final = heartbeat.CALL_DEADLINE_SECONDS
 SWEEP_AGE: Final = sweeper.SWEEP_AGE_MS / 1000
-CALLS_IN_FLIGHT: Final = batcher.CALLS_IN_FLIGHT
+CALLS_IN_FLIGHT: Final = calls.CALLS_IN_FLIGHT
 SETTLED_BEFORE: Final = drain.CALL_DEADLINE_MS / 1000
 """A heartbeat sampled this long after a fence counts everything accepted before the fence."""
 
@@ -45,7 +45,7 @@ class Rules:
     settle_matches: bool = True
     """settle.lua: an outbox entry is deleted only if it has the acknowledged reservation's id."""
     late_answers_ignored: bool = True
-    """batcher.py: a reply that arrives after the call's deadline is ignored."""
+    """calls.py: a reply that arrives after the call's deadline is ignored."""
     unseen_pods_awaited: bool = True
     """drain.py: a pod without a heartbeat may be alive until a heartbeat would have expired."""
     rewound_ledger_noticed: bool = True

@@ -15,7 +15,8 @@ from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
-from flashsale_api.batcher import Batcher, Decision, Failure
+from flashsale_api.batcher import Batcher, Decision
+from flashsale_api.calls import Failure
 from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
 from flashsale_api.responses import Headers, Problem, Reservation
