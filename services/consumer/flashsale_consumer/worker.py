@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -213,10 +213,12 @@ class Worker:
         seconds = time.monotonic() - begun
         self._measure(size, len(letters), batch, outcome, seconds)
         refused = [(sources[id(event)], event, why) for event, why in outcome.refused]
-        self._log_failures(refused, letters)
+        voided = [(sources[id(event)], event) for event in outcome.voided]
+        self._log_failures(refused, voided, letters)
         if self._spans is not None:
             results = {id(letter.record): "dead_lettered" for letter in letters}
             results |= {id(record): "refused" for record, *_ in refused}
+            results |= {id(record): "voided" for record, _ in voided}
             self._spans.recorded(records, results, self._group_id, seconds)
 
     def _measure(
@@ -229,12 +231,17 @@ class Worker:
         count("recorded").inc(outcome.recorded)
         count("refused").inc(len(outcome.refused))
         count("dead_lettered").inc(dead)
-        count("duplicate").inc(size - outcome.recorded - len(outcome.refused) - dead)
+        voided = len(outcome.voided)
+        metrics.voided.inc(voided)
+        count("duplicate").inc(size - outcome.recorded - len(outcome.refused) - dead - voided)
         now = datetime.now(UTC)
-        metrics.end_to_end.observe_all((now - event.occurred_at).total_seconds() for event in batch)
+        metrics.end_to_end.observe_all((now - at).total_seconds() for at in _changed_at(batch))
 
     def _log_failures(
-        self, refused: Sequence[tuple[ConsumerRecord, Event, str]], letters: Sequence[DeadLetter]
+        self,
+        refused: Sequence[tuple[ConsumerRecord, Event, str]],
+        voided: Sequence[tuple[ConsumerRecord, Event]],
+        letters: Sequence[DeadLetter],
     ) -> None:
         for record, event, why in refused:
             log.error(
@@ -246,6 +253,17 @@ class Worker:
                 extra=tracing.fields(events.traceparent(record.headers)),
             )
             log.debug("reservation %s is of user %s", event.reservation_id, event.user_id)
+        if voided:
+            record, event = voided[0]
+            log.warning(
+                "%d changes are void, because their sale was rebuilt without them; the first, %s: "
+                "reservation %s is not %s",
+                len(voided),
+                event.sale_id,
+                event.reservation_id,
+                event.state,
+                extra=tracing.fields(events.traceparent(record.headers)),
+            )
         if letters:
             record = letters[0].record
             log.error(
@@ -280,3 +298,13 @@ class Worker:
                 if partitions.positions:
                     self._kafka.back()
             await asyncio.sleep(REPORT_SECONDS)
+
+
+def _changed_at(batch: Iterable[Event]) -> Iterator[datetime]:
+    """Return the times at which Redis made the changes. The events of some changes have none."""
+    for event in batch:
+        if event.state == "held":
+            yield event.accepted_at
+        # A reservation that was never a hold can get its order long after it was confirmed.
+        elif event.state == "confirmed" and (event.expires_at or not event.order_ref):
+            yield event.confirmed_at or event.accepted_at

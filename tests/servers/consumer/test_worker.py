@@ -45,7 +45,7 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
         b"[" * 100_000,
         b"",
         None,
-        events.encode(accepted(occurred_at=BEYOND_POSTGRESQL)),
+        events.encode(accepted(accepted_at=BEYOND_POSTGRESQL)),
     ]
     async with running(ledger.url, log) as worker:
         for number, value in enumerate(bad):
