@@ -1,4 +1,4 @@
-"""`reserve.lua` and `settle.lua` on real servers."""
+"""`reserve.lua` on real servers, and the fence."""
 
 import asyncio
 import random
@@ -16,7 +16,7 @@ from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.inventory import Applied, Closed, Freed, Inventory, ServerTime
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
-from flashsale.reservations import BatchReply, Outcome, Record, Request, Snapshot
+from flashsale.reservations import BatchReply, Outcome, Record, Request, Snapshot, State
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened, outcome
 
@@ -186,7 +186,7 @@ async def test_a_full_outbox_refuses_new_requests_and_answers_replays(
     ] * 2
     replay = await answers(inventory, item, requests[:1])
     assert replay[0].outcome is Outcome.REPLAYED
-    await outbox.settle(item, [(found[0].detail, requests[0].reservation_id)])
+    await outbox.settle(item, [(found[0].detail, requests[0].reservation_id, 1)])
     assert await outcome(inventory, item, requests[2]) is Outcome.ACCEPTED
 
 
@@ -196,7 +196,16 @@ async def test_an_item_without_a_sale_is_unknown(inventory: Inventory, item: str
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("format", "2"), ("state", "open?"), ("accepted", "many"), ("starts_ms", "soon")],
+    [
+        ("format", "2"),
+        ("state", "open?"),
+        ("accepted", "many"),
+        ("starts_ms", "soon"),
+        ("held", "many"),
+        ("hold_ms", "long"),
+        ("max_expired_holds", "few"),
+        ("rebuilt", "often"),
+    ],
 )
 async def test_a_sale_of_an_unsupported_format_is_not_changed(
     inventory: Inventory, redis: Redis, item: str, field: str, value: str
@@ -216,7 +225,7 @@ async def test_a_sale_that_lost_a_key_is_fenced(
     spec = await opened(inventory, a_sale(item))
     first = a_request("ann")
     [answer] = await answers(inventory, item, [first])
-    await outbox.settle(item, [(answer.detail, first.reservation_id)])
+    await outbox.settle(item, [(answer.detail, first.reservation_id, 1)])
     assert await outcome(inventory, item, a_request("bob")) is Outcome.ACCEPTED
     await redis.delete(getattr(ItemKeys.of(item), part))
     assert await outcome(inventory, item, a_request("cid")) is Outcome.FENCED
@@ -253,7 +262,7 @@ async def test_a_restarted_server_fences_its_sales(
         assert await outcome(inventory, item, bought) is Outcome.FENCED
         assert await inventory.apply(spec, 2) is Applied.FENCED
         # Reservations accepted before the restart can still be published and settled.
-        assert await Outbox(client).settle(item, [(answer.detail, bought.reservation_id)]) == 1
+        assert await Outbox(client).settle(item, [(answer.detail, bought.reservation_id, 1)]) == 1
         assert (await inventory.sales([item]))[item].accepted == 1
         await client.aclose()
 
@@ -366,7 +375,10 @@ async def test_a_sale_of_another_engine_is_not_touched(inventory: Inventory, ite
     assert reply is Outcome.OTHER_ENGINE
     assert await inventory.apply(spec, 9, engine_id="two") is Applied.OTHER_ENGINE
     assert await inventory.close(item, spec.sale_id, 9, "two") is Closed.OTHER_ENGINE
-    assert await inventory.free(item, spec.sale_id, 1, 0, "two") is Freed.OTHER_ENGINE
+    assert (
+        await inventory.free(item, spec.sale_id, 1, accepted=0, released=0, engine_id="two")
+        is Freed.OTHER_ENGINE
+    )
     reply = await inventory.reserve(item, request, timeout_seconds=5, engine_id="one")
     assert isinstance(reply, BatchReply)
     assert reply.snapshot.engine == "one"
@@ -478,23 +490,10 @@ async def test_an_outbox_entry_contains_the_whole_event(
     until_ms = (await inventory.server()).now_ms + 1
     [entry] = await outbox.page(item, until_ms=until_ms, count=10)
     assert (entry.entry_id, entry.reservation_id) == (answer.detail, request.reservation_id)
-    assert entry.record == Record("accepted", 1, 2, entry.record.occurred_ms, "ann", "k")
+    at_ms = entry.record.accepted_ms
+    assert entry.record == Record(State.CONFIRMED, 1, 2, at_ms, "ann", "k", None, at_ms)
     assert entry.snapshot == Snapshot(f"default/{item}", 7, 7, 1)
     assert entry.traceparent == trace
-
-
-async def test_settle_keeps_an_entry_of_another_reservation(
-    inventory: Inventory, outbox: Outbox, item: str
-) -> None:
-    await opened(inventory, a_sale(item))
-    mine, other = a_request("ann"), a_request("bob")
-    [first, second] = await answers(inventory, item, [mine, other])
-    assert await outbox.settle(item, [(first.detail, other.reservation_id)]) == 0
-    assert await outbox.settle(item, [(first.detail, mine.reservation_id)] * 2) == 1
-    assert await outbox.settle(item, [(first.detail, mine.reservation_id)]) == 0
-    assert (await inventory.sales([item]))[item].outbox_length == 1
-    page = await outbox.page(item, until_ms=2**50, count=9)
-    assert [entry.entry_id for entry in page] == [second.detail]
 
 
 async def test_the_pages_of_reservations_contain_each_reservation(
