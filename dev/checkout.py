@@ -66,10 +66,13 @@ async def checkout(  # noqa: PLR0913 - the crowd
         order_ref = f"order-{reservation_id[:8]}"
         path = f"/sales/{item_id}/reservations/{reservation_id}/confirm"
         request = order_request(path, json.dumps({"orderRef": order_ref}).encode(), token)
-        while (answer := await till.request(request))[0] in (0, 202, 503):
-            await asyncio.sleep(AGAIN_SECONDS)
-        if answer[0] == 200:
-            made.confirmed[reservation_id] = order_ref
+        status = 0
+        while status in (0, 202, 503):
+            status, _ = await till.request(request)
+            if status == 200:
+                made.confirmed[reservation_id] = order_ref
+            elif status != 409:
+                await asyncio.sleep(AGAIN_SECONDS)
 
     clients = [(Client(api_url), Client(orders_url)) for _ in range(min(buyers, 100))]
     try:
