@@ -11,13 +11,34 @@ from flashsale.inventory import Inventory
 from flashsale.keys import DEFAULT_ENGINE
 from flashsale.ledger import SaleRow
 from flashsale.outbox import Outbox
-from flashsale.reservations import Answer, BatchReply, Outcome, Request
-from flashsale.sale import Sale, SaleSpec
+from flashsale.reservations import (
+    FINAL,
+    Answer,
+    BatchReply,
+    OutboxEntry,
+    Outcome,
+    Request,
+    State,
+)
+from flashsale.sale import Sale, SaleSpec, utc_of_ms
 from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilder
 from flashsale_operator.sales.reconciler import Reconciler, Result
 
+_FORMER = "SELECT state, version FROM reservations WHERE sale_id = $1 AND reservation_id = $2"
+_WRITE = """
+INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, request_key,
+                          accepted_at, expires_at, confirmed_at, order_ref)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+ON CONFLICT (sale_id, reservation_id) DO UPDATE SET
+  state = excluded.state, version = excluded.version, expires_at = excluded.expires_at,
+  confirmed_at = excluded.confirmed_at, order_ref = excluded.order_ref
+"""
+_COUNT = """
+UPDATE sales SET accepted = accepted + $2, released = released + $3, held = held + $4
+WHERE sale_id = $1
+"""
 QUICK = Patience(seeding=0.05, unseen=0.05, quiet=0.3, recorded=0.3, between=0.01)
 
 
@@ -69,24 +90,40 @@ class SimulatedShop:
         """Move the events of the outbox to the ledger, except the first `lose`."""
         entries = await self.outbox.page(item_id, until_ms=2**50, count=10_000)
         for number, entry in enumerate(entries):
-            sale_id, record = entry.snapshot.sale_id, entry.record
-            if number < lose:
-                continue
-            async with self.pool.acquire() as connection, connection.transaction():
-                await connection.execute(
-                    "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, "
-                    "version, occurred_at) VALUES ($1, $2, $3, $4, 'accepted', 1, now())",
-                    sale_id,
-                    entry.reservation_id,
-                    record.user_id,
-                    record.quantity,
-                )
-                await connection.execute(
-                    "UPDATE sales SET accepted = accepted + $2 WHERE sale_id = $1",
-                    sale_id,
-                    record.quantity,
-                )
-        await self.outbox.settle(item_id, [(e.entry_id, e.reservation_id) for e in entries])
+            if number >= lose:
+                await self._write(entry)
+        await self.outbox.settle(
+            item_id, [(e.entry_id, e.reservation_id, e.record.version) for e in entries]
+        )
+
+    async def _write(self, entry: OutboxEntry) -> None:
+        sale_id, record = entry.snapshot.sale_id, entry.record
+        async with self.pool.acquire() as connection, connection.transaction():
+            former = await connection.fetchrow(_FORMER, sale_id, entry.reservation_id)
+            if former is not None and former["version"] >= record.version:
+                return
+            was = None if former is None else former["state"]
+            await connection.execute(
+                _WRITE,
+                sale_id,
+                entry.reservation_id,
+                record.user_id,
+                record.quantity,
+                record.state,
+                record.version,
+                record.request_key or None,
+                utc_of_ms(record.accepted_ms),
+                None if record.expires_ms is None else utc_of_ms(record.expires_ms),
+                None if record.confirmed_ms is None else utc_of_ms(record.confirmed_ms),
+                record.order_ref or None,
+            )
+            await connection.execute(
+                _COUNT,
+                sale_id,
+                record.quantity * (was is None),
+                record.quantity * (record.state in FINAL and was not in FINAL),
+                record.quantity * ((record.state == State.HELD) - (was == State.HELD)),
+            )
 
     async def read_to(self, partition: int, next_offset: int) -> None:
         """Store the offset to which the ledger has read a partition."""

@@ -64,7 +64,9 @@ def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelt
         and closed_for >= keep
         and sale.revision == row.revision
         and not sale.outbox_length
-        and sale.accepted == row.accepted
+        and not sale.held
+        and not row.held
+        and (sale.accepted, sale.released) == (row.accepted, row.released)
     )
 
 
@@ -178,7 +180,12 @@ class Resync:
                 await self._close(row, sale, engine_id)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
-                    sale.item_id, sale.sale_id, row.revision, row.accepted, engine_id
+                    sale.item_id,
+                    sale.sale_id,
+                    row.revision,
+                    accepted=row.accepted,
+                    released=row.released,
+                    engine_id=engine_id,
                 )
                 log.info("%s: freeing the keys of %s: %s", sale.sale_id, sale.item_id, freed)
                 if freed is Freed.FREED:

@@ -34,14 +34,16 @@ SELECT s.*, r.*, b.*
 FROM sales s,
 LATERAL (
   SELECT coalesce(sum(quantity) FILTER (WHERE state <> 'refused'), 0)::bigint AS counted_accepted,
-         coalesce(sum(quantity) FILTER (WHERE state = 'released'), 0)::bigint AS counted_released,
+         coalesce(sum(quantity) FILTER (WHERE state IN ('cancelled', 'expired')), 0)::bigint
+           AS counted_released,
+         coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)::bigint AS counted_held,
          coalesce(sum(quantity) FILTER (WHERE state = 'refused'), 0)::bigint AS refused_units,
          count(*) FILTER (WHERE state = 'refused') AS refused
   FROM reservations WHERE sale_id = s.sale_id
 ) r,
 LATERAL (
   SELECT count(*) AS buyers_above_limit FROM (
-    SELECT FROM reservations WHERE sale_id = s.sale_id AND state = 'accepted'
+    SELECT FROM reservations WHERE sale_id = s.sale_id AND state IN ('held', 'confirmed')
     GROUP BY user_id HAVING sum(quantity) > s.max_per_user
   ) above
 ) b
@@ -181,8 +183,8 @@ def _within_redis(facts: Facts) -> list[str]:
             return ["Redis has no keys of the sale"]
         return ["another sale has the item"] if state is SaleState.ITEM_CONFLICT else []
     differences = []
-    if sale.held > sale.allocated:
-        differences.append(f"oversold: {sale.held} units held, {sale.allocated} allocated")
+    if sale.taken > sale.allocated:
+        differences.append(f"oversold: {sale.taken} units taken, {sale.allocated} allocated")
     if state_of(row, sale, server) is SaleState.FENCED:
         differences.append("fenced: Redis restarted or lost keys, and the sale is not rebuilt yet")
     if row is None:
@@ -192,7 +194,7 @@ def _within_redis(facts: Facts) -> list[str]:
         differences.append(f"Redis has revision {sale.revision}, the ledger {row.revision}")
     elif sale.revision > after.revision:
         differences.append(f"the ledger has revision {after.revision}, Redis {sale.revision}")
-    elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.held):
+    elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.taken):
         differences.append(f"Redis allocates {sale.allocated}, the ledger {after.allocated}")
     return differences
 

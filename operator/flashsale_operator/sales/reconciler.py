@@ -39,21 +39,25 @@ _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended($1 || ':' || 
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
-                        ends_at, paused, revision, capacity, resource_uid)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10)
+                        ends_at, paused, revision, capacity, resource_uid, hold_seconds,
+                        max_expired_holds)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10, $11, $12)
 ON CONFLICT (sale_id) DO UPDATE SET
   display_name = excluded.display_name, allocated = excluded.allocated,
   max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
   ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
+  hold_seconds = excluded.hold_seconds, max_expired_holds = excluded.max_expired_holds,
   revision = greatest(s.revision, $9) + 1,
   capacity = greatest(s.capacity, excluded.allocated + s.released),
   resource_uid = coalesce(excluded.resource_uid, s.resource_uid), updated_at = now()
 WHERE s.item_id = excluded.item_id
   AND (s.revision < $9
-       OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed)
+       OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed,
+           s.hold_seconds, s.max_expired_holds)
           IS DISTINCT FROM
           (excluded.display_name, excluded.allocated, excluded.max_per_user, excluded.starts_at,
-           excluded.ends_at, excluded.paused, false))
+           excluded.ends_at, excluded.paused, false,
+           excluded.hold_seconds, excluded.max_expired_holds))
 RETURNING revision
 """
 _ADOPT: Final = "UPDATE sales SET resource_uid = $2 WHERE sale_id = $1"
@@ -212,7 +216,7 @@ class Reconciler:
             reason=Reason.SUPERSEDED if superseded else Reason.CLOSED,
             message="its manifest was applied again at the same time"
             if superseded
-            else f"{counted(row.accepted, 'unit')} recorded",
+            else _recorded(row),
             applied=closed,
             sale=sale,
             row=row,
@@ -244,8 +248,7 @@ class Reconciler:
         seeded: bool,
         still_fenced: StillFenced | None,
     ) -> Observed:
-        # Counted before Redis is read: a sale in Redis has at least these units, or it has lost
-        # some of them.
+        # Read before Redis: a sale in Redis has all changes of this row, or it has lost some.
         before = await ledger.sale(self._pool, spec.sale_id)
         server = await self._inventory.server()
         held = await self._inventory.sales([spec.item_id])
@@ -260,7 +263,7 @@ class Reconciler:
             seeded=seeded,
             still_fenced=still_fenced,
             engine_id=engine_id,
-            recorded=0 if before is None else before.accepted,
+            before=before,
         )
 
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
@@ -308,8 +311,15 @@ class Reconciler:
                 spec.paused,
                 step.above,
                 resource_uid,
+                spec.hold_seconds,
+                spec.max_expired_holds,
             )
             return revision
+
+
+def _recorded(row: SaleRow) -> str:
+    recorded = f"{counted(row.accepted, 'unit')} recorded"
+    return f"{recorded}, {row.held} of them held" if row.held else recorded
 
 
 async def refuse_unsafe_redis(inventory: Inventory) -> None:

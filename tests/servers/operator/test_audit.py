@@ -93,7 +93,7 @@ def test_lag_without_a_difference_belongs_to_another_sale() -> None:
         ({"before": a_row(revision=2, accepted=4)}, "Redis has revision 1, the ledger 2"),
         ({"holder": a_sale(accepted=4, revision=2)}, "the ledger has revision 1, Redis 2"),
         ({"holder": a_sale(accepted=4, allocated=99)}, "Redis allocates 99, the ledger 100"),
-        ({"holder": a_sale(accepted=4, allocated=3)}, "oversold: 4 units held, 3 allocated"),
+        ({"holder": a_sale(accepted=4, allocated=3)}, "oversold: 4 units taken, 3 allocated"),
         ({"after": tally(accepted=5)}, "accepted: 4, but reservations add up to 5"),
         ({"after": tally(released=1)}, "released: 0, but releases add up to 1"),
     ],
@@ -126,7 +126,7 @@ def test_a_finished_sale_needs_neither_keys_nor_the_last_revision() -> None:
         assert verdict(before=row, holder=holder, after=tally(row=row)) == (Verdict.OK, ())
 
 
-def test_stock_below_the_held_units_is_no_disagreement() -> None:
+def test_stock_below_the_taken_units_is_no_disagreement() -> None:
     row = a_row(replace(SPEC, stock=1), accepted=4)
     assert verdict(before=row, holder=a_sale(accepted=4, allocated=4), after=tally(row=row)) == (
         Verdict.OK,

@@ -177,7 +177,9 @@ async def test_keys_are_freed_after_everything_is_recorded(
 ) -> None:
     async def free() -> Freed:
         row = await shop.row(spec.sale_id)
-        return await shop.inventory.free(spec.item_id, spec.sale_id, row.revision, row.accepted)
+        return await shop.inventory.free(
+            spec.item_id, spec.sale_id, row.revision, accepted=row.accepted, released=row.released
+        )
 
     assert await free_unknown(shop, spec) is Freed.UNKNOWN
     await shop.apply(spec)
@@ -186,18 +188,27 @@ async def test_keys_are_freed_after_everything_is_recorded(
     await shop.reconciler.close(spec.sale_id)
     assert await free() is Freed.UNRECORDED
     await shop.record(spec.item_id)
-    assert await shop.inventory.free(spec.item_id, "other/sale", 2, 1) is Freed.UNKNOWN
-    assert await shop.inventory.free(spec.item_id, spec.sale_id, 1, 1) is Freed.OPEN
-    assert await shop.inventory.free(spec.item_id, spec.sale_id, 2, 0) is Freed.UNRECORDED
+    assert (
+        await shop.inventory.free(spec.item_id, "other/sale", 2, accepted=1, released=0)
+        is Freed.UNKNOWN
+    )
+    assert (
+        await shop.inventory.free(spec.item_id, spec.sale_id, 1, accepted=1, released=0)
+        is Freed.OPEN
+    )
+    assert (
+        await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=0, released=0)
+        is Freed.UNRECORDED
+    )
     assert spec.item_id in await shop.inventory.items()
     assert await free() is Freed.FREED
-    assert await shop.redis.exists(*ItemKeys.of(spec.item_id).four) == 0
+    assert await shop.redis.exists(*ItemKeys.of(spec.item_id).sold) == 0
     assert not await shop.redis.sismember(keys.items(DEFAULT_ENGINE), spec.item_id)
     assert await free() is Freed.UNKNOWN
 
 
 async def free_unknown(shop: SimulatedShop, spec: SaleSpec) -> Freed:
-    return await shop.inventory.free(spec.item_id, spec.sale_id, 1, 0)
+    return await shop.inventory.free(spec.item_id, spec.sale_id, 1, accepted=0, released=0)
 
 
 async def test_keys_are_not_freed_while_the_outbox_has_events(
@@ -206,7 +217,10 @@ async def test_keys_are_not_freed_while_the_outbox_has_events(
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ada")
     await shop.reconciler.close(spec.sale_id)
-    assert await shop.inventory.free(spec.item_id, spec.sale_id, 2, 1) is Freed.UNRECORDED
+    assert (
+        await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=1, released=0)
+        is Freed.UNRECORDED
+    )
     assert await shop.redis.xlen(ItemKeys.of(spec.item_id).outbox) == 1
 
 
