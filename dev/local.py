@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ SAMPLE: Final = ROOT / "k8s" / "samples" / "iphone-15.yaml"
 CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 RESOURCE: Final = "flashsales.flashsale.dev"
 API_PORT: Final = 8080
+ORDERS_PORT: Final = 8083
 _ENV: Final = LOCAL / "env"
 
 
@@ -70,7 +72,7 @@ def running_engine() -> Addresses:
     """
     if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
         raise StackError("the engine is not running; start it with `make up`")
-    written = dict(line.split("=", 1) for line in _ENV.read_text().splitlines())
+    written = _written()
     return Addresses(
         written["FLASHSALE_REDIS_URL"],
         written["FLASHSALE_KAFKA_BOOTSTRAP"],
@@ -87,22 +89,44 @@ def up() -> None:
             undo.callback(server.stop)
 
         addresses = start_stack(LOCAL, os.environ, started, detached=True)
-        api = ApiServer(LOCAL / "api", addresses, API_PORT, detached=True)
+        # The API may be running already, with the token that the file has.
+        token = _written().get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
+        api = ApiServer(
+            LOCAL / "api",
+            addresses,
+            API_PORT,
+            detached=True,
+            order_tokens=token,
+            orders_port=ORDERS_PORT,
+        )
         _start(ConsumerServer(LOCAL / "consumer", addresses, detached=True), started)
         _start(api, started)
-        variables = {**addresses.environment(), "FLASHSALE_API_URL": f"http://localhost:{API_PORT}"}
-        _ENV.touch(mode=0o600)
+        variables = {
+            **addresses.environment(),
+            "FLASHSALE_API_URL": f"http://localhost:{API_PORT}",
+            "FLASHSALE_ORDERS_URL": f"http://localhost:{ORDERS_PORT}",
+            "FLASHSALE_ORDER_TOKENS": token,
+        }
+        _ENV.touch()
+        _ENV.chmod(0o600)
         _ENV.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
         apply_sample(addresses)
         undo.pop_all()
     print(f"""
-The API listens on http://localhost:{API_PORT}. Its metrics are on {api.metrics_url}. Try:
+The API listens on http://localhost:{API_PORT}, and for the shop's order service on
+http://localhost:{ORDERS_PORT}. Its metrics are on {api.metrics_url}. Try:
 
   curl -X POST localhost:{API_PORT}/reserve -H "Content-Type: application/json" \\
     -d '{{"userId":"user1","itemId":"iphone_15","quantity":1}}'
   set -a; . .local/env; set +a; .venv/bin/flashsalectl audit
 
 The logs are in .local/*/*.log. `make down` stops everything. The data stays in .local.""")
+
+
+def _written() -> dict[str, str]:
+    """Return the variables that the last `make up` wrote."""
+    lines = _ENV.read_text().splitlines() if _ENV.exists() else []
+    return dict(line.split("=", 1) for line in lines)
 
 
 def control_plane() -> None:

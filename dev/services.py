@@ -76,10 +76,33 @@ class _Service(Server):
 
 
 class ApiServer(_Service):
-    """One API process. It counts as started when Redis has answered it."""
+    """One API process. It counts as started when Redis has answered it.
+
+    It opens its order port if it has `order_tokens`.
+    """
 
     name: ClassVar[str] = "api"
     module: ClassVar[str] = "flashsale_api"
+
+    def __init__(  # noqa: PLR0913 - one per setting
+        self,
+        data: Path,
+        addresses: Addresses | None = None,
+        port: int | None = None,
+        *,
+        detached: bool = False,
+        order_tokens: str = "",
+        orders_port: int | None = None,
+    ) -> None:
+        super().__init__(data, addresses, port, detached=detached)
+        self.order_tokens = order_tokens
+        if orders_port is not None:
+            self._ports["orders"] = orders_port
+
+    @property
+    def orders_url(self) -> str:
+        """The base URL of the port for the shop's order service."""
+        return f"http://127.0.0.1:{self._port('orders')}"
 
     @property
     def metrics_url(self) -> str:
@@ -87,10 +110,16 @@ class ApiServer(_Service):
         return f"http://127.0.0.1:{self._port('metrics')}/metrics"
 
     def _environment(self) -> dict[str, str]:
-        return {
+        environment = {
             **super()._environment(),
             "FLASHSALE_METRICS_LISTEN": f"127.0.0.1:{self._port('metrics')}",
         }
+        # The user may have sourced the tokens of another API process.
+        environment.pop("FLASHSALE_ORDER_TOKENS", None)
+        if self.order_tokens:
+            environment["FLASHSALE_ORDER_TOKENS"] = self.order_tokens
+            environment["FLASHSALE_ORDERS_LISTEN"] = f"127.0.0.1:{self._port('orders')}"
+        return environment
 
 
 class ConsumerServer(_Service):

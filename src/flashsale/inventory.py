@@ -27,7 +27,7 @@ from flashsale.reservations import (
     parse_transitions,
 )
 from flashsale.sale import Predecessor, Sale, SaleSpec
-from flashsale.scripts import Script, Scripts, translated
+from flashsale.scripts import Script, Scripts, leased, translated
 
 OUTBOX_LIMIT: Final = 100_000
 """Entries in an item's outbox at which `reserve` refuses new buyers (`outbox_full`)."""
@@ -79,6 +79,14 @@ class ServerTime(NamedTuple):
 
     now_ms: int
     run_id: str
+
+
+class Holds(NamedTuple):
+    """An item's open holds. `overdue` of them can be expired, the first since `first_due_ms`."""
+
+    open: int
+    overdue: int
+    first_due_ms: int
 
 
 class Inventory:
@@ -182,6 +190,30 @@ class Inventory:
             self._expire, self._keys(item_id).sold, (limit, engine_id), timeout_seconds
         )
         return parse_expired(str(reply))
+
+    async def lease_expiry(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
+        """Takes or renews the lease to expire an item's holds. False if another pod has it.
+
+        The lease only saves work: a hold expires once, however many pods try.
+        """
+        return await leased(self._redis, self._keys(item_id).expiry, pod_id, lease_ms)
+
+    async def holds(self, item_ids: Iterable[str], now_ms: int) -> dict[str, Holds]:
+        """Returns the open holds of each item, at a time of Redis' clock."""
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            key = self._keys(item_id).holds
+            pipeline.zcard(key)
+            pipeline.zcount(key, "-inf", now_ms)
+            pipeline.zrange(key, 0, 0, withscores=True)
+        replies = await translated(pipeline.execute()) if wanted else []
+        return {
+            item_id: Holds(total, overdue, int(first[0][1]) if first else 0)
+            for item_id, total, overdue, first in zip(
+                wanted, *(replies[n::3] for n in range(3)), strict=True
+            )
+        }
 
     async def _change(
         self,

@@ -41,6 +41,7 @@ class ItemKeys:
     outbox: str
     holds: str
     sweeper: str
+    expiry: str
     pods: str
 
     @classmethod
@@ -53,6 +54,7 @@ class ItemKeys:
             outbox=f"{tag}:outbox",
             holds=f"{tag}:holds",
             sweeper=f"{tag}:sweeper",
+            expiry=f"{tag}:expiry",
             pods=f"{tag}:pods",
         )
 

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.reservations import OutboxEntry
-from flashsale.scripts import Script, Scripts, translated
+from flashsale.scripts import Script, Scripts, leased, translated
 
 SETTLE_SECONDS: Final = 2.0
 
@@ -82,11 +82,7 @@ class Outbox:
 
         The lease only saves work: two sweepers publish duplicates, which are harmless.
         """
-        key = self._keys(item_id).sweeper
-        owner = await translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
-        if owner == pod_id:
-            await translated(self._redis.pexpire(key, lease_ms))
-        return owner in (None, pod_id)
+        return await leased(self._redis, self._keys(item_id).sweeper, pod_id, lease_ms)
 
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self._engine)

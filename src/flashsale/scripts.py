@@ -95,6 +95,14 @@ async def translated(call: Awaitable[T]) -> T:
         raise RedisUnavailable(_describe(error)) from error
 
 
+async def leased(redis: "Redis", key: str, owner: str, lease_ms: int) -> bool:
+    """Takes or renews a lease. False if another owner has it. Raises `RedisUnavailable`."""
+    found = await translated(redis.set(key, owner, nx=True, get=True, px=lease_ms))
+    if found == owner:
+        await translated(redis.pexpire(key, lease_ms))
+    return found in (None, owner)
+
+
 def _describe(error: Exception) -> str:
     problem = "refused the call" if isinstance(error, ResponseError) else "is unavailable"
     return f"Redis {problem}: {str(error) or 'no reply in time'}"

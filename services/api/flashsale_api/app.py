@@ -4,16 +4,16 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ExceptionHandler, Receive, Scope, Send
 
 from flashsale import redis_client
 from flashsale.errors import FlashsaleError, RedisUnavailable
@@ -22,16 +22,20 @@ from flashsale.outbox import Outbox
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
+from flashsale_api.expiry import Expiry
 from flashsale_api.heartbeat import Heartbeat
 from flashsale_api.metrics import Metrics
+from flashsale_api.orders import Orders, order_app
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
 from flashsale_api.responses import Problem, problem_response
 from flashsale_api.sales import Sales, SaleViews
 from flashsale_api.settings import Settings
 from flashsale_api.sweeper import Sweeper
+from flashsale_api.transitions import Transitions
 
 if TYPE_CHECKING:
+    from flashsale_api.servers import OrderServer
     from flashsale_api.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -65,13 +69,17 @@ class Application:
             await self._rest(scope, receive, send)
 
 
-def create_app(
+def create_app(  # noqa: PLR0915 - the composition root
     settings: Settings,
     metrics: Metrics,
     on_failure: Callable[[BaseException], None],
     spans: "Spans | None" = None,
+    order_server: "OrderServer | None" = None,
 ) -> Application:
-    """Makes the application. Calls `on_failure` if a background task dies: the process must end."""
+    """Makes the application. Calls `on_failure` if a background task dies: the process must end.
+
+    The application also runs `order_server`, if there is one.
+    """
     pod_id = str(uuid.uuid4())
     redis = redis_client.connect(settings.redis_url)
     inventory = Inventory(redis, settings.engine)
@@ -79,7 +87,25 @@ def create_app(
     engine = Engine(settings.engine)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
     batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
-    heartbeat = Heartbeat(pod_id, inventory, batcher, publisher, engine, metrics)
+    confirmations = Transitions(
+        inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
+    )
+    cancellations = Transitions(
+        inventory.cancel, publisher, metrics, engine, verb="cancel", seen=batcher.knows
+    )
+    callers = batcher, confirmations, cancellations
+
+    def called_items() -> set[str]:
+        return {item_id for caller in callers for item_id in caller.called_items()}
+
+    heartbeat = Heartbeat(pod_id, inventory, called_items, publisher, engine, metrics)
+    expiry = Expiry(inventory, publisher, metrics, engine, pod_id=pod_id)
+    orders = order_app(
+        Orders(inventory, confirmations, cancellations, metrics),
+        settings.order_tokens.split(","),
+        metrics,
+        _HANDLERS,
+    )
     sales = Sales(inventory, SaleViews(inventory))
     redis_checked = asyncio.Event()
 
@@ -92,9 +118,12 @@ def create_app(
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
                 ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
+                ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
             )
         ]
+        serving = asyncio.create_task(order_server.serve(orders)) if order_server else None
+        tasks += [serving] if serving else []
 
         def ended(task: asyncio.Task[None]) -> None:
             if task.cancelled():
@@ -107,7 +136,10 @@ def create_app(
         try:
             yield
         finally:
-            await batcher.close()
+            if order_server and serving:
+                order_server.stop()
+                await asyncio.wait([serving])
+            await asyncio.gather(*(caller.close() for caller in callers))
             if left := await publisher.flush(FLUSH_SECONDS):
                 log.warning("%d accepted reservations remain for another pod's sweep", left)
             else:
@@ -146,7 +178,7 @@ def create_app(
             Route("/readyz", readyz),
             Route("/openapi.json", openapi),
         ],
-        exception_handlers={HTTPException: _http_problem, Exception: _internal_problem},
+        exception_handlers=_HANDLERS,
         lifespan=lifespan,
     )
     # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
@@ -182,3 +214,9 @@ async def _http_problem(_: Request, error: Exception) -> Response:
 
 async def _internal_problem(_: Request, __: Exception) -> Response:
     return problem_response(Problem.INTERNAL_ERROR)
+
+
+_HANDLERS: Final[Mapping[Any, ExceptionHandler]] = {
+    HTTPException: _http_problem,
+    Exception: _internal_problem,
+}

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flashsale import heartbeat
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
-from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
@@ -21,7 +21,7 @@ class Heartbeat:
 
     pod_id: str
     inventory: Inventory
-    batcher: Batcher
+    called_items: Callable[[], Iterable[str]]
     publisher: Publisher
     engine: Engine
     metrics: Metrics
@@ -45,7 +45,7 @@ class Heartbeat:
         self.engine.found_in_redis(await self.inventory.engine_id())
         # Read the clock first, because a heartbeat must not claim to be younger than its count.
         sampled = await self.inventory.server()
-        counts = dict.fromkeys(self.batcher.called_items(), 0)
+        counts = dict.fromkeys(self.called_items(), 0)
         counts |= self.publisher.unacknowledged_by_item()
         redis, engine = self.inventory.redis, self.inventory.engine
         await heartbeat.beat(redis, self.pod_id, counts, sampled, engine)

@@ -95,6 +95,7 @@ class Publisher:
         self._acknowledged: dict[str, list[tuple[str, str, int]]] = {}
         self._to_settle = asyncio.Event()
         self._held: set[_Key] = set()
+        self._awaited: dict[_Key, list[asyncio.Future[None]]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
@@ -134,6 +135,25 @@ class Publisher:
         self._by_item[accepted.item_id] += 1
         self._idle.clear()
         self._work.set()
+
+    def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
+        """Returns a future of Kafka's next acknowledgement of a version that was just added.
+
+        Cancel the future to give up waiting.
+        """
+        key = accepted.item_id, accepted.reservation_id, accepted.record.version
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaited.setdefault(key, []).append(future)
+
+        def ended(_: "asyncio.Future[None]") -> None:
+            waiting = self._awaited.get(key, [])
+            if future in waiting:
+                waiting.remove(future)
+            if not waiting:
+                self._awaited.pop(key, None)
+
+        future.add_done_callback(ended)
+        return future
 
     async def run(self) -> None:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
@@ -266,6 +286,15 @@ class Publisher:
                 else:
                     self._forget([_key(accepted)])
             self._to_settle.set()
+            if self._awaited:
+                self._acknowledge(batch)
+
+    def _acknowledge(self, batch: Iterable[Accepted]) -> None:
+        for accepted in batch:
+            key = accepted.item_id, accepted.reservation_id, accepted.record.version
+            for future in self._awaited.pop(key, ()):
+                if not future.done():
+                    future.set_result(None)
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
         """Moves pending events into a batch until it is full.

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -32,16 +32,20 @@ RESERVE_PATH: Final = "/reserve"
 MAX_BODY_BYTES: Final = 16 * 1024
 
 _KEY: Final = re.compile(USER_ID_PATTERN)
-_TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _JSON: Final = (b"content-type", b"application/json")
 _FIELD: Final = re.compile(r"^(?P<rule>.*?) - at `\$\.(?P<field>[^`]*)`$", re.DOTALL)
+_UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
+
+T = TypeVar("T")
 
 _RULES: Final = {
     "userId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
     "itemId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, "
     "starting with a letter or digit",
     "quantity": "an integer from 1 to 1000",
+    "orderRef": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
     "Idempotency-Key": "1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
 }
 
@@ -76,7 +80,7 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
     quantity: Quantity
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The request is invalid. It is answered without a call to Redis."""
 
     def __init__(self, problem: Problem, detail: str, **members: object) -> None:
@@ -99,7 +103,7 @@ class Reserve:
         self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await _body(receive)
+        raw = await read_body(receive)
         if raw is None:
             return  # the buyer disconnected before the body was complete
         answered: asyncio.Future[tuple[int, Headers, bytes]] = (
@@ -126,7 +130,7 @@ class Reserve:
         started = perf_counter()
         try:
             order, request_key, traceparent = _parsed(headers, raw)
-        except _Refused as refused:
+        except Refused as refused:
             counted = self._metrics.of("")
             counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
@@ -195,7 +199,7 @@ class _Pending:
 def _parsed(
     headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
 ) -> tuple[ReserveBody, str, str]:
-    """Returns the body, the Idempotency-Key and the traceparent. Raises `_Refused`.
+    """Returns the body, the Idempotency-Key and the traceparent. Raises `Refused`.
 
     A missing header is returned as "". A malformed traceparent counts as missing.
     """
@@ -211,21 +215,28 @@ def _parsed(
                 raise _invalid("Idempotency-Key")
         elif name == b"traceparent":
             traceparent = value.decode("latin-1")
-            if not _TRACEPARENT.match(traceparent):
+            if not TRACEPARENT.match(traceparent):
                 traceparent = ""
+    return json_body(content_type, raw, _decode), request_key, traceparent
+
+
+def json_body(
+    content_type: str, raw: bytes | bytearray, decode: Callable[[bytes | bytearray], T]
+) -> T:
+    """Decodes a body. Raises `Refused`."""
     if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise _Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
     if len(raw) > MAX_BODY_BYTES:
-        raise _Refused(Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes")
+        raise Refused(Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes")
     try:
-        return _decode(raw), request_key, traceparent
+        return decode(raw)
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _Refused(Problem.MALFORMED_JSON, str(error)) from None
+        raise Refused(Problem.MALFORMED_JSON, str(error)) from None
 
 
-async def _body(receive: Receive) -> bytes | None:
+async def read_body(receive: Receive) -> bytes | None:
     """Returns the body, cut once it is too large. None if the client has disconnected."""
     chunks = b""
     while True:
@@ -237,18 +248,21 @@ async def _body(receive: Receive) -> bytes | None:
             return chunks
 
 
-def _invalid(field: str) -> _Refused:
+def _invalid(field: str) -> Refused:
     rule = _RULES[field]
-    return _Refused(Problem.INVALID_FIELD, f"{field} must be {rule}", field=field, rule=rule)
+    return Refused(Problem.INVALID_FIELD, f"{field} must be {rule}", field=field, rule=rule)
 
 
-def _explained(error: str) -> _Refused:
+def _explained(error: str) -> Refused:
     """Turns msgspec's error into the field and the rule that it violates."""
     match = _MISSING.match(error) or _FIELD.match(error)
     field = match["field"] if match else ""
     if field in _RULES:
         return _invalid(field)
-    return _Refused(Problem.INVALID_FIELD, "the body must be a JSON object", field="", rule=error)
+    if unknown := _UNKNOWN.match(error):
+        field, rule = unknown["field"][:128], "fields of other names are refused"
+        return Refused(Problem.INVALID_FIELD, f"{field} is unknown: {rule}", field=field, rule=rule)
+    return Refused(Problem.INVALID_FIELD, "the body must be a JSON object", field="", rule=error)
 
 
 def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:

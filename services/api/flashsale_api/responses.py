@@ -29,6 +29,7 @@ class Problem(Enum):
 
     MALFORMED_JSON = Kind("malformed-json", 400, "The body is not valid JSON")
     MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
+    UNAUTHORIZED = Kind("unauthorized", 401, "The token is missing or wrong")
     NOT_FOUND = Kind("not-found", 404, "The path does not exist")
     UNKNOWN_ITEM = Kind("unknown-item", 404, "The item has no sale")
     UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
@@ -36,6 +37,7 @@ class Problem(Enum):
     SOLD_OUT = Kind("sold-out", 409, "Sold out")
     HOLD_EXPIRED = Kind("hold-expired", 409, "The hold has expired")
     CANCELLED = Kind("cancelled", 409, "The reservation was cancelled")
+    OTHER_ORDER = Kind("other-order", 409, "The reservation belongs to another order")
     TOO_MANY_HOLDS = Kind("too-many-holds", 409, "Too many holds of the user have expired")
     NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than requested")
     LIMIT_REACHED = Kind("limit-reached", 409, "The user has reached the limit of this sale")
@@ -89,10 +91,14 @@ def render(
 
 
 def problem_response(
-    problem: Problem, detail: str | None = None, *, headers: Mapping[str, str] | None = None
+    problem: Problem,
+    detail: str | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    members: Mapping[str, object] | None = None,
 ) -> Response:
-    """Returns a problem as Starlette's response, with additional `headers`."""
-    status, own, body = render(problem, detail)
+    """Returns a problem as Starlette's response, with additional `headers` and `members`."""
+    status, own, body = render(problem, detail, **(members or {}))
     made = Response(body, status, headers)
     made.raw_headers.extend(own)
     return made
