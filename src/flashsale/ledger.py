@@ -21,6 +21,8 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 _MIGRATION_LOCK: Final = 0x666C617368
 """Key of the advisory lock that serializes migrations: "flash" in ASCII."""
 COMMAND_TIMEOUT_SECONDS: Final = 10.0
+_MIGRATION_TIMEOUT_SECONDS: Final = 3600.0
+"""A migration can rewrite a table, which takes about two seconds per million rows."""
 _ENGINE: Final = "SELECT id::text, name, redis_address FROM engine"
 _CLAIM_ENGINE: Final = """
 UPDATE engine SET name = coalesce(name, $1), redis_address = coalesce(redis_address, $2)
@@ -136,7 +138,9 @@ async def migrate(pool: Pool) -> int:
         for script in scripts:
             version = int(script.name[:4])
             if version > done:
-                await connection.execute(script.read_text("utf-8"))
+                await connection.execute(
+                    script.read_text("utf-8"), timeout=_MIGRATION_TIMEOUT_SECONDS
+                )
                 await connection.execute(
                     "INSERT INTO schema_migrations (version) VALUES ($1)", version
                 )

@@ -15,22 +15,25 @@ ALTER TABLE sales ADD COLUMN voided bigint NOT NULL DEFAULT 0;
 -- The name changes, so that a consumer or an operator of the previous version waits for the ledger
 -- instead of reading states that it does not know.
 ALTER TABLE reservations RENAME COLUMN occurred_at TO accepted_at;
-ALTER TABLE reservations ALTER COLUMN version TYPE bigint;
-ALTER TABLE reservations ADD COLUMN expires_at timestamptz;
-ALTER TABLE reservations ADD COLUMN confirmed_at timestamptz;
-ALTER TABLE reservations ADD COLUMN order_ref text;
--- The state that the last change replaced, or null for a new row.
-ALTER TABLE reservations ADD COLUMN former_state text;
-
--- The previous version called a confirmed reservation accepted. It had no other final state.
-ALTER TABLE reservations DROP CONSTRAINT reservations_state_check;
-UPDATE reservations SET
-    state = CASE state WHEN 'accepted' THEN 'confirmed' WHEN 'released' THEN 'cancelled' ELSE state END,
-    confirmed_at = CASE WHEN state <> 'refused' THEN accepted_at END;
 -- refused: Redis accepted it, but the ledger does not count it. It exceeds the sale's capacity, or
 -- it came after a rebuild that did not find it.
-ALTER TABLE reservations ADD CONSTRAINT reservations_state_check
-    CHECK (state IN ('held', 'confirmed', 'cancelled', 'expired', 'refused'));
-
+ALTER TABLE reservations DROP CONSTRAINT reservations_state_check;
+ALTER TABLE reservations
+    ADD COLUMN expires_at timestamptz,
+    ADD COLUMN confirmed_at timestamptz,
+    ADD COLUMN order_ref text,
+    -- The state that the last change replaced, or null for a new row.
+    ADD COLUMN former_state text;
 -- The consumer finds the former state in the row that it changes.
 DROP INDEX reservations_refused;
+
+-- One statement, so that a large table is rewritten once. The previous version called a confirmed
+-- reservation accepted. It had no other final state than released.
+ALTER TABLE reservations
+    ALTER COLUMN version TYPE bigint,
+    ALTER COLUMN state TYPE text USING
+        CASE state WHEN 'accepted' THEN 'confirmed' WHEN 'released' THEN 'cancelled' ELSE state END,
+    ALTER COLUMN confirmed_at TYPE timestamptz USING
+        CASE WHEN state <> 'refused' THEN accepted_at END,
+    ADD CONSTRAINT reservations_state_check
+        CHECK (state IN ('held', 'confirmed', 'cancelled', 'expired', 'refused'));
