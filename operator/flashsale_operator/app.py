@@ -124,6 +124,7 @@ async def _run(settings: Settings) -> None:
             clients,
             controller,
             queue,
+            rebuilds,
             served=settings.served,
             keep_closed=timedelta(seconds=settings.keep_closed_seconds),
         )

@@ -8,17 +8,21 @@ from redis.asyncio import Redis
 
 from flashsale import events, ledger
 from flashsale.inventory import Inventory
-from flashsale.keys import DEFAULT_ENGINE
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.outbox import Outbox
 from flashsale.reservations import (
     FINAL,
     Answer,
     BatchReply,
+    Call,
+    Expired,
     OutboxEntry,
     Outcome,
     Request,
     State,
+    Transition,
+    TransitionReply,
 )
 from flashsale.sale import Sale, SaleSpec, utc_of_ms
 from flashsale_operator.sales.drain import Drain, Patience
@@ -86,6 +90,30 @@ class SimulatedShop:
             return list(reply.answers)
         return [Answer(reply)] * len(requests)
 
+    async def reservation_of(self, item_id: str, user: str) -> str:
+        """Return the id of the only reservation of a user."""
+        async for _, page in self.inventory.reservation_pages(item_id):
+            for reservation_id, record in page:
+                if record.user_id == user:
+                    return reservation_id
+        raise LookupError(user)
+
+    async def confirm(self, item_id: str, user: str, order_ref: str = "order-1") -> Transition:
+        call = Call(await self.reservation_of(item_id, user), order_ref)
+        return _outcome(await self.inventory.confirm(item_id, [call], timeout_seconds=5))
+
+    async def cancel(self, item_id: str, user: str, order_ref: str = "") -> Transition:
+        call = Call(await self.reservation_of(item_id, user), order_ref)
+        return _outcome(await self.inventory.cancel(item_id, [call], timeout_seconds=5))
+
+    async def expire(self, item_id: str, user: str) -> None:
+        """Expire the hold of a user as if its time and grace were over."""
+        holds = ItemKeys.of(item_id, self.engine).holds
+        await self.redis.zadd(holds, {await self.reservation_of(item_id, user): 0})
+        reply = await self.inventory.expire(item_id, 1, timeout_seconds=5)
+        assert isinstance(reply, Expired)
+        assert len(reply.holds) == 1
+
     async def record(self, item_id: str, *, lose: int = 0) -> None:
         """Move the events of the outbox to the ledger, except the first `lose`."""
         entries = await self.outbox.page(item_id, until_ms=2**50, count=10_000)
@@ -134,6 +162,10 @@ class SimulatedShop:
             partition,
             next_offset,
         )
+
+
+def _outcome(reply: TransitionReply | Transition) -> Transition:
+    return reply if isinstance(reply, Transition) else reply.answers[0].outcome
 
 
 def _one(user: str) -> Request:

@@ -4,9 +4,10 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any, Final, TypeAlias
 
 from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.redis_client import MAX_CONNECTIONS, connect
+from flashsale.reservations import Call
 from flashsale.sale import Predecessor, SaleSpec
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl
-from flashsale_operator.ctl import tables
-from flashsale_operator.sales import audit, manifest, offsets
+from flashsale_operator.ctl import reservations, tables
+from flashsale_operator.sales import audit, engine, manifest, offsets, transitions
 from flashsale_operator.sales.decision import StillFenced, counted
 from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.manifest import ManifestError
@@ -65,6 +68,10 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         for line in str(error).splitlines():
             print(f"flashsalectl: {line}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
+    except BrokenPipeError:
+        # The reader, such as `head`, has read enough. Python must not flush what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 
@@ -108,8 +115,8 @@ async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> i
         rows = await ledger.sales(clients.pool, options.item)
         if not rows:
             raise UnknownSale(_no_such(options.item))
-        # Prefer the sale that is not closed, because it has the item.
-        row = min(rows, key=lambda row: row.closed)
+        # Prefer the sale that is not closed, because it has the item. Then one with open holds.
+        row = min(rows, key=lambda row: (row.closed, not row.held))
         done = await _rebuilder(clients, addresses).rebuild(row)
     success = isinstance(done, Rebuilt)
     print(tables.line_of_rebuild(row.sale_id, done), file=sys.stdout if success else sys.stderr)
@@ -144,9 +151,40 @@ async def _republish(options: argparse.Namespace, environ: Mapping[str, str]) ->
     addresses = settings.load(_All, environ)
     async with _connected(addresses) as clients:
         published = await republish(clients.inventory, addresses, options.item)
-    reservations = counted(published, "reservation")
-    print(f"{options.item}: {reservations} published again; check with `flashsalectl audit`")
+    done = f"{counted(published, 'reservation')} published again"
+    print(f"{options.item}: {done}; check with `flashsalectl audit`")
     return 0
+
+
+async def _reservations(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    async with _connected(settings.load(_Stores, environ)) as clients:
+        if not await ledger.sales(clients.pool, options.item):
+            raise UnknownSale(_no_such(options.item))
+        write = reservations.WRITERS[options.output](sys.stdout)
+        async with aclosing(reservations.pages(clients.pool, options.item)) as pages:
+            async for page in pages:
+                write.page(page)
+        write.end()
+        sys.stdout.flush()
+    return 0
+
+
+async def _change(
+    verb: transitions.Verb, options: argparse.Namespace, environ: Mapping[str, str]
+) -> int:
+    addresses = settings.load(_All, environ)
+    async with _connected(addresses) as clients:
+        outcome = await transitions.change(
+            clients.inventory,
+            addresses,
+            options.item,
+            verb,
+            Call(options.reservation, options.order_ref or ""),
+            engine_id=await engine.engine_id(clients.inventory, clients.pool),
+        )
+    line, success = tables.line_of_change(options.reservation, verb, outcome, options.order_ref)
+    print(line, file=sys.stdout if success else sys.stderr)
+    return 0 if success else 1
 
 
 async def _adopt_redis(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -176,6 +214,15 @@ _COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
         "Move the sales to another Redis. First stop the API pods that use the former one.",
     ),
     "republish": (_republish, "Publish an item's reservations from Redis to Kafka again."),
+    "reservations": (_reservations, "Show the reservations of an item in the ledger."),
+    "confirm": (
+        partial(_change, "confirm"),
+        "Confirm a reservation for an order, if the shop cannot. Repeats are safe.",
+    ),
+    "cancel": (
+        partial(_change, "cancel"),
+        "Cancel a reservation, if the shop cannot. A confirmed one needs its order reference.",
+    ),
 }
 
 
@@ -183,9 +230,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashsalectl",
         description="Applies, inspects and repairs flash sales, with or without Kubernetes.",
-        epilog="All commands read FLASHSALE_REDIS_URL and FLASHSALE_DATABASE_URL. All but get and "
-        "close also read FLASHSALE_KAFKA_BOOTSTRAP and FLASHSALE_KAFKA_TLS, _CA_FILE, _USER and "
-        "_PASSWORD. Exit codes: 0 success; 1 failure or disagreement; 2 wrong usage or settings.",
+        epilog="All commands read FLASHSALE_REDIS_URL and FLASHSALE_DATABASE_URL. All but get, "
+        "close and reservations also read FLASHSALE_KAFKA_BOOTSTRAP and FLASHSALE_KAFKA_TLS, "
+        "_CA_FILE, _USER and _PASSWORD. Exit codes: 0 success; 1 failure or disagreement; 2 wrong "
+        "usage or settings.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text) in _COMMANDS.items():
@@ -201,7 +249,40 @@ def _parser() -> argparse.ArgumentParser:
         elif name != "adopt-redis":
             nargs = "?" if name in ("get", "audit") else None
             command.add_argument("item", nargs=nargs, metavar="ITEM", help="itemId of the sale")
+        if name == "reservations":
+            command.add_argument(
+                "-o",
+                "--output",
+                choices=reservations.WRITERS,
+                default="table",
+                help="format of the output (default table)",
+            )
+        elif name in ("confirm", "cancel"):
+            command.add_argument(
+                "reservation", metavar="RESERVATION", type=_reservation_id, help="reservation id"
+            )
+            command.add_argument(
+                "--order-ref",
+                required=name == "confirm",
+                metavar="REF",
+                type=_order_ref,
+                help="the shop's reference of the order",
+            )
     return parser
+
+
+def _reservation_id(text: str) -> str:
+    if re.match(UUID_PATTERN, text) is None:
+        raise argparse.ArgumentTypeError("must be a UUID in lower case")
+    return text
+
+
+def _order_ref(text: str) -> str:
+    if re.match(USER_ID_PATTERN, text) is None:
+        raise argparse.ArgumentTypeError(
+            "must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -"
+        )
+    return text
 
 
 def _specs(names: Sequence[str]) -> list[SaleSpec]:

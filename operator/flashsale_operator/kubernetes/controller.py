@@ -177,7 +177,7 @@ class Controller:
             bounds = (spec.starts_ms, spec.ends_ms)
             if unprepared is not None:
                 made = await self._failed_result(spec, unprepared)
-            elif (found := await self._make(spec, memory, live["metadata"])) is not None:
+            elif (found := await self._make(spec, memory, live)) is not None:
                 made = found
             else:
                 return Requeue(failed=True)
@@ -228,15 +228,18 @@ class Controller:
             memory.left_to = owner
         return Requeue()
 
-    async def _make(
-        self, spec: SaleSpec, memory: _Memory, metadata: dict[str, Any]
-    ) -> Result | None:
+    async def _make(self, spec: SaleSpec, memory: _Memory, live: dict[str, Any]) -> Result | None:
         """Makes the ledger and Redis match the spec. None means: look again before a report."""
+        metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         try:
             if metadata.get("deletionTimestamp"):
                 # Another party's finalizer keeps the object. The sale is closed without it.
                 return await self._reconciler.close(spec.sale_id)
             result = await self._reconciler.reconcile(spec, metadata["uid"])
+            sale = result.own_sale
+            if sale and sale.hold_ms and sale.released and not before.hold_expired:
+                expired = await self._reconciler.hold_expired(spec.sale_id)
+                result = replace(result, hold_expired=expired)
         except (*REPORTED, UnknownSale) as error:
             self._failed(error)
             return await self._failed_result(spec, error)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from flashsale.sale import SaleState
 from flashsale_operator.kubernetes.status import DELETED_MESSAGE, Status, open_message
+from flashsale_operator.sales.decision import counted
 from flashsale_operator.sales.manifest import API_VERSION, KIND
 from flashsale_operator.sales.reconciler import Result
 
@@ -32,6 +33,8 @@ class Known:
     state: SaleState | None = None
     sold_out: bool = False
     allocated: int | None = None
+    released: int | None = None
+    hold_expired: bool = False
     mark: str = ""
 
     @classmethod
@@ -42,6 +45,8 @@ class Known:
             state=SaleState(opened.reason) if opened is not None and known else None,
             sold_out=sold_out is not None and sold_out.status == "True",
             allocated=None if status.counts is None else status.counts.allocated,
+            released=None if status.counts is None else status.counts.released,
+            hold_expired=status.hold_expired,
             mark="" if opened is None else f"{status.observed_generation} {opened.since}",
         )
 
@@ -55,6 +60,11 @@ class SaleEvent:
     warning: bool = False
 
 
+_ONCE: Final = frozenset({"Closed", "HoldExpired"})
+"""Reasons that a FlashSale has once, whatever else changes."""
+HOLD_EXPIRED: Final = SaleEvent(
+    "HoldExpired", "a hold expired before it was confirmed: its units are for sale again"
+)
 CLOSED: Final = SaleEvent("Closed", DELETED_MESSAGE)
 
 
@@ -78,6 +88,8 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     if sale is not None and allocated is not None and sale.allocated > allocated:
         raised = f"allocated units raised from {allocated} to {sale.allocated}"
         found.append(SaleEvent("Restocked", raised))
+    if result.hold_expired and not before.hold_expired:
+        found.append(HOLD_EXPIRED)
     # The operator restarted during an outage: it cannot tell whether the state has changed.
     forgotten = was is SaleState.UNKNOWN and allocated is not None
     if state is was or state is SaleState.UNKNOWN or forgotten:
@@ -87,6 +99,10 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
             found.append(SaleEvent("Resumed", message))
         case SaleState.SELLING if was is not SaleState.SOLD_OUT:
             found.append(SaleEvent("Opened", message))
+        case SaleState.SELLING if sale is not None and before.released is not None:
+            if (returned := sale.released - before.released) > 0:
+                units = counted(returned, "unit")
+                found.append(SaleEvent("SellingAgain", f"{units} came back: {message}"))
         case SaleState.SOLD_OUT if not before.sold_out:
             found.append(SaleEvent("SoldOut", message))
         case SaleState.PAUSED | SaleState.ENDED:
@@ -103,11 +119,11 @@ def event_object(
 ) -> dict[str, object]:
     """Returns the Event as a Kubernetes object. `metadata` is the FlashSale's.
 
-    `mark` distinguishes this change from another one of the same kind. A sale is closed only once,
-    so `Closed` needs no mark.
+    `mark` distinguishes this change from another one of the same kind. An Event that is made only
+    once needs no mark.
     """
     uid = metadata["uid"]
-    change = "" if event.reason == "Closed" else mark
+    change = "" if event.reason in _ONCE else mark
     digest = sha256(f"{uid} {event.reason} {change}".encode()).hexdigest()[:16]
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {

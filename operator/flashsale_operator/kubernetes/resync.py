@@ -1,7 +1,8 @@
 """Resync everything periodically, to find changes that no watch reports.
 
 These are FlashSales that were deleted while no operator ran, closed sales that are still open in
-Redis, and the keys of closed sales, which can be freed.
+Redis, open holds of finished sales that Redis lost, and the keys of closed sales, which can be
+freed.
 """
 
 import asyncio
@@ -14,14 +15,16 @@ from typing import Final, TypeAlias
 
 from flashsale import ledger
 from flashsale.errors import FlashsaleError, OtherEngine, RedisMoved
-from flashsale.inventory import Freed
+from flashsale.inventory import Freed, ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale
+from flashsale.sale import Sale, utc_of_ms
 from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.failures import server_of
 from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales import engine as engines
+from flashsale_operator.sales.decision import untrusted
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,10 @@ _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
 _Objects: TypeAlias = dict[str | None, list[Key]]
+# No reconcile of a FlashSale finds the holds of these sales.
+_OPEN_HOLDS: Final = """
+SELECT * FROM sales WHERE held > 0 AND (closed OR resource_uid IS NULL) ORDER BY sale_id
+"""
 _HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
 
 
@@ -57,6 +64,16 @@ def unclosed(row: SaleRow, sale: Sale) -> bool:
     return row.closed and not closed
 
 
+def holds_lost(row: SaleRow, sale: Sale | None, server: ServerTime) -> bool:
+    """Whether Redis lost the open holds of a finished sale, which nothing ends then.
+
+    `sale` is Redis' sale of the item. If it is another one, the holds wait until it is freed.
+    """
+    if not row.held or not row.finished(utc_of_ms(server.now_ms)):
+        return False
+    return sale is None or (sale.sale_id == row.sale_id and untrusted(row, sale, server))
+
+
 def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelta) -> bool:
     """Whether to try to free the keys of a closed sale. `free.lua` decides."""
     return (
@@ -73,11 +90,12 @@ def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelt
 class Resync:
     """Resyncs periodically. An outage ends one resync, and the next one starts again."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of the process that it works with
         self,
         clients: Clients,
         controller: Controller,
         queue: Queue,
+        rebuilds: Rebuilds,
         *,
         served: Sequence[str],
         keep_closed: timedelta,
@@ -88,6 +106,7 @@ class Resync:
         self._metrics = clients.metrics
         self._controller = controller
         self._queue = queue
+        self._rebuilds = rebuilds
         self._served = served
         self._keep_closed = keep_closed
         self._refused: set[str | None] = set()
@@ -133,6 +152,7 @@ class Resync:
                 log.info("%s: its FlashSale was deleted", key.sale_id)
                 await self._controller.close_deleted(key)
         await self._inventory.index([row.item_id for row in declared])
+        await self._rebuild_holds()
         await self._resync_redis(engine_id)
 
     async def _objects(self, declared: Sequence[SaleRow]) -> tuple[_Objects, _Objects]:
@@ -166,6 +186,25 @@ class Resync:
                 Key(live["metadata"]["namespace"], live["metadata"]["name"]) for live in listed
             ]
         return found
+
+    async def _rebuild_holds(self) -> None:
+        """Rebuilds finished sales whose open holds Redis lost."""
+        async with ledger.translated():
+            rows = [SaleRow.of(record) for record in await self._pool.fetch(_OPEN_HOLDS)]
+        if not rows:
+            return
+        server = await self._inventory.server()
+        sales = await self._inventory.sales({row.item_id for row in rows}, skip_unreadable=True)
+        for row in rows:
+            if holds_lost(row, sales.get(row.item_id), server):
+                try:
+                    await self._rebuilds.rebuild(row, wakes=False)
+                except FlashsaleError as error:
+                    self._metrics.failures.labels(server_of(error)).inc()
+                    log.warning("%s: its holds are not rebuilt yet: %s", row.sale_id, error)
+            elif (done := self._rebuilds.forget(row.sale_id)) is not None:
+                self._metrics.rebuilds.inc()
+                self._metrics.lost.inc(done.lost)
 
     async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""

@@ -12,7 +12,14 @@ from typing import Any, Final, NamedTuple, cast
 import yaml
 
 from flashsale.errors import FlashsaleError
-from flashsale.fields import ITEM_ID_PATTERN, MAX_DISPLAY_NAME, MAX_PER_USER, MAX_STOCK
+from flashsale.fields import (
+    ITEM_ID_PATTERN,
+    MAX_DISPLAY_NAME,
+    MAX_EXPIRED_HOLDS,
+    MAX_HOLD_SECONDS,
+    MAX_PER_USER,
+    MAX_STOCK,
+)
 from flashsale.sale import SaleSpec
 
 GROUP: Final = "flashsale.dev"
@@ -132,6 +139,8 @@ SPEC_FIELDS: Final = (
     Field("spec.startsAt", TIME),
     Field("spec.endsAt", TIME),
     Field("spec.paused", BOOLEAN, default=False),
+    Field("spec.holdSeconds", _integer(1, MAX_HOLD_SECONDS)),
+    Field("spec.maxExpiredHolds", _integer(1, MAX_EXPIRED_HOLDS), default=3),
 )
 # Fields that the kube-apiserver or kubectl adds to an object. They do not describe the sale.
 IGNORED_TOP: Final = frozenset({"status"})
@@ -207,6 +216,8 @@ def sale_spec(document: object) -> SaleSpec:
         starts_ms=starts_ms,
         ends_ms=ends_ms,
         paused=spec["paused"],
+        hold_seconds=spec.get("holdSeconds"),
+        max_expired_holds=spec["maxExpiredHolds"],
     )
 
 

@@ -65,6 +65,9 @@ _CLOSE: Final = """
 UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
+_HOLD_EXPIRED: Final = (
+    "SELECT EXISTS (SELECT FROM reservations WHERE sale_id = $1 AND state = 'expired')"
+)
 _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
@@ -80,6 +83,7 @@ class Result:
     - `sale` is Redis' sale of the item, which may be another sale. `row` is the ledger's row.
       None means that the store has none, or that it did not answer.
     - `rebuilt` counts the units of a rebuild since the result before.
+    - `hold_expired`: a hold of the sale has expired. Only the operator asks the ledger for it.
     """
 
     sale_id: str
@@ -91,6 +95,7 @@ class Result:
     sale: Sale | None = None
     row: SaleRow | None = None
     rebuilt: Rebuilt | None = None
+    hold_expired: bool = False
 
     @property
     def ready(self) -> bool:
@@ -221,6 +226,11 @@ class Reconciler:
             sale=sale,
             row=row,
         )
+
+    async def hold_expired(self, sale_id: str) -> bool:
+        """Whether the ledger has an expired hold of the sale."""
+        async with ledger.translated():
+            return bool(await self._pool.fetchval(_HOLD_EXPIRED, sale_id))
 
     async def sales_to_close(self, item_id: str) -> list[str]:
         """Returns the sales to close when a person closes an item.

@@ -48,6 +48,9 @@ class FakeKube:
             "allocated",
             "accepted",
             "available",
+            "held",
+            "confirmed",
+            "holdExpired",
         ]
     )
     changed = False
@@ -121,8 +124,36 @@ async def test_redis_counts_are_reported_while_the_ledger_is_away(
         "Open": "Selling",
         "SoldOut": "Available",
     }
-    assert kube.status.counts == Counts(10, 3, 7)
+    assert kube.status.counts == Counts(10, 3, 7, 0, 3)
     assert kube.events == ["Opened"]
+
+
+async def test_the_first_expired_hold_and_units_that_come_back_are_events(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    kube.live["spec"] |= {"stock": 3, "holdSeconds": 600}
+    own, key, item_id = controller(shop, kube), Key.of(spec.sale_id), spec.item_id
+    await own.reconcile(key)
+    await shop.buy(item_id, "a", "b", "c")
+    await own.reconcile(key)
+    assert kube.status.counts == Counts(3, 3, 0, 3, 0)
+    await shop.confirm(item_id, "a")
+    await shop.cancel(item_id, "b")
+    await shop.record(item_id)
+    await own.reconcile(key)
+    assert kube.events == ["Opened", "SoldOut", "SellingAgain"], "a cancelled hold did not expire"
+    assert kube.status.counts == Counts(3, 3, 1, 1, 1)
+    await shop.expire(item_id, "c")
+    await own.reconcile(key)
+    assert not kube.status.hold_expired, "the ledger does not have it yet"
+    await shop.record(item_id)
+    for restarted in (own, controller(shop, kube)):
+        await restarted.reconcile(key)
+    assert kube.events == ["Opened", "SoldOut", "SellingAgain", "HoldExpired"]
+    assert kube.status.hold_expired
+    assert kube.status.counts is not None
+    assert kube.status.counts.released == 2
 
 
 async def test_the_status_names_the_engine_before_anything_else_is_written(

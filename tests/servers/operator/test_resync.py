@@ -1,10 +1,9 @@
 """The decisions of a resync, and the script that frees the keys of a closed sale."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -21,6 +20,7 @@ from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync, left_behind, may_be_freed, unclosed
 from tests.support.eventually import until
+from tests.support.fake_kube import FakeKube
 from tests.support.observations import a_row, a_sale
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -64,37 +64,11 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
         assert not may_be_freed(CLOSED_ROW, sale, HOUR, NOTHING)
 
 
-class FakeKube:
-    """A kube-apiserver with FlashSales. It refuses to list the namespaces in `refused`."""
-
-    def __init__(self, *present: Key, refused: Sequence[str] = ()) -> None:
-        self.present = present
-        self.refused = refused
-        self.events: list[str] = []
-
-    async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
-        if namespace in self.refused:
-            raise KubeForbidden("the kube-apiserver refused: 403 forbidden")
-        return [
-            {"metadata": key._asdict()}
-            for key in self.present
-            if namespace in (None, key.namespace)
-        ]
-
-    async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
-        key = Key(namespace, name)
-        return {"metadata": key._asdict()} if key in self.present else None
-
-    async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
-        self.events.append(event["reason"])
-        return True
-
-
 def resync_of(shop: SimulatedShop, kube: FakeKube, queue: Queue, *served: str) -> Resync:
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
     rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
     own = Controller(clients, queue, rebuilds)
-    return Resync(clients, own, queue, served=served, keep_closed=HOUR)
+    return Resync(clients, own, queue, rebuilds, served=served, keep_closed=HOUR)
 
 
 async def test_a_sale_of_a_deleted_namespace_is_closed_by_an_operator_that_may_list_it(

@@ -419,7 +419,7 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                 assert own.stored_state == "closed" or not own.finished(NOW_MS), (
                     "an ended sale stays ended"
                 )
-            if row is None or row.closed:
+            elif row is None or row.closed:
                 assert not any(other.held for other in seen.others), "its holds need the item"
         case Done(state, reason, message):
             assert message

@@ -11,6 +11,7 @@ from flashsale.sale import SaleSpec
 from flashsale_operator.sales.manifest import ManifestError, parse, sale_spec
 from tests.support.bad_manifests import ABSENT, BAD_MANIFESTS, STARTS, STOCK, Bad, manifest
 
+OPTIONAL = ("maxPerUser", "paused", "holdSeconds", "maxExpiredHolds")
 HEAD = "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\nmetadata: {name: a}\n"
 
 
@@ -40,6 +41,8 @@ spec:
   startsAt: 2026-11-27T09:00:00Z
   endsAt: "2026-11-27T11:00:00.5+01:00"
   paused: true
+  holdSeconds: 600
+  maxExpiredHolds: 2
 status: {saleId: shop/iphone-15}
 """
     assert parse(text) == [
@@ -52,13 +55,15 @@ status: {saleId: shop/iphone-15}
             starts_ms=1_795_770_000_000,
             ends_ms=1_795_773_600_500,
             paused=True,
+            hold_seconds=600,
+            max_expired_holds=2,
         )
     ]
 
 
 def test_absent_and_null_fields_get_defaults() -> None:
     assert sale_spec(manifest()) == SaleSpec("default/iphone-15", "iphone_15", 100)
-    nulls = Bad((), {"maxPerUser": None, "paused": None}, {"namespace": None})
+    nulls = Bad((), dict.fromkeys(OPTIONAL), {"namespace": None})
     assert sale_spec(manifest(nulls)) == SaleSpec("default/iphone-15", "iphone_15", 100)
 
 
