@@ -20,7 +20,7 @@ from flashsale.sale import Sale
 from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.failures import server_of
-from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.sales import engine as engines
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Resync:
                 self._queue.wake(key)
         for key in left_behind(declared, served):
             log.info("%s: its FlashSale was deleted", key.sale_id)
-            self._queue.wake(key, changed=True)
+            self._queue.wake(key, Urgency.CHANGED)
         for key in left_behind(declared, others):
             if await self._kube.flash_sale(*key) is None:
                 log.info("%s: its FlashSale was deleted", key.sale_id)
