@@ -64,6 +64,8 @@ ENVIRONMENT: Final = """\
                                      SCRAM-SHA-512)
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
       FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
+      FLASHSALE_ITEMS                prefixes of the items that namespaces may sell:
+                                     NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
       FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
@@ -119,7 +121,7 @@ async def _run(settings: Settings) -> None:
         inventory = Inventory(redis, settings.engine)
         rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue)
         clients = Clients(kube, inventory, pool, metrics)
-        controller = Controller(clients, queue, rebuilds)
+        controller = Controller(clients, queue, rebuilds, prefixes=settings.prefixes)
         resync = Resync(
             clients,
             controller,

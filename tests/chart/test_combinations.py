@@ -323,6 +323,18 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ],
     ),
     (
+        "the operator knows which namespace may sell which items",
+        at("operator.items", {"shop": "shop-", "brand": "b.", "1": "2"}),
+        lambda r: r.environment("operator")["FLASHSALE_ITEMS"],
+        "1=2,brand=b.,shop=shop-",
+    ),
+    (
+        "an operator's rollout within a full quota",
+        at("operator.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
+        lambda r: r.one("Deployment", "operator")["spec"]["strategy"],
+        {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+    ),
+    (
         "a rollout within a full quota",
         at("api.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
         lambda r: r.one("Deployment", "api")["spec"]["strategy"],

@@ -46,13 +46,11 @@ def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "tolerations": [{"key": "a", "operator": "Exists"}],
         "affinity": {"podAntiAffinity": {}},
         "priorityClassName": "high",
+        "strategy.rollingUpdate.maxSurge": "50%",
+        "strategy.rollingUpdate.maxUnavailable": 1,
     }
     if component != "operator":
-        changes |= {
-            "topologySpreadConstraints": [],
-            "strategy.rollingUpdate.maxSurge": "50%",
-            "strategy.rollingUpdate.maxUnavailable": 1,
-        }
+        changes["topologySpreadConstraints"] = []
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
@@ -132,6 +130,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_component_changes("operator"),
     "operator.allNamespaces": (True, {}),
     "operator.namespaces": (["a"], {}),
+    "operator.items": ({"shop": "shop-"}, {}),
     "operator.keepClosedSeconds": (3, {}),
     "networkPolicies.enabled": (True, {}),
     "networkPolicies.buyers": ([PEER], POLICIES),

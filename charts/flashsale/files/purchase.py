@@ -24,6 +24,7 @@ DEADLINE_SECONDS = 60.0
 ACCOUNT = Path(os.environ.get("ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
 NAMESPACE = os.environ["NAMESPACE"]
 NAME = f"helm-test-{uuid.uuid4().hex[:8]}"
+ITEM = os.environ.get("ITEM_PREFIX", "") + NAME
 
 
 def call(method: str, url: str, body: object = None, **headers: str) -> tuple[int, Any]:
@@ -59,7 +60,7 @@ def flash_sales(method: str, path: str = "", body: object = None) -> tuple[int, 
 
 
 def buy(user: str) -> tuple[int, Any]:
-    body = {"userId": user, "itemId": NAME, "quantity": 1}
+    body = {"userId": user, "itemId": ITEM, "quantity": 1}
     return call("POST", f"{os.environ['API']}/reserve", body, **{"Idempotency-Key": NAME})
 
 
@@ -101,7 +102,7 @@ sale = {
     "apiVersion": "flashsale.dev/v1alpha1",
     "kind": "FlashSale",
     "metadata": {"name": NAME},
-    "spec": {"itemId": NAME, "displayName": "helm test", "stock": 1},
+    "spec": {"itemId": ITEM, "displayName": "helm test", "stock": 1},
 }
 until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST", body=sale))
 try:

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Final
 
 from flashsale import ledger
@@ -71,7 +72,10 @@ class _Memory:
 
 
 class Controller:
-    """Reconciles the FlashSales of a queue."""
+    """Reconciles the FlashSales of a queue.
+
+    `prefixes` has the prefix of the items that a namespace may sell, by namespace.
+    """
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class Controller:
         queue: Queue,
         rebuilds: Rebuilds,
         *,
+        prefixes: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kube = clients.kube
@@ -88,6 +93,7 @@ class Controller:
         self._queue = queue
         self._rebuilds = rebuilds
         self._reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
+        self._prefixes = prefixes
         self._clock = clock
         self._memories: dict[Key, _Memory] = {}
         self._prepared = False
@@ -170,6 +176,7 @@ class Controller:
                 )
         try:
             spec = manifest.sale_spec(live)
+            manifest.check_item(spec, self._prefixes)
         except ManifestError as error:
             message = "; ".join(error.mistakes)
             result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)

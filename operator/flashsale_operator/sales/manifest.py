@@ -210,6 +210,29 @@ def sale_spec(document: object) -> SaleSpec:
     )
 
 
+def check_item(spec: SaleSpec, prefixes: Mapping[str, str]) -> None:
+    """Raises `ManifestError` if the sale's namespace may not sell its item.
+
+    `prefixes` has the prefix of the items that a namespace may sell, by namespace. The longest
+    prefix of an item decides. A namespace without a prefix may sell the items that have none.
+    """
+    namespace = spec.sale_id.partition("/")[0]
+    own = prefixes.get(namespace, "")
+    found = max(
+        (prefix for prefix in prefixes.values() if spec.item_id.startswith(prefix)),
+        key=len,
+        default="",
+    )
+    if own == found:
+        return
+    if not spec.item_id.startswith(own):
+        mistake = f"must begin with {own} in the namespace {namespace}"
+    else:
+        owners = sorted(name for name, prefix in prefixes.items() if prefix == found)
+        mistake = f"must not begin with {found}, which is for the namespace {' and '.join(owners)}"
+    raise ManifestError([f"spec.itemId: {mistake} (operator.items)"])
+
+
 def _read(
     part: str,
     given: Mapping[object, object],

@@ -6,7 +6,7 @@ changes Redis.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from flashsale import ledger
 from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine, RedisUnavailable
@@ -61,11 +61,22 @@ _CLOSE: Final = """
 UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
+_REFUSED: Final = """
+SELECT count(*), coalesce(sum(quantity), 0)::bigint FROM reservations
+WHERE sale_id = $1 AND state = 'refused'
+"""
 _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
     """There is no such sale, or no sale of the item."""
+
+
+class Refused(NamedTuple):
+    """Reservations that the ledger has refused, and their units. Their buyers hold a 202."""
+
+    reservations: int
+    units: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,7 @@ class Result:
     - `sale` is Redis' sale of the item, which may be another sale. `row` is the ledger's row.
       None means that the store has none, or that it did not answer.
     - `rebuilt` counts the units of a rebuild since the result before.
+    - `refused` is None if the ledger was not asked.
     """
 
     sale_id: str
@@ -87,6 +99,7 @@ class Result:
     sale: Sale | None = None
     row: SaleRow | None = None
     rebuilt: Rebuilt | None = None
+    refused: Refused | None = None
 
     @property
     def ready(self) -> bool:
@@ -178,6 +191,7 @@ class Reconciler:
             sale=observed.sale,
             row=observed.row,
             rebuilt=rebuilt,
+            refused=await self._refused(spec.sale_id),
         )
 
     async def close(self, sale_id: str) -> Result:
@@ -262,6 +276,11 @@ class Reconciler:
             engine_id=engine_id,
             recorded=0 if before is None else before.accepted,
         )
+
+    async def _refused(self, sale_id: str) -> Refused:
+        async with ledger.translated():
+            count, units = await self._pool.fetchrow(_REFUSED, sale_id) or (0, 0)
+        return Refused(count, units)
 
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
         async with ledger.translated():

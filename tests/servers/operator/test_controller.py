@@ -100,11 +100,13 @@ class FakeKube:
         return {condition.type: condition.reason for condition in self.status.conditions}
 
 
-def controller(shop: SimulatedShop, kube: FakeKube) -> Controller:
+def controller(
+    shop: SimulatedShop, kube: FakeKube, prefixes: Mapping[str, str] | None = None
+) -> Controller:
     queue = Queue()
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
     rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
-    return Controller(clients, queue, rebuilds)
+    return Controller(clients, queue, rebuilds, prefixes=prefixes or {})
 
 
 async def test_redis_counts_are_reported_while_the_ledger_is_away(
@@ -120,6 +122,7 @@ async def test_redis_counts_are_reported_while_the_ledger_is_away(
         "Ready": "LedgerUnavailable",
         "Open": "Selling",
         "SoldOut": "Available",
+        "Refused": "NoneRefused",
     }
     assert kube.status.counts == Counts(10, 3, 7)
     assert kube.events == ["Opened"]
@@ -225,10 +228,51 @@ async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec
     kube = FakeKube(spec)
     kube.live["spec"]["stock"] = -1
     assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
-    assert kube.reasons() == {"Ready": "InvalidSpec", "Open": "Unknown", "SoldOut": "Unknown"}
+    assert kube.reasons() == {
+        "Ready": "InvalidSpec",
+        "Open": "Unknown",
+        "SoldOut": "Unknown",
+        "Refused": "Unknown",
+    }
     ready = kube.status.condition("Ready")
     assert ready is not None
     assert ready.message == "spec.stock: must be an integer from 0 to 100000000"
+
+
+async def test_a_flashsale_outside_the_prefix_of_its_namespace_starts_no_sale(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    assert (
+        await controller(shop, kube, {"default": "other-"}).reconcile(Key.of(spec.sale_id))
+    ).failed
+    assert kube.reasons()["Ready"] == "InvalidSpec"
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert ready.message == (
+        "spec.itemId: must begin with other- in the namespace default (operator.items)"
+    )
+    assert await ledger.sale(shop.pool, spec.sale_id) is None
+    assert await shop.sale(spec.item_id) is None
+
+
+async def test_reservations_that_the_ledger_refused_are_reported(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    assert kube.reasons()["Refused"] == "NoneRefused"
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id)
+    await shop.pool.execute("UPDATE sales SET accepted = 1")
+    await shop.pool.execute("UPDATE reservations SET state = 'refused' WHERE user_id <> 'a'")
+    await own.reconcile(key)
+    refused = kube.status.condition("Refused")
+    assert refused is not None
+    assert (refused.status, refused.reason) == ("True", "Refused")
+    assert "2 reservations (2 units)" in refused.message
+    assert kube.events == ["Opened", "Refused"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsale.sale import SaleSpec
-from flashsale_operator.sales.manifest import ManifestError, parse, sale_spec
+from flashsale_operator.sales.manifest import ManifestError, check_item, parse, sale_spec
 from tests.support.bad_manifests import ABSENT, BAD_MANIFESTS, STARTS, STOCK, Bad, manifest
 
 HEAD = "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\nmetadata: {name: a}\n"
@@ -169,3 +169,51 @@ def test_any_spec_gives_a_sale_or_mistakes(spec: dict[str, object]) -> None:
 def test_any_text_is_refused_with_mistakes_and_no_crash(text: str) -> None:
     with pytest.raises(ManifestError):
         parse(text)
+
+
+PREFIXES = {"shop": "shop-", "outlet": "shop-outlet-", "yard": "yard.", "barn": "yard."}
+
+
+@pytest.mark.parametrize(
+    ("namespace", "item"),
+    [
+        ("shop", "shop-1"),
+        ("shop", "shop-outlet"),
+        ("outlet", "shop-outlet-1"),
+        ("yard", "yard.1"),
+        ("barn", "yard.1"),
+        ("other", "shop"),
+        ("other", "cup"),
+    ],
+)
+def test_a_namespace_sells_the_items_of_its_longest_prefix(namespace: str, item: str) -> None:
+    check_item(SaleSpec(f"{namespace}/cup", item, 1), PREFIXES)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "item", "rule"),
+    [
+        ("shop", "cup", "must begin with shop- in the namespace shop"),
+        ("outlet", "shop-1", "must begin with shop-outlet- in the namespace outlet"),
+        (
+            "shop",
+            "shop-outlet-1",
+            "must not begin with shop-outlet-, which is for the namespace outlet",
+        ),
+        (
+            "other",
+            "yard.1",
+            "must not begin with yard., which is for the namespace barn and yard",
+        ),
+    ],
+)
+def test_an_item_of_another_namespace_is_a_mistake_that_names_the_rule(
+    namespace: str, item: str, rule: str
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        check_item(SaleSpec(f"{namespace}/cup", item, 1), PREFIXES)
+    assert str(caught.value) == f"spec.itemId: {rule} (operator.items)"
+
+
+def test_without_prefixes_every_namespace_sells_every_item() -> None:
+    check_item(SaleSpec("other/cup", "shop-1", 1), {})
