@@ -85,6 +85,7 @@ from tests.support.paths import CHART
         (at("consumer.autoscaling.by", "both"), "'/consumer/autoscaling/by'"),
         (at("operator.replicas", 2), "'/operator': additional properties 'replicas' not allowed"),
         (at("operator.namespaces", "all"), "'/operator/namespaces'"),
+        (at("nameOverride", "a"), "additional properties 'nameOverride' not allowed"),
         (at("operator.items", ["shop-"]), "'/operator/items'"),
         (at("operator.items", {"Shop": "shop-"}), "'/operator/items'"),
         (at("operator.items", {"shop": "a,b"}), "'/operator/items/shop'"),

@@ -65,7 +65,6 @@ def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any
 
 
 CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
-    "nameOverride": ("other", {}),
     "fullnameOverride": ("other", {}),
     "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
