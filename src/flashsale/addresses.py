@@ -9,9 +9,6 @@ import ssl
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from asyncpg import connect_utils
-from asyncpg.exceptions import InterfaceError
-
 PORT: Final = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 HOST: Final = r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/@?#,\[\]]+)"
 REDIS: Final = "redis://[user:password@]host:port/db, or rediss:// for TLS"
@@ -135,6 +132,9 @@ def database_url(url: str) -> str:
 
 
 def _parse_database(url: str, options: dict[str, str]) -> None:
+    from asyncpg import connect_utils  # noqa: PLC0415 - the API has no ledger
+    from asyncpg.exceptions import InterfaceError  # noqa: PLC0415
+
     try:
         # asyncpg has no public parser. It parses when it connects, and its errors show the address.
         parse: Any = vars(connect_utils)["_parse_connect_dsn_and_args"]

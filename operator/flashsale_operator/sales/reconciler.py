@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from flashsale import ledger
-from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine, RedisUnavailable
+from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
@@ -329,9 +329,3 @@ class Reconciler:
                 resource_uid,
             )
             return revision
-
-
-async def refuse_unsafe_redis(inventory: Inventory) -> None:
-    """Raises `RedisUnavailable` if a setting of Redis endangers sales."""
-    if mistake := await inventory.unsafe_setting():
-        raise RedisUnavailable(mistake)

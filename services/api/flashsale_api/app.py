@@ -15,10 +15,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from flashsale import redis_client
-from flashsale.errors import FlashsaleError, RedisUnavailable
+from flashsale import redis_client, requirements
+from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale.requirements import Checks
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
@@ -42,9 +43,8 @@ FLUSH_SECONDS: Final = 10.0
 Another pod's sweep publishes the rest.
 """
 
-
-class UnsafeRedisError(FlashsaleError):
-    """A setting of Redis endangers sales."""
+CHECK_SECONDS: Final = 10.0
+"""How often a pod checks a Redis that lacks a requirement."""
 
 
 class Application:
@@ -81,14 +81,14 @@ def create_app(
     batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
     heartbeat = Heartbeat(pod_id, inventory, batcher, publisher, engine, metrics)
     sales = Sales(inventory, SaleViews(inventory))
-    redis_checked = asyncio.Event()
+    redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("check Redis", _check_redis(inventory, outbox, redis_checked)),
+                ("check Redis", redis_check.run()),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
                 ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
@@ -125,9 +125,9 @@ def create_app(
     async def readyz(_: Request) -> Response:
         if engine.conflict:
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
-        if redis_checked.is_set():
-            return Response("ready\n", media_type="text/plain")
-        return Response("Redis has not answered yet\n", 503, media_type="text/plain")
+        if redis_check.problem:
+            return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
+        return Response("ready\n", media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()
 
@@ -154,24 +154,34 @@ def create_app(
     return Application(reserve, rest)
 
 
-async def _check_redis(inventory: Inventory, outbox: Outbox, checked: asyncio.Event) -> None:
-    """Waits for Redis and loads the scripts.
+class RedisCheck:
+    """Waits until Redis answers and meets the requirements."""
 
-    Raises `UnsafeRedisError` if a setting of Redis endangers sales.
-    """
-    while True:
-        try:
-            mistake = await inventory.unsafe_setting()
-            await inventory.load()
-            await outbox.load()
-        except RedisUnavailable as error:
-            log.info("waiting for Redis: %s", error)
-            await asyncio.sleep(1)
-            continue
-        if mistake:
-            raise UnsafeRedisError(mistake)
-        checked.set()
-        return
+    def __init__(self, inventory: Inventory, outbox: Outbox) -> None:
+        self._inventory = inventory
+        self._outbox = outbox
+        self.problem = "Redis has not answered yet"
+        """Why this pod is not ready, or nothing. After that, the operator reports problems."""
+
+    async def run(self) -> None:
+        """Checks Redis and loads the scripts, again and again until both succeed."""
+        checks = Checks(log)
+        while True:
+            try:
+                checks.require(requirements.REDIS, await self._inventory.facts())
+                await self._inventory.load()
+                await self._outbox.load()
+            except UnmetRequirement as error:
+                if self.problem != str(error):
+                    log.error("%s", error)  # noqa: TRY400 - a traceback adds nothing
+                self.problem = str(error)
+                await asyncio.sleep(CHECK_SECONDS)
+            except RedisUnavailable as error:
+                log.info("waiting for Redis: %s", error)
+                await asyncio.sleep(1)
+            else:
+                self.problem = ""
+                return
 
 
 async def _http_problem(_: Request, error: Exception) -> Response:

@@ -15,8 +15,12 @@ from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
+from flashsale import redis_client
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
+from flashsale_api import app
 from tests.support.api import OWN_SALE, accepted, problem, reserve
+from tests.support.eventually import until
 from tests.support.proxy import Proxy
 
 ITEM = OWN_SALE.item_id
@@ -147,15 +151,23 @@ async def test_the_api_starts_without_redis_and_is_ready_once_redis_answers(tmp_
     redis.stop()
 
 
-async def test_a_redis_that_may_evict_a_sale_stops_the_api(tmp_path: Path) -> None:
+async def test_a_pod_is_not_ready_while_redis_may_evict_a_sale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "CHECK_SECONDS", 0.1)
     with RedisServer(tmp_path / "redis", options=("--maxmemory-policy", "allkeys-lru")) as redis:
-        done = await asyncio.to_thread(
-            run_api, {**good_environment(), "FLASHSALE_REDIS_URL": redis.url}
-        )
-    assert done.returncode == 1
-    assert "maxmemory-policy is allkeys-lru" in done.stderr
-    assert "it must be noeviction" in done.stderr
-    assert "Traceback" not in done.stderr
+        client = redis_client.connect(redis.url)
+        check = app.RedisCheck(Inventory(client), Outbox(client))
+        task = asyncio.create_task(check.run())
+        line = "Redis has maxmemory-policy allkeys-lru, but needs maxmemory-policy noeviction: "
+        await until(lambda: check.problem.startswith(line), lambda: check.problem)
+        await until(lambda: len(caplog.records) > 0)
+        await client.config_set("maxmemory-policy", "noeviction")
+        await until(lambda: not check.problem, lambda: check.problem)
+        await task
+        await client.aclose()
+    errors = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert len(errors) == 1
 
 
 def good_environment() -> dict[str, str]:

@@ -14,6 +14,7 @@ from flashsale.errors import (
     OtherEngine,
     RedisMoved,
     RedisUnavailable,
+    UnmetRequirement,
 )
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
@@ -224,6 +225,48 @@ async def test_a_crd_without_the_engine_is_reported(shop: SimulatedShop, spec: S
     assert await ledger.sale(shop.pool, spec.sale_id) is None
 
 
+@pytest.mark.parametrize("ended", ["reconcile", "prepare"])
+async def test_an_unexpected_error_is_reported_and_retried(
+    shop: SimulatedShop,
+    spec: SaleSpec,
+    ended: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError("no\nunits")
+
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(own if ended == "prepare" else own._reconciler, ended, fail)
+        for _ in range(2):
+            assert (await own.reconcile(key)).failed
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert (ready.status, ready.reason) == ("False", "Failed")
+    assert ready.message.endswith("see the operator's log: ZeroDivisionError: no units")
+    assert len([each for each in caplog.records if each.exc_info]) == 1
+    assert not (await own.reconcile(key)).failed
+    assert kube.reasons()["Ready"] == "Applied"
+
+
+async def test_an_unmet_requirement_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await shop.redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        assert (await own.reconcile(key)).failed
+    finally:
+        await shop.redis.config_set("maxmemory-policy", "noeviction")
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert (ready.status, ready.reason) == ("False", "RequirementUnmet")
+    assert ready.message.startswith("Redis has maxmemory-policy allkeys-lru, but needs")
+    assert not (await own.reconcile(key)).failed
+    assert kube.reasons()["Ready"] == "Applied"
+
+
 async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec: SaleSpec) -> None:
     kube = FakeKube(spec)
     kube.live["spec"]["stock"] = -1
@@ -283,6 +326,7 @@ async def test_reservations_that_the_ledger_refused_are_reported(
         (ContractViolation("another format"), Reason.UNREADABLE),
         (OtherEngine("two engines"), Reason.OTHER_ENGINE),
         (RedisMoved("another address"), Reason.REDIS_MOVED),
+        (UnmetRequirement("an old server"), Reason.REQUIREMENT_UNMET),
     ],
 )
 def test_the_reason_names_the_server_that_is_away(error: FlashsaleError, reason: Reason) -> None:
