@@ -19,7 +19,8 @@ from aiohttp import web
 from flashsale import ledger, logs, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
-from flashsale.settings import host_and_port, load
+from flashsale.settings import load
+from flashsale.sockets import bound
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, log_in
 from flashsale_operator.kubernetes.controller import Clients, Controller
@@ -66,7 +67,7 @@ ENVIRONMENT: Final = """\
       FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
       FLASHSALE_ITEMS                prefixes of the items that namespaces may sell:
                                      NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
-      FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)
+      FLASHSALE_LISTEN               HTTP address, host:port (default [::]:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
       FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
@@ -196,8 +197,8 @@ async def _serving(listen: str, metrics: Metrics, resync: Resync) -> AsyncIterat
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     try:
-        host, port = host_and_port(listen)
-        await web.TCPSite(runner, host, port).start()
+        for each in bound(listen):
+            await web.SockSite(runner, each).start()
         yield
     finally:
         await runner.cleanup()

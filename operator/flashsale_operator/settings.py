@@ -32,7 +32,7 @@ class Settings(KafkaSettings, frozen=True):
 
     redis_url: RedisUrl
     database_url: DatabaseUrl
-    listen: Listen = "0.0.0.0:8082"
+    listen: Listen = "[::]:8082"
     namespaces: Namespaces = ""
     items: Items = ""
     keep_closed_seconds: Annotated[

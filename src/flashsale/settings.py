@@ -28,7 +28,7 @@ DatabaseUrl = Annotated[
 Listen = Annotated[
     str,
     Meta(
-        pattern=rf"^{HOST}:{PORT}\Z",
+        pattern=rf"^{HOST}:(0|{PORT})\Z",
         description="host:port; [::] is every address of IPv4 and IPv6",
     ),
 ]
