@@ -23,7 +23,7 @@ from flashsale.requirements import Checks
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
-from flashsale_api.heartbeat import Heartbeat
+from flashsale_api.heartbeat import Heartbeat, Pulse
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
@@ -73,13 +73,28 @@ def create_app(
 ) -> Application:
     """Makes the application. Calls `on_failure` if a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
-    redis = redis_client.connect(settings.redis_url)
+    # Requests cannot use up the connections of the heartbeat, or of sweep and settle.
+    redis, redis_of_heartbeat, redis_of_outbox = (
+        redis_client.connect(settings.redis_url) for _ in range(3)
+    )
     inventory = Inventory(redis, settings.engine)
-    outbox = Outbox(redis, settings.engine)
+    outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
+    pulse = Pulse()
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
-    heartbeat = Heartbeat(pod_id, inventory, batcher, publisher, engine, metrics)
+    batcher = Batcher(inventory, publisher, metrics, engine, may_accept=pulse.valid, spans=spans)
+    heartbeat = Heartbeat(
+        pod_id,
+        Inventory(redis_of_heartbeat, settings.engine),
+        batcher,
+        publisher,
+        engine,
+        metrics,
+        pulse,
+    )
+    sweeper = Sweeper(
+        Inventory(redis_of_outbox, settings.engine), outbox, publisher, metrics, pod_id
+    )
     sales = Sales(inventory, SaleViews(inventory))
     redis_check = RedisCheck(inventory, outbox)
 
@@ -91,7 +106,7 @@ def create_app(
                 ("check Redis", redis_check.run()),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
-                ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
+                ("sweep", sweeper.run()),
                 ("heartbeat", heartbeat.run()),
             )
         ]
@@ -117,7 +132,8 @@ def create_app(
                 task.remove_done_callback(ended)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await redis.aclose()
+            for client in (redis, redis_of_heartbeat, redis_of_outbox):
+                await client.aclose()
 
     async def healthz(_: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
@@ -127,6 +143,10 @@ def create_app(
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
         if redis_check.problem:
             return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
+        if not pulse.begun:
+            return Response(
+                "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
+            )
         return Response("ready\n", media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()

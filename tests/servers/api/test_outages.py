@@ -100,6 +100,28 @@ async def test_a_stopped_redis_gives_503_and_a_restarted_one_is_fenced(
     assert await accepted(own_inventory, ITEM) == 1
 
 
+async def test_a_pod_without_a_heartbeat_accepts_nothing_until_it_has_sent_one(
+    own_http: httpx.AsyncClient, own_inventory: Inventory, proxy: Proxy
+) -> None:
+    async def answer() -> str:
+        return str((await reserve(own_http, ITEM)).json().get("type", "accepted"))
+
+    async def fenced() -> bool:
+        return (await answer()).endswith(":fenced")
+
+    async def bought() -> bool:
+        return await answer() == "accepted"
+
+    assert await bought()
+    proxy.cut_replies(b":pod:", 1_000)  # the key of a heartbeat
+    await until(fenced)
+    before = await accepted(own_inventory, ITEM)
+    assert await fenced()
+    assert await accepted(own_inventory, ITEM) == before
+    proxy.cut_replies(b"", 0)
+    await until(bought)
+
+
 async def test_a_buyer_who_disconnects_does_not_cancel_the_other_requests(
     own_api: ApiServer,
     own_http: httpx.AsyncClient,
@@ -142,7 +164,7 @@ async def test_the_api_starts_without_redis_and_is_ready_once_redis_answers(tmp_
                     await asyncio.sleep(0.05)
         assert alive.status_code == 200
         assert (await http.get("/readyz")).status_code == 503
-        problem(await reserve(http, ITEM), 503, "redis-unavailable")
+        problem(await reserve(http, ITEM), 503, "fenced")  # without a heartbeat
         await asyncio.to_thread(redis.start)
         await starting
         assert (await http.get("/readyz")).status_code == 200
