@@ -213,3 +213,17 @@ def test_the_project_the_chart_and_the_images_have_the_same_version() -> None:
     assert chart["appVersion"] == project == flashsale.__version__
     for component in COMPONENTS:
         assert f"ARG VERSION={project}\n" in dockerfile(component)
+
+
+def test_the_charts_entry_in_a_catalogue_describes_the_license_and_the_crd() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    crd = yaml.safe_load(CRD.read_text())
+    entry = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]
+    assert entry["artifacthub.io/license"] == project["license"]
+    (listed,) = yaml.safe_load(entry["artifacthub.io/crds"])
+    (version,) = crd["spec"]["versions"]
+    assert (listed["kind"], listed["name"]) == (
+        crd["spec"]["names"]["kind"],
+        crd["metadata"]["name"],
+    )
+    assert listed["version"] == version["name"]
