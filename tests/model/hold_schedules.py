@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from tests.model.pods import Pod
+from tests.model.records import MAX_EXPIRED_HOLDS, Keys
 from tests.model.rules import Rules
 from tests.model.scene import Scene, ask_again, order
 from tests.model.world import Violation
@@ -61,19 +63,22 @@ def kafka_acknowledges_after_a_rebuild(rules: Rules) -> None:
     scene.expire(HOLD)
 
 
+def a_confirmation_is_answered_before_kafka_has_it(rules: Rules) -> None:
+    """The pod dies right after its answer, and Redis loses the confirmation."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    scene.record(scene.buy("first"))
+    before, pod = scene.redis.keys.copy(), scene.pod()
+    lose_a_call(scene, pod, "confirm", before)
+    scene.expire(HOLD)
+
+
 def a_refund_is_answered_before_kafka_has_it(rules: Rules) -> None:
     """The pod dies right after its answer, and Redis loses the cancellation."""
     scene = Scene(rules, stock=1, hold=HOLD)
     scene.record(scene.buy("first"))
     scene.record(scene.confirm("first")[1])
     before, pod = scene.redis.keys.copy(), scene.pod()
-    scene.kafka.delay = 3.0
-    order(pod, "cancel", "first")
-    scene.wait(0.5)
-    pod.crash(60.0)
-    scene.kafka.up = False
-    scene.redis.become(before, restarted=False)
-    scene.rebuild()
+    lose_a_call(scene, pod, "cancel", before)
     scene.judge()
 
 
@@ -83,14 +88,7 @@ def a_repeated_confirmation_is_only_in_redis(rules: Rules) -> None:
     scene.record(scene.buy("first"))
     before = scene.redis.keys.copy()
     scene.confirm("first")
-    pod = scene.pod()
-    scene.kafka.delay = 3.0
-    order(pod, "confirm", "first")
-    scene.wait(0.5)
-    pod.crash(60.0)
-    scene.kafka.up = False
-    scene.redis.become(before, restarted=False)
-    scene.rebuild()
+    lose_a_call(scene, scene.pod(), "confirm", before)
     scene.expire(HOLD)
 
 
@@ -112,6 +110,17 @@ def an_acknowledgement_of_another_event(rules: Rules) -> None:
     scene.redis.become(before, restarted=False)
     scene.rebuild()
     scene.expire(HOLD)
+
+
+def lose_a_call(scene: Scene, pod: Pod, verb: str, before: Keys) -> None:
+    """Kills a pod half a second after a call, and lets Redis and Kafka lose the change."""
+    scene.kafka.delay = 3.0
+    order(pod, verb, "first")
+    scene.wait(0.5)
+    pod.crash(60.0)
+    scene.kafka.up = False
+    scene.redis.become(before, restarted=False)
+    scene.rebuild()
 
 
 # Versions, settling and recording.
@@ -212,6 +221,40 @@ def a_lost_confirmation_is_repeated(rules: Rules) -> None:
     scene.confirm("first")
 
 
+def a_second_order_comes_after_a_rebuild(rules: Rules) -> None:
+    """The reservation is confirmed for the first order."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    scene.record(scene.buy("first"))
+    scene.record(scene.confirm("first")[1])
+    scene.redis.become(Keys())
+    scene.rebuild()
+    if scene.redis.confirm("first", "another order").outcome != "other_order":
+        raise Violation("a second order takes the reservation")
+
+
+def a_hoarder_returns_after_a_rebuild(rules: Rules) -> None:
+    """The buyer has let as many holds expire as a buyer may."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    for number in range(MAX_EXPIRED_HOLDS):
+        scene.record(scene.buy(f"hold {number}", user="hoarder"))
+        scene.record(*scene.expire(HOLD))
+    scene.redis.become(Keys())
+    scene.rebuild()
+    if scene.buy("one more", user="hoarder") is not None:
+        raise Violation("the hoarder has another hold")
+
+
+def a_buyer_has_three_declined_cards(rules: Rules) -> None:
+    """The shop cancels each of the holds."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    for number in range(MAX_EXPIRED_HOLDS):
+        name = f"hold {number}"
+        scene.record(scene.buy(name, user="buyer"))
+        scene.record(scene.cancel(name)[1])
+    if scene.buy("paid", user="buyer") is None:
+        raise Violation("the buyer is refused")
+
+
 def an_older_copy_in_the_same_run_lacks_a_confirmation(rules: Rules) -> None:
     """A snapshot of the whole machine is restored. It has as many accepted units as the ledger."""
     scene = Scene(rules, stock=1, hold=HOLD)
@@ -246,6 +289,7 @@ HOLD_SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("unpaid_order_is_set", a_shop_refunds_an_order_without_a_hold),
     ("limit_spares_changes", the_outbox_is_full_when_a_buyer_pays),
     ("late_acknowledgements_ignored", kafka_acknowledges_after_a_rebuild),
+    ("confirmation_waits", a_confirmation_is_answered_before_kafka_has_it),
     ("cancellation_waits", a_refund_is_answered_before_kafka_has_it),
     ("repeats_wait", a_repeated_confirmation_is_only_in_redis),
     ("memory_by_version", an_acknowledgement_of_another_event),
@@ -257,6 +301,9 @@ HOLD_SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("void_before_fold", a_void_event_and_its_successor_share_a_batch),
     ("void_changes_dropped", a_void_cancellation_comes_late),
     ("holds_extended", a_lost_confirmation_is_repeated),
+    ("orders_restored", a_second_order_comes_after_a_rebuild),
+    ("expired_counts_restored", a_hoarder_returns_after_a_rebuild),
+    ("only_expiry_counts", a_buyer_has_three_declined_cards),
     ("decided_units_compared", an_older_copy_in_the_same_run_lacks_a_confirmation),
     ("freed_if_all_recorded", a_sale_is_freed_before_its_last_expiry_is_recorded),
 )

@@ -42,7 +42,7 @@ class Kafka:
         self.partitions: list[list[Event]] = [[] for _ in range(PARTITIONS)]
         self.received: dict[str, News] = {}
         """The newest message of each reservation, as a receiver keeps it."""
-        self._contents: dict[tuple[str, int], News] = {}
+        self.announced: dict[tuple[str, int], News] = {}
         self._turn = 0
 
     def reached(self) -> None:
@@ -82,7 +82,7 @@ class Kafka:
         which one is true.
         """
         for news in batch:
-            first = self._contents.setdefault((news.reservation_id, news.version), news)
+            first = self.announced.setdefault((news.reservation_id, news.version), news)
             if first != news:
                 raise Violation(f"{news} and {first} have the same version")
             known = self.received.get(news.reservation_id)

@@ -1,7 +1,7 @@
 """Operators in the model, as sequences of steps."""
 
 from tests.model.pods import Servers
-from tests.model.records import PARTITIONS, Row, SaleHash
+from tests.model.records import PARTITIONS, Row, SaleHash, Stamp
 from tests.model.rules import EXPIRY, SEED_SECONDS, SETTLED_BEFORE
 from tests.model.world import Process, Steps, Unreachable, World
 
@@ -121,7 +121,7 @@ class Operator(Process):
         claim, recorded = ledger.claim(0 if sale is None else sale.revision), ledger.progress()
         yield world.between(0.01, 0.1)
         redis.reached()
-        _continue_if(redis.mark_rebuild(claim, self.MARK_SECONDS, recorded=recorded))
+        _continue_if(redis.mark_rebuild(claim, stamp, self.MARK_SECONDS, recorded=recorded))
         world.log(self.name, "begins rebuild", claim)
         world.risk(self)
         ends = [0] * PARTITIONS
@@ -129,11 +129,11 @@ class Operator(Process):
             began, sampled_from = world.now, redis.clock + SETTLED_BEFORE
             while self.unpublished(began, sampled_from):
                 yield world.between(0.2, 0.5)
-                self._mark(claim)
+                self._mark(claim, stamp)
             ends = self.servers.kafka.ends()
             while not self._recorded(ends):
                 yield world.between(0.2, 0.5)
-                self._mark(claim)
+                self._mark(claim, stamp)
         yield world.between(0.01, 0.1)
         ledger.reached()
         read = ledger.read_for_rebuild(claim, ends)
@@ -150,9 +150,9 @@ class Operator(Process):
         world.oracle.counts["rebuilt"] += 1
         world.log(self.name, "has rebuilt:", redis.keys.sale)
 
-    def _mark(self, claim: int) -> None:
+    def _mark(self, claim: int, stamp: Stamp) -> None:
         self.servers.redis.reached()
-        _continue_if(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS, again=True))
+        _continue_if(self.servers.redis.mark_rebuild(claim, stamp, self.MARK_SECONDS, again=True))
 
     def _recorded(self, ends: list[int]) -> bool:
         """Whether the ledger has recorded all events before `ends`."""

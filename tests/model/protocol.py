@@ -4,7 +4,8 @@ Every process can be killed, suspended or disconnected. Every server can be down
 copy, or be empty. The model's modules stand for these parts of the code:
 
     redis       src/flashsale/lua: reserve, confirm, cancel, expire, settle, apply, close, free,
-                and a rebuild's scripts in short; a server's durability
+                and a rebuild's scripts in short
+    server      a Redis server: its run, its clock, its durability; src/flashsale/lua/sale.lua
     ledger      flashsale_consumer/recorder.py, the writes of
                 flashsale_operator/sales/reconciler.py and rebuild.py
     kafka       the topics: partitions with duplicates and without a common order
@@ -13,7 +14,7 @@ copy, or be empty. The model's modules stand for these parts of the code:
     operators   flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
     callers     buyers, and the order service of the shop
     rules       the parts that a run can leave out
-    faults      the faults
+    faults      the kinds of faults
     verdict     the statements that hold in the end
     schedules, hold_schedules
                 short schedules, for parts that random runs need too rarely
@@ -37,7 +38,7 @@ from tests.model.verdict import judge
 from tests.model.world import Steps, Violation, World
 
 REST_SECONDS = 300.0
-PATIENCE_SECONDS = 40.0
+PATIENCE_SECONDS = 25.0
 """How long after the faults most callers still repeat their calls."""
 USERS = 12
 HOLDS = (None, 2.0, 4.0, 8.0, 20.0)

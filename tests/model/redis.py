@@ -1,10 +1,6 @@
-"""Redis in the model: the scripts of src/flashsale/lua, on a server that can lose writes.
-
-Each call happens at one instant.
-"""
+"""Redis in the model: the scripts of src/flashsale/lua. Each call happens at one instant."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
 
 from tests.model.records import (
     CANCELLED,
@@ -29,113 +25,12 @@ from tests.model.records import (
     expired_by_user,
     units_by_user,
 )
-from tests.model.world import Unreachable, Violation, World
-
-CLOCKS_APART: Final = 20.0
-"""Difference between the clocks of two servers, in seconds."""
-LOST_REPLIES: Final = 0.02
-"""Share of the executed calls whose reply is lost."""
+from tests.model.server import Server
+from tests.model.world import Violation
 
 
-class Redis:
+class Redis(Server):
     """The server, with the scripts of buyers, of the order service and of operators."""
-
-    def __init__(self, world: World, *, always: bool, outbox_limit: int = 1000) -> None:
-        self.world = world
-        self.always = always
-        """Whether appendfsync is `always`. Otherwise a crash can lose the last second of writes."""
-        self.outbox_limit = outbox_limit
-        self.strict = False
-        """Whether each write is followed by a comparison of all counts with the reservations."""
-        self.up = True
-        self.keys = Keys()
-        self.run_id = world.new_id()
-        self.replication_id = 0
-        self._copies: list[tuple[float, Keys]] = [(0.0, Keys())]
-
-    # The server.
-
-    @property
-    def clock(self) -> float:
-        """The server's clock in seconds. Each server's is set differently."""
-        return self.world.now + (self.run_id % 3 - 1) * CLOCKS_APART
-
-    @property
-    def stamp(self) -> Stamp:
-        """The server's run. A sale is trusted only if it was written under the same run."""
-        by_replication = self.world.rules.fence_on_replication_id
-        return (self.run_id, self.replication_id if by_replication else 0)
-
-    def reached(self) -> None:
-        """Raises `Unreachable` if a call cannot arrive. Nothing was executed."""
-        if not self.up:
-            raise Unreachable
-
-    def replied(self, *, stamp: Stamp | None = None) -> None:
-        """Raises `Unreachable` if the reply of an executed call is lost."""
-        if not self.up or self.world.chance() < LOST_REPLIES:
-            raise Unreachable
-        if stamp is not None and stamp != self.stamp and self.world.chance() < 0.5:
-            raise Unreachable
-
-    def become(self, keys: Keys, *, restarted: bool = True, demoted: bool = True) -> None:
-        """Takes an earlier state. The process restarts, was a replica meanwhile, or neither."""
-        lost = self.keys.reservations.keys() - keys.reservations.keys()
-        self.world.oracle.lost |= lost
-        self.world.log("redis", "loses", *sorted(lost))
-        self.keys = keys.copy()
-        if restarted or demoted:
-            self.replication_id = self.world.new_id()
-        if restarted:
-            self.run_id = self.world.new_id()
-        self._copies.append((self.world.now, self.keys.copy()))
-
-    def forget_replication(self) -> None:
-        """Forgets the replication id, as a server without replicas does after some time."""
-        self.replication_id = 0
-
-    def copy_of(self, seconds: float) -> Keys:
-        """Returns the state at a random moment of the last seconds."""
-        since = self.world.now - seconds
-        recent = [keys for at, keys in self._copies if at >= since]
-        # The copy before them is the state at the beginning of that time.
-        choice = self._copies[-len(recent) - 1 :] or self._copies
-        return choice[int(self.world.chance() * len(choice))][1]
-
-    def _wrote(self) -> None:
-        sale = self.keys.sale
-        if sale is not None and sale.accepted - sale.released > sale.allocated:
-            raise Violation(f"Redis: buyers of {sale} have more units than are allocated")
-        if self.strict and sale is not None and sale.stamp == self.stamp:
-            self._compare(sale)
-        self._copies.append((self.world.now, self.keys.copy()))
-
-    def _compare(self, sale: SaleHash) -> None:
-        """Raises `Violation` if a count of a trusted sale differs from its reservations."""
-        every = self.keys.reservations.values()
-        accepted = sum(event.quantity for event in every)
-        final = sum(event.quantity for event in every if event.final)
-        waiting = sum(event.quantity for event, _ in self.keys.outbox.values() if event.final)
-        held = sum(event.quantity for event in every if event.state == HELD)
-        if (sale.accepted, sale.released, sale.held) != (accepted, final - waiting, held):
-            raise Violation(f"Redis: {sale}, but {accepted}, {final} - {waiting} and {held}")
-        open_holds = {event.reservation_id for event in every if event.state == HELD}
-        if open_holds != self.keys.holds.keys():
-            raise Violation(f"Redis: {open_holds} are held, but {self.keys.holds} can expire")
-
-    # sale.lua, which is part of every script.
-
-    def fenced(self) -> bool:
-        sale = self.keys.sale
-        return self.world.rules.fence and sale is not None and sale.stamp != self.stamp
-
-    def read_sale(self) -> SaleHash | None:
-        """Returns the sale. If it was written under another run, the fence is latched."""
-        sale, rules = self.keys.sale, self.world.rules
-        if sale is not None and self.fenced() and rules.fence_latched and sale.stamp != UNTRUSTED:
-            sale.stamp = UNTRUSTED
-            self._wrote()
-        return sale
 
     # The scripts of the API.
 
@@ -146,7 +41,7 @@ class Redis:
             return [Answer("unknown" if sale is None else "fenced")] * len(batch)
         answers = [self._reserve(sale, request) for request in batch]
         if any(answer.outcome == "accepted" for answer in answers):
-            self._wrote()
+            self.wrote()
         return answers
 
     def _reserve(self, sale: SaleHash, request: Request) -> Answer:
@@ -286,7 +181,7 @@ class Redis:
             self.keys.holds.pop(event.reservation_id, None)
         if event.final and not rules.release_when_acknowledged:
             self._give_back(sale, event)
-        self._wrote()
+        self.wrote()
         self.world.log("redis", "writes", event)
         return Answer("changed", entry, event)
 
@@ -309,7 +204,7 @@ class Redis:
             if found[0].final and rules.release_when_acknowledged and keys.sale is not None:
                 self._give_back(keys.sale, found[0])
         if wrote:
-            self._wrote()
+            self.wrote()
 
     def _add(self, event: Event) -> int:
         self.keys.last_entry += 1
@@ -335,7 +230,7 @@ class Redis:
             self.keys.sale = SaleHash(
                 self.stamp, row.revision, row.state, row.allocated, hold=row.hold
             )
-            self._wrote()
+            self.wrote()
             return "seeded"
         if row.revision < sale.revision:
             return "stale"
@@ -343,7 +238,7 @@ class Redis:
             return "fenced"
         sale.revision, sale.state, sale.hold = row.revision, row.state, row.hold
         sale.allocated = max(row.allocated, sale.accepted - sale.released)
-        self._wrote()
+        self.wrote()
         return "changed"
 
     def close(self, revision: int) -> None:
@@ -351,7 +246,7 @@ class Redis:
         sale = self.read_sale()
         if sale is not None and revision >= sale.revision:
             sale.revision, sale.state = revision, "closed"
-            self._wrote()
+            self.wrote()
 
     def free(self, row: Row) -> str:
         """free.lua: deletes the keys of a closed sale that the ledger has completely."""
@@ -369,7 +264,7 @@ class Redis:
             return "unrecorded"
         self.keys = Keys(heartbeats=keys.heartbeats, last_entry=keys.last_entry)
         self.world.oracle.counts["freed"] += 1
-        self._wrote()
+        self.wrote()
         return "freed"
 
     def republish(self) -> list[Event]:
@@ -390,17 +285,20 @@ class Redis:
     def mark_rebuild(
         self,
         claim: int,
+        stamp: Stamp,
         seconds: float,
         *,
         recorded: Progress = NOTHING,
         again: bool = False,
     ) -> bool:
-        """fence.lua: marks the sale for a rebuild, or renews the mark of that rebuild.
+        """fence.lua: marks the sale for a rebuild that began under `stamp`, or renews its mark.
 
         If the keys are missing, the first call creates a fenced sale, so that buyers do not get
         `unknown`. `recorded` is the ledger's progress.
         """
         rules, sale, now = self.world.rules, self.read_sale(), self.world.now
+        if rules.other_run_ends_rebuild and stamp != self.stamp:
+            return False
         if again and rules.lost_mark_ends_rebuild and (sale is None or _claim(sale) != claim):
             return False
         if sale is None:
@@ -411,7 +309,7 @@ class Redis:
             if trusted or (self.rebuilding(sale) and claim != _claim(sale)):
                 return False
         sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, now + seconds)
-        self._wrote()
+        self.wrote()
         return True
 
     def rebuilding(self, sale: SaleHash) -> bool:
@@ -436,7 +334,7 @@ class Redis:
                 self._restore_hold(event)
             if not rules.orders_restored:
                 keys.reservations[event.reservation_id] = event._replace(order_ref=None)
-        self._wrote()
+        self.wrote()
         return True
 
     def _restore_hold(self, hold: Event) -> None:
@@ -466,7 +364,7 @@ class Redis:
             row.held,
             rebuilt=claim,
         )
-        self._wrote()
+        self.wrote()
         return True
 
     def _of_another(self, claim: int) -> bool:

@@ -74,6 +74,9 @@ class Rules:
     the server can forget its replication id."""
     lost_mark_ends_rebuild: bool = True
     """fence.lua: a rebuild whose mark is gone ends, because the pods' heartbeats are gone too."""
+    other_run_ends_rebuild: bool = True
+    """holds: a rebuild ends if Redis has another run than when it began, because the heartbeats in
+    a copy can look expired while their pods live."""
     operator_commits_kept: bool = True
     """ledger.py: every commit of an operator is on the standby, so no revision is taken twice."""
     fenced_not_republished: bool = True

@@ -7,7 +7,7 @@ from tests.model.kafka import Kafka
 from tests.model.ledger import Ledger
 from tests.model.operators import Operator
 from tests.model.pods import Asked, Ordered, Pod, Servers
-from tests.model.records import Event, Request, units_by_user
+from tests.model.records import Event, Request, Stamp, units_by_user
 from tests.model.redis import Redis
 from tests.model.rules import EXPIRY, SETTLED_BEFORE, Rules
 from tests.model.verdict import judge_counts
@@ -21,6 +21,7 @@ class Fence:
     """A rebuild that has begun."""
 
     claim: int
+    stamp: Stamp
     began: float
     sampled_from: float
 
@@ -73,9 +74,9 @@ class Scene:
 
     # Calls of a pod that is killed before Kafka has its events.
 
-    def buy(self, name: str, *, promised: bool = True) -> Event | None:
+    def buy(self, name: str, *, user: str = "", promised: bool = True) -> Event | None:
         """Reserves a unit. The pod is lost before Kafka has the event unless it is `promised`."""
-        [answer] = self.redis.reserve([Request(name, f"user of {name}", 1)])
+        [answer] = self.redis.reserve([Request(name, user or f"user of {name}", 1)])
         if answer.outcome == "accepted" and promised:
             self.promised.append(name)
         return answer.event if answer.outcome == "accepted" else None
@@ -123,8 +124,8 @@ class Scene:
         """Begins a rebuild."""
         sale, redis = self.redis.keys.sale, self.redis
         claim = self.ledger.claim(0 if sale is None else sale.revision)
-        redis.mark_rebuild(claim, LEASE, recorded=self.ledger.progress())
-        return Fence(claim, self.world.now, redis.clock + SETTLED_BEFORE)
+        redis.mark_rebuild(claim, redis.stamp, LEASE, recorded=self.ledger.progress())
+        return Fence(claim, redis.stamp, self.world.now, redis.clock + SETTLED_BEFORE)
 
     def finish(self, fence: Fence) -> None:
         """Ends a rebuild whose wait is over."""
@@ -133,7 +134,7 @@ class Scene:
             raise Violation("the ledger refuses the rebuild")
         row, reservations = read
         self.redis.fill_rebuild(fence.claim, reservations)
-        self.redis.finish_rebuild(fence.claim, row, self.redis.stamp, len(reservations))
+        self.redis.finish_rebuild(fence.claim, row, fence.stamp, len(reservations))
 
     def rebuild(self) -> None:
         """Rebuilds the sale, without any pod that is heard of."""

@@ -43,11 +43,34 @@ def redis_is_flushed_while_a_rebuild_waits(rules: Rules) -> None:
     world.now += 0.9
     redis.become(Keys(), restarted=False, demoted=False)
     world.now += 0.2
-    goes_on = redis.mark_rebuild(fence.claim, LEASE, again=True)
+    goes_on = redis.mark_rebuild(fence.claim, fence.stamp, LEASE, again=True)
     if goes_on and not scene.operator.unpublished(fence.began, fence.sampled_from):
         scene.finish(fence)
     second = scene.buy("second")
     scene.record(second)
+    scene.record(first)
+    scene.judge()
+
+
+def redis_fails_over_while_a_rebuild_waits(rules: Rules) -> None:
+    """The replica has the mark. Its clock is ahead, so that all heartbeats look expired."""
+    scene = Scene(rules, stock=1)
+    redis, world = scene.redis, scene.world
+    redis.run_id = CLOCK_BEHIND
+    scene.declare(2)
+    scene.finish(scene.fence())
+    scene.record(scene.buy("before"))
+    copy = redis.keys.copy()
+    first = scene.buy("first")
+    redis.become(copy, restarted=False)
+    fence = scene.fence()
+    world.now += EXPIRY + 1.0
+    redis.keys.heartbeats["api"] = Heartbeat(1, redis.clock, redis.stamp)
+    redis.become(redis.keys)
+    redis.run_id = CLOCK_AHEAD
+    goes_on = redis.mark_rebuild(fence.claim, fence.stamp, LEASE, again=True)
+    if goes_on and not scene.operator.unpublished(fence.began, fence.sampled_from):
+        scene.ledger.read_for_rebuild(fence.claim, scene.ledger.tables.offsets)
     scene.record(first)
     scene.judge()
 
@@ -139,6 +162,7 @@ def a_late_settlement_meets_another_reservation(rules: Rules) -> None:
 SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("fence_latched", the_server_forgets_its_failovers),
     ("lost_mark_ends_rebuild", redis_is_flushed_while_a_rebuild_waits),
+    ("other_run_ends_rebuild", redis_fails_over_while_a_rebuild_waits),
     ("operator_commits_kept", a_standby_lacks_a_restock),
     ("fenced_not_republished", an_older_copy_is_republished),
     ("heartbeats_of_this_run", a_pod_used_the_clock_of_the_former_server),

@@ -26,6 +26,11 @@ def judge(oracle: Oracle, servers: Servers) -> None:
     _judge_orders(oracle, tables)
     judge_counts(row, tables)
     _must(row.held == 0, f"{row.held} units are held for ever")
+    for (reservation_id, _), news in servers.kafka.announced.items():
+        if (news.state, news.verdict) == (CONFIRMED, "recorded"):
+            found = tables.reservations.get(reservation_id)
+            shipped = found is not None and found.confirmed_at is not None
+            _must(shipped, f"{news} was announced, but the ledger has {found}")
     for news in servers.ledger.news({*tables.reservations, *tables.refused}):
         received = servers.kafka.received.get(news.reservation_id)
         _must(received == news, f"the ledger has {news}, but the receiver of it {received}")
