@@ -28,7 +28,7 @@ RANDOM = sorted({field.name for field in fields(Rules)} - {part for part, _ in S
 """Parts whose need random runs show."""
 
 EVERY_RUN_TOGETHER = (
-    *("accepted", "replayed", "rebuilt", "freed", "expired", "excused", "refused", "voided"),
+    *("accepted", "replayed", "rebuilt", "freed", "expired", "excused", "refused"),
     *("confirm 200", "confirm 202", "confirm expired", "confirm other_order"),
     *("cancel 200", "cancel 202", "cancel other_order"),
 )
@@ -54,7 +54,8 @@ def test_nothing_is_oversold_or_lost_and_all_servers_agree(shard: int) -> None:
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_many_more_runs_agree(shard: int) -> None:
     first = FIRST_SEED + SEEDS
-    assert run_all(range(first + shard, first + MORE_SEEDS, SHARDS))["accepted"] > 0
+    seen = run_all(range(first + shard, first + MORE_SEEDS, SHARDS))
+    assert seen["voided"] > 0
 
 
 def run_all(seeds: range) -> Counter[str]:
