@@ -47,7 +47,8 @@ DESCRIPTION: Final = """\
     operators at the same time are harmless.
 
     HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
-    kube-apiserver have answered, and belong to this engine), /metrics (Prometheus).
+    kube-apiserver have answered, belong to this engine and lack no requirement),
+    /metrics (Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:

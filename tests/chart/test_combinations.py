@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import pytest
 
+from flashsale import requirements
 from flashsale_consumer import topics
 from tests.support.chart import (
     COMPONENTS,
@@ -177,11 +178,11 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         },
         {
             "shop-flashsale.reservations": (
-                topics.PARTITIONS,
-                {"retention.ms": topics.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                requirements.PARTITIONS,
+                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
-                topics.PARTITIONS,
+                requirements.PARTITIONS,
                 {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
                     "min.insync.replicas": 2,
@@ -433,7 +434,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         * 3,
     ),
     (
-        "the pod of helm test reaches only DNS, the API, PostgreSQL and Kubernetes",
+        "the pod of helm test reaches only DNS, the API, the servers and Kubernetes",
         POLICIES,
         lambda r: [
             (
@@ -445,7 +446,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in r.hooks
             if each["kind"] == "NetworkPolicy"
         ],
-        [("-1", "test", None, [53, 8080, 5432, 6443])],
+        [("-1", "test", None, [53, 8080, 6379, 9092, 5432, 6443])],
     ),
     (
         "the API reaches only Redis and Kafka",

@@ -105,6 +105,15 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
                 text=True,
                 check=False,
             )
+            (doctor,) = pod["spec"]["initContainers"]
+            examined = subprocess.run(
+                [Path(sys.executable).with_name(doctor["command"][0]), *doctor["command"][1:]],
+                env={"PATH": "/usr/bin", "HOME": str(tmp_path), **addresses.environment()},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    assert (examined.returncode, examined.stderr) == (0, ""), examined.stdout
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == [
         "201",

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import asyncpg
+from flashsale import addresses, ledger
 
 DEADLINE_SECONDS = 60.0
 ACCOUNT = Path(os.environ.get("ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
@@ -68,16 +68,17 @@ def recorded(reservation: str) -> str | None:
     """Return a reservation's state in the ledger, None if the ledger does not have it."""
 
     async def fetch() -> str | None:
-        connection = await asyncpg.connect(os.environ["FLASHSALE_DATABASE_URL"], timeout=10)
+        url = os.environ["FLASHSALE_DATABASE_URL"].rstrip("\r\n")
+        pool = await ledger.connect(addresses.database_url(url))
         try:
-            state: str | None = await connection.fetchval(
+            state: str | None = await pool.fetchval(
                 "SELECT state FROM reservations WHERE sale_id = $1 AND reservation_id = $2",
                 f"{NAMESPACE}/{NAME}",
                 reservation,
             )
             return state
         finally:
-            await connection.close()
+            await pool.close()
 
     return asyncio.run(fetch())
 

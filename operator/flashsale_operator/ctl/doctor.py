@@ -11,11 +11,13 @@ import ssl
 import statistics
 import subprocess
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -232,8 +234,14 @@ def _by_account(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     straight = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
     )
-    with straight.open(request, timeout=10) as answer:
-        return json.load(answer), answer.headers.get("Date", "")
+    try:
+        with straight.open(request, timeout=10) as answer:
+            return json.load(answer), answer.headers.get("Date", "")
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == HTTPStatus.NOT_FOUND:
+                return {}, ""
+            raise OSError(f"the kube-apiserver answered {error.code}") from None
 
 
 def _by_kubectl(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
@@ -243,7 +251,7 @@ def _by_kubectl(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     )
     if done.returncode == 0:
         return json.loads(done.stdout), ""
-    if "NotFound" in done.stderr or "could not find" in done.stderr:
+    if "could not find the requested resource" in done.stderr or "NotFound" in done.stderr:
         return {}, ""
     raise OSError(" ".join(done.stderr.split())[:300])
 

@@ -42,7 +42,8 @@ DESCRIPTION: Final = """\
     group belongs to an engine with another id.
 
     It serves /healthz (the process is alive), /readyz (the ledger is migrated, the
-    group is joined, and both belong to this engine) and /metrics (for Prometheus).
+    group is joined, both belong to this engine, and no server lacks a requirement)
+    and /metrics (for Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:

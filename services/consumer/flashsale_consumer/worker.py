@@ -148,7 +148,6 @@ class Worker:
             await self._when_served(lambda: offsets.forget(pool, self._topic))
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:
             await owner.check()
-            self.conflict = ""
             await self._join(pool, owner)
 
     async def _join(self, pool: Pool, owner: Ownership) -> None:
@@ -186,6 +185,7 @@ class Worker:
                     self._checked = time.monotonic()
                     continue
                 records = await partitions.poll(POLL_SECONDS)
+                self.conflict = ""  # not before the records can be read
                 if records:
                     await self._record(pool, records)
                     self._checked = time.monotonic()

@@ -3,12 +3,15 @@
 import logging
 import uuid
 
+import aiokafka.codec
 import asyncpg
 import pytest
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import NewTopic
 
 from dev.stack.servers import KafkaServer, PostgresServer
-from flashsale_consumer import worker
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import clients, worker
 from tests.support.consumer import Ledger, Log, accepted, running
 from tests.support.eventually import until
 
@@ -30,6 +33,37 @@ async def test_a_compressed_topic_is_read(
     async with running(ledger.url, log) as member:
         await ledger.until_has(*sold)
         assert not member.worker.conflict
+
+
+async def test_a_codec_that_is_not_installed_is_a_mistake_and_no_outage(
+    ledger: Ledger,
+    kafka_server: KafkaServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(worker, "REFUSED_SECONDS", 0.1)
+    log = Log(kafka_server.bootstrap)
+    await topic(log, 1, {"compression.type": "zstd"})
+    sold = accepted()
+    await log.write(sold)
+    joins = clients.group_member
+    attempts = []
+
+    def join(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
+        attempts.append(group_id)
+        return joins(kafka, group_id)
+
+    monkeypatch.setattr(clients, "group_member", join)
+    async with running(ledger.url, log) as member:
+        with monkeypatch.context() as patch:
+            patch.setattr(aiokafka.codec, "has_zstd", lambda: False)
+            await until(lambda: "the package cramjam" in member.worker.conflict)
+            await until(lambda: len(attempts) > 2)
+            assert member.worker.conflict
+        await ledger.until_has(sold)
+        assert not member.worker.conflict
+    errors = [each.message for each in caplog.records if each.levelno == logging.ERROR]
+    assert len([line for line in errors if "cramjam" in line]) == 1
 
 
 async def test_the_consumer_warns_of_a_topic_with_few_partitions_and_a_short_retention(
