@@ -8,10 +8,12 @@ from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, RedisError
 
 from flashsale import keys, redis_client
 from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
+from flashsale.requirements import RedisFacts
 from flashsale.reservations import (
     BatchReply,
     Call,
@@ -365,27 +367,35 @@ class Inventory:
         """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
         await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
 
-    async def unsafe_setting(self) -> str | None:
-        """Returns a sentence about a setting of the server that endangers sales, or None.
+    async def facts(self) -> RedisFacts:
+        """Returns the server's version and settings, to compare with `requirements.REDIS`."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.info()
+        pipeline.config_get("repl-backlog-ttl")
+        pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
+        info, config, script = await translated(pipeline.execute(raise_on_error=False))
+        for reply in (info, script):
+            if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
+                raise RedisUnavailable(f"Redis refused the call: {reply}") from reply
+        if isinstance(info, NoPermissionError):
+            info = {}
+            script = "this user may not call it"
+        return RedisFacts(
+            version=info.get("redis_version"),
+            policy=info.get("maxmemory_policy"),
+            backlog_ttl=None if isinstance(config, RedisError) else config.get("repl-backlog-ttl"),
+            appendonly=bool(info.get("aof_enabled", True)),
+            script_error=" ".join(str(script).split()),
+        )
 
-        A server that does not permit CONFIG is trusted to have `repl-backlog-ttl 0`.
-        """
-        info = await translated(self._redis.info("memory"))
-        if (policy := str(info["maxmemory_policy"])) != "noeviction":
-            return (
-                f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
-                "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
-            )
-        try:
-            config = await translated(self._redis.config_get("repl-backlog-ttl"))
-        except RedisUnavailable:
-            return None
-        if (seconds := config.get("repl-backlog-ttl", "0")) != "0":
-            return (
-                f"Redis' repl-backlog-ttl is {seconds}: it must be 0, or a server that was without "
-                "replicas for that time forgets its failovers (CONFIG SET repl-backlog-ttl 0)"
-            )
-        return None
+
+_TRY_INFO: Final = """
+local info = redis.pcall('INFO', 'server', 'replication')
+if type(info) == 'table' then return info.err end
+if not string.match(info, 'run_id:%x+') then return 'INFO has no run_id' end
+if not string.match(info, 'master_replid2:%x+') then return 'INFO has no master_replid2' end
+return ''
+"""
 
 
 _UNREADABLE: Final = {

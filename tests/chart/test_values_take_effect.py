@@ -47,13 +47,11 @@ def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "tolerations": [{"key": "a", "operator": "Exists"}],
         "affinity": {"podAntiAffinity": {}},
         "priorityClassName": "high",
+        "strategy.rollingUpdate.maxSurge": "50%",
+        "strategy.rollingUpdate.maxUnavailable": 1,
     }
     if component != "operator":
-        changes |= {
-            "topologySpreadConstraints": [],
-            "strategy.rollingUpdate.maxSurge": "50%",
-            "strategy.rollingUpdate.maxUnavailable": 1,
-        }
+        changes["topologySpreadConstraints"] = []
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
@@ -68,7 +66,6 @@ def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any
 
 
 CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
-    "nameOverride": ("other", {}),
     "fullnameOverride": ("other", {}),
     "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
@@ -136,6 +133,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_component_changes("operator"),
     "operator.allNamespaces": (True, {}),
     "operator.namespaces": (["a"], {}),
+    "operator.items": ({"shop": "shop-"}, {}),
     "operator.keepClosedSeconds": (3, {}),
     "networkPolicies.enabled": (True, {}),
     "networkPolicies.buyers": ([PEER], POLICIES),

@@ -38,7 +38,8 @@ def block(name: str, page: str = "install") -> str:
 
 def commands(name: str, page: str = "install") -> list[str]:
     """Return the commands of a block in a page of docs/."""
-    return [line for line in block(name, page).replace("\\\n", " ").splitlines() if line]
+    lines = block(name, page).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,12 @@ from hashlib import sha256
 from typing import Any, Final
 
 from flashsale.sale import SaleState
-from flashsale_operator.kubernetes.status import DELETED_MESSAGE, Status, open_message
+from flashsale_operator.kubernetes.status import (
+    DELETED_MESSAGE,
+    Status,
+    open_message,
+    refused_message,
+)
 from flashsale_operator.sales.decision import counted
 from flashsale_operator.sales.manifest import API_VERSION, KIND
 from flashsale_operator.sales.reconciler import Result
@@ -35,11 +40,13 @@ class Known:
     allocated: int | None = None
     released: int | None = None
     hold_expired: bool = False
+    refused: bool = False
     mark: str = ""
 
     @classmethod
     def of(cls, status: Status) -> "Known":
         opened, sold_out = status.condition("Open"), status.condition("SoldOut")
+        refused = status.condition("Refused")
         known = opened is not None and opened.reason in _STATES
         return cls(
             state=SaleState(opened.reason) if opened is not None and known else None,
@@ -47,6 +54,7 @@ class Known:
             allocated=None if status.counts is None else status.counts.allocated,
             released=None if status.counts is None else status.counts.released,
             hold_expired=status.hold_expired,
+            refused=refused is not None and refused.status == "True",
             mark="" if opened is None else f"{status.observed_generation} {opened.since}",
         )
 
@@ -65,6 +73,10 @@ _ONCE: Final = frozenset({"Closed", "HoldExpired"})
 HOLD_EXPIRED: Final = SaleEvent(
     "HoldExpired", "a hold expired before it was confirmed: its units are for sale again"
 )
+_NEVER_SOLD: Final = (
+    " and accepted no reservation: check spec.endsAt. An ended sale stays ended, and a new sale "
+    "needs a new name"
+)
 CLOSED: Final = SaleEvent("Closed", DELETED_MESSAGE)
 
 
@@ -79,9 +91,13 @@ def other_engine(owner: str, own: str) -> SaleEvent:
 
 def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     """Returns the Events for the change from `before` to `result`."""
-    state, was, rebuilt = result.state, before.state, result.rebuilt
-    message = open_message(result)
+    return [*_changes(before, result), *_of_state(before, result)]
+
+
+def _changes(before: Known, result: Result) -> list[SaleEvent]:
+    """Returns the Events that do not depend on the state."""
     found: list[SaleEvent] = []
+    rebuilt = result.rebuilt
     if rebuilt is not None and rebuilt.changed:
         found.append(SaleEvent("Rebuilt", str(rebuilt), warning=rebuilt.lost > 0))
     sale, allocated = result.own_sale, before.allocated
@@ -90,8 +106,18 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
         found.append(SaleEvent("Restocked", raised))
     if result.hold_expired and not before.hold_expired:
         found.append(HOLD_EXPIRED)
+    if result.refused is not None and result.refused.reservations and not before.refused:
+        found.append(SaleEvent("Refused", refused_message(result.refused), warning=True))
+    return found
+
+
+def _of_state(before: Known, result: Result) -> list[SaleEvent]:
+    """Returns the Event about another state."""
+    state, was, sale = result.state, before.state, result.own_sale
+    message = open_message(result)
+    found: list[SaleEvent] = []
     # The operator restarted during an outage: it cannot tell whether the state has changed.
-    forgotten = was is SaleState.UNKNOWN and allocated is not None
+    forgotten = was is SaleState.UNKNOWN and before.allocated is not None
     if state is was or state is SaleState.UNKNOWN or forgotten:
         return found
     match state:
@@ -105,6 +131,8 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
                 found.append(SaleEvent("SellingAgain", f"{units} came back: {message}"))
         case SaleState.SOLD_OUT if not before.sold_out:
             found.append(SaleEvent("SoldOut", message))
+        case SaleState.ENDED if _never_sold(was, result):
+            found.append(SaleEvent("Ended", f"{message}{_NEVER_SOLD}", warning=True))
         case SaleState.PAUSED | SaleState.ENDED:
             found.append(SaleEvent(state.value, message))
         case SaleState.CLOSING:
@@ -112,6 +140,16 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
         case SaleState.ITEM_CONFLICT | SaleState.FENCED:
             found.append(SaleEvent(state.value, message, warning=True))
     return found
+
+
+def _never_sold(was: SaleState | None, result: Result) -> bool:
+    """Whether a sale has ended without a buyer and, as far as is known, without having been open.
+
+    Then the FlashSale's `endsAt` has probably a wrong date.
+    """
+    sale = result.own_sale
+    accepted = (0 if sale is None else sale.accepted) + (result.recorded or 0)
+    return was in (None, SaleState.UNKNOWN, SaleState.SCHEDULED) and not accepted
 
 
 def event_object(

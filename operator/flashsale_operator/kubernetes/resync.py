@@ -14,14 +14,14 @@ from itertools import chain
 from typing import Final, TypeAlias
 
 from flashsale import ledger
-from flashsale.errors import FlashsaleError, OtherEngine, RedisMoved
+from flashsale.errors import FlashsaleError
 from flashsale.inventory import Freed, ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, utc_of_ms
 from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
-from flashsale_operator.kubernetes.failures import server_of
-from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.failures import MISTAKES, server_of
+from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales import engine as engines
 from flashsale_operator.sales.decision import untrusted
@@ -114,7 +114,7 @@ class Resync:
         """When the last resync ended, successfully or not, on the monotonic clock."""
         self.unready: str | None = "no resync has ended yet"
         """Why the operator cannot work, or None if a resync succeeded. Later outages do not count,
-        but a part of another engine does."""
+        but a mistake of a person does."""
 
     async def run(self) -> None:
         """Resyncs until it is cancelled."""
@@ -126,10 +126,12 @@ class Resync:
                 failing, self.unready = "", None
             except FlashsaleError as error:
                 self._metrics.failures.labels(server_of(error)).inc()
+                mistake = isinstance(error, MISTAKES)
                 if failing != str(error):
-                    log.warning("resync failed: %s", error)
+                    level = logging.ERROR if mistake else logging.WARNING
+                    log.log(level, "resync failed: %s", error)
                 failing = str(error)
-                if self.unready is not None or isinstance(error, (OtherEngine, RedisMoved)):
+                if self.unready is not None or mistake:
                     self.unready = " ".join(failing.split())
             self.ended = time.monotonic()
             await asyncio.sleep(RESYNC_SECONDS if self.unready is None else RETRY_SECONDS)
@@ -146,7 +148,7 @@ class Resync:
                 self._queue.wake(key)
         for key in left_behind(declared, served):
             log.info("%s: its FlashSale was deleted", key.sale_id)
-            self._queue.wake(key, changed=True)
+            self._queue.wake(key, Urgency.CHANGED)
         for key in left_behind(declared, others):
             if await self._kube.flash_sale(*key) is None:
                 log.info("%s: its FlashSale was deleted", key.sale_id)

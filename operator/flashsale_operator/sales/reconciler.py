@@ -6,10 +6,10 @@ changes Redis.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from flashsale import ledger
-from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine, RedisUnavailable
+from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
@@ -68,11 +68,22 @@ WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 _HOLD_EXPIRED: Final = (
     "SELECT EXISTS (SELECT FROM reservations WHERE sale_id = $1 AND state = 'expired')"
 )
+_REFUSED: Final = """
+SELECT count(*), coalesce(sum(quantity), 0)::bigint FROM reservations
+WHERE sale_id = $1 AND state = 'refused'
+"""
 _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
     """There is no such sale, or no sale of the item."""
+
+
+class Refused(NamedTuple):
+    """Reservations that the ledger has refused, and their units. Their buyers hold a 202."""
+
+    reservations: int
+    units: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,7 @@ class Result:
       None means that the store has none, or that it did not answer.
     - `rebuilt` counts the units of a rebuild since the result before.
     - `hold_expired`: a hold of the sale has expired. Only the operator asks the ledger for it.
+    - `refused` is None if the ledger was not asked.
     """
 
     sale_id: str
@@ -96,6 +108,7 @@ class Result:
     row: SaleRow | None = None
     rebuilt: Rebuilt | None = None
     hold_expired: bool = False
+    refused: Refused | None = None
 
     @property
     def ready(self) -> bool:
@@ -187,6 +200,7 @@ class Reconciler:
             sale=observed.sale,
             row=observed.row,
             rebuilt=rebuilt,
+            refused=await self._refused(spec.sale_id),
         )
 
     async def close(self, sale_id: str) -> Result:
@@ -276,6 +290,11 @@ class Reconciler:
             before=before,
         )
 
+    async def _refused(self, sale_id: str) -> Refused:
+        async with ledger.translated():
+            count, units = await self._pool.fetchrow(_REFUSED, sale_id) or (0, 0)
+        return Refused(count, units)
+
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
         async with ledger.translated():
             await self._pool.execute(_CLOSE, sale_id, above)
@@ -330,9 +349,3 @@ class Reconciler:
 def _recorded(row: SaleRow) -> str:
     recorded = f"{counted(row.accepted, 'unit')} recorded"
     return f"{recorded}, {row.held} of them held" if row.held else recorded
-
-
-async def refuse_unsafe_redis(inventory: Inventory) -> None:
-    """Raises `RedisUnavailable` if a setting of Redis endangers sales."""
-    if mistake := await inventory.unsafe_setting():
-        raise RedisUnavailable(mistake)

@@ -15,15 +15,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
-from flashsale import redis_client
-from flashsale.errors import FlashsaleError, RedisUnavailable
+from flashsale import redis_client, requirements
+from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale.requirements import Checks
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.expiry import Expiry
-from flashsale_api.heartbeat import Heartbeat
+from flashsale_api.heartbeat import Heartbeat, Pulse
 from flashsale_api.metrics import Metrics
 from flashsale_api.orders import Orders, order_app
 from flashsale_api.publisher import Publisher
@@ -46,9 +47,8 @@ FLUSH_SECONDS: Final = 10.0
 Another pod's sweep publishes the rest.
 """
 
-
-class UnsafeRedisError(FlashsaleError):
-    """A setting of Redis endangers sales."""
+CHECK_SECONDS: Final = 10.0
+"""How often a pod checks a Redis that lacks a requirement."""
 
 
 class Application:
@@ -81,12 +81,16 @@ def create_app(  # noqa: PLR0915 - the composition root
     The application also runs `order_server`, if there is one.
     """
     pod_id = str(uuid.uuid4())
-    redis = redis_client.connect(settings.redis_url)
+    # Requests cannot use up the connections of the heartbeat, or of sweep and settle.
+    redis, redis_of_heartbeat, redis_of_outbox = (
+        redis_client.connect(settings.redis_url) for _ in range(3)
+    )
     inventory = Inventory(redis, settings.engine)
-    outbox = Outbox(redis, settings.engine)
+    outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
+    pulse = Pulse()
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
+    batcher = Batcher(inventory, publisher, metrics, engine, may_accept=pulse.valid, spans=spans)
     confirmations = Transitions(
         inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
     )
@@ -98,8 +102,18 @@ def create_app(  # noqa: PLR0915 - the composition root
     def called_items() -> set[str]:
         return {item_id for caller in callers for item_id in caller.called_items()}
 
-    heartbeat = Heartbeat(pod_id, inventory, called_items, publisher, engine, metrics)
-    expiry = Expiry(inventory, publisher, metrics, engine, pod_id=pod_id)
+    heartbeat = Heartbeat(
+        pod_id,
+        Inventory(redis_of_heartbeat, settings.engine),
+        called_items,
+        publisher,
+        engine,
+        metrics,
+        pulse,
+    )
+    background = Inventory(redis_of_outbox, settings.engine)
+    sweeper = Sweeper(background, outbox, publisher, metrics, pod_id)
+    expiry = Expiry(background, publisher, metrics, engine, pod_id=pod_id)
     orders = order_app(
         Orders(inventory, confirmations, cancellations, metrics),
         settings.order_tokens.split(","),
@@ -107,17 +121,17 @@ def create_app(  # noqa: PLR0915 - the composition root
         _HANDLERS,
     )
     sales = Sales(inventory, SaleViews(inventory))
-    redis_checked = asyncio.Event()
+    redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("check Redis", _check_redis(inventory, outbox, redis_checked)),
+                ("check Redis", redis_check.run()),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
-                ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
+                ("sweep", sweeper.run()),
                 ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
             )
@@ -149,7 +163,8 @@ def create_app(  # noqa: PLR0915 - the composition root
                 task.remove_done_callback(ended)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await redis.aclose()
+            for client in (redis, redis_of_heartbeat, redis_of_outbox):
+                await client.aclose()
 
     async def healthz(_: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
@@ -157,9 +172,13 @@ def create_app(  # noqa: PLR0915 - the composition root
     async def readyz(_: Request) -> Response:
         if engine.conflict:
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
-        if redis_checked.is_set():
-            return Response("ready\n", media_type="text/plain")
-        return Response("Redis has not answered yet\n", 503, media_type="text/plain")
+        if redis_check.problem:
+            return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
+        if not pulse.begun:
+            return Response(
+                "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
+            )
+        return Response("ready\n", media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()
 
@@ -186,24 +205,34 @@ def create_app(  # noqa: PLR0915 - the composition root
     return Application(reserve, rest)
 
 
-async def _check_redis(inventory: Inventory, outbox: Outbox, checked: asyncio.Event) -> None:
-    """Waits for Redis and loads the scripts.
+class RedisCheck:
+    """Waits until Redis answers and meets the requirements."""
 
-    Raises `UnsafeRedisError` if a setting of Redis endangers sales.
-    """
-    while True:
-        try:
-            mistake = await inventory.unsafe_setting()
-            await inventory.load()
-            await outbox.load()
-        except RedisUnavailable as error:
-            log.info("waiting for Redis: %s", error)
-            await asyncio.sleep(1)
-            continue
-        if mistake:
-            raise UnsafeRedisError(mistake)
-        checked.set()
-        return
+    def __init__(self, inventory: Inventory, outbox: Outbox) -> None:
+        self._inventory = inventory
+        self._outbox = outbox
+        self.problem = "Redis has not answered yet"
+        """Why this pod is not ready, or nothing. After that, the operator reports problems."""
+
+    async def run(self) -> None:
+        """Checks Redis and loads the scripts, again and again until both succeed."""
+        checks = Checks(log)
+        while True:
+            try:
+                checks.require(requirements.REDIS, await self._inventory.facts())
+                await self._inventory.load()
+                await self._outbox.load()
+            except UnmetRequirement as error:
+                if self.problem != str(error):
+                    log.error("%s", error)  # noqa: TRY400 - a traceback adds nothing
+                self.problem = str(error)
+                await asyncio.sleep(CHECK_SECONDS)
+            except RedisUnavailable as error:
+                log.info("waiting for Redis: %s", error)
+                await asyncio.sleep(1)
+            else:
+                self.problem = ""
+                return
 
 
 async def _http_problem(_: Request, error: Exception) -> Response:

@@ -42,16 +42,19 @@ Decided: TypeAlias = Callable[[Decision], None]
 class Batcher(Calls[Request, Decision]):
     """Decides the requests of buyers. A process has one."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that a decision needs
         self,
         inventory: Inventory,
         publisher: Publisher,
         metrics: Metrics,
         engine: Engine,
         *,
+        may_accept: Callable[[], bool] = lambda: True,
         spans: "Spans | None" = None,
     ) -> None:
+        """`may_accept` says whether the pod may call the script now. Otherwise it is fenced."""
         super().__init__(metrics, engine, metrics.waiting)
+        self._may_accept = may_accept
         self._spans = spans
         self._inventory = inventory
         self._publisher = publisher
@@ -69,6 +72,8 @@ class Batcher(Calls[Request, Decision]):
         return Decision(Outcome.OTHER_ENGINE)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
+        if not self._may_accept():
+            return [Decision(Outcome.FENCED, request.reservation_id) for request in requests]
         reply = await self._reserve(item_id, requests)
         if not isinstance(reply, BatchReply):
             outcome = self._of_all(item_id, reply)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flashsale import heartbeat
 from flashsale.errors import RedisUnavailable
@@ -15,9 +15,34 @@ from flashsale_api.publisher import Publisher
 log = logging.getLogger(__name__)
 
 
+class Pulse:
+    """Knows whether Redis has a valid heartbeat of this pod.
+
+    A rebuild takes a pod without one for dead, and does not wait for its events. Such a pod
+    therefore accepts nothing, although it may still reach Redis.
+    """
+
+    def __init__(self) -> None:
+        self._valid_until: float | None = None
+
+    def sent(self, sampled: float) -> None:
+        """Notes a heartbeat that Redis has taken. `sampled` is the loop's time of its sample."""
+        self._valid_until = sampled + heartbeat.EXPIRY_SECONDS
+
+    @property
+    def begun(self) -> bool:
+        """Whether Redis has ever taken a heartbeat."""
+        return self._valid_until is not None
+
+    def valid(self) -> bool:
+        """Whether the last heartbeat has not expired."""
+        until = self._valid_until
+        return until is not None and asyncio.get_running_loop().time() < until
+
+
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sends the heartbeat of a pod."""
+    """Sends the heartbeat of a pod. `inventory` has connections that no request uses."""
 
     pod_id: str
     inventory: Inventory
@@ -25,6 +50,7 @@ class Heartbeat:
     publisher: Publisher
     engine: Engine
     metrics: Metrics
+    pulse: Pulse = field(default_factory=Pulse)
 
     async def run(self) -> None:
         """Writes the heartbeat and the gauges every `INTERVAL_SECONDS` until it is cancelled."""
@@ -41,14 +67,18 @@ class Heartbeat:
             await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
 
     async def beat(self) -> None:
-        """Writes one heartbeat. Raises `RedisUnavailable`."""
-        self.engine.found_in_redis(await self.inventory.engine_id())
+        """Writes one heartbeat, in two round trips. Raises `RedisUnavailable`."""
+        begun = asyncio.get_running_loop().time()
         # Read the clock first, because a heartbeat must not claim to be younger than its count.
-        sampled = await self.inventory.server()
+        sampled, engine_id = await asyncio.gather(
+            self.inventory.server(), self.inventory.engine_id()
+        )
+        self.engine.found_in_redis(engine_id)
         counts = dict.fromkeys(self.called_items(), 0)
         counts |= self.publisher.unacknowledged_by_item()
         redis, engine = self.inventory.redis, self.inventory.engine
         await heartbeat.beat(redis, self.pod_id, counts, sampled, engine)
+        self.pulse.sent(begun)
 
     async def stop(self) -> None:
         """Removes the heartbeat of a pod that has nothing left to publish."""

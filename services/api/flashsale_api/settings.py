@@ -24,8 +24,8 @@ class Settings(KafkaSettings, frozen=True):
     """
 
     redis_url: RedisUrl
-    listen: Listen = "0.0.0.0:8080"
-    orders_listen: Listen = "0.0.0.0:8083"
+    listen: Listen = "[::]:8080"
+    orders_listen: Listen = "[::]:8083"
     order_tokens: OrderTokens = ""
-    metrics_listen: Listen = "0.0.0.0:9090"
+    metrics_listen: Listen = "[::]:9090"
     log_level: LogLevel = "info"

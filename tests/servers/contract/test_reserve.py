@@ -335,23 +335,6 @@ async def test_a_server_that_forgets_its_failovers_stays_fenced(
         await other.aclose()
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("maxmemory-policy", "allkeys-lru"), ("repl-backlog-ttl", "3600")]
-)
-async def test_a_setting_that_endangers_sales_is_named(
-    inventory: Inventory, redis: Redis, setting: str, value: str
-) -> None:
-    assert await inventory.unsafe_setting() is None
-    before = str((await redis.config_get(setting))[setting])
-    await redis.config_set(setting, value)
-    try:
-        mistake = await inventory.unsafe_setting()
-    finally:
-        await redis.config_set(setting, before)
-    assert mistake is not None
-    assert mistake.startswith(f"Redis' {setting} is {value}: it must be {before}")
-
-
 async def test_every_key_of_an_engine_begins_with_its_name(redis: Redis, item: str) -> None:
     name = f"brand-{uuid.uuid4().hex[:8]}"
     inventory = Inventory(redis, name)

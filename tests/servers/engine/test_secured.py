@@ -8,6 +8,7 @@ tests cover the engine's clients.
 import asyncio
 import gc
 import json
+import re
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -176,7 +177,7 @@ def acls() -> list[kafka_admin.AclBinding]:
             kafka_admin.ResourcePatternType.LITERAL,
             f"User:{user}",
             "*",
-            kafka_admin.AclOperation[operation.upper()],
+            kafka_admin.AclOperation[re.sub("(?<=[a-z])(?=[A-Z])", "_", operation).upper()],
             kafka_admin.AclPermissionType.ALLOW,
         )
         for user, given in users().items()

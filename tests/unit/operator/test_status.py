@@ -9,7 +9,7 @@ from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status as statuses
 from flashsale_operator.kubernetes.status import SAMPLE_SECONDS, Counts, Status
 from flashsale_operator.sales.decision import Reason
-from flashsale_operator.sales.reconciler import Result
+from flashsale_operator.sales.reconciler import Refused, Result
 from tests.support.observations import OTHER, SPEC, a_row, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
@@ -138,6 +138,22 @@ def test_a_status_remembers_that_a_hold_expired() -> None:
 def test_the_counts_of_the_previous_version_are_read() -> None:
     counts = {"allocated": 9, "accepted": 5, "available": 4}
     assert Status.parse(counts).counts == Counts(9, 5, 4, 0, 0)
+
+
+def test_refused_reservations_are_a_condition_that_an_outage_does_not_change() -> None:
+    def condition(status: Status) -> tuple[str, str, str]:
+        found = status.condition("Refused")
+        assert found is not None
+        return found.status, found.reason, found.message
+
+    assert condition(a_status(AWAY))[0] == "Unknown"
+    fine = a_status(replace(SELLING, refused=Refused(0, 0)))
+    assert condition(fine)[:2] == ("False", "NoneRefused")
+    refused = a_status(replace(SELLING, refused=Refused(1, 2)), fine)
+    assert condition(refused)[:2] == ("True", "Refused")
+    assert "1 reservation (2 units)" in condition(refused)[2]
+    assert statuses.worth_writing(fine, refused, 0)
+    assert condition(a_status(AWAY, refused)) == condition(refused)
 
 
 def test_a_status_survives_the_kube_apiserver() -> None:
