@@ -6,7 +6,7 @@ READY := .venv/.ready
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
+.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
   images check lint lock
 
 help: ## Print the targets
@@ -25,13 +25,17 @@ $(READY): dev/requirements.txt pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
-	@$(BIN)/python -m dev.demo
+	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
+	  $(if $(DATABASE),--database "$(DATABASE)")
 
-up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the background
-	@$(BIN)/python -m dev.local up
+up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer, in the background
+	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)")
 
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down
+
+clean: $(READY) ## Stop what `make up` started, and remove its data
+	@$(BIN)/python -m dev.local clean
 
 control-plane: $(READY) ## Start a Kubernetes API with CRD and operator, after `make up` (needs Go)
 	@$(BIN)/python -m dev.local control-plane

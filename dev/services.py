@@ -1,5 +1,6 @@
 """The engine's own processes, started and stopped like the servers of the stack."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from dev.stack.errors import StackError
+from dev.stack.ports import check_free, listener
 from dev.stack.process import Server
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens addresses of this machine, which no proxy can reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +72,32 @@ class _Service(Server):
         }
 
     def _ready(self) -> bool:
+        if listener(self.port) not in (self.pid, None):
+            return False  # another program took the port in the meantime: ours is about to fail
         try:
-            with urllib.request.urlopen(f"{self.url}/readyz", timeout=2) as answer:
+            with OPENER.open(f"{self.url}/readyz", timeout=2) as answer:
                 return bool(answer.status == 200)
         except urllib.error.HTTPError as error:
             error.close()
             return False
+
+    def _advice(self) -> str:
+        return f"the whole log is {self.log}"
+
+    def _explained(self, lines: list[str]) -> list[str]:
+        records = [_record(line) for line in lines]
+        errors = [text for level, text in records if level in ("error", "critical")]
+        return [*errors, *(text for level, text in records if level not in ("error", "critical"))]
+
+
+def _record(line: str) -> tuple[str, str]:
+    """Return the level and the text of a line of a service's log."""
+    try:
+        record = json.loads(line)
+        level = record["level"].lower()
+        return level, f"{level}: {record['message']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", line
 
 
 class ApiServer(_Service):
@@ -81,10 +106,26 @@ class ApiServer(_Service):
     name: ClassVar[str] = "api"
     module: ClassVar[str] = "flashsale_api"
 
+    def __init__(
+        self,
+        data: Path,
+        addresses: Addresses | None = None,
+        port: int | None = None,
+        *,
+        metrics_port: int | None = None,
+        detached: bool = False,
+    ) -> None:
+        super().__init__(data, addresses, port, detached=detached)
+        if metrics_port is not None:
+            self._ports["metrics"] = metrics_port
+
     @property
     def metrics_url(self) -> str:
         """The URL of its Prometheus metrics."""
         return f"http://127.0.0.1:{self._port('metrics')}/metrics"
+
+    def _prepare(self) -> None:
+        check_free(self._port("metrics"), "the API's metrics")
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -114,7 +155,7 @@ class OperatorServer(Server):
 
     def get(self, path: str) -> str:
         """Return the body of a GET request to its HTTP server."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+        with OPENER.open(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             text: bytes = answer.read()
             return text.decode()
 
@@ -131,14 +172,15 @@ class OperatorServer(Server):
         return self.get("/healthz") == "alive\n"
 
 
-def flashsalectl(addresses: Addresses, *arguments: str) -> None:
-    """Run flashsalectl to its end, with its output on the terminal.
+def flashsalectl(addresses: Addresses, *arguments: str, quiet: bool = False) -> None:
+    """Run flashsalectl to its end, with its output on the terminal unless it is `quiet`.
 
     Raises StackError if it fails.
     """
     done = subprocess.run(
         [Path(sys.executable).with_name("flashsalectl"), *arguments],
         env={**os.environ, **addresses.environment()},
+        stdout=subprocess.DEVNULL if quiet else None,
         check=False,
     )
     if done.returncode != 0:

@@ -18,6 +18,8 @@ from dev.stack.process import Server
 
 SCRAPE_SECONDS: Final = 1
 _PACKAGE: Final = "prometheus"
+_OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens addresses of this machine, which no proxy can reach."""
 
 
 class NoPrometheusError(StackError):
@@ -140,5 +142,5 @@ class PrometheusServer(Server):
         ]
 
     def _ready(self) -> bool:
-        with urllib.request.urlopen(f"{self.url}/-/ready", timeout=2) as answer:
+        with _OPENER.open(f"{self.url}/-/ready", timeout=2) as answer:
             return bool(answer.status == 200)
