@@ -15,12 +15,7 @@ help: ## Print the targets
 setup: $(READY) ## Create .venv, and download Kafka into the cache
 
 $(READY): dev/requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
-	  f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
-	@echo "Installing into .venv …"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r dev/requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PYTHON) dev/install.py
 	@$(BIN)/python -m dev.stack fetch
 	@touch $@
 
