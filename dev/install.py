@@ -38,7 +38,7 @@ def install() -> int:
 
 def _pip(arguments: list[str]) -> int:
     total = len(re.findall(r"^[A-Za-z0-9].*==", LOCK.read_text(), re.MULTILINE))
-    command = [FOLDER / "bin" / "pip", "install", "--no-input", "--disable-pip-version-check"]
+    command = [str(FOLDER / "bin" / "pip"), "install", "--no-input", "--disable-pip-version-check"]
     with LOG.open("ab") as log:
         start = log.tell()
         pip = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
