@@ -6,7 +6,7 @@ READY := .venv/.ready
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
+.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
   images check lint lock
 
 help: ## Print the targets
@@ -15,23 +15,22 @@ help: ## Print the targets
 setup: $(READY) ## Create .venv, and download Kafka into the cache
 
 $(READY): dev/requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
-	  f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
-	@echo "Installing into .venv …"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r dev/requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PYTHON) dev/install.py
 	@$(BIN)/python -m dev.stack fetch
 	@touch $@
 
 demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
-	@$(BIN)/python -m dev.demo
+	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
+	  $(if $(DATABASE),--database "$(DATABASE)")
 
-up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the background
-	@$(BIN)/python -m dev.local up
+up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer, in the background
+	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)")
 
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down
+
+clean: $(READY) ## Stop what `make up` started, and remove its data
+	@$(BIN)/python -m dev.local clean
 
 control-plane: $(READY) ## Start a Kubernetes API with CRD and operator, after `make up` (needs Go)
 	@$(BIN)/python -m dev.local control-plane

@@ -2,10 +2,10 @@
 
 import argparse
 import asyncio
-import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Final
 
@@ -15,6 +15,7 @@ from dev.crowd import attempts, percentile, stampede
 from dev.journal import Journal
 from dev.local import API_PORT, apply_sample, start_stack
 from dev.paths import LOCAL
+from dev.progress import ending_quietly
 from dev.services import ApiServer, ConsumerServer
 from dev.stack.errors import StackError
 from dev.stack.process import Server
@@ -24,10 +25,19 @@ USERS: Final = 2_400
 CONNECTIONS: Final = 100
 ITEM: Final = "iphone_15"
 SALE: Final = "default/iphone-15"
+_SERVERS: Final = {
+    "--redis": "FLASHSALE_REDIS_URL",
+    "--kafka": "FLASHSALE_KAFKA_BOOTSTRAP",
+    "--database": "FLASHSALE_DATABASE_URL",
+}
 
 
-def demo() -> int:
-    """Run the demonstration on fresh servers. Returns 0 only if every promise was kept."""
+def demo(named: Mapping[str, str]) -> int:
+    """Run the demonstration on fresh servers. Returns 0 only if every promise was kept.
+
+    A server whose address is in `named` is used as it is. The environment's addresses are not,
+    because they may be those of a running engine.
+    """
     data = LOCAL / "demo"
     shutil.rmtree(data, ignore_errors=True)
     print("Starting real servers (the first run downloads Kafka) …", flush=True)
@@ -36,7 +46,7 @@ def demo() -> int:
         def started(server: Server) -> None:
             running.callback(server.stop)
 
-        addresses = start_stack(data, os.environ, started)
+        addresses = start_stack(data, named, started)
         for service in (
             ConsumerServer(data / "consumer", addresses),
             ApiServer(data / "api", addresses),
@@ -92,13 +102,18 @@ def _percentiles(title: str, seconds: list[float]) -> None:
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m dev.demo", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m dev.demo", description=__doc__)
+    for option, variable in _SERVERS.items():
+        parser.add_argument(
+            option, dest=variable, metavar="ADDRESS", help=f"use this server, as in {variable}"
+        )
+    chosen = vars(parser.parse_args())
     try:
-        return demo()
+        return demo({variable: address for variable, address in chosen.items() if address})
     except StackError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,20 +16,24 @@ from typing import Any, Final, TypeAlias
 from flashsale import ledger, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
-from flashsale.inventory import Inventory
+from flashsale.inventory import Freed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.redis_client import MAX_CONNECTIONS, connect
 from flashsale.requirements import Checks
 from flashsale.reservations import Call
-from flashsale.sale import Predecessor, SaleSpec
+from flashsale.sale import Predecessor, SaleSpec, SaleState
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl
 from flashsale_operator.ctl import doctor, files, reservations, tables
 from flashsale_operator.sales import audit, engine, offsets, transitions
-from flashsale_operator.sales.decision import StillFenced, counted
+from flashsale_operator.sales.decision import StillFenced, counted, state_of
 from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale
 from flashsale_operator.sales.republish import republish
+
+DELETE_LOOKS: Final = 100
+DELETE_BETWEEN_SECONDS: Final = 0.2
+"""How often `delete` looks whether the ledger has recorded the sale: for 20 seconds."""
 
 
 class _Stores(EngineSettings, frozen=True):
@@ -39,6 +44,10 @@ class _Stores(EngineSettings, frozen=True):
 class _All(KafkaSettings, frozen=True):
     redis_url: RedisUrl
     database_url: DatabaseUrl
+
+
+class HasFlashSale(FlashsaleError):
+    """The sale is declared by a FlashSale, and is changed with kubectl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,8 @@ async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     async with _connected(addresses) as clients:
         await engine.require_servers(Checks(), clients.inventory, clients.pool)
         await ledger.migrate(clients.pool)
+        if not options.force:
+            await _refuse_declared(clients, "apply -f FILE", {spec.sale_id for spec in specs})
         reconciler = Reconciler(
             clients.inventory, clients.pool, _rebuilder(clients, addresses).rebuild
         )
@@ -102,7 +113,26 @@ async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int
     async with _connected(settings.load(_Stores, environ)) as clients:
         reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
         sale_ids = await reconciler.sales_to_close(options.item)
+        if not options.force:
+            await _refuse_declared(clients, "delete flashsale", set(sale_ids))
         return max([_print_result(await reconciler.close(sale_id)) for sale_id in sale_ids])
+
+
+async def _refuse_declared(clients: _Clients, kubectl: str, sale_ids: AbstractSet[str]) -> None:
+    """Raises `HasFlashSale` if the operator would undo a change of one of the sales."""
+    declared = [
+        row.sale_id
+        for row in await ledger.sales(clients.pool)
+        if row.sale_id in sale_ids and row.resource_uid is not None and not row.closed
+    ]
+    if declared:
+        namespace, _, name = declared[0].partition("/")
+        target = "" if kubectl.startswith("apply") else f" {name}"
+        raise HasFlashSale(
+            f"{' and '.join(declared)}: a FlashSale declares the sale, and the operator would undo "
+            f"this change. Run `kubectl -n {namespace} {kubectl}{target}`, or add --force while no "
+            "operator runs"
+        )
 
 
 async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -110,14 +140,69 @@ async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> i
     async with _connected(addresses) as clients:
         await engine.require_redis(Checks(), clients.inventory)
         rows = await ledger.sales(clients.pool, options.item)
-        if not rows:
+        if options.item is None:
+            chosen = await _fenced(clients, rows)
+        elif rows:
+            # Prefer the sale that is not closed, because it has the item. Then one with open holds.
+            chosen = [min(rows, key=lambda row: (row.closed, not row.held))]
+        else:
             raise UnknownSale(_no_such(options.item))
-        # Prefer the sale that is not closed, because it has the item. Then one with open holds.
-        row = min(rows, key=lambda row: (row.closed, not row.held))
-        done = await _rebuilder(clients, addresses).rebuild(row)
-    success = isinstance(done, Rebuilt)
-    print(tables.line_of_rebuild(row.sale_id, done), file=sys.stdout if success else sys.stderr)
-    return 0 if success else 1
+        rebuilder = _rebuilder(clients, addresses)
+        # Many at once, because all rebuilds wait for the same pods and the same topic.
+        done = await asyncio.gather(*(rebuilder.rebuild(row) for row in chosen))
+    for row, result in zip(chosen, done, strict=True):
+        line = tables.line_of_rebuild(row.sale_id, result)
+        print(line, file=sys.stdout if isinstance(result, Rebuilt) else sys.stderr)
+    return 0 if all(isinstance(result, Rebuilt) for result in done) else 1
+
+
+async def _fenced(clients: _Clients, rows: Sequence[SaleRow]) -> list[SaleRow]:
+    """Returns the fenced sales of rows that are not closed, or closed with open holds."""
+    server = await clients.inventory.server()
+    held = await clients.inventory.sales({row.item_id for row in rows})
+    return [
+        row
+        for row in rows
+        if (not row.closed or row.held)
+        and state_of(row, held.get(row.item_id), server) is SaleState.FENCED
+    ]
+
+
+async def _delete(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    addresses = settings.load(_Stores, environ)
+    async with _connected(addresses) as clients:
+        reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
+        engine_id = await ledger.engine_id(clients.pool, addresses.engine)
+        sale_ids = await reconciler.sales_to_close(options.item)
+        if not options.force:
+            await _refuse_declared(clients, "delete flashsale", set(sale_ids))
+        code = 0
+        for sale_id in sale_ids:
+            await reconciler.close(sale_id)
+            freed = await _free(clients, sale_id, engine_id)
+            code |= freed is Freed.UNRECORDED
+            print(tables.line_of_delete(sale_id, freed), file=sys.stderr if code else sys.stdout)
+    return code
+
+
+async def _free(clients: _Clients, sale_id: str, engine_id: str) -> Freed:
+    """Frees the keys of a closed sale, once the ledger has recorded it completely."""
+    for _ in range(DELETE_LOOKS):
+        row = await ledger.sale(clients.pool, sale_id)
+        if row is None:
+            return Freed.UNKNOWN
+        freed = await clients.inventory.free(
+            row.item_id,
+            sale_id,
+            row.revision,
+            accepted=row.accepted,
+            released=row.released,
+            engine_id=engine_id,
+        )
+        if freed is not Freed.UNRECORDED:
+            return freed
+        await asyncio.sleep(DELETE_BETWEEN_SECONDS)
+    return freed
 
 
 async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -127,6 +212,9 @@ async def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         items.update([options.item] if options.item else await clients.inventory.items())
         server = await clients.inventory.server()
         held = await clients.inventory.sales(sorted(items))
+    if options.item is None and not options.all:
+        present = {sale.sale_id for sale in held.values()}
+        rows = [row for row in rows if not row.closed or row.sale_id in present]
     if not rows and not held:
         raise UnknownSale("there are no sales" if options.item is None else _no_such(options.item))
     print(tables.of_sales(rows, held, server))
@@ -209,9 +297,13 @@ async def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> in
 _Command: TypeAlias = Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]
 _COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
     "apply": (_apply, "Make the ledger and Redis match FlashSale manifests. Repeats are safe."),
-    "get": (_get, "Show the sales of one item, or all sales."),
+    "get": (_get, "Show the sales of one item, or all that have keys in Redis."),
     "close": (_close, "Close the sale of an item. Apply its manifest again to continue it."),
-    "rebuild": (_rebuild, "Rebuild the fenced sale of an item in Redis from the ledger."),
+    "delete": (
+        _delete,
+        "Close the sale of an item, and free its keys in Redis. The ledger keeps it.",
+    ),
+    "rebuild": (_rebuild, "Rebuild the fenced sale of an item, or all, in Redis from the ledger."),
     "audit": (_audit, "Check that Redis, outbox, Kafka and ledger agree. Exits with 1 if not."),
     "adopt-redis": (
         _adopt_redis,
@@ -246,6 +338,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
+        if name in ("apply", "close", "delete"):
+            command.add_argument(
+                "--force", action="store_true", help="even if a FlashSale declares the sale"
+            )
         if name == "apply":
             command.add_argument(
                 "-f",
@@ -264,9 +360,17 @@ def _parser() -> argparse.ArgumentParser:
                 default="table",
                 help="the form of the output (default table)",
             )
+        elif name == "rebuild":
+            which = command.add_mutually_exclusive_group(required=True)
+            which.add_argument("item", nargs="?", metavar="ITEM", help="itemId of the sale")
+            which.add_argument("--all", action="store_true", help="every fenced sale")
         elif name != "adopt-redis":
             nargs = "?" if name in ("get", "audit") else None
             command.add_argument("item", nargs=nargs, metavar="ITEM", help="itemId of the sale")
+            if name == "get":
+                command.add_argument(
+                    "--all", action="store_true", help="also closed sales whose keys are freed"
+                )
         if name == "reservations":
             command.add_argument(
                 "-o",

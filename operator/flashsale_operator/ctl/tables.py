@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Final
 
 from flashsale import requirements
-from flashsale.inventory import ServerTime
+from flashsale.inventory import Freed, ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Transition
 from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
@@ -53,6 +53,19 @@ def line_of(result: Result) -> str:
     if result.ready or reason not in _NEXT:
         return line
     return f"{line}; {_NEXT[reason].format(item=result.item_id)}"
+
+
+def line_of_delete(sale_id: str, freed: Freed) -> str:
+    """Returns the line about a sale that was closed and whose keys were to be freed."""
+    match freed:
+        case Freed.FREED:
+            return f"sale {sale_id} deleted: its keys are freed, and the ledger keeps its rows"
+        case Freed.UNKNOWN:
+            return f"sale {sale_id} closed: Redis had no keys of it"
+        case Freed.UNRECORDED:
+            return f"sale {sale_id} closed: its keys stay until the ledger has all its events"
+        case _:
+            return f"sale {sale_id} closed: its keys stay, because another process changed it"
 
 
 def line_of_rebuild(sale_id: str, done: Rebuilt | StillFenced) -> str:

@@ -245,7 +245,7 @@ def test_the_error_of_a_failed_start_names_the_port(light_kind: Kind, tmp_path: 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = light_kind.make(tmp_path / "data", port=port)
-        with pytest.raises(StackError, match=f"port {port} ended while starting"):
+        with pytest.raises(StackError, match=f"listens on port {port}"):
             server.start()
 
 
