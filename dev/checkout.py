@@ -7,6 +7,7 @@ looks again until all units are confirmed.
 import asyncio
 import json
 import random
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,6 +18,8 @@ from dev.crowd import Client, order_request
 from dev.journal import Attempt, Journal
 from dev.services import Addresses
 
+LIMIT_SECONDS: Final = 60.0
+"""After this time the buyers and the shop give up, whatever is confirmed."""
 AGAIN_SECONDS: Final = 0.05
 """How long a refused buyer waits, and how long the shop waits for Kafka."""
 
@@ -47,11 +50,12 @@ async def checkout(  # noqa: PLR0913 - the crowd
 ) -> Checkout:
     """Sell until all units are confirmed. A third of the buyers leave without paying."""
     made = Checkout()
+    deadline = time.monotonic() + LIMIT_SECONDS
     chance = random.Random(seed)
     waiting = deque((f"guest-{number}", chance.random() < 2 / 3) for number in range(buyers))
 
     async def buy(shop: Client, till: Client) -> None:
-        while waiting and len(made.confirmed) < units:
+        while waiting and len(made.confirmed) < units and time.monotonic() < deadline:
             user_id, pays = waiting.popleft()
             body: dict[str, object] = {"userId": user_id, "itemId": item_id, "quantity": 1}
             entry = await shop.send(Attempt(user_id, body))
@@ -67,7 +71,7 @@ async def checkout(  # noqa: PLR0913 - the crowd
         path = f"/sales/{item_id}/reservations/{reservation_id}/confirm"
         request = order_request(path, json.dumps({"orderRef": order_ref}).encode(), token)
         status = 0
-        while status in (0, 202, 503):
+        while status in (0, 202, 503) and time.monotonic() < deadline:
             status, _ = await till.request(request)
             if status == 200:
                 made.confirmed[reservation_id] = order_ref

@@ -31,6 +31,7 @@ K6: Final = Path(sys.executable).with_name("k6")
 _STOCK: Final = {"smoke.js": 3, "soak.js": 1_000_000}
 _OTHER_STOCK: Final = 100
 _ONE: Final[dict[str, dict[str, object]]] = {"": {}}
+_CHECKOUT: Final[dict[str, dict[str, object]]] = {"": {"holdSeconds": 3}}
 _SMOKE: Final[dict[str, dict[str, object]]] = {
     "": {"maxPerUser": 2},
     "-later": {"startsAt": "2999-01-01T00:00:00Z"},
@@ -42,10 +43,12 @@ _SMOKE: Final[dict[str, dict[str, object]]] = {
 
 def load(script: Path) -> int:
     """Run the script. Returns 0 only if k6's thresholds held and the ledger has every promise."""
-    addresses, url = running_engine()
+    addresses, variables = running_engine()
     item = f"load-{int(time.time())}"
     environment = {
-        "API_URL": url,
+        "API_URL": variables["FLASHSALE_API_URL"],
+        "ORDERS_URL": variables["FLASHSALE_ORDERS_URL"],
+        "ORDER_TOKEN": variables["FLASHSALE_ORDER_TOKENS"],
         "STOCK": str(_STOCK.get(script.name, _OTHER_STOCK)),
         **os.environ,
     }
@@ -54,7 +57,7 @@ def load(script: Path) -> int:
 
     folder = LOCAL / "load"
     folder.mkdir(exist_ok=True)
-    sales = _SMOKE if script.name == "smoke.js" else _ONE
+    sales = {"smoke.js": _SMOKE, "checkout.js": _CHECKOUT}.get(script.name, _ONE)
     manifest = folder / "sales.yaml"
     manifest.write_text(
         "\n---\n".join(

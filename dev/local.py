@@ -85,8 +85,8 @@ def apply_sample(addresses: Addresses) -> None:
     flashsalectl(addresses, "apply", "-f", str(SAMPLE))
 
 
-def running_engine() -> tuple[Addresses, str]:
-    """Return the addresses of the servers that `up` started, and the URL of the API.
+def running_engine() -> tuple[Addresses, dict[str, str]]:
+    """Return the addresses of the servers that `up` started, and the variables of .local/env.
 
     Raises StackError if the engine is not running.
     """
@@ -98,7 +98,7 @@ def running_engine() -> tuple[Addresses, str]:
         written["FLASHSALE_KAFKA_BOOTSTRAP"],
         written["FLASHSALE_DATABASE_URL"],
     )
-    return addresses, written["FLASHSALE_API_URL"]
+    return addresses, written
 
 
 def up(port: int) -> None:

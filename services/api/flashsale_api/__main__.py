@@ -76,19 +76,14 @@ def main() -> int:
 
     spans = _spans() if traced else None
     metrics = Metrics()
-    host, port = host_and_port(settings.listen)
     order_server = None
     if settings.order_tokens:
         try:
-            order_server = OrderServer(
-                *host_and_port(settings.orders_listen), lambda: server.should_exit
-            )
+            order_server = OrderServer(settings.orders_listen, lambda: server.should_exit)
         except OSError as error:
             print(f"FLASHSALE_ORDERS_LISTEN cannot be served: {error}", file=sys.stderr)
             return 1
     app = create_app(settings, metrics, on_failure, spans, order_server)
-    server = server_of(app, host, port)
-    app = create_app(settings, metrics, on_failure, spans)
     server = server_of(app, *host_and_port(settings.listen))
     try:
         listening = bound(settings.listen)

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-import socket
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from flashsale.settings import host_and_port
+from flashsale.sockets import BACKLOG, bound
 from flashsale_api.protocol import HttpProtocol
 
 log = logging.getLogger(__name__)
@@ -22,11 +23,10 @@ def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
 class OrderServer:
     """Serves the order port in the loop of the buyers' server, until one of them stops."""
 
-    def __init__(self, host: str, port: int, stopping: Callable[[], bool]) -> None:
+    def __init__(self, listen: str, stopping: Callable[[], bool]) -> None:
         """Listens at once. `stopping` says whether the buyers' server stops. Raises `OSError`."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=4096)
-        self._address = host, port
+        self._listeners = bound(listen)
+        self._address = host_and_port(listen)
         self._stopping = stopping
         self._stopped = False
 
@@ -34,7 +34,7 @@ class OrderServer:
         """Returns after `stop`, or when the buyers' server stops, and calls are answered."""
         log.info("the order port listens on %s:%d", *self._address)
         config = _config(app, *self._address, "off")
-        await _Attached(config, lambda: self._stopped or self._stopping()).serve([self._listener])
+        await _Attached(config, lambda: self._stopped or self._stopping()).serve(self._listeners)
 
     def stop(self) -> None:
         self._stopped = True
@@ -67,7 +67,7 @@ def _config(app: ASGIApp, host: str, port: int, lifespan: Literal["on", "off"]) 
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=4096,
+        backlog=BACKLOG,
         timeout_keep_alive=75,  # longer than that of load balancers, so that they close first
         timeout_graceful_shutdown=10,
     )
