@@ -123,18 +123,31 @@ class SaleRules(Machine):
         assert self.server.run(call) is expected
         self.seen(f"close: {expected}")
 
-    @rule(stock=stocks, limit=limits, hold=holds, difference=differences, chance=chances)
+    @rule(stock=stocks, limit=limits, hold=holds, difference=differences, drained=st.booleans(),
+          freed=st.booleans(), chance=chances)  # fmt: skip
     @precondition(lambda self: self.model.sale is not None)
     def succeed(
-        self, stock: int, limit: int, hold: int, difference: tuple[int, int], chance: int
+        self,
+        stock: int,
+        limit: int,
+        hold: int,
+        difference: tuple[int, int],
+        drained: bool,
+        freed: bool,
+        chance: int,
     ) -> None:
-        """Closes the sale, and applies another one in its place, drained or not."""
-        if chance > 15:
+        """Closes the sale, and frees its keys or applies another sale in its place."""
+        if chance > 20:
             return
         former, revision = self.hash.manifest.sale_id, self.next_revision(1)
         expected = sale_model.close(self.model, former, revision, OWN_ENGINE)
         call = self.server.inventory.close(self.item, former, revision, OWN_ENGINE)
         assert self.server.run(call) is expected
+        if drained:
+            self.drain_outbox()
+        if freed:
+            self.free(former, 0, difference, OWN_ENGINE)
+            return
         self.apply_manifest(
             Manifest(
                 SALES[1 - SALES.index(former)],
