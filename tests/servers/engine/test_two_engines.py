@@ -286,7 +286,11 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
             await commit_recorded(kafka.bootstrap, database_url)
             await publish(kafka.bootstrap, item, entries[60:80])
             await Outbox(client).settle(
-                item, [(entry.entry_id, entry.reservation_id) for entry in entries[:80]]
+                item,
+                [
+                    (entry.entry_id, entry.reservation_id, entry.record.version)
+                    for entry in entries[:80]
+                ],
             )
 
             api, _ = await asyncio.to_thread(start, addresses)
