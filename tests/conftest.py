@@ -8,7 +8,7 @@ import pytest
 
 from dev.cluster.binaries import NoGoError, require_go
 
-pytest_plugins = ["tests.support.servers", "tests.support.api"]
+pytest_plugins = ["tests.support.servers", "tests.support.api", "tests.support.orders"]
 
 TESTS: Final = Path(__file__).parent
 QUICK: Final = (

@@ -187,7 +187,7 @@ class Inventory:
     async def expire(
         self, item_id: str, limit: int, *, timeout_seconds: float, engine_id: str = ""
     ) -> Expired | Transition:
-        """Ends at most `limit` holds of an item whose time and grace are over."""
+        """Ends at most `limit` holds (1 or more) of an item whose time and grace are over."""
         reply = await self._scripts.call_quickly(
             self._expire, self._keys(item_id).sold, (limit, engine_id), timeout_seconds
         )

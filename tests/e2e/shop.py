@@ -183,7 +183,7 @@ class Shop:
         """Return the reservation, user and quantity of each accepted row of a sale."""
         query = (
             "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
-            f"WHERE sale_id = '{self.namespace}/{sale}' AND state = 'accepted'"
+            f"WHERE sale_id = '{self.namespace}/{sale}' AND state IN ('held', 'confirmed')"
         )
         psql = ("psql", "--username=flashsale", "--tuples-only", "--no-align", f"--command={query}")
         lines = self.kubectl("exec", "postgres-0", "--", *psql).splitlines()

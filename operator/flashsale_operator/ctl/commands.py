@@ -75,7 +75,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             print(f"flashsalectl: {line}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except BrokenPipeError:
-        # The reader, such as `head`, has read enough. Python must not flush what is left.
+        # The reader, such as `head`, has read enough. Python must not flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """Resync everything periodically, to find changes that no watch reports.
 
-These are FlashSales that were deleted while no operator ran, closed sales that are still open in
-Redis, open holds of finished sales that Redis lost, and the keys of closed sales, which can be
-freed.
+- FlashSales that were deleted while no operator ran.
+- Closed sales that are still open in Redis.
+- Open holds that Redis lost, of sales that no FlashSale declares any more.
+- Keys of closed sales, which can be freed.
 """
 
 import asyncio

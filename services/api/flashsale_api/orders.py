@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from time import perf_counter
 from typing import Any, Final
 
@@ -136,7 +137,7 @@ class Orders:
         try:
             outcome, response = await self._change(request, verb, transitions)
         except Refused as refused:
-            outcome = refused.problem.value.slug.replace("-", "_")
+            outcome = _slug(refused.problem)
             response = problem_response(refused.problem, refused.detail, members=refused.members)
         label = self._metrics.label(item_id)
         self._metrics.transitions.labels(label, verb, outcome).inc()
@@ -172,13 +173,17 @@ def _answer_to(
 ) -> tuple[str, Response]:
     if decision.record is None:
         problem = _PROBLEMS[decision.outcome]
-        return decision.outcome, problem_response(problem, _DETAILS.get(problem))
+        return _slug(problem), problem_response(problem, _DETAILS.get(problem))
     response = _json(OrderView.of(item_id, decision.sale_id, reservation_id, decision.record))
     if durable:
         return decision.outcome, response
     response.status_code = 202
     response.headers["retry-after"] = str(RETRY_SECONDS)
     return "unacknowledged", response
+
+
+def _slug(problem: Problem) -> str:
+    return problem.value.slug.replace("-", "_")
 
 
 async def _order_ref(request: Request, verb: str) -> str:
@@ -267,8 +272,14 @@ def order_app(
     exception_handlers: Mapping[Any, ExceptionHandler],
 ) -> ASGIApp:
     """Makes the application of the order port."""
+    description = (files("flashsale_api") / "openapi-orders.json").read_bytes()
+
+    async def openapi(_: Request) -> Response:
+        return Response(description, media_type="application/json")
+
     app = Starlette(
         routes=[
+            Route("/openapi.json", openapi),
             Route(_PATH, orders.reservation),
             Route(f"{_PATH}/confirm", orders.confirm, methods=["POST"]),
             Route(f"{_PATH}/cancel", orders.cancel, methods=["POST"]),

@@ -3,7 +3,7 @@
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 the calls, one per line: id,order reference,traceparent. The last two may be empty.
 --       2 the number of calls, 3 the id of the pod's engine, or ''
--- Returns what change_all returns. The refusal is:
+-- Returns the answers of change_all (transition.lua). The refusal is:
 --       other_order   it is confirmed for another order than the call names
 -- Invariants: a cancelled reservation stays cancelled. A confirmed one is cancelled only by a call
 --       that names its order.

@@ -3,7 +3,7 @@
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 the calls, one per line: id,order reference,traceparent. Only the last may be empty.
 --       2 the number of calls, 3 the id of the pod's engine, or ''
--- Returns what change_all returns. The refusals are:
+-- Returns the answers of change_all (transition.lua). The refusals are:
 --       hold_expired, cancelled   the reservation has ended
 --       other_order               it is confirmed for another order
 -- Invariants: a hold can be confirmed until it is expired, also after its time. A confirmed

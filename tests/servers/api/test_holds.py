@@ -21,7 +21,7 @@ async def cancel(inventory: Inventory, item: str, answer: httpx.Response) -> Non
 async def expire(inventory: Inventory, redis: Redis, item: str) -> None:
     """Ends all holds of the item, as if their time were over."""
     holds = ItemKeys.of(item).holds
-    await redis.zadd(holds, dict.fromkeys(await redis.zrange(holds, 0, -1), 1))
+    await redis.zadd(holds, {str(member): 1 for member in await redis.zrange(holds, 0, -1)})
     await inventory.expire(item, 128, timeout_seconds=5)
 
 

@@ -227,6 +227,14 @@ def run_api(environment: dict[str, str], *arguments: str) -> subprocess.Complete
         ("FLASHSALE_LISTEN", "0.0.0.0:http"),
         ("FLASHSALE_LISTEN", "0.0.0.0:99999"),
         ("FLASHSALE_METRICS_LISTEN", "nonsense"),
+        ("FLASHSALE_ORDERS_LISTEN", "8083"),
+        ("FLASHSALE_ORDER_TOKENS", ""),
+        ("FLASHSALE_ORDER_TOKENS", "secret"),
+        ("FLASHSALE_ORDER_TOKENS", "secret" * 6 + "\n"),
+        ("FLASHSALE_ORDER_TOKENS", "secret secret " * 6),
+        ("FLASHSALE_ORDER_TOKENS", "secret" * 6 + ","),
+        ("FLASHSALE_ORDER_TOKENS", "secret" * 6 + ",secret"),
+        ("FLASHSALE_ORDER_TOKENS", ",".join(["secret" * 6] * 3)),
     ],
 )
 def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: str | None) -> None:
@@ -242,16 +250,22 @@ def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: s
     assert "secret" not in done.stderr
 
 
-def test_a_metrics_port_in_use_stops_the_process_with_one_line(redis_server: RedisServer) -> None:
-    taken = {"FLASHSALE_METRICS_LISTEN": f"127.0.0.1:{redis_server.port}"}
-    done = run_api(good_environment() | taken)
+@pytest.mark.parametrize("variable", ["FLASHSALE_METRICS_LISTEN", "FLASHSALE_ORDERS_LISTEN"])
+def test_a_port_in_use_stops_the_process_with_one_line(
+    redis_server: RedisServer, variable: str
+) -> None:
+    taken = {variable: f"127.0.0.1:{redis_server.port}", "FLASHSALE_ORDER_TOKENS": "secret" * 6}
+    done = run_api(
+        good_environment() | {"FLASHSALE_ORDERS_LISTEN": f"127.0.0.1:{free_port()}"} | taken
+    )
     assert done.returncode == 1
-    assert "FLASHSALE_METRICS_LISTEN cannot be served" in done.stderr
+    assert f"{variable} cannot be served" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_help_lists_the_settings() -> None:
     done = run_api({}, "--help")
     assert done.returncode == 0
-    for variable in good_environment():
+    for variable in (*good_environment(), "FLASHSALE_ORDERS_LISTEN", "FLASHSALE_ORDER_TOKENS"):
         assert variable in done.stdout

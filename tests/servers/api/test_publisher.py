@@ -346,6 +346,26 @@ def accepted(item_id: str, number: int) -> Accepted:
     return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
 
 
+async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
+    outbox: RecordingOutbox,
+) -> None:
+    """The acknowledgement of a reservation must not pass for that of its confirmation."""
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    first = accepted(ITEM, 1)._replace(entry_id="")
+    second = first._replace(record=first.record._replace(version=2))
+    for event in (first, second, first, second):
+        publisher.add(event)
+    assert publisher.held == 2
+    of_first, of_second = publisher.acknowledgement(first), publisher.acknowledgement(second)
+    publisher._acknowledge([first])
+    assert (of_first.done(), of_second.done()) == (True, False)
+    of_second.cancel()
+    await asyncio.sleep(0)
+    assert not publisher._awaited
+
+
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
     publisher = Publisher(
         KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")

@@ -60,7 +60,13 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
     assert not may_be_freed(CLOSED_ROW, CLOSED, HOUR - timedelta(seconds=1), HOUR)
     assert not may_be_freed(a_row(), a_sale(), HOUR, NOTHING)
     assert not may_be_freed(CLOSED_ROW, a_sale(stored_state="closed"), HOUR, NOTHING)
-    for sale in (replace(CLOSED, outbox_length=1), replace(CLOSED, accepted=1)):
+    assert not may_be_freed(replace(CLOSED_ROW, held=1), CLOSED, HOUR, NOTHING)
+    for sale in (
+        replace(CLOSED, outbox_length=1),
+        replace(CLOSED, accepted=1),
+        replace(CLOSED, released=1),
+        replace(CLOSED, held=1),
+    ):
         assert not may_be_freed(CLOSED_ROW, sale, HOUR, NOTHING)
 
 
