@@ -109,7 +109,7 @@ REDIS: Final = (
     Requirement[RedisFacts](
         "Redis",
         "INFO in scripts",
-        lambda facts: f"an error for it ({facts.script_error})" if facts.script_error else None,
+        lambda facts: f"no INFO in scripts ({facts.script_error})" if facts.script_error else None,
         "allow the user the command INFO, or use another server: Redis Enterprise, Redis Cloud and "
         "Azure Managed Redis refuse it",
     ),

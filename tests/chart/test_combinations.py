@@ -67,6 +67,8 @@ PLAIN: Final = {
         (ROUTE, {"HTTPRoute": 1}),
         (TOPICS, {"KafkaTopic": 2}),
         (POLICIES, {"NetworkPolicy": 3}),
+        (at("networkPolicies.redis.peers", [PEER]), {"NetworkPolicy": 3}),
+        (at("networkPolicies.database.peers", [PEER]), {"NetworkPolicy": 3}),
         (MONITORS, {"PodMonitor": 3}),
         (RULES, {"PrometheusRule": 1}),
         (DASHBOARD, {"ConfigMap": 1}),

@@ -23,7 +23,7 @@ def pod(
 
 
 async def test_a_pod_asks_the_cluster_by_its_account(pod: dict[str, str]) -> None:
-    served, clock = await doctor._kubernetes(pod)
+    served, clock = await doctor._within(doctor.KUBERNETES, doctor._kubernetes(pod))
     assert (served.verdict, clock.verdict) == ("ok", "ok")
     assert served.text.startswith("FlashSales are served")
     assert clock.text.startswith("its clock differs by")
@@ -33,7 +33,8 @@ async def test_a_laptop_asks_the_cluster_by_kubectl(
     plane: ControlPlane, kubernetes: Binaries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(kubernetes.folder), prepend=":")
-    [served] = await doctor._kubernetes({"KUBECONFIG": str(plane.kubeconfig)})
+    environ = {"KUBECONFIG": str(plane.kubeconfig)}
+    [served] = await doctor._within(doctor.KUBERNETES, doctor._kubernetes(environ))
     assert (served.verdict, served.text.partition(",")[0]) == ("ok", "FlashSales are served")
 
 

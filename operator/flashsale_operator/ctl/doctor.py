@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -74,34 +74,39 @@ async def examine(
     return [finding for group in found for finding in group]
 
 
-async def _within(server: str, check: Awaitable[list[Finding]]) -> list[Finding]:
-    """Returns the findings, or one failure if the server does not answer."""
+async def _within(server: str, checks: AsyncIterator[Finding]) -> list[Finding]:
+    """Returns the findings. An error of the server ends its checks with a failure."""
+    found: list[Finding] = []
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
-            return await check
+            async for finding in checks:
+                found.append(finding)  # noqa: PERF401 - kept if a later check raises
     except (FlashsaleError, KafkaError, OSError, TimeoutError) as error:
-        why = " ".join(str(error).split()) or f"no answer within {TIMEOUT_SECONDS:.0f} s"
-        return [Finding(server, f"{why}: check the address, the network and the user", "failure")]
+        # An old server refuses some calls. Its version is the failure then.
+        if not any(each.verdict == "failure" for each in found):
+            why = " ".join(str(error).split()) or f"no answer within {TIMEOUT_SECONDS:.0f} s"
+            text = f"{why}: check the address, the network and the user"
+            found.append(Finding(server, text, "failure"))
+    return found
 
 
-async def _redis(url: str, engine: str) -> list[Finding]:
+async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
     redis = redis_client.connect(url)
     try:
         inventory = Inventory(redis, engine)
         facts = await inventory.facts()
         name = f"the address {inventory.address} answers, version {facts.version or 'unknown'}"
-        found = [Finding(REDIS, name, "ok")]
-        found += requirements.findings(requirements.REDIS, facts)
+        yield Finding(REDIS, name, "ok")
+        for finding in requirements.findings(requirements.REDIS, facts):
+            yield finding
         if facts.backlog_ttl is None:
             text = "CONFIG GET is not permitted: ask the provider whether repl-backlog-ttl is 0"
-            found.append(Finding(REDIS, text, "warning"))
-        found.append(await _written(redis, engine))
-        found.append(_round_trip(REDIS, await _measured(lambda: translated(redis.ping()))))
-        server = await inventory.server()
-        found.append(_clock(REDIS, server.now_ms / 1000))
+            yield Finding(REDIS, text, "warning")
+        yield await _written(redis, engine)
+        yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
+        yield _clock(REDIS, (await inventory.server()).now_ms / 1000)
     finally:
         await redis.aclose()
-    return found
 
 
 async def _written(redis: "Redis", engine: str) -> Finding:
@@ -116,26 +121,27 @@ async def _written(redis: "Redis", engine: str) -> Finding:
     return Finding(REDIS, "a script can write keys of this engine", "ok")
 
 
-async def _postgresql(url: str, engine: str) -> list[Finding]:
+async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
     pool = await ledger.connect(url, max_connections=1)
     try:
         facts = await ledger.facts(pool)
         version = f"version {facts.version // 10_000}.{facts.version % 10_000}"
-        found = [Finding(POSTGRESQL, f"the address answers, {version}", "ok")]
-        found += requirements.findings(requirements.LEDGER, facts)
+        yield Finding(POSTGRESQL, f"the address answers, {version}", "ok")
+        for finding in requirements.findings(requirements.LEDGER, facts):
+            yield finding
         if facts.outdated:
             text = "the ledger lacks migrations: start a consumer or the operator of this version"
-            found.append(Finding(POSTGRESQL, text, "warning"))
+            yield Finding(POSTGRESQL, text, "warning")
         else:
-            found.append(await _recorded(pool))
-            found.append(await _owned(pool, engine))
+            yield await _recorded(pool)
+            yield await _owned(pool, engine)
         async with ledger.translated():
             seconds = await _measured(lambda: pool.fetchval("SELECT 1"))
             now: datetime = await pool.fetchval("SELECT clock_timestamp()")
-        found += [_round_trip(POSTGRESQL, seconds), _clock(POSTGRESQL, now.timestamp())]
+        yield _round_trip(POSTGRESQL, seconds)
+        yield _clock(POSTGRESQL, now.timestamp())
     finally:
         pool.terminate()
-    return found
 
 
 async def _recorded(pool: ledger.Pool) -> Finding:
@@ -163,60 +169,61 @@ async def _owned(pool: ledger.Pool, engine: str) -> Finding:
     return Finding(POSTGRESQL, text, "failure")
 
 
-async def _kafka(settings: KafkaSettings) -> list[Finding]:
+async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
     admin = AIOKafkaAdminClient(
         **settings.kafka_client(), request_timeout_ms=int(TIMEOUT_SECONDS * 1000)
     )
-    topic = events.topic(settings.engine)
     try:
         await admin.start()
         brokers = len((await admin.describe_cluster())["brokers"])
-        found = [Finding(KAFKA, f"the address answers, brokers: {brokers}", "ok")]
-        described = [each for each in await admin.describe_topics() if each["topic"] == topic]
-        if described:
-            [reply] = await admin.describe_configs(
-                [ConfigResource(ConfigResourceType.TOPIC, topic)]
-            )
-            entries = [entry for resource in reply.resources for entry in resource[4]]
-            facts = TopicFacts(
-                len(described[0]["partitions"]), {entry[0]: entry[1] for entry in entries}
-            )
-            found += requirements.findings(requirements.TOPIC, facts)
-            if not entries:
-                text = f"this user may not describe the settings of the topic {topic}"
-                found.append(Finding(KAFKA, f"{text}: allow it DescribeConfigs", "warning"))
-        else:
-            text = f"the topic {topic} does not exist, or this user may not describe it"
-            remedy = "start a consumer, which creates it, or create it"
-            found.append(Finding(KAFKA, f"{text}: {remedy}", "warning"))
+        yield Finding(KAFKA, f"the address answers, brokers: {brokers}", "ok")
+        for finding in await _topic(admin, events.topic(settings.engine)):
+            yield finding
         seconds = await _measured(admin.describe_cluster)
-        found.append(_round_trip(KAFKA, seconds, buyers=False))
+        yield _round_trip(KAFKA, seconds, buyers=False)
     except IncompatibleBrokerVersion as error:
-        return [Finding(KAFKA, f"{error}: upgrade the brokers to Kafka 2.4 or newer", "failure")]
+        yield Finding(KAFKA, f"{error}: upgrade the brokers to Kafka 2.4 or newer", "failure")
     finally:
         await admin.close()
+
+
+async def _topic(admin: AIOKafkaAdminClient, topic: str) -> list[Finding]:
+    # Describe all topics, because to ask for one by name can create it.
+    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
+    if not described:
+        text = f"the topic {topic} does not exist, or this user may not describe it"
+        remedy = "start a consumer, which creates it, or create it"
+        return [Finding(KAFKA, f"{text}: {remedy}", "warning")]
+    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    entries = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
+    facts = TopicFacts(len(described[0]["partitions"]), entries)
+    found = requirements.findings(requirements.TOPIC, facts)
+    if not entries:
+        text = f"this user may not describe the settings of the topic {topic}"
+        found.append(Finding(KAFKA, f"{text}: allow it DescribeConfigs", "warning"))
     return found
 
 
-async def _kubernetes(environ: Mapping[str, str]) -> list[Finding]:
+async def _kubernetes(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
     """Asks for the FlashSale resource, by the pod's account or by kubectl. No cluster is ok."""
     if (ACCOUNT / "token").exists() and environ.get("KUBERNETES_SERVICE_HOST"):
         look = _by_account
     elif shutil.which("kubectl") and _has_kubeconfig(environ):
         look = _by_kubectl
     else:
-        return [Finding(KUBERNETES, "there is no cluster here, which is no mistake", "ok")]
+        yield Finding(KUBERNETES, "there is no cluster here, which is no mistake", "ok")
+        return
     began = time.monotonic()
     resource, date = await asyncio.to_thread(look, environ)
     seconds = time.monotonic() - began
     kinds = {each["kind"] for each in resource.get("resources", [])}
     if "FlashSale" not in kinds:
         text = "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
-        return [Finding(KUBERNETES, text, "failure")]
-    found = [Finding(KUBERNETES, f"FlashSales are served, {seconds * 1000:.0f} ms", "ok")]
+        yield Finding(KUBERNETES, text, "failure")
+        return
+    yield Finding(KUBERNETES, f"FlashSales are served, {seconds * 1000:.0f} ms", "ok")
     if date:
-        found.append(_clock(KUBERNETES, parsedate_to_datetime(date).timestamp() + 0.5))
-    return found
+        yield _clock(KUBERNETES, parsedate_to_datetime(date).timestamp() + 0.5)
 
 
 def _has_kubeconfig(environ: Mapping[str, str]) -> bool:

@@ -10,6 +10,9 @@ from typing import Any, Final
 
 import yaml
 
+MAX_FIELDS: Final = 1_000
+_MERGE: Final = "tag:yaml.org,2002:merge"
+
 
 class UnreadableText(Exception):
     """A text is neither YAML nor JSON, or it is ambiguous. The message is one line."""
@@ -78,21 +81,24 @@ def _one_line(error: yaml.YAMLError) -> str:
 class _Loader(yaml.SafeLoader):
     """A strict YAML loader for manifests.
 
-    It refuses tags, duplicate keys, and aliases, which can expand a few lines to gigabytes. Of
-    YAML 1.1's implicit scalar types it knows those of JSON, in Go's formats.
+    It refuses tags, duplicate keys, and merges of many fields, which could expand a few lines to
+    gigabytes. Of YAML 1.1's implicit scalar types it knows those of JSON, in Go's formats.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's convention
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        refused = "alias" if isinstance(event, yaml.AliasEvent) else getattr(event, "tag", None)
-        if refused not in (None, "!"):
-            kind = "aliases" if refused == "alias" else "tags"
-            raise yaml.composer.ComposerError(
-                None, None, f"{kind} are not allowed", event.start_mark
-            )
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.composer.ComposerError(None, None, "tags are not allowed", event.start_mark)
         return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_FIELDS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {MAX_FIELDS} merged fields", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -110,8 +116,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None, None, "a field name must be text", key_node.start_mark
                 )
-            key_node.tag = "tag:yaml.org,2002:str"
-            yield key_node.value
+            if key_node.tag != _MERGE:
+                key_node.tag = "tag:yaml.org,2002:str"
+                yield key_node.value
 
 
 _BOOLEANS: Final = {
@@ -153,6 +160,7 @@ for _tag, _pattern, _first in (
         rf"^(?=.{{1,40}}\Z)[-+]?(?:{_GO_INTEGER}|{_GO_FLOAT})\Z",
         "-+.0123456789",
     ),
+    ("merge", r"^<<\Z", "<"),
     ("null", r"^(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
 ):
     _Loader.add_implicit_resolver(

@@ -13,6 +13,8 @@ from flashsale import ledger
 from flashsale.errors import UnmetRequirement
 from tests.support.pgbouncer import PgBouncer, program
 
+pytestmark = pytest.mark.slow  # the first run downloads Debian's packages
+
 
 @pytest.fixture
 def pooler(tmp_path: Path, postgres_server: PostgresServer) -> Iterator[PgBouncer]:

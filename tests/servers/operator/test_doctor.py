@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import asyncpg
 import pytest
@@ -10,6 +11,9 @@ from redis import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import ledger, requirements
+from flashsale.errors import RedisUnavailable
+from flashsale.inventory import Inventory
+from flashsale.requirements import RedisFacts
 from flashsale_operator.ctl import doctor
 from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
@@ -115,6 +119,28 @@ def test_a_requirement_that_a_server_lacks_is_a_failure_with_its_remedy(
     assert code == 1
     [failure] = bad(verdicts)
     assert "run CONFIG SET maxmemory-policy noeviction" in failure
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_server_that_is_too_old_for_the_other_checks_is_one_failure(
+    examined: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = Inventory.facts
+
+    async def old(inventory: Inventory) -> RedisFacts:
+        found = await facts(inventory)
+        return replace(found, version="6.2.14", script_error="")
+
+    async def refuse(_: Inventory) -> None:
+        raise RedisUnavailable("Redis refused the call: syntax error")
+
+    monkeypatch.setattr(Inventory, "facts", old)
+    monkeypatch.setattr(Inventory, "server", refuse)
+    code, verdicts = examined()
+    assert code == 1
+    [failure] = bad(verdicts)
+    assert "Redis has version 6.2.14, but needs version 7.0" in failure
+    assert "Redis: a script can write keys of this engine" in verdicts
 
 
 @pytest.mark.usefixtures("prepared")

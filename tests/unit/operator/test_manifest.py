@@ -14,6 +14,9 @@ from tests.support.bad_manifests import ABSENT, BAD_MANIFESTS, NAME, STARTS, STO
 from tests.support.go_scalars import GO_SCALARS
 
 OPTIONAL = ("maxPerUser", "paused", "holdSeconds", "maxExpiredHolds")
+MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{n}: &a{n}\n  <<: [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+)
 HEAD = "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\nmetadata: {name: a}\n"
 
 
@@ -116,6 +119,20 @@ def test_a_stock_that_is_no_integer_is_refused(text: str) -> None:
     assert mistakes(with_stock(text)) == (STOCK,)
 
 
+def test_an_alias_and_a_merge_mean_the_same_as_to_kubectl() -> None:
+    text = f"{HEAD}spec:\n  <<: &all {{itemId: a, stock: 1, paused: yes}}\n  stock: 5\n---\n"
+    shared = f"{HEAD.replace('{name: a}', '&name {name: a, namespace: shop}')}spec: *all\n"
+    [spec] = parse(text)
+    assert (spec.stock, spec.paused) == (5, True)
+    [mistake] = mistakes(shared)
+    assert mistake.startswith("not YAML: found undefined alias 'all'")
+
+
+def test_aliases_of_aliases_take_no_memory() -> None:
+    levels = "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}1]\n" for n in range(1, 60))
+    assert "a59: unknown field" in mistakes(f"a0: &a0 [1]\n{levels}")
+
+
 def exported(*names: str, kind: str = "List") -> dict[str, object]:
     """Return the output of `kubectl get -o json`."""
     items = [manifest(Bad((), metadata={"name": name})) for name in names]
@@ -177,7 +194,8 @@ def test_a_time_in_yaml_s_own_format_is_refused() -> None:
         ("just text", "must be a mapping: a FlashSale"),
         ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
         ("a: 1\na: 2\n", "not YAML: a appears twice in line 1"),
-        ("a: &x [1]\nb: *x\n", "not YAML: aliases are not allowed in line 2"),
+        ("b: *x\n", "not YAML: found undefined alias 'x' in line 1"),
+        (MERGES, "not YAML: more than 1000 merged fields in line"),
         ("a: !!python/object:os.system x\n", "not YAML: tags are not allowed in line 1"),
         ("a: !!int 0x1z\n", "not YAML: tags are not allowed in line 1"),
         ("? [a]\n: b\n", "not YAML: a field name must be text in line 1"),
