@@ -187,6 +187,7 @@ class Rebuilder:
                 recorded=row.accepted,
                 held=row.held,
                 engine_id=engine_id,
+                run_id=run_id,
                 closed=row.closed,
                 replaces=replaces,
                 lease_ms=lease_ms,

@@ -80,6 +80,7 @@ class Recovery:
         recorded: int = 0,
         held: int = 0,
         engine_id: str = "",
+        run_id: str = "",
         closed: bool = False,
         replaces: Predecessor | None = None,
         lease_ms: int = LEASE_MS,
@@ -88,7 +89,8 @@ class Recovery:
 
         `step` is "fence" for the first call and "wait" for each repeat. "begin" empties the keys.
         `recorded` and `held` are the ledger's accepted and held units. A sale with fewer accepted
-        units in Redis, or fewer that are no longer held, is never trusted.
+        units in Redis, or fewer that are no longer held, is never trusted. `run_id` is the server's
+        run when the rebuild began: the wait for heartbeats counts on one server only.
 
         `spec`, `closed` and `claim` come from the ledger's row; `claim` is its revision.
         `replaces` is the same as for `Inventory.apply`.
@@ -105,6 +107,7 @@ class Recovery:
             recorded,
             held,
             engine_id,
+            run_id,
         )
         return Fenced(
             await self._scripts.call(self._fence, self._keys(spec.item_id).sold, arguments)

@@ -12,15 +12,16 @@
 --       15 step: 'fence' for the first call, 'wait' for a repeat, 'begin' to empty the keys for
 --         `restore`,
 --       16 the accepted and 17 the held units that the ledger has recorded for this sale,
---       18 the id of the caller's engine
+--       18 the id of the caller's engine, 19 the server's run when the rebuild began, or ''
 -- Returns one word:
 --         fenced       the sale waits for this rebuild. If it had no keys, there is a marker now.
 --         begun        the keys are empty, and only this rebuild can write them
 --         trusted      the sale is complete and needs no rebuild
 --         rebuilding   another rebuild has the sale. Of two that start together, the one with the
 --                      higher revision wins.
---         superseded   the mark of this rebuild is gone: Redis lost it, another rebuild has the
---                      sale, or the sale was closed meanwhile
+--         superseded   the server has another run than when the rebuild began, or the mark of this
+--                      rebuild is gone: Redis lost it, another rebuild has the sale, or the sale
+--                      was closed meanwhile
 --         undrained    cannot begin: the outbox has events that Kafka lacks
 --         conflict     another sale has the item, and it is not finished and recorded
 --         unsupported  this version does not support the sale's format
@@ -51,6 +52,7 @@ end
 
 if sale and foreign(sale, ARGV[18]) then return 'other_engine' end
 
+if ARGV[19] ~= '' and ARGV[19] ~= server_run() then return 'superseded' end
 if ARGV[15] ~= 'fence' and (not sale or sale.run_id ~= mine) then return 'superseded' end
 
 if ARGV[15] == 'begin' then

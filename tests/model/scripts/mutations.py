@@ -100,6 +100,7 @@ _REBUILDS = [
     Fault("fence", "if sale and foreign(sale, ARGV[18]) then", "if false then"),
     Fault("fence", "and sale.accepted >= accepted\n", "\n"),
     Fault("fence", "and sale.accepted - sale.held >= accepted - held", ""),
+    Fault("fence", "and ARGV[19] ~= server_run()", "and false"),
     Fault("fence", "if ARGV[15] ~= 'fence' and", "if ARGV[15] == 'begin' and"),
     Fault("fence", "sale.run_id ~= mine", "false"),
     Fault("fence", "if redis.call('XLEN', KEYS[4]) > 0 then", "if false then"),

@@ -16,13 +16,14 @@ def fence(  # noqa: PLR0911 - a list of rules
     accepted: int,
     held: int,
     closed: bool,
+    same_run: bool,
     leased: bool,
 ) -> Fenced:
-    """`accepted` and `held` are the ledger's units."""
+    """`accepted` and `held` are the ledger's units. `same_run`: as when the rebuild began."""
     sale, mine = item.read(), f"rebuild:{claim}"
     if sale is not None and sale.foreign(manifest.engine):
         return Fenced.OTHER_ENGINE
-    if step != "fence" and (sale is None or sale.run != mine):
+    if not same_run or (step != "fence" and (sale is None or sale.run != mine)):
         return Fenced.SUPERSEDED
     marker = Hash(replace(manifest, revision=claim), manifest.state, manifest.stock)
     marker.run, marker.leased, marker.rebuilt = mine, leased, claim

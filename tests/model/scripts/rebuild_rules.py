@@ -104,6 +104,7 @@ class RebuildRules(Machine):
             accepted=accepted,
             held=held,
             closed=closed,
+            same_run=again < 90,
             leased=leased,
         )
         call = self.server.recovery.fence(
@@ -113,6 +114,7 @@ class RebuildRules(Machine):
             recorded=accepted,
             held=held,
             engine_id=engine,
+            run_id=self.server.run_id if again < 90 else OTHER_SERVER,
             closed=closed,
             replaces=manifest.replaces,
             lease_ms=LEASE_MS if leased else 0,

@@ -18,7 +18,7 @@ from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler
-from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
+from flashsale_operator.sales.recovery import Fenced, Recovery, Step, Trusted
 from tests.support.eventually import until
 from tests.support.simulated_shop import SimulatedShop
 
@@ -145,6 +145,21 @@ async def begin(shop: SimulatedShop, spec: SaleSpec, claim: int) -> None:
     recovery, row = Recovery(shop.redis), await shop.row(spec.sale_id)
     assert await recovery.fence(spec_of(row), claim) is Fenced.FENCED
     assert await recovery.fence(spec_of(row), claim, step="begin") is Fenced.BEGUN
+
+
+@pytest.mark.parametrize("step", ["fence", "wait", "begin"])
+async def test_a_rebuild_ends_if_the_server_has_another_run(
+    shop: SimulatedShop, sold: SaleSpec, step: Step
+) -> None:
+    """The heartbeats on another server say nothing about the pods that this one waited for."""
+    await shop.redis.hset(ItemKeys.of(sold.item_id).sale, "run_id", "0" * 40)
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    claim, run_id = row.revision + 1, (await shop.inventory.server()).run_id
+    assert await recovery.fence(spec_of(row), claim, run_id=run_id) is Fenced.FENCED
+    answer = await recovery.fence(spec_of(row), claim, step=step, run_id="another")
+    assert answer is Fenced.SUPERSEDED
+    again = await recovery.fence(spec_of(row), claim, step="wait", run_id=run_id)
+    assert again is Fenced.FENCED
 
 
 async def end_lease(shop: SimulatedShop, spec: SaleSpec) -> None:
