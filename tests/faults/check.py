@@ -258,7 +258,7 @@ def _expected(answer: Answer, history: History) -> bool:
     if answer.status == 404:
         # A pod that started after Redis lost the keys has never seen the sale. It answers 404 until
         # the operator has fenced the sale in Redis.
-        started = any(api == answer.api and to <= answer.received for api, _, to in history.killed)
+        started = any(api == answer.api and at <= answer.received for api, at, _ in history.killed)
         return started and any(began <= answer.received for began, _ in history.lost_in_redis)
     return answer.status in (0, 202, 409, 503)
 
