@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
@@ -31,6 +32,7 @@ from flashsale.reservations import (
 from flashsale.sale import Predecessor, Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, leased, translated
 
+LOOK_SECONDS: Final = 1.0
 OUTBOX_LIMIT: Final = 100_000
 """Entries in an item's outbox at which `reserve` refuses new buyers (`outbox_full`)."""
 
@@ -91,6 +93,14 @@ class Holds(NamedTuple):
     first_due_ms: int
 
 
+class Look(NamedTuple):
+    """A sale and one of its reservations, as `look.lua` found them at one moment of one server."""
+
+    sale: Sale | None
+    record: Record | None
+    server: ServerTime
+
+
 class Inventory:
     """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
@@ -110,6 +120,7 @@ class Inventory:
         self._confirm = Script("confirm", "transition")
         self._cancel = Script("cancel", "transition")
         self._expire = Script("expire", "transition")
+        self._look = Script("look")
 
     async def reserve(
         self,
@@ -303,15 +314,24 @@ class Inventory:
                         raise
         return found
 
-    async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
-        """Returns a reservation, or None if Redis has none with this id."""
-        text = await translated(
-            cast(
-                "Awaitable[str | None]",
-                self._redis.hget(self._keys(item_id).reservations, reservation_id),
-            )
+    async def look(self, item_id: str, reservation_id: str = "") -> Look:
+        """Reads an item's sale, and one of its reservations, in one quick round trip.
+
+        Raises `ContractViolation` if either cannot be read.
+        """
+        reply = await self._scripts.call_quickly(
+            self._look, self._keys(item_id).sold, (reservation_id,), LOOK_SECONDS
         )
-        return None if text is None else Record.parse(text)
+        try:
+            now_ms, run_id, outbox_length, parts, holds, record, *fields = _texts(str(reply))
+        except msgspec.DecodeError as error:
+            raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
+        found = dict(zip(fields[::2], fields[1::2], strict=True))
+        return Look(
+            _sale(item_id, found, int(outbox_length), int(parts), int(holds)) if found else None,
+            Record.parse(record) if record else None,
+            ServerTime(int(now_ms), run_id),
+        )
 
     async def reservation_pages(
         self, item_id: str, count: int = 500
@@ -397,6 +417,8 @@ if not string.match(info, 'master_replid2:%x+') then return 'INFO has no master_
 return ''
 """
 
+
+_texts = msgspec.json.Decoder(list[str]).decode
 
 _UNREADABLE: Final = {
     "unknown": "Redis has no sale of this item",

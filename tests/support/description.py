@@ -48,7 +48,9 @@ class Description:
                 if method == "parameters":
                     continue
                 for status, response in operation["responses"].items():
-                    for content in self.resolved(response)["content"].values():
+                    for content in (
+                        self.resolved(response).get("content", {}).values()
+                    ):  # 304 has none
                         for slug in list(self.slugs(content["schema"])) or [""]:
                             found.add((f"{method.upper()} {path}", int(status), slug))
         return found

@@ -109,7 +109,7 @@ class Shop:
         return await self.call(path, "cancel", order_ref)
 
     async def record(self, path: str) -> Record:
-        record = await self.inventory.reservation(self.item, identity(path))
+        _, record, _ = await self.inventory.look(self.item, identity(path))
         assert record is not None
         return record
 

@@ -29,8 +29,8 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.orders import Orders, order_app
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
-from flashsale_api.responses import Problem, problem_response
-from flashsale_api.sales import Sales, SaleViews
+from flashsale_api.responses import Handler, Problem, not_allowed, problem_response
+from flashsale_api.sales import SALES_PATH, Sales
 from flashsale_api.settings import Settings
 from flashsale_api.sweeper import Sweeper
 from flashsale_api.transitions import Transitions
@@ -52,21 +52,28 @@ CHECK_SECONDS: Final = 10.0
 
 
 class Application:
-    """The ASGI application: `reserve` for POST /reserve, and Starlette for everything else.
+    """The endpoints for buyers, which `HttpProtocol` calls directly, and Starlette for the rest.
 
-    Starlette's middleware and routing would add a third to the cost of a bare request. For most
-    requests `HttpProtocol` calls `reserve` directly, without ASGI.
+    Starlette's middleware and routing would cost more than the answer to most requests.
     """
 
-    def __init__(self, reserve: Reserve, rest: Starlette) -> None:
-        self.reserve = reserve
+    def __init__(self, reserve: Reserve, sales: Sales, rest: Starlette) -> None:
+        self._reserve = reserve.begin
+        self._sales = sales
         self._rest = rest
 
+    def direct(self, method: bytes, path: bytes) -> Handler | None:
+        """Returns the handler of a request, or nothing if it takes the ASGI path."""
+        if path == RESERVE_PATH:
+            return self._reserve if method == b"POST" else not_allowed("POST")
+        if path == SALES_PATH or path.startswith(SALES_PATH + b"/"):
+            if method in {b"GET", b"HEAD"}:
+                return self._sales.handler(path)
+            return not_allowed("GET, HEAD")
+        return None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == RESERVE_PATH and scope["method"] == "POST":
-            await self.reserve(scope, receive, send)
-        else:
-            await self._rest(scope, receive, send)
+        await self._rest(scope, receive, send)
 
 
 def create_app(  # noqa: PLR0915 - the composition root
@@ -81,10 +88,10 @@ def create_app(  # noqa: PLR0915 - the composition root
     The application also runs `order_server`, if there is one.
     """
     pod_id = str(uuid.uuid4())
-    # Requests cannot use up the connections of the heartbeat, or of sweep and settle.
-    redis, redis_of_heartbeat, redis_of_outbox = (
-        redis_client.connect(settings.redis_url) for _ in range(3)
-    )
+    # Reads cannot delay reservations, and no request delays the heartbeat, sweep or settle.
+    redis, redis_of_reads, redis_of_heartbeat, redis_of_outbox = clients = [
+        redis_client.connect(settings.redis_url) for _ in range(4)
+    ]
     inventory = Inventory(redis, settings.engine)
     outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
@@ -120,7 +127,7 @@ def create_app(  # noqa: PLR0915 - the composition root
         metrics,
         _HANDLERS,
     )
-    sales = Sales(inventory, SaleViews(inventory))
+    sales = Sales(Inventory(redis_of_reads, settings.engine))
     redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager
@@ -163,7 +170,7 @@ def create_app(  # noqa: PLR0915 - the composition root
                 task.remove_done_callback(ended)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for client in (redis, redis_of_heartbeat, redis_of_outbox):
+            for client in clients:
                 await client.aclose()
 
     async def healthz(_: Request) -> Response:
@@ -188,11 +195,6 @@ def create_app(  # noqa: PLR0915 - the composition root
     reserve = Reserve(batcher, metrics, spans)
     rest = Starlette(
         routes=[
-            # Starlette answers the other methods with 405.
-            Route(RESERVE_PATH, reserve, methods=["POST"]),
-            Route("/sales", sales.list),
-            Route("/sales/{item_id}", sales.one),
-            Route("/sales/{item_id}/reservations/{reservation_id}", sales.reservation),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/openapi.json", openapi),
@@ -202,7 +204,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     )
     # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
     rest.router.redirect_slashes = False
-    return Application(reserve, rest)
+    return Application(reserve, sales, rest)
 
 
 class RedisCheck:

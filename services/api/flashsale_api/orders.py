@@ -23,7 +23,7 @@ from flashsale.reservations import Call, Record, Transition
 from flashsale.sale import SaleState
 from flashsale_api.calls import Failure
 from flashsale_api.metrics import Metrics
-from flashsale_api.reserve import TRACEPARENT, Refused, json_body, read_body
+from flashsale_api.reserve import TRACEPARENT, Refused, json_body
 from flashsale_api.responses import Problem, Reservation, problem_response
 from flashsale_api.transitions import Decided, Transitions
 
@@ -114,9 +114,7 @@ class Orders:
         if not _UUID.match(reservation_id):
             reservation_id = ""
         try:
-            record = await self._inventory.reservation(item_id, reservation_id)
-            sale = (await self._inventory.sales([item_id])).get(item_id)
-            server = await self._inventory.server()
+            sale, record, server = await self._inventory.look(item_id, reservation_id)
         except RedisUnavailable:
             return problem_response(Problem.REDIS_UNAVAILABLE)
         except ContractViolation as error:
@@ -124,7 +122,7 @@ class Orders:
         if sale is None:
             known = self._confirmations.sees(item_id) or self._cancellations.sees(item_id)
             return problem_response(Problem.FENCED if known else Problem.UNKNOWN_ITEM)
-        if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
+        if sale.state(*server) is SaleState.FENCED:
             # Redis may have an older copy, or may have lost the reservation.
             return problem_response(Problem.FENCED)
         if record is None:
@@ -188,10 +186,7 @@ def _slug(problem: Problem) -> str:
 
 async def _order_ref(request: Request, verb: str) -> str:
     """Returns the order reference in the body, or "". Raises `Refused`."""
-    raw = await read_body(request.receive)
-    if raw is None:
-        # The caller has disconnected. A cut body must not pass for the empty one of a cancellation.
-        raise Refused(Problem.MALFORMED_REQUEST, "the body is incomplete")
+    raw = await request.body()
     content_type = request.headers.get("content-type", "")
     if verb == "confirm":
         return json_body(content_type, raw, _confirm).order_ref

@@ -1,10 +1,10 @@
 """The bodies of the API's responses: reservations, and problem details (RFC 9457)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 from starlette.responses import Response
@@ -58,6 +58,13 @@ class Problem(Enum):
 
 
 Headers = tuple[tuple[bytes, bytes], ...]
+Respond: TypeAlias = Callable[[int, Headers, bytes], None]
+"""Takes the status, the headers without a length, and the body."""
+Handler: TypeAlias = Callable[[Sequence[tuple[bytes, bytes]], bytes | bytearray, Respond], None]
+"""Takes the headers, the body (or a part of one that is too large), and a function.
+
+It calls the function exactly once, immediately or later.
+"""
 
 
 @lru_cache
@@ -104,6 +111,20 @@ def problem_response(
     return made
 
 
+def not_allowed(methods: str) -> Handler:
+    """Returns the handler of a path that supports only `methods`."""
+
+    def handle(
+        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
+        body: bytes | bytearray,  # noqa: ARG001
+        respond: Respond,
+    ) -> None:
+        status, own, text = plain(Problem.METHOD_NOT_ALLOWED)
+        respond(status, (*own, (b"allow", methods.encode())), text)
+
+    return handle
+
+
 def of_status(status: int) -> Problem:
     """Returns the problem for a status that Starlette raised."""
     match status:
@@ -117,13 +138,16 @@ def of_status(status: int) -> Problem:
             return Problem.INTERNAL_ERROR
 
 
-class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A reservation as JSON. `expires_at` is set if it was a hold."""
+class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """A reservation as JSON. `expires_at` is set if it was a hold.
+
+    `user_id` is not shown to a caller who may be a stranger.
+    """
 
     reservation_id: str
     sale_id: str
     item_id: str
-    user_id: str
+    user_id: str | None = None
     quantity: int
     state: str
     accepted_at: str

@@ -96,8 +96,8 @@ async def test_only_due_holds_expire_and_the_gauges_tell(
     await pod.expiry.turn()
     assert (pod.gauge("open_holds", item), pod.gauge("overdue_holds", item)) == (2, 0)
     assert pod.gauge("overdue_hold_seconds", item) == 0
-    states = [await inventory.reservation(item, one) for one in ids]
-    assert [record.state for record in states if record] == ["held"] * 2 + ["expired"] * 3
+    looks = [await inventory.look(item, one) for one in ids]
+    assert [look.record.state for look in looks if look.record] == ["held"] * 2 + ["expired"] * 3
     await redis.srem(f"{inventory.engine}:items", item)
     await pod.expiry.turn()
     assert pod.gauge("open_holds", item) is None

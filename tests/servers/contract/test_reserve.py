@@ -42,7 +42,7 @@ async def test_concurrent_batches_sell_exactly_the_stock(inventory: Inventory, i
     sale = (await inventory.sales([item]))[item]
     assert (sale.accepted, sale.available, sale.outbox_length) == (99, 0, len(accepted))
     for request in accepted:
-        record = await inventory.reservation(item, request.reservation_id)
+        record = (await inventory.look(item, request.reservation_id)).record
         assert record is not None
         assert (record.user_id, record.quantity) == (request.user_id, request.quantity)
 

@@ -67,7 +67,7 @@ async def hold(inventory: Inventory, item: str, user: str = "ann", quantity: int
 
 
 async def record_of(inventory: Inventory, item: str, reservation_id: str) -> Record:
-    record = await inventory.reservation(item, reservation_id)
+    _, record, _ = await inventory.look(item, reservation_id)
     assert record is not None
     return record
 
