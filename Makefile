@@ -12,7 +12,8 @@ VERSION ?= $(shell sed -n 's/^appVersion: *//p' charts/flashsale/Chart.yaml)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
-  images push check lint lint-workflows lock release-target release-check release-notes release-chart
+  images push check lint lint-workflows lock release-target release-check \
+  release-notes release-digests release-chart release-push
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,9 +104,9 @@ push: ## Build the three images, and push them to IMAGES=registry.example/shop (
 	done; \
 	echo "Pushed. Install the chart with: --set image.registry=$(IMAGES)"
 
-release-target: ## Print `images=IMAGES`, the registry and owner of releases
+release-target: ## Print `images=IMAGES` and `version=VERSION`
 	@test -n "$(IMAGES)" || { echo "IMAGES in the Makefile is empty: nothing can be published" >&2; exit 2; }
-	@echo "images=$(IMAGES)"
+	@printf 'images=%s\nversion=%s\n' "$(IMAGES)" "$(VERSION)"
 
 release-check: $(READY) ## Check that all files name VERSION, and CHART=FILE the images of DIGESTS=FILE
 	@$(BIN)/python -m dev.release check "$(VERSION)" $(if $(CHART),--chart "$(CHART)") \
@@ -117,6 +118,12 @@ release-notes: $(READY) ## Print the changelog's section of VERSION
 release-chart: $(READY) ## Package the chart of VERSION with the images of IMAGES and DIGESTS=FILE (needs Go)
 	@$(BIN)/python -m dev.release chart "$(VERSION)" --images "$(IMAGES)" --digests "$(DIGESTS)" \
 	  --source "$(SOURCE)"
+
+release-digests: $(READY) ## Write the digests of the pushed images of VERSION to DIGESTS=FILE (needs Go)
+	@$(BIN)/python -m dev.release digests "$(VERSION)" --images "$(IMAGES)" > "$(DIGESTS)"
+
+release-push: $(READY) ## Push CHART=FILE to IMAGES/charts, and print its name with digest (needs Go)
+	@$(BIN)/python -m dev.release push "$(CHART)" --images "$(IMAGES)" $(PUSH_FLAGS)
 
 lock: $(READY) ## Compile the hashed requirements from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

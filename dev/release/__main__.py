@@ -11,6 +11,7 @@ from dev.paths import LOCAL, ROOT
 from dev.release.changelog import notes
 from dev.release.chart import Release, package, push
 from dev.release.checks import disagreements, read_digests
+from dev.release.images import pushed
 from dev.stack.errors import StackError
 
 
@@ -23,6 +24,9 @@ def main() -> int:
     check.add_argument("--digests", type=Path, help="digests of the images, `NAME DIGEST` per line")
     printing = commands.add_parser("notes", help="print the changelog's section of a version")
     printing.add_argument("version")
+    asking = commands.add_parser("digests", help="print the digests of pushed images")
+    asking.add_argument("version")
+    asking.add_argument("--images", required=True, help="registry and owner of the images")
     packaging = commands.add_parser("chart", help="package the chart of a version")
     packaging.add_argument("version")
     packaging.add_argument("--images", required=True, help="registry and owner of the images")
@@ -46,6 +50,9 @@ def main() -> int:
                 return 1 if found else 0
             case "notes":
                 sys.stdout.write(notes(ROOT, options.version) + "\n")
+            case "digests":
+                for name, digest in pushed(options.images, options.version):
+                    sys.stdout.write(f"{name} {digest}\n")
             case "chart":
                 pinned = Release(
                     options.version,
