@@ -202,6 +202,14 @@ async def test_a_sale_with_an_older_hold_than_the_ledger_is_rebuilt(
     assert await shop.confirm(spec.item_id, "a", "order-1") is Transition.REPLAYED
 
 
+async def test_a_trusted_sale_with_open_holds_stays_as_it_is(
+    shop: SimulatedShop, mixed: SaleSpec
+) -> None:
+    before = await shop.sale(mixed.item_id)
+    assert isinstance(await rebuild(shop, mixed), Rebuilt)
+    assert await shop.sale(mixed.item_id) == before
+
+
 async def test_keys_are_freed_only_without_open_holds(shop: SimulatedShop, spec: SaleSpec) -> None:
     async def free() -> Freed:
         row = await shop.row(spec.sale_id)
