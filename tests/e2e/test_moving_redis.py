@@ -110,8 +110,8 @@ def test_the_sales_move_to_another_redis_and_back(shop: Shop, other_redis: Shop)
     shop.agrees()
     assert other_redis.kubectl("exec", "redis-0", "--", "redis-cli", "dbsize").strip() != "0"
     rest = STOCK - first
-    shop.start_load("after-moving", "stampede.js", ITEM_ID="moved", STOCK=rest, RATE=100, DURATION="4s")
-    assert len(shop.end_load("after-moving")) == rest
+    shop.start_load("moved-on", "stampede.js", ITEM_ID="moved", STOCK=rest, RATE=100, DURATION="4s")
+    assert len(shop.end_load("moved-on")) == rest
     shop.until_sale("moved", "SoldOut")
     # The former Redis kept its keys, in which the sale has units left.
     move(shop, "redis")
