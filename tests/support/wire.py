@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from dev.services import ApiServer
@@ -64,6 +65,12 @@ async def connection(api: ApiServer) -> AsyncIterator[Wire]:
         yield Wire(reader, writer)
     finally:
         writer.transport.abort()
+
+
+def resident(api: ApiServer) -> int:
+    """Return the resident memory of the process, in bytes."""
+    status = Path(f"/proc/{api.pid}/status").read_text("ascii")
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
 def body_for(item: str) -> bytes:
