@@ -143,10 +143,9 @@ class Reserve:
         try:
             order, request_key, traceparent = _parsed(headers, raw)
         except Refused as refused:
-            counted = self._metrics.of("")
-            counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
+            self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
-            counted.rejected.observe(perf_counter() - started)
+            self._metrics.rejected.observe(perf_counter() - started)
             respond(*answer)
             return
         item_id = order.item_id
@@ -172,15 +171,15 @@ class Reserve:
         status, headers, body = _answer(item_id, decision)
         if self._spans is not None and span is not None:
             self._spans.end(span, decision.outcome, status)
-        counted = self._metrics.of(item_id)
-        counted.outcomes[decision.outcome].inc()
+        metrics = self._metrics
+        metrics.outcomes(item_id)[decision.outcome].inc()
         seconds = perf_counter() - started
         if status < 300:
-            counted.accepted.observe(seconds)
+            metrics.accepted.observe(seconds)
         elif status < 500:
-            counted.rejected.observe(seconds)
+            metrics.rejected.observe(seconds)
         else:
-            counted.failed.observe(seconds)
+            metrics.failed.observe(seconds)
         return status, headers, body
 
 
