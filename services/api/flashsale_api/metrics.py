@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 from flashsale import telemetry
 from flashsale.inventory import Holds
@@ -158,6 +158,10 @@ class Metrics:
         self._of_item: dict[str, _Outcomes] = {}
         self._listed: frozenset[str] = frozenset()
         self._with_holds: frozenset[str] = frozenset()
+
+    def text(self) -> bytes:
+        """Returns all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def label(self, item_id: str) -> str:
         """Returns the item as a label. It is empty for an item without a sale."""
