@@ -45,6 +45,9 @@ environment:
   FLASHSALE_ORDER_TOKENS     the order service's token, or two with a comma between them during a
                              rotation (default: none, and its address is not served)
   FLASHSALE_METRICS_LISTEN   address to serve metrics on (default [::]:9090)
+  FLASHSALE_TRUST_TRACEPARENT
+                             true if a gateway sets the header traceparent of buyers: then the
+                             caller decides whether a request is traced (default false)
   FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
   OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """

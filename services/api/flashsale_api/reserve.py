@@ -127,10 +127,19 @@ _encode = msgspec.json.Encoder().encode
 class Reserve:
     """The endpoint. `HttpProtocol` calls `begin`."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        spans: "Spans | None" = None,
+        *,
+        trust_traceparent: bool = False,
+    ) -> None:
+        """With `trust_traceparent` the caller's span is the parent, and its sampling counts."""
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
+        self._trust_traceparent = trust_traceparent
 
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
@@ -141,7 +150,7 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            order, request_key, traceparent = _parsed(headers, raw)
+            order, request_key, caller = _parsed(headers, raw)
         except Refused as refused:
             self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
@@ -149,9 +158,11 @@ class Reserve:
             respond(*answer)
             return
         item_id = order.item_id
+        # Otherwise a stranger could have all requests traced, by every process up to the ledger.
+        traceparent = caller if self._trust_traceparent else ""
         span = None
         if self._spans is not None and self._spans.samples(traceparent):
-            span = self._spans.begin(item_id, traceparent, perf_counter() - started)
+            span = self._spans.begin(item_id, traceparent, caller, perf_counter() - started)
             traceparent = traceparent_of(span)
         pending = _Pending(self, item_id, started, span, respond)
         # A request with a key is always looked up, because it may have been accepted before.
