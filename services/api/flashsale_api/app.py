@@ -193,7 +193,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batcher, metrics, spans)
+    reserve = Reserve(batcher, metrics, spans, trust_traceparent=settings.trust_traceparent)
     rest = Starlette(
         routes=[
             Route("/healthz", healthz),

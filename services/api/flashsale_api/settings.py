@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from flashsale.logs import LogLevel
-from flashsale.settings import KafkaSettings, Listen, RedisUrl
+from flashsale.settings import Flag, KafkaSettings, Listen, RedisUrl
 
 OrderTokens = Annotated[
     str,
@@ -20,7 +20,8 @@ OrderTokens = Annotated[
 class Settings(KafkaSettings, frozen=True):
     """`listen` is for buyers, `orders_listen` for the shop, and `metrics_listen` for Prometheus.
 
-    Without `order_tokens` the port for the shop is closed.
+    Without `order_tokens` the port for the shop is closed. `trust_traceparent` says that a gateway
+    sets the header `traceparent` of buyers.
     """
 
     redis_url: RedisUrl
@@ -28,4 +29,5 @@ class Settings(KafkaSettings, frozen=True):
     orders_listen: Listen = "[::]:8083"
     order_tokens: OrderTokens = ""
     metrics_listen: Listen = "[::]:9090"
+    trust_traceparent: Flag = False
     log_level: LogLevel = "info"

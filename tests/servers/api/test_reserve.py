@@ -232,6 +232,46 @@ async def test_malformed_json_is_refused(http: httpx.AsyncClient, body: bytes) -
 
 
 @pytest.mark.parametrize(
+    ("members", "name"),
+    [
+        (b'"userId":"bob"', "userId"),
+        (b'"user\\u0049d":"bob"', "userId"),
+        (b'"itemId":"another"', "itemId"),
+        (b'"quantity":1', "quantity"),
+        (b'"x":1,"x":1', "x"),
+        (b'"":1,"":1', ""),
+        (b'"x":{"y":[%b]},"x":null' % (b"9" * 6_000), "x"),
+    ],
+)
+async def test_a_repeated_member_is_refused_and_takes_no_unit(
+    http: httpx.AsyncClient,
+    open_sale: OpenSale,
+    inventory: Inventory,
+    item: str,
+    members: bytes,
+    name: str,
+) -> None:
+    await open_sale(item)
+    body = b'{"userId":"ann","itemId":"%b","quantity":1,%b}' % (item.encode(), members)
+    headers = {"Content-Type": "application/json"}
+    answer = await http.post("/reserve", content=body, headers=headers)
+    assert problem(answer, 400, "malformed-json")["detail"] == f"the member {name} is repeated"
+    assert await accepted(inventory, item) == 0
+
+
+async def test_further_members_are_ignored(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item)
+    further = b'"x":{"userId":"bob","y":1,"y":[%b]},"User":"userId"' % (b"9" * 6_000)
+    body = b'{"userId":"ann","itemId":"%b","quantity":1,%b}' % (item.encode(), further)
+    headers = {"Content-Type": "application/json"}
+    answer = await http.post("/reserve", content=body, headers=headers)
+    assert answer.status_code == 202
+    assert answer.json()["userId"] == "ann"
+
+
+@pytest.mark.parametrize(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"]
 )
 async def test_another_content_type_is_refused(
