@@ -185,7 +185,7 @@ def control_plane() -> None:
     print(f"""
 The operator watches FlashSales. Try, in this folder:
 
-  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH=$PATH:{folder}
+  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH={folder}:$PATH
   kubectl apply -f k8s/samples/iphone-15.yaml
   kubectl get flashsales
 

@@ -177,13 +177,16 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
     async with connected(addresses, item) as clients:
         await engine.require_redis(Checks(), clients.inventory)
         rows = await ledger.sales(clients.pool, item)
-        if item is None:
-            chosen = await _fenced(clients, rows)
-        elif rows:
+        chosen = await _fenced(clients, rows)
+        if item is not None:
+            if not rows:
+                raise UnknownSale(no_such(item))
             # Prefer the sale that is not closed, because it has the item. Then one with open holds.
-            chosen = [min(rows, key=lambda row: (row.closed, not row.held))]
-        else:
-            raise UnknownSale(no_such(item))
+            row = min(rows, key=lambda row: (row.closed, not row.held))
+            if row not in chosen:
+                print(tables.line_of_rebuild(row.sale_id, Rebuilt(row.accepted)))
+                return 0
+            chosen = [row]
         rebuilder = _rebuilder(clients, addresses)
         # Many at once, because all rebuilds wait for the same pods and the same topic.
         done = await asyncio.gather(*(rebuilder.rebuild(row) for row in chosen))
