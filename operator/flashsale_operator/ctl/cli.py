@@ -116,13 +116,13 @@ def item_argument(*, required: bool = True, nargs: int = 1) -> Callable[[F], F]:
     )
 
 
-def output_option(*formats: str, default: str | None = None) -> Callable[[F], F]:
+def output_option(*formats: str) -> Callable[[F], F]:
     """The option -o. Its default is the first format."""
     return click.option(
         "-o",
         "--output",
         type=click.Choice(formats),
-        default=default or formats[0],
+        default=formats[0],
         show_default=True,
         help="The format of the output.",
     )
