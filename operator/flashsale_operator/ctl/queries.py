@@ -48,8 +48,8 @@ async def get(environ: Environ, item: str | None, output: str, *, watch: bool, e
     """Show the sales of one item, or all that have keys in Redis."""
     async with connected(settings.load(Stores, environ), item) as clients:
         found = await _sales(clients, item, every=every)
-        listed = item is None and output in ("json", "yaml")  # no sales are an empty list
-        if not found and not (watch or listed):
+        # No sales are an empty list for a program, and a watch waits for the first sale.
+        if not found and (item is not None or not (watch or output in {"json", "yaml"})):
             raise UnknownSale("there are no sales" if item is None else no_such(item))
         if not watch:
             print(sales.FORMATS[output](found))

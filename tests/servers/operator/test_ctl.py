@@ -451,6 +451,25 @@ def test_a_fenced_sale_is_described_with_the_next_step(ctl: Ctl, environ: dict[s
     ]
 
 
+def test_a_watch_of_an_unknown_item_is_an_error(ctl: Ctl) -> None:
+    ctl("apply", "-f", str(SAMPLE))
+    code, _, [error] = ctl("get", "iphone-15", "--watch", "-o", "json")
+    assert (code, error.endswith("did you mean iphone_15?")) == (1, True)
+
+
+def test_a_rebuild_leaves_a_whole_sale_alone(ctl: Ctl) -> None:
+    """It needs no Kafka, and the sale keeps its revision."""
+    ctl("apply", "-f", str(SAMPLE))
+    assert ctl("rebuild", "iphone_15") == (
+        0,
+        ["sale default/iphone-15 needs no rebuild: 0 accepted units"],
+        [],
+    )
+    assert ctl("apply", "-f", str(SAMPLE))[1] == [
+        "sale default/iphone-15 unchanged: Selling, 100 of 100 available"
+    ]
+
+
 @pytest.mark.parametrize(("output", "head"), [("table", 1), ("json", 0), ("yaml", 0)])
 def test_a_watch_shows_each_change_until_it_is_interrupted(
     ctl: Ctl, environ: dict[str, str], output: str, head: int
