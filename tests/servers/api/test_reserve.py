@@ -73,7 +73,8 @@ async def test_a_request_is_refused_if_it_exceeds_the_limit_or_the_stock(
     http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 3, max_per_user=2)
-    problem(await reserve(http, item, quantity=3), 409, "limit-reached")
+    refused = problem(await reserve(http, item, quantity=3), 409, "limit-reached")
+    assert "plus this quantity" in refused["detail"]  # the user has nothing yet
     assert (await reserve(http, item, quantity=2)).status_code == 202
     problem(await reserve(http, item), 409, "limit-reached")
     problem(await reserve(http, item, "bob", quantity=2), 409, "not-enough-left")
