@@ -19,7 +19,7 @@ from flashsale.inventory import Applied, Inventory
 from flashsale.reservations import BATCH_LIMIT
 from flashsale.sale import SaleSpec
 from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_WAITING
-from tests.support.api import OWN_SALE
+from tests.support.api import OWN_SALE, accepted
 from tests.support.eventually import until
 from tests.support.flood import Flood, Watch, allow_connections, open_connections, request_of
 
@@ -96,6 +96,7 @@ async def test_a_flood_of_any_requests_leaves_the_heartbeat_fresh(
     print(seen, dict(flood.answers))
     assert seen.oldest_ms < heartbeat.EXPIRY_SECONDS * 1000 / 2
     assert seen.resident_bytes < POD_BYTES
+    assert await accepted(own_inventory, OWN_SALE.item_id) == OWN_SALE.stock
     assert {"202", "200", "400", "409 sold-out", "422 invalid-field"} <= set(flood.answers)
     assert {"404 unknown-item", "404 unknown-reservation"} <= set(flood.answers)
     assert not made_up
