@@ -32,7 +32,6 @@ _MEASURED: Final = (
     "starlette",
     "msgspec",
     "redis",
-    "hiredis",
     "aiokafka",
     "asyncpg",
     "prometheus-client",

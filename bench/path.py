@@ -35,7 +35,6 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.reserve import Reserve
-from flashsale_api.sales import Sales
 from flashsale_api.spans import Spans
 
 CONNECTIONS: Final = 32
@@ -139,7 +138,7 @@ def _app(
     decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, engine, spans=spans)
     reserve = Reserve(decided, metrics, spans)
 
-    return Application(reserve, Sales(_AcceptingInventory()), Starlette())
+    return Application(reserve, Starlette())
 
 
 async def _path(app: ASGIApp) -> float:

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dev.stack import loopback
 from dev.stack.errors import StackError
 from dev.stack.process import Server
 
@@ -68,7 +68,7 @@ class _Service(Server):
 
     def _ready(self) -> bool:
         try:
-            with loopback.get(f"{self.url}/readyz", 2) as answer:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=2) as answer:
                 return bool(answer.status == 200)
         except urllib.error.HTTPError as error:
             error.close()
@@ -114,7 +114,7 @@ class OperatorServer(Server):
 
     def get(self, path: str) -> str:
         """Return the body of a GET request to its HTTP server."""
-        with loopback.get(f"http://127.0.0.1:{self.port}{path}", 5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             text: bytes = answer.read()
             return text.decode()
 

@@ -19,8 +19,7 @@ from aiohttp import web
 from flashsale import ledger, logs, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
-from flashsale.settings import load
-from flashsale.sockets import bound
+from flashsale.settings import host_and_port, load
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, log_in
 from flashsale_operator.kubernetes.controller import Clients, Controller
@@ -47,8 +46,7 @@ DESCRIPTION: Final = """\
     operators at the same time are harmless.
 
     HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
-    kube-apiserver have answered, belong to this engine and lack no requirement),
-    /metrics (Prometheus).
+    kube-apiserver have answered, and belong to this engine), /metrics (Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
@@ -66,9 +64,7 @@ ENVIRONMENT: Final = """\
                                      SCRAM-SHA-512)
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
       FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
-      FLASHSALE_ITEMS                prefixes of the items that namespaces may sell:
-                                     NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
-      FLASHSALE_LISTEN               HTTP address, host:port (default [::]:8082)
+      FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
       FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
@@ -123,7 +119,7 @@ async def _run(settings: Settings) -> None:
         inventory = Inventory(redis, settings.engine)
         rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue)
         clients = Clients(kube, inventory, pool, metrics)
-        controller = Controller(clients, queue, rebuilds, prefixes=settings.prefixes)
+        controller = Controller(clients, queue, rebuilds)
         resync = Resync(
             clients,
             controller,
@@ -198,8 +194,8 @@ async def _serving(listen: str, metrics: Metrics, resync: Resync) -> AsyncIterat
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     try:
-        for each in bound(listen):
-            await web.SockSite(runner, each).start()
+        host, port = host_and_port(listen)
+        await web.TCPSite(runner, host, port).start()
         yield
     finally:
         await runner.cleanup()

@@ -7,19 +7,15 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
-import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError
 
 from flashsale import keys, redis_client
 from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.requirements import RedisFacts
 from flashsale.reservations import BatchReply, Outcome, Record, Request, Snapshot, parse_reply
 from flashsale.sale import Predecessor, Sale, SaleSpec
 from flashsale.scripts import Script, Scripts, translated
 
-LOOK_SECONDS: Final = 1.0
 OUTBOX_LIMIT: Final = 100_000
 """Entries in an item's outbox at which `reserve` refuses new buyers (`outbox_full`)."""
 
@@ -72,14 +68,6 @@ class ServerTime(NamedTuple):
     run_id: str
 
 
-class Look(NamedTuple):
-    """A sale and one of its reservations, as `look.lua` found them at one moment of one server."""
-
-    sale: Sale | None
-    record: Record | None
-    server: ServerTime
-
-
 class Inventory:
     """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
@@ -96,7 +84,6 @@ class Inventory:
         self._close = Script("close")
         self._free = Script("free")
         self._page = Script("page")
-        self._look = Script("look")
 
     async def reserve(
         self,
@@ -218,24 +205,15 @@ class Inventory:
                         raise
         return found
 
-    async def look(self, item_id: str, reservation_id: str = "") -> Look:
-        """Reads an item's sale, and one of its reservations, in one quick round trip.
-
-        Raises `ContractViolation` if either cannot be read.
-        """
-        reply = await self._scripts.call_quickly(
-            self._look, self._keys(item_id).four, (reservation_id,), LOOK_SECONDS
+    async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
+        """Returns a reservation, or None if Redis has none with this id."""
+        text = await translated(
+            cast(
+                "Awaitable[str | None]",
+                self._redis.hget(self._keys(item_id).reservations, reservation_id),
+            )
         )
-        try:
-            now_ms, run_id, outbox_length, parts, record, *fields = _texts(str(reply))
-        except msgspec.DecodeError as error:
-            raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
-        found = dict(zip(fields[::2], fields[1::2], strict=True))
-        return Look(
-            _sale(item_id, found, int(outbox_length), int(parts)) if found else None,
-            Record.parse(record) if record else None,
-            ServerTime(int(now_ms), run_id),
-        )
+        return None if text is None else Record.parse(text)
 
     async def reservation_pages(
         self, item_id: str, count: int = 500
@@ -291,38 +269,28 @@ class Inventory:
         """Loads the `reserve` script, so that the first buyer does not wait for it."""
         await self._scripts.load(self._reserve)
 
-    async def facts(self) -> RedisFacts:
-        """Returns the server's version and settings, to compare with `requirements.REDIS`."""
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.info()
-        pipeline.config_get("repl-backlog-ttl")
-        pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
-        info, config, script = await translated(pipeline.execute(raise_on_error=False))
-        for reply in (info, script):
-            if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
-                raise RedisUnavailable(f"Redis refused the call: {reply}") from reply
-        if isinstance(info, NoPermissionError):
-            info = {}
-            script = "this user may not call it"
-        return RedisFacts(
-            version=info.get("redis_version"),
-            policy=info.get("maxmemory_policy"),
-            backlog_ttl=None if isinstance(config, RedisError) else config.get("repl-backlog-ttl"),
-            appendonly=bool(info.get("aof_enabled", True)),
-            script_error=" ".join(str(script).split()),
-        )
+    async def unsafe_setting(self) -> str | None:
+        """Returns a sentence about a setting of the server that endangers sales, or None.
 
+        A server that does not permit CONFIG is trusted to have `repl-backlog-ttl 0`.
+        """
+        info = await translated(self._redis.info("memory"))
+        if (policy := str(info["maxmemory_policy"])) != "noeviction":
+            return (
+                f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
+                "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
+            )
+        try:
+            config = await translated(self._redis.config_get("repl-backlog-ttl"))
+        except RedisUnavailable:
+            return None
+        if (seconds := config.get("repl-backlog-ttl", "0")) != "0":
+            return (
+                f"Redis' repl-backlog-ttl is {seconds}: it must be 0, or a server that was without "
+                "replicas for that time forgets its failovers (CONFIG SET repl-backlog-ttl 0)"
+            )
+        return None
 
-_TRY_INFO: Final = """
-local info = redis.pcall('INFO', 'server', 'replication')
-if type(info) == 'table' then return info.err end
-if not string.match(info, 'run_id:%x+') then return 'INFO has no run_id' end
-if not string.match(info, 'master_replid2:%x+') then return 'INFO has no master_replid2' end
-return ''
-"""
-
-
-_texts = msgspec.json.Decoder(list[str]).decode
 
 _UNREADABLE: Final = {
     "unknown": "Redis has no sale of this item",

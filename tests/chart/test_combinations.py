@@ -5,7 +5,6 @@ from typing import Any, Final
 
 import pytest
 
-from flashsale import requirements
 from flashsale_consumer import topics
 from tests.support.chart import (
     COMPONENTS,
@@ -65,8 +64,6 @@ PLAIN: Final = {
         (ROUTE, {"HTTPRoute": 1}),
         (TOPICS, {"KafkaTopic": 2}),
         (POLICIES, {"NetworkPolicy": 3}),
-        (at("networkPolicies.redis.peers", [PEER]), {"NetworkPolicy": 3}),
-        (at("networkPolicies.database.peers", [PEER]), {"NetworkPolicy": 3}),
         (MONITORS, {"PodMonitor": 3}),
         (RULES, {"PrometheusRule": 1}),
         (DASHBOARD, {"ConfigMap": 1}),
@@ -180,11 +177,11 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         },
         {
             "shop-flashsale.reservations": (
-                requirements.PARTITIONS,
-                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                topics.PARTITIONS,
+                {"retention.ms": topics.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
-                requirements.PARTITIONS,
+                topics.PARTITIONS,
                 {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
                     "min.insync.replicas": 2,
@@ -326,18 +323,6 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ],
     ),
     (
-        "the operator knows which namespace may sell which items",
-        at("operator.items", {"shop": "shop-", "brand": "b.", "1": "2"}),
-        lambda r: r.environment("operator")["FLASHSALE_ITEMS"],
-        "1=2,brand=b.,shop=shop-",
-    ),
-    (
-        "an operator's rollout within a full quota",
-        at("operator.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
-        lambda r: r.one("Deployment", "operator")["spec"]["strategy"],
-        {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
-    ),
-    (
         "a rollout within a full quota",
         at("api.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
         lambda r: r.one("Deployment", "api")["spec"]["strategy"],
@@ -436,7 +421,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         * 3,
     ),
     (
-        "the pod of helm test reaches only DNS, the API, the servers and Kubernetes",
+        "the pod of helm test reaches only DNS, the API, PostgreSQL and Kubernetes",
         POLICIES,
         lambda r: [
             (
@@ -448,7 +433,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in r.hooks
             if each["kind"] == "NetworkPolicy"
         ],
-        [("-1", "test", None, [53, 8080, 6379, 9092, 5432, 6443])],
+        [("-1", "test", None, [53, 8080, 5432, 6443])],
     ),
     (
         "the API reaches only Redis and Kafka",

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -16,17 +15,11 @@ from typing import Any, Final
 import pytest
 import yaml
 from redis import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from dev.cluster.control_plane import ControlPlane
 from dev.stack.errors import StackError
 from dev.stack.redis import RedisServer, default_binary
-from flashsale import redis_client, requirements
-from flashsale.inventory import Applied, Inventory
-from flashsale.outbox import Outbox
-from flashsale.requirements import Checks
-from flashsale.reservations import Request
-from flashsale.sale import SaleSpec
 from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
 from tests.support.paths import ROOT
 
@@ -38,7 +31,6 @@ LOADTEST: Final = ROOT / "loadtest"
 # The names of the engine in k8s/values.
 TOPIC: Final = "flashsale.reservations"
 PASSWORD: Final = "Secret-of.the_test~1"
-ENGINE: Final = "Secret-of.the_engine~2"
 GROUP: Final = "flashsale-ledger"
 TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
@@ -159,7 +151,7 @@ def test_the_one_node_values_match_the_one_node_manifests(chart: Helm) -> None:
     }
     assert secret_keys(release) <= secrets.keys()
     for name, port in (("redis", 6379), ("postgres", 5432)):
-        password = secrets[name, "engine-password" if name == "redis" else "password"]
+        password = re.escape(secrets[name, "password"])
         assert re.search(rf":{password}@{name}:{port}/", secrets[name, "url"])
         services = documents(Path(f"k8s/{name}/one-node.yaml"))
         (service,) = (each for each in services if each["kind"] == "Service")
@@ -190,7 +182,7 @@ def test_the_highly_available_values_match_the_highly_available_manifests(chart:
         assert given["FLASHSALE_KAFKA_BOOTSTRAP"] == f"{name}-kafka-bootstrap:{listener['port']}"
         assert given["FLASHSALE_KAFKA_USER"] == f"flashsale-{component}"
     assert {name for name, key in secret_keys(release) if key == "password"} == users
-    ledger = documents(Path("k8s/postgres/highly-available.yaml"))[0]
+    (ledger,) = documents(Path("k8s/postgres/highly-available.yaml"))
     assert (f"{ledger['metadata']['name']}-ca", "ca.crt") in secret_keys(release)
     assert (f"{name}-cluster-ca-cert", "ca.crt") in secret_keys(release)
 
@@ -240,13 +232,10 @@ class RedisOfManifest(RedisServer):
     No wheel has redis-cli, so a script replaces it. It names this node as the primary.
     """
 
-    def __init__(
-        self, data: Path, files: dict[str, str], password: str, engine_password: str = ENGINE
-    ) -> None:
+    def __init__(self, data: Path, files: dict[str, str], password: str) -> None:
         super().__init__(data)
         self.files = files
         self.password = password
-        self.engine_password = engine_password
 
     @property
     def url(self) -> str:
@@ -270,8 +259,7 @@ class RedisOfManifest(RedisServer):
 
     def _environment(self) -> dict[str, str]:
         path = f"{self.data / 'bin'}:{os.environ['PATH']}"
-        passwords = {"REDISCLI_AUTH": self.password, "ENGINE_PASSWORD": self.engine_password}
-        return {**super()._environment(), "PATH": path, **passwords}
+        return {**super()._environment(), "PATH": path, "REDISCLI_AUTH": self.password}
 
     def _ready(self) -> bool:
         try:
@@ -314,7 +302,6 @@ def test_redis_demands_its_password_and_has_it_in_no_argument(
     arguments = Path(f"/proc/{server.pid}/cmdline").read_bytes().decode()
     assert f"127.0.0.1:{server.port}" in arguments
     assert PASSWORD not in arguments
-    assert ENGINE not in arguments
     # A replica sends this password to its primary.
     assert redis.config_get("masterauth")["masterauth"] == (
         PASSWORD if name == "highly-available" else ""
@@ -331,38 +318,10 @@ def test_redis_demands_its_password_and_has_it_in_no_argument(
 def test_redis_refuses_a_password_that_its_configuration_cannot_hold(
     tmp_path: Path, file: str, password: str
 ) -> None:
-    files = scripts(Path("k8s/redis") / file)
-    for number, passwords in enumerate([(password, ENGINE), (PASSWORD, password)]):
-        server = RedisOfManifest(tmp_path / f"redis-{number}", files, *passwords)
-        with pytest.raises(StackError, match="may have only letters, digits") as refusal:
-            server.start()
-        assert not password or password not in str(refusal.value)
-
-
-async def test_the_engine_sells_as_its_own_user_who_may_not_change_the_server(
-    redis_of_manifest: tuple[str, RedisOfManifest, Redis],
-) -> None:
-    _, server, admin = redis_of_manifest
-    admin.config_set("min-replicas-to-write", 0)
-    client = redis_client.connect(f"redis://flashsale:{ENGINE}@127.0.0.1:{server.port}/0")
-    inventory, outbox = Inventory(client, "shop"), Outbox(client, "shop")
-    Checks().require(requirements.REDIS, await inventory.facts())
-    await inventory.load()
-    await outbox.load()
-    await inventory.claim("e-1")
-    spec = SaleSpec("default/phone", "phone", 10)
-    assert await inventory.apply(spec, 1, engine_id="e-1", seed_until_ms=2**53) is Applied.SEEDED
-    request = Request(str(uuid.uuid4()), "ann", 1)
-    await inventory.reserve("phone", [request], timeout_seconds=5, engine_id="e-1")
-    assert (await inventory.sales(await inventory.items()))["phone"].accepted == 1
-    [entry] = await outbox.page("phone", after="-", until_ms=2**53, count=10)
-    assert await outbox.take_lease("phone", "pod", 1_000)
-    assert await outbox.settle("phone", [(entry.entry_id, entry.reservation_id)]) == 1
-    for command in ("FLUSHALL", "KEYS *", "CONFIG SET maxmemory-policy allkeys-lru", "SHUTDOWN"):
-        refused: Any = client.execute_command(*command.split())  # type: ignore[no-untyped-call]
-        with pytest.raises(NoPermissionError):
-            await refused
-    await client.aclose()
+    server = RedisOfManifest(tmp_path / "redis", scripts(Path("k8s/redis") / file), password)
+    with pytest.raises(StackError, match="may have only letters, digits") as refusal:
+        server.start()
+    assert not password or password not in str(refusal.value)
 
 
 def containers(file: Path) -> list[Manifest]:
@@ -372,61 +331,6 @@ def containers(file: Path) -> list[Manifest]:
         for template in templates
         for container in template.get("spec", {}).get("containers", [])
     ]
-
-
-def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a label selector matches. Only the operator In is known."""
-    return all(
-        labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()
-    ) and all(
-        each["operator"] == "In" and labels.get(each["key"]) in each["values"]
-        for each in selector.get("matchExpressions", [])
-    )
-
-
-@pytest.mark.parametrize(
-    ("file", "port", "users"),
-    [
-        ("k8s/redis/one-node.yaml", {6379, "redis"}, {"api", "operator", "test"}),
-        ("k8s/redis/highly-available.yaml", {6379}, {"api", "operator", "test"}),
-        ("k8s/postgres/one-node.yaml", {5432, "postgres"}, {"consumer", "operator", "test"}),
-        ("k8s/postgres/highly-available.yaml", {5432}, {"consumer", "operator", "test"}),
-        ("k8s/kafka/one-node.yaml", {9092}, {*COMPONENTS, "test"}),
-        ("k8s/kafka/three-brokers.yaml", {9093}, {*COMPONENTS, "test"}),
-    ],
-)
-def test_only_the_pods_that_use_a_server_may_connect_to_it(
-    chart: Helm, file: str, port: set[object], users: set[str]
-) -> None:
-    release = rendered(chart, TOPOLOGIES["one node"])
-    labels = {name: release.pod(name)["metadata"]["labels"] for name in COMPONENTS}
-    (test,) = (each for each in release.hooks if each["kind"] == "Pod")
-    labels |= {"test": test["metadata"]["labels"], "stranger": {"app": "shell"}}
-    if "kafka" in file:
-        (listener,) = documents(Path(file))[0]["spec"]["kafka"]["listeners"]
-        rules = [{"ports": [{"port": listener["port"]}], "from": listener["networkPolicyPeers"]}]
-    else:
-        (policy,) = (each for each in documents(Path(file)) if each["kind"] == "NetworkPolicy")
-        assert "Ingress" in policy["spec"]["policyTypes"]
-        rules = policy["spec"]["ingress"]
-        for server in pods_labels(file):
-            assert selects(policy["spec"]["podSelector"], server)
-    allowed = {
-        name
-        for name, own in labels.items()
-        for rule in rules
-        for peer in rule["from"]
-        if port & {each["port"] for each in rule["ports"]}
-        and "podSelector" in peer
-        and selects(peer["podSelector"], own)
-    }
-    assert allowed == users
-
-
-def pods_labels(file: str) -> list[dict[str, str]]:
-    """Return the labels of a file's pods."""
-    specs = (each["spec"] for each in documents(Path(file)) if "spec" in each)
-    return [spec["template"]["metadata"]["labels"] for spec in specs if "template" in spec]
 
 
 @each_file

@@ -46,11 +46,13 @@ def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "tolerations": [{"key": "a", "operator": "Exists"}],
         "affinity": {"podAntiAffinity": {}},
         "priorityClassName": "high",
-        "strategy.rollingUpdate.maxSurge": "50%",
-        "strategy.rollingUpdate.maxUnavailable": 1,
     }
     if component != "operator":
-        changes["topologySpreadConstraints"] = []
+        changes |= {
+            "topologySpreadConstraints": [],
+            "strategy.rollingUpdate.maxSurge": "50%",
+            "strategy.rollingUpdate.maxUnavailable": 1,
+        }
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
@@ -65,6 +67,7 @@ def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any
 
 
 CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
+    "nameOverride": ("other", {}),
     "fullnameOverride": ("other", {}),
     "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
@@ -129,7 +132,6 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_component_changes("operator"),
     "operator.allNamespaces": (True, {}),
     "operator.namespaces": (["a"], {}),
-    "operator.items": ({"shop": "shop-"}, {}),
     "operator.keepClosedSeconds": (3, {}),
     "networkPolicies.enabled": (True, {}),
     "networkPolicies.buyers": ([PEER], POLICIES),

@@ -1,7 +1,5 @@
 """Apply, edit and delete FlashSales with kubectl. Check answers, status and Events."""
 
-import json
-
 import pytest
 
 from dev.services import OperatorServer
@@ -172,61 +170,3 @@ def test_kubectl_get_shows_item_state_stock_and_window(
     assert table[0] == "NAME ITEM STATE READY STOCK AVAILABLE STARTS ENDS AGE"
     assert table[1].startswith("a-selling a-selling Selling True 100 100 2999-01-01T00:00:00Z ")
     assert table[2].startswith("b-later b-later Scheduled True 5 5 2998-11-27T09:00:00Z ")
-
-
-def test_an_end_in_the_past_is_a_warning(
-    world: World,
-    operator: OperatorServer,  # noqa: ARG001 - it runs
-) -> None:
-    world.apply("late", endsAt="2025-11-27T10:00:00Z")
-    world.until("late", state="Ended", ready="Applied")
-    selector = "--field-selector=involvedObject.name=late"
-    (event,) = json.loads(world.kubectl("get", "events", "-o", "json", selector))["items"]
-    assert (event["type"], event["reason"]) == ("Warning", "Ended")
-    assert event["message"].startswith("the sale ended at 2025-11-27T10:00:00.000Z and accepted no")
-
-
-def test_an_item_outside_the_prefix_of_its_namespace_names_the_rule(world: World) -> None:
-    world.operator(FLASHSALE_ITEMS=f"{world.namespace}=home-,other=away-")
-    world.apply("home-cup")
-    world.until("home-cup", state="Selling", ready="Applied")
-    world.apply("away-cup")
-    world.until("away-cup", state="Unknown", ready="InvalidSpec")
-    assert world.condition("away-cup", "Ready")["message"] == (
-        f"spec.itemId: must begin with home- in the namespace {world.namespace} (operator.items)"
-    )
-    assert world.sale("away-cup") == {}
-
-
-def test_managed_fields_and_events_name_the_operator(
-    world: World,
-    operator: OperatorServer,  # noqa: ARG001 - it runs
-) -> None:
-    world.apply("cup")
-    world.until("cup", state="Selling", ready="Applied")
-    eventually(lambda: world.events("cup") == ["Opened"])
-    for kind, subresource in (("fs", "status"), ("events", None)):
-        listed = json.loads(world.kubectl("get", kind, "-o", "json", "--show-managed-fields"))
-        (live,) = listed["items"]
-        writers = {
-            each["manager"]
-            for each in live["metadata"]["managedFields"]
-            if each.get("subresource") == subresource
-        }
-        assert "flashsale-operator" in writers
-        assert not [name for name in writers if "python" in name.lower()]
-
-
-def test_kubectl_wait_waits_for_the_answer_to_the_last_change(
-    world: World, operator: OperatorServer
-) -> None:
-    world.apply("cup")
-    world.until("cup", state="Selling", ready="Applied")
-    wait = ("wait", "fs/cup", "--for=condition=Ready")
-    assert "condition met" in world.kubectl(*wait, "--timeout=0s")
-    operator.pause()
-    world.kubectl("patch", "fs", "cup", "--type=merge", "-p", '{"spec":{"paused":true}}')
-    assert "timed out" in world.kubectl(*wait, "--timeout=3s", check=False)
-    operator.resume()
-    assert "condition met" in world.kubectl(*wait, "--timeout=60s")
-    assert world.condition("cup", "Open")["reason"] == "Paused"

@@ -38,8 +38,7 @@ def block(name: str, page: str = "install") -> str:
 
 def commands(name: str, page: str = "install") -> list[str]:
     """Return the commands of a block in a page of docs/."""
-    lines = block(name, page).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line for line in block(name, page).replace("\\\n", " ").splitlines() if line]
 
 
 @dataclass(frozen=True, slots=True)

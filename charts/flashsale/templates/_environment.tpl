@@ -19,14 +19,6 @@
 {{- if eq .component "operator" }}
 - name: FLASHSALE_NAMESPACES
   value: {{ include "flashsale.operator.namespaces" .root | fromJsonArray | join "," | quote }}
-{{- with $values.operator.items }}
-{{- $items := list }}
-{{- range $namespace, $prefix := . }}
-{{- $items = append $items (printf "%s=%s" $namespace $prefix) }}
-{{- end }}
-- name: FLASHSALE_ITEMS
-  value: {{ join "," $items | quote }}
-{{- end }}
 - name: FLASHSALE_KEEP_CLOSED_SECONDS
   value: {{ $values.operator.keepClosedSeconds | int | quote }}
 {{- end }}

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from flashsale import ledger, settings
@@ -16,16 +17,18 @@ from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.redis_client import MAX_CONNECTIONS, connect
-from flashsale.requirements import Checks
 from flashsale.sale import Predecessor, SaleSpec
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl
-from flashsale_operator.ctl import doctor, files, tables
-from flashsale_operator.sales import audit, engine, offsets
+from flashsale_operator.ctl import tables
+from flashsale_operator.sales import audit, manifest, offsets
 from flashsale_operator.sales.decision import StillFenced, counted
 from flashsale_operator.sales.drain import Drain
+from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
-from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale
+from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_unsafe_redis
 from flashsale_operator.sales.republish import republish
+
+MAX_MANIFEST_BYTES: Final = 1024 * 1024
 
 
 class _Stores(EngineSettings, frozen=True):
@@ -67,10 +70,10 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 async def _apply(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    specs = files.sales(options.file)
+    specs = _specs(options.file)
     addresses = settings.load(_All, environ)
     async with _connected(addresses) as clients:
-        await engine.require_servers(Checks(), clients.inventory, clients.pool)
+        await refuse_unsafe_redis(clients.inventory)
         await ledger.migrate(clients.pool)
         reconciler = Reconciler(
             clients.inventory, clients.pool, _rebuilder(clients, addresses).rebuild
@@ -101,7 +104,7 @@ async def _close(options: argparse.Namespace, environ: Mapping[str, str]) -> int
 async def _rebuild(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     addresses = settings.load(_All, environ)
     async with _connected(addresses) as clients:
-        await engine.require_redis(Checks(), clients.inventory)
+        await refuse_unsafe_redis(clients.inventory)
         rows = await ledger.sales(clients.pool, options.item)
         if not rows:
             raise UnknownSale(_no_such(options.item))
@@ -161,13 +164,6 @@ async def _adopt_redis(_: argparse.Namespace, environ: Mapping[str, str]) -> int
     return 0
 
 
-async def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    addresses = settings.load(_All, environ)
-    found = await doctor.examine(addresses, addresses.redis_url, addresses.database_url, environ)
-    print(tables.of_findings(found) if options.output == "table" else tables.json_of(found))
-    return 1 if any(finding.verdict == "failure" for finding in found) else 0
-
-
 _Command: TypeAlias = Callable[[argparse.Namespace, Mapping[str, str]], Coroutine[Any, Any, int]]
 _COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
     "apply": (_apply, "Make the ledger and Redis match FlashSale manifests. Repeats are safe."),
@@ -178,10 +174,6 @@ _COMMANDS: Final[dict[str, tuple[_Command, str]]] = {
     "adopt-redis": (
         _adopt_redis,
         "Move the sales to another Redis. First stop the API pods that use the former one.",
-    ),
-    "doctor": (
-        _doctor,
-        "Check Redis, Kafka, PostgreSQL and the cluster from here. Exits with 1 on a failure.",
     ),
     "republish": (_republish, "Publish an item's reservations from Redis to Kafka again."),
 }
@@ -204,22 +196,48 @@ def _parser() -> argparse.ArgumentParser:
                 "--file",
                 action="append",
                 required=True,
-                metavar="FILE",
-                help="YAML or JSON file of FlashSales, a directory of such files, or - for "
-                "standard input; can be repeated",
-            )
-        elif name == "doctor":
-            command.add_argument(
-                "-o",
-                "--output",
-                choices=["table", "json"],
-                default="table",
-                help="the form of the output (default table)",
+                help="YAML file of FlashSales, or - for standard input; can be repeated",
             )
         elif name != "adopt-redis":
             nargs = "?" if name in ("get", "audit") else None
             command.add_argument("item", nargs=nargs, metavar="ITEM", help="itemId of the sale")
     return parser
+
+
+def _specs(names: Sequence[str]) -> list[SaleSpec]:
+    """Returns the sales of all files. Raises `ManifestError` with the mistakes of all files."""
+    specs: dict[str, SaleSpec] = {}
+    mistakes: list[str] = []
+    for name in names:
+        shown = "standard input" if name == "-" else name
+        try:
+            for spec in manifest.parse(_read(name)):
+                if spec.sale_id in specs:
+                    mistakes.append(f"{shown}: metadata.name: {spec.sale_id} appears twice")
+                specs[spec.sale_id] = spec
+        except ManifestError as error:
+            mistakes += [f"{shown}: {mistake}" for mistake in error.mistakes]
+    if mistakes:
+        raise ManifestError(mistakes)
+    return list(specs.values())
+
+
+def _read(name: str) -> str:
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read(MAX_MANIFEST_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise ManifestError([f"cannot be read: {why}"]) from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(["cannot be read: larger than 1 MiB"])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ManifestError(["cannot be read: not UTF-8"]) from None
 
 
 @asynccontextmanager

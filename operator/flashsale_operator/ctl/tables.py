@@ -1,11 +1,8 @@
 """The lines and tables that `flashsalectl` prints."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Final
 
-from flashsale import requirements
 from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
@@ -87,18 +84,6 @@ def of_audit(found: Audit) -> str:
     )
     faults = [f"topic {found.topic} DISAGREES: {fault}" for fault in found.topic_faults]
     return "\n".join([table, *faults])
-
-
-def of_findings(found: Sequence[requirements.Finding]) -> str:
-    """Returns a table with one line per check."""
-    return _table(
-        "VERDICT SERVER CHECK", [(each.verdict, each.server, each.text) for each in found]
-    )
-
-
-def json_of(found: Sequence[requirements.Finding]) -> str:
-    """Returns the checks as a JSON list."""
-    return json.dumps([asdict(each) for each in found], indent=2)
 
 
 def _line_of_sale(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> list[object]:

@@ -12,12 +12,7 @@ from hashlib import sha256
 from typing import Any, Final
 
 from flashsale.sale import SaleState
-from flashsale_operator.kubernetes.status import (
-    DELETED_MESSAGE,
-    Status,
-    open_message,
-    refused_message,
-)
+from flashsale_operator.kubernetes.status import DELETED_MESSAGE, Status, open_message
 from flashsale_operator.sales.manifest import API_VERSION, KIND
 from flashsale_operator.sales.reconciler import Result
 
@@ -37,19 +32,16 @@ class Known:
     state: SaleState | None = None
     sold_out: bool = False
     allocated: int | None = None
-    refused: bool = False
     mark: str = ""
 
     @classmethod
     def of(cls, status: Status) -> "Known":
         opened, sold_out = status.condition("Open"), status.condition("SoldOut")
-        refused = status.condition("Refused")
         known = opened is not None and opened.reason in _STATES
         return cls(
             state=SaleState(opened.reason) if opened is not None and known else None,
             sold_out=sold_out is not None and sold_out.status == "True",
             allocated=None if status.counts is None else status.counts.allocated,
-            refused=refused is not None and refused.status == "True",
             mark="" if opened is None else f"{status.observed_generation} {opened.since}",
         )
 
@@ -63,10 +55,6 @@ class SaleEvent:
     warning: bool = False
 
 
-_NEVER_SOLD: Final = (
-    " and accepted no reservation: check spec.endsAt. An ended sale stays ended, and a new sale "
-    "needs a new name"
-)
 CLOSED: Final = SaleEvent("Closed", DELETED_MESSAGE)
 
 
@@ -90,8 +78,6 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     if sale is not None and allocated is not None and sale.allocated > allocated:
         raised = f"allocated units raised from {allocated} to {sale.allocated}"
         found.append(SaleEvent("Restocked", raised))
-    if result.refused is not None and result.refused.reservations and not before.refused:
-        found.append(SaleEvent("Refused", refused_message(result.refused), warning=True))
     # The operator restarted during an outage: it cannot tell whether the state has changed.
     forgotten = was is SaleState.UNKNOWN and allocated is not None
     if state is was or state is SaleState.UNKNOWN or forgotten:
@@ -103,8 +89,6 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
             found.append(SaleEvent("Opened", message))
         case SaleState.SOLD_OUT if not before.sold_out:
             found.append(SaleEvent("SoldOut", message))
-        case SaleState.ENDED if _never_sold(was, result):
-            found.append(SaleEvent("Ended", f"{message}{_NEVER_SOLD}", warning=True))
         case SaleState.PAUSED | SaleState.ENDED:
             found.append(SaleEvent(state.value, message))
         case SaleState.CLOSING:
@@ -112,16 +96,6 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
         case SaleState.ITEM_CONFLICT | SaleState.FENCED:
             found.append(SaleEvent(state.value, message, warning=True))
     return found
-
-
-def _never_sold(was: SaleState | None, result: Result) -> bool:
-    """Whether a sale has ended without a buyer and, as far as is known, without having been open.
-
-    Then the FlashSale's `endsAt` has probably a wrong date.
-    """
-    sale = result.own_sale
-    accepted = (0 if sale is None else sale.accepted) + (result.recorded or 0)
-    return was in (None, SaleState.UNKNOWN, SaleState.SCHEDULED) and not accepted
 
 
 def event_object(

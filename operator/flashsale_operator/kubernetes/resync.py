@@ -13,14 +13,14 @@ from itertools import chain
 from typing import Final, TypeAlias
 
 from flashsale import ledger
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, OtherEngine, RedisMoved
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale
 from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
-from flashsale_operator.kubernetes.failures import MISTAKES, server_of
-from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
+from flashsale_operator.kubernetes.failures import server_of
+from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales import engine as engines
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Resync:
         """When the last resync ended, successfully or not, on the monotonic clock."""
         self.unready: str | None = "no resync has ended yet"
         """Why the operator cannot work, or None if a resync succeeded. Later outages do not count,
-        but a mistake of a person does."""
+        but a part of another engine does."""
 
     async def run(self) -> None:
         """Resyncs until it is cancelled."""
@@ -105,12 +105,10 @@ class Resync:
                 failing, self.unready = "", None
             except FlashsaleError as error:
                 self._metrics.failures.labels(server_of(error)).inc()
-                mistake = isinstance(error, MISTAKES)
                 if failing != str(error):
-                    level = logging.ERROR if mistake else logging.WARNING
-                    log.log(level, "resync failed: %s", error)
+                    log.warning("resync failed: %s", error)
                 failing = str(error)
-                if self.unready is not None or mistake:
+                if self.unready is not None or isinstance(error, (OtherEngine, RedisMoved)):
                     self.unready = " ".join(failing.split())
             self.ended = time.monotonic()
             await asyncio.sleep(RESYNC_SECONDS if self.unready is None else RETRY_SECONDS)
@@ -127,7 +125,7 @@ class Resync:
                 self._queue.wake(key)
         for key in left_behind(declared, served):
             log.info("%s: its FlashSale was deleted", key.sale_id)
-            self._queue.wake(key, Urgency.CHANGED)
+            self._queue.wake(key, changed=True)
         for key in left_behind(declared, others):
             if await self._kube.flash_sale(*key) is None:
                 log.info("%s: its FlashSale was deleted", key.sale_id)

@@ -6,8 +6,7 @@ from datetime import datetime
 from typing import Any, Final, Self
 
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
-from flashsale_operator.sales.decision import counted
-from flashsale_operator.sales.reconciler import Refused, Result
+from flashsale_operator.sales.reconciler import Result
 
 SAMPLE_SECONDS: Final = 5.0
 """Shortest time between two writes of a status in which only counts or messages changed."""
@@ -116,7 +115,6 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
         "Ready": (str(result.ready), result.reason, message),
         "Open": _open(result),
         "SoldOut": _sold_out(sale),
-        "Refused": _refused(before, result),
     }
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     after = []
@@ -159,26 +157,6 @@ def _sold_out(sale: Sale | None) -> tuple[str, str, str]:
     if sale.available <= 0:
         return "True", "SoldOut", "no units are available"
     return "False", "Available", "units are available"
-
-
-def _refused(before: Status, result: Result) -> tuple[str, str, str]:
-    if result.refused is None:
-        old = before.condition("Refused")
-        if old is not None:
-            return old.status, old.reason, old.message
-        return "Unknown", "Unknown", "the ledger was not asked"
-    if not result.refused.reservations:
-        return "False", "NoneRefused", "the ledger has refused no reservation"
-    return "True", "Refused", refused_message(result.refused)
-
-
-def refused_message(refused: Refused) -> str:
-    """Returns the message of the Refused condition, and of the Event."""
-    return (
-        f"the ledger has refused {counted(refused.reservations, 'reservation')} "
-        f"({counted(refused.units, 'unit')}), because the sale had no units for them: their buyers "
-        "hold a 202 and get nothing"
-    )
 
 
 def open_message(result: Result) -> str:  # noqa: PLR0911 - one message per state

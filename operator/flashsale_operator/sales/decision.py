@@ -44,8 +44,6 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     OTHER_ENGINE = "OtherEngine"
     REDIS_MOVED = "RedisMoved"
-    REQUIREMENT_UNMET = "RequirementUnmet"
-    FAILED = "Failed"
 
 
 @dataclass(frozen=True, slots=True)

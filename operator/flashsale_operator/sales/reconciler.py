@@ -6,10 +6,10 @@ changes Redis.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from flashsale import ledger
-from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
+from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine, RedisUnavailable
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
@@ -61,22 +61,11 @@ _CLOSE: Final = """
 UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
-_REFUSED: Final = """
-SELECT count(*), coalesce(sum(quantity), 0)::bigint FROM reservations
-WHERE sale_id = $1 AND state = 'refused'
-"""
 _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
     """There is no such sale, or no sale of the item."""
-
-
-class Refused(NamedTuple):
-    """Reservations that the ledger has refused, and their units. Their buyers hold a 202."""
-
-    reservations: int
-    units: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +76,6 @@ class Result:
     - `sale` is Redis' sale of the item, which may be another sale. `row` is the ledger's row.
       None means that the store has none, or that it did not answer.
     - `rebuilt` counts the units of a rebuild since the result before.
-    - `refused` is None if the ledger was not asked.
     """
 
     sale_id: str
@@ -99,7 +87,6 @@ class Result:
     sale: Sale | None = None
     row: SaleRow | None = None
     rebuilt: Rebuilt | None = None
-    refused: Refused | None = None
 
     @property
     def ready(self) -> bool:
@@ -191,7 +178,6 @@ class Reconciler:
             sale=observed.sale,
             row=observed.row,
             rebuilt=rebuilt,
-            refused=await self._refused(spec.sale_id),
         )
 
     async def close(self, sale_id: str) -> Result:
@@ -277,11 +263,6 @@ class Reconciler:
             recorded=0 if before is None else before.accepted,
         )
 
-    async def _refused(self, sale_id: str) -> Refused:
-        async with ledger.translated():
-            count, units = await self._pool.fetchrow(_REFUSED, sale_id) or (0, 0)
-        return Refused(count, units)
-
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
         async with ledger.translated():
             await self._pool.execute(_CLOSE, sale_id, above)
@@ -329,3 +310,9 @@ class Reconciler:
                 resource_uid,
             )
             return revision
+
+
+async def refuse_unsafe_redis(inventory: Inventory) -> None:
+    """Raises `RedisUnavailable` if a setting of Redis endangers sales."""
+    if mistake := await inventory.unsafe_setting():
+        raise RedisUnavailable(mistake)

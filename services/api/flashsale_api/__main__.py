@@ -4,7 +4,6 @@ import argparse
 import gc
 import logging
 import os
-import socket
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +14,6 @@ from starlette.types import ASGIApp
 from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import host_and_port, load
-from flashsale.sockets import bound
 from flashsale_api.app import create_app
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
@@ -40,8 +38,8 @@ environment:
   FLASHSALE_KAFKA_PASSWORD   that user's password
   FLASHSALE_KAFKA_SASL_MECHANISM
                              SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
-  FLASHSALE_LISTEN           address to serve buyers on (default [::]:8080)
-  FLASHSALE_METRICS_LISTEN   address to serve metrics on (default [::]:9090)
+  FLASHSALE_LISTEN           address to serve buyers on (default 0.0.0.0:8080)
+  FLASHSALE_METRICS_LISTEN   address to serve metrics on (default 0.0.0.0:9090)
   FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
   OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
@@ -97,16 +95,10 @@ def main() -> int:
 
     spans = _spans() if traced else None
     metrics = Metrics()
+    host, port = host_and_port(settings.listen)
     app = create_app(settings, metrics, on_failure, spans)
-    server = server_of(app, *host_and_port(settings.listen))
-    try:
-        listening = bound(settings.listen)
-    except OSError as error:
-        print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
-        return 1
+    server = server_of(app, host, port)
     metrics_host, metrics_port = host_and_port(settings.metrics_listen)
-    if metrics_host == "::" and not socket.has_dualstack_ipv6():
-        metrics_host = "0.0.0.0"  # noqa: S104 - every address of a machine without IPv6
     try:
         metrics_server, _ = start_http_server(metrics_port, metrics_host, metrics.registry)
     except OSError as error:
@@ -117,7 +109,7 @@ def main() -> int:
     gc.freeze()
     gc.set_threshold(50_000)
     try:
-        server.run(listening)
+        server.run()
     finally:
         metrics_server.shutdown()
         metrics_server.server_close()

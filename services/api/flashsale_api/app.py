@@ -15,20 +15,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from flashsale import redis_client, requirements
-from flashsale.errors import RedisUnavailable, UnmetRequirement
+from flashsale import redis_client
+from flashsale.errors import FlashsaleError, RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from flashsale.requirements import Checks
 from flashsale_api import responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
-from flashsale_api.heartbeat import Heartbeat, Pulse
+from flashsale_api.heartbeat import Heartbeat
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
-from flashsale_api.responses import Handler, Problem, not_allowed, problem_response
-from flashsale_api.sales import SALES_PATH, Sales
+from flashsale_api.responses import Problem, problem_response
+from flashsale_api.sales import Sales, SaleViews
 from flashsale_api.settings import Settings
 from flashsale_api.sweeper import Sweeper
 
@@ -43,33 +42,27 @@ FLUSH_SECONDS: Final = 10.0
 Another pod's sweep publishes the rest.
 """
 
-CHECK_SECONDS: Final = 10.0
-"""How often a pod checks a Redis that lacks a requirement."""
+
+class UnsafeRedisError(FlashsaleError):
+    """A setting of Redis endangers sales."""
 
 
 class Application:
-    """The endpoints for buyers, which `HttpProtocol` calls directly, and Starlette for the rest.
+    """The ASGI application: `reserve` for POST /reserve, and Starlette for everything else.
 
-    Starlette's middleware and routing would cost more than the answer to most requests.
+    Starlette's middleware and routing would add a third to the cost of a bare request. For most
+    requests `HttpProtocol` calls `reserve` directly, without ASGI.
     """
 
-    def __init__(self, reserve: Reserve, sales: Sales, rest: Starlette) -> None:
-        self._reserve = reserve.begin
-        self._sales = sales
+    def __init__(self, reserve: Reserve, rest: Starlette) -> None:
+        self.reserve = reserve
         self._rest = rest
 
-    def direct(self, method: bytes, path: bytes) -> Handler | None:
-        """Returns the handler of a request, or nothing if it takes the ASGI path."""
-        if path == RESERVE_PATH:
-            return self._reserve if method == b"POST" else not_allowed("POST")
-        if path == SALES_PATH or path.startswith(SALES_PATH + b"/"):
-            if method in {b"GET", b"HEAD"}:
-                return self._sales.handler(path)
-            return not_allowed("GET, HEAD")
-        return None
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._rest(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] == RESERVE_PATH and scope["method"] == "POST":
+            await self.reserve(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
 
 
 def create_app(
@@ -80,40 +73,25 @@ def create_app(
 ) -> Application:
     """Makes the application. Calls `on_failure` if a background task dies: the process must end."""
     pod_id = str(uuid.uuid4())
-    # Reads cannot delay reservations, and no request delays the heartbeat, sweep or settle.
-    redis, redis_of_reads, redis_of_heartbeat, redis_of_outbox = clients = [
-        redis_client.connect(settings.redis_url) for _ in range(4)
-    ]
+    redis = redis_client.connect(settings.redis_url)
     inventory = Inventory(redis, settings.engine)
-    outbox = Outbox(redis_of_outbox, settings.engine)
+    outbox = Outbox(redis, settings.engine)
     engine = Engine(settings.engine)
-    pulse = Pulse()
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, may_accept=pulse.valid, spans=spans)
-    heartbeat = Heartbeat(
-        pod_id,
-        Inventory(redis_of_heartbeat, settings.engine),
-        batcher,
-        publisher,
-        engine,
-        metrics,
-        pulse,
-    )
-    sweeper = Sweeper(
-        Inventory(redis_of_outbox, settings.engine), outbox, publisher, metrics, pod_id
-    )
-    sales = Sales(Inventory(redis_of_reads, settings.engine))
-    redis_check = RedisCheck(inventory, outbox)
+    batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
+    heartbeat = Heartbeat(pod_id, inventory, batcher, publisher, engine, metrics)
+    sales = Sales(inventory, SaleViews(inventory))
+    redis_checked = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("check Redis", redis_check.run()),
+                ("check Redis", _check_redis(inventory, outbox, redis_checked)),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
-                ("sweep", sweeper.run()),
+                ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
                 ("heartbeat", heartbeat.run()),
             )
         ]
@@ -139,8 +117,7 @@ def create_app(
                 task.remove_done_callback(ended)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for client in clients:
-                await client.aclose()
+            await redis.aclose()
 
     async def healthz(_: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
@@ -148,13 +125,9 @@ def create_app(
     async def readyz(_: Request) -> Response:
         if engine.conflict:
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
-        if redis_check.problem:
-            return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
-        if not pulse.begun:
-            return Response(
-                "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
-            )
-        return Response("ready\n", media_type="text/plain")
+        if redis_checked.is_set():
+            return Response("ready\n", media_type="text/plain")
+        return Response("Redis has not answered yet\n", 503, media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()
 
@@ -164,6 +137,11 @@ def create_app(
     reserve = Reserve(batcher, metrics, spans)
     rest = Starlette(
         routes=[
+            # Starlette answers the other methods with 405.
+            Route(RESERVE_PATH, reserve, methods=["POST"]),
+            Route("/sales", sales.list),
+            Route("/sales/{item_id}", sales.one),
+            Route("/sales/{item_id}/reservations/{reservation_id}", sales.reservation),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/openapi.json", openapi),
@@ -173,37 +151,27 @@ def create_app(
     )
     # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
     rest.router.redirect_slashes = False
-    return Application(reserve, sales, rest)
+    return Application(reserve, rest)
 
 
-class RedisCheck:
-    """Waits until Redis answers and meets the requirements."""
+async def _check_redis(inventory: Inventory, outbox: Outbox, checked: asyncio.Event) -> None:
+    """Waits for Redis and loads the scripts.
 
-    def __init__(self, inventory: Inventory, outbox: Outbox) -> None:
-        self._inventory = inventory
-        self._outbox = outbox
-        self.problem = "Redis has not answered yet"
-        """Why this pod is not ready, or nothing. After that, the operator reports problems."""
-
-    async def run(self) -> None:
-        """Checks Redis and loads the scripts, again and again until both succeed."""
-        checks = Checks(log)
-        while True:
-            try:
-                checks.require(requirements.REDIS, await self._inventory.facts())
-                await self._inventory.load()
-                await self._outbox.load()
-            except UnmetRequirement as error:
-                if self.problem != str(error):
-                    log.error("%s", error)  # noqa: TRY400 - a traceback adds nothing
-                self.problem = str(error)
-                await asyncio.sleep(CHECK_SECONDS)
-            except RedisUnavailable as error:
-                log.info("waiting for Redis: %s", error)
-                await asyncio.sleep(1)
-            else:
-                self.problem = ""
-                return
+    Raises `UnsafeRedisError` if a setting of Redis endangers sales.
+    """
+    while True:
+        try:
+            mistake = await inventory.unsafe_setting()
+            await inventory.load()
+            await outbox.load()
+        except RedisUnavailable as error:
+            log.info("waiting for Redis: %s", error)
+            await asyncio.sleep(1)
+            continue
+        if mistake:
+            raise UnsafeRedisError(mistake)
+        checked.set()
+        return
 
 
 async def _http_problem(_: Request, error: Exception) -> Response:

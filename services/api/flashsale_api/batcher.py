@@ -89,18 +89,15 @@ class _Queue:
 class Batcher:
     """Decides requests through batched script calls. A process has one."""
 
-    def __init__(  # noqa: PLR0913 - the parts that a decision needs
+    def __init__(
         self,
         inventory: Inventory,
         publisher: Publisher,
         metrics: Metrics,
         engine: Engine,
         *,
-        may_accept: Callable[[], bool] = lambda: True,
         spans: "Spans | None" = None,
     ) -> None:
-        """`may_accept` says whether the pod may call the script now. Otherwise it is fenced."""
-        self._may_accept = may_accept
         self._spans = spans
         self._inventory = inventory
         self._publisher = publisher
@@ -224,8 +221,6 @@ class Batcher:
             waiting.decided(decision)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
-        if not self._may_accept():
-            return [Decision(Outcome.FENCED, request.reservation_id) for request in requests]
         reply = await self._reserve(item_id, requests)
         if not isinstance(reply, BatchReply):
             outcome = self._undecided(item_id, reply)

@@ -15,12 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import (
-    KafkaError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-    UnknownTopicOrPartitionError,
-)
+from aiokafka.errors import KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
@@ -56,8 +51,6 @@ ACKNOWLEDGED_SECONDS: Final = 12.0
 """How long to wait for the acknowledgement of a batch before the producer is discarded."""
 STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
-SET_ASIDE_SECONDS: Final = 60.0
-"""How long an event rests that is too large for the topic. A sweep then publishes it again."""
 
 
 class Accepted(NamedTuple):
@@ -102,9 +95,6 @@ class Publisher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
-        self._batch_bytes = BATCH_BYTES
-        self._failures = 0
-        self._told_too_large = False
         self.connected = False
 
     @property
@@ -144,8 +134,8 @@ class Publisher:
 
     async def run(self) -> None:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
+        failures = 0
         while True:
-            self._batch_bytes = BATCH_BYTES
             producer = AIOKafkaProducer(
                 **self._kafka.kafka_client(),
                 acks="all",
@@ -154,28 +144,28 @@ class Publisher:
             )
             try:
                 await producer.start()
-                await self._require_topic(producer)
+                await producer.partitions_for(self._topic)
                 await self._check_owner()
-                if not self._failures:
-                    log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
+                log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
+                failures = 0
                 self.connected = True
                 # Before Python 3.13, a failed TaskGroup leaves its task a counted cancellation,
                 # which a timeout can mistake for one from outside. So give it its own task.
                 await asyncio.create_task(self._send(producer))
             except* OtherEngine:
-                self._failures = len(BACKOFF_SECONDS)
+                failures = len(BACKOFF_SECONDS)
             except* (KafkaError, OSError) as group:
                 self._metrics.publish_failures.inc()
-                if not self._failures:
+                if not failures:
                     log.warning(
                         "Kafka failed, events stay in memory until it is back: %r",
                         group.exceptions[0],
                     )
-                self._failures += 1
+                failures += 1
             finally:
                 self.connected = False
                 await _discard(producer)
-            await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
+            await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
     async def settle(self) -> None:
         """Deletes the outbox entries of acknowledged events until it is cancelled."""
@@ -223,27 +213,6 @@ class Publisher:
         while True:
             await asyncio.sleep(OWNER_SECONDS)
             await self._check_owner()
-            self._works()
-
-    def _works(self) -> None:
-        """Notes an acknowledgement, or a producer that lasted. To connect does not suffice."""
-        if self._failures:
-            log.info("Kafka is back, %d events are waiting", self.unacknowledged)
-        self._failures = 0
-
-    async def _require_topic(self, producer: AIOKafkaProducer) -> None:
-        """Raises `UnknownTopicOrPartitionError` until the topic exists.
-
-        It reads all topics. A broker may create a topic that is read by its name, with too few
-        partitions and too short a retention.
-        """
-        topics = await producer.client.fetch_all_metadata()
-        if not topics.partitions_for_topic(self._topic):
-            raise UnknownTopicOrPartitionError(
-                f"the topic {self._topic} does not exist yet: a consumer creates it, or a user who "
-                "may create topics"
-            )
-        await producer.partitions_for(self._topic)
 
     async def _check_owner(self) -> None:
         """Raises `OtherEngine` if another engine's consumers would record this pod's events.
@@ -278,20 +247,12 @@ class Publisher:
                     # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
                     await asyncio.shield(sent)
             except BaseException as error:
+                self._pending.extendleft(reversed(batch))
                 if self._spans is not None:
                     self._spans.failed(spans, error)
-                too_large = isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError))
-                if too_large and len(batch) == 1:
-                    self._set_aside(batch[0])
-                    continue
-                self._pending.extendleft(reversed(batch))
-                if too_large:
-                    self._batch_bytes = min(self._batch_bytes, builder.size()) // 2
-                    continue
                 raise
             if self._spans is not None:
                 self._spans.sent(spans, len(batch), partition)
-            self._works()
             self._metrics.published.inc(len(batch))
             for accepted in batch:
                 self._by_item[accepted.item_id] -= 1
@@ -310,7 +271,7 @@ class Publisher:
         """
         batch: list[Accepted] = []
         spans: list[Span] = []
-        while self._pending and (not batch or builder.size() < self._batch_bytes):
+        while self._pending:
             item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
             span = None
             if self._spans is not None and sampled(traceparent):
@@ -329,25 +290,6 @@ class Publisher:
                 spans.append(span)
         builder.close()
         return batch, spans
-
-    def _set_aside(self, accepted: Accepted) -> None:
-        """Leaves one event that is too large for the topic to a later sweep."""
-        self._metrics.publish_failures.inc()
-        if not self._told_too_large:
-            log.error(
-                "the event of reservation %s is larger than the topic %s accepts: raise its "
-                "max.message.bytes to %d",
-                accepted.reservation_id,
-                self._topic,
-                BATCH_BYTES,
-            )
-        self._told_too_large = True
-
-        def forget() -> None:
-            self._by_item[accepted.item_id] -= 1
-            self._forget([_key(accepted)])
-
-        asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
 
 
 def _key(accepted: Accepted) -> tuple[str, str]:

@@ -1,12 +1,14 @@
 """POST /reserve: parses a request, has it decided, and makes the answer."""
 
+import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 
 from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
 from flashsale.reservations import Outcome, Request
@@ -16,7 +18,7 @@ from flashsale_api import responses
 from flashsale_api.batcher import Batcher, Decision, Failure
 from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
-from flashsale_api.responses import Headers, Problem, Reservation, Respond
+from flashsale_api.responses import Headers, Problem, Reservation
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESERVE_PATH: Final = b"/reserve"
+RESERVE_PATH: Final = "/reserve"
 MAX_BODY_BYTES: Final = 16 * 1024
 
 _KEY: Final = re.compile(USER_ID_PATTERN)
@@ -77,6 +79,9 @@ class _Refused(Exception):
         self.problem, self.detail, self.members = problem, detail, members
 
 
+Respond: TypeAlias = Callable[[int, Headers, bytes], None]
+"""Takes the status, the headers without a length, and the body."""
+
 _SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
 
 _decode = msgspec.json.Decoder(ReserveBody).decode
@@ -84,12 +89,30 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Reserve:
-    """The endpoint. `HttpProtocol` calls `begin`."""
+    """The endpoint. `HttpProtocol` calls `begin`. An instance is also an ASGI application."""
 
     def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await _body(receive)
+        if raw is None:
+            return  # the buyer disconnected before the body was complete
+        answered: asyncio.Future[tuple[int, Headers, bytes]] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def respond(status: int, headers: Headers, body: bytes) -> None:
+            if not answered.done():  # the server cancelled the request
+                answered.set_result((status, headers, body))
+
+        self.begin(scope["headers"], raw, respond)
+        status, headers, body = await answered
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+        await send({"type": "http.response.body", "body": body})
 
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
@@ -198,6 +221,18 @@ def _parsed(
         raise _explained(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _Refused(Problem.MALFORMED_JSON, str(error)) from None
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """Returns the body, cut once it is too large. None if the client has disconnected."""
+    chunks = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks += bytes(message.get("body", b""))
+        if len(chunks) > MAX_BODY_BYTES or not message.get("more_body", False):
+            return chunks
 
 
 def _invalid(field: str) -> _Refused:

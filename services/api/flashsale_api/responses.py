@@ -1,10 +1,10 @@
 """The bodies of the API's responses: reservations, and problem details (RFC 9457)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 import msgspec
 from starlette.responses import Response
@@ -53,13 +53,6 @@ class Problem(Enum):
 
 
 Headers = tuple[tuple[bytes, bytes], ...]
-Respond: TypeAlias = Callable[[int, Headers, bytes], None]
-"""Takes the status, the headers without a length, and the body."""
-Handler: TypeAlias = Callable[[Sequence[tuple[bytes, bytes]], bytes | bytearray, Respond], None]
-"""Takes the headers, the body (or a part of one that is too large), and a function.
-
-It calls the function exactly once, immediately or later.
-"""
 
 
 @lru_cache
@@ -96,20 +89,6 @@ def problem_response(
     return made
 
 
-def not_allowed(methods: str) -> Handler:
-    """Returns the handler of a path that supports only `methods`."""
-
-    def handle(
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
-        body: bytes | bytearray,  # noqa: ARG001
-        respond: Respond,
-    ) -> None:
-        status, own, text = plain(Problem.METHOD_NOT_ALLOWED)
-        respond(status, (*own, (b"allow", methods.encode())), text)
-
-    return handle
-
-
 def of_status(status: int) -> Problem:
     """Returns the problem for a status that Starlette raised."""
     match status:
@@ -141,30 +120,6 @@ class Reservation(msgspec.Struct, frozen=True, rename="camel"):
             sale_id=sale_id,
             item_id=item_id,
             user_id=record.user_id,
-            quantity=record.quantity,
-            state=record.state,
-            accepted_at=rfc3339_of_ms(record.occurred_ms),
-        )
-
-
-class PublicReservation(msgspec.Struct, frozen=True, rename="camel"):
-    """A reservation as JSON for a caller who is not known. It has no user."""
-
-    reservation_id: str
-    sale_id: str
-    item_id: str
-    quantity: int
-    state: str
-    accepted_at: str
-
-    @classmethod
-    def of(
-        cls, item_id: str, sale_id: str, reservation_id: str, record: Record
-    ) -> "PublicReservation":
-        return cls(
-            reservation_id=reservation_id,
-            sale_id=sale_id,
-            item_id=item_id,
             quantity=record.quantity,
             state=record.state,
             accepted_at=rfc3339_of_ms(record.occurred_ms),

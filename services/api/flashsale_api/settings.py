@@ -8,6 +8,6 @@ class Settings(KafkaSettings, frozen=True):
     """`listen` is for buyers, and `metrics_listen` for Prometheus."""
 
     redis_url: RedisUrl
-    listen: Listen = "[::]:8080"
-    metrics_listen: Listen = "[::]:9090"
+    listen: Listen = "0.0.0.0:8080"
+    metrics_listen: Listen = "0.0.0.0:9090"
     log_level: LogLevel = "info"

@@ -1,10 +1,9 @@
-"""Creates the consumer's two topics if they are missing, and reads the settings of a topic."""
+"""Creates the consumer's two topics if they are missing."""
 
 import logging
 from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     NoError,
@@ -13,22 +12,22 @@ from aiokafka.errors import (
     for_code,
 )
 
-from flashsale.requirements import EVENT_RETENTION_MS, PARTITIONS, TopicFacts
 from flashsale.settings import KafkaSettings
 
 log = logging.getLogger(__name__)
 
-DEAD_LETTER_RETENTION_MS: Final = 30 * 24 * 60 * 60 * 1000
+PARTITIONS: Final = 12
+_DAY_MS: Final = 24 * 60 * 60 * 1000
+EVENT_RETENTION_MS: Final = 7 * _DAY_MS
+DEAD_LETTER_RETENTION_MS: Final = 30 * _DAY_MS
 DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 """Twice the broker's default, because a dead letter is a record plus explaining headers."""
 
 
-async def create(
-    kafka: KafkaSettings, topic: str, dead_letter_topic: str
-) -> tuple[frozenset[str], TopicFacts | None]:
-    """Create the missing topics. Return their names and the settings of `topic`.
+async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> frozenset[str]:
+    """Create the missing topics and return their names. Raises `KafkaError`.
 
-    A consumer that may not create topics waits until they exist. Raises `KafkaError`.
+    A consumer that may not create topics waits until they exist.
     """
     admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=10_000)
     try:
@@ -58,21 +57,9 @@ async def create(
         missing = set(refused) - set(await admin.list_topics()) if refused else set()
         if missing:
             log.warning("not allowed to create %s, waiting for them", ", ".join(sorted(missing)))
-        return frozenset(created), await facts(admin, topic)
+        return frozenset(created)
     finally:
         await admin.close()
-
-
-async def facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
-    """Return the topic's settings, or None if it does not exist. Raises `KafkaError`."""
-    # Describe all topics, because to ask for one by name can create it.
-    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
-    if not described:
-        return None
-    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    # A user who may not describe the settings gets an error and no entries.
-    settings = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
-    return TopicFacts(len(described[0]["partitions"]), settings)
 
 
 def _topic(name: str, configs: dict[str, str]) -> NewTopic:

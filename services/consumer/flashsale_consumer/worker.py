@@ -9,19 +9,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from aiokafka import ConsumerRecord
-from aiokafka.errors import (
-    IncompatibleBrokerVersion,
-    KafkaError,
-    NoOffsetForPartitionError,
-    OffsetOutOfRangeError,
-    UnsupportedCodecError,
-)
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
-from flashsale import events, ledger, requirements, tracing
-from flashsale.errors import ContractViolation, LedgerUnavailable, OtherEngine, UnmetRequirement
+from flashsale import events, ledger, tracing
+from flashsale.errors import ContractViolation, LedgerUnavailable, OtherEngine
 from flashsale.events import Event
 from flashsale.ledger import Pool
-from flashsale.requirements import Checks
 from flashsale_consumer import clients, offsets, recorder, topics
 from flashsale_consumer.availability import Availability
 from flashsale_consumer.clients import transaction
@@ -47,11 +40,7 @@ REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
 """How often an idle worker checks that the ledger has not been rolled back."""
 REFUSED_SECONDS: Final = 10.0
-"""How often a worker checks again after it met another engine or an unmet requirement."""
-_KAFKA_MISTAKE: Final = (
-    "Kafka has records or a version that this consumer cannot read ({!r}), but needs Kafka 2.4 or "
-    "newer and the package cramjam for compressed topics: install the consumer's requirements.txt"
-)
+"""How often a worker that met another engine checks whether it still does."""
 _FOREIGN: Final = "the event is of engine {}, but this ledger belongs to engine {}"
 
 
@@ -83,11 +72,10 @@ class Worker:
         self._publisher = DeadLetters(settings, self._dead_letter_topic)
         self._engine_id = ""
         self._checked = 0.0
-        self._checks = Checks(log)
         self.joined = False
         """Whether the worker migrated the ledger and joined the group since its start."""
         self.conflict = ""
-        """One line that names two engines that meet, or an unmet requirement, or nothing."""
+        """One line that names the two engines that meet, or nothing."""
 
     async def run(self) -> None:
         """Record events until cancelled. A cancellation rolls back the unfinished batch."""
@@ -95,30 +83,21 @@ class Worker:
         pool = await ledger.connect(
             self._settings.database_url, max_connections=2, synchronous=False
         )
-        migrated = False
         try:
+            version = await self._when_served(lambda: ledger.migrate(pool))
+            self._ledger.back()
+            log.info("the ledger has schema version %d", version)
             while True:
                 try:
-                    if not migrated:
-                        version = await self._when_served(lambda: self._migrate(pool))
-                        self._ledger.back()
-                        log.info("the ledger has schema version %d", version)
-                        migrated = True
                     await self._consume(pool)
-                except* (OtherEngine, UnmetRequirement) as errors:
+                except* OtherEngine as errors:
                     self._refuse(str(errors.exceptions[0]))
-                except* (UnsupportedCodecError, IncompatibleBrokerVersion) as errors:
-                    self._refuse(_KAFKA_MISTAKE.format(errors.exceptions[0]))
                 except* (KafkaError, TimeoutError) as errors:
                     self._kafka.away(errors.exceptions[0])
                 await asyncio.sleep(REFUSED_SECONDS if self.conflict else self._kafka.delay())
         finally:
             await self._publisher.close()
             await clients.close("the ledger's connections", pool.close())
-
-    async def _migrate(self, pool: Pool) -> int:
-        self._checks.require(requirements.LEDGER, await ledger.facts(pool))
-        return await ledger.migrate(pool)
 
     def _refuse(self, conflict: str) -> None:
         if conflict != self.conflict:
@@ -141,13 +120,12 @@ class Worker:
         """
         name = self._settings.engine
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
-        created, facts = await topics.create(self._settings, self._topic, self._dead_letter_topic)
-        if facts is not None:
-            self._checks.require(requirements.TOPIC, facts)
+        created = await topics.create(self._settings, self._topic, self._dead_letter_topic)
         if self._topic in created:
             await self._when_served(lambda: offsets.forget(pool, self._topic))
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:
             await owner.check()
+            self.conflict = ""
             await self._join(pool, owner)
 
     async def _join(self, pool: Pool, owner: Ownership) -> None:
@@ -185,7 +163,6 @@ class Worker:
                     self._checked = time.monotonic()
                     continue
                 records = await partitions.poll(POLL_SECONDS)
-                self.conflict = ""  # not before the records can be read
                 if records:
                     await self._record(pool, records)
                     self._checked = time.monotonic()

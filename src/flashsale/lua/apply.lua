@@ -9,7 +9,7 @@
 --         stops a caller that was suspended since then.
 --       10 replace: '' or the id of the finished sale that this one may replace,
 --       11 the accepted units that the ledger has recorded for the sale in 10,
---       12 the id of the caller's engine, or '' to keep the sale's
+--       12 the id of the caller's engine
 -- Returns one word:
 --         seeded, changed, unchanged   Redis agrees with the manifest
 --         stale        Redis has a higher revision, so the caller's row is outdated
@@ -28,17 +28,17 @@ if not revision or not requested or not tonumber(ARGV[4])
   return redis.error_reply('ERR malformed sale')
 end
 
-local function write(allocated, engine)
+local function write(allocated)
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', integer(allocated),
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
-    'engine', engine)
+    'engine', ARGV[12])
 end
 
 local may_seed = ARGV[9] ~= '' and clock_ms() <= tonumber(ARGV[9])
 
 local function seed()
-  write(requested, ARGV[12])
+  write(requested)
   redis.call('HSET', KEYS[1], 'accepted', '0', 'released', '0', 'last_now_ms', integer(clock_ms()))
   return 'seeded'
 end
@@ -70,10 +70,9 @@ if sale.state ~= 'closed' and sale.finished then
 end
 
 local allocated = math.max(requested, sale.accepted - sale.released)
-local engine = ARGV[12] ~= '' and ARGV[12] or sale.engine
 if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated
-  and engine == sale.engine then
+  and ARGV[12] == sale.engine then
   return 'unchanged'
 end
-write(allocated, engine)
+write(allocated)
 return 'changed'

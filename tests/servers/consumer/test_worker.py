@@ -12,7 +12,6 @@ from asyncpg.pool import Pool
 
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
-from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics, worker
 from tests.support.consumer import (
@@ -198,9 +197,7 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     await log.delete(log.topic)
     create = topics.create
 
-    async def create_and_publish(
-        kafka: KafkaSettings, *names: str
-    ) -> tuple[frozenset[str], TopicFacts | None]:
+    async def create_and_publish(kafka: KafkaSettings, *names: str) -> frozenset[str]:
         created = await create(kafka, *names)
         await log.write(*second, partition=0)  # before the consumer reads the end offset
         return created

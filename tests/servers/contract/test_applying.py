@@ -171,7 +171,7 @@ async def test_another_sale_replaces_only_a_finished_and_recorded_sale(
     assert await take(1) is Applied.SEEDED
     sale = await the_sale(inventory, item)
     assert (sale.sale_id, sale.accepted, sale.available) == ("default/second", 0, 7)
-    assert (await inventory.look(item, bought.reservation_id)).record is None
+    assert await inventory.reservation(item, bought.reservation_id) is None
     assert await inventory.apply(first, 9, seed_until_ms=2**53) is Applied.CONFLICT
 
 

@@ -42,7 +42,7 @@ async def test_concurrent_batches_sell_exactly_the_stock(inventory: Inventory, i
     sale = (await inventory.sales([item]))[item]
     assert (sale.accepted, sale.available, sale.outbox_length) == (99, 0, len(accepted))
     for request in accepted:
-        record = (await inventory.look(item, request.reservation_id)).record
+        record = await inventory.reservation(item, request.reservation_id)
         assert record is not None
         assert (record.user_id, record.quantity) == (request.user_id, request.quantity)
 
@@ -326,6 +326,23 @@ async def test_a_server_that_forgets_its_failovers_stays_fenced(
         await other.aclose()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("maxmemory-policy", "allkeys-lru"), ("repl-backlog-ttl", "3600")]
+)
+async def test_a_setting_that_endangers_sales_is_named(
+    inventory: Inventory, redis: Redis, setting: str, value: str
+) -> None:
+    assert await inventory.unsafe_setting() is None
+    before = str((await redis.config_get(setting))[setting])
+    await redis.config_set(setting, value)
+    try:
+        mistake = await inventory.unsafe_setting()
+    finally:
+        await redis.config_set(setting, before)
+    assert mistake is not None
+    assert mistake.startswith(f"Redis' {setting} is {value}: it must be {before}")
+
+
 async def test_every_key_of_an_engine_begins_with_its_name(redis: Redis, item: str) -> None:
     name = f"brand-{uuid.uuid4().hex[:8]}"
     inventory = Inventory(redis, name)
@@ -366,17 +383,6 @@ async def test_a_sale_of_the_previous_version_gets_its_engine(
     assert await inventory.apply(spec, 1, engine_id="one") is Applied.UNCHANGED
     assert (await inventory.sales([item]))[item].accepted == 1
     assert (await inventory.sales([item]))[item].engine == "one"
-
-
-async def test_a_caller_without_an_engine_leaves_the_sale_its_engine(
-    inventory: Inventory, item: str
-) -> None:
-    spec = a_sale(item, 2)
-    assert await inventory.apply(spec, 1, engine_id="one", seed_until_ms=2**53) is Applied.SEEDED
-    assert await inventory.apply(spec, 1) is Applied.UNCHANGED
-    assert await inventory.apply(replace(spec, stock=3), 2) is Applied.CHANGED
-    sale = (await inventory.sales([item]))[item]
-    assert (sale.allocated, sale.engine) == (3, "one")
 
 
 async def test_a_redis_that_an_engine_has_claimed_is_refused_to_another(redis: Redis) -> None:

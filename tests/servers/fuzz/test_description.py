@@ -71,7 +71,7 @@ def described() -> set[Sort]:
             if method == "parameters":
                 continue
             for status, response in operation["responses"].items():
-                for content in response.get("content", {}).values():  # 304 has none
+                for content in response["content"].values():
                     for slug in list(slugs(content["schema"])) or [""]:
                         found.add((f"{method.upper()} {path}", int(status), slug))
     return found
@@ -200,7 +200,7 @@ async def _check_decisions(
         "ended",
     ]
     place = await http.get(bought.headers["location"])
-    assert place.json() == {k: v for k, v in bought.json().items() if k != "userId"}
+    assert place.json() == bought.json()
     seen.check("GET /sales/{itemId}/reservations/{reservationId}", place)
 
 
@@ -258,7 +258,7 @@ async def _check_unready(seen: Seen, unready: httpx.AsyncClient) -> None:
         ("GET /sales/{itemId}/reservations/{reservationId}", f"/sales/x/reservations/{UNKNOWN_ID}"),
     ):
         assert seen.check(label, await unready.get(path)) == "redis-unavailable"
-    assert seen.check("POST /reserve", await reserve(unready, "x")) == "fenced"
+    assert seen.check("POST /reserve", await reserve(unready, "x")) == "redis-unavailable"
     seen.check("GET /readyz", await unready.get("/readyz"))
     assert seen.check("GET /healthz", await unready.get("/healthz")) == ""
 
@@ -286,25 +286,7 @@ async def _check_outages(
         while slug != "too-many-waiting":  # more requests than the calls in flight can take
             found = await asyncio.gather(*(reserve(own_http, item) for _ in range(50)))
             slug = max(seen.check("POST /reserve", answer) for answer in found)
-        for path in ("/sales", "/sales/{itemId}", "/sales/{itemId}/reservations/{reservationId}"):
-            place = path.replace("{itemId}", "x").replace("{reservationId}", UNKNOWN_ID)
-            waiting = f"/sales/x/reservations/{UNKNOWN_ID}"
-            slug = ""
-            while slug != "too-many-waiting":  # more requests than may wait for Redis
-                crowd = [asyncio.create_task(own_http.get(waiting)) for _ in range(90)]
-                await asyncio.sleep(0.3)  # the crowd waits for Redis for a second
-                slug = seen.check(f"GET {path}", await own_http.get(place))
-                await asyncio.gather(*crowd)
     own_redis.resume()
-    own_redis.kill()
-    async with asyncio.timeout(30):
-        while slug != "redis-unavailable":  # until the pod takes its heartbeat for expired
-            if slug == "fenced":
-                own_redis.start()
-                await asyncio.sleep(1)
-                own_redis.kill()
-            slug = seen.check("POST /reserve", await reserve(own_http, item))
-    own_redis.start()
 
 
 async def _check_other_engine(

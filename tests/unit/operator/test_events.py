@@ -1,6 +1,5 @@
 """The Events of a change: one per change."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -16,8 +15,8 @@ from flashsale_operator.kubernetes.events import (
 )
 from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales.decision import Reason
-from flashsale_operator.sales.reconciler import Refused, Result
-from tests.support.observations import SPEC, a_row, a_sale
+from flashsale_operator.sales.reconciler import Result
+from tests.support.observations import SPEC, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
 METADATA = {"name": "iphone-15", "namespace": "shop", "uid": "uid-1"}
@@ -134,39 +133,3 @@ def test_the_longest_flashsale_name_gives_a_valid_event_name() -> None:
 def test_an_event_that_may_need_attention_is_a_warning(state: SaleState) -> None:
     (event,) = sale_events(Known(), a_result(state))
     assert event.warning
-
-
-UNSOLD = a_result(SaleState.ENDED, available=10)
-
-
-@pytest.mark.parametrize(
-    ("was", "result", "warning"),
-    [
-        (None, UNSOLD, True),
-        (SaleState.UNKNOWN, UNSOLD, True),
-        (SaleState.SCHEDULED, UNSOLD, True),
-        (SaleState.SELLING, UNSOLD, False),
-        (SaleState.PAUSED, UNSOLD, False),
-        (None, a_result(SaleState.ENDED, available=9), False),
-        (None, replace(UNSOLD, sale=None, row=a_row(accepted=1)), False),
-        (None, replace(UNSOLD, sale=None, row=a_row()), True),
-    ],
-)
-def test_a_sale_that_ends_without_having_been_open_is_a_warning(
-    was: SaleState | None, result: Result, warning: bool
-) -> None:
-    (event,) = sale_events(Known(state=was), result)
-    assert (event.reason, event.warning) == ("Ended", warning)
-    assert ("check spec.endsAt" in event.message) is warning
-
-
-def test_refused_reservations_are_one_warning() -> None:
-    operator = Operator()
-    fine = replace(SELLING, refused=Refused(0, 0))
-    refused = [replace(SELLING, refused=Refused(number, 2 * number)) for number in (1, 2)]
-    assert operator.sees(fine, *refused) == ["Opened", "Refused"]
-    operator.restarts()
-    assert operator.sees(UNKNOWN, SELLING, *refused) == ["Opened", "Refused"]
-    (event,) = sale_events(Known(state=SaleState.SELLING), refused[1])
-    assert event.warning
-    assert "2 reservations (4 units)" in event.message

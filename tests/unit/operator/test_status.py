@@ -9,7 +9,7 @@ from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status as statuses
 from flashsale_operator.kubernetes.status import SAMPLE_SECONDS, Counts, Status
 from flashsale_operator.sales.decision import Reason
-from flashsale_operator.sales.reconciler import Refused, Result
+from flashsale_operator.sales.reconciler import Result
 from tests.support.observations import OTHER, SPEC, a_row, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
@@ -103,22 +103,6 @@ def test_sold_out_means_that_no_unit_is_available(accepted: int, status: str) ->
     sold_out = a_status(replace(SELLING, sale=sale)).condition("SoldOut")
     assert sold_out is not None
     assert sold_out.status == status
-
-
-def test_refused_reservations_are_a_condition_that_an_outage_does_not_change() -> None:
-    def condition(status: Status) -> tuple[str, str, str]:
-        found = status.condition("Refused")
-        assert found is not None
-        return found.status, found.reason, found.message
-
-    assert condition(a_status(AWAY))[0] == "Unknown"
-    fine = a_status(replace(SELLING, refused=Refused(0, 0)))
-    assert condition(fine)[:2] == ("False", "NoneRefused")
-    refused = a_status(replace(SELLING, refused=Refused(1, 2)), fine)
-    assert condition(refused)[:2] == ("True", "Refused")
-    assert "1 reservation (2 units)" in condition(refused)[2]
-    assert statuses.worth_writing(fine, refused, 0)
-    assert condition(a_status(AWAY, refused)) == condition(refused)
 
 
 def test_a_status_survives_the_kube_apiserver() -> None:
