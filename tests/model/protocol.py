@@ -3,14 +3,14 @@
 Every process can be killed, suspended or disconnected. Every server can be down, return as an older
 copy, or be empty. The model's classes stand for these modules:
 
-    servers.Redis      src/flashsale/lua: reserve, settle, apply, close, and a rebuild's scripts in
+    redis.Redis        src/flashsale/lua: reserve, settle, apply, close, and a rebuild's scripts in
                        short; a server's durability. `release` exists only in the model.
-    servers.Ledger     flashsale_consumer/recorder.py, the writes of
+    ledger.Ledger      flashsale_consumer/recorder.py, the writes of
                        flashsale_operator/sales/reconciler.py and rebuild.py
-    servers.Kafka      the topic: partitions with duplicates and without a common order
-    processes.Pod      flashsale_api/batcher.py, publisher.py, sweeper.py, heartbeat.py
-    processes.Consumer flashsale_consumer/worker.py
-    processes.Operator flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
+    kafka.Kafka        the topic: partitions with duplicates and without a common order
+    pods.Pod           flashsale_api/batcher.py, publisher.py, sweeper.py, heartbeat.py
+    consumers.Consumer flashsale_consumer/worker.py
+    operators.Operator flashsale_operator/sales: decision.py, reconciler.py, rebuild.py, drain.py
     rules.Rules        the parts that a run can leave out
     schedules          short schedules, for parts that random runs need too rarely
 
@@ -21,18 +21,13 @@ the trace of its run.
 
 from collections.abc import Callable
 
-from tests.model.processes import Consumer, Operator, Pod, Servers, buy
+from tests.model.consumers import Consumer
+from tests.model.kafka import PARTITIONS, Kafka
+from tests.model.ledger import Ledger
+from tests.model.operators import Operator
+from tests.model.pods import Pod, Servers, buy
+from tests.model.redis import MAX_PER_USER, Keys, Redis, Request, held_by
 from tests.model.rules import EXPIRY, Rules
-from tests.model.servers import (
-    MAX_PER_USER,
-    PARTITIONS,
-    Kafka,
-    Keys,
-    Ledger,
-    Redis,
-    Request,
-    held_by,
-)
 from tests.model.world import Process, Steps, Violation, World
 
 FAULT_SECONDS = 30.0

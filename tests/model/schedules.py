@@ -6,9 +6,12 @@ Each schedule keeps its promises with the whole protocol, and raises `Violation`
 from collections.abc import Callable
 from typing import Final
 
-from tests.model.processes import Operator, Servers
+from tests.model.kafka import Kafka
+from tests.model.ledger import Ledger
+from tests.model.operators import Operator
+from tests.model.pods import Servers
+from tests.model.redis import Heartbeat, Keys, Redis, Request, held_by
 from tests.model.rules import EXPIRY, SETTLED_BEFORE, Rules
-from tests.model.servers import Heartbeat, Kafka, Keys, Ledger, Redis, Request, held_by
 from tests.model.world import Event, Violation, World
 
 CLOCK_AHEAD, CLOCK_BEHIND = 2, 3
