@@ -23,13 +23,11 @@ from tests.support.chart_options import (
     EVERYWHERE,
     INGRESS,
     MONITORS,
-    PEER,
     POLICIES,
     ROUTE,
     RULES,
     TLS,
     TOPICS,
-    TRACING,
 )
 from tests.support.paths import CHART
 
@@ -81,15 +79,6 @@ def test_an_option_adds_only_its_own_kinds(
 
 def hpa(rendered: Rendered, component: str) -> Any:  # noqa: ANN401 - any manifest
     return rendered.one("HorizontalPodAutoscaler", component)["spec"]
-
-
-def policy(rendered: Rendered, component: str) -> Any:  # noqa: ANN401 - any manifest
-    return rendered.one("NetworkPolicy", component)["spec"]
-
-
-def destinations(rendered: Rendered, component: str) -> list[int]:
-    ports = [rule["ports"] for rule in policy(rendered, component)["egress"]]
-    return sorted(each["port"] for rule in ports for each in rule)
 
 
 def replicas(rendered: Rendered) -> list[int | None]:
@@ -387,87 +376,6 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ]
         * 3,
     ),
-    *(
-        (
-            f"policies follow the address {address}",
-            merged(POLICIES, at(path, address), at("database.existingSecret.name", name)),
-            lambda r, component=component: destinations(r, component),
-            expected,
-        )
-        for path, address, name, component, expected in (
-            ("redis.url", "rediss://u@r:6380/0", "x", "api", [53, 53, 6380, 9092]),
-            ("redis.url", "redis://r", "x", "api", [53, 53, 6379, 9092]),
-            ("kafka.bootstrap", "a:9094,b:9094,c:9095", "x", "api", [53, 53, 6379, 9094, 9095]),
-            ("database.url", "postgresql://u@h:6432/x", "", "consumer", [53, 53, 6432, 9092]),
-            ("database.url", "postgres://[::1]", "", "consumer", [53, 53, 5432, 9092]),
-            ("database.url", "postgres://a:1,b/x?c=d:9", "", "consumer", [1, 53, 53, 5432, 9092]),
-            ("tracing.endpoint", "https://c/v1", "x", "api", [53, 53, 443, 6379, 9092]),
-            ("tracing.endpoint", "http://c", "x", "api", [53, 53, 80, 6379, 9092]),
-        )
-    ),
-    (
-        "policies follow the configured DNS",
-        merged(POLICIES, at("networkPolicies.dns", {"port": 5353, "peers": [PEER]})),
-        lambda r: [policy(r, each)["egress"][0] for each in COMPONENTS],
-        [
-            {
-                "ports": [
-                    {"protocol": "UDP", "port": 5353},
-                    {"protocol": "TCP", "port": 5353},
-                ],
-                "to": [PEER],
-            }
-        ]
-        * 3,
-    ),
-    (
-        "the pod of helm test reaches only DNS, the API, PostgreSQL and Kubernetes",
-        POLICIES,
-        lambda r: [
-            (
-                each["metadata"]["annotations"]["helm.sh/hook-weight"],
-                each["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"],
-                each["spec"].get("ingress"),
-                [rule["ports"][0]["port"] for rule in each["spec"]["egress"]],
-            )
-            for each in r.hooks
-            if each["kind"] == "NetworkPolicy"
-        ],
-        [("-1", "test", None, [53, 8080, 5432, 6443])],
-    ),
-    (
-        "the API reaches only Redis and Kafka",
-        POLICIES,
-        lambda r: destinations(r, "api"),
-        [53, 53, 6379, 9092],
-    ),
-    (
-        "the consumer reaches only Kafka and PostgreSQL",
-        POLICIES,
-        lambda r: destinations(r, "consumer"),
-        [53, 53, 5432, 9092],
-    ),
-    (
-        "the operator reaches Redis, Kafka, PostgreSQL and Kubernetes",
-        POLICIES,
-        lambda r: destinations(r, "operator"),
-        [53, 53, 5432, 6379, 6443, 9092],
-    ),
-    (
-        "buyers reach only the API",
-        POLICIES,
-        lambda r: [policy(r, each).get("ingress") for each in COMPONENTS],
-        [[{"ports": [{"protocol": "TCP", "port": "http"}]}], None, None],
-    ),
-    (
-        "helm test reaches the API even if buyers are restricted",
-        {"networkPolicies": {"enabled": True, "buyers": [PEER]}},
-        lambda r: [
-            each.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/component")
-            for each in policy(r, "api")["ingress"][0]["from"]
-        ],
-        [None, "test"],
-    ),
     (
         "Redis and PostgreSQL clients trust the certificate authority",
         AUTHORITY,
@@ -491,15 +399,6 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         * 3,
     ),
     (
-        "Prometheus reaches only the metrics ports",
-        {"networkPolicies": {"enabled": True, "prometheus": [PEER]}},
-        lambda r: [
-            [(rule["ports"][0]["port"], rule.get("from")) for rule in policy(r, each)["ingress"]]
-            for each in COMPONENTS
-        ],
-        [[("http", None), ("metrics", [PEER])], [("http", [PEER])], [("http", [PEER])]],
-    ),
-    (
         "the Ingress exposes only the buyers' paths",
         INGRESS,
         lambda r: {
@@ -516,23 +415,6 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in COMPONENTS
         ],
         ["metrics", "http", "http"],
-    ),
-    (
-        "the API and the consumer send traces and may reach the collector",
-        merged(POLICIES, TRACING),
-        lambda r: [
-            (
-                r.environment(each).get("OTEL_EXPORTER_OTLP_ENDPOINT"),
-                r.environment(each).get("OTEL_TRACES_SAMPLER_ARG"),
-                4318 in destinations(r, each),
-            )
-            for each in COMPONENTS
-        ],
-        [
-            ("http://collector:4318", "0.01", True),
-            ("http://collector:4318", "0.01", True),
-            (None, None, False),
-        ],
     ),
     (
         "the dashboard is the file",
