@@ -23,9 +23,13 @@ CHANGED: Final = "changed"
 """The tag of a second image of each deployable, for upgrades."""
 COMPONENTS: Final = ("api", "consumer", "operator")
 SECONDS: Final = 120.0
-"""How long a rollout or a load test may take to reach a state. A test that meets it has failed."""
+"""How long a rollout may take, or a load test may take to begin. A test that meets it fails."""
 PAUSE_SECONDS: Final = 0.5
 """How often kubectl asks for a state."""
+LOAD_SECONDS: Final = 200.0
+"""How long a load test may take to end. The longest sends requests for `OUTLASTS`."""
+OUTLASTS: Final = "130s"
+"""The duration of a load test that must outlast a rollout, which may take two minutes."""
 
 Object = dict[str, Any]
 
@@ -154,7 +158,7 @@ class Shop:
         """Fail if the load test has ended too early to cover the test's actions."""
         assert self.get("job", job)["status"].get("ready") == 1, f"{job} ended too early"
 
-    def end_load(self, job: str, seconds: float = SECONDS) -> list[Promise]:
+    def end_load(self, job: str) -> list[Promise]:
         """Wait until a load test ends and return its journal. Its thresholds must have passed."""
         kinds: list[str] = []
 
@@ -163,7 +167,7 @@ class Shop:
             kinds[:] = [each["type"] for each in conditions]
             return "Complete" in kinds or "Failed" in kinds
 
-        self.until(ended, f"{job} ends", seconds)
+        self.until(ended, f"{job} ends", LOAD_SECONDS)
         print(self.summary(job))
         assert "Complete" in kinds, self.summary(job)
         return self.promises(job)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.shop import CHANGED, COMPONENTS, RELEASE, SECONDS, Shop
+from tests.e2e.shop import CHANGED, COMPONENTS, OUTLASTS, RELEASE, SECONDS, Shop
 from tests.support.paths import CHART
 
 PLENTY = 1_000_000
@@ -65,7 +65,7 @@ def test_replacing_the_pod_of_a_server_loses_nothing(shop: Shop, server: str) ->
 
 def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     shop.declare("upgraded", PLENTY)
-    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION="130s")
+    shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION=OUTLASTS)
     shop.selling("upgrading")
     before = images(shop)
     changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
@@ -74,4 +74,4 @@ def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     shop.helm("rollback", RELEASE, *WAIT)
     shop.until(lambda: images(shop) == before, "all pods have the old image")
     shop.still_selling("upgrading")
-    shop.check("upgraded", PLENTY, shop.end_load("upgrading", seconds=200))
+    shop.check("upgraded", PLENTY, shop.end_load("upgrading"))
