@@ -32,6 +32,7 @@ _MEASURED: Final = (
     "starlette",
     "msgspec",
     "redis",
+    "hiredis",
     "aiokafka",
     "asyncpg",
     "prometheus-client",

@@ -25,7 +25,7 @@ rm /usr/lib/python3.*/EXTERNALLY-MANAGED
 pip=$(ls /usr/share/python-wheels/pip-*.whl)
 PYTHONPATH=$pip python3 -m pip install --quiet --no-index --root-user-action ignore $pip
 : >/etc/pip.conf
-rm -rf /root/.cache
+rm -rf ~/.cache
 """
 _LABEL: Final = "dev.flashsale.stand-in"
 
