@@ -28,7 +28,7 @@ export default function () {
   const reservation = bought.json();
   check(reservation, {
     'a reservation matches its request': (r) =>
-      r.userId === 'ann' && r.itemId === ITEM_ID && r.quantity === 1 && r.state === 'accepted',
+      r.userId === 'ann' && r.itemId === ITEM_ID && r.quantity === 1 && r.state === 'confirmed',
   });
   const found = get(bought.headers.Location, 'reservation');
   is('a reservation', found, 200);

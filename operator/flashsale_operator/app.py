@@ -19,7 +19,8 @@ from aiohttp import web
 from flashsale import ledger, logs, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
-from flashsale.settings import host_and_port, load
+from flashsale.settings import load
+from flashsale.sockets import bound
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, log_in
 from flashsale_operator.kubernetes.controller import Clients, Controller
@@ -46,7 +47,8 @@ DESCRIPTION: Final = """\
     operators at the same time are harmless.
 
     HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
-    kube-apiserver have answered, and belong to this engine), /metrics (Prometheus).
+    kube-apiserver have answered, belong to this engine and lack no requirement),
+    /metrics (Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
@@ -64,7 +66,9 @@ ENVIRONMENT: Final = """\
                                      SCRAM-SHA-512)
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
       FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
-      FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)
+      FLASHSALE_ITEMS                prefixes of the items that namespaces may sell:
+                                     NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
+      FLASHSALE_LISTEN               HTTP address, host:port (default [::]:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
       FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
@@ -119,11 +123,12 @@ async def _run(settings: Settings) -> None:
         inventory = Inventory(redis, settings.engine)
         rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue)
         clients = Clients(kube, inventory, pool, metrics)
-        controller = Controller(clients, queue, rebuilds)
+        controller = Controller(clients, queue, rebuilds, prefixes=settings.prefixes)
         resync = Resync(
             clients,
             controller,
             queue,
+            rebuilds,
             served=settings.served,
             keep_closed=timedelta(seconds=settings.keep_closed_seconds),
         )
@@ -194,8 +199,8 @@ async def _serving(listen: str, metrics: Metrics, resync: Resync) -> AsyncIterat
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     try:
-        host, port = host_and_port(listen)
-        await web.TCPSite(runner, host, port).start()
+        for each in bound(listen):
+            await web.SockSite(runner, each).start()
         yield
     finally:
         await runner.cleanup()

@@ -19,6 +19,7 @@ from tests.support.chart_options import (
     DASHBOARD,
     INGRESS,
     MONITORS,
+    ORDERS,
     PEER,
     POLICIES,
     ROUTE,
@@ -46,13 +47,11 @@ def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "tolerations": [{"key": "a", "operator": "Exists"}],
         "affinity": {"podAntiAffinity": {}},
         "priorityClassName": "high",
+        "strategy.rollingUpdate.maxSurge": "50%",
+        "strategy.rollingUpdate.maxUnavailable": 1,
     }
     if component != "operator":
-        changes |= {
-            "topologySpreadConstraints": [],
-            "strategy.rollingUpdate.maxSurge": "50%",
-            "strategy.rollingUpdate.maxUnavailable": 1,
-        }
+        changes["topologySpreadConstraints"] = []
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
@@ -67,7 +66,6 @@ def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any
 
 
 CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
-    "nameOverride": ("other", {}),
     "fullnameOverride": ("other", {}),
     "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
@@ -122,6 +120,9 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "api.httpRoute.enabled": (True, at("api.httpRoute.parentRefs", [{"name": "public"}])),
     "api.httpRoute.parentRefs": ([{"name": "other"}], ROUTE),
     "api.httpRoute.hostnames": (["shop.example"], ROUTE),
+    "orders.existingSecret.name": ("other", {}),
+    "orders.existingSecret.key": ("other", ORDERS),
+    "orders.service.port": (8083, ORDERS),
     **_component_changes("consumer"),
     "consumer.replicas": (3, {}),
     "consumer.autoscaling.by": ("cpu", {}),
@@ -132,9 +133,11 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_component_changes("operator"),
     "operator.allNamespaces": (True, {}),
     "operator.namespaces": (["a"], {}),
+    "operator.items": ({"shop": "shop-"}, {}),
     "operator.keepClosedSeconds": (3, {}),
     "networkPolicies.enabled": (True, {}),
     "networkPolicies.buyers": ([PEER], POLICIES),
+    "networkPolicies.orders": ([PEER], merged(POLICIES, ORDERS)),
     "networkPolicies.prometheus": ([PEER], POLICIES),
     "networkPolicies.dns.peers": ([PEER], POLICIES),
     "networkPolicies.dns.port": (5353, POLICIES),

@@ -42,7 +42,8 @@ def block(name: str, page: str = "install") -> str:
 
 def commands(name: str, page: str = "install") -> list[str]:
     """Return the commands of a block in a page of docs/."""
-    return [line for line in block(name, page).replace("\\\n", " ").splitlines() if line]
+    lines = block(name, page).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ class Shop:
         """Return the reservation, user and quantity of each accepted row of a sale."""
         query = (
             "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
-            f"WHERE sale_id = '{self.namespace}/{sale}' AND state = 'accepted'"
+            f"WHERE sale_id = '{self.namespace}/{sale}' AND state IN ('held', 'confirmed')"
         )
         psql = ("psql", "--username=flashsale", "--tuples-only", "--no-align", f"--command={query}")
         lines = self.kubectl("exec", "postgres-0", "--", *psql).splitlines()

@@ -1,14 +1,19 @@
-"""Consumers in the model, as a sequence of steps."""
+"""Consumers in the model, as sequences of steps."""
 
 from collections.abc import Iterable
 
 from tests.model.ledger import Rewound
 from tests.model.pods import Servers
-from tests.model.world import Event, Process, Steps, Unreachable, World
+from tests.model.records import Event
+from tests.model.world import Process, Steps, Unreachable, World
 
 
 class Consumer(Process):
-    """flashsale_consumer: worker.py."""
+    """flashsale_consumer: worker.py. Records events, and then announces what is recorded.
+
+    The consumer starts at the announced offsets. An event that is recorded already is announced
+    again.
+    """
 
     BATCH = 6
     CHECK_SECONDS = 5.0
@@ -24,11 +29,12 @@ class Consumer(Process):
 
     def forget(self) -> None:
         self.positions: dict[int, int] = {}
+        self.announced: dict[int, int] = {}
 
     def assign(self, partitions: Iterable[int]) -> None:
         """Assigns partitions, as a rebalance does. A transaction in progress continues."""
         self.assigned = frozenset(partitions)
-        self.positions = {}
+        self.forget()
 
     def _run(self) -> Steps:
         world, ledger, kafka = self.world, self.servers.ledger, self.servers.kafka
@@ -38,9 +44,8 @@ class Consumer(Process):
             try:
                 kafka.reached()
                 ledger.reached()
-                if not self.positions:  # begin at the ledger's offsets
-                    offsets = ledger.tables.offsets
-                    self.positions = {number: offsets[number] for number in self.assigned}
+                if not self.positions:
+                    self._seek()
                     checked = world.now
                 positions = self.positions
                 batch: list[Event] = []
@@ -51,13 +56,31 @@ class Consumer(Process):
                     batch += page
                     offsets_after[number] = at + len(page)
                 if not batch:
+                    if self.announced:
+                        ledger.announced(self.announced)
+                        self.announced = {}
                     if world.now - checked > self.CHECK_SECONDS:
                         self.positions = {}
                     continue
                 yield world.between(0.01, 0.2)
                 ledger.reached()
                 ledger.record(positions, offsets_after, batch)
+                news = ledger.news({event.reservation_id for event in batch})
+                world.risk(self)
                 positions.update(offsets_after)
                 checked = world.now
+                yield world.between(0.005, 0.3)
+                kafka.reached()
+                kafka.announce(news)
+                if positions is self.positions:
+                    self.announced = offsets_after
             except (Unreachable, Rewound):
                 self.positions = {}
+
+    def _seek(self) -> None:
+        """Reads on from the ledger's offsets."""
+        tables = self.servers.ledger.tables
+        kept = self.world.rules.announced_is_kept
+        offsets = tables.announced if kept else tables.offsets
+        self.positions = {number: offsets[number] for number in self.assigned}
+        self.announced = {}

@@ -16,9 +16,24 @@
 {{- if ne .component "api" }}
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" $values.database "key" "url") }}
 {{- end }}
+{{- if and (eq .component "api") $values.orders.existingSecret.name }}
+- name: FLASHSALE_ORDER_TOKENS
+  valueFrom:
+    secretKeyRef:
+      name: {{ $values.orders.existingSecret.name | quote }}
+      key: {{ $values.orders.existingSecret.key | quote }}
+{{- end }}
 {{- if eq .component "operator" }}
 - name: FLASHSALE_NAMESPACES
   value: {{ include "flashsale.operator.namespaces" .root | fromJsonArray | join "," | quote }}
+{{- with $values.operator.items }}
+{{- $items := list }}
+{{- range $namespace, $prefix := . }}
+{{- $items = append $items (printf "%s=%s" $namespace $prefix) }}
+{{- end }}
+- name: FLASHSALE_ITEMS
+  value: {{ join "," $items | quote }}
+{{- end }}
 - name: FLASHSALE_KEEP_CLOSED_SECONDS
   value: {{ $values.operator.keepClosedSeconds | int | quote }}
 {{- end }}

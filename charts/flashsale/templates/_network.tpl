@@ -1,3 +1,10 @@
+{{/* Whether to install policies: by the value, or because it is known where a server runs. */}}
+{{- define "flashsale.network.enabled" -}}
+{{- with .Values.networkPolicies -}}
+{{- if or .enabled .redis.peers .kafka.peers .database.peers -}}true{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* Egress rule to some peers: (dict "ports" (list 6379) "peers" (list)). */}}
 {{- define "flashsale.network.egress" -}}
 - ports:

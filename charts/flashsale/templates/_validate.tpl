@@ -77,7 +77,7 @@
 {{- $names = append $names .name }}
 {{- end }}
 {{- end }}
-{{- range $component := list "api" "consumer" }}
+{{- range $component := list "api" "consumer" "operator" }}
 {{- with (index $.Values $component).strategy.rollingUpdate }}
 {{- if and (has (toString .maxSurge) (list "0" "0%")) (has (toString .maxUnavailable) (list "0" "0%")) }}
 {{- $wrong = append $wrong (printf "%s.strategy.rollingUpdate: maxSurge and maxUnavailable are both 0, so no pod could be replaced" $component) }}

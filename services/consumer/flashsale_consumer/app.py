@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from flashsale import logs, settings, tracing
 from flashsale.errors import SettingsError
+from flashsale.sockets import bound
 from flashsale_consumer.metrics import CONTENT_TYPE, Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
@@ -41,7 +42,8 @@ DESCRIPTION: Final = """\
     group belongs to an engine with another id.
 
     It serves /healthz (the process is alive), /readyz (the ledger is migrated, the
-    group is joined, and both belong to this engine) and /metrics (for Prometheus).
+    group is joined, both belong to this engine, and no server lacks a requirement)
+    and /metrics (for Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
@@ -57,7 +59,7 @@ ENVIRONMENT: Final = """\
       FLASHSALE_KAFKA_SASL_MECHANISM
                                  SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
       FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
-      FLASHSALE_LISTEN           address to serve HTTP on (default 0.0.0.0:8081)
+      FLASHSALE_LISTEN           address to serve HTTP on (default [::]:8081)
       FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
       OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
@@ -129,11 +131,15 @@ def main() -> int:
     ).parse_args()
     try:
         own = settings.load(Settings, os.environ)
-        host, port = settings.host_and_port(own.listen)
         traced = tracing.wanted(os.environ)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
+    try:
+        listening = bound(own.listen)
+    except OSError as error:
+        print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
+        return 1
     logs.configure(own.log_level)
     # uvicorn shuts down gracefully and then raises the signal again for these handlers.
     signal.signal(signal.SIGTERM, _exit)
@@ -155,8 +161,6 @@ def main() -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=host,
-            port=port,
             loop="uvloop",
             ws="none",
             access_log=False,
@@ -167,7 +171,7 @@ def main() -> int:
         )
     )
     try:
-        server.run()
+        server.run(listening)
     finally:
         if spans is not None:
             spans.close()

@@ -32,6 +32,11 @@ class Metrics:
         )
         for result in ("recorded", "duplicate", "refused", "dead_lettered"):
             self.events.labels(result)
+        self.voided = Counter(
+            "flashsale_consumer_voided_total",
+            "Changes of known reservations that their sale's last rebuild did not find.",
+            registry=self._registry,
+        )
         self.batch_size = Histogram(
             "flashsale_consumer_batch_size",
             "Events in a committed batch.",
@@ -46,7 +51,7 @@ class Metrics:
         )
         self.end_to_end = Ages(
             "flashsale_consumer_end_to_end_seconds",
-            "Time from a reservation's change in Redis to its commit in the ledger.",
+            "Time from a reservation or a confirmation in Redis to its commit in the ledger.",
             bounds=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
         )
         self._registry.register(self.end_to_end)

@@ -29,17 +29,20 @@ async def test_an_accepted_request_returns_the_reservation_and_its_location(
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
     assert answer.headers["location"] == f"/sales/{item}/reservations/{body['reservationId']}"
-    assert datetime.fromisoformat(body.pop("acceptedAt")).tzinfo is not None
+    assert datetime.fromisoformat(body["acceptedAt"]).tzinfo is not None
+    assert body.pop("confirmedAt") == body.pop("acceptedAt")
     assert body == {
         "reservationId": body["reservationId"],
         "saleId": f"default/{item}",
         "itemId": item,
         "userId": "ann",
         "quantity": 2,
-        "state": "accepted",
+        "state": "confirmed",
     }
     found = await http.get(answer.headers["location"])
-    assert (found.status_code, found.json()) == (200, answer.json())
+    assert found.headers["cache-control"] == "no-store"
+    public = {name: value for name, value in answer.json().items() if name != "userId"}
+    assert (found.status_code, found.json()) == (200, public)
 
 
 async def test_a_retry_with_the_same_key_returns_the_same_reservation(
@@ -115,7 +118,7 @@ async def test_a_sale_whose_keys_are_lost_is_fenced_and_not_unknown(
 ) -> None:
     await open_sale(item)
     assert (await reserve(http, item)).status_code == 202
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     problem(await reserve(http, item, "bob"), 503, "fenced")
     problem(await reserve(http, f"{item}-2"), 404, "unknown-item")
 
@@ -127,7 +130,7 @@ async def test_the_item_of_a_closed_and_freed_sale_is_unknown(
     assert (await reserve(http, item)).status_code == 202
     await inventory.close(item, spec.sale_id, 2)
     problem(await reserve(http, item, "bob"), 409, "ended")
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     problem(await reserve(http, item, "bob"), 404, "unknown-item")
 
 

@@ -22,7 +22,10 @@ async def test_a_sale_shows_its_window_and_available_units(
     )
     await reserve(http, item)
     answer = await http.get(f"/sales/{item}")
-    assert answer.headers["cache-control"] == "max-age=1"
+    assert (
+        answer.headers["cache-control"]
+        == "public, max-age=1, stale-while-revalidate=5, stale-if-error=60"
+    )
     assert answer.json() == {
         "itemId": item,
         "saleId": f"default/{item}",
@@ -117,7 +120,7 @@ async def test_only_items_with_a_sale_are_labels(
 
     await until(swept)
     # Freeing a sale deletes its keys, too.
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     await redis.srem(items("flashsale"), item)
     await until(removed)
     # The pod remembers the sale, which was not closed, and takes the keys for lost.

@@ -173,5 +173,5 @@ async def test_repeated_and_concurrent_migrations_run_once(database_url: str) ->
     async with opened(database_url) as one, opened(database_url) as other:
         await asyncio.gather(*(ledger.migrate(each.pool) for each in (one, other, one, other)))
         await ledger.migrate(one.pool)
-        versions = await one.pool.fetch("SELECT version FROM schema_migrations ORDER BY version")
+        versions = await one.pool.fetch("SELECT version FROM flashsale_migrations ORDER BY version")
     assert [row["version"] for row in versions] == list(range(1, len(versions) + 1))

@@ -1,6 +1,7 @@
 """The engine with TLS everywhere and Kafka users, as in k8s/values/highly-available.yaml.
 
 Kafka is a real broker with an authorizer. Its users have the ACLs of k8s/kafka/three-brokers.yaml.
+Redis has the user of k8s/redis/one-node.yaml.
 Redis and PostgreSQL come from wheels without TLS, so a relay in front of them terminates TLS. These
 tests cover the engine's clients.
 """
@@ -8,6 +9,7 @@ tests cover the engine's clients.
 import asyncio
 import gc
 import json
+import re
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +17,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import pytest
 import trustme
@@ -37,7 +40,7 @@ from cryptography.hazmat.primitives.serialization import (
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale import events
+from flashsale import events, redis_client
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
 from flashsale_operator.sales import offsets
@@ -176,7 +179,7 @@ def acls() -> list[kafka_admin.AclBinding]:
             kafka_admin.ResourcePatternType.LITERAL,
             f"User:{user}",
             "*",
-            kafka_admin.AclOperation[operation.upper()],
+            kafka_admin.AclOperation[re.sub("(?<=[a-z])(?=[A-Z])", "_", operation).upper()],
             kafka_admin.AclPermissionType.ALLOW,
         )
         for user, given in users().items()
@@ -211,13 +214,19 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
         redis = RedisServer(tmp_path / "redis")
         await asyncio.to_thread(redis.start)
         stack.callback(redis.stop)
+        admin = redis_client.connect(redis.url)
+        stack.push_async_callback(admin.aclose)
+        set_user: Any = admin.execute_command  # redis-py has no types for it
+        await set_user("ACL", "SETUSER", "flashsale", *redis_rules())
         redis_port, database_port = [
             await stack.enter_async_context(relay(port, authority.server, asked=asked))
             for port, asked in ((redis.port, False), (postgres_server.port, True))
         ]
         database = database_url.replace(f":{postgres_server.port}/", f":{database_port}/")
         addresses = Addresses(
-            f"rediss://127.0.0.1:{redis_port}/0", kafka, f"{database}?sslmode=verify-full"
+            f"rediss://flashsale:{quote(PASSWORD)}@127.0.0.1:{redis_port}/0",
+            kafka,
+            f"{database}?sslmode=verify-full",
         )
 
         def run_as(component: str) -> None:
@@ -255,6 +264,17 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
 
             found = await until(audit, "the audit agrees", ignoring=(AssertionError,))
             assert found == ["SoldOut", "1", "1", "1", "0", "0", "ok"]
+
+            await admin.flushall()  # Redis loses the sale, and the operator's user rebuilds it
+            assert "rebuilt" in await ctl("apply", "-f", "-", stdin=manifest(item, stock=1))
+            assert await audit() == found
+
+
+def redis_rules() -> list[str]:
+    """Return the ACL rules of the engine's Redis user in the manifest."""
+    text = (ROOT / "k8s/redis/one-node.yaml").read_text()
+    [rules] = re.findall(r"user flashsale on >\$ENGINE_PASSWORD (.*)", text)
+    return ["on", f">{PASSWORD}", *rules.split()]
 
 
 def client(

@@ -33,8 +33,8 @@ BAD = [
     ("flashsalectl", ["get", "a", "b"], "unrecognized arguments: b"),
     ("flashsalectl", ["get", "--json"], "--json"),
     ("flashsalectl", ["close"], "required: ITEM"),
-    ("flashsalectl", ["close", "--force", "a"], "--force"),
-    ("flashsalectl", ["rebuild"], "required: ITEM"),
+    ("flashsalectl", ["get", "--force", "a"], "--force"),
+    ("flashsalectl", ["rebuild"], "one of the arguments ITEM --all is required"),
     ("flashsalectl", ["rebuild", "a", "b"], "unrecognized arguments: b"),
     ("flashsalectl", ["audit", "-x"], "-x"),
     ("flashsale_api", ["--port", "80"], "--port"),
@@ -49,6 +49,8 @@ BAD = [
     ("dev.stack", ["sing"], "'sing'"),
     ("dev.local", [], "required"),
     ("dev.local", ["sideways"], "'sideways'"),
+    ("dev.local", ["up", "--port", "64526"], "--port: must be a number from 1 to 64525"),
+    ("dev.local", ["up", "--port", "web"], "--port: must be a number from 1 to 64525"),
 ]
 
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import io
+import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis import Redis
@@ -21,12 +24,15 @@ from flashsale.settings import KafkaSettings
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import parse
+from tests.support.manifests import flash_sale
 from tests.support.paths import ROOT
 from tests.support.simulated_shop import SimulatedShop
 
 SAMPLE = ROOT / "k8s/samples/iphone-15.yaml"
 NOWHERE = "127.0.0.1:1"
-HEAD = "ITEM        SALE                STATE     ALLOCATED   AVAILABLE   ACCEPTED   RECORDED"
+HEAD = (
+    "ITEM        SALE                STATE     ALLOCATED   AVAILABLE   HELD   ACCEPTED   RECORDED"
+)
 
 Within = Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]
 Ctl = Callable[..., tuple[int, list[str], list[str]]]
@@ -92,7 +98,7 @@ def test_a_sale_from_apply_to_close(ctl: Ctl, tmp_path: Path) -> None:
     assert code == 0
     assert head.startswith(HEAD)
     assert line.split() == (
-        ["iphone_15", "default/iphone-15", "Selling", "150", "150", "0", "0", "-", "-"]
+        ["iphone_15", "default/iphone-15", "Selling", "150", "150", "0", "0", "0", "-", "-"]
     )
     assert ctl("get", "iphone_15")[1] == [head, line]
     assert ctl("close", "iphone_15") == (
@@ -115,10 +121,10 @@ def test_get_shows_sales_that_only_one_store_has(
         await shop.pool.execute("DELETE FROM sales")
 
     within(lose_the_row)
-    assert ctl("get")[1][1].split()[2:] == ["Selling", "100", "100", "0", "-", "-", "-"]
+    assert ctl("get")[1][1].split()[2:] == ["Selling", "100", "100", "0", "0", "-", "-", "-"]
     ctl("apply", "-f", str(SAMPLE))
     Redis.from_url(environ["FLASHSALE_REDIS_URL"]).flushall()
-    assert ctl("get")[1][1].split()[2:] == ["Fenced", "100", "-", "-", "0", "-", "-"]
+    assert ctl("get")[1][1].split()[2:] == ["Fenced", "100", "-", "0", "-", "0", "-", "-"]
 
 
 def test_apply_reads_standard_input_and_several_files(
@@ -192,7 +198,7 @@ def test_each_mistake_of_each_file_is_one_line(ctl: Ctl, tmp_path: Path) -> None
     [
         (b"a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
         (b"\xff", "cannot be read: not UTF-8"),
-        (b" " * (1024 * 1024 + 1), "cannot be read: larger than 1 MiB"),
+        (b" " * (8 * 1024 * 1024 + 1), "cannot be read: larger than 8 MiB"),
         (b"", "contains no FlashSale"),
     ],
 )
@@ -202,14 +208,36 @@ def test_the_error_about_a_bad_file_is_one_line(
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     assert ctl("apply", "-f", str(path)) == (1, [], [f"flashsalectl: {path}: {message}"])
+    assert ctl("apply", "-f", str(tmp_path)) == (1, [], [f"flashsalectl: {path}: {message}"])
+
+
+def test_a_directory_without_manifests_is_a_mistake(ctl: Ctl, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no manifest")
     assert ctl("apply", "-f", str(tmp_path)) == (
         1,
         [],
-        [f"flashsalectl: {tmp_path}: cannot be read: Is a directory"],
+        [f"flashsalectl: {tmp_path}: contains no file that ends in .json, .yaml or .yml"],
     )
 
 
-@pytest.mark.parametrize("command", ["get", "close", "audit"])
+def test_directories_lists_and_several_files_are_applied(ctl: Ctl, tmp_path: Path) -> None:
+    """The files of `kubectl apply -f`, such as the export of a lost cluster."""
+    folder = tmp_path / "sales"
+    folder.mkdir()
+    listed = [flash_sale(name, stock=1) for name in ("a", "b")]
+    export = {"apiVersion": "v1", "kind": "List", "items": listed}
+    (folder / "export.json").write_text(json.dumps(export, indent="\t"))
+    for name in ("c", "d", "e"):
+        file = (folder if name == "c" else tmp_path) / f"{name}.yml"
+        file.write_text(yaml.safe_dump(flash_sale(name, stock=1)))
+    code, lines, errors = ctl(
+        "apply", "-f", str(folder), "-f", f"{tmp_path}/d.yml,{tmp_path}/e.yml"
+    )
+    assert (code, errors) == (0, [])
+    assert sorted(line.split()[1] for line in lines) == [f"default/{name}" for name in "abcde"]
+
+
+@pytest.mark.parametrize("command", ["get", "close", "audit", "reservations"])
 def test_the_error_about_an_unknown_item_is_one_line(
     ctl: Ctl, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +310,7 @@ def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, environ: dict[str, str]) 
     finally:
         redis.config_set("maxmemory-policy", "noeviction")
     assert code == 1
-    assert error.startswith("flashsalectl: Redis' maxmemory-policy is volatile-ttl")
+    assert error.startswith("flashsalectl: Redis has maxmemory-policy volatile-ttl, but needs")
 
 
 def test_the_installed_command_prints_only_its_own_lines(environ: dict[str, str]) -> None:
@@ -305,14 +333,44 @@ def test_the_installed_command_prints_only_its_own_lines(environ: dict[str, str]
     assert audited.stderr.startswith("flashsalectl: Kafka is away")
 
 
-@pytest.mark.parametrize("command", ["apply", "get", "close", "rebuild", "audit", "republish"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "apply",
+        "get",
+        "close",
+        "rebuild",
+        "audit",
+        "republish",
+        "reservations",
+        "confirm",
+        "cancel",
+    ],
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run([command, "--help"], {})
     assert capsys.readouterr().out.startswith(f"usage: flashsalectl {command}")
 
 
-@pytest.mark.parametrize("arguments", [[], ["sell"], ["apply"], ["close"], ["get", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sell"],
+        ["apply"],
+        ["close"],
+        ["get", "a", "b"],
+        ["reservations"],
+        ["reservations", "a", "-o", "xml"],
+        ["confirm", "a", str(uuid.UUID(int=1))],
+        ["confirm", "a", "1", "--order-ref", "o-1"],
+        ["confirm", "a", str(uuid.UUID(int=1)), "--order-ref", ""],
+        ["confirm", "a", str(uuid.UUID(int=1)), "--order-ref", "o,1"],
+        ["cancel", "a", str(uuid.UUID(int=10)).upper()],
+        ["cancel", "a", str(uuid.UUID(int=10)), "--order-ref", "o\n"],
+    ],
+)
 def test_a_wrong_command_line_is_exit_code_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,11 +413,11 @@ def test_an_audit_and_a_rebuild_with_kafka(
     within(prepare)
     within(sell_and_publish)
     code, [_, line], _ = ctl("audit", "iphone_15")
-    assert (code, line.split()[3:]) == (0, ["100", "2", "0", "2", "2", "in", "flight"])
+    assert (code, line.split()[3:]) == (0, ["100", "2", "0", "0", "2", "2", "in", "flight"])
 
     within(lambda shop: shop.record("iphone_15", lose=1))
     code, [_, line], _ = ctl("audit")
-    assert (code, line.split()[3:]) == (0, ["100", "2", "1", "0", "2", "in", "flight"])
+    assert (code, line.split()[3:]) == (0, ["100", "2", "0", "1", "0", "2", "in", "flight"])
     within(read_all)
     code, [_, line], _ = ctl("audit")
     assert code == 1
@@ -374,5 +432,5 @@ def test_an_audit_and_a_rebuild_with_kafka(
         "in 1 reservation from the ledger; missing in Redis: 0; lost: 1"
     )
     code, [_, line], _ = ctl("audit")
-    assert (code, line.split()[3:9]) == (0, ["100", "1", "1", "0", "0", "ok:"])
+    assert (code, line.split()[3:10]) == (0, ["100", "1", "0", "1", "0", "0", "ok:"])
     assert line.endswith("lost before a rebuild: 1 unit")

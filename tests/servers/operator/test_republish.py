@@ -76,7 +76,7 @@ async def test_all_reservations_are_published_again_by_each_run(
         # Settle the entries as if Kafka had acknowledged the events.
         entries = zip(reply.answers, batch, strict=True)
         await Outbox(redis).settle(
-            item, [(answer.detail, request.reservation_id) for answer, request in entries]
+            item, [(answer.detail, request.reservation_id, 1) for answer, request in entries]
         )
     before = await redis.hgetall(ItemKeys.of(item).sale)
 
@@ -95,7 +95,7 @@ async def test_all_reservations_are_published_again_by_each_run(
         event = by_id[request.reservation_id]
         assert (event.user_id, event.quantity) == (request.user_id, request.quantity)
         assert (event.request_key or "") == request.request_key
-        assert (event.state, event.version, event.sale_id) == ("accepted", 1, f"default/{item}")
+        assert (event.state, event.version, event.sale_id) == ("confirmed", 1, f"default/{item}")
         assert (event.allocated, event.capacity, event.revision) == (many + 5, many + 5, 3)
     assert await redis.hgetall(ItemKeys.of(item).sale) == before
 

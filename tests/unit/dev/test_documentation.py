@@ -125,7 +125,7 @@ def test_the_flashsale_page_lists_exactly_the_fields_states_and_reasons() -> Non
     assert set(table(page, "States")) == {state.value for state in SaleState}
     ready = {Reason.APPLIED, Reason.CLOSED}
     obstacles = {reason.value for reason in Reason if reason not in ready}
-    assert set(table(page, "Conditions")) == obstacles | {"Ready", "Open", "SoldOut"}
+    assert set(table(page, "Conditions")) == obstacles | {"Ready", "Open", "SoldOut", "Refused"}
 
 
 def table(page: str, section: str) -> list[str]:
