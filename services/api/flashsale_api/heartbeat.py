@@ -82,6 +82,7 @@ class Heartbeat:
         self._metrics = metrics
         self._pulse = pulse
         self._thread: _LoopThread | None = None
+        self._turn = asyncio.Lock()
 
     async def run(self) -> None:
         """Writes the heartbeat and the gauges every `INTERVAL_SECONDS` until it is cancelled."""
@@ -92,17 +93,21 @@ class Heartbeat:
             await self._thread.close(self._inventory.redis.aclose())
 
     async def stop(self) -> None:
-        """Removes the heartbeat of a pod that has nothing left to publish."""
-        redis, engine = self._inventory.redis, self._inventory.engine
+        """Removes the heartbeat of a pod that has nothing left to publish. No beat follows."""
         if self._thread is not None:
-            await self._thread.run(heartbeat.retire(redis, self._pod_id, engine))
+            await self._thread.run(self._retire())
+
+    async def _retire(self) -> None:
+        await self._turn.acquire()
+        await heartbeat.retire(self._inventory.redis, self._pod_id, self._inventory.engine)
 
     async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
         loop = asyncio.get_running_loop()
         while True:
             begun = loop.time()
             try:
-                await self._beat(main)
+                async with self._turn:
+                    await self._beat(main)
             except RedisUnavailable as error:
                 self._metrics.redis_up.set(0)
                 await _called_in(main, self._measure)

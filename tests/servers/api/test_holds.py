@@ -37,7 +37,8 @@ async def test_a_reservation_of_a_sale_with_holds_shows_when_it_expires(
     )
     assert (expires_at - accepted_at).total_seconds() == 60
     assert "confirmedAt" not in body
-    assert (await http.get(answer.headers["location"])).json() | {"userId": "ann"} == body
+    del body["userId"]
+    assert (await http.get(answer.headers["location"])).json() == body
 
 
 async def test_sold_out_carries_the_held_units_and_says_nothing_of_them_without_holds(
