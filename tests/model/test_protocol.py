@@ -28,7 +28,7 @@ RANDOM = sorted({field.name for field in fields(Rules)} - {part for part, _ in S
 """Parts whose need random runs show."""
 
 EVERY_RUN_TOGETHER = (
-    *("accepted", "replayed", "rebuilt", "freed", "expired", "excused", "refused"),
+    *("accepted", "replayed", "remembered", "rebuilt", "freed", "expired", "excused", "refused"),
     *("confirm 200", "confirm 202", "confirm expired", "confirm other_order"),
     *("cancel 200", "cancel 202", "cancel other_order"),
 )

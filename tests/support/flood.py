@@ -48,16 +48,17 @@ def request_of(item: str, user: str, key: str = "") -> bytes:
 
 
 Requests = Callable[[int], bytes]
-"""Returns the nth request of a connection."""
+"""Returns the nth request of a connection, or several that it sends together."""
 
 
 class _Attacker(asyncio.Protocol):
-    """Sends the next request at each answer, whatever it is. Comes back if it is closed."""
+    """Sends the next requests after each answer, whatever it is. Comes back if it is closed."""
 
     def __init__(self, flood: "Flood", requests: Requests, number: int) -> None:
         self._flood = flood
         self._requests = requests
         self._sent = number
+        self._unanswered = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -66,13 +67,17 @@ class _Attacker(asyncio.Protocol):
 
     def next(self) -> None:
         self._sent += 1
-        self._transport.write(self._requests(self._sent))
+        requests = self._requests(self._sent)
+        self._unanswered = max(1, requests.count(b" HTTP/1.1\r\n"))
+        self._transport.write(requests)
 
     def data_received(self, data: bytes) -> None:
+        self._unanswered -= data.count(b"HTTP/1.1 ")
         if data.startswith(b"HTTP/"):
             problem = data.partition(b"urn:flashsale:problem:")[2].partition(b'"')[0]
             self._flood.answers[f"{data[9:12].decode()} {problem.decode()}".strip()] += 1
-        self.next()
+        if self._unanswered <= 0 and b"connection: close" not in data:
+            self.next()
 
     def connection_lost(self, _: Exception | None) -> None:
         self._flood.open.discard(self._transport)

@@ -99,8 +99,7 @@ class Heartbeat:
 
     async def _retire(self) -> None:
         await self._turn.acquire()
-        redis, engine = self._inventory.redis, self._inventory.engine
-        await heartbeat.retire(redis, self._pod_id, engine)
+        await heartbeat.retire(self._inventory.redis, self._pod_id, self._inventory.engine)
 
     async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
         loop = asyncio.get_running_loop()

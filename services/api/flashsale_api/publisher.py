@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
@@ -58,8 +58,9 @@ STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 SET_ASIDE_SECONDS: Final = 60.0
 """How long an event rests that is too large for the topic. A sweep then publishes it again."""
-REMEMBERED: Final = 100_000
-"""Published events that a pod remembers, in about 30 MB. Their replays are not published again."""
+REMEMBERED: Final = 50_000
+"""Published events that a pod remembers at least, in at most 30 MB. It publishes no replay of them.
+"""
 _UNACKNOWLEDGED: Final = 0
 """The revision of a remembered event that Kafka has not acknowledged yet."""
 
@@ -109,8 +110,10 @@ class Publisher:
         self._to_settle = asyncio.Event()
         self._held: set[_Key] = set()
         self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
-        self._remembered: OrderedDict[_Version, int] = OrderedDict()
-        """The revisions of the sales in which Kafka has acknowledged events, oldest event first."""
+        self._recent: dict[_Version, int] = {}
+        """The revisions of the sales in which Kafka has acknowledged events."""
+        self._older: dict[_Version, int] = {}
+        """The same of the events before. To forget one event at a time would cost more."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
@@ -153,10 +156,9 @@ class Publisher:
         key, version = _key(accepted), _version(accepted)
         if key in self._held:
             return
-        if not accepted.entry_id:
-            known = self._remembered.get(version)
-            if known in (_UNACKNOWLEDGED, accepted.snapshot.revision):
-                return
+        known = _UNACKNOWLEDGED, accepted.snapshot.revision
+        if not accepted.entry_id and self._remembered(version) in known:
+            return
         self._remember(version, _UNACKNOWLEDGED)
         self._held.add(key)
         self._pending.append(accepted)
@@ -172,7 +174,7 @@ class Publisher:
         """
         key = _version(accepted)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._remembered.get(key) == accepted.snapshot.revision:
+        if self._remembered(key) == accepted.snapshot.revision:
             future.set_result(None)
             return future
         self._awaited.setdefault(key, []).append(future)
@@ -359,9 +361,13 @@ class Publisher:
         self._to_settle.set()
 
     def _remember(self, version: _Version, revision: int) -> None:
-        self._remembered[version] = revision
-        if len(self._remembered) > REMEMBERED:
-            self._remembered.popitem(last=False)
+        self._recent[version] = revision
+        if len(self._recent) >= REMEMBERED:
+            self._recent, self._older = {}, self._recent
+
+    def _remembered(self, version: _Version) -> int | None:
+        revision = self._recent.get(version)
+        return self._older.get(version) if revision is None else revision
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
         """Moves pending events into a batch until it is full.
@@ -406,7 +412,8 @@ class Publisher:
         def forget() -> None:
             self._by_item[accepted.item_id] -= 1
             self._forget([_key(accepted)])
-            self._remembered.pop(_version(accepted), None)
+            for memory in (self._recent, self._older):
+                memory.pop(_version(accepted), None)
 
         asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
 

@@ -92,6 +92,7 @@ class Sales:
         """The answers by item, and under "" that for all sales. An unknown item has none."""
         self._reading: dict[str, asyncio.Task[_Encoded | None]] = {}
         self._reads = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def handler(self, path: bytes) -> Handler | None:
         """Returns the handler of GET and HEAD requests for a path, or nothing if it is unknown."""
@@ -140,11 +141,23 @@ class Sales:
             respond(*responses.plain(Problem.TOO_MANY_WAITING))
             return
         self._reads += 1
-        task = asyncio.get_running_loop().create_task(_guarded(work, respond))
-        task.add_done_callback(self._answered)
+        task = asyncio.get_running_loop().create_task(self._guarded(work, respond))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _answered(self, _: asyncio.Task[None]) -> None:
-        self._reads -= 1
+    async def _guarded(self, work: Coroutine[None, None, None], respond: Respond) -> None:
+        try:
+            await work
+        except RedisUnavailable:
+            respond(*responses.plain(Problem.REDIS_UNAVAILABLE))
+        except ContractViolation as error:
+            respond(*responses.render(Problem.FENCED, str(error)))
+        except Exception:  # after any error, the client needs an answer
+            log.exception("could not answer a request")
+            respond(*responses.plain(Problem.INTERNAL_ERROR))
+        finally:
+            # Not in a callback of the task: the client's next request could come before it.
+            self._reads -= 1
 
     async def _look(self, item_id: str, reservation_id: str, respond: Respond) -> None:
         known = _UUID.match(reservation_id) is not None
@@ -206,18 +219,6 @@ class Sales:
         listed = frozenset(items)
         self._encoded = {item: encoded for item, encoded in self._encoded.items() if item in listed}
         return _Encoded.of({"sales": views})
-
-
-async def _guarded(work: Coroutine[None, None, None], respond: Respond) -> None:
-    try:
-        await work
-    except RedisUnavailable:
-        respond(*responses.plain(Problem.REDIS_UNAVAILABLE))
-    except ContractViolation as error:
-        respond(*responses.render(Problem.FENCED, str(error)))
-    except Exception:  # after any error, the client needs an answer
-        log.exception("could not answer a request")
-        respond(*responses.plain(Problem.INTERNAL_ERROR))
 
 
 def _refuse(

@@ -374,7 +374,7 @@ async def test_a_version_is_published_again_once_it_is_forgotten(
     publisher = Publisher(
         KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
     )
-    first, second, third = (accepted(ITEM, number) for number in (1, 2, 3))
+    first, second, third, fourth = (accepted(ITEM, number) for number in range(4))
     replay = first._replace(entry_id="")
     for event in (first, replay, second):
         publisher.add(event)
@@ -383,9 +383,9 @@ async def test_a_version_is_published_again_once_it_is_forgotten(
     publisher.add(replay)
     assert publisher.held == 2
     assert publisher.acknowledgement(replay).done()
-    publisher.add(third)
-    publisher.add(replay)
-    assert publisher.held == 4
+    for event in (third, fourth, replay):
+        publisher.add(event)
+    assert publisher.held == 5
     assert not publisher.acknowledgement(replay).done()
 
 

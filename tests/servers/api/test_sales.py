@@ -1,17 +1,21 @@
 """GET /sales and the paths below it, the probes, and the metrics."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 
+from dev.crowd import Connection
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys, items
 from flashsale.sale import rfc3339_of_ms
+from flashsale_api.sales import MAX_READS
 from tests.support.api import UNKNOWN_ID, OpenSale, problem, reserve
 from tests.support.eventually import until
+from tests.support.flood import open_connections
 
 
 async def test_a_sale_shows_its_window_and_available_units(
@@ -124,6 +128,27 @@ async def test_unknown_items_and_reservations_get_404(
     for identity in ("x", UNKNOWN_ID):
         answer = await http.get(f"/sales/{item}/reservations/{identity}")
         problem(answer, 404, "unknown-reservation")
+
+
+async def test_as_many_clients_as_may_wait_for_redis_are_never_refused(
+    api: ApiServer, open_sale: OpenSale, item: str
+) -> None:
+    """Each of them sends its next request when it has its answer."""
+    await open_sale(item)
+    look = f"GET /sales/{item}/reservations/{UNKNOWN_ID} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    statuses: Counter[int] = Counter()
+
+    def answered(connection: Connection, status: int, _: bytes) -> None:
+        statuses[status] += 1
+        connection.send(look)
+
+    connections = await open_connections(api.url, MAX_READS, answered)
+    for connection in connections:
+        connection.send(look)
+    await until(lambda: statuses.total() > 50 * MAX_READS)
+    for connection in connections:
+        connection.close()
+    assert set(statuses) == {404}
 
 
 async def test_the_process_is_alive_and_ready(http: httpx.AsyncClient) -> None:

@@ -29,10 +29,14 @@ FLOOD_CONNECTIONS = 3_000
 
 @dataclass(frozen=True)
 class Scene:
-    """An engine with a pod that cannot reach Kafka, and a pod that can reach everything."""
+    """An engine with two pods that cannot reach Kafka, and one that can reach everything.
+
+    Requests of `silent` to Redis can be kept back, and those of `flooded` cannot. No pod runs yet.
+    """
 
     addresses: Addresses
     silent: ApiServer
+    flooded: ApiServer
     other: ApiServer
     to_redis: Proxy
     to_kafka: Proxy
@@ -92,20 +96,20 @@ async def scene(
     addresses = Addresses(own_redis.url, kafka_server.bootstrap, database_url, engine)
     consumer = ConsumerServer(tmp_path / "consumer", addresses)
     async with Proxy(own_redis.port).serve() as to_redis, Proxy(free_port()).serve() as to_kafka:
-        through = replace(
-            addresses,
-            redis_url=f"redis://127.0.0.1:{to_redis.port}/0",
-            kafka_bootstrap=f"127.0.0.1:{to_kafka.port}",
+        no_kafka = replace(addresses, kafka_bootstrap=f"127.0.0.1:{to_kafka.port}")
+        silent = ApiServer(
+            tmp_path / "silent",
+            replace(no_kafka, redis_url=f"redis://127.0.0.1:{to_redis.port}/0"),
         )
-        silent = ApiServer(tmp_path / "silent", through)
+        flooded = ApiServer(tmp_path / "flooded", no_kafka)
         other = ApiServer(tmp_path / "other", addresses)
         await asyncio.to_thread(consumer.start)
         for item in (ITEM, NONE):
             done = await flashsalectl(addresses, "apply", "-f", "-", stdin=manifest(item, stock=1))
             assert done.returncode == 0, done.stderr
-        await asyncio.to_thread(silent.start)
-        yield Scene(addresses, silent, other, to_redis, to_kafka, kafka_server, Journal())
-        for server in (silent, other, consumer):
+        pods = silent, flooded, other
+        yield Scene(addresses, *pods, to_redis, to_kafka, kafka_server, Journal())
+        for server in (*pods, consumer):
             server.kill()
 
 
@@ -113,6 +117,7 @@ async def test_a_pod_without_a_heartbeat_promises_no_unit_that_a_rebuild_sells_a
     scene: Scene,
 ) -> None:
     """Its events are in no living pod's count, so a rebuild does not wait for them."""
+    await asyncio.to_thread(scene.silent.start)
     scene.to_redis.keep_back(b":pod:")
 
     async def silent() -> bool:
@@ -129,10 +134,11 @@ async def test_a_pod_without_a_heartbeat_promises_no_unit_that_a_rebuild_sells_a
 
 
 async def test_a_flood_does_not_hide_the_events_of_a_pod_from_a_rebuild(scene: Scene) -> None:
-    assert await scene.buy(scene.silent, "alice") == "202"
+    await asyncio.to_thread(scene.flooded.start)
+    assert await scene.buy(scene.flooded, "alice") == "202"
     client = redis_client.connect(scene.addresses.redis_url)
-    watch = Watch(client, scene.silent, scene.addresses.engine)
-    flood = Flood(scene.silent.url)
+    watch = Watch(client, scene.flooded, scene.addresses.engine)
+    flood = Flood(scene.flooded.url)
     async with flood.running(ITEM, NONE, FLOOD_CONNECTIONS):
         await scene.flush()
         await until(scene.living)
@@ -140,6 +146,7 @@ async def test_a_flood_does_not_hide_the_events_of_a_pod_from_a_rebuild(scene: S
         assert not await scene.rebuilt()
         seen = await watching
     await client.aclose()
+    print(seen, dict(flood.answers))
     assert seen.oldest_ms < heartbeat.EXPIRY_SECONDS * 1000 / 2
     scene.to_kafka.target_port = scene.kafka.port
     await until(scene.rebuilt)

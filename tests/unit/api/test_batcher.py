@@ -116,6 +116,28 @@ async def test_an_item_leaves_as_many_places_free_as_its_requests_take() -> None
     await batcher.close()
 
 
+async def test_made_up_items_take_no_place_and_no_call_of_a_sale() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    inventory.go.release()
+    assert (await decide(batcher, "sale", a_request())).outcome is Outcome.ACCEPTED
+    inventory.outcome = Outcome.UNKNOWN
+    number = MAX_WAITING + MAX_CALLS + 100
+    made_up = [decide(batcher, f"nothing-{n}", a_request(n)) for n in range(number)]
+    await turns()
+    assert sum(future.done() for future in made_up) == MAX_CALLS + 100
+    assert len(inventory.calls) == 1 + MAX_CALLS
+    decide(batcher, "sale", a_request(1))
+    await turns()
+    assert len(inventory.calls) == 2 + MAX_CALLS
+    assert batcher.called_items() == ["sale"]
+    for _ in range(number + 2):
+        inventory.go.release()
+    await batcher.close()
+    assert batcher._known == batcher._unknown
+    assert (batcher._known.waiting, batcher._known.in_flight) == (0, 0)
+
+
 async def test_a_request_that_waited_too_long_is_refused_and_never_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -208,7 +230,7 @@ async def test_calls_in_flight_are_limited_across_items() -> None:
     for _ in range(800):
         inventory.go.release()
         await turns(2)
-        assert len(inventory.calls) - inventory.answered <= MAX_CALLS
+        assert len(inventory.calls) - inventory.answered <= 2 * MAX_CALLS
     decisions = await asyncio.gather(*waiting)
     assert {decision.outcome for decision in decisions} == {Outcome.ACCEPTED}
     assert sum(len(call) for call in inventory.calls) == 800
