@@ -13,6 +13,7 @@ from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
+from flashsale_api.authentication import Authentication
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
 from flashsale_api.identity import reservation_id
@@ -67,6 +68,8 @@ _PROBLEMS: Final = {
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
     Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
+    Failure.UNAUTHORIZED: Problem.UNAUTHORIZED,
+    Failure.WRONG_USER: Problem.WRONG_USER,
 }
 
 
@@ -78,6 +81,14 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
     quantity: Quantity
 
 
+class AuthenticatedBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The body of POST /reserve if the request itself names the user."""
+
+    item_id: ItemId
+    quantity: Quantity
+    user_id: UserId = ""
+
+
 class Refused(Exception):
     """The request is invalid. It is answered without a call to Redis."""
 
@@ -86,16 +97,28 @@ class Refused(Exception):
 
 
 _decode = msgspec.json.Decoder(ReserveBody).decode
+_decode_authenticated = msgspec.json.Decoder(AuthenticatedBody).decode
 _encode = msgspec.json.Encoder().encode
 
 
 class Reserve:
     """The endpoint. `HttpProtocol` calls `begin`."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        spans: "Spans | None" = None,
+        authentication: Authentication | None = None,
+    ) -> None:
+        """Without `authentication`, the body names the user."""
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
+        self._authentication = authentication
+        self._decode: Callable[[bytes | bytearray], ReserveBody | AuthenticatedBody] = (
+            _decode if authentication is None else _decode_authenticated
+        )
 
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
@@ -106,7 +129,7 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            order, request_key, traceparent = _parsed(headers, raw)
+            order, request_key, traceparent = _parsed(headers, raw, self._decode)
         except Refused as refused:
             counted = self._metrics.of("")
             counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
@@ -124,11 +147,24 @@ class Reserve:
         if not request_key and (sold_out := self._batcher.sold_out(item_id)):
             pending.end(sold_out)
             return
-        identity = reservation_id(item_id, order.user_id, request_key)
-        request = Request(identity, order.user_id, order.quantity, request_key, traceparent)
-        if self._spans is not None and span is not None:
-            self._spans.deciding(span, request)
-        self._batcher.decide(item_id, request, pending.end)
+
+        def decide(user_id: str, reason: str = "") -> None:
+            if reason:
+                pending.end(Decision(Failure.UNAUTHORIZED, reason=reason))
+                return
+            if order.user_id not in (user_id, ""):
+                pending.end(Decision(Failure.WRONG_USER))
+                return
+            identity = reservation_id(item_id, user_id, request_key)
+            request = Request(identity, user_id, order.quantity, request_key, traceparent)
+            if self._spans is not None and span is not None:
+                self._spans.deciding(span, request)
+            self._batcher.decide(item_id, request, pending.end)
+
+        if self._authentication is None:
+            decide(order.user_id)
+        else:
+            self._authentication.identify(headers, decide)
 
     def answer(
         self, item_id: str, decision: Decision, started: float, span: "Span | None"
@@ -174,8 +210,10 @@ class _Pending:
 
 
 def _parsed(
-    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
-) -> tuple[ReserveBody, str, str]:
+    headers: Sequence[tuple[bytes, bytes]],
+    raw: bytes | bytearray,
+    decode: Callable[[bytes | bytearray], T],
+) -> tuple[T, str, str]:
     """Returns the body, the Idempotency-Key and the traceparent. Raises `Refused`.
 
     A missing header is returned as "". A malformed traceparent counts as missing.
@@ -194,7 +232,7 @@ def _parsed(
             traceparent = value.decode("latin-1")
             if not TRACEPARENT.match(traceparent):
                 traceparent = ""
-    return json_body(content_type, raw, _decode), request_key, traceparent
+    return json_body(content_type, raw, decode), request_key, traceparent
 
 
 def json_body(
@@ -245,6 +283,8 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
     if problem is Problem.SOLD_OUT and decision.held is not None:
         return responses.sold_out(decision.held)
+    if problem is Problem.UNAUTHORIZED:
+        return responses.unauthorized(decision.reason)
     status, headers, body = responses.plain(problem)
     if problem is Problem.OUTCOME_UNKNOWN:
         headers = (*headers, (b"location", _location(item_id, decision.reservation_id)))

@@ -29,7 +29,8 @@ class Problem(Enum):
 
     MALFORMED_JSON = Kind("malformed-json", 400, "The body is not valid JSON")
     MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
-    UNAUTHORIZED = Kind("unauthorized", 401, "The token is missing or wrong")
+    UNAUTHORIZED = Kind("unauthorized", 401, "The caller is not authenticated")
+    WRONG_USER = Kind("wrong-user", 403, "The body names another user")
     NOT_FOUND = Kind("not-found", 404, "The path does not exist")
     UNKNOWN_ITEM = Kind("unknown-item", 404, "The item has no sale")
     UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
@@ -77,6 +78,12 @@ def plain(problem: Problem) -> tuple[int, Headers, bytes]:
 def sold_out(held: int) -> tuple[int, Headers, bytes]:
     """Renders that a sale with holds is sold out. `held` units may still come back."""
     return render(Problem.SOLD_OUT, held=held)
+
+
+def unauthorized(reason: str) -> tuple[int, Headers, bytes]:
+    """Renders that the caller is not known, with the challenge that HTTP requires."""
+    status, headers, body = render(Problem.UNAUTHORIZED, reason)
+    return status, (*headers, (b"www-authenticate", b"Bearer")), body
 
 
 def render(
