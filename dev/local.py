@@ -154,7 +154,7 @@ http://localhost:{port + ORDERS_OFFSET}. Its metrics are on {api.metrics_url}. T
 
   curl -X POST localhost:{port}/reserve -H "Content-Type: application/json" \\
     -d '{{"userId":"user1","itemId":"iphone_15","quantity":1}}'
-  set -a; . .local/env; set +a; .venv/bin/flashsalectl audit
+  .venv/bin/flashsalectl audit
 
 The logs are in .local/*/*.log. `make down` stops everything, and `make up` continues with the same
 sales. `make clean` also removes them.""")
@@ -185,7 +185,7 @@ def control_plane() -> None:
     print(f"""
 The operator watches FlashSales. Try, in this folder:
 
-  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH=$PATH:{folder}
+  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH={folder}:$PATH
   kubectl apply -f k8s/samples/iphone-15.yaml
   kubectl get flashsales
 

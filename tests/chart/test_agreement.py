@@ -163,7 +163,7 @@ def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     assert spec["terminationGracePeriodSeconds"] == needed
 
     clients = 3  # the group membership, the dead-letter producer and the ledger's pool
-    needed = consumer_app.GRACE_SECONDS + clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
+    needed = clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 

@@ -35,6 +35,11 @@ from tests.support.chart_options import (
 )
 from tests.support.paths import CHART
 
+TOPIC_SIZE: Final = {
+    "retention.bytes": requirements.PARTITION_BYTES,
+    "segment.bytes": requirements.SEGMENT_BYTES,
+}
+
 
 def kinds(rendered: Rendered) -> dict[str, int]:
     found = [each["kind"] for each in rendered.manifests]
@@ -183,11 +188,13 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {
             "shop-flashsale.reservations": (
                 requirements.PARTITIONS,
-                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                TOPIC_SIZE
+                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
                 requirements.PARTITIONS,
-                {
+                TOPIC_SIZE
+                | {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
                     "min.insync.replicas": 2,
                     "max.message.bytes": topics.DEAD_LETTER_BYTES,

@@ -98,7 +98,7 @@ EVERYTHING: Final[Manifest] = {
     "podMonitors": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRules": {"enabled": True, "labels": {"release": "prometheus"}},
     "dashboard": {"enabled": True},
-    "tracing": {"endpoint": "http://collector:4318", "ratio": 0.5},
+    "tracing": {"endpoint": "http://collector:4318", "ratio": 0.5, "trustTraceparent": True},
 }
 VARIANTS: Final = {
     "addresses only": {},

@@ -146,6 +146,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "logLevel": ("debug", {}),
     "tracing.endpoint": ("http://collector:4318", {}),
     "tracing.ratio": (0.5, TRACING),
+    "tracing.trustTraceparent": (True, TRACING),
     "networkPolicies.collector.peers": ([PEER], merged(POLICIES, TRACING)),
     "podMonitors.enabled": (True, {}),
     "podMonitors.labels": ({"a": "b"}, MONITORS),

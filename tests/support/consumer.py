@@ -313,9 +313,14 @@ class Running:
 
     def events(self, result: str) -> float:
         """The number of events that the worker counted under `result`."""
-        sample = f'flashsale_consumer_events_total{{result="{result}"}}'
+        return self.value(f'flashsale_consumer_events_total{{result="{result}"}}')
+
+    def value(self, sample: str) -> float:
+        """The value of one sample of the worker's metrics."""
         (line,) = (
-            line for line in self.metrics.text().decode().splitlines() if line.startswith(sample)
+            line
+            for line in self.metrics.text().decode().splitlines()
+            if line.startswith(f"{sample} ")
         )
         return float(line.split()[-1])
 

@@ -45,6 +45,10 @@
   value: {{ $values.tracing.endpoint | quote }}
 - name: OTEL_TRACES_SAMPLER_ARG
   value: {{ $values.tracing.ratio | quote }}
+{{- if eq .component "api" }}
+- name: FLASHSALE_TRUST_TRACEPARENT
+  value: {{ $values.tracing.trustTraceparent | quote }}
+{{- end }}
 {{- end }}
 {{- end }}
 

@@ -90,15 +90,15 @@ def create_app(  # noqa: PLR0915 - the composition root
     """
     pod_id = str(uuid.uuid4())
     # Reads cannot delay reservations, and no request delays the heartbeat, sweep or settle.
-    redis, redis_of_reads, redis_of_heartbeat, redis_of_outbox = clients = [
-        redis_client.connect(settings.redis_url) for _ in range(4)
+    redis, redis_of_reads, redis_of_outbox = clients = [
+        redis_client.connect(settings.redis_url) for _ in range(3)
     ]
     inventory = Inventory(redis, settings.engine)
     outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
     pulse = Pulse()
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, may_accept=pulse.valid, spans=spans)
+    batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
     confirmations = Transitions(
         inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
     )
@@ -112,12 +112,12 @@ def create_app(  # noqa: PLR0915 - the composition root
 
     heartbeat = Heartbeat(
         pod_id,
-        Inventory(redis_of_heartbeat, settings.engine),
-        called_items,
-        publisher,
-        engine,
-        metrics,
-        pulse,
+        Inventory(redis_client.connect(settings.redis_url), settings.engine),
+        called_items=called_items,
+        publisher=publisher,
+        engine=engine,
+        metrics=metrics,
+        pulse=pulse,
     )
     background = Inventory(redis_of_outbox, settings.engine)
     sweeper = Sweeper(background, outbox, publisher, metrics, pod_id)
@@ -197,7 +197,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batcher, metrics, spans, buyers)
+    reserve = Reserve(batcher, metrics, spans, buyers, trust_traceparent=settings.trust_traceparent)
     rest = Starlette(
         routes=[
             Route("/healthz", healthz),

@@ -27,8 +27,12 @@ log = logging.getLogger(__name__)
 CALLS_IN_FLIGHT: Final = 3
 MAX_CALLS: Final = 64
 """Calls in flight of all items together, however many items the requests name."""
-MAX_WAITING: Final = 4096
-"""Requests of all items that wait for a call. Further requests are refused."""
+MAX_WAITING: Final = 8192
+"""Requests of all items that wait for a call. Further requests are refused.
+
+An item has at most as many waiting requests as places are free. So a busy item leaves half of the
+places to others.
+"""
 MAX_WAIT_SECONDS: Final = 0.5
 """How long a request waits for a call before it is refused."""
 KNOWN_SECONDS: Final = 60.0
@@ -114,14 +118,15 @@ class Calls(ABC, Generic[R, D]):
         take at most `CALL_DEADLINE_SECONDS` together. The request is not cancelled if the caller
         disconnects, because it is part of a batch.
         """
-        if self._closed or self._waiting >= MAX_WAITING:
+        queue = self._queues.get(item_id)
+        of_item = len(queue.waiting) if queue else 0
+        if self._closed or of_item >= MAX_WAITING - self._waiting:
             decided(self._undecided(Failure.TOO_MANY_WAITING))
             return
         if self._engine.conflict:
             decided(self._of_other_engine())
             return
         loop = asyncio.get_running_loop()
-        queue = self._queues.get(item_id)
         if queue is None:
             queue = self._queues[item_id] = _Queue(item_id)
         queue.waiting.append(_Waiting(request, decided, loop.time()))

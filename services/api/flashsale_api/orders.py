@@ -1,7 +1,6 @@
 """The port of the shop's order service: confirm, cancel and read reservations."""
 
 import hmac
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from flashsale.reservations import Call, Record, Transition
 from flashsale.sale import SaleState
 from flashsale_api.calls import Failure
 from flashsale_api.metrics import Metrics
-from flashsale_api.reserve import TRACEPARENT, Refused, json_body
+from flashsale_api.reserve import TRACEPARENT, JsonBody, Refused
 from flashsale_api.responses import Problem, Reservation, problem_response
 from flashsale_api.transitions import Decided, Transitions
 
@@ -189,37 +188,15 @@ async def _order_ref(request: Request, verb: str) -> str:
     raw = await request.body()
     content_type = request.headers.get("content-type", "")
     if verb == "confirm":
-        return json_body(content_type, raw, _confirm).order_ref
+        return _CONFIRM.read(content_type, raw).order_ref
     if not raw:
         return ""
-    order_ref = json_body(content_type, raw, _cancel).order_ref
+    order_ref = _CANCEL.read(content_type, raw).order_ref
     return "" if isinstance(order_ref, msgspec.UnsetType) else order_ref
 
 
-_decode_confirm = msgspec.json.Decoder(ConfirmBody).decode
-_decode_cancel = msgspec.json.Decoder(CancelBody).decode
-
-
-def _confirm(raw: bytes | bytearray) -> ConfirmBody:
-    body = _decode_confirm(raw)
-    _require_once(raw)
-    return body
-
-
-def _cancel(raw: bytes | bytearray) -> CancelBody:
-    body = _decode_cancel(raw)
-    _require_once(raw)
-    return body
-
-
-def _require_once(raw: bytes | bytearray) -> None:
-    """Raises `Refused` if a body has its only possible field twice. msgspec takes the last one."""
-    fields: list[Any] = json.loads(raw, object_pairs_hook=list)
-    if len(fields) > 1:
-        rule = "given only once"
-        raise Refused(
-            Problem.INVALID_FIELD, f"orderRef must be {rule}", field="orderRef", rule=rule
-        )
+_CONFIRM: Final = JsonBody(ConfirmBody, quotes=4)
+_CANCEL: Final = JsonBody(CancelBody, quotes=4)
 
 
 def _names(request: Request) -> tuple[str, str]:

@@ -1,10 +1,11 @@
 """POST /reserve: parses a request, has it decided, and makes the answer."""
 
+import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -96,8 +97,42 @@ class Refused(Exception):
         self.problem, self.detail, self.members = problem, detail, members
 
 
-_decode = msgspec.json.Decoder(ReserveBody).decode
-_decode_authenticated = msgspec.json.Decoder(AuthenticatedBody).decode
+class JsonBody(Generic[T]):
+    """Decodes bodies of one kind, and refuses those that repeat a member.
+
+    Of a repeated member msgspec takes the last one and many gateways take the first one, so the two
+    could see different users. Only the top level counts, because the API ignores all members that
+    contain others.
+    """
+
+    def __init__(self, kind: type[T], quotes: int) -> None:
+        """`quotes` is the number of quotation marks in a valid body without further members."""
+        self._decode = msgspec.json.Decoder(kind).decode
+        self._quotes = quotes
+
+    def read(self, content_type: str, raw: bytes | bytearray) -> T:
+        """Decodes a body. Raises `Refused`."""
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+        if len(raw) > MAX_BODY_BYTES:
+            raise Refused(
+                Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes"
+            )
+        try:
+            body = self._decode(raw)
+            # Each member has a quoted name, so a count suffices for almost all bodies.
+            repeated = _repeated_member(raw) if raw.count(b'"') > self._quotes else None
+        except msgspec.ValidationError as error:
+            raise _explained(str(error)) from None
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise Refused(Problem.MALFORMED_JSON, str(error)) from None
+        if repeated is not None:
+            raise Refused(Problem.MALFORMED_JSON, f"the member {repeated} is repeated")
+        return body
+
+
+_BODY: Final = JsonBody(ReserveBody, quotes=10)
+_AUTHENTICATED_BODY: Final = JsonBody(AuthenticatedBody, quotes=10)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -110,15 +145,21 @@ class Reserve:
         metrics: Metrics,
         spans: "Spans | None" = None,
         authentication: Authentication | None = None,
+        *,
+        trust_traceparent: bool = False,
     ) -> None:
-        """Without `authentication`, the body names the user."""
+        """Without `authentication`, the body names the user.
+
+        With `trust_traceparent` the caller's span is the parent, and its sampling counts.
+        """
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
         self._authentication = authentication
-        self._decode: Callable[[bytes | bytearray], ReserveBody | AuthenticatedBody] = (
-            _decode if authentication is None else _decode_authenticated
+        self._body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody] = (
+            _BODY if authentication is None else _AUTHENTICATED_BODY
         )
+        self._trust_traceparent = trust_traceparent
 
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
@@ -129,18 +170,19 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            order, request_key, traceparent = _parsed(headers, raw, self._decode)
+            order, request_key, caller = _parsed(headers, raw, self._body)
         except Refused as refused:
-            counted = self._metrics.of("")
-            counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
+            self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
-            counted.rejected.observe(perf_counter() - started)
+            self._metrics.rejected.observe(perf_counter() - started)
             respond(*answer)
             return
         item_id = order.item_id
+        # Otherwise a stranger could have all requests traced, by every process up to the ledger.
+        traceparent = caller if self._trust_traceparent else ""
         span = None
         if self._spans is not None and self._spans.samples(traceparent):
-            span = self._spans.begin(item_id, traceparent, perf_counter() - started)
+            span = self._spans.begin(item_id, traceparent, caller, perf_counter() - started)
             traceparent = traceparent_of(span)
         pending = _Pending(self, item_id, started, span, respond)
         # A request with a key is always looked up, because it may have been accepted before.
@@ -173,15 +215,15 @@ class Reserve:
         status, headers, body = _answer(item_id, decision)
         if self._spans is not None and span is not None:
             self._spans.end(span, decision.outcome, status)
-        counted = self._metrics.of(item_id)
-        counted.outcomes[decision.outcome].inc()
+        metrics = self._metrics
+        metrics.outcomes(item_id)[decision.outcome].inc()
         seconds = perf_counter() - started
         if status < 300:
-            counted.accepted.observe(seconds)
+            metrics.accepted.observe(seconds)
         elif status < 500:
-            counted.rejected.observe(seconds)
+            metrics.rejected.observe(seconds)
         else:
-            counted.failed.observe(seconds)
+            metrics.failed.observe(seconds)
         return status, headers, body
 
 
@@ -212,8 +254,8 @@ class _Pending:
 def _parsed(
     headers: Sequence[tuple[bytes, bytes]],
     raw: bytes | bytearray,
-    decode: Callable[[bytes | bytearray], T],
-) -> tuple[T, str, str]:
+    body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody],
+) -> tuple[ReserveBody | AuthenticatedBody, str, str]:
     """Returns the body, the Idempotency-Key and the traceparent. Raises `Refused`.
 
     A missing header is returned as "". A malformed traceparent counts as missing.
@@ -232,23 +274,21 @@ def _parsed(
             traceparent = value.decode("latin-1")
             if not TRACEPARENT.match(traceparent):
                 traceparent = ""
-    return json_body(content_type, raw, decode), request_key, traceparent
+    return body.read(content_type, raw), request_key, traceparent
 
 
-def json_body(
-    content_type: str, raw: bytes | bytearray, decode: Callable[[bytes | bytearray], T]
-) -> T:
-    """Decodes a body. Raises `Refused`."""
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
-    if len(raw) > MAX_BODY_BYTES:
-        raise Refused(Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes")
-    try:
-        return decode(raw)
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(Problem.MALFORMED_JSON, str(error)) from None
+def _repeated_member(raw: bytes | bytearray) -> str | None:
+    """Returns the name of a member that a JSON object has twice. Raises `ValueError`."""
+    # Numbers stay strings, because Python limits the digits of an integer.
+    members: list[tuple[str, Any]] = json.loads(
+        raw, object_pairs_hook=list, parse_int=str, parse_float=str
+    )
+    seen: set[str] = set()
+    for name, _ in members:
+        if name in seen:
+            return name[:128]
+        seen.add(name)
+    return None
 
 
 def _invalid(field: str) -> Refused:

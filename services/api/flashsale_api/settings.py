@@ -6,7 +6,7 @@ from msgspec import Meta
 
 from flashsale.addresses import HOST, PORT
 from flashsale.logs import LogLevel
-from flashsale.settings import PREFIX, KafkaSettings, Listen, RedisUrl
+from flashsale.settings import PREFIX, Flag, KafkaSettings, Listen, RedisUrl
 
 OrderTokens = Annotated[
     str,
@@ -43,6 +43,7 @@ class Settings(KafkaSettings, frozen=True):
 
     Without `order_tokens` the port for the shop is closed. Users are named by `user_header`, or by
     tokens if the three settings of the issuer are set, or otherwise by the body.
+    `trust_traceparent` says that a gateway sets the header `traceparent` of buyers.
     """
 
     redis_url: RedisUrl
@@ -54,6 +55,7 @@ class Settings(KafkaSettings, frozen=True):
     jwt_issuer: Claim = ""
     jwt_audience: Claim = ""
     metrics_listen: Listen = "[::]:9090"
+    trust_traceparent: Flag = False
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:

@@ -39,8 +39,9 @@ _RAISE_CAPACITY: Final = """
 """
 # Every access is by the primary key, so no plan depends on the table's statistics. The counts are
 # the differences between former and new states. So versions can come in any order, or not at all. A
-# refused row was never counted. If its reservation is accepted later, it counts like a new one. A
-# final state stays, because its units are for sale again.
+# refused row was never counted. If its reservation is accepted later, it counts like a new one. An
+# older version cannot replace it, because the ledger would miss the newer one for ever. A final
+# state stays, because its units are for sale again.
 _WRITE: Final = """
     WITH written AS (
         INSERT INTO reservations AS known (
@@ -58,7 +59,7 @@ _WRITE: Final = """
             accepted_at = excluded.accepted_at, expires_at = excluded.expires_at,
             confirmed_at = excluded.confirmed_at, order_ref = excluded.order_ref,
             recorded_at = clock_timestamp()
-        WHERE known.state = 'refused'
+        WHERE (known.state = 'refused' AND excluded.version >= known.version)
             OR (known.state IN ('held', 'confirmed') AND excluded.version > known.version)
         RETURNING sale_id, quantity, state, coalesce(former_state, 'refused') AS former_state
     ), change AS (

@@ -13,7 +13,13 @@ from aiokafka.errors import (
     for_code,
 )
 
-from flashsale.requirements import EVENT_RETENTION_MS, PARTITIONS, TopicFacts
+from flashsale.requirements import (
+    EVENT_RETENTION_MS,
+    PARTITION_BYTES,
+    PARTITIONS,
+    SEGMENT_BYTES,
+    TopicFacts,
+)
 from flashsale.settings import KafkaSettings
 
 log = logging.getLogger(__name__)
@@ -77,4 +83,5 @@ async def facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
 
 def _topic(name: str, configs: dict[str, str]) -> NewTopic:
     # -1 means the broker's default. NewTopic accepts it only together with assignments.
-    return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=configs)
+    limits = {"retention.bytes": str(PARTITION_BYTES), "segment.bytes": str(SEGMENT_BYTES)}
+    return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=limits | configs)

@@ -21,6 +21,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
+from flashsale_api import publisher as publisher_module
 from flashsale_api import sweeper as sweeper_module
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -364,6 +365,28 @@ async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
     of_second.cancel()
     await asyncio.sleep(0)
     assert not publisher._awaited
+
+
+async def test_a_version_is_published_again_once_it_is_forgotten(
+    outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "REMEMBERED", 2)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    first, second, third = (accepted(ITEM, number) for number in (1, 2, 3))
+    replay = first._replace(entry_id="")
+    for event in (first, replay, second):
+        publisher.add(event)
+    assert publisher.held == 2
+    publisher._acknowledge([first, second])
+    publisher.add(replay)
+    assert publisher.held == 2
+    assert publisher.acknowledgement(replay).done()
+    publisher.add(third)
+    publisher.add(replay)
+    assert publisher.held == 4
+    assert not publisher.acknowledgement(replay).done()
 
 
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:

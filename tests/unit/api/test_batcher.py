@@ -94,13 +94,26 @@ async def test_requests_above_the_limit_are_refused_and_never_sent(
     await turns()
     refused = [future for future in waiting if future.done()]
     assert {future.result().outcome for future in refused} == {Failure.TOO_MANY_WAITING}
-    assert len(waiting) - len(refused) == MAX_WAITING
+    assert len(waiting) - len(refused) == MAX_WAITING // 2
     all_of_them = asyncio.gather(first, *waiting)
     for _ in range(100):
         inventory.go.release()
     await all_of_them
     sent = {request.reservation_id for call in inventory.calls for request in call}
     assert len(sent) == 1 + len(waiting) - len(refused)
+
+
+async def test_an_item_leaves_as_many_places_free_as_its_requests_take() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    waiting: dict[str, int] = {}
+    for item_id in ("x", "y", "z"):
+        sent = [decide(batcher, item_id, a_request(n)) for n in range(MAX_WAITING)]
+        waiting[item_id] = sum(not future.done() for future in sent)
+    assert waiting == {"x": MAX_WAITING // 2, "y": MAX_WAITING // 4, "z": MAX_WAITING // 8}
+    for _ in range(100):
+        inventory.go.release()
+    await batcher.close()
 
 
 async def test_a_request_that_waited_too_long_is_refused_and_never_sent(
