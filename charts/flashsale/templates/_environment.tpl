@@ -37,6 +37,14 @@
 - name: FLASHSALE_KEEP_CLOSED_SECONDS
   value: {{ $values.operator.keepClosedSeconds | int | quote }}
 {{- end }}
+{{- if eq .component "api" }}
+{{- range $name, $value := dict "USER_HEADER" $values.identity.userHeader "JWKS_URL" $values.identity.jwksUrl "JWT_ISSUER" $values.identity.issuer "JWT_AUDIENCE" $values.identity.audience }}
+{{- if $value }}
+- name: FLASHSALE_{{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
 - name: FLASHSALE_LOG_LEVEL
   value: {{ $values.logLevel | quote }}
 {{- /* The operator sends no traces. */}}

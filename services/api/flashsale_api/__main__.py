@@ -44,6 +44,12 @@ environment:
   FLASHSALE_ORDERS_LISTEN    address to serve the shop's order service on (default [::]:8083)
   FLASHSALE_ORDER_TOKENS     the order service's token, or two with a comma between them during a
                              rotation (default: none, and its address is not served)
+  FLASHSALE_USER_HEADER      header in which a gateway names the user (default: none, and the body
+                             names the user)
+  FLASHSALE_JWKS_URL         address of the keys for bearer tokens whose sub is the user (default:
+                             none)
+  FLASHSALE_JWT_ISSUER       iss of these tokens, required with FLASHSALE_JWKS_URL
+  FLASHSALE_JWT_AUDIENCE     aud of these tokens, required with FLASHSALE_JWKS_URL
   FLASHSALE_METRICS_LISTEN   address to serve metrics on (default [::]:9090)
   FLASHSALE_TRUST_TRACEPARENT
                              true if a gateway sets the header traceparent of buyers: then the

@@ -20,7 +20,7 @@ from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale.requirements import Checks
-from flashsale_api import responses
+from flashsale_api import authentication, responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.expiry import Expiry
@@ -128,7 +128,8 @@ def create_app(  # noqa: PLR0915 - the composition root
         metrics,
         _HANDLERS,
     )
-    sales = Sales(Inventory(redis_of_reads, settings.engine))
+    buyers = authentication.of_settings(settings, metrics)
+    sales = Sales(Inventory(redis_of_reads, settings.engine), buyers)
     redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager
@@ -142,6 +143,7 @@ def create_app(  # noqa: PLR0915 - the composition root
                 ("sweep", sweeper.run()),
                 ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
+                *([("authentication", buyers.run())] if buyers else []),
             )
         ]
         serving = asyncio.create_task(order_server.serve(orders)) if order_server else None
@@ -182,6 +184,8 @@ def create_app(  # noqa: PLR0915 - the composition root
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
         if redis_check.problem:
             return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
+        if buyers and buyers.problem:
+            return Response(f"{buyers.problem}\n", 503, media_type="text/plain")
         if not pulse.begun:
             return Response(
                 "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
@@ -193,7 +197,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batcher, metrics, spans, trust_traceparent=settings.trust_traceparent)
+    reserve = Reserve(batcher, metrics, spans, buyers, trust_traceparent=settings.trust_traceparent)
     rest = Starlette(
         routes=[
             Route("/healthz", healthz),

@@ -24,6 +24,7 @@ class Decision(NamedTuple):
 
     `starts_ms` and `now_ms` are Redis' clock in Unix milliseconds. `held` counts the units of open
     holds, or is None if the sale has no holds. A `Transition` says how the reservation has ended.
+    `reason` explains why the user is unknown.
     """
 
     outcome: Outcome | Failure | Transition
@@ -33,6 +34,7 @@ class Decision(NamedTuple):
     starts_ms: int = 0
     now_ms: int = 0
     held: int | None = None
+    reason: str = ""
 
 
 Decided: TypeAlias = Callable[[Decision], None]

@@ -55,6 +55,8 @@ class Failure(StrEnum):
     REDIS_UNAVAILABLE = "redis_unavailable"
     OUTCOME_UNKNOWN = "outcome_unknown"
     INTERNAL_ERROR = "internal_error"
+    UNAUTHORIZED = "unauthorized"
+    WRONG_USER = "wrong_user"
 
 
 class Reply(NamedTuple, Generic[T]):

@@ -111,6 +111,11 @@ class Metrics:
             registry=self.registry,
         )
         self.redis_up, self.kafka_up = up.labels("redis"), up.labels("kafka")
+        self.jwks_up = Gauge(
+            "flashsale_api_jwks_up",
+            "1 if the last look for the keys of buyers' tokens succeeded.",
+            registry=self.registry,
+        )
         self.transitions = Counter(
             "flashsale_api_transitions",
             "Calls to confirm or cancel a reservation, and expired holds, by outcome.",

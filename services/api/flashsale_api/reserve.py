@@ -14,6 +14,7 @@ from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
+from flashsale_api.authentication import Authentication
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
 from flashsale_api.identity import reservation_id
@@ -68,6 +69,8 @@ _PROBLEMS: Final = {
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
     Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
+    Failure.UNAUTHORIZED: Problem.UNAUTHORIZED,
+    Failure.WRONG_USER: Problem.WRONG_USER,
 }
 
 
@@ -77,6 +80,14 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
     user_id: UserId
     item_id: ItemId
     quantity: Quantity
+
+
+class AuthenticatedBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The body of POST /reserve if the request itself names the user."""
+
+    item_id: ItemId
+    quantity: Quantity
+    user_id: UserId = ""
 
 
 class Refused(Exception):
@@ -121,6 +132,7 @@ class JsonBody(Generic[T]):
 
 
 _BODY: Final = JsonBody(ReserveBody, quotes=10)
+_AUTHENTICATED_BODY: Final = JsonBody(AuthenticatedBody, quotes=10)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -132,13 +144,21 @@ class Reserve:
         batcher: Batcher,
         metrics: Metrics,
         spans: "Spans | None" = None,
+        authentication: Authentication | None = None,
         *,
         trust_traceparent: bool = False,
     ) -> None:
-        """With `trust_traceparent` the caller's span is the parent, and its sampling counts."""
+        """Without `authentication`, the body names the user.
+
+        With `trust_traceparent` the caller's span is the parent, and its sampling counts.
+        """
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
+        self._authentication = authentication
+        self._body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody] = (
+            _BODY if authentication is None else _AUTHENTICATED_BODY
+        )
         self._trust_traceparent = trust_traceparent
 
     def begin(
@@ -150,7 +170,7 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            order, request_key, caller = _parsed(headers, raw)
+            order, request_key, caller = _parsed(headers, raw, self._body)
         except Refused as refused:
             self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
@@ -169,11 +189,24 @@ class Reserve:
         if not request_key and (sold_out := self._batcher.sold_out(item_id)):
             pending.end(sold_out)
             return
-        identity = reservation_id(item_id, order.user_id, request_key)
-        request = Request(identity, order.user_id, order.quantity, request_key, traceparent)
-        if self._spans is not None and span is not None:
-            self._spans.deciding(span, request)
-        self._batcher.decide(item_id, request, pending.end)
+
+        def decide(user_id: str, reason: str = "") -> None:
+            if reason:
+                pending.end(Decision(Failure.UNAUTHORIZED, reason=reason))
+                return
+            if order.user_id not in (user_id, ""):
+                pending.end(Decision(Failure.WRONG_USER))
+                return
+            identity = reservation_id(item_id, user_id, request_key)
+            request = Request(identity, user_id, order.quantity, request_key, traceparent)
+            if self._spans is not None and span is not None:
+                self._spans.deciding(span, request)
+            self._batcher.decide(item_id, request, pending.end)
+
+        if self._authentication is None:
+            decide(order.user_id)
+        else:
+            self._authentication.identify(headers, decide)
 
     def answer(
         self, item_id: str, decision: Decision, started: float, span: "Span | None"
@@ -219,8 +252,10 @@ class _Pending:
 
 
 def _parsed(
-    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
-) -> tuple[ReserveBody, str, str]:
+    headers: Sequence[tuple[bytes, bytes]],
+    raw: bytes | bytearray,
+    body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody],
+) -> tuple[ReserveBody | AuthenticatedBody, str, str]:
     """Returns the body, the Idempotency-Key and the traceparent. Raises `Refused`.
 
     A missing header is returned as "". A malformed traceparent counts as missing.
@@ -239,7 +274,7 @@ def _parsed(
             traceparent = value.decode("latin-1")
             if not TRACEPARENT.match(traceparent):
                 traceparent = ""
-    return _BODY.read(content_type, raw), request_key, traceparent
+    return body.read(content_type, raw), request_key, traceparent
 
 
 def _repeated_member(raw: bytes | bytearray) -> str | None:
@@ -288,6 +323,8 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
     if problem is Problem.SOLD_OUT and decision.held is not None:
         return responses.sold_out(decision.held)
+    if problem is Problem.UNAUTHORIZED:
+        return responses.unauthorized(decision.reason)
     status, headers, body = responses.plain(problem)
     if problem is Problem.OUTCOME_UNKNOWN:
         headers = (*headers, (b"location", _location(item_id, decision.reservation_id)))

@@ -33,7 +33,8 @@ class Problem(Enum):
 
     MALFORMED_JSON = Kind("malformed-json", 400, "The body is not valid JSON")
     MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
-    UNAUTHORIZED = Kind("unauthorized", 401, "The token is missing or wrong")
+    UNAUTHORIZED = Kind("unauthorized", 401, "The caller is not authenticated")
+    WRONG_USER = Kind("wrong-user", 403, "The body names another user")
     NOT_FOUND = Kind(
         "not-found",
         404,
@@ -96,6 +97,12 @@ def plain(problem: Problem) -> tuple[int, Headers, bytes]:
 def sold_out(held: int) -> tuple[int, Headers, bytes]:
     """Renders that a sale with holds is sold out. `held` units may still come back."""
     return render(Problem.SOLD_OUT, held=held)
+
+
+def unauthorized(reason: str) -> tuple[int, Headers, bytes]:
+    """Renders that the caller is not known, with the challenge that HTTP requires."""
+    status, headers, body = render(Problem.UNAUTHORIZED, reason)
+    return status, (*headers, (b"www-authenticate", b"Bearer")), body
 
 
 def render(

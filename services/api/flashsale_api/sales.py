@@ -15,6 +15,7 @@ from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
+from flashsale_api.authentication import Authentication
 from flashsale_api.responses import Handler, Headers, Problem, Reservation, Respond
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,15 @@ class _Encoded(NamedTuple):
 
 
 class Sales:
-    """The endpoints for sales and reservations. `inventory` has its own connections."""
+    """The endpoints for sales and reservations. `inventory` has its own connections.
 
-    def __init__(self, inventory: Inventory) -> None:
+    With `authentication`, a reservation is shown only to its user. Otherwise any caller who knows
+    its id can read it, without the user.
+    """
+
+    def __init__(self, inventory: Inventory, authentication: Authentication | None = None) -> None:
         self._inventory = inventory
+        self._authentication = authentication
         self._encoded: dict[str, _Encoded] = {}
         """The answers by item, and under "" that for all sales. An unknown item has none."""
         self._reading: dict[str, asyncio.Task[_Encoded | None]] = {}
@@ -128,11 +134,20 @@ class Sales:
         self,
         item_id: str,
         reservation_id: str,
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG002 - a handler's signature
+        headers: Sequence[tuple[bytes, bytes]],
         _: bytes | bytearray,
         respond: Respond,
     ) -> None:
-        self._answer(self._look(item_id, reservation_id, respond), respond)
+        def look(user_id: str, reason: str) -> None:
+            if reason:
+                respond(*responses.unauthorized(reason))
+            else:
+                self._answer(self._look(item_id, reservation_id, user_id, respond), respond)
+
+        if self._authentication is None:
+            look("", "")
+        else:
+            self._authentication.identify(headers, look)
 
     def _answer(self, work: Coroutine[None, None, None], respond: Respond) -> None:
         """Runs `work`, which answers a request, unless too many requests wait already."""
@@ -159,14 +174,17 @@ class Sales:
             # Not in a callback of the task: the client's next request could come before it.
             self._reads -= 1
 
-    async def _look(self, item_id: str, reservation_id: str, respond: Respond) -> None:
+    async def _look(
+        self, item_id: str, reservation_id: str, user_id: str, respond: Respond
+    ) -> None:
+        """Answers with a reservation. An empty `user_id` is an unknown caller."""
         known = _UUID.match(reservation_id) is not None
         sale, record, server = await self._inventory.look(item_id, reservation_id if known else "")
         if sale is None:
             respond(*responses.plain(Problem.UNKNOWN_ITEM))
-        elif record is not None:
+        elif record is not None and user_id in (record.user_id, ""):
             shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
-            body = _encode(msgspec.structs.replace(shown, user_id=None))
+            body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
             respond(200, (_JSON, _PRIVATE), body)
         elif sale.state(*server) is SaleState.FENCED:
             # Redis may have lost the reservation, while the ledger still has it.

@@ -71,8 +71,20 @@ async def unready(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     server.kill()
 
 
+@pytest.fixture
+async def of_header(without_kafka: Addresses, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a pod that names users by the header `x-user`."""
+    settings = {"FLASHSALE_USER_HEADER": "x-user"}
+    server = ApiServer(tmp_path / "of-header", without_kafka, settings=settings)
+    await asyncio.to_thread(server.start)
+    async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        yield client
+    server.kill()
+
+
 async def test_the_described_and_the_real_answers_are_the_same(
     http: httpx.AsyncClient,
+    of_header: httpx.AsyncClient,
     unready: httpx.AsyncClient,
     own_http: httpx.AsyncClient,
     own_redis: RedisServer,
@@ -88,6 +100,7 @@ async def test_the_described_and_the_real_answers_are_the_same(
     await _check_invalid(seen, http)
     await _check_reads(seen, http, redis, open_sale, new_item)
     await _check_unready(seen, unready)
+    await _check_users(seen, of_header, open_sale, new_item())
     await _check_full_outbox(seen, http, redis, open_sale, new_item())
     await _check_outages(seen, own_http, own_redis, proxy)
     await _check_other_engine(seen, own_http, own_redis)
@@ -233,6 +246,25 @@ async def _check_unready(seen: Seen, unready: httpx.AsyncClient) -> None:
     assert seen.check("POST /reserve", await reserve(unready, "x")) == "redis-unavailable"
     seen.check("GET /readyz", await unready.get("/readyz"))
     assert seen.check("GET /healthz", await unready.get("/healthz")) == ""
+
+
+async def _check_users(
+    seen: Seen, of_header: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    """Send requests to a pod that names users by a header."""
+    await open_sale(item)
+    label, place = "POST /reserve", "GET /sales/{itemId}/reservations/{reservationId}"
+    ann = {"x-user": "ann"}
+    body = {"itemId": item, "quantity": 1}
+    bought = await of_header.post("/reserve", json=body, headers=ann)
+    assert seen.check(label, bought) == ""
+    assert seen.check(label, await of_header.post("/reserve", json=body)) == "unauthorized"
+    other = await of_header.post("/reserve", json=body | {"userId": "bob"}, headers=ann)
+    assert seen.check(label, other) == "wrong-user"
+    own = await of_header.get(bought.headers["location"], headers=ann)
+    assert (seen.check(place, own), own.json()) == ("", bought.json())
+    stranger = await of_header.get(bought.headers["location"])
+    assert seen.check(place, stranger) == "unauthorized"
 
 
 async def _check_full_outbox(
