@@ -572,3 +572,18 @@ def test_the_proxy_finds_the_clusters_domain(tmp_path: Path) -> None:
         done = subprocess.run(["sh", "-c", moved], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == domain
         assert (done.returncode == 0) == bool(domain), done.stderr
+
+
+def test_the_proxy_listens_on_ipv6_where_the_machine_has_it(tmp_path: Path) -> None:
+    files = scripts(Path("k8s/redis/highly-available.yaml"))
+    resolvers, ipv6 = tmp_path / "resolv.conf", tmp_path / "if_inet6"
+    resolvers.write_text("search shop.svc.cluster.local\n")
+    moved = files["haproxy.sh"].replace("/etc/resolv.conf", str(resolvers))
+    moved = moved.replace("/proc/net/if_inet6", str(ipv6))
+    moved = moved.replace("exec haproxy", "printenv ADDRESS; : haproxy")
+    for address in ("", "::"):
+        done = subprocess.run(["sh", "-c", moved], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == address, done.stderr
+        ipv6.touch()
+    binds = re.findall(r"^ *bind (.*)", files["haproxy.cfg"], re.MULTILINE)
+    assert binds == ['"${ADDRESS}:6379" v4v6', '"${ADDRESS}:8404" v4v6']
