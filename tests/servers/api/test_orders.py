@@ -105,8 +105,8 @@ async def test_an_answer_shows_the_whole_reservation(shop: Shop) -> None:
     changed = {"state": "confirmed", "version": 2, "orderRef": "order-7"}
     assert confirmed == held | changed | {"confirmedAt": confirmed["confirmedAt"]}
     for_buyers = (await shop.buyers.get(path)).json()
-    hidden = {"userId", "version", "orderRef"}
-    assert for_buyers == {k: v for k, v in confirmed.items() if k not in hidden}
+    hidden = {"version", "orderRef", "userId"}
+    assert for_buyers == {name: value for name, value in confirmed.items() if name not in hidden}
 
 
 @pytest.mark.parametrize("verb", ["confirm", "cancel"])
