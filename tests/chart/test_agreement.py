@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import flashsale
-import flashsale_api.__main__ as api_main
 import flashsale_api.app as api_app
+import flashsale_api.servers as api_servers
 import flashsale_consumer.app as consumer_app
 import flashsale_consumer.clients as consumer_clients
 import flashsale_operator.app as operator_app
@@ -135,8 +135,9 @@ def test_the_chart_accepts_the_addresses_that_a_process_accepts(
 
 
 @each_component
-def test_a_container_exposes_the_ports_of_its_process(plain: Rendered, component: str) -> None:
-    ports = {each["containerPort"] for each in plain.container(component)["ports"]}
+def test_a_container_exposes_the_ports_of_its_process(chart: Helm, component: str) -> None:
+    rendered = chart.render({"orders": {"existingSecret": {"name": "tokens"}}})
+    ports = {each["containerPort"] for each in rendered.container(component)["ports"]}
     assert ports == default_ports(component)
 
 
@@ -154,7 +155,7 @@ def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: st
 
 
 def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
-    found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_main))
+    found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_servers))
     assert found is not None
     spec = plain.pod("api")["spec"]
     sleep = plain.container("api")["lifecycle"]["preStop"]["sleep"]["seconds"]

@@ -67,8 +67,9 @@ class Application:
         if path == RESERVE_PATH:
             return self._reserve if method == b"POST" else not_allowed("POST")
         if path == SALES_PATH or path.startswith(SALES_PATH + b"/"):
-            if method in {b"GET", b"HEAD"}:
-                return self._sales.handler(path)
+            handler = self._sales.handler(path)
+            if handler is None or method in {b"GET", b"HEAD"}:
+                return handler
             return not_allowed("GET, HEAD")
         return None
 

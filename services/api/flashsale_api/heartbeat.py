@@ -51,6 +51,7 @@ class Heartbeat:
     engine: Engine
     metrics: Metrics
     pulse: Pulse = field(default_factory=Pulse)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self) -> None:
         """Writes the heartbeat and the gauges every `INTERVAL_SECONDS` until it is cancelled."""
@@ -58,7 +59,8 @@ class Heartbeat:
             self.metrics.unacknowledged.set(self.publisher.unacknowledged)
             self.metrics.kafka_up.set(self.publisher.connected)
             try:
-                await self.beat()
+                async with self._turn:
+                    await self.beat()
             except RedisUnavailable as error:
                 self.metrics.redis_up.set(0)
                 log.debug("no heartbeat: %s", error)
@@ -81,5 +83,6 @@ class Heartbeat:
         self.pulse.sent(begun)
 
     async def stop(self) -> None:
-        """Removes the heartbeat of a pod that has nothing left to publish."""
+        """Removes the heartbeat of a pod that has nothing left to publish. No beat follows."""
+        await self._turn.acquire()
         await heartbeat.retire(self.inventory.redis, self.pod_id, self.inventory.engine)

@@ -93,8 +93,8 @@ class Sales:
         self._reading: dict[str, asyncio.Task[_Encoded | None]] = {}
         self._reads = 0
 
-    def handler(self, path: bytes) -> Handler:
-        """Returns the handler of GET and HEAD requests for a path under `SALES_PATH`."""
+    def handler(self, path: bytes) -> Handler | None:
+        """Returns the handler of GET and HEAD requests for a path, or nothing if it is unknown."""
         match path.decode("latin-1").split("/"):
             case ["", "sales"]:
                 return partial(self._sales, "")
@@ -104,7 +104,7 @@ class Sales:
                 if _ITEM_ID.match(item_id):
                     return partial(self._reservation, item_id, reservation_id)
                 return _UNKNOWN_ITEM
-        return partial(_refuse, Problem.NOT_FOUND)
+        return None
 
     def _sales(
         self,
