@@ -87,6 +87,10 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_server_changes("kafka", "bootstrap"),
     **_server_changes("database", "url"),
     "kafka.tls.enabled": (True, {}),
+    "redis.existingSecret.apiKey": (
+        "other",
+        {"redis": {"url": "", "existingSecret": {"name": "redis"}}},
+    ),
     "kafka.tls.existingSecret.name": ("other", TLS),
     "kafka.tls.existingSecret.key": ("pem", merged(TLS, at("kafka.tls.existingSecret.name", "ca"))),
     "kafka.tls.clientCertificate.existingSecret.name": ("client", TLS),

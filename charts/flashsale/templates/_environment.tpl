@@ -10,7 +10,11 @@
   value: {{ include "flashsale.engine" .root | quote }}
 {{- include "flashsale.environment.authority" .root }}
 {{- if ne .component "consumer" }}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $values.redis "key" "url") }}
+{{- $redis := deepCopy $values.redis }}
+{{- if and (eq .component "api") $redis.existingSecret.apiKey }}
+{{- $_ := set $redis.existingSecret "key" $redis.existingSecret.apiKey }}
+{{- end }}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $redis "key" "url") }}
 {{- end }}
 {{ include "flashsale.environment.kafka" . }}
 {{- if ne .component "api" }}

@@ -29,6 +29,7 @@ from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import parse
 from tests.support.manifests import flash_sale
 from tests.support.paths import ROOT
+from tests.support.redis_users import OPERATOR, url_of
 from tests.support.simulated_shop import SimulatedShop
 
 SAMPLE = ROOT / "k8s/samples/iphone-15.yaml"
@@ -45,7 +46,7 @@ Ctl = Callable[..., tuple[int, list[str], list[str]]]
 def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
     Redis.from_url(redis_server.url).flushall()
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": database_url,
         "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
     }
@@ -116,7 +117,7 @@ def test_a_sale_from_apply_to_close(ctl: Ctl, tmp_path: Path) -> None:
 
 
 def test_get_shows_sales_that_only_one_store_has(
-    ctl: Ctl, environ: dict[str, str], within: Within
+    ctl: Ctl, redis_server: RedisServer, within: Within
 ) -> None:
     ctl("apply", "-f", str(SAMPLE))
 
@@ -126,7 +127,7 @@ def test_get_shows_sales_that_only_one_store_has(
     within(lose_the_row)
     assert ctl("get")[1][1].split()[2:] == ["Selling", "100", "100", "0", "0", "-", "-", "-"]
     ctl("apply", "-f", str(SAMPLE))
-    Redis.from_url(environ["FLASHSALE_REDIS_URL"]).flushall()
+    Redis.from_url(redis_server.url).flushall()
     assert ctl("get")[1][1].split()[2:] == ["Fenced", "100", "-", "0", "-", "0", "-", "-"]
 
 
@@ -164,7 +165,7 @@ def test_a_refused_manifest_is_reported_with_the_next_step(ctl: Ctl, tmp_path: P
 
 
 def test_a_flushed_sale_stays_fenced_without_kafka(
-    ctl: Ctl, environ: dict[str, str], within: Within
+    ctl: Ctl, redis_server: RedisServer, within: Within
 ) -> None:
     ctl("apply", "-f", str(SAMPLE))
 
@@ -173,7 +174,7 @@ def test_a_flushed_sale_stays_fenced_without_kafka(
         await shop.record("iphone_15")
 
     within(sell)
-    Redis.from_url(environ["FLASHSALE_REDIS_URL"]).flushall()
+    Redis.from_url(redis_server.url).flushall()
     code, lines, [error] = ctl("apply", "-f", str(SAMPLE))
     assert (code, lines) == (1, [])
     assert error.startswith("sale default/iphone-15 unchanged: Fenced, Kafka is away: ")
@@ -305,8 +306,8 @@ def test_the_error_about_a_server_that_is_away_is_one_line(
         assert error.startswith(f"flashsalectl: {message}")
 
 
-def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, environ: dict[str, str]) -> None:
-    redis = Redis.from_url(environ["FLASHSALE_REDIS_URL"])
+def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, redis_server: RedisServer) -> None:
+    redis = Redis.from_url(redis_server.url)
     redis.config_set("maxmemory-policy", "volatile-ttl")
     try:
         code, _, [error] = ctl("apply", "-f", str(SAMPLE))

@@ -21,6 +21,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.ctl.reservations import PAGE
+from tests.support.redis_users import OPERATOR, url_of
 from tests.support.simulated_shop import SimulatedShop
 
 Ctl = Callable[..., tuple[int, list[str], list[str]]]
@@ -37,7 +38,7 @@ def spec(item: str) -> SaleSpec:
 def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
     Redis.from_url(redis_server.url).flushall()
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": database_url,
         "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
     }

@@ -17,6 +17,7 @@ from flashsale.requirements import RedisFacts
 from flashsale_operator.ctl import doctor
 from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
+from tests.support.redis_users import OPERATOR, url_of
 
 Doctor = Callable[..., tuple[int, dict[str, str]]]
 
@@ -27,7 +28,7 @@ def environ(
 ) -> dict[str, str]:
     log = Log(kafka_server.bootstrap)
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_KAFKA_BOOTSTRAP": kafka_server.bootstrap,
         "FLASHSALE_DATABASE_URL": database_url,
         "FLASHSALE_ENGINE": log.engine,
