@@ -5,6 +5,8 @@ import time
 from functools import partial
 from typing import Final
 
+import msgspec
+
 from bench.outages import phases
 from bench.recording import SHARE
 from bench.requests import OPEN_CONNECTIONS, Scale, in_turn
@@ -18,6 +20,8 @@ from flashsale.reservations import BATCH_LIMIT, BatchReply
 
 CONFIRMATIONS: Final = 5_000
 """Confirmations per second at which their latency is measured."""
+_MOST: Final = 30_000
+"""More confirmations per second than a core can make."""
 PLAIN, HELD = "accepted", "accepted as a hold"
 FASTEST, STEADY = "confirmed", f"confirmed, {CONFIRMATIONS:,} per second"
 
@@ -51,9 +55,9 @@ def holds(rig: Rig, scale: Scale, api: Api, capacity: float, run: str) -> Holds:
 
 def _confirm(rig: Rig, api: Api, item: str, seconds: float, *, rate: float | None = None) -> Round:
     """Make new holds, and confirm as many as there is time for."""
+    ids = asyncio.run(_hold(rig, item, int((rate or _MOST) * seconds) + OPEN_CONNECTIONS))
     journal = rig.data / "held.json"
-    rig.crowd([api], [item], seconds, journal=journal).tally()
-    rig.drain([item])
+    journal.write_bytes(msgspec.json.encode([(identity, 0.0) for identity in ids]))
     return rig.round(
         [api], [item], seconds, connections=OPEN_CONNECTIONS, rate=rate, confirm=journal
     )
@@ -91,7 +95,9 @@ def _expiry(rig: Rig, scale: Scale, api: Api, rate: float) -> Expiry:
     return Expiry(scale.holds, rate, expired - due, sold_again - due, phases(samples, spans))
 
 
-async def _hold(rig: Rig, item: str, count: int) -> None:
+async def _hold(rig: Rig, item: str, count: int) -> list[str]:
+    """Makes holds, and returns their ids."""
+    ids = []
     client = connect(rig.redis.url)
     inventory = Inventory(client, outbox_limit=10**9)
     try:
@@ -100,9 +106,13 @@ async def _hold(rig: Rig, item: str, count: int) -> None:
             reply = await inventory.reserve(item, batch, timeout_seconds=10)
             if not isinstance(reply, BatchReply):
                 raise SystemExit(f"{item}: {reply}")
+            ids += [each.reservation_id for each in batch]
+            if made % (100 * BATCH_LIMIT) == 0:
+                await trim(client, item)
         await trim(client, item)
     finally:
         await client.aclose()
+    return ids
 
 
 async def _expire(rig: Rig, item: str, count: int) -> tuple[float, float, float]:

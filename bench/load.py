@@ -21,8 +21,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     With a `rate` in requests per second the loop is open, otherwise it is closed. `samples` names a
     file for the due time, the latency in seconds and the status of each request, as doubles.
     `journal` names a file for the id of each accepted reservation and the Unix time of its 202.
-    `confirm` names the journal of an earlier crowd. This one then confirms its reservations, each
-    once, at order ports that take `token`.
+    `confirm` names a file like a journal. The crowd then confirms its reservations, each once, at
+    order ports that take `token`.
     """
 
     urls: list[str]
@@ -109,9 +109,9 @@ class Run:
         self._number += 1
         values: dict[bytes, object] = {b"n": number}
         if self._held is not None:
-            if number == len(self._held):
+            if number >= len(self._held):
                 # asyncio only logs any other exception of a callback.
-                raise SystemExit(f"the crowd has confirmed all {number} reservations too early")
+                raise SystemExit(f"all {len(self._held)} holds were confirmed too early")
             values[b"id"] = self._held[number]
         return self._templates[number % len(self._templates)] % values
 
