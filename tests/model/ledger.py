@@ -150,7 +150,10 @@ class Ledger:
         known = tables.reservations.get(event.reservation_id)
         if known is not None and event.version <= known.version:
             return
-        if event.reservation_id in tables.refused and not rules.refused_may_return:
+        refused = tables.refused.get(event.reservation_id)
+        if refused is not None and (
+            event.version < refused.version or not rules.refused_may_return
+        ):
             return
         added = event.quantity if known is None else 0
         if row.accepted + added > row.capacity:
