@@ -16,6 +16,8 @@ import pytest
 from playwright.async_api import Browser, Locator, Page, Route, async_playwright, expect
 
 from dev import debian
+from flashsale.inventory import Inventory
+from flashsale.reservations import Call
 from tests.support.api import reserve
 from tests.support.orders import NewApi, Shop
 
@@ -244,7 +246,8 @@ async def test_no_width_needs_horizontal_scrolling(
     page = await visit(color_scheme=scheme, java_script_enabled=scripts, **size)
     await expect(page.get_by_role("article" if scripts else "table").first).to_be_visible()
     # Playwright evaluates also in a page whose own scripts are off.
-    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    width = await page.evaluate("document.documentElement.scrollWidth")
+    assert width == size["viewport"]["width"]
     colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colour == {"light": "rgb(246, 247, 249)", "dark": "rgb(16, 21, 27)"}[scheme]
     picture = await page.screenshot(path=tmp_path / "page.png", full_page=True)
@@ -255,31 +258,29 @@ async def test_the_picture_has_a_history(
     shop: Shop, visit: Visit, new_order_api: NewApi, tmp_path: Path
 ) -> None:
     """The page's clock runs faster than the server's, so a picture has five minutes of history."""
-    folder, steps = os.environ.get("PICTURES"), 3
-    if folder:
-        steps = 25
-    api = new_order_api(engine=f"{shop.inventory.engine}-picture")
-    shop = replace(
-        shop, inventory=type(shop.inventory)(shop.redis, f"{shop.inventory.engine}-picture")
-    )
+    folder = os.environ.get("PICTURES")
+    steps = 25 if folder else 3
+    engine = f"{shop.inventory.engine}-picture"
+    api = new_order_api(engine=engine)
+    shop = replace(shop, inventory=Inventory(shop.redis, engine))
     now_ms = (await shop.inventory.server()).now_ms
-    await replace(shop, item="phone").open(
-        100, hold_seconds=600, display_name="Phone, 128 GB", max_per_user=5
-    )
-    await replace(shop, item="tickets").open(
-        40, hold_seconds=None, display_name="Concert, front row"
-    )
-    await replace(shop, item="headphones").open(
-        2_000, display_name="Wireless headphones", starts_ms=now_ms + 754_000
-    )
-    page = await visit("about:blank", **DESKTOP)
+    for item, name, changes in (
+        ("phone", "Phone, 128 GB", {"units": 100, "hold_seconds": 600, "max_per_user": 5}),
+        ("tickets", "Concert, front row", {"units": 40, "hold_seconds": None}),
+        ("headphones", "Headphones", {"units": 2_000, "starts_ms": now_ms + 754_000}),
+    ):
+        await replace(shop, item=item).open(display_name=name, **changes)
+    page = await visit("about:blank", viewport={"width": 1280, "height": 584})
     await page.clock.install(time=now_ms / 1000 - 12 * steps)
     await page.goto(api.url)
     await expect(page.get_by_role("article")).to_have_count(3)
     async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyers:
         for step in range(steps):
             for user in range(round(6 / (1 + step / 8))):
-                await reserve(buyers, "phone", f"user-{step}-{user}")
+                held = await reserve(buyers, "phone", f"user-{step}-{user}")
+                if user % 2:
+                    call = Call(held.json()["reservationId"], "o1")
+                    await shop.inventory.confirm("phone", [call], timeout_seconds=5)
                 await reserve(buyers, "tickets", f"user-{step}-{user}")
             await asyncio.sleep(1.2)  # until the cached answer is old
             await page.clock.fast_forward(12_000)
