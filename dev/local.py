@@ -149,6 +149,8 @@ def up(port: int) -> None:
         flashsalectl(addresses, "rebuild", "--all")
         undo.pop_all()
     print(f"""
+Watch the sales, and reserve, on http://localhost:{port}/ in a browser.
+
 The API listens on http://localhost:{port}, and for the shop's order service on
 http://localhost:{port + ORDERS_OFFSET}. Its metrics are on {api.metrics_url}. Try:
 

@@ -577,6 +577,24 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {"/reserve": "Exact", "/sales": "Prefix"},
     ),
     (
+        "the Ingress exposes the page, and none of the other paths",
+        merged(INGRESS, at("api.ingress.page", True)),
+        lambda r: {
+            each["path"]: each["pathType"]
+            for each in r.one("Ingress", "api")["spec"]["rules"][0]["http"]["paths"]
+        },
+        {"/": "Exact", "/reserve": "Exact", "/sales": "Prefix"},
+    ),
+    (
+        "the HTTPRoute exposes the page, and none of the other paths",
+        merged(ROUTE, at("api.httpRoute.page", True)),
+        lambda r: [
+            (each["path"]["type"], each["path"]["value"])
+            for each in r.one("HTTPRoute", "api")["spec"]["rules"][0]["matches"]
+        ],
+        [("Exact", "/reserve"), ("PathPrefix", "/sales"), ("Exact", "/")],
+    ),
+    (
         "PodMonitors read each component's metrics port",
         MONITORS,
         lambda r: [

@@ -27,6 +27,7 @@ from flashsale_api.expiry import Expiry
 from flashsale_api.heartbeat import Heartbeat, Pulse
 from flashsale_api.metrics import Metrics
 from flashsale_api.orders import Orders, order_app
+from flashsale_api.page import PAGE_PATH, Page
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
 from flashsale_api.responses import Handler, Problem, not_allowed, problem_response
@@ -60,6 +61,7 @@ class Application:
     def __init__(self, reserve: Reserve, sales: Sales, rest: Starlette) -> None:
         self._reserve = reserve.begin
         self._sales = sales
+        self._page = Page(sales.all_sales).handle
         self._rest = rest
 
     def direct(self, method: bytes, path: bytes) -> Handler | None:
@@ -71,6 +73,8 @@ class Application:
             if handler is None or method in {b"GET", b"HEAD"}:
                 return handler
             return not_allowed("GET, HEAD")
+        if path == PAGE_PATH:
+            return self._page if method in {b"GET", b"HEAD"} else not_allowed("GET, HEAD")
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
