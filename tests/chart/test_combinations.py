@@ -162,7 +162,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]["consumerGroup"],
         ),
         (
-            ["flashsale.reservations", "flashsale.reservations.dlq"],
+            ["flashsale.recorded", "flashsale.reservations", "flashsale.reservations.dlq"],
             "flashsale.reservations",
             "flashsale-ledger",
         ),
@@ -182,6 +182,10 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         },
         {
             "shop-flashsale.reservations": (
+                requirements.PARTITIONS,
+                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+            ),
+            "shop-flashsale.recorded": (
                 requirements.PARTITIONS,
                 {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),

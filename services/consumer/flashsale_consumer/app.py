@@ -33,10 +33,14 @@ GRACE_SECONDS: Final = 5
 DESCRIPTION: Final = """\
     Records reservation events from Kafka in the ledger (PostgreSQL).
 
-    The consumer migrates the ledger and creates the topics ENGINE.reservations and
-    ENGINE.reservations.dlq if they are missing. It reads as a member of the consumer
-    group ENGINE-ledger. Each partition has one reader, so consumers beyond the number
-    of partitions are idle. Kafka and PostgreSQL may be down at the start or later.
+    After each commit it announces the reservations in the topic ENGINE.recorded, which
+    order services read.
+
+    The consumer migrates the ledger and creates the topics ENGINE.reservations,
+    ENGINE.reservations.dlq and ENGINE.recorded if they are missing. It reads as a member
+    of the consumer group ENGINE-ledger. Each partition has one reader, so consumers beyond
+    the number of partitions are idle. Kafka and PostgreSQL may be down at the start or
+    later.
 
     The ledger has the id of its engine. The consumer records nothing while the consumer
     group belongs to an engine with another id.

@@ -81,7 +81,12 @@ def test_healthy_servers_pass_every_check_and_keep_nothing(
     text = "\n".join(verdicts)
     for words in ("a script can write", "a transaction can write", "clock differs", "brokers: 1"):
         assert words in text
-    for table in (requirements.REDIS, requirements.LEDGER, requirements.TOPIC):
+    for table in (
+        requirements.REDIS,
+        requirements.LEDGER,
+        requirements.TOPIC,
+        requirements.RECORDED,
+    ):
         for requirement in table:
             assert f"{requirement.server}: {requirement.rule}" in verdicts
 
@@ -89,8 +94,9 @@ def test_healthy_servers_pass_every_check_and_keep_nothing(
 def test_an_empty_database_and_a_missing_topic_are_warnings(examined: Doctor) -> None:
     code, verdicts = examined()
     assert code == 0
-    [topic, migrations] = bad(verdicts, "warning")
-    assert "does not exist" in topic
+    [topic, recorded, migrations] = bad(verdicts, "warning")
+    assert ".reservations does not exist" in topic
+    assert ".recorded does not exist" in recorded
     assert "the ledger lacks migrations" in migrations
 
 
