@@ -65,7 +65,7 @@ PLAIN: Final = {
         (ORDERS, {"Service": 2}),
         (INGRESS, {"Ingress": 1}),
         (ROUTE, {"HTTPRoute": 1}),
-        (TOPICS, {"KafkaTopic": 2}),
+        (TOPICS, {"KafkaTopic": 3}),
         (POLICIES, {"NetworkPolicy": 3}),
         (at("networkPolicies.redis.peers", [PEER]), {"NetworkPolicy": 3}),
         (at("networkPolicies.database.peers", [PEER]), {"NetworkPolicy": 3}),

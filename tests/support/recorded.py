@@ -1,9 +1,11 @@
 """A receiver of the topic of recorded reservations, which checks every message."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import asyncpg
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
@@ -11,6 +13,7 @@ from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
 from flashsale import events
+from flashsale.errors import ContractViolation
 from flashsale.ledger import Pool
 from tests.support import asyncapi
 
@@ -22,6 +25,7 @@ SELECT sale_id AS "saleId", item_id AS "itemId", reservation_id::text AS "reserv
     accepted_at AS "acceptedAt", recorded_at AS "recordedAt", expires_at AS "expiresAt",
     confirmed_at AS "confirmedAt", order_ref AS "orderRef"
 FROM reservations r JOIN sales USING (sale_id)
+WHERE $1::text IS NULL OR sale_id = $1
 """
 
 
@@ -76,10 +80,12 @@ def cloud_event(record: ConsumerRecord) -> CloudEvent:
     return event
 
 
-async def in_ledger(pool: Pool) -> dict[str, dict[str, Any]]:
-    """Return the ledger's reservations as messages, by key."""
+async def in_ledger(
+    ledger: "Pool | asyncpg.Connection[asyncpg.Record]", sale_id: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the ledger's reservations as messages, by key: all of them, or those of a sale."""
     found = {}
-    for row in await pool.fetch(_LEDGER):
+    for row in await ledger.fetch(_LEDGER, sale_id):
         data = {name: value for name, value in msgspec.to_builtins(dict(row)).items() if value}
         data["verdict"] = "refused" if row["state"] == "refused" else "recorded"
         found[f"{row['saleId']}/{row['reservationId']}"] = data
@@ -96,12 +102,35 @@ async def received(bootstrap: str, engine: str) -> Receiver:
 
 async def read_all(bootstrap: str, topic: str) -> list[ConsumerRecord]:
     """Read a topic from its beginning to its present end. A missing topic is empty."""
+    return await _read(bootstrap, lambda name: name == topic)
+
+
+async def check_all(bootstrap: str) -> None:
+    """Check every message of every engine that shared a Kafka.
+
+    The tests write other records to the topics of events. Only those that the consumer takes for
+    events are compared with the description.
+    """
+    for record in await _read(bootstrap, lambda name: name.endswith(".recorded")):
+        Receiver().receive(record)
+    for record in await _read(bootstrap, lambda name: name.endswith(".reservations")):
+        try:
+            event = events.decode(record.value)
+        except ContractViolation:
+            continue
+        headers = asyncapi.headers_of(record)
+        if "content-type" in headers:
+            asyncapi.check("event", headers, msgspec.json.decode(events.encode(event)))
+
+
+async def _read(bootstrap: str, wanted: Callable[[str], bool]) -> list[ConsumerRecord]:
     async with AIOKafkaConsumer(bootstrap_servers=bootstrap) as anywhere:
-        if topic not in await anywhere.topics():
-            return []
+        topics = [name for name in await anywhere.topics() if wanted(name)]
+    if not topics:
+        return []
     found: list[ConsumerRecord] = []
     async with AIOKafkaConsumer(
-        topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest"
+        *topics, bootstrap_servers=bootstrap, auto_offset_reset="earliest"
     ) as consumer:
         ends = await consumer.end_offsets(sorted(consumer.assignment()))
         while any([await consumer.position(tp) < end for tp, end in ends.items()]):

@@ -1,8 +1,9 @@
 """Announces recorded reservations in a topic for order services, see ADR 21.
 
-The announcer reads the events a second time, one step behind the recording. It publishes the
-ledger's state of their reservations. Recording never waits for it. If Kafka refuses its messages,
-the announced offset stays behind and nothing is kept in memory.
+The announcer is one step behind the recording. It takes each batch that was just recorded, and
+publishes the ledger's state of its reservations. Recording never waits for it. If Kafka refuses
+messages, or after a restart, it reads the events again from the announced offset. So only a few
+batches are in memory.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 PAGE: Final = 5_000
 """Events that are announced together."""
-POLL_SECONDS: Final = 0.5
+POLL_MS: Final = 500
 REBUILDS_SECONDS: Final = 1.0
 """How often the announcer looks for rebuilt sales."""
 ACKNOWLEDGED_SECONDS: Final = 12.0
@@ -72,6 +73,8 @@ class Announcer:
         self._availability = Availability(self._topic, up, there=True)
         self._checks = Checks(log)
         self._batch_bytes = EVENT_BYTES
+        self._reading: dict[int, int] = {}
+        """The offsets of the reader, by partition."""
 
     async def run(self, pool: Pool, partitions: Partitions, engine_id: str) -> None:
         """Announce the events of `partitions` until cancelled. Outages are only logged."""
@@ -82,8 +85,6 @@ class Announcer:
                     await self._announce(partitions, source, reader, producer)
             except (OffsetOutOfRangeError, NoOffsetForPartitionError):
                 partitions.displace()
-            except _TOO_LARGE as error:
-                self._shrink(error)
             except (KafkaError, LedgerUnavailable, TimeoutError) as error:
                 self._availability.away(error)
             await asyncio.sleep(self._availability.delay())
@@ -94,6 +95,7 @@ class Announcer:
         facts = await topics.create_recorded(self._kafka, self._topic)
         if facts is not None:
             self._checks.require(requirements.RECORDED, facts)
+        self._batch_bytes = EVENT_BYTES
         reader = clients.reader(self._kafka)
         producer = AIOKafkaProducer(
             **self._kafka.kafka_client(),
@@ -116,35 +118,48 @@ class Announcer:
         reader: AIOKafkaConsumer,
         producer: AIOKafkaProducer,
     ) -> None:
-        reading: dict[int, int] = {}
+        self._reading = {}
         looked = 0.0
         while True:
             announced = partitions.announced
-            if reading != announced:
-                self._seek(reader, announced)
-                reading = announced.copy()
             if 0 in announced and time.monotonic() - looked > REBUILDS_SECONDS:
                 await self._announce_rebuilds(source, producer)
                 looked = time.monotonic()
-            if not announced:
-                await partitions.recorded(announced, {0: 0})
                 continue
-            page: Records = await reader.getmany(
-                timeout_ms=int(POLL_SECONDS * 1000), max_records=PAGE
-            )
-            read = {tp.partition: records[-1].offset + 1 for tp, records in page.items()}
-            reading |= read
-            if read and await partitions.recorded(announced, read):
-                names = _names(chain.from_iterable(page.values()))
-                await self._publish(producer, await source.reservations(names))
-                announced |= read
+            if batch := partitions.next_batch():
+                names, end = batch.names, batch.end
+                self._seek(reader, {})
+            elif announced != partitions.positions:
+                names, end = await self._read(partitions, reader)
+            else:
+                await partitions.moved(REBUILDS_SECONDS)
+                continue
+            await self._publish(producer, await source.reservations(names))
+            for number, offset in end.items():
+                announced[number] = max(announced[number], offset)
+
+    async def _read(
+        self, partitions: Partitions, reader: AIOKafkaConsumer
+    ) -> tuple[Sequence[tuple[str, str]], Mapping[int, int]]:
+        """Read a page of events from Kafka. Return it once the ledger has it."""
+        announced = partitions.announced
+        self._seek(reader, announced)
+        page: Records = await reader.getmany(timeout_ms=POLL_MS, max_records=PAGE)
+        end = {tp.partition: records[-1].offset + 1 for tp, records in page.items()}
+        self._reading |= end
+        if not await partitions.recorded(announced, end):
+            return [], {}
+        return _names(chain.from_iterable(page.values())), end
 
     def _seek(self, reader: AIOKafkaConsumer, offsets: Mapping[int, int]) -> None:
-        assigned = {TopicPartition(self._read_topic, number): number for number in offsets}
-        if reader.assignment() != assigned.keys():
-            reader.assign(list(assigned))
-        for partition, number in assigned.items():
-            reader.seek(partition, offsets[number])
+        """Set the reader to offsets. Without offsets it fetches nothing."""
+        if self._reading == offsets:
+            return
+        if self._reading.keys() != offsets.keys():
+            reader.assign([TopicPartition(self._read_topic, number) for number in offsets])
+        for number, offset in offsets.items():
+            reader.seek(TopicPartition(self._read_topic, number), offset)
+        self._reading = dict(offsets)
 
     async def _announce_rebuilds(self, source: Source, producer: AIOKafkaProducer) -> None:
         rebuilds = await source.rebuilds()
@@ -157,8 +172,20 @@ class Announcer:
 
         Raises `KafkaError` and TimeoutError. Some messages can be published then.
         """
-        if not messages:
-            return
+        while messages:
+            try:
+                await self._send(producer, messages)
+            except _TOO_LARGE:
+                # A topic with a lower limit gets smaller batches, in the end of one message.
+                if not self._batch_bytes:
+                    raise
+                self._batch_bytes //= 2
+            else:
+                self._metrics.announced.inc(len(messages))
+                self._availability.back()
+                return
+
+    async def _send(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
         now_ms = int(time.time() * 1000)
         sent: list[asyncio.Future[object]] = []
         # aiokafka retries without a limit if a broker was killed.
@@ -178,8 +205,6 @@ class Announcer:
             finally:
                 for each in sent:
                     each.add_done_callback(_retrieve)
-        self._metrics.announced.inc(len(messages))
-        self._availability.back()
 
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int
@@ -198,12 +223,6 @@ class Announcer:
                 builder.append(timestamp=now_ms, key=key, value=value, headers=headers)
         builder.close()
         yield builder
-
-    def _shrink(self, error: KafkaError) -> None:
-        """Make smaller batches for a topic with a lower limit."""
-        self._batch_bytes //= 2
-        if not self._batch_bytes:
-            self._availability.away(error)
 
 
 def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:

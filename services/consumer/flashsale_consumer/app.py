@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -146,6 +147,9 @@ def main() -> int:
         return 1
     logs.configure(own.log_level)
     # uvicorn shuts down gracefully and then raises the signal again for these handlers.
+    # Few objects survive a batch. A search per 700 objects would take a tenth of the CPU time.
+    gc.freeze()
+    gc.set_threshold(50_000)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)
 

@@ -10,9 +10,10 @@ ledger's offset.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError
@@ -27,7 +28,19 @@ log = logging.getLogger(__name__)
 BATCH_LIMIT: Final = 5_000
 """Events in one transaction."""
 
+RECENT_BATCHES: Final = 4
+"""Recorded batches in memory, from which the announcer takes its next one."""
+
 Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
+
+
+class Recorded(NamedTuple):
+    """A batch that the ledger has: its reservations, and where it begins and ends."""
+
+    begin: Mapping[int, int]
+    end: Mapping[int, int]
+    names: Sequence[tuple[str, str]]
+    """The sale id and the reservation id of each reservation."""
 
 
 class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
@@ -49,6 +62,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self.announced: dict[int, int] = {}
         """Next offset by partition. Everything before it is announced."""
         self._stored: dict[int, int] = {}
+        self._recent: deque[Recorded] = deque(maxlen=RECENT_BATCHES)
         self._moved = asyncio.Event()
         self._mark: dict[int, int] = {}
         self._marked_at = time.monotonic()
@@ -105,16 +119,44 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self.positions = {number: stored.recorded for number, stored in placed.items()}
         self.announced = {number: stored.announced for number, stored in placed.items()}
         self._stored = self.announced.copy()
+        self._recent.clear()
         self._mark = {
             number: min(self._mark.get(number, offset), offset)
             for number, offset in self.positions.items()
         }
         self._moved.set()
 
-    def record(self, positions: dict[int, int], read: Mapping[int, int]) -> None:
+    def record(
+        self,
+        positions: dict[int, int],
+        read: Mapping[int, int],
+        names: Sequence[tuple[str, str]],
+    ) -> None:
         """Note that the ledger has everything before `read`. `positions` are the batch's."""
+        if positions is self.positions:
+            begin = {number: positions[number] for number in read}
+            self._recent.append(Recorded(begin, read, names))
         positions.update(read)
         self._moved.set()
+
+    def next_batch(self) -> Recorded | None:
+        """Return the batch that continues the announced offsets, if it is still in memory."""
+        announced = self.announced
+        while self._recent:
+            batch = self._recent[0]
+            if any(begin > announced[number] for number, begin in batch.begin.items()):
+                return None
+            self._recent.popleft()
+            if any(end > announced[number] for number, end in batch.end.items()):
+                return batch
+        return None
+
+    async def moved(self, seconds: float) -> None:
+        """Wait until an offset changes, for some seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._moved.wait()
+        self._moved.clear()
 
     async def recorded(self, announced: Mapping[int, int], read: Mapping[int, int]) -> bool:
         """Wait until the ledger has everything before `read`.

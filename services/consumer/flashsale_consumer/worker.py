@@ -242,7 +242,8 @@ class Worker:
                 await self._publisher.publish(letters)
         if letters:
             self._dead_letters.back()
-        self._partitions.record(positions, read)
+        names = dict.fromkeys((event.sale_id, event.reservation_id) for event in batch)
+        self._partitions.record(positions, read, list(names))
         seconds = time.monotonic() - begun
         self._measure(size, len(letters), batch, outcome, seconds)
         refused = [(sources[id(event)], event, why) for event, why in outcome.refused]

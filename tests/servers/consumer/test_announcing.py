@@ -1,6 +1,7 @@
 """Recorded reservations are announced, whichever server or consumer fails in between."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,8 +12,14 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from flashsale import events
+from flashsale.events import Event
 from flashsale.ledger import migrate
-from flashsale_consumer import announcer
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import offsets as stored_offsets
+from flashsale_consumer import worker
+from flashsale_consumer.announcer import Announcer
+from flashsale_consumer.partitions import Partitions
+from flashsale_consumer.recorded import Source
 from tests.support.consumer import (
     Ledger,
     Log,
@@ -164,7 +171,7 @@ async def test_a_restarted_consumer_announces_what_was_recorded_before(
 
     await log.write(*first)
     with monkeypatch.context() as patch:
-        patch.setattr(announcer.Announcer, "run", never)
+        patch.setattr(Announcer, "run", never)
         async with running(ledger.url, log):
             await ledger.until_has(*first)
     assert await offsets(ledger) == (500, 0)
@@ -196,11 +203,10 @@ async def test_reservations_of_before_the_first_announcing_version_are_not_annou
 
 
 async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(announcer, "ACKNOWLEDGED_SECONDS", 1.0)
     topic = events.recorded_topic(log.engine)
-    await create(log, topic, {"min.insync.replicas": "2"})
+    await create(log, topic, {"max.message.bytes": "10"})
     sold = [accepted(number) for number in range(12_000)]
     async with running(ledger.url, log) as member:
         await log.write(*sold[:6_000])
@@ -212,12 +218,13 @@ async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
         await until(lambda: member.total("flashsale_consumer_unannounced_events") == 12_000)
         assert member.value('flashsale_consumer_server_up{server="recorded"}') == 0
         assert (await offsets(ledger))[1] == 0
-        await configure(log, topic, {"min.insync.replicas": "1"})
+        await configure(log, topic, {"max.message.bytes": "1000000"})
         await until_announced(ledger, log, len(sold))
         await until(lambda: member.total("flashsale_consumer_unannounced_events") == 0)
         await until(lambda: member.value("flashsale_consumer_unannounced_seconds") == 0)
         assert member.value('flashsale_consumer_server_up{server="recorded"}') == 1
-    assert caplog.text.count(f"waiting for {topic}") == 1
+    # A second failure is possible, while the batches are as small as for the former limit.
+    assert caplog.text.count(f"waiting for {topic}") <= 2
 
 
 async def test_a_topic_with_a_low_limit_gets_smaller_batches(ledger: Ledger, log: Log) -> None:
@@ -287,32 +294,47 @@ async def test_a_ledger_that_went_back_is_announced_again(ledger: Ledger, log: L
 
 
 @pytest.mark.slow
-async def test_the_receiver_misses_no_change_of_a_consumer_that_is_killed_at_any_step(
+async def test_the_receiver_misses_no_change_if_the_announcer_dies_at_any_step(
     ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200 consumers die, each at a later step between commit and announcement than the one before.
+    """200 announcers die between a commit and its announcement, each a step later than the last.
 
-    A round ends when no step is left, and the next round has other events.
+    The next one knows nothing but the ledger's offsets. A round ends when an announcer survives,
+    and the next round has other events.
     """
-    announce = announcer.Announcer._announce
-    cut = Cut(0)
+    started: asyncio.Future[tuple[Any, Partitions, str]] = asyncio.Future()
 
-    async def cut_short(self: announcer.Announcer, *arguments: Any) -> None:  # noqa: ANN401
-        await cut.run(announce(self, *arguments))
+    async def handed_over(_: Announcer, *arguments: Any) -> None:  # noqa: ANN401
+        started.set_result(arguments)
+        await asyncio.Event().wait()
 
-    monkeypatch.setattr(announcer.Announcer, "_announce", cut_short)
-    sold, kills = [], 0
-    while kills < KILLS:
-        batch = [held(kills + number) for number in range(3)]
-        sold += batch
-        await log.write(*batch, *(changed(event, "confirmed") for event in batch))
-        for step in range(1_000):
-            cut = Cut(step)
-            async with running(ledger.url, log):
-                await cut.reached(lambda: is_announced(ledger))
-            if not cut.dead:
-                break
-            kills += 1
+    monkeypatch.setattr(Announcer, "run", handed_over)
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.05)
+    sold: list[Event] = []
+    kills = 0
+    async with running(ledger.url, log) as member:
+        pool, partitions, engine_id = await started
+        source = Source(pool, engine_id)
+        await until(lambda: member.partitions() == 12)
+        logs = {number: range(1_000_000) for number in range(12)}
+        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap, engine=log.engine)
+        async with Announcer(kafka, member.metrics)._connected() as clients:
+            while kills < KILLS:
+                batch = [held(len(sold) + number) for number in range(3)]
+                sold += batch
+                await log.write(*batch, *(changed(event, "confirmed") for event in batch))
+                await ledger.until_has(*batch)
+                for step in itertools.count():
+                    cut = Cut(step)
+                    partitions._at(await stored_offsets.place(pool, log.topic, logs))
+                    dying = Announcer(kafka, member.metrics)._announce(partitions, source, *clients)
+                    task = asyncio.create_task(cut.run(dying))
+                    await cut.reached(lambda: is_announced(ledger))
+                    task.cancel()
+                    await asyncio.wait([task])
+                    if not cut.dead:
+                        break
+                    kills += 1
     view = await until_announced(ledger, log, len(sold))
     assert {each["state"] for each in view.reservations.values()} == {"confirmed"}
 

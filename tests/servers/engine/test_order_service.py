@@ -111,11 +111,8 @@ async def test_the_example_decides_on_every_hold_as_the_ledger_has_it(
 
         await until(decided)
         sale = f"default/{item}"
-        recorded = {
-            each["reservationId"]: each
-            for each in (await in_ledger(ledger.pool)).values()
-            if each["saleId"] == sale
-        }
+        found = await in_ledger(ledger.pool, sale)
+        recorded = {each["reservationId"]: each for each in found.values()}
 
         def complete() -> bool:
             """Whether the last message of each reservation was decided on."""

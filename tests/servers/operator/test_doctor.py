@@ -10,10 +10,12 @@ import pytest
 from redis import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import ledger, requirements
+from flashsale import events, ledger, requirements
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import RedisFacts
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import topics
 from flashsale_operator.ctl import doctor
 from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
@@ -63,7 +65,10 @@ def prepared(environ: dict[str, str]) -> None:
         pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
         await ledger.migrate(pool)
         await pool.close()
-        await Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"]).create()
+        log = Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"])
+        await log.create()
+        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap)
+        await topics.create_recorded(kafka, events.recorded_topic(log.engine))
 
     asyncio.run(prepare())
 
