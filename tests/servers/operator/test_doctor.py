@@ -19,6 +19,7 @@ from flashsale_consumer import topics
 from flashsale_operator.ctl import doctor
 from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
+from tests.support.eventually import until
 
 Doctor = Callable[..., tuple[int, dict[str, str]]]
 
@@ -68,7 +69,8 @@ def prepared(environ: dict[str, str]) -> None:
         log = Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"])
         await log.create()
         kafka = KafkaSettings(kafka_bootstrap=log.bootstrap)
-        await topics.create_recorded(kafka, events.recorded_topic(log.engine))
+        # The broker can show a new topic a moment after its creation.
+        await until(lambda: topics.create_recorded(kafka, events.recorded_topic(log.engine)))
 
     asyncio.run(prepare())
 
