@@ -93,6 +93,11 @@ def dead_letter_topic(engine: str = DEFAULT_ENGINE) -> str:
     return f"{topic(engine)}.dlq"
 
 
+def recorded_topic(engine: str = DEFAULT_ENGINE) -> str:
+    """Returns the engine's topic of recorded reservations, which order services read."""
+    return f"{engine}.recorded"
+
+
 def consumer_group(engine: str = DEFAULT_ENGINE) -> str:
     """Returns the consumer group that records the engine's events."""
     return f"{engine}-ledger"

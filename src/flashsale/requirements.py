@@ -224,6 +224,22 @@ TOPIC: Final = (
         fatal=False,
     ),
 )
+RECORDED: Final = (
+    Requirement[TopicFacts](
+        "Kafka",
+        "retention.ms of 7 days or more for recorded reservations",
+        lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
+        "raise the topic's retention.ms, because an order service misses older messages",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "max.message.bytes of 256 KiB or more for recorded reservations",
+        lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
+        "raise the topic's max.message.bytes, because smaller batches cost more",
+        fatal=False,
+    ),
+)
 
 
 def findings(table: Iterable[Requirement[F]], facts: F) -> list[Finding]:

@@ -69,7 +69,11 @@ def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) ->
     }
     rendered = chart.render(changes)
     names = {each["metadata"]["name"] for each in rendered.all("KafkaTopic")}
-    assert names == {events.topic("other"), events.dead_letter_topic("other")}
+    assert names == {
+        events.topic("other"),
+        events.dead_letter_topic("other"),
+        events.recorded_topic("other"),
+    }
     trigger = rendered.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]
     assert trigger["topic"] == events.topic("other")
     assert trigger["consumerGroup"] == events.consumer_group("other")

@@ -70,7 +70,7 @@ PLAIN: Final = {
         (ORDERS, {"Service": 2}),
         (INGRESS, {"Ingress": 1}),
         (ROUTE, {"HTTPRoute": 1}),
-        (TOPICS, {"KafkaTopic": 2}),
+        (TOPICS, {"KafkaTopic": 3}),
         (POLICIES, {"NetworkPolicy": 3}),
         (at("networkPolicies.redis.peers", [PEER]), {"NetworkPolicy": 3}),
         (at("networkPolicies.database.peers", [PEER]), {"NetworkPolicy": 3}),
@@ -167,7 +167,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]["consumerGroup"],
         ),
         (
-            ["flashsale.reservations", "flashsale.reservations.dlq"],
+            ["flashsale.recorded", "flashsale.reservations", "flashsale.reservations.dlq"],
             "flashsale.reservations",
             "flashsale-ledger",
         ),
@@ -190,6 +190,10 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
                 requirements.PARTITIONS,
                 TOPIC_SIZE
                 | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+            ),
+            "shop-flashsale.recorded": (
+                requirements.PARTITIONS,
+                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
                 requirements.PARTITIONS,

@@ -224,7 +224,7 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
 
     topics = {
         f"kafkatopic.kafka.strimzi.io/shop-flashsale.{name}"
-        for name in ("reservations", "reservations.dlq")
+        for name in ("reservations", "reservations.dlq", "recorded")
     }
     uninstall()
     assert names(cluster, namespace, "shop") == {CRD_RESOURCE, *topics}

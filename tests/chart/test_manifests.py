@@ -37,6 +37,7 @@ VALUES: Final = K8S / "values"
 LOADTEST: Final = ROOT / "loadtest"
 # The names of the engine in k8s/values.
 TOPIC: Final = "flashsale.reservations"
+RECORDED: Final = "flashsale.recorded"
 PASSWORD: Final = "Secret-of.the_test~1"
 ENGINE: Final = "Secret-of.the_engine~2"
 API: Final = "Secret-of.the_api~3"
@@ -227,6 +228,7 @@ def test_topics_have_one_copy_per_broker(chart: Helm, files: list[Path]) -> None
     assert {each["metadata"]["name"] for each in topics} == {
         TOPIC,
         f"{TOPIC}.dlq",
+        RECORDED,
     }
     config = kafka[0]["spec"]["kafka"]["config"]
     for topic in topics:
@@ -242,7 +244,7 @@ def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
         for acl in user["spec"]["authorization"]["acls"]:
             resource = acl["resource"]
             assert resource.get("patternType", "literal") == "literal"
-            assert resource["name"] in (TOPIC, f"{TOPIC}.dlq", GROUP)
+            assert resource["name"] in (TOPIC, f"{TOPIC}.dlq", RECORDED, GROUP)
             assert (resource["type"] == "group") == (resource["name"] == GROUP)
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 

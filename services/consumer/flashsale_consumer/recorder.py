@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from asyncpg import CheckViolationError, DataError, IntegrityConstraintViolationError
@@ -121,14 +122,16 @@ class BatchOutcome:
     broken: list[tuple[Event, str]] = field(default_factory=list)
 
 
-async def record(
+async def record(  # noqa: PLR0913 - the batch and three kinds of offsets
     connection: Connection,
     topic: str,
     positions: Mapping[int, int],
     read: Mapping[int, int],
     events: Sequence[Event],
+    *,
+    announced: Mapping[int, int] = MappingProxyType({}),
 ) -> BatchOutcome:
-    """Record the events between `positions` and `read`, and store the offsets in `read`.
+    """Record the events between `positions` and `read`, and store `read` and `announced`.
 
     `positions` has all partitions of this consumer. Raises `LedgerRewound` if the ledger has less
     of one of them. Before the caller commits, it must save the events in `BatchOutcome.broken`
@@ -145,9 +148,7 @@ async def record(
         await _write(connection, fold(valid), outcome)
         # Last, because a valid event may have recorded the reservation.
         await _refuse_late(connection, fold(unknown), outcome)
-    # A consumer that lost its partitions can be behind the one that reads them now.
-    ahead = {partition: offset for partition, offset in read.items() if offset > stored[partition]}
-    await offsets.move(connection, topic, ahead)
+    await offsets.advance(connection, topic, stored, read, announced)
     return outcome
 
 

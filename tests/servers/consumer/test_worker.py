@@ -23,6 +23,7 @@ from tests.support.consumer import (
     running,
 )
 from tests.support.eventually import until
+from tests.support.recorded import received
 
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
@@ -292,5 +293,10 @@ async def test_killed_consumers_lose_and_double_nothing(
     await writing
     await ledger.until_rows(len(sold))
     assert await ledger.has(*sold)
+
+    async def announced() -> bool:
+        return await (await received(log.bootstrap, log.engine)).agrees(ledger.pool)
+
+    await until(announced, "every reservation is announced", pause=1)
     consumer.signal(signal.SIGTERM)
     assert await consumer.ended() == 0

@@ -199,6 +199,11 @@ def test_a_topic_with_more_than_the_requirements_is_accepted(
 
 def test_the_install_page_has_every_requirement() -> None:
     page = (ROOT / "docs/install.md").read_text().replace("`", "")
-    for table in (requirements.REDIS, requirements.LEDGER, requirements.TOPIC):
+    for table in (
+        requirements.REDIS,
+        requirements.LEDGER,
+        requirements.TOPIC,
+        requirements.RECORDED,
+    ):
         for requirement in table:
             assert f"| {requirement.server} | {requirement.rule} |" in page

@@ -166,6 +166,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Ite
         # The users may not create topics. Strimzi's topic operator does that.
         owned = KafkaSettings(kafka_bootstrap=server.bootstrap)
         asyncio.run(topics.create(owned, events.topic(), events.dead_letter_topic()))
+        asyncio.run(topics.create_recorded(owned, events.recorded_topic()))
         del owner  # closes its connections
         yield secured
 
@@ -292,6 +293,9 @@ async def test_each_user_can_do_its_own_work_and_nothing_else(
         ("consumer", events.topic()): False,
         ("consumer", events.dead_letter_topic()): True,
         ("operator", events.topic()): True,
+        ("api", events.recorded_topic()): False,
+        ("consumer", events.recorded_topic()): True,
+        ("operator", events.recorded_topic()): False,
     }
     for (component, name), allowed in may_write.items():
         producer = AIOKafkaProducer(
