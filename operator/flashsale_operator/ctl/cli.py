@@ -154,8 +154,11 @@ async def connected(addresses: Stores | Servers, item: str | None = None) -> Asy
 
 async def _nearest(clients: Clients, wanted: str) -> str | None:
     """Returns the item that a person may have meant by an item or by the name of a sale."""
-    rows = await ledger.sales(clients.pool)
-    items = {item.lower(): item for item in await clients.inventory.items()}
+    try:
+        rows = await ledger.sales(clients.pool)
+        items = {item.lower(): item for item in await clients.inventory.items()}
+    except FlashsaleError:
+        return None  # an outage must not hide the error that needs a hint
     items |= {row.item_id.lower(): row.item_id for row in rows}
     names = {row.sale_id.partition("/")[2].lower(): row.item_id for row in rows}
     names |= {row.sale_id.lower(): row.item_id for row in rows}
