@@ -193,7 +193,8 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             ),
             "shop-flashsale.recorded": (
                 requirements.PARTITIONS,
-                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                TOPIC_SIZE
+                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
                 requirements.PARTITIONS,

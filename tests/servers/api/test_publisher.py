@@ -161,8 +161,12 @@ async def test_a_pod_that_answers_a_replay_also_publishes_it(
 
 
 async def test_an_event_carries_the_reservation_and_its_sale(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
+    kafka_here: KafkaServer,
+    new_api: Callable[[str], ApiServer],
+    inventory_here: Inventory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FLASHSALE_TRUST_TRACEPARENT", "true")
     await start_kafka(kafka_here)
     api = new_api("api")
     await asyncio.to_thread(api.start)
