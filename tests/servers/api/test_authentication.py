@@ -18,6 +18,7 @@ from jwt.algorithms import ECAlgorithm
 
 from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer
+from dev.stack import process
 from dev.stack.errors import StackError
 from flashsale_api import tokens
 from flashsale_api.metrics import Metrics
@@ -207,11 +208,11 @@ async def test_a_sale_that_is_known_to_be_sold_out_is_answered_before_the_verifi
 
 
 async def test_a_pod_without_keys_is_not_ready(
-    without_kafka: Addresses, tmp_path: Path, issuer: Issuer
+    without_kafka: Addresses, tmp_path: Path, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process, "START_SECONDS", 5.0)
     settings = issuer.settings | {"FLASHSALE_JWKS_URL": f"{issuer.url[:-1]}1/none"}
     server = ApiServer(tmp_path / "api", without_kafka, settings=settings)
-    server.START_SECONDS = 5  # type: ignore[attr-defined]
     with pytest.raises(StackError, match="FLASHSALE_JWKS_URL"):
         server.start()
 
