@@ -202,6 +202,7 @@ async def test_reservations_of_before_the_first_announcing_version_are_not_annou
     assert f"{former.sale_id}/{former.reservation_id}" not in view.reservations
 
 
+@pytest.mark.slow
 async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
     ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
