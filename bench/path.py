@@ -5,6 +5,7 @@ do not disturb it. Reads FLASHSALE_REDIS_URL for the client's part of a script c
 as JSON.
 """
 
+import argparse
 import asyncio
 import os
 import sys
@@ -229,5 +230,12 @@ async def parts(redis_url: str) -> Parts:
 
 
 if __name__ == "__main__":
-    found = uvloop.run(parts(os.environ["FLASHSALE_REDIS_URL"]))
+    argparse.ArgumentParser(
+        prog="python -m bench.path",
+        description="Measure parts of a request in one process, and print their seconds as JSON. "
+        "FLASHSALE_REDIS_URL names the Redis, such as the one of .local/env.",
+    ).parse_args()
+    if not (redis_url := os.environ.get("FLASHSALE_REDIS_URL")):
+        sys.exit("FLASHSALE_REDIS_URL is not set: expected redis://host:port/db, as in .local/env")
+    found = uvloop.run(parts(redis_url))
     sys.stdout.buffer.write(msgspec.json.encode(found))
