@@ -119,7 +119,7 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
         "201",
         "202",
         "409",
-        "accepted",
+        "confirmed",
         "200",
     ]
     assert cluster.kubectl("get", "fs", "-n", namespace, "-o", "name").stdout == ""

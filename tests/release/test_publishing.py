@@ -54,7 +54,6 @@ def push_images(builder: Buildah, images: str) -> str:
         **os.environ,
         "BUILDER": f"buildah --root {builder.folder}/store --runroot {builder.folder}/run",
         "BUILDAH_ISOLATION": "chroot",
-        "BUILDAH_LAYERS": "true",
         "PUSH_FLAGS": "--quiet --tls-verify=false",
     }
     with exclusive(builder.folder / "store"), network() as mounts:

@@ -10,7 +10,7 @@ from typing import Final
 from dev.services import ApiServer
 from flashsale_api.protocol import REQUEST_SECONDS
 
-DEADLINE_SECONDS: Final = 3 * REQUEST_SECONDS
+DEADLINE_SECONDS: Final = 9 * REQUEST_SECONDS
 TE: Final = b"Transfer-Encoding: chunked\r\n"
 JSON: Final = b"Content-Type: application/json\r\n"
 POST: Final = b"POST /reserve HTTP/1.1\r\nHost: x\r\n" + JSON

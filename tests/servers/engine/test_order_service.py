@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 
 from dev.services import Addresses, ApiServer, ConsumerServer
+from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events
 from tests.support import asyncapi
 from tests.support.api import reserve
@@ -57,6 +59,14 @@ class OrderService:
         """Return the complete lines."""
         lines = self._output.read_bytes().split(b"\n")[:-1]
         return [msgspec.json.decode(line) for line in lines]
+
+
+@pytest.fixture
+def addresses(redis_server: RedisServer, kafka_server: KafkaServer, database_url: str) -> Addresses:
+    """An engine of its own, so that the example reads no messages of other tests."""
+    return Addresses(
+        redis_server.url, kafka_server.bootstrap, database_url, f"shop-{uuid.uuid4().hex[:8]}"
+    )
 
 
 @pytest.fixture
