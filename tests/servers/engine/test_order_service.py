@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from dev.services import Addresses, ApiServer, ConsumerServer
-from dev.stack.servers import KafkaServer, RedisServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import events
 from tests.support import asyncapi
 from tests.support.api import reserve
@@ -24,6 +24,7 @@ from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
 from tests.support.paths import ROOT
 from tests.support.recorded import in_ledger, read_all, received
+from tests.support.servers import database
 
 pytestmark = pytest.mark.slow
 
@@ -61,12 +62,14 @@ class OrderService:
         return [msgspec.json.decode(line) for line in lines]
 
 
-@pytest.fixture
-def addresses(redis_server: RedisServer, kafka_server: KafkaServer, database_url: str) -> Addresses:
+@pytest.fixture(scope="module")
+def addresses(
+    redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
+) -> Iterator[Addresses]:
     """An engine of its own, so that the example reads no messages of other tests."""
-    return Addresses(
-        redis_server.url, kafka_server.bootstrap, database_url, f"shop-{uuid.uuid4().hex[:8]}"
-    )
+    name = f"shop-{uuid.uuid4().hex[:8]}"
+    with database(postgres_server) as url:
+        yield Addresses(redis_server.url, kafka_server.bootstrap, url, name)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from dev.verdict import judge, quiet
 from flashsale import heartbeat, redis_client
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
@@ -62,10 +63,11 @@ class Scene:
 
     async def living(self) -> list[heartbeat.Report]:
         client = redis_client.connect(self.addresses.redis_url)
-        server = await Inventory(client).server()
-        found = await heartbeat.living(client, ITEM, server, self.addresses.engine)
-        await client.aclose()
-        return found
+        try:
+            server = await Inventory(client).server()
+            return await heartbeat.living(client, ITEM, server, self.addresses.engine)
+        finally:
+            await client.aclose()
 
     async def end(self) -> None:
         """Let every process reach every server, and compare the promises with the ledger."""
@@ -141,7 +143,7 @@ async def test_a_flood_does_not_hide_the_events_of_a_pod_from_a_rebuild(scene: S
     flood = Flood(scene.flooded.url)
     async with flood.running(ITEM, NONE, FLOOD_CONNECTIONS):
         await scene.flush()
-        await until(scene.living)
+        await until(scene.living, ignoring=(RedisUnavailable,))
         watching = asyncio.create_task(watch.look_for(12))
         assert not await scene.rebuilt()
         seen = await watching
