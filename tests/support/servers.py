@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from dev.cluster.binaries import Binaries, binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
 from flashsale import ledger, redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
@@ -23,6 +23,13 @@ from tests.support import recorded
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """Three primaries without replicas."""
+    with RedisCluster(tmp_path_factory.mktemp("redis-cluster")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

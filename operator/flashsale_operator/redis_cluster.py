@@ -1,0 +1,125 @@
+"""Form a Redis Cluster of empty nodes. A repeated call finishes or changes nothing."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from flashsale.errors import FlashsaleError
+
+SLOTS: Final = 16_384
+PRIMARIES: Final = 3
+SECONDS: Final = 60.0
+"""How long the nodes may take to answer, and then for each step."""
+_BETWEEN_SECONDS: Final = 0.1
+_ID, _FLAGS, _SLOTS = 0, 2, 8
+"""Fields of a line of CLUSTER NODES. The slots are the last ones."""
+
+
+class NotFormed(FlashsaleError):
+    """The nodes do not form a cluster. The text names the step."""
+
+
+async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int]]) -> bool:
+    """Makes one cluster of the nodes, whose first three become primaries. False if it is one.
+
+    `addresses` are those by which the nodes reach each other: host, port and bus port. The fourth
+    node follows the first one, the fifth the second one, and so on. Waits until every node knows
+    all slots, and all replicas are connected. Raises `NotFormed`.
+    """
+    if len(nodes) < PRIMARIES:
+        raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
+    await _until("every node answers", lambda: _all(nodes, _answers))
+    if await _all(nodes, _complete):
+        return False
+    try:
+        for number, node in enumerate(nodes, start=1):
+            await _unless_done(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
+        for host, port, bus_port in addresses[1:]:
+            await _ask(nodes[0], "CLUSTER", "MEET", host, port, bus_port)
+        ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
+
+        async def knows_all(node: "Redis") -> bool:
+            # The count of known nodes includes handshakes, which REPLICATE refuses.
+            return set(ids) <= {line[_ID] for line in await _nodes(node)}
+
+        await _until("every node knows all others", lambda: _all(nodes, knows_all))
+        bounds = [SLOTS * number // PRIMARIES for number in range(PRIMARIES + 1)]
+        for number, node in enumerate(nodes[:PRIMARIES]):
+            if not await _has_slots(node):
+                first, last = bounds[number], bounds[number + 1] - 1
+                await _ask(node, "CLUSTER", "ADDSLOTSRANGE", first, last)
+        for number, node in enumerate(nodes[PRIMARIES:]):
+            if await _is_primary(node):
+                await _ask(node, "CLUSTER", "REPLICATE", ids[number % PRIMARIES])
+        await _until("every node knows all slots and its primary", lambda: _all(nodes, _complete))
+    except (RedisError, OSError) as error:
+        raise NotFormed(f"a node refused a step: {error}") from error
+    return True
+
+
+async def _all(nodes: Sequence["Redis"], check: Callable[["Redis"], Awaitable[bool]]) -> bool:
+    return all(await asyncio.gather(*(check(node) for node in nodes)))
+
+
+async def _until(step: str, check: Callable[[], Awaitable[bool]]) -> None:
+    error: Exception | None = None
+    try:
+        async with asyncio.timeout(SECONDS):
+            while True:
+                try:
+                    if await check():
+                        return
+                except (RedisError, OSError) as failure:
+                    error = failure
+                await asyncio.sleep(_BETWEEN_SECONDS)
+    except TimeoutError:
+        why = f": {error}" if error else ""
+        raise NotFormed(f"waited {SECONDS:.0f} s until {step}{why}") from error
+
+
+async def _ask(node: "Redis", *command: str | int) -> Any:  # noqa: ANN401 - of any command
+    call = cast("Callable[..., Awaitable[Any]]", node.execute_command)
+    return await call(*command)
+
+
+async def _unless_done(node: "Redis", *command: str | int) -> None:
+    try:
+        await _ask(node, *command)
+    except ResponseError:
+        # The node has an epoch or knows other nodes already: an earlier call ended here.
+        return
+
+
+async def _answers(node: "Redis") -> bool:
+    await _ask(node, "PING")
+    return True
+
+
+async def _complete(node: "Redis") -> bool:
+    """Whether the node knows an owner of every slot, and is connected to its primary."""
+    info = await _ask(node, "CLUSTER INFO")
+    replication: dict[str, Any] = await node.info("replication")
+    return (
+        info["cluster_state"] == "ok"
+        and int(info["cluster_slots_assigned"]) == SLOTS
+        and replication.get("master_link_status", "up") == "up"
+    )
+
+
+async def _nodes(node: "Redis") -> list[list[str]]:
+    """Returns the node's view of the cluster: a list of fields for each node."""
+    text = str(await _ask(node, "CLUSTER", "NODES"))
+    return [line.split() for line in text.splitlines()]
+
+
+async def _has_slots(node: "Redis") -> bool:
+    [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
+    return len(own) > _SLOTS
+
+
+async def _is_primary(node: "Redis") -> bool:
+    replication: dict[str, Any] = await node.info("replication")
+    return bool(replication["role"] == "master")

@@ -1,0 +1,33 @@
+"""The stack's Redis Cluster: it is formed once, and survives a restart of all nodes."""
+
+from pathlib import Path
+
+import pytest
+import redis
+
+from dev.stack.packages import redis_binaries
+from dev.stack.servers import RedisCluster
+
+
+def roles(cluster: RedisCluster) -> list[str]:
+    found = []
+    for server in cluster.servers:
+        with redis.Redis.from_url(server.url) as client:
+            found.append(client.info("replication")["role"])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(redis_binaries()))
+def test_a_cluster_is_formed_once_and_survives_a_restart_of_all_nodes(
+    name: str, tmp_path: Path
+) -> None:
+    with RedisCluster(tmp_path, redis_binaries()[name], replicas=1) as cluster:
+        before = roles(cluster)
+        assert before == ["master"] * 3 + ["slave"] * 3
+        assert cluster.form() is False
+        with redis.RedisCluster.from_url(cluster.url) as client:
+            client.set("a key", "a value")
+    with RedisCluster(tmp_path, redis_binaries()[name], replicas=1) as cluster:
+        assert roles(cluster) == before
+        with redis.RedisCluster.from_url(cluster.url) as client:
+            assert client.get("a key") == b"a value"
