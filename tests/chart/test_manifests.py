@@ -375,7 +375,7 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
         for user, password in (("flashsale", ENGINE), ("flashsale-api", API))
     ]
     for client in (operator, api):
-        Checks().require(requirements.REDIS, await Inventory(client, "shop").facts())
+        Checks().require(requirements.REDIS, *await Inventory(client, "shop").facts())
     seeding = Inventory(operator, "shop")
     await seeding.claim("e-1")
     spec = SaleSpec("default/phone", "phone", 10)

@@ -21,8 +21,10 @@ def rules(user: str) -> list[str]:
     return re.findall(r"\([^)]*\)|\S+", found)
 
 
-def url_of(server: RedisServer, user: str) -> str:
-    """Create the user, unless it exists, and return its address of the server."""
+def url_of(server: RedisServer, user: str, *more: str) -> str:
+    """Create the user with these rights, and `more` of them. Return its address of the server."""
     with redis.Redis.from_url(server.url) as admin:
-        admin.execute_command("ACL", "SETUSER", user, "reset", "on", f">{PASSWORD}", *rules(user))
+        admin.execute_command(
+            "ACL", "SETUSER", user, "reset", "on", f">{PASSWORD}", *rules(user), *more
+        )
     return server.url.replace("redis://", f"redis://{user}:{PASSWORD}@")

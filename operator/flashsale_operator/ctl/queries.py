@@ -89,12 +89,12 @@ async def _sales(clients: Clients, item: str | None, *, every: bool) -> list[sal
     rows = await ledger.sales(clients.pool, item)
     items = {row.item_id for row in rows}
     items.update([item] if item else await clients.inventory.items())
-    server = await clients.inventory.server()
+    servers = await clients.inventory.servers(items)
     held = await clients.inventory.sales(sorted(items))
     if item is None and not every:
         present = {sale.sale_id for sale in held.values()}
         rows = [row for row in rows if not row.closed or row.sale_id in present]
-    return sales.views(rows, held, server)
+    return sales.views(rows, held, servers)
 
 
 @command("audit", "audit iphone_15")
@@ -160,7 +160,7 @@ async def _audited(
     findings, failure = {}, ""
     faults: list[str] = []
     try:
-        versions["redis"] = (await clients.inventory.facts()).version or "unknown"
+        versions["redis"] = (await clients.inventory.facts())[0].version or "unknown"
         spans = partial(offsets.spans, addresses)
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
         findings = {finding.sale_id: finding for finding in found.findings}

@@ -66,13 +66,13 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
 
 async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> list[SaleRow]:
     """Returns the fenced sales of rows that are not closed, or closed with open holds."""
-    server = await clients.inventory.server()
+    servers = await clients.inventory.servers({row.item_id for row in rows})
     held = await clients.inventory.sales({row.item_id for row in rows})
     return [
         row
         for row in rows
         if (not row.closed or row.held)
-        and state_of(row, held.get(row.item_id), server) is SaleState.FENCED
+        and state_of(row, held.get(row.item_id), servers[row.item_id]) is SaleState.FENCED
     ]
 
 
@@ -157,7 +157,7 @@ async def adopt_redis(environ: Environ) -> int:
     """Move the sales to another Redis. First stop the API pods that use the former one."""
     async with connected(settings.load(Stores, environ)) as clients:
         await ledger.migrate(clients.pool)
-        await clients.inventory.server()  # raises RedisUnavailable for a wrong address
+        await clients.inventory.clocks()  # raises RedisUnavailable for a wrong address
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
         await clients.inventory.claim(own)
         address = clients.inventory.address

@@ -42,17 +42,22 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     declared_by: str | None
 
 
-def views(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> list[SaleView]:
-    """Returns the sales of the ledger, then those that only Redis has, sorted by item."""
+def views(
+    rows: Sequence[SaleRow], held: Mapping[str, Sale], servers: Mapping[str, ServerTime]
+) -> list[SaleView]:
+    """Returns the sales of the ledger, then those that only Redis has, sorted by item.
+
+    `held` and `servers` have the sale and the server of each item in Redis.
+    """
     recorded = {row.sale_id for row in rows}
     return [
         *(
-            _view(row, held.get(row.item_id), server)
+            _view(row, held.get(row.item_id), servers[row.item_id])
             for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
         ),
         *(
-            _view(None, sale, server)
-            for _, sale in sorted(held.items())
+            _view(None, sale, servers[item_id])
+            for item_id, sale in sorted(held.items())
             if sale.sale_id not in recorded
         ),
     ]

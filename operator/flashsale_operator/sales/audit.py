@@ -282,7 +282,7 @@ async def _look(
     before = {row.sale_id: row for row in await ledger.sales(pool, item_id)}
     items = {row.item_id for row in before.values()}
     items.update([item_id] if item_id is not None else await inventory.items())
-    server = await inventory.server()
+    servers = await inventory.servers(items)
     holders = await inventory.sales(sorted(items))
     ends = await spans()
     topic = events.topic(inventory.engine)
@@ -295,7 +295,7 @@ async def _look(
             Facts(
                 before=before.get(sale_id),
                 holder=holders.get(after[sale_id].row.item_id),
-                server=server,
+                server=servers[after[sale_id].row.item_id],
                 lag=lag,
                 after=after[sale_id],
             )
@@ -303,7 +303,7 @@ async def _look(
         for sale_id in after
     ]
     found += [
-        compare(Facts(before=None, holder=sale, server=server, lag=lag, after=None))
+        compare(Facts(before=None, holder=sale, server=servers[sale.item_id], lag=lag, after=None))
         for sale in holders.values()
         if sale.sale_id not in after
     ]

@@ -51,10 +51,10 @@ class Batcher(Calls[Request, Decision]):
         metrics: Metrics,
         engine: Engine,
         *,
-        refusal: Callable[[], Outcome | Failure | None] = lambda: None,
+        refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
         spans: "Spans | None" = None,
     ) -> None:
-        """`refusal` returns the outcome of all requests if the pod may not call the script now."""
+        """`refusal` returns the outcome of an item's requests if the pod may not call Redis now."""
         super().__init__(metrics, engine, metrics.waiting)
         self._refusal = refusal
         self._spans = spans
@@ -74,7 +74,7 @@ class Batcher(Calls[Request, Decision]):
         return Decision(Outcome.OTHER_ENGINE)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
-        if refusal := self._refusal():
+        if refusal := self._refusal(item_id):
             return [Decision(refusal, request.reservation_id) for request in requests]
         reply = await self._reserve(item_id, requests)
         if not isinstance(reply, BatchReply):

@@ -21,8 +21,8 @@ from tests.support.paths import ROOT
 GOOD_REDIS = RedisFacts("7.0.15", "noeviction", "0", appendonly=True, script_error="")
 
 
-def require_redis(facts: RedisFacts) -> None:
-    Checks().require(requirements.REDIS, facts)
+def require_redis(*facts: RedisFacts) -> None:
+    Checks().require(requirements.REDIS, *facts)
 
 
 async def require_ledger(url: str) -> None:
@@ -37,12 +37,13 @@ async def test_a_server_of_the_stack_meets_all_requirements(
     inventory: Inventory, pool: asyncpg.Pool
 ) -> None:
     for found in (
-        requirements.findings(requirements.REDIS, await inventory.facts()),
+        requirements.findings(requirements.REDIS, *await inventory.facts()),
         requirements.findings(requirements.LEDGER, await ledger.facts(pool)),
     ):
         assert {finding.verdict for finding in found} == {"ok"}, found
 
 
+@pytest.mark.usefixtures("redis_server")
 @pytest.mark.parametrize(
     ("setting", "value"), [("maxmemory-policy", "allkeys-lru"), ("repl-backlog-ttl", "3600")]
 )
@@ -56,7 +57,7 @@ async def test_a_setting_of_redis_that_endangers_sales_is_named(
     finally:
         await redis.config_set(setting, before)
     with pytest.raises(UnmetRequirement) as unmet:
-        require_redis(facts)
+        require_redis(*facts)
     assert str(unmet.value).startswith(f"Redis has {setting} {value}, but needs {setting} {before}")
 
 
@@ -82,9 +83,9 @@ async def test_a_redis_user_without_info_is_a_mistake_and_no_outage(
 ) -> None:
     async with redis_user(redis_server, "+@all", "-@dangerous") as client:
         with pytest.raises(UnmetRequirement, match="but needs INFO in scripts"):
-            require_redis(await Inventory(client).facts())
+            require_redis(*await Inventory(client).facts())
     async with redis_user(redis_server, "+@all", "-@dangerous", "+info") as client:
-        require_redis(await Inventory(client).facts())
+        require_redis(*await Inventory(client).facts())
 
 
 async def test_a_redis_that_is_away_is_an_outage() -> None:

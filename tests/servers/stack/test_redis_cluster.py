@@ -7,6 +7,7 @@ import redis
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster
+from flashsale_operator.ctl.commands import run
 
 
 def roles(cluster: RedisCluster) -> list[str]:
@@ -31,3 +32,11 @@ def test_a_cluster_is_formed_once_and_survives_a_restart_of_all_nodes(
         assert roles(cluster) == before
         with redis.RedisCluster.from_url(cluster.url) as client:
             assert client.get("a key") == b"a value"
+
+
+def test_a_cluster_needs_three_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    environ = {"FLASHSALE_REDIS_URL": "redis://127.0.0.1:1/0"}
+    assert run(["form-redis-cluster", "127.0.0.1"], environ) == 1
+    assert "needs 3 nodes or more, but 1 given" in capsys.readouterr().err
+    assert run(["form-redis-cluster", "no-such.invalid", "a.invalid", "b.invalid"], environ) == 1
+    assert "the host no-such.invalid is not known" in capsys.readouterr().err

@@ -4,13 +4,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, cast
 
+import click
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from flashsale import redis_client, settings
 from flashsale.errors import FlashsaleError
+from flashsale.redis_client import connect
+from flashsale.requirements import SLOTS
+from flashsale.settings import EngineSettings, RedisUrl
+from flashsale_operator.ctl.cli import Environ, command
 
-SLOTS: Final = 16_384
 PRIMARIES: Final = 3
+BUS_OFFSET: Final = 10_000
+"""The bus port of a node is this much above its port, unless it is set."""
 SECONDS: Final = 60.0
 """How long the nodes may take to answer, and then for each step."""
 _BETWEEN_SECONDS: Final = 0.1
@@ -123,3 +130,38 @@ async def _has_slots(node: "Redis") -> bool:
 async def _is_primary(node: "Redis") -> bool:
     replication: dict[str, Any] = await node.info("replication")
     return bool(replication["role"] == "master")
+
+
+class _Redis(EngineSettings, frozen=True):
+    redis_url: RedisUrl
+
+
+@command("form-redis-cluster redis-node-0 redis-node-1 redis-node-2", name="form-redis-cluster")
+@click.argument("hosts", metavar="HOST...", nargs=-1, required=True)
+async def form_redis_cluster(environ: Environ, hosts: Sequence[str]) -> int:
+    """Make a Redis Cluster of new nodes. A repeat changes nothing.
+
+    The first three hosts become primaries. The fourth one is a replica of the first one, and so on.
+    FLASHSALE_REDIS_URL names the nodes' port, user and password, who is an administrator.
+    """
+    url = settings.load(_Redis, environ).redis_url
+    first = connect(url)
+    _, port, _ = redis_client.location(first)
+    nodes = [redis_client.neighbour(first, host, port) for host in hosts]
+    try:
+        # Nodes find each other by numeric addresses only.
+        addresses = [(await _address(host), port, port + BUS_OFFSET) for host in hosts]
+        formed = await form(nodes, addresses)
+    finally:
+        for client in (first, *nodes):
+            await client.aclose()
+    print(f"{len(hosts)} nodes form a cluster" + ("" if formed else " already"))
+    return 0
+
+
+async def _address(host: str) -> str:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None)
+    except OSError as error:
+        raise NotFormed(f"the host {host} is not known: {error}") from error
+    return str(found[0][4][0])
