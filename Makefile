@@ -30,8 +30,8 @@ demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every pr
 	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
 	  $(if $(DATABASE),--database "$(DATABASE)")
 
-up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer, in the background
-	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)")
+up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer. REDIS=cluster for a cluster
+	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)") $(if $(REDIS),--redis "$(REDIS)")
 
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down

@@ -20,7 +20,7 @@ import uvloop
 from dev.checkout import checkout, outcome
 from dev.crowd import attempts, percentile, stampede
 from dev.journal import Journal
-from dev.local import API_PORT, apply_sample, start_stack
+from dev.local import API_PORT, CLUSTER, apply_sample, start_stack
 from dev.paths import LOCAL, ROOT
 from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, flashsalectl
@@ -48,8 +48,8 @@ _SERVERS: Final = {
 def demo(named: Mapping[str, str]) -> int:
     """Run the demonstration on fresh servers. Returns 0 only if every promise was kept.
 
-    A server whose address is in `named` is used as it is. The environment's addresses are not,
-    because they may be those of a running engine.
+    A server whose address is in `named` is used as it is. "cluster" for Redis starts a cluster.
+    The environment's addresses are not used, because a running engine may have them.
     """
     data = LOCAL / "demo"
     shutil.rmtree(data, ignore_errors=True)
@@ -59,7 +59,8 @@ def demo(named: Mapping[str, str]) -> int:
         def started(server: Server) -> None:
             running.callback(server.stop)
 
-        addresses = start_stack(data, named, started)
+        others = {name: value for name, value in named.items() if value != CLUSTER}
+        addresses = start_stack(data, others, started, clustered=others != named)
         api = ApiServer(data / "api", addresses, order_tokens=secrets.token_urlsafe(32))
         for service in (ConsumerServer(data / "consumer", addresses), api):
             running.enter_context(service)

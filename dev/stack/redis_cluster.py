@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from redis.asyncio import Redis
 
 from dev.stack.redis import RedisServer
-from flashsale_operator import redis_cluster
+from flashsale_operator.ctl import redis_cluster
 
 
 class RedisCluster:
@@ -18,6 +18,8 @@ class RedisCluster:
 
     A server can be killed, paused and started again, as any other.
     """
+
+    name: ClassVar[str] = "redis-cluster"
 
     def __init__(
         self,
