@@ -74,8 +74,9 @@ test-all: $(READY) ## All tests: about 20 minutes, after 10 for building Kuberne
 	$(BIN)/pytest $(PARALLEL) --ignore tests/faults
 	$(BIN)/pytest tests/faults
 
-faults: $(READY) ## Run N schedules of faults on real servers, beginning with seed SEED (needs Go)
-	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
+faults: $(READY) ## Run N schedules of faults from seed SEED, on a cluster with REDIS=cluster (needs Go)
+	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0) \
+	  $(if $(REDIS),--$(REDIS))
 
 check-locks: $(READY) ## Check the images' pinned packages against the index and the advisories
 	@$(BIN)/python -m dev.check_locks

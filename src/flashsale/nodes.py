@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 FIRST_LOOK_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 0.5
 """How long the nodes may take to say which primary has which slots."""
-PIPELINE_SECONDS: Final = 1.0
-"""How long a primary of a cluster may take for a pipeline."""
+NODE_SECONDS: Final = 1.0
+"""How long a primary of a cluster may take for a call or a pipeline."""
 BETWEEN_LOOKS_SECONDS: Final = 0.1
 PROBE_SECONDS: Final = 1.0
 """How often each primary is called, and how long it may take to answer."""
@@ -76,6 +76,8 @@ class Nodes:
     def __init__(self, redis: "Redis") -> None:
         """`redis` is a client of `redis_client.connect`. Its `aclose` closes all nodes."""
         self._seed = Node.of("", redis)
+        host, port, _ = redis_client.location(redis)
+        self._seed_name = f"{host}:{port}"
         self._primaries: dict[str, Node] = {}
         self._owners: list[Node | None] = []
         """The primary of each slot. Empty before the first look, and if there is one server."""
@@ -126,11 +128,13 @@ class Nodes:
         node = None
         try:
             node = await self.of(key)
-            try:
-                return await command(node.redis)
-            except MovedError as error:
-                node = await self.moved(error, node)
-                return await command(node.redis)
+            # A frozen primary must not delay calls to the others.
+            async with asyncio.timeout(NODE_SECONDS if node.name else None):
+                try:
+                    return await command(node.redis)
+                except MovedError as error:
+                    node = await self.moved(error, node)
+                    return await command(node.redis)
         except NoScriptError:
             raise
         except FAILURES as error:
@@ -223,8 +227,7 @@ class Nodes:
             queue(pipeline, item)
             ends.append(len(pipeline))
         try:
-            # A frozen primary must not delay the others.
-            async with asyncio.timeout(PIPELINE_SECONDS if node.name else None):
+            async with asyncio.timeout(NODE_SECONDS if node.name else None):
                 replies = await pipeline.execute(raise_on_error=False)
         except FAILURES as error:
             return [error] * len(items)
@@ -311,7 +314,10 @@ class Nodes:
 
         A node that has just failed is not asked. It may be frozen, or cut off from the others.
         """
-        asked = [node for node in (self._seed, *self._primaries.values()) if node is not besides]
+        asked = list(self._primaries.values())
+        if self._seed_name not in self._primaries:
+            asked.append(self._seed)
+        asked = [node for node in asked if node is not besides]
         tasks = [asyncio.create_task(self._slots(node)) for node in asked]
         best: _Slots = []
         failure: Exception = Disconnected("no node has answered in time")
@@ -354,7 +360,8 @@ class Nodes:
         try:
             entries = await ask("CLUSTER", "SLOTS")
         except ResponseError as error:
-            if "cluster support disabled" in str(error):
+            # At the address of a former node, there may be any server now.
+            if node is self._seed and "cluster support disabled" in str(error):
                 return None
             raise
         own_host = redis_client.location(node.redis)[0]

@@ -95,6 +95,10 @@ class Outbox:
         """
         return await leased(self._nodes, self._keys(item_id).sweeper, pod_id, lease_ms)
 
+    def node_of(self, item_id: str) -> str:
+        """Returns the name of an item's server in a cluster, as far as it is known."""
+        return self._nodes.name_of(self._outbox(item_id))
+
     def _outbox(self, item_id: str) -> str:
         return self._keys(item_id).outbox
 

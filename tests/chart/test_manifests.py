@@ -24,10 +24,12 @@ from dev.stack.redis import RedisServer, default_binary
 from flashsale import redis_client, requirements
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
-from flashsale.requirements import Checks
+from flashsale.requirements import SLOTS, Checks
 from flashsale.reservations import Request
 from flashsale.sale import SaleSpec
+from flashsale_operator.ctl.redis_cluster import BUS_OFFSET
 from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
+from tests.support.eventually import eventually
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -275,6 +277,7 @@ class RedisOfManifest(RedisServer):
 
     def _prepare(self) -> None:
         programs = {"redis-cli": "echo node.redis-nodes", "hostname": "echo node"}
+        programs["getent"] = "echo 127.0.0.1 $2"
         programs["redis-server"] = f'exec {default_binary()} "$@"'
         for name, line in programs.items():
             path = self.data / "bin" / name
@@ -314,6 +317,10 @@ def redis_of_manifest(
     files = scripts(Path(f"k8s/redis/{request.param}.yaml"))
     with RedisOfManifest(tmp_path / "redis", files, PASSWORD) as server:
         redis = Redis.from_url(server.url, decode_responses=True)
+        if request.param == "cluster":
+            ask: Any = redis.execute_command
+            ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+            eventually(lambda: ask("CLUSTER INFO")["cluster_state"] == "ok")
         yield request.param, server, redis
         redis.close()
 
@@ -342,9 +349,7 @@ def test_redis_demands_its_password_and_has_it_in_no_argument(
     assert ENGINE not in arguments
     assert API not in arguments
     # A replica sends this password to its primary.
-    assert redis.config_get("masterauth")["masterauth"] == (
-        PASSWORD if name == "highly-available" else ""
-    )
+    assert redis.config_get("masterauth")["masterauth"] == ("" if name == "one-node" else PASSWORD)
     with (
         Redis(port=server.port) as stranger,
         pytest.raises(AuthenticationError, match="authenticated"),
@@ -425,6 +430,7 @@ def selects(selector: Manifest, labels: dict[str, str]) -> bool:
     [
         ("k8s/redis/one-node.yaml", {6379, "redis"}, {"api", "operator", "test"}),
         ("k8s/redis/highly-available.yaml", {6379}, {"api", "operator", "test"}),
+        ("k8s/redis/cluster.yaml", {6379}, {"api", "operator", "test"}),
         ("k8s/postgres/one-node.yaml", {5432, "postgres"}, {"consumer", "operator", "test"}),
         ("k8s/postgres/highly-available.yaml", {5432}, {"consumer", "operator", "test"}),
         ("k8s/kafka/one-node.yaml", {9092}, {*COMPONENTS, "test"}),
@@ -564,6 +570,48 @@ def test_the_redis_service_leads_to_the_proxy_and_the_proxy_to_every_node() -> N
     assert servers == [(f"redis-{n}", nodes["serviceName"]) for n in range(nodes["replicas"])]
     watched = by_kind["ConfigMap"]["redis"]["data"]["sentinel.conf"]
     assert f"sentinel monitor flashsale redis-0.{nodes['serviceName']} 6379 2" in watched
+
+
+def test_each_node_of_a_redis_cluster_has_a_service_of_its_own_and_joins() -> None:
+    found = documents(Path("k8s/redis/cluster.yaml"))
+    services = {
+        each["metadata"]["name"]: each["spec"] for each in found if each["kind"] == "Service"
+    }
+    [nodes] = [each["spec"] for each in found if each["kind"] == "StatefulSet"]
+    [job] = [each["spec"] for each in found if each["kind"] == "Job"]
+    [forming] = job["template"]["spec"]["containers"]
+    assert forming["args"] == [f"redis-node-{number}" for number in range(nodes["replicas"])]
+    for number, name in enumerate(forming["args"]):
+        service = services[name]
+        assert service["selector"] == {"statefulset.kubernetes.io/pod-name": f"redis-{number}"}
+        assert service["publishNotReadyAddresses"]
+        assert {port["port"] for port in service["ports"]} == {6379, 6379 + BUS_OFFSET}
+    labels = nodes["template"]["metadata"]["labels"]
+    assert services["redis"]["selector"].items() <= labels.items()
+    assert (
+        not services["redis"]["selector"].items() <= job["template"]["metadata"]["labels"].items()
+    )
+
+
+def test_a_primary_hands_over_before_its_pod_ends(tmp_path: Path) -> None:
+    """Run the script with a redis-cli that notes its arguments and then reports a replica."""
+    script = scripts(Path("k8s/redis/cluster.yaml"))["hand-over.sh"]
+    asked, role = tmp_path / "asked", tmp_path / "role"
+    cli = tmp_path / "redis-cli"
+    cli.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >> {asked}\n'
+        f'case "$*" in *failover) echo slave > {role} ;; esac\n'
+        f'printf "role:%s\\r\\n" "$(cat {role})"\n'
+        'printf "slave0:ip=10.0.0.7,port=6379,state=online,offset=1,lag=0\\r\\n"\n'
+    )
+    cli.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for own, handed_over in (("master", True), ("slave", False)):
+        role.write_text(f"{own}\n")
+        asked.write_text("")
+        subprocess.run(["sh", "-c", script], env=environ, check=True, timeout=30)
+        assert ("-h 10.0.0.7 -p 6379 cluster failover" in asked.read_text()) == handed_over
 
 
 def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:

@@ -38,11 +38,17 @@ def main() -> int:
     parser.add_argument(
         "--keep-going", action="store_true", help="continue after a failed schedule"
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="with a Redis Cluster, and faults of one of its nodes",
+    )
     options = parser.parse_args()
     if options.n < 1:
         parser.error("-n: must be at least 1")
     try:
-        return asyncio.run(_all(range(options.seed, options.seed + options.n), options.keep_going))
+        seeds = range(options.seed, options.seed + options.n)
+        return asyncio.run(_all(seeds, options.keep_going, clustered=options.cluster))
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
@@ -107,7 +113,7 @@ class _Summary:
             print(f"FAILED: {again}")
 
 
-async def _all(seeds: Sequence[int], keep_going: bool) -> int:
+async def _all(seeds: Sequence[int], keep_going: bool, *, clustered: bool) -> int:
     summary, began = _Summary(), time.monotonic()
     left = list(seeds)
     try:
@@ -115,9 +121,11 @@ async def _all(seeds: Sequence[int], keep_going: bool) -> int:
             # After a failure, the next schedules get a new world.
             async with AsyncExitStack() as stack:
                 print("Starting the servers …", flush=True)
-                world = await stack.enter_async_context(opened(FOLDER / "world"))
+                world = await stack.enter_async_context(
+                    opened(FOLDER / "world", clustered=clustered)
+                )
                 while left:
-                    made = schedule(left.pop(0))
+                    made = schedule(left.pop(0), clustered=clustered)
                     done = f"{len(seeds) - len(left)}/{len(seeds)}"
                     print(f"[{done}, {time.monotonic() - began:.0f} s] {made}", flush=True)
                     try:

@@ -17,6 +17,7 @@ import asyncpg
 from dev.verdict import quiet
 from flashsale import redis_client
 from flashsale.keys import ItemKeys
+from flashsale.nodes import Nodes
 from flashsale.reservations import Record
 from tests.faults.crowd import Answer, Crowd
 from tests.faults.orders import Call, Shop
@@ -53,6 +54,8 @@ class Result:
     cancelled: int = 0
     expired: int = 0
     recovery_seconds: float = 0.0
+    bystander: str = ""
+    """The answers of a sale on another node of a cluster."""
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -60,6 +63,7 @@ class Result:
             f"{self.answers} answers, {self.promised} reservations promised, {self.lost} lost, "
             f"{self.refused} refused, {self.confirmed} confirmed, {self.cancelled} cancelled, "
             f"{self.expired} expired, recovered after {self.recovery_seconds:.1f} s"
+            + (f"; {self.bystander}" if self.bystander else "")
         )
 
 
@@ -248,7 +252,9 @@ async def _without_holds(world: World, sale: Sale) -> None:
     client = redis_client.connect(world.addresses.redis_url)
     try:
         deadline = time.monotonic() + EXPIRED_SECONDS
-        while left := await client.zcard(ItemKeys.of(sale.item).holds):
+        key = ItemKeys.of(sale.item).holds
+        node = await Nodes.of_client(client).of(key)
+        while left := await node.redis.zcard(key):
             if time.monotonic() > deadline:
                 raise Broken(f"{left} holds of {sale.item} do not expire")
             await asyncio.sleep(0.2)
@@ -311,7 +317,8 @@ async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     """Check Redis against the ledger, down to each reservation."""
     client, keys = redis_client.connect(world.addresses.redis_url), ItemKeys.of(sale.item)
     try:
-        pipeline = client.pipeline(transaction=True)
+        node = await Nodes.of_client(client).of(keys.sale)
+        pipeline = node.redis.pipeline(transaction=True)
         for key in (keys.sale, keys.reservations, keys.buyers):
             pipeline.hgetall(key)
         pipeline.xlen(keys.outbox)

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Sequence
 
+from tests.faults.bystander import Bystander, bystander_of
 from tests.faults.check import (
     Broken,
     Result,
@@ -15,6 +16,7 @@ from tests.faults.check import (
 )
 from tests.faults.crowd import Answer, Crowd
 from tests.faults.orders import Call, Shop
+from tests.faults.redis_shards import RedisShards
 from tests.faults.schedule import SECONDS, Schedule
 from tests.faults.world import TOKEN, History, Sale, World
 
@@ -55,10 +57,18 @@ async def run(world: World, schedule: Schedule) -> Result:
         shop=shop if schedule.hold_seconds else None,
     )
     world.history = History()
+    bystander = None
+    if isinstance(world.redis, RedisShards):
+        bystander = Bystander([api.url for api in world.apis], bystander_of(item))
     try:
+        await world.redis.follow(item)
         await world.redis.set_durability(always=schedule.always)
         await world.apply(sale)
         await await_recovery(world, crowd, item)
+        if bystander:
+            await world.apply(bystander.sale)
+            await await_ready(world, bystander.sale)
+            watching = asyncio.create_task(bystander.run())
         crowd.journal.clear()
         buying = asyncio.create_task(crowd.run())
         began = time.monotonic()
@@ -73,8 +83,15 @@ async def run(world: World, schedule: Schedule) -> Result:
             crowd.stop()
             await buying
             await shop.close()
+            if bystander:
+                bystander.stop()
+                await watching
         result = await check(world, crowd, shop, sale)
         result.recovery_seconds = seconds
+        if bystander:
+            result.bystander = str(bystander)
+            bystander.check(schedule)
+            await world.delete(bystander.sale)
         await world.delete(sale)
     except Broken as broken:
         journal: list[Answer | Call] = [*crowd.journal, *shop.journal]

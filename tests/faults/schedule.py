@@ -33,6 +33,8 @@ class Kind(StrEnum):
     REDIS_OLDER_COPY = "an older copy of Redis' files"
     REDIS_FAILOVER = "failover to a replica that lags"
     REDIS_AND_BACK = "failover to a replica that lags, and back"
+    REDIS_TWO_LOST = "two of three nodes of Redis killed, and their replicas promoted by hand"
+    REDIS_SLOT_MOVED = "the slot of the sale moved to another node"
     CUT_REDIS = "connections cut before Redis' replies"
     CUT_POSTGRES = "connections cut before PostgreSQL's replies"
     CUT_KAFKA = "connections to Kafka cut"
@@ -50,13 +52,15 @@ LOSES_IN_REDIS: Final = frozenset(
         Kind.REDIS_OLDER_COPY,
         Kind.REDIS_FAILOVER,
         Kind.REDIS_AND_BACK,
+        Kind.REDIS_TWO_LOST,
     }
 )
 """After these faults, Redis may lack reservations that it has answered. A power cut loses the last
 second with `everysec`, and nothing with `always`.
 """
 
-_OF_REDIS: Final = tuple(kind for kind in Kind if kind.name.startswith("REDIS_"))
+CLUSTER_ONLY: Final = frozenset({Kind.REDIS_TWO_LOST, Kind.REDIS_SLOT_MOVED})
+"""These faults need a Redis Cluster."""
 _FREEZES: Final = {
     # Some are longer than the life of a heartbeat (5 s), so that a rebuild must go on without the
     # pod.
@@ -119,12 +123,19 @@ class Schedule:
         return "\n".join([head, *(f"  {step}" for step in self.steps)])
 
 
-def schedule(seed: int) -> Schedule:
+def kinds(*, clustered: bool) -> list[Kind]:
+    """Return the kinds of faults, which depend on the kind of Redis."""
+    return [kind for kind in Kind if clustered or kind not in CLUSTER_ONLY]
+
+
+def schedule(seed: int, *, clustered: bool = False) -> Schedule:
     """Return the schedule of a seed."""
     chance = random.Random(seed)
-    steps = [_step(chance, kind) for kind in chance.sample(list(Kind), chance.randint(2, 5))]
-    if not any(step.kind in _OF_REDIS for step in steps) and chance.random() < 0.5:
-        steps.append(_step(chance, chance.choice(_OF_REDIS)))
+    every = kinds(clustered=clustered)
+    of_redis = [kind for kind in every if kind.name.startswith("REDIS_")]
+    steps = [_step(chance, kind) for kind in chance.sample(every, chance.randint(2, 5))]
+    if not any(step.kind in of_redis for step in steps) and chance.random() < 0.5:
+        steps.append(_step(chance, chance.choice(of_redis)))
     return Schedule(
         seed=seed,
         always=chance.random() < 0.4,

@@ -21,6 +21,7 @@ from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, heartbeat
 from tests.faults.redis_pair import RedisPair
+from tests.faults.redis_shards import RedisShards
 from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step
 from tests.support.manifests import flash_sale
 from tests.support.paths import CRD
@@ -161,7 +162,7 @@ class World:
             case "REDIS", _:
                 await self._do_to_redis(step)
             case "CUT", _:
-                self._cut(step)
+                await self._cut(step)
             case "POSTGRES", _:
                 await self._read_only(step.seconds)
             case "DUPLICATES", _:
@@ -200,12 +201,16 @@ class World:
                 await self.redis.await_health()
                 await self.redis.fail_over(step.seconds)
             case kind:
-                raise AssertionError(kind)
+                assert isinstance(self.redis, RedisShards), kind
+                if kind is Kind.REDIS_TWO_LOST:
+                    await self.redis.lose_two(step.seconds)
+                else:
+                    await self.redis.move_slot()
 
-    def _cut(self, step: Step) -> None:
+    async def _cut(self, step: Step) -> None:
         match step.kind:
             case Kind.CUT_REDIS:
-                self.redis.proxy.cut_replies(b"EVALSHA", step.amount)
+                await self.redis.cut(step.amount)
             case Kind.CUT_POSTGRES:
                 self.postgres_proxy.cut_replies(b"COMMIT", step.amount)
             case _:
@@ -281,8 +286,11 @@ class World:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[World]:
-    """Run a world in a folder, which is emptied first. At the end all processes are killed."""
+async def opened(folder: Path, *, clustered: bool = False) -> AsyncIterator[World]:
+    """Run a world in a folder, which is emptied first. At the end all processes are killed.
+
+    If `clustered`, Redis is a cluster.
+    """
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     async with AsyncExitStack() as stack:
 
@@ -296,7 +304,9 @@ async def opened(folder: Path) -> AsyncIterator[World]:
         postgres = PostgresServer(folder / "postgres", durable=False)
         plane = ControlPlane(folder / "kubernetes")
         kafka_proxy.target_port, postgres_proxy.target_port = kafka.port, postgres.port
-        redis = await stack.enter_async_context(RedisPair(folder).serve())
+        redis = await stack.enter_async_context(
+            (RedisShards(folder) if clustered else RedisPair(folder)).serve()
+        )
         await asyncio.gather(run(kafka), run(postgres), run(plane))
         await asyncio.to_thread(plane.kubectl, "apply", "-f", str(CRD), check=True)
         established = ("wait", "--for=condition=Established", "crd/flashsales.flashsale.dev")

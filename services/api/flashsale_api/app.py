@@ -102,12 +102,32 @@ def create_app(  # noqa: PLR0915 - the composition root
     engine = Engine(settings.engine)
     pulse = Pulse(inventory.node_of)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
+    batcher = Batcher(
+        inventory,
+        publisher,
+        metrics,
+        engine,
+        refusal=pulse.refusal,
+        node_of=inventory.node_of,
+        spans=spans,
+    )
     confirmations = Transitions(
-        inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
+        inventory.confirm,
+        publisher,
+        metrics,
+        engine,
+        verb="confirm",
+        seen=batcher.knows,
+        node_of=inventory.node_of,
     )
     cancellations = Transitions(
-        inventory.cancel, publisher, metrics, engine, verb="cancel", seen=batcher.knows
+        inventory.cancel,
+        publisher,
+        metrics,
+        engine,
+        verb="cancel",
+        seen=batcher.knows,
+        node_of=inventory.node_of,
     )
     callers = batcher, confirmations, cancellations
 

@@ -225,28 +225,43 @@ class Publisher:
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
     async def settle(self) -> None:
-        """Deletes the outbox entries of acknowledged events until it is cancelled."""
+        """Deletes the outbox entries of acknowledged events until it is cancelled.
+
+        Each node of a cluster has a task, so that none waits for another node.
+        """
+        running: set[str] = set()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self._to_settle.wait()
+                self._to_settle.clear()
+                for node in set(map(self._outbox.node_of, self._acknowledged)) - running:
+                    running.add(node)
+                    tasks.create_task(self._settle(node, running))
+
+    async def _settle(self, node: str, running: set[str]) -> None:
+        """Settles the items of a node until none is left, and takes the node out of `running`."""
         away = False
-        while True:
-            await self._to_settle.wait()
-            self._to_settle.clear()
-            while self._acknowledged:
-                # Take the items in turn. A waiting item may have a full outbox and sell nothing.
-                item_id = next(iter(self._acknowledged))
-                page = self._acknowledged[item_id][:SETTLE_BATCH]
-                try:
-                    await self._outbox.settle(item_id, page)
-                except RedisUnavailable as error:
-                    if not away:
-                        log.warning("cannot settle outbox entries yet: %s", error)
-                    away = True
-                    self._acknowledged[item_id] = self._acknowledged.pop(item_id)
-                    await asyncio.sleep(BACKOFF_SECONDS[-1])
-                    continue
-                away = False
-                if left := self._acknowledged.pop(item_id)[len(page) :]:
-                    self._acknowledged[item_id] = left
-                self._forget((item_id, entry_id) for entry_id, _, _ in page)
+        # Take the items in turn. A waiting item may have a full outbox and sell nothing.
+        while item_id := next(
+            (each for each in self._acknowledged if self._outbox.node_of(each) == node), None
+        ):
+            page = self._acknowledged[item_id][:SETTLE_BATCH]
+            try:
+                await self._outbox.settle(item_id, page)
+            except RedisUnavailable as error:
+                if not away:
+                    log.warning("cannot settle outbox entries yet: %s", error)
+                away = True
+                self._acknowledged[item_id] = self._acknowledged.pop(item_id)
+                await asyncio.sleep(BACKOFF_SECONDS[-1])
+                continue
+            away = False
+            if left := self._acknowledged.pop(item_id)[len(page) :]:
+                self._acknowledged[item_id] = left
+            self._forget((item_id, entry_id) for entry_id, _, _ in page)
+        running.discard(node)
+        if self._acknowledged:  # an item may be on another node now
+            self._to_settle.set()
 
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until no event is held. Returns how many are left after `timeout_seconds`."""

@@ -103,6 +103,12 @@ def test_a_release_whose_files_agree_has_no_disagreement(
             "k8s/values/kind.yaml: api.image pins an image",
         ),
         (
+            "k8s/redis/cluster.yaml",
+            "flashsale/operator:0.1.0",
+            "flashsale/operator:0.0.9",
+            "k8s/redis/cluster.yaml: image of the Job is 0.0.9 instead of 0.1.0",
+        ),
+        (
             "CHANGELOG.md",
             "## Unreleased\n",
             "## Unreleased\n\n### Fixed\n\n- A fault.\n",
