@@ -16,7 +16,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from flashsale import keys, redis_client
 from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable, UnmetRequirement
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.nodes import FAILURES, Node, Nodes
+from flashsale.nodes import FAILURES, NODE_SECONDS, Node, Nodes
 from flashsale.requirements import ClusterFacts, RedisFacts
 from flashsale.reservations import (
     BatchReply,
@@ -500,8 +500,9 @@ class Inventory:
         else:
             pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
         try:
-            info, config, script = await pipeline.execute(raise_on_error=False)
-            covered = await self.nodes.covered(node) if node.name else 0
+            async with asyncio.timeout(NODE_SECONDS if node.name else None):
+                info, config, script = await pipeline.execute(raise_on_error=False)
+                covered = await self.nodes.covered(node) if node.name else 0
         except FAILURES as error:
             raise self.nodes.unavailable(error, node) from error
         for reply in (info, script):

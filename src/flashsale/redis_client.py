@@ -46,15 +46,11 @@ def connect(url: str) -> "Redis":
     """
     pool = Pool.from_url(
         url,
-        max_connections=MAX_CONNECTIONS,
-        timeout=1,
+        **_of_pool(),
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=2,
         socket_connect_timeout=1,
-        # Otherwise some providers push unsolicited messages, and redis-py does not notice a
-        # closed connection until it is used.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     return Redis.from_pool(pool)
 
@@ -63,14 +59,17 @@ def neighbour(redis: "Redis", host: str, port: int) -> "Redis":
     """Returns a client of another server, with the same user, TLS and other options."""
     pool = redis.connection_pool
     options = {**pool.connection_kwargs, "host": host, "port": port}
-    return Redis.from_pool(
-        Pool(
-            max_connections=MAX_CONNECTIONS,
-            timeout=1,
-            connection_class=pool.connection_class,
-            **options,
-        )
-    )
+    return Redis.from_pool(Pool(connection_class=pool.connection_class, **options, **_of_pool()))
+
+
+def _of_pool() -> dict[str, Any]:
+    return {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": 1,
+        # Otherwise some providers push unsolicited messages, and redis-py does not notice a
+        # closed connection until it is used.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
 
 
 def location(redis: "Redis") -> tuple[str, int, int]:
