@@ -1,4 +1,4 @@
-"""Form a Redis Cluster of empty nodes. A repeated call finishes or changes nothing."""
+"""Form a Redis Cluster of empty nodes. A repeated call finishes it, or changes nothing."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,7 +21,7 @@ BUS_OFFSET: Final = 10_000
 SECONDS: Final = 60.0
 """How long the nodes may take to answer, and then for each step."""
 _BETWEEN_SECONDS: Final = 0.1
-_ID, _FLAGS, _SLOTS = 0, 2, 8
+_ID, _FLAGS, _PRIMARY, _SLOTS = 0, 2, 3, 8
 """Fields of a line of CLUSTER NODES. The slots are the last ones."""
 
 
@@ -33,8 +33,9 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
     """Makes one cluster of the nodes, whose first three become primaries. False if it is one.
 
     `addresses` are those by which the nodes reach each other: host, port and bus port. The fourth
-    node follows the first one, the fifth the second one, and so on. Waits until every node knows
-    all slots, and all replicas are connected. Raises `NotFormed`.
+    node follows the first one, the fifth the second one, and so on. A node that lost its data joins
+    as a replica. Waits until every node knows all slots, and all replicas are connected. Raises
+    `NotFormed`.
     """
     if len(nodes) < PRIMARIES:
         raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
@@ -53,18 +54,31 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
             return set(ids) <= {line[_ID] for line in await _nodes(node)}
 
         await _until("every node knows all others", lambda: _all(nodes, knows_all))
-        bounds = [SLOTS * number // PRIMARIES for number in range(PRIMARIES + 1)]
-        for number, node in enumerate(nodes[:PRIMARIES]):
-            if not await _has_slots(node):
-                first, last = bounds[number], bounds[number + 1] - 1
-                await _ask(node, "CLUSTER", "ADDSLOTSRANGE", first, last)
-        for number, node in enumerate(nodes[PRIMARIES:]):
-            if await _is_primary(node):
-                await _ask(node, "CLUSTER", "REPLICATE", ids[number % PRIMARIES])
+        for number, node in enumerate(nodes):
+            replication: dict[str, Any] = await node.info("replication")
+            [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
+            if replication["role"] == "master" and len(own) <= _SLOTS:
+                await _give_part(node, number, nodes, ids)
+            elif replication.get("master_link_status") == "down":
+                # It may still look for its primary at a former address.
+                await _ask(node, "CLUSTER", "REPLICATE", own[_PRIMARY])
         await _until("every node knows all slots and its primary", lambda: _all(nodes, _complete))
     except (RedisError, OSError) as error:
         raise NotFormed(f"a node refused a step: {error}") from error
     return True
+
+
+async def _give_part(
+    node: "Redis", number: int, nodes: Sequence["Redis"], ids: Sequence[str]
+) -> None:
+    """Makes an empty node a replica in its shard, or else the primary of the shard's slots."""
+    shard = number % PRIMARIES
+    for other in range(shard, len(nodes), PRIMARIES):
+        if await _has_slots(nodes[other]):
+            await _ask(node, "CLUSTER", "REPLICATE", ids[other])
+            return
+    first, end = (SLOTS * part // PRIMARIES for part in (shard, shard + 1))
+    await _ask(node, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
 
 
 async def _all(nodes: Sequence["Redis"], check: Callable[["Redis"], Awaitable[bool]]) -> bool:
@@ -125,11 +139,6 @@ async def _nodes(node: "Redis") -> list[list[str]]:
 async def _has_slots(node: "Redis") -> bool:
     [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
     return len(own) > _SLOTS
-
-
-async def _is_primary(node: "Redis") -> bool:
-    replication: dict[str, Any] = await node.info("replication")
-    return bool(replication["role"] == "master")
 
 
 class _Redis(EngineSettings, frozen=True):

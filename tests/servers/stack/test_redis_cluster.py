@@ -1,5 +1,6 @@
 """The stack's Redis Cluster: it is formed once, and survives a restart of all nodes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,15 @@ import redis
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster
 from flashsale_operator.ctl.commands import run
+from tests.support.eventually import eventually
 
 
 def roles(cluster: RedisCluster) -> list[str]:
     found = []
     for server in cluster.servers:
+        if server.pid is None:
+            found.append("dead")
+            continue
         with redis.Redis.from_url(server.url) as client:
             found.append(client.info("replication")["role"])
     return found
@@ -32,6 +37,19 @@ def test_a_cluster_is_formed_once_and_survives_a_restart_of_all_nodes(
         assert roles(cluster) == before
         with redis.RedisCluster.from_url(cluster.url) as client:
             assert client.get("a key") == b"a value"
+
+
+def test_a_node_that_lost_its_data_joins_again(tmp_path: Path) -> None:
+    with RedisCluster(tmp_path, replicas=1) as cluster:
+        lost = cluster.servers[0]
+        lost.kill()
+        for path in lost.data.iterdir():
+            if path.name != "server.json":  # has the port
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        eventually(lambda: roles(cluster)[3] == "master")
+        lost.start()
+        assert cluster.form() is True
+        assert roles(cluster) == ["slave", "master", "master", "master", "slave", "slave"]
 
 
 def test_a_cluster_needs_three_nodes(capsys: pytest.CaptureFixture[str]) -> None:
