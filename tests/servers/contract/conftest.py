@@ -21,10 +21,13 @@ CLUSTER = "-cluster"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "deployment" in metafunc.fixturenames:
-        names = sorted(redis_binaries())
+        binaries = sorted(redis_binaries())
+        kinds: list[object] = [*binaries]
         if "redis_server" not in metafunc.fixturenames:
-            names += [f"{name}{CLUSTER}" for name in names]
-        metafunc.parametrize("deployment", names, indirect=True, scope="session")
+            # The quick tests have one cluster.
+            first, *others = (f"{name}{CLUSTER}" for name in reversed(binaries))
+            kinds += [first, *(pytest.param(each, marks=pytest.mark.slow) for each in others)]
+        metafunc.parametrize("deployment", kinds, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,13 @@ from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, opened, outcome
 from tests.support.redis_users import OPERATOR, url_of
 
+FIRST, *OTHERS = sorted(redis_binaries(), reverse=True)
 
-@pytest.fixture(scope="module", params=sorted(redis_binaries()))
+
+@pytest.fixture(
+    scope="module",
+    params=[FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)],
+)
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RedisCluster]:
@@ -280,6 +285,7 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluste
         yield started
 
 
+@pytest.mark.slow
 async def test_a_failover_fences_the_sales_of_its_node_only(
     replicated: RedisCluster, new_item: Callable[[], str]
 ) -> None:
