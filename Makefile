@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# A file runs in one process, with servers of that process. More than four gain nothing.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file runs in one process, with servers of that process. Tests often wait for servers, so three
+# processes are quicker on two cores than two, and more than three gain little on more cores.
+PARALLEL := --numprocesses 3 --dist loadfile
 
 # Registry and owner of the released images and chart, such as ghcr.io/OWNER. This is the only place
 # that names them. While it is empty, a tag publishes nothing.
@@ -53,6 +54,9 @@ cluster-down: $(READY) ## Stop the cluster, and remove everything that it left
 e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (needs as `make cluster`)
 	$(BIN)/pytest tests/e2e
 
+ifneq ($(filter %.js $(patsubst loadtest/%.js,%,$(wildcard loadtest/*.js)),$(MAKECMDGOALS)),)
+$(error Name the script with SCRIPT, such as `make load SCRIPT=soak`)
+endif
 load: $(READY) ## Run a k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)
 

@@ -21,7 +21,7 @@ from dev.checkout import checkout, outcome
 from dev.crowd import attempts, percentile, stampede
 from dev.journal import Journal
 from dev.local import API_PORT, apply_sample, start_stack
-from dev.paths import LOCAL
+from dev.paths import LOCAL, ROOT
 from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, flashsalectl
 from dev.stack.errors import StackError
@@ -37,6 +37,7 @@ GUESTS: Final = 2_000
 TICKETS: Final = 100
 HOLD_SECONDS: Final = 2
 TICKET: Final = "ticket"
+REPORT: Final = LOCAL / "demo-report.html"
 _SERVERS: Final = {
     "--redis": "FLASHSALE_REDIS_URL",
     "--kafka": "FLASHSALE_KAFKA_BOOTSTRAP",
@@ -64,8 +65,11 @@ def demo(named: Mapping[str, str]) -> int:
             running.enter_context(service)
             print(f"  {service.name:9} on {service.url}", flush=True)
         kept = [_phones(addresses, api), _tickets(addresses, api, data)]
+        flashsalectl(addresses, "report", ITEM, TICKET, "--html", str(REPORT), quiet=True)
     shutil.rmtree(data, ignore_errors=True)
     print(f"""
+A report of both sales for the browser: {REPORT.relative_to(ROOT)}
+
 Start the engine in the background with `make up`, then try:
 
   curl -X POST localhost:{API_PORT}/reserve -H "Content-Type: application/json" \\

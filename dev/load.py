@@ -83,6 +83,9 @@ def load(script: Path) -> int:
         print("Waiting until every event is in the ledger …", flush=True)
         asyncio.run(quiet(addresses, [item]))
         verdict, _ = asyncio.run(judge(addresses, f"default/{item}", _read(journal)))
+        report = folder / "report.html"
+        flashsalectl(addresses, "report", item, "--html", str(report), quiet=True)
+        print(f"A report of the sale for the browser: {report.relative_to(ROOT)}")
     print(f"{item}: {verdict}")
     return done or int(not verdict.kept)
 

@@ -149,12 +149,14 @@ def up(port: int) -> None:
         flashsalectl(addresses, "rebuild", "--all")
         undo.pop_all()
     print(f"""
+Watch the sales, and reserve, on http://localhost:{port}/ in a browser.
+
 The API listens on http://localhost:{port}, and for the shop's order service on
 http://localhost:{port + ORDERS_OFFSET}. Its metrics are on {api.metrics_url}. Try:
 
   curl -X POST localhost:{port}/reserve -H "Content-Type: application/json" \\
     -d '{{"userId":"user1","itemId":"iphone_15","quantity":1}}'
-  set -a; . .local/env; set +a; .venv/bin/flashsalectl audit
+  .venv/bin/flashsalectl audit
 
 The logs are in .local/*/*.log. `make down` stops everything, and `make up` continues with the same
 sales. `make clean` also removes them.""")
@@ -185,7 +187,7 @@ def control_plane() -> None:
     print(f"""
 The operator watches FlashSales. Try, in this folder:
 
-  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH=$PATH:{folder}
+  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH={folder}:$PATH
   kubectl apply -f k8s/samples/iphone-15.yaml
   kubectl get flashsales
 

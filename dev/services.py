@@ -115,10 +115,13 @@ class ApiServer(_Service):
         metrics_port: int | None = None,
         orders_port: int | None = None,
         order_tokens: str = "",
+        settings: Mapping[str, str] | None = None,
         detached: bool = False,
     ) -> None:
+        """`settings` are further variables of the process."""
         super().__init__(data, addresses, port, detached=detached)
         self.order_tokens = order_tokens
+        self._settings = settings or {}
         if metrics_port is not None:
             self._ports["metrics"] = metrics_port
         if orders_port is not None:
@@ -149,7 +152,7 @@ class ApiServer(_Service):
         if self.order_tokens:
             environment["FLASHSALE_ORDER_TOKENS"] = self.order_tokens
             environment["FLASHSALE_ORDERS_LISTEN"] = f"127.0.0.1:{self._port('orders')}"
-        return environment
+        return {**environment, **self._settings}
 
 
 class ConsumerServer(_Service):

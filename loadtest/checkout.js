@@ -4,7 +4,7 @@
 //
 //   ITEM_ID      item of a sale with holdSeconds (required)
 //   ORDERS_URL   the order port (http://localhost:8083)
-//   ORDER_TOKEN  a token of the order port (required)
+//   ORDER_TOKEN  a token of the order port, or two with a comma between them (required)
 //   HOLD         holdSeconds of the sale, such as 3s (3s)
 //   STOCK        units available at the start (100)
 //   RATE         buyers per second (50)          DURATION  such as 10s, 5m or 1h (20s)

@@ -6,7 +6,7 @@ import { text } from './settings.js';
 
 const ORDERS_URL = (__ENV.ORDERS_URL || 'http://localhost:8083').replace(/\/$/, '');
 const HEADERS = {
-  Authorization: `Bearer ${text('ORDER_TOKEN')}`,
+  Authorization: `Bearer ${text('ORDER_TOKEN').split(',')[0]}`,
   'Content-Type': 'application/json',
 };
 const TRIES = 30;

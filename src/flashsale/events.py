@@ -93,6 +93,11 @@ def dead_letter_topic(engine: str = DEFAULT_ENGINE) -> str:
     return f"{topic(engine)}.dlq"
 
 
+def recorded_topic(engine: str = DEFAULT_ENGINE) -> str:
+    """Returns the engine's topic of recorded reservations, which order services read."""
+    return f"{engine}.recorded"
+
+
 def consumer_group(engine: str = DEFAULT_ENGINE) -> str:
     """Returns the consumer group that records the engine's events."""
     return f"{engine}-ledger"
@@ -127,13 +132,14 @@ def decode(value: bytes | None) -> Event:
     if value is None:
         raise ContractViolation("the record has no value")
     try:
-        if _FORMER_STATE in value:
-            # The previous version called a confirmed reservation accepted.
-            event = _decoder.decode(value.replace(_FORMER_STATE, b'"state":"confirmed"'))
-            return msgspec.structs.replace(event, confirmed_at=event.accepted_at)
-        return _decoder.decode(value)
+        # The previous version called a confirmed reservation accepted.
+        event = _decoder.decode(value.replace(_FORMER_STATE, b'"state":"confirmed"'))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractViolation(f"not a reservation event: {error}") from error
+    if event.state == "confirmed" and event.confirmed_at is None:
+        # A pod of the previous version published it. That version had no holds.
+        return msgspec.structs.replace(event, confirmed_at=event.accepted_at)
+    return event
 
 
 def traceparent(headers: Iterable[tuple[str, bytes]]) -> str:

@@ -15,6 +15,14 @@ F = TypeVar("F")
 
 PARTITIONS: Final = 12
 EVENT_RETENTION_MS: Final = 7 * 24 * 60 * 60 * 1000
+PARTITION_BYTES: Final = 1024**3
+"""Size of a partition from which on Kafka deletes its oldest segment.
+
+With twelve partitions a topic keeps 36 million events of 350 bytes, more than any shop sells within
+the retention time. Whatever is sent, its disk stays below 15 GiB per copy.
+"""
+SEGMENT_BYTES: Final = PARTITION_BYTES // 4
+"""Kafka deletes whole segments, so a partition grows to the sum of both sizes."""
 EVENT_BYTES: Final = 256 * 1024
 """The size of a batch of events. A topic with a lower limit gets smaller batches."""
 
@@ -184,6 +192,21 @@ TOPIC: Final = (
     ),
     Requirement[TopicFacts](
         "Kafka",
+        "retention.bytes of 1 GiB or more",
+        lambda facts: _number_below(facts.config, "retention.bytes", PARTITION_BYTES),
+        "raise the topic's retention.bytes, because older events that are not recorded are lost",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "a limit of the topic's size",
+        lambda facts: "retention.bytes=-1" if facts.config.get("retention.bytes") == "-1" else None,
+        "set the topic's retention.bytes to 1073741824, because a broker with a full disk "
+        "acknowledges nothing",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
         "cleanup.policy=delete",
         lambda facts: (
             None
@@ -196,6 +219,22 @@ TOPIC: Final = (
     Requirement[TopicFacts](
         "Kafka",
         "max.message.bytes of 256 KiB or more",
+        lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
+        "raise the topic's max.message.bytes, because smaller batches cost more",
+        fatal=False,
+    ),
+)
+RECORDED: Final = (
+    Requirement[TopicFacts](
+        "Kafka",
+        "retention.ms of 7 days or more for recorded reservations",
+        lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
+        "raise the topic's retention.ms, because an order service misses older messages",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "max.message.bytes of 256 KiB or more for recorded reservations",
         lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
         "raise the topic's max.message.bytes, because smaller batches cost more",
         fatal=False,

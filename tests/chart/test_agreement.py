@@ -69,7 +69,11 @@ def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) ->
     }
     rendered = chart.render(changes)
     names = {each["metadata"]["name"] for each in rendered.all("KafkaTopic")}
-    assert names == {events.topic("other"), events.dead_letter_topic("other")}
+    assert names == {
+        events.topic("other"),
+        events.dead_letter_topic("other"),
+        events.recorded_topic("other"),
+    }
     trigger = rendered.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]
     assert trigger["topic"] == events.topic("other")
     assert trigger["consumerGroup"] == events.consumer_group("other")
@@ -163,7 +167,7 @@ def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     assert spec["terminationGracePeriodSeconds"] == needed
 
     clients = 3  # the group membership, the dead-letter producer and the ledger's pool
-    needed = consumer_app.GRACE_SECONDS + clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
+    needed = clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 

@@ -35,6 +35,11 @@ from tests.support.chart_options import (
 )
 from tests.support.paths import CHART
 
+TOPIC_SIZE: Final = {
+    "retention.bytes": requirements.PARTITION_BYTES,
+    "segment.bytes": requirements.SEGMENT_BYTES,
+}
+
 
 def kinds(rendered: Rendered) -> dict[str, int]:
     found = [each["kind"] for each in rendered.manifests]
@@ -65,7 +70,7 @@ PLAIN: Final = {
         (ORDERS, {"Service": 2}),
         (INGRESS, {"Ingress": 1}),
         (ROUTE, {"HTTPRoute": 1}),
-        (TOPICS, {"KafkaTopic": 2}),
+        (TOPICS, {"KafkaTopic": 3}),
         (POLICIES, {"NetworkPolicy": 3}),
         (at("networkPolicies.redis.peers", [PEER]), {"NetworkPolicy": 3}),
         (at("networkPolicies.database.peers", [PEER]), {"NetworkPolicy": 3}),
@@ -162,7 +167,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]["consumerGroup"],
         ),
         (
-            ["flashsale.reservations", "flashsale.reservations.dlq"],
+            ["flashsale.recorded", "flashsale.reservations", "flashsale.reservations.dlq"],
             "flashsale.reservations",
             "flashsale-ledger",
         ),
@@ -183,11 +188,18 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {
             "shop-flashsale.reservations": (
                 requirements.PARTITIONS,
-                {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                TOPIC_SIZE
+                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+            ),
+            "shop-flashsale.recorded": (
+                requirements.PARTITIONS,
+                TOPIC_SIZE
+                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
                 requirements.PARTITIONS,
-                {
+                TOPIC_SIZE
+                | {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
                     "min.insync.replicas": 2,
                     "max.message.bytes": topics.DEAD_LETTER_BYTES,
@@ -568,6 +580,24 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in r.one("Ingress", "api")["spec"]["rules"][0]["http"]["paths"]
         },
         {"/reserve": "Exact", "/sales": "Prefix"},
+    ),
+    (
+        "the Ingress exposes the page, and none of the other paths",
+        merged(INGRESS, at("api.ingress.page", True)),
+        lambda r: {
+            each["path"]: each["pathType"]
+            for each in r.one("Ingress", "api")["spec"]["rules"][0]["http"]["paths"]
+        },
+        {"/": "Exact", "/reserve": "Exact", "/sales": "Prefix"},
+    ),
+    (
+        "the HTTPRoute exposes the page, and none of the other paths",
+        merged(ROUTE, at("api.httpRoute.page", True)),
+        lambda r: [
+            (each["path"]["type"], each["path"]["value"])
+            for each in r.one("HTTPRoute", "api")["spec"]["rules"][0]["matches"]
+        ],
+        [("Exact", "/reserve"), ("PathPrefix", "/sales"), ("Exact", "/")],
     ),
     (
         "PodMonitors read each component's metrics port",

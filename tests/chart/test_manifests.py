@@ -37,8 +37,10 @@ VALUES: Final = K8S / "values"
 LOADTEST: Final = ROOT / "loadtest"
 # The names of the engine in k8s/values.
 TOPIC: Final = "flashsale.reservations"
+RECORDED: Final = "flashsale.recorded"
 PASSWORD: Final = "Secret-of.the_test~1"
 ENGINE: Final = "Secret-of.the_engine~2"
+API: Final = "Secret-of.the_api~3"
 GROUP: Final = "flashsale-ledger"
 TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
@@ -159,8 +161,9 @@ def test_the_one_node_values_match_the_one_node_manifests(chart: Helm) -> None:
     }
     assert secret_keys(release) <= secrets.keys()
     for name, port in (("redis", 6379), ("postgres", 5432)):
-        password = secrets[name, "engine-password" if name == "redis" else "password"]
-        assert re.search(rf":{password}@{name}:{port}/", secrets[name, "url"])
+        users = {"url": "engine-password", "api-url": "api-password"}
+        for url, key in users.items() if name == "redis" else [("url", "password")]:
+            assert re.search(rf":{secrets[name, key]}@{name}:{port}/", secrets[name, url])
         services = documents(Path(f"k8s/{name}/one-node.yaml"))
         (service,) = (each for each in services if each["kind"] == "Service")
         assert service["metadata"]["name"] == name
@@ -195,6 +198,23 @@ def test_the_highly_available_values_match_the_highly_available_manifests(chart:
     assert (f"{name}-cluster-ca-cert", "ca.crt") in secret_keys(release)
 
 
+def test_the_topics_fit_on_the_disks_of_the_brokers(chart: Helm) -> None:
+    (pool,) = (
+        each
+        for each in documents(Path("k8s/kafka/three-brokers.yaml"))
+        if each["kind"] == "KafkaNodePool" and "broker" in each["spec"]["roles"]
+    )
+    (volume,) = pool["spec"]["storage"]["volumes"]
+    disk = int(volume["size"].removesuffix("Gi")) * 1024**3
+    topics = rendered(chart, TOPOLOGIES["highly available"]).all("KafkaTopic")
+    most = sum(
+        each["spec"]["partitions"]
+        * (each["spec"]["config"]["retention.bytes"] + each["spec"]["config"]["segment.bytes"])
+        for each in topics
+    )
+    assert most < 0.8 * disk
+
+
 @each_topology
 def test_topics_have_one_copy_per_broker(chart: Helm, files: list[Path]) -> None:
     file = "three-brokers" if "highly" in files[0].name else "one-node"
@@ -208,6 +228,7 @@ def test_topics_have_one_copy_per_broker(chart: Helm, files: list[Path]) -> None
     assert {each["metadata"]["name"] for each in topics} == {
         TOPIC,
         f"{TOPIC}.dlq",
+        RECORDED,
     }
     config = kafka[0]["spec"]["kafka"]["config"]
     for topic in topics:
@@ -223,7 +244,7 @@ def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
         for acl in user["spec"]["authorization"]["acls"]:
             resource = acl["resource"]
             assert resource.get("patternType", "literal") == "literal"
-            assert resource["name"] in (TOPIC, f"{TOPIC}.dlq", GROUP)
+            assert resource["name"] in (TOPIC, f"{TOPIC}.dlq", RECORDED, GROUP)
             assert (resource["type"] == "group") == (resource["name"] == GROUP)
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 
@@ -270,7 +291,11 @@ class RedisOfManifest(RedisServer):
 
     def _environment(self) -> dict[str, str]:
         path = f"{self.data / 'bin'}:{os.environ['PATH']}"
-        passwords = {"REDISCLI_AUTH": self.password, "ENGINE_PASSWORD": self.engine_password}
+        passwords = {
+            "REDISCLI_AUTH": self.password,
+            "ENGINE_PASSWORD": self.engine_password,
+            "API_PASSWORD": API,
+        }
         return {**super()._environment(), "PATH": path, **passwords}
 
     def _ready(self) -> bool:
@@ -315,6 +340,7 @@ def test_redis_demands_its_password_and_has_it_in_no_argument(
     assert f"127.0.0.1:{server.port}" in arguments
     assert PASSWORD not in arguments
     assert ENGINE not in arguments
+    assert API not in arguments
     # A replica sends this password to its primary.
     assert redis.config_get("masterauth")["masterauth"] == (
         PASSWORD if name == "highly-available" else ""
@@ -339,30 +365,40 @@ def test_redis_refuses_a_password_that_its_configuration_cannot_hold(
         assert not password or password not in str(refusal.value)
 
 
-async def test_the_engine_sells_as_its_own_user_who_may_not_change_the_server(
+async def test_the_engine_sells_as_users_who_may_not_change_the_server(
     redis_of_manifest: tuple[str, RedisOfManifest, Redis],
 ) -> None:
     _, server, admin = redis_of_manifest
     admin.config_set("min-replicas-to-write", 0)
-    client = redis_client.connect(f"redis://flashsale:{ENGINE}@127.0.0.1:{server.port}/0")
-    inventory, outbox = Inventory(client, "shop"), Outbox(client, "shop")
-    Checks().require(requirements.REDIS, await inventory.facts())
+    operator, api = [
+        redis_client.connect(f"redis://{user}:{password}@127.0.0.1:{server.port}/0")
+        for user, password in (("flashsale", ENGINE), ("flashsale-api", API))
+    ]
+    for client in (operator, api):
+        Checks().require(requirements.REDIS, await Inventory(client, "shop").facts())
+    seeding = Inventory(operator, "shop")
+    await seeding.claim("e-1")
+    spec = SaleSpec("default/phone", "phone", 10)
+    assert await seeding.apply(spec, 1, engine_id="e-1", seed_until_ms=2**53) is Applied.SEEDED
+    inventory, outbox = Inventory(api, "shop"), Outbox(api, "shop")
     await inventory.load()
     await outbox.load()
-    await inventory.claim("e-1")
-    spec = SaleSpec("default/phone", "phone", 10)
-    assert await inventory.apply(spec, 1, engine_id="e-1", seed_until_ms=2**53) is Applied.SEEDED
     request = Request(str(uuid.uuid4()), "ann", 1)
     await inventory.reserve("phone", [request], timeout_seconds=5, engine_id="e-1")
     assert (await inventory.sales(await inventory.items()))["phone"].accepted == 1
     [entry] = await outbox.page("phone", after="-", until_ms=2**53, count=10)
     assert await outbox.take_lease("phone", "pod", 1_000)
     assert await outbox.settle("phone", [(entry.entry_id, entry.reservation_id, 1)]) == 1
-    for command in ("FLUSHALL", "KEYS *", "CONFIG SET maxmemory-policy allkeys-lru", "SHUTDOWN"):
-        refused: Any = client.execute_command(*command.split())  # type: ignore[no-untyped-call]
-        with pytest.raises(NoPermissionError):
-            await refused
-    await client.aclose()
+    changing = "FLUSHALL", "KEYS *", "CONFIG SET maxmemory-policy allkeys-lru", "SHUTDOWN"
+    for client, commands in (
+        (operator, changing),
+        (api, (*changing, "DEL shop:{phone}:sale", "RENAME shop:{phone}:sale x")),
+    ):
+        for command in commands:
+            refused: Any = client.execute_command(*command.split())  # type: ignore[no-untyped-call]
+            with pytest.raises(NoPermissionError):
+                await refused
+        await client.aclose()
 
 
 def containers(file: Path) -> list[Manifest]:
@@ -480,7 +516,7 @@ def test_k6_gets_only_known_settings_and_buys_the_sample_sale(file: str) -> None
     env = (spec["template"]["spec"]["containers"][0] if file == "job.yaml" else spec["runner"])[
         "env"
     ]
-    given = {each["name"]: each["value"] for each in env}
+    given = {each["name"]: each.get("value") for each in env}
     sale = documents(Path("k8s/samples/iphone-15.yaml"))[0]["spec"]
     assert given["ITEM_ID"] == sale["itemId"]
     assert given["STOCK"] == str(sale["stock"])
@@ -555,3 +591,18 @@ def test_the_proxy_finds_the_clusters_domain(tmp_path: Path) -> None:
         done = subprocess.run(["sh", "-c", moved], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == domain
         assert (done.returncode == 0) == bool(domain), done.stderr
+
+
+def test_the_proxy_listens_on_ipv6_where_the_machine_has_it(tmp_path: Path) -> None:
+    files = scripts(Path("k8s/redis/highly-available.yaml"))
+    resolvers, ipv6 = tmp_path / "resolv.conf", tmp_path / "if_inet6"
+    resolvers.write_text("search shop.svc.cluster.local\n")
+    moved = files["haproxy.sh"].replace("/etc/resolv.conf", str(resolvers))
+    moved = moved.replace("/proc/net/if_inet6", str(ipv6))
+    moved = moved.replace("exec haproxy", "printenv ADDRESS; : haproxy")
+    for address in ("", "::"):
+        done = subprocess.run(["sh", "-c", moved], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == address, done.stderr
+        ipv6.touch()
+    binds = re.findall(r"^ *bind (.*)", files["haproxy.cfg"], re.MULTILINE)
+    assert binds == ['"${ADDRESS}:6379" v4v6', '"${ADDRESS}:8404" v4v6']

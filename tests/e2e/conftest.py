@@ -36,8 +36,12 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
         others = [variant(image.reference, CHANGED) for image in own]
         cluster.load({other: other for other in others})
     found = Shop(cluster)
-    for command in commands("install"):
-        found.shell(command)
+    try:
+        for command in commands("install"):
+            found.shell(command)
+    except AssertionError:
+        _keep_state(found)
+        raise
     yield found
     if request.session.testsfailed:
         _keep_state(found)

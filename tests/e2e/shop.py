@@ -144,7 +144,8 @@ class Shop:
         (container,) = manifest["spec"]["template"]["spec"]["containers"]
         container["args"][-1] = script
         env = {each["name"]: each for each in container["env"]}
-        variables = {"API_URL": f"http://{self.release}-flashsale-api", **variables}
+        service = f"http://{self.release}-flashsale"
+        variables = {"API_URL": f"{service}-api", "ORDERS_URL": f"{service}-orders", **variables}
         env |= {name: {"name": name, "value": str(value)} for name, value in variables.items()}
         container["env"] = list(env.values())
         # A node with two cores also runs the engine and its servers.
@@ -183,15 +184,20 @@ class Shop:
         lines = self.kubectl("logs", f"job/{job}", check=False).splitlines()
         return "\n".join(line for line in lines if not line.startswith("{"))
 
-    def ledger(self, sale: str) -> list[tuple[str, str, int]]:
-        """Return the reservation, user and quantity of each accepted row of a sale."""
+    def rows(self, sale: str, columns: str) -> list[list[Any]]:
+        """Return columns of each of a sale's reservations in the ledger."""
         query = (
-            "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
-            f"WHERE sale_id = '{self.namespace}/{sale}' AND state IN ('held', 'confirmed')"
+            f"SELECT json_build_array({columns}) FROM reservations "
+            f"WHERE sale_id = '{self.namespace}/{sale}'"
         )
         psql = ("psql", "--username=flashsale", "--tuples-only", "--no-align", f"--command={query}")
         lines = self.kubectl("exec", "postgres-0", "--", *psql).splitlines()
-        return [(row[0], row[1], row[2]) for row in map(json.loads, lines)]
+        return [json.loads(line) for line in lines]
+
+    def ledger(self, sale: str) -> list[tuple[str, str, int]]:
+        """Return the reservation, user and quantity of each accepted row of a sale."""
+        rows = self.rows(sale, "reservation_id, user_id, quantity, state")
+        return [(row[0], row[1], row[2]) for row in rows if row[3] in ("held", "confirmed")]
 
     def check(self, sale: str, stock: int, promises: Iterable[Promise]) -> None:
         """Check that nothing was oversold and that the ledger has the promised reservations only.

@@ -103,15 +103,15 @@ def test_while_the_rollout_of_the_api_is_stuck_nothing_is_sold_at_a_new_redis(
 
 def test_the_sales_move_to_another_redis_and_back(shop: Shop, other_redis: Shop) -> None:
     shop.declare("moved", STOCK)
-    first = sell(shop, "before", 5)
+    first = sell(shop, "before-moving", 5)
     assert 0 < first < STOCK
     move(shop, "new-redis")
     shop.until_sale("moved", "Selling")
     shop.agrees()
     assert other_redis.kubectl("exec", "redis-0", "--", "redis-cli", "dbsize").strip() != "0"
     rest = STOCK - first
-    shop.start_load("after", "stampede.js", ITEM_ID="moved", STOCK=rest, RATE=100, DURATION="4s")
-    assert len(shop.end_load("after")) == rest
+    shop.start_load("moved-on", "stampede.js", ITEM_ID="moved", STOCK=rest, RATE=100, DURATION="4s")
+    assert len(shop.end_load("moved-on")) == rest
     shop.until_sale("moved", "SoldOut")
     # The former Redis kept its keys, in which the sale has units left.
     move(shop, "redis")

@@ -21,6 +21,7 @@ from flashsale.reservations import Record
 from tests.faults.crowd import Answer, Crowd
 from tests.faults.orders import Call, Shop
 from tests.faults.world import History, Sale, World
+from tests.support.recorded import in_ledger, received
 
 RECOVERY_SECONDS: Final = 120.0
 UNPUBLISHED_SECONDS: Final = 2.0
@@ -127,6 +128,7 @@ async def check(world: World, crowd: Crowd, shop: Shop, sale: Sale) -> Result:
     if sale.hold_seconds:
         wrong += _orders(book, shop.journal, result)
     wrong += await _in_redis(world, sale, book)
+    wrong += await _announced(world, sale)
     wrong += await _retries(crowd, book)
     audit = await _ctl(world, "audit", sale.item)
     if audit.returncode and not result.refused:
@@ -279,6 +281,30 @@ def _may_be_lost(answer: Answer, history: History) -> bool:
         for api, began, end in history.orphaned
     )
     return lost and orphaned
+
+
+async def _announced(world: World, sale: Sale) -> list[str]:
+    """Check that a receiver of recorded reservations knows exactly the ledger's."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    connection = await asyncpg.connect(world.postgres.url)
+    try:
+        recorded = await in_ledger(connection, sale.sale_id)
+    finally:
+        await connection.close()
+    while True:
+        view = await received(world.addresses.kafka_bootstrap, world.addresses.engine)
+        known = {
+            key: each for key, each in view.reservations.items() if each["saleId"] == sale.sale_id
+        }
+        if known == recorded:
+            return []
+        if time.monotonic() > deadline:
+            differ = sorted(
+                key for key in {*known, *recorded} if known.get(key) != recorded.get(key)
+            )
+            first = f"{known.get(differ[0])}, but the ledger has {recorded.get(differ[0])}"
+            return [f"{len(differ)} reservations are announced differently, such as {first}"]
+        await asyncio.sleep(0.5)
 
 
 async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:

@@ -9,10 +9,9 @@ from tests.model.world import Process, Steps, Unreachable, World
 
 
 class Consumer(Process):
-    """flashsale_consumer: worker.py. Records events, and then announces what is recorded.
+    """flashsale_consumer: worker.py records events, and announcer.py announces what is recorded.
 
-    The consumer starts at the announced offsets. An event that is recorded already is announced
-    again.
+    The announcing reads the events again, behind the recording. It starts at the announced offsets.
     """
 
     BATCH = 6
@@ -25,7 +24,8 @@ class Consumer(Process):
         self.forget()
 
     def begin(self) -> None:
-        self.spawn(self._run())
+        self.spawn(self._record())
+        self.spawn(self._announce())
 
     def forget(self) -> None:
         self.positions: dict[int, int] = {}
@@ -36,7 +36,7 @@ class Consumer(Process):
         self.assigned = frozenset(partitions)
         self.forget()
 
-    def _run(self) -> Steps:
+    def _record(self) -> Steps:
         world, ledger, kafka = self.world, self.servers.ledger, self.servers.kafka
         checked = world.now
         while True:
@@ -56,31 +56,50 @@ class Consumer(Process):
                     batch += page
                     offsets_after[number] = at + len(page)
                 if not batch:
-                    if self.announced:
-                        ledger.announced(self.announced)
-                        self.announced = {}
+                    ledger.announced(positions, self.announced)
                     if world.now - checked > self.CHECK_SECONDS:
-                        self.positions = {}
+                        self.forget()
                     continue
+                announced = self.announced
                 yield world.between(0.01, 0.2)
                 ledger.reached()
-                ledger.record(positions, offsets_after, batch)
-                news = ledger.news({event.reservation_id for event in batch})
+                ledger.record(positions, offsets_after, batch, announced)
                 world.risk(self)
                 positions.update(offsets_after)
                 checked = world.now
+            except (Unreachable, Rewound):
+                self.forget()
+
+    def _announce(self) -> Steps:
+        world, ledger, kafka = self.world, self.servers.ledger, self.servers.kafka
+        while True:
+            yield world.between(0.3, 0.7)
+            try:
+                announced = self.announced
+                offsets_after = dict(announced)
+                batch: list[Event] = []
+                for number in sorted(announced):
+                    at, end = announced[number], self.positions[number]
+                    page = kafka.partitions[number][at : min(at + self.BATCH, end)]
+                    batch += page
+                    offsets_after[number] = at + len(page)
+                if not batch:
+                    continue
+                kafka.reached()
+                ledger.reached()
+                news = ledger.news({event.reservation_id for event in batch})
+                world.risk(self)
                 yield world.between(0.005, 0.3)
                 kafka.reached()
                 kafka.announce(news)
-                if positions is self.positions:
-                    self.announced = offsets_after
-            except (Unreachable, Rewound):
-                self.positions = {}
+                announced.update(offsets_after)
+            except Unreachable:
+                continue
 
     def _seek(self) -> None:
-        """Reads on from the ledger's offsets."""
+        """Continues at the ledger's offsets."""
         tables = self.servers.ledger.tables
         kept = self.world.rules.announced_is_kept
-        offsets = tables.announced if kept else tables.offsets
-        self.positions = {number: offsets[number] for number in self.assigned}
-        self.announced = {}
+        announced = tables.announced if kept else tables.offsets
+        self.positions = {number: tables.offsets[number] for number in self.assigned}
+        self.announced = {number: announced[number] for number in self.assigned}

@@ -1,6 +1,7 @@
 """PostgreSQL in the model: the transactions of consumers and operators."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from tests.model.kafka import News
 from tests.model.records import HELD, NOTHING, Event, Progress, Row, Tables
@@ -98,13 +99,12 @@ class Ledger:
         positions: Mapping[int, int],
         next_offsets: Mapping[int, int],
         events: Sequence[Event],
+        announced: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """Records a batch. Raises `Rewound`."""
+        """Records a batch, and stores the offsets. Raises `Rewound`."""
         offsets, rules = self.tables.offsets, self.world.rules
-        if rules.rewound_ledger_noticed and any(
-            offsets[partition] < position for partition, position in positions.items()
-        ):
-            raise Rewound
+        self._lock(positions)
+        self._move_announced(announced)
         if rules.capacity_in_events:
             for event in events:
                 row = self._row_for(event)
@@ -150,7 +150,10 @@ class Ledger:
         known = tables.reservations.get(event.reservation_id)
         if known is not None and event.version <= known.version:
             return
-        if event.reservation_id in tables.refused and not rules.refused_may_return:
+        refused = tables.refused.get(event.reservation_id)
+        if refused is not None and (
+            event.version < refused.version or not rules.refused_may_return
+        ):
             return
         added = event.quantity if known is None else 0
         if row.accepted + added > row.capacity:
@@ -178,13 +181,24 @@ class Ledger:
                 found.append(News(known, event.version, event.state, verdict))
         return found
 
-    def announced(self, offsets: Mapping[int, int]) -> None:
-        """Stores that everything before these offsets is announced."""
+    def announced(self, positions: Mapping[int, int], offsets: Mapping[int, int]) -> None:
+        """Stores that everything before these offsets is announced. Raises `Rewound`."""
+        if any(offset > self.tables.announced[number] for number, offset in offsets.items()):
+            self._lock(positions)
+            self._move_announced(offsets)
+            self._committed()
+
+    def _lock(self, positions: Mapping[int, int]) -> None:
+        if self.world.rules.rewound_ledger_noticed and any(
+            self.tables.offsets[number] < position for number, position in positions.items()
+        ):
+            raise Rewound
+
+    def _move_announced(self, offsets: Mapping[int, int]) -> None:
         tables = self.tables
-        for partition, offset in offsets.items():
-            at = min(offset, tables.offsets[partition])
-            tables.announced[partition] = max(tables.announced[partition], at)
-        self._committed()
+        for number, offset in offsets.items():
+            at = min(offset, tables.offsets[number])
+            tables.announced[number] = max(tables.announced[number], at)
 
 
 def _fold(events: Iterable[Event]) -> list[Event]:

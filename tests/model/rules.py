@@ -135,7 +135,7 @@ class Rules:
     counted_by_difference: bool = True
     """holds: the ledger counts by the difference of a reservation's old and new state."""
     announced_is_kept: bool = True
-    """holds: a consumer starts at the offsets that are announced, not at those that are
+    """holds: announcing starts at the offsets that are announced, not at those that are
     recorded."""
 
     # Holds: rebuilding and freeing.

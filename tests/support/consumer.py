@@ -222,9 +222,8 @@ class Log:
                 await admin.create_topics(
                     [NewTopic(self.dead_letter_topic, 1, 1, topic_configs=limit)]
                 )
-        await topics.create(
-            KafkaSettings(kafka_bootstrap=self.bootstrap), self.topic, self.dead_letter_topic
-        )
+        kafka = KafkaSettings(kafka_bootstrap=self.bootstrap)
+        await topics.create(kafka, self.topic, self.dead_letter_topic)
 
     async def delete(self, topic: str) -> None:
         async with self._admin() as admin:
@@ -313,11 +312,21 @@ class Running:
 
     def events(self, result: str) -> float:
         """The number of events that the worker counted under `result`."""
-        sample = f'flashsale_consumer_events_total{{result="{result}"}}'
+        return self.value(f'flashsale_consumer_events_total{{result="{result}"}}')
+
+    def value(self, sample: str) -> float:
+        """The value of one sample of the worker's metrics."""
         (line,) = (
-            line for line in self.metrics.text().decode().splitlines() if line.startswith(sample)
+            line
+            for line in self.metrics.text().decode().splitlines()
+            if line.startswith(f"{sample} ")
         )
         return float(line.split()[-1])
+
+    def total(self, metric: str) -> float:
+        """The sum of the samples of a metric with labels."""
+        lines = self.metrics.text().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(metric + "{"))
 
     def partitions(self) -> int:
         """The number of partitions that the worker reads."""

@@ -73,7 +73,7 @@ class Seen:
         kind = answer.headers["content-type"].partition(";")[0]
         schema = {**response["content"][kind]["schema"], "components": document["components"]}
         slug = ""
-        if kind == "text/plain":
+        if kind.startswith("text/"):
             Draft202012Validator(schema).validate(answer.text)
         else:
             Draft202012Validator(schema, validate_formats=True).validate(answer.json())

@@ -23,6 +23,7 @@ from flashsale.reservations import Record
 from flashsale.sale import Sale, SaleSpec
 from tests.support.api import reserve
 from tests.support.eventually import until
+from tests.support.redis_users import API, url_of
 
 TOKENS: Final = "first-" + "a" * 40, "second-" + "b" * 40
 NewApi = Callable[..., ApiServer]
@@ -40,7 +41,7 @@ def order_engine(redis_server: RedisServer, kafka_server: KafkaServer) -> Addres
         await admin.close()
 
     asyncio.run(create())
-    return Addresses(redis_server.url, kafka_server.bootstrap, "", name)
+    return Addresses(url_of(redis_server, API), kafka_server.bootstrap, "", name)
 
 
 @pytest.fixture(scope="module")

@@ -119,12 +119,13 @@ class SimulatedShop:
         entries = await self.outbox.page(item_id, until_ms=2**50, count=10_000)
         for number, entry in enumerate(entries):
             if number >= lose:
-                await self._write(entry)
+                await self.write(entry)
         await self.outbox.settle(
             item_id, [(e.entry_id, e.reservation_id, e.record.version) for e in entries]
         )
 
-    async def _write(self, entry: OutboxEntry) -> None:
+    async def write(self, entry: OutboxEntry) -> None:
+        """Record an event in the ledger, as the consumer does."""
         sale_id, record = entry.snapshot.sale_id, entry.record
         async with self.pool.acquire() as connection, connection.transaction():
             former = await connection.fetchrow(_FORMER, sale_id, entry.reservation_id)

@@ -1,9 +1,10 @@
-"""Raw connections to an API process, and the bytes of requests."""
+"""Raw connections, and the bytes of requests to the API."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from dev.services import ApiServer
@@ -18,7 +19,7 @@ GET: Final = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @dataclass(slots=True)
 class Wire:
-    """A connection to the API."""
+    """A connection to a server."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -47,6 +48,9 @@ class Wire:
             except ConnectionError:
                 return b""
 
+    def stop_reading(self) -> None:
+        self.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a Transport
+
     async def rest_or_silence(self) -> None:
         """Read until the server closes the connection or has nothing more to send."""
         try:
@@ -58,12 +62,20 @@ class Wire:
 
 
 @asynccontextmanager
-async def connection(api: ApiServer) -> AsyncIterator[Wire]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+async def connection(server: ApiServer | int) -> AsyncIterator[Wire]:
+    """Connect to an API process, or to a port of this machine."""
+    port = server if isinstance(server, int) else server.port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         yield Wire(reader, writer)
     finally:
         writer.transport.abort()
+
+
+def resident(api: ApiServer) -> int:
+    """Return the resident memory of the process, in bytes."""
+    status = Path(f"/proc/{api.pid}/status").read_text("ascii")
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
 def body_for(item: str) -> bytes:

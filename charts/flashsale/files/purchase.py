@@ -109,6 +109,6 @@ until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST
 try:
     bought = until("buy one unit", 202, lambda: buy("first"))
     until("refuse a second buyer", 409, lambda: buy("second"))
-    until("record in the ledger", "accepted", lambda: (recorded(bought["reservationId"]), bought))
+    until("record in the ledger", "confirmed", lambda: (recorded(bought["reservationId"]), bought))
 finally:
     until("delete the FlashSale", 200, lambda: flash_sales("DELETE", f"/{NAME}"))

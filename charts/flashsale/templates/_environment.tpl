@@ -10,7 +10,11 @@
   value: {{ include "flashsale.engine" .root | quote }}
 {{- include "flashsale.environment.authority" .root }}
 {{- if ne .component "consumer" }}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $values.redis "key" "url") }}
+{{- $redis := deepCopy $values.redis }}
+{{- if and (eq .component "api") $redis.existingSecret.apiKey }}
+{{- $_ := set $redis.existingSecret "key" $redis.existingSecret.apiKey }}
+{{- end }}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $redis "key" "url") }}
 {{- end }}
 {{ include "flashsale.environment.kafka" . }}
 {{- if ne .component "api" }}
@@ -37,6 +41,14 @@
 - name: FLASHSALE_KEEP_CLOSED_SECONDS
   value: {{ $values.operator.keepClosedSeconds | int | quote }}
 {{- end }}
+{{- if eq .component "api" }}
+{{- range $name, $value := dict "USER_HEADER" $values.identity.userHeader "JWKS_URL" $values.identity.jwksUrl "JWT_ISSUER" $values.identity.issuer "JWT_AUDIENCE" $values.identity.audience }}
+{{- if $value }}
+- name: FLASHSALE_{{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
 - name: FLASHSALE_LOG_LEVEL
   value: {{ $values.logLevel | quote }}
 {{- /* The operator sends no traces. */}}
@@ -45,6 +57,10 @@
   value: {{ $values.tracing.endpoint | quote }}
 - name: OTEL_TRACES_SAMPLER_ARG
   value: {{ $values.tracing.ratio | quote }}
+{{- if eq .component "api" }}
+- name: FLASHSALE_TRUST_TRACEPARENT
+  value: {{ $values.tracing.trustTraceparent | quote }}
+{{- end }}
 {{- end }}
 {{- end }}
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -29,7 +29,7 @@ from redis.asyncio import Redis
 from flashsale import events, ledger, redis_client, requirements
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
-from flashsale.requirements import Finding, TopicFacts
+from flashsale.requirements import Finding, Requirement, TopicFacts
 from flashsale.scripts import translated
 from flashsale.settings import KafkaSettings
 
@@ -177,8 +177,12 @@ async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
         await admin.start()
         brokers = len((await admin.describe_cluster())["brokers"])
         yield Finding(KAFKA, f"the address answers, brokers: {brokers}", "ok")
-        for finding in await _topic(admin, events.topic(settings.engine)):
-            yield finding
+        for topic, table in (
+            (events.topic(settings.engine), requirements.TOPIC),
+            (events.recorded_topic(settings.engine), requirements.RECORDED),
+        ):
+            for finding in await _topic(admin, topic, table):
+                yield finding
         seconds = await _measured(admin.describe_cluster)
         yield _round_trip(KAFKA, seconds, buyers=False)
     except IncompatibleBrokerVersion as error:
@@ -187,7 +191,9 @@ async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
         await admin.close()
 
 
-async def _topic(admin: AIOKafkaAdminClient, topic: str) -> list[Finding]:
+async def _topic(
+    admin: AIOKafkaAdminClient, topic: str, table: Iterable[Requirement[TopicFacts]]
+) -> list[Finding]:
     # Describe all topics, because to ask for one by name can create it.
     described = [each for each in await admin.describe_topics() if each["topic"] == topic]
     if not described:
@@ -197,7 +203,7 @@ async def _topic(admin: AIOKafkaAdminClient, topic: str) -> list[Finding]:
     [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
     entries = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
     facts = TopicFacts(len(described[0]["partitions"]), entries)
-    found = requirements.findings(requirements.TOPIC, facts)
+    found = requirements.findings(table, facts)
     if not entries:
         text = f"this user may not describe the settings of the topic {topic}"
         found.append(Finding(KAFKA, f"{text}: allow it DescribeConfigs", "warning"))

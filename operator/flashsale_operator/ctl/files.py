@@ -1,4 +1,4 @@
-"""Read the files of `flashsalectl apply -f`, which are those of `kubectl apply -f`."""
+"""Read the files of `flashsalectl apply -f`, those of `kubectl apply -f`, and write reports."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
+from flashsale.errors import FlashsaleError
 from flashsale.sale import SaleSpec
 from flashsale_operator.sales import manifest
 from flashsale_operator.sales.manifest import ManifestError
@@ -14,6 +15,10 @@ MAX_BYTES: Final = 8 * 1024 * 1024
 """The size of an export of some thousand FlashSales."""
 _SUFFIXES: Final = (".json", ".yaml", ".yml")
 _STDIN: Final = "-"
+
+
+class NotWritten(FlashsaleError):
+    """A file cannot be written."""
 
 
 def sales(names: Sequence[str]) -> list[SaleSpec]:
@@ -35,6 +40,14 @@ def sales(names: Sequence[str]) -> list[SaleSpec]:
     if mistakes:
         raise ManifestError(mistakes)
     return list(specs.values())
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file in UTF-8. Raises `NotWritten`."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise NotWritten(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _files(names: Sequence[str], mistakes: list[str]) -> Iterator[str]:

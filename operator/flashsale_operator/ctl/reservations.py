@@ -3,16 +3,17 @@
 import csv
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, Protocol, TextIO
 
 import asyncpg
 import msgspec
 
 from flashsale import ledger
-from flashsale_operator.ctl.tables import table
+from flashsale_operator.ctl.tables import rfc3339, table
 
 PAGE: Final = 1_000
+FORMULA: Final = ("=", "+", "-", "@")
+"""The first characters of a formula that a userId or an orderRef may have."""
 
 # In the order of the primary key, so that the first page needs no sort.
 _RESERVATIONS: Final = """
@@ -44,9 +45,9 @@ class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tru
             quantity=record["quantity"],
             state=record["state"],
             version=record["version"],
-            accepted_at=_rfc3339(record["accepted_at"]),
-            expires_at=record["expires_at"] and _rfc3339(record["expires_at"]),
-            confirmed_at=record["confirmed_at"] and _rfc3339(record["confirmed_at"]),
+            accepted_at=rfc3339(record["accepted_at"]),
+            expires_at=record["expires_at"] and rfc3339(record["expires_at"]),
+            confirmed_at=record["confirmed_at"] and rfc3339(record["confirmed_at"]),
             order_ref=record["order_ref"],
         )
 
@@ -113,6 +114,12 @@ class _Table:
 
 @dataclass
 class _Csv:
+    """Writes a header, and then a line per reservation. New columns come last.
+
+    A spreadsheet runs a value that begins with one of `FORMULA` as a formula, so it gets an
+    apostrophe in front.
+    """
+
     out: TextIO
     begun: bool = False
 
@@ -120,7 +127,7 @@ class _Csv:
         writer = csv.writer(self.out, lineterminator="\n")
         if not self.begun:
             writer.writerow(field.encode_name for field in msgspec.structs.fields(Reservation))
-        writer.writerows(msgspec.structs.astuple(each) for each in page)
+        writer.writerows(map(_harmless, msgspec.structs.astuple(each)) for each in page)
         self.begun = True
 
     def end(self) -> None:
@@ -144,8 +151,8 @@ class _Json:
         self.out.write("\n]\n" if self.begun else "[]\n")
 
 
+def _harmless(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
 WRITERS: Final[dict[str, type[Writer]]] = {"table": _Table, "csv": _Csv, "json": _Json}
-
-
-def _rfc3339(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,17 +1,16 @@
 """The lines and tables that `flashsalectl` prints."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Final
 
 from flashsale import requirements
-from flashsale.inventory import Freed, ServerTime
-from flashsale.ledger import SaleRow
+from flashsale.inventory import Freed
 from flashsale.reservations import Transition
-from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
 from flashsale_operator.sales.audit import Audit, Finding
-from flashsale_operator.sales.decision import Reason, StillFenced, counted, spec_of, state_of
+from flashsale_operator.sales.decision import Reason, StillFenced, counted
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Result
 from flashsale_operator.sales.transitions import Verb
@@ -88,22 +87,6 @@ def line_of_change(
     return line, outcome in (Transition.CHANGED, Transition.REPLAYED)
 
 
-def of_sales(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> str:
-    """Returns a table of the sales in the ledger or Redis, sorted by item."""
-    lines = [
-        _line_of_sale(row, held.get(row.item_id), server)
-        for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
-    ]
-    recorded = {row.sale_id for row in rows}
-    lines += [
-        _line_of_sale(None, sale, server)
-        for _, sale in sorted(held.items())
-        if sale.sale_id not in recorded
-    ]
-    head = "ITEM SALE STATE ALLOCATED AVAILABLE HELD ACCEPTED RECORDED STARTS ENDS"
-    return table(head, lines)
-
-
 def of_audit(found: Audit) -> str:
     """Returns a table with one line per sale, and one line per fault of the topic."""
     audited = table(
@@ -138,25 +121,6 @@ def json_of(found: Sequence[requirements.Finding]) -> str:
     return json.dumps([asdict(each) for each in found], indent=2)
 
 
-def _line_of_sale(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> list[object]:
-    sale = None if holder and row and holder.sale_id != row.sale_id else holder
-    known: Sale | SaleSpec | None = sale or (spec_of(row) if row else None)
-    if known is None:
-        raise ValueError("neither the ledger nor Redis has the sale")
-    return [
-        known.item_id,
-        known.sale_id,
-        state_of(row, holder, server),
-        sale.allocated if sale else row and row.allocated,
-        sale.available if sale else None,
-        sale.held if sale else row and row.held,
-        sale.accepted if sale else None,
-        row.accepted if row else None,
-        None if known.starts_ms is None else rfc3339_of_ms(known.starts_ms),
-        None if known.ends_ms is None else rfc3339_of_ms(known.ends_ms),
-    ]
-
-
 def _verdict(finding: Finding) -> str:
     return f"{finding.verdict}: {'; '.join(finding.notes)}" if finding.notes else finding.verdict
 
@@ -171,3 +135,8 @@ def table(head: str, lines: Iterable[Sequence[object]]) -> str:
         "   ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
         for line in rows
     )
+
+
+def rfc3339(time: datetime) -> str:
+    """Returns a time in RFC 3339, in UTC with milliseconds."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -61,11 +61,16 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class SaleEvent:
-    """An Event about a sale. `warning` marks an Event that may need a person's attention."""
+    """An Event about a sale. `warning` marks an Event that may need a person's attention.
+
+    `occasion` distinguishes this change from another one of the same kind. Without it, the time of
+    the change does.
+    """
 
     reason: str
     message: str
     warning: bool = False
+    occasion: str = ""
 
 
 _ONCE: Final = frozenset({"Closed", "HoldExpired"})
@@ -116,6 +121,8 @@ def _of_state(before: Known, result: Result) -> list[SaleEvent]:
     state, was, sale = result.state, before.state, result.own_sale
     message = open_message(result)
     found: list[SaleEvent] = []
+    # Holds that expire let a sale sell out many times, but each stock gets the Events once.
+    stock = "" if sale is None else f"stock {sale.allocated}"
     # The operator restarted during an outage: it cannot tell whether the state has changed.
     forgotten = was is SaleState.UNKNOWN and before.allocated is not None
     if state is was or state is SaleState.UNKNOWN or forgotten:
@@ -128,9 +135,10 @@ def _of_state(before: Known, result: Result) -> list[SaleEvent]:
         case SaleState.SELLING if sale is not None and before.released is not None:
             if (returned := sale.released - before.released) > 0:
                 units = counted(returned, "unit")
-                found.append(SaleEvent("SellingAgain", f"{units} came back: {message}"))
+                again = f"{units} came back: {message}"
+                found.append(SaleEvent("SellingAgain", again, occasion=stock))
         case SaleState.SOLD_OUT if not before.sold_out:
-            found.append(SaleEvent("SoldOut", message))
+            found.append(SaleEvent("SoldOut", message, occasion=stock))
         case SaleState.ENDED if _never_sold(was, result):
             found.append(SaleEvent("Ended", f"{message}{_NEVER_SOLD}", warning=True))
         case SaleState.PAUSED | SaleState.ENDED:
@@ -157,11 +165,11 @@ def event_object(
 ) -> dict[str, object]:
     """Returns the Event as a Kubernetes object. `metadata` is the FlashSale's.
 
-    `mark` distinguishes this change from another one of the same kind. An Event that is made only
-    once needs no mark.
+    `mark` distinguishes this change from another one of the same kind, unless the Event has an
+    occasion or is made only once.
     """
     uid = metadata["uid"]
-    change = "" if event.reason in _ONCE else mark
+    change = "" if event.reason in _ONCE else event.occasion or mark
     digest = sha256(f"{uid} {event.reason} {change}".encode()).hexdigest()[:16]
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {

@@ -8,10 +8,12 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import start_http_server
+import uvicorn
+import uvloop
 
 from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.monitoring import Scrapes, serving
 from flashsale.settings import host_and_port, load
 from flashsale.sockets import bound
 from flashsale_api.app import create_app
@@ -42,7 +44,16 @@ environment:
   FLASHSALE_ORDERS_LISTEN    address to serve the shop's order service on (default [::]:8083)
   FLASHSALE_ORDER_TOKENS     the order service's token, or two with a comma between them during a
                              rotation (default: none, and its address is not served)
+  FLASHSALE_USER_HEADER      header in which a gateway names the user (default: none, and the body
+                             names the user)
+  FLASHSALE_JWKS_URL         address of the keys for bearer tokens whose sub is the user (default:
+                             none)
+  FLASHSALE_JWT_ISSUER       iss of these tokens, required with FLASHSALE_JWKS_URL
+  FLASHSALE_JWT_AUDIENCE     aud of these tokens, required with FLASHSALE_JWKS_URL
   FLASHSALE_METRICS_LISTEN   address to serve metrics on (default [::]:9090)
+  FLASHSALE_TRUST_TRACEPARENT
+                             true if a gateway sets the header traceparent of buyers: then the
+                             caller decides whether a request is traced (default false)
   FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
   OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
@@ -90,11 +101,8 @@ def main() -> int:
     except OSError as error:
         print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
         return 1
-    metrics_host, metrics_port = host_and_port(settings.metrics_listen)
-    if metrics_host == "::" and not socket.has_dualstack_ipv6():
-        metrics_host = "0.0.0.0"  # noqa: S104 - every address of a machine without IPv6
     try:
-        metrics_server, _ = start_http_server(metrics_port, metrics_host, metrics.registry)
+        metrics_listeners = bound(settings.metrics_listen)
     except OSError as error:
         print(f"FLASHSALE_METRICS_LISTEN cannot be served: {error}", file=sys.stderr)
         return 1
@@ -103,13 +111,21 @@ def main() -> int:
     gc.freeze()
     gc.set_threshold(50_000)
     try:
-        server.run(listening)
+        uvloop.run(_serve(server, listening, metrics, metrics_listeners))
     finally:
-        metrics_server.shutdown()
-        metrics_server.server_close()
         if spans is not None:
             spans.close()
     return 1 if failed else 0
+
+
+async def _serve(
+    server: uvicorn.Server,
+    listeners: list[socket.socket],
+    metrics: Metrics,
+    metrics_listeners: list[socket.socket],
+) -> None:
+    async with serving(metrics_listeners, {"/metrics": Scrapes(metrics.text).answer}):
+        await server.serve(listeners)
 
 
 def _spans() -> "Spans":

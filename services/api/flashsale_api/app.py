@@ -20,13 +20,14 @@ from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale.requirements import Checks
-from flashsale_api import responses
+from flashsale_api import authentication, responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.expiry import Expiry
 from flashsale_api.heartbeat import Heartbeat, Pulse
 from flashsale_api.metrics import Metrics
 from flashsale_api.orders import Orders, order_app
+from flashsale_api.page import PAGE_PATH, Page
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
 from flashsale_api.responses import Handler, Problem, not_allowed, problem_response
@@ -60,6 +61,7 @@ class Application:
     def __init__(self, reserve: Reserve, sales: Sales, rest: Starlette) -> None:
         self._reserve = reserve.begin
         self._sales = sales
+        self._page = Page(sales.all_sales).handle
         self._rest = rest
 
     def direct(self, method: bytes, path: bytes) -> Handler | None:
@@ -71,6 +73,8 @@ class Application:
             if handler is None or method in {b"GET", b"HEAD"}:
                 return handler
             return not_allowed("GET, HEAD")
+        if path == PAGE_PATH:
+            return self._page if method in {b"GET", b"HEAD"} else not_allowed("GET, HEAD")
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,15 +94,15 @@ def create_app(  # noqa: PLR0915 - the composition root
     """
     pod_id = str(uuid.uuid4())
     # Reads cannot delay reservations, and no request delays the heartbeat, sweep or settle.
-    redis, redis_of_reads, redis_of_heartbeat, redis_of_outbox = clients = [
-        redis_client.connect(settings.redis_url) for _ in range(4)
+    redis, redis_of_reads, redis_of_outbox = clients = [
+        redis_client.connect(settings.redis_url) for _ in range(3)
     ]
     inventory = Inventory(redis, settings.engine)
     outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
     pulse = Pulse()
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, may_accept=pulse.valid, spans=spans)
+    batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
     confirmations = Transitions(
         inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
     )
@@ -112,12 +116,12 @@ def create_app(  # noqa: PLR0915 - the composition root
 
     heartbeat = Heartbeat(
         pod_id,
-        Inventory(redis_of_heartbeat, settings.engine),
-        called_items,
-        publisher,
-        engine,
-        metrics,
-        pulse,
+        Inventory(redis_client.connect(settings.redis_url), settings.engine),
+        called_items=called_items,
+        publisher=publisher,
+        engine=engine,
+        metrics=metrics,
+        pulse=pulse,
     )
     background = Inventory(redis_of_outbox, settings.engine)
     sweeper = Sweeper(background, outbox, publisher, metrics, pod_id)
@@ -128,7 +132,8 @@ def create_app(  # noqa: PLR0915 - the composition root
         metrics,
         _HANDLERS,
     )
-    sales = Sales(Inventory(redis_of_reads, settings.engine))
+    buyers = authentication.of_settings(settings, metrics)
+    sales = Sales(Inventory(redis_of_reads, settings.engine), buyers)
     redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager
@@ -142,6 +147,7 @@ def create_app(  # noqa: PLR0915 - the composition root
                 ("sweep", sweeper.run()),
                 ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
+                *([("authentication", buyers.run())] if buyers else []),
             )
         ]
         serving = asyncio.create_task(order_server.serve(orders)) if order_server else None
@@ -182,6 +188,8 @@ def create_app(  # noqa: PLR0915 - the composition root
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
         if redis_check.problem:
             return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
+        if buyers and buyers.problem:
+            return Response(f"{buyers.problem}\n", 503, media_type="text/plain")
         if not pulse.begun:
             return Response(
                 "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
@@ -193,7 +201,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batcher, metrics, spans)
+    reserve = Reserve(batcher, metrics, spans, buyers, trust_traceparent=settings.trust_traceparent)
     rest = Starlette(
         routes=[
             Route("/healthz", healthz),

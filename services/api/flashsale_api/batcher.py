@@ -24,6 +24,7 @@ class Decision(NamedTuple):
 
     `starts_ms` and `now_ms` are Redis' clock in Unix milliseconds. `held` counts the units of open
     holds, or is None if the sale has no holds. A `Transition` says how the reservation has ended.
+    `reason` explains why the user is unknown.
     """
 
     outcome: Outcome | Failure | Transition
@@ -33,6 +34,7 @@ class Decision(NamedTuple):
     starts_ms: int = 0
     now_ms: int = 0
     held: int | None = None
+    reason: str = ""
 
 
 Decided: TypeAlias = Callable[[Decision], None]
@@ -49,12 +51,12 @@ class Batcher(Calls[Request, Decision]):
         metrics: Metrics,
         engine: Engine,
         *,
-        may_accept: Callable[[], bool] = lambda: True,
+        refusal: Callable[[], Outcome | Failure | None] = lambda: None,
         spans: "Spans | None" = None,
     ) -> None:
-        """`may_accept` says whether the pod may call the script now. Otherwise it is fenced."""
+        """`refusal` returns the outcome of all requests if the pod may not call the script now."""
         super().__init__(metrics, engine, metrics.waiting)
-        self._may_accept = may_accept
+        self._refusal = refusal
         self._spans = spans
         self._inventory = inventory
         self._publisher = publisher
@@ -72,8 +74,8 @@ class Batcher(Calls[Request, Decision]):
         return Decision(Outcome.OTHER_ENGINE)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
-        if not self._may_accept():
-            return [Decision(Outcome.FENCED, request.reservation_id) for request in requests]
+        if refusal := self._refusal():
+            return [Decision(refusal, request.reservation_id) for request in requests]
         reply = await self._reserve(item_id, requests)
         if not isinstance(reply, BatchReply):
             outcome = self._of_all(item_id, reply)

@@ -1,7 +1,6 @@
 """The port of the shop's order service: confirm, cancel and read reservations."""
 
 import hmac
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
+from starlette.types import ExceptionHandler, Receive, Scope, Send
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN, OrderRef
@@ -23,8 +22,18 @@ from flashsale.reservations import Call, Record, Transition
 from flashsale.sale import SaleState
 from flashsale_api.calls import Failure
 from flashsale_api.metrics import Metrics
-from flashsale_api.reserve import TRACEPARENT, Refused, json_body
-from flashsale_api.responses import Problem, Reservation, problem_response
+from flashsale_api.reserve import MAX_BODY_BYTES, TRACEPARENT, JsonBody, Refused
+from flashsale_api.responses import (
+    Handler,
+    Headers,
+    Problem,
+    Reservation,
+    Respond,
+    not_allowed,
+    plain,
+    problem_response,
+    render,
+)
 from flashsale_api.transitions import Decided, Transitions
 
 log = logging.getLogger(__name__)
@@ -35,6 +44,9 @@ RETRY_SECONDS: Final = 1
 _ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
 _UUID: Final = re.compile(UUID_PATTERN)
 _PATH: Final = "/sales/{item_id}/reservations/{reservation_id}"
+_CHANGE: Final = re.compile(rb"/sales/([^/]+)/reservations/([^/]+)/(confirm|cancel)")
+_JSON: Final = (b"content-type", b"application/json")
+_RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
 
 _PROBLEMS: Final = {
     Transition.UNKNOWN_RESERVATION: Problem.UNKNOWN_RESERVATION,
@@ -87,7 +99,7 @@ class OrderView(Reservation, frozen=True, rename="camel", omit_defaults=True, kw
 
 
 class Orders:
-    """The endpoints."""
+    """The endpoints. `HttpProtocol` calls the handlers of changes."""
 
     def __init__(
         self,
@@ -101,14 +113,14 @@ class Orders:
         self._cancellations = cancellations
         self._metrics = metrics
 
-    async def confirm(self, request: Request) -> Response:
-        return await self._answer(request, "confirm", self._confirmations)
-
-    async def cancel(self, request: Request) -> Response:
-        return await self._answer(request, "cancel", self._cancellations)
+    def change(self, item_id: str, reservation_id: str, verb: str) -> Handler:
+        """Returns the handler of a call to confirm or cancel a reservation."""
+        transitions = self._confirmations if verb == "confirm" else self._cancellations
+        return _Change(transitions, self._metrics, item_id, reservation_id, verb).begin
 
     async def reservation(self, request: Request) -> Response:  # noqa: PLR0911 - one per problem
-        item_id, reservation_id = _names(request)
+        item_id = request.path_params["item_id"]
+        reservation_id = request.path_params["reservation_id"]
         if not _ITEM_ID.match(item_id):
             return problem_response(Problem.UNKNOWN_ITEM)
         if not _UUID.match(reservation_id):
@@ -127,40 +139,79 @@ class Orders:
             return problem_response(Problem.FENCED)
         if record is None:
             return problem_response(Problem.UNKNOWN_RESERVATION)
-        return _json(OrderView.of(item_id, sale.sale_id, reservation_id, record))
+        shown = OrderView.of(item_id, sale.sale_id, reservation_id, record)
+        return Response(_encode(shown), media_type="application/json")
 
-    async def _answer(self, request: Request, verb: str, transitions: Transitions) -> Response:
-        started = perf_counter()
-        item_id, _ = _names(request)
+
+class _Change:
+    """A call to confirm or cancel a reservation, until its answer."""
+
+    __slots__ = (
+        "_item_id",
+        "_metrics",
+        "_reservation_id",
+        "_respond",
+        "_started",
+        "_transitions",
+        "_verb",
+    )
+
+    def __init__(
+        self,
+        transitions: Transitions,
+        metrics: Metrics,
+        item_id: str,
+        reservation_id: str,
+        verb: str,
+    ) -> None:
+        self._transitions = transitions
+        self._metrics = metrics
+        self._item_id = item_id
+        self._reservation_id = reservation_id
+        self._verb = verb
+
+    def begin(
+        self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
+    ) -> None:
+        """Decides the call, and calls `respond` exactly once, immediately or later."""
+        self._started = perf_counter()
+        self._respond = respond
         try:
-            outcome, response = await self._change(request, verb, transitions)
+            call = self._call(headers, raw)
         except Refused as refused:
-            outcome = _slug(refused.problem)
-            response = problem_response(refused.problem, refused.detail, members=refused.members)
-        label = self._metrics.label(item_id)
-        self._metrics.transitions.labels(label, verb, outcome).inc()
-        answer = _ANSWERS.get(response.status_code // 100, "failed")
-        if response.status_code == 202:
-            answer = "unacknowledged"
-        self._metrics.order_seconds.labels(verb, answer).observe(perf_counter() - started)
-        return response
+            answer = render(refused.problem, refused.detail, **refused.members)
+            self._answer(_slug(refused.problem), *answer)
+        else:
+            self._transitions.change(self._item_id, call, self._decided)
 
-    async def _change(
-        self, request: Request, verb: str, transitions: Transitions
-    ) -> tuple[str, Response]:
-        """Returns the outcome for the metrics, and the answer. Raises `Refused`."""
-        order_ref = await _order_ref(request, verb)
-        item_id, reservation_id = _names(request)
-        if not _ITEM_ID.match(item_id):
+    def _call(self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray) -> Call:
+        """Parses the call. Raises `Refused`."""
+        order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
+        if not _ITEM_ID.match(self._item_id):
             raise Refused(Problem.UNKNOWN_ITEM, "")
-        if not _UUID.match(reservation_id):
+        if not _UUID.match(self._reservation_id):
             raise Refused(Problem.UNKNOWN_RESERVATION, "")
-        traceparent = request.headers.get("traceparent", "")
-        call = Call(
-            reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
+        traceparent = _header(headers, b"traceparent")
+        return Call(
+            self._reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
         )
-        decision, durable = await transitions.change(item_id, call)
-        return _answer_to(item_id, reservation_id, decision, durable=durable)
+
+    def _decided(self, decision: Decided, durable: bool) -> None:
+        """Answers the call. Never raises."""
+        try:
+            answer = _answer_to(self._item_id, self._reservation_id, decision, durable=durable)
+            self._answer(*answer)
+        except Exception:  # after any error, the caller needs an answer
+            log.exception("could not answer a call for %s", self._item_id)
+            self._respond(*plain(Problem.INTERNAL_ERROR))
+
+    def _answer(self, outcome: str, status: int, headers: Headers, body: bytes) -> None:
+        label = self._metrics.label(self._item_id)
+        self._metrics.transitions.labels(label, self._verb, outcome).inc()
+        answer = "unacknowledged" if status == 202 else _ANSWERS.get(status // 100, "failed")
+        seconds = perf_counter() - self._started
+        self._metrics.order_seconds.labels(self._verb, answer).observe(seconds)
+        self._respond(status, headers, body)
 
 
 _ANSWERS: Final = {2: "durable", 4: "rejected"}
@@ -168,84 +219,94 @@ _ANSWERS: Final = {2: "durable", 4: "rejected"}
 
 def _answer_to(
     item_id: str, reservation_id: str, decision: Decided, *, durable: bool
-) -> tuple[str, Response]:
+) -> tuple[str, int, Headers, bytes]:
+    """Returns the outcome for the metrics, and the answer."""
     if decision.record is None:
         problem = _PROBLEMS[decision.outcome]
-        return _slug(problem), problem_response(problem, _DETAILS.get(problem))
-    response = _json(OrderView.of(item_id, decision.sale_id, reservation_id, decision.record))
+        return _slug(problem), *render(problem, _DETAILS.get(problem))
+    body = _encode(OrderView.of(item_id, decision.sale_id, reservation_id, decision.record))
     if durable:
-        return decision.outcome, response
-    response.status_code = 202
-    response.headers["retry-after"] = str(RETRY_SECONDS)
-    return "unacknowledged", response
+        return decision.outcome, 200, (_JSON,), body
+    return "unacknowledged", 202, (_JSON, _RETRY), body
 
 
 def _slug(problem: Problem) -> str:
     return problem.value.slug.replace("-", "_")
 
 
-async def _order_ref(request: Request, verb: str) -> str:
+def _header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> str:
+    """Returns the first header of a name, or ""."""
+    for name, value in headers:
+        if name == wanted:
+            return value.decode("latin-1")
+    return ""
+
+
+def _order_ref(content_type: str, raw: bytes | bytearray, verb: str) -> str:
     """Returns the order reference in the body, or "". Raises `Refused`."""
-    raw = await request.body()
-    content_type = request.headers.get("content-type", "")
     if verb == "confirm":
-        return json_body(content_type, raw, _confirm).order_ref
+        return _CONFIRM.read(content_type, raw).order_ref
     if not raw:
         return ""
-    order_ref = json_body(content_type, raw, _cancel).order_ref
+    order_ref = _CANCEL.read(content_type, raw).order_ref
     return "" if isinstance(order_ref, msgspec.UnsetType) else order_ref
 
 
-_decode_confirm = msgspec.json.Decoder(ConfirmBody).decode
-_decode_cancel = msgspec.json.Decoder(CancelBody).decode
+_CONFIRM: Final = JsonBody(ConfirmBody, quotes=4)
+_CANCEL: Final = JsonBody(CancelBody, quotes=4)
 
 
-def _confirm(raw: bytes | bytearray) -> ConfirmBody:
-    body = _decode_confirm(raw)
-    _require_once(raw)
-    return body
+_encode = msgspec.json.Encoder().encode
 
 
-def _cancel(raw: bytes | bytearray) -> CancelBody:
-    body = _decode_cancel(raw)
-    _require_once(raw)
-    return body
+class OrderPort:
+    """The application of the order port. It takes requests with one of the tokens (RFC 6750).
 
+    `HttpProtocol` calls the handlers of changes directly, and Starlette answers the rest.
+    """
 
-def _require_once(raw: bytes | bytearray) -> None:
-    """Raises `Refused` if a body has its only possible field twice. msgspec takes the last one."""
-    fields: list[Any] = json.loads(raw, object_pairs_hook=list)
-    if len(fields) > 1:
-        rule = "given only once"
-        raise Refused(
-            Problem.INVALID_FIELD, f"orderRef must be {rule}", field="orderRef", rule=rule
-        )
-
-
-def _names(request: Request) -> tuple[str, str]:
-    return request.path_params["item_id"], request.path_params["reservation_id"]
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-class Authorized:
-    """Passes on the requests that carry one of the tokens (RFC 6750)."""
-
-    def __init__(self, app: ASGIApp, tokens: Sequence[str], metrics: Metrics) -> None:
-        self._app = app
+    def __init__(
+        self, orders: Orders, tokens: Sequence[str], metrics: Metrics, rest: Starlette
+    ) -> None:
+        self._orders = orders
         self._tokens = [token.encode() for token in tokens]
         self._metrics = metrics
+        self._rest = rest
+
+    def direct(self, method: bytes, path: bytes) -> Handler | None:
+        """Returns the handler of a request, or nothing if it takes the ASGI path."""
+        if not (change := _CHANGE.fullmatch(path)):
+            return None
+        if method == b"POST":
+            permitted = self._orders.change(*(part.decode("latin-1") for part in change.groups()))
+        else:
+            permitted = not_allowed("POST")
+
+        def handle(
+            headers: Sequence[tuple[bytes, bytes]], body: bytes | bytearray, respond: Respond
+        ) -> None:
+            if len(body) > MAX_BODY_BYTES:
+                respond(*plain(Problem.BODY_TOO_LARGE))
+            elif problem := self._problem(headers):
+                respond(*self._unauthorized(problem))
+            else:
+                permitted(headers, body, respond)
+
+        return handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if problem := self._problem(scope["headers"]):
-            self._metrics.transitions.labels("", "", "unauthorized").inc()
-            challenge = {"www-authenticate": "Bearer"}
-            answer = problem_response(Problem.UNAUTHORIZED, problem, headers=challenge)
+            status, headers, body = self._unauthorized(problem)
+            answer = Response(body, status)
+            answer.raw_headers.extend(headers)
             await answer(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._rest(scope, receive, send)
+
+    def _unauthorized(self, problem: str) -> tuple[int, Headers, bytes]:
+        self._metrics.transitions.labels("", "", "unauthorized").inc()
+        status, headers, body = render(Problem.UNAUTHORIZED, problem)
+        return status, (*headers, (b"www-authenticate", b"Bearer")), body
 
     def _problem(self, headers: Sequence[tuple[bytes, bytes]]) -> str:
         """Returns the reason to refuse a request, or "". Takes the same time for any token."""
@@ -265,21 +326,16 @@ def order_app(
     tokens: Sequence[str],
     metrics: Metrics,
     exception_handlers: Mapping[Any, ExceptionHandler],
-) -> ASGIApp:
+) -> OrderPort:
     """Makes the application of the order port."""
     description = (files("flashsale_api") / "openapi-orders.json").read_bytes()
 
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    app = Starlette(
-        routes=[
-            Route("/openapi.json", openapi),
-            Route(_PATH, orders.reservation),
-            Route(f"{_PATH}/confirm", orders.confirm, methods=["POST"]),
-            Route(f"{_PATH}/cancel", orders.cancel, methods=["POST"]),
-        ],
+    rest = Starlette(
+        routes=[Route("/openapi.json", openapi), Route(_PATH, orders.reservation)],
         exception_handlers=exception_handlers,
     )
-    app.router.redirect_slashes = False
-    return Authorized(app, tokens, metrics)
+    rest.router.redirect_slashes = False
+    return OrderPort(orders, tokens, metrics, rest)

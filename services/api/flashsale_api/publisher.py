@@ -58,6 +58,11 @@ STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 SET_ASIDE_SECONDS: Final = 60.0
 """How long an event rests that is too large for the topic. A sweep then publishes it again."""
+REMEMBERED: Final = 50_000
+"""Published events that a pod remembers at least, in at most 30 MB. It publishes no replay of them.
+"""
+_UNACKNOWLEDGED: Final = 0
+"""The revision of a remembered event that Kafka has not acknowledged yet."""
 
 
 class Accepted(NamedTuple):
@@ -74,7 +79,9 @@ class Accepted(NamedTuple):
     traceparent: str
 
 
-_Key: TypeAlias = tuple[str, str] | tuple[str, str, int]
+_Version: TypeAlias = tuple[str, str, int]
+"""A version of a reservation: item id, reservation id, version."""
+_Key: TypeAlias = tuple[str, str] | _Version
 
 
 class Publisher:
@@ -102,7 +109,11 @@ class Publisher:
         self._acknowledged: dict[str, list[tuple[str, str, int]]] = {}
         self._to_settle = asyncio.Event()
         self._held: set[_Key] = set()
-        self._awaited: dict[_Key, list[asyncio.Future[None]]] = {}
+        self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
+        self._recent: dict[_Version, int] = {}
+        """The revisions of the sales in which Kafka has acknowledged events."""
+        self._older: dict[_Version, int] = {}
+        """The same of the events before. To forget one event at a time would cost more."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
@@ -136,10 +147,19 @@ class Publisher:
         return (item_id, entry_id) in self._held
 
     def add(self, accepted: Accepted) -> None:
-        """Takes a reservation to publish, unless the publisher holds it already. Never waits."""
-        key = _key(accepted)
+        """Takes a reservation to publish, unless the publisher holds it already. Never waits.
+
+        A replay of an event that this pod is publishing, or that Kafka has acknowledged to it in
+        this revision of the sale, is not published again. No rebuild has left it out, because the
+        script found this version in a trusted sale: docs/adr/0022-replays-are-published-once.md.
+        """
+        key, version = _key(accepted), _version(accepted)
         if key in self._held:
             return
+        known = _UNACKNOWLEDGED, accepted.snapshot.revision
+        if not accepted.entry_id and self._remembered(version) in known:
+            return
+        self._remember(version, _UNACKNOWLEDGED)
         self._held.add(key)
         self._pending.append(accepted)
         self._by_item[accepted.item_id] += 1
@@ -149,10 +169,14 @@ class Publisher:
     def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
         """Returns a future of Kafka's next acknowledgement of a version that was just added.
 
-        Cancel the future to give up waiting.
+        The future is done if the pod remembers the acknowledgement. Cancel the future to give up
+        waiting.
         """
-        key = accepted.item_id, accepted.reservation_id, accepted.record.version
+        key = _version(accepted)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._remembered(key) == accepted.snapshot.revision:
+            future.set_result(None)
+            return future
         self._awaited.setdefault(key, []).append(future)
 
         def ended(_: "asyncio.Future[None]") -> None:
@@ -328,12 +352,22 @@ class Publisher:
                 )
             else:
                 self._forget([_key(accepted)])
+            version = _version(accepted)
+            self._remember(version, accepted.snapshot.revision)
             if self._awaited:
-                key = accepted.item_id, accepted.reservation_id, accepted.record.version
-                for future in self._awaited.pop(key, ()):
+                for future in self._awaited.pop(version, ()):
                     if not future.done():
                         future.set_result(None)
         self._to_settle.set()
+
+    def _remember(self, version: _Version, revision: int) -> None:
+        self._recent[version] = revision
+        if len(self._recent) >= REMEMBERED:
+            self._recent, self._older = {}, self._recent
+
+    def _remembered(self, version: _Version) -> int | None:
+        revision = self._recent.get(version)
+        return self._older.get(version) if revision is None else revision
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
         """Moves pending events into a batch until it is full.
@@ -378,6 +412,8 @@ class Publisher:
         def forget() -> None:
             self._by_item[accepted.item_id] -= 1
             self._forget([_key(accepted)])
+            for memory in (self._recent, self._older):
+                memory.pop(_version(accepted), None)
 
         asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
 
@@ -386,6 +422,10 @@ def _key(accepted: Accepted) -> _Key:
     """Returns the key of a held event: its outbox entry, or a replayed reservation's version."""
     if accepted.entry_id:
         return accepted.item_id, accepted.entry_id
+    return _version(accepted)
+
+
+def _version(accepted: Accepted) -> _Version:
     return accepted.item_id, accepted.reservation_id, accepted.record.version
 
 

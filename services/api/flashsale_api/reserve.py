@@ -1,10 +1,11 @@
 """POST /reserve: parses a request, has it decided, and makes the answer."""
 
+import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -13,6 +14,7 @@ from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
+from flashsale_api.authentication import Authentication
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
 from flashsale_api.identity import reservation_id
@@ -67,6 +69,8 @@ _PROBLEMS: Final = {
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
     Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
+    Failure.UNAUTHORIZED: Problem.UNAUTHORIZED,
+    Failure.WRONG_USER: Problem.WRONG_USER,
 }
 
 
@@ -78,6 +82,14 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
     quantity: Quantity
 
 
+class AuthenticatedBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The body of POST /reserve if the request itself names the user."""
+
+    item_id: ItemId
+    quantity: Quantity
+    user_id: UserId = ""
+
+
 class Refused(Exception):
     """The request is invalid. It is answered without a call to Redis."""
 
@@ -85,17 +97,69 @@ class Refused(Exception):
         self.problem, self.detail, self.members = problem, detail, members
 
 
-_decode = msgspec.json.Decoder(ReserveBody).decode
+class JsonBody(Generic[T]):
+    """Decodes bodies of one kind, and refuses those that repeat a member.
+
+    Of a repeated member msgspec takes the last one and many gateways take the first one, so the two
+    could see different users. Only the top level counts, because the API ignores all members that
+    contain others.
+    """
+
+    def __init__(self, kind: type[T], quotes: int) -> None:
+        """`quotes` is the number of quotation marks in a valid body without further members."""
+        self._decode = msgspec.json.Decoder(kind).decode
+        self._quotes = quotes
+
+    def read(self, content_type: str, raw: bytes | bytearray) -> T:
+        """Decodes a body. Raises `Refused`."""
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+        if len(raw) > MAX_BODY_BYTES:
+            raise Refused(
+                Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes"
+            )
+        try:
+            body = self._decode(raw)
+            # Each member has a quoted name, so a count suffices for almost all bodies.
+            repeated = _repeated_member(raw) if raw.count(b'"') > self._quotes else None
+        except msgspec.ValidationError as error:
+            raise _explained(str(error)) from None
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise Refused(Problem.MALFORMED_JSON, str(error)) from None
+        if repeated is not None:
+            raise Refused(Problem.MALFORMED_JSON, f"the member {repeated} is repeated")
+        return body
+
+
+_BODY: Final = JsonBody(ReserveBody, quotes=10)
+_AUTHENTICATED_BODY: Final = JsonBody(AuthenticatedBody, quotes=10)
 _encode = msgspec.json.Encoder().encode
 
 
 class Reserve:
     """The endpoint. `HttpProtocol` calls `begin`."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        spans: "Spans | None" = None,
+        authentication: Authentication | None = None,
+        *,
+        trust_traceparent: bool = False,
+    ) -> None:
+        """Without `authentication`, the body names the user.
+
+        With `trust_traceparent` the caller's span is the parent, and its sampling counts.
+        """
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
+        self._authentication = authentication
+        self._body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody] = (
+            _BODY if authentication is None else _AUTHENTICATED_BODY
+        )
+        self._trust_traceparent = trust_traceparent
 
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
@@ -106,29 +170,43 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            order, request_key, traceparent = _parsed(headers, raw)
+            order, request_key, caller = _parsed(headers, raw, self._body)
         except Refused as refused:
-            counted = self._metrics.of("")
-            counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
+            self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
-            counted.rejected.observe(perf_counter() - started)
+            self._metrics.rejected.observe(perf_counter() - started)
             respond(*answer)
             return
         item_id = order.item_id
+        # Otherwise a stranger could have all requests traced, by every process up to the ledger.
+        traceparent = caller if self._trust_traceparent else ""
         span = None
         if self._spans is not None and self._spans.samples(traceparent):
-            span = self._spans.begin(item_id, traceparent, perf_counter() - started)
+            span = self._spans.begin(item_id, traceparent, caller, perf_counter() - started)
             traceparent = traceparent_of(span)
         pending = _Pending(self, item_id, started, span, respond)
         # A request with a key is always looked up, because it may have been accepted before.
         if not request_key and (sold_out := self._batcher.sold_out(item_id)):
             pending.end(sold_out)
             return
-        identity = reservation_id(item_id, order.user_id, request_key)
-        request = Request(identity, order.user_id, order.quantity, request_key, traceparent)
-        if self._spans is not None and span is not None:
-            self._spans.deciding(span, request)
-        self._batcher.decide(item_id, request, pending.end)
+
+        def decide(user_id: str, reason: str = "") -> None:
+            if reason:
+                pending.end(Decision(Failure.UNAUTHORIZED, reason=reason))
+                return
+            if order.user_id not in (user_id, ""):
+                pending.end(Decision(Failure.WRONG_USER))
+                return
+            identity = reservation_id(item_id, user_id, request_key)
+            request = Request(identity, user_id, order.quantity, request_key, traceparent)
+            if self._spans is not None and span is not None:
+                self._spans.deciding(span, request)
+            self._batcher.decide(item_id, request, pending.end)
+
+        if self._authentication is None:
+            decide(order.user_id)
+        else:
+            self._authentication.identify(headers, decide)
 
     def answer(
         self, item_id: str, decision: Decision, started: float, span: "Span | None"
@@ -137,15 +215,15 @@ class Reserve:
         status, headers, body = _answer(item_id, decision)
         if self._spans is not None and span is not None:
             self._spans.end(span, decision.outcome, status)
-        counted = self._metrics.of(item_id)
-        counted.outcomes[decision.outcome].inc()
+        metrics = self._metrics
+        metrics.outcomes(item_id)[decision.outcome].inc()
         seconds = perf_counter() - started
         if status < 300:
-            counted.accepted.observe(seconds)
+            metrics.accepted.observe(seconds)
         elif status < 500:
-            counted.rejected.observe(seconds)
+            metrics.rejected.observe(seconds)
         else:
-            counted.failed.observe(seconds)
+            metrics.failed.observe(seconds)
         return status, headers, body
 
 
@@ -174,8 +252,10 @@ class _Pending:
 
 
 def _parsed(
-    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
-) -> tuple[ReserveBody, str, str]:
+    headers: Sequence[tuple[bytes, bytes]],
+    raw: bytes | bytearray,
+    body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody],
+) -> tuple[ReserveBody | AuthenticatedBody, str, str]:
     """Returns the body, the Idempotency-Key and the traceparent. Raises `Refused`.
 
     A missing header is returned as "". A malformed traceparent counts as missing.
@@ -194,23 +274,21 @@ def _parsed(
             traceparent = value.decode("latin-1")
             if not TRACEPARENT.match(traceparent):
                 traceparent = ""
-    return json_body(content_type, raw, _decode), request_key, traceparent
+    return body.read(content_type, raw), request_key, traceparent
 
 
-def json_body(
-    content_type: str, raw: bytes | bytearray, decode: Callable[[bytes | bytearray], T]
-) -> T:
-    """Decodes a body. Raises `Refused`."""
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
-    if len(raw) > MAX_BODY_BYTES:
-        raise Refused(Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes")
-    try:
-        return decode(raw)
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(Problem.MALFORMED_JSON, str(error)) from None
+def _repeated_member(raw: bytes | bytearray) -> str | None:
+    """Returns the name of a member that a JSON object has twice. Raises `ValueError`."""
+    # Numbers stay strings, because Python limits the digits of an integer.
+    members: list[tuple[str, Any]] = json.loads(
+        raw, object_pairs_hook=list, parse_int=str, parse_float=str
+    )
+    seen: set[str] = set()
+    for name, _ in members:
+        if name in seen:
+            return name[:128]
+        seen.add(name)
+    return None
 
 
 def _invalid(field: str) -> Refused:
@@ -245,6 +323,8 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
     if problem is Problem.SOLD_OUT and decision.held is not None:
         return responses.sold_out(decision.held)
+    if problem is Problem.UNAUTHORIZED:
+        return responses.unauthorized(decision.reason)
     status, headers, body = responses.plain(problem)
     if problem is Problem.OUTCOME_UNKNOWN:
         headers = (*headers, (b"location", _location(item_id, decision.reservation_id)))

@@ -16,12 +16,16 @@ CONTENT_TYPE: Final = b"application/problem+json"
 
 
 class Kind(NamedTuple):
-    """One kind of problem. `retry_after` is in seconds, if a retry can help."""
+    """One kind of problem. `retry_after` is in seconds, if a retry can help.
+
+    `detail` is for a problem whose title alone misleads a new caller.
+    """
 
     slug: str
     status: int
     title: str
     retry_after: int | None = None
+    detail: str | None = None
 
 
 class Problem(Enum):
@@ -29,9 +33,20 @@ class Problem(Enum):
 
     MALFORMED_JSON = Kind("malformed-json", 400, "The body is not valid JSON")
     MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
-    UNAUTHORIZED = Kind("unauthorized", 401, "The token is missing or wrong")
-    NOT_FOUND = Kind("not-found", 404, "The path does not exist")
-    UNKNOWN_ITEM = Kind("unknown-item", 404, "The item has no sale")
+    UNAUTHORIZED = Kind("unauthorized", 401, "The caller is not authenticated")
+    WRONG_USER = Kind("wrong-user", 403, "The body names another user")
+    NOT_FOUND = Kind(
+        "not-found",
+        404,
+        "The path does not exist",
+        detail="GET /openapi.json lists the paths. Metrics have a port of their own",
+    )
+    UNKNOWN_ITEM = Kind(
+        "unknown-item",
+        404,
+        "The item has no sale",
+        detail="itemId is the spec.itemId of a FlashSale, which can differ from its name",
+    )
     UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
     METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not support this method")
     SOLD_OUT = Kind("sold-out", 409, "Sold out")
@@ -40,7 +55,12 @@ class Problem(Enum):
     OTHER_ORDER = Kind("other-order", 409, "The reservation belongs to another order")
     TOO_MANY_HOLDS = Kind("too-many-holds", 409, "Too many holds of the user have expired")
     NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than requested")
-    LIMIT_REACHED = Kind("limit-reached", 409, "The user has reached the limit of this sale")
+    LIMIT_REACHED = Kind(
+        "limit-reached",
+        409,
+        "The user would exceed the limit of this sale",
+        detail="the user's units plus this quantity exceed the sale's maxPerUser",
+    )
     NOT_OPEN = Kind("not-open", 409, "The sale is not open yet")
     ENDED = Kind("ended", 409, "The sale has ended")
     PAUSED = Kind("paused", 409, "The sale is paused", 5)
@@ -79,6 +99,12 @@ def sold_out(held: int) -> tuple[int, Headers, bytes]:
     return render(Problem.SOLD_OUT, held=held)
 
 
+def unauthorized(reason: str) -> tuple[int, Headers, bytes]:
+    """Renders that the caller is not known, with the challenge that HTTP requires."""
+    status, headers, body = render(Problem.UNAUTHORIZED, reason)
+    return status, (*headers, (b"www-authenticate", b"Bearer")), body
+
+
 def render(
     problem: Problem, detail: str | None = None, **members: object
 ) -> tuple[int, Headers, bytes]:
@@ -89,7 +115,7 @@ def render(
         "title": kind.title,
         "status": kind.status,
     }
-    if detail:
+    if detail := detail or kind.detail:
         body["detail"] = detail
     headers: Headers = ((b"content-type", CONTENT_TYPE),)
     if kind.retry_after is not None:

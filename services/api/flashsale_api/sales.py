@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -12,9 +12,10 @@ import msgspec
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
-from flashsale.inventory import Inventory
+from flashsale.inventory import Inventory, ServerTime
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
+from flashsale_api.authentication import Authentication
 from flashsale_api.responses import Handler, Headers, Problem, Reservation, Respond
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ _encode = msgspec.json.Encoder().encode
 class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """A sale as JSON. Counts are in units, and times are RFC 3339.
 
-    `held` counts the units of open holds. A sale without holds has no such field.
+    `held` counts the units of open holds. A sale without holds has no such field. At
+    `next_expiry_at` the engine expires the first open hold, unless it is confirmed before.
     """
 
     item_id: str
@@ -57,9 +59,10 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     display_name: str | None = None
     starts_at: str | None = None
     ends_at: str | None = None
+    next_expiry_at: str | None = None
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     """An answer that many requests get, made at a time of the loop's clock."""
 
     made: float
@@ -67,11 +70,9 @@ class _Encoded(NamedTuple):
     body: bytes
 
     @classmethod
-    def of(cls, value: object) -> "_Encoded":
-        body = _encode(value)
+    def of(cls, body: bytes, headers: Headers = (_JSON,)) -> "Encoded":
         etag = b'"%b"' % blake2b(body, digest_size=8).hexdigest().encode()
-        made = asyncio.get_running_loop().time()
-        return cls(made, (_JSON, _CACHED, (b"etag", etag)), body)
+        return cls(_now(), (*headers, _CACHED, (b"etag", etag)), body)
 
     def respond(self, headers: Sequence[tuple[bytes, bytes]], respond: Respond) -> None:
         """Answers a request, with 304 if the client has this answer."""
@@ -84,20 +85,28 @@ class _Encoded(NamedTuple):
 
 
 class Sales:
-    """The endpoints for sales and reservations. `inventory` has its own connections."""
+    """The endpoints for sales and reservations. `inventory` has its own connections.
 
-    def __init__(self, inventory: Inventory) -> None:
+    With `authentication`, a reservation is shown only to its user. Otherwise any caller who knows
+    its id can read it, without the user.
+    """
+
+    def __init__(self, inventory: Inventory, authentication: Authentication | None = None) -> None:
         self._inventory = inventory
-        self._encoded: dict[str, _Encoded] = {}
+        self._authentication = authentication
+        self._encoded: dict[str, Encoded] = {}
         """The answers by item, and under "" that for all sales. An unknown item has none."""
-        self._reading: dict[str, asyncio.Task[_Encoded | None]] = {}
+        self._reading: dict[str, asyncio.Task[Encoded | None]] = {}
         self._reads = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.all_sales: Handler = partial(self._sales, "")
+        """The handler of GET /sales."""
 
     def handler(self, path: bytes) -> Handler | None:
         """Returns the handler of GET and HEAD requests for a path, or nothing if it is unknown."""
         match path.decode("latin-1").split("/"):
             case ["", "sales"]:
-                return partial(self._sales, "")
+                return self.all_sales
             case ["", "sales", item_id]:
                 return partial(self._sales, item_id) if _ITEM_ID.match(item_id) else _UNKNOWN_ITEM
             case ["", "sales", item_id, "reservations", reservation_id] if reservation_id:
@@ -127,11 +136,20 @@ class Sales:
         self,
         item_id: str,
         reservation_id: str,
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG002 - a handler's signature
+        headers: Sequence[tuple[bytes, bytes]],
         _: bytes | bytearray,
         respond: Respond,
     ) -> None:
-        self._answer(self._look(item_id, reservation_id, respond), respond)
+        def look(user_id: str, reason: str) -> None:
+            if reason:
+                respond(*responses.unauthorized(reason))
+            else:
+                self._answer(self._look(item_id, reservation_id, user_id, respond), respond)
+
+        if self._authentication is None:
+            look("", "")
+        else:
+            self._authentication.identify(headers, look)
 
     def _answer(self, work: Coroutine[None, None, None], respond: Respond) -> None:
         """Runs `work`, which answers a request, unless too many requests wait already."""
@@ -140,20 +158,35 @@ class Sales:
             respond(*responses.plain(Problem.TOO_MANY_WAITING))
             return
         self._reads += 1
-        task = asyncio.get_running_loop().create_task(_guarded(work, respond))
-        task.add_done_callback(self._answered)
+        task = asyncio.get_running_loop().create_task(self._guarded(work, respond))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _answered(self, _: asyncio.Task[None]) -> None:
-        self._reads -= 1
+    async def _guarded(self, work: Coroutine[None, None, None], respond: Respond) -> None:
+        try:
+            await work
+        except RedisUnavailable:
+            respond(*responses.plain(Problem.REDIS_UNAVAILABLE))
+        except ContractViolation as error:
+            respond(*responses.render(Problem.FENCED, str(error)))
+        except Exception:  # after any error, the client needs an answer
+            log.exception("could not answer a request")
+            respond(*responses.plain(Problem.INTERNAL_ERROR))
+        finally:
+            # Not in a callback of the task: the client's next request could come before it.
+            self._reads -= 1
 
-    async def _look(self, item_id: str, reservation_id: str, respond: Respond) -> None:
+    async def _look(
+        self, item_id: str, reservation_id: str, user_id: str, respond: Respond
+    ) -> None:
+        """Answers with a reservation. An empty `user_id` is an unknown caller."""
         known = _UUID.match(reservation_id) is not None
         sale, record, server = await self._inventory.look(item_id, reservation_id if known else "")
         if sale is None:
             respond(*responses.plain(Problem.UNKNOWN_ITEM))
-        elif record is not None:
+        elif record is not None and user_id in (record.user_id, ""):
             shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
-            body = _encode(msgspec.structs.replace(shown, user_id=None))
+            body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
             respond(200, (_JSON, _PRIVATE), body)
         elif sale.state(*server) is SaleState.FENCED:
             # Redis may have lost the reservation, while the ledger still has it.
@@ -170,7 +203,7 @@ class Sales:
         else:
             encoded.respond(headers, respond)
 
-    def _read(self, item_id: str) -> "asyncio.Task[_Encoded | None]":
+    def _read(self, item_id: str) -> "asyncio.Task[Encoded | None]":
         """Returns the task that encodes the next answer. There is one at a time."""
         reading = self._reading.get(item_id)
         if reading is None:
@@ -180,7 +213,7 @@ class Sales:
             reading.add_done_callback(partial(self._read_ended, item_id))
         return reading
 
-    def _read_ended(self, item_id: str, reading: "asyncio.Task[_Encoded | None]") -> None:
+    def _read_ended(self, item_id: str, reading: "asyncio.Task[Encoded | None]") -> None:
         del self._reading[item_id]
         if reading.cancelled():
             return
@@ -191,33 +224,33 @@ class Sales:
         else:
             self._encoded.pop(item_id, None)
 
-    async def _sale(self, item_id: str) -> _Encoded | None:
+    async def _sale(self, item_id: str) -> Encoded | None:
         sale, _, server = await self._inventory.look(item_id)
-        return None if sale is None else _Encoded.of(_view(sale, sale.state(*server)))
+        if sale is None:
+            return None
+        (view,) = await self._views({item_id: sale}, server)
+        return Encoded.of(_encode(view))
 
-    async def _all(self) -> _Encoded:
+    async def _all(self) -> Encoded:
         items = await self._inventory.items()
         server = await self._inventory.server()
         views = []
         for at in range(0, len(items), PAGE):
             page = await self._inventory.sales(items[at : at + PAGE], skip_unreadable=True)
-            views += [_view(sale, sale.state(*server)) for sale in page.values()]
+            views += await self._views(page, server)
         # The answers of items without keys are never asked for again.
         listed = frozenset(items)
         self._encoded = {item: encoded for item, encoded in self._encoded.items() if item in listed}
-        return _Encoded.of({"sales": views})
+        return Encoded.of(_encode({"sales": views}))
 
-
-async def _guarded(work: Coroutine[None, None, None], respond: Respond) -> None:
-    try:
-        await work
-    except RedisUnavailable:
-        respond(*responses.plain(Problem.REDIS_UNAVAILABLE))
-    except ContractViolation as error:
-        respond(*responses.render(Problem.FENCED, str(error)))
-    except Exception:  # after any error, the client needs an answer
-        log.exception("could not answer a request")
-        respond(*responses.plain(Problem.INTERNAL_ERROR))
+    async def _views(self, sales: Mapping[str, Sale], server: ServerTime) -> list[SaleView]:
+        """Returns the views of sales by item, at a time of `server`."""
+        held = [item_id for item_id, sale in sales.items() if sale.held]
+        holds = await self._inventory.holds(held, server.now_ms)
+        return [
+            _view(sale, sale.state(*server), holds[item_id].first_due_ms if sale.held else 0)
+            for item_id, sale in sales.items()
+        ]
 
 
 def _refuse(
@@ -233,7 +266,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _view(sale: Sale, state: SaleState) -> SaleView:
+def _view(sale: Sale, state: SaleState, first_due_ms: int) -> SaleView:
     return SaleView(
         item_id=sale.item_id,
         sale_id=sale.sale_id,
@@ -245,4 +278,9 @@ def _view(sale: Sale, state: SaleState) -> SaleView:
         display_name=sale.display_name,
         starts_at=None if sale.starts_ms is None else rfc3339_of_ms(sale.starts_ms),
         ends_at=None if sale.ends_ms is None else rfc3339_of_ms(sale.ends_ms),
+        next_expiry_at=(
+            rfc3339_of_ms(first_due_ms)
+            if first_due_ms and state is not SaleState.FENCED  # no hold of a fenced sale expires
+            else None
+        ),
     )

@@ -7,7 +7,8 @@ have been rebuilt without the change: see `ACKNOWLEDGED_SECONDS`.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias
 
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.reservations import Call, Record, Transition, TransitionReply
@@ -38,6 +39,10 @@ class Decided(NamedTuple):
     until: float = 0.0
 
 
+Answered: TypeAlias = Callable[[Decided, bool], None]
+"""Takes the decision on a call, and whether it is durable. Must not raise."""
+
+
 class Transitions(Calls[Call, Decided]):
     """Decides the calls of one verb. A process has one for each verb."""
 
@@ -58,31 +63,35 @@ class Transitions(Calls[Call, Decided]):
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
         self._seen = seen
 
-    async def change(self, item_id: str, call: Call) -> tuple[Decided, bool]:
-        """Returns the decision on a call, and whether it is durable.
+    def change(self, item_id: str, call: Call, answered: Answered) -> None:
+        """Calls `answered` exactly once, immediately or later.
 
         Waits for the script and then for Kafka, but for Kafka at most `ACKNOWLEDGED_SECONDS` after
         the script call began.
         """
-        loop = asyncio.get_running_loop()
-        deciding: asyncio.Future[Decided] = loop.create_future()
+        self.decide(item_id, call, partial(self._decided, answered))
 
-        def decided(decision: Decided) -> None:
-            if not deciding.done():  # the server cancelled the call
-                deciding.set_result(decision)
+    def _decided(self, answered: Answered, decision: Decided) -> None:
+        acknowledgement = decision.acknowledgement
+        if acknowledgement is None:
+            answered(decision, False)
+            return
+        self._unacknowledged.inc()
+        timer = asyncio.get_running_loop().call_at(decision.until, acknowledgement.cancel)
+        acknowledgement.add_done_callback(partial(self._acknowledged, answered, decision, timer))
 
-        self.decide(item_id, call, decided)
-        decision = await deciding
-        if decision.acknowledgement is None:
-            return decision, False
-        with self._unacknowledged.track_inprogress():
-            try:
-                async with asyncio.timeout_at(decision.until):
-                    await decision.acknowledgement
-            except TimeoutError:
-                return decision, False
+    def _acknowledged(
+        self,
+        answered: Answered,
+        decision: Decided,
+        timer: asyncio.TimerHandle,
+        acknowledgement: "asyncio.Future[None]",
+    ) -> None:
+        timer.cancel()
+        self._unacknowledged.dec()
         # The clock is read after the acknowledgement: the pod may have been suspended meanwhile.
-        return decision, loop.time() < decision.until
+        in_time = asyncio.get_running_loop().time() < decision.until
+        answered(decision, in_time and not acknowledgement.cancelled())
 
     def sees(self, item_id: str) -> bool:
         """Whether the item had an unfinished sale lately. If it has no keys, Redis lost them."""

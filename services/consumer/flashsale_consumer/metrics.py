@@ -3,15 +3,12 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from flashsale import telemetry
-
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
@@ -61,9 +58,25 @@ class Metrics:
             ["partition"],
             registry=self._registry,
         )
+        self.unannounced = Gauge(
+            "flashsale_consumer_unannounced_events",
+            "Events of an assigned partition that are recorded and not announced yet.",
+            ["partition"],
+            registry=self._registry,
+        )
+        self.unannounced_seconds = Gauge(
+            "flashsale_consumer_unannounced_seconds",
+            "How long the oldest recorded event has waited to be announced, 0 if none waits.",
+            registry=self._registry,
+        )
+        self.announced = Counter(
+            "flashsale_consumer_announced_total",
+            "Messages that Kafka acknowledged in the topic of recorded reservations.",
+            registry=self._registry,
+        )
         self.server_up = Gauge(
             "flashsale_consumer_server_up",
-            "1 if the last call to the server succeeded: ledger, kafka, dead_letters.",
+            "1 if the last call to the server succeeded: ledger, kafka, dead_letters, recorded.",
             ["server"],
             registry=self._registry,
         )

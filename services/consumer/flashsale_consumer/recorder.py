@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from asyncpg import CheckViolationError, DataError, IntegrityConstraintViolationError
@@ -39,8 +40,9 @@ _RAISE_CAPACITY: Final = """
 """
 # Every access is by the primary key, so no plan depends on the table's statistics. The counts are
 # the differences between former and new states. So versions can come in any order, or not at all. A
-# refused row was never counted. If its reservation is accepted later, it counts like a new one. A
-# final state stays, because its units are for sale again.
+# refused row was never counted. If its reservation is accepted later, it counts like a new one. An
+# older version cannot replace it, because the ledger would miss the newer one for ever. A final
+# state stays, because its units are for sale again.
 _WRITE: Final = """
     WITH written AS (
         INSERT INTO reservations AS known (
@@ -58,7 +60,7 @@ _WRITE: Final = """
             accepted_at = excluded.accepted_at, expires_at = excluded.expires_at,
             confirmed_at = excluded.confirmed_at, order_ref = excluded.order_ref,
             recorded_at = clock_timestamp()
-        WHERE known.state = 'refused'
+        WHERE (known.state = 'refused' AND excluded.version >= known.version)
             OR (known.state IN ('held', 'confirmed') AND excluded.version > known.version)
         RETURNING sale_id, quantity, state, coalesce(former_state, 'refused') AS former_state
     ), change AS (
@@ -120,14 +122,16 @@ class BatchOutcome:
     broken: list[tuple[Event, str]] = field(default_factory=list)
 
 
-async def record(
+async def record(  # noqa: PLR0913 - the batch and three kinds of offsets
     connection: Connection,
     topic: str,
     positions: Mapping[int, int],
     read: Mapping[int, int],
     events: Sequence[Event],
+    *,
+    announced: Mapping[int, int] = MappingProxyType({}),
 ) -> BatchOutcome:
-    """Record the events between `positions` and `read`, and store the offsets in `read`.
+    """Record the events between `positions` and `read`, and store `read` and `announced`.
 
     `positions` has all partitions of this consumer. Raises `LedgerRewound` if the ledger has less
     of one of them. Before the caller commits, it must save the events in `BatchOutcome.broken`
@@ -144,9 +148,7 @@ async def record(
         await _write(connection, fold(valid), outcome)
         # Last, because a valid event may have recorded the reservation.
         await _refuse_late(connection, fold(unknown), outcome)
-    # A consumer that lost its partitions can be behind the one that reads them now.
-    ahead = {partition: offset for partition, offset in read.items() if offset > stored[partition]}
-    await offsets.move(connection, topic, ahead)
+    await offsets.advance(connection, topic, stored, read, announced)
     return outcome
 
 

@@ -23,6 +23,7 @@ from flashsale.events import Event
 from flashsale.ledger import Pool
 from flashsale.requirements import Checks
 from flashsale_consumer import clients, offsets, recorder, topics
+from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.availability import Availability
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
@@ -81,6 +82,7 @@ class Worker:
         self._kafka = Availability("Kafka", up("kafka"))
         self._dead_letters = Availability(self._dead_letter_topic, up("dead_letters"), there=True)
         self._publisher = DeadLetters(settings, self._dead_letter_topic)
+        self._announcer = Announcer(settings, metrics)
         self._engine_id = ""
         self._checked = 0.0
         self._checks = Checks(log)
@@ -93,7 +95,7 @@ class Worker:
         """Record events until cancelled. A cancellation rolls back the unfinished batch."""
         # A commit that a failover of PostgreSQL loses is repeated from Kafka.
         pool = await ledger.connect(
-            self._settings.database_url, max_connections=2, synchronous=False
+            self._settings.database_url, max_connections=3, synchronous=False
         )
         migrated = False
         try:
@@ -155,7 +157,7 @@ class Worker:
         self._partitions = Partitions(
             consumer,
             self._topic,
-            self.metrics.lag,
+            self.metrics,
             metadata=events.owner_metadata(self._engine_id),
         )
         consumer.subscribe([self._topic], listener=self._partitions)
@@ -175,6 +177,7 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read(pool))
             tasks.create_task(self._report(owner))
+            tasks.create_task(self._announcer.run(pool, self._partitions, self._engine_id))
 
     async def _read(self, pool: Pool) -> None:
         partitions = self._partitions
@@ -188,6 +191,10 @@ class Worker:
                 self.conflict = ""  # not before the records can be read
                 if records:
                     await self._record(pool, records)
+                    self._checked = time.monotonic()
+                elif partitions.unstored():
+                    with partitions.storing() as announced:
+                        await offsets.announce(pool, self._topic, partitions.positions, announced)
                     self._checked = time.monotonic()
                 elif time.monotonic() - self._checked > CHECK_SECONDS:
                     partitions.displace()
@@ -225,14 +232,18 @@ class Worker:
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
         begun = time.monotonic()
-        async with transaction(pool) as connection:
-            outcome = await recorder.record(connection, self._topic, positions, read, batch)
-            letters += [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
-            # Before the offsets move past these events, and only if the rest was written.
-            await self._publisher.publish(letters)
+        with self._partitions.storing() as announced:
+            async with transaction(pool) as connection:
+                outcome = await recorder.record(
+                    connection, self._topic, positions, read, batch, announced=announced
+                )
+                letters += [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
+                # Before the offsets move past these events, and only if the rest was written.
+                await self._publisher.publish(letters)
         if letters:
             self._dead_letters.back()
-        positions.update(read)
+        names = dict.fromkeys((event.sale_id, event.reservation_id) for event in batch)
+        self._partitions.record(positions, read, list(names))
         seconds = time.monotonic() - begun
         self._measure(size, len(letters), batch, outcome, seconds)
         refused = [(sources[id(event)], event, why) for event, why in outcome.refused]

@@ -3,7 +3,7 @@
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
---         7 state (open, paused, closed, ended), 8 display name or '', 9 hold_ms or 0, 10 the most
+--         7 state (open, paused, closed), 8 display name or '', 9 hold_ms or 0, 10 the most
 --         expired holds of a buyer: the ledger's row. Its revision was taken for this rebuild and
 --         names it.
 --       11 lease: how long later rebuilds leave the sale to this one, ms,
@@ -26,7 +26,8 @@
 --         conflict     another sale has the item, and it is not finished and recorded
 --         unsupported  this version does not support the sale's format
 --         other_engine another engine has the item
--- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. A sale with fewer
+-- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. An ended sale stays
+--       ended, even if it was closed since. A sale with fewer
 --       accepted units than the ledger, or fewer units that are no longer held, is never trusted,
 --       whatever its run. A rebuild that was overtaken finds another mark and cannot write anything
 --       more. A rebuild whose mark was lost ends: Redis then lost the pods' heartbeats too, on which
@@ -43,8 +44,9 @@ local mine = 'rebuild:' .. ARGV[2]
 local mark = { 'run_id', mine, 'rebuild_until_ms', integer(clock_ms() + tonumber(ARGV[11])) }
 
 local function write()
+  local state = sale and sale.state == 'ended' and 'ended' or ARGV[7]
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', ARGV[1],
-    'revision', ARGV[2], 'state', ARGV[7], 'allocated', ARGV[3], 'accepted', '0', 'released', '0',
+    'revision', ARGV[2], 'state', state, 'allocated', ARGV[3], 'accepted', '0', 'released', '0',
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
     'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'held', '0', 'rebuilt', ARGV[2],
     'engine', ARGV[18], 'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))

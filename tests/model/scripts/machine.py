@@ -44,6 +44,8 @@ holds = st.sampled_from([3_600, 290, 290, 0, 7_200])
 expired_holds = st.sampled_from([3, 1, 2])
 engines = st.sampled_from([OWN_ENGINE] * 10 + ["other", ""])
 """The caller's engine. The previous version has none."""
+callers = st.sampled_from([OWN_ENGINE] * 5 + ["other", ""])
+"""The engine of a caller whose refused call does not end the sequence."""
 revisions = st.sampled_from([0, 0, 1, 1, 1, 2, -1])
 """Difference between a call's revision and the highest used revision."""
 

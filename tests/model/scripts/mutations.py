@@ -110,6 +110,7 @@ _REBUILDS = [
     Fault("fence", "redis.call('DEL', KEYS[2], KEYS[3], KEYS[5])\n  write()", "write()"),
     Fault("fence", "'DEL', KEYS[2], KEYS[3], KEYS[5])", "'DEL', KEYS[2], KEYS[3])"),
     Fault("fence", "'rebuilt', ARGV[2]", "'rebuilt', '0'"),
+    Fault("fence", "sale.state == 'ended' and 'ended' or", "false or"),
     Fault("restore", "if #holds > 0 then redis.call('ZADD', KEYS[5], unpack(holds)) end", ""),
     Fault("restore", "/ 10), 30000)", "/ 10), 0)"),
     Fault("trust", "math.max(sale.allocated, accepted - released)", "sale.allocated"),

@@ -37,6 +37,8 @@ def fence(  # noqa: PLR0911 - a list of rules
         item.buyers = item.reservations = None
         item.holds = {}
         marker.last_hour = sale.last_hour
+        if sale.state == "ended":
+            marker.state = "ended"
         _mark(item, marker)
         return Fenced.BEGUN
     if sale is not None and sale.manifest.sale_id != manifest.sale_id:
@@ -72,7 +74,7 @@ def rebuild(item: Item, claim: int, ledger: dict[str, Record]) -> None:
     if sale is None:
         raise ValueError("without the hash there is no ledger row")
     sale.manifest, sale.rebuilt = replace(sale.manifest, revision=claim), claim
-    if sale.state != "closed":
+    if sale.state not in {"closed", "ended"}:
         sale.state = sale.manifest.state
     records = ledger.values()
     sale.accepted = units(records, *State)

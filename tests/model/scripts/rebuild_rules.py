@@ -45,7 +45,7 @@ class RebuildRules(Machine):
             st.tuples(
                 st.sampled_from(["fence", "wait", "begin", "begin"]),
                 st.sampled_from([1, 0, -1]),
-                st.sampled_from([(0, 0), (0, 0), (1, 1), (1, 2), (0, 1)]),
+                st.sampled_from([(0, 0), (0, 0), (1, 0), (1, 1), (1, 2), (0, 1)]),
                 st.booleans(),
                 chances,
             ),
@@ -122,10 +122,18 @@ class RebuildRules(Machine):
         assert self.server.run(call) is expected
         self.seen(f"fence: {expected}")
 
-    @rule(wrong=st.sampled_from(["", "reservations", "buyers", "holds"]))
+    @rule(wrong=st.sampled_from(["", "reservations", "buyers", "holds"]), early=st.booleans())
     @precondition(lambda self: self.model.fenced)
-    def rebuild(self, wrong: str) -> None:
-        """Rebuilds from a ledger that has recorded everything and whose row matches the hash."""
+    def rebuild(self, wrong: str, early: bool) -> None:
+        """Rebuilds from a ledger that has recorded everything and whose row matches the hash.
+
+        An `early` rebuild before it does not wait for Kafka.
+        """
+        if early:
+            steps: tuple[Step, ...] = ("fence", "begin")
+            for above, step in zip((1, 0), steps, strict=True):
+                sale = self.hash.manifest
+                self._fence(sale.sale_id, sale.engine, step, above, (0, 0), False, 50)
         self.drain_outbox()
         manifest, closed = self.hash.manifest, self.hash.state == "closed"
         claim = self.revision = max(self.revision, manifest.revision) + 1

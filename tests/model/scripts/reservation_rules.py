@@ -16,7 +16,7 @@ from flashsale.reservations import (
     TransitionReply,
 )
 from tests.model.scripts import reservation_model
-from tests.model.scripts.machine import OWN_ENGINE, Machine, chances, engines
+from tests.model.scripts.machine import OWN_ENGINE, Machine, callers, chances, engines
 
 NO_ENTRY = "1-1"
 VERBS: tuple[reservation_model.Verb, ...] = ("confirm", "cancel")
@@ -35,7 +35,9 @@ class ReservationRules(Machine):
         engine=engines,
     )
     def reserve(self, wanted: list[tuple[int, int, int]], engine: str = OWN_ENGINE) -> None:
-        batch = [self._request(*one) for one in wanted]
+        self._reserve([self._request(*one) for one in wanted], engine)
+
+    def _reserve(self, batch: list[Request], engine: str) -> None:
         before = self.model.sale and replace(self.model.sale)
         fenced = self.model.fenced
         call = self.server.inventory.reserve(self.item, batch, timeout_seconds=10, engine_id=engine)
@@ -87,7 +89,10 @@ class ReservationRules(Machine):
         drained=st.booleans(),
     )
     def shop(self, first: int, fates: list[str], hours: int, drained: bool) -> None:
-        """Reserves, ends each hold in its way, and offers the units to other users."""
+        """Reserves, ends each hold in its way, and offers the units to other users.
+
+        In the end, the first users repeat their requests.
+        """
         self.crowd(first, len(fates))
         requests = self.used[-len(fates) :]
         for verb in VERBS:
@@ -103,6 +108,7 @@ class ReservationRules(Machine):
         if drained:
             self.drain_outbox()
         self.crowd(first + 2, len(fates))
+        self._reserve(requests, OWN_ENGINE)
 
     @rule(
         verb=st.sampled_from(["confirm", "confirm", "cancel"]),
@@ -111,7 +117,7 @@ class ReservationRules(Machine):
             min_size=1,
             max_size=5,
         ),
-        engine=engines,
+        engine=callers,
     )
     @precondition(lambda self: self.used)
     def change(
@@ -148,7 +154,7 @@ class ReservationRules(Machine):
             else:
                 assert not entry_id
 
-    @rule(limit=st.sampled_from([128, 128, 1, 2]), engine=engines)
+    @rule(limit=st.sampled_from([128, 128, 1, 2]), engine=callers)
     def expire(self, limit: int, engine: str) -> None:
         call = self.server.inventory.expire(self.item, limit, timeout_seconds=10, engine_id=engine)
         reply = self.server.run(call)

@@ -118,6 +118,11 @@ class SaleRules(Machine):
         if chance > 30 and above >= 0 and engine == OWN_ENGINE:
             return  # rare, because a closed sale accepts nothing more
         revision = self.next_revision(above)
+        self._close(sale_id, revision, engine)
+        if chance % 2:
+            self._close(sale_id, revision, engine)
+
+    def _close(self, sale_id: str, revision: int, engine: str) -> None:
         expected = sale_model.close(self.model, sale_id, revision, engine)
         call = self.server.inventory.close(self.item, sale_id, revision, engine)
         assert self.server.run(call) is expected
@@ -140,9 +145,7 @@ class SaleRules(Machine):
         if chance > 20:
             return
         former, revision = self.hash.manifest.sale_id, self.next_revision(1)
-        expected = sale_model.close(self.model, former, revision, OWN_ENGINE)
-        call = self.server.inventory.close(self.item, former, revision, OWN_ENGINE)
-        assert self.server.run(call) is expected
+        self._close(former, revision, OWN_ENGINE)
         if drained:
             self.drain_outbox()
         if freed:

@@ -122,6 +122,27 @@ async def test_a_pod_without_a_heartbeat_accepts_nothing_until_it_has_sent_one(
     await until(bought)
 
 
+async def test_a_pod_names_redis_for_as_long_as_redis_does_not_answer(
+    own_api: ApiServer, own_http: httpx.AsyncClient, own_redis: RedisServer
+) -> None:
+    """Also once the pod's heartbeat has expired and no call is made any more."""
+    own_redis.kill()
+
+    async def calls() -> str:
+        """Answer a request. Return the number of calls that the pod has tried."""
+        answer = await reserve(own_http, ITEM)
+        assert answer.json()["type"].rpartition(":")[2] in {"redis-unavailable", "outcome-unknown"}
+        async with httpx.AsyncClient() as http:
+            text = (await http.get(own_api.metrics_url)).text
+        return text.partition("flashsale_api_script_failures_total ")[2].partition("\n")[0]
+
+    async def no_call_is_made() -> bool:
+        return await calls() == await calls()
+
+    await until(no_call_is_made, pause=0.2)
+    problem(await reserve(own_http, ITEM), 503, "redis-unavailable")
+
+
 async def test_a_buyer_who_disconnects_does_not_cancel_the_other_requests(
     own_api: ApiServer,
     own_http: httpx.AsyncClient,
@@ -164,7 +185,7 @@ async def test_the_api_starts_without_redis_and_is_ready_once_redis_answers(tmp_
                     await asyncio.sleep(0.05)
         assert alive.status_code == 200
         assert (await http.get("/readyz")).status_code == 503
-        problem(await reserve(http, ITEM), 503, "fenced")  # without a heartbeat
+        problem(await reserve(http, ITEM), 503, "redis-unavailable")
         await asyncio.to_thread(redis.start)
         await starting
         assert (await http.get("/readyz")).status_code == 200

@@ -21,6 +21,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
+from flashsale_api import publisher as publisher_module
 from flashsale_api import sweeper as sweeper_module
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -160,8 +161,12 @@ async def test_a_pod_that_answers_a_replay_also_publishes_it(
 
 
 async def test_an_event_carries_the_reservation_and_its_sale(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
+    kafka_here: KafkaServer,
+    new_api: Callable[[str], ApiServer],
+    inventory_here: Inventory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FLASHSALE_TRUST_TRACEPARENT", "true")
     await start_kafka(kafka_here)
     api = new_api("api")
     await asyncio.to_thread(api.start)
@@ -364,6 +369,28 @@ async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
     of_second.cancel()
     await asyncio.sleep(0)
     assert not publisher._awaited
+
+
+async def test_a_version_is_published_again_once_it_is_forgotten(
+    outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "REMEMBERED", 2)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    first, second, third, fourth = (accepted(ITEM, number) for number in range(4))
+    replay = first._replace(entry_id="")
+    for event in (first, replay, second):
+        publisher.add(event)
+    assert publisher.held == 2
+    publisher._acknowledge([first, second])
+    publisher.add(replay)
+    assert publisher.held == 2
+    assert publisher.acknowledgement(replay).done()
+    for event in (third, fourth, replay):
+        publisher.add(event)
+    assert publisher.held == 5
+    assert not publisher.acknowledgement(replay).done()
 
 
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:

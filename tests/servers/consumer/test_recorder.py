@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise, permutations
 from random import Random
 from uuid import UUID, uuid4
@@ -19,6 +20,7 @@ from flashsale_consumer.clients import transaction
 from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
+    NOON,
     Ledger,
     accepted,
     changed,
@@ -269,6 +271,20 @@ async def test_a_refused_hold_that_is_accepted_later_counts_with_its_new_quantit
     await check(ledger, again.sale_id, [confirmed])
 
 
+async def test_an_older_version_does_not_replace_a_refused_one(ledger: Ledger) -> None:
+    """The ledger would have the hold for ever, because the confirmation does not come again."""
+    hold = held(allocated=0, capacity=0)
+    confirmed = changed(hold, "confirmed")
+    assert [each for each, _ in (await record(ledger, [confirmed])).refused] == [confirmed]
+    other = accepted(allocated=5, capacity=5)
+    assert await record(ledger, [other, hold]) == BatchOutcome(recorded=1)
+    assert (await ledger.rows())[hold.reservation_id] == ("refused", 2, 1)
+    assert await counts(ledger) == (1, 0, 0)
+    # The same event fits now, if it is read again.
+    assert (await record(ledger, [confirmed])).recorded == 1
+    await check(ledger, other.sale_id, [other, confirmed])
+
+
 async def test_a_late_event_from_before_the_last_rebuild_is_refused(ledger: Ledger) -> None:
     known, late = accepted(0, revision=4), accepted(1, revision=4)
     await record(ledger, [known])
@@ -305,7 +321,9 @@ async def test_a_late_change_of_a_known_reservation_is_void(ledger: Ledger) -> N
     assert await record(ledger, [late]) == BatchOutcome(voided=[late])
     await check(ledger, known.sale_id, [known])
     assert await ledger.voided() == 1
-    confirmed = changed(known, "confirmed", version=2**53, revision=5)
+    # The rebuild gave the hold more time.
+    later = NOON + timedelta(hours=1)
+    confirmed = changed(known, "confirmed", version=2**53, revision=5, expires_at=later)
     assert (await record(ledger, [confirmed])).recorded == 1
     await check(ledger, known.sale_id, [confirmed])
 

@@ -78,6 +78,7 @@ async def test_the_consumer_warns_of_a_topic_with_few_partitions_and_a_short_ret
     warnings = [each.message for each in caplog.records if each.levelno == logging.WARNING]
     assert [line for line in warnings if "only 1 of the topic, but needs 12" in line]
     assert [line for line in warnings if "retention.ms=3600000" in line]
+    assert [line for line in warnings if "retention.bytes=-1" in line]
 
 
 async def test_the_consumer_does_not_warn_of_its_own_topics(

@@ -1,33 +1,29 @@
-"""The worker on real servers. It records each event once, whichever server or consumer fails."""
+"""The worker on real servers. It records each event once, also with several consumers."""
 
 import asyncio
 import signal
 from collections.abc import Callable
-from contextlib import AsyncExitStack
-from random import Random
+from datetime import UTC, datetime, timedelta
 
-import asyncpg
 import pytest
-from asyncpg.pool import Pool
 
-from dev.stack.servers import KafkaServer, PostgresServer
+from dev.stack.servers import KafkaServer
 from flashsale import events
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
-from flashsale_consumer import topics, worker
+from flashsale_consumer import topics
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
-    Connection,
     Ledger,
     Log,
     Process,
     accepted,
-    connected,
-    database,
-    opened,
+    changed,
+    held,
     running,
 )
 from tests.support.eventually import until
+from tests.support.recorded import received
 
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
@@ -116,6 +112,41 @@ async def test_reservations_over_capacity_are_refused_counted_and_logged(
     assert line.levelname == "ERROR"
     assert oversold[2].sale_id in line.message
     assert oversold[2].reservation_id in line.message
+
+
+async def test_void_changes_are_counted_and_logged(
+    ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    known, last = held(revision=4), accepted(revision=5)
+    await log.write(known, partition=0)
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(known)
+        await ledger.pool.execute("UPDATE sales SET rebuilt_revision = 5, revision = 5")
+        await log.write(changed(known, "expired"), last, partition=0)
+        await ledger.until_has(last)
+        await until(lambda: worker.value("flashsale_consumer_voided_total") == 1)
+        assert (worker.events("refused"), worker.events("duplicate")) == (0, 0)
+    (line,) = (record for record in caplog.records if "void" in record.message)
+    assert line.levelname == "WARNING"
+    assert known.sale_id in line.message
+    assert known.reservation_id in line.message
+
+
+async def test_the_time_to_the_ledger_is_measured_from_the_change(ledger: Ledger, log: Log) -> None:
+    """A cancellation, an expiry and a late order reference have no time of their own."""
+    now = datetime.now(UTC)
+    past = now - timedelta(hours=2)
+    first, second = held(accepted_at=past), held(accepted_at=past)
+    ordered = accepted(accepted_at=past, confirmed_at=past, order_ref="order-1", version=2)
+    confirmed = changed(first, "confirmed", confirmed_at=now)
+    last = accepted(accepted_at=past, confirmed_at=past)
+    own = [first, second, confirmed, changed(second, "expired"), ordered, last]
+    await log.write(*own, partition=0)
+    name = "flashsale_consumer_end_to_end_seconds"
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(*own)
+        await until(lambda: worker.value(f"{name}_count") == 4)
+        assert worker.value(f'{name}_bucket{{le="3600.0"}}') == 1
 
 
 async def test_reading_from_the_beginning_again_changes_nothing(ledger: Ledger, log: Log) -> None:
@@ -262,221 +293,10 @@ async def test_killed_consumers_lose_and_double_nothing(
     await writing
     await ledger.until_rows(len(sold))
     assert await ledger.has(*sold)
+
+    async def announced() -> bool:
+        return await (await received(log.bootstrap, log.engine)).agrees(ledger.pool)
+
+    await until(announced, "every reservation is announced", pause=1)
     consumer.signal(signal.SIGTERM)
     assert await consumer.ended() == 0
-
-
-@pytest.mark.slow
-async def test_a_read_only_ledger_loses_nothing(
-    ledger: Ledger, log: Log, start: Callable[..., Process], postgres_server: PostgresServer
-) -> None:
-    name = ledger.url.rpartition("/")[2]
-    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
-    sold = [accepted(number) for number in range(3_000)]
-    await log.write(*sold[:1_000])
-    await ledger.until_has(*sold[:1_000])
-
-    async with connected(postgres_server.url) as admin:
-        await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-        await terminate(admin, name)
-        await log.write(*sold[1_000:2_000], b"bad")
-        await consumer.until_prints("waiting for the ledger")
-        assert await consumer.status("/healthz") == 200
-        assert not await ledger.has(sold[1_999])
-        await log.write(*sold[2_000:])
-        await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
-        await terminate(admin, name)
-
-    await ledger.until_has(*sold)
-    await consumer.until_prints("the ledger is back")
-    assert await consumer.status("/healthz") == 200
-    assert consumer.output.count("waiting for the ledger") == 1
-    assert len(await log.dead_letters(1)) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["stopped", "frozen"])
-async def test_a_ledger_that_is_away_loses_nothing(
-    fault: str,
-    own_postgres: PostgresServer,
-    log: Log,
-    start: Callable[..., Process],
-) -> None:
-    async with database(own_postgres) as url:
-        consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=url)
-        sold = [accepted(number) for number in range(2_000)]
-        async with opened(url) as ledger:
-            await log.write(*sold[:1_000])
-            await ledger.until_has(*sold[:1_000])
-        if fault == "stopped":
-            own_postgres.stop()
-        else:
-            own_postgres.pause()
-        await log.write(*sold[1_000:])
-        await consumer.until_prints("waiting for the ledger")
-        assert await consumer.status("/healthz") == 200
-        if fault == "stopped":
-            own_postgres.start()
-        else:
-            own_postgres.resume()
-        async with opened(url) as ledger:
-            await ledger.until_has(*sold)
-        assert await consumer.status("/healthz") == 200
-        assert consumer.output.count("waiting for the ledger") == 1
-        consumer.signal(signal.SIGTERM)
-        assert await consumer.ended() == 0
-
-
-async def test_a_rebalance_while_the_ledger_is_away_loses_nothing(
-    ledger: Ledger, log: Log, postgres_server: PostgresServer
-) -> None:
-    name = ledger.url.rpartition("/")[2]
-    sold = [accepted(number) for number in range(2_000)]
-    async with running(ledger.url, log), connected(postgres_server.url) as admin:
-        await log.write(*sold[:500])
-        await ledger.until_has(*sold[:500])
-        await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-        await terminate(admin, name)
-        await log.write(*sold[500:1_500])
-        async with running(ledger.url, log), running(ledger.url, log):
-            await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
-            await terminate(admin, name)
-            await log.write(*sold[1_500:])
-            await ledger.until_has(*sold)
-    assert (await ledger.sale()).accepted == len(sold)
-
-
-async def test_a_rebalance_in_the_middle_of_a_transaction_loses_nothing(
-    ledger: Ledger, log: Log
-) -> None:
-    sold = [accepted(number) for number in range(1_000)]
-    async with (
-        running(ledger.url, log) as one,
-        connected(ledger.url) as holder,
-        AsyncExitStack() as stack,
-    ):
-        await log.write(*sold[:200])
-        await ledger.until_has(*sold[:200])
-        async with holder.transaction():
-            await holder.execute("SELECT FROM sales FOR UPDATE")
-            await log.write(*sold[200:800])
-            await until(lambda: waits(holder), "a batch waits for the sale's row")
-            other = await stack.enter_async_context(running(ledger.url, log))
-            await until(lambda: one.partitions() == 0)
-        await log.write(*sold[800:])
-        await ledger.until_has(*sold)
-        assert one.events("recorded") + other.events("recorded") == len(sold)
-
-
-async def test_rebalances_at_any_moment_lose_nothing(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    random, acquire = Random(1), Pool.acquire
-    sold = [accepted(number) for number in range(3_000)]
-    async with running(ledger.url, log) as member:
-        await until(lambda: member.partitions() == 12)
-
-        partitions = member.worker._partitions
-
-        def rebalanced(pool: "Pool[asyncpg.Record]") -> object:
-            if random.random() < 0.3:
-                assigned = partitions._consumer.assignment()
-                partitions.on_partitions_revoked(assigned)
-                partitions.on_partitions_assigned(assigned)
-            return acquire(pool)
-
-        monkeypatch.setattr(Pool, "acquire", rebalanced)
-        for number in range(0, len(sold), 100):
-            await log.write(*sold[number : number + 100])
-        await ledger.until_has(*sold)
-        assert member.events("recorded") == len(sold)
-
-
-async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its partitions are revoked, and no assignment follows."""
-    await log.create()
-    async with running(ledger.url, log) as member:
-        first = accepted()
-        await log.write(first)
-        await ledger.until_has(first)
-        monkeypatch.setattr(worker, "JOIN_SECONDS", 1.0)
-        stuck = member.worker._partitions
-        stuck.on_partitions_revoked([])
-        await until(lambda: member.worker._partitions is not stuck)
-        monkeypatch.undo()
-        second = accepted()
-        await log.write(second)
-        await ledger.until_has(first, second)
-
-
-@pytest.mark.slow
-async def test_a_client_that_fails_to_close_without_kafka_is_replaced(
-    ledger: Ledger,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """aiokafka cancels its own stop() while a fetch waits for its retry."""
-    with KafkaServer(tmp_path_factory.mktemp("short-kafka")) as kafka:
-        log = Log(kafka.bootstrap)
-        await log.create()
-        async with running(ledger.url, log) as member:
-            first, second = accepted(), accepted()
-            await log.write(first)
-            await ledger.until_has(first)
-            kafka.stop()
-            await until(lambda: "Failed fetch messages" in caplog.text)
-            monkeypatch.setattr(worker, "JOIN_SECONDS", 1.0)
-            member.worker._partitions.on_partitions_revoked([])
-            await until(lambda: "the group membership: not closed cleanly" in caplog.text)
-            monkeypatch.undo()
-            kafka.start()
-            await log.write(second)
-            await ledger.until_has(first, second)
-
-
-@pytest.mark.slow
-async def test_kafka_may_start_later_and_go_away(
-    ledger: Ledger, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Process]
-) -> None:
-    kafka = KafkaServer(tmp_path_factory.mktemp("late-kafka"))
-    log = Log(kafka.bootstrap)
-    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
-    await consumer.until_prints("waiting for Kafka")
-    assert await consumer.status("/healthz") == 200
-    assert await consumer.status("/readyz") == 503
-    first, second = ([accepted(number) for number in range(100)] for _ in range(2))
-    with kafka:
-        await consumer.until_serves("/readyz")
-        await log.write(*first)
-        await ledger.until_has(*first)
-        kafka.stop()
-        await consumer.until_prints("waiting for Kafka", times=2)
-        assert await consumer.status("/healthz") == 200
-        assert await consumer.status("/readyz") == 200
-        kafka.start()
-        await log.write(*second)
-        await ledger.until_has(*first, *second)
-        assert consumer.output.count("waiting for Kafka") <= 3
-        assert len(consumer.output.splitlines()) < 50
-        consumer.signal(signal.SIGTERM)
-        assert await consumer.ended() == 0
-
-
-async def waits(connection: Connection) -> bool:
-    """Whether another session waits for a lock of this connection."""
-    return bool(
-        await connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
-        )
-    )
-
-
-async def terminate(admin: Connection, database: str) -> None:
-    """End the sessions on a database, because a session keeps the settings it started with."""
-    await admin.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", database
-    )

@@ -166,6 +166,8 @@ async def test_a_database_that_is_away_is_an_outage() -> None:
     [
         (TopicFacts(1, {}), "only 1 of the topic, but needs 12 or more partitions of the topic"),
         (TopicFacts(12, {"retention.ms": "3600000"}), "retention.ms=3600000, but needs"),
+        (TopicFacts(12, {"retention.bytes": "1000000"}), "retention.bytes=1000000, but needs"),
+        (TopicFacts(12, {"retention.bytes": "-1"}), "retention.bytes=-1, but needs a limit"),
         (TopicFacts(12, {"cleanup.policy": "compact"}), "cleanup.policy=compact, but needs"),
         (TopicFacts(12, {"max.message.bytes": "1000"}), "max.message.bytes=1000, but needs"),
     ],
@@ -186,6 +188,7 @@ def test_a_topic_with_more_than_the_requirements_is_accepted(
 ) -> None:
     config = {
         "retention.ms": "-1",
+        "retention.bytes": "2147483648",
         "cleanup.policy": "compact,delete",
         "max.message.bytes": "1048588",
         "compression.type": "zstd",
@@ -196,6 +199,11 @@ def test_a_topic_with_more_than_the_requirements_is_accepted(
 
 def test_the_install_page_has_every_requirement() -> None:
     page = (ROOT / "docs/install.md").read_text().replace("`", "")
-    for table in (requirements.REDIS, requirements.LEDGER, requirements.TOPIC):
+    for table in (
+        requirements.REDIS,
+        requirements.LEDGER,
+        requirements.TOPIC,
+        requirements.RECORDED,
+    ):
         for requirement in table:
             assert f"| {requirement.server} | {requirement.rule} |" in page

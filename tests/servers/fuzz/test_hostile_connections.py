@@ -16,17 +16,11 @@ from flashsale.inventory import Inventory
 from flashsale.sale import Sale
 from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS
 from tests.support.api import OpenSale, accepted
-from tests.support.wire import GET, POST, TE, Wire, connection, reserve
+from tests.support.wire import GET, POST, TE, Wire, connection, reserve, resident
 
 GROWTH_BYTES = 64 * 1024 * 1024
 """Growth of resident memory that an attack may cause. Without limits each causes 100 MB to 1 GB."""
 CHUNKED = POST + TE + b"\r\n"
-
-
-def resident(api: ApiServer) -> int:
-    """Return the resident memory of the process, in bytes."""
-    status = Path(f"/proc/{api.pid}/status").read_text("ascii")
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
 ENDLESS = {

@@ -94,6 +94,7 @@ def test_every_sale_continues_after_down_and_up(checkout: Checkout) -> None:
     again = checkout.up()
     assert (again.returncode, again.stdout.count("already running")) == (0, 5)
     assert metrics in again.stdout
+    assert f"on http://localhost:{checkout.port}/ in a browser" in again.stdout
     assert checkout.run("down").stdout.endswith("Stopped. The data stays in .local.\n")
 
     assert checkout.up().returncode == 0

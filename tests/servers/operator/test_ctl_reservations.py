@@ -21,6 +21,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.ctl.reservations import PAGE
+from tests.support.redis_users import OPERATOR, url_of
 from tests.support.simulated_shop import SimulatedShop
 
 Ctl = Callable[..., tuple[int, list[str], list[str]]]
@@ -37,7 +38,7 @@ def spec(item: str) -> SaleSpec:
 def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
     Redis.from_url(redis_server.url).flushall()
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": database_url,
         "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
     }
@@ -96,6 +97,30 @@ def test_the_reservations_are_csv(ctl: Ctl, spec: SaleSpec, ids: dict[str, str])
     assert {user: row["reservationId"] for user, row in rows.items()} == ids
     assert (rows["bob"]["state"], rows["bob"]["orderRef"]) == ("confirmed", "order-7")
     assert (rows["ann"]["confirmedAt"], rows["ann"]["orderRef"]) == ("", "")
+
+
+def test_a_spreadsheet_runs_no_value_of_the_csv_as_a_formula(
+    ctl: Ctl, within: Within, spec: SaleSpec
+) -> None:
+    async def sell(shop: SimulatedShop) -> None:
+        await shop.apply(spec)
+        await shop.buy(spec.item_id, "=1+1", "+1", "-1", "@a", "a=1")
+        await shop.confirm(spec.item_id, "a=1", "=2+5")
+        await shop.record(spec.item_id)
+
+    within(sell)
+    rows = list(csv.DictReader(ctl("reservations", spec.item_id, "-o", "csv")[1]))
+    assert {row["userId"] for row in rows} == {"'=1+1", "'+1", "'-1", "'@a", "a=1"}
+    assert {row["orderRef"] for row in rows} == {"", "'=2+5"}
+    listed = json.loads("\n".join(ctl("reservations", spec.item_id, "-o", "json")[1]))
+    assert "=1+1" in {row["userId"] for row in listed}
+
+
+def test_the_columns_of_the_csv_are_stable(ctl: Ctl, spec: SaleSpec, ids: dict[str, str]) -> None:  # noqa: ARG001
+    """Other programs read them by name or by position. New ones come last."""
+    head = ctl("reservations", spec.item_id, "-o", "csv")[1][0]
+    columns = "reservationId,saleId,userId,quantity,state,version,acceptedAt,expiresAt"
+    assert head.startswith(f"{columns},confirmedAt,orderRef")
 
 
 def test_the_reservations_are_json(ctl: Ctl, spec: SaleSpec, ids: dict[str, str]) -> None:

@@ -10,13 +10,17 @@ import pytest
 from redis import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import ledger, requirements
+from flashsale import events, ledger, requirements
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import RedisFacts
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import topics
 from flashsale_operator.ctl import doctor
 from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
+from tests.support.eventually import until
+from tests.support.redis_users import OPERATOR, url_of
 
 Doctor = Callable[..., tuple[int, dict[str, str]]]
 
@@ -27,7 +31,7 @@ def environ(
 ) -> dict[str, str]:
     log = Log(kafka_server.bootstrap)
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_KAFKA_BOOTSTRAP": kafka_server.bootstrap,
         "FLASHSALE_DATABASE_URL": database_url,
         "FLASHSALE_ENGINE": log.engine,
@@ -65,7 +69,11 @@ def prepared(environ: dict[str, str]) -> None:
         pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
         await ledger.migrate(pool)
         await pool.close()
-        await Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"]).create()
+        log = Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"])
+        await log.create()
+        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap)
+        # The broker can show a new topic a moment after its creation.
+        await until(lambda: topics.create_recorded(kafka, events.recorded_topic(log.engine)))
 
     asyncio.run(prepare())
 
@@ -83,7 +91,12 @@ def test_healthy_servers_pass_every_check_and_keep_nothing(
     text = "\n".join(verdicts)
     for words in ("a script can write", "a transaction can write", "clock differs", "brokers: 1"):
         assert words in text
-    for table in (requirements.REDIS, requirements.LEDGER, requirements.TOPIC):
+    for table in (
+        requirements.REDIS,
+        requirements.LEDGER,
+        requirements.TOPIC,
+        requirements.RECORDED,
+    ):
         for requirement in table:
             assert f"{requirement.server}: {requirement.rule}" in verdicts
 
@@ -91,8 +104,9 @@ def test_healthy_servers_pass_every_check_and_keep_nothing(
 def test_an_empty_database_and_a_missing_topic_are_warnings(examined: Doctor) -> None:
     code, verdicts = examined()
     assert code == 0
-    [topic, migrations] = bad(verdicts, "warning")
-    assert "does not exist" in topic
+    [topic, recorded, migrations] = bad(verdicts, "warning")
+    assert ".reservations does not exist" in topic
+    assert ".recorded does not exist" in recorded
     assert "the ledger lacks migrations" in migrations
 
 
@@ -182,7 +196,7 @@ def test_a_clock_that_differs_and_a_slow_server_are_warnings(
     monkeypatch.setattr(doctor, "SLOW_MS", 0.0)
     code, verdicts = examined()
     assert code == 0
-    warnings = bad(verdicts, "warning")
+    warnings = [text for text, verdict in verdicts.items() if verdict == "warning"]
     assert len([text for text in warnings if "synchronize both clocks by NTP" in text]) == 2
     assert len([text for text in warnings if "place the engine close to the server" in text]) == 2
 

@@ -9,7 +9,15 @@ import pytest
 
 from flashsale.inventory import Applied, Freed
 from flashsale.keys import ItemKeys
-from flashsale.reservations import Call, Expired, Outcome, Record, State, Transition
+from flashsale.reservations import (
+    Call,
+    Expired,
+    Outcome,
+    Record,
+    State,
+    Transition,
+    TransitionReply,
+)
 from flashsale.sale import Predecessor, SaleSpec, SaleState
 from flashsale_operator.kubernetes.client import Kube
 from flashsale_operator.kubernetes.controller import Clients, Controller
@@ -17,7 +25,7 @@ from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync, holds_lost
-from flashsale_operator.sales.decision import StillFenced, spec_of
+from flashsale_operator.sales.decision import Reason, StillFenced, spec_of
 from flashsale_operator.sales.rebuild import HOLD_MS, Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
 from tests.support.eventually import until
@@ -297,6 +305,69 @@ async def test_a_closed_sale_that_lost_its_open_holds_is_rebuilt_and_they_expire
     await shop.record(mixed.item_id)
     row = await shop.row(mixed.sale_id)
     assert (row.accepted, row.released, row.held) == (7, 6, 0)
+
+
+async def test_a_hold_that_reaches_the_ledger_after_its_item_was_given_away_ends_later(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
+) -> None:
+    """Redis was emptied while the hold of a closed sale was on its way to the ledger."""
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a")
+    reservation_id = await shop.reservation_of(spec.item_id, "a")
+    [late] = await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)
+    await shop.reconciler.close(spec.sale_id)
+    await shop.redis.flushall()
+    assert (await shop.apply(other)).applied is Applied.SEEDED
+    await shop.write(late)
+    assert (await shop.row(spec.sale_id)).held == 1
+    call = Call(reservation_id, "order-1")
+    reply = await shop.inventory.confirm(spec.item_id, [call], timeout_seconds=5)
+    assert isinstance(reply, TransitionReply)
+    assert [answer.outcome for answer in reply.answers] == [Transition.UNKNOWN_RESERVATION]
+
+    await shop.reconciler.close(other.sale_id)
+    row = await shop.row(other.sale_id)
+    freed = await shop.inventory.free(
+        other.item_id, other.sale_id, row.revision, accepted=0, released=0
+    )
+    assert freed is Freed.FREED
+    resync = resync_of(shop)
+
+    async def back() -> bool:
+        await resync.resync()
+        sale = await shop.sale(spec.item_id)
+        server = await shop.inventory.server()
+        return sale is not None and sale.run_id == server.run_id
+
+    await until(back, "the sale of the hold is rebuilt")
+    await shop.expire(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    row = await shop.row(spec.sale_id)
+    assert (row.accepted, row.released, row.held) == (1, 1, 0)
+
+
+async def test_an_ended_sale_that_was_deleted_stays_ended_in_a_rebuild(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    now_ms = (await shop.inventory.server()).now_ms
+    ending = replace(spec, ends_ms=now_ms + 60_000)
+    await shop.apply(ending)
+    await shop.buy(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    # The end has passed meanwhile.
+    ended = replace(spec, ends_ms=now_ms - 1_000)
+    await shop.pool.execute(
+        "UPDATE sales SET ends_at = to_timestamp($1::float8)", (now_ms - 1_000) / 1000
+    )
+    await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "ends_ms", now_ms - 1_000)
+    await shop.reconciler.close(spec.sale_id)
+    assert (await shop.apply(replace(ended, ends_ms=now_ms + 60_000))).reason is Reason.SALE_ENDED
+    await restart(shop, spec)
+    await rebuild(shop, spec)
+    sale = await shop.sale(spec.item_id)
+    assert sale is not None
+    assert (sale.stored_state, sale.held) == ("ended", 1)
+    assert (await shop.apply(replace(ended, ends_ms=now_ms + 60_000))).reason is Reason.SALE_ENDED
 
 
 async def test_a_closed_sale_without_open_holds_stays_freed(

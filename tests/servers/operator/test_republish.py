@@ -19,6 +19,7 @@ from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl.commands import run
+from tests.support.redis_users import OPERATOR, url_of
 
 PAGE = 500
 """Reservations per page of `Inventory.reservation_pages`."""
@@ -26,7 +27,7 @@ PAGE = 500
 
 def environ(redis_server: RedisServer, kafka: str) -> dict[str, str]:
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
         "FLASHSALE_KAFKA_BOOTSTRAP": kafka,
     }

@@ -20,7 +20,7 @@ from flashsale_api.calls import CALLS_IN_FLIGHT, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted
-from flashsale_api.transitions import Transitions
+from flashsale_api.transitions import Decided, Transitions
 from tests.support.batcher import RecordingPublisher
 
 RECORD = Record(State.CONFIRMED, 2, 1, 1, "ann", "", 2, 1, "o")
@@ -76,6 +76,13 @@ def transitions(script: HeldScript, publisher: HeldPublisher, *, seen: bool = Fa
     )
 
 
+def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decided, bool]]":
+    """Make a call for the item x. The future has the decision, and whether it is durable."""
+    answer: asyncio.Future[tuple[Decided, bool]] = asyncio.get_running_loop().create_future()
+    own.change("x", call, lambda decision, durable: answer.set_result((decision, durable)))
+    return answer
+
+
 async def turns(number: int = 5) -> None:
     """Let the event loop run for a few turns."""
     for _ in range(number):
@@ -97,7 +104,7 @@ async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
 ) -> None:
     script, publisher = HeldScript(), HeldPublisher()
     script.go.release()
-    call = asyncio.create_task(transitions(script, publisher).change("x", Call("id-1", "o")))
+    call = change(transitions(script, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, suspended)
     # The acknowledgement is there when the pod goes on, before the pod's timers run.
@@ -108,7 +115,7 @@ async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
 
 async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.MonkeyPatch) -> None:
     script, publisher = HeldScript(), HeldPublisher()
-    call = asyncio.create_task(transitions(script, publisher).change("x", Call("id-1", "o")))
+    call = change(transitions(script, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, CALL_DEADLINE_SECONDS / 2)
     script.go.release()
@@ -121,7 +128,7 @@ async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.Mon
 async def test_a_call_without_an_acknowledgement_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     script, publisher = HeldScript(), HeldPublisher()
     script.go.release()
-    call = asyncio.create_task(transitions(script, publisher).change("x", Call("id-1", "o")))
+    call = change(transitions(script, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, ACKNOWLEDGED_SECONDS)
     decision, durable = await call
@@ -133,7 +140,7 @@ async def test_a_reply_from_before_a_suspension_is_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script, publisher = HeldScript(), HeldPublisher()
-    call = asyncio.create_task(transitions(script, publisher).change("x", Call("id-1", "o")))
+    call = change(transitions(script, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, 2 * CALL_DEADLINE_SECONDS)
     script.go.release()
@@ -150,9 +157,9 @@ async def test_calls_that_arrive_during_calls_form_the_next_call() -> None:
     own = transitions(script, publisher)
     calls = []
     for number in range(CALLS_IN_FLIGHT):
-        calls.append(asyncio.create_task(own.change("x", Call(f"id-{number}"))))
+        calls.append(change(own, Call(f"id-{number}")))
         await turns()
-    calls += [asyncio.create_task(own.change("x", Call(f"id-{n}"))) for n in range(3, 203)]
+    calls += [change(own, Call(f"id-{n}")) for n in range(3, 203)]
     await turns()
     for _ in range(5):
         script.go.release()
@@ -175,4 +182,4 @@ async def test_an_item_that_buyers_saw_lately_is_not_unknown(
     script.word = Transition.UNKNOWN
     script.go.release()
     own = transitions(script, HeldPublisher(), seen=seen)
-    assert (await own.change("x", Call("id-1", "o")))[0].outcome is outcome
+    assert (await change(own, Call("id-1", "o")))[0].outcome is outcome

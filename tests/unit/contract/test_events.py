@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashsale import events
@@ -44,6 +44,7 @@ made = st.builds(
 
 @given(made)
 def test_decoding_an_encoded_event_returns_the_event(event: Event) -> None:
+    assume(event.state != "confirmed" or event.confirmed_at is not None)
     assert events.decode(events.encode(event)) == event
 
 
@@ -58,6 +59,7 @@ def an_event(**changes: object) -> bytes:
         "state": "confirmed",
         "version": 1,
         "occurredAt": "2026-11-23T14:09:14.521Z",
+        "confirmedAt": "2026-11-23T14:09:15.521Z",
         "allocated": 100,
         "capacity": 100,
         "revision": 1,
@@ -70,14 +72,25 @@ def test_other_versions_can_read_the_wire_format() -> None:
     event = events.decode(an_event(requestKey="k", added_by_a_later_version=[1]))
     assert event.accepted_at == datetime(2026, 11, 23, 14, 9, 14, 521_000, UTC)
     assert event.request_key == "k"
-    written = json.loads(an_event(requestKey="k", occurredAt="2026-11-23T14:09:14.521000Z"))
+    times = {
+        "occurredAt": "2026-11-23T14:09:14.521000Z",
+        "confirmedAt": "2026-11-23T14:09:15.521000Z",
+    }
+    written = json.loads(an_event(requestKey="k", **times))
     assert json.loads(events.encode(event)) == written
 
 
 def test_an_accepted_reservation_of_the_previous_version_is_confirmed() -> None:
-    former = an_event().replace(b'"state": "confirmed"', b'"state":"accepted"')
+    former = an_event(confirmedAt=...).replace(b'"state": "confirmed"', b'"state":"accepted"')
     event = events.decode(former)
     assert (event.state, event.confirmed_at) == ("confirmed", event.accepted_at)
+
+
+def test_a_pod_of_the_previous_version_publishes_no_time_of_confirmation() -> None:
+    """It publishes entries of other pods too, and copies the state from the record in Redis."""
+    event = events.decode(an_event(confirmedAt=...))
+    assert (event.state, event.confirmed_at) == ("confirmed", event.accepted_at)
+    assert events.decode(an_event(state="held", confirmedAt=...)).confirmed_at is None
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,28 @@ def test_the_first_expired_hold_creates_one_event_for_all_operators() -> None:
     assert (made[0]["type"], made[0]["reason"]) == ("Normal", "HoldExpired")
 
 
+def test_units_that_come_back_one_by_one_create_one_event_of_each_kind_per_stock() -> None:
+    names: dict[str, list[str]] = {"SoldOut": [], "SellingAgain": []}
+    before = Known()
+    for number in range(1, 4):
+        for result in (
+            a_result(SaleState.SOLD_OUT, 0, 10, number - 1),
+            a_result(SaleState.SELLING, 1, 10, number),
+            a_result(SaleState.SELLING, 11, 20, number),
+            a_result(SaleState.SOLD_OUT, 0, 20, number),
+        ):
+            mark = f"{number} {result.state}"
+            for event in sale_events(before, result):
+                made = event_object(event, METADATA, mark, NOW)
+                names.get(event.reason, []).append(str(made["metadata"]))
+            before = Known.of(status.next_status(Status(), result, generation=1, now=NOW))
+        before = Known()
+    assert {reason: (len(made), len({*made})) for reason, made in names.items()} == {
+        "SoldOut": (6, 2),
+        "SellingAgain": (3, 1),
+    }
+
+
 def test_a_close_creates_one_event_by_either_way() -> None:
     closed = SaleEvent("Closed", "deleted")
     names = {str(event_object(closed, METADATA, mark, NOW)["metadata"]) for mark in ("", "1 x")}

@@ -1,0 +1,271 @@
+"""The worker without its servers, and while partitions move: nothing is lost."""
+
+import asyncio
+import signal
+from asyncio import Transport
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from random import Random
+
+import asyncpg
+import pytest
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.protocol.metadata import MetadataRequest
+from asyncpg.pool import Pool
+
+from dev.stack.servers import KafkaServer, PostgresServer
+from flashsale_consumer import worker
+from tests.support.consumer import (
+    Connection,
+    Ledger,
+    Log,
+    Process,
+    accepted,
+    connected,
+    database,
+    opened,
+    running,
+)
+from tests.support.eventually import until
+
+
+@pytest.mark.slow
+async def test_a_read_only_ledger_loses_nothing(
+    ledger: Ledger, log: Log, start: Callable[..., Process], postgres_server: PostgresServer
+) -> None:
+    name = ledger.url.rpartition("/")[2]
+    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
+    sold = [accepted(number) for number in range(3_000)]
+    await log.write(*sold[:1_000])
+    await ledger.until_has(*sold[:1_000])
+
+    async with connected(postgres_server.url) as admin:
+        await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        await terminate(admin, name)
+        await log.write(*sold[1_000:2_000], b"bad")
+        await consumer.until_prints("waiting for the ledger")
+        assert await consumer.status("/healthz") == 200
+        assert not await ledger.has(sold[1_999])
+        await log.write(*sold[2_000:])
+        await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        await terminate(admin, name)
+
+    await ledger.until_has(*sold)
+    await consumer.until_prints("the ledger is back")
+    assert await consumer.status("/healthz") == 200
+    assert consumer.output.count("waiting for the ledger") == 1
+    assert len(await log.dead_letters(1)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stopped", "frozen"])
+async def test_a_ledger_that_is_away_loses_nothing(
+    fault: str,
+    own_postgres: PostgresServer,
+    log: Log,
+    start: Callable[..., Process],
+) -> None:
+    async with database(own_postgres) as url:
+        consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=url)
+        sold = [accepted(number) for number in range(2_000)]
+        async with opened(url) as ledger:
+            await log.write(*sold[:1_000])
+            await ledger.until_has(*sold[:1_000])
+        if fault == "stopped":
+            own_postgres.stop()
+        else:
+            own_postgres.pause()
+        await log.write(*sold[1_000:])
+        await consumer.until_prints("waiting for the ledger")
+        assert await consumer.status("/healthz") == 200
+        if fault == "stopped":
+            own_postgres.start()
+        else:
+            own_postgres.resume()
+        async with opened(url) as ledger:
+            await ledger.until_has(*sold)
+        assert await consumer.status("/healthz") == 200
+        assert consumer.output.count("waiting for the ledger") == 1
+        consumer.signal(signal.SIGTERM)
+        assert await consumer.ended() == 0
+
+
+async def test_a_rebalance_while_the_ledger_is_away_loses_nothing(
+    ledger: Ledger, log: Log, postgres_server: PostgresServer
+) -> None:
+    name = ledger.url.rpartition("/")[2]
+    sold = [accepted(number) for number in range(2_000)]
+    async with running(ledger.url, log) as one, connected(postgres_server.url) as admin:
+        async with running(ledger.url, log) as other:
+            await log.write(*sold[:500])
+            await ledger.until_has(*sold[:500])
+            await until(lambda: one.partitions() == other.partitions() == 6)
+            await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+            await terminate(admin, name)
+            await log.write(*sold[500:1_500])
+        await until(lambda: one.partitions() == 0, "the partitions are revoked")
+        await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        await terminate(admin, name)
+        await log.write(*sold[1_500:])
+        await ledger.until_has(*sold)
+    assert (await ledger.sale()).accepted == len(sold)
+
+
+async def test_a_rebalance_in_the_middle_of_a_transaction_loses_nothing(
+    ledger: Ledger, log: Log
+) -> None:
+    sold = [accepted(number) for number in range(1_000)]
+    async with (
+        running(ledger.url, log) as one,
+        connected(ledger.url) as holder,
+        AsyncExitStack() as stack,
+    ):
+        await log.write(*sold[:200])
+        await ledger.until_has(*sold[:200])
+        await until(lambda: one.partitions() == 12)
+        async with holder.transaction():
+            await holder.execute("SELECT FROM sales FOR UPDATE")
+            await log.write(*sold[200:800])
+            await until(lambda: waits(holder), "a batch waits for the sale's row")
+            other = await stack.enter_async_context(running(ledger.url, log))
+            await until(lambda: one.partitions() == 0, "the partitions are revoked")
+        await log.write(*sold[800:])
+        await ledger.until_has(*sold)
+        assert one.events("recorded") + other.events("recorded") == len(sold)
+
+
+async def test_rebalances_at_any_moment_lose_nothing(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, acquire = Random(1), Pool.acquire
+    sold = [accepted(number) for number in range(3_000)]
+    async with running(ledger.url, log) as member:
+        await until(lambda: member.partitions() == 12)
+
+        partitions = member.worker._partitions
+
+        def rebalanced(pool: "Pool[asyncpg.Record]") -> object:
+            if random.random() < 0.3:
+                assigned = partitions._consumer.assignment()
+                partitions.on_partitions_revoked(assigned)
+                partitions.on_partitions_assigned(assigned)
+            return acquire(pool)
+
+        monkeypatch.setattr(Pool, "acquire", rebalanced)
+        for number in range(0, len(sold), 100):
+            await log.write(*sold[number : number + 100])
+        await ledger.until_has(*sold)
+        assert member.events("recorded") == len(sold)
+
+
+async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partitions are revoked, and no assignment follows."""
+    await log.create()
+    async with running(ledger.url, log) as member:
+        first = accepted()
+        await log.write(first)
+        await ledger.until_has(first)
+        monkeypatch.setattr(worker, "JOIN_SECONDS", 1.0)
+        stuck = member.worker._partitions
+        stuck.on_partitions_revoked([])
+        await until(lambda: member.worker._partitions is not stuck)
+        monkeypatch.undo()
+        second = accepted()
+        await log.write(second)
+        await ledger.until_has(first, second)
+
+
+@pytest.mark.slow
+async def test_a_client_that_fails_to_close_without_kafka_is_replaced(
+    ledger: Ledger,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """aiokafka cancels its own stop() while a fetch waits for its retry."""
+    with KafkaServer(tmp_path_factory.mktemp("short-kafka")) as kafka:
+        log = Log(kafka.bootstrap)
+        await log.create()
+        async with running(ledger.url, log) as member:
+            first, second = accepted(), accepted()
+            await log.write(first)
+            await ledger.until_has(first)
+            kafka.stop()
+            await until(lambda: "Failed fetch messages" in caplog.text)
+            monkeypatch.setattr(worker, "JOIN_SECONDS", 1.0)
+            member.worker._partitions.on_partitions_revoked([])
+            await until(lambda: "the group membership: not closed cleanly" in caplog.text)
+            monkeypatch.undo()
+            kafka.start()
+            await log.write(second)
+            await ledger.until_has(first, second)
+
+
+@pytest.mark.parametrize("started", range(3), ids=["topics", "ownership", "member"])
+async def test_a_worker_stopped_while_a_client_starts_leaves_no_connection_open(
+    started: int, ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has sent its first request for metadata, see filterwarnings in pyproject.toml."""
+    transports: list[Transport] = []
+    first = asyncio.Event()
+    send = AIOKafkaConnection.send
+
+    def noted(connection: AIOKafkaConnection, request: object, **options: bool) -> object:
+        if isinstance(request, MetadataRequest) and request._topics == []:
+            transports.append(connection._writer.transport)
+            if len(transports) > started:
+                first.set()
+        return send(connection, request, **options)
+
+    monkeypatch.setattr(AIOKafkaConnection, "send", noted)
+    async with running(ledger.url, log):
+        await first.wait()
+    assert len(transports) == started + 1
+    await until(lambda: all(transport.is_closing() for transport in transports))
+
+
+@pytest.mark.slow
+async def test_kafka_may_start_later_and_go_away(
+    ledger: Ledger, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Process]
+) -> None:
+    kafka = KafkaServer(tmp_path_factory.mktemp("late-kafka"))
+    log = Log(kafka.bootstrap)
+    consumer = start(**log.environment(), FLASHSALE_DATABASE_URL=ledger.url)
+    await consumer.until_prints("waiting for Kafka")
+    assert await consumer.status("/healthz") == 200
+    assert await consumer.status("/readyz") == 503
+    first, second = ([accepted(number) for number in range(100)] for _ in range(2))
+    with kafka:
+        await consumer.until_serves("/readyz")
+        await log.write(*first)
+        await ledger.until_has(*first)
+        kafka.stop()
+        await consumer.until_prints("waiting for Kafka", times=2)
+        assert await consumer.status("/healthz") == 200
+        assert await consumer.status("/readyz") == 200
+        kafka.start()
+        await log.write(*second)
+        await ledger.until_has(*first, *second)
+        assert consumer.output.count("waiting for Kafka") <= 3
+        assert len(consumer.output.splitlines()) < 50
+        consumer.signal(signal.SIGTERM)
+        assert await consumer.ended() == 0
+
+
+async def waits(connection: Connection) -> bool:
+    """Whether another session waits for a lock of this connection."""
+    return bool(
+        await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+        )
+    )
+
+
+async def terminate(admin: Connection, database: str) -> None:
+    """End the sessions on a database, because a session keeps the settings it started with."""
+    await admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", database
+    )
