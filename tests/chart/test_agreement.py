@@ -212,6 +212,17 @@ def test_an_image_runs_only_its_own_package_as_an_unprivileged_user(component: s
     ]
 
 
+def test_all_images_have_the_same_base_named_by_its_digest() -> None:
+    found = [
+        re.findall(r"^ARG PYTHON_IMAGE=(.+)$", dockerfile(each), re.MULTILINE)
+        for each in COMPONENTS
+    ]
+    assert [len(each) for each in found] == [1] * len(COMPONENTS)
+    bases = {base for (base,) in found}
+    assert len(bases) == 1
+    assert re.fullmatch(r"python:[\d.]+-slim@sha256:[0-9a-f]{64}", bases.pop())
+
+
 def test_the_project_the_chart_and_the_images_have_the_same_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dev.cluster.binaries import helm
-from dev.images.base import stand_in
+from dev.images.base import python_version, stand_in
 from dev.images.buildah import Buildah, buildah
 from dev.images.building import DEPLOYABLES, network
 from dev.release.chart import Release, package, push
@@ -58,10 +58,12 @@ def push_images(builder: Buildah, images: str) -> str:
         "PUSH_FLAGS": "--quiet --tls-verify=false",
     }
     with exclusive(builder.folder / "store"), network() as mounts:
+        base = f"--build-arg=PYTHON_IMAGE=python:{python_version()}-slim"
+        flags = ["--quiet", "--pull=never", base, *mounts]
         done = subprocess.run(
             re.sub(r"IMAGES=\S+", f"IMAGES={images}", documented_push()).split(),
             cwd=ROOT,
-            env={**environment, "BUILD_FLAGS": " ".join(["--quiet", "--pull=never", *mounts])},
+            env={**environment, "BUILD_FLAGS": " ".join(flags)},
             capture_output=True,
             text=True,
             check=False,
