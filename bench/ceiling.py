@@ -10,7 +10,7 @@ from typing import Final
 from starlette.types import Receive, Scope, Send
 
 from flashsale.settings import host_and_port
-from flashsale_api.servers import server_of
+from flashsale_api.__main__ import server_of
 
 _BODY: Final = b'{"reservationId":"' + b"x" * 180 + b'"}'
 _HEADERS: Final = [

@@ -12,9 +12,8 @@ from statistics import median
 import msgspec
 
 from bench.chart import Line, chart
-from bench.holds import CONFIRMATIONS, FASTEST, HELD, PLAIN, STEADY
 from bench.requests import PERCENTS
-from bench.results import Findings, Phase, Round
+from bench.results import Findings, Round
 
 PAGE = "performance.md"
 
@@ -51,7 +50,6 @@ def _sections(found: Findings) -> dict[str, str]:
         "redis": _redis(found),
         "recording": _recording(found),
         "outages": _outages(found),
-        "holds": _holds(found),
         "growth": _growth(found),
     }
 
@@ -74,10 +72,6 @@ def _goals(found: Findings) -> str:
     cpu = median(one.cpu["API"] for one in ways["accepted"])
     rates = median(one.rate for one in found.drains) if found.drains else 0.0
     half = len(found.together.lag) // 2
-    cost = _hold_cost(found)
-    confirmed = _middle_rps(found.holds.confirmed[FASTEST])
-    confirmed_p95 = median(one.tally.p95 for one in found.holds.confirmed[STEADY])
-    expiring = next(one for one in found.holds.expiry.phases if one.name == "expiring")
     early, late = max(found.together.lag[:half], default=0), max(found.together.lag[half:])
     rows = (
         (
@@ -110,30 +104,6 @@ def _goals(found: Findings) -> str:
             "bounded",
             f"at most {early:,} events in the first half, {late:,} in the second",
             late <= max(2 * early, found.together.rate * 2),
-        ),
-        (
-            "CPU of API and Redis for an accepted hold, share of an accepted reservation",
-            "at most 115 %",
-            f"{cost:.0%}",
-            cost <= 1.15,
-        ),
-        (
-            "confirmations per second and core",
-            f"{CONFIRMATIONS:,}/s",
-            f"{confirmed:,.0f}/s",
-            confirmed >= CONFIRMATIONS,
-        ),
-        (
-            f"P95 of {CONFIRMATIONS:,} confirmations per second",
-            "< 50 ms",
-            f"{confirmed_p95:.1f} ms",
-            confirmed_p95 < 50,
-        ),
-        (
-            f"P95 of accepted requests while {found.holds.expiry.holds:,} holds expire",
-            "< 30 ms",
-            f"{expiring.p95:.1f} ms",
-            expiring.p95 < 30,
         ),
     )
     return _table(
@@ -268,45 +238,6 @@ def _recording(found: Findings) -> str:
 
 def _outages(found: Findings) -> str:
     one = found.outages
-    return (
-        _phases(one.phases)
-        + f"\nThe rate was {one.rate:,.0f} requests per second over {one.items} sales. Accepted "
-        + f"reservations without a row afterwards: {one.unrecorded}.\n"
-    )
-
-
-def _holds(found: Findings) -> str:
-    holds, one = found.holds, found.holds.expiry
-    rows = [
-        (
-            name,
-            _spread(each.tally.rps for each in rounds),
-            *(_spread((getattr(each.tally, p) for each in rounds), 1) for p in ("p50", "p95")),
-            *_cpu(rounds, ("API", "Redis", "Kafka")),
-        )
-        for name, rounds in (holds.accepted | holds.confirmed).items()
-    ]
-    return (
-        _table(["answer", "requests/s", "P50 ms", "P95 ms", "API", "Redis", "Kafka"], rows)
-        + f"\nAn accepted hold costs API and Redis {_hold_cost(found):.0%} of the CPU of a "
-        + "reservation that is confirmed at once.\n\n"
-        + _phases(one.phases)
-        + f"\nThe rate of the buyers was {one.rate:,.0f} requests per second. {one.holds:,} holds "
-        + f"expired in {one.expired:.1f} s, and their units were for sale again after "
-        + f"{one.sold_again:.1f} s. Run: {holds.run}.\n"
-    )
-
-
-def _hold_cost(found: Findings) -> float:
-    """Return the CPU of an accepted hold, as a multiple of that of an accepted reservation."""
-    held, plain = (
-        median(one.cpu["API"] + one.cpu["Redis"] for one in found.holds.accepted[name])
-        for name in (HELD, PLAIN)
-    )
-    return held / plain
-
-
-def _phases(phases: Iterable[Phase]) -> str:
     rows = [
         (
             phase.name,
@@ -314,9 +245,13 @@ def _phases(phases: Iterable[Phase]) -> str:
             *(f"{value:.1f}" for value in (phase.p50, phase.p95, phase.p99)),
             f"{phase.failed:,}",
         )
-        for phase in phases
+        for phase in one.phases
     ]
-    return _table(("", "requests", "P50 ms", "P95 ms", "P99 ms", "not accepted"), rows)
+    return (
+        _table(("", "requests", "P50 ms", "P95 ms", "P99 ms", "not accepted"), rows)
+        + f"\nThe rate was {one.rate:,.0f} requests per second over {one.items} sales. Accepted "
+        + f"reservations without a row afterwards: {one.unrecorded}.\n"
+    )
 
 
 def _growth(found: Findings) -> str:

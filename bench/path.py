@@ -26,23 +26,21 @@ from flashsale import events, redis_client
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot, State
+from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
-from flashsale_api.batcher import Batcher, Decision
+from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.reserve import Reserve
-from flashsale_api.sales import Sales
 from flashsale_api.spans import Spans
 
 CONNECTIONS: Final = 32
 """Requests in flight, and therefore in a batch."""
 
 _TRIES: Final = 200
-_SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
 _SALE: Final = Snapshot("default/bench", 100, 100, 1)
 _ID: Final = "00000000-0000-7000-8000-000000000000"
 _BODY: Final = b'{"userId":"u1-000000001","itemId":"bench","quantity":1}'
@@ -88,7 +86,7 @@ class _AcceptingInventory(Inventory):
     ) -> BatchReply:
         await asyncio.sleep(0)
         answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
-        return BatchReply(1795561067887, _SALE, 50, 0, 0, 1, 0, 0, [answer] * len(requests))
+        return BatchReply(1795561067887, _SALE, 50, 0, 0, [answer] * len(requests))
 
 
 class _Nowhere(Publisher):
@@ -100,8 +98,8 @@ class _Nowhere(Publisher):
 
 
 class _SoldOut(Batcher):
-    def sold_out(self, item_id: str) -> Decision:  # noqa: ARG002 - every item is sold out
-        return _SOLD_OUT
+    def sold_out(self, item_id: str) -> bool:  # noqa: ARG002 - every item is sold out
+        return True
 
 
 class _Unmeasured:
@@ -140,7 +138,7 @@ def _app(
     decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, engine, spans=spans)
     reserve = Reserve(decided, metrics, spans)
 
-    return Application(reserve, Sales(_AcceptingInventory()), Starlette())
+    return Application(reserve, Starlette())
 
 
 async def _path(app: ASGIApp) -> float:
@@ -196,14 +194,14 @@ async def parts(redis_url: str) -> Parts:
     client = redis_client.connect(redis_url)
     inventory, outbox = Inventory(client), Outbox(client)
     requests = [Request(_ID, "u1-000000001", 1)] * CONNECTIONS
-    acknowledged = [(f"1795561067887-{number}", _ID, 1) for number in range(CONNECTIONS)]
-    record = Record(State.CONFIRMED, 1, 1, 1795561067887, "u1-000000001", "")
+    acknowledged = [(f"1795561067887-{number}", _ID) for number in range(CONNECTIONS)]
+    record = Record("accepted", 1, 1, 1795561067887, "u1-000000001", "")
 
     async def publish() -> None:
         batch = BatchBuilder(256 * 1024, 0, is_transactional=0)
         for _ in range(CONNECTIONS):
             batch.append(
-                timestamp=record.accepted_ms,
+                timestamp=record.occurred_ms,
                 key=_ID.encode(),
                 value=events.encode(Event.of("bench", _ID, record, _SALE)),
                 headers=events.headers(""),

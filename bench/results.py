@@ -116,33 +116,6 @@ class Memory(msgspec.Struct, frozen=True):
     rounds: list[Round]
 
 
-class Expiry(msgspec.Struct, frozen=True):
-    """Holds that were due at once while buyers sent `rate` requests per second.
-
-    `expired` and `sold_again` are the seconds until the last one was expired, and until all their
-    units were for sale again.
-    """
-
-    holds: int
-    rate: float
-    expired: float
-    sold_again: float
-    phases: list[Phase]
-
-
-class Holds(msgspec.Struct, frozen=True):
-    """The cost of holds. `run` says when and under which other load they were measured.
-
-    `accepted` has rounds without and with a hold. `confirmed` has rounds as fast as possible and at
-    a constant rate.
-    """
-
-    run: str
-    accepted: dict[str, list[Round]]
-    confirmed: dict[str, list[Round]]
-    expiry: Expiry
-
-
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """All results of a run. Lists of rounds are in the order of the rounds."""
 
@@ -161,7 +134,6 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     drains: list[Drain]
     together: Together
     outages: Outages
-    holds: Holds
     processes: dict[str, list[Round]]
     memory: list[Memory]
     sales: dict[str, list[Round]]

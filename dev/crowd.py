@@ -117,15 +117,6 @@ def reserve_request(body: bytes, key: str = "") -> bytes:
     return head.encode() + body
 
 
-def order_request(path: str, body: bytes, token: str) -> bytes:
-    """Return the bytes of a POST of the shop's order service."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: crowd\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
 Answered = Callable[["Connection", int, bytes], None]
 Lost = Callable[["Connection", Exception | None], None]
 
@@ -193,19 +184,9 @@ class Client:
                 self._connection = await Connection.open(self._url, self._answered, self._lost)
 
     async def send(self, attempt: Attempt) -> Entry:
-        """Send one reservation and wait for its answer."""
+        """Send one request and wait for its answer. A caller that stops waiting disconnects."""
+        request = reserve_request(json.dumps(attempt.body).encode(), attempt.request_key)
         started = time.perf_counter()
-        status, body = await self.request(
-            reserve_request(json.dumps(attempt.body).encode(), attempt.request_key)
-        )
-        seconds = time.perf_counter() - started
-        return Entry(attempt, status, body, time.time(), seconds)
-
-    async def request(self, request: bytes) -> tuple[int, dict[str, object]]:
-        """Send one request and wait for its answer: the status, or 0 without one, and the body.
-
-        A caller that stops waiting disconnects.
-        """
         self._answer = asyncio.get_running_loop().create_future()
         try:
             await self.open()
@@ -218,7 +199,8 @@ class Client:
         except asyncio.CancelledError:
             self.close()
             raise
-        return status, json.loads(body)
+        seconds = time.perf_counter() - started
+        return Entry(attempt, status, json.loads(body), time.time(), seconds)
 
     def close(self) -> None:
         if self._connection is not None:

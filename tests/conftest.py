@@ -8,7 +8,7 @@ import pytest
 
 from dev.cluster.binaries import NoGoError, require_go
 
-pytest_plugins = ["tests.support.servers", "tests.support.api", "tests.support.orders"]
+pytest_plugins = ["tests.support.servers", "tests.support.api"]
 
 TESTS: Final = Path(__file__).parent
 QUICK: Final = (
@@ -61,19 +61,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests that need a program built with Go on a machine without it. In CI they fail.
+    """Skip tests that need a Kubernetes API on a machine without Go. In CI they fail.
 
     Skipping here instead of in the fixture makes it one line of pytest's summary.
     """
     needs = getattr(item, "fixturenames", ())
     builds_helm = "chart" in needs and not item.config.getoption("quick")
-    builds_release = "release_tools" in needs
-    if "kubernetes" not in needs and not builds_helm and not builds_release:
+    if "kubernetes" not in needs and not builds_helm:
         return
     try:
         require_go()
     except NoGoError as error:
         if os.environ.get("CI") == "true":
             pytest.fail(str(error), pytrace=False)
-        needed = "the tools of a release" if builds_release else "a real Kubernetes API"
-        pytest.skip(f"needs {needed}: {error}")
+        pytest.skip(f"needs a real Kubernetes API: {error}")

@@ -93,7 +93,6 @@ def _image(tool: Buildah, base: str, name: str) -> Image:
                 f"--file={folder / 'Dockerfile'}",
                 f"--tag={reference}",
                 f"--label={CONTENT}={key}",
-                f"--build-arg=PYTHON_IMAGE={base}",
                 *mounts,
                 ".",
                 folder=ROOT,

@@ -16,6 +16,7 @@ import yaml
 
 from dev.images.building import DEPLOYABLES
 from tests.support.chart import Helm, Manifest, Refused, merged
+from tests.support.manifests import documents
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -78,7 +79,7 @@ def objects(chart: Helm, calls: dict[str, list[Call]]) -> list[Manifest]:
         files = given["yaml"] if isinstance(given["yaml"], list) else [given["yaml"]]
         for file in files:
             if file != "<helm>":
-                found += [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
+                found += documents(Path(file))
     return found
 
 

@@ -36,12 +36,8 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
         others = [variant(image.reference, CHANGED) for image in own]
         cluster.load({other: other for other in others})
     found = Shop(cluster)
-    try:
-        for command in commands("install"):
-            found.shell(command)
-    except AssertionError:
-        _keep_state(found)
-        raise
+    for command in commands("install"):
+        found.shell(command)
     yield found
     if request.session.testsfailed:
         _keep_state(found)

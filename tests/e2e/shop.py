@@ -42,8 +42,7 @@ def block(name: str, page: str = "install") -> str:
 
 def commands(name: str, page: str = "install") -> list[str]:
     """Return the commands of a block in a page of docs/."""
-    lines = block(name, page).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line for line in block(name, page).replace("\\\n", " ").splitlines() if line]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +143,7 @@ class Shop:
         (container,) = manifest["spec"]["template"]["spec"]["containers"]
         container["args"][-1] = script
         env = {each["name"]: each for each in container["env"]}
-        service = f"http://{self.release}-flashsale"
-        variables = {"API_URL": f"{service}-api", "ORDERS_URL": f"{service}-orders", **variables}
+        variables = {"API_URL": f"http://{self.release}-flashsale-api", **variables}
         env |= {name: {"name": name, "value": str(value)} for name, value in variables.items()}
         container["env"] = list(env.values())
         # A node with two cores also runs the engine and its servers.
@@ -184,20 +182,15 @@ class Shop:
         lines = self.kubectl("logs", f"job/{job}", check=False).splitlines()
         return "\n".join(line for line in lines if not line.startswith("{"))
 
-    def rows(self, sale: str, columns: str) -> list[list[Any]]:
-        """Return columns of each of a sale's reservations in the ledger."""
+    def ledger(self, sale: str) -> list[tuple[str, str, int]]:
+        """Return the reservation, user and quantity of each accepted row of a sale."""
         query = (
-            f"SELECT json_build_array({columns}) FROM reservations "
-            f"WHERE sale_id = '{self.namespace}/{sale}'"
+            "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
+            f"WHERE sale_id = '{self.namespace}/{sale}' AND state = 'accepted'"
         )
         psql = ("psql", "--username=flashsale", "--tuples-only", "--no-align", f"--command={query}")
         lines = self.kubectl("exec", "postgres-0", "--", *psql).splitlines()
-        return [json.loads(line) for line in lines]
-
-    def ledger(self, sale: str) -> list[tuple[str, str, int]]:
-        """Return the reservation, user and quantity of each accepted row of a sale."""
-        rows = self.rows(sale, "reservation_id, user_id, quantity, state")
-        return [(row[0], row[1], row[2]) for row in rows if row[3] in ("held", "confirmed")]
+        return [(row[0], row[1], row[2]) for row in map(json.loads, lines)]
 
     def check(self, sale: str, stock: int, promises: Iterable[Promise]) -> None:
         """Check that nothing was oversold and that the ledger has the promised reservations only.

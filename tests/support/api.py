@@ -20,7 +20,6 @@ from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
 from tests.support.proxy import Proxy
-from tests.support.redis_users import API, url_of
 
 OpenSale: TypeAlias = Callable[..., Any]
 
@@ -56,7 +55,7 @@ async def accepted(inventory: Inventory, item: str) -> int:
 
 @pytest.fixture(scope="session")
 def without_kafka(redis_server: RedisServer) -> Addresses:
-    return Addresses(url_of(redis_server, API), f"127.0.0.1:{free_port()}", "")
+    return Addresses(redis_server.url, f"127.0.0.1:{free_port()}", "")
 
 
 @pytest.fixture(scope="module")

@@ -64,10 +64,9 @@ class World:
             )
         )
 
-    def api(self, *, order_tokens: str = "") -> ApiServer:
+    def api(self) -> ApiServer:
         """Start an API process."""
-        data = self.folder / f"api-{len(self.services)}"
-        return self._started(ApiServer(data, self.addresses, order_tokens=order_tokens))
+        return self._started(ApiServer(self.folder / f"api-{len(self.services)}", self.addresses))
 
     def consumer(self) -> ConsumerServer:
         """Start a consumer process."""

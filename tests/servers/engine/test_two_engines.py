@@ -286,11 +286,7 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
             await commit_recorded(kafka.bootstrap, database_url)
             await publish(kafka.bootstrap, item, entries[60:80])
             await Outbox(client).settle(
-                item,
-                [
-                    (entry.entry_id, entry.reservation_id, entry.record.version)
-                    for entry in entries[:80]
-                ],
+                item, [(entry.entry_id, entry.reservation_id) for entry in entries[:80]]
             )
 
             api, _ = await asyncio.to_thread(start, addresses)
@@ -311,7 +307,7 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
         assert await dead_letters(addresses) == 0
         async with connection(database_url) as ledger:
             rows = await ledger.fetch(
-                "SELECT reservation_id::text AS id FROM reservations WHERE state = 'confirmed'"
+                "SELECT reservation_id::text AS id FROM reservations WHERE state = 'accepted'"
             )
             found = await ledger.fetchrow("SELECT name, redis_address FROM engine")
         assert {entry.reservation_id for entry in entries} <= {row["id"] for row in rows}

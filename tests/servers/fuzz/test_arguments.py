@@ -23,18 +23,19 @@ PROGRAMS = {
 }
 
 BAD = [
-    ("flashsalectl", ["sell"], "No such command 'sell'"),
+    ("flashsalectl", [], "required: COMMAND"),
+    ("flashsalectl", ["sell"], "invalid choice: 'sell'"),
     ("flashsalectl", ["get", "--redis", "x"], "--redis"),
-    ("flashsalectl", ["apply"], "Missing option '-f' / '--file'"),
-    ("flashsalectl", ["apply", "-f"], "Option '-f' requires an argument"),
-    ("flashsalectl", ["apply", "sale.yaml"], "Missing option '-f' / '--file'"),
-    ("flashsalectl", ["apply", "-f", "x", "y"], "unexpected extra argument (y)"),
-    ("flashsalectl", ["get", "a", "b"], "unexpected extra argument (b)"),
+    ("flashsalectl", ["apply"], "required: -f/--file"),
+    ("flashsalectl", ["apply", "-f"], "-f/--file: expected one argument"),
+    ("flashsalectl", ["apply", "sale.yaml"], "required: -f/--file"),
+    ("flashsalectl", ["apply", "-f", "x", "y"], "unrecognized arguments: y"),
+    ("flashsalectl", ["get", "a", "b"], "unrecognized arguments: b"),
     ("flashsalectl", ["get", "--json"], "--json"),
-    ("flashsalectl", ["close"], "Missing argument 'ITEM'"),
-    ("flashsalectl", ["get", "--force", "a"], "--force"),
-    ("flashsalectl", ["rebuild"], "Name one ITEM, or use --all"),
-    ("flashsalectl", ["rebuild", "a", "b"], "unexpected extra argument (b)"),
+    ("flashsalectl", ["close"], "required: ITEM"),
+    ("flashsalectl", ["close", "--force", "a"], "--force"),
+    ("flashsalectl", ["rebuild"], "required: ITEM"),
+    ("flashsalectl", ["rebuild", "a", "b"], "unrecognized arguments: b"),
     ("flashsalectl", ["audit", "-x"], "-x"),
     ("flashsale_api", ["--port", "80"], "--port"),
     ("flashsale_api", ["serve"], "serve"),
@@ -48,8 +49,6 @@ BAD = [
     ("dev.stack", ["sing"], "'sing'"),
     ("dev.local", [], "required"),
     ("dev.local", ["sideways"], "'sideways'"),
-    ("dev.local", ["up", "--port", "64526"], "--port: must be a number from 1 to 64525"),
-    ("dev.local", ["up", "--port", "web"], "--port: must be a number from 1 to 64525"),
 ]
 
 
@@ -57,7 +56,7 @@ BAD = [
 def test_an_invalid_argument_is_named(program: str, arguments: list[str], named: str) -> None:
     done = run(program, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.lower().startswith(("usage: ", "error: option "))
+    assert done.stderr.startswith("usage: ")
     assert named in done.stderr.splitlines()[-1]
 
 
@@ -65,7 +64,7 @@ def test_an_invalid_argument_is_named(program: str, arguments: list[str], named:
 def test_every_program_has_help(program: str) -> None:
     done = run(program, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.lower().startswith("usage: ")
+    assert done.stdout.startswith("usage: ")
 
 
 @pytest.mark.parametrize("item", ["", " ", "*", "../..", "a\nb", "\udcff", "x" * 5_000, "{a}"])

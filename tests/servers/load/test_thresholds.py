@@ -23,7 +23,7 @@ Answer = Callable[[int, dict[str, object]], tuple[int, dict[str, object]]]
 
 
 def accepted(number: int, body: dict[str, object]) -> tuple[int, dict[str, object]]:
-    return 202, {"reservationId": f"id-{number}", "state": "confirmed", **body}
+    return 202, {"reservationId": f"id-{number}", "state": "accepted", **body}
 
 
 def refused(kind: str, status: int = 409) -> tuple[int, dict[str, object]]:

@@ -79,7 +79,6 @@ def within(
     async def run(does: Callable[[SimulatedShop], Awaitable[None]]) -> None:
         redis, pool = redis_client.connect(redis_server.url), await ledger.connect(database_url)
         try:
-            await ledger.migrate(pool)
             await does(SimulatedShop(redis, pool))
         finally:
             await pool.close()
