@@ -79,7 +79,8 @@ class Scripts:
                     return await link.ask("EVALSHA", script.sha, *tail)
                 except NoScriptError:
                     return await link.ask("EVAL", script.source, *tail)
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
+            _require_outage(error)
             # A refusal is a reply: the script has changed nothing.
             maybe_executed = sent and not isinstance(error, ResponseError)
             raise RedisUnavailable(_describe(error), maybe_executed=maybe_executed) from error
@@ -91,8 +92,18 @@ async def translated(call: Awaitable[T]) -> T:
         return await call
     except NoScriptError:
         raise
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisError, OSError, TimeoutError, RuntimeError) as error:
+        _require_outage(error)
         raise RedisUnavailable(_describe(error)) from error
+
+
+def _require_outage(error: Exception) -> None:
+    """Raises an error that is no outage.
+
+    uvloop raises a `RuntimeError` for a write to a connection that the server has just closed.
+    """
+    if isinstance(error, RuntimeError) and "the handler is closed" not in str(error):
+        raise error
 
 
 def _describe(error: Exception) -> str:
