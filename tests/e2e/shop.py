@@ -262,8 +262,8 @@ class Shop:
         """Wait until the audit reports ok for every sale."""
 
         def ok() -> bool:
-            lines = self.flashsalectl("audit", check=False).splitlines()
-            return all(line.endswith("ok") for line in lines[1:])
+            _, *sales = self.flashsalectl("audit", check=False).splitlines()
+            return bool(sales) and all(line.endswith("ok") for line in sales)
 
         self.until(ok, "the audit reports ok for every sale")
 

@@ -148,6 +148,14 @@ def test_every_test_that_the_reliability_page_names_exists() -> None:
         assert test in defined, f"{path} has no {test}"
 
 
+def test_every_combination_of_two_releases_has_a_test() -> None:
+    combinations = RELIABILITY.partition("## Two releases")[2].partition("### Tenants")[0]
+    rows = [line for line in combinations.splitlines() if re.match(r"\| (?!shared |-|\|)", line)]
+    parts = {re.split(r"[ ,]", row)[1] for row in rows}
+    assert parts == {"Kafka", "Redis", "ledger", "namespaces"}
+    assert not [row for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+` \|$", row)]
+
+
 def test_every_fault_of_the_reference_has_a_test() -> None:
     faults = RELIABILITY.partition("## Faults of the reference")[2]
     rows = [line for line in faults.splitlines() if re.match(r"\| (?!fault |-|\|)", line)]
