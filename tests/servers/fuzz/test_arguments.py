@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 PROGRAMS = {
     "flashsalectl": (str(Path(sys.executable).with_name("flashsalectl")),),
+    "order_service.py": (sys.executable, str(ROOT / "examples/order-service/order_service.py")),
     **{
         module: (sys.executable, "-m", module)
         for module in (
@@ -42,6 +45,8 @@ BAD = [
     ("flashsale_consumer", ["8081"], "8081"),
     ("flashsale_operator", ["run"], "run"),
     ("flashsale_operator", ["--namespace", "shop"], "--namespace"),
+    ("order_service.py", [], "FLASHSALE_ORDER_TOKENS must be a token of the order port"),
+    ("order_service.py", ["--decline-rate", "some"], "--decline-rate"),
     ("tests.faults", ["-n", "many"], "-n"),
     ("tests.faults", ["-n", "0"], "-n: must be at least 1"),
     ("tests.faults", ["--seed", "1.5"], "--seed"),
