@@ -323,6 +323,8 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
     if problem is Problem.SOLD_OUT and decision.held is not None:
         return responses.sold_out(decision.held)
+    if problem is Problem.LIMIT_REACHED:
+        return responses.limit_reached(decision.limit)
     if problem is Problem.UNAUTHORIZED:
         return responses.unauthorized(decision.reason)
     status, headers, body = responses.plain(problem)
