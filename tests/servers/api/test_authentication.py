@@ -111,6 +111,8 @@ async def test_a_token_names_the_user(
         problem(await order(http, item, bearer(token), userId="bob"), 403, "wrong-user")
         place = bought.headers["location"]
         assert (await http.get(place, headers=bearer(token))).json() == bought.json()
+        spoofed = {**bearer(token), b"X-User-Id": b"bob"}
+        problem(await order(http, item, spoofed, userId="bob"), 403, "wrong-user")
         bob = bearer(issuer.token("bob", algorithm))
         problem(await http.get(place, headers=bob), 404, "unknown-reservation")
         problem(await http.get(place), 401, "unauthorized")
@@ -222,7 +224,8 @@ async def test_keys_rotate_and_survive_that_their_address_is_away(
 ) -> None:
     monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.2)
     with Issuer() as issuer:
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        metrics = Metrics()
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
         named = Tokens(keys, issuer.url, "flashsale")
         running = asyncio.create_task(named.run())
         assert await identified(named, issuer.token("ann")) == ("ann", "")
@@ -244,11 +247,28 @@ async def test_keys_rotate_and_survive_that_their_address_is_away(
 
         await until(withdrawn)
 
+        assert b"flashsale_api_jwks_up 1.0" in metrics.text()
         issuer.stop()
-        await asyncio.sleep(0.5)
-        assert await identified(named, unknown) == ("", "the issuer has no such key")
+
+        async def away() -> bool:
+            assert await identified(named, unknown) == ("", "the issuer has no such key")
+            return b"flashsale_api_jwks_up 0.0" in metrics.text()
+
+        await until(away)
         assert await identified(named, new) == ("bob", "")
         assert named.problem == ""
+        running.cancel()
+
+
+async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
+    with Issuer(max_age=0) as issuer:
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        running = asyncio.create_task(keys.run())
+        await until(lambda: issuer.requests >= 3)
+        version = keys.version
+        del issuer.published["RS256"]
+        await until(lambda: keys.version > version)
         running.cancel()
 
 
