@@ -3,6 +3,9 @@
 import asyncio
 import base64
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.tokens import Keys, Tokens
 from tests.support.api import OpenSale, problem
 from tests.support.eventually import until
+from tests.support.paths import ROOT
 
 NewApi: TypeAlias = Callable[..., ApiServer]
 Headers: TypeAlias = dict[str, str] | dict[bytes, bytes] | Sequence[tuple[str, str]]
@@ -51,6 +55,17 @@ def new_api(without_kafka: Addresses, tmp_path: Path) -> Iterator[NewApi]:
 def issuer() -> Iterator[Issuer]:
     with Issuer() as found:
         yield found
+
+
+@pytest.fixture
+def issuer_process() -> Iterator[dict[str, str]]:
+    """The variables that a process of `python -m dev.issuer` prints."""
+    command = (sys.executable, "-m", "dev.issuer", "--port", "0")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        lines = [running.stdout.readline() for _ in range(4)]
+        yield dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
+        running.terminate()
 
 
 def client(api: ApiServer) -> httpx.AsyncClient:
@@ -217,6 +232,24 @@ async def test_a_pod_without_keys_is_not_ready(
     server = ApiServer(tmp_path / "api", without_kafka, settings=settings)
     with pytest.raises(StackError, match="FLASHSALE_JWKS_URL"):
         server.start()
+
+
+async def test_the_k6_scripts_send_tokens_of_an_issuer(
+    new_api: NewApi, open_sale: OpenSale, item: str, issuer_process: dict[str, str]
+) -> None:
+    await open_sale(item, 100)
+    token_url = issuer_process.pop("TOKEN_URL")
+    api = new_api(**issuer_process)
+    few = {"STOCK": "100", "RATE": "10", "DURATION": "2s", "VUS": "2"}
+    k6 = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("k6"),
+        *("run", "--no-usage-report", "--quiet", ROOT / "loadtest" / "soak.js"),
+        env={**os.environ, **few, "API_URL": api.url, "ITEM_ID": item, "TOKEN_URL": token_url},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await k6.communicate()
+    assert k6.returncode == 0, output.decode()
 
 
 async def test_keys_rotate_and_survive_that_their_address_is_away(
