@@ -28,7 +28,7 @@ $(READY): dev/requirements.txt pyproject.toml
 
 demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
 	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
-	  $(if $(DATABASE),--database "$(DATABASE)")
+	  $(if $(DATABASE),--database "$(DATABASE)") $(if $(TOKENS),--tokens)
 
 up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer, in the background
 	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)")
