@@ -16,6 +16,7 @@ from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.monitoring import Scrapes, serving
 from flashsale.settings import host_and_port, load
 from flashsale.sockets import bound
+from flashsale_api import descriptors
 from flashsale_api.app import create_app
 from flashsale_api.metrics import Metrics
 from flashsale_api.servers import OrderServer, server_of
@@ -73,6 +74,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     logs.configure(settings.log_level)
+    descriptors.raise_limit()
 
     failed = False
 
