@@ -1,6 +1,7 @@
 """Which tests run, and the fixtures that all of them share."""
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -35,6 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="only the tests that --quick leaves out, or may skip because Helm is missing",
     )
+
+
+def pytest_configure() -> None:
+    """Let programs under test end by Ctrl-C.
+
+    A shell lets its background jobs ignore it, and their children would inherit this.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
