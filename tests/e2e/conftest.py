@@ -50,14 +50,16 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
 def _keep_state(shop: Shop) -> None:
     """Write the cluster's state and logs to a file that outlives the cluster."""
     log = LOCAL / "e2e.log"
+    everywhere = "--all-namespaces"
     parts = [
-        shop.kubectl("get", "all,fs,events", "--output=wide", check=False),
-        shop.kubectl("describe", "pods", check=False),
+        shop.kubectl("get", "all,fs,events", everywhere, "--output=wide", check=False),
+        shop.kubectl("describe", "fs,pods", everywhere, check=False),
     ]
-    for pod in shop.get("pods")["items"]:
-        name = pod["metadata"]["name"]
+    for pod in shop.get("pods", everywhere)["items"]:
+        name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
         parts += [
-            f"== {name} {which}\n" + shop.kubectl("logs", name, which, check=False)
+            f"== {namespace}/{name} {which}\n"
+            + shop.kubectl("logs", name, f"--namespace={namespace}", which, check=False)
             for which in ("--previous=false", "--previous")
         ]
     log.write_text("\n".join(parts))
