@@ -54,14 +54,16 @@ _REQUEST: Final = (
 
 
 class _Transport(asyncio.Transport):
-    """Counts and discards the written bytes."""
+    """Counts the written bytes, and keeps only the first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wrote = 0
+        self.first: bytes | bytearray | memoryview = b""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.wrote += len(data)
+        self.first = self.first or data
 
     def is_closing(self) -> bool:
         return False
@@ -114,7 +116,7 @@ class _Unmeasured:
     def __getitem__(self, name: str) -> "_Unmeasured":
         return self
 
-    def of(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
+    def outcomes(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
         return self
 
     def add_item(self, item_id: str) -> None:
@@ -173,7 +175,11 @@ async def _path(app: ASGIApp) -> float:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    return await _least(turn) / CONNECTIONS
+    found = await _least(turn) / CONNECTIONS
+    statuses = {bytes(transport.first[9:12]) for transport in transports}
+    if statuses - {b"202", b"409"}:
+        raise RuntimeError(f"the measured requests were answered {statuses}")
+    return found
 
 
 async def _least(turn: Callable[[], Awaitable[object]]) -> float:
