@@ -23,7 +23,7 @@ from dev.checkout import checkout, outcome
 from dev.crowd import attempts, percentile, stampede
 from dev.issuer import Issuer
 from dev.journal import Journal
-from dev.local import API_PORT, apply_sample, start_stack
+from dev.local import API_PORT, SAMPLE, start_stack
 from dev.paths import LOCAL, ROOT
 from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, flashsalectl
@@ -94,7 +94,7 @@ Start the engine in the background with `make up`, then try:
 
 def _phones(addresses: Addresses, api: ApiServer, token_of: TokenOf) -> bool:
     """Sell 100 phones to a stampede. Returns whether every promise was kept."""
-    apply_sample(addresses)
+    flashsalectl(addresses, "apply", "-f", str(SAMPLE))
     made = attempts(ITEM, USERS, seed=15)
     wanted = [replace(attempt, token=token_of(attempt.user_id)) for attempt in made]
     print(f"{len(wanted):,} requests by {USERS:,} users …", flush=True)

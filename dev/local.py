@@ -1,6 +1,7 @@
 """`python -m dev.local`: run the whole engine on this machine, without Docker."""
 
 import argparse
+import asyncio
 import os
 import secrets
 import shutil
@@ -12,6 +13,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
+import asyncpg
+
 from dev.cluster.binaries import binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.paths import LOCAL, ROOT
@@ -22,7 +25,10 @@ from dev.stack.errors import StackError
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 
-SAMPLE: Final = ROOT / "k8s" / "samples" / "iphone-15.yaml"
+SAMPLES: Final = ROOT / "k8s" / "samples"
+SAMPLE: Final = SAMPLES / "iphone-15.yaml"
+FIRST_SALES: Final = (SAMPLE, SAMPLES / "concert-tickets.yaml")
+"""The sales that `up` declares: one without holds and one with them."""
 CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 RESOURCE: Final = "flashsales.flashsale.dev"
 API_PORT: Final = 8080
@@ -80,9 +86,13 @@ def start_stack(
     return Addresses(*addresses)
 
 
-def apply_sample(addresses: Addresses) -> None:
-    """Apply the sample manifest with flashsalectl. Raises StackError if that fails."""
-    flashsalectl(addresses, "apply", "-f", str(SAMPLE))
+async def _declared(addresses: Addresses) -> set[str]:
+    """Return the ids of the sales in the ledger, which the consumer has created."""
+    connection = await asyncpg.connect(addresses.database_url)
+    try:
+        return {row["sale_id"] for row in await connection.fetch("SELECT sale_id FROM sales")}
+    finally:
+        await connection.close()
 
 
 def running_engine() -> tuple[Addresses, dict[str, str]]:
@@ -102,7 +112,7 @@ def running_engine() -> tuple[Addresses, dict[str, str]]:
 
 
 def up(port: int) -> None:
-    """Start the servers, the API and a consumer in the background, and apply the sample."""
+    """Start the servers, the API and a consumer in the background, and declare two sales."""
     if strays := [pid for pid in _marked() if pid not in _recorded()]:
         raise StackError(
             f"processes of an earlier `make up` still run, and .local no longer names them: "
@@ -144,7 +154,11 @@ def up(port: int) -> None:
         _ENV.touch()
         _ENV.chmod(0o600)
         _ENV.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-        apply_sample(addresses)
+        declared = asyncio.run(_declared(addresses))
+        for manifest in FIRST_SALES:
+            # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
+            if f"default/{manifest.stem}" not in declared:
+                flashsalectl(addresses, "apply", "-f", str(manifest))
         # A new Redis process trusts no sale of the former one.
         flashsalectl(addresses, "rebuild", "--all")
         undo.pop_all()
@@ -273,8 +287,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser(
         "up",
-        help="start Redis, Kafka, PostgreSQL, the API and a consumer in the background, and apply "
-        "the sample",
+        help="start Redis, Kafka, PostgreSQL, the API and a consumer in the background, and "
+        "declare two sales",
     )
     starting.add_argument(
         "--port", type=_port, default=API_PORT, help="of the API; its metrics are 1010 above it"
