@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
-from bench.ceiling import app as ceiling
+from bench.baseline import app as baseline
 from bench.results import Parts
 from dev.issuer import AUDIENCE, Issuer
 from flashsale import events, redis_client
@@ -253,7 +253,7 @@ async def _least(turn: Callable[[], Awaitable[object]], tries: int = _TRIES) -> 
 
 async def parts(redis_url: str) -> Parts:
     """Measures all parts. Redis does not need a sale."""
-    server = await _path(ceiling)
+    server = await _path(baseline)
     accepted = await _path(_app(Batcher))
     unmeasured = await _path(_app(Batcher, cast("Metrics", _Unmeasured())))
     tracing = Spans(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))

@@ -194,7 +194,7 @@ The operator watches FlashSales. Try, in this folder:
 `make down` stops it too.""")
 
 
-def down() -> None:
+def down(*, keep: bool = True) -> None:
     """Stop everything that `up` and `control_plane` started, by the recorded process ids."""
     stopped = False
     # The engine stops before its servers, so that it can still publish and record the rest.
@@ -210,13 +210,13 @@ def down() -> None:
         print(f"  process {pid}, which .local does not name, is stopped", flush=True)
         _end(pid)
         stopped = True
-    left = "The data stays in .local." if LOCAL.exists() else ""
+    left = "The data stays in .local." if keep and LOCAL.exists() else ""
     print(f"Stopped. {left}".rstrip() if stopped else "Nothing is running.")
 
 
 def clean() -> None:
     """Stop everything and remove the data."""
-    down()
+    down(keep=False)
     if LOCAL.exists():
         size = sum(path.lstat().st_size for path in LOCAL.rglob("*") if path.is_file())
         shutil.rmtree(LOCAL)

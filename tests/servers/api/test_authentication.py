@@ -112,6 +112,29 @@ async def test_a_gateways_header_names_the_user(
             problem(await http.get(place, headers=headers), 401, "unauthorized")
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        '"itemId":"another","itemId":"%s","quantity":1',
+        '"itemId":"another","\\u0069temId":"%s","quantity":1',
+        '"itemId":"%s","quantity":2,"quantity":1',
+        '"itemId":"%s","quantity":1,"userId":"bob","userId":"ann"',
+        '"itemId":"%s","quantity":1,"":1,"":1',
+    ],
+)
+async def test_a_repeated_member_of_a_body_without_a_user_is_refused(
+    new_api: NewApi, open_sale: OpenSale, item: str, members: str
+) -> None:
+    await open_sale(item, 10)
+    headers = {"X-User-Id": "ann", "Content-Type": "application/json"}
+    async with client(new_api(FLASHSALE_USER_HEADER="X-User-Id")) as http:
+        body = "{%s}" % (members % item)
+        answer = await http.post("/reserve", content=body, headers=headers)
+        assert problem(answer, 400, "malformed-json")["detail"].endswith(" is repeated")
+        sale = (await http.get(f"/sales/{item}")).json()
+    assert sale["available"] == 10
+
+
 @pytest.mark.parametrize("algorithm", tokens.ALGORITHMS)
 async def test_a_token_names_the_user(
     new_api: NewApi, open_sale: OpenSale, item: str, issuer: Issuer, algorithm: str

@@ -10,6 +10,7 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from tests.support import redis_users
 from tests.support.redis_users import API, OPERATOR, url_of
 
 
@@ -18,7 +19,8 @@ def redis_server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RedisServer]:
     binary = redis_binaries()[request.param]
-    with RedisServer(tmp_path_factory.mktemp(request.param), binary=binary) as server:
+    folder = tmp_path_factory.mktemp(request.param)
+    with RedisServer(folder, binary=binary, options=redis_users.options()) as server:
         yield server
 
 

@@ -22,6 +22,7 @@ from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_WAITING
 from tests.support.api import OWN_SALE, accepted
 from tests.support.eventually import until
 from tests.support.flood import Flood, Watch, allow_connections, open_connections, request_of
+from tests.support.redis_users import API, url_of
 
 FLOOD_CONNECTIONS = 3_000
 FLOOD_SECONDS = 20.0
@@ -75,7 +76,7 @@ async def flooded(
     """An API with a Redis of its own, and without a proxy that the flood would slow down."""
     del own_inventory  # the sale exists before the API starts
     nowhere = f"127.0.0.1:{free_port()}"
-    server = ApiServer(tmp_path / "api", Addresses(own_redis.url, nowhere, ""))
+    server = ApiServer(tmp_path / "api", Addresses(url_of(own_redis, API), nowhere, ""))
     await asyncio.to_thread(server.start)
     yield server
     server.kill()
