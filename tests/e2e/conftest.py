@@ -42,9 +42,14 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
     except AssertionError:
         _keep_state(found)
         raise
-    yield found
-    if request.session.testsfailed:
-        _keep_state(found)
+    return found
+
+
+def pytest_exception_interact(node: pytest.Item) -> None:
+    """Keep the state of the cluster at the moment of a failure."""
+    shop = getattr(node, "funcargs", {}).get("shop")
+    if isinstance(shop, Shop):
+        _keep_state(shop)
 
 
 def _keep_state(shop: Shop) -> None:
