@@ -47,9 +47,9 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
 
 def pytest_exception_interact(node: pytest.Item) -> None:
     """Keep the state of the cluster at the moment of a failure."""
-    shop = getattr(node, "funcargs", {}).get("shop")
-    if isinstance(shop, Shop):
-        _keep_state(shop)
+    found = getattr(node, "funcargs", {}).values()
+    if shops := [each for each in found if isinstance(each, Shop)]:
+        _keep_state(shops[0])
 
 
 def _keep_state(shop: Shop) -> None:

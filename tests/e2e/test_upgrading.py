@@ -56,7 +56,7 @@ def extract(folder: Path) -> None:
     subprocess.run(("tar", "--extract"), input=archive.stdout, cwd=folder, check=True)
 
 
-def test_an_older_release_is_upgraded_in_the_middle_of_a_sale(shop: Shop, former: Shop) -> None:
+def test_an_older_release_is_upgraded_in_the_middle_of_a_sale(former: Shop) -> None:
     former.declare("kept", PLENTY)
     former.start_load("keeping", "persistent.js", ITEM_ID="kept", RATE=20, DURATION=OUTLASTS)
     former.selling("keeping")
