@@ -27,7 +27,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Shop:
     """The release, installed with the commands in docs/install.md."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
