@@ -15,6 +15,8 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, NamedTuple, TypeAlias
 
+from flashsale.sockets import BACKLOG
+
 log = logging.getLogger(__name__)
 
 EXCHANGE_SECONDS: Final = 10.0
@@ -91,7 +93,9 @@ async def serving(
         for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             listener.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
         servers.append(
-            await asyncio.start_server(connections.add, sock=listener, limit=MAX_HEAD_BYTES)
+            await asyncio.start_server(
+                connections.add, sock=listener, limit=MAX_HEAD_BYTES, backlog=BACKLOG
+            )
         )
     try:
         yield

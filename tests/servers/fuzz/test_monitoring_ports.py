@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -95,7 +96,9 @@ async def test_misused_connections_are_bounded_and_closed(monitored: Monitored) 
         monitored.number("VmRSS"),
     )
     async with AsyncExitStack() as stack:
+        monitored.process.send_signal(signal.SIGSTOP)  # a busy process accepts them later
         wires = [await stack.enter_async_context(connection(monitored.port)) for _ in range(600)]
+        monitored.process.send_signal(signal.SIGCONT)
         silent, half, large, unread = wires[:150], wires[150:300], wires[300:450], wires[450:]
         for wire in half:
             wire.send(SCRAPE[:-2])
