@@ -140,7 +140,7 @@ async def test_a_pod_without_a_heartbeat_promises_no_unit_that_a_rebuild_sells_a
 async def test_a_flood_does_not_hide_the_events_of_a_pod_from_a_rebuild(scene: Scene) -> None:
     await asyncio.to_thread(scene.flooded.start)
     assert await scene.buy(scene.flooded, "alice") == "202"
-    client = patient(scene.addresses.redis_url)
+    client = patient(scene.redis.url)
     watch = Watch(client, scene.flooded, scene.addresses.engine)
     flood = Flood(scene.flooded.url)
     async with flood.running(ITEM, NONE, FLOOD_CONNECTIONS):

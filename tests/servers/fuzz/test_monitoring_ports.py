@@ -88,6 +88,18 @@ async def monitored(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
         process.wait()
 
 
+async def test_of_many_connections_in_one_moment_the_oldest_are_closed(
+    monitored: Monitored,
+) -> None:
+    async with AsyncExitStack() as stack:
+        monitored.process.send_signal(signal.SIGSTOP)
+        many = range(MAX_CONNECTIONS + 20)
+        wires = [await stack.enter_async_context(connection(monitored.port)) for _ in many]
+        monitored.process.send_signal(signal.SIGCONT)
+        for wire in wires[:20]:
+            await wire.rest()
+
+
 async def test_misused_connections_are_bounded_and_closed(monitored: Monitored) -> None:
     """Takes as long as the deadline of a connection."""
     files, threads, memory = (
@@ -96,9 +108,7 @@ async def test_misused_connections_are_bounded_and_closed(monitored: Monitored) 
         monitored.number("VmRSS"),
     )
     async with AsyncExitStack() as stack:
-        monitored.process.send_signal(signal.SIGSTOP)  # a busy process accepts them later
         wires = [await stack.enter_async_context(connection(monitored.port)) for _ in range(600)]
-        monitored.process.send_signal(signal.SIGCONT)
         silent, half, large, unread = wires[:150], wires[150:300], wires[300:450], wires[450:]
         for wire in half:
             wire.send(SCRAPE[:-2])
