@@ -123,7 +123,7 @@ def test_the_sales_move_to_another_redis_and_back(shop: Shop, other_redis: Shop)
     def sold_out() -> bool:
         # The status is older than the rebuild until the operator has written it again.
         status = shop.get("fs", "moved")["status"]
-        return (status["state"], status.get("available")) == ("SoldOut", 0)
+        return (status.get("state"), status.get("available")) == ("SoldOut", 0)
 
     shop.until(sold_out, "the status of the rebuilt sale is SoldOut")
     assert sum(row[2] for row in shop.ledger("moved")) == STOCK
