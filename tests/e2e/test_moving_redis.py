@@ -122,7 +122,8 @@ def test_the_sales_move_to_another_redis_and_back(shop: Shop, other_redis: Shop)
 
     def none_left() -> bool:
         # The status is older than the rebuild until the operator has written it again.
-        return shop.get("fs", "moved")["status"].get("available") == 0
+        status = shop.get("fs", "moved")["status"]
+        return "available" in status and status["available"] == 0
 
     shop.until(none_left, "the rebuilt sale has no unit left")
     shop.until_sale("moved", "SoldOut")
