@@ -2,12 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# A file runs in one process, with servers of that process. More than four gain nothing.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file runs in one process, with servers of that process. Tests often wait for servers, so three
+# processes are quicker on two cores than two, and more than three gain little on more cores.
+PARALLEL := --numprocesses 3 --dist loadfile
+
+# Registry and owner of the released images and chart, such as ghcr.io/OWNER. This is the only place
+# that names them. While it is empty, a tag publishes nothing.
+IMAGES ?=
+VERSION ?= $(shell sed -n 's/^appVersion: *//p' charts/flashsale/Chart.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
-  images check lint lock
+.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load bench test test-rest test-all faults check-locks \
+  images push check lint lint-workflows lock release-target release-check \
+  release-notes release-digests release-chart release-push
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,23 +22,22 @@ help: ## Print the targets
 setup: $(READY) ## Create .venv, and download Kafka into the cache
 
 $(READY): dev/requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
-	  f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
-	@echo "Installing into .venv …"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r dev/requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PYTHON) dev/install.py
 	@$(BIN)/python -m dev.stack fetch
 	@touch $@
 
 demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
-	@$(BIN)/python -m dev.demo
+	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
+	  $(if $(DATABASE),--database "$(DATABASE)") $(if $(TOKENS),--tokens)
 
-up: $(READY) ## Start the stack, the API on port 8080 and a consumer, in the background
-	@$(BIN)/python -m dev.local up
+up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer, in the background
+	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)")
 
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down
+
+clean: $(READY) ## Stop what `make up` started, and remove its data
+	@$(BIN)/python -m dev.local clean
 
 control-plane: $(READY) ## Start a Kubernetes API with CRD and operator, after `make up` (needs Go)
 	@$(BIN)/python -m dev.local control-plane
@@ -48,6 +54,9 @@ cluster-down: $(READY) ## Stop the cluster, and remove everything that it left
 e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (needs as `make cluster`)
 	$(BIN)/pytest tests/e2e
 
+ifneq ($(filter %.js $(patsubst loadtest/%.js,%,$(wildcard loadtest/*.js)),$(MAKECMDGOALS)),)
+$(error Name the script with SCRIPT, such as `make load SCRIPT=soak`)
+endif
 load: $(READY) ## Run a k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)
 
@@ -58,11 +67,13 @@ test: $(READY) ## The quick tests, on real servers: three to five minutes on two
 	@echo "Running the quick tests: three to five minutes on two cores."
 	$(BIN)/pytest --quick $(PARALLEL)
 
-test-all: $(READY) ## All tests: about 20 minutes, after 10 for building Kubernetes once (needs Go)
-	@echo "Running all tests: about 20 minutes on two cores. The first run also builds Kubernetes and"
-	@echo "Helm with Go, which takes about ten minutes. Without Go their tests are skipped."
+test-all: test test-rest ## All tests: about 25 minutes, after 10 for building Kubernetes once (needs Go)
+
+test-rest: $(READY) ## The tests that `make test` leaves out (needs Go)
+	@echo "Running the slow tests: about 20 minutes on two cores. The first run also builds Kubernetes"
+	@echo "and Helm with Go, which takes about ten minutes. Without Go their tests are skipped."
 	@if command -v go >/dev/null; then $(BIN)/python -m dev.cluster build kubernetes helm; fi
-	$(BIN)/pytest $(PARALLEL) --ignore tests/faults
+	$(BIN)/pytest --rest $(PARALLEL) --ignore tests/faults
 	$(BIN)/pytest tests/faults
 
 faults: $(READY) ## Run N schedules of faults on real servers, beginning with seed SEED (needs Go)
@@ -77,10 +88,47 @@ lint: $(READY) ## Run ruff, mypy and import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+lint-workflows: $(READY) ## Run actionlint on the workflows of .github (needs Go)
+	@$(BIN)/python -m dev.release lint
+
 check: lint test-all ## Lint, then run all tests
 
 images: $(READY) ## Build the three images with buildah, from a stand-in base
 	@$(BIN)/python -m dev.images build
+
+# BUILD_FLAGS and PUSH_FLAGS are further flags, such as --platform. BUILDER is docker or buildah.
+push: ## Build the three images, and push them to IMAGES=registry.example/shop (docker or buildah)
+	@test -n "$(IMAGES)" || { echo "Name your registry: make push IMAGES=registry.example/shop" >&2; exit 2; }
+	@set -eu; \
+	builder="$${BUILDER:-$$(if docker version >/dev/null 2>&1; then echo docker; else echo buildah; fi)}"; \
+	for folder in services/api services/consumer operator; do \
+	  image="$(IMAGES)/flashsale/$${folder##*/}:$(VERSION)"; \
+	  $$builder build --file "$$folder/Dockerfile" --tag "$$image" --build-arg VERSION="$(VERSION)" \
+	    --build-arg REVISION="$$(git rev-parse HEAD)" $(BUILD_FLAGS) .; \
+	  $$builder push $(PUSH_FLAGS) "$$image"; \
+	done; \
+	echo "Pushed. Install the chart with: --set image.registry=$(IMAGES)"
+
+release-target: ## Print `images=IMAGES` and `version=VERSION`
+	@test -n "$(IMAGES)" || { echo "IMAGES in the Makefile is empty: nothing can be published" >&2; exit 2; }
+	@printf 'images=%s\nversion=%s\n' "$(IMAGES)" "$(VERSION)"
+
+release-check: $(READY) ## Check that all files name VERSION, and CHART=FILE the images of DIGESTS=FILE
+	@$(BIN)/python -m dev.release check "$(VERSION)" $(if $(CHART),--chart "$(CHART)") \
+	  $(if $(DIGESTS),--digests "$(DIGESTS)")
+
+release-notes: $(READY) ## Print the changelog's section of VERSION
+	@$(BIN)/python -m dev.release notes "$(VERSION)"
+
+release-chart: $(READY) ## Package the chart of VERSION with the images of IMAGES and DIGESTS=FILE (needs Go)
+	@$(BIN)/python -m dev.release chart "$(VERSION)" --images "$(IMAGES)" --digests "$(DIGESTS)" \
+	  --source "$(SOURCE)"
+
+release-digests: $(READY) ## Write the digests of the pushed images of VERSION to DIGESTS=FILE (needs Go)
+	@$(BIN)/python -m dev.release digests "$(VERSION)" --images "$(IMAGES)" > "$(DIGESTS)"
+
+release-push: $(READY) ## Push CHART=FILE to IMAGES/charts, and print its name with digest (needs Go)
+	@$(BIN)/python -m dev.release push "$(CHART)" --images "$(IMAGES)" $(PUSH_FLAGS)
 
 lock: $(READY) ## Compile the hashed requirements from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

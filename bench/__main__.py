@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import machine, outages, page, recording, requests, scripts
+from bench import holds, machine, outages, page, recording, requests, scripts
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="run one short round of each measurement, about a minute in all",
+        help="run one short round of each measurement, about two minutes in all",
     )
     parser.add_argument(
         "--write", action="store_true", help="write the figures into docs/performance.md"
@@ -58,8 +58,8 @@ def main() -> int:
 
 def run(scale: requests.Scale, folder: Path, command: str, background: str) -> Findings:
     """Run every measurement in turn, and print a line per round."""
-    begun, when = time.monotonic(), datetime.now(UTC)
-    load_average = machine.load_average()
+    begun, when = time.monotonic(), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    background = f"{background} (load average {machine.load_average()} before the start)"
     python = machine.python()
     described = machine.describe(python)
     for name, description in described.items():
@@ -84,18 +84,22 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         together = recording.together(rig, scale, api, capacity)
         _say("Outages of PostgreSQL and of Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
+        _say("Holds: accepted, confirmed and expired")
+        held = holds.holds(
+            rig, scale, api, capacity, f"{when}, commit {described['commit']}, {background}"
+        )
         _say("Growth of processes, sales and stock")
         processes = requests.processes(rig, scale, api)
         many, apply_seconds = requests.sales(rig, scale, api)
         memory = scripts.memory(rig, scale, api)
     return Findings(
         command=command,
-        when=f"{when:%Y-%m-%d %H:%M} UTC",
+        when=when,
         minutes=(time.monotonic() - begun) / 60,
         rounds=scale.rounds,
         seconds=scale.seconds,
         warm_up_seconds=scale.warm_up_seconds,
-        background=f"{background} (load average {load_average} before the start)",
+        background=background,
         machine=described,
         reserve=reserve,
         parts=parts,
@@ -104,6 +108,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         drains=drains,
         together=together,
         outages=away,
+        holds=held,
         processes=processes,
         memory=memory,
         sales=many,

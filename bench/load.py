@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from dev.crowd import Load, percentile, reserve_request
+from dev.crowd import Load, order_request, percentile, reserve_request
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +21,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     With a `rate` in requests per second the loop is open, otherwise it is closed. `samples` names a
     file for the due time, the latency in seconds and the status of each request, as doubles.
     `journal` names a file for the id of each accepted reservation and the Unix time of its 202.
+    `confirm` names a file like a journal. The crowd then confirms its reservations, each once, at
+    order ports that take `token`.
     """
 
     urls: list[str]
@@ -32,6 +34,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None = None
     samples: str | None = None
     journal: str | None = None
+    confirm: str | None = None
+    token: str = ""
 
 
 class Tally(msgspec.Struct, frozen=True):
@@ -61,7 +65,9 @@ class Run:
         self.statuses = array("d")
         self.journal: list[tuple[str, float]] = []
         self._number = 0
-        self._templates = [self._template(item) for item in plan.items]
+        self._held = _held(plan.confirm) if plan.confirm else None
+        make = self._template if self._held is None else self._confirmation
+        self._templates = [make(item) for item in plan.items]
 
     async def run(self) -> Tally:
         """Send the plan's requests and wait for all answers."""
@@ -92,10 +98,22 @@ class Run:
         request = reserve_request(body.encode(), user if self.plan.keys else "")
         return request.replace(b"%", b"%%").replace(b"NNNNNNNNN", b"%(n)09d")
 
+    def _confirmation(self, item: str) -> bytes:
+        path = f"/sales/{item}/reservations/%(id)s/confirm"
+        body = f'{{"orderRef":"{self.plan.users}-NNNNNNNNN"}}'
+        request = order_request(path, body.encode(), self.plan.token)
+        return request.replace(b"NNNNNNNNN", b"%(n)09d")
+
     def _request(self) -> bytes:
         number = self._number
         self._number += 1
-        return self._templates[number % len(self._templates)] % {b"n": number}
+        values: dict[bytes, object] = {b"n": number}
+        if self._held is not None:
+            if number >= len(self._held):
+                # asyncio only logs any other exception of a callback.
+                raise SystemExit(f"all {len(self._held)} holds were confirmed too early")
+            values[b"id"] = self._held[number]
+        return self._templates[number % len(self._templates)] % values
 
     def _record(self, due: float, status: int, body: bytes) -> None:
         self.latencies.append(time.perf_counter() - due)
@@ -118,6 +136,12 @@ class Run:
             p99=percentile(self.latencies, 99) * 1000,
             cpu_seconds=cpu,
         )
+
+
+def _held(journal: str) -> list[bytes]:
+    """Returns the ids in a journal."""
+    accepted = msgspec.json.decode(Path(journal).read_bytes(), type=list[tuple[str, float]])
+    return [identity.encode() for identity, _ in accepted]
 
 
 def main() -> int:

@@ -82,11 +82,16 @@ def _found(
     return Outages(
         rate=rate,
         items=ITEMS,
-        phases=[_phase(name, _within(samples, since, until)) for name, since, until in spans],
+        phases=phases(samples, spans),
         each_second=each_second,
         spans=[(name, since - begun, until - begun) for name, since, until in marks],
         unrecorded=unrecorded,
     )
+
+
+def phases(samples: list[Sample], spans: list[tuple[str, float, float]]) -> list[Phase]:
+    """Divide a run into spans of (name, begin, end), and print a line per span."""
+    return [_phase(name, _within(samples, since, until)) for name, since, until in spans]
 
 
 def _within(samples: list[Sample], since: float, until: float) -> list[Sample]:

@@ -1,20 +1,29 @@
-"""Measures the path from accepted to recorded: a consumer's rate, and the time to the row."""
+"""Measures the path from accepted to recorded: a consumer's rate, and the time to the row.
+
+`python -m bench.recording` measures only how fast a consumer records and announces.
+"""
 
 import asyncio
+import shutil
 import time
 from itertools import pairwise
 from typing import Final, Self, cast
+from uuid import uuid4
 
 import asyncpg
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
+from bench import machine
 from bench.machine import cpu_seconds
-from bench.requests import OPEN_CONNECTIONS, Scale
+from bench.requests import OPEN_CONNECTIONS, WHOLE, Scale
 from bench.results import Drain, Together
 from bench.rig import Api, Consumer, Rig
 from dev.crowd import percentile
+from dev.paths import LOCAL
 from flashsale import events, ledger
+from flashsale.requirements import EVENT_BYTES
+from flashsale.reservations import Record, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
 
@@ -22,6 +31,11 @@ SHARE: Final = 0.3
 """The share of the API's capacity that is sent while API and consumer run at once. On two cores,
 one core carries Redis, Kafka, PostgreSQL, the consumer and the crowd.
 """
+BACKLOG: Final = 400_000
+BATCH: Final = 500
+"""Events of the backlog, and of one batch of it."""
+ACCEPTED_MS: Final = 1_790_000_000_000
+"""When the reservations of the backlog were accepted, in Unix milliseconds."""
 
 
 class Progress:
@@ -50,11 +64,20 @@ class Progress:
         """Return the number of events that the ledger has."""
         return sum((await ledger.stored_offsets(self._pool, events.topic())).values())
 
+    async def announced(self) -> int:
+        """Return the number of recorded events that are announced."""
+        found: int = await self._pool.fetchval(
+            "SELECT coalesce(sum(announced_offset), 0)::bigint FROM kafka_offsets WHERE topic = $1",
+            events.topic(),
+        )
+        return found
+
 
 def drains(rig: Rig, scale: Scale) -> list[Drain]:
-    """Let one consumer on the first core record the reservations of the earlier rounds.
+    """Let one consumer on the first core record and announce the reservations of earlier rounds.
 
-    The first tenth of the backlog is the warm-up. The rest is divided into rounds.
+    The first tenth of the backlog is the warm-up. The rest is divided into rounds. An event counts
+    once Kafka has acknowledged its announcement.
     """
     return asyncio.run(_drains(rig, scale.rounds))
 
@@ -62,16 +85,16 @@ def drains(rig: Rig, scale: Scale) -> list[Drain]:
 async def _drains(rig: Rig, rounds: int) -> list[Drain]:
     found = []
     async with Progress(rig) as progress:
-        end, begin = await progress.published(), await progress.recorded()
+        end, begin = await progress.published(), await progress.announced()
         first = begin + (end - begin) // 10
         marks = [first + (end - first) * number // rounds for number in range(rounds + 1)]
         starting = asyncio.create_task(asyncio.to_thread(rig.consumer, rig.cores.first))
         passed = []
         for mark in marks:
-            while await progress.recorded() < mark:
+            while await progress.announced() < mark:
                 await asyncio.sleep(0.01)
             spent = _cpu(rig, await starting)
-            passed.append((time.monotonic(), await progress.recorded(), spent))
+            passed.append((time.monotonic(), await progress.announced(), spent))
         await asyncio.to_thread(starting.result().stop)
     for (since, before, cpu_before), (until, after, cpu_after) in pairwise(passed):
         if after == before:
@@ -158,3 +181,43 @@ async def _rows(rig: Rig, item: str) -> dict[str, float]:
     finally:
         await connection.close()
     return {row["id"]: row["recorded_at"].timestamp() for row in rows}
+
+
+async def publish(rig: Rig, count: int) -> None:
+    """Publish the events of new reservations, in batches as the API does."""
+    [item] = await asyncio.to_thread(rig.sales)
+    snapshot = Snapshot(f"default/{item}", count, count, 1)
+    producer = AIOKafkaProducer(
+        bootstrap_servers=rig.kafka.bootstrap, acks="all", max_batch_size=EVENT_BYTES
+    )
+    async with producer:
+        partitions = sorted(await producer.partitions_for(events.topic()))
+        for first in range(0, count, BATCH):
+            batch = producer.create_batch()
+            for number in range(first, first + BATCH):
+                record = Record(State.CONFIRMED, 1, 1, ACCEPTED_MS, f"user-{number}", "")
+                identity = str(uuid4())
+                batch.append(
+                    timestamp=None,
+                    key=identity.encode(),
+                    value=events.encode(events.Event.of(item, identity, record, snapshot)),
+                    headers=events.headers(""),
+                )
+            batch.close()
+            partition = partitions[first // BATCH % len(partitions)]
+            await (await producer.send_batch(batch, events.topic(), partition=partition))
+
+
+def main() -> None:
+    """Measure how fast a consumer records and announces a backlog."""
+    folder = LOCAL / "bench"
+    shutil.rmtree(folder, ignore_errors=True)
+    with Rig(folder, machine.python()) as rig:
+        rig.consumer(rig.cores.rest).stop()  # creates the topics and the ledger
+        asyncio.run(publish(rig, BACKLOG))
+        drains(rig, WHOLE)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,26 +22,27 @@ class Scale:
     together_seconds: float
     calm_seconds: float
     outage_seconds: float
+    holds: int
     stocks: tuple[int, ...]
 
 
-WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, (100, 100_000, 5_000_000))
-QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, (100, 20_000))
+WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, 100_000, (100, 100_000, 5_000_000))
+QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, 5_000, (100, 20_000))
 
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
     """Measure every kind of answer. The kinds alternate, so that all have the same conditions."""
-    ceiling = rig.ceiling()
+    baseline = rig.baseline()
     open_sale, sold_out = rig.sales(), rig.sales(stock=1)
     ways: dict[str, Callable[[float], Round]] = {
         "accepted": partial(rig.round, [api], open_sale),
         "accepted, with keys": partial(rig.round, [api], open_sale, keys=True),
         "sold out": partial(rig.round, [api], sold_out),
         "sold out, with keys": partial(rig.round, [api], sold_out, keys=True),
-        "ceiling": partial(rig.round, [ceiling], open_sale),
+        "baseline": partial(rig.round, [baseline], open_sale),
     }
-    found = _in_turn(ways, scale)
-    ceiling.stop()
+    found = in_turn(ways, scale)
+    baseline.stop()
     return found
 
 
@@ -62,7 +63,7 @@ def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
     """Measure with a second API process, on the core of everything else."""
     another = rig.api("another", cores=rig.cores.rest)
     items = rig.sales()
-    found = _in_turn(
+    found = in_turn(
         {
             "1 process": partial(rig.round, [api], items),
             "2 processes": partial(rig.round, [api, another], items),
@@ -82,7 +83,7 @@ def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], lis
         many = rig.sales(1_000)
         apply_seconds.append(time.monotonic() - begun)
         print(f"    1,000 sales applied in {apply_seconds[-1]:.1f} s", flush=True)
-    found = _in_turn(
+    found = in_turn(
         {
             f"{count:,} sale{'s' if count > 1 else ''}": partial(rig.round, [api], many[:count])
             for count in (1, 100, 1_000)
@@ -92,7 +93,8 @@ def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], lis
     return found, apply_seconds
 
 
-def _in_turn(ways: dict[str, Callable[[float], Round]], scale: Scale) -> dict[str, list[Round]]:
+def in_turn(ways: dict[str, Callable[[float], Round]], scale: Scale) -> dict[str, list[Round]]:
+    """Measure each way in each round, after a warm-up. So all have the same conditions."""
     for run in ways.values():
         run(scale.warm_up_seconds)
     found: dict[str, list[Round]] = {name: [] for name in ways}

@@ -24,6 +24,7 @@ class Parts(msgspec.Struct, frozen=True):
       the deletion of an outbox entry, at 32 requests per call.
     - `metrics`: the part of `accepted` that updates metrics.
     - `untraced`: the addition if tracing is on but the request is not sampled.
+    - `identity`: the additions to `accepted` if a header or a token names the user.
     """
 
     server: float
@@ -34,6 +35,7 @@ class Parts(msgspec.Struct, frozen=True):
     settled: float
     metrics: float = 0.0
     untraced: float = 0.0
+    identity: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class OpenRound(msgspec.Struct, frozen=True):
@@ -116,6 +118,33 @@ class Memory(msgspec.Struct, frozen=True):
     rounds: list[Round]
 
 
+class Expiry(msgspec.Struct, frozen=True):
+    """Holds that were due at once while buyers sent `rate` requests per second.
+
+    `expired` and `sold_again` are the seconds until the last one was expired, and until all their
+    units were for sale again.
+    """
+
+    holds: int
+    rate: float
+    expired: float
+    sold_again: float
+    phases: list[Phase]
+
+
+class Holds(msgspec.Struct, frozen=True):
+    """The cost of holds. `run` says when and under which other load they were measured.
+
+    `accepted` has rounds without and with a hold. `confirmed` has rounds as fast as possible and at
+    a constant rate.
+    """
+
+    run: str
+    accepted: dict[str, list[Round]]
+    confirmed: dict[str, list[Round]]
+    expiry: Expiry
+
+
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """All results of a run. Lists of rounds are in the order of the rounds."""
 
@@ -134,6 +163,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     drains: list[Drain]
     together: Together
     outages: Outages
+    holds: Holds
     processes: dict[str, list[Round]]
     memory: list[Memory]
     sales: dict[str, list[Round]]

@@ -29,6 +29,8 @@ BEHIND: Final = 10
 """The niceness of Kafka, PostgreSQL and the consumer. If they share a core with Redis and the
 crowd, those have priority, so that a starting JVM does not slow down Redis.
 """
+_TOKEN: Final = "bench-" + "0" * 40
+"""The token of the order ports."""
 
 _S = TypeVar("_S", bound=Server)
 
@@ -37,7 +39,7 @@ class Api(ApiServer):
     """An API process on the measured Python."""
 
     def __init__(self, data: Path, addresses: Addresses, python: Path) -> None:
-        super().__init__(data, addresses)
+        super().__init__(data, addresses, order_tokens=_TOKEN)
         self._python = python
 
     def _command(self) -> list[str]:
@@ -47,11 +49,11 @@ class Api(ApiServer):
         return super()._environment() | python_path()
 
 
-class Ceiling(Api):
+class Baseline(Api):
     """The bare app. Its /readyz means nothing, so an open port counts as ready."""
 
-    name: ClassVar[str] = "ceiling"
-    module: ClassVar[str] = "bench.ceiling"
+    name: ClassVar[str] = "baseline"
+    module: ClassVar[str] = "bench.baseline"
 
     def _ready(self) -> bool:
         with socket.create_connection(("127.0.0.1", self.port), timeout=2):
@@ -127,10 +129,10 @@ class Rig:
         api = Api(self.data / name, self.addresses, self.python)
         return self._start(api, cores or self.cores.first)
 
-    def ceiling(self) -> Ceiling:
+    def baseline(self) -> Baseline:
         """Start the bare app on the first core."""
-        ceiling = Ceiling(self.data / "ceiling", self.addresses, self.python)
-        return self._start(ceiling, self.cores.first)
+        baseline = Baseline(self.data / "baseline", self.addresses, self.python)
+        return self._start(baseline, self.cores.first)
 
     def consumer(self, cores: set[int]) -> Consumer:
         """Start a consumer process."""
@@ -146,15 +148,18 @@ class Rig:
         placed(cores, server.start, nice=nice)
         return server
 
-    def sales(self, count: int = 1, stock: int = 100_000_000) -> list[str]:
+    def sales(
+        self, count: int = 1, stock: int = 100_000_000, hold_seconds: int | None = None
+    ) -> list[str]:
         """Declare new sales with flashsalectl, and return their items."""
         first, self._sales = self._sales, self._sales + count
         items = [f"bench-{number}" for number in range(first, self._sales)]
+        holds = "" if hold_seconds is None else f", holdSeconds: {hold_seconds}"
         manifest = self.data / "sales.yaml"
         manifest.write_text(
             "---\n".join(
                 "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\n"
-                f"metadata: {{name: {item}}}\nspec: {{itemId: {item}, stock: {stock}}}\n"
+                f"metadata: {{name: {item}}}\nspec: {{itemId: {item}, stock: {stock}{holds}}}\n"
                 for item in items
             )
         )
@@ -180,11 +185,15 @@ class Rig:
         rate: float | None = None,
         samples: Path | None = None,
         journal: Path | None = None,
+        confirm: Path | None = None,
     ) -> "Crowd":
-        """Start a crowd in the background, on the rest of the cores."""
+        """Start a crowd in the background, on the rest of the cores.
+
+        It confirms the reservations of the journal `confirm`, if there is one.
+        """
         self._crowds += 1
         plan = Plan(
-            urls=[api.url for api in apis],
+            urls=[api.orders_url if confirm else api.url for api in apis],
             items=list(items),
             users=f"u{self._crowds}",
             seconds=seconds,
@@ -193,6 +202,8 @@ class Rig:
             rate=rate,
             samples=str(samples) if samples else None,
             journal=str(journal) if journal else None,
+            confirm=str(confirm) if confirm else None,
+            token=_TOKEN,
         )
         return placed(self.cores.rest, lambda: Crowd(plan, self.python))
 
@@ -219,6 +230,7 @@ class Rig:
         connections: int = 100,
         keys: bool = False,
         rate: float | None = None,
+        confirm: Path | None = None,
     ) -> Round:
         """Run a crowd, and measure the CPU time until everything is published."""
         processes: dict[str, Sequence[Server]] = {
@@ -228,7 +240,7 @@ class Rig:
         }
         before = {name: _cpu(servers) for name, servers in processes.items()}
         tally = self.crowd(
-            apis, items, seconds, connections=connections, keys=keys, rate=rate
+            apis, items, seconds, connections=connections, keys=keys, rate=rate, confirm=confirm
         ).tally()
         self.drain(items)
         spent = {name: _cpu(servers) - before[name] for name, servers in processes.items()}

@@ -77,7 +77,7 @@ async def _call(rig: Rig, item: str, batch: int, seconds: float) -> tuple[int, f
     async def caller() -> None:
         nonlocal decided
         while time.monotonic() < until:
-            reply = await inventory.reserve(item, _buyers(batch), timeout_seconds=10)
+            reply = await inventory.reserve(item, buyers(batch), timeout_seconds=10)
             if not isinstance(reply, BatchReply):
                 raise SystemExit(f"{item}: {reply}")
             decided += batch
@@ -87,7 +87,7 @@ async def _call(rig: Rig, item: str, batch: int, seconds: float) -> tuple[int, f
             for _ in range(IN_FLIGHT):
                 callers.create_task(caller())
         spent = cpu_seconds(pid) - before
-        await _trim(client, item)
+        await trim(client, item)
     finally:
         await client.aclose()
     return decided, spent
@@ -103,13 +103,13 @@ async def _sell_out(rig: Rig, item: str, stock: int) -> float:
     async def caller() -> None:
         nonlocal sold_out, calls
         while not sold_out:
-            reply = await inventory.reserve(item, _buyers(BATCH_LIMIT), timeout_seconds=10)
+            reply = await inventory.reserve(item, buyers(BATCH_LIMIT), timeout_seconds=10)
             if not isinstance(reply, BatchReply):
                 raise SystemExit(f"{item}: {reply}")
             sold_out = any(answer.outcome is Outcome.SOLD_OUT for answer in reply.answers)
             calls += 1
             if calls % 1_000 == 0:
-                await _trim(client, item)
+                await trim(client, item)
             if calls % 5_000 == 0:
                 print(f"    … {calls * BATCH_LIMIT:,} of {stock:,} sold", flush=True)
 
@@ -118,19 +118,19 @@ async def _sell_out(rig: Rig, item: str, stock: int) -> float:
         async with asyncio.TaskGroup() as callers:
             for _ in range(IN_FLIGHT):
                 callers.create_task(caller())
-        await _trim(client, item)
+        await trim(client, item)
         return (await _used(client) - before) / stock
     finally:
         await client.aclose()
 
 
-def _buyers(count: int) -> Sequence[Request]:
+def buyers(count: int) -> Sequence[Request]:
     """Makes requests of new users, whose ids have the length of a UUID."""
     ids = [str(uuid.uuid4()) for _ in range(count)]
     return [Request(identity, identity, 1) for identity in ids]
 
 
-async def _trim(client: "Redis", item: str) -> None:
+async def trim(client: "Redis", item: str) -> None:
     """Empties the outbox, as publishing and settling would."""
     await client.xtrim(ItemKeys.of(item).outbox, maxlen=0, approximate=False)
 

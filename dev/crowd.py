@@ -107,12 +107,22 @@ def percentile(values: Iterable[float], percent: float) -> float:
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
-def reserve_request(body: bytes, key: str = "") -> bytes:
-    """Return the bytes of a `POST /reserve`, with an Idempotency-Key unless `key` is empty."""
-    key_line = f"Idempotency-Key: {key}\r\n" if key else ""
+def reserve_request(body: bytes, key: str = "", token: str = "") -> bytes:
+    """Return the bytes of a `POST /reserve`, with an Idempotency-Key and a token if given."""
+    lines = f"Idempotency-Key: {key}\r\n" if key else ""
+    lines += f"Authorization: Bearer {token}\r\n" if token else ""
     head = (
         "POST /reserve HTTP/1.1\r\nHost: crowd\r\nContent-Type: application/json\r\n"
-        f"{key_line}Content-Length: {len(body)}\r\n\r\n"
+        f"{lines}Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def order_request(path: str, body: bytes, token: str) -> bytes:
+    """Return the bytes of a POST of the shop's order service."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: crowd\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -184,9 +194,19 @@ class Client:
                 self._connection = await Connection.open(self._url, self._answered, self._lost)
 
     async def send(self, attempt: Attempt) -> Entry:
-        """Send one request and wait for its answer. A caller that stops waiting disconnects."""
-        request = reserve_request(json.dumps(attempt.body).encode(), attempt.request_key)
+        """Send one reservation and wait for its answer."""
         started = time.perf_counter()
+        status, body = await self.request(
+            reserve_request(json.dumps(attempt.body).encode(), attempt.request_key, attempt.token)
+        )
+        seconds = time.perf_counter() - started
+        return Entry(attempt, status, body, time.time(), seconds)
+
+    async def request(self, request: bytes) -> tuple[int, dict[str, object]]:
+        """Send one request and wait for its answer: the status, or 0 without one, and the body.
+
+        A caller that stops waiting disconnects.
+        """
         self._answer = asyncio.get_running_loop().create_future()
         try:
             await self.open()
@@ -199,8 +219,7 @@ class Client:
         except asyncio.CancelledError:
             self.close()
             raise
-        seconds = time.perf_counter() - started
-        return Entry(attempt, status, json.loads(body), time.time(), seconds)
+        return status, json.loads(body)
 
     def close(self) -> None:
         if self._connection is not None:

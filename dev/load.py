@@ -1,6 +1,6 @@
 """`python -m dev.load SCRIPT`: run a k6 script of loadtest/ against a running `make up`.
 
-Each run declares sales of its own with flashsalectl and closes them afterwards. Every reservation
+Each run declares sales of its own with flashsalectl and deletes them afterwards. Every reservation
 that the crowd was promised is then checked against the ledger.
 """
 
@@ -8,24 +8,30 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 from dev.journal import Attempt, Entry, Journal
-from dev.local import API_PORT, running_engine
+from dev.local import running_engine
 from dev.paths import LOCAL, ROOT
-from dev.services import flashsalectl
+from dev.progress import ending_quietly
+from dev.services import Addresses, flashsalectl
 from dev.stack.errors import StackError
 from dev.verdict import judge, quiet
 
 SCRIPTS: Final = ROOT / "loadtest"
+K6: Final = Path(sys.executable).with_name("k6")
 
 _STOCK: Final = {"smoke.js": 3, "soak.js": 1_000_000}
 _OTHER_STOCK: Final = 100
 _ONE: Final[dict[str, dict[str, object]]] = {"": {}}
+_CHECKOUT: Final[dict[str, dict[str, object]]] = {"": {"holdSeconds": 3}}
 _SMOKE: Final[dict[str, dict[str, object]]] = {
     "": {"maxPerUser": 2},
     "-later": {"startsAt": "2999-01-01T00:00:00Z"},
@@ -37,12 +43,21 @@ _SMOKE: Final[dict[str, dict[str, object]]] = {
 
 def load(script: Path) -> int:
     """Run the script. Returns 0 only if k6's thresholds held and the ledger has every promise."""
-    addresses = running_engine()
+    addresses, variables = running_engine()
     item = f"load-{int(time.time())}"
-    stock = int(os.environ.get("STOCK") or _STOCK.get(script.name, _OTHER_STOCK))
+    environment = {
+        "API_URL": variables["FLASHSALE_API_URL"],
+        "ORDERS_URL": variables["FLASHSALE_ORDERS_URL"],
+        "ORDER_TOKEN": variables["FLASHSALE_ORDER_TOKENS"],
+        "STOCK": str(_STOCK.get(script.name, _OTHER_STOCK)),
+        **os.environ,
+    }
+    environment |= {"ITEM_ID": item, "RUN": item}
+    _check(script, environment)
+
     folder = LOCAL / "load"
     folder.mkdir(exist_ok=True)
-    sales = _SMOKE if script.name == "smoke.js" else _ONE
+    sales = {"smoke.js": _SMOKE, "checkout.js": _CHECKOUT}.get(script.name, _ONE)
     manifest = folder / "sales.yaml"
     manifest.write_text(
         "\n---\n".join(
@@ -52,40 +67,65 @@ def load(script: Path) -> int:
                     "apiVersion": "flashsale.dev/v1alpha1",
                     "kind": "FlashSale",
                     "metadata": {"name": item + suffix},
-                    "spec": {"itemId": item + suffix, "stock": stock, **spec},
+                    "spec": {"itemId": item + suffix, "stock": int(environment["STOCK"]), **spec},
                 }
             )
             for suffix, spec in sales.items()
         )
     )
-    flashsalectl(addresses, "apply", "-f", str(manifest))
     journal = folder / "journal"
     journal.unlink(missing_ok=True)
+    with ExitStack() as undo:
+        for suffix in sales:
+            undo.callback(_delete, addresses, item + suffix)
+        flashsalectl(addresses, "apply", "-f", str(manifest))
+        done = _run(script, environment, journal)
+        print("Waiting until every event is in the ledger …", flush=True)
+        asyncio.run(quiet(addresses, [item]))
+        verdict, _ = asyncio.run(judge(addresses, f"default/{item}", _read(journal)))
+        report = folder / "report.html"
+        flashsalectl(addresses, "report", item, "--html", str(report), quiet=True)
+        print(f"A report of the sale for the browser: {report.relative_to(ROOT)}")
+    print(f"{item}: {verdict}")
+    return done or int(not verdict.kept)
+
+
+def _delete(addresses: Addresses, item: str) -> None:
+    """Close a sale of this run and free its keys. An interrupted run does it too."""
+    try:
+        flashsalectl(addresses, "delete", item, quiet=True)
+    except StackError as error:
+        print(error, file=sys.stderr)
+
+
+def _check(script: Path, environment: Mapping[str, str]) -> None:
+    """Raise StackError if k6 refuses the script's settings, before anything is declared."""
     done = subprocess.run(
+        [K6, "inspect", "--include-system-env-vars", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        found = re.search(r"Error: (.*?)(?:\\n|\n|$)", done.stderr)
+        why = found[1] if found else done.stderr.strip()
+        raise StackError(f"{script.name}: {why}")
+
+
+def _run(script: Path, environment: Mapping[str, str], journal: Path) -> int:
+    return subprocess.run(
         [
-            Path(sys.executable).with_name("k6"),
+            K6,
             "run",
             "--no-usage-report",
             "--log-format=raw",
             f"--console-output={journal}",
             script,
         ],
-        env={
-            "API_URL": f"http://localhost:{API_PORT}",
-            **os.environ,
-            "ITEM_ID": item,
-            "STOCK": str(stock),
-            "RUN": item,
-        },
+        env=environment,
         check=False,
-    )
-    print("Waiting until every event is in the ledger …", flush=True)
-    asyncio.run(quiet(addresses, [item]))
-    verdict, _ = asyncio.run(judge(addresses, f"default/{item}", _read(journal)))
-    for suffix in sales:
-        flashsalectl(addresses, "close", item + suffix)
-    print(f"{item}: {verdict}")
-    return done.returncode or int(not verdict.kept)
+    ).returncode
 
 
 def _read(journal: Path) -> Journal:
@@ -97,19 +137,25 @@ def _read(journal: Path) -> Journal:
 
 
 def main() -> int:
-    scripts = sorted(path.name for path in SCRIPTS.glob("*.js"))
+    scripts = sorted(path.stem for path in SCRIPTS.glob("*.js"))
     parser = argparse.ArgumentParser(
         prog="python -m dev.load",
         description=__doc__,
         epilog="The head of each script lists the environment variables that it reads.",
     )
-    parser.add_argument("script", choices=scripts, metavar="SCRIPT", help=", ".join(scripts))
+    parser.add_argument(
+        "script",
+        type=lambda name: name.removesuffix(".js"),
+        choices=scripts,
+        metavar="SCRIPT",
+        help=", ".join(scripts),
+    )
     try:
-        return load(SCRIPTS / parser.parse_args().script)
+        return load(SCRIPTS / f"{parser.parse_args().script}.js")
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -1,27 +1,55 @@
 """`python -m dev.local`: run the whole engine on this machine, without Docker."""
 
 import argparse
+import asyncio
 import os
+import secrets
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
+
+import asyncpg
 
 from dev.cluster.binaries import binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.paths import LOCAL, ROOT
+from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer, flashsalectl
+from dev.stack import lifeline
 from dev.stack.errors import StackError
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 
-SAMPLE: Final = ROOT / "k8s" / "samples" / "iphone-15.yaml"
+SAMPLES: Final = ROOT / "k8s" / "samples"
+SAMPLE: Final = SAMPLES / "iphone-15.yaml"
+FIRST_SALES: Final = (SAMPLE, SAMPLES / "concert-tickets.yaml")
+"""The sales that `up` declares: one without holds and one with them."""
 CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 RESOURCE: Final = "flashsales.flashsale.dev"
 API_PORT: Final = 8080
+METRICS_OFFSET: Final = 1010
+"""The API's metrics are on a port this much above the API's: 9090 by default."""
+ORDERS_OFFSET: Final = 3
+"""The port for the shop's order service is this much above the API's: 8083 by default."""
+END_SECONDS: Final = 15.0
+SERVERS: Final[tuple[type[Server], ...]] = (
+    OperatorServer,
+    ControlPlane,
+    ApiServer,
+    ConsumerServer,
+    KafkaServer,
+    PostgresServer,
+    RedisServer,
+)
 _ENV: Final = LOCAL / "env"
+_MARK: Final = "FLASHSALE_CHECKOUT"
+"""Names the checkout in the environment of each process of `up`. So `down` finds the processes even
+if .local was moved or removed."""
 
 
 def start_stack(
@@ -34,7 +62,7 @@ def start_stack(
     """Start Redis, Kafka and PostgreSQL in folders of `data`, and return their addresses.
 
     A server whose address is set in `environ` is not started. `started` is called with each server
-    that this call started, but not with servers that were already running.
+    that this call starts, before its start, but not with servers that were already running.
     """
     redis = RedisServer(data / RedisServer.name, detached=detached)
     kafka = KafkaServer(data / KafkaServer.name, detached=detached)
@@ -58,56 +86,105 @@ def start_stack(
     return Addresses(*addresses)
 
 
-def apply_sample(addresses: Addresses) -> None:
-    """Apply the sample manifest with flashsalectl. Raises StackError if that fails."""
-    flashsalectl(addresses, "apply", "-f", str(SAMPLE))
+async def _declared(addresses: Addresses) -> set[str]:
+    """Return the ids of the sales in the ledger, which the consumer has created."""
+    connection = await asyncpg.connect(addresses.database_url)
+    try:
+        return {row["sale_id"] for row in await connection.fetch("SELECT sale_id FROM sales")}
+    finally:
+        await connection.close()
 
 
-def running_engine() -> Addresses:
-    """Return the addresses of the servers that `up` started.
+def running_engine() -> tuple[Addresses, dict[str, str]]:
+    """Return the addresses of the servers that `up` started, and the variables of .local/env.
 
     Raises StackError if the engine is not running.
     """
     if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
         raise StackError("the engine is not running; start it with `make up`")
-    written = dict(line.split("=", 1) for line in _ENV.read_text().splitlines())
-    return Addresses(
+    written = _written()
+    addresses = Addresses(
         written["FLASHSALE_REDIS_URL"],
         written["FLASHSALE_KAFKA_BOOTSTRAP"],
         written["FLASHSALE_DATABASE_URL"],
     )
+    return addresses, written
 
 
-def up() -> None:
-    """Start the servers, the API and a consumer in the background, and apply the sample."""
+def up(port: int) -> None:
+    """Start the servers, the API and a consumer in the background, and declare two sales."""
+    if strays := [pid for pid in _marked() if pid not in _recorded()]:
+        raise StackError(
+            f"processes of an earlier `make up` still run, and .local no longer names them: "
+            f"{', '.join(map(str, strays))}; `make down` stops them"
+        )
     LOCAL.mkdir(exist_ok=True)
+    os.environ[_MARK] = str(ROOT)
     with ExitStack() as undo:
 
         def started(server: Server) -> None:
             undo.callback(server.stop)
 
         addresses = start_stack(LOCAL, os.environ, started, detached=True)
-        api = ApiServer(LOCAL / "api", addresses, API_PORT, detached=True)
+        # The API may be running already, with the token that the file has.
+        token = _written().get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
+        api = ApiServer(
+            LOCAL / "api",
+            addresses,
+            port,
+            metrics_port=port + METRICS_OFFSET,
+            orders_port=port + ORDERS_OFFSET,
+            order_tokens=token,
+            detached=True,
+        )
+        running = ApiServer.attach(api.data)
+        if running.pid is not None and running.port != port:
+            raise StackError(
+                f"the API already runs on port {running.port}; run `make down` before you choose "
+                "another port"
+            )
         _start(ConsumerServer(LOCAL / "consumer", addresses, detached=True), started)
         _start(api, started)
-        variables = {**addresses.environment(), "FLASHSALE_API_URL": f"http://localhost:{API_PORT}"}
-        _ENV.touch(mode=0o600)
+        variables = {
+            **addresses.environment(),
+            "FLASHSALE_API_URL": f"http://localhost:{port}",
+            "FLASHSALE_ORDERS_URL": f"http://localhost:{port + ORDERS_OFFSET}",
+            "FLASHSALE_ORDER_TOKENS": token,
+        }
+        _ENV.touch()
+        _ENV.chmod(0o600)
         _ENV.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-        apply_sample(addresses)
+        declared = asyncio.run(_declared(addresses))
+        for manifest in FIRST_SALES:
+            # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
+            if f"default/{manifest.stem}" not in declared:
+                flashsalectl(addresses, "apply", "-f", str(manifest))
+        # A new Redis process trusts no sale of the former one.
+        flashsalectl(addresses, "rebuild", "--all")
         undo.pop_all()
     print(f"""
-The API listens on http://localhost:{API_PORT}. Its metrics are on {api.metrics_url}. Try:
+Watch the sales, and reserve, on http://localhost:{port}/ in a browser.
 
-  curl -X POST localhost:{API_PORT}/reserve -H "Content-Type: application/json" \\
+The API listens on http://localhost:{port}, and for the shop's order service on
+http://localhost:{port + ORDERS_OFFSET}. Its metrics are on {api.metrics_url}. Try:
+
+  curl -X POST localhost:{port}/reserve -H "Content-Type: application/json" \\
     -d '{{"userId":"user1","itemId":"iphone_15","quantity":1}}'
-  set -a; . .local/env; set +a; .venv/bin/flashsalectl audit
+  .venv/bin/flashsalectl audit
 
-The logs are in .local/*/*.log. `make down` stops everything. The data stays in .local.""")
+The logs are in .local/*/*.log. `make down` stops everything, and `make up` continues with the same
+sales. `make clean` also removes them.""")
+
+
+def _written() -> dict[str, str]:
+    """Return the variables that the last `make up` wrote."""
+    lines = _ENV.read_text().splitlines() if _ENV.exists() else []
+    return dict(line.split("=", 1) for line in lines)
 
 
 def control_plane() -> None:
     """Start a Kubernetes API with the CRD and the operator, next to a running engine."""
-    addresses = running_engine()
+    addresses, _ = running_engine()
     with ExitStack() as undo:
 
         def started(server: Server) -> None:
@@ -124,27 +201,18 @@ def control_plane() -> None:
     print(f"""
 The operator watches FlashSales. Try, in this folder:
 
-  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH=$PATH:{folder}
+  export KUBECONFIG=$PWD/{plane.kubeconfig.relative_to(ROOT)} PATH={folder}:$PATH
   kubectl apply -f k8s/samples/iphone-15.yaml
   kubectl get flashsales
 
 `make down` stops it too.""")
 
 
-def down() -> None:
+def down(*, keep: bool = True) -> None:
     """Stop everything that `up` and `control_plane` started, by the recorded process ids."""
     stopped = False
     # The engine stops before its servers, so that it can still publish and record the rest.
-    kinds: tuple[type[Server], ...] = (
-        OperatorServer,
-        ControlPlane,
-        ApiServer,
-        ConsumerServer,
-        KafkaServer,
-        PostgresServer,
-        RedisServer,
-    )
-    for kind in kinds:
+    for kind in SERVERS:
         if not (LOCAL / kind.name).exists():
             continue
         server = kind.attach(LOCAL / kind.name)
@@ -152,7 +220,53 @@ def down() -> None:
             print(f"  {server.name:9} stopping process {server.pid}", flush=True)
             server.stop()
             stopped = True
-    print("Stopped. The data stays in .local." if stopped else "Nothing is running.")
+    for pid in _marked():
+        print(f"  process {pid}, which .local does not name, is stopped", flush=True)
+        _end(pid)
+        stopped = True
+    left = "The data stays in .local." if keep and LOCAL.exists() else ""
+    print(f"Stopped. {left}".rstrip() if stopped else "Nothing is running.")
+
+
+def clean() -> None:
+    """Stop everything and remove the data."""
+    down(keep=False)
+    if LOCAL.exists():
+        size = sum(path.lstat().st_size for path in LOCAL.rglob("*") if path.is_file())
+        shutil.rmtree(LOCAL)
+        print(f"Removed .local: {size / 1e6:.0f} MB of data and logs.")
+
+
+def _recorded() -> set[int | None]:
+    """Return the process ids in .local."""
+    return {kind.attach(LOCAL / kind.name).pid for kind in SERVERS if (LOCAL / kind.name).exists()}
+
+
+def _marked() -> list[int]:
+    """Return the running processes that `up` and `control_plane` of this checkout have started.
+
+    Each of them leads a session. Their children end with them. Without /proc nothing is found.
+    """
+    mark = f"{_MARK}={ROOT}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or belongs to another user
+            pid = int(process.name)
+            marks = (process / "environ").read_bytes().split(b"\0")
+            if mark in marks and os.getsid(pid) == pid and lifeline.identity(pid):
+                found.append(pid)
+    return sorted(found)
+
+
+def _end(pid: int) -> None:
+    """Stop a process gracefully, and kill it with its children after a while."""
+    identity = lifeline.identity(pid)
+    lifeline.send([pid], signal.SIGTERM)
+    deadline = time.monotonic() + END_SECONDS
+    while lifeline.identity(pid) == identity and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if lifeline.identity(pid) == identity:
+        lifeline.destroy(pid)
 
 
 def _start(server: Server, started: Callable[[Server], None]) -> None:
@@ -160,34 +274,49 @@ def _start(server: Server, started: Callable[[Server], None]) -> None:
         print(f"  {server.name:9} already running on port {server.port}", flush=True)
         return
     begun = time.monotonic()
+    started(server)  # before the start, because Ctrl-C can come right after it
     print(f"  {server.name:9} starting on port {server.port} …", end="", flush=True)
     try:
         server.start()
     finally:
         print(f" {time.monotonic() - begun:.1f} s", flush=True)
-    started(server)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
+    starting = commands.add_parser(
         "up",
-        help="start Redis, Kafka, PostgreSQL, the API on port 8080 and a consumer in the "
-        "background, and apply the sample",
+        help="start Redis, Kafka, PostgreSQL, the API and a consumer in the background, and "
+        "declare two sales",
+    )
+    starting.add_argument(
+        "--port", type=_port, default=API_PORT, help="of the API; its metrics are 1010 above it"
     )
     commands.add_parser("down", help="stop everything; the data stays in .local")
+    commands.add_parser("clean", help="stop everything and remove .local")
     commands.add_parser(
         "control-plane", help="start a Kubernetes API with CRD and operator, after `up`"
     )
-    actions = {"up": up, "down": down, "control-plane": control_plane}
+    chosen = parser.parse_args()
+    actions = {"down": down, "clean": clean, "control-plane": control_plane}
     try:
-        actions[parser.parse_args().command]()
+        if chosen.command == "up":
+            up(chosen.port)
+        else:
+            actions[chosen.command]()
     except StackError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _port(text: str) -> int:
+    highest = 65535 - METRICS_OFFSET
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= highest:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {highest}, not {text}")
+    return int(text)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

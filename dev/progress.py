@@ -1,5 +1,6 @@
-"""Progress on stderr of programs that take minutes."""
+"""Progress on stderr of programs that take minutes, and their quiet end."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -58,6 +59,24 @@ def say(line: str) -> None:
     """Print a line on stderr, unbuffered."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def ending_quietly(main: Callable[[], int]) -> int:
+    """Run a command and return its exit code, without a traceback if it is interrupted.
+
+    Ctrl-C is 130 and a reader that closes the output is 141, as a shell reports them. The command's
+    own `with` blocks have stopped what it started.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        say("\nInterrupted.")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
 
 
 class Progress:

@@ -22,8 +22,9 @@ QUIET_SECONDS: Final = 90.0
 class Verdict:
     """The result of the check for one sale.
 
-    `sold`, `allocated` and `oversold` are units. `lost` counts promised reservations without a row.
-    `duplicates` counts users above the sale's limit and keys with more than one reservation.
+    `sold`, `allocated` and `oversold` are units. Units that were given back are not sold. `lost`
+    counts promised reservations without a row. `duplicates` counts users above the sale's limit and
+    keys with more than one reservation.
     """
 
     sold: int
@@ -82,8 +83,9 @@ async def judge(
             "SELECT allocated, max_per_user FROM sales WHERE sale_id = $1", sale_id
         )
         rows = await connection.fetch(
-            "SELECT reservation_id::text AS id, user_id, quantity, recorded_at FROM reservations "
-            "WHERE sale_id = $1 AND state = 'accepted'",
+            "SELECT reservation_id::text AS id, user_id, recorded_at, "
+            "CASE WHEN state IN ('held', 'confirmed') THEN quantity ELSE 0 END AS units "
+            "FROM reservations WHERE sale_id = $1 AND state <> 'refused'",
             sale_id,
         )
     finally:
@@ -92,11 +94,11 @@ async def judge(
         raise LookupError(f"the ledger has no sale {sale_id}")
     promised = journal.accepted()
     recorded = {row["id"]: row["recorded_at"].timestamp() for row in rows}
-    sold = sum(row["quantity"] for row in rows)
-    held: Counter[str] = Counter()
+    sold = sum(row["units"] for row in rows)
+    taken: Counter[str] = Counter()
     for row in rows:
-        held[row["user_id"]] += row["quantity"]
-    above = sum(units > sale["max_per_user"] for units in held.values())
+        taken[row["user_id"]] += row["units"]
+    above = sum(units > sale["max_per_user"] for units in taken.values())
     verdict = Verdict(
         sold=sold,
         allocated=sale["allocated"],

@@ -1,10 +1,10 @@
-"""The programs of etcd, Kubernetes, CoreDNS and Helm, built from their Go modules.
+"""The programs of etcd, Kubernetes, CoreDNS, Helm and a release, built from their Go modules.
 
-`tools` pins the modules of Kubernetes and etcd. Helm and CoreDNS need other versions of shared
-modules, so `tools/helm` and `tools/system` pin theirs. The main packages of the projects are built,
-with two exceptions in `tools/system`: CoreDNS, whose own program has plugins for every cloud, and
-pause, which has no module. To add a program, add it to a toolset here and to the `tool` lines of
-its go.mod.
+`tools` pins the modules of Kubernetes and etcd. The other programs need other versions of shared
+modules, so `tools/helm`, `tools/system` and `tools/release` pin theirs. The main packages of the
+projects are built, with two exceptions in `tools/system`: CoreDNS, whose own program has plugins
+for every cloud, and pause, which has no module. To add a program, add it to a toolset here and to
+the `tool` lines of its go.mod.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ __all__ = [
     "helm",
     "helm_if_built",
     "node",
+    "release",
     "require_go",
     "system",
 ]
@@ -113,7 +114,20 @@ _HELM: Final = Toolset(
     stamps=_helm_stamps,
     cost="about three minutes",
 )
-TOOLSETS: Final = {tools.title.lower(): tools for tools in (_KUBERNETES, _NODE, _SYSTEM, _HELM)}
+_RELEASE: Final = Toolset(
+    title="Release",
+    folder=TOOLS / "release",
+    module="github.com/rhysd/actionlint",
+    programs={
+        "actionlint": "github.com/rhysd/actionlint/cmd/actionlint",
+        "crane": "github.com/google/go-containerregistry/cmd/crane",
+    },
+    stamps=dict,
+    cost="about a minute",
+)
+TOOLSETS: Final = {
+    tools.title.lower(): tools for tools in (_KUBERNETES, _NODE, _SYSTEM, _HELM, _RELEASE)
+}
 
 
 @cache
@@ -143,6 +157,12 @@ def system() -> Path:
 def helm() -> Path:
     """Return the path of Helm, built like `binaries`."""
     return built(_HELM) / "helm"
+
+
+@cache
+def release() -> Path:
+    """Return the folder of actionlint and crane, built like `binaries`."""
+    return built(_RELEASE)
 
 
 def helm_if_built() -> Path | None:

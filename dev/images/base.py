@@ -1,8 +1,8 @@
 """Builds a stand-in for the base image on machines without access to a registry.
 
-The stand-in is Debian's Python, with pip in the same place as in the real image. It has the name of
-the real image, so the Dockerfiles work unchanged. Images on this base are for tests on this machine
-and must not be shipped.
+The stand-in is Debian's Python, with pip in the same place as in the real image. Builds pass its
+name as PYTHON_IMAGE, which otherwise names the real image with its digest. Images on this base are
+for tests on this machine and must not be shipped.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ PYTHONPATH=$pip python3 -m pip install --quiet --no-index --root-user-action ign
 : >/etc/pip.conf
 rm -rf ~/.cache
 """
+_IMAGE: Final = re.compile(r"^ARG PYTHON_IMAGE=python:([\d.]+)-slim\b", re.MULTILINE)
 _LABEL: Final = "dev.flashsale.stand-in"
 
 
@@ -36,7 +37,9 @@ def python_version() -> str:
         version
         for folder in ("services", "operator", "dev")
         for path in (ROOT / folder).glob("**/Dockerfile")
-        for version in re.findall(r"^ARG PYTHON_VERSION=(\S+)$", path.read_text(), re.MULTILINE)
+        for version in re.findall(
+            r"^ARG PYTHON_IMAGE=python:([\d.]+)-slim\b", path.read_text(), re.MULTILINE
+        )
     }
     if len(named) != 1:
         raise StackError(f"the Dockerfiles have different versions of Python: {sorted(named)}")

@@ -93,6 +93,7 @@ def _image(tool: Buildah, base: str, name: str) -> Image:
                 f"--file={folder / 'Dockerfile'}",
                 f"--tag={reference}",
                 f"--label={CONTENT}={key}",
+                f"--build-arg=PYTHON_IMAGE={base}",
                 *mounts,
                 ".",
                 folder=ROOT,

@@ -28,3 +28,55 @@ def free_port(besides: frozenset[int] = frozenset()) -> int:
             if port not in besides:
                 return port
     raise StackError("no free port on 127.0.0.1; stop some servers")
+
+
+def check_free(port: int, name: str) -> None:
+    """Raise StackError if another program listens on the port of a server that is about to start.
+
+    The message names the program if the system tells which one it is.
+    """
+    with socket.socket() as probe:
+        # As the servers do, so that the connections of a former server do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except PermissionError:
+            raise StackError(f"{name}: port {port} needs root; choose a port above 1023") from None
+        except OSError:
+            owner = listener(port)
+            taken = "another program" if owner is None else f"process {owner} ({_program(owner)})"
+            raise StackError(
+                f"{name}: {taken} listens on port {port}; stop it, or choose another port, "
+                "for example `make up PORT=9000`"
+            ) from None
+
+
+def listener(port: int) -> int | None:
+    """Return the id of the process that listens on a TCP port, or None if the system hides it."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    if not sockets:
+        return None
+    for process in Path("/proc").glob("[0-9]*"):
+        # Processes end in the meantime, and those of other users are hidden.
+        with suppress(OSError):
+            for open_file in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if str(open_file.readlink()) in sockets:
+                        return int(process.name)
+    return None
+
+
+_LISTEN = "0A"
+"""The state of a listening socket in /proc/net/tcp."""
+
+
+def _program(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "unknown program"

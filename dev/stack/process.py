@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Self
 
 from dev.stack import keeper, lifeline
 from dev.stack.errors import StackError
-from dev.stack.ports import free_port
+from dev.stack.ports import check_free, free_port
 
 START_SECONDS = 60.0
-_LOG_LINES = 20
+_LOG_LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class Server(ABC):
         if port is not None:
             self._ports["main"] = port
         self._process: _Process | None = None
+        self._log_start = 0
 
     @classmethod
     def attach(cls, data: Path) -> Self:
@@ -110,6 +111,7 @@ class Server(ABC):
                 f"{self.name}: process {other.pid} already runs on {self.data}; "
                 f"stop it ({type(self).__name__}.attach(data).stop()) or use another folder"
             )
+        check_free(self.port, self.name)
         self.data.mkdir(parents=True, exist_ok=True)
         try:
             self._prepare()
@@ -191,6 +193,7 @@ class Server(ABC):
         command = self._command()
         try:
             with self.log.open("ab") as log:
+                self._log_start = log.tell()
                 child = subprocess.Popen(
                     command,
                     cwd=self.data,
@@ -233,12 +236,19 @@ class Server(ABC):
             delay = min(delay * 1.5, 0.1)
 
     def _failure(self, reason: str) -> StackError:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        tail = "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
+        """Make the error of a failed start, with the log of this start and its errors first."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        tail = "\n".join(f"    {line}" for line in self._explained(lines)[:_LOG_LINES])
         return StackError(
-            f"{self.name} on port {self.port} {reason}; {self._advice()}. "
-            f"The end of its log:\n{tail}"
+            f"{self.name} on port {self.port} {reason}; {self._advice()}. Its log of this start:\n"
+            f"{tail or '    (empty)'}"
         )
+
+    def _explained(self, lines: list[str]) -> list[str]:
+        """Return the lines of the log that explain a failed start, the most important first."""
+        return lines[-_LOG_LINES:]
 
     def _required_pid(self) -> int:
         if (pid := self.pid) is None:

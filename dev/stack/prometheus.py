@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
+from dev.stack import loopback
 from dev.stack.errors import StackError
 from dev.stack.locks import exclusive
 from dev.stack.packages import cache_folder
@@ -140,5 +140,5 @@ class PrometheusServer(Server):
         ]
 
     def _ready(self) -> bool:
-        with urllib.request.urlopen(f"{self.url}/-/ready", timeout=2) as answer:
+        with loopback.get(f"{self.url}/-/ready", 2) as answer:
             return bool(answer.status == 200)

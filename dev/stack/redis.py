@@ -56,6 +56,8 @@ class RedisServer(Server):
             # A server that forgets its former replication id would be trusted after a failover
             # and back.
             "repl-backlog-ttl": "0",
+            # A title would overwrite the environment in /proc, by which `make down` finds it.
+            "set-proc-title": "no",
         }
         arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return [str(self.binary or default_binary()), *arguments, *self.options]

@@ -6,24 +6,24 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
 from textwrap import dedent
 from typing import Any, Final
 
 import kopf
-from aiohttp import web
 
-from flashsale import ledger, logs, redis_client
+from flashsale import ledger, logs, monitoring, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
-from flashsale.settings import host_and_port, load
+from flashsale.settings import load
+from flashsale.sockets import bound
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, log_in
 from flashsale_operator.kubernetes.controller import Clients, Controller
-from flashsale_operator.kubernetes.metrics import CONTENT_TYPE, Metrics
+from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync
@@ -46,7 +46,8 @@ DESCRIPTION: Final = """\
     operators at the same time are harmless.
 
     HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
-    kube-apiserver have answered, and belong to this engine), /metrics (Prometheus).
+    kube-apiserver have answered, belong to this engine and lack no requirement),
+    /metrics (Prometheus).
 """
 ENVIRONMENT: Final = """\
     environment:
@@ -64,7 +65,9 @@ ENVIRONMENT: Final = """\
                                      SCRAM-SHA-512)
       FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
       FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
-      FLASHSALE_LISTEN               HTTP address, host:port (default 0.0.0.0:8082)
+      FLASHSALE_ITEMS                prefixes of the items that namespaces may sell:
+                                     NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
+      FLASHSALE_LISTEN               HTTP address, host:port (default [::]:8082)
       FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
                                      that it can be continued (default 3600)
       FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
@@ -87,7 +90,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     return 0
 
@@ -119,15 +122,18 @@ async def _run(settings: Settings) -> None:
         inventory = Inventory(redis, settings.engine)
         rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue)
         clients = Clients(kube, inventory, pool, metrics)
-        controller = Controller(clients, queue, rebuilds)
+        controller = Controller(clients, queue, rebuilds, prefixes=settings.prefixes)
         resync = Resync(
             clients,
             controller,
             queue,
+            rebuilds,
             served=settings.served,
             keep_closed=timedelta(seconds=settings.keep_closed_seconds),
         )
-        await stack.enter_async_context(_serving(settings.listen, metrics, resync))
+        await stack.enter_async_context(
+            monitoring.serving(bound("LISTEN", settings.listen), _handlers(metrics, resync))
+        )
         async with asyncio.TaskGroup() as group:
             background = [group.create_task(controller.run()), group.create_task(resync.run())]
 
@@ -172,30 +178,16 @@ def _kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     return own
 
 
-@asynccontextmanager
-async def _serving(listen: str, metrics: Metrics, resync: Resync) -> AsyncIterator[None]:
-    async def healthz(_: web.Request) -> web.Response:
+def _handlers(metrics: Metrics, resync: Resync) -> dict[str, monitoring.Handler]:
+    async def healthz() -> monitoring.Answer:
         if time.monotonic() - resync.ended > STUCK_SECONDS:
-            return web.Response(status=503, text="no resync has ended for minutes\n")
-        return web.Response(text="alive\n")
+            return monitoring.line("no resync has ended for minutes", 503)
+        return monitoring.line("alive")
 
-    async def readyz(_: web.Request) -> web.Response:
+    async def readyz() -> monitoring.Answer:
         if resync.unready is not None:
-            return web.Response(status=503, text=f"{resync.unready}\n")
-        return web.Response(text="ready\n")
+            return monitoring.line(resync.unready, 503)
+        return monitoring.line("ready")
 
-    async def prometheus(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
-    app = web.Application()
-    app.router.add_get("/healthz", healthz)
-    app.router.add_get("/readyz", readyz)
-    app.router.add_get("/metrics", prometheus)
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
-    await runner.setup()
-    try:
-        host, port = host_and_port(listen)
-        await web.TCPSite(runner, host, port).start()
-        yield
-    finally:
-        await runner.cleanup()
+    scrapes = monitoring.Scrapes(metrics.text)
+    return {"/healthz": healthz, "/readyz": readyz, "/metrics": scrapes.answer}

@@ -25,6 +25,13 @@ class LedgerUnavailable(FlashsaleError):
     """PostgreSQL is unavailable, read-only or not migrated. Nothing was written."""
 
 
+class UnmetRequirement(FlashsaleError):
+    """A server lacks a requirement of docs/install.md. The text names it and the remedy.
+
+    Retries cannot help before a person has changed the server.
+    """
+
+
 class ContractViolation(FlashsaleError):
     """Stored data has a format that this version does not support."""
 

@@ -6,7 +6,7 @@ not matter. Of two events of a reservation, the one with the higher `version` is
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Final, Literal, cast
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,12 +15,14 @@ from flashsale.errors import ContractViolation
 from flashsale.fields import (
     EngineId,
     ItemId,
+    OrderRef,
     Quantity,
     RequestKey,
     ReservationId,
     Revision,
     SaleId,
     Units,
+    Version,
 )
 from flashsale.fields import UserId as UserIdField
 from flashsale.keys import DEFAULT_ENGINE
@@ -31,8 +33,11 @@ SCHEMA: Final = 1
 CONTENT_TYPE: Final = b"application/json"
 
 
+Time = Annotated[datetime, Meta(tz=True)]
+
+
 class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """The value of a Kafka record. `occurred_at` is the time of the change by Redis' clock."""
+    """The value of a Kafka record: a reservation after a change. Times are by Redis' clock."""
 
     schema: Literal[1]
     reservation_id: ReservationId
@@ -40,15 +45,19 @@ class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     item_id: ItemId
     user_id: UserIdField
     quantity: Quantity
-    state: Literal["accepted", "released"]
-    version: Annotated[int, Meta(ge=1, le=2**31 - 1)]
-    occurred_at: Annotated[datetime, Meta(tz=True)]
+    state: Literal["held", "confirmed", "cancelled", "expired"]
+    version: Version
+    accepted_at: Time = msgspec.field(name="occurredAt")
     allocated: Units
     capacity: Units
     revision: Revision
     request_key: RequestKey | None = None
     engine: EngineId | None = None
     """The engine that accepted the reservation. Absent in events of the previous version."""
+    expires_at: Time | None = None
+    """The end of the hold. Absent if the reservation was confirmed at once."""
+    confirmed_at: Time | None = None
+    order_ref: OrderRef | None = None
 
     @classmethod
     def of(cls, item_id: str, reservation_id: str, record: Record, snapshot: Snapshot) -> "Event":
@@ -60,14 +69,17 @@ class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
             item_id=item_id,
             user_id=record.user_id,
             quantity=record.quantity,
-            state=cast("Literal['accepted', 'released']", record.state),
+            state=record.state.value,
             version=record.version,
-            occurred_at=utc_of_ms(record.occurred_ms),
+            accepted_at=utc_of_ms(record.accepted_ms),
             allocated=snapshot.allocated,
             capacity=snapshot.capacity,
             revision=snapshot.revision,
             request_key=record.request_key or None,
             engine=snapshot.engine or None,
+            expires_at=None if record.expires_ms is None else utc_of_ms(record.expires_ms),
+            confirmed_at=None if record.confirmed_ms is None else utc_of_ms(record.confirmed_ms),
+            order_ref=record.order_ref or None,
         )
 
 
@@ -79,6 +91,11 @@ def topic(engine: str = DEFAULT_ENGINE) -> str:
 def dead_letter_topic(engine: str = DEFAULT_ENGINE) -> str:
     """Returns the engine's topic of records that the consumer cannot record."""
     return f"{topic(engine)}.dlq"
+
+
+def recorded_topic(engine: str = DEFAULT_ENGINE) -> str:
+    """Returns the engine's topic of recorded reservations, which order services read."""
+    return f"{engine}.recorded"
 
 
 def consumer_group(engine: str = DEFAULT_ENGINE) -> str:
@@ -102,6 +119,7 @@ def owner(metadata: str | None) -> str | None:
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Event)
+_FORMER_STATE: Final = b'"state":"accepted"'
 
 
 def encode(event: Event) -> bytes:
@@ -114,9 +132,14 @@ def decode(value: bytes | None) -> Event:
     if value is None:
         raise ContractViolation("the record has no value")
     try:
-        return _decoder.decode(value)
+        # The previous version called a confirmed reservation accepted.
+        event = _decoder.decode(value.replace(_FORMER_STATE, b'"state":"confirmed"'))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractViolation(f"not a reservation event: {error}") from error
+    if event.state == "confirmed" and event.confirmed_at is None:
+        # A pod of the previous version published it. That version had no holds.
+        return msgspec.structs.replace(event, confirmed_at=event.accepted_at)
+    return event
 
 
 def traceparent(headers: Iterable[tuple[str, bytes]]) -> str:

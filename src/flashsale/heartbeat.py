@@ -27,6 +27,12 @@ CALL_DEADLINE_SECONDS: Final = 1.0
 A heartbeat sampled later than this after a fence counts every reservation that the pod accepted
 before the fence.
 """
+ACKNOWLEDGED_SECONDS: Final = 2.0
+"""How long after a script call Kafka may acknowledge its event for the answer 200 to an order.
+
+Later, the sale may have been rebuilt without the event.
+"""
+assert EXPIRY_SECONDS > CALL_DEADLINE_SECONDS + ACKNOWLEDGED_SECONDS  # noqa: S101 - of constants
 _KEPT_SECONDS: Final = 60
 """How long an item keeps the reports of pods that have stopped. Readers ignore expired ones."""
 

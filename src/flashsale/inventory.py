@@ -7,15 +7,32 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
+import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, RedisError
 
 from flashsale import keys, redis_client
 from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.reservations import BatchReply, Outcome, Record, Request, Snapshot, parse_reply
+from flashsale.requirements import RedisFacts
+from flashsale.reservations import (
+    BatchReply,
+    Call,
+    Expired,
+    Outcome,
+    Record,
+    Request,
+    Snapshot,
+    Transition,
+    TransitionReply,
+    parse_expired,
+    parse_reply,
+    parse_transitions,
+)
 from flashsale.sale import Predecessor, Sale, SaleSpec
-from flashsale.scripts import Script, Scripts, translated
+from flashsale.scripts import Script, Scripts, leased, translated
 
+LOOK_SECONDS: Final = 1.0
 OUTBOX_LIMIT: Final = 100_000
 """Entries in an item's outbox at which `reserve` refuses new buyers (`outbox_full`)."""
 
@@ -68,6 +85,22 @@ class ServerTime(NamedTuple):
     run_id: str
 
 
+class Holds(NamedTuple):
+    """An item's open holds. `overdue` of them can be expired, the first since `first_due_ms`."""
+
+    open: int
+    overdue: int
+    first_due_ms: int
+
+
+class Look(NamedTuple):
+    """A sale and one of its reservations, as `look.lua` found them at one moment of one server."""
+
+    sale: Sale | None
+    record: Record | None
+    server: ServerTime
+
+
 class Inventory:
     """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
@@ -84,6 +117,10 @@ class Inventory:
         self._close = Script("close")
         self._free = Script("free")
         self._page = Script("page")
+        self._confirm = Script("confirm", "transition")
+        self._cancel = Script("cancel", "transition")
+        self._expire = Script("expire", "transition")
+        self._look = Script("look")
 
     async def reserve(
         self,
@@ -102,7 +139,7 @@ class Inventory:
         lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
         reply = await self._scripts.call_quickly(
             self._reserve,
-            self._keys(item_id).four,
+            self._keys(item_id).sold,
             (self._outbox_limit, len(requests), lines, engine_id),
             timeout_seconds,
         )
@@ -124,32 +161,103 @@ class Inventory:
         `replaces` is the finished sale of the item that this one may replace.
         """
         await translated(self._redis.sadd(self._items, spec.item_id))
-        other_id, other_accepted = replaces or ("", 0)
+        other_id, other_accepted, other_released = replaces or ("", 0, 0)
         arguments = (
             *spec.arguments(revision),
             "" if seed_until_ms is None else seed_until_ms,
             other_id,
             other_accepted,
+            other_released,
             engine_id,
         )
-        item_keys = self._keys(spec.item_id).four
+        item_keys = self._keys(spec.item_id).sold
         return Applied(await self._scripts.call(self._apply, item_keys, arguments))
 
     async def close(self, item_id: str, sale_id: str, revision: int, engine_id: str = "") -> Closed:
         """Closes a sale. A fenced sale is closed too, and stays fenced."""
-        item_keys = self._keys(item_id).four
+        item_keys = self._keys(item_id).sold
         arguments = (sale_id, revision, engine_id)
         return Closed(await self._scripts.call(self._close, item_keys, arguments))
 
-    async def free(
-        self, item_id: str, sale_id: str, revision: int, recorded: int, engine_id: str = ""
+    async def confirm(
+        self, item_id: str, calls: Sequence[Call], *, timeout_seconds: float, engine_id: str = ""
+    ) -> TransitionReply | Transition:
+        """Confirms at most `BATCH_LIMIT` reservations of an item, each for an order.
+
+        A single `Transition` (unknown, unsupported, fenced, other_engine) applies to every call.
+        After a failure the caller can send the same calls again: the second one is a replay.
+        """
+        return await self._change(self._confirm, item_id, calls, timeout_seconds, engine_id)
+
+    async def cancel(
+        self, item_id: str, calls: Sequence[Call], *, timeout_seconds: float, engine_id: str = ""
+    ) -> TransitionReply | Transition:
+        """Cancels at most `BATCH_LIMIT` reservations of an item, as `confirm` confirms them."""
+        return await self._change(self._cancel, item_id, calls, timeout_seconds, engine_id)
+
+    async def expire(
+        self, item_id: str, limit: int, *, timeout_seconds: float, engine_id: str = ""
+    ) -> Expired | Transition:
+        """Ends at most `limit` holds (1 or more) of an item whose time and grace are over."""
+        reply = await self._scripts.call_quickly(
+            self._expire, self._keys(item_id).sold, (limit, engine_id), timeout_seconds
+        )
+        return parse_expired(str(reply))
+
+    async def lease_expiry(self, item_id: str, pod_id: str, lease_ms: int) -> bool:
+        """Takes or renews the lease to expire an item's holds. False if another pod has it.
+
+        The lease only saves work: a hold expires once, however many pods try.
+        """
+        return await leased(self._redis, self._keys(item_id).expiry, pod_id, lease_ms)
+
+    async def holds(self, item_ids: Iterable[str], now_ms: int) -> dict[str, Holds]:
+        """Returns the open holds of each item, at a time of Redis' clock."""
+        wanted = list(item_ids)
+        pipeline = self._redis.pipeline(transaction=False)
+        for item_id in wanted:
+            key = self._keys(item_id).holds
+            pipeline.zcard(key)
+            pipeline.zcount(key, "-inf", now_ms)
+            pipeline.zrange(key, 0, 0, withscores=True)
+        replies = await translated(pipeline.execute()) if wanted else []
+        return {
+            item_id: Holds(total, overdue, int(first[0][1]) if first else 0)
+            for item_id, total, overdue, first in zip(
+                wanted, *(replies[n::3] for n in range(3)), strict=True
+            )
+        }
+
+    async def _change(
+        self,
+        script: Script,
+        item_id: str,
+        calls: Sequence[Call],
+        timeout_seconds: float,
+        engine_id: str,
+    ) -> TransitionReply | Transition:
+        lines = "".join(f"{c[0]},{c[1]},{c[2]}\n" for c in calls)
+        reply = await self._scripts.call_quickly(
+            script, self._keys(item_id).sold, (lines, len(calls), engine_id), timeout_seconds
+        )
+        return parse_transitions(str(reply))
+
+    async def free(  # noqa: PLR0913 - the row's numbers
+        self,
+        item_id: str,
+        sale_id: str,
+        revision: int,
+        *,
+        accepted: int,
+        released: int,
+        engine_id: str = "",
     ) -> Freed:
         """Deletes the keys of a closed sale that the ledger has recorded completely.
 
-        `revision` is the revision of the closed ledger row, and `recorded` its accepted units.
+        The numbers are those of the closed ledger row.
         """
-        item_keys = self._keys(item_id).four
-        arguments = (sale_id, revision, recorded, engine_id)
+        item_keys = self._keys(item_id).sold
+        arguments = (sale_id, revision, accepted, released, engine_id)
         freed = Freed(await self._scripts.call(self._free, item_keys, arguments))
         if freed is Freed.FREED:
             await translated(self._redis.srem(self._items, item_id))
@@ -192,28 +300,38 @@ class Inventory:
             pipeline.hgetall(item.sale)
             pipeline.xlen(item.outbox)
             pipeline.exists(item.buyers, item.reservations, item.outbox)
+            pipeline.zcard(item.holds)
         replies = await translated(pipeline.execute()) if wanted else []
         found = {}
-        for item_id, fields, outbox_length, parts in zip(
-            wanted, replies[::3], replies[1::3], replies[2::3], strict=True
+        for item_id, fields, outbox_length, parts, holds in zip(
+            wanted, *(replies[n::4] for n in range(4)), strict=True
         ):
             if fields:
                 try:
-                    found[item_id] = _sale(item_id, fields, outbox_length, parts)
+                    found[item_id] = _sale(item_id, fields, outbox_length, parts, holds)
                 except ContractViolation:
                     if not skip_unreadable:
                         raise
         return found
 
-    async def reservation(self, item_id: str, reservation_id: str) -> Record | None:
-        """Returns a reservation, or None if Redis has none with this id."""
-        text = await translated(
-            cast(
-                "Awaitable[str | None]",
-                self._redis.hget(self._keys(item_id).reservations, reservation_id),
-            )
+    async def look(self, item_id: str, reservation_id: str = "") -> Look:
+        """Reads an item's sale, and one of its reservations, in one quick round trip.
+
+        Raises `ContractViolation` if either cannot be read.
+        """
+        reply = await self._scripts.call_quickly(
+            self._look, self._keys(item_id).sold, (reservation_id,), LOOK_SECONDS
         )
-        return None if text is None else Record.parse(text)
+        try:
+            now_ms, run_id, outbox_length, parts, holds, record, *fields = _texts(str(reply))
+        except msgspec.DecodeError as error:
+            raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
+        found = dict(zip(fields[::2], fields[1::2], strict=True))
+        return Look(
+            _sale(item_id, found, int(outbox_length), int(parts), int(holds)) if found else None,
+            Record.parse(record) if record else None,
+            ServerTime(int(now_ms), run_id),
+        )
 
     async def reservation_pages(
         self, item_id: str, count: int = 500
@@ -226,7 +344,7 @@ class Inventory:
         """
         cursor = "0"
         while True:
-            item_keys = self._keys(item_id).four
+            item_keys = self._keys(item_id).sold
             page = await self._scripts.call(self._page, item_keys, (cursor, count))
             if isinstance(page, str):
                 raise ContractViolation(f"{item_id}: {_UNREADABLE[page]}")
@@ -266,31 +384,41 @@ class Inventory:
         return ItemKeys.of(item_id, self.engine)
 
     async def load(self) -> None:
-        """Loads the `reserve` script, so that the first buyer does not wait for it."""
-        await self._scripts.load(self._reserve)
+        """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
+        await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
 
-    async def unsafe_setting(self) -> str | None:
-        """Returns a sentence about a setting of the server that endangers sales, or None.
+    async def facts(self) -> RedisFacts:
+        """Returns the server's version and settings, to compare with `requirements.REDIS`."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.info()
+        pipeline.config_get("repl-backlog-ttl")
+        pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
+        info, config, script = await translated(pipeline.execute(raise_on_error=False))
+        for reply in (info, script):
+            if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
+                raise RedisUnavailable(f"Redis refused the call: {reply}") from reply
+        if isinstance(info, NoPermissionError):
+            info = {}
+            script = "this user may not call it"
+        return RedisFacts(
+            version=info.get("redis_version"),
+            policy=info.get("maxmemory_policy"),
+            backlog_ttl=None if isinstance(config, RedisError) else config.get("repl-backlog-ttl"),
+            appendonly=bool(info.get("aof_enabled", True)),
+            script_error=" ".join(str(script).split()),
+        )
 
-        A server that does not permit CONFIG is trusted to have `repl-backlog-ttl 0`.
-        """
-        info = await translated(self._redis.info("memory"))
-        if (policy := str(info["maxmemory_policy"])) != "noeviction":
-            return (
-                f"Redis' maxmemory-policy is {policy}: it must be noeviction, "
-                "or a full Redis drops sales (CONFIG SET maxmemory-policy noeviction)"
-            )
-        try:
-            config = await translated(self._redis.config_get("repl-backlog-ttl"))
-        except RedisUnavailable:
-            return None
-        if (seconds := config.get("repl-backlog-ttl", "0")) != "0":
-            return (
-                f"Redis' repl-backlog-ttl is {seconds}: it must be 0, or a server that was without "
-                "replicas for that time forgets its failovers (CONFIG SET repl-backlog-ttl 0)"
-            )
-        return None
 
+_TRY_INFO: Final = """
+local info = redis.pcall('INFO', 'server', 'replication')
+if type(info) == 'table' then return info.err end
+if not string.match(info, 'run_id:%x+') then return 'INFO has no run_id' end
+if not string.match(info, 'master_replid2:%x+') then return 'INFO has no master_replid2' end
+return ''
+"""
+
+
+_texts = msgspec.json.Decoder(list[str]).decode
 
 _UNREADABLE: Final = {
     "unknown": "Redis has no sale of this item",
@@ -299,11 +427,11 @@ _UNREADABLE: Final = {
 }
 
 
-def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) -> Sale:
+def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int, holds: int) -> Sale:
     if fields.get("format") != "1":
         raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not supported")
     try:
-        accepted = int(fields["accepted"])
+        accepted, held = int(fields["accepted"]), int(fields.get("held") or 0)
         return Sale(
             item_id=item_id,
             sale_id=fields["sale_id"],
@@ -319,8 +447,11 @@ def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int) 
             ends_ms=int(fields["ends_ms"]) if fields["ends_ms"] else None,
             last_now_ms=int(fields["last_now_ms"]),
             outbox_length=outbox_length,
-            torn=accepted > 0 and parts < 3,
+            torn=(accepted > 0 and parts < 3) or (held > 0 and not holds),
             engine=fields.get("engine", ""),
+            held=held,
+            hold_ms=int(fields.get("hold_ms") or 0),
+            max_expired_holds=int(fields.get("max_expired_holds") or 3),
         )
     except (KeyError, ValueError) as error:
         raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error

@@ -39,7 +39,9 @@ class ItemKeys:
     buyers: str
     reservations: str
     outbox: str
+    holds: str
     sweeper: str
+    expiry: str
     pods: str
 
     @classmethod
@@ -50,11 +52,13 @@ class ItemKeys:
             buyers=f"{tag}:buyers",
             reservations=f"{tag}:reservations",
             outbox=f"{tag}:outbox",
+            holds=f"{tag}:holds",
             sweeper=f"{tag}:sweeper",
+            expiry=f"{tag}:expiry",
             pods=f"{tag}:pods",
         )
 
     @property
-    def four(self) -> tuple[str, str, str, str]:
-        """The KEYS of every script that reads a sale."""
-        return self.sale, self.buyers, self.reservations, self.outbox
+    def sold(self) -> tuple[str, str, str, str, str]:
+        """The keys with a sale's state, in the order of every script's KEYS."""
+        return self.sale, self.buyers, self.reservations, self.outbox, self.holds

@@ -8,11 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final, Self, TypeAlias
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, cast
 
 import asyncpg
 
-from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved
+from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
+from flashsale.requirements import LedgerFacts
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -21,6 +23,51 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 _MIGRATION_LOCK: Final = 0x666C617368
 """Key of the advisory lock that serializes migrations: "flash" in ASCII."""
 COMMAND_TIMEOUT_SECONDS: Final = 10.0
+_MIGRATION_TIMEOUT_SECONDS: Final = 3600.0
+"""A migration can rewrite a table, which takes about two seconds per million rows."""
+_CREATE_MIGRATIONS: Final = """
+CREATE TABLE IF NOT EXISTS flashsale_migrations (
+    version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now()
+)
+"""
+# A ledger of an earlier version has its numbers in schema_migrations.
+_ADOPT_MIGRATIONS: Final = """
+INSERT INTO flashsale_migrations SELECT generate_series(1, $1) ON CONFLICT DO NOTHING
+"""
+_ADD_MIGRATION: Final = "INSERT INTO flashsale_migrations VALUES ($1)"
+_VERSION: Final = "SELECT coalesce(max(version), 0) FROM flashsale_migrations"
+_FORMER_VERSION: Final = "SELECT coalesce(max(version), 0) FROM schema_migrations"
+_COLUMNS: Final = """
+SELECT string_agg(attname || ' ' || format_type(atttypid, NULL), ', ' ORDER BY attnum)
+FROM pg_attribute WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped
+"""
+_HAS_LEDGER: Final = "SELECT to_regclass('kafka_offsets') IS NOT NULL"
+_OWN_COLUMNS: Final = "version integer, applied_at timestamp with time zone"
+_FOREIGN: Final = (
+    "the database has a table of another application ({}): give the ledger a database of its own, "
+    "or a schema of its own that is first in the user's search_path"
+)
+_ASYNCHRONOUS: Final = (
+    "PostgreSQL has synchronous_commit off, but needs on: behind PgBouncer, run ALTER ROLE ... SET "
+    "synchronous_commit = on for this user"
+)
+_DATABASE: Final = """
+SELECT current_setting('server_version_num')::int AS version,
+       pg_encoding_to_char(encoding) AS encoding,
+       current_schema() AS schema,
+       coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS may_create
+FROM pg_database WHERE datname = current_database()
+"""
+_LACKING: Final = """
+SELECT privilege || ' on ' || name AS lacking
+FROM unnest($1::text[]) AS name, unnest($2::text[]) AS privilege
+WHERE to_regclass(name) IS NOT NULL AND NOT has_table_privilege(to_regclass(name), privilege)
+ORDER BY 1
+"""
+_RIGHTS: Final = (
+    (["engine", "kafka_offsets", "reservations", "sales"], ["SELECT", "INSERT", "UPDATE"]),
+    (["kafka_offsets"], ["DELETE"]),
+)
 _ENGINE: Final = "SELECT id::text, name, redis_address FROM engine"
 _CLAIM_ENGINE: Final = """
 UPDATE engine SET name = coalesce(name, $1), redis_address = coalesce(redis_address, $2)
@@ -33,7 +80,7 @@ class SaleRow:
     """A row of `sales`. Counts are units.
 
     `resource_uid` is the uid of the FlashSale that declared the sale. `lost` counts units that
-    Redis had accepted and that rebuilds could not find.
+    Redis had accepted and that rebuilds could not find. `held` are the units of open holds.
     """
 
     sale_id: str
@@ -51,6 +98,9 @@ class SaleRow:
     released: int
     resource_uid: str | None = None
     lost: int = 0
+    hold_seconds: int | None = None
+    max_expired_holds: int = 3
+    held: int = 0
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:
@@ -69,6 +119,9 @@ async def connect(url: str, *, max_connections: int = 4, synchronous: bool = Tru
 
     With `synchronous`, commits wait for PostgreSQL's standby if there is one, whatever the
     database's default. A standby without a sale's last revision could give it a second time.
+
+    No statement is prepared under a name, because PgBouncer in transaction mode gives each
+    transaction another connection to the server.
     """
     server_settings = {"application_name": "flashsale"}
     if synchronous:
@@ -80,8 +133,35 @@ async def connect(url: str, *, max_connections: int = 4, synchronous: bool = Tru
             max_size=max_connections,
             timeout=5,
             command_timeout=COMMAND_TIMEOUT_SECONDS,
+            statement_cache_size=0,
             server_settings=server_settings,
+            connect=cast("Any", _connection),
         )
+
+
+async def _connection(
+    *arguments: Any,  # noqa: ANN401 - asyncpg's own
+    server_settings: dict[str, str],
+    **options: Any,  # noqa: ANN401 - asyncpg's own
+) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connects. PgBouncer refuses the setting synchronous_commit, so there it must be the default.
+
+    Raises `UnmetRequirement` if it is not.
+    """
+    connection: asyncpg.Connection[asyncpg.Record]
+    try:
+        connection = await asyncpg.connect(*arguments, server_settings=server_settings, **options)
+    except asyncpg.ProtocolViolationError as error:
+        if "synchronous_commit" not in str(error):
+            raise
+    else:
+        return connection
+    rest = {name: value for name, value in server_settings.items() if name != "synchronous_commit"}
+    connection = await asyncpg.connect(*arguments, server_settings=rest, **options)
+    if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
+        await connection.close()
+        raise UnmetRequirement(_ASYNCHRONOUS)
+    return connection
 
 
 @asynccontextmanager
@@ -110,43 +190,69 @@ async def translated() -> AsyncIterator[None]:
         raise LedgerUnavailable(f"the ledger is unavailable: {reason}") from error
 
 
+async def facts(pool: Pool) -> LedgerFacts:
+    """Returns the database's version, encoding and rights, to compare with `requirements.LEDGER`.
+
+    Raises `UnmetRequirement` if a table of another application has a name of the engine's.
+    """
+    async with translated(), pool.acquire() as connection:
+        database = await connection.fetchrow(_DATABASE)
+        lacking = [
+            record["lacking"]
+            for names, rights in _RIGHTS
+            for record in await connection.fetch(_LACKING, names, rights)
+        ]
+        outdated = await _version(connection) < _scripts()[-1][0]
+    return LedgerFacts(**dict(database or {}), outdated=outdated, lacking=lacking)
+
+
 async def migrate(pool: Pool) -> int:
     """Runs the numbered migrations that the database lacks, and returns its version.
 
     Every process can call this at the same time, because an advisory lock serializes the calls. An
-    up-to-date database is only read, so it may be read-only.
+    up-to-date database is only read, so it may be read-only. Raises `UnmetRequirement` if another
+    application has a table with a name of the engine's.
     """
-    scripts = sorted(
-        (path for path in (files("flashsale") / "migrations").iterdir() if path.name[:4].isdigit()),
-        key=lambda path: path.name,
-    )
+    scripts = _scripts()
     async with translated(), pool.acquire() as connection, connection.transaction():
         done = await _version(connection)
-        if done >= int(scripts[-1].name[:4]):
+        if done >= scripts[-1][0]:
             return done
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS schema_migrations ("
-            "version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
-        )
         done = await _version(connection)
-        for script in scripts:
-            version = int(script.name[:4])
+        await connection.execute(_CREATE_MIGRATIONS)
+        await connection.execute(_ADOPT_MIGRATIONS, done)
+        for version, script in scripts:
             if version > done:
-                await connection.execute(script.read_text("utf-8"))
-                await connection.execute(
-                    "INSERT INTO schema_migrations (version) VALUES ($1)", version
-                )
+                try:
+                    source = script.read_text("utf-8")
+                    await connection.execute(source, timeout=_MIGRATION_TIMEOUT_SECONDS)
+                except asyncpg.DuplicateTableError as error:
+                    raise UnmetRequirement(_FOREIGN.format(error)) from error
+                await connection.execute(_ADD_MIGRATION, version)
         return await _version(connection)
 
 
+def _scripts() -> list[tuple[int, Traversable]]:
+    paths = (files("flashsale") / "migrations").iterdir()
+    return sorted((int(path.name[:4]), path) for path in paths if path.name[:4].isdigit())
+
+
 async def _version(connection: "PoolConnectionProxy[asyncpg.Record]") -> int:
-    """Returns the number of the last migration, or 0 for an empty database."""
-    if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
-        return 0
-    version: int = await connection.fetchval(
-        "SELECT coalesce(max(version), 0) FROM schema_migrations"
-    )
+    """Returns the number of the last migration, or 0 for an empty database.
+
+    Other applications also have a table schema_migrations, with other columns.
+    """
+    columns = await connection.fetchval(_COLUMNS, "flashsale_migrations")
+    if columns not in (None, _OWN_COLUMNS):
+        raise UnmetRequirement(_FOREIGN.format("flashsale_migrations"))
+    query = _VERSION
+    if columns is None:
+        former = await connection.fetchval(_COLUMNS, "schema_migrations")
+        if former != _OWN_COLUMNS or not await connection.fetchval(_HAS_LEDGER):
+            return 0
+        query = _FORMER_VERSION
+    version: int = await connection.fetchval(query)
     return version
 
 

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.reservations import OutboxEntry
-from flashsale.scripts import Script, Scripts, translated
+from flashsale.scripts import Script, Scripts, leased, translated
 
 SETTLE_SECONDS: Final = 2.0
 
@@ -25,16 +25,17 @@ class Outbox:
         """Loads the script, so that no call has to send its source."""
         await self._scripts.load(self._settle)
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
         """Deletes entries that Kafka has acknowledged, and returns the number deleted.
 
-        Each is given as (entry id, reservation id). An entry of another reservation stays.
+        Each is given as (entry id, reservation id, version). An entry of another event stays. The
+        units of a cancelled or expired reservation are for sale again.
         """
         return int(
             await self._scripts.call_quickly(
                 self._settle,
-                [self._keys(item_id).outbox],
-                ("".join(f"{entry_id},{own_id}\n" for entry_id, own_id in acknowledged),),
+                self._keys(item_id).sold,
+                ("".join(f"{entry[0]},{entry[1]},{entry[2]}\n" for entry in acknowledged),),
                 SETTLE_SECONDS,
             )
         )
@@ -81,11 +82,7 @@ class Outbox:
 
         The lease only saves work: two sweepers publish duplicates, which are harmless.
         """
-        key = self._keys(item_id).sweeper
-        owner = await translated(self._redis.set(key, pod_id, nx=True, get=True, px=lease_ms))
-        if owner == pod_id:
-            await translated(self._redis.pexpire(key, lease_ms))
-        return owner in (None, pod_id)
+        return await leased(self._redis, self._keys(item_id).sweeper, pod_id, lease_ms)
 
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self._engine)

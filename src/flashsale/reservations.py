@@ -21,6 +21,7 @@ class Outcome(StrEnum):
     PAUSED = "paused"
     NOT_OPEN = "not_open"
     LIMIT_REACHED = "limit_reached"
+    TOO_MANY_HOLDS = "too_many_holds"
     SOLD_OUT = "sold_out"
     NOT_ENOUGH_LEFT = "not_enough_left"
     OUTBOX_FULL = "outbox_full"
@@ -28,6 +29,33 @@ class Outcome(StrEnum):
     UNSUPPORTED = "unsupported"
     FENCED = "fenced"
     OTHER_ENGINE = "other_engine"
+
+
+class Transition(StrEnum):
+    """Outcomes of a call of `confirm.lua` or `cancel.lua`, with the scripts' own words."""
+
+    CHANGED = "changed"
+    REPLAYED = "replayed"
+    UNKNOWN_RESERVATION = "unknown_reservation"
+    HOLD_EXPIRED = "hold_expired"
+    CANCELLED = "cancelled"
+    OTHER_ORDER = "other_order"
+    UNKNOWN = "unknown"
+    UNSUPPORTED = "unsupported"
+    FENCED = "fenced"
+    OTHER_ENGINE = "other_engine"
+
+
+class State(StrEnum):
+    """The states of a reservation. The last two are final. `refused` exists in the ledger only."""
+
+    HELD = "held"
+    CONFIRMED = "confirmed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+FINAL: Final = frozenset({State.CANCELLED, State.EXPIRED})
 
 
 class Request(NamedTuple):
@@ -40,23 +68,54 @@ class Request(NamedTuple):
     traceparent: str = ""
 
 
-class Record(NamedTuple):
-    """A reservation as stored in Redis. `occurred_ms` is Redis' clock in Unix milliseconds."""
+class Call(NamedTuple):
+    """A call to confirm or cancel a reservation. `cancel` permits an empty `order_ref`."""
 
-    state: str
+    reservation_id: str
+    order_ref: str = ""
+    traceparent: str = ""
+
+
+class Record(NamedTuple):
+    """A reservation as stored in Redis. Times are Redis' clock in Unix milliseconds.
+
+    `expires_ms` is set if the reservation was a hold. `order_ref` is the shop's order, or empty.
+    """
+
+    state: State
     version: int
     quantity: int
-    occurred_ms: int
+    accepted_ms: int
     user_id: str
     request_key: str
+    expires_ms: int | None = None
+    confirmed_ms: int | None = None
+    order_ref: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "Record":
+        """Parses the text of a record. The previous version called a confirmed one accepted."""
         try:
-            state, version, quantity, occurred_ms, user_id, request_key = text.split(",")
-            return cls(state, int(version), int(quantity), int(occurred_ms), user_id, request_key)
+            state, version, quantity, accepted_ms, user_id, request_key, *rest = text.split(",")
+            known = State.CONFIRMED if state == "accepted" else State(state)
+            expires_ms, confirmed_ms, order_ref = rest or ("", accepted_ms, "")
+            return cls(
+                known,
+                int(version),
+                int(quantity),
+                int(accepted_ms),
+                user_id,
+                request_key,
+                int(expires_ms) if expires_ms else None,
+                int(confirmed_ms) if confirmed_ms else None,
+                order_ref,
+            )
         except ValueError as error:
             raise ContractViolation("not a reservation record: wrong fields") from error
+
+    def __str__(self) -> str:
+        """Returns the text of the record."""
+        return ",".join("" if field is None else str(field) for field in self)
 
 
 class Snapshot(NamedTuple):
@@ -71,7 +130,11 @@ class Snapshot(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The answer to one request. `detail` is the id of the outbox entry, or a replay's record."""
+    """The answer to one request.
+
+    `detail` is the id of an accepted request's outbox entry, the record of a replay, or, if the
+    limit is reached, the user's units and the sale's `maxPerUser`.
+    """
 
     outcome: Outcome
     detail: str = ""
@@ -79,14 +142,50 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchReply:
-    """A decided batch: the answers in the order of the requests, and the sale after the batch."""
+    """A decided batch: the answers in the order of the requests, and the sale after the batch.
+
+    A reservation that the batch accepted has `version`, and is a hold of `hold_ms` if that is not
+    0. `held` counts the units of open holds.
+    """
 
     now_ms: int
     snapshot: Snapshot
     available: int
     outbox_length: int
     starts_ms: int
+    version: int
+    hold_ms: int
+    held: int
     answers: Sequence[Answer]
+
+
+class TransitionAnswer(NamedTuple):
+    """The answer to one call. A changed reservation has an outbox entry, and a replay has none.
+
+    `record` is the reservation after the call, unless the call was refused.
+    """
+
+    outcome: Transition
+    entry_id: str = ""
+    record: Record | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionReply:
+    """A decided batch of calls: the answers in the order of the calls, and the sale."""
+
+    now_ms: int
+    snapshot: Snapshot
+    answers: Sequence[TransitionAnswer]
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """Holds that a call of `expire.lua` ended: (reservation id, outbox entry id, record) each."""
+
+    now_ms: int
+    snapshot: Snapshot
+    holds: Sequence[tuple[str, str, Record]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +219,51 @@ def parse_reply(reply: str) -> BatchReply | Outcome:
     head, *answers = reply.split("\n")
     if not answers:
         return Outcome(head)
-    now_ms, sale_id, allocated, capacity, revision, available, outbox, starts_ms, engine = (
-        head.split(",")
-    )
+    now_ms, sale_id, allocated, capacity, revision, *counts, engine = head.split(",")
+    available, outbox, starts_ms, version, hold_ms, held = map(int, counts)
     return BatchReply(
         now_ms=int(now_ms),
         snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
-        available=int(available),
-        outbox_length=int(outbox),
-        starts_ms=int(starts_ms),
+        available=available,
+        outbox_length=outbox,
+        starts_ms=starts_ms,
+        version=version,
+        hold_ms=hold_ms,
+        held=held,
         answers=[_ANSWERS.get(answer) or _answer(answer) for answer in answers],
     )
+
+
+def parse_transitions(reply: str) -> TransitionReply | Transition:
+    """Parses the reply of `confirm.lua` or `cancel.lua`. A single word applies to all calls."""
+    head, *answers = reply.split("\n")
+    if not answers:
+        return Transition(head)
+    now_ms, snapshot = _sale(head)
+    return TransitionReply(now_ms, snapshot, [_transition(answer) for answer in answers])
+
+
+def parse_expired(reply: str) -> Expired | Transition:
+    """Parses the reply of `expire.lua`."""
+    head, *lines = reply.split("\n")
+    if "," not in head:
+        return Transition(head)
+    now_ms, snapshot = _sale(head)
+    holds = [line.split(" ") for line in lines]
+    return Expired(
+        now_ms, snapshot, [(own_id, entry, Record.parse(text)) for own_id, entry, text in holds]
+    )
+
+
+def _sale(head: str) -> tuple[int, Snapshot]:
+    now_ms, sale_id, allocated, capacity, revision, engine = head.split(",")
+    return int(now_ms), Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine)
+
+
+def _transition(line: str) -> TransitionAnswer:
+    word, *details = line.split(" ")
+    record = Record.parse(details.pop()) if details else None
+    return TransitionAnswer(Transition(word), "".join(details), record)
 
 
 def _answer(line: str) -> Answer:

@@ -27,16 +27,20 @@ class SaleState(StrEnum):
 class Predecessor(NamedTuple):
     """A finished sale that a new sale of the same item replaces in Redis.
 
-    The ledger has recorded all its reservations. `accepted` is its accepted units.
+    The ledger has recorded all its reservations: `accepted` and `released` units, and no hold.
     """
 
     sale_id: str
     accepted: int
+    released: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SaleSpec:
-    """The values of a manifest. Times are Unix milliseconds, and None means no bound."""
+    """The values of a manifest. Times are Unix milliseconds, and None means no bound.
+
+    A reservation is held for `hold_seconds`, or confirmed at once if that is None.
+    """
 
     sale_id: str
     item_id: str
@@ -46,9 +50,11 @@ class SaleSpec:
     starts_ms: int | None = None
     ends_ms: int | None = None
     paused: bool = False
+    hold_seconds: int | None = None
+    max_expired_holds: int = 3
 
     def arguments(self, revision: int, *, closed: bool = False) -> tuple[str | int, ...]:
-        """Returns the first eight ARGV of `apply.lua` and `fence.lua`."""
+        """Returns the first ten ARGV of `apply.lua` and `fence.lua`."""
         state = "paused" if self.paused else "open"
         return (
             self.sale_id,
@@ -59,6 +65,8 @@ class SaleSpec:
             "" if self.ends_ms is None else self.ends_ms,
             "closed" if closed else state,
             self.display_name or "",
+            1000 * (self.hold_seconds or 0),
+            self.max_expired_holds,
         )
 
 
@@ -66,8 +74,9 @@ class SaleSpec:
 class Sale:
     """A sale as Redis stores it. Counts are units, times are Unix milliseconds.
 
-    `torn` means that units were accepted and one of the sale's other keys is missing. `engine` is
-    the id of the sale's engine, or empty if the previous version applied the sale.
+    `torn` means that units were accepted or held and one of the sale's other keys is missing.
+    `engine` is the id of the sale's engine, or empty if the previous version applied the sale.
+    `held` are the units of reservations that are not confirmed yet.
     """
 
     item_id: str
@@ -86,16 +95,27 @@ class Sale:
     outbox_length: int
     torn: bool
     engine: str = ""
+    held: int = 0
+    hold_ms: int = 0
+    max_expired_holds: int = 3
 
     @property
-    def held(self) -> int:
-        """Units that buyers have."""
+    def taken(self) -> int:
+        """Units that buyers have, held or confirmed."""
         return self.accepted - self.released
+
+    @property
+    def confirmed(self) -> int:
+        """Units that buyers have and that cannot expire.
+
+        A unit whose hold has just ended counts until Kafka has the event.
+        """
+        return self.taken - self.held
 
     @property
     def available(self) -> int:
         """Units that can still be accepted. This is derived and never stored."""
-        return self.allocated - self.held
+        return self.allocated - self.taken
 
     def state(self, now_ms: int, server_run_id: str) -> SaleState:
         """Returns the state at a time of Redis' clock, by the rules of `reserve.lua` in order."""

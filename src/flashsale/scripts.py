@@ -18,12 +18,12 @@ LOAD_SECONDS: Final = 2.0
 
 
 class Script:
-    """A script of `lua/`, with `sale.lua` prepended."""
+    """A script of `lua/`, with `sale.lua` and the other `shared` parts prepended."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *shared: str) -> None:
         folder = files("flashsale") / "lua"
         self.source = "\n".join(
-            (folder / f"{part}.lua").read_text("utf-8") for part in ("sale", name)
+            (folder / f"{part}.lua").read_text("utf-8") for part in ("sale", *shared, name)
         )
         self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
@@ -95,6 +95,14 @@ async def translated(call: Awaitable[T]) -> T:
     except (RedisError, OSError, TimeoutError, RuntimeError) as error:
         _require_outage(error)
         raise RedisUnavailable(_describe(error)) from error
+
+
+async def leased(redis: "Redis", key: str, owner: str, lease_ms: int) -> bool:
+    """Takes or renews a lease. False if another owner has it. Raises `RedisUnavailable`."""
+    found = await translated(redis.set(key, owner, nx=True, get=True, px=lease_ms))
+    if found == owner:
+        await translated(redis.pexpire(key, lease_ms))
+    return found in (None, owner)
 
 
 def _require_outage(error: Exception) -> None:

@@ -1,44 +1,39 @@
 """Reads settings from `FLASHSALE_*` environment variables, which all processes share."""
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from flashsale import addresses
+from flashsale.addresses import HOST, PORT
 from flashsale.errors import SettingsError
 from flashsale.keys import DEFAULT_ENGINE
 
 PREFIX: Final = "FLASHSALE_"
 
-_PORT: Final = r"(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]\d{4}|\d{1,4})"
-
-_HOST: Final = r"(\[[0-9a-fA-F:]+\]|[^\s:/@?,\[\]]+)"
-_USER: Final = r"([^\s/@]*@)?"
-
-RedisUrl = Annotated[
-    str,
-    Meta(
-        pattern=rf"^rediss?://{_USER}{_HOST}(:{_PORT})?(/\d+)?\Z",
-        description="redis://[user:password@]host:port/db, or rediss:// for TLS",
-    ),
-]
+RedisUrl = Annotated[str, Meta(description=addresses.REDIS, extra={"read": addresses.redis_url})]
 KafkaBootstrap = Annotated[
     str,
     Meta(
-        pattern=rf"^[^\s,:]+:{_PORT}(,[^\s,:]+:{_PORT})*\Z",
-        description="host:port[,host:port...]",
+        pattern=rf"^{HOST}:{PORT}(,{HOST}:{PORT})*\Z",
+        description="host:port[,host:port...], with an IPv6 address in brackets",
+        extra={"read": addresses.bracketed},
     ),
 ]
 DatabaseUrl = Annotated[
+    str, Meta(description=addresses.DATABASE, extra={"read": addresses.database_url})
+]
+Listen = Annotated[
     str,
     Meta(
-        pattern=rf"^postgres(ql)?://{_USER}{_HOST}(:{_PORT})?(,{_HOST}(:{_PORT})?)*(/\S*)?\Z",
-        description="postgresql://user:password@host:port/db",
+        pattern=rf"^{HOST}:(0|{PORT})\Z",
+        description="host:port; [::] is every address of IPv4 and IPv6",
+        extra={"read": addresses.bracketed},
     ),
 ]
-Listen = Annotated[str, Meta(pattern=rf"^{_HOST}:{_PORT}\Z", description="host:port")]
 
 EngineName = Annotated[
     str,
@@ -131,12 +126,13 @@ def load(kind: type[S], environ: Mapping[str, str]) -> S:
     """Reads the fields of `kind` from the environment, `redis_url` from FLASHSALE_REDIS_URL.
 
     Raises `SettingsError` with one line that names the variable and the rule. The value is left
-    out, because an address may contain a password. Variables that `kind` lacks are ignored,
-    because the processes share one environment.
+    out, because an address may contain a password. A newline at the end is removed, because many
+    Secrets have one. Variables that `kind` lacks are ignored, because the processes share one
+    environment.
     """
     fields = msgspec.structs.fields(kind)
     values = {
-        field.name: environ[PREFIX + field.name.upper()]
+        field.name: environ[PREFIX + field.name.upper()].rstrip("\r\n")
         for field in fields
         if PREFIX + field.name.upper() in environ
     }
@@ -145,10 +141,14 @@ def load(kind: type[S], environ: Mapping[str, str]) -> S:
         if field.required and field.name not in values:
             raise SettingsError(f"{variable} is not set: expected {_rule(field.type)}")
         if field.name in values:
+            wrong = f"{variable} is wrong: expected {_rule(field.type)}"
             try:
                 msgspec.convert(values[field.name], field.type, strict=False)
+                values[field.name] = _read(field.type, values[field.name])
             except msgspec.ValidationError:
-                raise SettingsError(f"{variable} is wrong: expected {_rule(field.type)}") from None
+                raise SettingsError(wrong) from None
+            except ValueError as error:
+                raise SettingsError(f"{wrong}; {error}") from None
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:  # raised by __post_init__
@@ -162,7 +162,19 @@ def host_and_port(listen: str) -> tuple[str, int]:
 
 
 def _rule(kind: object) -> str:
-    for meta in getattr(kind, "__metadata__", ()):
-        if isinstance(meta, Meta) and meta.description:
-            return meta.description
+    meta = _meta(kind)
+    if meta is not None and meta.description:
+        return meta.description
     return getattr(kind, "__name__", str(kind))
+
+
+def _read(kind: object, value: str) -> str:
+    """Returns an address as its library reads it. Raises `ValueError`."""
+    meta = _meta(kind)
+    read: Callable[[str], str] | None = ((meta and meta.extra) or {}).get("read")
+    return value if read is None else read(value)
+
+
+def _meta(kind: object) -> Meta | None:
+    found = (each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Meta))
+    return next(found, None)

@@ -1,6 +1,7 @@
 """The chart, the Dockerfiles and the code agree with each other."""
 
 import inspect
+import json
 import re
 import tomllib
 from typing import Any, Final
@@ -10,14 +11,15 @@ import pytest
 import yaml
 
 import flashsale
-import flashsale_api.__main__ as api_main
 import flashsale_api.app as api_app
+import flashsale_api.servers as api_servers
 import flashsale_consumer.app as consumer_app
 import flashsale_consumer.clients as consumer_clients
 import flashsale_operator.app as operator_app
 from dev.images.building import DEPLOYABLES
 from flashsale import events
-from flashsale.settings import PREFIX, host_and_port
+from flashsale.errors import SettingsError
+from flashsale.settings import PREFIX, host_and_port, load
 from flashsale_api.settings import Settings as ApiSettings
 from flashsale_consumer.settings import Settings as ConsumerSettings
 from flashsale_operator.settings import Settings as OperatorSettings
@@ -59,6 +61,19 @@ def test_a_pod_gets_all_required_settings_and_no_unknown_ones(
     assert required <= given <= known
 
 
+def test_the_images_have_one_base_and_name_its_content() -> None:
+    bases = set()
+    for component in COMPONENTS:
+        found = re.findall(
+            r"^(?:ARG PYTHON_IMAGE=|FROM )(\S+)", dockerfile(component), re.MULTILINE
+        )
+        base, *stages = found
+        assert set(stages) == {"${PYTHON_IMAGE}"}
+        assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64}", base)
+        bases.add(base)
+    assert len(bases) == 1
+
+
 def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) -> None:
     changes = {
         "engine": "other",
@@ -67,15 +82,79 @@ def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) ->
     }
     rendered = chart.render(changes)
     names = {each["metadata"]["name"] for each in rendered.all("KafkaTopic")}
-    assert names == {events.topic("other"), events.dead_letter_topic("other")}
+    assert names == {
+        events.topic("other"),
+        events.dead_letter_topic("other"),
+        events.recorded_topic("other"),
+    }
     trigger = rendered.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]
     assert trigger["topic"] == events.topic("other")
     assert trigger["consumerGroup"] == events.consumer_group("other")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "kind", "accepted", "refused"),
+    [
+        (
+            "redis",
+            "url",
+            OperatorSettings,
+            [
+                "redis://h",
+                "redis://h/",
+                "rediss://u@h:6380/3",
+                "redis://[::1]:1/0",
+                "redis://h?db=1",
+            ],
+            [
+                "redis://",
+                "redis://h:0",
+                "redis://h#x",
+                "redis://u@v@h",
+                "redis://h/x",
+                "redis://h?x",
+            ],
+        ),
+        (
+            "kafka",
+            "bootstrap",
+            ConsumerSettings,
+            ["a:1", "a:1,b.c:65535", "[::1]:9092", "[fe80::1]:1,a:2"],
+            ["a", "a:0", "a:1, b:2", "::1:9092", "[::1]", "http://a:1", "a:1#x", "a:65536"],
+        ),
+        (
+            "database",
+            "url",
+            ConsumerSettings,
+            ["postgres://u@h/d", "postgresql://u@a:1,[::1]:2/d?sslmode=require", "postgres://u@h"],
+            ["mysql://h/d", "postgres://u@h:x/d", "postgres://u@h/d#x", "postgres://u@v@h/d"],
+        ),
+    ],
+)
+def test_the_chart_accepts_the_addresses_that_a_process_accepts(
+    section: str, key: str, kind: type[msgspec.Struct], accepted: list[str], refused: list[str]
+) -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    pattern = schema["properties"][section]["properties"][key]["pattern"]
+    environ = {
+        "FLASHSALE_REDIS_URL": "redis://h",
+        "FLASHSALE_KAFKA_BOOTSTRAP": "a:1",
+        "FLASHSALE_DATABASE_URL": "postgres://u@h/d",
+    }
+    variable = f"FLASHSALE_{section.upper()}_{key.upper()}"
+    for address in accepted:
+        assert re.search(pattern, address), address
+        load(kind, environ | {variable: address})
+    for address in refused:
+        assert not re.search(pattern, address), address
+        with pytest.raises(SettingsError):
+            load(kind, environ | {variable: address})
+
+
 @each_component
-def test_a_container_exposes_the_ports_of_its_process(plain: Rendered, component: str) -> None:
-    ports = {each["containerPort"] for each in plain.container(component)["ports"]}
+def test_a_container_exposes_the_ports_of_its_process(chart: Helm, component: str) -> None:
+    rendered = chart.render({"orders": {"existingSecret": {"name": "tokens"}}})
+    ports = {each["containerPort"] for each in rendered.container(component)["ports"]}
     assert ports == default_ports(component)
 
 
@@ -93,7 +172,7 @@ def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: st
 
 
 def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
-    found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_main))
+    found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_servers))
     assert found is not None
     spec = plain.pod("api")["spec"]
     sleep = plain.container("api")["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -101,7 +180,7 @@ def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     assert spec["terminationGracePeriodSeconds"] == needed
 
     clients = 3  # the group membership, the dead-letter producer and the ledger's pool
-    needed = consumer_app.GRACE_SECONDS + clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
+    needed = clients * consumer_clients.CLOSE_SECONDS + MARGIN_SECONDS
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 
@@ -146,9 +225,34 @@ def test_an_image_runs_only_its_own_package_as_an_unprivileged_user(component: s
     ]
 
 
+def test_all_images_have_the_same_base_named_by_its_digest() -> None:
+    found = [
+        re.findall(r"^ARG PYTHON_IMAGE=(.+)$", dockerfile(each), re.MULTILINE)
+        for each in COMPONENTS
+    ]
+    assert [len(each) for each in found] == [1] * len(COMPONENTS)
+    bases = {base for (base,) in found}
+    assert len(bases) == 1
+    assert re.fullmatch(r"python:[\d.]+-slim@sha256:[0-9a-f]{64}", bases.pop())
+
+
 def test_the_project_the_chart_and_the_images_have_the_same_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == project == flashsale.__version__
     for component in COMPONENTS:
         assert f"ARG VERSION={project}\n" in dockerfile(component)
+
+
+def test_the_charts_entry_in_a_catalogue_describes_the_license_and_the_crd() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    crd = yaml.safe_load(CRD.read_text())
+    entry = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]
+    assert entry["artifacthub.io/license"] == project["license"]
+    (listed,) = yaml.safe_load(entry["artifacthub.io/crds"])
+    (version,) = crd["spec"]["versions"]
+    assert (listed["kind"], listed["name"]) == (
+        crd["spec"]["names"]["kind"],
+        crd["metadata"]["name"],
+    )
+    assert listed["version"] == version["name"]

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import pytest
 
+from flashsale import requirements
 from flashsale_consumer import topics
 from tests.support.chart import (
     COMPONENTS,
@@ -23,13 +24,21 @@ from tests.support.chart_options import (
     EVERYWHERE,
     INGRESS,
     MONITORS,
+    ORDERS,
+    PEER,
     POLICIES,
     ROUTE,
     RULES,
     TLS,
     TOPICS,
+    TRACING,
 )
 from tests.support.paths import CHART
+
+TOPIC_SIZE: Final = {
+    "retention.bytes": requirements.PARTITION_BYTES,
+    "segment.bytes": requirements.SEGMENT_BYTES,
+}
 
 
 def kinds(rendered: Rendered) -> dict[str, int]:
@@ -58,10 +67,13 @@ PLAIN: Final = {
         (API_SCALES, {"HorizontalPodAutoscaler": 1}),
         (BY_CPU, {"HorizontalPodAutoscaler": 1}),
         (BY_LAG, {"ScaledObject": 1}),
+        (ORDERS, {"Service": 2}),
         (INGRESS, {"Ingress": 1}),
         (ROUTE, {"HTTPRoute": 1}),
-        (TOPICS, {"KafkaTopic": 2}),
+        (TOPICS, {"KafkaTopic": 3}),
         (POLICIES, {"NetworkPolicy": 3}),
+        (at("networkPolicies.redis.peers", [PEER]), {"NetworkPolicy": 3}),
+        (at("networkPolicies.database.peers", [PEER]), {"NetworkPolicy": 3}),
         (MONITORS, {"PodMonitor": 3}),
         (RULES, {"PrometheusRule": 1}),
         (DASHBOARD, {"ConfigMap": 1}),
@@ -79,6 +91,15 @@ def test_an_option_adds_only_its_own_kinds(
 
 def hpa(rendered: Rendered, component: str) -> Any:  # noqa: ANN401 - any manifest
     return rendered.one("HorizontalPodAutoscaler", component)["spec"]
+
+
+def policy(rendered: Rendered, component: str) -> Any:  # noqa: ANN401 - any manifest
+    return rendered.one("NetworkPolicy", component)["spec"]
+
+
+def destinations(rendered: Rendered, component: str) -> list[int]:
+    ports = [rule["ports"] for rule in policy(rendered, component)["egress"]]
+    return sorted(each["port"] for rule in ports for each in rule)
 
 
 def replicas(rendered: Rendered) -> list[int | None]:
@@ -146,7 +167,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"]["consumerGroup"],
         ),
         (
-            ["flashsale.reservations", "flashsale.reservations.dlq"],
+            ["flashsale.recorded", "flashsale.reservations", "flashsale.reservations.dlq"],
             "flashsale.reservations",
             "flashsale-ledger",
         ),
@@ -166,12 +187,19 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         },
         {
             "shop-flashsale.reservations": (
-                topics.PARTITIONS,
-                {"retention.ms": topics.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                requirements.PARTITIONS,
+                TOPIC_SIZE
+                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+            ),
+            "shop-flashsale.recorded": (
+                requirements.PARTITIONS,
+                TOPIC_SIZE
+                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
-                topics.PARTITIONS,
-                {
+                requirements.PARTITIONS,
+                TOPIC_SIZE
+                | {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
                     "min.insync.replicas": 2,
                     "max.message.bytes": topics.DEAD_LETTER_BYTES,
@@ -312,6 +340,18 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ],
     ),
     (
+        "the operator knows which namespace may sell which items",
+        at("operator.items", {"shop": "shop-", "brand": "b.", "1": "2"}),
+        lambda r: r.environment("operator")["FLASHSALE_ITEMS"],
+        "1=2,brand=b.,shop=shop-",
+    ),
+    (
+        "an operator's rollout within a full quota",
+        at("operator.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
+        lambda r: r.one("Deployment", "operator")["spec"]["strategy"],
+        {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+    ),
+    (
         "a rollout within a full quota",
         at("api.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": 1}),
         lambda r: r.one("Deployment", "api")["spec"]["strategy"],
@@ -376,6 +416,87 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ]
         * 3,
     ),
+    *(
+        (
+            f"policies follow the address {address}",
+            merged(POLICIES, at(path, address), at("database.existingSecret.name", name)),
+            lambda r, component=component: destinations(r, component),
+            expected,
+        )
+        for path, address, name, component, expected in (
+            ("redis.url", "rediss://u@r:6380/0", "x", "api", [53, 53, 6380, 9092]),
+            ("redis.url", "redis://r", "x", "api", [53, 53, 6379, 9092]),
+            ("kafka.bootstrap", "a:9094,b:9094,c:9095", "x", "api", [53, 53, 6379, 9094, 9095]),
+            ("database.url", "postgresql://u@h:6432/x", "", "consumer", [53, 53, 6432, 9092]),
+            ("database.url", "postgres://[::1]", "", "consumer", [53, 53, 5432, 9092]),
+            ("database.url", "postgres://a:1,b/x?c=d:9", "", "consumer", [1, 53, 53, 5432, 9092]),
+            ("tracing.endpoint", "https://c/v1", "x", "api", [53, 53, 443, 6379, 9092]),
+            ("tracing.endpoint", "http://c", "x", "api", [53, 53, 80, 6379, 9092]),
+        )
+    ),
+    (
+        "policies follow the configured DNS",
+        merged(POLICIES, at("networkPolicies.dns", {"port": 5353, "peers": [PEER]})),
+        lambda r: [policy(r, each)["egress"][0] for each in COMPONENTS],
+        [
+            {
+                "ports": [
+                    {"protocol": "UDP", "port": 5353},
+                    {"protocol": "TCP", "port": 5353},
+                ],
+                "to": [PEER],
+            }
+        ]
+        * 3,
+    ),
+    (
+        "the pod of helm test reaches only DNS, the API, the servers and Kubernetes",
+        POLICIES,
+        lambda r: [
+            (
+                each["metadata"]["annotations"]["helm.sh/hook-weight"],
+                each["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"],
+                each["spec"].get("ingress"),
+                [rule["ports"][0]["port"] for rule in each["spec"]["egress"]],
+            )
+            for each in r.hooks
+            if each["kind"] == "NetworkPolicy"
+        ],
+        [("-1", "test", None, [53, 8080, 6379, 9092, 5432, 6443])],
+    ),
+    (
+        "the API reaches only Redis and Kafka",
+        POLICIES,
+        lambda r: destinations(r, "api"),
+        [53, 53, 6379, 9092],
+    ),
+    (
+        "the consumer reaches only Kafka and PostgreSQL",
+        POLICIES,
+        lambda r: destinations(r, "consumer"),
+        [53, 53, 5432, 9092],
+    ),
+    (
+        "the operator reaches Redis, Kafka, PostgreSQL and Kubernetes",
+        POLICIES,
+        lambda r: destinations(r, "operator"),
+        [53, 53, 5432, 6379, 6443, 9092],
+    ),
+    (
+        "buyers reach only the API",
+        POLICIES,
+        lambda r: [policy(r, each).get("ingress") for each in COMPONENTS],
+        [[{"ports": [{"protocol": "TCP", "port": "http"}]}], None, None],
+    ),
+    (
+        "helm test reaches the API even if buyers are restricted",
+        {"networkPolicies": {"enabled": True, "buyers": [PEER]}},
+        lambda r: [
+            each.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/component")
+            for each in policy(r, "api")["ingress"][0]["from"]
+        ],
+        [None, "test"],
+    ),
     (
         "Redis and PostgreSQL clients trust the certificate authority",
         AUTHORITY,
@@ -399,6 +520,59 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         * 3,
     ),
     (
+        "Prometheus reaches only the metrics ports",
+        {"networkPolicies": {"enabled": True, "prometheus": [PEER]}},
+        lambda r: [
+            [(rule["ports"][0]["port"], rule.get("from")) for rule in policy(r, each)["ingress"]]
+            for each in COMPONENTS
+        ],
+        [[("http", None), ("metrics", [PEER])], [("http", [PEER])], [("http", [PEER])]],
+    ),
+    (
+        "the order port needs a Secret with tokens",
+        {},
+        lambda r: [
+            [each for each in r.manifests if each["metadata"]["name"].endswith("-orders")],
+            [each["name"] for each in r.container("api")["ports"]],
+            "FLASHSALE_ORDER_TOKENS" in r.environment("api"),
+        ],
+        [[], ["http", "metrics"], False],
+    ),
+    (
+        "the order port has a Service of its own",
+        ORDERS,
+        lambda r: [
+            [
+                each["spec"]["ports"][0]["targetPort"]
+                for each in r.manifests
+                if each["kind"] == "Service"
+            ],
+            [each["name"] for each in r.container("api")["ports"]],
+            r.environment("api")["FLASHSALE_ORDER_TOKENS"],
+            [each for each in COMPONENTS if "FLASHSALE_ORDER_TOKENS" in r.environment(each)],
+        ],
+        [
+            ["orders", "http"],
+            ["http", "metrics", "orders"],
+            {"secretKeyRef": {"name": "order-service", "key": "tokens"}},
+            ["api"],
+        ],
+    ),
+    (
+        "only the order service reaches the order port",
+        merged(ORDERS, {"networkPolicies": {"enabled": True, "orders": [PEER]}}),
+        lambda r: [
+            (rule["ports"][0]["port"], rule.get("from")) for rule in policy(r, "api")["ingress"]
+        ],
+        [("http", None), ("orders", [PEER])],
+    ),
+    (
+        "nothing reaches the order port without peers",
+        merged(ORDERS, {"networkPolicies": {"enabled": True}}),
+        lambda r: [rule["ports"][0]["port"] for rule in policy(r, "api")["ingress"]],
+        ["http"],
+    ),
+    (
         "the Ingress exposes only the buyers' paths",
         INGRESS,
         lambda r: {
@@ -408,6 +582,24 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {"/reserve": "Exact", "/sales": "Prefix"},
     ),
     (
+        "the Ingress exposes the page, and none of the other paths",
+        merged(INGRESS, at("api.ingress.page", True)),
+        lambda r: {
+            each["path"]: each["pathType"]
+            for each in r.one("Ingress", "api")["spec"]["rules"][0]["http"]["paths"]
+        },
+        {"/": "Exact", "/reserve": "Exact", "/sales": "Prefix"},
+    ),
+    (
+        "the HTTPRoute exposes the page, and none of the other paths",
+        merged(ROUTE, at("api.httpRoute.page", True)),
+        lambda r: [
+            (each["path"]["type"], each["path"]["value"])
+            for each in r.one("HTTPRoute", "api")["spec"]["rules"][0]["matches"]
+        ],
+        [("Exact", "/reserve"), ("PathPrefix", "/sales"), ("Exact", "/")],
+    ),
+    (
         "PodMonitors read each component's metrics port",
         MONITORS,
         lambda r: [
@@ -415,6 +607,23 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
             for each in COMPONENTS
         ],
         ["metrics", "http", "http"],
+    ),
+    (
+        "the API and the consumer send traces and may reach the collector",
+        merged(POLICIES, TRACING),
+        lambda r: [
+            (
+                r.environment(each).get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+                r.environment(each).get("OTEL_TRACES_SAMPLER_ARG"),
+                4318 in destinations(r, each),
+            )
+            for each in COMPONENTS
+        ],
+        [
+            ("http://collector:4318", "0.01", True),
+            ("http://collector:4318", "0.01", True),
+            (None, None, False),
+        ],
     ),
     (
         "the dashboard is the file",

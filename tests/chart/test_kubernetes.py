@@ -98,7 +98,7 @@ EVERYTHING: Final[Manifest] = {
     "podMonitors": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRules": {"enabled": True, "labels": {"release": "prometheus"}},
     "dashboard": {"enabled": True},
-    "tracing": {"endpoint": "http://collector:4318", "ratio": 0.5},
+    "tracing": {"endpoint": "http://collector:4318", "ratio": 0.5, "trustTraceparent": True},
 }
 VARIANTS: Final = {
     "addresses only": {},
@@ -224,7 +224,7 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
 
     topics = {
         f"kafkatopic.kafka.strimzi.io/shop-flashsale.{name}"
-        for name in ("reservations", "reservations.dlq")
+        for name in ("reservations", "reservations.dlq", "recorded")
     }
     uninstall()
     assert names(cluster, namespace, "shop") == {CRD_RESOURCE, *topics}

@@ -35,7 +35,8 @@ async def database(postgres_server: PostgresServer) -> str:
 @pytest.fixture
 def release(chart: Helm, cluster: ControlPlane, namespace: str) -> Iterator[Rendered]:
     """An installed release with the accounts that `helm test` creates for its pod."""
-    values = merged(ADDRESSES, at("operator.namespaces", [namespace]))
+    tenants = at("operator", {"namespaces": [namespace], "items": {namespace: "shop."}})
+    values = merged(ADDRESSES, tenants)
     command = ("shop", str(CHART), "-n", namespace)
     chart.run("install", *command, values=values, kubeconfig=cluster.kubeconfig)
     cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
@@ -75,13 +76,14 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
     (container,) = pod["spec"]["containers"]
     given = {each["name"]: each.get("value", "") for each in container["env"]}
     kubeconfig = cluster.kubeconfig_for_service_account(namespace, "shop-flashsale-operator")
-    served = release.environment("operator")["FLASHSALE_NAMESPACES"]
+    tenants = release.environment("operator")
     with RedisServer(tmp_path / "redis") as redis:
         addresses = Addresses(redis.url, kafka_server.bootstrap, database, "purchase")
         environment = {
             **addresses.environment(),
             "KUBECONFIG": str(kubeconfig),
-            "FLASHSALE_NAMESPACES": served,
+            "FLASHSALE_NAMESPACES": tenants["FLASHSALE_NAMESPACES"],
+            "FLASHSALE_ITEMS": tenants["FLASHSALE_ITEMS"],
         }
         with (
             OperatorServer(tmp_path / "operator", environment),
@@ -103,12 +105,21 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
                 text=True,
                 check=False,
             )
+            (doctor,) = pod["spec"]["initContainers"]
+            examined = subprocess.run(
+                [Path(sys.executable).with_name(doctor["command"][0]), *doctor["command"][1:]],
+                env={"PATH": "/usr/bin", "HOME": str(tmp_path), **addresses.environment()},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    assert (examined.returncode, examined.stderr) == (0, ""), examined.stdout
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == [
         "201",
         "202",
         "409",
-        "accepted",
+        "confirmed",
         "200",
     ]
     assert cluster.kubectl("get", "fs", "-n", namespace, "-o", "name").stdout == ""

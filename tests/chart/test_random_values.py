@@ -181,6 +181,7 @@ OWN: Final[dict[str, st.SearchStrategy[Any]]] = {
     "peers": PEERS,
     "buyers": PEERS,
     "prometheus": PEERS,
+    "orders": PEERS,
     "loadBalancerSourceRanges": st.lists(CIDRS, max_size=2),
     "parentRefs": PARENTS,
     # Requests that are larger than the limits would be refused.

@@ -2,10 +2,12 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import yaml
 
 from tests.support.chart import (
     ADDRESSES,
@@ -106,6 +108,42 @@ def test_a_new_version_of_the_chart_alone_changes_no_pod(chart: Helm, tmp_path: 
         assert labels["helm.sh/chart"] == "flashsale-0.2.0_a"
         assert upgraded.pod(component) == before.pod(component)
         assert "app.kubernetes.io/version" not in before.pod(component)["metadata"]["labels"]
+
+
+@pytest.fixture
+def notes(chart: Helm, tmp_path: Path) -> Callable[..., str]:
+    """Return the text that `helm install` prints, rendered as an object of a copy of the chart."""
+    copy = tmp_path / "flashsale"
+    shutil.copytree(CHART, copy)
+    text = (copy / "templates" / "NOTES.txt").read_text()
+    (copy / "templates" / "_notes.tpl").write_text(f'{{{{ define "notes" }}}}{text}{{{{ end }}}}')
+    (copy / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
+    command = ("template", RELEASE, str(copy), "-n", NAMESPACE, "--show-only=templates/notes.yaml")
+
+    def rendered(*changes: dict[str, Any]) -> str:
+        found = yaml.safe_load(chart.run(*command, values=merged(ADDRESSES, *changes)))
+        return str(found["notes"])
+
+    return rendered
+
+
+def test_the_notes_name_an_item_that_the_namespace_may_sell(notes: Callable[..., str]) -> None:
+    assert "spec: {itemId: iphone_15, stock: 100}" in notes()
+    tenant = at("operator", {"namespaces": ["brand"], "items": {"brand": "brand-"}})
+    assert "kubectl apply -n brand " in notes(tenant)
+    assert "spec: {itemId: brand-iphone_15, stock: 100}" in notes(tenant)
+    assert '"itemId":"brand-iphone_15"' in notes(tenant)
+
+
+@pytest.mark.parametrize(
+    "scaled", [at("api.autoscaling.enabled", True), at("consumer.autoscaling.by", "cpu")]
+)
+def test_the_notes_warn_of_autoscaling_and_of_uninstalling(
+    notes: Callable[..., str], scaled: dict[str, Any]
+) -> None:
+    assert "Autoscaling is on" not in notes()
+    assert "Never switch it on while a sale is open" in notes(scaled)
+    assert f"kubectl delete flashsales --all -n {NAMESPACE}" in notes()
 
 
 # YAML reads each of these as a number, a boolean or null unless it is quoted.

@@ -17,8 +17,10 @@ from tests.support.chart_options import (
     BY_CPU,
     BY_LAG,
     DASHBOARD,
+    IDENTITY,
     INGRESS,
     MONITORS,
+    ORDERS,
     PEER,
     POLICIES,
     ROUTE,
@@ -46,13 +48,11 @@ def _component_changes(component: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "tolerations": [{"key": "a", "operator": "Exists"}],
         "affinity": {"podAntiAffinity": {}},
         "priorityClassName": "high",
+        "strategy.rollingUpdate.maxSurge": "50%",
+        "strategy.rollingUpdate.maxUnavailable": 1,
     }
     if component != "operator":
-        changes |= {
-            "topologySpreadConstraints": [],
-            "strategy.rollingUpdate.maxSurge": "50%",
-            "strategy.rollingUpdate.maxUnavailable": 1,
-        }
+        changes["topologySpreadConstraints"] = []
     return {f"{component}.{path}": (value, {}) for path, value in changes.items()}
 
 
@@ -67,7 +67,6 @@ def _server_changes(name: str, field: str) -> dict[str, tuple[Any, dict[str, Any
 
 
 CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
-    "nameOverride": ("other", {}),
     "fullnameOverride": ("other", {}),
     "engine": ("other", {}),
     "commonLabels": ({"a": "b"}, {}),
@@ -88,6 +87,10 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_server_changes("kafka", "bootstrap"),
     **_server_changes("database", "url"),
     "kafka.tls.enabled": (True, {}),
+    "redis.existingSecret.apiKey": (
+        "other",
+        {"redis": {"url": "", "existingSecret": {"name": "redis"}}},
+    ),
     "kafka.tls.existingSecret.name": ("other", TLS),
     "kafka.tls.existingSecret.key": ("pem", merged(TLS, at("kafka.tls.existingSecret.name", "ca"))),
     "kafka.tls.clientCertificate.existingSecret.name": ("client", TLS),
@@ -115,13 +118,18 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "api.service.externalTrafficPolicy": ("Local", BALANCED),
     "api.service.annotations": ({"a": "b"}, {}),
     "api.ingress.enabled": (True, {}),
+    "api.ingress.page": (True, INGRESS),
     "api.ingress.className": ("nginx", INGRESS),
     "api.ingress.annotations": ({"a": "b"}, INGRESS),
     "api.ingress.host": ("other.example", INGRESS),
     "api.ingress.tlsSecretName": ("tls", INGRESS),
     "api.httpRoute.enabled": (True, at("api.httpRoute.parentRefs", [{"name": "public"}])),
+    "api.httpRoute.page": (True, ROUTE),
     "api.httpRoute.parentRefs": ([{"name": "other"}], ROUTE),
     "api.httpRoute.hostnames": (["shop.example"], ROUTE),
+    "orders.existingSecret.name": ("other", {}),
+    "orders.existingSecret.key": ("other", ORDERS),
+    "orders.service.port": (8083, ORDERS),
     **_component_changes("consumer"),
     "consumer.replicas": (3, {}),
     "consumer.autoscaling.by": ("cpu", {}),
@@ -132,9 +140,16 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     **_component_changes("operator"),
     "operator.allNamespaces": (True, {}),
     "operator.namespaces": (["a"], {}),
+    "operator.items": ({"shop": "shop-"}, {}),
     "operator.keepClosedSeconds": (3, {}),
     "networkPolicies.enabled": (True, {}),
     "networkPolicies.buyers": ([PEER], POLICIES),
+    "identity.userHeader": ("x-user-id", {}),
+    "identity.jwksUrl": ("http://keys/b", IDENTITY),
+    "identity.issuer": ("other", IDENTITY),
+    "identity.audience": ("other", IDENTITY),
+    "networkPolicies.issuer.peers": ([PEER], merged(POLICIES, IDENTITY)),
+    "networkPolicies.orders": ([PEER], merged(POLICIES, ORDERS)),
     "networkPolicies.prometheus": ([PEER], POLICIES),
     "networkPolicies.dns.peers": ([PEER], POLICIES),
     "networkPolicies.dns.port": (5353, POLICIES),
@@ -143,6 +158,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "logLevel": ("debug", {}),
     "tracing.endpoint": ("http://collector:4318", {}),
     "tracing.ratio": (0.5, TRACING),
+    "tracing.trustTraceparent": (True, TRACING),
     "networkPolicies.collector.peers": ([PEER], merged(POLICIES, TRACING)),
     "podMonitors.enabled": (True, {}),
     "podMonitors.labels": ({"a": "b"}, MONITORS),

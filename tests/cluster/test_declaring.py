@@ -1,5 +1,7 @@
 """Apply, edit and delete FlashSales with kubectl. Check answers, status and Events."""
 
+import json
+
 import pytest
 
 from dev.services import OperatorServer
@@ -78,7 +80,7 @@ def test_a_window_opens_and_ends_automatically(
     eventually(lambda: world.events("soon") == ["Opened", "Ended"])
 
 
-def test_a_stock_below_the_units_held_is_reported_and_the_sale_continues(
+def test_a_stock_below_the_units_of_buyers_is_reported_and_the_sale_continues(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API needs it
     world: World,
     operator: OperatorServer,  # noqa: ARG001 - it runs
@@ -93,13 +95,47 @@ def test_a_stock_below_the_units_held_is_reported_and_the_sale_continues(
     ready = world.condition("held", "Ready")
     assert (ready["status"], ready["message"]) == (
         "False",
-        "spec.stock 1 is below the 3 units that buyers hold, so 3 stay allocated",
+        "spec.stock 1 is below the 3 units that buyers have, so 3 stay allocated",
     )
     assert world.sale("held")["allocated"] == "3"
     world.apply("held", stock=4)
     world.until("held", state="Selling", ready="Applied")
     reserve_until(api, "held", (202, ""))
     reserve_until(api, "held", (409, "sold-out"))
+
+
+def test_a_sold_out_sale_with_open_holds_sells_again_after_they_expire(
+    kafka_server: KafkaServer,  # noqa: ARG001 - the API and the consumer need it
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - it runs
+) -> None:
+    api = world.api()
+    world.consumer()
+    world.apply("tickets", stock=2, holdSeconds=5)
+    world.until("tickets", state="Selling", ready="Applied")
+    reserve_until(api, "tickets", (202, ""))
+    assert reserve(api, "tickets")[0] == 202
+    world.until("tickets", state="SoldOut")
+    assert world.condition("tickets", "SoldOut")["message"] == (
+        "no units are available: 2 units held, which may come back"
+    )
+    status = world.get("tickets")["status"]
+    assert {name: status[name] for name in ("available", "held", "confirmed")} == {
+        "available": 0,
+        "held": 2,
+        "confirmed": 0,
+    }
+    live = world.until("tickets", state="Selling")
+    assert live["status"]["available"] > 0
+    eventually(lambda: world.get("tickets")["status"].get("holdExpired") is True)
+    eventually(
+        lambda: (
+            world.events("tickets").count("HoldExpired") == 1
+            and "SellingAgain" in world.events("tickets")
+        )
+    )
+    world.until_available("tickets", 2)
+    eventually(lambda: world.get("tickets")["status"]["held"] == 0)
 
 
 def test_a_second_sale_of_an_item_waits_for_the_first(
@@ -167,6 +203,64 @@ def test_kubectl_get_shows_item_state_stock_and_window(
     world.until("a-selling", state="Selling")
     world.until("b-later", state="Scheduled")
     table = [" ".join(line.split()) for line in world.kubectl("get", "fs").splitlines()]
-    assert table[0] == "NAME ITEM STATE READY STOCK AVAILABLE STARTS ENDS AGE"
-    assert table[1].startswith("a-selling a-selling Selling True 100 100 2999-01-01T00:00:00Z ")
-    assert table[2].startswith("b-later b-later Scheduled True 5 5 2998-11-27T09:00:00Z ")
+    assert table[0] == "NAME ITEM STATE READY STOCK AVAILABLE HELD STARTS ENDS AGE"
+    assert table[1].startswith("a-selling a-selling Selling True 100 100 0 2999-01-01T00:00:00Z ")
+    assert table[2].startswith("b-later b-later Scheduled True 5 5 0 2998-11-27T09:00:00Z ")
+
+
+def test_an_end_in_the_past_is_a_warning(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - it runs
+) -> None:
+    world.apply("late", endsAt="2025-11-27T10:00:00Z")
+    world.until("late", state="Ended", ready="Applied")
+    selector = "--field-selector=involvedObject.name=late"
+    (event,) = json.loads(world.kubectl("get", "events", "-o", "json", selector))["items"]
+    assert (event["type"], event["reason"]) == ("Warning", "Ended")
+    assert event["message"].startswith("the sale ended at 2025-11-27T10:00:00.000Z and accepted no")
+
+
+def test_an_item_outside_the_prefix_of_its_namespace_names_the_rule(world: World) -> None:
+    world.operator(FLASHSALE_ITEMS=f"{world.namespace}=home-,other=away-")
+    world.apply("home-cup")
+    world.until("home-cup", state="Selling", ready="Applied")
+    world.apply("away-cup")
+    world.until("away-cup", state="Unknown", ready="InvalidSpec")
+    assert world.condition("away-cup", "Ready")["message"] == (
+        f"spec.itemId: must begin with home- in the namespace {world.namespace} (operator.items)"
+    )
+    assert world.sale("away-cup") == {}
+
+
+def test_managed_fields_and_events_name_the_operator(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - it runs
+) -> None:
+    world.apply("cup")
+    world.until("cup", state="Selling", ready="Applied")
+    eventually(lambda: world.events("cup") == ["Opened"])
+    for kind, subresource in (("fs", "status"), ("events", None)):
+        listed = json.loads(world.kubectl("get", kind, "-o", "json", "--show-managed-fields"))
+        (live,) = listed["items"]
+        writers = {
+            each["manager"]
+            for each in live["metadata"]["managedFields"]
+            if each.get("subresource") == subresource
+        }
+        assert "flashsale-operator" in writers
+        assert not [name for name in writers if "python" in name.lower()]
+
+
+def test_kubectl_wait_waits_for_the_answer_to_the_last_change(
+    world: World, operator: OperatorServer
+) -> None:
+    world.apply("cup")
+    world.until("cup", state="Selling", ready="Applied")
+    wait = ("wait", "fs/cup", "--for=condition=Ready")
+    assert "condition met" in world.kubectl(*wait, "--timeout=0s")
+    operator.pause()
+    world.kubectl("patch", "fs", "cup", "--type=merge", "-p", '{"spec":{"paused":true}}')
+    assert "timed out" in world.kubectl(*wait, "--timeout=3s", check=False)
+    operator.resume()
+    assert "condition met" in world.kubectl(*wait, "--timeout=60s")
+    assert world.condition("cup", "Open")["reason"] == "Paused"

@@ -26,6 +26,8 @@ def test_the_four_samples_together_show_every_field() -> None:
         "startsAt",
         "endsAt",
         "paused",
+        "holdSeconds",
+        "maxExpiredHolds",
     }
 
 

@@ -31,6 +31,8 @@ LOAD_SECONDS: Final = 200.0
 OUTLASTS: Final = "130s"
 """The duration of a load test that must outlast a rollout, which may take two minutes."""
 
+WAIT: Final = ("--wait", "--timeout=2m")
+
 Object = dict[str, Any]
 
 
@@ -42,7 +44,8 @@ def block(name: str, page: str = "install") -> str:
 
 def commands(name: str, page: str = "install") -> list[str]:
     """Return the commands of a block in a page of docs/."""
-    return [line for line in block(name, page).replace("\\\n", " ").splitlines() if line]
+    lines = block(name, page).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,28 @@ class Shop:
         (command,) = (each for each in commands("install") if each.startswith("helm install"))
         self.shell(command)
 
+    def create_namespace(self) -> None:
+        """Create the namespace of the release. It refuses unrestricted pods."""
+        self.kubectl("create", "namespace", self.namespace)
+        enforce = "pod-security.kubernetes.io/enforce=restricted"
+        self.kubectl("label", "namespace", self.namespace, enforce)
+
+    def start_servers(self) -> None:
+        """Start a Redis and a PostgreSQL of k8s/, with requests that fit the node."""
+        for name in ("development-secrets", "redis/one-node", "postgres/one-node"):
+            for each in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").read_text()):
+                if each["kind"] == "StatefulSet":
+                    (container,) = each["spec"]["template"]["spec"]["containers"]
+                    container["resources"]["requests"]["cpu"] = "50m"
+                self.apply(each)
+        for server in ("redis", "postgres"):
+            self.kubectl("rollout", "status", f"statefulset/{server}", "--timeout=2m")
+
+    def images(self) -> set[str]:
+        """Return the image tags of the release's pods."""
+        pods = self.get("pods", f"--selector=app.kubernetes.io/instance={self.release}")["items"]
+        return {each["spec"]["containers"][0]["image"].rpartition(":")[2] for each in pods}
+
     def declare(self, name: str, stock: int) -> None:
         """Apply a sale of an item of the same name and wait until it sells."""
         self.apply(flash_sale(name, stock=stock))
@@ -143,7 +168,8 @@ class Shop:
         (container,) = manifest["spec"]["template"]["spec"]["containers"]
         container["args"][-1] = script
         env = {each["name"]: each for each in container["env"]}
-        variables = {"API_URL": f"http://{self.release}-flashsale-api", **variables}
+        service = f"http://{self.release}-flashsale"
+        variables = {"API_URL": f"{service}-api", "ORDERS_URL": f"{service}-orders", **variables}
         env |= {name: {"name": name, "value": str(value)} for name, value in variables.items()}
         container["env"] = list(env.values())
         # A node with two cores also runs the engine and its servers.
@@ -182,15 +208,20 @@ class Shop:
         lines = self.kubectl("logs", f"job/{job}", check=False).splitlines()
         return "\n".join(line for line in lines if not line.startswith("{"))
 
-    def ledger(self, sale: str) -> list[tuple[str, str, int]]:
-        """Return the reservation, user and quantity of each accepted row of a sale."""
+    def rows(self, sale: str, columns: str) -> list[list[Any]]:
+        """Return columns of each of a sale's reservations in the ledger."""
         query = (
-            "SELECT json_build_array(reservation_id, user_id, quantity) FROM reservations "
-            f"WHERE sale_id = '{self.namespace}/{sale}' AND state = 'accepted'"
+            f"SELECT json_build_array({columns}) FROM reservations "
+            f"WHERE sale_id = '{self.namespace}/{sale}'"
         )
         psql = ("psql", "--username=flashsale", "--tuples-only", "--no-align", f"--command={query}")
         lines = self.kubectl("exec", "postgres-0", "--", *psql).splitlines()
-        return [(row[0], row[1], row[2]) for row in map(json.loads, lines)]
+        return [json.loads(line) for line in lines]
+
+    def ledger(self, sale: str) -> list[tuple[str, str, int]]:
+        """Return the reservation, user and quantity of each accepted row of a sale."""
+        rows = self.rows(sale, "reservation_id, user_id, quantity, state")
+        return [(row[0], row[1], row[2]) for row in rows if row[3] in ("held", "confirmed")]
 
     def check(self, sale: str, stock: int, promises: Iterable[Promise]) -> None:
         """Check that nothing was oversold and that the ledger has the promised reservations only.
@@ -231,8 +262,8 @@ class Shop:
         """Wait until the audit reports ok for every sale."""
 
         def ok() -> bool:
-            lines = self.flashsalectl("audit", check=False).splitlines()
-            return all(line.endswith("ok") for line in lines[1:])
+            _, *sales = self.flashsalectl("audit", check=False).splitlines()
+            return bool(sales) and all(line.endswith("ok") for line in sales)
 
         self.until(ok, "the audit reports ok for every sale")
 

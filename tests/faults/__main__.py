@@ -58,6 +58,8 @@ class _Line:
     promised: int = 0
     lost: int = 0
     refused: int = 0
+    confirmed: int = 0
+    expired: int = 0
     slowest: float = 0.0
 
 
@@ -76,14 +78,25 @@ class _Summary:
             line.promised += result.promised
             line.lost += result.lost
             line.refused += result.refused
+            line.confirmed += result.confirmed
+            line.expired += result.expired
             line.slowest = max(line.slowest, result.recovery_seconds)
         self.answers.update(result.outcomes)
 
     def print(self) -> None:
-        head = ("fault", "schedules", "202s", "lost (allowed)", "refused", "slowest recovery")
+        head = (
+            "fault",
+            "schedules",
+            "202s",
+            "lost (allowed)",
+            "refused",
+            "confirmed",
+            "expired",
+            "slowest recovery",
+        )
         lines = [
             f"| {kind} | {line.schedules} | {line.promised:,} | {line.lost} | {line.refused} "
-            f"| {line.slowest:.0f} s |"
+            f"| {line.confirmed:,} | {line.expired:,} | {line.slowest:.0f} s |"
             for kind in (*Kind, "all")
             if (line := self.kinds.get(kind))
         ]

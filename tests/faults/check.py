@@ -19,12 +19,16 @@ from flashsale import redis_client
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Record
 from tests.faults.crowd import Answer, Crowd
+from tests.faults.orders import Call, Shop
 from tests.faults.world import History, Sale, World
+from tests.support.recorded import in_ledger, received
 
 RECOVERY_SECONDS: Final = 120.0
 UNPUBLISHED_SECONDS: Final = 2.0
 """How long an event may exist only in the pod's memory and in Redis while Kafka is up."""
 RETRIES: Final = 30
+EXPIRED_SECONDS: Final = 30.0
+"""How long holds may stay open after everything was repaired."""
 
 
 class Broken(Exception):
@@ -36,7 +40,8 @@ class Result:
     """The result of a schedule. Counts are reservations, except for `accepted_units`.
 
     `lost` and `refused` reservations were answered 202 and are not recorded, which the durability
-    of Redis allows. `recovery_seconds` count from the end of the last fault until both APIs answer.
+    of Redis allows. `confirmed`, `cancelled` and `expired` are of sales with holds.
+    `recovery_seconds` count from the end of the last fault until both APIs answer.
     """
 
     answers: int = 0
@@ -44,13 +49,17 @@ class Result:
     accepted_units: int = 0
     lost: int = 0
     refused: int = 0
+    confirmed: int = 0
+    cancelled: int = 0
+    expired: int = 0
     recovery_seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         return (
             f"{self.answers} answers, {self.promised} reservations promised, {self.lost} lost, "
-            f"{self.refused} refused, recovered after {self.recovery_seconds:.1f} s"
+            f"{self.refused} refused, {self.confirmed} confirmed, {self.cancelled} cancelled, "
+            f"{self.expired} expired, recovered after {self.recovery_seconds:.1f} s"
         )
 
 
@@ -102,8 +111,9 @@ async def await_ready(world: World, sale: Sale) -> None:
         await asyncio.sleep(0.5)
 
 
-async def check(world: World, crowd: Crowd, sale: Sale) -> Result:
+async def check(world: World, crowd: Crowd, shop: Shop, sale: Sale) -> Result:
     """Check every promise. Raises Broken with everything that is wrong."""
+    await _without_holds(world, sale)
     await quiet(world.addresses, [sale.item])
     journal = tuple(crowd.journal)
     result = Result(answers=len(journal))
@@ -115,7 +125,10 @@ async def check(world: World, crowd: Crowd, sale: Sale) -> Result:
     ]
     book = await _book(world, sale)
     wrong += _compare(book, journal, sale, world.history, result)
+    if sale.hold_seconds:
+        wrong += _orders(book, shop.journal, result)
     wrong += await _in_redis(world, sale, book)
+    wrong += await _announced(world, sale)
     wrong += await _retries(crowd, book)
     audit = await _ctl(world, "audit", sale.item)
     if audit.returncode and not result.refused:
@@ -131,6 +144,7 @@ class _Book:
 
     accepted: int
     released: int
+    held: int
     rows: dict[str, asyncpg.Record]
 
 
@@ -144,7 +158,10 @@ async def _book(world: World, sale: Sale) -> _Book:
     if counts is None:
         raise Broken(f"the ledger has no row for {sale.sale_id}")
     return _Book(
-        counts["accepted"], counts["released"], {str(row["reservation_id"]): row for row in rows}
+        counts["accepted"],
+        counts["released"],
+        counts["held"],
+        {str(row["reservation_id"]): row for row in rows},
     )
 
 
@@ -153,19 +170,22 @@ def _compare(
 ) -> list[str]:
     """Check the ledger against the journal, and its counts against its rows."""
     wrong = []
-    recorded = {i: row for i, row in book.rows.items() if row["state"] == "accepted"}
-    units = sum(row["quantity"] for row in recorded.values())
+    recorded = {i: row for i, row in book.rows.items() if row["state"] != "refused"}
+    taken = [row for row in recorded.values() if row["state"] in ("held", "confirmed")]
+    units = sum(row["quantity"] for row in taken)
     result.accepted_units = units
     if units > sale.highest_stock:
         wrong.append(f"{units} units are recorded, but at most {sale.highest_stock} were for sale")
     if units != book.accepted - book.released:
         wrong.append(f"the rows have {units} units, the sale has {book.accepted} - {book.released}")
-    held: Counter[str] = Counter()
-    for row in recorded.values():
-        held[row["user_id"]] += row["quantity"]
+    if book.held != sum(row["quantity"] for row in taken if row["state"] == "held"):
+        wrong.append(f"the rows and the sale, {book.held}, have different numbers of held units")
+    of_user: Counter[str] = Counter()
+    for row in taken:
+        of_user[row["user_id"]] += row["quantity"]
     wrong += [
-        f"{user} holds {units} units, but the limit is {sale.max_per_user}"
-        for user, units in held.items()
+        f"{user} has {units} units, but the limit is {sale.max_per_user}"
+        for user, units in of_user.items()
         if units > sale.max_per_user
     ]
     promises: dict[str, list[Answer]] = defaultdict(list)
@@ -195,11 +215,52 @@ def _compare(
     return wrong
 
 
+def _orders(book: _Book, journal: Sequence[Call], result: Result) -> list[str]:
+    """Check the calls of the shop against the ledger. What was answered 200 is never lost."""
+    wrong = []
+    states = Counter(row["state"] for row in book.rows.values())
+    result.confirmed, result.cancelled = states["confirmed"], states["cancelled"]
+    result.expired = states["expired"]
+    for call in journal:
+        row = book.rows.get(call.reservation_id)
+        state = "refused" if row is None else row["state"]
+        match call.verb, call.status:
+            case "confirm", 200:
+                kept = row is not None and (state, row["order_ref"]) == (
+                    "confirmed",
+                    call.order_ref,
+                )
+            case "cancel", 200:
+                kept = state in ("cancelled", "expired")
+            case _, 409:
+                kept = True
+            case _, 404:
+                kept = state == "refused"
+            case _:
+                kept = False
+        if not kept:
+            wrong.append(f"{call} is in the ledger as {row and dict(row)}")
+    return wrong
+
+
+async def _without_holds(world: World, sale: Sale) -> None:
+    """Wait until Redis has no hold of the sale. Raises Broken if the holds do not expire."""
+    client = redis_client.connect(world.addresses.redis_url)
+    try:
+        deadline = time.monotonic() + EXPIRED_SECONDS
+        while left := await client.zcard(ItemKeys.of(sale.item).holds):
+            if time.monotonic() > deadline:
+                raise Broken(f"{left} holds of {sale.item} do not expire")
+            await asyncio.sleep(0.2)
+    finally:
+        await client.aclose()
+
+
 def _expected(answer: Answer, history: History) -> bool:
     if answer.status == 404:
         # A pod that started after Redis lost the keys has never seen the sale. It answers 404 until
         # the operator has fenced the sale in Redis.
-        started = any(api == answer.api and to <= answer.received for api, _, to in history.killed)
+        started = any(api == answer.api and at <= answer.received for api, at, _ in history.killed)
         return started and any(began <= answer.received for began, _ in history.lost_in_redis)
     return answer.status in (0, 202, 409, 503)
 
@@ -222,6 +283,30 @@ def _may_be_lost(answer: Answer, history: History) -> bool:
     return lost and orphaned
 
 
+async def _announced(world: World, sale: Sale) -> list[str]:
+    """Check that a receiver of recorded reservations knows exactly the ledger's."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    connection = await asyncpg.connect(world.postgres.url)
+    try:
+        recorded = await in_ledger(connection, sale.sale_id)
+    finally:
+        await connection.close()
+    while True:
+        view = await received(world.addresses.kafka_bootstrap, world.addresses.engine)
+        known = {
+            key: each for key, each in view.reservations.items() if each["saleId"] == sale.sale_id
+        }
+        if known == recorded:
+            return []
+        if time.monotonic() > deadline:
+            differ = sorted(
+                key for key in {*known, *recorded} if known.get(key) != recorded.get(key)
+            )
+            first = f"{known.get(differ[0])}, but the ledger has {recorded.get(differ[0])}"
+            return [f"{len(differ)} reservations are announced differently, such as {first}"]
+        await asyncio.sleep(0.5)
+
+
 async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     """Check Redis against the ledger, down to each reservation."""
     client, keys = redis_client.connect(world.addresses.redis_url), ItemKeys.of(sale.item)
@@ -234,12 +319,23 @@ async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     finally:
         await client.aclose()
     wrong = []
-    counts = int(of_sale["accepted"]), int(of_sale["released"]), outbox
-    if counts != (book.accepted, book.released, 0):
-        wrong.append(f"Redis has {counts} accepted, released and in its outbox. The ledger: {book}")
-    known = {i: (r.user_id, r.quantity) for i, r in _records(reservations).items()}
+    counts = int(of_sale["accepted"]), int(of_sale["released"]), int(of_sale["held"]), outbox
+    if counts != (book.accepted, book.released, book.held, 0):
+        wrong.append(
+            f"Redis has {counts} accepted, released, held and in its outbox. The ledger: {book}"
+        )
+    known = {
+        i: (r.user_id, r.quantity, r.state, r.version, r.order_ref)
+        for i, r in _records(reservations).items()
+    }
     rows = {
-        identity: (row["user_id"], row["quantity"])
+        identity: (
+            row["user_id"],
+            row["quantity"],
+            row["state"],
+            row["version"],
+            row["order_ref"] or "",
+        )
         for identity, row in book.rows.items()
         if row["state"] != "refused"
     }
@@ -248,10 +344,11 @@ async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
         for identity in known.keys() | rows.keys()
         if known.get(identity) != rows.get(identity)
     ]
-    held: Counter[str] = Counter()
-    for user, quantity in rows.values():
-        held[user] += quantity
-    if {user: int(units) for user, units in buyers.items() if int(units)} != dict(held):
+    units: Counter[str] = Counter()
+    for user, quantity, state, *_ in rows.values():
+        units[user] += quantity * (state in ("held", "confirmed"))
+    own = {user: int(text.partition(",")[0]) for user, text in buyers.items()}
+    if {user: n for user, n in own.items() if n} != {user: n for user, n in units.items() if n}:
         wrong.append("Redis and the ledger have different buyers")
     return wrong
 
@@ -269,6 +366,9 @@ async def _retries(crowd: Crowd, book: _Book) -> list[str]:
         if row is None or row["state"] == "refused":
             continue
         again = await crowd.ask(1 - answer.api, answer.user, answer.key, answer.quantity)
+        ended = {"expired": "hold-expired", "cancelled": "cancelled"}.get(row["state"])
+        if ended is not None and again.kind == ended:
+            continue
         if again.reservation_id != answer.reservation_id:
             wrong.append(f"{answer} was repeated and got {again}")
     return wrong

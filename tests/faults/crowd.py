@@ -9,6 +9,7 @@ from typing import Final
 
 from dev.crowd import Client
 from dev.journal import Attempt, Entry
+from tests.faults.orders import Shop
 
 BUYERS: Final = 10
 PATIENCE_SECONDS: Final = 3.0
@@ -46,9 +47,19 @@ class Crowd:
     """Buyers who ask two APIs for one item until `stop` is called."""
 
     def __init__(
-        self, urls: Sequence[str], item: str, *, seed: int, users: int, max_per_user: int
+        self,
+        urls: Sequence[str],
+        item: str,
+        *,
+        seed: int,
+        users: int,
+        max_per_user: int,
+        shop: Shop | None = None,
     ) -> None:
+        """With a `shop`, each reservation goes to it once."""
         self._urls = urls
+        self._shop = shop
+        self._taken: set[str] = set()
         self._item = item
         self._seed = seed
         self._users = users
@@ -133,4 +144,7 @@ class Crowd:
             reservation_id=str(entry.answer.get("reservationId", "")),
         )
         self.journal.append(answer)
+        if answer.status == 202 and self._shop and answer.reservation_id not in self._taken:
+            self._taken.add(answer.reservation_id)
+            self._shop.take(answer.reservation_id)
         return answer

@@ -14,8 +14,9 @@ from tests.faults.check import (
     check_alive,
 )
 from tests.faults.crowd import Answer, Crowd
+from tests.faults.orders import Call, Shop
 from tests.faults.schedule import SECONDS, Schedule
-from tests.faults.world import History, Sale, World
+from tests.faults.world import TOKEN, History, Sale, World
 
 _number = itertools.count()
 
@@ -26,8 +27,9 @@ class Failed(Exception):
     The text has the schedule, the journal in seconds since the first request, and the reason.
     """
 
-    def __init__(self, schedule: Schedule, journal: Sequence[Answer], reason: str) -> None:
-        began = min((answer.sent for answer in journal), default=0.0)
+    def __init__(self, schedule: Schedule, answers: Sequence[Answer | Call], reason: str) -> None:
+        journal = sorted(answers, key=lambda each: each.sent)
+        began = min((each.sent for each in journal), default=0.0)
         lines = [f"  {answer.line(began)}" for answer in journal]
         super().__init__("\n".join([str(schedule), "JOURNAL:", *lines, f"BROKEN: {reason}"]))
 
@@ -36,13 +38,21 @@ async def run(world: World, schedule: Schedule) -> Result:
     """Run a schedule. Raises Failed if a promise is broken or an error occurs."""
     # Each run has its own sale, even if a seed runs twice in one world.
     item = f"phone-{schedule.seed}-{next(_number)}"
-    sale = Sale(item, schedule.max_per_user, schedule.stock, highest_stock=schedule.stock)
+    sale = Sale(
+        item,
+        schedule.max_per_user,
+        schedule.stock,
+        highest_stock=schedule.stock,
+        hold_seconds=schedule.hold_seconds,
+    )
+    shop = Shop([api.orders_url for api in world.apis], TOKEN, item, seed=schedule.seed)
     crowd = Crowd(
         [api.url for api in world.apis],
         item,
         seed=schedule.seed,
         users=schedule.users,
         max_per_user=schedule.max_per_user,
+        shop=shop if schedule.hold_seconds else None,
     )
     world.history = History()
     try:
@@ -62,11 +72,13 @@ async def run(world: World, schedule: Schedule) -> Result:
         finally:
             crowd.stop()
             await buying
-        result = await check(world, crowd, sale)
+            await shop.close()
+        result = await check(world, crowd, shop, sale)
         result.recovery_seconds = seconds
         await world.delete(sale)
     except Broken as broken:
-        raise Failed(schedule, crowd.journal, "\n".join(map(str, broken.args))) from None
+        journal: list[Answer | Call] = [*crowd.journal, *shop.journal]
+        raise Failed(schedule, journal, "\n".join(map(str, broken.args))) from None
     except Exception as error:
-        raise Failed(schedule, crowd.journal, repr(error)) from error
+        raise Failed(schedule, [*crowd.journal, *shop.journal], repr(error)) from error
     return result

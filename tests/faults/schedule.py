@@ -97,7 +97,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A sale and its faults. `always` is the appendfsync of Redis, otherwise it is everysec."""
+    """A sale and its faults. `always` is the appendfsync of Redis, otherwise it is everysec.
+
+    `hold_seconds` is None for a sale whose reservations are confirmed at once.
+    """
 
     seed: int
     always: bool
@@ -105,11 +108,13 @@ class Schedule:
     max_per_user: int
     users: int
     steps: tuple[Step, ...]
+    hold_seconds: int | None = None
 
     def __str__(self) -> str:
         head = (
             f"seed {self.seed}: {self.stock} units, {self.max_per_user} per user, {self.users} "
             f"users, appendfsync {'always' if self.always else 'everysec'}"
+            + (f", held for {self.hold_seconds} s" if self.hold_seconds else "")
         )
         return "\n".join([head, *(f"  {step}" for step in self.steps)])
 
@@ -127,6 +132,7 @@ def schedule(seed: int) -> Schedule:
         max_per_user=chance.choice((1, 2, 5)),
         users=chance.choice((50, 400, 3_000)),
         steps=tuple(sorted(steps)),
+        hold_seconds=chance.choice((None, 1, 2, 4)),
     )
 
 

@@ -27,6 +27,7 @@ from tests.support.paths import CRD
 from tests.support.proxy import Proxy
 
 NAMESPACE: Final = "default"
+TOKEN: Final = "a-token-of-the-order-service-of-the-faults"
 # The default of an hour would keep too many closed sales in a run of many seeds.
 KEEP_CLOSED_SECONDS: Final = "20"
 LONG_FREEZE_SECONDS: Final = heartbeat.EXPIRY_SECONDS - 1.5 * heartbeat.INTERVAL_SECONDS
@@ -55,6 +56,7 @@ class Sale:
     max_per_user: int
     stock: int
     highest_stock: int
+    hold_seconds: int | None = None
     paused: bool = False
 
     @property
@@ -69,6 +71,8 @@ class Sale:
             maxPerUser=self.max_per_user,
             paused=self.paused,
         )
+        if self.hold_seconds is not None:
+            sale["spec"]["holdSeconds"] = self.hold_seconds
         return json.dumps(sale)
 
 
@@ -308,7 +312,10 @@ async def opened(folder: Path) -> AsyncIterator[World]:
             kafka_proxy=kafka_proxy,
             postgres=postgres,
             postgres_proxy=postgres_proxy,
-            apis=(ApiServer(folder / "api-1", addresses), ApiServer(folder / "api-2", addresses)),
+            apis=(
+                ApiServer(folder / "api-1", addresses, order_tokens=TOKEN),
+                ApiServer(folder / "api-2", addresses, order_tokens=TOKEN),
+            ),
             consumers=(
                 ConsumerServer(folder / "consumer-1", addresses),
                 ConsumerServer(folder / "consumer-2", addresses),

@@ -1,14 +1,8 @@
-"""Operators in the model, each as a sequence of steps."""
+"""Operators in the model, as sequences of steps."""
 
-from tests.model.kafka import PARTITIONS
-from tests.model.ledger import Row
 from tests.model.pods import Servers
-from tests.model.redis import SaleHash
-from tests.model.rules import (
-    EXPIRY,
-    SEED_SECONDS,
-    SETTLED_BEFORE,
-)
+from tests.model.records import PARTITIONS, Row, SaleHash, Stamp
+from tests.model.rules import EXPIRY, SEED_SECONDS, SETTLED_BEFORE
 from tests.model.world import Process, Steps, Unreachable, World
 
 
@@ -40,13 +34,11 @@ class Operator(Process):
     def settled(self) -> bool:
         """Whether a reconcile would find nothing to do."""
         row, sale = self.servers.ledger.tables.row, self.servers.redis.keys.sale
-        return (
-            row is not None
-            and sale is not None
-            and not self.servers.redis.fenced()
-            and not self._differs_from_manifest(row)
-            and _agrees(sale, row)
-        )
+        if row is None or self._differs_from_manifest(row):
+            return False
+        if sale is None:
+            return self._is_freed(row)
+        return not self.servers.redis.fenced() and _agrees(sale, row)
 
     def _run(self) -> Steps:
         while True:
@@ -64,10 +56,11 @@ class Operator(Process):
         inserted = False
         for _ in range(self.STEPS):
             ledger.reached()
-            recorded = ledger.accepted() if world.rules.ledger_knows_more else 0
+            recorded = ledger.progress()
             yield world.between(0.01, 0.1)
             redis.reached()
             sale, fenced, observed = redis.keys.sale, redis.fenced(), world.now
+            lags = redis.lags(recorded)
             above = 0 if sale is None else sale.revision
             yield world.between(0.01, 0.1)
             ledger.reached()
@@ -75,7 +68,8 @@ class Operator(Process):
             yield world.between(0.01, 0.1)
             ledger.reached()
             if row is None or row.revision < above or self._differs_from_manifest(row):
-                row, new = ledger.write_row(self.servers.stock, self.servers.state, above)
+                servers = self.servers
+                row, new = ledger.write_row(servers.stock, servers.state, servers.hold, above)
                 world.log(self.name, "writes", row)
                 inserted = inserted or new
                 if row.state == "closed":
@@ -92,7 +86,9 @@ class Operator(Process):
                         continue
                 world.log(self.name, "seeds:", redis.apply(row, seed=True))
                 world.risk(self)
-            elif sale is None or fenced or sale.accepted < recorded:
+            elif sale is None and self._is_freed(row):
+                return
+            elif sale is None or fenced or lags:
                 yield from self._rebuild()
                 return
             elif not _agrees(sale, row):
@@ -100,10 +96,19 @@ class Operator(Process):
                 redis.reached()
                 world.log(self.name, "applies:", redis.apply(row, seed=False))
             else:
+                if row.state == "closed":
+                    yield world.between(0.01, 0.1)
+                    redis.reached()
+                    world.log(self.name, "frees:", redis.free(row))
                 return
 
     def _differs_from_manifest(self, row: Row) -> bool:
-        return (row.allocated, row.state) != (self.servers.stock, self.servers.state)
+        servers = self.servers
+        return (row.allocated, row.state, row.hold) != (servers.stock, servers.state, servers.hold)
+
+    def _is_freed(self, row: Row) -> bool:
+        """Whether a sale without keys needs none: it is closed, and the ledger has no open hold."""
+        return row.state == "closed" and not (row.held and self.world.rules.closed_holds_rebuilt)
 
     def _rebuild(self) -> Steps:
         """Rebuilds the sale: fence, drain, restore from the ledger, trust."""
@@ -113,10 +118,10 @@ class Operator(Process):
         if sale is not None and redis.rebuilding(sale):
             raise Superseded
         ledger.reached()
-        claim, recorded = ledger.claim(0 if sale is None else sale.revision), ledger.accepted()
+        claim, recorded = ledger.claim(0 if sale is None else sale.revision), ledger.progress()
         yield world.between(0.01, 0.1)
         redis.reached()
-        _continue_if(redis.mark_rebuild(claim, self.MARK_SECONDS, recorded=recorded))
+        _continue_if(redis.mark_rebuild(claim, stamp, self.MARK_SECONDS, recorded=recorded))
         world.log(self.name, "begins rebuild", claim)
         world.risk(self)
         ends = [0] * PARTITIONS
@@ -124,11 +129,11 @@ class Operator(Process):
             began, sampled_from = world.now, redis.clock + SETTLED_BEFORE
             while self.unpublished(began, sampled_from):
                 yield world.between(0.2, 0.5)
-                self._mark(claim)
+                self._mark(claim, stamp)
             ends = self.servers.kafka.ends()
             while not self._recorded(ends):
                 yield world.between(0.2, 0.5)
-                self._mark(claim)
+                self._mark(claim, stamp)
         yield world.between(0.01, 0.1)
         ledger.reached()
         read = ledger.read_for_rebuild(claim, ends)
@@ -145,9 +150,9 @@ class Operator(Process):
         world.oracle.counts["rebuilt"] += 1
         world.log(self.name, "has rebuilt:", redis.keys.sale)
 
-    def _mark(self, claim: int) -> None:
+    def _mark(self, claim: int, stamp: Stamp) -> None:
         self.servers.redis.reached()
-        _continue_if(self.servers.redis.mark_rebuild(claim, self.MARK_SECONDS, again=True))
+        _continue_if(self.servers.redis.mark_rebuild(claim, stamp, self.MARK_SECONDS, again=True))
 
     def _recorded(self, ends: list[int]) -> bool:
         """Whether the ledger has recorded all events before `ends`."""
@@ -167,7 +172,7 @@ class Operator(Process):
             or bool(redis.keys.outbox)
             or any(
                 beat.sampled < sampled_from
-                or beat.held > 0
+                or beat.unacknowledged > 0
                 or (rules.heartbeats_of_this_run and beat.stamp != redis.stamp)
                 for beat in redis.keys.heartbeats.values()
                 if beat.sampled >= redis.clock - EXPIRY
@@ -181,7 +186,7 @@ def _continue_if(done: bool) -> None:
 
 
 def _agrees(sale: SaleHash, row: Row) -> bool:
+    """Whether Redis has the row's manifest. Closing changes neither allocation nor holds."""
     allocated = max(row.allocated, sale.accepted - sale.released)
-    # Closing does not change the allocation.
-    same = sale.allocated == allocated or row.state == "closed"
+    same = (sale.allocated, sale.hold) == (allocated, row.hold) or row.state == "closed"
     return same and (sale.revision, sale.state) == (row.revision, row.state)

@@ -1,50 +1,85 @@
-"""API pods and their buyers in the model, each as a sequence of steps."""
+"""API pods in the model, as sequences of steps."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias, TypeVar
 
 from tests.model.kafka import Kafka
 from tests.model.ledger import Ledger
-from tests.model.redis import Answer, Heartbeat, Redis, Request
+from tests.model.records import Answer, Event, Heartbeat, Request
+from tests.model.redis import Redis
 from tests.model.rules import (
+    ACKNOWLEDGED_WITHIN,
     BEAT,
     CALL_DEADLINE,
     CALLS_IN_FLIGHT,
     EXPIRY,
     SWEEP_AGE,
 )
-from tests.model.world import Event, Process, Steps, Unreachable, World, changes_of
+from tests.model.world import Process, Steps, Unreachable, Violation, World
 
-SLOW_CALLS = 0.06
+SLOW_CALLS: Final = 0.06
 """Share of the calls to Redis that are executed long after the pod has given up on them."""
-LOST_ACKNOWLEDGEMENTS = 0.05
-LONG_SUSPENSION = EXPIRY - 1.5 * BEAT
+LONG_SUSPENSION: Final = EXPIRY - 1.5 * BEAT
 """A pod that is suspended for this long, in seconds, may lose its heartbeat."""
+EXPIRED_AT_ONCE: Final = 3
+DELIVERY_SECONDS: Final = 12.0
+"""How long the producer waits for an acknowledgement before it sends a batch again."""
+RISK_AT_CHANGES: Final = 0.15
+RISK_AT_CHANGES_IF_AIMED: Final = 0.35
 
-Held = tuple[int, Event]
-"""An outbox entry and its event. The entry is 0 if the pod does not know it."""
+T = TypeVar("T")
+Reply: TypeAlias = Generator[float, None, tuple[T, float] | None]
+"""The steps of a script call: the reply and when its last try began, or None without a reply."""
 
 
 @dataclass(slots=True)
 class Servers:
-    """The servers, and the owner's manifest (stock and state)."""
+    """The servers, and the owner's manifest: stock, state and the length of holds."""
 
     redis: Redis
     kafka: Kafka
     ledger: Ledger
     stock: int
     state: str = "open"
+    hold: float | None = None
 
 
 @dataclass(slots=True)
 class Asked:
-    """A request that waits in a pod, and its answer."""
+    """A buyer's request that waits in a pod, and its answer."""
 
     request: Request
     answer: str = ""
+    state: str = ""
+
+
+@dataclass(slots=True)
+class Ordered:
+    """A call of the order service, and its answer."""
+
+    verb: str
+    reservation_id: str
+    order_ref: str | None
+    answer: str = ""
+
+    def script(self, redis: Redis) -> Callable[[], Answer]:
+        if self.verb == "confirm":
+            return lambda: redis.confirm(self.reservation_id, self.order_ref or "")
+        return lambda: redis.cancel(self.reservation_id, self.order_ref)
+
+
+@dataclass(slots=True, eq=False)
+class Publication:
+    """An event in a pod's memory until Kafka has acknowledged it, with its outbox entries."""
+
+    event: Event
+    entries: set[int] = field(default_factory=set)
+    acknowledged: bool = False
 
 
 class Pod(Process):
-    """flashsale_api: batcher.py, publisher.py, sweeper.py, heartbeat.py."""
+    """flashsale_api: batcher.py, publisher.py, sweeper.py, heartbeat.py, and the order port."""
 
     def __init__(self, world: World, name: str, servers: Servers) -> None:
         super().__init__(world, name)
@@ -62,10 +97,13 @@ class Pod(Process):
         self.alive = False
         self.waiting: list[Asked] = []
         self.calls = 0
-        self.pending: list[Held] = []
-        self.publishing: list[Held] = []
-        self.acknowledged: list[Held] = []
-        self.held: set[int] = set()
+        self.memory: dict[object, Publication] = {}
+        self.remembered: dict[object, int] = {}
+        """The revisions in which Kafka has acknowledged events. Their replays are not published."""
+        self.pending: list[Publication] = []
+        self.acknowledged: list[tuple[int, Event]] = []
+        self.entries: set[int] = set()
+        """The outbox entries in memory and of `acknowledged`. The sweep leaves them alone."""
         self._publishes = self._settles = False
 
     def crash(self, seconds: float) -> None:
@@ -86,12 +124,10 @@ class Pod(Process):
         self.world.later(seconds, self._reconnection())
 
     @property
-    def unacknowledged(self) -> int:
-        return len(self.pending) + len(self.publishing)
-
-    @property
     def idle(self) -> bool:
-        return not (self.waiting or self.calls or self.unacknowledged or self.acknowledged)
+        return not (self.waiting or self.calls or self.memory or self.acknowledged)
+
+    # Buyers' requests.
 
     def ask(self, asked: Asked) -> None:
         """Queues a request, and starts a call if there may be one more."""
@@ -101,27 +137,50 @@ class Pod(Process):
                 self.calls += 1
                 self.spawn(self._call())
 
-    def release(self, reservation_id: str) -> None:
-        """Starts the release of a reservation."""
-        if self.alive:
-            self.spawn(self._release(reservation_id))
-
     def _call(self) -> Steps:
-        """Calls `reserve`, again if that fails. A late reply is ignored."""
-        world, redis = self.world, self.servers.redis
         batch, self.waiting = self.waiting, []
         requests = [asked.request for asked in batch]
-        answers: list[Answer] | None = None
+        reply = yield from self._script(lambda: self.servers.redis.reserve(requests))
+        if reply is None:
+            for asked in batch:
+                asked.answer = "unavailable"
+        else:
+            for asked, answer in zip(batch, reply[0], strict=True):
+                self._deliver(asked, answer)
+        self.world.risk(self)
+        self.calls -= 1
+        if self.waiting:
+            self.calls += 1
+            self.spawn(self._call())
+
+    def _deliver(self, asked: Asked, answer: Answer) -> None:
+        """Hands an accepted event to the publisher and then answers, in one step."""
+        world, event = self.world, answer.event
+        asked.answer = answer.outcome
+        if event is None:
+            return
+        if event.final:
+            raise Violation(f"{event} is answered 202")
+        asked.state = event.state
+        if answer.outcome == "accepted" or world.rules.replays_published:
+            self.publish(answer.entry, event)
+        world.oracle.promised.setdefault(event.reservation_id, event.quantity)
+        world.oracle.counts[answer.outcome] += 1
+        world.log(self.name, "answers 202:", answer.outcome, event)
+
+    def _script(self, execute: Callable[[], T]) -> Reply[T]:
+        """Calls a script, again if that fails. A late reply is ignored."""
+        world, redis = self.world, self.servers.redis
         for _ in range(2):
             started = world.now
             try:
                 if world.chance() < SLOW_CALLS:
-                    self._execute_later(requests)
+                    self._execute_later(execute)
                     yield CALL_DEADLINE / 2
                     continue
                 yield world.between(0.005, 0.05)
                 self._reached()
-                found, stamp = redis.reserve(requests), redis.stamp
+                found, stamp = execute(), redis.stamp
                 world.risk(self)
                 yield world.between(0.005, 0.2)
                 self._reached()
@@ -131,90 +190,144 @@ class Pod(Process):
                 continue
             late = world.now - started >= CALL_DEADLINE
             if not (late and world.rules.late_answers_ignored):
-                answers = found
-                break
-        self._deliver(batch, answers)
-        world.risk(self)
-        self.calls -= 1
-        if self.waiting:
-            self.calls += 1
-            self.spawn(self._call())
+                return found, started
+        return None
 
-    def _execute_later(self, requests: list[Request]) -> None:
+    def _execute_later(self, execute: Callable[[], T]) -> None:
         redis = self.servers.redis
         stamp = redis.stamp
 
         def executes() -> Steps:
             if redis.up and redis.stamp == stamp:  # the connection ends with the server's run
-                self.world.log(self.name, "has its late call executed", *requests)
-                redis.reserve(requests)
+                self.world.log(self.name, "has a late call executed")
+                execute()
             yield from ()
 
         self.world.later(self.world.between(0.1, 1.5), executes())
 
-    def _deliver(self, batch: list[Asked], answers: list[Answer] | None) -> None:
-        """Hands accepted events to the publisher and then answers, in one step."""
-        world = self.world
-        if answers is None:
-            for asked in batch:
-                asked.answer = "unavailable"
-            return
-        for asked, answer in zip(batch, answers, strict=True):
-            asked.answer = answer.outcome
-            if answer.event is None:
-                continue
-            if answer.outcome == "accepted" or world.rules.replays_published:
-                self._hold(answer.entry, answer.event)
-            promise = (answer.event.reservation_id, 1)
-            world.oracle.promised.setdefault(promise, answer.event.quantity)
-            world.oracle.counts[answer.outcome] += 1
-            world.log(self.name, "answers 202:", answer.outcome, answer.event)
+    # Calls of the order service.
 
-    def _release(self, reservation_id: str) -> Steps:
-        world, started = self.world, self.world.now
-        try:
-            yield world.between(0.005, 0.05)
-            self._reached()
-            answer = self.servers.redis.release(reservation_id)
-            yield world.between(0.005, 0.2)
-            self._reached()
-            self.servers.redis.replied()
-        except Unreachable:
-            return
-        if world.now - started >= CALL_DEADLINE and world.rules.late_answers_ignored:
-            return
-        if answer.outcome == "accepted" and answer.event is not None:
-            self._hold(answer.entry, answer.event)
-            world.risk(self)
-            world.oracle.promised[reservation_id, 2] = answer.event.quantity
-            world.oracle.counts["released"] += 1
-            world.log(self.name, "answers released:", answer.event)
+    def order(self, ordered: Ordered) -> None:
+        """Starts a confirmation or cancellation."""
+        if self.alive:
+            self.spawn(self._order(ordered))
 
-    def _hold(self, entry: int, event: Event, *, swept: bool = False) -> None:
-        """Hands an event to the publisher."""
+    def _order(self, ordered: Ordered) -> Steps:
+        """Makes the change. Answers 200 if Kafka acknowledges that very event in time."""
+        world, rules = self.world, self.world.rules
+        reply = yield from self._script(ordered.script(self.servers.redis))
+        if reply is None:
+            ordered.answer = "unavailable"
+            return
+        answer, started = reply
+        if answer.event is None:
+            self._refuse(ordered, answer.outcome)
+            return
+        publication = self.publish(answer.entry, answer.event)
+        self._risk_a_change()
+        waits = rules.confirmation_waits if ordered.verb == "confirm" else rules.cancellation_waits
+        if answer.outcome == "replayed" and not rules.repeats_wait:
+            waits = False
+        if waits:
+            until = started + ACKNOWLEDGED_WITHIN
+            if not rules.late_acknowledgements_ignored:
+                until += 10.0
+            while not publication.acknowledged and world.now < until:
+                yield 0.1
+            if not publication.acknowledged or world.now >= until:
+                ordered.answer = "202"
+                world.oracle.counts[f"{ordered.verb} 202"] += 1
+                world.log(self.name, "answers 202:", ordered.verb, answer.event)
+                return
+        ordered.answer = "200"
+        self._promise(ordered, answer.event, started)
+
+    def _promise(self, ordered: Ordered, event: Event, started: float) -> None:
+        """Notes a 200 for the verdict. Raises `Violation` if it contradicts an earlier one."""
+        oracle, known = self.world.oracle, event.reservation_id
+        oracle.counts[f"{ordered.verb} 200"] += 1
+        self.world.log(self.name, "answers 200:", ordered.verb, event)
+        if ordered.verb == "cancel":
+            oracle.cancelled.setdefault(known, self.world.now)
+            return
+        order = ordered.order_ref or ""
+        if oracle.confirmed.setdefault(known, order) != order:
+            raise Violation(f"{known} is confirmed for {order} and {oracle.confirmed[known]}")
+        if oracle.cancelled.get(known, started) < started:
+            raise Violation(f"{known} is confirmed after its cancellation was answered 200")
+
+    def _refuse(self, ordered: Ordered, outcome: str) -> None:
+        oracle, known = self.world.oracle, ordered.reservation_id
+        ordered.answer = outcome
+        oracle.counts[f"{ordered.verb} {outcome}"] += 1
+        self.world.log(self.name, "answers", ordered.verb, known, ordered.order_ref, outcome)
+        if outcome in {"expired", "not_found"} and known in oracle.confirmed:
+            raise Violation(f"{known} is {outcome}, but its confirmation was answered 200")
+
+    # Expiry.
+
+    def _expire(self) -> Steps:
+        """Expires due holds. No caller waits, and the sweep publishes the rest."""
+        redis = self.servers.redis
+        if self.world.rules.expiry_is_a_transition:
+            reply = yield from self._script(lambda: redis.expire(EXPIRED_AT_ONCE))
+        else:
+            found = yield from self._script(lambda: redis.due_holds(EXPIRED_AT_ONCE))
+            due = [] if found is None else found[0]
+            reply = yield from self._script(lambda: redis.expire_all(due))
+        for answer in [] if reply is None else reply[0]:
+            if answer.event is not None:
+                self.publish(answer.entry, answer.event)
+                self._risk_a_change()
+
+    def _risk_a_change(self) -> None:
+        self.world.risk(self, RISK_AT_CHANGES_IF_AIMED if self.world.aimed else RISK_AT_CHANGES)
+
+    # The publisher.
+
+    def publish(self, entry: int, event: Event, *, swept: bool = False) -> Publication:
+        """Hands an event to the publisher, unless its memory has it already."""
         if not (self.world.rules.publish_at_once or swept):
-            return
-        self.pending.append((entry, event))
-        self.held.add(entry)
-        if not self._publishes:
-            self._publishes = True
-            self.spawn(self._publish())
+            return Publication(event)
+        key = self._key(event)
+        publication = self.memory.get(key)
+        if publication is None and not entry and self.remembered.get(key) == event.revision:
+            self.world.oracle.counts["remembered"] += 1
+            return Publication(event, acknowledged=True)
+        if publication is None:
+            publication = self.memory[key] = Publication(event)
+            self.pending.append(publication)
+            if not self._publishes:
+                self._publishes = True
+                self.spawn(self._publish())
+        if entry:
+            publication.entries.add(entry)
+            self.entries.add(entry)
+        return publication
+
+    def _key(self, event: Event) -> object:
+        by_version = self.world.rules.memory_by_version
+        return (event.reservation_id, event.version if by_version else 0)
 
     def _publish(self) -> Steps:
         """Publishes from memory, and sends a batch again if it fails."""
-        world, kafka = self.world, self.servers.kafka
+        world = self.world
         while self.pending:
-            self.publishing, self.pending = self.pending, []
-            yield world.between(0.01, kafka.delay)
-            if kafka.up:
-                kafka.append(event for _, event in self.publishing)
-                yield world.between(0.005, 0.1)
-            if not kafka.up or world.chance() < LOST_ACKNOWLEDGEMENTS:
-                self.pending, self.publishing = self.publishing + self.pending, []
+            yield world.between(0.0, 0.02)
+            batch, self.pending = self.pending, []
+            receipt = self.servers.kafka.send([publication.event for publication in batch])
+            yield min(receipt.seconds, DELIVERY_SECONDS)
+            if not receipt.acknowledged:
+                self.pending = batch + self.pending
                 yield world.between(0.1, 1.0)
                 continue
-            self.acknowledged += [held for held in self.publishing if held[0]]
-            self.publishing = []
+            for publication in batch:
+                publication.acknowledged = True
+                del self.memory[self._key(publication.event)]
+                self.remembered[self._key(publication.event)] = publication.event.revision
+                self.acknowledged += [
+                    (entry, publication.event) for entry in sorted(publication.entries)
+                ]
             world.risk(self)
             if self.acknowledged and not self._settles:
                 self._settles = True
@@ -234,11 +347,11 @@ class Pod(Process):
                 yield 2.0
                 continue
             del self.acknowledged[: len(page)]
-            self.held.difference_update(entry for entry, _ in page)
+            self.entries.difference_update(entry for entry, _ in page)
         self._settles = False
 
     def _tick(self) -> Steps:
-        """Sends heartbeats and sweeps."""
+        """Sends heartbeats, sweeps and expires holds."""
         world, redis = self.world, self.servers.redis
         own = f"{self.name}/{self.generation}"
         while True:
@@ -248,17 +361,19 @@ class Pod(Process):
                 sampled, stamp = redis.clock, redis.stamp
                 yield 0.02
                 self._reached()
-                redis.keys.heartbeats[own] = Heartbeat(self.unacknowledged, sampled, stamp)
+                redis.keys.heartbeats[own] = Heartbeat(len(self.memory), sampled, stamp)
                 if self.servers.kafka.up:
                     self._sweep(redis)
+                if redis.due_holds(1):
+                    self.spawn(self._expire())
             except Unreachable:
                 continue
 
     def _sweep(self, redis: Redis) -> None:
         for entry, (event, written) in redis.keys.outbox.items():
-            if written <= self.world.now - SWEEP_AGE and entry not in self.held:
+            if written <= self.world.now - SWEEP_AGE and entry not in self.entries:
                 self.world.log(self.name, "sweeps", entry, event)
-                self._hold(entry, event, swept=True)
+                self.publish(entry, event, swept=True)
 
     def _reached(self) -> None:
         if not self.connected:
@@ -270,25 +385,5 @@ class Pod(Process):
         yield from ()
 
     def _orphan(self) -> None:
-        held = [event for _, event in (*self.pending, *self.publishing)]
-        self.world.oracle.orphaned |= changes_of(held)
-
-
-def buy(world: World, pods: list[Pod], request: Request, *, keyed: bool) -> Steps:
-    """A buyer, who retries, maybe on another pod. Without a key each attempt is a new request."""
-    sent = request
-    for attempt in range(1 + int(world.chance() * 5)):
-        if not keyed:
-            sent = request._replace(reservation_id=f"{request.reservation_id}.{attempt}")
-        asked = Asked(sent)
-        pods[int(world.chance() * len(pods))].ask(asked)
-        yield world.between(1.2, 3.0)
-        patient = asked.answer in {"", "unavailable", "fenced", "sold_out"}
-        if world.chance() < (0.1 if patient else 0.8):
-            break
-    if keyed and world.chance() < 0.3:  # later repeats the request to check the reservation
-        yield world.between(2.0, 15.0)
-        pods[int(world.chance() * len(pods))].ask(Asked(sent))
-    elif world.chance() < 0.5:
-        yield world.between(0.0, 5.0)
-        pods[int(world.chance() * len(pods))].release(sent.reservation_id)
+        in_memory = {publication.event.reservation_id for publication in self.memory.values()}
+        self.world.oracle.orphaned |= in_memory

@@ -1,251 +1,189 @@
-"""Redis in the model: its scripts, durability and clocks. Each call happens at one instant."""
+"""Redis in the model: the scripts of src/flashsale/lua. Each call happens at one instant."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
 
-from tests.model.ledger import Row
-from tests.model.world import Event, Unreachable, Violation, World, changes_of
-
-MAX_PER_USER = 2
-CLOCKS_APART = 60.0
-"""Difference between the clocks of two servers, in seconds."""
-LOST_REPLIES = 0.02
-"""Share of the executed calls whose reply is lost."""
-
-
-class Request(NamedTuple):
-    """`reservations.Request`."""
-
-    reservation_id: str
-    user: str
-    quantity: int
-
-
-class Answer(NamedTuple):
-    """An answer of `reserve`. An acceptance has the outbox entry and the event.
-
-    A replay has the event of the known reservation.
-    """
-
-    outcome: str
-    entry: int = 0
-    event: Event | None = None
+from tests.model.records import (
+    CANCELLED,
+    CONFIRMED,
+    EXPIRED,
+    HELD,
+    LEAST_AFTER_REBUILD,
+    MAX_EXPIRED_HOLDS,
+    MAX_PER_USER,
+    NOTHING,
+    UNTRUSTED,
+    Answer,
+    Event,
+    Keys,
+    Progress,
+    Rebuilding,
+    Request,
+    Row,
+    SaleHash,
+    Stamp,
+    due,
+    expired_by_user,
+    units_by_user,
+)
+from tests.model.server import Server
+from tests.model.world import Violation
 
 
-Stamp: TypeAlias = tuple[int, int]
-"""A run of the server: its run id and its replication id."""
+class Redis(Server):
+    """The server, with the scripts of buyers, of the order service and of operators."""
 
-
-class Heartbeat(NamedTuple):
-    """`heartbeat.Report`, with the run of the server whose clock it used."""
-
-    held: int
-    sampled: float
-    stamp: Stamp
-
-
-class Rebuilding(NamedTuple):
-    """The mark of a rebuild in progress: its claim and the end of its lease."""
-
-    claim: int
-    until: float
-
-
-UNTRUSTED: Stamp = (0, 0)
-"""The stamp of a sale that is trusted under no server."""
-
-
-@dataclass(slots=True)
-class SaleHash:
-    """The sale's hash. It is trusted only under the server that has the same `stamp`."""
-
-    stamp: Stamp
-    revision: int
-    state: str
-    allocated: int
-    accepted: int = 0
-    released: int = 0
-    rebuilding: Rebuilding | None = None
-
-    def copy(self) -> "SaleHash":
-        # Ten times as fast as dataclasses.replace, which took a quarter of a run's time.
-        return SaleHash(
-            self.stamp,
-            self.revision,
-            self.state,
-            self.allocated,
-            self.accepted,
-            self.released,
-            self.rebuilding,
-        )
-
-
-@dataclass(slots=True)
-class Keys:
-    """The data in Redis."""
-
-    sale: SaleHash | None = None
-    buyers: dict[str, int] = field(default_factory=dict)
-    reservations: dict[str, Event] = field(default_factory=dict)
-    outbox: dict[int, tuple[Event, float]] = field(default_factory=dict)
-    heartbeats: dict[str, Heartbeat] = field(default_factory=dict)
-    last_entry: int = 0
-
-    def copy(self) -> "Keys":
-        return Keys(
-            None if self.sale is None else self.sale.copy(),
-            self.buyers.copy(),
-            self.reservations.copy(),
-            self.outbox.copy(),
-            self.heartbeats.copy(),
-            self.last_entry,
-        )
-
-
-class Redis:
-    """The scripts of src/flashsale/lua, on a server that can lose writes."""
-
-    def __init__(self, world: World, *, always: bool) -> None:
-        self.world = world
-        self.always = always
-        """Whether appendfsync is `always`. Otherwise a crash can lose the last second of writes."""
-        self.up = True
-        self.keys = Keys()
-        self.run_id = world.new_id()
-        self.replication_id = 0
-        self._copies: list[tuple[float, Keys]] = [(0.0, Keys())]
-
-    # The server.
-
-    @property
-    def clock(self) -> float:
-        """The server's clock in seconds. Each server's is set differently."""
-        return self.world.now + (self.run_id % 3 - 1) * CLOCKS_APART
-
-    @property
-    def stamp(self) -> Stamp:
-        """The server's run. A sale is trusted only if it was written under the same run."""
-        by_replication = self.world.rules.fence_on_replication_id
-        return (self.run_id, self.replication_id if by_replication else 0)
-
-    def reached(self) -> None:
-        """Raises `Unreachable` if a call cannot arrive. Nothing was executed."""
-        if not self.up:
-            raise Unreachable
-
-    def replied(self, *, stamp: Stamp | None = None) -> None:
-        """Raises `Unreachable` if the reply of an executed call is lost."""
-        if not self.up or self.world.chance() < LOST_REPLIES:
-            raise Unreachable
-        if stamp is not None and stamp != self.stamp and self.world.chance() < 0.5:
-            raise Unreachable
-
-    def become(self, keys: Keys, *, restarted: bool = True, demoted: bool = True) -> None:
-        """Takes an earlier state. The process restarts, was a replica meanwhile, or neither."""
-        lost = changes_of(self.keys.reservations.values())
-        lost -= changes_of(keys.reservations.values())
-        self.world.oracle.lost |= lost
-        self.world.log("redis", "loses", *sorted(lost))
-        self.keys = keys.copy()
-        if restarted or demoted:
-            self.replication_id = self.world.new_id()
-        if restarted:
-            self.run_id = self.world.new_id()
-        self._copies.append((self.world.now, self.keys.copy()))
-
-    def forget_replication(self) -> None:
-        """Forgets the replication id, as a server without replicas does after some time."""
-        self.replication_id = 0
-
-    def copy_of(self, seconds: float) -> Keys:
-        """Returns the state at a random moment of the last seconds."""
-        since = self.world.now - seconds
-        recent = [keys for at, keys in self._copies if at >= since]
-        # The copy before them is the state at the beginning of that time.
-        choice = self._copies[-len(recent) - 1 :] or self._copies
-        return choice[int(self.world.chance() * len(choice))][1]
-
-    def _wrote(self) -> None:
-        sale = self.keys.sale
-        if sale is not None and sale.accepted - sale.released > sale.allocated:
-            raise Violation(f"Redis: buyers of {sale} hold more units than are allocated")
-        self._copies.append((self.world.now, self.keys.copy()))
-
-    # sale.lua, which is part of every script.
-
-    def fenced(self) -> bool:
-        sale = self.keys.sale
-        return self.world.rules.fence and sale is not None and sale.stamp != self.stamp
-
-    def read_sale(self) -> SaleHash | None:
-        """Returns the sale. If it was written under another run, the fence is latched."""
-        sale, rules = self.keys.sale, self.world.rules
-        if sale is not None and self.fenced() and rules.fence_latched and sale.stamp != UNTRUSTED:
-            sale.stamp = UNTRUSTED
-            self._wrote()
-        return sale
-
-    # The API's scripts.
+    # The scripts of the API.
 
     def reserve(self, batch: Sequence[Request]) -> list[Answer]:
         """reserve.lua."""
-        sale, keys = self.read_sale(), self.keys
+        sale = self.read_sale()
         if sale is None or self.fenced():
             return [Answer("unknown" if sale is None else "fenced")] * len(batch)
-        answers = []
-        for reservation_id, user, quantity in batch:
-            known = keys.reservations.get(reservation_id)
-            held = keys.buyers.get(user, 0)
-            available = sale.allocated - sale.accepted + sale.released
-            if known is not None:
-                same = known.quantity == quantity
-                answers.append(Answer("replayed", 0, known) if same else Answer("key_reused"))
-            elif sale.state != "open":
-                answers.append(Answer("ended"))
-            elif held + quantity > MAX_PER_USER:
-                answers.append(Answer("limit_reached"))
-            elif quantity > available:
-                answers.append(Answer("sold_out"))
-            else:
-                entry, event = self._accept(sale, reservation_id, user, quantity)
-                answers.append(Answer("accepted", entry, event))
+        answers = [self._reserve(sale, request) for request in batch]
         if any(answer.outcome == "accepted" for answer in answers):
-            self._wrote()
+            self.wrote()
         return answers
 
-    def _accept(
-        self, sale: SaleHash, reservation_id: str, user: str, quantity: int
-    ) -> tuple[int, Event]:
-        capacity = sale.allocated + sale.released
-        event = Event(reservation_id, user, quantity, 1, self.world.now, capacity, sale.revision)
-        entry = self._add(event)
-        self.keys.reservations[reservation_id] = event
-        self.keys.buyers[user] = self.keys.buyers.get(user, 0) + quantity
-        sale.accepted += quantity
-        return entry, event
+    def _reserve(self, sale: SaleHash, request: Request) -> Answer:
+        known = self.keys.reservations.get(request.reservation_id)
+        if known is not None:
+            if known.quantity != request.quantity:
+                return Answer("key_reused")
+            if known.final and self.world.rules.ended_not_replayed:
+                return Answer(known.state)
+            return Answer("replayed", 0, self._today(sale, known))
+        refusal = self._refusal(sale, request)
+        return Answer(refusal) if refusal else self._accept(sale, request)
 
-    def release(self, reservation_id: str) -> Answer:
-        """Releases a reservation. Only the model has this call."""
-        sale, keys = self.read_sale(), self.keys
-        known = keys.reservations.get(reservation_id)
-        if sale is None or known is None or self.fenced():
-            return Answer("unknown")
-        if known.version > 1:
-            return Answer("replayed", 0, known)
-        event = replace(
-            known,
-            version=2,
-            occurred=self.world.now,
+    def _refusal(self, sale: SaleHash, request: Request) -> str:
+        """Returns the first reason to refuse a new reservation, if there is one."""
+        keys, (_, user, quantity) = self.keys, request
+        reasons = {
+            "ended": sale.state != "open",
+            "limit_reached": keys.buyers.get(user, 0) + quantity > MAX_PER_USER,
+            "too_many_holds": keys.expired.get(user, 0) >= MAX_EXPIRED_HOLDS,
+            "sold_out": quantity > sale.allocated - sale.accepted + sale.released,
+            "outbox_full": len(keys.outbox) >= self.outbox_limit,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), "")
+
+    def _accept(self, sale: SaleHash, request: Request) -> Answer:
+        (reservation_id, user, quantity), now, keys = request, self.clock, self.keys
+        event = Event(
+            reservation_id,
+            user,
+            quantity,
+            version=self._next_version(sale, 0),
+            state=CONFIRMED if sale.hold is None else HELD,
+            occurred=now,
+            expires=None if sale.hold is None else now + sale.hold,
+            confirmed_at=now if sale.hold is None else None,
+            order_ref=None,
             capacity=sale.allocated + sale.released,
             revision=sale.revision,
         )
         entry = self._add(event)
         keys.reservations[reservation_id] = event
-        if not self.world.rules.release_when_acknowledged:
-            self._give_back(sale, event)
-        self._wrote()
+        keys.buyers[user] = keys.buyers.get(user, 0) + quantity
+        sale.accepted += quantity
+        if event.state == HELD:
+            sale.held += quantity
+            keys.holds[reservation_id] = self._due(event, event.seconds)
         return Answer("accepted", entry, event)
+
+    def _next_version(self, sale: SaleHash, version: int) -> int:
+        rebuilt = sale.rebuilt if self.world.rules.unique_versions else 0
+        return max(version, 1000 * rebuilt) + 1
+
+    def _due(self, hold: Event, seconds: float) -> float:
+        return due(hold, seconds, grace=self.world.rules.expiry_has_grace)
+
+    def _today(self, sale: SaleHash, known: Event) -> Event:
+        """Returns a known reservation with the sale's current numbers, as a replay publishes it."""
+        return known._replace(capacity=sale.allocated + sale.released, revision=sale.revision)
+
+    def confirm(self, reservation_id: str, order_ref: str) -> Answer:
+        """confirm.lua."""
+        sale, known = self.read_sale(), self.keys.reservations.get(reservation_id)
+        if sale is None or self.fenced():
+            return Answer("unknown" if sale is None else "fenced")
+        if known is None:
+            return Answer("not_found")
+        if known.final:
+            return Answer(known.state)
+        unset = known.order_ref is None and self.world.rules.unpaid_order_is_set
+        if known.state == HELD or unset:
+            return self._change(sale, known, CONFIRMED, order_ref)
+        if known.order_ref == order_ref:
+            return Answer("replayed", 0, self._today(sale, known))
+        return Answer("other_order")
+
+    def cancel(self, reservation_id: str, order_ref: str | None) -> Answer:
+        """cancel.lua."""
+        sale, known = self.read_sale(), self.keys.reservations.get(reservation_id)
+        if sale is None or self.fenced():
+            return Answer("unknown" if sale is None else "fenced")
+        if known is None:
+            return Answer("not_found")
+        if known.final:
+            return Answer("replayed", 0, self._today(sale, known))
+        own = known.order_ref == order_ref or not self.world.rules.confirmed_needs_order
+        if known.state == CONFIRMED and not own:
+            return Answer("other_order")
+        return self._change(sale, known, CANCELLED, known.order_ref or order_ref)
+
+    def expire(self, limit: int) -> list[Answer]:
+        """expire.lua. Any pod can call it at any time: its lease only saves work."""
+        return self.expire_all(self.due_holds(limit))
+
+    def due_holds(self, limit: int) -> list[str]:
+        """Returns the first holds that may expire. Without a trusted sale there are none."""
+        if self.read_sale() is None or self.fenced():
+            return []
+        every = [(at, known) for known, at in self.keys.holds.items() if at <= self.clock]
+        return [known for _, known in sorted(every)[:limit]]
+
+    def expire_all(self, reservation_ids: Iterable[str]) -> list[Answer]:
+        """Expires reservations without looking at their state."""
+        sale, keys, answers = self.read_sale(), self.keys, []
+        if sale is None or self.fenced():
+            return []
+        for reservation_id in reservation_ids:
+            known = keys.reservations.get(reservation_id)
+            if known is None or not self._takes_changes():
+                break
+            if reservation_id in self.world.oracle.confirmed:
+                raise Violation(f"{reservation_id} expires, but was answered 200 for an order")
+            self.world.oracle.counts["expired"] += 1
+            answers.append(self._change(sale, known, EXPIRED, None))
+        return answers
+
+    def _takes_changes(self) -> bool:
+        limited = not self.world.rules.limit_spares_changes
+        return not (limited and len(self.keys.outbox) >= self.outbox_limit)
+
+    def _change(self, sale: SaleHash, known: Event, state: str, order_ref: str | None) -> Answer:
+        if not self._takes_changes():
+            return Answer("outbox_full")
+        rules, now = self.world.rules, self.clock
+        confirmed_at = now if state == CONFIRMED else None
+        event = self._today(sale, known)._replace(
+            version=self._next_version(sale, known.version),
+            state=state,
+            occurred=now,
+            confirmed_at=known.confirmed_at if known.confirmed_at is not None else confirmed_at,
+            order_ref=order_ref,
+        )
+        entry = self._add(event)
+        self.keys.reservations[event.reservation_id] = event
+        if known.state == HELD:
+            sale.held -= event.quantity
+            self.keys.holds.pop(event.reservation_id, None)
+        if event.final and not rules.release_when_acknowledged:
+            self._give_back(sale, event)
+        self.wrote()
+        self.world.log("redis", "writes", event)
+        return Answer("changed", entry, event)
 
     def settle(self, acknowledged: Iterable[tuple[int, Event]]) -> None:
         """settle.lua."""
@@ -263,10 +201,10 @@ class Redis:
                 continue
             del keys.outbox[entry]
             wrote = True
-            if found[0].version > 1 and rules.release_when_acknowledged and keys.sale is not None:
+            if found[0].final and rules.release_when_acknowledged and keys.sale is not None:
                 self._give_back(keys.sale, found[0])
         if wrote:
-            self._wrote()
+            self.wrote()
 
     def _add(self, event: Event) -> int:
         self.keys.last_entry += 1
@@ -274,10 +212,14 @@ class Redis:
         return self.keys.last_entry
 
     def _give_back(self, sale: SaleHash, event: Event) -> None:
+        """Makes the units of an ended reservation available again, and gives back the limit."""
+        buyers, expired, user = self.keys.buyers, self.keys.expired, event.user
         sale.released += event.quantity
-        self.keys.buyers[event.user] -= event.quantity
+        buyers[user] = buyers.get(user, 0) - event.quantity
+        if event.state == EXPIRED or not self.world.rules.only_expiry_counts:
+            expired[user] = expired.get(user, 0) + 1
 
-    # The operator's scripts.
+    # The scripts of operators.
 
     def apply(self, row: Row, *, seed: bool) -> str:
         """apply.lua."""
@@ -285,16 +227,18 @@ class Redis:
         if sale is None:
             if not seed:
                 return "missing"
-            self.keys.sale = SaleHash(self.stamp, row.revision, row.state, row.allocated)
-            self._wrote()
+            self.keys.sale = SaleHash(
+                self.stamp, row.revision, row.state, row.allocated, hold=row.hold
+            )
+            self.wrote()
             return "seeded"
         if row.revision < sale.revision:
             return "stale"
         if self.fenced():
             return "fenced"
-        sale.revision, sale.state = row.revision, row.state
+        sale.revision, sale.state, sale.hold = row.revision, row.state, row.hold
         sale.allocated = max(row.allocated, sale.accepted - sale.released)
-        self._wrote()
+        self.wrote()
         return "changed"
 
     def close(self, revision: int) -> None:
@@ -302,39 +246,70 @@ class Redis:
         sale = self.read_sale()
         if sale is not None and revision >= sale.revision:
             sale.revision, sale.state = revision, "closed"
-            self._wrote()
+            self.wrote()
+
+    def free(self, row: Row) -> str:
+        """free.lua: deletes the keys of a closed sale that the ledger has completely."""
+        rules, sale, keys = self.world.rules, self.read_sale(), self.keys
+        if sale is None or self.fenced():
+            return "unknown" if sale is None else "fenced"
+        if sale.state != "closed" or sale.revision != row.revision:
+            return "open"
+        if keys.holds and rules.freed_without_holds:
+            return "held"
+        others_differ = (sale.released, sale.held) != (row.released, row.held)
+        if others_differ and rules.freed_if_all_recorded:
+            return "unrecorded"
+        if keys.outbox or sale.accepted != row.accepted:
+            return "unrecorded"
+        self.keys = Keys(heartbeats=keys.heartbeats, last_entry=keys.last_entry)
+        self.world.oracle.counts["freed"] += 1
+        self.wrote()
+        return "freed"
 
     def republish(self) -> list[Event]:
         """page.lua and republish.py: all records as events with the sale's current numbers."""
         sale = self.read_sale()
         if sale is None or (self.fenced() and self.world.rules.fenced_not_republished):
             return []
-        capacity = sale.allocated + sale.released
-        return [
-            replace(event, capacity=capacity, revision=sale.revision)
-            for event in self.keys.reservations.values()
-        ]
+        return [self._today(sale, event) for event in self.keys.reservations.values()]
+
+    def lags(self, recorded: Progress) -> bool:
+        """Whether the ledger has recorded more of the sale than Redis has."""
+        rules, sale = self.world.rules, self.keys.sale
+        if sale is None or not rules.ledger_knows_more:
+            return False
+        undecided = sale.accepted - sale.held < recorded.decided
+        return sale.accepted < recorded.accepted or (undecided and rules.decided_units_compared)
 
     def mark_rebuild(
-        self, claim: int, seconds: float, *, recorded: int = 0, again: bool = False
+        self,
+        claim: int,
+        stamp: Stamp,
+        seconds: float,
+        *,
+        recorded: Progress = NOTHING,
+        again: bool = False,
     ) -> bool:
-        """fence.lua: marks the sale for a rebuild, or renews the mark of that rebuild.
+        """fence.lua: marks the sale for a rebuild that began under `stamp`, or renews its mark.
 
         If the keys are missing, the first call creates a fenced sale, so that buyers do not get
-        `unknown`. `recorded` is the ledger's accepted units.
+        `unknown`. `recorded` is the ledger's progress.
         """
         rules, sale, now = self.world.rules, self.read_sale(), self.world.now
+        if rules.other_run_ends_rebuild and stamp != self.stamp:
+            return False
         if again and rules.lost_mark_ends_rebuild and (sale is None or _claim(sale) != claim):
             return False
         if sale is None:
             sale = self.keys.sale = SaleHash(UNTRUSTED, 0, "closed", 0)
         elif rules.rebuild_guarded:
-            complete = sale.accepted >= recorded or not rules.ledger_knows_more
-            trusted = not (self.fenced() or sale.stamp == UNTRUSTED) and complete
+            untrusted = self.fenced() or sale.stamp == UNTRUSTED
+            trusted = not (untrusted or self.lags(recorded))
             if trusted or (self.rebuilding(sale) and claim != _claim(sale)):
                 return False
         sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, now + seconds)
-        self._wrote()
+        self.wrote()
         return True
 
     def rebuilding(self, sale: SaleHash) -> bool:
@@ -346,10 +321,30 @@ class Redis:
         """restore.lua: writes the ledger's reservations."""
         if self._of_another(claim) or self.keys.outbox:
             return False
-        self.keys.reservations = dict(reservations)
-        self.keys.buyers = held_by(reservations.values())
-        self._wrote()
+        rules, keys = self.world.rules, self.keys
+        keys.reservations = dict(reservations)
+        keys.buyers = units_by_user(reservations.values())
+        if rules.expired_counts_restored:
+            keys.expired = expired_by_user(reservations.values())
+        else:
+            keys.expired = {}
+        keys.holds = {}
+        for event in reservations.values():
+            if event.state == HELD and rules.holds_restored:
+                self._restore_hold(event)
+            if not rules.orders_restored:
+                keys.reservations[event.reservation_id] = event._replace(order_ref=None)
+        self.wrote()
         return True
+
+    def _restore_hold(self, hold: Event) -> None:
+        """Restores a hold, with time for a shop to repeat a confirmation that was lost."""
+        expires = hold.expires or 0.0
+        if self.world.rules.holds_extended:
+            expires = max(expires, self.clock + min(LEAST_AFTER_REBUILD, hold.seconds))
+        restored = hold._replace(expires=expires)
+        self.keys.reservations[hold.reservation_id] = restored
+        self.keys.holds[hold.reservation_id] = self._due(restored, hold.seconds)
 
     def finish_rebuild(self, claim: int, row: Row, stamp: Stamp, reservations: int) -> bool:
         """trust.lua: opens the sale, as the last step of a rebuild that began under `stamp`."""
@@ -358,11 +353,18 @@ class Redis:
         complete = stamp == self.stamp and len(self.keys.reservations) == reservations
         if self.world.rules.rebuild_guarded and not complete:
             return False
-        allocated = max(row.allocated, row.accepted - row.released)
         self.keys.sale = SaleHash(
-            self.stamp, row.revision, row.state, allocated, row.accepted, row.released
+            self.stamp,
+            row.revision,
+            row.state,
+            max(row.allocated, row.accepted - row.released),
+            row.accepted,
+            row.released,
+            row.hold,
+            row.held,
+            rebuilt=claim,
         )
-        self._wrote()
+        self.wrote()
         return True
 
     def _of_another(self, claim: int) -> bool:
@@ -375,12 +377,3 @@ class Redis:
 
 def _claim(sale: SaleHash) -> int:
     return 0 if sale.rebuilding is None else sale.rebuilding.claim
-
-
-def held_by(reservations: Iterable[Event]) -> dict[str, int]:
-    """Returns the units that each buyer holds."""
-    held: dict[str, int] = {}
-    for event in reservations:
-        units = event.quantity if event.version == 1 else 0
-        held[event.user] = held.get(event.user, 0) + units
-    return held

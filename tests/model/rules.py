@@ -7,27 +7,32 @@ from dataclasses import dataclass
 from typing import Final
 
 from flashsale import heartbeat
-from flashsale_api import batcher, sweeper
+from flashsale_api import calls, sweeper
 from flashsale_operator.sales import decision, drain
 
 BEAT: Final = heartbeat.INTERVAL_SECONDS
 EXPIRY: Final = float(heartbeat.EXPIRY_SECONDS)
 CALL_DEADLINE: Final = heartbeat.CALL_DEADLINE_SECONDS
 SWEEP_AGE: Final = sweeper.SWEEP_AGE_MS / 1000
-CALLS_IN_FLIGHT: Final = batcher.CALLS_IN_FLIGHT
+CALLS_IN_FLIGHT: Final = calls.CALLS_IN_FLIGHT
 SETTLED_BEFORE: Final = drain.CALL_DEADLINE_MS / 1000
 """A heartbeat sampled this long after a fence counts everything accepted before the fence."""
 
 SEED_SECONDS: Final = decision.SEED_MS / 1000
 """Greatest age of an operator's observation when it seeds. A rebuild takes longer than this."""
 
+ACKNOWLEDGED_WITHIN: Final = 2.0
+"""A confirmation or cancellation is answered 200 only if Kafka acknowledges its event this soon
+after the script call began. A rebuild waits longer than the call's deadline and this time: at
+least until the heartbeat of an unseen pod would have expired."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """Which parts of the protocol are in force. `Rules()` is the whole protocol.
 
-    Each field names the module that implements it. `release_when_acknowledged` and
-    `settle_matches_version` are about releases, which exist only in the model so far.
+    Each field names the module that implements it, or `holds` for a part of
+    docs/adr/0018-holds.md.
     """
 
     publish_at_once: bool = True
@@ -39,27 +44,20 @@ class Rules:
     has read the topic to its ends."""
     capacity_in_events: bool = True
     """recorder.py: the ledger raises a sale's capacity to the capacity in each event."""
-    release_when_acknowledged: bool = True
-    """Only in the model: `settle` gives a released unit back to the sale and to the buyer's limit.
-    `release` does not, because Kafka does not have the event yet."""
     settle_matches: bool = True
     """settle.lua: an outbox entry is deleted only if it has the acknowledged reservation's id."""
     late_answers_ignored: bool = True
-    """batcher.py: a reply that arrives after the call's deadline is ignored."""
+    """calls.py: a reply that arrives after the call's deadline is ignored."""
     unseen_pods_awaited: bool = True
     """drain.py: a pod without a heartbeat may be alive until a heartbeat would have expired."""
     rewound_ledger_noticed: bool = True
     """recorder.py: if the ledger has a lower offset, reading goes back to that offset."""
-
-    settle_matches_version: bool = True
-    """Only in the model: the acknowledgement of an acceptance does not settle the release of the
-    same reservation."""
     replays_published: bool = True
     """batcher.py: a pod that answers 202 for a replay also publishes the event. If the first call
     was executed but its reply was lost, no pod has the event in memory."""
     cut_off_events_refused: bool = True
-    """recorder.py: an event that was accepted before the sale's last rebuild, and was not in it,
-    is refused."""
+    """recorder.py: an event that was made before the sale's last rebuild, and was not in it, is
+    void. A reservation that the ledger does not know is refused."""
     refused_may_return: bool = True
     """recorder.py: a refused id that is accepted again, under the same key, is recorded."""
     rebuild_guarded: bool = True
@@ -76,6 +74,9 @@ class Rules:
     the server can forget its replication id."""
     lost_mark_ends_rebuild: bool = True
     """fence.lua: a rebuild whose mark is gone ends, because the pods' heartbeats are gone too."""
+    other_run_ends_rebuild: bool = True
+    """holds: a rebuild ends if Redis has another run than when it began, because the heartbeats in
+    a copy can look expired while their pods live."""
     operator_commits_kept: bool = True
     """ledger.py: every commit of an operator is on the standby, so no revision is taken twice."""
     fenced_not_republished: bool = True
@@ -84,3 +85,74 @@ class Rules:
     """heartbeat.py: a heartbeat with the clock of another run reports nothing yet."""
     ledger_knows_more: bool = True
     """decision.py, fence.lua: a sale with fewer accepted units than the ledger is rebuilt."""
+
+    # Holds: the state machine.
+
+    expiry_is_a_transition: bool = True
+    """holds: one script finds the due holds and changes them, so no confirmation comes between."""
+    expiry_has_grace: bool = True
+    """holds: a hold expires some time after its `expires`, so a payment in the last second wins."""
+    confirmed_needs_order: bool = True
+    """holds: a confirmed reservation is cancelled only with its own order reference."""
+    unpaid_order_is_set: bool = True
+    """holds: `confirm` gives a reservation of a sale without holds its order reference."""
+    ended_not_replayed: bool = True
+    """holds: a repeated `reserve` is not answered 202 if its hold has expired or was cancelled."""
+    only_expiry_counts: bool = True
+    """holds: cancellations by the shop do not count for the limit of expired holds."""
+    limit_spares_changes: bool = True
+    """holds: a full outbox refuses `reserve` only."""
+    unique_versions: bool = True
+    """holds: a version is above all versions of before the sale's last rebuild, so no two changes
+    of a reservation have the same one."""
+
+    # Holds: durable before 200.
+
+    confirmation_waits: bool = True
+    """holds: a confirmation is answered 200 only after Kafka has acknowledged its event."""
+    cancellation_waits: bool = True
+    """holds: the same of a cancellation."""
+    repeats_wait: bool = True
+    """holds: a repeated confirmation or cancellation publishes the event again, and waits."""
+    late_acknowledgements_ignored: bool = True
+    """holds: an acknowledgement after `ACKNOWLEDGED_WITHIN` is answered 202. The sale may have
+    been rebuilt without the event, and is then about to sell the unit again."""
+    memory_by_version: bool = True
+    """holds: the publisher tells a reservation's events apart by version, so the acknowledgement of
+    one is not taken for that of another."""
+
+    # Holds: settling and recording.
+
+    release_when_acknowledged: bool = True
+    """holds: only `settle` gives a released unit back to the sale and to the buyer's limit, because
+    until then Kafka may not have the event."""
+    settle_matches_version: bool = True
+    """holds: `settle` deletes an entry only if it has the acknowledged event's version."""
+    void_before_fold: bool = True
+    """holds: the ledger drops void events before it keeps one event per reservation."""
+    void_changes_dropped: bool = True
+    """holds: an event of before the last rebuild changes no known reservation either."""
+    counted_by_difference: bool = True
+    """holds: the ledger counts by the difference of a reservation's old and new state."""
+    announced_is_kept: bool = True
+    """holds: announcing starts at the offsets that are announced, not at those that are
+    recorded."""
+
+    # Holds: rebuilding and freeing.
+
+    holds_restored: bool = True
+    """holds: a rebuild restores when each hold expires."""
+    holds_extended: bool = True
+    """holds: for some time after a rebuild no hold expires, because a confirmation may be lost."""
+    orders_restored: bool = True
+    """holds: a rebuild restores the order references."""
+    expired_counts_restored: bool = True
+    """holds: a rebuild restores how many holds of each buyer have expired."""
+    decided_units_compared: bool = True
+    """holds: a sale with fewer units that are not held than the ledger is rebuilt."""
+    freed_without_holds: bool = True
+    """holds: keys are deleted only if no hold is open."""
+    freed_if_all_recorded: bool = True
+    """holds: keys are deleted only if released and held units are equal to the ledger's too."""
+    closed_holds_rebuilt: bool = True
+    """holds: a closed sale without keys is rebuilt if the ledger has open holds."""

@@ -1,103 +1,20 @@
 """Short schedules of calls, for parts of the protocol that random runs need too rarely.
 
 Each schedule keeps its promises with the whole protocol, and raises `Violation` without its part.
+The schedules of holds have a module of their own.
 """
 
 from collections.abc import Callable
 from typing import Final
 
-from tests.model.kafka import Kafka
-from tests.model.ledger import Ledger
-from tests.model.operators import Operator
-from tests.model.pods import Servers
-from tests.model.redis import Heartbeat, Keys, Redis, Request, held_by
-from tests.model.rules import EXPIRY, SETTLED_BEFORE, Rules
-from tests.model.world import Event, Violation, World
+from tests.model.hold_schedules import HOLD_SCHEDULES
+from tests.model.records import Heartbeat, Keys
+from tests.model.rules import EXPIRY, Rules
+from tests.model.scene import LEASE, Scene
+from tests.model.world import Violation
 
 CLOCK_AHEAD, CLOCK_BEHIND = 2, 3
 """Run ids of servers whose clocks are ahead and behind. See `Redis.clock`."""
-LEASE = 60.0
-
-
-class Scene:
-    """A sale of few units, without processes: a schedule makes each call itself."""
-
-    def __init__(self, rules: Rules, stock: int) -> None:
-        self.world = World(1, rules)
-        self.redis = Redis(self.world, always=True)
-        self.ledger = Ledger(self.world)
-        servers = Servers(self.redis, Kafka(self.world), self.ledger, stock)
-        self.operator = Operator(self.world, "operator", servers, every=(0.5, 2.0))
-        self.promised: list[str] = []
-        self.highest_stock = 0
-        self.declare(stock)
-
-    def declare(self, stock: int, state: str = "open") -> None:
-        """Writes the manifest to the ledger and then to Redis."""
-        sale, self.highest_stock = self.redis.keys.sale, max(self.highest_stock, stock)
-        above = 0 if sale is None else sale.revision
-        row, inserted = self.ledger.write_row(stock, state, above)
-        if state == "closed":
-            self.redis.close(row.revision)
-        else:
-            self.redis.apply(row, seed=inserted)
-
-    def buy(self, name: str, *, promised: bool = True) -> Event | None:
-        """Reserves a unit. The pod is lost before Kafka has the event unless it is `promised`."""
-        [answer] = self.redis.reserve([Request(name, f"user of {name}", 1)])
-        if answer.outcome == "accepted" and promised:
-            self.promised.append(name)
-        return answer.event if answer.outcome == "accepted" else None
-
-    def record(self, *events: Event | None) -> None:
-        """Lets Kafka and the ledger have the events, and settles them."""
-        found = [event for event in events if event is not None]
-        offset = self.ledger.tables.offsets[0]
-        self.ledger.record({0: offset}, {0: offset + len(found)}, found)
-        entries = [(entry, event) for entry, (event, _) in self.redis.keys.outbox.items()]
-        self.redis.settle(held for held in entries if held[1] in found)
-
-    def fence(self) -> int:
-        """Begins a rebuild and returns its claim."""
-        sale = self.redis.keys.sale
-        claim = self.ledger.claim(0 if sale is None else sale.revision)
-        self.redis.mark_rebuild(claim, LEASE, recorded=self.ledger.accepted())
-        return claim
-
-    def write(self, claim: int) -> None:
-        """Ends a rebuild whose wait is over."""
-        read = self.ledger.read_for_rebuild(claim, self.ledger.tables.offsets)
-        if read is None:
-            raise Violation("the ledger refuses the rebuild")
-        row, reservations = read
-        self.redis.fill_rebuild(claim, reservations)
-        self.redis.finish_rebuild(claim, row, self.redis.stamp, len(reservations))
-
-    def judge(self) -> None:
-        """Raises `Violation` if the ledger lacks a promised reservation or has too many units."""
-        recorded = self.ledger.tables.reservations
-        for name in self.promised:
-            if name not in recorded:
-                raise Violation(f"{name} was promised, and the ledger refused it")
-        if sum(held_by(recorded.values()).values()) > self.highest_stock:
-            raise Violation(f"more than {self.highest_stock} units are recorded and not released")
-
-
-def a_late_settlement_meets_a_release(rules: Rules) -> None:
-    """The acknowledged entry is lost, and the release of its reservation gets the same entry id."""
-    scene = Scene(rules, stock=1)
-    before = scene.redis.keys.copy()
-    [accepted] = scene.redis.reserve([Request("first", "user", 1)])
-    event = accepted.event
-    if event is None:
-        raise Violation("the first unit is not sold")
-    scene.ledger.record({0: 0}, {0: 1}, [event])
-    scene.redis.become(before)
-    scene.write(scene.fence())
-    scene.redis.release("first")
-    scene.redis.settle([(accepted.entry, event)])
-    scene.record(scene.buy("second"))
-    scene.judge()
 
 
 def the_server_forgets_its_failovers(rules: Rules) -> None:
@@ -120,17 +37,40 @@ def redis_is_flushed_while_a_rebuild_waits(rules: Rules) -> None:
     redis, world = scene.redis, scene.world
     first = scene.buy("first")
     redis.become(Keys(), restarted=False, demoted=False)
-    claim, began, sampled_from = scene.fence(), world.now, redis.clock + SETTLED_BEFORE
+    fence = scene.fence()
     world.now += EXPIRY - 1
     redis.keys.heartbeats["api"] = Heartbeat(1, redis.clock, redis.stamp)
     world.now += 0.9
     redis.become(Keys(), restarted=False, demoted=False)
     world.now += 0.2
-    goes_on = redis.mark_rebuild(claim, LEASE, again=True)
-    if goes_on and not scene.operator.unpublished(began, sampled_from):
-        scene.write(claim)
+    goes_on = redis.mark_rebuild(fence.claim, fence.stamp, LEASE, again=True)
+    if goes_on and not scene.operator.unpublished(fence.began, fence.sampled_from):
+        scene.finish(fence)
     second = scene.buy("second")
     scene.record(second)
+    scene.record(first)
+    scene.judge()
+
+
+def redis_fails_over_while_a_rebuild_waits(rules: Rules) -> None:
+    """The replica has the mark. Its clock is ahead, so that all heartbeats look expired."""
+    scene = Scene(rules, stock=1)
+    redis, world = scene.redis, scene.world
+    redis.run_id = CLOCK_BEHIND
+    scene.declare(2)
+    scene.finish(scene.fence())
+    scene.record(scene.buy("before"))
+    copy = redis.keys.copy()
+    first = scene.buy("first")
+    redis.become(copy, restarted=False)
+    fence = scene.fence()
+    world.now += EXPIRY + 1.0
+    redis.keys.heartbeats["api"] = Heartbeat(1, redis.clock, redis.stamp)
+    redis.become(redis.keys)
+    redis.run_id = CLOCK_AHEAD
+    goes_on = redis.mark_rebuild(fence.claim, fence.stamp, LEASE, again=True)
+    if goes_on and not scene.operator.unpublished(fence.began, fence.sampled_from):
+        scene.ledger.read_for_rebuild(fence.claim, scene.ledger.tables.offsets)
     scene.record(first)
     scene.judge()
 
@@ -142,7 +82,7 @@ def a_standby_lacks_a_restock(rules: Rules) -> None:
     cut_off = scene.buy("cut off", promised=False)
     scene.ledger.rewind(oldest=True)
     scene.redis.become(Keys())
-    scene.write(scene.fence())
+    scene.finish(scene.fence())
     scene.declare(2)
     events = [scene.buy("first"), scene.buy("second")]
     scene.record(cut_off)
@@ -156,7 +96,7 @@ def an_older_copy_is_republished(rules: Rules) -> None:
     scene.buy("cut off", promised=False)
     older = scene.redis.keys.copy()
     scene.redis.become(Keys())
-    scene.write(scene.fence())
+    scene.finish(scene.fence())
     first = scene.buy("first")
     scene.redis.become(older)
     scene.declare(1, "closed")
@@ -171,18 +111,18 @@ def a_pod_used_the_clock_of_the_former_server(rules: Rules) -> None:
     redis, world = scene.redis, scene.world
     redis.run_id = CLOCK_AHEAD
     scene.declare(2)
-    scene.write(scene.fence())
+    scene.finish(scene.fence())
     before = redis.keys.copy()
     heartbeat = Heartbeat(0, redis.clock, redis.stamp)
     events = [scene.buy("first"), scene.buy("second")]
     redis.become(before)
     redis.run_id = CLOCK_BEHIND
-    claim, began, sampled_from = scene.fence(), world.now, redis.clock + SETTLED_BEFORE
+    fence = scene.fence()
     redis.keys.heartbeats["api"] = heartbeat
     world.now += EXPIRY + 0.05
-    if scene.operator.unpublished(began, sampled_from):
+    if scene.operator.unpublished(fence.began, fence.sampled_from):
         scene.record(*events)  # the pod publishes before its next heartbeat says that it holds none
-    scene.write(claim)
+    scene.finish(fence)
     later = [scene.buy("third"), scene.buy("fourth")]
     scene.record(*later)
     scene.record(*events)
@@ -202,13 +142,32 @@ def redis_is_an_older_copy_in_the_same_run(rules: Rules) -> None:
     scene.judge()
 
 
-SCHEDULES: Final[dict[str, Callable[[Rules], None]]] = {
-    "settle_matches_version": a_late_settlement_meets_a_release,
-    "fence_latched": the_server_forgets_its_failovers,
-    "lost_mark_ends_rebuild": redis_is_flushed_while_a_rebuild_waits,
-    "operator_commits_kept": a_standby_lacks_a_restock,
-    "fenced_not_republished": an_older_copy_is_republished,
-    "heartbeats_of_this_run": a_pod_used_the_clock_of_the_former_server,
-    "ledger_knows_more": redis_is_an_older_copy_in_the_same_run,
-}
-"""The schedule of each part that has one."""
+def a_late_settlement_meets_another_reservation(rules: Rules) -> None:
+    """Redis loses an acknowledged entry, and gives its id to another reservation's entry."""
+    scene = Scene(rules, stock=2)
+    before = scene.redis.keys.copy()
+    first = scene.buy("first")
+    entry = scene.redis.keys.last_entry
+    if first is None:
+        raise Violation("the first unit is not sold")
+    scene.ledger.record({}, {}, [first])
+    scene.redis.become(before)
+    scene.finish(scene.fence())
+    scene.buy("second")  # its pod dies
+    scene.redis.settle([(entry, first)])
+    scene.sweep()
+    scene.judge()
+
+
+SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
+    ("fence_latched", the_server_forgets_its_failovers),
+    ("lost_mark_ends_rebuild", redis_is_flushed_while_a_rebuild_waits),
+    ("other_run_ends_rebuild", redis_fails_over_while_a_rebuild_waits),
+    ("operator_commits_kept", a_standby_lacks_a_restock),
+    ("fenced_not_republished", an_older_copy_is_republished),
+    ("heartbeats_of_this_run", a_pod_used_the_clock_of_the_former_server),
+    ("ledger_knows_more", redis_is_an_older_copy_in_the_same_run),
+    ("settle_matches", a_late_settlement_meets_another_reservation),
+    *HOLD_SCHEDULES,
+)
+"""Parts of the protocol, each with a schedule that needs it."""

@@ -3,7 +3,7 @@
 import heapq
 import random
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,9 +11,6 @@ from tests.model.rules import Rules
 
 Steps: TypeAlias = Generator[float, None, None]
 """The steps of a process. Each yielded value is a wait in seconds before the next step."""
-
-Change: TypeAlias = tuple[str, int]
-"""A change of a reservation: its id and new version (1 accepted, 2 released)."""
 
 RISK = 0.08
 """Probability that a fault strikes at a call of `World.risk`."""
@@ -31,20 +28,26 @@ class Violation(AssertionError):
 class Oracle:
     """Knowledge that no process has, and that the verdict needs.
 
-    `promised` has the changes that were confirmed to a buyer, with their units. `lost` has the
-    changes that Redis made and lost. `orphaned` has the changes whose pod was killed or
-    disconnected before Kafka had them.
+    - `promised` has the units of each reservation that a buyer was answered 202 for.
+    - `lost` has the reservations that Redis accepted and lost.
+    - `orphaned` has the reservations whose pod was killed or disconnected before Kafka had them.
+    - `confirmed` has the order of each reservation whose confirmation was answered 200.
+    - `cancelled` has the time of the first 200 for a cancellation of each reservation.
+    - `named` has the order references of all cancellations that were asked for.
     """
 
-    promised: dict[Change, int] = field(default_factory=dict)
-    lost: set[Change] = field(default_factory=set)
-    orphaned: set[Change] = field(default_factory=set)
+    promised: dict[str, int] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    orphaned: set[str] = field(default_factory=set)
+    confirmed: dict[str, str] = field(default_factory=dict)
+    cancelled: dict[str, float] = field(default_factory=dict)
+    named: set[tuple[str, str]] = field(default_factory=set)
     highest_stock: int = 0
     counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def excused(self, change: Change) -> bool:
-        """Whether the protocol allows the loss, because Redis and the pod both lost the change."""
-        return change in self.lost and change in self.orphaned
+    def excused(self, reservation_id: str) -> bool:
+        """Whether the protocol allows the loss of a reservation: Redis and the pod both lost it."""
+        return reservation_id in self.lost and reservation_id in self.orphaned
 
 
 class World:
@@ -56,6 +59,8 @@ class World:
         self.rules = rules
         self.now = 0.0
         self.oracle = Oracle()
+        self.aimed = False
+        """Whether the faults of this run are aimed at changes of reservations."""
         self.strike: Callable[[Process | None], Steps] | None = None
         """Makes a fault at a critical moment, in the given process or in any. See `risk`."""
         self.trace: list[str] | None = [] if tracing else None
@@ -166,22 +171,3 @@ class Process:
         if generation == self.generation:
             self.resume()
         yield from ()
-
-
-def changes_of(events: Iterable["Event"]) -> set[Change]:
-    """Returns the changes that events imply. A released reservation was accepted before."""
-    changes = {(event.reservation_id, event.version) for event in events}
-    return changes | {(reservation_id, 1) for reservation_id, _ in changes}
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """`events.Event`: a reservation's whole state and a snapshot of its sale."""
-
-    reservation_id: str
-    user: str
-    quantity: int
-    version: int
-    occurred: float
-    capacity: int
-    revision: int

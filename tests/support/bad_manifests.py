@@ -8,6 +8,8 @@ from tests.support.manifests import flash_sale
 
 STOCK = "spec.stock: must be an integer from 0 to 100000000"
 PER_USER = "spec.maxPerUser: must be an integer from 1 to 1000"
+HOLD = "spec.holdSeconds: must be an integer from 1 to 86400"
+EXPIRED_HOLDS = "spec.maxExpiredHolds: must be an integer from 1 to 1000"
 ITEM = (
     "spec.itemId: must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ - and begin with a letter "
     "or a digit"
@@ -105,9 +107,19 @@ BAD_MANIFESTS = {
     "field_misspelt": Bad(
         ("spec.stocks: unknown field",), {"stocks": 1}, server=Server.REFUSES_OR_PRUNES
     ),
+    "hold_zero": Bad((HOLD,), {"holdSeconds": 0}),
+    "hold_too_long": Bad((HOLD,), {"holdSeconds": 86_401}),
+    "hold_a_float": Bad((HOLD,), {"holdSeconds": 1.5}),
+    "hold_a_boolean": Bad((HOLD,), {"holdSeconds": True}),
+    "hold_text": Bad((HOLD,), {"holdSeconds": "60"}),
+    "hold_a_duration": Bad((HOLD,), {"holdSeconds": "10m"}),
+    "expired_holds_zero": Bad((EXPIRED_HOLDS,), {"maxExpiredHolds": 0}),
+    "expired_holds_too_many": Bad((EXPIRED_HOLDS,), {"maxExpiredHolds": 1001}),
+    "expired_holds_text": Bad((EXPIRED_HOLDS,), {"maxExpiredHolds": "3"}),
+    "expired_holds_a_boolean": Bad((EXPIRED_HOLDS,), {"maxExpiredHolds": True}),
     "field_of_a_later_version": Bad(
-        ("spec.holdSeconds: unknown field",),
-        {"holdSeconds": 60},
+        ("spec.waitingRoom: unknown field",),
+        {"waitingRoom": 60},
         server=Server.REFUSES_OR_PRUNES,
     ),
     "name_with_upper_case": Bad((NAME,), metadata={"name": "IPhone"}),

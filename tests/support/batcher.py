@@ -40,6 +40,9 @@ class HeldInventory(Inventory):
             available=self.available,
             outbox_length=0,
             starts_ms=0,
+            version=1,
+            hold_ms=0,
+            held=0,
             answers=[Answer(self.outcome, "1-1") for _ in requests],
         )
 

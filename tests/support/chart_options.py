@@ -20,5 +20,10 @@ RULES: Final = at("prometheusRules.enabled", True)
 DASHBOARD: Final = at("dashboard.enabled", True)
 TRACING: Final = at("tracing.endpoint", "http://collector:4318")
 
+IDENTITY: Final = {
+    "identity": {"jwksUrl": "https://keys/a", "issuer": "https://keys", "audience": "flashsale"}
+}
+ORDERS: Final = at("orders.existingSecret.name", "order-service")
+
 AUTHORITY: Final = at("certificateAuthority.existingSecret.name", "ca")
 EVERYWHERE: Final = at("operator.allNamespaces", True)

@@ -64,9 +64,10 @@ class World:
             )
         )
 
-    def api(self) -> ApiServer:
+    def api(self, *, order_tokens: str = "") -> ApiServer:
         """Start an API process."""
-        return self._started(ApiServer(self.folder / f"api-{len(self.services)}", self.addresses))
+        data = self.folder / f"api-{len(self.services)}"
+        return self._started(ApiServer(data, self.addresses, order_tokens=order_tokens))
 
     def consumer(self) -> ConsumerServer:
         """Start a consumer process."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
+from importlib.resources import files
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import TypeAlias
@@ -49,9 +50,10 @@ _FIRST = Event(
     item_id="phone",
     user_id="user",
     quantity=1,
-    state="accepted",
+    state="confirmed",
     version=1,
-    occurred_at=NOON,
+    accepted_at=NOON,
+    confirmed_at=NOON,
     allocated=1_000_000,
     capacity=1_000_000,
     revision=1,
@@ -60,11 +62,28 @@ _FIRST = Event(
 
 def accepted(number: int = 0, **changes: object) -> Event:
     """Make the event of an accepted reservation. A higher `number` was accepted later."""
+    at = NOON + timedelta(milliseconds=number)
     own: dict[str, object] = {
         "reservation_id": str(uuid4()),
-        "occurred_at": NOON + timedelta(milliseconds=number),
+        "accepted_at": at,
+        "confirmed_at": at,
     }
     return msgspec.structs.replace(_FIRST, **own | changes)
+
+
+def held(number: int = 0, **changes: object) -> Event:
+    """Make the event of a hold of ten minutes. A higher `number` was accepted later."""
+    ends = NOON + timedelta(minutes=10, milliseconds=number)
+    own: dict[str, object] = {"state": "held", "expires_at": ends, "confirmed_at": None}
+    return accepted(number, **own | changes)
+
+
+def changed(event: Event, state: str, **changes: object) -> Event:
+    """Make the event of the next version of a reservation. A confirmation names an order."""
+    own: dict[str, object] = {"state": state, "version": event.version + 1}
+    if state == "confirmed":
+        own |= {"order_ref": "order-1", "confirmed_at": event.confirmed_at or event.expires_at}
+    return msgspec.structs.replace(event, **own | changes)
 
 
 @dataclass
@@ -100,6 +119,13 @@ class Ledger:
             assert (await self.sale(sale_id)).accepted == sum(row[2] for row in counted)
         return True
 
+    async def voided(self, sale_id: str = "default/phones") -> int:
+        """Return the number of the sale's void changes."""
+        count: int = await self.pool.fetchval(
+            "SELECT voided FROM sales WHERE sale_id = $1", sale_id
+        )
+        return count
+
     async def until_has(self, *sought: Event) -> None:
         """Wait until the ledger has the events, even if PostgreSQL is down meanwhile."""
         await until(
@@ -116,6 +142,22 @@ class Ledger:
             return len(await self.rows()) >= least
 
         await until(look, f"{least} rows are recorded")
+
+
+async def migrate_to(pool: Pool, version: int) -> None:
+    """Run the migrations of a former version in an empty database."""
+    scripts = sorted((files("flashsale") / "migrations").iterdir(), key=lambda each: each.name)
+    async with pool.acquire() as connection:
+        for script in scripts:
+            if int(script.name[:4]) <= version:
+                await connection.execute(script.read_text("utf-8"))
+        await connection.execute(
+            "CREATE TABLE schema_migrations (version integer PRIMARY KEY, "
+            "applied_at timestamptz NOT NULL DEFAULT now())"
+        )
+        await connection.execute(
+            "INSERT INTO schema_migrations SELECT generate_series(1, $1::int)", version
+        )
 
 
 @asynccontextmanager
@@ -180,9 +222,8 @@ class Log:
                 await admin.create_topics(
                     [NewTopic(self.dead_letter_topic, 1, 1, topic_configs=limit)]
                 )
-        await topics.create(
-            KafkaSettings(kafka_bootstrap=self.bootstrap), self.topic, self.dead_letter_topic
-        )
+        kafka = KafkaSettings(kafka_bootstrap=self.bootstrap)
+        await topics.create(kafka, self.topic, self.dead_letter_topic)
 
     async def delete(self, topic: str) -> None:
         async with self._admin() as admin:
@@ -271,11 +312,21 @@ class Running:
 
     def events(self, result: str) -> float:
         """The number of events that the worker counted under `result`."""
-        sample = f'flashsale_consumer_events_total{{result="{result}"}}'
+        return self.value(f'flashsale_consumer_events_total{{result="{result}"}}')
+
+    def value(self, sample: str) -> float:
+        """The value of one sample of the worker's metrics."""
         (line,) = (
-            line for line in self.metrics.text().decode().splitlines() if line.startswith(sample)
+            line
+            for line in self.metrics.text().decode().splitlines()
+            if line.startswith(f"{sample} ")
         )
         return float(line.split()[-1])
+
+    def total(self, metric: str) -> float:
+        """The sum of the samples of a metric with labels."""
+        lines = self.metrics.text().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(metric + "{"))
 
     def partitions(self) -> int:
         """The number of partitions that the worker reads."""

@@ -21,6 +21,7 @@ class FakeApi:
         self._port = 0
         self._connections: list[asyncio.Task[None]] = []
         self.bodies: list[bytes] = []
+        self.paths: list[bytes] = []
 
     @property
     def url(self) -> str:
@@ -42,6 +43,7 @@ class FakeApi:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                self.paths.append(head.split(b" ")[1])
                 size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 self.bodies.append(await reader.readexactly(size))
                 number = len(self.bodies)

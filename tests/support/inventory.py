@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flashsale.inventory import Applied, Inventory
+from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Request
 from flashsale.sale import SaleSpec
 
@@ -34,3 +35,11 @@ async def outcome(inventory: Inventory, item: str, request: Request) -> Outcome:
     """Sends one request."""
     reply = await inventory.reserve(item, [request], timeout_seconds=5)
     return reply.answers[0].outcome if isinstance(reply, BatchReply) else reply
+
+
+async def drained(outbox: Outbox, item: str) -> None:
+    """Settles all entries of an item, as if Kafka had acknowledged them."""
+    entries = await outbox.page(item, until_ms=2**50, count=10_000)
+    named = [(entry.entry_id, entry.reservation_id, entry.record.version) for entry in entries]
+    if named:
+        assert await outbox.settle(item, named) == len(named)

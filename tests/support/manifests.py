@@ -1,12 +1,8 @@
-"""Manifests: of a FlashSale, and those in the repository's files."""
+"""The manifest of a FlashSale."""
 
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flashsale_operator.sales.manifest import API_VERSION, KIND
-from tests.support.paths import ROOT
 
 
 def flash_sale(
@@ -20,8 +16,3 @@ def flash_sale(
         "metadata": metadata,
         "spec": {"itemId": item or name, **spec},
     }
-
-
-def documents(file: Path) -> list[dict[str, Any]]:
-    """Return the objects in a YAML file of the repository."""
-    return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]

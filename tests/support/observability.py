@@ -86,3 +86,14 @@ class ObservedEngine:
         """Send ten requests per user, valid and invalid ones."""
         wanted = attempts(self.item, users, seed=9)
         asyncio.run(stampede([self.api.url], wanted, connections=20))
+
+    def order(self, user: str) -> None:
+        """Reserve a unit and confirm the reservation as the shop's order service does."""
+        body = {"userId": user, "itemId": self.item, "quantity": 1}
+        path = httpx.post(f"{self.api.url}/reserve", json=body).headers["location"]
+        token = self.api.order_tokens.partition(",")[0]
+        httpx.post(
+            f"{self.api.orders_url}{path}/confirm",
+            json={"orderRef": f"order-of-{user}"},
+            headers={"Authorization": f"Bearer {token}"},
+        ).raise_for_status()

@@ -28,6 +28,8 @@ def a_row(spec: SaleSpec = SPEC, **changes: Any) -> SaleRow:  # noqa: ANN401 - a
         capacity=spec.stock,
         accepted=0,
         released=0,
+        hold_seconds=spec.hold_seconds,
+        max_expired_holds=spec.max_expired_holds,
     )
     return replace(row, **changes)
 
@@ -49,5 +51,7 @@ def a_sale(spec: SaleSpec = SPEC, **changes: Any) -> Sale:  # noqa: ANN401 - any
         last_now_ms=NOW_MS - 1_000,
         outbox_length=0,
         torn=False,
+        hold_ms=1000 * (spec.hold_seconds or 0),
+        max_expired_holds=spec.max_expired_holds,
     )
     return replace(sale, **changes)

@@ -14,11 +14,16 @@ class Proxy:
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._word = b""
         self.left_to_cut = 0
+        self._kept_back = b""
         self.port = 0
 
     def cut_replies(self, word: bytes, times: int) -> None:
         """Forward the next `times` requests with `word`, but break the connection at the reply."""
         self._word, self.left_to_cut = word, times
+
+    def keep_back(self, word: bytes) -> None:
+        """Break the connection at each request with `word`, without forwarding it."""
+        self._kept_back = word
 
     def cut_all(self) -> None:
         """Break every connection."""
@@ -56,6 +61,8 @@ class Proxy:
 
         async def requests() -> None:
             while data := await reader.read(65536):
+                if self._kept_back and self._kept_back in data:
+                    return
                 if self.left_to_cut and self._word in data:
                     self.left_to_cut -= 1
                     cut.set()

@@ -8,16 +8,41 @@ from redis.asyncio import Redis
 
 from flashsale import events, ledger
 from flashsale.inventory import Inventory
-from flashsale.keys import DEFAULT_ENGINE
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.outbox import Outbox
-from flashsale.reservations import Answer, BatchReply, Outcome, Request
-from flashsale.sale import Sale, SaleSpec
+from flashsale.reservations import (
+    FINAL,
+    Answer,
+    BatchReply,
+    Call,
+    Expired,
+    OutboxEntry,
+    Outcome,
+    Request,
+    State,
+    Transition,
+    TransitionReply,
+)
+from flashsale.sale import Sale, SaleSpec, utc_of_ms
 from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilder
 from flashsale_operator.sales.reconciler import Reconciler, Result
 
+_FORMER = "SELECT state, version FROM reservations WHERE sale_id = $1 AND reservation_id = $2"
+_WRITE = """
+INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, request_key,
+                          accepted_at, expires_at, confirmed_at, order_ref)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+ON CONFLICT (sale_id, reservation_id) DO UPDATE SET
+  state = excluded.state, version = excluded.version, expires_at = excluded.expires_at,
+  confirmed_at = excluded.confirmed_at, order_ref = excluded.order_ref
+"""
+_COUNT = """
+UPDATE sales SET accepted = accepted + $2, released = released + $3, held = held + $4
+WHERE sale_id = $1
+"""
 QUICK = Patience(seeding=0.05, unseen=0.05, quiet=0.3, recorded=0.3, between=0.01)
 
 
@@ -65,28 +90,69 @@ class SimulatedShop:
             return list(reply.answers)
         return [Answer(reply)] * len(requests)
 
+    async def reservation_of(self, item_id: str, user: str) -> str:
+        """Return the id of the only reservation of a user."""
+        async for _, page in self.inventory.reservation_pages(item_id):
+            for reservation_id, record in page:
+                if record.user_id == user:
+                    return reservation_id
+        raise LookupError(user)
+
+    async def confirm(self, item_id: str, user: str, order_ref: str = "order-1") -> Transition:
+        call = Call(await self.reservation_of(item_id, user), order_ref)
+        return _outcome(await self.inventory.confirm(item_id, [call], timeout_seconds=5))
+
+    async def cancel(self, item_id: str, user: str, order_ref: str = "") -> Transition:
+        call = Call(await self.reservation_of(item_id, user), order_ref)
+        return _outcome(await self.inventory.cancel(item_id, [call], timeout_seconds=5))
+
+    async def expire(self, item_id: str, user: str) -> None:
+        """Expire the hold of a user as if its time and grace were over."""
+        holds = ItemKeys.of(item_id, self.engine).holds
+        await self.redis.zadd(holds, {await self.reservation_of(item_id, user): 0})
+        reply = await self.inventory.expire(item_id, 1, timeout_seconds=5)
+        assert isinstance(reply, Expired)
+        assert len(reply.holds) == 1
+
     async def record(self, item_id: str, *, lose: int = 0) -> None:
         """Move the events of the outbox to the ledger, except the first `lose`."""
         entries = await self.outbox.page(item_id, until_ms=2**50, count=10_000)
         for number, entry in enumerate(entries):
-            sale_id, record = entry.snapshot.sale_id, entry.record
-            if number < lose:
-                continue
-            async with self.pool.acquire() as connection, connection.transaction():
-                await connection.execute(
-                    "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, "
-                    "version, occurred_at) VALUES ($1, $2, $3, $4, 'accepted', 1, now())",
-                    sale_id,
-                    entry.reservation_id,
-                    record.user_id,
-                    record.quantity,
-                )
-                await connection.execute(
-                    "UPDATE sales SET accepted = accepted + $2 WHERE sale_id = $1",
-                    sale_id,
-                    record.quantity,
-                )
-        await self.outbox.settle(item_id, [(e.entry_id, e.reservation_id) for e in entries])
+            if number >= lose:
+                await self.write(entry)
+        await self.outbox.settle(
+            item_id, [(e.entry_id, e.reservation_id, e.record.version) for e in entries]
+        )
+
+    async def write(self, entry: OutboxEntry) -> None:
+        """Record an event in the ledger, as the consumer does."""
+        sale_id, record = entry.snapshot.sale_id, entry.record
+        async with self.pool.acquire() as connection, connection.transaction():
+            former = await connection.fetchrow(_FORMER, sale_id, entry.reservation_id)
+            if former is not None and former["version"] >= record.version:
+                return
+            was = None if former is None else former["state"]
+            await connection.execute(
+                _WRITE,
+                sale_id,
+                entry.reservation_id,
+                record.user_id,
+                record.quantity,
+                record.state,
+                record.version,
+                record.request_key or None,
+                utc_of_ms(record.accepted_ms),
+                None if record.expires_ms is None else utc_of_ms(record.expires_ms),
+                None if record.confirmed_ms is None else utc_of_ms(record.confirmed_ms),
+                record.order_ref or None,
+            )
+            await connection.execute(
+                _COUNT,
+                sale_id,
+                record.quantity * (was is None),
+                record.quantity * (record.state in FINAL and was not in FINAL),
+                record.quantity * ((record.state == State.HELD) - (was == State.HELD)),
+            )
 
     async def read_to(self, partition: int, next_offset: int) -> None:
         """Store the offset to which the ledger has read a partition."""
@@ -97,6 +163,10 @@ class SimulatedShop:
             partition,
             next_offset,
         )
+
+
+def _outcome(reply: TransitionReply | Transition) -> Transition:
+    return reply if isinstance(reply, Transition) else reply.answers[0].outcome
 
 
 def _one(user: str) -> Request:

@@ -26,6 +26,7 @@ class Span:
     began_ns: int
     ended_ns: int
     failed: bool
+    linked_traces: tuple[str, ...]
     attributes: dict[str, Any]
     resource: dict[str, Any]
 
@@ -98,6 +99,7 @@ def _spans(request: ExportTraceServiceRequest) -> Iterator[Span]:
                     began_ns=span.start_time_unix_nano,
                     ended_ns=span.end_time_unix_nano,
                     failed=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
+                    linked_traces=tuple(link.trace_id.hex() for link in span.links),
                     attributes=_values(span.attributes),
                     resource=_values(resource.resource.attributes),
                 )

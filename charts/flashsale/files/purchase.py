@@ -18,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import asyncpg
+from flashsale import addresses, ledger
 
 DEADLINE_SECONDS = 60.0
 ACCOUNT = Path(os.environ.get("ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
 NAMESPACE = os.environ["NAMESPACE"]
 NAME = f"helm-test-{uuid.uuid4().hex[:8]}"
+ITEM = os.environ.get("ITEM_PREFIX", "") + NAME
 
 
 def call(method: str, url: str, body: object = None, **headers: str) -> tuple[int, Any]:
@@ -59,7 +60,7 @@ def flash_sales(method: str, path: str = "", body: object = None) -> tuple[int, 
 
 
 def buy(user: str) -> tuple[int, Any]:
-    body = {"userId": user, "itemId": NAME, "quantity": 1}
+    body = {"userId": user, "itemId": ITEM, "quantity": 1}
     return call("POST", f"{os.environ['API']}/reserve", body, **{"Idempotency-Key": NAME})
 
 
@@ -67,16 +68,17 @@ def recorded(reservation: str) -> str | None:
     """Return a reservation's state in the ledger, None if the ledger does not have it."""
 
     async def fetch() -> str | None:
-        connection = await asyncpg.connect(os.environ["FLASHSALE_DATABASE_URL"], timeout=10)
+        url = os.environ["FLASHSALE_DATABASE_URL"].rstrip("\r\n")
+        pool = await ledger.connect(addresses.database_url(url))
         try:
-            state: str | None = await connection.fetchval(
+            state: str | None = await pool.fetchval(
                 "SELECT state FROM reservations WHERE sale_id = $1 AND reservation_id = $2",
                 f"{NAMESPACE}/{NAME}",
                 reservation,
             )
             return state
         finally:
-            await connection.close()
+            await pool.close()
 
     return asyncio.run(fetch())
 
@@ -101,12 +103,12 @@ sale = {
     "apiVersion": "flashsale.dev/v1alpha1",
     "kind": "FlashSale",
     "metadata": {"name": NAME},
-    "spec": {"itemId": NAME, "displayName": "helm test", "stock": 1},
+    "spec": {"itemId": ITEM, "displayName": "helm test", "stock": 1},
 }
 until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST", body=sale))
 try:
     bought = until("buy one unit", 202, lambda: buy("first"))
     until("refuse a second buyer", 409, lambda: buy("second"))
-    until("record in the ledger", "accepted", lambda: (recorded(bought["reservationId"]), bought))
+    until("record in the ledger", "confirmed", lambda: (recorded(bought["reservationId"]), bought))
 finally:
     until("delete the FlashSale", 200, lambda: flash_sales("DELETE", f"/{NAME}"))

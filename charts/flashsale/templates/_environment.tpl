@@ -10,17 +10,44 @@
   value: {{ include "flashsale.engine" .root | quote }}
 {{- include "flashsale.environment.authority" .root }}
 {{- if ne .component "consumer" }}
-{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $values.redis "key" "url") }}
+{{- $redis := deepCopy $values.redis }}
+{{- if and (eq .component "api") $redis.existingSecret.apiKey }}
+{{- $_ := set $redis.existingSecret "key" $redis.existingSecret.apiKey }}
+{{- end }}
+{{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $redis "key" "url") }}
 {{- end }}
 {{ include "flashsale.environment.kafka" . }}
 {{- if ne .component "api" }}
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" $values.database "key" "url") }}
 {{- end }}
+{{- if and (eq .component "api") $values.orders.existingSecret.name }}
+- name: FLASHSALE_ORDER_TOKENS
+  valueFrom:
+    secretKeyRef:
+      name: {{ $values.orders.existingSecret.name | quote }}
+      key: {{ $values.orders.existingSecret.key | quote }}
+{{- end }}
 {{- if eq .component "operator" }}
 - name: FLASHSALE_NAMESPACES
   value: {{ include "flashsale.operator.namespaces" .root | fromJsonArray | join "," | quote }}
+{{- with $values.operator.items }}
+{{- $items := list }}
+{{- range $namespace, $prefix := . }}
+{{- $items = append $items (printf "%s=%s" $namespace $prefix) }}
+{{- end }}
+- name: FLASHSALE_ITEMS
+  value: {{ join "," $items | quote }}
+{{- end }}
 - name: FLASHSALE_KEEP_CLOSED_SECONDS
   value: {{ $values.operator.keepClosedSeconds | int | quote }}
+{{- end }}
+{{- if eq .component "api" }}
+{{- range $name, $value := dict "USER_HEADER" $values.identity.userHeader "JWKS_URL" $values.identity.jwksUrl "JWT_ISSUER" $values.identity.issuer "JWT_AUDIENCE" $values.identity.audience }}
+{{- if $value }}
+- name: FLASHSALE_{{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
 {{- end }}
 - name: FLASHSALE_LOG_LEVEL
   value: {{ $values.logLevel | quote }}
@@ -30,6 +57,10 @@
   value: {{ $values.tracing.endpoint | quote }}
 - name: OTEL_TRACES_SAMPLER_ARG
   value: {{ $values.tracing.ratio | quote }}
+{{- if eq .component "api" }}
+- name: FLASHSALE_TRUST_TRACEPARENT
+  value: {{ $values.tracing.trustTraceparent | quote }}
+{{- end }}
 {{- end }}
 {{- end }}
 

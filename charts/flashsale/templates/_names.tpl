@@ -1,15 +1,11 @@
-{{- define "flashsale.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimAll "-" }}
-{{- end }}
-
 {{/* Prefix of every name. 50 characters leave room for suffixes such as "-consumer". */}}
 {{- define "flashsale.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 50 | trimAll "-" }}
-{{- else if contains (include "flashsale.name" .) .Release.Name }}
+{{- else if contains .Chart.Name .Release.Name }}
 {{- .Release.Name | trunc 50 | trimAll "-" }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name (include "flashsale.name" .) | trunc 50 | trimAll "-" }}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimAll "-" }}
 {{- end }}
 {{- end }}
 
@@ -24,7 +20,7 @@
 {{- end }}
 
 {{- define "flashsale.component.selector" -}}
-app.kubernetes.io/name: {{ include "flashsale.name" .root | quote }}
+app.kubernetes.io/name: {{ .root.Chart.Name | quote }}
 app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
@@ -60,7 +56,7 @@ annotations:
 
 {{/* The labels that an upgrade of the chart leaves unchanged. Pods have no others, so that an upgrade restarts only changed pods. */}}
 {{- define "flashsale.labels.stable" -}}
-{{- $own := dict "app.kubernetes.io/name" (include "flashsale.name" .root) "app.kubernetes.io/instance" .root.Release.Name -}}
+{{- $own := dict "app.kubernetes.io/name" .root.Chart.Name "app.kubernetes.io/instance" .root.Release.Name -}}
 {{- with .component }}{{ $_ := set $own "app.kubernetes.io/component" . }}{{ end -}}
 {{- $_ := set $own "app.kubernetes.io/part-of" "flashsale" -}}
 {{- $_ := set $own "app.kubernetes.io/managed-by" .root.Release.Service -}}

@@ -1,3 +1,10 @@
+{{/* Whether to install policies: by the value, or because it is known where a server runs. */}}
+{{- define "flashsale.network.enabled" -}}
+{{- with .Values.networkPolicies -}}
+{{- if or .enabled .redis.peers .kafka.peers .database.peers -}}true{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* Egress rule to some peers: (dict "ports" (list 6379) "peers" (list)). */}}
 {{- define "flashsale.network.egress" -}}
 - ports:
@@ -26,9 +33,9 @@
 
 {{/* The ports in a server's address, as a JSON list. It is empty if the address is in a Secret. */}}
 {{- define "flashsale.network.ports" -}}
-{{- $address := dict "redis" .root.Values.redis.url "kafka" .root.Values.kafka.bootstrap "database" .root.Values.database.url "collector" .root.Values.tracing.endpoint | dig .server "" -}}
+{{- $address := dict "redis" .root.Values.redis.url "kafka" .root.Values.kafka.bootstrap "database" .root.Values.database.url "collector" .root.Values.tracing.endpoint "issuer" .root.Values.identity.jwksUrl | dig .server "" -}}
 {{- $defaults := include "flashsale.network.defaults" . | fromJson -}}
-{{- $default := get $defaults (ternary (splitList ":" $address | first) .server (eq .server "collector")) -}}
+{{- $default := get $defaults (ternary (splitList ":" $address | first) .server (has .server (list "collector" "issuer"))) -}}
 {{- $ports := list -}}
 {{- if $address -}}
 {{- range regexReplaceAll "^([a-z]+://)?([^/?]*@)?([^/?]*).*$" $address "${3}" | splitList "," -}}

@@ -44,6 +44,14 @@
 {{- $wrong = append $wrong (printf "consumer.replicas is %d, but kafka.partitions is %d: the remaining consumers would be idle" (int .replicas) (int $.Values.kafka.partitions)) }}
 {{- end }}
 {{- end }}
+{{- with .Values.identity }}
+{{- if not (has (len (without (list .jwksUrl .issuer .audience) "")) (list 0 3)) }}
+{{- $wrong = append $wrong "identity: set all of jwksUrl, issuer and audience, or none" }}
+{{- end }}
+{{- if and .userHeader .jwksUrl }}
+{{- $wrong = append $wrong "identity.userHeader and identity.jwksUrl are both set: only one can name the user" }}
+{{- end }}
+{{- end }}
 {{- with .Values.api.autoscaling }}
 {{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}
 {{- $wrong = append $wrong "api.autoscaling.minReplicas is greater than api.autoscaling.maxReplicas" }}
@@ -77,7 +85,7 @@
 {{- $names = append $names .name }}
 {{- end }}
 {{- end }}
-{{- range $component := list "api" "consumer" }}
+{{- range $component := list "api" "consumer" "operator" }}
 {{- with (index $.Values $component).strategy.rollingUpdate }}
 {{- if and (has (toString .maxSurge) (list "0" "0%")) (has (toString .maxUnavailable) (list "0" "0%")) }}
 {{- $wrong = append $wrong (printf "%s.strategy.rollingUpdate: maxSurge and maxUnavailable are both 0, so no pod could be replaced" $component) }}

@@ -1,20 +1,36 @@
 """The lines and tables that `flashsalectl` prints."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Final
 
-from flashsale.inventory import ServerTime
-from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleSpec, rfc3339_of_ms
+from flashsale import requirements
+from flashsale.inventory import Freed
+from flashsale.reservations import Transition
 from flashsale_operator.sales.audit import Audit, Finding
-from flashsale_operator.sales.decision import Reason, StillFenced, counted, spec_of, state_of
+from flashsale_operator.sales.decision import Reason, StillFenced, counted
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Result
+from flashsale_operator.sales.transitions import Verb
 
 _REBUILD: Final = (
     "nothing is accepted until it is rebuilt from the ledger: apply it again, or run "
     "`flashsalectl rebuild {item}`"
 )
+_CHANGES: Final[dict[tuple[Verb, Transition], str]] = {
+    ("confirm", Transition.CHANGED): "is confirmed for order {order}",
+    ("confirm", Transition.REPLAYED): "was confirmed for order {order} before",
+    ("cancel", Transition.CHANGED): "is cancelled, and its units are for sale again",
+    ("cancel", Transition.REPLAYED): "was cancelled or had expired before",
+}
+_REFUSALS: Final = {
+    Transition.HOLD_EXPIRED: "has expired, so it cannot be confirmed",
+    Transition.CANCELLED: "was cancelled, so it cannot be confirmed",
+    Transition.OTHER_ORDER: "is confirmed for another order than {order}",
+    Transition.UNKNOWN_RESERVATION: "is no reservation of this item in Redis",
+}
 _NEXT: Final = {
     Reason.FENCED: _REBUILD,
     Reason.KAFKA_UNAVAILABLE: _REBUILD,
@@ -38,6 +54,19 @@ def line_of(result: Result) -> str:
     return f"{line}; {_NEXT[reason].format(item=result.item_id)}"
 
 
+def line_of_delete(sale_id: str, freed: Freed) -> str:
+    """Returns the line about a sale that was closed and whose keys were to be freed."""
+    match freed:
+        case Freed.FREED:
+            return f"sale {sale_id} deleted: its keys are freed, and the ledger keeps its rows"
+        case Freed.UNKNOWN:
+            return f"sale {sale_id} closed: Redis had no keys of it"
+        case Freed.UNRECORDED:
+            return f"sale {sale_id} closed: its keys stay until the ledger has all its events"
+        case _:
+            return f"sale {sale_id} closed: its keys stay, because another process changed it"
+
+
 def line_of_rebuild(sale_id: str, done: Rebuilt | StillFenced) -> str:
     """Returns one line about a rebuild: its counts, or why the sale stays fenced."""
     if isinstance(done, StillFenced):
@@ -47,26 +76,21 @@ def line_of_rebuild(sale_id: str, done: Rebuilt | StillFenced) -> str:
     return f"sale {sale_id} rebuilt in {done.seconds:.1f} s: {done}"
 
 
-def of_sales(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> str:
-    """Returns a table of the sales in the ledger or Redis, sorted by item."""
-    lines = [
-        _line_of_sale(row, held.get(row.item_id), server)
-        for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
-    ]
-    recorded = {row.sale_id for row in rows}
-    lines += [
-        _line_of_sale(None, sale, server)
-        for _, sale in sorted(held.items())
-        if sale.sale_id not in recorded
-    ]
-    head = "ITEM SALE STATE ALLOCATED AVAILABLE ACCEPTED RECORDED STARTS ENDS"
-    return _table(head, lines)
+def line_of_change(
+    reservation_id: str, verb: Verb, outcome: Transition, order_ref: str | None
+) -> tuple[str, bool]:
+    """Returns a sentence about a confirmation or cancellation, and whether it succeeded."""
+    sentence = _CHANGES.get((verb, outcome)) or _REFUSALS[outcome]
+    if outcome is Transition.OTHER_ORDER and order_ref is None:
+        sentence = "is confirmed: name its order with --order-ref"
+    line = f"{reservation_id} {sentence.format(order=order_ref)}"
+    return line, outcome in (Transition.CHANGED, Transition.REPLAYED)
 
 
 def of_audit(found: Audit) -> str:
     """Returns a table with one line per sale, and one line per fault of the topic."""
-    table = _table(
-        "SALE ITEM STATE ALLOCATED ACCEPTED RECORDED OUTBOX LAG VERDICT",
+    audited = table(
+        "SALE ITEM STATE ALLOCATED ACCEPTED HELD RECORDED OUTBOX LAG VERDICT",
         [
             (
                 finding.sale_id,
@@ -74,6 +98,7 @@ def of_audit(found: Audit) -> str:
                 finding.state,
                 finding.allocated,
                 finding.accepted,
+                finding.held,
                 finding.recorded,
                 finding.outbox,
                 finding.lag,
@@ -83,38 +108,35 @@ def of_audit(found: Audit) -> str:
         ],
     )
     faults = [f"topic {found.topic} DISAGREES: {fault}" for fault in found.topic_faults]
-    return "\n".join([table, *faults])
+    return "\n".join([audited, *faults])
 
 
-def _line_of_sale(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> list[object]:
-    sale = None if holder and row and holder.sale_id != row.sale_id else holder
-    known: Sale | SaleSpec | None = sale or (spec_of(row) if row else None)
-    if known is None:
-        raise ValueError("neither the ledger nor Redis has the sale")
-    return [
-        known.item_id,
-        known.sale_id,
-        state_of(row, holder, server),
-        sale.allocated if sale else row and row.allocated,
-        sale.available if sale else None,
-        sale.accepted if sale else None,
-        row.accepted if row else None,
-        None if known.starts_ms is None else rfc3339_of_ms(known.starts_ms),
-        None if known.ends_ms is None else rfc3339_of_ms(known.ends_ms),
-    ]
+def of_findings(found: Sequence[requirements.Finding]) -> str:
+    """Returns a table with one line per check."""
+    return table("VERDICT SERVER CHECK", [(each.verdict, each.server, each.text) for each in found])
+
+
+def json_of(found: Sequence[requirements.Finding]) -> str:
+    """Returns the checks as a JSON list."""
+    return json.dumps([asdict(each) for each in found], indent=2)
 
 
 def _verdict(finding: Finding) -> str:
     return f"{finding.verdict}: {'; '.join(finding.notes)}" if finding.notes else finding.verdict
 
 
-def _table(head: str, lines: Iterable[Sequence[object]]) -> str:
-    table = [
+def table(head: str, lines: Iterable[Sequence[object]]) -> str:
+    rows = [
         head.split(),
         *(["-" if word is None else str(word) for word in line] for line in lines),
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "   ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
+        for line in rows
     )
+
+
+def rfc3339(time: datetime) -> str:
+    """Returns a time in RFC 3339, in UTC with milliseconds."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -13,6 +13,8 @@ from flashsale_operator.sales.manifest import API_VERSION, PLURAL
 
 LIST_PAGE: Final = 500
 TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
+FIELD_MANAGER: Final = {"fieldManager": "flashsale-operator"}
+"""Parameter of every write. `metadata.managedFields` shows this name."""
 
 _WRONG: Final = (
     kopf.LoginError,
@@ -95,6 +97,7 @@ class Kube:
             "PATCH",
             f"{_sales_path(namespace)}/{name}/status",
             {"metadata": {"resourceVersion": resource_version}, "status": status},
+            parameters=FIELD_MANAGER,
             content_type="application/merge-patch+json",
         )
         if code in (404, 409):
@@ -104,7 +107,9 @@ class Kube:
 
     async def create_event(self, namespace: str, event: Mapping[str, object]) -> bool:
         """Creates an Event. Returns False if the name exists or the namespace is being deleted."""
-        code, body = await self._call("POST", f"/api/v1/namespaces/{namespace}/events", event)
+        code, body = await self._call(
+            "POST", f"/api/v1/namespaces/{namespace}/events", event, parameters=FIELD_MANAGER
+        )
         if code in (404, 409) or (code == 403 and _terminating(body)):
             return False
         _expect_success(code, body)

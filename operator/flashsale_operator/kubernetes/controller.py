@@ -3,19 +3,22 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Final
 
-from flashsale import ledger
+from flashsale import ledger, requirements
 from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
     LedgerUnavailable,
+    RedisMoved,
     RedisUnavailable,
 )
 from flashsale.inventory import Inventory
+from flashsale.requirements import Checks
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
 from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
@@ -23,6 +26,7 @@ from flashsale_operator.kubernetes.events import Known
 from flashsale_operator.kubernetes.failures import (
     REPORTED,
     RETRIED,
+    result_of_bug,
     result_of_error,
     server_of,
 )
@@ -33,7 +37,7 @@ from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import engine, manifest
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.manifest import ManifestError
-from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale, refuse_unsafe_redis
+from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class _Memory:
     - `written`: when the status was last written, on the monotonic clock.
     - `keys_missing` and `fenced`: whether that was so in the last reconcile.
     - `left_to`: the other engine that an Event has named.
+    - `bug`: the unexpected error that was logged last.
 
     After a restart a status is written a little early, and changes during an outage get no Event.
     """
@@ -68,10 +73,14 @@ class _Memory:
     keys_missing: bool = False
     fenced: bool = False
     left_to: str = ""
+    bug: str = ""
 
 
 class Controller:
-    """Reconciles the FlashSales of a queue."""
+    """Reconciles the FlashSales of a queue.
+
+    `prefixes` has the prefix of the items that a namespace may sell, by namespace.
+    """
 
     def __init__(
         self,
@@ -79,6 +88,7 @@ class Controller:
         queue: Queue,
         rebuilds: Rebuilds,
         *,
+        prefixes: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kube = clients.kube
@@ -88,8 +98,10 @@ class Controller:
         self._queue = queue
         self._rebuilds = rebuilds
         self._reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
+        self._prefixes = prefixes
         self._clock = clock
         self._memories: dict[Key, _Memory] = {}
+        self._checks = Checks(log)
         self._prepared = False
         self._engine_id: str | None = None
 
@@ -100,7 +112,10 @@ class Controller:
                 workers.create_task(self._work())
 
     async def reconcile(self, key: Key) -> Requeue:
-        """Reconciles one FlashSale. Of all servers' errors it raises only `KubeUnavailable`."""
+        """Reconciles one FlashSale, and reports even an unexpected error in its status.
+
+        Of all servers' errors it raises only `KubeUnavailable`.
+        """
         live = await self._kube.flash_sale(*key)
         if live is None:
             return await self.close_deleted(key)
@@ -108,18 +123,32 @@ class Controller:
         if memory is None or memory.uid != live["metadata"]["uid"]:
             # If a FlashSale is deleted and applied again at once, its sale was never closed.
             memory = self._memories[key] = _Memory(live["metadata"]["uid"])
-        return await self._reconcile(key, memory, live)
+        try:
+            return await self._reconcile(key, memory, live)
+        except KubeUnavailable:
+            raise
+        except Exception as error:
+            if Status.parse(live.get("status") or {}).engine not in (None, self._engine_id):
+                raise  # another engine's FlashSale
+            self._metrics.failures.labels("other").inc()
+            result = result_of_bug(key.sale_id, error)
+            if memory.bug != result.message:
+                log.exception("%s: the reconcile failed", key.sale_id)
+            memory.bug = result.message
+            await self._report(key, memory, live, result)
+            return Requeue(failed=True)
 
     async def prepare(self) -> None:
         """Migrates the ledger and checks the servers, at the start and after each outage.
 
-        A different server may have come back. Raises `LedgerUnavailable`, `RedisUnavailable`,
-        `OtherEngine` and `RedisMoved`.
+        A different server may have come back. Raises `UnmetRequirement`, `LedgerUnavailable`,
+        `RedisUnavailable`, `OtherEngine` and `RedisMoved`.
         """
         if not self._prepared:
+            self._checks.require(requirements.LEDGER, await ledger.facts(self._pool))
             await ledger.migrate(self._pool)
             self._engine_id = await ledger.engine_id(self._pool, self._inventory.engine)
-            await refuse_unsafe_redis(self._inventory)
+            await engine.require_redis(self._checks, self._inventory)
             await engine.engine_id(self._inventory, self._pool)
             self._prepared = True
 
@@ -138,7 +167,7 @@ class Controller:
                 self._metrics.failures.labels(server_of(error)).inc()
                 log.warning("%s: %s", key.sale_id, error)
             except Exception:
-                # A programming error with one FlashSale must not stop the others.
+                # Even the report failed. The error must not stop the other FlashSales.
                 self._metrics.failures.labels("other").inc()
                 log.exception("%s: the reconcile failed", key.sale_id)
             self._metrics.reconciles.inc()
@@ -170,6 +199,7 @@ class Controller:
                 )
         try:
             spec = manifest.sale_spec(live)
+            manifest.check_item(spec, self._prefixes)
         except ManifestError as error:
             message = "; ".join(error.mistakes)
             result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)
@@ -177,7 +207,7 @@ class Controller:
             bounds = (spec.starts_ms, spec.ends_ms)
             if unprepared is not None:
                 made = await self._failed_result(spec, unprepared)
-            elif (found := await self._make(spec, memory, live["metadata"])) is not None:
+            elif (found := await self._make(spec, memory, live)) is not None:
                 made = found
             else:
                 return Requeue(failed=True)
@@ -228,15 +258,18 @@ class Controller:
             memory.left_to = owner
         return Requeue()
 
-    async def _make(
-        self, spec: SaleSpec, memory: _Memory, metadata: dict[str, Any]
-    ) -> Result | None:
+    async def _make(self, spec: SaleSpec, memory: _Memory, live: dict[str, Any]) -> Result | None:
         """Makes the ledger and Redis match the spec. None means: look again before a report."""
+        metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         try:
             if metadata.get("deletionTimestamp"):
                 # Another party's finalizer keeps the object. The sale is closed without it.
                 return await self._reconciler.close(spec.sale_id)
             result = await self._reconciler.reconcile(spec, metadata["uid"])
+            sale = result.own_sale
+            if sale and sale.hold_ms and sale.released and not before.hold_expired:
+                expired = await self._reconciler.hold_expired(spec.sale_id)
+                result = replace(result, hold_expired=expired)
         except (*REPORTED, UnknownSale) as error:
             self._failed(error)
             return await self._failed_result(spec, error)
@@ -256,9 +289,15 @@ class Controller:
     async def _failed_result(self, spec: SaleSpec, error: FlashsaleError) -> Result:
         """Returns the result of a reconcile that an error ended.
 
-        If only the ledger is away, Redis still sells, and the result has Redis' counts.
+        If only the ledger is away, Redis still sells, and the result has Redis' counts. In a Redis
+        that the sales have left, an outdated sale is fenced.
         """
         result = result_of_error(spec, error)
+        if isinstance(error, RedisMoved):
+            try:
+                await self._reconciler.fence_outdated(spec.sale_id, self._engine_id or "")
+            except REPORTED as another:
+                return result_of_error(spec, another)
         if not isinstance(error, LedgerUnavailable):
             return result
         try:

@@ -12,7 +12,13 @@ from hashlib import sha256
 from typing import Any, Final
 
 from flashsale.sale import SaleState
-from flashsale_operator.kubernetes.status import DELETED_MESSAGE, Status, open_message
+from flashsale_operator.kubernetes.status import (
+    DELETED_MESSAGE,
+    Status,
+    open_message,
+    refused_message,
+)
+from flashsale_operator.sales.decision import counted
 from flashsale_operator.sales.manifest import API_VERSION, KIND
 from flashsale_operator.sales.reconciler import Result
 
@@ -32,29 +38,50 @@ class Known:
     state: SaleState | None = None
     sold_out: bool = False
     allocated: int | None = None
+    released: int | None = None
+    hold_expired: bool = False
+    refused: bool = False
     mark: str = ""
 
     @classmethod
     def of(cls, status: Status) -> "Known":
         opened, sold_out = status.condition("Open"), status.condition("SoldOut")
+        refused = status.condition("Refused")
         known = opened is not None and opened.reason in _STATES
         return cls(
             state=SaleState(opened.reason) if opened is not None and known else None,
             sold_out=sold_out is not None and sold_out.status == "True",
             allocated=None if status.counts is None else status.counts.allocated,
+            released=None if status.counts is None else status.counts.released,
+            hold_expired=status.hold_expired,
+            refused=refused is not None and refused.status == "True",
             mark="" if opened is None else f"{status.observed_generation} {opened.since}",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class SaleEvent:
-    """An Event about a sale. `warning` marks an Event that may need a person's attention."""
+    """An Event about a sale. `warning` marks an Event that may need a person's attention.
+
+    `occasion` distinguishes this change from another one of the same kind. Without it, the time of
+    the change does.
+    """
 
     reason: str
     message: str
     warning: bool = False
+    occasion: str = ""
 
 
+_ONCE: Final = frozenset({"Closed", "HoldExpired"})
+"""Reasons that a FlashSale has once, whatever else changes."""
+HOLD_EXPIRED: Final = SaleEvent(
+    "HoldExpired", "a hold expired before it was confirmed: its units are for sale again"
+)
+_NEVER_SOLD: Final = (
+    " and accepted no reservation: check spec.endsAt. An ended sale stays ended, and a new sale "
+    "needs a new name"
+)
 CLOSED: Final = SaleEvent("Closed", DELETED_MESSAGE)
 
 
@@ -69,17 +96,35 @@ def other_engine(owner: str, own: str) -> SaleEvent:
 
 def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     """Returns the Events for the change from `before` to `result`."""
-    state, was, rebuilt = result.state, before.state, result.rebuilt
-    message = open_message(result)
+    return [*_changes(before, result), *_of_state(before, result)]
+
+
+def _changes(before: Known, result: Result) -> list[SaleEvent]:
+    """Returns the Events that do not depend on the state."""
     found: list[SaleEvent] = []
+    rebuilt = result.rebuilt
     if rebuilt is not None and rebuilt.changed:
         found.append(SaleEvent("Rebuilt", str(rebuilt), warning=rebuilt.lost > 0))
     sale, allocated = result.own_sale, before.allocated
     if sale is not None and allocated is not None and sale.allocated > allocated:
         raised = f"allocated units raised from {allocated} to {sale.allocated}"
         found.append(SaleEvent("Restocked", raised))
+    if result.hold_expired and not before.hold_expired:
+        found.append(HOLD_EXPIRED)
+    if result.refused is not None and result.refused.reservations and not before.refused:
+        found.append(SaleEvent("Refused", refused_message(result.refused), warning=True))
+    return found
+
+
+def _of_state(before: Known, result: Result) -> list[SaleEvent]:
+    """Returns the Event about another state."""
+    state, was, sale = result.state, before.state, result.own_sale
+    message = open_message(result)
+    found: list[SaleEvent] = []
+    # Holds that expire let a sale sell out many times, but each stock gets the Events once.
+    stock = "" if sale is None else f"stock {sale.allocated}"
     # The operator restarted during an outage: it cannot tell whether the state has changed.
-    forgotten = was is SaleState.UNKNOWN and allocated is not None
+    forgotten = was is SaleState.UNKNOWN and before.allocated is not None
     if state is was or state is SaleState.UNKNOWN or forgotten:
         return found
     match state:
@@ -87,8 +132,15 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
             found.append(SaleEvent("Resumed", message))
         case SaleState.SELLING if was is not SaleState.SOLD_OUT:
             found.append(SaleEvent("Opened", message))
+        case SaleState.SELLING if sale is not None and before.released is not None:
+            if (returned := sale.released - before.released) > 0:
+                units = counted(returned, "unit")
+                again = f"{units} came back: {message}"
+                found.append(SaleEvent("SellingAgain", again, occasion=stock))
         case SaleState.SOLD_OUT if not before.sold_out:
-            found.append(SaleEvent("SoldOut", message))
+            found.append(SaleEvent("SoldOut", message, occasion=stock))
+        case SaleState.ENDED if _never_sold(was, result):
+            found.append(SaleEvent("Ended", f"{message}{_NEVER_SOLD}", warning=True))
         case SaleState.PAUSED | SaleState.ENDED:
             found.append(SaleEvent(state.value, message))
         case SaleState.CLOSING:
@@ -98,16 +150,26 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     return found
 
 
+def _never_sold(was: SaleState | None, result: Result) -> bool:
+    """Whether a sale has ended without a buyer and, as far as is known, without having been open.
+
+    Then the FlashSale's `endsAt` has probably a wrong date.
+    """
+    sale = result.own_sale
+    accepted = (0 if sale is None else sale.accepted) + (result.recorded or 0)
+    return was in (None, SaleState.UNKNOWN, SaleState.SCHEDULED) and not accepted
+
+
 def event_object(
     event: SaleEvent, metadata: Mapping[str, Any], mark: str, now: datetime
 ) -> dict[str, object]:
     """Returns the Event as a Kubernetes object. `metadata` is the FlashSale's.
 
-    `mark` distinguishes this change from another one of the same kind. A sale is closed only once,
-    so `Closed` needs no mark.
+    `mark` distinguishes this change from another one of the same kind, unless the Event has an
+    occasion or is made only once.
     """
     uid = metadata["uid"]
-    change = "" if event.reason == "Closed" else mark
+    change = "" if event.reason in _ONCE else event.occasion or mark
     digest = sha256(f"{uid} {event.reason} {change}".encode()).hexdigest()[:16]
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {

@@ -9,6 +9,7 @@ from flashsale.errors import (
     OtherEngine,
     RedisMoved,
     RedisUnavailable,
+    UnmetRequirement,
 )
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes.client import KubeUnavailable
@@ -28,8 +29,11 @@ REPORTED: Final = (
     ContractViolation,
     OtherEngine,
     RedisMoved,
+    UnmetRequirement,
 )
 """Errors of a reconcile that the FlashSale's status reports."""
+MISTAKES: Final = (OtherEngine, RedisMoved, UnmetRequirement)
+"""Errors that last until a person acts."""
 RETRIED: Final = frozenset(
     {
         Reason.REDIS_UNAVAILABLE,
@@ -39,6 +43,8 @@ RETRIED: Final = frozenset(
         Reason.INVALID_SPEC,
         Reason.OTHER_ENGINE,
         Reason.REDIS_MOVED,
+        Reason.REQUIREMENT_UNMET,
+        Reason.FAILED,
     }
 )
 """Reasons of a reconcile that did not finish, and is retried with a back-off."""
@@ -47,6 +53,13 @@ RETRIED: Final = frozenset(
 def server_of(error: BaseException) -> str:
     """Returns the server that an error comes from, as the metrics name it."""
     return next((name for kind, name in SERVERS if isinstance(error, kind)), "other")
+
+
+def result_of_bug(sale_id: str, error: Exception) -> Result:
+    """Returns the result of a reconcile that an unexpected error ended."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    message = f"an unexpected error ended the reconcile, see the operator's log: {text}"
+    return Result(sale_id, "", SaleState.UNKNOWN, Reason.FAILED, message)
 
 
 def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
@@ -60,6 +73,8 @@ def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
             reason = Reason.OTHER_ENGINE
         case RedisMoved():
             reason = Reason.REDIS_MOVED
+        case UnmetRequirement():
+            reason = Reason.REQUIREMENT_UNMET
         case _:
             reason = Reason.UNREADABLE
     message = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Any
 
 import kopf
 
-from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.sales.manifest import GROUP, PLURAL, VERSION
 
 
@@ -44,7 +44,9 @@ def register(
     ) -> None:
         key = Key(namespace or "", name)
         # The objects that kopf lists at the start exist already and have no type.
-        changed = type is not None or key in seen
+        urgency = Urgency.DUE if type is None else Urgency.NEW
+        if key in seen or type == "DELETED":
+            urgency = Urgency.CHANGED
         if type == "DELETED":
             seen.pop(key, None)
         else:
@@ -53,4 +55,4 @@ def register(
             if seen.get(key) == mark:
                 return
             seen[key] = mark
-        queue.wake(key, changed=changed)
+        queue.wake(key, urgency)

@@ -14,8 +14,6 @@ from flashsale import telemetry
 from flashsale.sale import SaleState
 from flashsale_operator.sales.reconciler import Result
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 
 class Backlog:
     """How long the oldest accepted unit has waited for the ledger, as far as samples tell."""
@@ -64,8 +62,10 @@ class SaleMetrics(Collector):
         self._entries.pop(key, None)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        # Scrapes run in a thread.
+        entries = list(self._entries.items())
         counts = dict.fromkeys(SaleState, 0)
-        for entry in self._entries.values():
+        for _, entry in entries:
             counts[entry.result.state] += 1
         by_state = GaugeMetricFamily(
             "flashsale_operator_sales", "FlashSales by state.", labels=["state"]
@@ -88,7 +88,7 @@ class SaleMetrics(Collector):
         available = _of_a_sale("flashsale_sale_available_units", "Units that are still for sale.")
         recorded = _of_a_sale("flashsale_sale_recorded_units", "Accepted units in the ledger.")
         now = self._clock()
-        for key, entry in self._entries.items():
+        for key, entry in entries:
             result = entry.result
             labels = ["/".join(key), result.item_id]
             current.add_metric([*labels, result.state], 1)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Final, NamedTuple
 
 RECONCILE_SECONDS: Final = 5.0
@@ -28,6 +29,17 @@ class Key(NamedTuple):
     @property
     def sale_id(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+class Urgency(IntEnum):
+    """Why a FlashSale is due. The first one goes first."""
+
+    CHANGED = 0
+    """It was changed or deleted, such as paused."""
+    NEW = 1
+    """It was created."""
+    DUE = 2
+    """It exists and may need a repair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,54 +70,80 @@ def pause(requeue: Requeue, failures: int, now_ms: int, chance: float) -> float:
     return seconds
 
 
+class _Line:
+    """FlashSales of one urgency. Namespaces take turns, and each has its own order of arrival."""
+
+    def __init__(self) -> None:
+        self._namespaces: dict[str, dict[Key, None]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._namespaces)
+
+    def put(self, key: Key) -> None:
+        self._namespaces.setdefault(key.namespace, {})[key] = None
+
+    def remove(self, key: Key) -> None:
+        keys = self._namespaces[key.namespace]
+        del keys[key]
+        if not keys:
+            del self._namespaces[key.namespace]
+
+    def take(self) -> Key:
+        """Removes the first FlashSale of the first namespace, which then goes last."""
+        namespace = next(iter(self._namespaces))
+        keys = self._namespaces.pop(namespace)
+        key = next(iter(keys))
+        del keys[key]
+        if keys:
+            self._namespaces[namespace] = keys
+        return key
+
+
 @dataclass(slots=True)
 class _Entry:
     """A FlashSale in the queue.
 
-    `waiting`: it is due, or due again after its reconcile. `changed`: it is due because it changed.
+    - `urgency`: why it is due, or due again after its reconcile. None means that it is not.
+    - `line`: the urgency of the line in which it waits for a worker, if it does.
     """
 
-    waiting: bool = False
-    changed: bool = False
+    urgency: Urgency | None = None
+    line: Urgency | None = None
     taken: bool = False
     failures: int = 0
     timer: asyncio.TimerHandle | None = None
 
 
 class Queue:
-    """FlashSales in the order in which they are due. Each is taken by one worker at a time.
+    """FlashSales in the order of their urgency. Each is taken by one worker at a time.
 
-    Changed FlashSales go first. So the thousand quiet ones of one namespace do not delay the pause
-    of a sale in another.
+    A thousand FlashSales that one namespace creates at once delay neither a change anywhere nor a
+    FlashSale of another namespace.
     """
 
     def __init__(self) -> None:
-        self._changed: dict[Key, None] = {}
-        self._due: dict[Key, None] = {}
-        self._number = asyncio.Semaphore(0)
+        self._lines = {urgency: _Line() for urgency in Urgency}
+        self._waiting = asyncio.Semaphore(0)
         self._entries: dict[Key, _Entry] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
 
-    def wake(self, key: Key, *, changed: bool = False) -> None:
+    def wake(self, key: Key, urgency: Urgency = Urgency.DUE) -> None:
         """Makes a FlashSale due now, or again after the reconcile that is running."""
         entry = self._entries.setdefault(key, _Entry())
         if entry.timer is not None:
             entry.timer.cancel()
-        entry.changed = entry.changed or changed
-        entry.waiting = True
+        entry.urgency = urgency if entry.urgency is None else min(entry.urgency, urgency)
         if not entry.taken:
-            self._put(key, entry)
+            self._put(key, entry, entry.urgency)
 
     async def take(self) -> Key:
         """Waits for a FlashSale that is due. The worker gives it back after its reconcile."""
-        await self._number.acquire()
-        first = self._changed or self._due
-        key = next(iter(first))
-        del first[key]
+        await self._waiting.acquire()
+        key = next(line for line in self._lines.values() if line).take()
         entry = self._entries[key]
-        entry.waiting, entry.changed, entry.taken = False, False, True
+        entry.urgency, entry.line, entry.taken = None, None, True
         return key
 
     def give_back(self, key: Key, requeue: Requeue) -> None:
@@ -113,8 +151,8 @@ class Queue:
         entry = self._entries[key]
         entry.taken = False
         entry.failures = entry.failures + 1 if requeue.failed else 0
-        if entry.waiting:
-            self._put(key, entry)
+        if entry.urgency is not None:
+            self._put(key, entry, entry.urgency)
         elif requeue.gone:
             del self._entries[key]
         else:
@@ -122,13 +160,12 @@ class Queue:
             seconds = pause(requeue, entry.failures, time.time_ns() // 1_000_000, chance)
             entry.timer = asyncio.get_running_loop().call_later(seconds, self.wake, key)
 
-    def _put(self, key: Key, entry: _Entry) -> None:
-        if key in self._changed:
+    def _put(self, key: Key, entry: _Entry, urgency: Urgency) -> None:
+        if entry.line is urgency:
             return
-        if key in self._due:
-            if not entry.changed:
-                return
-            del self._due[key]
+        if entry.line is None:
+            self._waiting.release()
         else:
-            self._number.release()
-        (self._changed if entry.changed else self._due)[key] = None
+            self._lines[entry.line].remove(key)
+        self._lines[urgency].put(key)
+        entry.line = urgency

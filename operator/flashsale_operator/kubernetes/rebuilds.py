@@ -31,17 +31,19 @@ REBUILD_RETRY_SECONDS: Final = 10.0
 class _Case:
     """The last rebuild of a sale.
 
-    `status` is reported until the rebuild has a `result`. `ended` is on the monotonic clock.
+    `status` is reported until the rebuild has a `result`. `ended` is on the monotonic clock. A case
+    that `wakes` has a FlashSale, which is woken when the rebuild ends.
     """
 
     task: "asyncio.Task[None]"
     status: StillFenced
+    wakes: bool
     result: Rebuilt | StillFenced | FlashsaleError | None = None
     ended: float = 0.0
 
 
 class Rebuilds:
-    """The rebuilds of all sales. A sale's FlashSale is woken when its rebuild ends."""
+    """The rebuilds of all sales."""
 
     def __init__(
         self,
@@ -60,23 +62,26 @@ class Rebuilds:
         self._turns = asyncio.Semaphore(REBUILDS_AT_ONCE)
         self._cases: dict[str, _Case] = {}
 
-    async def rebuild(self, row: SaleRow, replaces: Predecessor | None = None) -> StillFenced:
+    async def rebuild(
+        self, row: SaleRow, replaces: Predecessor | None = None, *, wakes: bool = True
+    ) -> StillFenced:
         """Starts a rebuild unless one runs, and returns why the sale is still fenced.
 
-        Raises the error of the last rebuild, once.
+        The sale's FlashSale is woken when the rebuild ends, unless `wakes` is false. Raises the
+        error of the last rebuild, once.
         """
         case = self._cases.get(row.sale_id)
         if case is None:
-            case = self._begin(row, replaces)
+            case = self._begin(row, replaces, wakes=wakes)
         match case.result:
             case None:
                 return case.status
             case StillFenced():
                 if time.monotonic() - case.ended >= REBUILD_RETRY_SECONDS:
-                    self._begin(row, replaces, case.result)
+                    self._begin(row, replaces, case.result, wakes=wakes)
                 return case.result
             case Rebuilt():  # The sale was fenced again since.
-                return self._begin(row, replaces).status
+                return self._begin(row, replaces, wakes=wakes).status
             case error:
                 del self._cases[row.sale_id]
                 raise error
@@ -97,11 +102,16 @@ class Rebuilds:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(
-        self, row: SaleRow, replaces: Predecessor | None, before: StillFenced | None = None
+        self,
+        row: SaleRow,
+        replaces: Predecessor | None,
+        before: StillFenced | None = None,
+        *,
+        wakes: bool,
     ) -> _Case:
         task = asyncio.create_task(self._rebuild(row, replaces, first=before is None))
         status = before or _rebuilding("waiting for its turn")
-        case = self._cases[row.sale_id] = _Case(task, status)
+        case = self._cases[row.sale_id] = _Case(task, status, wakes)
         return case
 
     async def _rebuild(self, row: SaleRow, replaces: Predecessor | None, *, first: bool) -> None:
@@ -134,7 +144,8 @@ class Rebuilds:
         if result != case.status:
             log.info("%s: rebuild: %s", sale_id, result)
         case.result, case.ended = result, time.monotonic()
-        self._queue.wake(Key.of(sale_id))
+        if case.wakes:
+            self._queue.wake(Key.of(sale_id))
 
 
 def _rebuilding(step: str) -> StillFenced:

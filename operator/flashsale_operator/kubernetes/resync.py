@@ -1,7 +1,9 @@
 """Resync everything periodically, to find changes that no watch reports.
 
-These are FlashSales that were deleted while no operator ran, closed sales that are still open in
-Redis, and the keys of closed sales, which can be freed.
+- FlashSales that were deleted while no operator ran.
+- Closed sales that are still open in Redis.
+- Open holds that Redis lost, of sales that no FlashSale declares any more.
+- Keys of closed sales, which can be freed.
 """
 
 import asyncio
@@ -13,15 +15,17 @@ from itertools import chain
 from typing import Final, TypeAlias
 
 from flashsale import ledger
-from flashsale.errors import FlashsaleError, OtherEngine, RedisMoved
-from flashsale.inventory import Freed
+from flashsale.errors import FlashsaleError
+from flashsale.inventory import Freed, ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale
+from flashsale.sale import Sale, utc_of_ms
 from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
-from flashsale_operator.kubernetes.failures import server_of
-from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.failures import MISTAKES, server_of
+from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
+from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales import engine as engines
+from flashsale_operator.sales.decision import untrusted
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,10 @@ _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
 _Objects: TypeAlias = dict[str | None, list[Key]]
+# No reconcile of a FlashSale finds the holds of these sales.
+_OPEN_HOLDS: Final = """
+SELECT * FROM sales WHERE held > 0 AND (closed OR resource_uid IS NULL) ORDER BY sale_id
+"""
 _HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
 
 
@@ -57,6 +65,16 @@ def unclosed(row: SaleRow, sale: Sale) -> bool:
     return row.closed and not closed
 
 
+def holds_lost(row: SaleRow, sale: Sale | None, server: ServerTime) -> bool:
+    """Whether Redis lost the open holds of a finished sale, which nothing ends then.
+
+    `sale` is Redis' sale of the item. If it is another one, the holds wait until it is freed.
+    """
+    if not row.held or not row.finished(utc_of_ms(server.now_ms)):
+        return False
+    return sale is None or (sale.sale_id == row.sale_id and untrusted(row, sale, server))
+
+
 def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelta) -> bool:
     """Whether to try to free the keys of a closed sale. `free.lua` decides."""
     return (
@@ -64,18 +82,21 @@ def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelt
         and closed_for >= keep
         and sale.revision == row.revision
         and not sale.outbox_length
-        and sale.accepted == row.accepted
+        and not sale.held
+        and not row.held
+        and (sale.accepted, sale.released) == (row.accepted, row.released)
     )
 
 
 class Resync:
     """Resyncs periodically. An outage ends one resync, and the next one starts again."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of the process that it works with
         self,
         clients: Clients,
         controller: Controller,
         queue: Queue,
+        rebuilds: Rebuilds,
         *,
         served: Sequence[str],
         keep_closed: timedelta,
@@ -86,6 +107,7 @@ class Resync:
         self._metrics = clients.metrics
         self._controller = controller
         self._queue = queue
+        self._rebuilds = rebuilds
         self._served = served
         self._keep_closed = keep_closed
         self._refused: set[str | None] = set()
@@ -93,7 +115,7 @@ class Resync:
         """When the last resync ended, successfully or not, on the monotonic clock."""
         self.unready: str | None = "no resync has ended yet"
         """Why the operator cannot work, or None if a resync succeeded. Later outages do not count,
-        but a part of another engine does."""
+        but a mistake of a person does."""
 
     async def run(self) -> None:
         """Resyncs until it is cancelled."""
@@ -105,10 +127,12 @@ class Resync:
                 failing, self.unready = "", None
             except FlashsaleError as error:
                 self._metrics.failures.labels(server_of(error)).inc()
+                mistake = isinstance(error, MISTAKES)
                 if failing != str(error):
-                    log.warning("resync failed: %s", error)
+                    level = logging.ERROR if mistake else logging.WARNING
+                    log.log(level, "resync failed: %s", error)
                 failing = str(error)
-                if self.unready is not None or isinstance(error, (OtherEngine, RedisMoved)):
+                if self.unready is not None or mistake:
                     self.unready = " ".join(failing.split())
             self.ended = time.monotonic()
             await asyncio.sleep(RESYNC_SECONDS if self.unready is None else RETRY_SECONDS)
@@ -125,12 +149,13 @@ class Resync:
                 self._queue.wake(key)
         for key in left_behind(declared, served):
             log.info("%s: its FlashSale was deleted", key.sale_id)
-            self._queue.wake(key, changed=True)
+            self._queue.wake(key, Urgency.CHANGED)
         for key in left_behind(declared, others):
             if await self._kube.flash_sale(*key) is None:
                 log.info("%s: its FlashSale was deleted", key.sale_id)
                 await self._controller.close_deleted(key)
         await self._inventory.index([row.item_id for row in declared])
+        await self._rebuild_holds()
         await self._resync_redis(engine_id)
 
     async def _objects(self, declared: Sequence[SaleRow]) -> tuple[_Objects, _Objects]:
@@ -165,6 +190,25 @@ class Resync:
             ]
         return found
 
+    async def _rebuild_holds(self) -> None:
+        """Rebuilds finished sales whose open holds Redis lost."""
+        async with ledger.translated():
+            rows = [SaleRow.of(record) for record in await self._pool.fetch(_OPEN_HOLDS)]
+        if not rows:
+            return
+        server = await self._inventory.server()
+        sales = await self._inventory.sales({row.item_id for row in rows}, skip_unreadable=True)
+        for row in rows:
+            if holds_lost(row, sales.get(row.item_id), server):
+                try:
+                    await self._rebuilds.rebuild(row, wakes=False)
+                except FlashsaleError as error:
+                    self._metrics.failures.labels(server_of(error)).inc()
+                    log.warning("%s: its holds are not rebuilt yet: %s", row.sale_id, error)
+            elif (done := self._rebuilds.forget(row.sale_id)) is not None:
+                self._metrics.rebuilds.inc()
+                self._metrics.lost.inc(done.lost)
+
     async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""
         held = await self._inventory.sales(await self._inventory.items(), skip_unreadable=True)
@@ -178,7 +222,12 @@ class Resync:
                 await self._close(row, sale, engine_id)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
-                    sale.item_id, sale.sale_id, row.revision, row.accepted, engine_id
+                    sale.item_id,
+                    sale.sale_id,
+                    row.revision,
+                    accepted=row.accepted,
+                    released=row.released,
+                    engine_id=engine_id,
                 )
                 log.info("%s: freeing the keys of %s: %s", sale.sale_id, sale.item_id, freed)
                 if freed is Freed.FREED:

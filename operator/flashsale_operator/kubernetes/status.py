@@ -1,12 +1,13 @@
 """A FlashSale's status: pure functions of a reconcile's result and the status before."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Final, Self
 
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
-from flashsale_operator.sales.reconciler import Result
+from flashsale_operator.sales.decision import counted
+from flashsale_operator.sales.reconciler import Refused, Result
 
 SAMPLE_SECONDS: Final = 5.0
 """Shortest time between two writes of a status in which only counts or messages changed."""
@@ -21,10 +22,16 @@ class Counts:
     allocated: int
     accepted: int
     available: int
+    held: int = 0
+    confirmed: int = 0
 
     @classmethod
     def of(cls, sale: Sale) -> Self:
-        return cls(sale.allocated, sale.accepted, sale.available)
+        return cls(sale.allocated, sale.accepted, sale.available, sale.held, sale.confirmed)
+
+    @property
+    def released(self) -> int:
+        return self.accepted + self.available - self.allocated
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,8 @@ class Condition:
 class Status:
     """A FlashSale's status. It is empty before the first reconcile.
 
-    `engine` is the id of the engine that serves the FlashSale.
+    `engine` is the id of the engine that serves the FlashSale. `hold_expired`: a hold of the sale
+    has expired.
     """
 
     observed_generation: int | None = None
@@ -72,17 +80,21 @@ class Status:
     engine: str | None = None
     conditions: tuple[Condition, ...] = ()
     counts: Counts | None = None
+    hold_expired: bool = False
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Self:
         """Reads a status from a FlashSale of the kube-apiserver."""
-        numbers = [given[name] for name in ("allocated", "accepted", "available") if name in given]
+        # The previous version wrote no held and confirmed units.
+        known = {"held": 0, "confirmed": 0} | dict(given)
+        numbers = [known[field.name] for field in fields(Counts) if field.name in known]
         return cls(
             observed_generation=given.get("observedGeneration"),
             sale_id=given.get("saleId"),
             engine=given.get("engine"),
             conditions=tuple(Condition.parse(each) for each in given.get("conditions") or ()),
-            counts=Counts(*numbers) if len(numbers) == 3 else None,
+            counts=Counts(*numbers) if len(numbers) == 5 else None,
+            hold_expired=given.get("holdExpired") is True,
         )
 
     def json(self) -> dict[str, object]:
@@ -96,6 +108,9 @@ class Status:
             "allocated": None if counts is None else counts.allocated,
             "accepted": None if counts is None else counts.accepted,
             "available": None if counts is None else counts.available,
+            "held": None if counts is None else counts.held,
+            "confirmed": None if counts is None else counts.confirmed,
+            "holdExpired": self.hold_expired or None,
         }
 
     def condition(self, kind: str) -> Condition | None:
@@ -115,6 +130,7 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
         "Ready": (str(result.ready), result.reason, message),
         "Open": _open(result),
         "SoldOut": _sold_out(sale),
+        "Refused": _refused(before, result),
     }
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     after = []
@@ -123,7 +139,8 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
         since = old.since if old is not None and old.status == status and old.since else at
         after.append(Condition(kind, status, str(reason), words[:MAX_MESSAGE], generation, since))
     counts = before.counts if sale is None else Counts.of(sale)
-    return Status(generation, result.sale_id, before.engine, tuple(after), counts)
+    hold_expired = before.hold_expired or result.hold_expired
+    return Status(generation, result.sale_id, before.engine, tuple(after), counts, hold_expired)
 
 
 def worth_writing(before: Status, after: Status, seconds_since_written: float) -> bool:
@@ -141,6 +158,7 @@ def _outline(status: Status) -> Sequence[object]:
     return [
         status.observed_generation,
         status.sale_id,
+        status.hold_expired,
         *((c.type, c.status, c.reason, c.observed_generation) for c in status.conditions),
     ]
 
@@ -155,8 +173,29 @@ def _sold_out(sale: Sale | None) -> tuple[str, str, str]:
     if sale is None:
         return "Unknown", "Unknown", "Redis has no counts of this sale"
     if sale.available <= 0:
-        return "True", "SoldOut", "no units are available"
+        held = f": {counted(sale.held, 'unit')} held, which may come back" if sale.held else ""
+        return "True", "SoldOut", f"no units are available{held}"
     return "False", "Available", "units are available"
+
+
+def _refused(before: Status, result: Result) -> tuple[str, str, str]:
+    if result.refused is None:
+        old = before.condition("Refused")
+        if old is not None:
+            return old.status, old.reason, old.message
+        return "Unknown", "Unknown", "the ledger was not asked"
+    if not result.refused.reservations:
+        return "False", "NoneRefused", "the ledger has refused no reservation"
+    return "True", "Refused", refused_message(result.refused)
+
+
+def refused_message(refused: Refused) -> str:
+    """Returns the message of the Refused condition, and of the Event."""
+    return (
+        f"the ledger has refused {counted(refused.reservations, 'reservation')} "
+        f"({counted(refused.units, 'unit')}), because the sale had no units for them: their buyers "
+        "hold a 202 and get nothing"
+    )
 
 
 def open_message(result: Result) -> str:  # noqa: PLR0911 - one message per state
@@ -171,6 +210,9 @@ def open_message(result: Result) -> str:  # noqa: PLR0911 - one message per stat
             return f"reservations are accepted until {rfc3339_of_ms(ends_ms)}"
         case SaleState.SELLING:
             return "reservations are accepted"
+        case SaleState.SOLD_OUT if sale is not None and sale.held:
+            held = counted(sale.held, "held unit")
+            return f"all units are sold or held: {held} may come back"
         case SaleState.SOLD_OUT:
             return "all units are sold: a larger spec.stock opens the sale again"
         case SaleState.PAUSED:

@@ -3,11 +3,13 @@
 The stores change during the audit. So it reads them in an order that gives each difference one
 meaning: the ledger's rows, Redis, the topic's end offsets, the stored offsets, the ledger again.
 
-- Redis has a unit before the ledger has it. If the first count of the ledger is above Redis', Redis
-  lost units.
-- Each unit that Redis accepted is in the outbox, on the topic below its end, or in the second count
-  of the ledger. If the ledger has read the topic to its end, a unit found in none of them is lost.
-- Units in the outbox or in the unread part of the topic are in flight.
+- Redis has a unit, and the end of its hold, before the ledger has it. If the first count of the
+  ledger is above Redis', Redis lost units or changes.
+- Each change that Redis made is in the outbox, on the topic below its end, or in the second count
+  of the ledger. If the ledger has read the topic to its end, a change found in none of them is
+  lost.
+- Redis counts a release after Kafka has it. The ledger may count it before that.
+- Changes in the outbox or in the unread part of the topic are in flight.
 """
 
 import asyncio
@@ -21,7 +23,7 @@ from flashsale.inventory import Inventory, ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales import offsets
-from flashsale_operator.sales.decision import counted, ended, state_of
+from flashsale_operator.sales.decision import counted, ended, lost_units, state_of
 from flashsale_operator.sales.offsets import Span
 
 LOOKS: Final = 5
@@ -34,14 +36,16 @@ SELECT s.*, r.*, b.*
 FROM sales s,
 LATERAL (
   SELECT coalesce(sum(quantity) FILTER (WHERE state <> 'refused'), 0)::bigint AS counted_accepted,
-         coalesce(sum(quantity) FILTER (WHERE state = 'released'), 0)::bigint AS counted_released,
+         coalesce(sum(quantity) FILTER (WHERE state IN ('cancelled', 'expired')), 0)::bigint
+           AS counted_released,
+         coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)::bigint AS counted_held,
          coalesce(sum(quantity) FILTER (WHERE state = 'refused'), 0)::bigint AS refused_units,
          count(*) FILTER (WHERE state = 'refused') AS refused
   FROM reservations WHERE sale_id = s.sale_id
 ) r,
 LATERAL (
   SELECT count(*) AS buyers_above_limit FROM (
-    SELECT FROM reservations WHERE sale_id = s.sale_id AND state = 'accepted'
+    SELECT FROM reservations WHERE sale_id = s.sale_id AND state IN ('held', 'confirmed')
     GROUP BY user_id HAVING sum(quantity) > s.max_per_user
   ) above
 ) b
@@ -62,12 +66,13 @@ class Verdict(StrEnum):
 class Tally:
     """A sale's row in the ledger, and the sums of its reservations.
 
-    `accepted`, `released` and `refused_units` are units, and `refused` counts reservations.
+    All are units, except `refused`, which counts reservations, and `buyers_above_limit`.
     """
 
     row: SaleRow
     accepted: int
     released: int
+    held: int
     refused: int
     refused_units: int
     buyers_above_limit: int
@@ -105,6 +110,7 @@ class Finding:
     state: SaleState
     allocated: int | None
     accepted: int | None
+    held: int | None
     recorded: int | None
     outbox: int
     lag: int
@@ -137,19 +143,20 @@ def compare(facts: Facts) -> Finding:
         raise ValueError("facts of no sale")
     outbox = 0 if sale is None else sale.outbox_length
     differences = [*_within_redis(facts), *([] if tally is None else _within_ledger(tally))]
-    missing = 0
+    missing = False
     if sale is not None and row is None:
         differences.append("the ledger has no row of the sale")
-    if sale is not None and facts.before is not None and sale.accepted < facts.before.accepted:
-        differences.append(f"Redis lost {counted(facts.before.accepted - sale.accepted, 'unit')}")
+    if sale is not None and facts.before is not None:
+        differences += _lost_by_redis(facts.before, sale)
     if sale is not None and tally is not None:
-        missing = sale.accepted - tally.row.accepted - tally.refused_units
-        if missing > 0 and not outbox and not facts.lag:
-            differences.append(f"lost: {counted(missing, 'unit')}, not in ledger, outbox or topic")
+        unrecorded = _unrecorded(sale, tally)
+        missing = bool(unrecorded)
+        if not outbox and not facts.lag:
+            differences += [f"lost: {each}, not in ledger, outbox or topic" for each in unrecorded]
     if differences:
         verdict = Verdict.DISAGREES
     else:
-        verdict = Verdict.IN_FLIGHT if outbox or missing > 0 else Verdict.OK
+        verdict = Verdict.IN_FLIGHT if outbox or missing else Verdict.OK
     notes = differences
     if tally is not None and tally.buyers_above_limit:
         # This is no fault. Buyers keep their units when maxPerUser is lowered.
@@ -163,12 +170,40 @@ def compare(facts: Facts) -> Finding:
         state=state_of(row or facts.before, facts.holder, facts.server),
         allocated=sale.allocated if sale is not None else known.allocated,
         accepted=None if sale is None else sale.accepted,
+        held=None if sale is None else sale.held,
         recorded=None if row is None else row.accepted,
         outbox=outbox,
         lag=facts.lag,
         verdict=verdict,
         notes=tuple(notes),
     )
+
+
+def _lost_by_redis(before: SaleRow, sale: Sale) -> list[str]:
+    """Describes the changes that Redis lacks. The ledger's row was read before Redis."""
+    if sale.accepted < before.accepted:
+        return [f"Redis lost {counted(before.accepted - sale.accepted, 'unit')}"]
+    if lost := lost_units(before, sale):
+        return [f"Redis lost the confirmation or the end of {counted(lost, 'held unit')}"]
+    if sale.released < before.released and not sale.outbox_length:
+        return [f"Redis lost the release of {counted(before.released - sale.released, 'unit')}"]
+    return []
+
+
+def _unrecorded(sale: Sale, tally: Tally) -> list[str]:
+    """Describes the changes in Redis that the ledger lacks. A refused unit is in Redis only."""
+    row, refused = tally.row, tally.refused_units
+    accepted = sale.accepted - row.accepted
+    ended = accepted - sale.held + row.held
+    released = sale.released - row.released
+    if accepted > refused:
+        return [counted(accepted - refused, "unit")]
+    if ended > refused:
+        units = counted(ended - refused, "held unit")
+        return [f"the confirmation or the end of {units}"]
+    if released > refused:
+        return [f"the release of {counted(released - refused, 'unit')}"]
+    return []
 
 
 def _within_redis(facts: Facts) -> list[str]:
@@ -181,8 +216,13 @@ def _within_redis(facts: Facts) -> list[str]:
             return ["Redis has no keys of the sale"]
         return ["another sale has the item"] if state is SaleState.ITEM_CONFLICT else []
     differences = []
-    if sale.held > sale.allocated:
-        differences.append(f"oversold: {sale.held} units held, {sale.allocated} allocated")
+    if not (0 <= sale.released <= sale.accepted and 0 <= sale.held <= sale.taken):
+        differences.append(
+            f"impossible counts in Redis: {sale.accepted} accepted, {sale.released} released, "
+            f"{sale.held} held"
+        )
+    if sale.taken > sale.allocated:
+        differences.append(f"oversold: {sale.taken} units taken, {sale.allocated} allocated")
     if state_of(row, sale, server) is SaleState.FENCED:
         differences.append("fenced: Redis restarted or lost keys, and the sale is not rebuilt yet")
     if row is None:
@@ -192,7 +232,7 @@ def _within_redis(facts: Facts) -> list[str]:
         differences.append(f"Redis has revision {sale.revision}, the ledger {row.revision}")
     elif sale.revision > after.revision:
         differences.append(f"the ledger has revision {after.revision}, Redis {sale.revision}")
-    elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.held):
+    elif sale.revision == after.revision and sale.allocated != max(after.allocated, sale.taken):
         differences.append(f"Redis allocates {sale.allocated}, the ledger {after.allocated}")
     return differences
 
@@ -204,6 +244,8 @@ def _within_ledger(tally: Tally) -> list[str]:
         differences.append(f"accepted: {row.accepted}, but reservations add up to {tally.accepted}")
     if tally.released != row.released:
         differences.append(f"released: {row.released}, but releases add up to {tally.released}")
+    if tally.held != row.held:
+        differences.append(f"held: {row.held}, but holds add up to {tally.held}")
     if tally.refused:
         differences.append(
             f"refused by the ledger: {counted(tally.refused, 'reservation')} "
@@ -276,6 +318,7 @@ async def _tallies(pool: ledger.Pool, item_id: str | None) -> list[Tally]:
             row=SaleRow.of(record),
             accepted=record["counted_accepted"],
             released=record["counted_released"],
+            held=record["counted_held"],
             refused=record["refused"],
             refused_units=record["refused_units"],
             buyers_above_limit=record["buyers_above_limit"],

@@ -44,6 +44,8 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     OTHER_ENGINE = "OtherEngine"
     REDIS_MOVED = "RedisMoved"
+    REQUIREMENT_UNMET = "RequirementUnmet"
+    FAILED = "Failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,7 @@ class Observed:
     - `written` is the revision that this reconcile wrote. 1 means that it inserted the row.
     - `seeded`: this reconcile has tried to seed the keys of that row.
     - `still_fenced` tells why this reconcile could not get the sale rebuilt.
-    - `recorded` is the row's accepted units, read before Redis. Redis has at least as many, or it
-      has lost some.
+    - `before` is the row as it was read before Redis. Redis has all its changes, or lost some.
     """
 
     server: ServerTime
@@ -80,7 +81,7 @@ class Observed:
     seeded: bool = False
     still_fenced: StillFenced | None = None
     engine_id: str = ""
-    recorded: int = 0
+    before: SaleRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,8 @@ def spec_of(row: SaleRow) -> SaleSpec:
         starts_ms=_ms(row.starts_at),
         ends_ms=_ms(row.ends_at),
         paused=row.paused,
+        hold_seconds=row.hold_seconds,
+        max_expired_holds=row.max_expired_holds,
     )
 
 
@@ -164,24 +167,41 @@ def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> Sale
     """Returns the state of a sale from its ledger row and Redis' sale of the item.
 
     A sale that both have closed is not fenced by a restart of Redis: it accepts nothing anyway, and
-    is rebuilt when its manifest is applied again.
+    is rebuilt when its manifest is applied again. Without keys, a finished sale counts as freed.
+    Neither is so if a hold is open in the ledger.
     """
     if sale is not None and (row is None or sale.sale_id == row.sale_id):
-        if row is not None and row.closed and sale.stored_state == "closed" and not sale.torn:
+        closed = row is not None and row.closed and not row.held
+        if closed and sale.stored_state == "closed" and not sale.torn:
             return SaleState.CLOSING
         return sale.state(server.now_ms, server.run_id)
     if row is None:
         return SaleState.UNKNOWN
-    if row.closed:
-        return SaleState.CLOSING
-    if row.finished(utc_of_ms(server.now_ms)):
-        return SaleState.ENDED
+    if row.finished(utc_of_ms(server.now_ms)) and not row.held:
+        return SaleState.CLOSING if row.closed else SaleState.ENDED
     return SaleState.FENCED if sale is None else SaleState.ITEM_CONFLICT
 
 
 def ended(sale: Sale, now_ms: int) -> bool:
     """Whether the sale has reached its end, which is final. A closed sale can be continued."""
     return sale.stored_state != "closed" and sale.finished(now_ms)
+
+
+def lost_units(row: SaleRow, sale: Sale) -> int:
+    """Returns how many units of the row Redis' sale lacks, with all or with their last change.
+
+    The row was read before Redis. Accepted units only grow, as do those that are not held any more,
+    and Redis has each change before the ledger.
+    """
+    accepted = row.accepted - sale.accepted
+    return max(0, accepted, accepted - row.held + sale.held)
+
+
+def untrusted(row: SaleRow | None, sale: Sale, server: ServerTime) -> bool:
+    """Whether Redis' sale is fenced, or lacks units of the row that was read before."""
+    if sale.torn or sale.run_id != server.run_id:
+        return True
+    return row is not None and lost_units(row, sale) > 0
 
 
 def counted(number: int, noun: str) -> str:
@@ -195,25 +215,26 @@ def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     state = sale.state(server.now_ms, server.run_id)
     over = ended(sale, server.now_ms)
     behind = row is None or row.revision < sale.revision
-    if over and (behind or state is not SaleState.FENCED):
+    fenced = untrusted(observed.before, sale, server)
+    if over and (row is None or not fenced or (behind and not row.held)):
         return _ended(row, spec, sale.ends_ms)
-    if row is None or behind or (not over and (row.closed or _differs(row, spec))):
+    if row is None or (not over and (behind or row.closed or _differs(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
-    if state is SaleState.FENCED or sale.accepted < observed.recorded:
+    if fenced:
         return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row)
     wanted = "paused" if row.paused else "open"
     if (
         sale.revision != row.revision
         or sale.stored_state != wanted
         or sale.engine != observed.engine_id
-        or sale.allocated != max(row.allocated, sale.held)
+        or sale.allocated != max(row.allocated, sale.taken)
     ):
         return Apply(row)
     if sale.allocated > row.allocated:
         return Done(
             state,
             Reason.STOCK_BELOW_HELD,
-            f"spec.stock {row.allocated} is below the {sale.held} units that buyers hold, "
+            f"spec.stock {row.allocated} is below the {sale.taken} units that buyers have, "
             f"so {sale.allocated} stay allocated",
         )
     return Done(state, Reason.APPLIED, f"{sale.available} of {sale.allocated} available")
@@ -224,13 +245,14 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     row, sale = observed.row, observed.sale
     now = utc_of_ms(observed.server.now_ms)
     inserted = row is not None and observed.written == row.revision == 1
-    if row is not None and not row.closed and not inserted and row.finished(now):
+    over = row is not None and not row.closed and not inserted and row.finished(now)
+    if row is not None and over and not row.held:
         return _ended(row, spec, _ms(row.ends_at))
     if obstacle := _obstacle(spec, observed, now):
         return Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
-    if row is None or row.closed or _differs(row, spec):
+    if row is None or (not over and (row.closed or _differs(row, spec))):
         return WriteRow(observed.others)
-    replaces = None if sale is None else Predecessor(sale.sale_id, sale.accepted)
+    replaces = None if sale is None else Predecessor(sale.sale_id, sale.accepted, sale.released)
     if inserted and not observed.seeded:
         return Apply(row, observed.server.now_ms + SEED_MS, replaces)
     return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row, replaces)
@@ -246,6 +268,11 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
     ]
     if rivals:
         return f"{spec.item_id} is sold by {' and '.join(rivals)}"
+    if observed.row is None or observed.row.closed:
+        for other in observed.others:
+            if other.held:
+                holds = counted(other.held, "unit")
+                return f"{other.sale_id} sold {spec.item_id} before and has open holds: {holds}"
     if sale is None:
         return None
     if not sale.finished(server.now_ms):
@@ -264,9 +291,14 @@ def _kept(sale_id: str, sale: Sale, others: tuple[SaleRow, ...]) -> str | None:
     waits = f"{sale.sale_id} sold {sale.item_id} before and is not fully recorded yet"
     if sale.outbox_length:
         return f"{waits}: its outbox has {counted(sale.outbox_length, 'event')}"
-    recorded = sum(other.accepted for other in others if other.sale_id == sale.sale_id)
-    if recorded != sale.accepted:
-        return f"{waits}: {recorded} of {sale.accepted} accepted units"
+    if sale.held:
+        return f"{waits}: it has open holds of {counted(sale.held, 'unit')}"
+    own = next((other for other in others if other.sale_id == sale.sale_id), None)
+    accepted, released = (0, 0) if own is None else (own.accepted, own.released)
+    if accepted != sale.accepted:
+        return f"{waits}: {accepted} of {sale.accepted} accepted units"
+    if released != sale.released:
+        return f"{waits}: {released} of {sale.released} released units"
     return None
 
 

@@ -1,7 +1,8 @@
 """Check that the ledger and Redis belong to this engine before a sale is touched."""
 
-from flashsale import ledger
+from flashsale import ledger, requirements
 from flashsale.inventory import Inventory
+from flashsale.requirements import Checks
 
 
 async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
@@ -13,6 +14,20 @@ async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
     own = await ledger.engine_id(pool, inventory.engine, inventory.address)
     await inventory.claim(own)
     return own
+
+
+async def require_servers(checks: Checks, inventory: Inventory, pool: ledger.Pool) -> None:
+    """Raises `UnmetRequirement` if the ledger or Redis lacks a requirement of docs/install.md.
+
+    Raises `LedgerUnavailable` and `RedisUnavailable` during an outage.
+    """
+    checks.require(requirements.LEDGER, await ledger.facts(pool))
+    await require_redis(checks, inventory)
+
+
+async def require_redis(checks: Checks, inventory: Inventory) -> None:
+    """Raises `UnmetRequirement` if Redis lacks a requirement, and `RedisUnavailable`."""
+    checks.require(requirements.REDIS, await inventory.facts())
 
 
 def in_redis(item_id: str) -> str:

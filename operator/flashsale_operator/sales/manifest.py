@@ -1,19 +1,25 @@
-"""Parse FlashSale manifests: from YAML to `SaleSpec`, or to a list of all mistakes.
+"""Parse FlashSale manifests: from YAML or JSON to `SaleSpec`, or to a list of all mistakes.
 
 The rules are a table. The CRD has the same rules, and a test compares the two.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple, cast
 
-import yaml
-
 from flashsale.errors import FlashsaleError
-from flashsale.fields import ITEM_ID_PATTERN, MAX_DISPLAY_NAME, MAX_PER_USER, MAX_STOCK
+from flashsale.fields import (
+    ITEM_ID_PATTERN,
+    MAX_DISPLAY_NAME,
+    MAX_EXPIRED_HOLDS,
+    MAX_HOLD_SECONDS,
+    MAX_PER_USER,
+    MAX_STOCK,
+)
 from flashsale.sale import SaleSpec
+from flashsale_operator.sales.documents import UnreadableText, documents_of, shown
 
 GROUP: Final = "flashsale.dev"
 """The API group. docs/adr/0008-the-api-group.md tells why it has only this one constant."""
@@ -132,6 +138,8 @@ SPEC_FIELDS: Final = (
     Field("spec.startsAt", TIME),
     Field("spec.endsAt", TIME),
     Field("spec.paused", BOOLEAN, default=False),
+    Field("spec.holdSeconds", _integer(1, MAX_HOLD_SECONDS)),
+    Field("spec.maxExpiredHolds", _integer(1, MAX_EXPIRED_HOLDS), default=3),
 )
 # Fields that the kube-apiserver or kubectl adds to an object. They do not describe the sale.
 IGNORED_TOP: Final = frozenset({"status"})
@@ -145,17 +153,15 @@ IGNORED_METADATA: Final = frozenset(
 
 
 def parse(text: str) -> list[SaleSpec]:
-    """Returns the sales of a YAML text, one per document. Empty documents are skipped.
+    """Returns the sales of a YAML or JSON text: one per document, or per item of a List.
 
-    Raises `ManifestError` with the mistakes of all documents. If there are several documents, each
-    mistake names its document.
+    Empty documents are skipped. Raises `ManifestError` with all mistakes. If there are several
+    documents or items, each mistake names its own.
     """
     try:
-        documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
-    except yaml.YAMLError as error:
-        raise ManifestError([f"not YAML: {_one_line(error)}"]) from None
-    except RecursionError:
-        raise ManifestError(["not YAML: nested too deeply"]) from None
+        documents = [document for document in documents_of(text) if document is not None]
+    except UnreadableText as error:
+        raise ManifestError([str(error)]) from None
     if not documents:
         raise ManifestError(["contains no FlashSale"])
     specs: list[SaleSpec] = []
@@ -163,16 +169,34 @@ def parse(text: str) -> list[SaleSpec]:
     for number, document in enumerate(documents, 1):
         where = f"document {number}: " if len(documents) > 1 else ""
         try:
-            spec = sale_spec(document)
-        except ManifestError as error:
-            mistakes += [where + mistake for mistake in error.mistakes]
-            continue
-        if any(spec.sale_id == other.sale_id for other in specs):
-            mistakes.append(f"{where}metadata.name: {spec.sale_id} appears twice")
-        specs.append(spec)
+            items = _items(document)
+        except RecursionError:
+            raise ManifestError([f"{where}nested too deeply"]) from None
+        for place, item in items:
+            try:
+                spec = sale_spec(item)
+            except ManifestError as error:
+                mistakes += [where + place + mistake for mistake in error.mistakes]
+                continue
+            if any(spec.sale_id == other.sale_id for other in specs):
+                mistakes.append(f"{where}{place}metadata.name: {spec.sale_id} appears twice")
+            specs.append(spec)
     if mistakes:
         raise ManifestError(mistakes)
     return specs
+
+
+def _items(document: object) -> list[tuple[str, object]]:
+    """Returns a document, or the items of a List and its Lists, each with its place in messages."""
+    if isinstance(document, dict) and document.get("kind") in ("List", f"{KIND}List"):
+        items = document.get("items")
+        if isinstance(items, list):
+            return [
+                (f"item {number}: {place}", found)
+                for number, item in enumerate(items, 1)
+                for place, found in _items(item)
+            ]
+    return [("", document)]
 
 
 def sale_spec(document: object) -> SaleSpec:
@@ -207,7 +231,32 @@ def sale_spec(document: object) -> SaleSpec:
         starts_ms=starts_ms,
         ends_ms=ends_ms,
         paused=spec["paused"],
+        hold_seconds=spec.get("holdSeconds"),
+        max_expired_holds=spec["maxExpiredHolds"],
     )
+
+
+def check_item(spec: SaleSpec, prefixes: Mapping[str, str]) -> None:
+    """Raises `ManifestError` if the sale's namespace may not sell its item.
+
+    `prefixes` has the prefix of the items that a namespace may sell, by namespace. The longest
+    prefix of an item decides. A namespace without a prefix may sell the items that have none.
+    """
+    namespace = spec.sale_id.partition("/")[0]
+    own = prefixes.get(namespace, "")
+    found = max(
+        (prefix for prefix in prefixes.values() if spec.item_id.startswith(prefix)),
+        key=len,
+        default="",
+    )
+    if own == found:
+        return
+    if not spec.item_id.startswith(own):
+        mistake = f"must begin with {own} in the namespace {namespace}"
+    else:
+        owners = sorted(name for name, prefix in prefixes.items() if prefix == found)
+        mistake = f"must not begin with {found}, which is for the namespace {' and '.join(owners)}"
+    raise ManifestError([f"spec.itemId: {mistake} (operator.items)"])
 
 
 def _read(
@@ -221,12 +270,14 @@ def _read(
     values: dict[str, Any] = {}
     known = {field.name.rpartition(".")[2]: field for field in fields}
     mistakes += [
-        f"{part}{'.' if part else ''}{_shown(key)}: unknown field"
+        f"{part}{'.' if part else ''}{shown(key)}: unknown field"
         for key in given
         if key not in known and key not in ignored
     ]
     for key, field in known.items():
         value = given.get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # as the kube-apiserver reads 1e+06
         if key not in given or (value is None and not field.required):
             if field.required:
                 mistakes.append(f"{field.name}: is required")
@@ -241,67 +292,3 @@ def _read(
 
 def _ms(time: str) -> int:
     return int(datetime.fromisoformat(time).timestamp() * 1000)
-
-
-def _shown(key: object) -> str:
-    """Returns any field name of a manifest as short ASCII text."""
-    shown = key if isinstance(key, str) and re.match(r"^[\w./-]+\Z", key, re.ASCII) else ascii(key)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _one_line(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
-    mark = error.problem_mark or error.context_mark
-    where = f" in line {mark.line + 1}" if mark else ""
-    return f"{error.problem or error.context}{where}"
-
-
-class _Loader(yaml.SafeLoader):
-    """A strict YAML loader for manifests.
-
-    It refuses tags, duplicate keys, and aliases, which can expand a few lines to gigabytes. Of
-    YAML 1.1's implicit scalar types it knows only those of JSON.
-    """
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's convention
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        refused = "alias" if isinstance(event, yaml.AliasEvent) else getattr(event, "tag", None)
-        if refused not in (None, "!"):
-            kind = "aliases" if refused == "alias" else "tags"
-            raise yaml.composer.ComposerError(
-                None, None, f"{kind} are not allowed", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key in self._keys(node):
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{_shown(key)} appears twice", node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-    def _keys(self, node: yaml.MappingNode) -> Iterator[object]:
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a field name must be text", key_node.start_mark
-                )
-            yield self.construct_object(key_node)
-
-
-# A number with more digits than any field allows stays text, because to parse it can take seconds.
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
-    ("int", r"^-?(?:0|[1-9]\d{0,17})\Z", "-0123456789"),
-    ("float", r"^-?(?:0|[1-9]\d{0,17})(?:\.\d{1,17})?(?:[eE][-+]?\d{1,2})?\Z", "-0123456789"),
-    ("null", r"^(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.ASCII), list(_first)
-    )

@@ -17,7 +17,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import asyncpg
 
@@ -25,7 +25,7 @@ from flashsale import events, ledger
 from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
-from flashsale.reservations import Record
+from flashsale.reservations import Record, State
 from flashsale.sale import Predecessor
 from flashsale_operator.sales import engine
 from flashsale_operator.sales.decision import StillFenced, counted, spec_of
@@ -48,18 +48,33 @@ _NOTE: Final = """
 UPDATE sales SET rebuilt_revision = $2, lost = lost + greatest(0, $3::bigint - accepted),
   updated_at = now()
 WHERE sale_id = $1 AND revision = $2
-RETURNING accepted, released
+RETURNING accepted, released, held
 """
 _OFFSETS: Final = "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1"
+HOLD_MS: Final = 60_000
+"""The shortest time until the end of a restored hold, in milliseconds. A hold that was shorter gets
+its whole time again."""
 _RESERVATIONS: Final = """
-SELECT reservation_id::text AS id, state, version, quantity, user_id,
-       (extract(epoch FROM occurred_at) * 1000)::bigint AS occurred_ms,
-       coalesce(request_key, '') AS request_key
-FROM reservations WHERE sale_id = $1 AND state <> 'refused'
+SELECT id, state, version, quantity, accepted_ms, user_id, request_key,
+       CASE WHEN state <> 'held' THEN expires_ms
+            ELSE greatest(expires_ms, $2::bigint + least($3::bigint, expires_ms - accepted_ms))
+       END AS expires_ms,
+       confirmed_ms, order_ref
+FROM (
+  SELECT reservation_id::text AS id, state, version, quantity, user_id,
+         (extract(epoch FROM accepted_at) * 1000)::bigint AS accepted_ms,
+         (extract(epoch FROM expires_at) * 1000)::bigint AS expires_ms,
+         (extract(epoch FROM confirmed_at) * 1000)::bigint AS confirmed_ms,
+         coalesce(request_key, '') AS request_key, coalesce(order_ref, '') AS order_ref
+  FROM reservations WHERE sale_id = $1 AND state <> 'refused'
+) r
 """
+# A buyer without units stays, because a sale without the key of its buyers counts as torn.
 _BUYERS: Final = """
-SELECT user_id, sum(quantity) AS units
-FROM reservations WHERE sale_id = $1 AND state = 'accepted' GROUP BY user_id
+SELECT user_id,
+       coalesce(sum(quantity) FILTER (WHERE state IN ('held', 'confirmed')), 0)::bigint AS units,
+       count(*) FILTER (WHERE state = 'expired') AS expired
+FROM reservations WHERE sale_id = $1 AND state <> 'refused' GROUP BY user_id
 """
 _INTERRUPTED: Final = {
     Fenced.REBUILDING: "another operator or flashsalectl is rebuilding it",
@@ -99,6 +114,14 @@ class Rebuilt:
             f"{counted(self.reservations, 'reservation')} from the ledger; "
             f"missing in Redis: {self.redis_lacked}; lost: {self.lost}"
         )
+
+
+class _Written(NamedTuple):
+    """The numbers of records that a rebuild has written."""
+
+    reservations: int
+    buyers: int
+    holds: int
 
 
 class _Interrupted(FlashsaleError):
@@ -162,7 +185,9 @@ class Rebuilder:
                 claim,
                 step=step,
                 recorded=row.accepted,
+                held=row.held,
                 engine_id=engine_id,
+                run_id=run_id,
                 closed=row.closed,
                 replaces=replaces,
                 lease_ms=lease_ms,
@@ -189,23 +214,26 @@ class Rebuilder:
             raise
         began = time.monotonic()
         redis_had = 0 if had is None else had.accepted
-        accepted, released = await self._note(sale_id, claim, offsets, redis_had)
+        accepted, released, held = await self._note(sale_id, claim, offsets, redis_had)
         await fence("begin")
-        reservations, buyers = await self._write(row, claim)
+        now_ms = (await self._inventory.server()).now_ms
+        written = await self._write(
+            row, claim, now_ms if had is None else max(now_ms, had.last_now_ms)
+        )
         ended = await self._recovery.trust(
             item_id,
             claim,
             run_id,
             accepted=accepted,
             released=released,
-            reservations=reservations,
-            buyers=buyers,
+            held=held,
+            **written._asdict(),
         )
         if ended is not Trusted.TRUSTED:
             raise _Interrupted(ended)
         return Rebuilt(
             accepted=accepted,
-            reservations=reservations,
+            reservations=written.reservations,
             redis_lacked=max(0, accepted - redis_had),
             lost=max(0, redis_had - accepted),
             seconds=time.monotonic() - began,
@@ -221,10 +249,10 @@ class Rebuilder:
 
     async def _note(
         self, sale_id: str, claim: int, offsets: Mapping[int, int], redis_had: int
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, int]:
         """Makes the ledger refuse events from before the rebuild that it does not have yet.
 
-        Returns the accepted and the released units, which are now final for the rebuild. Raises
+        Returns the accepted, released and held units, which are now final for the rebuild. Raises
         `_Interrupted` if the sale was changed or claimed since, or if the ledger was replaced by an
         older copy.
         """
@@ -242,29 +270,30 @@ class Rebuilder:
                 stored.get(number, 0) < offset for number, offset in offsets.items()
             ):
                 raise _Interrupted(Fenced.SUPERSEDED)
-            return counts["accepted"], counts["released"]
+            return counts["accepted"], counts["released"], counts["held"]
 
-    async def _write(self, row: SaleRow, claim: int) -> tuple[int, int]:
-        """Writes the ledger's records. Returns the number of reservations and of buyers."""
-        buyers = reservations = 0
+    async def _write(self, row: SaleRow, claim: int, now_ms: int) -> _Written:
+        """Writes the ledger's records. `now_ms` is the time of the sale by Redis' clock."""
+        buyers = reservations = holds = 0
         async with (
             ledger.translated(),
             self._pool.acquire() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             async for page in _pages(connection, _BUYERS, row.sale_id):
-                held = {record["user_id"]: int(record["units"]) for record in page}
-                _expect_restored(await self._recovery.restore(row.item_id, claim, buyers=held))
+                found = {record["user_id"]: (record["units"], record["expired"]) for record in page}
+                _expect_restored(await self._recovery.restore(row.item_id, claim, buyers=found))
                 buyers += len(page)
-            async for page in _pages(connection, _RESERVATIONS, row.sale_id):
+            async for page in _pages(connection, _RESERVATIONS, row.sale_id, now_ms, HOLD_MS):
                 records = [
                     (record["id"], Record._make(record[name] for name in Record._fields))
                     for record in page
                 ]
                 _expect_restored(await self._recovery.restore(row.item_id, claim, records=records))
                 reservations += len(page)
+                holds += sum(record.state == State.HELD for _, record in records)
                 self._progress(f"{row.sale_id}: {counted(reservations, 'reservation')} written")
-        return reservations, buyers
+        return _Written(reservations, buyers, holds)
 
 
 def _expect_restored(answer: Trusted) -> None:
@@ -273,10 +302,10 @@ def _expect_restored(answer: Trusted) -> None:
 
 
 async def _pages(
-    connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", query: str, sale_id: str
+    connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", query: str, *arguments: object
 ) -> AsyncIterator[list[asyncpg.Record]]:
     page: list[asyncpg.Record] = []
-    async for record in connection.cursor(query, sale_id, prefetch=RESTORE_PAGE):
+    async for record in connection.cursor(query, *arguments, prefetch=RESTORE_PAGE):
         page.append(record)
         if len(page) == RESTORE_PAGE:
             yield page

@@ -6,10 +6,10 @@ changes Redis.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from flashsale import ledger
-from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine, RedisUnavailable
+from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
@@ -28,6 +28,7 @@ from flashsale_operator.sales.decision import (
     state_of,
 )
 from flashsale_operator.sales.rebuild import Rebuilt
+from flashsale_operator.sales.recovery import Recovery
 
 MAX_STEPS: Final = 16
 """Steps of one reconcile. A quiet one takes one to three, and each race adds a few."""
@@ -39,21 +40,25 @@ _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended($1 || ':' || 
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
-                        ends_at, paused, revision, capacity, resource_uid)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10)
+                        ends_at, paused, revision, capacity, resource_uid, hold_seconds,
+                        max_expired_holds)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10, $11, $12)
 ON CONFLICT (sale_id) DO UPDATE SET
   display_name = excluded.display_name, allocated = excluded.allocated,
   max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
   ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
+  hold_seconds = excluded.hold_seconds, max_expired_holds = excluded.max_expired_holds,
   revision = greatest(s.revision, $9) + 1,
   capacity = greatest(s.capacity, excluded.allocated + s.released),
   resource_uid = coalesce(excluded.resource_uid, s.resource_uid), updated_at = now()
 WHERE s.item_id = excluded.item_id
   AND (s.revision < $9
-       OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed)
+       OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed,
+           s.hold_seconds, s.max_expired_holds)
           IS DISTINCT FROM
           (excluded.display_name, excluded.allocated, excluded.max_per_user, excluded.starts_at,
-           excluded.ends_at, excluded.paused, false))
+           excluded.ends_at, excluded.paused, false,
+           excluded.hold_seconds, excluded.max_expired_holds))
 RETURNING revision
 """
 _ADOPT: Final = "UPDATE sales SET resource_uid = $2 WHERE sale_id = $1"
@@ -61,11 +66,25 @@ _CLOSE: Final = """
 UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
+_HOLD_EXPIRED: Final = (
+    "SELECT EXISTS (SELECT FROM reservations WHERE sale_id = $1 AND state = 'expired')"
+)
+_REFUSED: Final = """
+SELECT count(*), coalesce(sum(quantity), 0)::bigint FROM reservations
+WHERE sale_id = $1 AND state = 'refused'
+"""
 _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
     """There is no such sale, or no sale of the item."""
+
+
+class Refused(NamedTuple):
+    """Reservations that the ledger has refused, and their units. Their buyers hold a 202."""
+
+    reservations: int
+    units: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +95,8 @@ class Result:
     - `sale` is Redis' sale of the item, which may be another sale. `row` is the ledger's row.
       None means that the store has none, or that it did not answer.
     - `rebuilt` counts the units of a rebuild since the result before.
+    - `hold_expired`: a hold of the sale has expired. Only the operator asks the ledger for it.
+    - `refused` is None if the ledger was not asked.
     """
 
     sale_id: str
@@ -87,6 +108,8 @@ class Result:
     sale: Sale | None = None
     row: SaleRow | None = None
     rebuilt: Rebuilt | None = None
+    hold_expired: bool = False
+    refused: Refused | None = None
 
     @property
     def ready(self) -> bool:
@@ -117,6 +140,7 @@ class Reconciler:
 
     def __init__(self, inventory: Inventory, pool: ledger.Pool, rebuild: RebuildCall) -> None:
         self._inventory = inventory
+        self._recovery = Recovery(inventory.redis, inventory.engine)
         self._pool = pool
         self._rebuild = rebuild
 
@@ -178,6 +202,7 @@ class Reconciler:
             sale=observed.sale,
             row=observed.row,
             rebuilt=rebuilt,
+            refused=await self._refused(spec.sale_id),
         )
 
     async def close(self, sale_id: str) -> Result:
@@ -212,11 +237,39 @@ class Reconciler:
             reason=Reason.SUPERSEDED if superseded else Reason.CLOSED,
             message="its manifest was applied again at the same time"
             if superseded
-            else f"{counted(row.accepted, 'unit')} recorded",
+            else _recorded(row),
             applied=closed,
             sale=sale,
             row=row,
         )
+
+    async def fence_outdated(self, sale_id: str, engine_id: str) -> None:
+        """Fences Redis' sale if the ledger has more of its units.
+
+        For a Redis that the sales have left: the pods of an API that came back would sell the units
+        again. A healthy sale never lacks units, so another name of the right Redis does no harm.
+        """
+        row = await ledger.sale(self._pool, sale_id)
+        if row is None:
+            return
+        server = await self._inventory.server()
+        sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        if sale is None or sale.sale_id != sale_id or sale.run_id != server.run_id:
+            return
+        await self._recovery.fence(
+            spec_of(row),
+            row.revision,
+            recorded=row.accepted,
+            held=row.held,
+            engine_id=engine_id,
+            closed=row.closed,
+            lease_ms=0,
+        )
+
+    async def hold_expired(self, sale_id: str) -> bool:
+        """Whether the ledger has an expired hold of the sale."""
+        async with ledger.translated():
+            return bool(await self._pool.fetchval(_HOLD_EXPIRED, sale_id))
 
     async def sales_to_close(self, item_id: str) -> list[str]:
         """Returns the sales to close when a person closes an item.
@@ -244,8 +297,7 @@ class Reconciler:
         seeded: bool,
         still_fenced: StillFenced | None,
     ) -> Observed:
-        # Counted before Redis is read: a sale in Redis has at least these units, or it has lost
-        # some of them.
+        # Read before Redis: a sale in Redis has all changes of this row, or it has lost some.
         before = await ledger.sale(self._pool, spec.sale_id)
         server = await self._inventory.server()
         held = await self._inventory.sales([spec.item_id])
@@ -260,8 +312,13 @@ class Reconciler:
             seeded=seeded,
             still_fenced=still_fenced,
             engine_id=engine_id,
-            recorded=0 if before is None else before.accepted,
+            before=before,
         )
+
+    async def _refused(self, sale_id: str) -> Refused:
+        async with ledger.translated():
+            count, units = await self._pool.fetchrow(_REFUSED, sale_id) or (0, 0)
+        return Refused(count, units)
 
     async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
         async with ledger.translated():
@@ -308,11 +365,12 @@ class Reconciler:
                 spec.paused,
                 step.above,
                 resource_uid,
+                spec.hold_seconds,
+                spec.max_expired_holds,
             )
             return revision
 
 
-async def refuse_unsafe_redis(inventory: Inventory) -> None:
-    """Raises `RedisUnavailable` if a setting of Redis endangers sales."""
-    if mistake := await inventory.unsafe_setting():
-        raise RedisUnavailable(mistake)
+def _recorded(row: SaleRow) -> str:
+    recorded = f"{counted(row.accepted, 'unit')} recorded"
+    return f"{recorded}, {row.held} of them held" if row.held else recorded

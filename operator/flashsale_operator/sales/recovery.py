@@ -78,7 +78,9 @@ class Recovery:
         *,
         step: Step = "fence",
         recorded: int = 0,
+        held: int = 0,
         engine_id: str = "",
+        run_id: str = "",
         closed: bool = False,
         replaces: Predecessor | None = None,
         lease_ms: int = LEASE_MS,
@@ -86,24 +88,29 @@ class Recovery:
         """Fences the sale for the rebuild `claim` until its lease ends, or begins to write it.
 
         `step` is "fence" for the first call and "wait" for each repeat. "begin" empties the keys.
-        `recorded` is the ledger's accepted units: a sale with fewer in Redis is never trusted.
+        `recorded` and `held` are the ledger's accepted and held units. A sale with fewer accepted
+        units in Redis, or fewer that are no longer held, is never trusted. `run_id` is the server's
+        run when the rebuild began: the wait for heartbeats counts on one server only.
 
         `spec`, `closed` and `claim` come from the ledger's row; `claim` is its revision.
         `replaces` is the same as for `Inventory.apply`.
         """
         await translated(self._redis.sadd(keys.items(self._engine), spec.item_id))
-        other_id, other_accepted = replaces or ("", 0)
+        other_id, other_accepted, other_released = replaces or ("", 0, 0)
         arguments = (
             *spec.arguments(claim, closed=closed),
             lease_ms,
             other_id,
             other_accepted,
+            other_released,
             step,
             recorded,
+            held,
             engine_id,
+            run_id,
         )
         return Fenced(
-            await self._scripts.call(self._fence, self._keys(spec.item_id).four, arguments)
+            await self._scripts.call(self._fence, self._keys(spec.item_id).sold, arguments)
         )
 
     async def restore(
@@ -111,17 +118,20 @@ class Recovery:
         item_id: str,
         claim: int,
         *,
-        buyers: Mapping[str, int] | None = None,
+        buyers: Mapping[str, tuple[int, int]] | None = None,
         records: Sequence[tuple[str, Record]] = (),
     ) -> Trusted:
-        """Writes at most `RESTORE_PAGE` buyers (units by user) and reservations (id, record)."""
+        """Writes at most `RESTORE_PAGE` buyers and reservations.
+
+        A buyer has units and expired holds, and stays without units. A reservation is (id, record).
+        """
         pairs: list[str | int] = []
-        for user_id, units in (buyers or {}).items():
-            pairs += (user_id, units)
+        for user_id, (units, expired) in (buyers or {}).items():
+            pairs += (user_id, f"{units},{expired}" if expired else units)
         for reservation_id, record in records:
-            pairs += (reservation_id, ",".join(map(str, record)))
+            pairs += (reservation_id, str(record))
         arguments = (claim, LEASE_MS, len(buyers or ()), *pairs)
-        return Trusted(await self._scripts.call(self._restore, self._keys(item_id).four, arguments))
+        return Trusted(await self._scripts.call(self._restore, self._keys(item_id).sold, arguments))
 
     async def trust(  # noqa: PLR0913 - the counts that must agree
         self,
@@ -131,12 +141,18 @@ class Recovery:
         *,
         accepted: int,
         released: int,
+        held: int,
         reservations: int,
         buyers: int,
+        holds: int,
     ) -> Trusted:
-        """Ends the rebuild. `run_id` is the run of the server when the rebuild began."""
-        arguments = (claim, run_id, accepted, released, reservations, buyers)
-        return Trusted(await self._scripts.call(self._trust, self._keys(item_id).four, arguments))
+        """Ends the rebuild. `run_id` is the run of the server when the rebuild began.
+
+        The first three numbers are units, and the others are the reservations, buyers and held
+        reservations that were written.
+        """
+        arguments = (claim, run_id, accepted, released, held, reservations, buyers, holds)
+        return Trusted(await self._scripts.call(self._trust, self._keys(item_id).sold, arguments))
 
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self._engine)

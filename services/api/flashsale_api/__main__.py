@@ -4,19 +4,22 @@ import argparse
 import gc
 import logging
 import os
+import socket
 import sys
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
-from prometheus_client import start_http_server
-from starlette.types import ASGIApp
+import uvloop
 
 from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.monitoring import Scrapes, serving
 from flashsale.settings import host_and_port, load
+from flashsale.sockets import bound
+from flashsale_api import descriptors
 from flashsale_api.app import create_app
 from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import HttpProtocol
+from flashsale_api.servers import OrderServer, server_of
 from flashsale_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,33 +41,23 @@ environment:
   FLASHSALE_KAFKA_PASSWORD   that user's password
   FLASHSALE_KAFKA_SASL_MECHANISM
                              SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
-  FLASHSALE_LISTEN           address to serve buyers on (default 0.0.0.0:8080)
-  FLASHSALE_METRICS_LISTEN   address to serve metrics on (default 0.0.0.0:9090)
+  FLASHSALE_LISTEN           address to serve buyers on (default [::]:8080)
+  FLASHSALE_ORDERS_LISTEN    address to serve the shop's order service on (default [::]:8083)
+  FLASHSALE_ORDER_TOKENS     the order service's token, or two with a comma between them during a
+                             rotation (default: none, and its address is not served)
+  FLASHSALE_USER_HEADER      header in which a gateway names the user (default: none, and the body
+                             names the user)
+  FLASHSALE_JWKS_URL         address of the keys for bearer tokens whose sub is the user (default:
+                             none)
+  FLASHSALE_JWT_ISSUER       iss of these tokens, required with FLASHSALE_JWKS_URL
+  FLASHSALE_JWT_AUDIENCE     aud of these tokens, required with FLASHSALE_JWKS_URL
+  FLASHSALE_METRICS_LISTEN   address to serve metrics on (default [::]:9090)
+  FLASHSALE_TRUST_TRACEPARENT
+                             true if a gateway sets the header traceparent of buyers: then the
+                             caller decides whether a request is traced (default false)
   FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
   OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
-
-
-def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
-    """Returns the server for buyers. Tests and benchmarks start other apps with it."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            loop="uvloop",
-            http=HttpProtocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=4096,
-            timeout_keep_alive=75,  # longer than that of load balancers, so that they close first
-            timeout_graceful_shutdown=10,
-        )
-    )
 
 
 def main() -> int:
@@ -81,6 +74,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     logs.configure(settings.log_level)
+    descriptors.raise_limit()
 
     failed = False
 
@@ -95,27 +89,37 @@ def main() -> int:
 
     spans = _spans() if traced else None
     metrics = Metrics()
-    host, port = host_and_port(settings.listen)
-    app = create_app(settings, metrics, on_failure, spans)
-    server = server_of(app, host, port)
-    metrics_host, metrics_port = host_and_port(settings.metrics_listen)
+    order_server = None
     try:
-        metrics_server, _ = start_http_server(metrics_port, metrics_host, metrics.registry)
+        listening = bound("LISTEN", settings.listen)
+        metrics_listeners = bound("METRICS_LISTEN", settings.metrics_listen)
+        if settings.order_tokens:
+            order_server = OrderServer(settings.orders_listen, lambda: server.should_exit)
     except OSError as error:
-        print(f"FLASHSALE_METRICS_LISTEN cannot be served: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
+    app = create_app(settings, metrics, on_failure, spans, order_server)
+    server = server_of(app, *host_and_port(settings.listen))
     # Objects made so far live as long as the process, and requests create no reference cycles.
     # Freezing the former and collecting rarely saves about 10 % of the CPU time.
     gc.freeze()
     gc.set_threshold(50_000)
     try:
-        server.run()
+        uvloop.run(_serve(server, listening, metrics, metrics_listeners))
     finally:
-        metrics_server.shutdown()
-        metrics_server.server_close()
         if spans is not None:
             spans.close()
     return 1 if failed else 0
+
+
+async def _serve(
+    server: uvicorn.Server,
+    listeners: list[socket.socket],
+    metrics: Metrics,
+    metrics_listeners: list[socket.socket],
+) -> None:
+    async with serving(metrics_listeners, {"/metrics": Scrapes(metrics.text).answer}):
+        await server.serve(listeners)
 
 
 def _spans() -> "Spans":

@@ -4,34 +4,40 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ExceptionHandler, Receive, Scope, Send
 
-from flashsale import redis_client
-from flashsale.errors import FlashsaleError, RedisUnavailable
+from flashsale import redis_client, requirements
+from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from flashsale_api import responses
+from flashsale.requirements import Checks
+from flashsale_api import authentication, responses
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
-from flashsale_api.heartbeat import Heartbeat
+from flashsale_api.expiry import Expiry
+from flashsale_api.heartbeat import Heartbeat, Pulse
 from flashsale_api.metrics import Metrics
+from flashsale_api.orders import Orders, order_app
+from flashsale_api.page import PAGE_PATH, Page
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
-from flashsale_api.responses import Problem, problem_response
-from flashsale_api.sales import Sales, SaleViews
+from flashsale_api.responses import Handler, Problem, not_allowed, problem_response
+from flashsale_api.sales import SALES_PATH, Sales
 from flashsale_api.settings import Settings
 from flashsale_api.sweeper import Sweeper
+from flashsale_api.transitions import Transitions
 
 if TYPE_CHECKING:
+    from flashsale_api.servers import OrderServer
     from flashsale_api.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -42,59 +48,110 @@ FLUSH_SECONDS: Final = 10.0
 Another pod's sweep publishes the rest.
 """
 
-
-class UnsafeRedisError(FlashsaleError):
-    """A setting of Redis endangers sales."""
+CHECK_SECONDS: Final = 10.0
+"""How often a pod checks a Redis that lacks a requirement."""
 
 
 class Application:
-    """The ASGI application: `reserve` for POST /reserve, and Starlette for everything else.
+    """The endpoints for buyers, which `HttpProtocol` calls directly, and Starlette for the rest.
 
-    Starlette's middleware and routing would add a third to the cost of a bare request. For most
-    requests `HttpProtocol` calls `reserve` directly, without ASGI.
+    Starlette's middleware and routing would cost more than the answer to most requests.
     """
 
-    def __init__(self, reserve: Reserve, rest: Starlette) -> None:
-        self.reserve = reserve
+    def __init__(self, reserve: Reserve, sales: Sales, rest: Starlette) -> None:
+        self._reserve = reserve.begin
+        self._sales = sales
+        self._page = Page(sales.all_sales).handle
         self._rest = rest
 
+    def direct(self, method: bytes, path: bytes) -> Handler | None:
+        """Returns the handler of a request, or nothing if it takes the ASGI path."""
+        if path == RESERVE_PATH:
+            return self._reserve if method == b"POST" else not_allowed("POST")
+        if path == SALES_PATH or path.startswith(SALES_PATH + b"/"):
+            handler = self._sales.handler(path)
+            if handler is None or method in {b"GET", b"HEAD"}:
+                return handler
+            return not_allowed("GET, HEAD")
+        if path == PAGE_PATH:
+            return self._page if method in {b"GET", b"HEAD"} else not_allowed("GET, HEAD")
+        return None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == RESERVE_PATH and scope["method"] == "POST":
-            await self.reserve(scope, receive, send)
-        else:
-            await self._rest(scope, receive, send)
+        await self._rest(scope, receive, send)
 
 
-def create_app(
+def create_app(  # noqa: PLR0915 - the composition root
     settings: Settings,
     metrics: Metrics,
     on_failure: Callable[[BaseException], None],
     spans: "Spans | None" = None,
+    order_server: "OrderServer | None" = None,
 ) -> Application:
-    """Makes the application. Calls `on_failure` if a background task dies: the process must end."""
+    """Makes the application. Calls `on_failure` if a background task dies: the process must end.
+
+    The application also runs `order_server`, if there is one.
+    """
     pod_id = str(uuid.uuid4())
-    redis = redis_client.connect(settings.redis_url)
+    # Reads cannot delay reservations, and no request delays the heartbeat, sweep or settle.
+    redis, redis_of_reads, redis_of_outbox = clients = [
+        redis_client.connect(settings.redis_url) for _ in range(3)
+    ]
     inventory = Inventory(redis, settings.engine)
-    outbox = Outbox(redis, settings.engine)
+    outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
+    pulse = Pulse()
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, spans=spans)
-    heartbeat = Heartbeat(pod_id, inventory, batcher, publisher, engine, metrics)
-    sales = Sales(inventory, SaleViews(inventory))
-    redis_checked = asyncio.Event()
+    batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
+    confirmations = Transitions(
+        inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
+    )
+    cancellations = Transitions(
+        inventory.cancel, publisher, metrics, engine, verb="cancel", seen=batcher.knows
+    )
+    callers = batcher, confirmations, cancellations
+
+    def called_items() -> set[str]:
+        return {item_id for caller in callers for item_id in caller.called_items()}
+
+    heartbeat = Heartbeat(
+        pod_id,
+        Inventory(redis_client.connect(settings.redis_url), settings.engine),
+        called_items=called_items,
+        publisher=publisher,
+        engine=engine,
+        metrics=metrics,
+        pulse=pulse,
+    )
+    background = Inventory(redis_of_outbox, settings.engine)
+    sweeper = Sweeper(background, outbox, publisher, metrics, pod_id)
+    expiry = Expiry(background, publisher, metrics, engine, pod_id=pod_id)
+    orders = order_app(
+        Orders(inventory, confirmations, cancellations, metrics),
+        settings.order_tokens.split(","),
+        metrics,
+        _HANDLERS,
+    )
+    buyers = authentication.of_settings(settings, metrics)
+    sales = Sales(Inventory(redis_of_reads, settings.engine), buyers)
+    redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("check Redis", _check_redis(inventory, outbox, redis_checked)),
+                ("check Redis", redis_check.run()),
                 ("publish", publisher.run()),
                 ("settle", publisher.settle()),
-                ("sweep", Sweeper(inventory, outbox, publisher, metrics, pod_id).run()),
+                ("sweep", sweeper.run()),
+                ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
+                *([("authentication", buyers.run())] if buyers else []),
             )
         ]
+        serving = asyncio.create_task(order_server.serve(orders)) if order_server else None
+        tasks += [serving] if serving else []
 
         def ended(task: asyncio.Task[None]) -> None:
             if task.cancelled():
@@ -107,7 +164,10 @@ def create_app(
         try:
             yield
         finally:
-            await batcher.close()
+            if order_server and serving:
+                order_server.stop()
+                await asyncio.wait([serving])
+            await asyncio.gather(*(caller.close() for caller in callers))
             if left := await publisher.flush(FLUSH_SECONDS):
                 log.warning("%d accepted reservations remain for another pod's sweep", left)
             else:
@@ -117,7 +177,8 @@ def create_app(
                 task.remove_done_callback(ended)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await redis.aclose()
+            for client in clients:
+                await client.aclose()
 
     async def healthz(_: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
@@ -125,53 +186,64 @@ def create_app(
     async def readyz(_: Request) -> Response:
         if engine.conflict:
             return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
-        if redis_checked.is_set():
-            return Response("ready\n", media_type="text/plain")
-        return Response("Redis has not answered yet\n", 503, media_type="text/plain")
+        if redis_check.problem:
+            return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
+        if buyers and buyers.problem:
+            return Response(f"{buyers.problem}\n", 503, media_type="text/plain")
+        if not pulse.begun:
+            return Response(
+                "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
+            )
+        return Response("ready\n", media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()
 
     async def openapi(_: Request) -> Response:
         return Response(description, media_type="application/json")
 
-    reserve = Reserve(batcher, metrics, spans)
+    reserve = Reserve(batcher, metrics, spans, buyers, trust_traceparent=settings.trust_traceparent)
     rest = Starlette(
         routes=[
-            # Starlette answers the other methods with 405.
-            Route(RESERVE_PATH, reserve, methods=["POST"]),
-            Route("/sales", sales.list),
-            Route("/sales/{item_id}", sales.one),
-            Route("/sales/{item_id}/reservations/{reservation_id}", sales.reservation),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/openapi.json", openapi),
         ],
-        exception_handlers={HTTPException: _http_problem, Exception: _internal_problem},
+        exception_handlers=_HANDLERS,
         lifespan=lifespan,
     )
     # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
     rest.router.redirect_slashes = False
-    return Application(reserve, rest)
+    return Application(reserve, sales, rest)
 
 
-async def _check_redis(inventory: Inventory, outbox: Outbox, checked: asyncio.Event) -> None:
-    """Waits for Redis and loads the scripts.
+class RedisCheck:
+    """Waits until Redis answers and meets the requirements."""
 
-    Raises `UnsafeRedisError` if a setting of Redis endangers sales.
-    """
-    while True:
-        try:
-            mistake = await inventory.unsafe_setting()
-            await inventory.load()
-            await outbox.load()
-        except RedisUnavailable as error:
-            log.info("waiting for Redis: %s", error)
-            await asyncio.sleep(1)
-            continue
-        if mistake:
-            raise UnsafeRedisError(mistake)
-        checked.set()
-        return
+    def __init__(self, inventory: Inventory, outbox: Outbox) -> None:
+        self._inventory = inventory
+        self._outbox = outbox
+        self.problem = "Redis has not answered yet"
+        """Why this pod is not ready, or nothing. After that, the operator reports problems."""
+
+    async def run(self) -> None:
+        """Checks Redis and loads the scripts, again and again until both succeed."""
+        checks = Checks(log)
+        while True:
+            try:
+                checks.require(requirements.REDIS, await self._inventory.facts())
+                await self._inventory.load()
+                await self._outbox.load()
+            except UnmetRequirement as error:
+                if self.problem != str(error):
+                    log.error("%s", error)  # noqa: TRY400 - a traceback adds nothing
+                self.problem = str(error)
+                await asyncio.sleep(CHECK_SECONDS)
+            except RedisUnavailable as error:
+                log.info("waiting for Redis: %s", error)
+                await asyncio.sleep(1)
+            else:
+                self.problem = ""
+                return
 
 
 async def _http_problem(_: Request, error: Exception) -> Response:
@@ -182,3 +254,9 @@ async def _http_problem(_: Request, error: Exception) -> Response:
 
 async def _internal_problem(_: Request, __: Exception) -> Response:
     return problem_response(Problem.INTERNAL_ERROR)
+
+
+_HANDLERS: Final[Mapping[Any, ExceptionHandler]] = {
+    HTTPException: _http_problem,
+    Exception: _internal_problem,
+}

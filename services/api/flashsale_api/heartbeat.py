@@ -2,54 +2,185 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from flashsale import heartbeat
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
-from flashsale_api.batcher import Batcher
+from flashsale.reservations import Outcome
+from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
+
+class Pulse:
+    """Knows whether Redis has a valid heartbeat of this pod.
+
+    A rebuild takes a pod without one for dead, and does not wait for its events. Such a pod
+    therefore accepts nothing, although it may still reach Redis.
+    """
+
+    def __init__(self) -> None:
+        self._valid_until: float | None = None
+        self.redis_answers = False
+        """Whether Redis answered when the pod last tried to send a heartbeat."""
+
+    def sent(self, sampled: float) -> None:
+        """Notes a heartbeat that Redis has taken. `sampled` is the loop's time of its sample."""
+        self._valid_until = sampled + heartbeat.EXPIRY_SECONDS
+
+    @property
+    def begun(self) -> bool:
+        """Whether Redis has ever taken a heartbeat."""
+        return self._valid_until is not None
+
+    def valid(self) -> bool:
+        """Whether the last heartbeat has not expired."""
+        until = self._valid_until
+        return until is not None and asyncio.get_running_loop().time() < until
+
+    def refusal(self) -> Outcome | Failure | None:
+        """Returns the outcome of every request, or None if the pod may accept requests."""
+        if self.valid():
+            return None
+        return Outcome.FENCED if self.redis_answers else Failure.REDIS_UNAVAILABLE
+
+
 class Heartbeat:
-    """Sends the heartbeat of a pod."""
+    """Sends the heartbeat of a pod from a thread of its own.
 
-    pod_id: str
-    inventory: Inventory
-    batcher: Batcher
-    publisher: Publisher
-    engine: Engine
-    metrics: Metrics
+    With thousands of busy connections, a turn of the pod's event loop can take most of a second. A
+    heartbeat needs several turns for its round trips, so it makes them in another loop. It waits
+    for only one turn of the pod's loop, which counts the events.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts that a heartbeat reports
+        self,
+        pod_id: str,
+        inventory: Inventory,
+        *,
+        called_items: Callable[[], Iterable[str]],
+        publisher: Publisher,
+        engine: Engine,
+        metrics: Metrics,
+        pulse: Pulse,
+    ) -> None:
+        """`inventory` has connections that no request uses. `run` closes them."""
+        self._pod_id = pod_id
+        self._inventory = inventory
+        self._called_items = called_items
+        self._publisher = publisher
+        self._engine = engine
+        self._metrics = metrics
+        self._pulse = pulse
+        self._thread: _LoopThread | None = None
+        self._turn = asyncio.Lock()
 
     async def run(self) -> None:
         """Writes the heartbeat and the gauges every `INTERVAL_SECONDS` until it is cancelled."""
-        while True:
-            self.metrics.unacknowledged.set(self.publisher.unacknowledged)
-            self.metrics.kafka_up.set(self.publisher.connected)
-            try:
-                await self.beat()
-            except RedisUnavailable as error:
-                self.metrics.redis_up.set(0)
-                log.debug("no heartbeat: %s", error)
-            else:
-                self.metrics.redis_up.set(1)
-            await asyncio.sleep(heartbeat.INTERVAL_SECONDS)
-
-    async def beat(self) -> None:
-        """Writes one heartbeat. Raises `RedisUnavailable`."""
-        self.engine.found_in_redis(await self.inventory.engine_id())
-        # Read the clock first, because a heartbeat must not claim to be younger than its count.
-        sampled = await self.inventory.server()
-        counts = dict.fromkeys(self.batcher.called_items(), 0)
-        counts |= self.publisher.unacknowledged_by_item()
-        redis, engine = self.inventory.redis, self.inventory.engine
-        await heartbeat.beat(redis, self.pod_id, counts, sampled, engine)
+        self._thread = _LoopThread()
+        try:
+            await self._thread.run(self._beat_forever(asyncio.get_running_loop()))
+        finally:
+            await self._thread.close(self._inventory.redis.aclose())
 
     async def stop(self) -> None:
-        """Removes the heartbeat of a pod that has nothing left to publish."""
-        await heartbeat.retire(self.inventory.redis, self.pod_id, self.inventory.engine)
+        """Removes the heartbeat of a pod that has nothing left to publish. No beat follows."""
+        if self._thread is not None:
+            await self._thread.run(self._retire())
+
+    async def _retire(self) -> None:
+        await self._turn.acquire()
+        await heartbeat.retire(self._inventory.redis, self._pod_id, self._inventory.engine)
+
+    async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            begun = loop.time()
+            try:
+                async with self._turn:
+                    await self._beat(main)
+            except RedisUnavailable as error:
+                self._metrics.redis_up.set(0)
+                await _called_in(main, self._measure)
+                log.debug("no heartbeat: %s", error)
+            else:
+                self._metrics.redis_up.set(1)
+            await asyncio.sleep(begun + heartbeat.INTERVAL_SECONDS - loop.time())
+
+    async def _beat(self, main: asyncio.AbstractEventLoop) -> None:
+        """Writes one heartbeat, in two round trips. Raises `RedisUnavailable`."""
+        begun = asyncio.get_running_loop().time()
+        # Read the clock first, because a heartbeat must not claim to be younger than its count.
+        try:
+            sampled, engine_id = await asyncio.gather(
+                self._inventory.server(), self._inventory.engine_id()
+            )
+        except RedisUnavailable:
+            self._pulse.redis_answers = False
+            raise
+        self._pulse.redis_answers = True
+        # The pod's loop counts, because a thread could look between a reply and its events.
+        counts = await _called_in(main, lambda: self._count(engine_id))
+        redis, engine = self._inventory.redis, self._inventory.engine
+        await heartbeat.beat(redis, self._pod_id, counts, sampled, engine)
+        self._pulse.sent(begun)
+
+    def _measure(self) -> None:
+        self._metrics.unacknowledged.set(self._publisher.unacknowledged)
+        self._metrics.kafka_up.set(self._publisher.connected)
+
+    def _count(self, engine_id: str) -> dict[str, int]:
+        """Returns the unacknowledged events of each item that may have some."""
+        self._measure()
+        self._engine.found_in_redis(engine_id)
+        counts = dict.fromkeys(self._called_items(), 0)
+        return counts | self._publisher.unacknowledged_by_item()
+
+
+class _LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work` in the thread, and cancels it if the caller is cancelled."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def close(self, last: Coroutine[Any, Any, None]) -> None:
+        """Ends the thread, after its tasks and then `last`."""
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*others, return_exceptions=True)
+            await last
+
+        await self.run(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _called_in(loop: asyncio.AbstractEventLoop, function: Callable[[], T]) -> T:
+    """Calls a function in the loop of another thread."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except Exception as error:  # noqa: BLE001 - the caller handles every error
+            result.set_exception(error)
+
+    loop.call_soon_threadsafe(call)
+    return await asyncio.wrap_future(result)

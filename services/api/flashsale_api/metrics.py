@@ -1,10 +1,11 @@
 """Prometheus metrics of the API. They are served on their own port."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 from flashsale import telemetry
+from flashsale.inventory import Holds
 
 # Fine steps from 1 to 50 ms, because most answers should take that long.
 _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
@@ -23,21 +24,10 @@ class _Outcomes(dict[str, Counter]):
         return made
 
 
-class ItemMetrics:
-    """The metrics of the requests for an item. Saves a lookup of the labels per request."""
-
-    __slots__ = ("accepted", "failed", "outcomes", "rejected")
-
-    def __init__(self, requests: Counter, seconds: Histogram, item_id: str) -> None:
-        self.outcomes = _Outcomes(requests, item_id)
-        self.accepted = seconds.labels(item_id, "accepted")
-        self.rejected = seconds.labels(item_id, "rejected")
-        self.failed = seconds.labels(item_id, "failed")
-
-
 class Metrics:
     """The metrics and their registry. Durations are in seconds.
 
+    Histograms have no items, because a histogram per item made a scrape of 2,000 sales 9 MB large.
     An item is a label only while it has a sale. Requests for other items are counted with an empty
     label, so that clients cannot add time series.
     """
@@ -50,13 +40,16 @@ class Metrics:
             ["item", "outcome"],
             registry=self.registry,
         )
-        self._request_seconds = Histogram(
+        seconds = Histogram(
             "flashsale_api_request_seconds",
             "Time from reading the whole request to passing the answer to the server.",
-            ["item", "answer"],
+            ["answer"],
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.accepted = seconds.labels("accepted")
+        self.rejected = seconds.labels("rejected")
+        self.failed = seconds.labels("failed")
         self.batch_size = Histogram(
             "flashsale_api_batch_size",
             "Requests in one script call.",
@@ -118,23 +111,99 @@ class Metrics:
             registry=self.registry,
         )
         self.redis_up, self.kafka_up = up.labels("redis"), up.labels("kafka")
-        self._of_no_item = ItemMetrics(self._requests, self._request_seconds, "")
-        self._of_item: dict[str, ItemMetrics] = {}
+        self.jwks_up = Gauge(
+            "flashsale_api_jwks_up",
+            "0 if the last look for the keys of buyers' tokens failed, otherwise 1.",
+            registry=self.registry,
+        )
+        self.jwks_up.set(1)  # an API without tokens needs no keys
+        self.transitions = Counter(
+            "flashsale_api_transitions",
+            "Calls to confirm or cancel a reservation, and expired holds, by outcome.",
+            ["item", "verb", "outcome"],
+            registry=self.registry,
+        )
+        self.order_seconds = Histogram(
+            "flashsale_api_order_call_seconds",
+            "Time from reading a call to confirm or cancel to its answer.",
+            ["verb", "answer"],
+            buckets=(*_SECONDS, 2, 3),
+            registry=self.registry,
+        )
+        self.waiting_order_calls = Gauge(
+            "flashsale_api_waiting_order_calls",
+            "Calls to confirm or cancel that wait for a script call.",
+            ["verb"],
+            registry=self.registry,
+        )
+        self.unacknowledged_order_calls = Gauge(
+            "flashsale_api_unacknowledged_order_calls",
+            "Calls to confirm or cancel that wait for Kafka's acknowledgement.",
+            ["verb"],
+            registry=self.registry,
+        )
+        self.open_holds = Gauge(
+            "flashsale_api_open_holds",
+            "Reservations that are held, as last seen by this pod.",
+            ["item"],
+            registry=self.registry,
+        )
+        self.overdue_holds = Gauge(
+            "flashsale_api_overdue_holds",
+            "Holds that can be expired and are not, as last seen by this pod.",
+            ["item"],
+            registry=self.registry,
+        )
+        self.overdue_seconds = Gauge(
+            "flashsale_api_overdue_hold_seconds",
+            "How long the oldest overdue hold has been one, as last seen by this pod.",
+            ["item"],
+            registry=self.registry,
+        )
+        self._of_no_item = _Outcomes(self._requests, "")
+        self._of_item: dict[str, _Outcomes] = {}
         self._listed: frozenset[str] = frozenset()
+        self._with_holds: frozenset[str] = frozenset()
 
-    def of(self, item_id: str) -> ItemMetrics:
-        """Returns the metrics of the requests for an item."""
+    def text(self) -> bytes:
+        """Returns all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def label(self, item_id: str) -> str:
+        """Returns the item as a label. It is empty for an item without a sale."""
+        return item_id if item_id in self._of_item else ""
+
+    def outcomes(self, item_id: str) -> Mapping[str, Counter]:
+        """Returns the counters of the requests for an item. Saves a lookup of the labels."""
         return self._of_item.get(item_id, self._of_no_item)
 
     def add_item(self, item_id: str) -> None:
         """Makes an item with a sale a label."""
         if item_id not in self._of_item:
-            self._of_item[item_id] = ItemMetrics(self._requests, self._request_seconds, item_id)
+            self._of_item[item_id] = _Outcomes(self._requests, item_id)
+
+    def set_holds(self, holds: Mapping[str, Holds], now_ms: int) -> None:
+        """Sets the gauges of holds, and removes those of the other items."""
+        gauges = self.open_holds, self.overdue_holds, self.overdue_seconds
+        for item_id in self._with_holds - holds.keys():
+            for gauge in gauges:
+                gauge.remove(item_id)
+        for item_id, found in holds.items():
+            self.open_holds.labels(item_id).set(found.open)
+            self.overdue_holds.labels(item_id).set(found.overdue)
+            overdue_ms = max(now_ms - found.first_due_ms, 0) if found.overdue else 0
+            self.overdue_seconds.labels(item_id).set(overdue_ms / 1000)
+        self._with_holds = frozenset(holds)
 
     def set_items(self, item_ids: Iterable[str]) -> None:
         """Makes these items labels, and removes items of the previous call that are missing now."""
         listed = frozenset(item_ids)
-        by_item = self._requests, self._request_seconds, self.outbox_length, self.outbox_age
+        by_item = (
+            self._requests,
+            self.outbox_length,
+            self.outbox_age,
+            self.transitions,
+        )
         for item_id in self._listed - listed:
             del self._of_item[item_id]
             for metric in by_item:

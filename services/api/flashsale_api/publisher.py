@@ -11,11 +11,16 @@ import contextlib
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    UnknownTopicOrPartitionError,
+)
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
@@ -51,6 +56,13 @@ ACKNOWLEDGED_SECONDS: Final = 12.0
 """How long to wait for the acknowledgement of a batch before the producer is discarded."""
 STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+SET_ASIDE_SECONDS: Final = 60.0
+"""How long an event rests that is too large for the topic. A sweep then publishes it again."""
+REMEMBERED: Final = 50_000
+"""Published events that a pod remembers at least, in at most 30 MB. It publishes no replay of them.
+"""
+_UNACKNOWLEDGED: Final = 0
+"""The revision of a remembered event that Kafka has not acknowledged yet."""
 
 
 class Accepted(NamedTuple):
@@ -65,6 +77,11 @@ class Accepted(NamedTuple):
     record: Record
     snapshot: Snapshot
     traceparent: str
+
+
+_Version: TypeAlias = tuple[str, str, int]
+"""A version of a reservation: item id, reservation id, version."""
+_Key: TypeAlias = tuple[str, str] | _Version
 
 
 class Publisher:
@@ -89,12 +106,20 @@ class Publisher:
         self._pending: deque[Accepted] = deque()
         self._work = asyncio.Event()
         self._by_item: Counter[str] = Counter()
-        self._acknowledged: dict[str, list[tuple[str, str]]] = {}
+        self._acknowledged: dict[str, list[tuple[str, str, int]]] = {}
         self._to_settle = asyncio.Event()
-        self._held: set[tuple[str, str]] = set()
+        self._held: set[_Key] = set()
+        self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
+        self._recent: dict[_Version, int] = {}
+        """The revisions of the sales in which Kafka has acknowledged events."""
+        self._older: dict[_Version, int] = {}
+        """The same of the events before. To forget one event at a time would cost more."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
+        self._batch_bytes = BATCH_BYTES
+        self._failures = 0
+        self._told_too_large = False
         self.connected = False
 
     @property
@@ -122,20 +147,52 @@ class Publisher:
         return (item_id, entry_id) in self._held
 
     def add(self, accepted: Accepted) -> None:
-        """Takes a reservation to publish, unless the publisher holds it already. Never waits."""
-        key = _key(accepted)
+        """Takes a reservation to publish, unless the publisher holds it already. Never waits.
+
+        A replay of an event that this pod is publishing, or that Kafka has acknowledged to it in
+        this revision of the sale, is not published again. No rebuild has left it out, because the
+        script found this version in a trusted sale: docs/adr/0022-replays-are-published-once.md.
+        """
+        key, version = _key(accepted), _version(accepted)
         if key in self._held:
             return
+        known = _UNACKNOWLEDGED, accepted.snapshot.revision
+        if not accepted.entry_id and self._remembered(version) in known:
+            return
+        self._remember(version, _UNACKNOWLEDGED)
         self._held.add(key)
         self._pending.append(accepted)
         self._by_item[accepted.item_id] += 1
         self._idle.clear()
         self._work.set()
 
+    def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
+        """Returns a future of Kafka's next acknowledgement of a version that was just added.
+
+        The future is done if the pod remembers the acknowledgement. Cancel the future to give up
+        waiting.
+        """
+        key = _version(accepted)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._remembered(key) == accepted.snapshot.revision:
+            future.set_result(None)
+            return future
+        self._awaited.setdefault(key, []).append(future)
+
+        def ended(_: "asyncio.Future[None]") -> None:
+            waiting = self._awaited.get(key, [])
+            if future in waiting:
+                waiting.remove(future)
+            if not waiting:
+                self._awaited.pop(key, None)
+
+        future.add_done_callback(ended)
+        return future
+
     async def run(self) -> None:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
-        failures = 0
         while True:
+            self._batch_bytes = BATCH_BYTES
             producer = AIOKafkaProducer(
                 **self._kafka.kafka_client(),
                 acks="all",
@@ -144,28 +201,28 @@ class Publisher:
             )
             try:
                 await producer.start()
-                await producer.partitions_for(self._topic)
+                await self._require_topic(producer)
                 await self._check_owner()
-                log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
-                failures = 0
+                if not self._failures:
+                    log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
                 self.connected = True
                 # Before Python 3.13, a failed TaskGroup leaves its task a counted cancellation,
                 # which a timeout can mistake for one from outside. So give it its own task.
                 await asyncio.create_task(self._send(producer))
             except* OtherEngine:
-                failures = len(BACKOFF_SECONDS)
+                self._failures = len(BACKOFF_SECONDS)
             except* (KafkaError, OSError) as group:
                 self._metrics.publish_failures.inc()
-                if not failures:
+                if not self._failures:
                     log.warning(
                         "Kafka failed, events stay in memory until it is back: %r",
                         group.exceptions[0],
                     )
-                failures += 1
+                self._failures += 1
             finally:
                 self.connected = False
                 await _discard(producer)
-            await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
+            await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
     async def settle(self) -> None:
         """Deletes the outbox entries of acknowledged events until it is cancelled."""
@@ -189,7 +246,7 @@ class Publisher:
                 away = False
                 if left := self._acknowledged.pop(item_id)[len(page) :]:
                     self._acknowledged[item_id] = left
-                self._forget((item_id, entry_id) for entry_id, _ in page)
+                self._forget((item_id, entry_id) for entry_id, _, _ in page)
 
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until no event is held. Returns how many are left after `timeout_seconds`."""
@@ -198,7 +255,7 @@ class Publisher:
                 await self._idle.wait()
         return len(self._held)
 
-    def _forget(self, keys: Iterable[tuple[str, str]]) -> None:
+    def _forget(self, keys: Iterable[_Key]) -> None:
         self._held.difference_update(keys)
         if not self._held:
             self._idle.set()
@@ -213,6 +270,27 @@ class Publisher:
         while True:
             await asyncio.sleep(OWNER_SECONDS)
             await self._check_owner()
+            self._works()
+
+    def _works(self) -> None:
+        """Notes an acknowledgement, or a producer that lasted. To connect does not suffice."""
+        if self._failures:
+            log.info("Kafka is back, %d events are waiting", self.unacknowledged)
+        self._failures = 0
+
+    async def _require_topic(self, producer: AIOKafkaProducer) -> None:
+        """Raises `UnknownTopicOrPartitionError` until the topic exists.
+
+        It reads all topics. A broker may create a topic that is read by its name, with too few
+        partitions and too short a retention.
+        """
+        topics = await producer.client.fetch_all_metadata()
+        if not topics.partitions_for_topic(self._topic):
+            raise UnknownTopicOrPartitionError(
+                f"the topic {self._topic} does not exist yet: a consumer creates it, or a user who "
+                "may create topics"
+            )
+        await producer.partitions_for(self._topic)
 
     async def _check_owner(self) -> None:
         """Raises `OtherEngine` if another engine's consumers would record this pod's events.
@@ -247,22 +325,49 @@ class Publisher:
                     # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
                     await asyncio.shield(sent)
             except BaseException as error:
-                self._pending.extendleft(reversed(batch))
                 if self._spans is not None:
                     self._spans.failed(spans, error)
+                too_large = isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError))
+                if too_large and len(batch) == 1:
+                    self._set_aside(batch[0])
+                    continue
+                self._pending.extendleft(reversed(batch))
+                if too_large:
+                    self._batch_bytes = min(self._batch_bytes, builder.size()) // 2
+                    continue
                 raise
             if self._spans is not None:
                 self._spans.sent(spans, len(batch), partition)
-            self._metrics.published.inc(len(batch))
-            for accepted in batch:
-                self._by_item[accepted.item_id] -= 1
-                if accepted.entry_id:
-                    self._acknowledged.setdefault(accepted.item_id, []).append(
-                        (accepted.entry_id, accepted.reservation_id)
-                    )
-                else:
-                    self._forget([_key(accepted)])
-            self._to_settle.set()
+            self._works()
+            self._acknowledge(batch)
+
+    def _acknowledge(self, batch: Sequence[Accepted]) -> None:
+        """Lets the entries of acknowledged events be settled, and resolves who waits for them."""
+        self._metrics.published.inc(len(batch))
+        for accepted in batch:
+            self._by_item[accepted.item_id] -= 1
+            if accepted.entry_id:
+                self._acknowledged.setdefault(accepted.item_id, []).append(
+                    (accepted.entry_id, accepted.reservation_id, accepted.record.version)
+                )
+            else:
+                self._forget([_key(accepted)])
+            version = _version(accepted)
+            self._remember(version, accepted.snapshot.revision)
+            if self._awaited:
+                for future in self._awaited.pop(version, ()):
+                    if not future.done():
+                        future.set_result(None)
+        self._to_settle.set()
+
+    def _remember(self, version: _Version, revision: int) -> None:
+        self._recent[version] = revision
+        if len(self._recent) >= REMEMBERED:
+            self._recent, self._older = {}, self._recent
+
+    def _remembered(self, version: _Version) -> int | None:
+        revision = self._recent.get(version)
+        return self._older.get(version) if revision is None else revision
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
         """Moves pending events into a batch until it is full.
@@ -271,14 +376,14 @@ class Publisher:
         """
         batch: list[Accepted] = []
         spans: list[Span] = []
-        while self._pending:
+        while self._pending and (not batch or builder.size() < self._batch_bytes):
             item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
             span = None
             if self._spans is not None and sampled(traceparent):
                 span = self._spans.sending(self._topic, reservation_id, traceparent)
                 traceparent = traceparent_of(span)
             fits = builder.append(
-                timestamp=record.occurred_ms,
+                timestamp=record.accepted_ms,
                 key=reservation_id.encode(),
                 value=events.encode(Event.of(item_id, reservation_id, record, snapshot)),
                 headers=events.headers(traceparent),
@@ -291,10 +396,37 @@ class Publisher:
         builder.close()
         return batch, spans
 
+    def _set_aside(self, accepted: Accepted) -> None:
+        """Leaves one event that is too large for the topic to a later sweep."""
+        self._metrics.publish_failures.inc()
+        if not self._told_too_large:
+            log.error(
+                "the event of reservation %s is larger than the topic %s accepts: raise its "
+                "max.message.bytes to %d",
+                accepted.reservation_id,
+                self._topic,
+                BATCH_BYTES,
+            )
+        self._told_too_large = True
 
-def _key(accepted: Accepted) -> tuple[str, str]:
-    """Returns the key of a held event: the id of its outbox entry, or of a replayed reservation."""
-    return accepted.item_id, accepted.entry_id or accepted.reservation_id
+        def forget() -> None:
+            self._by_item[accepted.item_id] -= 1
+            self._forget([_key(accepted)])
+            for memory in (self._recent, self._older):
+                memory.pop(_version(accepted), None)
+
+        asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
+
+
+def _key(accepted: Accepted) -> _Key:
+    """Returns the key of a held event: its outbox entry, or a replayed reservation's version."""
+    if accepted.entry_id:
+        return accepted.item_id, accepted.entry_id
+    return _version(accepted)
+
+
+def _version(accepted: Accepted) -> _Version:
+    return accepted.item_id, accepted.reservation_id, accepted.record.version
 
 
 async def _discard(producer: AIOKafkaProducer) -> None:

@@ -1,24 +1,25 @@
 """POST /reserve: parses a request, has it decided, and makes the answer."""
 
-import asyncio
+import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
-from flashsale.reservations import Outcome, Request
+from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
-from flashsale_api.batcher import Batcher, Decision, Failure
+from flashsale_api.authentication import Authentication
+from flashsale_api.batcher import Batcher, Decision
+from flashsale_api.calls import Failure
 from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
-from flashsale_api.responses import Headers, Problem, Reservation
+from flashsale_api.responses import Headers, Problem, Reservation, Respond
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -27,20 +28,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESERVE_PATH: Final = "/reserve"
+RESERVE_PATH: Final = b"/reserve"
 MAX_BODY_BYTES: Final = 16 * 1024
 
 _KEY: Final = re.compile(USER_ID_PATTERN)
-_TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _JSON: Final = (b"content-type", b"application/json")
 _FIELD: Final = re.compile(r"^(?P<rule>.*?) - at `\$\.(?P<field>[^`]*)`$", re.DOTALL)
+_UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
+
+T = TypeVar("T")
 
 _RULES: Final = {
     "userId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
     "itemId": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, "
     "starting with a letter or digit",
     "quantity": "an integer from 1 to 1000",
+    "orderRef": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
     "Idempotency-Key": "1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
 }
 
@@ -50,6 +55,7 @@ _PROBLEMS: Final = {
     Outcome.PAUSED: Problem.PAUSED,
     Outcome.NOT_OPEN: Problem.NOT_OPEN,
     Outcome.LIMIT_REACHED: Problem.LIMIT_REACHED,
+    Outcome.TOO_MANY_HOLDS: Problem.TOO_MANY_HOLDS,
     Outcome.SOLD_OUT: Problem.SOLD_OUT,
     Outcome.NOT_ENOUGH_LEFT: Problem.NOT_ENOUGH_LEFT,
     Outcome.OUTBOX_FULL: Problem.OUTBOX_FULL,
@@ -57,10 +63,14 @@ _PROBLEMS: Final = {
     Outcome.UNSUPPORTED: Problem.FENCED,
     Outcome.FENCED: Problem.FENCED,
     Outcome.OTHER_ENGINE: Problem.OTHER_ENGINE,
+    Transition.HOLD_EXPIRED: Problem.HOLD_EXPIRED,
+    Transition.CANCELLED: Problem.CANCELLED,
     Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
     Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
     Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
+    Failure.UNAUTHORIZED: Problem.UNAUTHORIZED,
+    Failure.WRONG_USER: Problem.WRONG_USER,
 }
 
 
@@ -72,47 +82,84 @@ class ReserveBody(msgspec.Struct, frozen=True, rename="camel"):
     quantity: Quantity
 
 
-class _Refused(Exception):
+class AuthenticatedBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The body of POST /reserve if the request itself names the user."""
+
+    item_id: ItemId
+    quantity: Quantity
+    user_id: UserId = ""
+
+
+class Refused(Exception):
     """The request is invalid. It is answered without a call to Redis."""
 
     def __init__(self, problem: Problem, detail: str, **members: object) -> None:
         self.problem, self.detail, self.members = problem, detail, members
 
 
-Respond: TypeAlias = Callable[[int, Headers, bytes], None]
-"""Takes the status, the headers without a length, and the body."""
+class JsonBody(Generic[T]):
+    """Decodes bodies of one kind, and refuses those that repeat a member.
 
-_SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
+    Of a repeated member msgspec takes the last one and many gateways take the first one, so the two
+    could see different users. Only the top level counts, because the API ignores all members that
+    contain others.
+    """
 
-_decode = msgspec.json.Decoder(ReserveBody).decode
+    def __init__(self, kind: type[T], quotes: int) -> None:
+        """`quotes` is the lowest number of quotation marks in a valid body."""
+        self._decode = msgspec.json.Decoder(kind).decode
+        self._quotes = quotes
+
+    def read(self, content_type: str, raw: bytes | bytearray) -> T:
+        """Decodes a body. Raises `Refused`."""
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+        if len(raw) > MAX_BODY_BYTES:
+            raise Refused(
+                Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes"
+            )
+        try:
+            body = self._decode(raw)
+            # Each member has a quoted name, so a count suffices for almost all bodies.
+            repeated = _repeated_member(raw) if raw.count(b'"') > self._quotes else None
+        except msgspec.ValidationError as error:
+            raise _explained(str(error)) from None
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise Refused(Problem.MALFORMED_JSON, str(error)) from None
+        if repeated is not None:
+            raise Refused(Problem.MALFORMED_JSON, f"the member {repeated} is repeated")
+        return body
+
+
+_BODY: Final = JsonBody(ReserveBody, quotes=10)
+_AUTHENTICATED_BODY: Final = JsonBody(AuthenticatedBody, quotes=6)
 _encode = msgspec.json.Encoder().encode
 
 
 class Reserve:
-    """The endpoint. `HttpProtocol` calls `begin`. An instance is also an ASGI application."""
+    """The endpoint. `HttpProtocol` calls `begin`."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, spans: "Spans | None" = None) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        spans: "Spans | None" = None,
+        authentication: Authentication | None = None,
+        *,
+        trust_traceparent: bool = False,
+    ) -> None:
+        """Without `authentication`, the body names the user.
+
+        With `trust_traceparent` the caller's span is the parent, and its sampling counts.
+        """
         self._batcher = batcher
         self._metrics = metrics
         self._spans = spans
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await _body(receive)
-        if raw is None:
-            return  # the buyer disconnected before the body was complete
-        answered: asyncio.Future[tuple[int, Headers, bytes]] = (
-            asyncio.get_running_loop().create_future()
+        self._authentication = authentication
+        self._body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody] = (
+            _BODY if authentication is None else _AUTHENTICATED_BODY
         )
-
-        def respond(status: int, headers: Headers, body: bytes) -> None:
-            if not answered.done():  # the server cancelled the request
-                answered.set_result((status, headers, body))
-
-        self.begin(scope["headers"], raw, respond)
-        status, headers, body = await answered
-        length = (b"content-length", b"%d" % len(body))
-        await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-        await send({"type": "http.response.body", "body": body})
+        self._trust_traceparent = trust_traceparent
 
     def begin(
         self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
@@ -123,29 +170,43 @@ class Reserve:
         """
         started = perf_counter()
         try:
-            order, request_key, traceparent = _parsed(headers, raw)
-        except _Refused as refused:
-            counted = self._metrics.of("")
-            counted.outcomes[refused.problem.value.slug.replace("-", "_")].inc()
+            order, request_key, caller = _parsed(headers, raw, self._body)
+        except Refused as refused:
+            self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
-            counted.rejected.observe(perf_counter() - started)
+            self._metrics.rejected.observe(perf_counter() - started)
             respond(*answer)
             return
         item_id = order.item_id
+        # Otherwise a stranger could have all requests traced, by every process up to the ledger.
+        traceparent = caller if self._trust_traceparent else ""
         span = None
         if self._spans is not None and self._spans.samples(traceparent):
-            span = self._spans.begin(item_id, traceparent, perf_counter() - started)
+            span = self._spans.begin(item_id, traceparent, caller, perf_counter() - started)
             traceparent = traceparent_of(span)
         pending = _Pending(self, item_id, started, span, respond)
         # A request with a key is always looked up, because it may have been accepted before.
-        if not request_key and self._batcher.sold_out(item_id):
-            pending.end(_SOLD_OUT)
+        if not request_key and (sold_out := self._batcher.sold_out(item_id)):
+            pending.end(sold_out)
             return
-        identity = reservation_id(item_id, order.user_id, request_key)
-        request = Request(identity, order.user_id, order.quantity, request_key, traceparent)
-        if self._spans is not None and span is not None:
-            self._spans.deciding(span, request)
-        self._batcher.decide(item_id, request, pending.end)
+
+        def decide(user_id: str, reason: str = "") -> None:
+            if reason:
+                pending.end(Decision(Failure.UNAUTHORIZED, reason=reason))
+                return
+            if order.user_id not in (user_id, ""):
+                pending.end(Decision(Failure.WRONG_USER))
+                return
+            identity = reservation_id(item_id, user_id, request_key)
+            request = Request(identity, user_id, order.quantity, request_key, traceparent)
+            if self._spans is not None and span is not None:
+                self._spans.deciding(span, request)
+            self._batcher.decide(item_id, request, pending.end)
+
+        if self._authentication is None:
+            decide(order.user_id)
+        else:
+            self._authentication.identify(headers, decide)
 
     def answer(
         self, item_id: str, decision: Decision, started: float, span: "Span | None"
@@ -154,15 +215,15 @@ class Reserve:
         status, headers, body = _answer(item_id, decision)
         if self._spans is not None and span is not None:
             self._spans.end(span, decision.outcome, status)
-        counted = self._metrics.of(item_id)
-        counted.outcomes[decision.outcome].inc()
+        metrics = self._metrics
+        metrics.outcomes(item_id)[decision.outcome].inc()
         seconds = perf_counter() - started
         if status < 300:
-            counted.accepted.observe(seconds)
+            metrics.accepted.observe(seconds)
         elif status < 500:
-            counted.rejected.observe(seconds)
+            metrics.rejected.observe(seconds)
         else:
-            counted.failed.observe(seconds)
+            metrics.failed.observe(seconds)
         return status, headers, body
 
 
@@ -191,9 +252,11 @@ class _Pending:
 
 
 def _parsed(
-    headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray
-) -> tuple[ReserveBody, str, str]:
-    """Returns the body, the Idempotency-Key and the traceparent. Raises `_Refused`.
+    headers: Sequence[tuple[bytes, bytes]],
+    raw: bytes | bytearray,
+    body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody],
+) -> tuple[ReserveBody | AuthenticatedBody, str, str]:
+    """Returns the body, the Idempotency-Key and the traceparent. Raises `Refused`.
 
     A missing header is returned as "". A malformed traceparent counts as missing.
     """
@@ -209,44 +272,40 @@ def _parsed(
                 raise _invalid("Idempotency-Key")
         elif name == b"traceparent":
             traceparent = value.decode("latin-1")
-            if not _TRACEPARENT.match(traceparent):
+            if not TRACEPARENT.match(traceparent):
                 traceparent = ""
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise _Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
-    if len(raw) > MAX_BODY_BYTES:
-        raise _Refused(Problem.BODY_TOO_LARGE, f"the body can have at most {MAX_BODY_BYTES} bytes")
-    try:
-        return _decode(raw), request_key, traceparent
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _Refused(Problem.MALFORMED_JSON, str(error)) from None
+    return body.read(content_type, raw), request_key, traceparent
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """Returns the body, cut once it is too large. None if the client has disconnected."""
-    chunks = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks += bytes(message.get("body", b""))
-        if len(chunks) > MAX_BODY_BYTES or not message.get("more_body", False):
-            return chunks
+def _repeated_member(raw: bytes | bytearray) -> str | None:
+    """Returns the name of a member that a JSON object has twice. Raises `ValueError`."""
+    # Numbers stay strings, because Python limits the digits of an integer.
+    members: list[tuple[str, Any]] = json.loads(
+        raw, object_pairs_hook=list, parse_int=str, parse_float=str
+    )
+    seen: set[str] = set()
+    for name, _ in members:
+        if name in seen:
+            return name[:128]
+        seen.add(name)
+    return None
 
 
-def _invalid(field: str) -> _Refused:
+def _invalid(field: str) -> Refused:
     rule = _RULES[field]
-    return _Refused(Problem.INVALID_FIELD, f"{field} must be {rule}", field=field, rule=rule)
+    return Refused(Problem.INVALID_FIELD, f"{field} must be {rule}", field=field, rule=rule)
 
 
-def _explained(error: str) -> _Refused:
+def _explained(error: str) -> Refused:
     """Turns msgspec's error into the field and the rule that it violates."""
     match = _MISSING.match(error) or _FIELD.match(error)
     field = match["field"] if match else ""
     if field in _RULES:
         return _invalid(field)
-    return _Refused(Problem.INVALID_FIELD, "the body must be a JSON object", field="", rule=error)
+    if unknown := _UNKNOWN.match(error):
+        field, rule = unknown["field"][:128], "fields of other names are refused"
+        return Refused(Problem.INVALID_FIELD, f"{field} is unknown: {rule}", field=field, rule=rule)
+    return Refused(Problem.INVALID_FIELD, "the body must be a JSON object", field="", rule=error)
 
 
 def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
@@ -262,6 +321,12 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         )
         seconds = max(1, -(-(decision.starts_ms - decision.now_ms) // 1000))
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
+    if problem is Problem.SOLD_OUT and decision.held is not None:
+        return responses.sold_out(decision.held)
+    if problem is Problem.LIMIT_REACHED:
+        return responses.limit_reached(decision.limit)
+    if problem is Problem.UNAUTHORIZED:
+        return responses.unauthorized(decision.reason)
     status, headers, body = responses.plain(problem)
     if problem is Problem.OUTCOME_UNKNOWN:
         headers = (*headers, (b"location", _location(item_id, decision.reservation_id)))

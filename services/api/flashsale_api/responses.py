@@ -1,10 +1,10 @@
 """The bodies of the API's responses: reservations, and problem details (RFC 9457)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 from starlette.responses import Response
@@ -16,12 +16,16 @@ CONTENT_TYPE: Final = b"application/problem+json"
 
 
 class Kind(NamedTuple):
-    """One kind of problem. `retry_after` is in seconds, if a retry can help."""
+    """One kind of problem. `retry_after` is in seconds, if a retry can help.
+
+    `detail` is for a problem whose title alone misleads a new caller.
+    """
 
     slug: str
     status: int
     title: str
     retry_after: int | None = None
+    detail: str | None = None
 
 
 class Problem(Enum):
@@ -29,13 +33,34 @@ class Problem(Enum):
 
     MALFORMED_JSON = Kind("malformed-json", 400, "The body is not valid JSON")
     MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is malformed")
-    NOT_FOUND = Kind("not-found", 404, "The path does not exist")
-    UNKNOWN_ITEM = Kind("unknown-item", 404, "The item has no sale")
+    UNAUTHORIZED = Kind("unauthorized", 401, "The caller is not authenticated")
+    WRONG_USER = Kind("wrong-user", 403, "The body names another user")
+    NOT_FOUND = Kind(
+        "not-found",
+        404,
+        "The path does not exist",
+        detail="GET /openapi.json lists the paths. Metrics have a port of their own",
+    )
+    UNKNOWN_ITEM = Kind(
+        "unknown-item",
+        404,
+        "The item has no sale",
+        detail="itemId is the spec.itemId of a FlashSale, which can differ from its name",
+    )
     UNKNOWN_RESERVATION = Kind("unknown-reservation", 404, "The item has no such reservation")
     METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not support this method")
     SOLD_OUT = Kind("sold-out", 409, "Sold out")
+    HOLD_EXPIRED = Kind("hold-expired", 409, "The hold has expired")
+    CANCELLED = Kind("cancelled", 409, "The reservation was cancelled")
+    OTHER_ORDER = Kind("other-order", 409, "The reservation belongs to another order")
+    TOO_MANY_HOLDS = Kind("too-many-holds", 409, "Too many holds of the user have expired")
     NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than requested")
-    LIMIT_REACHED = Kind("limit-reached", 409, "The user has reached the limit of this sale")
+    LIMIT_REACHED = Kind(
+        "limit-reached",
+        409,
+        "The user would exceed the limit of this sale",
+        detail="userUnits plus this quantity exceed maxPerUser",
+    )
     NOT_OPEN = Kind("not-open", 409, "The sale is not open yet")
     ENDED = Kind("ended", 409, "The sale has ended")
     PAUSED = Kind("paused", 409, "The sale is paused", 5)
@@ -53,12 +78,38 @@ class Problem(Enum):
 
 
 Headers = tuple[tuple[bytes, bytes], ...]
+Respond: TypeAlias = Callable[[int, Headers, bytes], None]
+"""Takes the status, the headers without a length, and the body."""
+Handler: TypeAlias = Callable[[Sequence[tuple[bytes, bytes]], bytes | bytearray, Respond], None]
+"""Takes the headers, the body (or a part of one that is too large), and a function.
+
+It calls the function exactly once, immediately or later.
+"""
 
 
 @lru_cache
 def plain(problem: Problem) -> tuple[int, Headers, bytes]:
     """Renders a problem without details once. Most answers of a sold-out sale are such."""
     return render(problem)
+
+
+@lru_cache(maxsize=16)
+def sold_out(held: int) -> tuple[int, Headers, bytes]:
+    """Renders that a sale with holds is sold out. `held` units may still come back."""
+    return render(Problem.SOLD_OUT, held=held)
+
+
+@lru_cache(maxsize=64)
+def limit_reached(limit: str) -> tuple[int, Headers, bytes]:
+    """Renders that the user would exceed the limit. `limit` is the detail of the decision."""
+    units, max_per_user = map(int, limit.split(" "))
+    return render(Problem.LIMIT_REACHED, userUnits=units, maxPerUser=max_per_user)
+
+
+def unauthorized(reason: str) -> tuple[int, Headers, bytes]:
+    """Renders that the caller is not known, with the challenge that HTTP requires."""
+    status, headers, body = render(Problem.UNAUTHORIZED, reason)
+    return status, (*headers, (b"www-authenticate", b"Bearer")), body
 
 
 def render(
@@ -71,7 +122,7 @@ def render(
         "title": kind.title,
         "status": kind.status,
     }
-    if detail:
+    if detail := detail or kind.detail:
         body["detail"] = detail
     headers: Headers = ((b"content-type", CONTENT_TYPE),)
     if kind.retry_after is not None:
@@ -80,13 +131,31 @@ def render(
 
 
 def problem_response(
-    problem: Problem, detail: str | None = None, *, headers: Mapping[str, str] | None = None
+    problem: Problem,
+    detail: str | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    members: Mapping[str, object] | None = None,
 ) -> Response:
-    """Returns a problem as Starlette's response, with additional `headers`."""
-    status, own, body = render(problem, detail)
+    """Returns a problem as Starlette's response, with additional `headers` and `members`."""
+    status, own, body = render(problem, detail, **(members or {}))
     made = Response(body, status, headers)
     made.raw_headers.extend(own)
     return made
+
+
+def not_allowed(methods: str) -> Handler:
+    """Returns the handler of a path that supports only `methods`."""
+
+    def handle(
+        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
+        body: bytes | bytearray,  # noqa: ARG001
+        respond: Respond,
+    ) -> None:
+        status, own, text = plain(Problem.METHOD_NOT_ALLOWED)
+        respond(status, (*own, (b"allow", methods.encode())), text)
+
+    return handle
 
 
 def of_status(status: int) -> Problem:
@@ -102,16 +171,21 @@ def of_status(status: int) -> Problem:
             return Problem.INTERNAL_ERROR
 
 
-class Reservation(msgspec.Struct, frozen=True, rename="camel"):
-    """A reservation as JSON."""
+class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """A reservation as JSON. `expires_at` is set if it was a hold.
+
+    `user_id` is not shown to a caller who may be a stranger.
+    """
 
     reservation_id: str
     sale_id: str
     item_id: str
-    user_id: str
+    user_id: str | None = None
     quantity: int
     state: str
     accepted_at: str
+    expires_at: str | None = None
+    confirmed_at: str | None = None
 
     @classmethod
     def of(cls, item_id: str, sale_id: str, reservation_id: str, record: Record) -> "Reservation":
@@ -122,5 +196,11 @@ class Reservation(msgspec.Struct, frozen=True, rename="camel"):
             user_id=record.user_id,
             quantity=record.quantity,
             state=record.state,
-            accepted_at=rfc3339_of_ms(record.occurred_ms),
+            accepted_at=rfc3339_of_ms(record.accepted_ms),
+            expires_at=_time(record.expires_ms),
+            confirmed_at=_time(record.confirmed_ms),
         )
+
+
+def _time(ms: int | None) -> str | None:
+    return None if ms is None else rfc3339_of_ms(ms)

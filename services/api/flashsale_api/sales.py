@@ -1,29 +1,53 @@
 """GET /sales and the paths below it: the public data of sales and reservations."""
 
 import asyncio
+import logging
 import re
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
+from hashlib import blake2b
+from typing import Final, NamedTuple
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
-from flashsale.inventory import Inventory
+from flashsale.inventory import Inventory, ServerTime
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
-from flashsale_api.responses import Problem, Reservation, problem_response
+from flashsale_api import responses
+from flashsale_api.authentication import Authentication
+from flashsale_api.responses import Handler, Headers, Problem, Reservation, Respond
 
-CACHE_SECONDS: Final = 0.25
-"""How old a sale in an answer can be."""
+log = logging.getLogger(__name__)
+
+SALES_PATH: Final = b"/sales"
+FRESH_SECONDS: Final = 1.0
+"""How long an encoded answer is sent without a look at Redis."""
+STALE_SECONDS: Final = 3.0
+"""How long an encoded answer is sent while the next one is read."""
+MAX_READS: Final = 64
+"""Requests that wait for Redis. Further ones are refused, so that they delay no other work."""
+PAGE: Final = 50
+"""Sales in one read of all sales. Larger pages would delay buyers."""
 
 _ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
 _UUID: Final = re.compile(UUID_PATTERN)
+_JSON: Final = (b"content-type", b"application/json")
+_CACHED: Final = (
+    b"cache-control",
+    b"public, max-age=1, stale-while-revalidate=5, stale-if-error=60",
+)
+_PRIVATE: Final = (b"cache-control", b"no-store")
+
+_encode = msgspec.json.Encoder().encode
 
 
 class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A sale as JSON. Counts are in units, and times are RFC 3339."""
+    """A sale as JSON. Counts are in units, and times are RFC 3339.
+
+    `held` counts the units of open holds. A sale without holds has no such field. At
+    `next_expiry_at` the engine expires the first open hold, unless it is confirmed before.
+    """
 
     item_id: str
     sale_id: str
@@ -31,102 +55,218 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     allocated: int
     available: int
     max_per_user: int
+    held: int | None = None
     display_name: str | None = None
     starts_at: str | None = None
     ends_at: str | None = None
+    next_expiry_at: str | None = None
 
 
-class SaleViews:
-    """A cache of sales. The pod reads each of them at most once per `CACHE_SECONDS`."""
+class Encoded(NamedTuple):
+    """An answer that many requests get, made at a time of the loop's clock."""
 
-    def __init__(self, inventory: Inventory) -> None:
-        self._inventory = inventory
-        self._cached: dict[str | None, tuple[float, asyncio.Task[list[SaleView]]]] = {}
+    made: float
+    headers: Headers
+    body: bytes
 
-    async def all(self) -> list[SaleView]:
-        """Returns all sales that have keys, sorted by item."""
-        return await self._read(None)
+    @classmethod
+    def of(cls, body: bytes, headers: Headers = (_JSON,)) -> "Encoded":
+        etag = b'"%b"' % blake2b(body, digest_size=8).hexdigest().encode()
+        return cls(_now(), (*headers, _CACHED, (b"etag", etag)), body)
 
-    async def one(self, item_id: str) -> SaleView | None:
-        """Returns the sale of an item, or None if it has none."""
-        views = await self._read(item_id)
-        return views[0] if views else None
-
-    async def _read(self, item_id: str | None) -> list[SaleView]:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        until, reading = self._cached.get(item_id, (0.0, None))
-        if reading is None or now >= until:
-            # Drop the expired entries, because requests can name any number of unknown items.
-            self._cached = {key: entry for key, entry in self._cached.items() if now < entry[0]}
-            reading = loop.create_task(self._fetch(item_id))
-            self._cached[item_id] = (now + CACHE_SECONDS, reading)
-        return await asyncio.shield(reading)
-
-    async def _fetch(self, item_id: str | None) -> list[SaleView]:
-        items = await self._inventory.items() if item_id is None else [item_id]
-        server = await self._inventory.server()
-        sales = await self._inventory.sales(items, skip_unreadable=item_id is None)
-        return [_view(sale, sale.state(server.now_ms, server.run_id)) for sale in sales.values()]
+    def respond(self, headers: Sequence[tuple[bytes, bytes]], respond: Respond) -> None:
+        """Answers a request, with 304 if the client has this answer."""
+        etag = self.headers[-1]
+        for name, value in headers:
+            if name == b"if-none-match" and (value == b"*" or etag[1] in value):
+                respond(304, (_CACHED, etag), b"")
+                return
+        respond(200, self.headers, self.body)
 
 
 class Sales:
-    """The endpoints for sales and reservations."""
+    """The endpoints for sales and reservations. `inventory` has its own connections.
 
-    def __init__(self, inventory: Inventory, views: SaleViews) -> None:
+    With `authentication`, a reservation is shown only to its user. Otherwise any caller who knows
+    its id can read it, without the user.
+    """
+
+    def __init__(self, inventory: Inventory, authentication: Authentication | None = None) -> None:
         self._inventory = inventory
-        self._views = views
+        self._authentication = authentication
+        self._encoded: dict[str, Encoded] = {}
+        """The answers by item, and under "" that for all sales. An unknown item has none."""
+        self._reading: dict[str, asyncio.Task[Encoded | None]] = {}
+        self._reads = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.all_sales: Handler = partial(self._sales, "")
+        """The handler of GET /sales."""
 
-    async def list(self, _: Request) -> Response:
-        async def answer() -> Response:
-            return _fresh({"sales": await self._views.all()})
+    def handler(self, path: bytes) -> Handler | None:
+        """Returns the handler of GET and HEAD requests for a path, or nothing if it is unknown."""
+        match path.decode("latin-1").split("/"):
+            case ["", "sales"]:
+                return self.all_sales
+            case ["", "sales", item_id]:
+                return partial(self._sales, item_id) if _ITEM_ID.match(item_id) else _UNKNOWN_ITEM
+            case ["", "sales", item_id, "reservations", reservation_id] if reservation_id:
+                if _ITEM_ID.match(item_id):
+                    return partial(self._reservation, item_id, reservation_id)
+                return _UNKNOWN_ITEM
+        return None
 
-        return await _guarded(answer)
+    def _sales(
+        self,
+        item_id: str,
+        headers: Sequence[tuple[bytes, bytes]],
+        _: bytes | bytearray,
+        respond: Respond,
+    ) -> None:
+        """Answers with the sale of an item, or with all sales if `item_id` is empty."""
+        encoded = self._encoded.get(item_id)
+        age = STALE_SECONDS if encoded is None else _now() - encoded.made
+        if encoded is not None and age < STALE_SECONDS:
+            if age >= FRESH_SECONDS:
+                self._read(item_id)
+            encoded.respond(headers, respond)
+        else:
+            self._answer(self._wait(item_id, headers, respond), respond)
 
-    async def one(self, request: Request) -> Response:
-        item_id = request.path_params["item_id"]
+    def _reservation(
+        self,
+        item_id: str,
+        reservation_id: str,
+        headers: Sequence[tuple[bytes, bytes]],
+        _: bytes | bytearray,
+        respond: Respond,
+    ) -> None:
+        def look(user_id: str, reason: str) -> None:
+            if reason:
+                respond(*responses.unauthorized(reason))
+            else:
+                self._answer(self._look(item_id, reservation_id, user_id, respond), respond)
 
-        async def answer() -> Response:
-            view = await self._views.one(item_id) if _ITEM_ID.match(item_id) else None
-            return problem_response(Problem.UNKNOWN_ITEM) if view is None else _fresh(view)
+        if self._authentication is None:
+            look("", "")
+        else:
+            self._authentication.identify(headers, look)
 
-        return await _guarded(answer)
+    def _answer(self, work: Coroutine[None, None, None], respond: Respond) -> None:
+        """Runs `work`, which answers a request, unless too many requests wait already."""
+        if self._reads >= MAX_READS:
+            work.close()
+            respond(*responses.plain(Problem.TOO_MANY_WAITING))
+            return
+        self._reads += 1
+        task = asyncio.get_running_loop().create_task(self._guarded(work, respond))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def reservation(self, request: Request) -> Response:
-        item_id, reservation_id = (
-            request.path_params["item_id"],
-            request.path_params["reservation_id"],
-        )
+    async def _guarded(self, work: Coroutine[None, None, None], respond: Respond) -> None:
+        try:
+            await work
+        except RedisUnavailable:
+            respond(*responses.plain(Problem.REDIS_UNAVAILABLE))
+        except ContractViolation as error:
+            respond(*responses.render(Problem.FENCED, str(error)))
+        except Exception:  # after any error, the client needs an answer
+            log.exception("could not answer a request")
+            respond(*responses.plain(Problem.INTERNAL_ERROR))
+        finally:
+            # Not in a callback of the task: the client's next request could come before it.
+            self._reads -= 1
 
-        async def answer() -> Response:
-            if not _ITEM_ID.match(item_id):
-                return problem_response(Problem.UNKNOWN_ITEM)
-            sale = (await self._inventory.sales([item_id])).get(item_id)
-            if sale is None:
-                return problem_response(Problem.UNKNOWN_ITEM)
-            if _UUID.match(reservation_id):
-                record = await self._inventory.reservation(item_id, reservation_id)
-                if record is not None:
-                    return _json(Reservation.of(item_id, sale.sale_id, reservation_id, record))
-            server = await self._inventory.server()
-            if sale.state(server.now_ms, server.run_id) is SaleState.FENCED:
-                # Redis may have lost the reservation, while the ledger still has it.
-                return problem_response(Problem.FENCED)
-            return problem_response(Problem.UNKNOWN_RESERVATION)
+    async def _look(
+        self, item_id: str, reservation_id: str, user_id: str, respond: Respond
+    ) -> None:
+        """Answers with a reservation. An empty `user_id` is an unknown caller."""
+        known = _UUID.match(reservation_id) is not None
+        sale, record, server = await self._inventory.look(item_id, reservation_id if known else "")
+        if sale is None:
+            respond(*responses.plain(Problem.UNKNOWN_ITEM))
+        elif record is not None and user_id in (record.user_id, ""):
+            shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
+            body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
+            respond(200, (_JSON, _PRIVATE), body)
+        elif sale.state(*server) is SaleState.FENCED:
+            # Redis may have lost the reservation, while the ledger still has it.
+            respond(*responses.plain(Problem.FENCED))
+        else:
+            respond(*responses.plain(Problem.UNKNOWN_RESERVATION))
 
-        return await _guarded(answer)
+    async def _wait(
+        self, item_id: str, headers: Sequence[tuple[bytes, bytes]], respond: Respond
+    ) -> None:
+        encoded = await asyncio.shield(self._read(item_id))
+        if encoded is None:
+            respond(*responses.plain(Problem.UNKNOWN_ITEM))
+        else:
+            encoded.respond(headers, respond)
+
+    def _read(self, item_id: str) -> "asyncio.Task[Encoded | None]":
+        """Returns the task that encodes the next answer. There is one at a time."""
+        reading = self._reading.get(item_id)
+        if reading is None:
+            work = self._sale(item_id) if item_id else self._all()
+            reading = asyncio.get_running_loop().create_task(work)
+            self._reading[item_id] = reading
+            reading.add_done_callback(partial(self._read_ended, item_id))
+        return reading
+
+    def _read_ended(self, item_id: str, reading: "asyncio.Task[Encoded | None]") -> None:
+        del self._reading[item_id]
+        if reading.cancelled():
+            return
+        if error := reading.exception():
+            log.debug("cannot read %s: %s", item_id or "the sales", error)
+        elif (encoded := reading.result()) is not None:
+            self._encoded[item_id] = encoded
+        else:
+            self._encoded.pop(item_id, None)
+
+    async def _sale(self, item_id: str) -> Encoded | None:
+        sale, _, server = await self._inventory.look(item_id)
+        if sale is None:
+            return None
+        (view,) = await self._views({item_id: sale}, server)
+        return Encoded.of(_encode(view))
+
+    async def _all(self) -> Encoded:
+        items = await self._inventory.items()
+        server = await self._inventory.server()
+        views = []
+        for at in range(0, len(items), PAGE):
+            page = await self._inventory.sales(items[at : at + PAGE], skip_unreadable=True)
+            views += await self._views(page, server)
+        # The answers of items without keys are never asked for again.
+        listed = frozenset(items)
+        self._encoded = {item: encoded for item, encoded in self._encoded.items() if item in listed}
+        return Encoded.of(_encode({"sales": views}))
+
+    async def _views(self, sales: Mapping[str, Sale], server: ServerTime) -> list[SaleView]:
+        """Returns the views of sales by item, at a time of `server`."""
+        held = [item_id for item_id, sale in sales.items() if sale.held]
+        holds = await self._inventory.holds(held, server.now_ms)
+        return [
+            _view(sale, sale.state(*server), holds[item_id].first_due_ms if sale.held else 0)
+            for item_id, sale in sales.items()
+        ]
 
 
-async def _guarded(answer: Callable[[], Awaitable[Response]]) -> Response:
-    try:
-        return await answer()
-    except RedisUnavailable:
-        return problem_response(Problem.REDIS_UNAVAILABLE)
-    except ContractViolation as error:
-        return problem_response(Problem.FENCED, str(error))
+def _refuse(
+    problem: Problem, _: Sequence[tuple[bytes, bytes]], __: bytes | bytearray, respond: Respond
+) -> None:
+    respond(*responses.plain(problem))
 
 
-def _view(sale: Sale, state: SaleState) -> SaleView:
+_UNKNOWN_ITEM: Final = partial(_refuse, Problem.UNKNOWN_ITEM)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _view(sale: Sale, state: SaleState, first_due_ms: int) -> SaleView:
     return SaleView(
         item_id=sale.item_id,
         sale_id=sale.sale_id,
@@ -134,17 +274,13 @@ def _view(sale: Sale, state: SaleState) -> SaleView:
         allocated=sale.allocated,
         available=sale.available,
         max_per_user=sale.max_per_user,
+        held=sale.held if sale.hold_ms or sale.held else None,
         display_name=sale.display_name,
         starts_at=None if sale.starts_ms is None else rfc3339_of_ms(sale.starts_ms),
         ends_at=None if sale.ends_ms is None else rfc3339_of_ms(sale.ends_ms),
+        next_expiry_at=(
+            rfc3339_of_ms(first_due_ms)
+            if first_due_ms and state is not SaleState.FENCED  # no hold of a fenced sale expires
+            else None
+        ),
     )
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-def _fresh(value: object) -> Response:
-    response = _json(value)
-    response.headers["cache-control"] = "max-age=1"
-    return response

@@ -9,7 +9,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import (
+    Link,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    get_current_span,
+)
 
 from flashsale.reservations import Request
 from flashsale.tracing import Tracing, fields, traceparent_of
@@ -44,15 +51,24 @@ class Spans:
         self.open: dict[str, Span] = {}
         """The spans of the requests that Redis is deciding, by their traceparent."""
 
-    def begin(self, item_id: str, traceparent: str, seconds: float) -> Span:
-        """Starts the span of a request that began `seconds` ago."""
+    def begin(self, item_id: str, parent: str, caller: str, seconds: float) -> Span:
+        """Starts the span of a request that began `seconds` ago.
+
+        `parent` is the traceparent of a trusted caller. Without it the span begins a trace, with a
+        link to the span of the `caller`.
+        """
         return self._tracer.start_span(
             "POST /reserve",
-            self._tracing.remote(traceparent),
+            self._tracing.remote(parent),
             SpanKind.SERVER,
             {**_REQUEST, "flashsale.item_id": item_id},
+            links=[] if parent else self._links(caller),
             start_time=time.time_ns() - int(seconds * 1e9),
         )
+
+    def _links(self, caller: str) -> list[Link]:
+        linked = get_current_span(self._tracing.remote(caller)).get_span_context()
+        return [Link(linked)] if linked.is_valid else []
 
     def deciding(self, span: Span, request: Request) -> None:
         """Registers the request of a span before the script decides it."""

@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 
 from flashsale import ledger
 from flashsale.ledger import Pool
+from flashsale.requirements import EVENT_BYTES
 from flashsale.settings import KafkaSettings
 
 if TYPE_CHECKING:
@@ -43,6 +46,16 @@ def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
     )
 
 
+async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient) -> None:
+    """Connect a client. A cancellation waits up to 3 s for the connections, so that they close."""
+    task = asyncio.create_task(client.start())
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=CLOSE_SECONDS)
+        raise
+
+
 async def leave(consumer: AIOKafkaConsumer) -> None:
     """Leave the group and close the connections, even if leaving fails."""
     try:
@@ -50,6 +63,27 @@ async def leave(consumer: AIOKafkaConsumer) -> None:
     finally:
         # stop() does not get this far if it fails.
         await consumer._client.close()
+
+
+def reader(kafka: KafkaSettings) -> AIOKafkaConsumer:
+    """Make a client that reads partitions outside of a group. It is not connected yet."""
+    return AIOKafkaConsumer(
+        **kafka.kafka_client(),
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        max_partition_fetch_bytes=EVENT_BYTES,  # it reads ahead this much of each partition
+        request_timeout_ms=_REQUEST_TIMEOUT_MS,
+        metadata_max_age_ms=_METADATA_AGE_MS,
+    )
+
+
+async def discard(producer: AIOKafkaProducer) -> None:
+    """Stop a producer at once. Drops its unsent records."""
+    # stop() would wait for them, for as long as Kafka is away.
+    producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
+    await close("a producer", producer.stop())
+    await producer.client.close()  # stop() did not close it if it failed
 
 
 @asynccontextmanager

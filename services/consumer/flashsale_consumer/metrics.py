@@ -3,15 +3,12 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from flashsale import telemetry
-
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
@@ -32,6 +29,11 @@ class Metrics:
         )
         for result in ("recorded", "duplicate", "refused", "dead_lettered"):
             self.events.labels(result)
+        self.voided = Counter(
+            "flashsale_consumer_voided_total",
+            "Changes of known reservations that their sale's last rebuild did not find.",
+            registry=self._registry,
+        )
         self.batch_size = Histogram(
             "flashsale_consumer_batch_size",
             "Events in a committed batch.",
@@ -46,7 +48,7 @@ class Metrics:
         )
         self.end_to_end = Ages(
             "flashsale_consumer_end_to_end_seconds",
-            "Time from a reservation's change in Redis to its commit in the ledger.",
+            "Time from a reservation or a confirmation in Redis to its commit in the ledger.",
             bounds=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
         )
         self._registry.register(self.end_to_end)
@@ -56,9 +58,25 @@ class Metrics:
             ["partition"],
             registry=self._registry,
         )
+        self.unannounced = Gauge(
+            "flashsale_consumer_unannounced_events",
+            "Events of an assigned partition that are recorded and not announced yet.",
+            ["partition"],
+            registry=self._registry,
+        )
+        self.unannounced_seconds = Gauge(
+            "flashsale_consumer_unannounced_seconds",
+            "How long the oldest recorded event has waited to be announced, 0 if none waits.",
+            registry=self._registry,
+        )
+        self.announced = Counter(
+            "flashsale_consumer_announced_total",
+            "Messages that Kafka acknowledged in the topic of recorded reservations.",
+            registry=self._registry,
+        )
         self.server_up = Gauge(
             "flashsale_consumer_server_up",
-            "1 if the last call to the server succeeded: ledger, kafka, dead_letters.",
+            "1 if the last call to the server succeeded: ledger, kafka, dead_letters, recorded.",
             ["server"],
             registry=self._registry,
         )

@@ -1,12 +1,12 @@
-"""The offsets that the ledger stores: per partition, the next event to record.
+"""The offsets that the ledger stores: per partition, the next event to record and to announce.
 
 The consumer reads from these offsets, not from those that its group commits to Kafka. Rows are
-locked in the order of partitions.
+locked in the order of partitions. An announced offset is never above the recorded one.
 """
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from flashsale.ledger import Pool
 from flashsale_consumer.clients import Connection, transaction
@@ -14,24 +14,33 @@ from flashsale_consumer.clients import Connection, transaction
 log = logging.getLogger(__name__)
 
 _ADD: Final = """
-    INSERT INTO kafka_offsets (topic, partition, next_offset)
-    SELECT $1, partition, next_offset
-    FROM unnest($2::int[], $3::bigint[]) AS log (partition, next_offset)
+    INSERT INTO kafka_offsets (topic, partition, next_offset, announced_offset)
+    SELECT $1, partition, earliest, earliest
+    FROM unnest($2::int[], $3::bigint[]) AS log (partition, earliest)
     ORDER BY partition
     ON CONFLICT DO NOTHING
 """
 _LOCK: Final = """
-    SELECT partition, next_offset FROM kafka_offsets
+    SELECT partition, next_offset, announced_offset FROM kafka_offsets
     WHERE topic = $1 AND partition = ANY($2::int[])
     ORDER BY partition
     FOR UPDATE
 """
 _MOVE: Final = """
-    UPDATE kafka_offsets SET next_offset = batch.next_offset
-    FROM unnest($2::int[], $3::bigint[]) AS batch (partition, next_offset)
+    UPDATE kafka_offsets
+    SET next_offset = batch.next_offset, announced_offset = batch.announced_offset
+    FROM unnest($2::int[], $3::bigint[], $4::bigint[])
+        AS batch (partition, next_offset, announced_offset)
     WHERE kafka_offsets.topic = $1 AND kafka_offsets.partition = batch.partition
 """
 _FORGET: Final = "DELETE FROM kafka_offsets WHERE topic = $1"
+
+
+class Stored(NamedTuple):
+    """The stored offsets of a partition: the next event to record, and the next to announce."""
+
+    recorded: int
+    announced: int
 
 
 class LedgerRewound(Exception):
@@ -52,53 +61,99 @@ async def forget(pool: Pool, topic: str) -> None:
         await connection.execute(_FORGET, topic)
 
 
-async def place(pool: Pool, topic: str, logs: Mapping[int, range]) -> dict[int, int]:
-    """Return the offset to read each partition from, and store it.
+async def place(pool: Pool, topic: str, logs: Mapping[int, range]) -> dict[int, Stored]:
+    """Return the offsets to read each partition from, and store them.
 
     `logs` has the offsets of the events that Kafka keeps, by partition. A stored offset outside
     them is replaced by the earliest one.
     """
     earliest = {partition: kept.start for partition, kept in logs.items()}
-    moved: dict[int, int] = {}
+    moved: dict[int, Stored] = {}
     async with transaction(pool) as connection:
         await connection.execute(_ADD, topic, list(earliest), list(earliest.values()))
         stored = await _lock(connection, topic, logs)
-        for partition, offset in stored.items():
+        for partition, (offset, announced) in stored.items():
             name, kept = f"{topic}/{partition}", logs[partition]
+            moved[partition] = Stored(kept.start, kept.start)
             if offset > kept.stop:
                 text = "%s ends at %d, before the stored offset %d: recreated, reading all of it"
                 log.warning(text, name, kept.stop, offset)
             elif offset < kept.start:
                 text = "%s begins at %d: Kafka deleted %d events before they were recorded"
                 log.error(text, name, kept.start, kept.start - offset)
+            elif announced < kept.start:
+                moved[partition] = Stored(offset, kept.start)
+                text = "%s begins at %d: Kafka deleted %d events before they were announced"
+                log.error(text, name, kept.start, kept.start - announced)
+            elif announced > offset:
+                # A consumer of the previous version found the topic recreated.
+                moved[partition] = Stored(offset, kept.start)
             else:
-                continue
-            moved[partition] = kept.start
-        await move(connection, topic, moved)
+                del moved[partition]
+        await _move(connection, topic, moved)
     return stored | moved
 
 
-async def lock(connection: Connection, topic: str, positions: Mapping[int, int]) -> dict[int, int]:
+async def lock(
+    connection: Connection, topic: str, positions: Mapping[int, int]
+) -> dict[int, Stored]:
     """Lock stored offsets in the caller's transaction, and return them.
 
     Raises `LedgerRewound` if one of them is below its position.
     """
     stored = await _lock(connection, topic, positions)
     for partition, position in positions.items():
-        if stored.get(partition, -1) < position:
+        found = stored.get(partition)
+        if found is None or found.recorded < position:
             raise LedgerRewound(
                 f"{topic}/{partition} was recorded up to {position}, "
-                f"the ledger has it up to {stored.get(partition, 'nothing')}"
+                f"the ledger has it up to {found.recorded if found else 'nothing'}"
             )
     return stored
 
 
-async def move(connection: Connection, topic: str, offsets: Mapping[int, int]) -> None:
+async def advance(
+    connection: Connection,
+    topic: str,
+    stored: Mapping[int, Stored],
+    recorded: Mapping[int, int],
+    announced: Mapping[int, int],
+) -> None:
+    """Store the offsets that are higher than the `stored` ones, which the caller has locked.
+
+    A consumer that lost its partitions can be behind the one that reads them now. If the ledger
+    went back, it can have announced more than the ledger has.
+    """
+    moved = {}
+    for partition, was in stored.items():
+        now = Stored(
+            max(was.recorded, recorded.get(partition, 0)),
+            max(was.announced, min(announced.get(partition, 0), was.recorded)),
+        )
+        if now != was:
+            moved[partition] = now
+    await _move(connection, topic, moved)
+
+
+async def announce(
+    pool: Pool, topic: str, positions: Mapping[int, int], announced: Mapping[int, int]
+) -> None:
+    """Store announced offsets while nothing is recorded.
+
+    Raises `LedgerRewound` if the ledger has less than `positions`.
+    """
+    async with transaction(pool) as connection:
+        stored = await lock(connection, topic, positions)
+        await advance(connection, topic, stored, {}, announced)
+
+
+async def _move(connection: Connection, topic: str, offsets: Mapping[int, Stored]) -> None:
     """Store offsets whose rows the caller's transaction has locked."""
     if offsets:
-        await connection.execute(_MOVE, topic, list(offsets), list(offsets.values()))
+        recorded, announced = zip(*offsets.values(), strict=True)
+        await connection.execute(_MOVE, topic, list(offsets), recorded, announced)
 
 
-async def _lock(connection: Connection, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+async def _lock(connection: Connection, topic: str, partitions: Iterable[int]) -> dict[int, Stored]:
     rows = await connection.fetch(_LOCK, topic, list(partitions))
-    return {row["partition"]: row["next_offset"] for row in rows}
+    return {row["partition"]: Stored(row["next_offset"], row["announced_offset"]) for row in rows}

@@ -16,6 +16,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from flashsale import events
 from flashsale.errors import OtherEngine
 from flashsale.settings import KafkaSettings
+from flashsale_consumer import clients
 
 _REQUEST_TIMEOUT_MS: Final = 10_000
 
@@ -64,7 +65,7 @@ async def ownership(
     """Connect to Kafka. Raises `KafkaError`."""
     admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=_REQUEST_TIMEOUT_MS)
     try:
-        await admin.start()
+        await clients.start(admin)
         yield Ownership(admin, kafka.engine, group_id, engine_id)
     finally:
         await admin.close()

@@ -1,4 +1,4 @@
-"""The partitions that Kafka assigns to this consumer, and how far each is recorded.
+"""The partitions that Kafka assigns to this consumer, and how far each is recorded and announced.
 
 A partition is *placed* once the client reads from the offset that the ledger stores for it. It
 loses its place if it is assigned again, if a batch could not be recorded, or if the ledger has less
@@ -7,43 +7,65 @@ events during an outage. After a rebalance, a failover or a recreated topic it c
 ledger's offset.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from typing import Final, TypeAlias
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Final, NamedTuple, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError
-from prometheus_client import Gauge
 
 from flashsale.ledger import Pool
 from flashsale_consumer import offsets
+from flashsale_consumer.metrics import Metrics
+from flashsale_consumer.offsets import Stored
 
 log = logging.getLogger(__name__)
 
 BATCH_LIMIT: Final = 5_000
 """Events in one transaction."""
 
+RECENT_BATCHES: Final = 4
+"""Recorded batches in memory, from which the announcer takes its next one."""
+
 Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
+
+
+class Recorded(NamedTuple):
+    """A batch that the ledger has: its reservations, and where it begins and ends."""
+
+    begin: Mapping[int, int]
+    end: Mapping[int, int]
+    names: Sequence[tuple[str, str]]
+    """The sale id and the reservation id of each reservation."""
 
 
 class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
     """One membership of the group, and the partitions that it reads."""
 
     def __init__(
-        self, consumer: AIOKafkaConsumer, topic: str, lag: Gauge, *, metadata: str
+        self, consumer: AIOKafkaConsumer, topic: str, metrics: Metrics, *, metadata: str
     ) -> None:
         """`metadata` is committed with each offset."""
         self._consumer = consumer
         self._topic = topic
-        self._lag = lag
+        self._metrics = metrics
         self._metadata = metadata
         self._unplaced: frozenset[TopicPartition] = frozenset()
         self._revoked_at: float | None = None
         self._committed: dict[int, int] = {}
         self.positions: dict[int, int] = {}
         """Next offset by partition. The ledger has everything before it."""
+        self.announced: dict[int, int] = {}
+        """Next offset by partition. Everything before it is announced."""
+        self._stored: dict[int, int] = {}
+        self._recent: deque[Recorded] = deque(maxlen=RECENT_BATCHES)
+        self._moved = asyncio.Event()
+        self._mark: dict[int, int] = {}
+        self._marked_at = time.monotonic()
 
     @property
     def placed(self) -> bool:
@@ -56,10 +78,11 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002
         """Forget all partitions. The next assignment includes those that stay."""
-        self.positions = {}
+        self._at({})
         self._unplaced = frozenset()
         self._revoked_at = self._revoked_at or time.monotonic()
-        self._lag.clear()
+        self._metrics.lag.clear()
+        self._metrics.unannounced.clear()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Pause the partitions until they are placed.
@@ -67,7 +90,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         This must not wait, because the client sends no heartbeat meanwhile.
         """
         self._unplaced = frozenset(assigned)
-        self.positions = {}
+        self._at({})
         self._revoked_at = None
         self._consumer.pause(*self._unplaced)
         log.info("assigned partitions %s", sorted(tp.partition for tp in self._unplaced))
@@ -86,10 +109,82 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         if self._unplaced is not placing:
             return  # Kafka assigned partitions again in the meantime.
         for tp in placing:
-            self._consumer.seek(tp, placed[tp.partition])
+            self._consumer.seek(tp, placed[tp.partition].recorded)
         self._consumer.resume(*placing)
-        self.positions = placed
+        self._at(placed)
         self._unplaced = frozenset()
+
+    def _at(self, placed: Mapping[int, Stored]) -> None:
+        """Replace the offsets. An unfinished batch keeps the former objects."""
+        self.positions = {number: stored.recorded for number, stored in placed.items()}
+        self.announced = {number: stored.announced for number, stored in placed.items()}
+        self._stored = self.announced.copy()
+        self._recent.clear()
+        self._mark = {
+            number: min(self._mark.get(number, offset), offset)
+            for number, offset in self.positions.items()
+        }
+        self._moved.set()
+
+    def record(
+        self,
+        positions: dict[int, int],
+        read: Mapping[int, int],
+        names: Sequence[tuple[str, str]],
+    ) -> None:
+        """Note that the ledger has everything before `read`. `positions` are the batch's."""
+        if positions is self.positions:
+            begin = {number: positions[number] for number in read}
+            self._recent.append(Recorded(begin, read, names))
+        positions.update(read)
+        self._moved.set()
+
+    def next_batch(self) -> Recorded | None:
+        """Return the batch that continues the announced offsets, if it is still in memory."""
+        announced = self.announced
+        while self._recent:
+            batch = self._recent[0]
+            if any(begin > announced[number] for number, begin in batch.begin.items()):
+                return None
+            self._recent.popleft()
+            if any(end > announced[number] for number, end in batch.end.items()):
+                return batch
+        return None
+
+    async def moved(self, seconds: float) -> None:
+        """Wait until an offset changes, for some seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._moved.wait()
+        self._moved.clear()
+
+    async def recorded(self, announced: Mapping[int, int], read: Mapping[int, int]) -> bool:
+        """Wait until the ledger has everything before `read`.
+
+        Returns False if the partitions were placed again meanwhile. `announced` is of the former
+        placement then.
+        """
+        while self.announced is announced:
+            if all(self.positions.get(number, -1) >= end for number, end in read.items()):
+                return True
+            self._moved.clear()
+            await self._moved.wait()
+        return False
+
+    def unstored(self) -> dict[int, int]:
+        """Return the announced offsets that the ledger does not have yet."""
+        return {
+            number: offset
+            for number, offset in self.announced.items()
+            if offset > self._stored[number]
+        }
+
+    @contextmanager
+    def storing(self) -> Iterator[dict[int, int]]:
+        """Give the `unstored` offsets to a transaction. They count as stored if it succeeds."""
+        stored, announced = self._stored, self.unstored()
+        yield announced
+        stored.update(announced)
 
     async def poll(self, seconds: float) -> Records:
         """Return the events that arrive, at most `BATCH_LIMIT`. This keeps the membership."""
@@ -110,15 +205,32 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         Tools read the offsets, and other engines read the metadata. If the group is not `owned`
         yet, offsets that have not changed are committed too.
         """
+        self._measure_announcing()
         positions = dict(self.positions)
         assigned = {TopicPartition(self._topic, number): number for number in positions}
         for tp, end in (await self._consumer.end_offsets(list(assigned))).items():
             if tp.partition in self.positions:
                 lag = max(end - self.positions[tp.partition], 0)
-                self._lag.labels(tp.partition).set(lag)
+                self._metrics.lag.labels(tp.partition).set(lag)
         if positions and not (owned and positions == self._committed):
             with suppress(CommitFailedError, IllegalStateError):  # during a rebalance
                 await self._consumer.commit(
                     {tp: (positions[number], self._metadata) for tp, number in assigned.items()}
                 )
                 self._committed = positions
+
+    def _measure_announcing(self) -> None:
+        """Measure how far the announcing is behind the recording.
+
+        The mark is a state of the recording. Its age is the age of the oldest event that is not
+        announced, to within the time between two reports.
+        """
+        for number, offset in self.announced.items():
+            self._metrics.unannounced.labels(number).set(self.positions[number] - offset)
+        now = time.monotonic()
+        if all(
+            self.announced.get(number, offset) >= offset for number, offset in self._mark.items()
+        ):
+            self._mark, self._marked_at = self.positions.copy(), now
+        behind = self.announced != self.positions
+        self._metrics.unannounced_seconds.set(now - self._marked_at if behind else 0)

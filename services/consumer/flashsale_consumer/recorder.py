@@ -6,8 +6,10 @@ each event counts once. This happens if one of them has lost its partitions with
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from asyncpg import CheckViolationError, DataError, IntegrityConstraintViolationError
@@ -36,37 +38,41 @@ _RAISE_CAPACITY: Final = """
     FROM unnest($1::text[], $2::bigint[]) AS raised (sale_id, capacity)
     WHERE sales.sale_id = raised.sale_id
 """
-# Every access is by the primary key, so no plan depends on the table's statistics. `released` is
-# the final state. A refused row was never counted. If its reservation is accepted later, it is
-# added like a new one. A row's xmax is 0 if this statement inserted it, otherwise the id of this
-# transaction, which locked it.
+# Every access is by the primary key, so no plan depends on the table's statistics. The counts are
+# the differences between former and new states. So versions can come in any order, or not at all. A
+# refused row was never counted. If its reservation is accepted later, it counts like a new one. An
+# older version cannot replace it, because the ledger would miss the newer one for ever. A final
+# state stays, because its units are for sale again.
 _WRITE: Final = """
-    WITH refused AS (
-        SELECT sale_id, reservation_id FROM reservations
-        WHERE sale_id = ANY($1::text[]) AND state = 'refused'
-    ), written AS (
+    WITH written AS (
         INSERT INTO reservations AS known (
-            sale_id, reservation_id, user_id, quantity, state, version, request_key, occurred_at
+            sale_id, reservation_id, user_id, quantity, state, version, request_key, accepted_at,
+            expires_at, confirmed_at, order_ref
         )
         SELECT * FROM unnest(
-            $1::text[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::int[], $7::text[],
-            $8::timestamptz[]
+            $1::text[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::bigint[], $7::text[],
+            $8::timestamptz[], $9::timestamptz[], $10::timestamptz[], $11::text[]
         )
         ON CONFLICT (sale_id, reservation_id) DO UPDATE
-        SET state = excluded.state, version = excluded.version,
-            occurred_at = excluded.occurred_at, recorded_at = clock_timestamp()
-        WHERE known.state = 'refused'
-            OR (known.state = 'accepted' AND excluded.version > known.version)
-        RETURNING sale_id, quantity, state, xmax = 0
-            OR (sale_id, reservation_id) IN (SELECT sale_id, reservation_id FROM refused) AS added
+        SET former_state = known.state, state = excluded.state, version = excluded.version,
+            quantity = CASE known.state WHEN 'refused' THEN excluded.quantity
+                ELSE known.quantity END,
+            accepted_at = excluded.accepted_at, expires_at = excluded.expires_at,
+            confirmed_at = excluded.confirmed_at, order_ref = excluded.order_ref,
+            recorded_at = clock_timestamp()
+        WHERE (known.state = 'refused' AND excluded.version >= known.version)
+            OR (known.state IN ('held', 'confirmed') AND excluded.version > known.version)
+        RETURNING sale_id, quantity, state, coalesce(former_state, 'refused') AS former_state
     ), change AS (
         SELECT sale_id, count(*) AS events,
-            coalesce(sum(quantity) FILTER (WHERE added), 0) AS accepted,
-            coalesce(sum(quantity) FILTER (WHERE state = 'released'), 0) AS released
+            coalesce(sum(quantity) FILTER (WHERE former_state = 'refused'), 0) AS accepted,
+            coalesce(sum(quantity) FILTER (WHERE state = 'held'), 0)
+                - coalesce(sum(quantity) FILTER (WHERE former_state = 'held'), 0) AS held,
+            coalesce(sum(quantity) FILTER (WHERE state IN ('cancelled', 'expired')), 0) AS released
         FROM written
         GROUP BY sale_id
     )
-    UPDATE sales SET accepted = sales.accepted + change.accepted,
+    UPDATE sales SET accepted = sales.accepted + change.accepted, held = sales.held + change.held,
         released = sales.released + change.released, updated_at = now()
     FROM change
     WHERE sales.sale_id = change.sale_id
@@ -74,18 +80,26 @@ _WRITE: Final = """
 """
 _REFUSE: Final = """
     INSERT INTO reservations (
-        sale_id, reservation_id, user_id, quantity, state, version, request_key, occurred_at
+        sale_id, reservation_id, user_id, quantity, state, version, request_key, accepted_at,
+        expires_at, confirmed_at, order_ref
     )
-    VALUES ($1, $2, $3, $4, 'refused', $5, $6, $7)
+    VALUES ($1, $2, $3, $4, 'refused', $5, $6, $7, $8, $9, $10)
     ON CONFLICT DO NOTHING
     RETURNING true
 """
-_KNOWN: Final = """
-    SELECT reservation_id::text AS id FROM reservations
+_VERSIONS: Final = """
+    SELECT sale_id, reservation_id::text AS id, version FROM reservations
     WHERE (sale_id, reservation_id) IN (SELECT * FROM unnest($1::text[], $2::uuid[]))
         AND state <> 'refused'
 """
+_COUNT_VOIDED: Final = """
+    UPDATE sales SET voided = voided + change.events, updated_at = now()
+    FROM unnest($1::text[], $2::bigint[]) AS change (sale_id, events)
+    WHERE sales.sale_id = change.sale_id
+"""
 
+# asyncpg raises ValueError for an argument that it cannot encode.
+_REJECTED: Final = (DataError, IntegrityConstraintViolationError, ValueError)
 _TOO_MANY: Final = "does not fit the sale's capacity"
 _TOO_LATE: Final = "arrived after the sale was rebuilt without it, and its units are on sale again"
 
@@ -94,24 +108,30 @@ _TOO_LATE: Final = "arrived after the sale was rebuilt without it, and its units
 class BatchOutcome:
     """The result of recording a batch.
 
-    `recorded` is the number of rows that were added or changed. `refused` has the events that were
-    now recorded as refused, with the reason. `broken` has the events whose data PostgreSQL rejects,
-    with the reason. Nothing is written of those.
+    - `recorded` is the number of rows that were added or changed.
+    - `refused` has the events that were now recorded as refused, with the reason.
+    - `voided` has the changes that the sale's last rebuild did not find.
+    - `broken` has the events whose data PostgreSQL rejects, with the reason.
+
+    Nothing is written of voided and broken events.
     """
 
     recorded: int = 0
     refused: list[tuple[Event, str]] = field(default_factory=list)
+    voided: list[Event] = field(default_factory=list)
     broken: list[tuple[Event, str]] = field(default_factory=list)
 
 
-async def record(
+async def record(  # noqa: PLR0913 - the batch and three kinds of offsets
     connection: Connection,
     topic: str,
     positions: Mapping[int, int],
     read: Mapping[int, int],
     events: Sequence[Event],
+    *,
+    announced: Mapping[int, int] = MappingProxyType({}),
 ) -> BatchOutcome:
-    """Record the events between `positions` and `read`, and store the offsets in `read`.
+    """Record the events between `positions` and `read`, and store `read` and `announced`.
 
     `positions` has all partitions of this consumer. Raises `LedgerRewound` if the ledger has less
     of one of them. Before the caller commits, it must save the events in `BatchOutcome.broken`
@@ -121,15 +141,14 @@ async def record(
     outcome = BatchOutcome()
     if events:
         rebuilt = await _prepare_sales(connection, events)
-        batch = fold(events)
-        late = [event for event in batch if event.revision < rebuilt[event.sale_id]]
-        if late:
-            await _refuse_late(connection, late, outcome)
-            batch = [event for event in batch if event.revision >= rebuilt[event.sale_id]]
-        await _write(connection, batch, outcome)
-    # A consumer that lost its partitions can be behind the one that reads them now.
-    ahead = {partition: offset for partition, offset in read.items() if offset > stored[partition]}
-    await offsets.move(connection, topic, ahead)
+        # Void events go before `fold`, because they can have higher versions than valid ones.
+        late = [event for event in events if event.revision < rebuilt[event.sale_id]]
+        valid = [event for event in events if event.revision >= rebuilt[event.sale_id]]
+        unknown = await _void(connection, late, outcome)
+        await _write(connection, fold(valid), outcome)
+        # Last, because a valid event may have recorded the reservation.
+        await _refuse_late(connection, fold(unknown), outcome)
+    await offsets.advance(connection, topic, stored, read, announced)
     return outcome
 
 
@@ -203,12 +222,14 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Batch
                 [event.state for event in events],
                 [event.version for event in events],
                 [event.request_key for event in events],
-                [event.occurred_at for event in events],
+                [event.accepted_at for event in events],
+                [event.expires_at for event in events],
+                [event.confirmed_at for event in events],
+                [event.order_ref for event in events],
             )
-    # asyncpg raises ValueError for an argument that it cannot encode.
-    except (DataError, IntegrityConstraintViolationError, ValueError) as error:
+    except _REJECTED as error:
         if len(events) > 1:
-            ordered = sorted(events, key=lambda event: (event.occurred_at, event.reservation_id))
+            ordered = sorted(events, key=lambda event: (event.accepted_at, event.reservation_id))
             middle = len(ordered) // 2
             await _write(connection, ordered[:middle], outcome)
             await _write(connection, ordered[middle:], outcome)
@@ -220,17 +241,43 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Batch
         outcome.recorded += sum(change["events"] for change in changes)
 
 
+async def _void(
+    connection: Connection, late: Sequence[Event], outcome: BatchOutcome
+) -> list[Event]:
+    """Count the changes that are older than their sale's last rebuild and newer than the ledger.
+
+    The rebuild restored these reservations without the changes. Returns the events of reservations
+    that the ledger does not have.
+    """
+    if not late:
+        return []
+    rows = await connection.fetch(
+        _VERSIONS, [event.sale_id for event in late], [event.reservation_id for event in late]
+    )
+    versions = {(row["sale_id"], row["id"]): row["version"] for row in rows}
+    unknown = []
+    for event in late:
+        version = versions.get((event.sale_id, event.reservation_id))
+        if version is None:
+            unknown.append(event)
+        elif event.version > version:
+            outcome.voided.append(event)
+    if outcome.voided:
+        counts = Counter(event.sale_id for event in outcome.voided)
+        await connection.execute(_COUNT_VOIDED, list(counts), list(counts.values()))
+    return unknown
+
+
 async def _refuse_late(
     connection: Connection, late: Sequence[Event], outcome: BatchOutcome
 ) -> None:
-    """Refuse events from before the sale's last rebuild, unless the ledger has them already."""
-    rows = await connection.fetch(
-        _KNOWN, [event.sale_id for event in late], [event.reservation_id for event in late]
-    )
-    known = {row["id"] for row in rows}
+    """Refuse events of reservations that their sale's last rebuild did not find."""
     for event in late:
-        if event.reservation_id not in known:
-            await _refuse(connection, event, _TOO_LATE, outcome)
+        try:
+            async with connection.transaction():
+                await _refuse(connection, event, _TOO_LATE, outcome)
+        except _REJECTED as error:
+            outcome.broken.append((event, str(error)))
 
 
 async def _refuse(connection: Connection, event: Event, why: str, outcome: BatchOutcome) -> None:
@@ -243,7 +290,10 @@ async def _refuse(connection: Connection, event: Event, why: str, outcome: Batch
         event.quantity,
         event.version,
         event.request_key,
-        event.occurred_at,
+        event.accepted_at,
+        event.expires_at,
+        event.confirmed_at,
+        event.order_ref,
     )
     if added:
         outcome.refused.append((event, why))

@@ -8,5 +8,5 @@ class Settings(KafkaSettings, frozen=True):
     """Addresses of Kafka and the ledger, and the address that serves health and metrics."""
 
     database_url: DatabaseUrl
-    listen: Listen = "0.0.0.0:8081"
+    listen: Listen = "[::]:8081"
     log_level: LogLevel = "info"

@@ -1,67 +1,120 @@
-"""Creates the consumer's two topics if they are missing."""
+"""Creates the consumer's three topics if they are missing, and reads the settings of a topic."""
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     NoError,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
     for_code,
 )
 
+from flashsale.requirements import (
+    EVENT_RETENTION_MS,
+    PARTITION_BYTES,
+    PARTITIONS,
+    SEGMENT_BYTES,
+    TopicFacts,
+)
 from flashsale.settings import KafkaSettings
+from flashsale_consumer import clients
 
 log = logging.getLogger(__name__)
 
-PARTITIONS: Final = 12
-_DAY_MS: Final = 24 * 60 * 60 * 1000
-EVENT_RETENTION_MS: Final = 7 * _DAY_MS
-DEAD_LETTER_RETENTION_MS: Final = 30 * _DAY_MS
+DEAD_LETTER_RETENTION_MS: Final = 30 * 24 * 60 * 60 * 1000
 DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 """Twice the broker's default, because a dead letter is a record plus explaining headers."""
 
 
-async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> frozenset[str]:
-    """Create the missing topics and return their names. Raises `KafkaError`.
+async def create(
+    kafka: KafkaSettings, topic: str, dead_letter_topic: str
+) -> tuple[frozenset[str], TopicFacts | None]:
+    """Create the missing topics. Return their names and the settings of `topic`.
 
-    A consumer that may not create topics waits until they exist.
+    A consumer that may not create topics waits until they exist. Raises `KafkaError`.
     """
-    admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=10_000)
-    try:
-        await admin.start()
-        reply = await admin.create_topics(
-            [
-                _topic(topic, {"retention.ms": str(EVENT_RETENTION_MS)}),
-                _topic(
-                    dead_letter_topic,
-                    {
-                        "retention.ms": str(DEAD_LETTER_RETENTION_MS),
-                        "max.message.bytes": str(DEAD_LETTER_BYTES),
-                    },
-                ),
-            ]
+    async with _admin(kafka) as admin:
+        created, missing = await _create(
+            admin,
+            _topic(topic, {"retention.ms": str(EVENT_RETENTION_MS)}),
+            _topic(
+                dead_letter_topic,
+                {
+                    "retention.ms": str(DEAD_LETTER_RETENTION_MS),
+                    "max.message.bytes": str(DEAD_LETTER_BYTES),
+                },
+            ),
         )
-        created, refused = [], []
-        for name, code, message in reply.topic_errors:
-            error = for_code(code)
-            if error in (TopicAuthorizationFailedError, ClusterAuthorizationFailedError):
-                refused.append(name)
-            elif error is NoError:
-                log.info("created the topic %s", name)
-                created.append(name)
-            elif error is not TopicAlreadyExistsError:
-                raise error(f"{name}: {message}")
-        missing = set(refused) - set(await admin.list_topics()) if refused else set()
         if missing:
             log.warning("not allowed to create %s, waiting for them", ", ".join(sorted(missing)))
-        return frozenset(created)
+        return created, await facts(admin, topic)
+
+
+async def create_recorded(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
+    """Create the topic of recorded reservations if it is missing. Return its settings.
+
+    Raises `UnknownTopicOrPartitionError` if it is missing and the consumer may not create it, and
+    other kinds of `KafkaError`.
+    """
+    async with _admin(kafka) as admin:
+        retention = {"retention.ms": str(EVENT_RETENTION_MS)}
+        _, missing = await _create(admin, _topic(topic, retention))
+        if missing:
+            raise UnknownTopicOrPartitionError(
+                f"the topic {topic} does not exist, and the consumer may not create it"
+            )
+        return await facts(admin, topic)
+
+
+@asynccontextmanager
+async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=10_000)
+    try:
+        await clients.start(admin)
+        yield admin
     finally:
         await admin.close()
 
 
+async def _create(
+    admin: AIOKafkaAdminClient, *topics: NewTopic
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Create topics. Return the created ones, and those that are missing and not allowed."""
+    created, refused = set(), set()
+    for name, code, message in (await admin.create_topics(topics)).topic_errors:
+        error = for_code(code)
+        if error in (TopicAuthorizationFailedError, ClusterAuthorizationFailedError):
+            refused.add(name)
+        elif error is NoError:
+            log.info("created the topic %s", name)
+            created.add(name)
+        elif error is not TopicAlreadyExistsError:
+            raise error(f"{name}: {message}")
+    if refused:
+        refused -= set(await admin.list_topics())
+    return frozenset(created), frozenset(refused)
+
+
+async def facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
+    """Return the topic's settings, or None if it does not exist. Raises `KafkaError`."""
+    # Describe all topics, because to ask for one by name can create it.
+    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
+    if not described:
+        return None
+    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    # A user who may not describe the settings gets an error and no entries.
+    settings = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
+    return TopicFacts(len(described[0]["partitions"]), settings)
+
+
 def _topic(name: str, configs: dict[str, str]) -> NewTopic:
     # -1 means the broker's default. NewTopic accepts it only together with assignments.
-    return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=configs)
+    limits = {"retention.bytes": str(PARTITION_BYTES), "segment.bytes": str(SEGMENT_BYTES)}
+    return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=limits | configs)

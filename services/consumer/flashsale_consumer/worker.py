@@ -3,19 +3,27 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from aiokafka import ConsumerRecord
-from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.errors import (
+    IncompatibleBrokerVersion,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    UnsupportedCodecError,
+)
 
-from flashsale import events, ledger, tracing
-from flashsale.errors import ContractViolation, LedgerUnavailable, OtherEngine
+from flashsale import events, ledger, requirements, tracing
+from flashsale.errors import ContractViolation, LedgerUnavailable, OtherEngine, UnmetRequirement
 from flashsale.events import Event
 from flashsale.ledger import Pool
+from flashsale.requirements import Checks
 from flashsale_consumer import clients, offsets, recorder, topics
+from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.availability import Availability
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
@@ -40,7 +48,11 @@ REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
 """How often an idle worker checks that the ledger has not been rolled back."""
 REFUSED_SECONDS: Final = 10.0
-"""How often a worker that met another engine checks whether it still does."""
+"""How often a worker checks again after it met another engine or an unmet requirement."""
+_KAFKA_MISTAKE: Final = (
+    "Kafka has records or a version that this consumer cannot read ({!r}), but needs Kafka 2.4 or "
+    "newer and the package cramjam for compressed topics: install the consumer's requirements.txt"
+)
 _FOREIGN: Final = "the event is of engine {}, but this ledger belongs to engine {}"
 
 
@@ -70,34 +82,45 @@ class Worker:
         self._kafka = Availability("Kafka", up("kafka"))
         self._dead_letters = Availability(self._dead_letter_topic, up("dead_letters"), there=True)
         self._publisher = DeadLetters(settings, self._dead_letter_topic)
+        self._announcer = Announcer(settings, metrics)
         self._engine_id = ""
         self._checked = 0.0
+        self._checks = Checks(log)
         self.joined = False
         """Whether the worker migrated the ledger and joined the group since its start."""
         self.conflict = ""
-        """One line that names the two engines that meet, or nothing."""
+        """One line that names two engines that meet, or an unmet requirement, or nothing."""
 
     async def run(self) -> None:
         """Record events until cancelled. A cancellation rolls back the unfinished batch."""
         # A commit that a failover of PostgreSQL loses is repeated from Kafka.
         pool = await ledger.connect(
-            self._settings.database_url, max_connections=2, synchronous=False
+            self._settings.database_url, max_connections=3, synchronous=False
         )
+        migrated = False
         try:
-            version = await self._when_served(lambda: ledger.migrate(pool))
-            self._ledger.back()
-            log.info("the ledger has schema version %d", version)
             while True:
                 try:
+                    if not migrated:
+                        version = await self._when_served(lambda: self._migrate(pool))
+                        self._ledger.back()
+                        log.info("the ledger has schema version %d", version)
+                        migrated = True
                     await self._consume(pool)
-                except* OtherEngine as errors:
+                except* (OtherEngine, UnmetRequirement) as errors:
                     self._refuse(str(errors.exceptions[0]))
+                except* (UnsupportedCodecError, IncompatibleBrokerVersion) as errors:
+                    self._refuse(_KAFKA_MISTAKE.format(errors.exceptions[0]))
                 except* (KafkaError, TimeoutError) as errors:
                     self._kafka.away(errors.exceptions[0])
                 await asyncio.sleep(REFUSED_SECONDS if self.conflict else self._kafka.delay())
         finally:
             await self._publisher.close()
             await clients.close("the ledger's connections", pool.close())
+
+    async def _migrate(self, pool: Pool) -> int:
+        self._checks.require(requirements.LEDGER, await ledger.facts(pool))
+        return await ledger.migrate(pool)
 
     def _refuse(self, conflict: str) -> None:
         if conflict != self.conflict:
@@ -120,12 +143,13 @@ class Worker:
         """
         name = self._settings.engine
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
-        created = await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        created, facts = await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        if facts is not None:
+            self._checks.require(requirements.TOPIC, facts)
         if self._topic in created:
             await self._when_served(lambda: offsets.forget(pool, self._topic))
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:
             await owner.check()
-            self.conflict = ""
             await self._join(pool, owner)
 
     async def _join(self, pool: Pool, owner: Ownership) -> None:
@@ -133,7 +157,7 @@ class Worker:
         self._partitions = Partitions(
             consumer,
             self._topic,
-            self.metrics.lag,
+            self.metrics,
             metadata=events.owner_metadata(self._engine_id),
         )
         consumer.subscribe([self._topic], listener=self._partitions)
@@ -153,6 +177,7 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read(pool))
             tasks.create_task(self._report(owner))
+            tasks.create_task(self._announcer.run(pool, self._partitions, self._engine_id))
 
     async def _read(self, pool: Pool) -> None:
         partitions = self._partitions
@@ -163,8 +188,13 @@ class Worker:
                     self._checked = time.monotonic()
                     continue
                 records = await partitions.poll(POLL_SECONDS)
+                self.conflict = ""  # not before the records can be read
                 if records:
                     await self._record(pool, records)
+                    self._checked = time.monotonic()
+                elif partitions.unstored():
+                    with partitions.storing() as announced:
+                        await offsets.announce(pool, self._topic, partitions.positions, announced)
                     self._checked = time.monotonic()
                 elif time.monotonic() - self._checked > CHECK_SECONDS:
                     partitions.displace()
@@ -202,21 +232,27 @@ class Worker:
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
         begun = time.monotonic()
-        async with transaction(pool) as connection:
-            outcome = await recorder.record(connection, self._topic, positions, read, batch)
-            letters += [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
-            # Before the offsets move past these events, and only if the rest was written.
-            await self._publisher.publish(letters)
+        with self._partitions.storing() as announced:
+            async with transaction(pool) as connection:
+                outcome = await recorder.record(
+                    connection, self._topic, positions, read, batch, announced=announced
+                )
+                letters += [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
+                # Before the offsets move past these events, and only if the rest was written.
+                await self._publisher.publish(letters)
         if letters:
             self._dead_letters.back()
-        positions.update(read)
+        names = dict.fromkeys((event.sale_id, event.reservation_id) for event in batch)
+        self._partitions.record(positions, read, list(names))
         seconds = time.monotonic() - begun
         self._measure(size, len(letters), batch, outcome, seconds)
         refused = [(sources[id(event)], event, why) for event, why in outcome.refused]
-        self._log_failures(refused, letters)
+        voided = [(sources[id(event)], event) for event in outcome.voided]
+        self._log_failures(refused, voided, letters)
         if self._spans is not None:
             results = {id(letter.record): "dead_lettered" for letter in letters}
             results |= {id(record): "refused" for record, *_ in refused}
+            results |= {id(record): "voided" for record, _ in voided}
             self._spans.recorded(records, results, self._group_id, seconds)
 
     def _measure(
@@ -229,12 +265,17 @@ class Worker:
         count("recorded").inc(outcome.recorded)
         count("refused").inc(len(outcome.refused))
         count("dead_lettered").inc(dead)
-        count("duplicate").inc(size - outcome.recorded - len(outcome.refused) - dead)
+        voided = len(outcome.voided)
+        metrics.voided.inc(voided)
+        count("duplicate").inc(size - outcome.recorded - len(outcome.refused) - dead - voided)
         now = datetime.now(UTC)
-        metrics.end_to_end.observe_all((now - event.occurred_at).total_seconds() for event in batch)
+        metrics.end_to_end.observe_all((now - at).total_seconds() for at in _changed_at(batch))
 
     def _log_failures(
-        self, refused: Sequence[tuple[ConsumerRecord, Event, str]], letters: Sequence[DeadLetter]
+        self,
+        refused: Sequence[tuple[ConsumerRecord, Event, str]],
+        voided: Sequence[tuple[ConsumerRecord, Event]],
+        letters: Sequence[DeadLetter],
     ) -> None:
         for record, event, why in refused:
             log.error(
@@ -246,6 +287,17 @@ class Worker:
                 extra=tracing.fields(events.traceparent(record.headers)),
             )
             log.debug("reservation %s is of user %s", event.reservation_id, event.user_id)
+        if voided:
+            record, event = voided[0]
+            log.warning(
+                "%d changes are void, because their sale was rebuilt without them; the first, %s: "
+                "reservation %s is not %s",
+                len(voided),
+                event.sale_id,
+                event.reservation_id,
+                event.state,
+                extra=tracing.fields(events.traceparent(record.headers)),
+            )
         if letters:
             record = letters[0].record
             log.error(
@@ -280,3 +332,13 @@ class Worker:
                 if partitions.positions:
                     self._kafka.back()
             await asyncio.sleep(REPORT_SECONDS)
+
+
+def _changed_at(batch: Iterable[Event]) -> Iterator[datetime]:
+    """Return the times at which Redis made the changes. The events of some changes have none."""
+    for event in batch:
+        if event.state == "held":
+            yield event.accepted_at
+        # A reservation that was never a hold can get its order long after it was confirmed.
+        elif event.state == "confirmed" and (event.expires_at or not event.order_ref):
+            yield event.confirmed_at or event.accepted_at

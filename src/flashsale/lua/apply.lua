@@ -1,21 +1,22 @@
 -- apply: make Redis agree with a sale's manifest. The script is absolute and idempotent: it writes
 -- the manifest's values, never a difference. It does not change the counts of sold units.
 --
--- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
+-- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
---       7 state (open, paused), 8 display name or '',
---       9 seed: '', or the time of Redis' clock (ms) until which the caller may create the keys.
+--       7 state (open, paused), 8 display name or '', 9 hold_ms or 0, 10 the most expired holds of a
+--         buyer,
+--       11 seed: '', or the time of Redis' clock (ms) until which the caller may create the keys.
 --         The caller has just seen in the ledger that no data of this sale can be lost. The limit
 --         stops a caller that was suspended since then.
---       10 replace: '' or the id of the finished sale that this one may replace,
---       11 the accepted units that the ledger has recorded for the sale in 10,
---       12 the id of the caller's engine
+--       12 replace: '' or the id of the finished sale that this one may replace,
+--       13 the accepted and 14 the released units that the ledger has recorded for the sale in 12,
+--       15 the id of the caller's engine, or '' to keep the sale's
 -- Returns one word:
 --         seeded, changed, unchanged   Redis agrees with the manifest
 --         stale        Redis has a higher revision, so the caller's row is outdated
 --         missing      the keys are missing and may not be created
 --         fenced       written under another run of the server, or torn: it must be rebuilt
---         conflict     another sale has the item, and it is not finished, drained and recorded
+--         conflict     another sale has the item, and it is not finished and recorded
 --         ended        the sale has reached its end, and an ended sale stays ended
 --         unsupported  this version does not support the sale's format
 --         other_engine another engine has the item
@@ -23,23 +24,25 @@
 --       again changes nothing. A sale that may lack data is not opened.
 
 local sale_id, revision, requested = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-if not revision or not requested or not tonumber(ARGV[4])
+if not revision or not requested or not tonumber(ARGV[4]) or not tonumber(ARGV[9])
+  or not tonumber(ARGV[10])
   or (ARGV[7] ~= 'open' and ARGV[7] ~= 'paused') then
   return redis.error_reply('ERR malformed sale')
 end
 
-local function write(allocated)
+local function write(allocated, engine)
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
     'revision', ARGV[2], 'state', ARGV[7], 'allocated', integer(allocated),
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
-    'engine', ARGV[12])
+    'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'engine', engine)
 end
 
-local may_seed = ARGV[9] ~= '' and clock_ms() <= tonumber(ARGV[9])
+local may_seed = ARGV[11] ~= '' and clock_ms() <= tonumber(ARGV[11])
 
 local function seed()
-  write(requested)
-  redis.call('HSET', KEYS[1], 'accepted', '0', 'released', '0', 'last_now_ms', integer(clock_ms()))
+  write(requested, ARGV[15])
+  redis.call('HSET', KEYS[1], 'accepted', '0', 'released', '0', 'held', '0', 'rebuilt', '0',
+    'last_now_ms', integer(clock_ms()))
   return 'seeded'
 end
 
@@ -47,17 +50,17 @@ local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end
 
 if not sale then
-  if not may_seed or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0 then
+  if not may_seed or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4], KEYS[5]) > 0 then
     return 'missing'
   end
   return seed()
 end
 
-if foreign(sale, ARGV[12]) then return 'other_engine' end
+if foreign(sale, ARGV[15]) then return 'other_engine' end
 if sale.id ~= sale_id then
-  if not replaceable(sale, KEYS[4], ARGV[10], ARGV[11]) then return 'conflict' end
+  if not replaceable(sale, KEYS, ARGV[12], ARGV[13], ARGV[14]) then return 'conflict' end
   if not may_seed then return 'missing' end
-  redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+  redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5])
   return seed()
 end
 
@@ -70,9 +73,10 @@ if sale.state ~= 'closed' and sale.finished then
 end
 
 local allocated = math.max(requested, sale.accepted - sale.released)
+local engine = ARGV[15] ~= '' and ARGV[15] or sale.engine
 if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated
-  and ARGV[12] == sale.engine then
+  and engine == sale.engine then
   return 'unchanged'
 end
-write(allocated)
+write(allocated, engine)
 return 'changed'

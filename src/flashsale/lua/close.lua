@@ -1,7 +1,7 @@
 -- close: end a sale until its manifest is applied again. Replays are still answered. A sale that
 -- has reached its end stays ended, so that applying it again does not continue it.
 --
--- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
+-- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 sale id, 2 revision, 3 the id of the caller's engine
 -- Returns one word:
 --         closed       the sale is closed or ended

@@ -1,7 +1,7 @@
 -- page: read a page of a sale's reservations together with the sale's current numbers. One script
 -- reads both, so that no record is paired with the numbers of a later rebuild.
 --
--- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox
+-- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 cursor of HSCAN, 2 about how many reservations
 -- Returns one word (unknown, unsupported or fenced), or a list: the next cursor ('0' at the end),
 --       sale id, allocated, capacity, revision and engine, then id and record in turn.

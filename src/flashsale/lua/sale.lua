@@ -1,19 +1,22 @@
 -- sale.lua: shared functions, prepended to every other script. They read a sale and decide whether
 -- its keys can be trusted.
 --
--- read_sale(keys) takes the item's keys (sale, buyers, reservations, outbox). It returns the sale
--- as a table of numbers and strings, or nil and a reason:
+-- read_sale(keys) takes the item's keys (sale, buyers, reservations, outbox, holds). It returns the
+-- sale as a table of numbers and strings, or nil and a reason:
 --   unknown      the item has no sale
 --   unsupported  this version does not support the sale's format, or a field is invalid
 --
 -- Invariant: a sale whose keys may lack data that the ledger has is never trusted.
 --   sale.fenced  The keys were written under another run of the Redis server (it restarted, failed
 --                over or was restored), or they wait for a rebuild, or the sale is torn.
---   sale.torn    The sale has accepted units and one of its keys is missing. An emptied stream
---                still is a key.
+--   sale.torn    The sale has accepted units and one of its keys is missing, or it has held units
+--                and no holds. An emptied stream still is a key.
 --   sale.now     Redis' clock in ms. It never runs backwards for a sale, even if the machine's
 --                clock does.
 --   sale.engine  The id of the engine that applied the sale, or '' if the previous version did.
+--   sale.held    Units of reservations that are not confirmed yet.
+--   sale.hold_ms How long a new reservation is held, or 0 if it is confirmed at once.
+--   sale.rebuilt The revision of the sale's last rebuild, or 0.
 --
 -- Under another run the fence is latched: read_sale writes a run_id that no server has. Otherwise a
 -- server that forgets its master_replid2 could have the run again under which it lost writes. The
@@ -39,11 +42,46 @@ local function clock_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- A field that the previous version did not write has its default. A wrong value is nil.
+local function number(text, default)
+  if not text or text == '' then return default end
+  return tonumber(text)
+end
+
+-- The version of a reservation's next change. It exceeds every version that a rebuild did not find.
+local function next_version(sale, version)
+  return math.max(version, 1000 * sale.rebuilt) + 1
+end
+
+-- A buyer's units and expired holds, as in the key buyers: UNITS, or UNITS,EXPIRED-HOLDS.
+local function buyer(text)
+  if not text then return 0, 0 end
+  local units = tonumber(text)
+  if units then return units, 0 end
+  local counted, expired = string.match(text, '^(%d+),(%d+)$')
+  return tonumber(counted), tonumber(expired)
+end
+
+local function buyer_text(units, expired)
+  return expired > 0 and integer(units) .. ',' .. integer(expired) or units
+end
+
+-- When a hold may be ended: a tenth of its length after its time, but at most 30 s after it. So a
+-- buyer who pays in the last second gets the unit.
+local function due_ms(accepted_ms, expires_ms)
+  return expires_ms + math.min(math.floor((expires_ms - accepted_ms) / 10), 30000)
+end
+
+local function snapshot_of(sale)
+  return table.concat({ sale.id, integer(sale.allocated),
+    integer(sale.allocated + sale.released), integer(sale.revision) }, ',')
+end
+
 local function read_sale(keys)
   local key = keys[1]
   local f = redis.call('HMGET', key, 'format', 'sale_id', 'run_id', 'revision', 'state',
     'allocated', 'accepted', 'released', 'max_per_user', 'starts_ms', 'ends_ms', 'last_now_ms',
-    'engine')
+    'engine', 'hold_ms', 'max_expired_holds', 'held', 'rebuilt')
   if not f[1] then
     return nil, redis.call('EXISTS', key) == 0 and 'unknown' or 'unsupported'
   end
@@ -60,13 +98,19 @@ local function read_sale(keys)
     ends_ms = f[11] == '' and math.huge or tonumber(f[11]),
     last_now_ms = tonumber(f[12]),
     engine = f[13] or '',
+    hold_ms = number(f[14], 0),
+    max_expired_holds = number(f[15], 3),
+    held = number(f[16], 0),
+    rebuilt = number(f[17], 0),
   }
   if f[1] ~= FORMAT or not sale.id or not sale.run_id or not STATES[sale.state]
     or not (sale.revision and sale.allocated and sale.accepted and sale.released
-      and sale.max_per_user and sale.starts_ms and sale.ends_ms and sale.last_now_ms) then
+      and sale.max_per_user and sale.starts_ms and sale.ends_ms and sale.last_now_ms
+      and sale.hold_ms and sale.max_expired_holds and sale.held and sale.rebuilt) then
     return nil, 'unsupported'
   end
   sale.torn = sale.accepted > 0 and redis.call('EXISTS', keys[2], keys[3], keys[4]) < 3
+    or sale.held > 0 and redis.call('EXISTS', keys[5]) == 0
   local other_run = sale.run_id ~= server_run()
   if other_run and string.match(sale.run_id, '^%x+:%x+$') then
     redis.pcall('HSET', key, 'run_id', 'fenced')
@@ -78,11 +122,17 @@ local function read_sale(keys)
   return sale
 end
 
--- Whether another sale may replace this one: it is finished, Kafka has all its events, and the
--- ledger has recorded all its accepted units.
-local function replaceable(sale, outbox, sale_id, recorded)
-  return sale.id == sale_id and sale.finished and sale.accepted == tonumber(recorded)
-    and redis.call('XLEN', outbox) == 0
+-- Whether the ledger has the whole sale: Kafka has all its events, no hold is open, and the ledger
+-- has recorded all its accepted and released units.
+local function recorded(sale, keys, accepted, released)
+  return redis.call('XLEN', keys[4]) == 0 and redis.call('EXISTS', keys[5]) == 0
+    and sale.held == 0 and sale.accepted == tonumber(accepted)
+    and sale.released == tonumber(released)
+end
+
+-- Whether another sale may replace this one, which must be `sale_id`, finished and recorded.
+local function replaceable(sale, keys, sale_id, accepted, released)
+  return sale.id == sale_id and sale.finished and recorded(sale, keys, accepted, released)
 end
 
 -- Whether the sale belongs to another engine than the caller's. An empty id matches every engine,

@@ -1,18 +1,44 @@
--- settle: delete outbox entries whose events Kafka has acknowledged.
+-- settle: delete outbox entries whose events Kafka has acknowledged. An entry that ends a reservation
+-- gives its units back to the sale, and to the buyer's limit.
 --
--- KEYS  1 outbox
--- ARGV  1 the entries, one per line: entry id,reservation id
+-- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
+-- ARGV  1 the entries, one per line: entry id,reservation id,version
 -- Returns the number of deleted entries.
--- Invariant: an event leaves the outbox only after Kafka has acknowledged it. An entry must match
---       its reservation id, because a Redis that was restored from an older copy can give the same
---       entry id to another reservation, which Kafka does not have.
+-- Invariants: an event leaves the outbox only after Kafka has acknowledged it. An entry must match
+--       its reservation and version, because a Redis that was restored from an older copy can give
+--       the same entry id to another event, which Kafka does not have. A unit is released once, and
+--       only after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
+--       ledger, so they are not touched here. The first write is the deletion, which Redis permits
+--       when it is out of memory. It then permits the other writes too.
 
-local acknowledged = {}
-for entry_id, reservation_id in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]+)\n') do
-  local entry = redis.call('XRANGE', KEYS[1], entry_id, entry_id)[1]
+local acknowledged, releases, seen = {}, {}, {}
+for entry_id, reservation_id, version in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]+),(%d+)\n') do
+  local entry = not seen[entry_id] and redis.call('XRANGE', KEYS[4], entry_id, entry_id)[1]
   if entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
-    acknowledged[#acknowledged + 1] = entry_id
+    local state, own_version, quantity, user =
+      string.match(entry[2][4], '^(%a+),(%d+),(%d+),%d+,([^,]+),')
+    if own_version == version then
+      seen[entry_id] = true
+      acknowledged[#acknowledged + 1] = entry_id
+      if state == 'expired' or state == 'cancelled' then
+        releases[#releases + 1] = { user, tonumber(quantity), state == 'expired' and 1 or 0 }
+      end
+    end
   end
 end
 if #acknowledged == 0 then return 0 end
-return redis.call('XDEL', KEYS[1], unpack(acknowledged))
+local sale, reason
+if #releases > 0 then sale, reason = read_sale(KEYS) end
+-- A pod of a version that supports the sale can still give the units back.
+if reason == 'unsupported' then return 0 end
+local deleted = redis.call('XDEL', KEYS[4], unpack(acknowledged))
+if not sale or sale.fenced then return deleted end
+
+for _, release in ipairs(releases) do
+  local user, quantity, ended = unpack(release)
+  local units, expired = buyer(redis.call('HGET', KEYS[2], user))
+  redis.call('HSET', KEYS[2], user, buyer_text(units - quantity, expired + ended))
+  sale.released = sale.released + quantity
+end
+redis.call('HSET', KEYS[1], 'released', integer(sale.released))
+return deleted

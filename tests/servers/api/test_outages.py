@@ -15,8 +15,12 @@ from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
+from flashsale import redis_client
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
+from flashsale_api import app
 from tests.support.api import OWN_SALE, accepted, problem, reserve
+from tests.support.eventually import until
 from tests.support.proxy import Proxy
 
 ITEM = OWN_SALE.item_id
@@ -31,7 +35,7 @@ async def test_a_call_whose_reply_was_lost_is_repeated_without_a_second_reservat
     assert answer.status_code == 202
     assert await accepted(own_inventory, ITEM) == 2
     found = await own_http.get(answer.headers["location"])
-    assert found.json() == answer.json()
+    assert found.json() == {k: v for k, v in answer.json().items() if k != "userId"}
 
 
 async def test_an_unknown_outcome_returns_the_possible_location(
@@ -45,7 +49,7 @@ async def test_an_unknown_outcome_returns_the_possible_location(
     found = await own_http.get(answer.headers["location"])
     assert found.json()["quantity"] == 2
     again = await reserve(own_http, ITEM, quantity=2, key="k")
-    assert (again.status_code, again.json()) == (202, found.json())
+    assert (again.status_code, again.json()) == (202, {**found.json(), "userId": "ann"})
     assert await accepted(own_inventory, ITEM) == 2
 
 
@@ -94,6 +98,49 @@ async def test_a_stopped_redis_gives_503_and_a_restarted_one_is_fenced(
     problem(answer, 503, "fenced")
     problem(await reserve(own_http, ITEM, key="k"), 503, "fenced")
     assert await accepted(own_inventory, ITEM) == 1
+
+
+async def test_a_pod_without_a_heartbeat_accepts_nothing_until_it_has_sent_one(
+    own_http: httpx.AsyncClient, own_inventory: Inventory, proxy: Proxy
+) -> None:
+    async def answer() -> str:
+        return str((await reserve(own_http, ITEM)).json().get("type", "accepted"))
+
+    async def fenced() -> bool:
+        return (await answer()).endswith(":fenced")
+
+    async def bought() -> bool:
+        return await answer() == "accepted"
+
+    assert await bought()
+    proxy.cut_replies(b":pod:", 1_000)  # the key of a heartbeat
+    await until(fenced)
+    before = await accepted(own_inventory, ITEM)
+    assert await fenced()
+    assert await accepted(own_inventory, ITEM) == before
+    proxy.cut_replies(b"", 0)
+    await until(bought)
+
+
+async def test_a_pod_names_redis_for_as_long_as_redis_does_not_answer(
+    own_api: ApiServer, own_http: httpx.AsyncClient, own_redis: RedisServer
+) -> None:
+    """Also once the pod's heartbeat has expired and no call is made any more."""
+    own_redis.kill()
+
+    async def calls() -> str:
+        """Answer a request. Return the number of calls that the pod has tried."""
+        answer = await reserve(own_http, ITEM)
+        assert answer.json()["type"].rpartition(":")[2] in {"redis-unavailable", "outcome-unknown"}
+        async with httpx.AsyncClient() as http:
+            text = (await http.get(own_api.metrics_url)).text
+        return text.partition("flashsale_api_script_failures_total ")[2].partition("\n")[0]
+
+    async def no_call_is_made() -> bool:
+        return await calls() == await calls()
+
+    await until(no_call_is_made, pause=0.2)
+    problem(await reserve(own_http, ITEM), 503, "redis-unavailable")
 
 
 async def test_a_buyer_who_disconnects_does_not_cancel_the_other_requests(
@@ -147,15 +194,23 @@ async def test_the_api_starts_without_redis_and_is_ready_once_redis_answers(tmp_
     redis.stop()
 
 
-async def test_a_redis_that_may_evict_a_sale_stops_the_api(tmp_path: Path) -> None:
+async def test_a_pod_is_not_ready_while_redis_may_evict_a_sale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "CHECK_SECONDS", 0.1)
     with RedisServer(tmp_path / "redis", options=("--maxmemory-policy", "allkeys-lru")) as redis:
-        done = await asyncio.to_thread(
-            run_api, {**good_environment(), "FLASHSALE_REDIS_URL": redis.url}
-        )
-    assert done.returncode == 1
-    assert "maxmemory-policy is allkeys-lru" in done.stderr
-    assert "it must be noeviction" in done.stderr
-    assert "Traceback" not in done.stderr
+        client = redis_client.connect(redis.url)
+        check = app.RedisCheck(Inventory(client), Outbox(client))
+        task = asyncio.create_task(check.run())
+        line = "Redis has maxmemory-policy allkeys-lru, but needs maxmemory-policy noeviction: "
+        await until(lambda: check.problem.startswith(line), lambda: check.problem)
+        await until(lambda: len(caplog.records) > 0)
+        await client.config_set("maxmemory-policy", "noeviction")
+        await until(lambda: not check.problem, lambda: check.problem)
+        await task
+        await client.aclose()
+    errors = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert len(errors) == 1
 
 
 def good_environment() -> dict[str, str]:
@@ -193,6 +248,13 @@ def run_api(environment: dict[str, str], *arguments: str) -> subprocess.Complete
         ("FLASHSALE_LISTEN", "0.0.0.0:http"),
         ("FLASHSALE_LISTEN", "0.0.0.0:99999"),
         ("FLASHSALE_METRICS_LISTEN", "nonsense"),
+        ("FLASHSALE_ORDERS_LISTEN", "8083"),
+        ("FLASHSALE_ORDER_TOKENS", ""),
+        ("FLASHSALE_ORDER_TOKENS", "secret"),
+        ("FLASHSALE_ORDER_TOKENS", "secret secret " * 6),
+        ("FLASHSALE_ORDER_TOKENS", "secret" * 6 + ","),
+        ("FLASHSALE_ORDER_TOKENS", "secret" * 6 + ",secret"),
+        ("FLASHSALE_ORDER_TOKENS", ",".join(["secret" * 6] * 3)),
     ],
 )
 def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: str | None) -> None:
@@ -208,16 +270,22 @@ def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: s
     assert "secret" not in done.stderr
 
 
-def test_a_metrics_port_in_use_stops_the_process_with_one_line(redis_server: RedisServer) -> None:
-    taken = {"FLASHSALE_METRICS_LISTEN": f"127.0.0.1:{redis_server.port}"}
-    done = run_api(good_environment() | taken)
+@pytest.mark.parametrize("variable", ["FLASHSALE_METRICS_LISTEN", "FLASHSALE_ORDERS_LISTEN"])
+def test_a_port_in_use_stops_the_process_with_one_line(
+    redis_server: RedisServer, variable: str
+) -> None:
+    taken = {variable: f"127.0.0.1:{redis_server.port}", "FLASHSALE_ORDER_TOKENS": "secret" * 6}
+    done = run_api(
+        good_environment() | {"FLASHSALE_ORDERS_LISTEN": f"127.0.0.1:{free_port()}"} | taken
+    )
     assert done.returncode == 1
-    assert "FLASHSALE_METRICS_LISTEN cannot be served" in done.stderr
+    assert f"{variable} cannot be served" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_help_lists_the_settings() -> None:
     done = run_api({}, "--help")
     assert done.returncode == 0
-    for variable in good_environment():
+    for variable in (*good_environment(), "FLASHSALE_ORDERS_LISTEN", "FLASHSALE_ORDER_TOKENS"):
         assert variable in done.stdout

@@ -18,9 +18,10 @@ from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, heartbeat, redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
-from flashsale.reservations import Record, Request, Snapshot
+from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
+from flashsale_api import publisher as publisher_module
 from flashsale_api import sweeper as sweeper_module
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -160,8 +161,12 @@ async def test_a_pod_that_answers_a_replay_also_publishes_it(
 
 
 async def test_an_event_carries_the_reservation_and_its_sale(
-    kafka_here: KafkaServer, new_api: Callable[[str], ApiServer], inventory_here: Inventory
+    kafka_here: KafkaServer,
+    new_api: Callable[[str], ApiServer],
+    inventory_here: Inventory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FLASHSALE_TRUST_TRACEPARENT", "true")
     await start_kafka(kafka_here)
     api = new_api("api")
     await asyncio.to_thread(api.start)
@@ -182,8 +187,8 @@ async def test_an_event_carries_the_reservation_and_its_sale(
         "schema": b"1",
     }
     event = events.decode(record.value)
-    assert record.timestamp == event.occurred_at.timestamp() * 1000
-    assert event.occurred_at.isoformat(timespec="milliseconds")[:23] == shown["acceptedAt"][:23]
+    assert record.timestamp == event.accepted_at.timestamp() * 1000
+    assert event.accepted_at.isoformat(timespec="milliseconds")[:23] == shown["acceptedAt"][:23]
     assert (event.reservation_id, event.sale_id, event.item_id, event.user_id) == (
         shown["reservationId"],
         "default/phone",
@@ -192,7 +197,7 @@ async def test_an_event_carries_the_reservation_and_its_sale(
     )
     assert (event.quantity, event.state, event.version, event.request_key) == (
         2,
-        "accepted",
+        "confirmed",
         1,
         "k",
     )
@@ -329,7 +334,7 @@ class RecordingOutbox(Outbox):
         super().__init__(redis)
         self.settled: list[tuple[str, int]] = []
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str]]) -> int:
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
         self.settled.append((item_id, len(acknowledged)))
         return await super().settle(item_id, acknowledged)
 
@@ -342,8 +347,50 @@ async def outbox(redis_here: RedisServer) -> AsyncIterator[RecordingOutbox]:
 
 
 def accepted(item_id: str, number: int) -> Accepted:
-    record = Record("accepted", 1, 1, 1_795_561_067_887, "ann", "")
+    record = Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, "ann", "")
     return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
+
+
+async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
+    outbox: RecordingOutbox,
+) -> None:
+    """The acknowledgement of a reservation must not pass for that of its confirmation."""
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    first = accepted(ITEM, 1)._replace(entry_id="")
+    second = first._replace(record=first.record._replace(version=2))
+    for event in (first, second, first, second):
+        publisher.add(event)
+    assert publisher.held == 2
+    of_first, of_second = publisher.acknowledgement(first), publisher.acknowledgement(second)
+    publisher._acknowledge([first])
+    assert (of_first.done(), of_second.done()) == (True, False)
+    of_second.cancel()
+    await asyncio.sleep(0)
+    assert not publisher._awaited
+
+
+async def test_a_version_is_published_again_once_it_is_forgotten(
+    outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "REMEMBERED", 2)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    first, second, third, fourth = (accepted(ITEM, number) for number in range(4))
+    replay = first._replace(entry_id="")
+    for event in (first, replay, second):
+        publisher.add(event)
+    assert publisher.held == 2
+    publisher._acknowledge([first, second])
+    publisher.add(replay)
+    assert publisher.held == 2
+    assert publisher.acknowledgement(replay).done()
+    for event in (third, fourth, replay):
+        publisher.add(event)
+    assert publisher.held == 5
+    assert not publisher.acknowledgement(replay).done()
 
 
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
@@ -351,7 +398,7 @@ async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
         KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
     )
     for item_id, number in (("many", 600), ("few", 300), ("one", 1)):
-        publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}") for n in range(number)]
+        publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}", 1) for n in range(number)]
     publisher._to_settle.set()
     task = asyncio.create_task(publisher.settle())
     async with asyncio.timeout(10):

@@ -29,17 +29,20 @@ async def test_an_accepted_request_returns_the_reservation_and_its_location(
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
     assert answer.headers["location"] == f"/sales/{item}/reservations/{body['reservationId']}"
-    assert datetime.fromisoformat(body.pop("acceptedAt")).tzinfo is not None
+    assert datetime.fromisoformat(body["acceptedAt"]).tzinfo is not None
+    assert body.pop("confirmedAt") == body.pop("acceptedAt")
     assert body == {
         "reservationId": body["reservationId"],
         "saleId": f"default/{item}",
         "itemId": item,
         "userId": "ann",
         "quantity": 2,
-        "state": "accepted",
+        "state": "confirmed",
     }
     found = await http.get(answer.headers["location"])
-    assert (found.status_code, found.json()) == (200, answer.json())
+    assert found.headers["cache-control"] == "no-store"
+    public = {name: value for name, value in answer.json().items() if name != "userId"}
+    assert (found.status_code, found.json()) == (200, public)
 
 
 async def test_a_retry_with_the_same_key_returns_the_same_reservation(
@@ -70,9 +73,11 @@ async def test_a_request_is_refused_if_it_exceeds_the_limit_or_the_stock(
     http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
     await open_sale(item, 3, max_per_user=2)
-    problem(await reserve(http, item, quantity=3), 409, "limit-reached")
+    refused = problem(await reserve(http, item, quantity=3), 409, "limit-reached")
+    assert (refused["userUnits"], refused["maxPerUser"]) == (0, 2)
     assert (await reserve(http, item, quantity=2)).status_code == 202
-    problem(await reserve(http, item), 409, "limit-reached")
+    refused = problem(await reserve(http, item), 409, "limit-reached")
+    assert (refused["userUnits"], refused["maxPerUser"]) == (2, 2)
     problem(await reserve(http, item, "bob", quantity=2), 409, "not-enough-left")
     assert (await reserve(http, item, "bob")).status_code == 202
     problem(await reserve(http, item, "cid"), 409, "sold-out")
@@ -115,7 +120,7 @@ async def test_a_sale_whose_keys_are_lost_is_fenced_and_not_unknown(
 ) -> None:
     await open_sale(item)
     assert (await reserve(http, item)).status_code == 202
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     problem(await reserve(http, item, "bob"), 503, "fenced")
     problem(await reserve(http, f"{item}-2"), 404, "unknown-item")
 
@@ -127,7 +132,7 @@ async def test_the_item_of_a_closed_and_freed_sale_is_unknown(
     assert (await reserve(http, item)).status_code == 202
     await inventory.close(item, spec.sale_id, 2)
     problem(await reserve(http, item, "bob"), 409, "ended")
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     problem(await reserve(http, item, "bob"), 404, "unknown-item")
 
 
@@ -226,6 +231,46 @@ async def test_a_body_that_is_not_an_object_is_refused(
 async def test_malformed_json_is_refused(http: httpx.AsyncClient, body: bytes) -> None:
     answer = await http.post("/reserve", content=body, headers={"Content-Type": "application/json"})
     problem(answer, 400, "malformed-json")
+
+
+@pytest.mark.parametrize(
+    ("members", "name"),
+    [
+        (b'"userId":"bob"', "userId"),
+        (b'"user\\u0049d":"bob"', "userId"),
+        (b'"itemId":"another"', "itemId"),
+        (b'"quantity":1', "quantity"),
+        (b'"x":1,"x":1', "x"),
+        (b'"":1,"":1', ""),
+        (b'"x":{"y":[%b]},"x":null' % (b"9" * 6_000), "x"),
+    ],
+)
+async def test_a_repeated_member_is_refused_and_takes_no_unit(
+    http: httpx.AsyncClient,
+    open_sale: OpenSale,
+    inventory: Inventory,
+    item: str,
+    members: bytes,
+    name: str,
+) -> None:
+    await open_sale(item)
+    body = b'{"userId":"ann","itemId":"%b","quantity":1,%b}' % (item.encode(), members)
+    headers = {"Content-Type": "application/json"}
+    answer = await http.post("/reserve", content=body, headers=headers)
+    assert problem(answer, 400, "malformed-json")["detail"] == f"the member {name} is repeated"
+    assert await accepted(inventory, item) == 0
+
+
+async def test_further_members_are_ignored(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item)
+    further = b'"x":{"userId":"bob","y":1,"y":[%b]},"User":"userId"' % (b"9" * 6_000)
+    body = b'{"userId":"ann","itemId":"%b","quantity":1,%b}' % (item.encode(), further)
+    headers = {"Content-Type": "application/json"}
+    answer = await http.post("/reserve", content=body, headers=headers)
+    assert answer.status_code == 202
+    assert answer.json()["userId"] == "ann"
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """GET /sales and the paths below it, the probes, and the metrics."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import httpx
+import pytest
 from redis.asyncio import Redis
 
+from dev.crowd import Connection
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys, items
 from flashsale.sale import rfc3339_of_ms
+from flashsale_api.sales import MAX_READS
 from tests.support.api import UNKNOWN_ID, OpenSale, problem, reserve
 from tests.support.eventually import until
+from tests.support.flood import open_connections
 
 
 async def test_a_sale_shows_its_window_and_available_units(
@@ -22,7 +27,10 @@ async def test_a_sale_shows_its_window_and_available_units(
     )
     await reserve(http, item)
     answer = await http.get(f"/sales/{item}")
-    assert answer.headers["cache-control"] == "max-age=1"
+    assert (
+        answer.headers["cache-control"]
+        == "public, max-age=1, stale-while-revalidate=5, stale-if-error=60"
+    )
     assert answer.json() == {
         "itemId": item,
         "saleId": f"default/{item}",
@@ -39,6 +47,59 @@ async def test_a_sale_shows_its_window_and_available_units(
         return answer.json() in (await http.get("/sales")).json()["sales"]
 
     await until(listed)
+
+
+@pytest.mark.parametrize("of_all", [False, True], ids=["one sale", "all sales"])
+async def test_a_client_that_has_the_answer_gets_304(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str, of_all: bool
+) -> None:
+    await open_sale(item, 7)
+    path = "/sales" if of_all else f"/sales/{item}"
+
+    async def shown() -> httpx.Response | None:
+        answer = await http.get(path)
+        return answer if item in answer.text else None
+
+    answer = await until(shown)
+    etag = answer.headers["etag"]
+    for matching in (etag, f'"other", {etag}', f"W/{etag}", "*"):
+        again = await http.get(path, headers={"If-None-Match": matching})
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["etag"] == etag
+        assert again.headers["cache-control"] == answer.headers["cache-control"]
+        assert "content-type" not in again.headers
+    other = await http.get(path, headers={"If-None-Match": '"other"'})
+    assert (other.status_code, other.content) == (200, answer.content)
+    await reserve(http, item)
+
+    async def changed() -> httpx.Response | None:
+        answer = await http.get(path, headers={"If-None-Match": etag})
+        return answer if answer.status_code == 200 else None
+
+    after = await until(changed)
+    assert after.headers["etag"] != etag
+    assert '"available":6' in after.text
+
+
+async def test_head_has_the_headers_of_get_and_no_body(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 7)
+    reservation = (await reserve(http, item)).headers["location"]
+    for path, status in (
+        (f"/sales/{item}", 200),
+        (reservation, 200),
+        (f"/sales/{item}/reservations/{UNKNOWN_ID}", 404),
+        ("/sales/unknown", 404),
+    ):
+        get, head = await http.get(path), await http.head(path)
+        assert (head.status_code, head.content) == (status, b"")
+        assert dict(head.headers) | {"date": ""} == dict(get.headers) | {"date": ""}
+        assert int(head.headers["content-length"]) == len(get.content)
+        matching = {"If-None-Match": get.headers.get("etag", '"none"')}
+        conditional = await http.head(path, headers=matching)
+        assert conditional.status_code == (304 if "etag" in get.headers else status)
+    assert (await http.get(reservation)).headers["cache-control"] == "no-store"
 
 
 async def test_an_unreadable_sale_does_not_hide_the_others(
@@ -67,6 +128,27 @@ async def test_unknown_items_and_reservations_get_404(
     for identity in ("x", UNKNOWN_ID):
         answer = await http.get(f"/sales/{item}/reservations/{identity}")
         problem(answer, 404, "unknown-reservation")
+
+
+async def test_as_many_clients_as_may_wait_for_redis_are_never_refused(
+    api: ApiServer, open_sale: OpenSale, item: str
+) -> None:
+    """Each of them sends its next request when it has its answer."""
+    await open_sale(item)
+    look = f"GET /sales/{item}/reservations/{UNKNOWN_ID} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    statuses: Counter[int] = Counter()
+
+    def answered(connection: Connection, status: int, _: bytes) -> None:
+        statuses[status] += 1
+        connection.send(look)
+
+    connections = await open_connections(api.url, MAX_READS, answered)
+    for connection in connections:
+        connection.send(look)
+    await until(lambda: statuses.total() > 50 * MAX_READS)
+    for connection in connections:
+        connection.close()
+    assert set(statuses) == {404}
 
 
 async def test_the_process_is_alive_and_ready(http: httpx.AsyncClient) -> None:
@@ -117,7 +199,7 @@ async def test_only_items_with_a_sale_are_labels(
 
     await until(swept)
     # Freeing a sale deletes its keys, too.
-    await redis.delete(*ItemKeys.of(item).four)
+    await redis.delete(*ItemKeys.of(item).sold)
     await redis.srem(items("flashsale"), item)
     await until(removed)
     # The pod remembers the sale, which was not closed, and takes the keys for lost.

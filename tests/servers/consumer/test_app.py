@@ -12,7 +12,9 @@ import httpx
 import pytest
 
 from flashsale import ledger
-from flashsale_consumer.app import create_app
+from flashsale.monitoring import serving
+from flashsale.sockets import bound
+from flashsale_consumer.app import handlers
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
@@ -57,9 +59,9 @@ def test_an_unknown_argument_is_refused() -> None:
 
 @asynccontextmanager
 async def served(worker: Worker) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(worker, lambda: None)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://consumer") as client:
+    (listener,) = bound("LISTEN", "127.0.0.1:0")
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with serving([listener], handlers(worker)), httpx.AsyncClient(base_url=url) as client:
         yield client
 
 
@@ -80,32 +82,6 @@ async def test_the_process_is_alive_before_it_is_ready(worker: Worker) -> None:
         assert (await client.get("/readyz")).status_code == 503
         worker.joined = True
         assert (await client.get("/readyz")).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("POST", "/healthz", 405), ("GET", "/readyz", 503)],
-)
-async def test_errors_are_problems(worker: Worker, method: str, path: str, status: int) -> None:
-    async with served(worker) as client:
-        answer = await client.request(method, path)
-    assert answer.status_code == answer.json()["status"] == status
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.json()["type"] == "about:blank"
-
-
-async def test_an_internal_error_is_a_problem(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def text(_: Metrics) -> bytes:
-        raise RuntimeError("secret")
-
-    monkeypatch.setattr(Metrics, "text", text)
-    async with served(worker) as client:
-        answer = await client.get("/metrics")
-    assert answer.status_code == 500
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert "secret" not in answer.text
 
 
 async def test_metrics_are_prometheus_text(worker: Worker) -> None:
@@ -173,5 +149,5 @@ async def test_repeated_and_concurrent_migrations_run_once(database_url: str) ->
     async with opened(database_url) as one, opened(database_url) as other:
         await asyncio.gather(*(ledger.migrate(each.pool) for each in (one, other, one, other)))
         await ledger.migrate(one.pool)
-        versions = await one.pool.fetch("SELECT version FROM schema_migrations ORDER BY version")
+        versions = await one.pool.fetch("SELECT version FROM flashsale_migrations ORDER BY version")
     assert [row["version"] for row in versions] == list(range(1, len(versions) + 1))

@@ -15,7 +15,9 @@ FOREVER = range(1_000_000)
 
 
 async def place(ledger: Ledger, logs: dict[int, range]) -> dict[int, int]:
-    return await offsets.place(ledger.pool, TOPIC, logs)
+    """Return the next offsets to record."""
+    placed = await offsets.place(ledger.pool, TOPIC, logs)
+    return {partition: stored.recorded for partition, stored in placed.items()}
 
 
 async def record(

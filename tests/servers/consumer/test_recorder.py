@@ -1,24 +1,33 @@
 """Recording batches of events in a real PostgreSQL."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import pairwise, permutations
 from random import Random
 from uuid import UUID, uuid4
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashsale.events import Event
+from flashsale.ledger import migrate
 from flashsale_consumer import recorder
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.recorder import BatchOutcome
-from tests.support.consumer import BEYOND_POSTGRESQL, Ledger, accepted
-
-
-def released(event: Event, **changes: object) -> Event:
-    return msgspec.structs.replace(event, state="released", version=event.version + 1, **changes)
+from tests.support.consumer import (
+    BEYOND_POSTGRESQL,
+    NOON,
+    Ledger,
+    accepted,
+    changed,
+    held,
+    migrate_to,
+    opened,
+)
 
 
 async def record(ledger: Ledger, events: Sequence[Event]) -> BatchOutcome:
@@ -26,14 +35,45 @@ async def record(ledger: Ledger, events: Sequence[Event]) -> BatchOutcome:
         return await recorder.record(connection, "reservations", {}, {}, events)
 
 
+async def rebuild(ledger: Ledger, revision: int) -> None:
+    """Leave the traces of a rebuild in the ledger."""
+    await ledger.pool.execute("UPDATE sales SET rebuilt_revision = $1, revision = $1", revision)
+
+
+async def counts(ledger: Ledger, sale_id: str = "default/phones") -> tuple[int, int, int]:
+    """Return the accepted, held and released units."""
+    sale = await ledger.sale(sale_id)
+    return sale.accepted, sale.held, sale.released
+
+
+def counted(events: Sequence[Event]) -> tuple[int, int, int]:
+    """Return the accepted, held and released units of reservations, from their last versions."""
+    return (
+        sum(event.quantity for event in events),
+        sum(event.quantity for event in events if event.state == "held"),
+        sum(event.quantity for event in events if event.state in ("cancelled", "expired")),
+    )
+
+
+async def check(ledger: Ledger, sale_id: str, last: Sequence[Event]) -> None:
+    """Check that the ledger has exactly these versions, and the counts that follow from them."""
+    rows = await ledger.pool.fetch("SELECT * FROM reservations WHERE sale_id = $1", sale_id)
+    names = ["user_id", "quantity", "state", "version", "request_key", "accepted_at", "expires_at"]
+    names += ["confirmed_at", "order_ref"]
+    assert {str(row["reservation_id"]): [row[name] for name in names] for row in rows} == {
+        event.reservation_id: [getattr(event, name) for name in names] for event in last
+    }
+    assert await counts(ledger, sale_id) == counted(last)
+
+
 @dataclass
 class Redis:
-    """A sale in Redis, and the events of its reservations and releases."""
+    """A sale in Redis, and the events of its reservations."""
 
     allocated: int
     accepted: int = 0
     released: int = 0
-    held: list[Event] = field(default_factory=list)
+    open: list[Event] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def snapshot(self) -> dict[str, int]:
@@ -44,29 +84,38 @@ class Redis:
         }
 
     def restock(self, units: int) -> None:
-        held = self.accepted - self.released
-        self.allocated = max(self.allocated + units, held)
+        taken = self.accepted - self.released
+        self.allocated = max(self.allocated + units, taken)
 
     def reserve(self, sale_id: str, random: Random) -> None:
         quantity = random.randint(1, 3)
         if quantity <= self.allocated - self.accepted + self.released:
             self.accepted += quantity
-            event = accepted(
+            made = random.choice((accepted, held))
+            event = made(
                 len(self.events),
                 reservation_id=str(UUID(int=len(self.events))),
                 sale_id=sale_id,
                 quantity=quantity,
                 **self.snapshot(),
             )
-            self.held.append(event)
+            self.open.append(event)
             self.events.append(event)
 
-    def release(self, random: Random) -> None:
-        if self.held:
-            event = self.held.pop(random.randrange(len(self.held)))
-            self.events.append(released(event, **self.snapshot()))
-            # The units are sold again only after Kafka has the release.
-            self.released += event.quantity
+    def change(self, random: Random) -> None:
+        if self.open:
+            event = self.open.pop(random.randrange(len(self.open)))
+            states = ("cancelled",) if event.state == "confirmed" else STATES
+            after = changed(event, random.choice(states), **self.snapshot())
+            self.events.append(after)
+            if after.state == "confirmed":
+                self.open.append(after)
+            else:
+                # The units are sold again only after Kafka has the event.
+                self.released += event.quantity
+
+
+STATES = ("confirmed", "cancelled", "expired")
 
 
 @settings(
@@ -78,12 +127,12 @@ async def test_order_and_repetition_of_events_do_not_change_the_result(
 ) -> None:
     sale_id = f"default/{uuid4()}"
     redis = Redis(allocated)
-    for _ in range(random.randrange(40)):
-        match random.choice(("reserve", "reserve", "reserve", "release", "restock")):
+    for _ in range(random.randrange(60)):
+        match random.choice(("reserve", "reserve", "reserve", "change", "change", "restock")):
             case "reserve":
                 redis.reserve(sale_id, random)
-            case "release":
-                redis.release(random)
+            case "change":
+                redis.change(random)
             case "restock":
                 redis.restock(random.randint(-2, 3))
     delivered = redis.events + random.choices(redis.events, k=10) if redis.events else []
@@ -91,18 +140,51 @@ async def test_order_and_repetition_of_events_do_not_change_the_result(
     while delivered:
         size = random.randint(1, 12)
         outcome = await record(ledger, delivered[:size])
-        assert (outcome.refused, outcome.broken) == ([], [])
+        assert (outcome.refused, outcome.voided, outcome.broken) == ([], [], [])
         delivered = delivered[size:]
 
-    last = {event.reservation_id: event for event in redis.events}  # versions ascend
-    assert await ledger.rows(sale_id) == {
-        key: (event.state, event.version, event.quantity) for key, event in last.items()
-    }
     if redis.events:
+        last = {event.reservation_id: event for event in redis.events}  # versions ascend
+        await check(ledger, sale_id, list(last.values()))
         sale = await ledger.sale(sale_id)
-        assert sale.accepted == redis.accepted
-        assert sale.released == redis.released
+        assert (sale.accepted, sale.released) == (redis.accepted, redis.released)
         assert sale.capacity == max(event.capacity for event in redis.events)
+
+
+def batches(events: Sequence[Event]) -> Iterator[list[Sequence[Event]]]:
+    """Every way to divide events into batches, in this order."""
+    for cuts in range(2 ** (len(events) - 1)):
+        ends = [n for n in range(1, len(events)) if cuts & 1 << n - 1]
+        yield [events[one:two] for one, two in pairwise([0, *ends, len(events)])]
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        ("held", "confirmed", "cancelled"),
+        ("held", "cancelled"),
+        ("held", "expired"),
+        ("confirmed", "confirmed", "cancelled"),
+    ],
+    ids=" ".join,
+)
+async def test_versions_of_a_reservation_can_come_in_every_order_and_batch(
+    ledger: Ledger, states: Sequence[str]
+) -> None:
+    first = held(quantity=3) if states[0] == "held" else accepted(quantity=3)
+    versions = [first]
+    for state in states[1:]:
+        versions.append(changed(versions[-1], state))
+    for size in range(1, len(versions) + 1):
+        for order in permutations(versions, size):
+            for several in batches([*order, order[0]]):
+                sale_id = f"default/{uuid4()}"
+                for batch in several:
+                    own = [msgspec.structs.replace(each, sale_id=sale_id) for each in batch]
+                    outcome = await record(ledger, own)
+                    assert (outcome.refused, outcome.voided, outcome.broken) == ([], [], [])
+                newest = max(order, key=lambda event: event.version)
+                await check(ledger, sale_id, [newest])
 
 
 async def test_an_event_recorded_again_changes_nothing(ledger: Ledger) -> None:
@@ -113,30 +195,26 @@ async def test_an_event_recorded_again_changes_nothing(ledger: Ledger) -> None:
     assert (await ledger.sale(), await ledger.rows()) == before
 
 
-async def test_a_release_that_arrives_before_its_reservation_stays(ledger: Ledger) -> None:
-    event = accepted(quantity=3)
-    await record(ledger, [released(event)])
+async def test_a_final_state_stays(ledger: Ledger) -> None:
+    event = changed(held(quantity=2), "expired")
     await record(ledger, [event])
-    sale = await ledger.sale()
-    assert (sale.accepted, sale.released) == (3, 3)
-    assert await ledger.rows() == {event.reservation_id: ("released", 2, 3)}
+    for state in ("held", "confirmed", "cancelled"):
+        later = msgspec.structs.replace(event, state=state, version=9)
+        assert await record(ledger, [later]) == BatchOutcome()
+    await check(ledger, event.sale_id, [event])
 
 
-async def test_a_released_reservation_stays_released(ledger: Ledger) -> None:
-    event = released(accepted())
-    await record(ledger, [event])
-    later = msgspec.structs.replace(event, state="accepted", version=9)
-    assert await record(ledger, [later]) == BatchOutcome()
-    assert await ledger.rows() == {event.reservation_id: ("released", 2, 1)}
-
-
-async def test_a_unit_sold_again_may_arrive_before_its_release(ledger: Ledger) -> None:
-    first = accepted(0, allocated=1, capacity=1)
-    again = accepted(1, allocated=1, capacity=2)
-    for event in (first, again, released(first, capacity=1)):
-        assert (await record(ledger, [event])).recorded == 1
-    sale = await ledger.sale()
-    assert (sale.accepted, sale.released, sale.capacity) == (2, 1, 2)
+async def test_a_unit_that_is_sold_again_fits_whatever_arrives_first(ledger: Ledger) -> None:
+    one = {"allocated": 1, "capacity": 1}
+    first, second = held(0, **one), held(1, allocated=1, capacity=2)
+    last = accepted(2, allocated=1, capacity=3)
+    events = [first, changed(first, "expired"), second, changed(second, "cancelled"), last]
+    for order in permutations(events):
+        sale_id = f"default/{uuid4()}"
+        for event in order:
+            own = msgspec.structs.replace(event, sale_id=sale_id)
+            assert (await record(ledger, [own])).refused == []
+        assert await counts(ledger, sale_id) == (3, 0, 2)
 
 
 async def test_events_over_the_capacity_are_refused_and_the_others_recorded(ledger: Ledger) -> None:
@@ -151,7 +229,7 @@ async def test_events_over_the_capacity_are_refused_and_the_others_recorded(ledg
     assert (sale.accepted, sale.capacity) == (3, 3)
     states = {key: row[0] for key, row in (await ledger.rows()).items()}
     assert states == {
-        event.reservation_id: "accepted" if number < 3 else "refused"
+        event.reservation_id: "confirmed" if number < 3 else "refused"
         for number, event in enumerate(oversold)
     }
     assert await ledger.has(*other)
@@ -160,11 +238,10 @@ async def test_events_over_the_capacity_are_refused_and_the_others_recorded(ledg
 async def test_a_refused_reservation_stays_refused_while_it_does_not_fit(ledger: Ledger) -> None:
     event = accepted(allocated=0, capacity=0)
     assert [each for each, _ in (await record(ledger, [event])).refused] == [event]
-    for later in (event, released(event, capacity=0)):
+    for later in (event, changed(event, "cancelled", capacity=0)):
         assert await record(ledger, [later]) == BatchOutcome()
     assert await ledger.rows() == {event.reservation_id: ("refused", 1, 1)}
-    sale = await ledger.sale()
-    assert (sale.accepted, sale.released) == (0, 0)
+    assert await counts(ledger) == (0, 0, 0)
 
 
 async def test_a_refused_reservation_that_is_accepted_again_is_recorded(ledger: Ledger) -> None:
@@ -180,27 +257,150 @@ async def test_a_refused_reservation_that_is_accepted_again_is_recorded(ledger: 
     assert (sale.accepted, sale.capacity) == (2, 2)
 
 
+async def test_a_refused_hold_that_is_accepted_later_counts_with_its_new_quantity(
+    ledger: Ledger,
+) -> None:
+    """The buyer repeats the key after a rebuild, and asks for fewer units."""
+    refused = held(quantity=3, request_key="k", allocated=2, capacity=2)
+    assert [each for each, _ in (await record(ledger, [refused])).refused] == [refused]
+    again = msgspec.structs.replace(refused, quantity=2, version=1_001, revision=1)
+    assert (await record(ledger, [again])).recorded == 1
+    await check(ledger, again.sale_id, [again])
+    confirmed = changed(again, "confirmed")
+    assert (await record(ledger, [refused, confirmed])).recorded == 1
+    await check(ledger, again.sale_id, [confirmed])
+
+
+async def test_an_older_version_does_not_replace_a_refused_one(ledger: Ledger) -> None:
+    """The ledger would have the hold for ever, because the confirmation does not come again."""
+    hold = held(allocated=0, capacity=0)
+    confirmed = changed(hold, "confirmed")
+    assert [each for each, _ in (await record(ledger, [confirmed])).refused] == [confirmed]
+    other = accepted(allocated=5, capacity=5)
+    assert await record(ledger, [other, hold]) == BatchOutcome(recorded=1)
+    assert (await ledger.rows())[hold.reservation_id] == ("refused", 2, 1)
+    assert await counts(ledger) == (1, 0, 0)
+    # The same event fits now, if it is read again.
+    assert (await record(ledger, [confirmed])).recorded == 1
+    await check(ledger, other.sale_id, [other, confirmed])
+
+
 async def test_a_late_event_from_before_the_last_rebuild_is_refused(ledger: Ledger) -> None:
     known, late = accepted(0, revision=4), accepted(1, revision=4)
     await record(ledger, [known])
-    await ledger.pool.execute("UPDATE sales SET rebuilt_revision = 5, revision = 5")
+    await rebuild(ledger, 5)
     after = accepted(2, revision=5)
-    outcome = await record(ledger, [known, late, after])
-    assert (outcome.recorded, [each for each, _ in outcome.refused]) == (1, [late])
-    assert "rebuilt without it" in outcome.refused[0][1]
+    outcome = await record(ledger, [known, late, changed(late, "cancelled"), after])
+    assert (outcome.recorded, outcome.voided) == (1, [])
+    ((refused, why),) = outcome.refused
+    assert refused.reservation_id == late.reservation_id
+    assert "rebuilt without it" in why
     assert await record(ledger, [late, known]) == BatchOutcome()
     assert {key: row[0] for key, row in (await ledger.rows()).items()} == {
-        known.reservation_id: "accepted",
+        known.reservation_id: "confirmed",
         late.reservation_id: "refused",
-        after.reservation_id: "accepted",
+        after.reservation_id: "confirmed",
     }
     assert (await ledger.sale()).accepted == 2
+
+
+async def test_a_late_event_raises_the_capacity(ledger: Ledger) -> None:
+    """The units of a release that the ledger has are sold again before the rebuild and after it."""
+    await record(ledger, [accepted(0, capacity=1, revision=1)])
+    await rebuild(ledger, 2)
+    late, after = accepted(1, capacity=2, revision=1), accepted(2, capacity=1, revision=2)
+    outcome = await record(ledger, [late, after])
+    assert (outcome.recorded, [each for each, _ in outcome.refused]) == (1, [late])
+
+
+async def test_a_late_change_of_a_known_reservation_is_void(ledger: Ledger) -> None:
+    known = held(revision=4)
+    await record(ledger, [known])
+    await rebuild(ledger, 5)
+    late = changed(known, "cancelled")
+    assert await record(ledger, [late]) == BatchOutcome(voided=[late])
+    await check(ledger, known.sale_id, [known])
+    assert await ledger.voided() == 1
+    # The rebuild gave the hold more time.
+    later = NOON + timedelta(hours=1)
+    confirmed = changed(known, "confirmed", version=2**53, revision=5, expires_at=later)
+    assert (await record(ledger, [confirmed])).recorded == 1
+    await check(ledger, known.sale_id, [confirmed])
+
+
+async def test_a_late_version_that_the_ledger_has_is_not_void(ledger: Ledger) -> None:
+    first = held(revision=4)
+    second = changed(first, "confirmed")
+    await record(ledger, [second])
+    await rebuild(ledger, 5)
+    assert await record(ledger, [first, second]) == BatchOutcome()
+    assert await ledger.voided() == 0
+    await check(ledger, first.sale_id, [second])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_void_event_does_not_hide_a_valid_one_of_its_batch(
+    ledger: Ledger, version: int, order: int
+) -> None:
+    """The same key is accepted again after a rebuild by a pod of the previous version."""
+    await record(ledger, [accepted(revision=4)])
+    await rebuild(ledger, 5)
+    void = held(1, version=version, revision=4)
+    valid = msgspec.structs.replace(void, version=1, revision=5)
+    outcome = await record(ledger, [void, valid][::order])
+    assert outcome == BatchOutcome(recorded=1)
+    assert await ledger.has(valid)
+    assert (await ledger.rows())[valid.reservation_id] == ("held", 1, 1)
+
+
+async def test_a_void_change_does_not_hide_a_valid_one_of_its_batch(ledger: Ledger) -> None:
+    known = held(revision=4)
+    await record(ledger, [known])
+    await rebuild(ledger, 5)
+    void = changed(known, "cancelled", version=3)
+    valid = changed(known, "confirmed", revision=5)
+    assert await record(ledger, [void, valid]) == BatchOutcome(recorded=1, voided=[void])
+    await check(ledger, known.sale_id, [valid])
+
+
+async def test_a_late_event_that_postgresql_rejects_is_reported(ledger: Ledger) -> None:
+    known = accepted(revision=4)
+    await record(ledger, [known])
+    await rebuild(ledger, 5)
+    broken = accepted(accepted_at=BEYOND_POSTGRESQL, revision=4)
+    late = accepted(revision=4)
+    outcome = await record(ledger, [broken, late])
+    assert [event for event, _ in outcome.broken] == [broken]
+    assert [event for event, _ in outcome.refused] == [late]
+
+
+async def test_a_row_of_the_previous_version_can_be_cancelled(database_url: str) -> None:
+    async with opened(database_url) as ledger:
+        await migrate_to(ledger.pool, 4)
+        former = accepted(quantity=2)
+        await ledger.pool.execute(
+            "INSERT INTO sales (sale_id, item_id, allocated, revision, capacity, accepted) "
+            "VALUES ('default/phones', 'phone', 5, 1, 5, 2)"
+        )
+        await ledger.pool.execute(
+            "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, "
+            "occurred_at) VALUES ('default/phones', $1, 'user', 2, 'accepted', 1, $2)",
+            former.reservation_id,
+            former.accepted_at,
+        )
+        await migrate(ledger.pool)
+        assert await record(ledger, [former]) == BatchOutcome()
+        await check(ledger, former.sale_id, [former])
+        cancelled = changed(former, "cancelled")
+        assert (await record(ledger, [cancelled])).recorded == 1
+        await check(ledger, former.sale_id, [cancelled])
 
 
 async def test_a_restock_counts_for_its_whole_batch_even_if_the_batch_is_split(
     ledger: Ledger,
 ) -> None:
-    broken = accepted(2, occurred_at=BEYOND_POSTGRESQL)
+    broken = accepted(2, accepted_at=BEYOND_POSTGRESQL)
     events = [accepted(0, capacity=1), accepted(1, capacity=1), broken, accepted(3, capacity=3)]
     outcome = await record(ledger, events)
     assert (outcome.recorded, outcome.refused) == (3, [])
@@ -234,7 +434,7 @@ async def test_an_event_that_postgresql_rejects_is_reported_and_the_others_recor
     ledger: Ledger,
 ) -> None:
     good = [accepted(number) for number in range(20)]
-    broken = accepted(occurred_at=BEYOND_POSTGRESQL)
+    broken = accepted(accepted_at=BEYOND_POSTGRESQL)
     outcome = await record(ledger, [*good[:7], broken, *good[7:]])
     assert [event for event, _ in outcome.broken] == [broken]
     assert outcome.recorded == 20
@@ -253,3 +453,22 @@ async def test_consumers_that_record_the_same_events_count_them_once(ledger: Led
         )
         assert sum(outcome.recorded for outcome in outcomes) == 100
     assert sum([(await ledger.sale(sale_id)).accepted for sale_id in sales]) == 1_000
+
+
+async def test_consumers_that_record_versions_in_different_orders_count_them_once(
+    ledger: Ledger,
+) -> None:
+    """Each has a part of the versions, and they share some."""
+    last = []
+    for attempt in range(10):
+        first = [held(number, quantity=2) for number in range(60)]
+        second = [changed(event, STATES[number % 3]) for number, event in enumerate(first)]
+        await asyncio.gather(
+            record(ledger, first),
+            record(ledger, second[::-1]),
+            record(ledger, [*second[30:], *first[:30]]),
+            record(ledger, [*first[::-2], *second[::2]]),
+        )
+        last += second
+        assert await counts(ledger) == counted(last), attempt
+    await check(ledger, "default/phones", last)

@@ -3,11 +3,13 @@
 import asyncio
 import signal
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from dev.stack.servers import KafkaServer
 from flashsale import events
+from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from tests.support.consumer import (
@@ -16,9 +18,12 @@ from tests.support.consumer import (
     Log,
     Process,
     accepted,
+    changed,
+    held,
     running,
 )
 from tests.support.eventually import until
+from tests.support.recorded import received
 
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
@@ -37,7 +42,7 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
         b"[" * 100_000,
         b"",
         None,
-        events.encode(accepted(occurred_at=BEYOND_POSTGRESQL)),
+        events.encode(accepted(accepted_at=BEYOND_POSTGRESQL)),
     ]
     async with running(ledger.url, log) as worker:
         for number, value in enumerate(bad):
@@ -107,6 +112,41 @@ async def test_reservations_over_capacity_are_refused_counted_and_logged(
     assert line.levelname == "ERROR"
     assert oversold[2].sale_id in line.message
     assert oversold[2].reservation_id in line.message
+
+
+async def test_void_changes_are_counted_and_logged(
+    ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    known, last = held(revision=4), accepted(revision=5)
+    await log.write(known, partition=0)
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(known)
+        await ledger.pool.execute("UPDATE sales SET rebuilt_revision = 5, revision = 5")
+        await log.write(changed(known, "expired"), last, partition=0)
+        await ledger.until_has(last)
+        await until(lambda: worker.value("flashsale_consumer_voided_total") == 1)
+        assert (worker.events("refused"), worker.events("duplicate")) == (0, 0)
+    (line,) = (record for record in caplog.records if "void" in record.message)
+    assert line.levelname == "WARNING"
+    assert known.sale_id in line.message
+    assert known.reservation_id in line.message
+
+
+async def test_the_time_to_the_ledger_is_measured_from_the_change(ledger: Ledger, log: Log) -> None:
+    """A cancellation, an expiry and a late order reference have no time of their own."""
+    now = datetime.now(UTC)
+    past = now - timedelta(hours=2)
+    first, second = held(accepted_at=past), held(accepted_at=past)
+    ordered = accepted(accepted_at=past, confirmed_at=past, order_ref="order-1", version=2)
+    confirmed = changed(first, "confirmed", confirmed_at=now)
+    last = accepted(accepted_at=past, confirmed_at=past)
+    own = [first, second, confirmed, changed(second, "expired"), ordered, last]
+    await log.write(*own, partition=0)
+    name = "flashsale_consumer_end_to_end_seconds"
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(*own)
+        await until(lambda: worker.value(f"{name}_count") == 4)
+        assert worker.value(f'{name}_bucket{{le="3600.0"}}') == 1
 
 
 async def test_reading_from_the_beginning_again_changes_nothing(ledger: Ledger, log: Log) -> None:
@@ -189,7 +229,9 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     await log.delete(log.topic)
     create = topics.create
 
-    async def create_and_publish(kafka: KafkaSettings, *names: str) -> frozenset[str]:
+    async def create_and_publish(
+        kafka: KafkaSettings, *names: str
+    ) -> tuple[frozenset[str], TopicFacts | None]:
         created = await create(kafka, *names)
         await log.write(*second, partition=0)  # before the consumer reads the end offset
         return created
@@ -251,5 +293,10 @@ async def test_killed_consumers_lose_and_double_nothing(
     await writing
     await ledger.until_rows(len(sold))
     assert await ledger.has(*sold)
+
+    async def announced() -> bool:
+        return await (await received(log.bootstrap, log.engine)).agrees(ledger.pool)
+
+    await until(announced, "every reservation is announced", pause=1)
     consumer.signal(signal.SIGTERM)
     assert await consumer.ended() == 0

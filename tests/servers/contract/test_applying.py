@@ -49,7 +49,7 @@ async def test_a_restock_sells_the_difference(inventory: Inventory, item: str) -
     assert [answer.outcome for answer in found] == [Outcome.ACCEPTED, Outcome.SOLD_OUT]
 
 
-async def test_allocated_is_not_lowered_below_the_held_units(
+async def test_allocated_is_not_lowered_below_the_taken_units(
     inventory: Inventory, item: str
 ) -> None:
     spec = await opened(inventory, a_sale(item, 10))
@@ -84,7 +84,7 @@ async def test_applying_manifests_during_a_sale_creates_no_units(
                 seed_until_ms=2**53 if chance.random() < 0.5 else None,
             )
             sale = await the_sale(inventory, item)
-            assert sale.held <= sale.allocated
+            assert sale.taken <= sale.allocated
             most = max(most, sale.allocated)
         return most
 
@@ -163,7 +163,7 @@ async def test_another_sale_replaces_only_a_finished_and_recorded_sale(
     assert await take(1) is Applied.CONFLICT  # selling
     await inventory.close(item, first.sale_id, 2)
     assert await take(1) is Applied.CONFLICT  # not drained
-    await outbox.settle(item, [(answer.detail, bought.reservation_id)])
+    await outbox.settle(item, [(answer.detail, bought.reservation_id, 1)])
     assert await take(0) is Applied.CONFLICT  # not recorded
     assert (
         await inventory.apply(second, 1, seed_until_ms=2**53) is Applied.CONFLICT
@@ -171,7 +171,7 @@ async def test_another_sale_replaces_only_a_finished_and_recorded_sale(
     assert await take(1) is Applied.SEEDED
     sale = await the_sale(inventory, item)
     assert (sale.sale_id, sale.accepted, sale.available) == ("default/second", 0, 7)
-    assert await inventory.reservation(item, bought.reservation_id) is None
+    assert (await inventory.look(item, bought.reservation_id)).record is None
     assert await inventory.apply(first, 9, seed_until_ms=2**53) is Applied.CONFLICT
 
 

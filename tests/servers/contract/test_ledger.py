@@ -8,17 +8,40 @@ import pytest
 
 from dev.stack.servers import PostgresServer
 from flashsale import ledger
-from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved
+from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
+from tests.support.consumer import migrate_to
 
 Pool = asyncpg.Pool
 
 LATEST = len(list((files("flashsale") / "migrations").iterdir()))
+_SALE = """
+INSERT INTO sales (sale_id, item_id, allocated, revision, capacity)
+VALUES ('default/a', 'a', 1, 1, 3)
+"""
+_ROWS = """
+INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, request_key,
+                          occurred_at)
+VALUES ('default/a', gen_random_uuid(), 'ann', 1, 'accepted', 1, 'key', '2026-11-27T12:00Z'),
+       ('default/a', gen_random_uuid(), 'bob', 2, 'released', 2, null, '2026-11-27T12:01Z'),
+       ('default/a', gen_random_uuid(), 'cid', 4, 'refused', 1, null, '2026-11-27T12:02Z');
+UPDATE sales SET accepted = 3, released = 2
+"""
+_FORMER_WRITE = """
+INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, request_key,
+                          occurred_at)
+VALUES ('default/a', gen_random_uuid(), 'ann', 1, 'accepted', 1, null, now())
+ON CONFLICT DO NOTHING
+"""
+_FORMER_READ = """
+SELECT state, version, quantity, (extract(epoch FROM occurred_at) * 1000)::bigint, user_id
+FROM reservations WHERE state <> 'refused'
+"""
 
 
 async def test_concurrent_migrations_run_once(pool: Pool) -> None:
     versions = await asyncio.gather(*(ledger.migrate(pool) for _ in range(8)))
     assert set(versions) == {LATEST}
-    assert await pool.fetchval("SELECT count(*) FROM schema_migrations") == LATEST
+    assert await pool.fetchval("SELECT count(*) FROM flashsale_migrations") == LATEST
 
 
 async def test_processes_can_migrate_an_empty_database_at_the_same_time(
@@ -38,7 +61,15 @@ async def test_processes_can_migrate_an_empty_database_at_the_same_time(
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("accepted", 11), ("released", 1), ("accepted", -1), ("allocated", -1), ("revision", 0)],
+    [
+        ("accepted", 11),
+        ("released", 1),
+        ("held", 1),
+        ("held", -1),
+        ("accepted", -1),
+        ("allocated", -1),
+        ("revision", 0),
+    ],
 )
 async def test_constraints_refuse_impossible_counts(pool: Pool, column: str, value: int) -> None:
     await pool.execute(
@@ -78,6 +109,19 @@ async def test_a_read_only_ledger_that_is_up_to_date_counts_as_migrated(pool: Po
             await pool.execute("DELETE FROM sales")
 
 
+async def test_commits_of_an_operator_wait_for_the_standby_whatever_the_databases_default(
+    pool: Pool, database_url: str
+) -> None:
+    """A standby without a restock would let a rebuild take its revision again."""
+    name = await pool.fetchval("SELECT current_database()")
+    await pool.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+    operators = await ledger.connect(database_url)
+    consumers = await ledger.connect(database_url, synchronous=False)
+    for own, expected in ((operators, "on"), (consumers, "off")):
+        assert await own.fetchval("SHOW synchronous_commit") == expected
+        await own.close()
+
+
 async def test_bad_data_is_not_reported_as_an_outage(pool: Pool) -> None:
     for value in ("nul\x00", 5):
         with pytest.raises((asyncpg.DataError, ValueError)):
@@ -94,20 +138,94 @@ async def test_a_ledger_keeps_its_engines_name_and_id(pool: Pool) -> None:
 
 async def test_a_ledger_of_the_previous_version_has_the_default_name(database_url: str) -> None:
     own = await ledger.connect(database_url)
-    for script in sorted((files("flashsale") / "migrations").iterdir(), key=lambda each: each.name):
-        if script.name < "0004":
-            await own.execute(script.read_text("utf-8"))
-    await own.execute(
-        "CREATE TABLE schema_migrations (version integer PRIMARY KEY, "
-        "applied_at timestamptz NOT NULL DEFAULT now()); "
-        "INSERT INTO schema_migrations SELECT generate_series(1, 3); "
-        "INSERT INTO sales (sale_id, item_id, allocated, revision, capacity) "
-        "VALUES ('default/a', 'a', 1, 1, 1)"
-    )
-    await ledger.migrate(own)
+    await migrate_to(own, 3)
+    await own.execute(_SALE)
+    assert await ledger.migrate(own) == LATEST
+    assert await ledger.migrate(own) == LATEST
     with pytest.raises(OtherEngine, match="set FLASHSALE_ENGINE=flashsale"):
         await ledger.engine_id(own, "shop")
     assert await ledger.engine_id(own, "flashsale")
+    await own.close()
+
+
+async def test_the_reservations_of_the_previous_version_are_migrated(database_url: str) -> None:
+    own = await ledger.connect(database_url)
+    await migrate_to(own, 4)
+    await own.execute(_SALE)
+    await own.execute(_ROWS)
+    before = {row["user_id"]: row for row in await own.fetch("SELECT * FROM reservations")}
+    await ledger.migrate(own)
+    after = {row["user_id"]: row for row in await own.fetch("SELECT * FROM reservations")}
+    assert {user: (row["state"], row["version"]) for user, row in after.items()} == {
+        "ann": ("confirmed", 1),
+        "bob": ("cancelled", 2),
+        "cid": ("refused", 1),
+    }
+    for user, row in after.items():
+        for name in ("sale_id", "reservation_id", "quantity", "request_key", "recorded_at"):
+            assert row[name] == before[user][name]
+        assert row["accepted_at"] == before[user]["occurred_at"]
+        assert row["confirmed_at"] == (None if user == "cid" else row["accepted_at"])
+        assert [row[name] for name in ("expires_at", "order_ref", "former_state")] == [None] * 3
+    [sale] = await ledger.sales(own)
+    assert (sale.accepted, sale.released, sale.held, sale.hold_seconds) == (3, 2, 0, None)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await own.execute("UPDATE reservations SET state = 'accepted'")
+    await own.execute("UPDATE reservations SET version = $1", 2**53)
+    await own.close()
+
+
+@pytest.mark.parametrize("statement", [_FORMER_WRITE, _FORMER_READ], ids=["consumer", "operator"])
+async def test_processes_of_the_previous_version_wait_for_a_migrated_ledger(
+    pool: Pool, statement: str
+) -> None:
+    """An outage is retried. A consumer would send rejected data to the dead letters."""
+    with pytest.raises(LedgerUnavailable, match="occurred_at"):
+        async with ledger.translated():
+            await pool.execute(statement)
+
+
+async def test_a_migration_may_take_longer_than_a_command(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "COMMAND_TIMEOUT_SECONDS", 1.0)
+    own = await ledger.connect(database_url)
+    await migrate_to(own, 4)
+    blocking = await asyncpg.connect(database_url)
+    async with blocking.transaction():
+        await blocking.execute("LOCK TABLE reservations")
+        migration = asyncio.create_task(ledger.migrate(own))
+        await asyncio.wait([migration], timeout=2)
+    assert await migration == LATEST
+    await blocking.close()
+    await own.close()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    ["version bigint PRIMARY KEY, dirty boolean", "version text PRIMARY KEY"],
+    ids=["golang-migrate", "rails"],
+)
+async def test_a_migration_table_of_another_application_is_left_alone(
+    database_url: str, columns: str
+) -> None:
+    own = await ledger.connect(database_url)
+    await own.execute(
+        f"CREATE TABLE schema_migrations ({columns}); "
+        "INSERT INTO schema_migrations (version) VALUES ('20240101120000')"
+    )
+    assert await ledger.migrate(own) == LATEST
+    assert await ledger.sales(own) == []
+    assert await own.fetchval("SELECT count(*) FROM schema_migrations") == 1
+    await own.close()
+
+
+@pytest.mark.parametrize("name", ["sales", "reservations", "flashsale_migrations"])
+async def test_a_table_of_another_application_is_named(database_url: str, name: str) -> None:
+    own = await ledger.connect(database_url)
+    await own.execute(f"CREATE TABLE {name} (id text)")
+    with pytest.raises(UnmetRequirement, match=f"table of another application .*{name}"):
+        await ledger.migrate(own)
     await own.close()
 
 

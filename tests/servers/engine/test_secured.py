@@ -1,6 +1,7 @@
 """The engine with TLS everywhere and Kafka users, as in k8s/values/highly-available.yaml.
 
 Kafka is a real broker with an authorizer. Its users have the ACLs of k8s/kafka/three-brokers.yaml.
+Redis has the users of k8s/redis/one-node.yaml.
 Redis and PostgreSQL come from wheels without TLS, so a relay in front of them terminates TLS. These
 tests cover the engine's clients.
 """
@@ -8,6 +9,7 @@ tests cover the engine's clients.
 import asyncio
 import gc
 import json
+import re
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +17,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import pytest
 import trustme
@@ -37,10 +40,11 @@ from cryptography.hazmat.primitives.serialization import (
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale import events
+from flashsale import events, redis_client
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
 from flashsale_operator.sales import offsets
+from tests.support import redis_users
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
 from tests.support.paths import ROOT
@@ -162,6 +166,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Ite
         # The users may not create topics. Strimzi's topic operator does that.
         owned = KafkaSettings(kafka_bootstrap=server.bootstrap)
         asyncio.run(topics.create(owned, events.topic(), events.dead_letter_topic()))
+        asyncio.run(topics.create_recorded(owned, events.recorded_topic()))
         del owner  # closes its connections
         yield secured
 
@@ -176,7 +181,7 @@ def acls() -> list[kafka_admin.AclBinding]:
             kafka_admin.ResourcePatternType.LITERAL,
             f"User:{user}",
             "*",
-            kafka_admin.AclOperation[operation.upper()],
+            kafka_admin.AclOperation[re.sub("(?<=[a-z])(?=[A-Z])", "_", operation).upper()],
             kafka_admin.AclPermissionType.ALLOW,
         )
         for user, given in users().items()
@@ -211,13 +216,21 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
         redis = RedisServer(tmp_path / "redis")
         await asyncio.to_thread(redis.start)
         stack.callback(redis.stop)
+        admin = redis_client.connect(redis.url)
+        stack.push_async_callback(admin.aclose)
+        set_user: Any = admin.execute_command  # redis-py has no types for it
+        for user in (redis_users.OPERATOR, redis_users.API):
+            rules = redis_users.rules(user)
+            await set_user("ACL", "SETUSER", user, "on", f">{PASSWORD}", *rules)
         redis_port, database_port = [
             await stack.enter_async_context(relay(port, authority.server, asked=asked))
             for port, asked in ((redis.port, False), (postgres_server.port, True))
         ]
         database = database_url.replace(f":{postgres_server.port}/", f":{database_port}/")
         addresses = Addresses(
-            f"rediss://127.0.0.1:{redis_port}/0", kafka, f"{database}?sslmode=verify-full"
+            f"rediss://flashsale:{quote(PASSWORD)}@127.0.0.1:{redis_port}/0",
+            kafka,
+            f"{database}?sslmode=verify-full",
         )
 
         def run_as(component: str) -> None:
@@ -233,7 +246,7 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
         await ctl("apply", "-f", "-", stdin=manifest(item, stock=1))
         with ExitStack() as processes:
             consumer = ConsumerServer(tmp_path / "consumer", addresses)
-            api = ApiServer(tmp_path / "api", addresses)
+            api = ApiServer(tmp_path / "api", redis_users.of_api(addresses))
             for component, server in (("consumer", consumer), ("api", api)):
                 run_as(component)
                 await asyncio.to_thread(server.start)  # because the relays need the loop
@@ -251,10 +264,14 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
             assert await asyncio.to_thread(buy) == 202
 
             async def audit() -> list[str]:
-                return (await ctl("audit", item)).split()[-7:]
+                return (await ctl("audit", item)).split()[-8:]
 
             found = await until(audit, "the audit agrees", ignoring=(AssertionError,))
-            assert found == ["SoldOut", "1", "1", "1", "0", "0", "ok"]
+            assert found == ["SoldOut", "1", "1", "0", "1", "0", "0", "ok"]
+
+            await admin.flushall()  # Redis loses the sale, and the operator's user rebuilds it
+            assert "rebuilt" in await ctl("apply", "-f", "-", stdin=manifest(item, stock=1))
+            assert await audit() == found
 
 
 def client(
@@ -275,6 +292,9 @@ async def test_each_user_can_do_its_own_work_and_nothing_else(
         ("consumer", events.topic()): False,
         ("consumer", events.dead_letter_topic()): True,
         ("operator", events.topic()): True,
+        ("api", events.recorded_topic()): False,
+        ("consumer", events.recorded_topic()): True,
+        ("operator", events.recorded_topic()): False,
     }
     for (component, name), allowed in may_write.items():
         producer = AIOKafkaProducer(

@@ -30,6 +30,7 @@ from flashsale_consumer import topics
 from tests.support.consumer import Log, Process
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
+from tests.support.redis_users import OPERATOR, of_api, url_of
 from tests.support.servers import database
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Addresses], tuple[ApiServer, Con
 
         def start(addresses: Addresses) -> tuple[ApiServer, ConsumerServer]:
             folder = tmp_path / uuid.uuid4().hex
-            api = ApiServer(folder / "api", addresses)
+            api = ApiServer(folder / "api", of_api(addresses))
             consumer = ConsumerServer(folder / "consumer", addresses)
             for server in (api, consumer):
                 running.callback(server.kill)
@@ -111,7 +112,9 @@ async def test_engines_of_different_names_share_kafka_and_redis(
     start: Callable[[Addresses], tuple[ApiServer, ConsumerServer]],
 ) -> None:
     shop, brand = (
-        Addresses(redis_server.url, kafka_server.bootstrap, url, f"{name}-{uuid.uuid4()}")
+        Addresses(
+            url_of(redis_server, OPERATOR), kafka_server.bootstrap, url, f"{name}-{uuid.uuid4()}"
+        )
         for name, url in (("shop", database_url), ("brand", other_database_url))
     )
     apis = {}
@@ -286,7 +289,11 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
             await commit_recorded(kafka.bootstrap, database_url)
             await publish(kafka.bootstrap, item, entries[60:80])
             await Outbox(client).settle(
-                item, [(entry.entry_id, entry.reservation_id) for entry in entries[:80]]
+                item,
+                [
+                    (entry.entry_id, entry.reservation_id, entry.record.version)
+                    for entry in entries[:80]
+                ],
             )
 
             api, _ = await asyncio.to_thread(start, addresses)
@@ -307,7 +314,7 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
         assert await dead_letters(addresses) == 0
         async with connection(database_url) as ledger:
             rows = await ledger.fetch(
-                "SELECT reservation_id::text AS id FROM reservations WHERE state = 'accepted'"
+                "SELECT reservation_id::text AS id FROM reservations WHERE state = 'confirmed'"
             )
             found = await ledger.fetchrow("SELECT name, redis_address FROM engine")
         assert {entry.reservation_id for entry in entries} <= {row["id"] for row in rows}

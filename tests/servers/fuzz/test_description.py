@@ -2,14 +2,11 @@
 
 import asyncio
 import itertools
-import json
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -22,16 +19,14 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys, engine_id
+from flashsale.reservations import Call
 from flashsale_api.responses import Problem
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, reserve
+from tests.support.description import Description, Seen
 from tests.support.eventually import until
 from tests.support.proxy import Proxy
 
-DESCRIPTION: dict[str, Any] = json.loads((files("flashsale_api") / "openapi.json").read_bytes())
-URN = "urn:flashsale:problem:"
-
-Sort = tuple[str, int, str]
-"""A sort of answer: the operation, the status, and the slug of the problem or ""."""
+BUYERS, ORDERS = Description("openapi.json"), Description("openapi-orders.json")
 
 ON_ANY_PATH = {Problem.NOT_FOUND, Problem.METHOD_NOT_ALLOWED}
 """Starlette's answers. They are described in the document's text."""
@@ -41,78 +36,17 @@ NEVER = {
 }
 
 
-def resolved(value: Any) -> Any:  # noqa: ANN401 - any part of a JSON document
-    """Follow the references of a part of the document."""
-    while isinstance(value, dict) and "$ref" in value:
-        found: Any = DESCRIPTION
-        for name in value["$ref"].removeprefix("#/").split("/"):
-            found = found[name]
-        value = found
-    return value
-
-
-def slugs(schema: Any) -> Iterator[str]:  # noqa: ANN401 - any part of a JSON document
-    """Yield the slugs of the problems that a schema allows."""
-    match resolved(schema):
-        case {"properties": {"type": {"const": str(urn)}}}:
-            yield urn.removeprefix(URN)
-        case {"properties": {"type": {"enum": list(urns)}}}:
-            yield from (urn.removeprefix(URN) for urn in urns)
-        case {"allOf": list(parts)} | {"oneOf": list(parts)}:
-            for part in parts:
-                yield from slugs(part)
-
-
-def described() -> set[Sort]:
-    """Return every described sort of answer."""
-    found = set()
-    for path, methods in DESCRIPTION["paths"].items():
-        for method, operation in methods.items():
-            if method == "parameters":
-                continue
-            for status, response in operation["responses"].items():
-                for content in response["content"].values():
-                    for slug in list(slugs(content["schema"])) or [""]:
-                        found.add((f"{method.upper()} {path}", int(status), slug))
-    return found
-
-
-class Seen:
-    """The sorts of real answers. Each answer is checked against the document."""
-
-    def __init__(self) -> None:
-        self.sorts: set[Sort] = set()
+class SeenByBuyers(Seen):
+    """The sorts of answers to buyers, with the rules for their headers."""
 
     def check(self, label: str, answer: httpx.Response) -> str:
-        """Assert that the answer is as described. Return the slug of the problem, or ""."""
-        method, path = label.split(" ")
-        operation = DESCRIPTION["paths"][path][method.lower()]
-        assert str(answer.status_code) in operation["responses"], (label, answer.text)
-        response = operation["responses"][str(answer.status_code)]
-        kind = answer.headers["content-type"].partition(";")[0]
-        schema = {
-            **response["content"][kind]["schema"],
-            "components": DESCRIPTION["components"],
-        }
-        slug = ""
-        if kind == "text/plain":
-            Draft202012Validator(schema).validate(answer.text)
-        else:
-            Draft202012Validator(schema, validate_formats=True).validate(answer.json())
-        if kind == "application/problem+json":
-            slug = answer.json()["type"].removeprefix(URN)
-        for name, header in response.get("headers", {}).items():
-            if (value := answer.headers.get(name)) is not None:
-                rule = resolved(header)["schema"]
-                number = rule.get("type") == "integer"
-                Draft202012Validator(rule).validate(int(value) if number else value)
+        slug = super().check(label, answer)
         assert ("location" in answer.headers) == (
             answer.status_code == 202 or slug == Problem.OUTCOME_UNKNOWN.value.slug
         )
         assert ("retry-after" in answer.headers) == (
             answer.status_code == 503 or slug in {"paused", "not-open"}
-        ) or kind == "text/plain"
-        self.sorts.add((label, answer.status_code, slug))
+        ) or answer.headers["content-type"].startswith("text/")
         return slug
 
 
@@ -137,8 +71,20 @@ async def unready(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     server.kill()
 
 
+@pytest.fixture
+async def of_header(without_kafka: Addresses, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a pod that names users by the header `x-user`."""
+    settings = {"FLASHSALE_USER_HEADER": "x-user"}
+    server = ApiServer(tmp_path / "of-header", without_kafka, settings=settings)
+    await asyncio.to_thread(server.start)
+    async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        yield client
+    server.kill()
+
+
 async def test_the_described_and_the_real_answers_are_the_same(
     http: httpx.AsyncClient,
+    of_header: httpx.AsyncClient,
     unready: httpx.AsyncClient,
     own_http: httpx.AsyncClient,
     own_redis: RedisServer,
@@ -148,16 +94,19 @@ async def test_the_described_and_the_real_answers_are_the_same(
     open_sale: OpenSale,
     new_item: Callable[[], str],
 ) -> None:
-    seen = Seen()
+    seen = SeenByBuyers(BUYERS)
     await _check_decisions(seen, http, inventory, open_sale, new_item)
+    await _check_holds(seen, http, inventory, redis, open_sale, new_item())
     await _check_invalid(seen, http)
     await _check_reads(seen, http, redis, open_sale, new_item)
     await _check_unready(seen, unready)
+    await _check_users(seen, of_header, open_sale, new_item())
     await _check_full_outbox(seen, http, redis, open_sale, new_item())
     await _check_outages(seen, own_http, own_redis, proxy)
     await _check_other_engine(seen, own_http, own_redis)
     never = {problem.value.slug for problem in NEVER}
-    assert seen.sorts == {sort for sort in described() if sort[2] not in never}
+    described = {sort for sort in BUYERS.described() if sort[2] not in never}
+    assert seen.sorts == described - {("GET /", 500, "")}  # the page is no problem's body
 
 
 async def _check_decisions(
@@ -200,8 +149,45 @@ async def _check_decisions(
         "ended",
     ]
     place = await http.get(bought.headers["location"])
-    assert place.json() == bought.json()
+    assert place.json() == {k: v for k, v in bought.json().items() if k != "userId"}
     seen.check("GET /sales/{itemId}/reservations/{reservationId}", place)
+
+
+async def _check_holds(
+    seen: Seen,
+    http: httpx.AsyncClient,
+    inventory: Inventory,
+    redis: Redis,
+    open_sale: OpenSale,
+    item: str,
+) -> None:
+    await open_sale(item, 2, max_per_user=2, hold_seconds=60, max_expired_holds=1)
+    held = [await reserve(http, item, user, key="k") for user in ("ann", "bob")]
+    sold_out = await reserve(http, item, "cid")
+    first, second = (answer.json()["reservationId"] for answer in held)
+    await inventory.cancel(item, [Call(first)], timeout_seconds=5)
+    await redis.zadd(ItemKeys.of(item).holds, {second: 1})
+    await inventory.expire(item, 1, timeout_seconds=5)
+    # Kafka has never acknowledged the end of the hold, so it is counted here.
+    await redis.hset(ItemKeys.of(item).buyers, "bob", "0,1")
+    found = [
+        *held,
+        sold_out,
+        *[await reserve(http, item, user, key="k") for user in ("ann", "bob")],
+        await reserve(http, item, "bob"),
+    ]
+    assert [seen.check("POST /reserve", answer) for answer in found] == [
+        "",
+        "",
+        "sold-out",
+        "cancelled",
+        "hold-expired",
+        "too-many-holds",
+    ]
+    assert seen.check("GET /sales/{itemId}", await http.get(f"/sales/{item}")) == ""
+    place = "GET /sales/{itemId}/reservations/{reservationId}"
+    for answer in held:
+        assert seen.check(place, await http.get(answer.headers["location"])) == ""
 
 
 async def _check_invalid(seen: Seen, http: httpx.AsyncClient) -> None:
@@ -245,9 +231,9 @@ async def _check_reads(
     ):
         assert seen.check(place, await http.get(path)) == slug
     assert seen.check("POST /reserve", await reserve(http, foreign)) == "fenced"
-    for path in ("/sales", "/healthz", "/readyz", "/openapi.json"):
+    for path in ("/", "/sales", "/healthz", "/readyz", "/openapi.json"):
         assert seen.check(f"GET {path}", await http.get(path)) == ""
-    assert (await http.get("/openapi.json")).json() == DESCRIPTION
+    assert (await http.get("/openapi.json")).json() == BUYERS.document
 
 
 async def _check_unready(seen: Seen, unready: httpx.AsyncClient) -> None:
@@ -260,7 +246,28 @@ async def _check_unready(seen: Seen, unready: httpx.AsyncClient) -> None:
         assert seen.check(label, await unready.get(path)) == "redis-unavailable"
     assert seen.check("POST /reserve", await reserve(unready, "x")) == "redis-unavailable"
     seen.check("GET /readyz", await unready.get("/readyz"))
+    assert (await unready.get("/")).status_code == 503
+    assert seen.check("GET /", await unready.get("/")) == ""
     assert seen.check("GET /healthz", await unready.get("/healthz")) == ""
+
+
+async def _check_users(
+    seen: Seen, of_header: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    """Send requests to a pod that names users by a header."""
+    await open_sale(item)
+    label, place = "POST /reserve", "GET /sales/{itemId}/reservations/{reservationId}"
+    ann = {"x-user": "ann"}
+    body = {"itemId": item, "quantity": 1}
+    bought = await of_header.post("/reserve", json=body, headers=ann)
+    assert seen.check(label, bought) == ""
+    assert seen.check(label, await of_header.post("/reserve", json=body)) == "unauthorized"
+    other = await of_header.post("/reserve", json=body | {"userId": "bob"}, headers=ann)
+    assert seen.check(label, other) == "wrong-user"
+    own = await of_header.get(bought.headers["location"], headers=ann)
+    assert (seen.check(place, own), own.json()) == ("", bought.json())
+    stranger = await of_header.get(bought.headers["location"])
+    assert seen.check(place, stranger) == "unauthorized"
 
 
 async def _check_full_outbox(
@@ -282,11 +289,25 @@ async def _check_outages(
     assert seen.check("POST /reserve", await reserve(own_http, item)) == "outcome-unknown"
     own_redis.pause()
     slug = ""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while slug != "too-many-waiting":  # more requests than the calls in flight can take
             found = await asyncio.gather(*(reserve(own_http, item) for _ in range(50)))
             slug = max(seen.check("POST /reserve", answer) for answer in found)
+        for path in ("/sales", "/sales/{itemId}", "/sales/{itemId}/reservations/{reservationId}"):
+            place = path.replace("{itemId}", "x").replace("{reservationId}", UNKNOWN_ID)
+            waiting = f"/sales/x/reservations/{UNKNOWN_ID}"
+            slug = ""
+            while slug != "too-many-waiting":  # more requests than may wait for Redis
+                crowd = [asyncio.create_task(own_http.get(waiting)) for _ in range(90)]
+                await asyncio.sleep(0.3)  # the crowd waits for Redis for a second
+                slug = seen.check(f"GET {path}", await own_http.get(place))
+                await asyncio.gather(*crowd)
     own_redis.resume()
+    own_redis.kill()
+    async with asyncio.timeout(30):
+        while slug != "redis-unavailable":  # the first call may be in flight
+            slug = seen.check("POST /reserve", await reserve(own_http, item))
+    own_redis.start()
 
 
 async def _check_other_engine(
@@ -306,9 +327,9 @@ async def _check_other_engine(
 
 
 async def test_unknown_paths_and_other_methods_get_problems(http: httpx.AsyncClient) -> None:
-    problem = Draft202012Validator(resolved({"$ref": "#/components/schemas/Problem"}))
+    problem = Draft202012Validator(BUYERS.document["components"]["schemas"]["Problem"])
     for method, path, status in (
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/sales/", 404),
         ("POST", "/reserve/", 404),
         ("GET", "/docs", 404),
@@ -325,6 +346,7 @@ async def test_unknown_paths_and_other_methods_get_problems(http: httpx.AsyncCli
 
 
 def test_every_possible_problem_is_described() -> None:
-    found = {slug for _, _, slug in described() if slug}
+    sorts = BUYERS.described() | ORDERS.described()
+    found = {slug for _, _, slug in sorts if slug}
     undescribed = ON_ANY_PATH | (NEVER - {Problem.INTERNAL_ERROR})
     assert found == {problem.value.slug for problem in Problem if problem not in undescribed}

@@ -7,9 +7,7 @@ taken, and no traceback is logged.
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -19,66 +17,19 @@ from hypothesis import strategies as st
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from flashsale_api.protocol import MAX_HEAD_BYTES, REQUEST_SECONDS
+from flashsale_api.protocol import MAX_HEAD_BYTES
 from flashsale_api.reserve import MAX_BODY_BYTES
 from tests.support.api import OpenSale, accepted
-
-DEADLINE_SECONDS = 3 * REQUEST_SECONDS
-TE = b"Transfer-Encoding: chunked\r\n"
-JSON = b"Content-Type: application/json\r\n"
-POST = b"POST /reserve HTTP/1.1\r\nHost: x\r\n" + JSON
-GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@dataclass(slots=True)
-class Wire:
-    """A connection to the API."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    def send(self, data: bytes) -> None:
-        self.writer.write(data)
-
-    async def status(self) -> int:
-        """Read the next answer. Return its status, or 0 if the connection was closed."""
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            try:
-                head = await self.reader.readuntil(b"\r\n\r\n")
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return 0
-            status = int(head.split(b" ", 2)[1])
-            for line in head.lower().split(b"\r\n"):
-                if line.startswith(b"content-length:"):
-                    await self.reader.readexactly(int(line.partition(b":")[2]))
-        return status
-
-    async def rest(self) -> bytes:
-        """Read until the server closes the connection."""
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            try:
-                return await self.reader.read(-1)
-            except ConnectionError:
-                return b""
-
-
-@asynccontextmanager
-async def connection(api: ApiServer) -> AsyncIterator[Wire]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
-    try:
-        yield Wire(reader, writer)
-    finally:
-        writer.transport.abort()
-
-
-def body_for(item: str) -> bytes:
-    return b'{"userId":"ann","itemId":"%b","quantity":1}' % item.encode()
-
-
-def reserve(item: str, more: bytes = b"", body: bytes | None = None) -> bytes:
-    """Make a valid request, with `more` headers. It takes a unit."""
-    body = body_for(item) if body is None else body
-    return POST + more + b"Content-Length: %d\r\n\r\n" % len(body) + body
+from tests.support.wire import (
+    DEADLINE_SECONDS,
+    GET,
+    POST,
+    TE,
+    Wire,
+    body_for,
+    connection,
+    reserve,
+)
 
 
 def chunked(body: bytes, size: bytes | None = None, end: bytes = b"0\r\n\r\n") -> bytes:
@@ -107,6 +58,11 @@ def _malformed(item: str) -> dict[str, bytes]:
         "CONNECT": b"CONNECT other:443 HTTP/1.1\r\nHost: other\r\n\r\n" + good,
         "a NUL in the path": good.replace(b"/reserve", b"/res\x00erve"),
         "Latin-1 in the path": good.replace(b"/reserve", b"/res\xe4rve"),
+        "a fragment": good.replace(b"/reserve", b"/reserve#f"),
+        "no Host": good.replace(b"Host: x\r\n", b""),
+        "two Hosts": good.replace(b"Host: x\r\n", b"Host: x\r\n" * 2),
+        "another coding before chunked": in_chunks(TE.replace(b"chunked", b"gzip, chunked")),
+        "too many fields": reserve(item, b"X: y\r\n" * 200),
         "UTF-8 in the path": good.replace(b"/reserve", "/resérve".encode()),
         "a path of 100 kB": good.replace(b"/reserve", b"/" + b"a" * 100_000),
         "bare line feeds": good.replace(b"\r\n", b"\n"),
@@ -146,7 +102,7 @@ async def test_malformed_bytes_are_refused_and_take_no_unit(
     async with connection(api) as wire, connection(api) as other:
         other.send(GET[:20])
         wire.send(_malformed(untouched.item_id)[name])
-        assert await wire.status() in (0, *range(400, 500))
+        assert await wire.status() in (0, 501, *range(400, 500))
         assert b"HTTP/1.1 2" not in await wire.rest()  # a request after it is ignored, too
         other.send(GET[20:])
         assert await other.status() == 200
@@ -227,10 +183,9 @@ async def test_unusual_but_valid_requests_are_served(
         good,
         b"\r\n\r\n" + good,
         good.replace(b"POST /reserve", b"POST http://elsewhere/reserve"),
-        good.replace(b"/reserve", b"/%72eserve"),
         good.replace(b"/reserve", b"/reserve?" + b"&" * 2_000),
         good.replace(b"HTTP/1.1", b"HTTP/1.0"),
-        good.replace(b"Host: x\r\n", b"Host: x\r\n" + b"X-Many: y\r\n" * 1_000),
+        good.replace(b"Host: x\r\n", b"Host: x\r\n" + b"X-Many: y\r\n" * 90),
         POST + TE + b"\r\n" + chunked(body),
         POST + TE + b"\r\n" + b"".join(chunked(body[n : n + 1], end=b"") for n in range(len(body)))
         + b"0\r\nTrailer: x\r\n\r\n",

@@ -12,6 +12,7 @@ from dev.stack.prometheus import NoPrometheusError, Programs, programs
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from tests.support.cluster import World
 from tests.support.observability import ObservedEngine
+from tests.support.orders import TOKENS
 from tests.support.paths import CRD
 from tests.support.servers import database
 
@@ -54,9 +55,11 @@ def engine(
         try:
             # All modules share the topic, and the ledger reads all of it. So the item is unique.
             item = f"phone-{mark}"
-            engine = ObservedEngine(world, world.api(), world.consumer(), world.operator(), item)
+            api = world.api(order_tokens=",".join(TOKENS))
+            engine = ObservedEngine(world, api, world.consumer(), world.operator(), item)
             world.apply("phone", item, stock=40)
             world.until("phone", state="Selling", ready="Applied")
+            engine.order("user-of-an-order")
             engine.crowd()
             world.until("phone", state="SoldOut")
             yield engine

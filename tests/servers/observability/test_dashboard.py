@@ -53,7 +53,7 @@ def test_panels_have_descriptions_and_do_not_overlap() -> None:
 
 @contextmanager
 def a_crowd(engine: ObservedEngine) -> Iterator[None]:
-    """Send buyers during the body. Some get a unit, some are rejected."""
+    """Send buyers during the body. Some get a unit, some are rejected, and one pays per wave."""
     done = threading.Event()
 
     def come() -> None:
@@ -68,6 +68,7 @@ def a_crowd(engine: ObservedEngine) -> Iterator[None]:
             ]
             wanted = [*new, *attempts(engine.item, 4, seed=wave)]
             asyncio.run(stampede([engine.api.url], wanted, connections=4))
+            engine.order(f"w{wave}-of-an-order")
             done.wait(0.2)
 
     thread = threading.Thread(target=come)

@@ -38,6 +38,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
         monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+        monkeypatch.setenv("FLASHSALE_TRUST_TRACEPARENT", "true")
         yield collector
 
 
@@ -172,6 +173,31 @@ def test_a_request_that_its_caller_does_not_sample_leaves_no_span(
 
 
 @pytest.mark.slow
+def test_a_caller_that_is_not_trusted_decides_nothing(
+    collector: Collector,
+    addresses: Addresses,
+    item: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FLASHSALE_TRUST_TRACEPARENT")
+    seed(addresses, item)
+    with ConsumerServer(tmp_path / "consumer", addresses):
+        with ApiServer(tmp_path / "none", addresses) as api:
+            wanted = {reserve(api, item, sampled=True)[0] for _ in range(5)}
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1")
+        with ApiServer(tmp_path / "all", addresses) as api:
+            unwanted, _ = reserve(api, item, sampled=False)
+            (request,) = eventually(
+                lambda: [span for span in collector.spans if span.name == "POST /reserve"]
+            )
+            whole(collector, request.trace_id)
+    assert request.parent_id == ""
+    assert request.linked_traces == (unwanted,)
+    assert not (wanted | {unwanted}) & {span.trace_id for span in collector.spans}
+
+
+@pytest.mark.slow
 def test_requests_without_a_traceparent_are_sampled_by_the_ratio(
     collector: Collector,
     addresses: Addresses,
@@ -195,6 +221,7 @@ def test_without_a_collector_the_api_answers_and_shuts_down(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     monkeypatch.setenv("FLASHSALE_LOG_LEVEL", "debug")
+    monkeypatch.setenv("FLASHSALE_TRUST_TRACEPARENT", "true")
     addresses = Addresses(redis_server.url, f"127.0.0.1:{free_port()}", "")
     seed(addresses, item)
     api = ApiServer(tmp_path / "api", addresses)

@@ -20,6 +20,7 @@ def tally(**changes: Any) -> Tally:  # noqa: ANN401 - any field
         "row": a_row(accepted=4),
         "accepted": 4,
         "released": 0,
+        "held": 0,
         "refused": 0,
         "refused_units": 0,
         "buyers_above_limit": 0,
@@ -30,6 +31,8 @@ def tally(**changes: Any) -> Tally:  # noqa: ANN401 - any field
 AGREED = Facts(
     before=a_row(accepted=4), holder=a_sale(accepted=4), server=SERVER, lag=0, after=tally()
 )
+HELD = a_row(accepted=4, held=2)
+LOST_HOLDS = a_row(accepted=4, held=2, closed=True)
 RECORDED_THREE = tally(row=a_row(accepted=3), accepted=3)
 ENDED = replace(SPEC, ends_ms=NOW_MS)
 
@@ -41,7 +44,7 @@ def verdict(**changes: Any) -> tuple[Verdict, tuple[str, ...]]:  # noqa: ANN401 
 
 def test_equal_counts_are_ok() -> None:
     assert compare(AGREED) == Finding(
-        SPEC.sale_id, SPEC.item_id, SaleState.SELLING, 100, 4, 4, 0, 0, Verdict.OK, ()
+        SPEC.sale_id, SPEC.item_id, SaleState.SELLING, 100, 4, 0, 4, 0, 0, Verdict.OK, ()
     )
 
 
@@ -52,6 +55,18 @@ def test_equal_counts_are_ok() -> None:
         {"holder": a_sale(accepted=4, outbox_length=1)},
         {"holder": a_sale(accepted=5), "lag": 1},
         {"before": a_row(), "holder": a_sale(accepted=2, outbox_length=1)},
+        {"before": HELD, "after": tally(row=HELD, held=2), "lag": 1},
+        {
+            "before": HELD,
+            "holder": a_sale(accepted=4, outbox_length=1),
+            "after": tally(row=HELD, held=2),
+        },
+        {
+            "before": a_row(accepted=4, released=1),
+            "holder": a_sale(accepted=4, outbox_length=1),
+            "after": tally(row=a_row(accepted=4, released=1), released=1),
+        },
+        {"holder": a_sale(accepted=4, released=1), "lag": 1},
     ],
 )
 def test_units_in_the_outbox_or_unread_are_in_flight(changes: dict[str, Any]) -> None:
@@ -93,9 +108,31 @@ def test_lag_without_a_difference_belongs_to_another_sale() -> None:
         ({"before": a_row(revision=2, accepted=4)}, "Redis has revision 1, the ledger 2"),
         ({"holder": a_sale(accepted=4, revision=2)}, "the ledger has revision 1, Redis 2"),
         ({"holder": a_sale(accepted=4, allocated=99)}, "Redis allocates 99, the ledger 100"),
-        ({"holder": a_sale(accepted=4, allocated=3)}, "oversold: 4 units held, 3 allocated"),
+        ({"holder": a_sale(accepted=4, allocated=3)}, "oversold: 4 units taken, 3 allocated"),
         ({"after": tally(accepted=5)}, "accepted: 4, but reservations add up to 5"),
         ({"after": tally(released=1)}, "released: 0, but releases add up to 1"),
+        ({"after": tally(held=1)}, "held: 0, but holds add up to 1"),
+        (
+            {"holder": a_sale(accepted=4, held=1)},
+            "Redis lost the confirmation or the end of 1 held unit",
+        ),
+        (
+            {"before": a_row(accepted=4, released=1)},
+            "Redis lost the release of 1 unit",
+        ),
+        (
+            {"before": HELD, "after": tally(row=HELD, held=2)},
+            "lost: the confirmation or the end of 2 held units, not in ledger, outbox or topic",
+        ),
+        (
+            {"holder": a_sale(accepted=4, released=1)},
+            "lost: the release of 1 unit, not in ledger, outbox or topic",
+        ),
+        ({"holder": a_sale(accepted=4, held=-1)}, "impossible counts in Redis: 4 accepted"),
+        ({"holder": a_sale(accepted=4, held=5)}, "impossible counts in Redis: 4 accepted"),
+        ({"holder": a_sale(accepted=4, released=-1)}, "impossible counts in Redis: 4 accepted"),
+        ({"holder": a_sale(accepted=4, released=5)}, "impossible counts in Redis: 4 accepted"),
+        ({"before": LOST_HOLDS, "holder": None}, "Redis has no keys of the sale"),
     ],
 )
 def test_a_difference_that_cannot_be_in_flight_disagrees(
@@ -114,6 +151,15 @@ def test_a_refused_reservation_disagrees_once() -> None:
     )
 
 
+def test_units_of_refused_reservations_end_only_in_redis() -> None:
+    refused = tally(refused=1, refused_units=2)
+    for holder in (a_sale(accepted=6, held=2), a_sale(accepted=6, released=2)):
+        assert verdict(holder=holder, after=refused) == (
+            Verdict.DISAGREES,
+            ("refused by the ledger: 1 reservation (2 units)",),
+        )
+
+
 def test_a_finished_sale_needs_neither_keys_nor_the_last_revision() -> None:
     closed = a_row(accepted=4, closed=True)
     over = a_row(ENDED, accepted=4, revision=2)
@@ -126,7 +172,7 @@ def test_a_finished_sale_needs_neither_keys_nor_the_last_revision() -> None:
         assert verdict(before=row, holder=holder, after=tally(row=row)) == (Verdict.OK, ())
 
 
-def test_stock_below_the_held_units_is_no_disagreement() -> None:
+def test_stock_below_the_taken_units_is_no_disagreement() -> None:
     row = a_row(replace(SPEC, stock=1), accepted=4)
     assert verdict(before=row, holder=a_sale(accepted=4, allocated=4), after=tally(row=row)) == (
         Verdict.OK,
@@ -174,6 +220,35 @@ async def test_a_sale_agrees_before_during_and_after_recording(
     await shop.record(spec.item_id)
     [finding] = (await audited(shop, spec.item_id)).findings
     assert (finding.verdict, finding.accepted, finding.recorded) == (Verdict.OK, 2, 2)
+
+
+async def test_holds_agree_before_during_and_after_their_changes(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    async def looks() -> tuple[Verdict, int | None]:
+        found = await audited(shop)
+        assert found.agrees, found
+        [finding] = found.findings
+        return finding.verdict, finding.held
+
+    held = replace(spec, hold_seconds=600)
+    await shop.apply(held)
+    await shop.buy(spec.item_id, "a", "b", "c", "d")
+    assert await looks() == (Verdict.IN_FLIGHT, 4)
+    await shop.record(spec.item_id)
+    assert await looks() == (Verdict.OK, 4)
+    await shop.confirm(spec.item_id, "a")
+    await shop.cancel(spec.item_id, "b")
+    await shop.expire(spec.item_id, "c")
+    assert await looks() == (Verdict.IN_FLIGHT, 1)
+    await shop.record(spec.item_id)
+    assert await looks() == (Verdict.OK, 1)
+    await shop.pool.execute("UPDATE reservations SET state = 'expired' WHERE state = 'held'")
+    [finding] = (await audited(shop)).findings
+    assert finding.notes == (
+        "released: 2, but releases add up to 3",
+        "held: 1, but holds add up to 0",
+    )
 
 
 async def test_a_lost_unit_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:

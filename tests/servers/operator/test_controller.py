@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from flashsale import ledger
+from dev.stack.servers import RedisServer
+from flashsale import ledger, redis_client
 from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
@@ -14,6 +15,7 @@ from flashsale.errors import (
     OtherEngine,
     RedisMoved,
     RedisUnavailable,
+    UnmetRequirement,
 )
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
@@ -48,6 +50,9 @@ class FakeKube:
             "allocated",
             "accepted",
             "available",
+            "held",
+            "confirmed",
+            "holdExpired",
         ]
     )
     changed = False
@@ -100,11 +105,13 @@ class FakeKube:
         return {condition.type: condition.reason for condition in self.status.conditions}
 
 
-def controller(shop: SimulatedShop, kube: FakeKube) -> Controller:
+def controller(
+    shop: SimulatedShop, kube: FakeKube, prefixes: Mapping[str, str] | None = None
+) -> Controller:
     queue = Queue()
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
     rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
-    return Controller(clients, queue, rebuilds)
+    return Controller(clients, queue, rebuilds, prefixes=prefixes or {})
 
 
 async def test_redis_counts_are_reported_while_the_ledger_is_away(
@@ -120,9 +127,38 @@ async def test_redis_counts_are_reported_while_the_ledger_is_away(
         "Ready": "LedgerUnavailable",
         "Open": "Selling",
         "SoldOut": "Available",
+        "Refused": "NoneRefused",
     }
-    assert kube.status.counts == Counts(10, 3, 7)
+    assert kube.status.counts == Counts(10, 3, 7, 0, 3)
     assert kube.events == ["Opened"]
+
+
+async def test_the_first_expired_hold_and_units_that_come_back_are_events(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    kube.live["spec"] |= {"stock": 3, "holdSeconds": 600}
+    own, key, item_id = controller(shop, kube), Key.of(spec.sale_id), spec.item_id
+    await own.reconcile(key)
+    await shop.buy(item_id, "a", "b", "c")
+    await own.reconcile(key)
+    assert kube.status.counts == Counts(3, 3, 0, 3, 0)
+    await shop.confirm(item_id, "a")
+    await shop.cancel(item_id, "b")
+    await shop.record(item_id)
+    await own.reconcile(key)
+    assert kube.events == ["Opened", "SoldOut", "SellingAgain"], "a cancelled hold did not expire"
+    assert kube.status.counts == Counts(3, 3, 1, 1, 1)
+    await shop.expire(item_id, "c")
+    await own.reconcile(key)
+    assert not kube.status.hold_expired, "the ledger does not have it yet"
+    await shop.record(item_id)
+    for restarted in (own, controller(shop, kube)):
+        await restarted.reconcile(key)
+    assert kube.events == ["Opened", "SoldOut", "SellingAgain", "HoldExpired"]
+    assert kube.status.hold_expired
+    assert kube.status.counts is not None
+    assert kube.status.counts.released == 2
 
 
 async def test_the_status_names_the_engine_before_anything_else_is_written(
@@ -211,6 +247,36 @@ async def test_a_redis_at_another_address_is_reported(shop: SimulatedShop, spec:
     assert await shop.redis.keys("*") == []
 
 
+async def test_a_redis_that_the_sales_have_left_sells_no_unit_again(
+    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
+) -> None:
+    """A rollback starts the API at the former address, at which the sale was never paused."""
+    client = redis_client.connect(f"{redis_server.url.rpartition('/')[0]}/1")
+    moved = SimulatedShop(client, shop.pool)
+    kube = FakeKube(sold)
+    former = controller(shop, kube)
+    try:
+        await ledger.adopt_redis(shop.pool, moved.inventory.address)
+        # It lacks no unit of the ledger, so it may be the right Redis by another name.
+        await former.reconcile(Key.of(sold.sale_id))
+        assert await shop.buy(sold.item_id, "d") == [Outcome.ACCEPTED]
+        await shop.record(sold.item_id)
+        await moved.apply(sold)
+        assert await moved.buy(sold.item_id, "e", "f") == [Outcome.ACCEPTED] * 2
+        await moved.record(sold.item_id)
+        await former.reconcile(Key.of(sold.sale_id))
+        assert await shop.buy(sold.item_id, "g") == [Outcome.FENCED]
+        assert kube.reasons()["Ready"] == "RedisMoved"
+        await ledger.adopt_redis(shop.pool, shop.inventory.address)
+        await shop.apply(sold)
+        assert await shop.buy(sold.item_id, "f", "g") == [
+            Outcome.LIMIT_REACHED,
+            Outcome.ACCEPTED,
+        ]
+    finally:
+        await client.aclose()
+
+
 async def test_a_crd_without_the_engine_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
     kube = FakeKube(spec)
     kube.fields = kube.fields - {"engine"}
@@ -221,14 +287,97 @@ async def test_a_crd_without_the_engine_is_reported(shop: SimulatedShop, spec: S
     assert await ledger.sale(shop.pool, spec.sale_id) is None
 
 
+@pytest.mark.parametrize("ended", ["reconcile", "prepare"])
+async def test_an_unexpected_error_is_reported_and_retried(
+    shop: SimulatedShop,
+    spec: SaleSpec,
+    ended: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError("no\nunits")
+
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(own if ended == "prepare" else own._reconciler, ended, fail)
+        for _ in range(2):
+            assert (await own.reconcile(key)).failed
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert (ready.status, ready.reason) == ("False", "Failed")
+    assert ready.message.endswith("see the operator's log: ZeroDivisionError: no units")
+    assert len([each for each in caplog.records if each.exc_info]) == 1
+    assert not (await own.reconcile(key)).failed
+    assert kube.reasons()["Ready"] == "Applied"
+
+
+async def test_an_unmet_requirement_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await shop.redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        assert (await own.reconcile(key)).failed
+    finally:
+        await shop.redis.config_set("maxmemory-policy", "noeviction")
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert (ready.status, ready.reason) == ("False", "RequirementUnmet")
+    assert ready.message.startswith("Redis has maxmemory-policy allkeys-lru, but needs")
+    assert not (await own.reconcile(key)).failed
+    assert kube.reasons()["Ready"] == "Applied"
+
+
 async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec: SaleSpec) -> None:
     kube = FakeKube(spec)
     kube.live["spec"]["stock"] = -1
     assert (await controller(shop, kube).reconcile(Key.of(spec.sale_id))).failed
-    assert kube.reasons() == {"Ready": "InvalidSpec", "Open": "Unknown", "SoldOut": "Unknown"}
+    assert kube.reasons() == {
+        "Ready": "InvalidSpec",
+        "Open": "Unknown",
+        "SoldOut": "Unknown",
+        "Refused": "Unknown",
+    }
     ready = kube.status.condition("Ready")
     assert ready is not None
     assert ready.message == "spec.stock: must be an integer from 0 to 100000000"
+
+
+async def test_a_flashsale_outside_the_prefix_of_its_namespace_starts_no_sale(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    assert (
+        await controller(shop, kube, {"default": "other-"}).reconcile(Key.of(spec.sale_id))
+    ).failed
+    assert kube.reasons()["Ready"] == "InvalidSpec"
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert ready.message == (
+        "spec.itemId: must begin with other- in the namespace default (operator.items)"
+    )
+    assert await ledger.sale(shop.pool, spec.sale_id) is None
+    assert await shop.sale(spec.item_id) is None
+
+
+async def test_reservations_that_the_ledger_refused_are_reported(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    assert kube.reasons()["Refused"] == "NoneRefused"
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id)
+    await shop.pool.execute("UPDATE sales SET accepted = 1")
+    await shop.pool.execute("UPDATE reservations SET state = 'refused' WHERE user_id <> 'a'")
+    await own.reconcile(key)
+    refused = kube.status.condition("Refused")
+    assert refused is not None
+    assert (refused.status, refused.reason) == ("True", "Refused")
+    assert "2 reservations (2 units)" in refused.message
+    assert kube.events == ["Opened", "Refused"]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +388,7 @@ async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec
         (ContractViolation("another format"), Reason.UNREADABLE),
         (OtherEngine("two engines"), Reason.OTHER_ENGINE),
         (RedisMoved("another address"), Reason.REDIS_MOVED),
+        (UnmetRequirement("an old server"), Reason.REQUIREMENT_UNMET),
     ],
 )
 def test_the_reason_names_the_server_that_is_away(error: FlashsaleError, reason: Reason) -> None:

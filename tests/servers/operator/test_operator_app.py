@@ -19,7 +19,7 @@ GOOD = {
     "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1/0",
     "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
     "FLASHSALE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
-    "FLASHSALE_LISTEN": "127.0.0.1:0",
+    "FLASHSALE_LISTEN": "127.0.0.1:1",
 }
 
 
@@ -50,6 +50,8 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
         ({"FLASHSALE_REDIS_URL": None}, "FLASHSALE_REDIS_URL is not set"),
         ({"FLASHSALE_LISTEN": "here"}, "FLASHSALE_LISTEN is wrong"),
         ({"FLASHSALE_NAMESPACES": "SimulatedShop"}, "FLASHSALE_NAMESPACES is wrong"),
+        ({"FLASHSALE_ITEMS": "shop"}, "FLASHSALE_ITEMS is wrong: expected NAMESPACE=PREFIX"),
+        ({"FLASHSALE_ITEMS": "shop=a,shop=b"}, "FLASHSALE_ITEMS is wrong: a namespace appears"),
         ({}, "KUBECONFIG is not set"),
         ({"KUBECONFIG": "/nowhere"}, "KUBECONFIG is wrong"),
         ({"KUBECONFIG": "broken"}, "KUBECONFIG is wrong"),
@@ -77,6 +79,14 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
 def test_namespaces_are_sorted_and_unique(given: str, served: tuple[str, ...]) -> None:
     own = settings.load(Settings, {**GOOD, "FLASHSALE_NAMESPACES": given})
     assert own.served == served
+
+
+@pytest.mark.parametrize(
+    ("given", "prefixes"),
+    [("", {}), ("shop=shop-", {"shop": "shop-"}), ("a=A.~,2=2_", {"a": "A.~", "2": "2_"})],
+)
+def test_items_are_prefixes_by_namespace(given: str, prefixes: dict[str, str]) -> None:
+    assert settings.load(Settings, {**GOOD, "FLASHSALE_ITEMS": given}).prefixes == prefixes
 
 
 @pytest.mark.parametrize("given", ["shop,", ",", "a b", "shop, yard", "a.b", "-a"])

@@ -18,7 +18,7 @@ from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler
-from flashsale_operator.sales.recovery import Fenced, Recovery, Trusted
+from flashsale_operator.sales.recovery import Fenced, Recovery, Step, Trusted
 from tests.support.eventually import until
 from tests.support.simulated_shop import SimulatedShop
 
@@ -147,6 +147,21 @@ async def begin(shop: SimulatedShop, spec: SaleSpec, claim: int) -> None:
     assert await recovery.fence(spec_of(row), claim, step="begin") is Fenced.BEGUN
 
 
+@pytest.mark.parametrize("step", ["fence", "wait", "begin"])
+async def test_a_rebuild_ends_if_the_server_has_another_run(
+    shop: SimulatedShop, sold: SaleSpec, step: Step
+) -> None:
+    """The heartbeats on another server say nothing about the pods that this one waited for."""
+    await shop.redis.hset(ItemKeys.of(sold.item_id).sale, "run_id", "0" * 40)
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    claim, run_id = row.revision + 1, (await shop.inventory.server()).run_id
+    assert await recovery.fence(spec_of(row), claim, run_id=run_id) is Fenced.FENCED
+    answer = await recovery.fence(spec_of(row), claim, step=step, run_id="another")
+    assert answer is Fenced.SUPERSEDED
+    again = await recovery.fence(spec_of(row), claim, step="wait", run_id=run_id)
+    assert again is Fenced.FENCED
+
+
 async def end_lease(shop: SimulatedShop, spec: SaleSpec) -> None:
     """Let the lease of the rebuild run out."""
     await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "rebuild_until_ms", "1")
@@ -167,9 +182,9 @@ async def test_an_overtaken_rebuild_cannot_write(shop: SimulatedShop, sold: Sale
     row = spec_of(await shop.row(sold.sale_id))
     assert await recovery.fence(row, 1) is Fenced.TRUSTED
     assert await recovery.fence(row, 1, step="begin") is Fenced.SUPERSEDED
-    assert await recovery.restore(sold.item_id, 1, buyers={"e": 1}) is Trusted.SUPERSEDED
+    assert await recovery.restore(sold.item_id, 1, buyers={"e": (1, 0)}) is Trusted.SUPERSEDED
     ended = await recovery.trust(
-        sold.item_id, 1, run_id, accepted=0, released=0, reservations=0, buyers=0
+        sold.item_id, 1, run_id, accepted=0, released=0, held=0, reservations=0, buyers=0, holds=0
     )
     assert ended is Trusted.SUPERSEDED
     assert await shop.sale(sold.item_id) == before
@@ -203,7 +218,7 @@ async def test_a_wipe_of_redis_during_the_wait_ends_the_rebuild(
         patience=Patience(unseen=0.5),
         progress=waiting.append,
     )
-    await shop.redis.delete(*ItemKeys.of(sold.item_id).four)
+    await shop.redis.delete(*ItemKeys.of(sold.item_id).sold)
     row = await shop.row(sold.sale_id)
     rebuilding = asyncio.create_task(Rebuilder(shop.inventory, shop.pool, drain).rebuild(row))
     await until(lambda: waiting)
@@ -234,12 +249,20 @@ async def test_a_rebuild_fails_if_redis_restarts_during_it(
     await shop.redis.flushall()
     await begin(shop, sold, 5)
     ended = await recovery.trust(
-        sold.item_id, 5, "an earlier run", accepted=0, released=0, reservations=0, buyers=0
+        sold.item_id,
+        5,
+        "an earlier run",
+        accepted=0,
+        released=0,
+        held=0,
+        reservations=0,
+        buyers=0,
+        holds=0,
     )
     assert ended is Trusted.RESTARTED
     run_id = (await shop.inventory.server()).run_id
     ended = await recovery.trust(
-        sold.item_id, 5, run_id, accepted=3, released=0, reservations=3, buyers=3
+        sold.item_id, 5, run_id, accepted=3, released=0, held=0, reservations=3, buyers=3, holds=0
     )
     assert ended is Trusted.INCOMPLETE
     assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
@@ -344,7 +367,7 @@ async def test_a_large_sale_is_rebuilt_in_pages(shop: SimulatedShop, spec: SaleS
         ]
         await connection.executemany(
             "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, "
-            "occurred_at) VALUES ($1, $2, $3, $4, 'accepted', 1, now())",
+            "accepted_at, confirmed_at) VALUES ($1, $2, $3, $4, 'confirmed', 1, now(), now())",
             rows,
         )
         await connection.execute(

@@ -10,14 +10,16 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import ledger, redis_client
-from flashsale.errors import LedgerUnavailable, RedisUnavailable
+from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
+from flashsale.requirements import Checks
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.reconciler import UnknownSale, refuse_unsafe_redis
+from flashsale_operator.sales.reconciler import UnknownSale
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -328,10 +330,10 @@ async def test_nothing_reaches_redis_while_the_ledger_is_away(
 
 
 async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:
-    await refuse_unsafe_redis(shop.inventory)
+    await require_redis(Checks(), shop.inventory)
     await shop.redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
-        with pytest.raises(RedisUnavailable, match="allkeys-lru: it must be noeviction"):
-            await refuse_unsafe_redis(shop.inventory)
+        with pytest.raises(UnmetRequirement, match="allkeys-lru, but needs maxmemory-policy noev"):
+            await require_redis(Checks(), shop.inventory)
     finally:
         await shop.redis.config_set("maxmemory-policy", "noeviction")

@@ -19,6 +19,7 @@ from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl.commands import run
+from tests.support.redis_users import OPERATOR, url_of
 
 PAGE = 500
 """Reservations per page of `Inventory.reservation_pages`."""
@@ -26,7 +27,7 @@ PAGE = 500
 
 def environ(redis_server: RedisServer, kafka: str) -> dict[str, str]:
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
         "FLASHSALE_KAFKA_BOOTSTRAP": kafka,
     }
@@ -76,7 +77,7 @@ async def test_all_reservations_are_published_again_by_each_run(
         # Settle the entries as if Kafka had acknowledged the events.
         entries = zip(reply.answers, batch, strict=True)
         await Outbox(redis).settle(
-            item, [(answer.detail, request.reservation_id) for answer, request in entries]
+            item, [(answer.detail, request.reservation_id, 1) for answer, request in entries]
         )
     before = await redis.hgetall(ItemKeys.of(item).sale)
 
@@ -95,7 +96,7 @@ async def test_all_reservations_are_published_again_by_each_run(
         event = by_id[request.reservation_id]
         assert (event.user_id, event.quantity) == (request.user_id, request.quantity)
         assert (event.request_key or "") == request.request_key
-        assert (event.state, event.version, event.sale_id) == ("accepted", 1, f"default/{item}")
+        assert (event.state, event.version, event.sale_id) == ("confirmed", 1, f"default/{item}")
         assert (event.allocated, event.capacity, event.revision) == (many + 5, many + 5, 3)
     assert await redis.hgetall(ItemKeys.of(item).sale) == before
 

@@ -1,14 +1,13 @@
 """The decisions of a resync, and the script that frees the keys of a closed sale."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
-from flashsale import keys
+from flashsale import keys, redis_client
 from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
@@ -21,6 +20,7 @@ from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync, left_behind, may_be_freed, unclosed
 from tests.support.eventually import until
+from tests.support.fake_kube import FakeKube
 from tests.support.observations import a_row, a_sale
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -60,41 +60,21 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
     assert not may_be_freed(CLOSED_ROW, CLOSED, HOUR - timedelta(seconds=1), HOUR)
     assert not may_be_freed(a_row(), a_sale(), HOUR, NOTHING)
     assert not may_be_freed(CLOSED_ROW, a_sale(stored_state="closed"), HOUR, NOTHING)
-    for sale in (replace(CLOSED, outbox_length=1), replace(CLOSED, accepted=1)):
+    assert not may_be_freed(replace(CLOSED_ROW, held=1), CLOSED, HOUR, NOTHING)
+    for sale in (
+        replace(CLOSED, outbox_length=1),
+        replace(CLOSED, accepted=1),
+        replace(CLOSED, released=1),
+        replace(CLOSED, held=1),
+    ):
         assert not may_be_freed(CLOSED_ROW, sale, HOUR, NOTHING)
-
-
-class FakeKube:
-    """A kube-apiserver with FlashSales. It refuses to list the namespaces in `refused`."""
-
-    def __init__(self, *present: Key, refused: Sequence[str] = ()) -> None:
-        self.present = present
-        self.refused = refused
-        self.events: list[str] = []
-
-    async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
-        if namespace in self.refused:
-            raise KubeForbidden("the kube-apiserver refused: 403 forbidden")
-        return [
-            {"metadata": key._asdict()}
-            for key in self.present
-            if namespace in (None, key.namespace)
-        ]
-
-    async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
-        key = Key(namespace, name)
-        return {"metadata": key._asdict()} if key in self.present else None
-
-    async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
-        self.events.append(event["reason"])
-        return True
 
 
 def resync_of(shop: SimulatedShop, kube: FakeKube, queue: Queue, *served: str) -> Resync:
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
     rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
     own = Controller(clients, queue, rebuilds)
-    return Resync(clients, own, queue, served=served, keep_closed=HOUR)
+    return Resync(clients, own, queue, rebuilds, served=served, keep_closed=HOUR)
 
 
 async def test_a_sale_of_a_deleted_namespace_is_closed_by_an_operator_that_may_list_it(
@@ -151,6 +131,23 @@ async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None)
     return own
 
 
+async def test_the_operator_is_not_ready_until_every_server_has_answered(
+    shop: SimulatedShop,
+) -> None:
+    kube = FakeKube(refused=["default"])
+    own = await unready(
+        shop, "the account may list no FlashSales", resync_of(shop, kube, Queue(), "default")
+    )
+    kube.refused = ()
+    await unready(shop, "", own)
+    away = redis_client.connect("redis://127.0.0.1:1/0")
+    without_redis = SimulatedShop(away, shop.pool)
+    await unready(
+        without_redis, "Redis is unavailable", resync_of(without_redis, FakeKube(), Queue())
+    )
+    await away.aclose()
+
+
 async def test_the_operator_is_ready_after_a_resync_and_during_later_outages(
     shop: SimulatedShop,
 ) -> None:
@@ -177,7 +174,9 @@ async def test_keys_are_freed_after_everything_is_recorded(
 ) -> None:
     async def free() -> Freed:
         row = await shop.row(spec.sale_id)
-        return await shop.inventory.free(spec.item_id, spec.sale_id, row.revision, row.accepted)
+        return await shop.inventory.free(
+            spec.item_id, spec.sale_id, row.revision, accepted=row.accepted, released=row.released
+        )
 
     assert await free_unknown(shop, spec) is Freed.UNKNOWN
     await shop.apply(spec)
@@ -186,18 +185,27 @@ async def test_keys_are_freed_after_everything_is_recorded(
     await shop.reconciler.close(spec.sale_id)
     assert await free() is Freed.UNRECORDED
     await shop.record(spec.item_id)
-    assert await shop.inventory.free(spec.item_id, "other/sale", 2, 1) is Freed.UNKNOWN
-    assert await shop.inventory.free(spec.item_id, spec.sale_id, 1, 1) is Freed.OPEN
-    assert await shop.inventory.free(spec.item_id, spec.sale_id, 2, 0) is Freed.UNRECORDED
+    assert (
+        await shop.inventory.free(spec.item_id, "other/sale", 2, accepted=1, released=0)
+        is Freed.UNKNOWN
+    )
+    assert (
+        await shop.inventory.free(spec.item_id, spec.sale_id, 1, accepted=1, released=0)
+        is Freed.OPEN
+    )
+    assert (
+        await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=0, released=0)
+        is Freed.UNRECORDED
+    )
     assert spec.item_id in await shop.inventory.items()
     assert await free() is Freed.FREED
-    assert await shop.redis.exists(*ItemKeys.of(spec.item_id).four) == 0
+    assert await shop.redis.exists(*ItemKeys.of(spec.item_id).sold) == 0
     assert not await shop.redis.sismember(keys.items(DEFAULT_ENGINE), spec.item_id)
     assert await free() is Freed.UNKNOWN
 
 
 async def free_unknown(shop: SimulatedShop, spec: SaleSpec) -> Freed:
-    return await shop.inventory.free(spec.item_id, spec.sale_id, 1, 0)
+    return await shop.inventory.free(spec.item_id, spec.sale_id, 1, accepted=0, released=0)
 
 
 async def test_keys_are_not_freed_while_the_outbox_has_events(
@@ -206,7 +214,10 @@ async def test_keys_are_not_freed_while_the_outbox_has_events(
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ada")
     await shop.reconciler.close(spec.sale_id)
-    assert await shop.inventory.free(spec.item_id, spec.sale_id, 2, 1) is Freed.UNRECORDED
+    assert (
+        await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=1, released=0)
+        is Freed.UNRECORDED
+    )
     assert await shop.redis.xlen(ItemKeys.of(spec.item_id).outbox) == 1
 
 

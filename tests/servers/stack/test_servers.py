@@ -245,7 +245,7 @@ def test_the_error_of_a_failed_start_names_the_port(light_kind: Kind, tmp_path: 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = light_kind.make(tmp_path / "data", port=port)
-        with pytest.raises(StackError, match=f"port {port} ended while starting"):
+        with pytest.raises(StackError, match=f"listens on port {port}"):
             server.start()
 
 
@@ -257,8 +257,9 @@ def test_a_server_that_is_not_running_cannot_be_paused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not PROC.exists(), reason="the range is in /proc")
 def test_a_free_port_is_outside_the_range_of_outgoing_ports() -> None:
     first = int((PROC / "sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    no_room = first <= 12_000  # then any free port will do
-    assert free_port() < first or no_room
+    if first <= 12_000:
+        pytest.skip("no room below this machine's outgoing ports")
+    assert free_port() < first
 
 
 def test_a_killed_lifeline_is_replaced(tmp_path: Path) -> None:

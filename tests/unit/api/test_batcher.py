@@ -6,15 +6,9 @@ import pytest
 
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.reservations import Outcome, Request
-from flashsale_api import batcher as batcher_module
-from flashsale_api.batcher import (
-    CALLS_IN_FLIGHT,
-    MAX_CALLS,
-    MAX_WAITING,
-    Batcher,
-    Decision,
-    Failure,
-)
+from flashsale_api import calls as calls_module
+from flashsale_api.batcher import Batcher, Decision
+from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_CALLS, MAX_WAITING, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from tests.support.batcher import HeldInventory, RecordingPublisher
@@ -24,7 +18,7 @@ from tests.support.eventually import until
 @pytest.fixture(autouse=True)
 def no_request_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, the last of many requests can wait longer than a buyer may."""
-    monkeypatch.setattr(batcher_module, "MAX_WAIT_SECONDS", 600.0)
+    monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", 600.0)
 
 
 def a_request(number: int = 0) -> Request:
@@ -88,7 +82,10 @@ async def test_items_do_not_wait_for_one_another() -> None:
     await asyncio.gather(*waiting)
 
 
-async def test_requests_above_the_limit_are_refused_and_never_sent() -> None:
+async def test_requests_above_the_limit_are_refused_and_never_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", 60)
     inventory = HeldInventory()
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     first = decide(batcher, "x", a_request())
@@ -97,18 +94,54 @@ async def test_requests_above_the_limit_are_refused_and_never_sent() -> None:
     await turns()
     refused = [future for future in waiting if future.done()]
     assert {future.result().outcome for future in refused} == {Failure.TOO_MANY_WAITING}
-    assert len(waiting) - len(refused) == MAX_WAITING
+    assert len(waiting) - len(refused) == MAX_WAITING // 2
     all_of_them = asyncio.gather(first, *waiting)
     for _ in range(100):
         inventory.go.release()
     await all_of_them
-    assert sum(map(len, inventory.calls)) == 1 + len(waiting) - len(refused)
+    sent = {request.reservation_id for call in inventory.calls for request in call}
+    assert len(sent) == 1 + len(waiting) - len(refused)
+
+
+async def test_an_item_leaves_as_many_places_free_as_its_requests_take() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    waiting: dict[str, int] = {}
+    for item_id in ("x", "y", "z"):
+        sent = [decide(batcher, item_id, a_request(n)) for n in range(MAX_WAITING)]
+        waiting[item_id] = sum(not future.done() for future in sent)
+    assert waiting == {"x": MAX_WAITING // 2, "y": MAX_WAITING // 4, "z": MAX_WAITING // 8}
+    for _ in range(100):
+        inventory.go.release()
+    await batcher.close()
+
+
+async def test_made_up_items_take_no_place_and_no_call_of_a_sale() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    inventory.go.release()
+    assert (await decide(batcher, "sale", a_request())).outcome is Outcome.ACCEPTED
+    inventory.outcome = Outcome.UNKNOWN
+    number = MAX_WAITING + MAX_CALLS + 100
+    made_up = [decide(batcher, f"nothing-{n}", a_request(n)) for n in range(number)]
+    await turns()
+    assert sum(future.done() for future in made_up) == MAX_CALLS + 100
+    assert len(inventory.calls) == 1 + MAX_CALLS
+    decide(batcher, "sale", a_request(1))
+    await turns()
+    assert len(inventory.calls) == 2 + MAX_CALLS
+    assert batcher.called_items() == ["sale"]
+    for _ in range(number + 2):
+        inventory.go.release()
+    await batcher.close()
+    assert batcher._known == batcher._unknown
+    assert (batcher._known.waiting, batcher._known.in_flight) == (0, 0)
 
 
 async def test_a_request_that_waited_too_long_is_refused_and_never_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batcher_module, "MAX_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", 0.1)
     inventory = HeldInventory()
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     in_flight = []
@@ -197,7 +230,7 @@ async def test_calls_in_flight_are_limited_across_items() -> None:
     for _ in range(800):
         inventory.go.release()
         await turns(2)
-        assert len(inventory.calls) - inventory.answered <= MAX_CALLS
+        assert len(inventory.calls) - inventory.answered <= 2 * MAX_CALLS
     decisions = await asyncio.gather(*waiting)
     assert {decision.outcome for decision in decisions} == {Outcome.ACCEPTED}
     assert sum(len(call) for call in inventory.calls) == 800

@@ -4,14 +4,16 @@ import json
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashsale import events
 from flashsale.errors import ContractViolation
 from flashsale.events import Event
 from flashsale.fields import ITEM_ID_PATTERN, SALE_ID_PATTERN, USER_ID_PATTERN
-from flashsale.reservations import Record, Snapshot
+from flashsale.reservations import Record, Snapshot, State
+
+TIMES = st.integers(0, 4_102_444_800_000)
 
 made = st.builds(
     Event.of,
@@ -19,11 +21,14 @@ made = st.builds(
     st.uuids().map(str),
     st.builds(
         Record,
-        st.just("accepted"),
-        st.integers(1, 2**31 - 1),
+        st.sampled_from(State),
+        st.integers(1, 2**53),
         st.integers(1, 1_000),
-        st.integers(0, 4_102_444_800_000),
+        TIMES,
         st.from_regex(USER_ID_PATTERN),
+        st.one_of(st.just(""), st.from_regex(USER_ID_PATTERN)),
+        st.one_of(st.none(), TIMES),
+        st.one_of(st.none(), TIMES),
         st.one_of(st.just(""), st.from_regex(USER_ID_PATTERN)),
     ),
     st.builds(
@@ -39,6 +44,7 @@ made = st.builds(
 
 @given(made)
 def test_decoding_an_encoded_event_returns_the_event(event: Event) -> None:
+    assume(event.state != "confirmed" or event.confirmed_at is not None)
     assert events.decode(events.encode(event)) == event
 
 
@@ -50,9 +56,10 @@ def an_event(**changes: object) -> bytes:
         "itemId": "phone",
         "userId": "ann",
         "quantity": 1,
-        "state": "accepted",
+        "state": "confirmed",
         "version": 1,
         "occurredAt": "2026-11-23T14:09:14.521Z",
+        "confirmedAt": "2026-11-23T14:09:15.521Z",
         "allocated": 100,
         "capacity": 100,
         "revision": 1,
@@ -63,10 +70,27 @@ def an_event(**changes: object) -> bytes:
 
 def test_other_versions_can_read_the_wire_format() -> None:
     event = events.decode(an_event(requestKey="k", added_by_a_later_version=[1]))
-    assert event.occurred_at == datetime(2026, 11, 23, 14, 9, 14, 521_000, UTC)
+    assert event.accepted_at == datetime(2026, 11, 23, 14, 9, 14, 521_000, UTC)
     assert event.request_key == "k"
-    written = json.loads(an_event(requestKey="k", occurredAt="2026-11-23T14:09:14.521000Z"))
+    times = {
+        "occurredAt": "2026-11-23T14:09:14.521000Z",
+        "confirmedAt": "2026-11-23T14:09:15.521000Z",
+    }
+    written = json.loads(an_event(requestKey="k", **times))
     assert json.loads(events.encode(event)) == written
+
+
+def test_an_accepted_reservation_of_the_previous_version_is_confirmed() -> None:
+    former = an_event(confirmedAt=...).replace(b'"state": "confirmed"', b'"state":"accepted"')
+    event = events.decode(former)
+    assert (event.state, event.confirmed_at) == ("confirmed", event.accepted_at)
+
+
+def test_a_pod_of_the_previous_version_publishes_no_time_of_confirmation() -> None:
+    """It publishes entries of other pods too, and copies the state from the record in Redis."""
+    event = events.decode(an_event(confirmedAt=...))
+    assert (event.state, event.confirmed_at) == ("confirmed", event.accepted_at)
+    assert events.decode(an_event(state="held", confirmedAt=...)).confirmed_at is None
 
 
 @pytest.mark.parametrize(
@@ -86,13 +110,17 @@ def test_other_versions_can_read_the_wire_format() -> None:
         {"quantity": "1"},
         {"state": "refused"},
         {"version": 0},
-        {"version": 2**31},
+        {"version": 2**53 + 1},
         {"occurredAt": "2026-11-23T14:09:14"},
         {"occurredAt": 1},
         {"allocated": -1},
         {"capacity": 2**60},
         {"revision": 0},
         {"requestKey": ""},
+        {"orderRef": "a,b"},
+        {"orderRef": ""},
+        {"expiresAt": "2026-11-23T14:09:14"},
+        {"confirmedAt": 1},
     ],
 )
 def test_an_invalid_event_is_refused_with_the_reason(changes: dict[str, object]) -> None:

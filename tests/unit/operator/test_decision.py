@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsale.inventory import ServerTime
-from flashsale.sale import Predecessor, SaleSpec, SaleState
+from flashsale.ledger import SaleRow
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState
 from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.sales.decision import (
     SEED_MS,
@@ -22,6 +23,8 @@ from flashsale_operator.sales.decision import (
     WriteRow,
     decide,
     spec_of,
+    state_of,
+    untrusted,
 )
 from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
 
@@ -82,6 +85,8 @@ def test_a_sale_that_matches_its_manifest_stays_as_it_is() -> None:
         {"display_name": "iPhone"},
         {"starts_ms": NOW_MS + 1},
         {"ends_ms": NOW_MS + 1},
+        {"hold_seconds": 60},
+        {"max_expired_holds": 5},
     ],
 )
 def test_a_change_is_written_to_the_ledger_before_redis(changes: dict[str, Any]) -> None:
@@ -98,7 +103,7 @@ def test_a_revision_that_redis_lacks_is_applied() -> None:
     assert decide(SPEC, observed(row=row, sale=a_sale(revision=2))) == Apply(row)
 
 
-def test_stock_below_the_held_units_is_reported_and_not_applied_endlessly() -> None:
+def test_stock_below_the_taken_units_is_reported_and_not_applied_endlessly() -> None:
     spec = replace(SPEC, stock=30)
     sale = a_sale(spec, allocated=40, accepted=40)
     assert outcome(decide(spec, observed(row=a_row(spec), sale=sale))) == (
@@ -165,7 +170,7 @@ def test_a_fenced_sale_is_rebuilt(changes: dict[str, Any]) -> None:
 
 def test_a_sale_with_fewer_units_than_the_ledger_is_rebuilt_under_any_run() -> None:
     row = a_row(accepted=5)
-    seen = observed(row=row, sale=a_sale(accepted=4), recorded=5)
+    seen = observed(row=row, sale=a_sale(accepted=4), before=row)
     assert decide(SPEC, seen) == Rebuild(row)
     assert outcome(decide(SPEC, replace(seen, still_fenced=STILL_FENCED))) == (
         SaleState.FENCED,
@@ -173,8 +178,17 @@ def test_a_sale_with_fewer_units_than_the_ledger_is_rebuilt_under_any_run() -> N
     )
 
 
+def test_a_sale_with_fewer_ended_holds_than_the_ledger_is_rebuilt_under_any_run() -> None:
+    row = a_row(accepted=5, held=2)
+    older = a_sale(accepted=6, held=4)
+    assert decide(SPEC, observed(row=row, sale=older, before=row)) == Rebuild(row)
+    newer = observed(row=row, sale=replace(older, held=3), before=row)
+    assert outcome(decide(SPEC, newer)) == (SaleState.SELLING, Reason.APPLIED)
+
+
 def test_units_that_are_recorded_between_the_reads_are_no_loss() -> None:
-    seen = observed(row=a_row(accepted=5), sale=a_sale(accepted=4), recorded=4)
+    row = a_row(accepted=5)
+    seen = observed(row=row, sale=a_sale(accepted=4), before=replace(row, accepted=4))
     assert outcome(decide(SPEC, seen)) == (SaleState.SELLING, Reason.APPLIED)
 
 
@@ -200,6 +214,47 @@ def test_a_fenced_sale_that_ended_is_rebuilt_without_a_new_row() -> None:
     assert decide(PAST, seen) == Rebuild(row)
 
 
+def test_an_ended_sale_without_keys_is_rebuilt_only_for_open_holds() -> None:
+    row = a_row(PAST, accepted=4, held=1)
+    for sale in (None, a_sale(PAST, run_id="run-0", accepted=4, revision=2)):
+        for spec in (PAST, replace(SPEC, ends_ms=NOW_MS + 60_000)):
+            seen = observed(row=row, sale=sale)
+            assert decide(spec, seen) == Rebuild(row)
+            assert outcome(decide(spec, replace(seen, still_fenced=STILL_FENCED))) == (
+                SaleState.FENCED,
+                Reason.FENCED,
+            )
+            confirmed = replace(seen, row=replace(row, held=0))
+            assert outcome(decide(spec, confirmed))[0] is SaleState.ENDED
+
+
+def test_an_ended_sale_that_lacks_an_ended_hold_is_rebuilt() -> None:
+    row = a_row(PAST, accepted=4)
+    seen = observed(row=row, sale=a_sale(PAST, accepted=4, held=1), before=row)
+    assert decide(PAST, seen) == Rebuild(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "sale", "state"),
+    [
+        (a_row(closed=True), None, SaleState.CLOSING),
+        (a_row(closed=True, held=1), None, SaleState.FENCED),
+        (a_row(PAST, held=1), None, SaleState.FENCED),
+        (a_row(closed=True, held=1), a_sale(stored_state="closed"), SaleState.CLOSING),
+        (
+            a_row(closed=True, held=1),
+            a_sale(stored_state="closed", run_id="run-0"),
+            SaleState.FENCED,
+        ),
+        (a_row(closed=True), a_sale(stored_state="closed", run_id="run-0"), SaleState.CLOSING),
+    ],
+)
+def test_a_finished_sale_is_fenced_only_with_open_holds(
+    row: SaleRow, sale: Sale | None, state: SaleState
+) -> None:
+    assert state_of(row, sale, SERVER) is state
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -212,6 +267,14 @@ def test_a_fenced_sale_that_ended_is_rebuilt_without_a_new_row() -> None:
         (
             {"stored_state": "closed", "accepted": 6},
             f"{NOT_RECORDED}: 5 of 6 accepted units",
+        ),
+        (
+            {"stored_state": "closed", "accepted": 5, "released": 1},
+            f"{NOT_RECORDED}: 0 of 1 released units",
+        ),
+        (
+            {"stored_state": "closed", "accepted": 5, "held": 2},
+            f"{NOT_RECORDED}: it has open holds of 2 units",
         ),
     ],
 )
@@ -227,15 +290,28 @@ def test_an_unfinished_sale_that_redis_lost_is_still_a_conflict() -> None:
         assert outcome(found) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
 
 
+def test_a_finished_sale_with_open_holds_keeps_its_item_also_without_keys() -> None:
+    others = (a_row(OTHER, accepted=5, held=2, closed=True),)
+    for seen in (observed(others=others), observed(others=others, row=a_row(closed=True))):
+        assert decide(SPEC, seen) == Done(
+            SaleState.ITEM_CONFLICT,
+            Reason.ITEM_CONFLICT,
+            "default/older sold iphone_15 before and has open holds: 2 units",
+        )
+    unfinished = observed(others=others, row=a_row())
+    assert decide(SPEC, unfinished) == Rebuild(a_row()), "the item is its own already"
+
+
 def test_a_finished_and_recorded_sale_is_replaced() -> None:
-    others = (a_row(OTHER, accepted=5, closed=True),)
-    seen = observed(sale=a_sale(OTHER, stored_state="closed", accepted=5), others=others)
+    others = (a_row(OTHER, accepted=5, released=1, closed=True),)
+    closed = a_sale(OTHER, stored_state="closed", accepted=5, released=1)
+    seen = observed(sale=closed, others=others)
     assert decide(SPEC, seen) == WriteRow(others)
     assert decide(SPEC, replace(seen, row=a_row(), written=1)) == Apply(
-        a_row(), seed_until_ms=SOON, replaces=Predecessor("default/older", 5)
+        a_row(), seed_until_ms=SOON, replaces=Predecessor("default/older", 5, 1)
     )
     assert decide(SPEC, replace(seen, row=a_row())) == Rebuild(
-        a_row(), Predecessor("default/older", 5)
+        a_row(), Predecessor("default/older", 5, 1)
     )
 
 
@@ -262,18 +338,32 @@ specs = st.builds(
     ends_ms=times,
     paused=st.booleans(),
 )
-counts = st.integers(0, 3)
-rows = st.builds(a_row, specs, closed=st.booleans(), revision=st.integers(1, 3), accepted=counts)
+counts = st.sampled_from([(0, 0, 0), (1, 0, 0), (1, 0, 1), (2, 1, 0), (2, 1, 1), (3, 0, 2)])
+
+
+def with_counts(record: Any, units: tuple[int, int, int]) -> Any:  # noqa: ANN401 - a row or a sale
+    accepted, released, held = units
+    return replace(record, accepted=accepted, released=released, held=held)
+
+
+rows = st.builds(
+    with_counts,
+    st.builds(a_row, specs, closed=st.booleans(), revision=st.integers(1, 3)),
+    counts,
+)
 sales = st.builds(
-    a_sale,
-    specs,
-    run_id=st.sampled_from(["run-0", "run-1"]),
-    revision=st.integers(1, 3),
-    stored_state=st.sampled_from(["open", "paused", "ended", "closed"]),
-    accepted=counts,
-    outbox_length=st.integers(0, 1),
-    torn=st.booleans(),
-    engine=st.sampled_from(["", "e-1"]),
+    with_counts,
+    st.builds(
+        a_sale,
+        specs,
+        run_id=st.sampled_from(["run-0", "run-1"]),
+        revision=st.integers(1, 3),
+        stored_state=st.sampled_from(["open", "paused", "ended", "closed"]),
+        outbox_length=st.integers(0, 1),
+        torn=st.booleans(),
+        engine=st.sampled_from(["", "e-1"]),
+    ),
+    counts,
 )
 
 
@@ -281,16 +371,17 @@ sales = st.builds(
 def situations(draw: st.DrawFn) -> tuple[SaleSpec, Observed]:
     spec = draw(specs)
     all_rows = {row.sale_id: row for row in draw(st.lists(rows, max_size=2))}
+    row = all_rows.pop(spec.sale_id, None)
     seen = Observed(
         server=ServerTime(NOW_MS, "run-1"),
         sale=draw(st.none() | sales),
-        row=all_rows.pop(spec.sale_id, None),
+        row=row,
         others=tuple(all_rows.values()),
         written=draw(st.none() | st.integers(1, 3)),
         seeded=draw(st.booleans()),
         still_fenced=draw(st.none() | st.just(STILL_FENCED)),
         engine_id="e-1",
-        recorded=draw(counts),
+        before=row and with_counts(row, draw(counts)),
     )
     return spec, seen
 
@@ -312,15 +403,14 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                 if sale is not None:
                     assert sale.finished(NOW_MS)
                     assert sale.outbox_length == 0
-                    assert action.replaces == (sale.sale_id, sale.accepted)
+                    assert sale.held == 0
+                    assert action.replaces == (sale.sale_id, sale.accepted, sale.released)
                     assert Key.of(sale.sale_id).namespace == Key.of(spec.sale_id).namespace
             else:
                 assert action.seed_until_ms is None
                 assert action.replaces is None
                 assert row.revision >= own.revision
-                assert not own.torn
-                assert own.accepted >= seen.recorded
-                assert own.run_id == "run-1"
+                assert not untrusted(seen.before, own, SERVER)
                 if not own.finished(NOW_MS) or own.stored_state == "closed":
                     assert spec_of(row) == spec
         case WriteRow():
@@ -329,6 +419,8 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                 assert own.stored_state == "closed" or not own.finished(NOW_MS), (
                     "an ended sale stays ended"
                 )
+            elif row is None or row.closed:
+                assert not any(other.held for other in seen.others), "its holds need the item"
         case Done(state, reason, message):
             assert message
             if reason is Reason.APPLIED and state is not SaleState.ENDED:
@@ -336,8 +428,8 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                 assert row is not None
                 assert spec_of(row) == spec
                 assert own.revision == row.revision
-                assert own.allocated == max(spec.stock, own.held)
-                assert own.accepted >= seen.recorded
+                assert own.allocated == max(spec.stock, own.taken)
+                assert not untrusted(seen.before, own, SERVER)
                 assert own.engine == seen.engine_id
         case Rebuild():
             assert action.row is row

@@ -1,6 +1,7 @@
 """FlashSale manifests: parsed values, and messages about mistakes."""
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -8,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsale.sale import SaleSpec
-from flashsale_operator.sales.manifest import ManifestError, parse, sale_spec
-from tests.support.bad_manifests import ABSENT, BAD_MANIFESTS, STARTS, STOCK, Bad, manifest
+from flashsale_operator.sales.documents import documents_of
+from flashsale_operator.sales.manifest import ManifestError, check_item, parse, sale_spec
+from tests.support.bad_manifests import ABSENT, BAD_MANIFESTS, NAME, STARTS, STOCK, Bad, manifest
+from tests.support.go_scalars import GO_SCALARS
 
+OPTIONAL = ("maxPerUser", "paused", "holdSeconds", "maxExpiredHolds")
+MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{n}: &a{n}\n  <<: [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+)
+TOO_DEEP = ("not YAML: nested too deeply",)
 HEAD = "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\nmetadata: {name: a}\n"
 
 
@@ -18,6 +26,13 @@ def mistakes(text: str) -> tuple[str, ...]:
     with pytest.raises(ManifestError) as refused:
         parse(text)
     return refused.value.mistakes
+
+
+def parse_or_mistake(text: str) -> list[SaleSpec] | tuple[str, ...]:
+    try:
+        return parse(text)
+    except ManifestError as error:
+        return error.mistakes
 
 
 def with_stock(text: str) -> str:
@@ -40,6 +55,8 @@ spec:
   startsAt: 2026-11-27T09:00:00Z
   endsAt: "2026-11-27T11:00:00.5+01:00"
   paused: true
+  holdSeconds: 600
+  maxExpiredHolds: 2
 status: {saleId: shop/iphone-15}
 """
     assert parse(text) == [
@@ -52,13 +69,15 @@ status: {saleId: shop/iphone-15}
             starts_ms=1_795_770_000_000,
             ends_ms=1_795_773_600_500,
             paused=True,
+            hold_seconds=600,
+            max_expired_holds=2,
         )
     ]
 
 
 def test_absent_and_null_fields_get_defaults() -> None:
     assert sale_spec(manifest()) == SaleSpec("default/iphone-15", "iphone_15", 100)
-    nulls = Bad((), {"maxPerUser": None, "paused": None}, {"namespace": None})
+    nulls = Bad((), dict.fromkeys(OPTIONAL), {"namespace": None})
     assert sale_spec(manifest(nulls)) == SaleSpec("default/iphone-15", "iphone_15", 100)
 
 
@@ -73,25 +92,112 @@ def test_every_mistake_names_its_field_and_rule(case: str) -> None:
     assert mistakes(json.dumps(manifest(bad))) == bad.mistakes
 
 
+@pytest.mark.parametrize("text", [each for each in GO_SCALARS if each])
+def test_scalars_mean_the_same_as_to_kubectl(text: str) -> None:
+    [document] = documents_of(f"x: {text}\n")
+    expected = GO_SCALARS[text]
+    assert (document["x"], type(document["x"])) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "stock"),
+    [("1e+06", 1_000_000), ("100.0", 100), ("1_000", 1_000), ("0x64", 100), ("+5", 5)],
+)
+def test_a_stock_in_any_format_of_kubectl_is_read(text: str, stock: int) -> None:
+    [spec] = parse(with_stock(text))
+    assert (spec.stock, type(spec.stock)) == (stock, int)
+
+
+@pytest.mark.parametrize("number", ["1e+06", "100.0", "1E2"])
+def test_a_whole_number_of_json_is_an_integer(number: str) -> None:
+    [spec] = parse(json.dumps(manifest()).replace('"stock": 100', f'"stock": {number}'))
+    assert (spec.stock, type(spec.stock)) == (float(number), int)
+
+
+@pytest.mark.parametrize("word", ["yes", "On", "TRUE", "y"])
+def test_a_boolean_in_any_word_of_kubectl_is_read(word: str) -> None:
+    [spec] = parse(f"{HEAD}spec: {{itemId: a, stock: 1, paused: {word}}}\n")
+    assert spec.paused is True
+
+
 @pytest.mark.parametrize(
     "text",
+    ["1:30", "'5'", "yes", "9" * 5000, ".inf", "1.5", "1e400", "1e-2", "~", "_1", "0b", "0x"],
+)
+def test_a_stock_that_is_no_integer_is_refused(text: str) -> None:
+    assert mistakes(with_stock(text)) == (STOCK,)
+
+
+def test_an_alias_and_a_merge_mean_the_same_as_to_kubectl() -> None:
+    text = f"{HEAD}spec:\n  <<: &all {{itemId: a, stock: 1, paused: yes}}\n  stock: 5\n---\n"
+    shared = f"{HEAD.replace('{name: a}', '&name {name: a, namespace: shop}')}spec: *all\n"
+    [spec] = parse(text)
+    assert (spec.stock, spec.paused) == (5, True)
+    [mistake] = mistakes(shared)
+    assert mistake.startswith("not YAML: found undefined alias 'all'")
+
+
+def test_aliases_of_aliases_take_no_memory() -> None:
+    levels = "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}1]\n" for n in range(1, 60))
+    assert "a59: unknown field" in mistakes(f"a0: &a0 [1]\n{levels}")
+
+
+def exported(*names: str, kind: str = "List") -> dict[str, Any]:
+    """Return the output of `kubectl get -o json`."""
+    items = [manifest(Bad((), metadata={"name": name})) for name in names]
+    return {"apiVersion": "v1", "kind": kind, "items": items, "metadata": {"resourceVersion": ""}}
+
+
+@pytest.mark.parametrize("kind", ["List", "FlashSaleList"])
+def test_the_items_of_a_list_are_sales(kind: str) -> None:
+    for text in (
+        yaml.safe_dump(exported("a", "b", kind=kind)),
+        json.dumps(exported("a", "b", kind=kind), indent="\t"),
+    ):
+        assert [spec.sale_id for spec in parse(text)] == ["default/a", "default/b"]
+    assert parse(json.dumps(exported(kind=kind))) == []
+
+
+def test_lists_in_lists_are_read() -> None:
+    listed = exported("a") | {"items": [exported("b", "c"), exported(), *exported("d")["items"]]}
+    assert [spec.sale_id for spec in parse(json.dumps(listed))] == [
+        f"default/{name}" for name in "bcd"
+    ]
+    listed["items"][0] = exported("b", "B")
+    assert mistakes(json.dumps(listed)) == (f"item 1: item 2: {NAME}",)
+    for depth in (*range(100, 1_000, 20), 20_000):
+        deep = '{"kind":"List","items":[' * depth + "]}" * depth
+        assert parse_or_mistake(deep) in ([], ("nested too deeply",), TOO_DEEP)
+
+
+def test_a_mistake_in_a_list_names_its_item() -> None:
+    listed = exported("a", "a", "B")
+    assert mistakes(json.dumps(listed)) == (
+        "item 2: metadata.name: default/a appears twice",
+        f"item 3: {NAME}",
+    )
+    assert "items: unknown field" in mistakes(json.dumps(exported("a") | {"items": 5}))
+
+
+def test_json_may_have_tabs_and_several_values() -> None:
+    one, two = (manifest(Bad((), metadata={"name": name})) for name in "ab")
+    text = "\ufeff" + json.dumps(one, indent="\t") + "\n" + json.dumps(two)
+    assert [spec.sale_id for spec in parse(text)] == ["default/a", "default/b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
     [
-        "100.0",
-        "1e2",
-        "1_000",
-        "0o17",
-        "017",
-        "0x10",
-        "+5",
-        "1:30",
-        "'5'",
-        "yes",
-        "9" * 5000,
-        ".inf",
+        ('{"a": 1,\n\t"b" 2}', "not JSON: Expecting ':' delimiter in line 2"),
+        ('{"a": 1, "a": 2}', "not JSON: a appears twice"),
+        ('{"a": NaN}', "not JSON: NaN is not a number"),
+        ('{"a":' * 100_000, "not YAML: nested too deeply"),
     ],
 )
-def test_yaml_reads_only_plain_decimal_numbers_as_integers(text: str) -> None:
-    assert mistakes(with_stock(text)) == (STOCK,)
+def test_json_that_is_no_manifest_gives_a_message_of_one_line(text: str, says: str) -> None:
+    [mistake] = mistakes(text)
+    assert mistake.startswith(says)
+    assert "\n" not in mistake
 
 
 def test_a_time_in_yaml_s_own_format_is_refused() -> None:
@@ -109,7 +215,8 @@ def test_a_time_in_yaml_s_own_format_is_refused() -> None:
         ("just text", "must be a mapping: a FlashSale"),
         ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
         ("a: 1\na: 2\n", "not YAML: a appears twice in line 1"),
-        ("a: &x [1]\nb: *x\n", "not YAML: aliases are not allowed in line 2"),
+        ("b: *x\n", "not YAML: found undefined alias 'x' in line 1"),
+        (MERGES, "not YAML: more than 1000 merged fields in line"),
         ("a: !!python/object:os.system x\n", "not YAML: tags are not allowed in line 1"),
         ("a: !!int 0x1z\n", "not YAML: tags are not allowed in line 1"),
         ("? [a]\n: b\n", "not YAML: a field name must be text in line 1"),
@@ -169,3 +276,51 @@ def test_any_spec_gives_a_sale_or_mistakes(spec: dict[str, object]) -> None:
 def test_any_text_is_refused_with_mistakes_and_no_crash(text: str) -> None:
     with pytest.raises(ManifestError):
         parse(text)
+
+
+PREFIXES = {"shop": "shop-", "outlet": "shop-outlet-", "yard": "yard.", "barn": "yard."}
+
+
+@pytest.mark.parametrize(
+    ("namespace", "item"),
+    [
+        ("shop", "shop-1"),
+        ("shop", "shop-outlet"),
+        ("outlet", "shop-outlet-1"),
+        ("yard", "yard.1"),
+        ("barn", "yard.1"),
+        ("other", "shop"),
+        ("other", "cup"),
+    ],
+)
+def test_a_namespace_sells_the_items_of_its_longest_prefix(namespace: str, item: str) -> None:
+    check_item(SaleSpec(f"{namespace}/cup", item, 1), PREFIXES)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "item", "rule"),
+    [
+        ("shop", "cup", "must begin with shop- in the namespace shop"),
+        ("outlet", "shop-1", "must begin with shop-outlet- in the namespace outlet"),
+        (
+            "shop",
+            "shop-outlet-1",
+            "must not begin with shop-outlet-, which is for the namespace outlet",
+        ),
+        (
+            "other",
+            "yard.1",
+            "must not begin with yard., which is for the namespace barn and yard",
+        ),
+    ],
+)
+def test_an_item_of_another_namespace_is_a_mistake_that_names_the_rule(
+    namespace: str, item: str, rule: str
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        check_item(SaleSpec(f"{namespace}/cup", item, 1), PREFIXES)
+    assert str(caught.value) == f"spec.itemId: {rule} (operator.items)"
+
+
+def test_without_prefixes_every_namespace_sells_every_item() -> None:
+    check_item(SaleSpec("other/cup", "shop-1", 1), {})

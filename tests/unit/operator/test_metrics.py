@@ -1,6 +1,12 @@
-"""How long accepted units wait for the ledger, in the operator's metrics."""
+"""How long accepted units wait for the ledger, in the operator's metrics, and their size."""
 
-from flashsale_operator.kubernetes.metrics import Backlog
+from dataclasses import replace
+
+from flashsale.sale import SaleState
+from flashsale_operator.kubernetes.metrics import Backlog, Metrics
+from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.reconciler import Result
+from tests.support.observations import a_row, a_sale
 
 
 def test_a_unit_that_is_recorded_by_the_next_sample_has_not_waited() -> None:
@@ -39,3 +45,17 @@ def test_units_that_redis_lost_do_not_count() -> None:
     assert backlog.seconds(60) == 0
     backlog.sample(60, accepted=4, recorded=3)
     assert backlog.seconds(70) == 10
+
+
+def test_two_thousand_sales_are_a_scrape_below_2_mb() -> None:
+    metrics = Metrics()
+    for number in range(2_000):
+        name, item_id = f"iphone-17-{number:04}", f"iphone-17-{number:04}-black"
+        sale = replace(a_sale(), sale_id=f"shop/{name}", item_id=item_id)
+        result = Result(
+            sale.sale_id, item_id, SaleState.SELLING, Reason.APPLIED, "", sale=sale, row=a_row()
+        )
+        metrics.sales.update(("shop", name), result)
+    text = metrics.text()
+    assert b'flashsale_sale_recorded_units{item="iphone-17-1999-black",' in text
+    assert len(text) < 2_000_000

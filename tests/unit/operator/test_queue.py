@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import pytest
+
 from flashsale_operator.kubernetes.client import KubeUnavailable
 from flashsale_operator.kubernetes.controller import Controller
 from flashsale_operator.kubernetes.metrics import Metrics
@@ -15,11 +17,13 @@ from flashsale_operator.kubernetes.queue import (
     Key,
     Queue,
     Requeue,
+    Urgency,
     pause,
 )
 from tests.support.eventually import until
 
 NOW_MS = 1_795_770_000_000
+CHANGED, NEW, DUE = Urgency.CHANGED, Urgency.NEW, Urgency.DUE
 ONE, TWO = Key("shop", "one"), Key("shop", "two")
 
 
@@ -119,25 +123,44 @@ async def test_a_wake_during_the_last_reconcile_is_not_lost() -> None:
         assert ONE in queue
 
 
-async def test_changed_flashsales_go_before_those_that_are_merely_due() -> None:
+async def test_changed_flashsales_go_before_new_ones_and_new_ones_before_those_that_are_due() -> (
+    None
+):
     queue = Queue()
-    crowd = [Key("crowd", f"sale-{number}") for number in range(1000)]
-    for key in crowd:
-        queue.wake(key)
-    queue.wake(ONE, changed=True)
-    assert await queue.take() == ONE
-    # One that is due and then changes is taken once, and first.
-    queue.wake(crowd[700], changed=True)
+    crowd = [Key("crowd", f"sale-{number}") for number in range(9)]
+    for urgency, keys in zip((DUE, NEW, CHANGED), (crowd[:3], crowd[3:6], crowd[6:]), strict=True):
+        for key in keys:
+            queue.wake(key, urgency)
+    # One that is due and then changes is taken once. One that has changed stays a change.
+    queue.wake(crowd[1], CHANGED)
+    queue.wake(crowd[7], DUE)
     taken = [await queue.take() for _ in crowd]
-    assert taken == [crowd[700], *crowd[:700], *crowd[701:]]
+    assert taken == [*crowd[6:], crowd[1], *crowd[3:6], crowd[0], crowd[2]]
     # A change during a reconcile counts too.
     for key in crowd[:3]:
         queue.give_back(key, Requeue())
         queue.wake(key)
-    queue.wake(ONE, changed=True)
-    queue.give_back(ONE, Requeue())
-    assert await queue.take() == ONE
+    queue.wake(crowd[8], CHANGED)
+    queue.give_back(crowd[8], Requeue())
+    assert await queue.take() == crowd[8]
     assert await queue.take() == crowd[0]
+
+
+@pytest.mark.parametrize("urgency", Urgency)
+async def test_a_thousand_flashsales_of_one_namespace_do_not_delay_another(
+    urgency: Urgency,
+) -> None:
+    queue = Queue()
+    crowd = [Key("crowd", f"sale-{number}") for number in range(1000)]
+    for key in (*crowd, ONE, TWO):
+        queue.wake(key, urgency)
+    taken = [await queue.take() for _ in range(6)]
+    assert taken == [crowd[0], ONE, crowd[1], TWO, crowd[2], crowd[3]]
+    # One that waits is taken once, also if its urgency changes.
+    queue.wake(crowd[500], CHANGED)
+    rest = [await queue.take() for _ in crowd[4:]]
+    assert sorted(rest) == sorted(crowd[4:])
+    assert (rest[0] == crowd[500]) is (urgency is not CHANGED)
 
 
 async def test_a_failing_flashsale_is_retried_and_does_not_block_another() -> None:

@@ -9,7 +9,7 @@ from flashsale.sale import SaleState
 from flashsale_operator.kubernetes import status as statuses
 from flashsale_operator.kubernetes.status import SAMPLE_SECONDS, Counts, Status
 from flashsale_operator.sales.decision import Reason
-from flashsale_operator.sales.reconciler import Result
+from flashsale_operator.sales.reconciler import Refused, Result
 from tests.support.observations import OTHER, SPEC, a_row, a_sale
 
 NOW = datetime(2026, 11, 27, 9, tzinfo=UTC)
@@ -94,7 +94,7 @@ def test_a_transition_time_changes_only_with_the_status_of_its_condition() -> No
 
 
 def test_counts_stay_as_they_were_during_an_outage() -> None:
-    assert a_status(AWAY, a_status()).counts == Counts(100, 0, 100)
+    assert a_status(AWAY, a_status()).counts == Counts(100, 0, 100, 0, 0)
 
 
 @pytest.mark.parametrize(("accepted", "status"), [(8, "False"), (9, "True"), (10, "True")])
@@ -103,6 +103,57 @@ def test_sold_out_means_that_no_unit_is_available(accepted: int, status: str) ->
     sold_out = a_status(replace(SELLING, sale=sale)).condition("SoldOut")
     assert sold_out is not None
     assert sold_out.status == status
+
+
+def test_a_sold_out_sale_with_open_holds_tells_that_units_may_come_back() -> None:
+    sale = a_sale(allocated=9, accepted=12, released=3, held=2)
+    status = a_status(replace(SELLING, state=SaleState.SOLD_OUT, sale=sale))
+    sold_out, opened = status.condition("SoldOut"), status.condition("Open")
+    assert sold_out is not None
+    assert opened is not None
+    assert (sold_out.status, sold_out.message) == (
+        "True",
+        "no units are available: 2 units held, which may come back",
+    )
+    assert opened.message == "all units are sold or held: 2 held units may come back"
+    assert status.counts == Counts(9, 12, 0, 2, 7)
+
+
+def test_a_sold_out_sale_without_open_holds_is_final() -> None:
+    sale = a_sale(allocated=9, accepted=9)
+    status = a_status(replace(SELLING, state=SaleState.SOLD_OUT, sale=sale))
+    opened = status.condition("Open")
+    assert opened is not None
+    assert opened.message == "all units are sold: a larger spec.stock opens the sale again"
+
+
+def test_a_status_remembers_that_a_hold_expired() -> None:
+    status = a_status(replace(SELLING, hold_expired=True))
+    assert statuses.worth_writing(a_status(), status, 0)
+    later = a_status(SELLING, Status.parse(status.json()))
+    assert later.hold_expired
+    assert not a_status().hold_expired
+
+
+def test_the_counts_of_the_previous_version_are_read() -> None:
+    counts = {"allocated": 9, "accepted": 5, "available": 4}
+    assert Status.parse(counts).counts == Counts(9, 5, 4, 0, 0)
+
+
+def test_refused_reservations_are_a_condition_that_an_outage_does_not_change() -> None:
+    def condition(status: Status) -> tuple[str, str, str]:
+        found = status.condition("Refused")
+        assert found is not None
+        return found.status, found.reason, found.message
+
+    assert condition(a_status(AWAY))[0] == "Unknown"
+    fine = a_status(replace(SELLING, refused=Refused(0, 0)))
+    assert condition(fine)[:2] == ("False", "NoneRefused")
+    refused = a_status(replace(SELLING, refused=Refused(1, 2)), fine)
+    assert condition(refused)[:2] == ("True", "Refused")
+    assert "1 reservation (2 units)" in condition(refused)[2]
+    assert statuses.worth_writing(fine, refused, 0)
+    assert condition(a_status(AWAY, refused)) == condition(refused)
 
 
 def test_a_status_survives_the_kube_apiserver() -> None:

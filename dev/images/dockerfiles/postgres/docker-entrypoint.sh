@@ -3,7 +3,7 @@
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   printf '%s\n' "$POSTGRES_PASSWORD" >/tmp/password
-  initdb --username="$POSTGRES_USER" --pwfile=/tmp/password --auth-local=trust \
+  initdb --username="$POSTGRES_USER" --encoding=UTF8 --pwfile=/tmp/password --auth-local=trust \
     --auth-host=scram-sha-256 >/dev/null
   rm /tmp/password
   pg_ctl --wait --options="-c listen_addresses=''" start >/dev/null

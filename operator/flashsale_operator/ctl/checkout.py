@@ -1,0 +1,43 @@
+"""Finds the servers of `make up` through the file .local/env of a checkout."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from flashsale.settings import PREFIX
+
+FILE: Final = Path(".local") / "env"
+_MARK: Final = "pyproject.toml"
+_ADDRESSES: Final = tuple(
+    f"{PREFIX}{name}" for name in ("REDIS_URL", "DATABASE_URL", "KAFKA_BOOTSTRAP")
+)
+
+
+def environment(environ: Mapping[str, str], folder: Path) -> tuple[Mapping[str, str], str]:
+    """Returns the variables of `environ`, completed by the file of the checkout around `folder`.
+
+    The file is read only if `environ` lacks an address. The second value is a sentence about the
+    file for an error, or empty if the file does not matter.
+    """
+    if all(name in environ for name in _ADDRESSES):
+        return environ, ""
+    path = next(
+        (
+            parent / FILE
+            for parent in (folder, *folder.parents)
+            if (parent / FILE).is_file() and (parent / _MARK).is_file()
+        ),
+        None,
+    )
+    if path is None:
+        return environ, (
+            "set the variables, or run `make up` in a checkout and flashsalectl below it: "
+            f"{folder} has no {FILE}"
+        )
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return environ, f"{path} cannot be read: {error.strerror}"
+    pairs = (line.partition("=") for line in lines if line.startswith(PREFIX))
+    variables = {name: value for name, _, value in pairs}
+    return variables | dict(environ), f"the servers that the environment lacks are those of {path}"

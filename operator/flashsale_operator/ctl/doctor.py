@@ -1,0 +1,297 @@
+"""`flashsalectl doctor`: check Redis, Kafka, PostgreSQL and the cluster from where it runs.
+
+Each requirement of docs/install.md is tried. Nothing is left behind in a server.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import ssl
+import statistics
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
+from redis.asyncio import Redis
+
+from flashsale import events, ledger, redis_client, requirements
+from flashsale.errors import FlashsaleError
+from flashsale.inventory import Inventory
+from flashsale.requirements import Finding, Requirement, TopicFacts
+from flashsale.scripts import translated
+from flashsale.settings import KafkaSettings
+
+REDIS: Final = "Redis"
+KAFKA: Final = "Kafka"
+POSTGRESQL: Final = "PostgreSQL"
+KUBERNETES: Final = "Kubernetes"
+TIMEOUT_SECONDS: Final = 15.0
+CLOCK_SECONDS: Final = 2.0
+"""A sale opens and closes by Redis' clock. People notice a larger difference."""
+SLOW_MS: Final = 10.0
+"""A buyer waits for one round trip to Redis."""
+ROUND_TRIPS: Final = 7
+ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_RESOURCE: Final = "/apis/flashsale.dev/v1alpha1"
+
+# The commands that the engine's scripts use to write.
+_TRY_TO_WRITE: Final = """
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+redis.call('HSET', KEYS[1], 'a', '1')
+redis.call('HINCRBY', KEYS[1], 'a', 1)
+redis.call('XADD', KEYS[2], '*', 'a', '1')
+redis.call('ZADD', KEYS[3], 1, 'a')
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+return 'written'
+"""
+_TRY_TO_RECORD: Final = """
+INSERT INTO kafka_offsets (topic, partition, next_offset) VALUES ($1, 0, 0)
+"""
+
+
+async def examine(
+    addresses: KafkaSettings, redis_url: str, database_url: str, environ: Mapping[str, str]
+) -> list[Finding]:
+    """Checks all servers at the same time. Returns the findings by server."""
+    found = await asyncio.gather(
+        _within(REDIS, _redis(redis_url, addresses.engine)),
+        _within(KAFKA, _kafka(addresses)),
+        _within(POSTGRESQL, _postgresql(database_url, addresses.engine)),
+        _within(KUBERNETES, _kubernetes(environ)),
+    )
+    return [finding for group in found for finding in group]
+
+
+async def _within(server: str, checks: AsyncIterator[Finding]) -> list[Finding]:
+    """Returns the findings. An error of the server ends its checks with a failure."""
+    found: list[Finding] = []
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            async for finding in checks:
+                found.append(finding)  # noqa: PERF401 - kept if a later check raises
+    except (FlashsaleError, KafkaError, OSError, TimeoutError) as error:
+        # An old server refuses some calls. Its version is the failure then.
+        if not any(each.verdict == "failure" for each in found):
+            why = " ".join(str(error).split()) or f"no answer within {TIMEOUT_SECONDS:.0f} s"
+            text = f"{why}: check the address, the network and the user"
+            found.append(Finding(server, text, "failure"))
+    return found
+
+
+async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
+    redis = redis_client.connect(url)
+    try:
+        inventory = Inventory(redis, engine)
+        facts = await inventory.facts()
+        name = f"the address {inventory.address} answers, version {facts.version or 'unknown'}"
+        yield Finding(REDIS, name, "ok")
+        for finding in requirements.findings(requirements.REDIS, facts):
+            yield finding
+        if facts.backlog_ttl is None:
+            text = "CONFIG GET is not permitted: ask the provider whether repl-backlog-ttl is 0"
+            yield Finding(REDIS, text, "warning")
+        yield await _written(redis, engine)
+        yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
+        yield _clock(REDIS, (await inventory.server()).now_ms / 1000)
+    finally:
+        await redis.aclose()
+
+
+async def _written(redis: "Redis", engine: str) -> Finding:
+    tag = f"{engine}:{{doctor-{uuid.uuid4().hex}}}"
+    keys = (f"{tag}:sale", f"{tag}:outbox", f"{tag}:pods")
+    try:
+        run: Any = redis.eval(_TRY_TO_WRITE, len(keys), *keys)
+        await translated(run)
+    except FlashsaleError as error:
+        text = f"a script cannot write: {error}: allow this user the commands of k8s/redis"
+        return Finding(REDIS, text, "failure")
+    return Finding(REDIS, "a script can write keys of this engine", "ok")
+
+
+async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
+    pool = await ledger.connect(url, max_connections=1)
+    try:
+        facts = await ledger.facts(pool)
+        version = f"version {facts.version // 10_000}.{facts.version % 10_000}"
+        yield Finding(POSTGRESQL, f"the address answers, {version}", "ok")
+        for finding in requirements.findings(requirements.LEDGER, facts):
+            yield finding
+        if facts.outdated:
+            text = "the ledger lacks migrations: start a consumer or the operator of this version"
+            yield Finding(POSTGRESQL, text, "warning")
+        else:
+            yield await _recorded(pool)
+            yield await _owned(pool, engine)
+        async with ledger.translated():
+            seconds = await _measured(lambda: pool.fetchval("SELECT 1"))
+            now: datetime = await pool.fetchval("SELECT clock_timestamp()")
+        yield _round_trip(POSTGRESQL, seconds)
+        yield _clock(POSTGRESQL, now.timestamp())
+    finally:
+        pool.terminate()
+
+
+async def _recorded(pool: ledger.Pool) -> Finding:
+    """Writes into the ledger and rolls back."""
+    try:
+        async with ledger.translated(), pool.acquire() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                await connection.execute(_TRY_TO_RECORD, f"doctor-{uuid.uuid4().hex}")
+            finally:
+                await transaction.rollback()
+    except FlashsaleError as error:
+        text = f"a transaction cannot write: {error}: name the primary server and grant the rights"
+        return Finding(POSTGRESQL, text, "failure")
+    return Finding(POSTGRESQL, "a transaction can write", "ok")
+
+
+async def _owned(pool: ledger.Pool, engine: str) -> Finding:
+    async with ledger.translated():
+        name = await pool.fetchval("SELECT name FROM engine")
+    if name in (None, engine):
+        return Finding(POSTGRESQL, f"the ledger belongs to the engine {engine}", "ok")
+    text = f"the ledger belongs to the engine {name}: set FLASHSALE_ENGINE={name}"
+    return Finding(POSTGRESQL, text, "failure")
+
+
+async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
+    admin = AIOKafkaAdminClient(
+        **settings.kafka_client(), request_timeout_ms=int(TIMEOUT_SECONDS * 1000)
+    )
+    try:
+        await admin.start()
+        brokers = len((await admin.describe_cluster())["brokers"])
+        yield Finding(KAFKA, f"the address answers, brokers: {brokers}", "ok")
+        for topic, table in (
+            (events.topic(settings.engine), requirements.TOPIC),
+            (events.recorded_topic(settings.engine), requirements.RECORDED),
+        ):
+            for finding in await _topic(admin, topic, table):
+                yield finding
+        seconds = await _measured(admin.describe_cluster)
+        yield _round_trip(KAFKA, seconds, buyers=False)
+    except IncompatibleBrokerVersion as error:
+        yield Finding(KAFKA, f"{error}: upgrade the brokers to Kafka 2.4 or newer", "failure")
+    finally:
+        await admin.close()
+
+
+async def _topic(
+    admin: AIOKafkaAdminClient, topic: str, table: Iterable[Requirement[TopicFacts]]
+) -> list[Finding]:
+    # Describe all topics, because to ask for one by name can create it.
+    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
+    if not described:
+        text = f"the topic {topic} does not exist, or this user may not describe it"
+        remedy = "start a consumer, which creates it, or create it"
+        return [Finding(KAFKA, f"{text}: {remedy}", "warning")]
+    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    entries = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
+    facts = TopicFacts(len(described[0]["partitions"]), entries)
+    found = requirements.findings(table, facts)
+    if not entries:
+        text = f"this user may not describe the settings of the topic {topic}"
+        found.append(Finding(KAFKA, f"{text}: allow it DescribeConfigs", "warning"))
+    return found
+
+
+async def _kubernetes(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
+    """Asks for the FlashSale resource, by the pod's account or by kubectl. No cluster is ok."""
+    if (ACCOUNT / "token").exists() and environ.get("KUBERNETES_SERVICE_HOST"):
+        look = _by_account
+    elif shutil.which("kubectl") and _has_kubeconfig(environ):
+        look = _by_kubectl
+    else:
+        yield Finding(KUBERNETES, "there is no cluster here, which is no mistake", "ok")
+        return
+    began = time.monotonic()
+    resource, date = await asyncio.to_thread(look, environ)
+    seconds = time.monotonic() - began
+    kinds = {each["kind"] for each in resource.get("resources", [])}
+    if "FlashSale" not in kinds:
+        text = "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
+        yield Finding(KUBERNETES, text, "failure")
+        return
+    yield Finding(KUBERNETES, f"FlashSales are served, {seconds * 1000:.0f} ms", "ok")
+    if date:
+        yield _clock(KUBERNETES, parsedate_to_datetime(date).timestamp() + 0.5)
+
+
+def _has_kubeconfig(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists()
+
+
+def _by_account(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    host, port = environ["KUBERNETES_SERVICE_HOST"], environ.get("KUBERNETES_SERVICE_PORT", "443")
+    host = f"[{host}]" if ":" in host else host
+    request = urllib.request.Request(
+        f"https://{host}:{port}{_RESOURCE}",
+        headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"},
+    )
+    context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
+    straight = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    try:
+        with straight.open(request, timeout=10) as answer:
+            return json.load(answer), answer.headers.get("Date", "")
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == HTTPStatus.NOT_FOUND:
+                return {}, ""
+            raise OSError(f"the kube-apiserver answered {error.code}") from None
+
+
+def _by_kubectl(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    command = ["kubectl", "get", "--raw", _RESOURCE, "--request-timeout=10s"]
+    done = subprocess.run(  # noqa: S603 - no argument is from outside
+        command, env={**os.environ, **environ}, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout), ""
+    if "could not find the requested resource" in done.stderr or "NotFound" in done.stderr:
+        return {}, ""
+    raise OSError(" ".join(done.stderr.split())[:300])
+
+
+async def _measured(call: Callable[[], Awaitable[object]]) -> float:
+    """Returns the median time of some round trips, in seconds."""
+    seconds = []
+    for _ in range(ROUND_TRIPS):
+        began = time.monotonic()
+        await call()
+        seconds.append(time.monotonic() - began)
+    return statistics.median(seconds)
+
+
+def _round_trip(server: str, seconds: float, *, buyers: bool = True) -> Finding:
+    milliseconds = seconds * 1000
+    text = f"a round trip takes {milliseconds:.1f} ms"
+    if milliseconds <= SLOW_MS or not buyers:
+        return Finding(server, text, "ok")
+    return Finding(server, f"{text}: place the engine close to the server", "warning")
+
+
+def _clock(server: str, timestamp: float) -> Finding:
+    difference = timestamp - datetime.now(UTC).timestamp()
+    text = f"its clock differs by {abs(difference):.1f} s"
+    if abs(difference) <= CLOCK_SECONDS:
+        return Finding(server, text, "ok")
+    ahead = "ahead of" if difference > 0 else "behind"
+    text = f"its clock is {abs(difference):.0f} s {ahead} this machine's"
+    return Finding(server, f"{text}: synchronize both clocks by NTP", "warning")

@@ -1,0 +1,181 @@
+"""The commands of `flashsalectl` for people in trouble."""
+
+import asyncio
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+import click
+
+from flashsale import ledger, settings
+from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
+from flashsale.ledger import SaleRow
+from flashsale.requirements import Checks
+from flashsale.reservations import Call
+from flashsale.sale import SaleState
+from flashsale_operator.ctl import tables
+from flashsale_operator.ctl.cli import (
+    Clients,
+    Environ,
+    Servers,
+    Stores,
+    command,
+    connected,
+    item_argument,
+    no_such,
+)
+from flashsale_operator.sales import engine, offsets, transitions
+from flashsale_operator.sales.decision import counted, state_of
+from flashsale_operator.sales.drain import Drain
+from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
+from flashsale_operator.sales.reconciler import UnknownSale
+from flashsale_operator.sales.republish import republish as publish_again
+
+
+@command("rebuild iphone_15", "rebuild --all")
+@click.option("--all", "every", is_flag=True, help="Every fenced sale.")
+@item_argument(required=False)
+async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
+    """Rebuild fenced sales in Redis from the ledger."""
+    if every == (item is not None):
+        click.get_current_context().fail("Name one ITEM, or use --all.")
+    addresses = settings.load(Servers, environ)
+    async with connected(addresses, item) as clients:
+        await engine.require_redis(Checks(), clients.inventory)
+        rows = await ledger.sales(clients.pool, item)
+        chosen = await _fenced(clients, rows)
+        if item is not None:
+            if not rows:
+                raise UnknownSale(no_such(item))
+            # Prefer the sale that is not closed, because it has the item. Then one with open holds.
+            row = min(rows, key=lambda row: (row.closed, not row.held))
+            if row not in chosen:
+                print(tables.line_of_rebuild(row.sale_id, Rebuilt(row.accepted)))
+                return 0
+            chosen = [row]
+        rebuilder = rebuilder_of(clients, addresses)
+        # Many at once, because all rebuilds wait for the same pods and the same topic.
+        done = await asyncio.gather(*(rebuilder.rebuild(row) for row in chosen))
+    for row, result in zip(chosen, done, strict=True):
+        line = tables.line_of_rebuild(row.sale_id, result)
+        print(line, file=sys.stdout if isinstance(result, Rebuilt) else sys.stderr)
+    return 0 if all(isinstance(result, Rebuilt) for result in done) else 1
+
+
+async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> list[SaleRow]:
+    """Returns the fenced sales of rows that are not closed, or closed with open holds."""
+    server = await clients.inventory.server()
+    held = await clients.inventory.sales({row.item_id for row in rows})
+    return [
+        row
+        for row in rows
+        if (not row.closed or row.held)
+        and state_of(row, held.get(row.item_id), server) is SaleState.FENCED
+    ]
+
+
+@command("republish iphone_15")
+@item_argument()
+async def republish(environ: Environ, item: str) -> int:
+    """Publish an item's reservations to Kafka again.
+
+    Use it after Kafka lost them. Redis still has them.
+    """
+    addresses = settings.load(Servers, environ)
+    async with connected(addresses, item) as clients:
+        published = await publish_again(clients.inventory, addresses, item)
+    done = f"{counted(published, 'reservation')} published again"
+    print(f"{item}: {done}; check with `flashsalectl audit`")
+    return 0
+
+
+def _reservation_id(_: click.Context, __: click.Parameter, text: str) -> str:
+    if re.match(UUID_PATTERN, text) is None:
+        raise click.BadParameter("must be a UUID in lower case")
+    return text
+
+
+def _order_ref(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    if text is not None and re.match(USER_ID_PATTERN, text) is None:
+        raise click.BadParameter("must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -")
+    return text
+
+
+_reservation_argument = click.argument(
+    "reservation", metavar="RESERVATION", callback=_reservation_id
+)
+_order_ref_option = partial(
+    click.option,
+    "--order-ref",
+    metavar="REF",
+    callback=_order_ref,
+    help="The shop's reference of the order.",
+)
+_AN_ID: Final = "019ac3f1-5c1e-7d10-9b6e-8a4f5f6c7d21"
+
+
+@command(f"confirm ticket {_AN_ID} --order-ref order-7")
+@_order_ref_option(required=True)
+@item_argument()
+@_reservation_argument
+async def confirm(environ: Environ, item: str, reservation: str, order_ref: str) -> int:
+    """Confirm a reservation for an order, if the shop cannot. Repeats are safe."""
+    return await _change("confirm", environ, item, reservation, order_ref)
+
+
+@command(f"cancel ticket {_AN_ID}", f"cancel ticket {_AN_ID} --order-ref order-7")
+@_order_ref_option()
+@item_argument()
+@_reservation_argument
+async def cancel(environ: Environ, item: str, reservation: str, order_ref: str | None) -> int:
+    """Cancel a reservation, if the shop cannot. A confirmed one needs its order reference."""
+    return await _change("cancel", environ, item, reservation, order_ref)
+
+
+async def _change(
+    verb: transitions.Verb, environ: Environ, item: str, reservation: str, order_ref: str | None
+) -> int:
+    addresses = settings.load(Servers, environ)
+    async with connected(addresses, item) as clients:
+        outcome = await transitions.change(
+            clients.inventory,
+            addresses,
+            item,
+            verb,
+            Call(reservation, order_ref or ""),
+            engine_id=await engine.engine_id(clients.inventory, clients.pool),
+        )
+    line, success = tables.line_of_change(reservation, verb, outcome, order_ref)
+    print(line, file=sys.stdout if success else sys.stderr)
+    return 0 if success else 1
+
+
+@command("adopt-redis", name="adopt-redis")
+async def adopt_redis(environ: Environ) -> int:
+    """Move the sales to another Redis. First stop the API pods that use the former one."""
+    async with connected(settings.load(Stores, environ)) as clients:
+        await ledger.migrate(clients.pool)
+        await clients.inventory.server()  # raises RedisUnavailable for a wrong address
+        own = await ledger.engine_id(clients.pool, clients.inventory.engine)
+        await clients.inventory.claim(own)
+        address = clients.inventory.address
+        former = await ledger.adopt_redis(clients.pool, address)
+    if former in (None, address):
+        print(f"the sales are in the Redis at {address}")
+    else:
+        print(f"the sales move from the Redis at {former} to {address}: the operator rebuilds them")
+    return 0
+
+
+def rebuilder_of(clients: Clients, addresses: Servers) -> Rebuilder:
+    """Returns a rebuilder that reports its progress to a terminal."""
+    spans = partial(offsets.spans, addresses)
+    drain = Drain(clients.inventory, clients.pool, spans, progress=_progress)
+    return Rebuilder(clients.inventory, clients.pool, drain, _progress)
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"sale {line}", file=sys.stderr)

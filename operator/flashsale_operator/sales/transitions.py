@@ -1,0 +1,98 @@
+"""Confirm or cancel one reservation for a person, as the order port does it for the shop.
+
+Redis makes the change. It is certain once Kafka has acknowledged its event in time: later, a
+rebuild could have begun without the event.
+"""
+
+import asyncio
+import time
+from typing import Final, Literal
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from flashsale import events
+from flashsale.errors import ContractViolation, OtherEngine
+from flashsale.events import Event
+from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
+from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
+from flashsale.reservations import Call, Transition, TransitionReply
+from flashsale.settings import KafkaSettings
+from flashsale_operator.sales import engine
+from flashsale_operator.sales.offsets import KafkaUnavailable
+from flashsale_operator.sales.reconciler import UnknownSale
+
+Verb = Literal["confirm", "cancel"]
+
+TIMEOUT_SECONDS: Final = 10
+"""How long Kafka may take to answer, before anything is changed."""
+
+
+async def change(  # noqa: PLR0913 - the call, and the servers
+    inventory: Inventory,
+    kafka: KafkaSettings,
+    item_id: str,
+    verb: Verb,
+    call: Call,
+    *,
+    engine_id: str,
+) -> Transition:
+    """Confirms or cancels a reservation, and publishes its event.
+
+    Returns `CHANGED` or `REPLAYED` once Kafka has the event, or a refusal. A repeat is harmless.
+    Raises `UnknownSale`, `OtherEngine`, `ContractViolation` if the sale is fenced or cannot be
+    read, `RedisUnavailable`, and `KafkaUnavailable` if Kafka does not acknowledge the event in
+    time. In that case an API pod publishes it.
+    """
+    timeout_ms = 1000 * TIMEOUT_SECONDS
+    producer = AIOKafkaProducer(**kafka.kafka_client(), acks="all", request_timeout_ms=timeout_ms)
+    try:
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                await producer.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            why = str(error) or "no answer in time"
+            raise KafkaUnavailable(f"Kafka is away, and nothing is changed: {why}") from error
+        began = time.monotonic()
+        does = inventory.confirm if verb == "confirm" else inventory.cancel
+        reply = await does(
+            item_id, [call], timeout_seconds=CALL_DEADLINE_SECONDS, engine_id=engine_id
+        )
+        if not isinstance(reply, TransitionReply):
+            raise _refusal(item_id, reply)
+        [answer] = reply.answers
+        if answer.record is None:
+            return answer.outcome
+        event = Event.of(item_id, call.reservation_id, answer.record, reply.snapshot)
+        try:
+            async with asyncio.timeout(ACKNOWLEDGED_SECONDS - (time.monotonic() - began)):
+                await producer.send_and_wait(
+                    events.topic(kafka.engine),
+                    events.encode(event),
+                    key=call.reservation_id.encode(),
+                    headers=events.headers(call.traceparent),
+                )
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise KafkaUnavailable(
+                f"{call.reservation_id} is {event.state} in Redis, but Kafka has not acknowledged "
+                "it in time: run it again"
+            ) from error
+    finally:
+        await producer.stop()
+    if answer.entry_id:
+        entry = (answer.entry_id, call.reservation_id, answer.record.version)
+        await Outbox(inventory.redis, inventory.engine).settle(item_id, [entry])
+    return answer.outcome
+
+
+def _refusal(item_id: str, reply: Transition) -> Exception:
+    match reply:
+        case Transition.UNKNOWN:
+            return UnknownSale(f"{item_id}: Redis has no sale of this item")
+        case Transition.OTHER_ENGINE:
+            return OtherEngine(engine.in_redis(item_id))
+        case Transition.FENCED:
+            return ContractViolation(f"{item_id}: the sale is fenced: rebuild it first")
+        case _:
+            return ContractViolation(f"{item_id}: this version cannot read the sale")

@@ -1,0 +1,281 @@
+"""Requests that arrive while a script call is in flight form the next call.
+
+There is no timer and no added delay. A lone request is sent at once, and batches grow with the
+load. A call has at most `BATCH_LIMIT` requests. At most `CALLS_IN_FLIGHT` calls per item are in
+flight. The items that the pod knows have a share of the calls and of the waiting places, and all
+other names have another one. So requests for made-up items delay no sale.
+"""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from prometheus_client import Gauge
+
+from flashsale.errors import RedisUnavailable
+from flashsale.heartbeat import CALL_DEADLINE_SECONDS, EXPIRY_SECONDS
+from flashsale.reservations import BATCH_LIMIT, Outcome
+from flashsale_api.engine import Engine
+from flashsale_api.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+CALLS_IN_FLIGHT: Final = 3
+MAX_CALLS: Final = 64
+"""Calls in flight of a share, however many items the requests name."""
+MAX_WAITING: Final = 8192
+"""Requests of a share that wait for a call. Further requests are refused.
+
+An item has at most as many waiting requests as places are free. So a busy item leaves half of the
+places to others.
+"""
+MAX_WAIT_SECONDS: Final = 0.5
+"""How long a request waits for a call before it is refused."""
+KNOWN_SECONDS: Final = 60.0
+"""How long a pod remembers that an item had an unfinished sale.
+
+If Redis has no keys of such an item, it has lost them. The sale is then answered as fenced, not as
+unknown.
+"""
+
+R = TypeVar("R")
+D = TypeVar("D")
+T = TypeVar("T")
+
+
+class Failure(StrEnum):
+    """Why a request has no decision from Redis."""
+
+    TOO_MANY_WAITING = "too_many_waiting"
+    REDIS_UNAVAILABLE = "redis_unavailable"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+    INTERNAL_ERROR = "internal_error"
+    UNAUTHORIZED = "unauthorized"
+    WRONG_USER = "wrong_user"
+
+
+class Reply(NamedTuple, Generic[T]):
+    """The reply to a script call that `started` then, by the loop's clock."""
+
+    value: T
+    started: float
+
+
+class _Waiting(NamedTuple, Generic[R, D]):
+    request: R
+    decided: Callable[[D], None]
+    since: float
+
+
+@dataclass(slots=True)
+class _Share(Generic[R, D]):
+    """The waiting requests and the calls in flight of several items."""
+
+    waiting: int = 0
+    in_flight: int = 0
+    held_back: "deque[_Queue[R, D]]" = field(default_factory=deque)
+    """The queues that may make a call once one of the share has ended."""
+
+
+@dataclass(slots=True)
+class _Queue(Generic[R, D]):
+    """The waiting requests of an item, and the number of its calls in flight."""
+
+    item_id: str
+    share: _Share[R, D]
+    waiting: deque[_Waiting[R, D]] = field(default_factory=deque)
+    calls: int = 0
+    starting: bool = False
+
+
+class Calls(ABC, Generic[R, D]):
+    """Decides requests of one kind through batched script calls."""
+
+    def __init__(self, metrics: Metrics, engine: Engine, waiting: Gauge) -> None:
+        """`waiting` counts the requests that wait for a script call."""
+        self._metrics = metrics
+        self._engine = engine
+        self._waiting_gauge = waiting
+        self._called: dict[str, float] = {}
+        self._queues: dict[str, _Queue[R, D]] = {}
+        self._known: _Share[R, D] = _Share()
+        self._unknown: _Share[R, D] = _Share()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._expiry: asyncio.TimerHandle | None = None
+        self._known_until: dict[str, float] = {}
+
+    @abstractmethod
+    def _undecided(self, failure: Failure) -> D:
+        """Returns the decision on a request that Redis has not decided."""
+
+    @abstractmethod
+    def _of_other_engine(self) -> D:
+        """Returns the decision on a request while the pod meets another engine."""
+
+    @abstractmethod
+    async def _decisions(self, item_id: str, requests: Sequence[R]) -> Sequence[D]:
+        """Calls the script, and returns the decisions in the order of the requests."""
+
+    def decide(self, item_id: str, request: R, decided: Callable[[D], None]) -> None:
+        """Calls `decided` exactly once, immediately or later. `decided` must not raise.
+
+        The request waits at most `MAX_WAIT_SECONDS` for a call. The call and its one repetition
+        take at most `CALL_DEADLINE_SECONDS` together. The request is not cancelled if the caller
+        disconnects, because it is part of a batch.
+        """
+        queue = self._queues.get(item_id)
+        if queue is not None:
+            share, of_item = queue.share, len(queue.waiting)
+        else:
+            share, of_item = self._known if self.knows(item_id) else self._unknown, 0
+        if self._closed or of_item >= MAX_WAITING - share.waiting:
+            decided(self._undecided(Failure.TOO_MANY_WAITING))
+            return
+        if self._engine.conflict:
+            decided(self._of_other_engine())
+            return
+        loop = asyncio.get_running_loop()
+        if queue is None:
+            queue = self._queues[item_id] = _Queue(item_id, share)
+        queue.waiting.append(_Waiting(request, decided, loop.time()))
+        share.waiting += 1
+        if queue.calls < CALLS_IN_FLIGHT and not queue.starting:
+            # Start the call after the requests that are read in the same turn of the event loop.
+            queue.starting = True
+            loop.call_soon(self._start, queue)
+        if self._expiry is None:
+            self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
+
+    def called_items(self) -> list[str]:
+        """Returns the items with a sale that were called within the lifetime of a heartbeat.
+
+        Redis may have changed a reservation in such a call that this pod does not count yet. Names
+        without a sale are left out, because a heartbeat writes a key for each item.
+        """
+        oldest = asyncio.get_running_loop().time() - EXPIRY_SECONDS
+        self._called = {item: since for item, since in self._called.items() if since > oldest}
+        return list(self._called)
+
+    def knows(self, item_id: str) -> bool:
+        """Whether this pod saw an unfinished sale of the item within the last `KNOWN_SECONDS`."""
+        return asyncio.get_running_loop().time() < self._known_until.get(item_id, 0.0)
+
+    async def close(self) -> None:
+        """Refuses new requests, and returns once all waiting requests are decided."""
+        self._closed = True
+        while self._queues:
+            await asyncio.sleep(0)  # the calls of this turn of the event loop start first
+            await asyncio.gather(*self._calls, return_exceptions=True)
+
+    async def _ask(self, item_id: str, send: Callable[[], Awaitable[T]]) -> "Reply[T] | Failure":
+        """Sends a script call, and repeats it once if it failed. The repetition must be a replay.
+
+        `send` raises `RedisUnavailable` after half of `CALL_DEADLINE_SECONDS`. A reply that arrives
+        after the deadline is ignored. After the pod was suspended, its socket may hold a reply from
+        before a Redis failure. The rebuilt sale may lack its reservations.
+        """
+        loop = asyncio.get_running_loop()
+        maybe_executed = False
+        for _ in range(2):
+            started = loop.time()
+            if self.knows(item_id):
+                self._called[item_id] = started
+            try:
+                value = await send()
+            except RedisUnavailable as error:
+                self._metrics.script_failures.inc()
+                maybe_executed = maybe_executed or error.maybe_executed
+                log.debug("a script call for %s failed: %s", item_id, error)
+                continue
+            seconds = loop.time() - started
+            self._metrics.script_seconds.observe(seconds)
+            if value != Outcome.UNKNOWN:
+                self._called[item_id] = started
+            if seconds < CALL_DEADLINE_SECONDS:
+                return Reply(value, started)
+            maybe_executed = True
+        return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
+
+    def _remember(self, item_id: str) -> None:
+        """Remembers that the item has an unfinished sale."""
+        self._known_until[item_id] = asyncio.get_running_loop().time() + KNOWN_SECONDS
+        queue = self._queues.get(item_id)
+        if queue is not None and queue.share is self._unknown:
+            self._unknown.waiting -= len(queue.waiting)
+            self._known.waiting += len(queue.waiting)
+            queue.share = self._known
+
+    def _forget(self, item_id: str) -> None:
+        self._known_until.pop(item_id, None)
+
+    def _start(self, queue: _Queue[R, D]) -> None:
+        queue.starting = False
+        while queue.waiting and queue.calls < CALLS_IN_FLIGHT:
+            share = queue.share
+            if share.in_flight >= MAX_CALLS:
+                queue.starting = True
+                share.held_back.append(queue)
+                break
+            size = min(len(queue.waiting), BATCH_LIMIT)
+            batch = [queue.waiting.popleft() for _ in range(size)]
+            share.waiting -= size
+            share.in_flight += 1
+            queue.calls += 1
+            call = asyncio.get_running_loop().create_task(self._call(queue, share, batch))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+        self._waiting_gauge.set(self._known.waiting + self._unknown.waiting)
+        if not queue.waiting and not queue.calls:
+            self._queues.pop(queue.item_id, None)
+
+    def _ended(self, queue: _Queue[R, D], share: _Share[R, D]) -> None:
+        """Starts the next calls: first for items held back by `MAX_CALLS`, then for this item.
+
+        The call was of `share`. The item may have moved to the other one.
+        """
+        share.in_flight -= 1
+        queue.calls -= 1
+        while share.held_back and share.in_flight < MAX_CALLS:
+            self._start(share.held_back.popleft())
+        if not queue.starting:
+            self._start(queue)
+
+    def _expire(self) -> None:
+        """Refuses the requests that have waited too long. They were never sent to Redis."""
+        loop = asyncio.get_running_loop()
+        oldest_allowed = loop.time() - MAX_WAIT_SECONDS
+        next_since = None
+        for queue in self._queues.values():
+            while queue.waiting and queue.waiting[0].since <= oldest_allowed:
+                queue.waiting.popleft().decided(self._undecided(Failure.TOO_MANY_WAITING))
+                queue.share.waiting -= 1
+            if queue.waiting:
+                since = queue.waiting[0].since
+                next_since = since if next_since is None else min(since, next_since)
+        self._waiting_gauge.set(self._known.waiting + self._unknown.waiting)
+        self._expiry = (
+            None
+            if next_since is None
+            else loop.call_at(next_since + MAX_WAIT_SECONDS, self._expire)
+        )
+
+    async def _call(
+        self, queue: _Queue[R, D], share: _Share[R, D], batch: Sequence[_Waiting[R, D]]
+    ) -> None:
+        self._metrics.batch_size.observe(len(batch))
+        decisions: Sequence[D]
+        try:
+            decisions = await self._decisions(queue.item_id, [waiting.request for waiting in batch])
+        except Exception:  # after any error, every request needs an answer
+            log.exception("could not decide a batch for %s", queue.item_id)
+            decisions = [self._undecided(Failure.INTERNAL_ERROR)] * len(batch)
+        finally:
+            self._ended(queue, share)
+        for waiting, decision in zip(batch, decisions, strict=True):
+            waiting.decided(decision)

@@ -1,0 +1,341 @@
+"""The port of the shop's order service: confirm, cancel and read reservations."""
+
+import hmac
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from time import perf_counter
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ExceptionHandler, Receive, Scope, Send
+
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN, OrderRef
+from flashsale.inventory import Inventory
+from flashsale.reservations import Call, Record, Transition
+from flashsale.sale import SaleState
+from flashsale_api.calls import Failure
+from flashsale_api.metrics import Metrics
+from flashsale_api.reserve import MAX_BODY_BYTES, TRACEPARENT, JsonBody, Refused
+from flashsale_api.responses import (
+    Handler,
+    Headers,
+    Problem,
+    Reservation,
+    Respond,
+    not_allowed,
+    plain,
+    problem_response,
+    render,
+)
+from flashsale_api.transitions import Decided, Transitions
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS: Final = 1
+"""`Retry-After` of a change that Kafka has not acknowledged yet."""
+
+_ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
+_UUID: Final = re.compile(UUID_PATTERN)
+_PATH: Final = "/sales/{item_id}/reservations/{reservation_id}"
+_CHANGE: Final = re.compile(rb"/sales/([^/]+)/reservations/([^/]+)/(confirm|cancel)")
+_JSON: Final = (b"content-type", b"application/json")
+_RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
+
+_PROBLEMS: Final = {
+    Transition.UNKNOWN_RESERVATION: Problem.UNKNOWN_RESERVATION,
+    Transition.HOLD_EXPIRED: Problem.HOLD_EXPIRED,
+    Transition.CANCELLED: Problem.CANCELLED,
+    Transition.OTHER_ORDER: Problem.OTHER_ORDER,
+    Transition.UNKNOWN: Problem.UNKNOWN_ITEM,
+    Transition.UNSUPPORTED: Problem.FENCED,
+    Transition.FENCED: Problem.FENCED,
+    Transition.OTHER_ENGINE: Problem.OTHER_ENGINE,
+    Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
+    Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
+    Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
+    Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
+}
+_DETAILS: Final = {
+    Problem.HOLD_EXPIRED: "void the payment; the buyer can reserve again",
+    Problem.CANCELLED: "void the payment",
+    Problem.OTHER_ORDER: "it is confirmed, and only calls with its own orderRef are accepted",
+    Problem.OUTCOME_UNKNOWN: "the change may have been made: repeat the call",
+}
+
+
+class ConfirmBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """The body of a confirmation."""
+
+    order_ref: OrderRef
+
+
+class CancelBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """The body of a cancellation. It may be empty."""
+
+    order_ref: OrderRef | msgspec.UnsetType = msgspec.UNSET
+
+
+class OrderView(Reservation, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """A reservation as the order service sees it."""
+
+    version: int
+    order_ref: str | None = None
+
+    @classmethod
+    def of(cls, item_id: str, sale_id: str, reservation_id: str, record: Record) -> "OrderView":
+        seen = Reservation.of(item_id, sale_id, reservation_id, record)
+        return cls(
+            **msgspec.structs.asdict(seen),
+            version=record.version,
+            order_ref=record.order_ref or None,
+        )
+
+
+class Orders:
+    """The endpoints. `HttpProtocol` calls the handlers of changes."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        confirmations: Transitions,
+        cancellations: Transitions,
+        metrics: Metrics,
+    ) -> None:
+        self._inventory = inventory
+        self._confirmations = confirmations
+        self._cancellations = cancellations
+        self._metrics = metrics
+
+    def change(self, item_id: str, reservation_id: str, verb: str) -> Handler:
+        """Returns the handler of a call to confirm or cancel a reservation."""
+        transitions = self._confirmations if verb == "confirm" else self._cancellations
+        return _Change(transitions, self._metrics, item_id, reservation_id, verb).begin
+
+    async def reservation(self, request: Request) -> Response:  # noqa: PLR0911 - one per problem
+        item_id = request.path_params["item_id"]
+        reservation_id = request.path_params["reservation_id"]
+        if not _ITEM_ID.match(item_id):
+            return problem_response(Problem.UNKNOWN_ITEM)
+        if not _UUID.match(reservation_id):
+            reservation_id = ""
+        try:
+            sale, record, server = await self._inventory.look(item_id, reservation_id)
+        except RedisUnavailable:
+            return problem_response(Problem.REDIS_UNAVAILABLE)
+        except ContractViolation as error:
+            return problem_response(Problem.FENCED, str(error))
+        if sale is None:
+            known = self._confirmations.sees(item_id) or self._cancellations.sees(item_id)
+            return problem_response(Problem.FENCED if known else Problem.UNKNOWN_ITEM)
+        if sale.state(*server) is SaleState.FENCED:
+            # Redis may have an older copy, or may have lost the reservation.
+            return problem_response(Problem.FENCED)
+        if record is None:
+            return problem_response(Problem.UNKNOWN_RESERVATION)
+        shown = OrderView.of(item_id, sale.sale_id, reservation_id, record)
+        return Response(_encode(shown), media_type="application/json")
+
+
+class _Change:
+    """A call to confirm or cancel a reservation, until its answer."""
+
+    __slots__ = (
+        "_item_id",
+        "_metrics",
+        "_reservation_id",
+        "_respond",
+        "_started",
+        "_transitions",
+        "_verb",
+    )
+
+    def __init__(
+        self,
+        transitions: Transitions,
+        metrics: Metrics,
+        item_id: str,
+        reservation_id: str,
+        verb: str,
+    ) -> None:
+        self._transitions = transitions
+        self._metrics = metrics
+        self._item_id = item_id
+        self._reservation_id = reservation_id
+        self._verb = verb
+
+    def begin(
+        self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
+    ) -> None:
+        """Decides the call, and calls `respond` exactly once, immediately or later."""
+        self._started = perf_counter()
+        self._respond = respond
+        try:
+            call = self._call(headers, raw)
+        except Refused as refused:
+            answer = render(refused.problem, refused.detail, **refused.members)
+            self._answer(_slug(refused.problem), *answer)
+        else:
+            self._transitions.change(self._item_id, call, self._decided)
+
+    def _call(self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray) -> Call:
+        """Parses the call. Raises `Refused`."""
+        order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
+        if not _ITEM_ID.match(self._item_id):
+            raise Refused(Problem.UNKNOWN_ITEM, "")
+        if not _UUID.match(self._reservation_id):
+            raise Refused(Problem.UNKNOWN_RESERVATION, "")
+        traceparent = _header(headers, b"traceparent")
+        return Call(
+            self._reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
+        )
+
+    def _decided(self, decision: Decided, durable: bool) -> None:
+        """Answers the call. Never raises."""
+        try:
+            answer = _answer_to(self._item_id, self._reservation_id, decision, durable=durable)
+            self._answer(*answer)
+        except Exception:  # after any error, the caller needs an answer
+            log.exception("could not answer a call for %s", self._item_id)
+            self._respond(*plain(Problem.INTERNAL_ERROR))
+
+    def _answer(self, outcome: str, status: int, headers: Headers, body: bytes) -> None:
+        label = self._metrics.label(self._item_id)
+        self._metrics.transitions.labels(label, self._verb, outcome).inc()
+        answer = "unacknowledged" if status == 202 else _ANSWERS.get(status // 100, "failed")
+        seconds = perf_counter() - self._started
+        self._metrics.order_seconds.labels(self._verb, answer).observe(seconds)
+        self._respond(status, headers, body)
+
+
+_ANSWERS: Final = {2: "durable", 4: "rejected"}
+
+
+def _answer_to(
+    item_id: str, reservation_id: str, decision: Decided, *, durable: bool
+) -> tuple[str, int, Headers, bytes]:
+    """Returns the outcome for the metrics, and the answer."""
+    if decision.record is None:
+        problem = _PROBLEMS[decision.outcome]
+        return _slug(problem), *render(problem, _DETAILS.get(problem))
+    body = _encode(OrderView.of(item_id, decision.sale_id, reservation_id, decision.record))
+    if durable:
+        return decision.outcome, 200, (_JSON,), body
+    return "unacknowledged", 202, (_JSON, _RETRY), body
+
+
+def _slug(problem: Problem) -> str:
+    return problem.value.slug.replace("-", "_")
+
+
+def _header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> str:
+    """Returns the first header of a name, or ""."""
+    for name, value in headers:
+        if name == wanted:
+            return value.decode("latin-1")
+    return ""
+
+
+def _order_ref(content_type: str, raw: bytes | bytearray, verb: str) -> str:
+    """Returns the order reference in the body, or "". Raises `Refused`."""
+    if verb == "confirm":
+        return _CONFIRM.read(content_type, raw).order_ref
+    if not raw:
+        return ""
+    order_ref = _CANCEL.read(content_type, raw).order_ref
+    return "" if isinstance(order_ref, msgspec.UnsetType) else order_ref
+
+
+_CONFIRM: Final = JsonBody(ConfirmBody, quotes=4)
+_CANCEL: Final = JsonBody(CancelBody, quotes=4)
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+class OrderPort:
+    """The application of the order port. It takes requests with one of the tokens (RFC 6750).
+
+    `HttpProtocol` calls the handlers of changes directly, and Starlette answers the rest.
+    """
+
+    def __init__(
+        self, orders: Orders, tokens: Sequence[str], metrics: Metrics, rest: Starlette
+    ) -> None:
+        self._orders = orders
+        self._tokens = [token.encode() for token in tokens]
+        self._metrics = metrics
+        self._rest = rest
+
+    def direct(self, method: bytes, path: bytes) -> Handler | None:
+        """Returns the handler of a request, or nothing if it takes the ASGI path."""
+        if not (change := _CHANGE.fullmatch(path)):
+            return None
+        if method == b"POST":
+            permitted = self._orders.change(*(part.decode("latin-1") for part in change.groups()))
+        else:
+            permitted = not_allowed("POST")
+
+        def handle(
+            headers: Sequence[tuple[bytes, bytes]], body: bytes | bytearray, respond: Respond
+        ) -> None:
+            if len(body) > MAX_BODY_BYTES:
+                respond(*plain(Problem.BODY_TOO_LARGE))
+            elif problem := self._problem(headers):
+                respond(*self._unauthorized(problem))
+            else:
+                permitted(headers, body, respond)
+
+        return handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if problem := self._problem(scope["headers"]):
+            status, headers, body = self._unauthorized(problem)
+            answer = Response(body, status)
+            answer.raw_headers.extend(headers)
+            await answer(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+    def _unauthorized(self, problem: str) -> tuple[int, Headers, bytes]:
+        self._metrics.transitions.labels("", "", "unauthorized").inc()
+        status, headers, body = render(Problem.UNAUTHORIZED, problem)
+        return status, (*headers, (b"www-authenticate", b"Bearer")), body
+
+    def _problem(self, headers: Sequence[tuple[bytes, bytes]]) -> str:
+        """Returns the reason to refuse a request, or "". Takes the same time for any token."""
+        sent = [value for name, value in headers if name == b"authorization"]
+        if len(sent) != 1:
+            return "send one header Authorization: Bearer <token>"
+        scheme, _, token = sent[0].partition(b" ")
+        if scheme.lower() != b"bearer":
+            return "send the header Authorization: Bearer <token>"
+        token = token.strip(b" ")
+        right = [hmac.compare_digest(token, own) for own in self._tokens]
+        return "" if any(right) else "the API does not have this token"
+
+
+def order_app(
+    orders: Orders,
+    tokens: Sequence[str],
+    metrics: Metrics,
+    exception_handlers: Mapping[Any, ExceptionHandler],
+) -> OrderPort:
+    """Makes the application of the order port."""
+    description = (files("flashsale_api") / "openapi-orders.json").read_bytes()
+
+    async def openapi(_: Request) -> Response:
+        return Response(description, media_type="application/json")
+
+    rest = Starlette(
+        routes=[Route("/openapi.json", openapi), Route(_PATH, orders.reservation)],
+        exception_handlers=exception_handlers,
+    )
+    rest.router.redirect_slashes = False
+    return OrderPort(orders, tokens, metrics, rest)

@@ -1,0 +1,73 @@
+"""The HTTP servers of a process: one for buyers, and one for the shop's order service."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from flashsale.settings import host_and_port
+from flashsale.sockets import BACKLOG, bound
+from flashsale_api.protocol import HttpProtocol
+
+log = logging.getLogger(__name__)
+
+
+def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+    """Returns the server for buyers. Benchmarks start other apps with it."""
+    return uvicorn.Server(_config(app, host, port, "on"))
+
+
+class OrderServer:
+    """Serves the order port in the loop of the buyers' server, until one of them stops."""
+
+    def __init__(self, listen: str, stopping: Callable[[], bool]) -> None:
+        """Listens at once. `stopping` says whether the buyers' server stops. Raises `OSError`."""
+        self._listeners = bound("ORDERS_LISTEN", listen)
+        self._address = host_and_port(listen)
+        self._stopping = stopping
+        self._stopped = False
+
+    async def serve(self, app: ASGIApp) -> None:
+        """Returns after `stop`, or when the buyers' server stops, and calls are answered."""
+        log.info("the order port listens on %s:%d", *self._address)
+        config = _config(app, *self._address, "off")
+        await _Attached(config, lambda: self._stopped or self._stopping()).serve(self._listeners)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+class _Attached(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, stopping: Callable[[], bool]) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals to the buyers' server."""
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        return self._stopping() or await super().on_tick(counter)
+
+
+def _config(app: ASGIApp, host: str, port: int, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        loop="uvloop",
+        http=HttpProtocol,
+        ws="none",
+        lifespan=lifespan,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,  # longer than that of load balancers, so that they close first
+        timeout_graceful_shutdown=10,
+    )

@@ -1,0 +1,139 @@
+"""Confirms or cancels reservations through batched script calls, and waits for Kafka.
+
+The pod that made a change, or found it made already, publishes the event and waits. A change is
+durable only if Kafka has acknowledged that very event soon after the script call. Later, Redis may
+have been rebuilt without the change: see `ACKNOWLEDGED_SECONDS`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias
+
+from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
+from flashsale.reservations import Call, Record, Transition, TransitionReply
+from flashsale_api.calls import Calls, Failure
+from flashsale_api.engine import Engine
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Accepted, Publisher
+
+
+class Script(Protocol):
+    """`Inventory.confirm` or `Inventory.cancel`."""
+
+    def __call__(
+        self, item_id: str, calls: Sequence[Call], *, timeout_seconds: float, engine_id: str
+    ) -> Awaitable[TransitionReply | Transition]: ...
+
+
+class Decided(NamedTuple):
+    """The decision on a call. `record` is the reservation after it, unless the call was refused.
+
+    The change is durable if `acknowledgement` is done before `until`, by the loop's clock.
+    """
+
+    outcome: Transition | Failure
+    sale_id: str = ""
+    record: Record | None = None
+    acknowledgement: "asyncio.Future[None] | None" = None
+    until: float = 0.0
+
+
+Answered: TypeAlias = Callable[[Decided, bool], None]
+"""Takes the decision on a call, and whether it is durable. Must not raise."""
+
+
+class Transitions(Calls[Call, Decided]):
+    """Decides the calls of one verb. A process has one for each verb."""
+
+    def __init__(  # noqa: PLR0913 - its neighbours
+        self,
+        script: Script,
+        publisher: Publisher,
+        metrics: Metrics,
+        engine: Engine,
+        *,
+        verb: str,
+        seen: Callable[[str], bool],
+    ) -> None:
+        """`seen` says whether another part of the pod knows an unfinished sale of an item."""
+        super().__init__(metrics, engine, metrics.waiting_order_calls.labels(verb))
+        self._script = script
+        self._publisher = publisher
+        self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
+        self._seen = seen
+
+    def change(self, item_id: str, call: Call, answered: Answered) -> None:
+        """Calls `answered` exactly once, immediately or later.
+
+        Waits for the script and then for Kafka, but for Kafka at most `ACKNOWLEDGED_SECONDS` after
+        the script call began.
+        """
+        self.decide(item_id, call, partial(self._decided, answered))
+
+    def _decided(self, answered: Answered, decision: Decided) -> None:
+        acknowledgement = decision.acknowledgement
+        if acknowledgement is None:
+            answered(decision, False)
+            return
+        self._unacknowledged.inc()
+        timer = asyncio.get_running_loop().call_at(decision.until, acknowledgement.cancel)
+        acknowledgement.add_done_callback(partial(self._acknowledged, answered, decision, timer))
+
+    def _acknowledged(
+        self,
+        answered: Answered,
+        decision: Decided,
+        timer: asyncio.TimerHandle,
+        acknowledgement: "asyncio.Future[None]",
+    ) -> None:
+        timer.cancel()
+        self._unacknowledged.dec()
+        # The clock is read after the acknowledgement: the pod may have been suspended meanwhile.
+        in_time = asyncio.get_running_loop().time() < decision.until
+        answered(decision, in_time and not acknowledgement.cancelled())
+
+    def sees(self, item_id: str) -> bool:
+        """Whether the item had an unfinished sale lately. If it has no keys, Redis lost them."""
+        return self.knows(item_id) or self._seen(item_id)
+
+    def _undecided(self, failure: Failure) -> Decided:
+        return Decided(failure)
+
+    def _of_other_engine(self) -> Decided:
+        return Decided(Transition.OTHER_ENGINE)
+
+    async def _decisions(self, item_id: str, requests: Sequence[Call]) -> Sequence[Decided]:
+        reply = await self._ask(
+            item_id,
+            lambda: self._script(
+                item_id,
+                requests,
+                timeout_seconds=CALL_DEADLINE_SECONDS / 2,
+                engine_id=self._engine.id,
+            ),
+        )
+        if isinstance(reply, Failure):
+            return [Decided(reply)] * len(requests)
+        value, until = reply.value, reply.started + ACKNOWLEDGED_SECONDS
+        if not isinstance(value, TransitionReply):
+            if value is Transition.FENCED:
+                self._remember(item_id)
+            elif value is Transition.UNKNOWN and self.sees(item_id):
+                value = Transition.FENCED  # Redis has lost the sale, and the ledger has it
+            return [Decided(value)] * len(requests)
+        self._remember(item_id)
+        decisions = []
+        for call, (outcome, entry_id, record) in zip(requests, value.answers, strict=True):
+            if record is None:
+                decisions.append(Decided(outcome))
+                continue
+            event = Accepted(
+                item_id, entry_id, call.reservation_id, record, value.snapshot, call.traceparent
+            )
+            self._publisher.add(event)
+            acknowledgement = self._publisher.acknowledgement(event)
+            decisions.append(
+                Decided(outcome, value.snapshot.sale_id, record, acknowledgement, until)
+            )
+        return decisions

@@ -1,0 +1,243 @@
+"""Announces recorded reservations in a topic for order services, see ADR 21.
+
+The announcer is one step behind the recording. It takes each batch that was just recorded, and
+publishes the ledger's state of its reservations. Recording never waits for it. If Kafka refuses
+messages, or after a restart, it reads the events again from the announced offset. So only a few
+batches are in memory.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import chain
+from typing import Final
+from zlib import crc32
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RecordListTooLargeError,
+)
+from aiokafka.producer.message_accumulator import BatchBuilder
+
+from flashsale import events, requirements
+from flashsale.errors import LedgerUnavailable
+from flashsale.fields import ReservationId, SaleId
+from flashsale.ledger import Pool
+from flashsale.requirements import EVENT_BYTES, Checks
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import clients, topics
+from flashsale_consumer.availability import Availability
+from flashsale_consumer.metrics import Metrics
+from flashsale_consumer.partitions import Partitions, Records
+from flashsale_consumer.recorded import Message, Source
+
+log = logging.getLogger(__name__)
+
+PAGE: Final = 5_000
+"""Events that are announced together."""
+POLL_MS: Final = 500
+REBUILDS_SECONDS: Final = 1.0
+"""How often the announcer looks for rebuilt sales."""
+ACKNOWLEDGED_SECONDS: Final = 12.0
+"""How long Kafka may take to acknowledge a page before the producer is discarded."""
+_REQUEST_TIMEOUT_MS: Final = 10_000
+_TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+
+class _Name(msgspec.Struct, frozen=True, rename="camel"):
+    """The reservation that an event is about."""
+
+    sale_id: SaleId
+    reservation_id: ReservationId
+
+
+_decoder = msgspec.json.Decoder(_Name)
+
+
+class Announcer:
+    """The announcements of one consumer process."""
+
+    def __init__(self, kafka: KafkaSettings, metrics: Metrics) -> None:
+        self._kafka = kafka
+        self._metrics = metrics
+        self._read_topic = events.topic(kafka.engine)
+        self._topic = events.recorded_topic(kafka.engine)
+        up = metrics.server_up.labels("recorded")
+        self._availability = Availability(self._topic, up, there=True)
+        self._checks = Checks(log)
+        self._batch_bytes = EVENT_BYTES
+        self._reading: dict[int, int] = {}
+        """The offsets of the reader, by partition."""
+
+    async def run(self, pool: Pool, partitions: Partitions, engine_id: str) -> None:
+        """Announce the events of `partitions` until cancelled. Outages are only logged."""
+        source = Source(pool, engine_id)
+        while True:
+            try:
+                async with self._connected() as (reader, producer):
+                    await self._announce(partitions, source, reader, producer)
+            except (OffsetOutOfRangeError, NoOffsetForPartitionError):
+                partitions.displace()
+            except (KafkaError, LedgerUnavailable, TimeoutError) as error:
+                self._availability.away(error)
+            await asyncio.sleep(self._availability.delay())
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[tuple[AIOKafkaConsumer, AIOKafkaProducer]]:
+        """Make the topic and the clients."""
+        facts = await topics.create_recorded(self._kafka, self._topic)
+        if facts is not None:
+            self._checks.require(requirements.RECORDED, facts)
+        self._batch_bytes = EVENT_BYTES
+        reader = clients.reader(self._kafka)
+        producer = AIOKafkaProducer(
+            **self._kafka.kafka_client(),
+            acks="all",
+            max_batch_size=EVENT_BYTES,
+            request_timeout_ms=_REQUEST_TIMEOUT_MS,
+        )
+        try:
+            await clients.start(reader)
+            await clients.start(producer)
+            yield reader, producer
+        finally:
+            await clients.discard(producer)
+            await clients.close("the announcer's reader", clients.leave(reader))
+
+    async def _announce(
+        self,
+        partitions: Partitions,
+        source: Source,
+        reader: AIOKafkaConsumer,
+        producer: AIOKafkaProducer,
+    ) -> None:
+        self._reading = {}
+        looked = 0.0
+        while True:
+            announced = partitions.announced
+            if 0 in announced and time.monotonic() - looked > REBUILDS_SECONDS:
+                await self._announce_rebuilds(source, producer)
+                looked = time.monotonic()
+                continue
+            if batch := partitions.next_batch():
+                names, end = batch.names, batch.end
+                self._seek(reader, {})
+            elif announced != partitions.positions:
+                names, end = await self._read(partitions, reader)
+            else:
+                await partitions.moved(REBUILDS_SECONDS)
+                continue
+            await self._publish(producer, await source.reservations(names))
+            for number, offset in end.items():
+                announced[number] = max(announced[number], offset)
+
+    async def _read(
+        self, partitions: Partitions, reader: AIOKafkaConsumer
+    ) -> tuple[Sequence[tuple[str, str]], Mapping[int, int]]:
+        """Read a page of events from Kafka. Return it once the ledger has it."""
+        announced = partitions.announced
+        self._seek(reader, announced)
+        page: Records = await reader.getmany(timeout_ms=POLL_MS, max_records=PAGE)
+        end = {tp.partition: records[-1].offset + 1 for tp, records in page.items()}
+        self._reading |= end
+        if not await partitions.recorded(announced, end):
+            return [], {}
+        return _names(chain.from_iterable(page.values())), end
+
+    def _seek(self, reader: AIOKafkaConsumer, offsets: Mapping[int, int]) -> None:
+        """Set the reader to offsets. Without offsets it fetches nothing."""
+        if self._reading == offsets:
+            return
+        if self._reading.keys() != offsets.keys():
+            reader.assign([TopicPartition(self._read_topic, number) for number in offsets])
+        for number, offset in offsets.items():
+            reader.seek(TopicPartition(self._read_topic, number), offset)
+        self._reading = dict(offsets)
+
+    async def _announce_rebuilds(self, source: Source, producer: AIOKafkaProducer) -> None:
+        rebuilds = await source.rebuilds()
+        if rebuilds:
+            await self._publish(producer, [source.rebuilt(rebuild) for rebuild in rebuilds])
+            await source.announced(rebuilds)
+
+    async def _publish(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
+        """Return once all in-sync replicas have all messages.
+
+        Raises `KafkaError` and TimeoutError. Some messages can be published then.
+        """
+        while messages:
+            try:
+                await self._send(producer, messages)
+            except _TOO_LARGE:
+                # A topic with a lower limit gets smaller batches, in the end of one message.
+                if not self._batch_bytes:
+                    raise
+                self._batch_bytes //= 2
+            else:
+                self._metrics.announced.inc(len(messages))
+                self._availability.back()
+                return
+
+    async def _send(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
+        now_ms = int(time.time() * 1000)
+        sent: list[asyncio.Future[object]] = []
+        # aiokafka retries without a limit if a broker was killed.
+        async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+            count = len(await producer.partitions_for(self._topic))
+            by_partition: dict[int, list[Message]] = {}
+            for message in messages:
+                by_partition.setdefault(crc32(message.key) % count, []).append(message)
+            try:
+                for partition, own in by_partition.items():
+                    for builder in self._batches(producer, own, now_ms):
+                        sent += [
+                            await producer.send_batch(builder, self._topic, partition=partition)
+                        ]
+                # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
+                await asyncio.gather(*(asyncio.shield(each) for each in sent))
+            finally:
+                for each in sent:
+                    each.add_done_callback(_retrieve)
+
+    def _batches(
+        self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int
+    ) -> "Iterable[BatchBuilder]":
+        """Divide messages of a partition into batches of at most `_batch_bytes`."""
+        builder = producer.create_batch()
+        for key, value, headers in messages:
+            if builder.record_count() and builder.size() > self._batch_bytes:
+                builder.close()
+                yield builder
+                builder = producer.create_batch()
+            if builder.append(timestamp=now_ms, key=key, value=value, headers=headers) is None:
+                builder.close()
+                yield builder
+                builder = producer.create_batch()
+                builder.append(timestamp=now_ms, key=key, value=value, headers=headers)
+        builder.close()
+        yield builder
+
+
+def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
+    """Return the sale id and reservation id of each reservation. Ignores other records."""
+    names: dict[tuple[str, str], None] = {}
+    for record in records:
+        try:
+            name = _decoder.decode(record.value or b"")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue  # a dead letter
+        names[name.sale_id, name.reservation_id] = None
+    return list(names)
+
+
+def _retrieve(sent: "asyncio.Future[object]") -> None:
+    """Retrieve the exception of a batch, or asyncio would log it."""
+    if not sent.cancelled():
+        sent.exception()

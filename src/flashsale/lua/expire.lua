@@ -1,0 +1,32 @@
+-- expire: end a batch of holds that are due.
+--
+-- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
+-- ARGV  1 the most holds to expire, 2 the id of the pod's engine, or ''
+-- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
+--       (now_ms,sale_id,allocated,capacity,revision,engine) and one line per expired hold:
+--         ID ENTRY-ID RECORD
+-- Invariant: only a held reservation expires, and only when it is due.
+
+local sale, reason = read_sale(KEYS)
+if not sale then return reason end
+if sale.fenced then return 'fenced' end
+if foreign(sale, ARGV[2]) then return 'other_engine' end
+local limit = tonumber(ARGV[1])
+if not limit or limit < 1 then return redis.error_reply('ERR limit below 1') end
+
+local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', integer(sale.now), 'LIMIT', '0',
+  integer(limit))
+local texts = #due > 0 and redis.call('HMGET', KEYS[3], unpack(due)) or {}
+local changes = {}
+for n, id in ipairs(due) do
+  local record = texts[n] and parse(texts[n])
+  if record and record.state == 'held' then
+    changes[#changes + 1] = { id, text_of(sale, record, 'expired'), record.quantity, true, '' }
+  end
+end
+local lines = { table.concat({ integer(sale.now), sale.id, integer(sale.allocated),
+  integer(sale.allocated + sale.released), integer(sale.revision), sale.engine }, ',') }
+for n, entry in ipairs(commit(sale, changes)) do
+  lines[n + 1] = changes[n][1] .. ' ' .. entry .. ' ' .. changes[n][2]
+end
+return table.concat(lines, '\n')

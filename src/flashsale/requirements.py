@@ -1,0 +1,264 @@
+"""The requirements of Redis, PostgreSQL and Kafka: one table, with a check for each line.
+
+Every process checks its servers at the start, and `flashsalectl doctor` checks them all.
+docs/install.md has the same table.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, TypeVar
+
+from flashsale.errors import UnmetRequirement
+
+F = TypeVar("F")
+
+PARTITIONS: Final = 12
+EVENT_RETENTION_MS: Final = 7 * 24 * 60 * 60 * 1000
+PARTITION_BYTES: Final = 1024**3
+"""Size of a partition from which on Kafka deletes its oldest segment.
+
+With twelve partitions a topic keeps 25 million events of 500 bytes, more than any shop sells within
+the retention time. Whatever is sent, its disk stays below 15 GiB per copy.
+"""
+SEGMENT_BYTES: Final = PARTITION_BYTES // 4
+"""Kafka deletes whole segments, so a partition grows to the sum of both sizes."""
+EVENT_BYTES: Final = 256 * 1024
+"""The size of a batch of events. A topic with a lower limit gets smaller batches."""
+
+
+@dataclass(frozen=True)
+class Requirement(Generic[F]):
+    """A line of the table.
+
+    - `rule` is the requirement in words.
+    - `found` returns the server's state that breaks the rule, or None.
+    - `remedy` fixes it.
+    - A server that breaks a rule that is not `fatal` works, with less safety or speed.
+    """
+
+    server: str
+    rule: str
+    found: Callable[[F], str | None]
+    remedy: str
+    fatal: bool = True
+
+    def check(self, facts: F) -> "Finding":
+        """Returns the result of the check."""
+        found = self.found(facts)
+        if found is None:
+            return Finding(self.server, self.rule, "ok")
+        line = f"{self.server} has {found}, but needs {self.rule}: {self.remedy}"
+        return Finding(self.server, line, "failure" if self.fatal else "warning")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check."""
+
+    server: str
+    text: str
+    verdict: Literal["ok", "warning", "failure"]
+
+
+@dataclass(frozen=True, slots=True)
+class RedisFacts:
+    """A Redis server's answers. None means that the server or the user's rights hide it."""
+
+    version: str | None
+    policy: str | None
+    backlog_ttl: str | None
+    appendonly: bool
+    script_error: str
+    """The error of INFO in a script, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerFacts:
+    """A database's answers. `lacking` are the rights on its tables that the user does not have."""
+
+    version: int
+    encoding: str
+    schema: str | None
+    may_create: bool
+    outdated: bool
+    lacking: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TopicFacts:
+    """The topic of reservation events. `config` is empty if the user may not describe it."""
+
+    partitions: int
+    config: Mapping[str, str]
+
+
+def _differs(setting: str, value: str | None, wanted: str) -> str | None:
+    return None if value in (None, wanted) else f"{setting} {value}"
+
+
+def _old_redis(facts: RedisFacts) -> str | None:
+    major = (facts.version or "7").partition(".")[0]
+    return f"version {facts.version}" if major.isdigit() and int(major) < 7 else None
+
+
+def _number_below(config: Mapping[str, str], name: str, least: int) -> str | None:
+    value = int(config.get(name, least))
+    return f"{name}={value}" if 0 <= value < least else None
+
+
+REDIS: Final = (
+    Requirement[RedisFacts](
+        "Redis",
+        "version 7.0 or newer (Valkey 7.2 or newer)",
+        _old_redis,
+        "upgrade the server",
+    ),
+    Requirement[RedisFacts](
+        "Redis",
+        "INFO in scripts",
+        lambda facts: f"no INFO in scripts ({facts.script_error})" if facts.script_error else None,
+        "allow the user the command INFO, or use another server: Redis Enterprise, Redis Cloud and "
+        "Azure Managed Redis refuse it",
+    ),
+    Requirement[RedisFacts](
+        "Redis",
+        "maxmemory-policy noeviction",
+        lambda facts: _differs("maxmemory-policy", facts.policy, "noeviction"),
+        "run CONFIG SET maxmemory-policy noeviction, because a full Redis would drop sales",
+    ),
+    Requirement[RedisFacts](
+        "Redis",
+        "repl-backlog-ttl 0",
+        lambda facts: _differs("repl-backlog-ttl", facts.backlog_ttl, "0"),
+        "run CONFIG SET repl-backlog-ttl 0, because a server that was without replicas for that "
+        "time forgets its failovers",
+    ),
+    Requirement[RedisFacts](
+        "Redis",
+        "appendonly yes",
+        lambda facts: None if facts.appendonly else "appendonly no",
+        "run CONFIG SET appendonly yes, because a restart would lose the events that Kafka has not "
+        "acknowledged",
+        fatal=False,
+    ),
+)
+LEDGER: Final = (
+    Requirement[LedgerFacts](
+        "PostgreSQL",
+        "version 14 or newer",
+        lambda facts: f"version {facts.version // 10_000}" if facts.version < 140_000 else None,
+        "upgrade the server",
+    ),
+    Requirement[LedgerFacts](
+        "PostgreSQL",
+        "a database with encoding UTF8",
+        lambda facts: f"encoding {facts.encoding}" if facts.encoding != "UTF8" else None,
+        "create another database with ENCODING 'UTF8' TEMPLATE template0",
+    ),
+    Requirement[LedgerFacts](
+        "PostgreSQL",
+        "the right CREATE on a schema for migrations",
+        lambda facts: (
+            f"no such right for this user on the schema {facts.schema}"
+            if facts.outdated and not facts.may_create
+            else None
+        ),
+        "run GRANT USAGE, CREATE ON SCHEMA ... TO this user, or migrate as another user first",
+    ),
+    Requirement[LedgerFacts](
+        "PostgreSQL",
+        "the rights SELECT, INSERT, UPDATE and DELETE on the ledger's tables",
+        lambda facts: f"no right for {', '.join(facts.lacking)}" if facts.lacking else None,
+        "grant them to this user",
+    ),
+)
+TOPIC: Final = (
+    Requirement[TopicFacts](
+        "Kafka",
+        f"{PARTITIONS} or more partitions of the topic",
+        lambda facts: (
+            f"only {facts.partitions} of the topic" if facts.partitions < PARTITIONS else None
+        ),
+        "add partitions, because each is read by one consumer",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "retention.ms of 7 days or more",
+        lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
+        "raise the topic's retention.ms, because older events that are not recorded are lost",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "retention.bytes of 1 GiB or more",
+        lambda facts: _number_below(facts.config, "retention.bytes", PARTITION_BYTES),
+        "raise the topic's retention.bytes, because older events that are not recorded are lost",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "a limit of the topic's size",
+        lambda facts: "retention.bytes=-1" if facts.config.get("retention.bytes") == "-1" else None,
+        "set the topic's retention.bytes to 1073741824, because a broker with a full disk "
+        "acknowledges nothing",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "cleanup.policy=delete",
+        lambda facts: (
+            None
+            if "delete" in facts.config.get("cleanup.policy", "delete")
+            else f"cleanup.policy={facts.config['cleanup.policy']}"
+        ),
+        "set the topic's cleanup.policy, because a compacted topic keeps every reservation",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "max.message.bytes of 256 KiB or more",
+        lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
+        "raise the topic's max.message.bytes, because smaller batches cost more",
+        fatal=False,
+    ),
+)
+RECORDED: Final = (
+    Requirement[TopicFacts](
+        "Kafka",
+        "retention.ms of 7 days or more for recorded reservations",
+        lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
+        "raise the topic's retention.ms, because an order service misses older messages",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "max.message.bytes of 256 KiB or more for recorded reservations",
+        lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
+        "raise the topic's max.message.bytes, because smaller batches cost more",
+        fatal=False,
+    ),
+)
+
+
+def findings(table: Iterable[Requirement[F]], facts: F) -> list[Finding]:
+    """Checks each line of a table."""
+    return [requirement.check(facts) for requirement in table]
+
+
+class Checks:
+    """The checks of one process. It logs each warning once, if it has a log."""
+
+    def __init__(self, log: logging.Logger | None = None) -> None:
+        self._log = log
+        self._warned: set[str] = set()
+
+    def require(self, table: Iterable[Requirement[F]], facts: F) -> None:
+        """Raises `UnmetRequirement` if the server breaks a rule that is fatal."""
+        for finding in findings(table, facts):
+            if finding.verdict == "failure":
+                raise UnmetRequirement(finding.text)
+            if finding.verdict == "warning" and self._log and finding.text not in self._warned:
+                self._warned.add(finding.text)
+                self._log.warning("%s", finding.text)

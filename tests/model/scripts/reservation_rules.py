@@ -1,0 +1,210 @@
+"""Calls that change reservations, for both the server and the model."""
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from flashsale.reservations import (
+    BatchReply,
+    Call,
+    Expired,
+    Outcome,
+    Record,
+    Request,
+    Transition,
+    TransitionReply,
+)
+from tests.model.scripts import reservation_model
+from tests.model.scripts.machine import OWN_ENGINE, Machine, callers, chances, engines
+
+NO_ENTRY = "1-1"
+VERBS: tuple[reservation_model.Verb, ...] = ("confirm", "cancel")
+TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
+
+
+class ReservationRules(Machine):
+    """Reserves, confirms, cancels, expires and settles."""
+
+    @rule(
+        wanted=st.lists(
+            st.tuples(st.integers(0, 5), st.sampled_from([1, 1, 2, 3]), chances),
+            min_size=1,
+            max_size=6,
+        ),
+        engine=engines,
+    )
+    def reserve(self, wanted: list[tuple[int, int, int]], engine: str = OWN_ENGINE) -> None:
+        self._reserve([self._request(*one) for one in wanted], engine)
+
+    def _reserve(self, batch: list[Request], engine: str) -> None:
+        before = self.model.sale and replace(self.model.sale)
+        fenced = self.model.fenced
+        call = self.server.inventory.reserve(self.item, batch, timeout_seconds=10, engine_id=engine)
+        reply = self.server.run(call)
+        now_ms = reply.now_ms if isinstance(reply, BatchReply) else 0
+        expected = reservation_model.reserve(self.model, batch, engine, now_ms)
+        if not isinstance(reply, BatchReply):
+            assert reply is expected
+            self.seen(reply)
+            return
+        assert [answer.outcome for answer in reply.answers] == expected
+        self.check_time(now_ms)
+        sale = self.hash
+        for request, (outcome, detail) in zip(batch, reply.answers, strict=True):
+            self.seen(outcome)
+            record = (self.model.reservations or {}).get(request.reservation_id)
+            if outcome is Outcome.ACCEPTED:
+                assert before is not None
+                assert before.state == "open"
+                assert not fenced
+                assert not before.finished
+                assert record is not None
+                self.expect_entry(detail, request.reservation_id, record, "")
+                if before.accepted + request.quantity > before.allocated:
+                    self.seen("sold again")
+            elif outcome is Outcome.REPLAYED:
+                assert record is not None
+                assert Record.parse(detail) == record
+                self.seen(f"replayed: {record.state}")
+        assert reply.snapshot == self.snapshot()
+        assert reply.available == sale.available
+        assert reply.outbox_length == len(self.model.outbox or {})
+        assert reply.starts_ms == (self.ms(sale.manifest.starts_hour) or 0)
+        assert reply.version == sale.next_version()
+        assert reply.hold_ms == 1000 * sale.manifest.hold_seconds
+        assert reply.held == sale.held
+
+    @rule(first=st.integers(0, 5), size=st.integers(2, 6))
+    def crowd(self, first: int, size: int) -> None:
+        """Sends a batch of users who each want one unit."""
+        self.reserve([((first + n) % 6, 1, 99) for n in range(size)])
+
+    @rule(
+        first=st.integers(0, 5),
+        fates=st.lists(
+            st.sampled_from(["confirm", "cancel", "expire", "expire"]), min_size=2, max_size=6
+        ),
+        hours=st.sampled_from([1, 3]),
+        drained=st.booleans(),
+    )
+    def shop(self, first: int, fates: list[str], hours: int, drained: bool) -> None:
+        """Reserves, ends each hold in its way, and offers the units to other users.
+
+        In the end, the first users repeat their requests.
+        """
+        self.crowd(first, len(fates))
+        requests = self.used[-len(fates) :]
+        for verb in VERBS:
+            ended = [
+                Call(request.reservation_id, "a", TRACE)
+                for request, fate in zip(requests, fates, strict=True)
+                if fate == verb
+            ]
+            if ended:
+                self._change(verb, ended, OWN_ENGINE)
+        self.pass_hours(hours)
+        self.expire(128, OWN_ENGINE)
+        if drained:
+            self.drain_outbox()
+        self.crowd(first + 2, len(fates))
+        self._reserve(requests, OWN_ENGINE)
+
+    @rule(
+        verb=st.sampled_from(["confirm", "confirm", "cancel"]),
+        picks=st.lists(
+            st.tuples(st.integers(0, 9), st.sampled_from(["a", "a", "a", "b", ""]), chances),
+            min_size=1,
+            max_size=5,
+        ),
+        engine=callers,
+    )
+    @precondition(lambda self: self.used)
+    def change(
+        self, verb: reservation_model.Verb, picks: list[tuple[int, str, int]], engine: str
+    ) -> None:
+        """Confirms or cancels reservations. Most calls for one of them name the same order."""
+        calls = []
+        for pick, order_ref, chance in picks:
+            known = list(self.model.ledger)[-10:] if chance > 4 else []
+            known = known or [request.reservation_id for request in self.used]
+            own_id = known[pick % len(known)]
+            needed = "a" if verb == "confirm" else ""
+            calls.append(Call(own_id, order_ref or needed, TRACE if chance % 2 else ""))
+        self._change(verb, calls, engine)
+
+    def _change(self, verb: reservation_model.Verb, calls: list[Call], engine: str) -> None:
+        inventory = self.server.inventory
+        method = inventory.confirm if verb == "confirm" else inventory.cancel
+        reply = self.server.run(method(self.item, calls, timeout_seconds=10, engine_id=engine))
+        now_ms = reply.now_ms if isinstance(reply, TransitionReply) else 0
+        expected = reservation_model.change(self.model, verb, calls, engine, now_ms)
+        if not isinstance(reply, TransitionReply):
+            assert reply is expected
+            self.seen(f"{verb}: {reply}")
+            return
+        assert [(answer.outcome, answer.record) for answer in reply.answers] == expected
+        assert reply.snapshot == self.snapshot()
+        self.check_time(now_ms)
+        for call, (outcome, entry_id, record) in zip(calls, reply.answers, strict=True):
+            self.seen(f"{verb}: {outcome}")
+            if outcome is Transition.CHANGED:
+                assert record is not None
+                self.expect_entry(entry_id, call.reservation_id, record, call.traceparent)
+            else:
+                assert not entry_id
+
+    @rule(limit=st.sampled_from([128, 128, 1, 2]), engine=callers)
+    def expire(self, limit: int, engine: str) -> None:
+        call = self.server.inventory.expire(self.item, limit, timeout_seconds=10, engine_id=engine)
+        reply = self.server.run(call)
+        now_ms = reply.now_ms if isinstance(reply, Expired) else 0
+        expected = reservation_model.expire(self.model, limit, engine, now_ms)
+        if not isinstance(reply, Expired):
+            assert reply is expected
+            self.seen(f"expire: {reply}")
+            return
+        assert [(own_id, record) for own_id, _, record in reply.holds] == expected
+        assert reply.snapshot == self.snapshot()
+        self.check_time(now_ms)
+        for own_id, entry_id, record in reply.holds:
+            self.seen("expired")
+            self.expect_entry(entry_id, own_id, record, "")
+
+    @rule(picks=st.lists(st.tuples(st.integers(0, 9), chances), min_size=1, max_size=5))
+    def settle(self, picks: list[tuple[int, int]]) -> None:
+        """Settles entries. Some calls are wrong in an id or version, or settle an entry again."""
+        outbox = [
+            (entry_id, own_id, record.version)
+            for entry_id, (own_id, record) in (self.model.outbox or {}).items()
+        ]
+        named = []
+        for pick, chance in picks:
+            entry, own_id, version = (
+                outbox[pick % len(outbox)] if outbox else (NO_ENTRY, "no-id", 1)
+            )
+            if chance < 15:
+                own_id = outbox[(pick + 1) % len(outbox)][1] if outbox else "no-id"
+            elif chance < 25:
+                version += 1 if chance % 2 or version == 1 else -1
+            elif chance < 30:
+                entry = NO_ENTRY
+            elif chance < 40 and self.retired:
+                entry, own_id, version = self.retired[pick % len(self.retired)]
+            named += [(entry, own_id, version)] * (2 if chance > 95 else 1)
+        self.settle_entries(named)
+
+    @rule()
+    def drain(self) -> None:
+        """Settles all entries."""
+        self.drain_outbox()
+
+    def _request(self, user: int, quantity: int, chance: int) -> Request:
+        """Returns a new request, or an earlier one with the same or another quantity."""
+        if self.used and chance < 30:
+            known = self.used[chance % len(self.used)]
+            return known if chance < 22 else known._replace(quantity=known.quantity % 3 + 1)
+        key = f"key-{chance}" if chance < 60 else ""
+        request = Request(f"{self.item}-r{next(self.ids)}", f"user-{user}", quantity, key)
+        self.used.append(request)
+        return request

@@ -1,0 +1,133 @@
+"""The publisher on topics that other people configure. Needs Redis and Kafka."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from redis.asyncio import Redis
+
+from dev.stack.servers import KafkaServer
+from flashsale import events
+from flashsale.outbox import Outbox
+from flashsale.reservations import Record, Snapshot, State
+from flashsale.settings import KafkaSettings
+from flashsale_api.engine import Engine
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Accepted, Publisher
+from tests.support.eventually import until
+
+
+@dataclass
+class Publishing:
+    """A publisher of an engine that only this test has."""
+
+    publisher: Publisher
+    metrics: Metrics
+
+    def add(self, number: int, user_id: str = "ann") -> None:
+        for n in range(number):
+            record = Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, user_id, "")
+            snapshot = Snapshot("default/phone", 9, 9, 1)
+            self.publisher.add(
+                Accepted("phone", "", f"01a208bd-5117-7f0d-b8d8-{n:012}", record, snapshot, "")
+            )
+
+    def published(self) -> int:
+        return int(
+            self.metrics.registry.get_sample_value("flashsale_api_events_published_total") or 0
+        )
+
+    def failures(self) -> int:
+        name = "flashsale_api_publish_failures_total"
+        return int(self.metrics.registry.get_sample_value(name) or 0)
+
+
+@asynccontextmanager
+async def publishing(bootstrap: str, engine: str, redis: Redis) -> AsyncIterator[Publishing]:
+    metrics = Metrics()
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap=bootstrap, engine=engine),
+        Outbox(redis, engine),
+        metrics,
+        Engine(engine),
+    )
+    tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(publisher.settle())]
+    yield Publishing(publisher, metrics)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def administering(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    yield admin
+    await admin.close()
+
+
+def topic(engine: str, max_message_bytes: int) -> NewTopic:
+    config = {"max.message.bytes": str(max_message_bytes)}
+    return NewTopic(events.topic(engine), 3, 1, topic_configs=config)
+
+
+async def test_a_batch_that_is_too_large_for_the_topic_is_split(
+    kafka_server: KafkaServer, redis: Redis, new_item: Callable[[], str]
+) -> None:
+    engine = new_item()
+    async with administering(kafka_server.bootstrap) as admin:
+        await admin.create_topics([topic(engine, 8_000)])
+    async with publishing(kafka_server.bootstrap, engine, redis) as own:
+        own.add(2_000)
+        await until(lambda: own.published() == 2_000, own.published)
+        assert own.failures() == 0
+
+
+async def test_only_an_event_that_is_too_large_waits_for_a_larger_limit(
+    kafka_server: KafkaServer,
+    redis: Redis,
+    new_item: Callable[[], str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = new_item()
+    async with administering(kafka_server.bootstrap) as admin:
+        await admin.create_topics([topic(engine, 550)])
+    async with publishing(kafka_server.bootstrap, engine, redis) as own:
+        own.publisher.add(
+            Accepted(
+                "phone",
+                "1-1",
+                "01a208bd-5117-7f0d-b8d8-4e8e9760b87e",
+                Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, "u" * 128, "k" * 128),
+                Snapshot("default/phone", 9, 9, 1),
+                "",
+            )
+        )
+        own.add(50)
+        await until(lambda: own.published() == 50, own.published)
+        assert own.publisher.held == 1
+    [line] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "01a208bd-5117-7f0d-b8d8-4e8e9760b87e is larger than the topic" in line.message
+    assert "max.message.bytes" in line.message
+
+
+async def test_the_api_leaves_the_topic_to_the_consumer(tmp_path: Path, redis: Redis) -> None:
+    """By default, a broker creates a topic that is asked for, with one partition."""
+    options = {"auto.create.topics.enable": "true"}
+    with KafkaServer(tmp_path / "kafka", options=options) as kafka:
+        async with (
+            publishing(kafka.bootstrap, "shop", redis) as own,
+            administering(kafka.bootstrap) as admin,
+        ):
+            own.add(10)
+            await until(lambda: own.failures() > 2, own.failures)
+            assert events.topic("shop") not in await admin.list_topics()
+            await admin.create_topics([topic("shop", 1_000_000)])
+            await until(lambda: own.published() == 10, own.published)
+            [described] = await admin.describe_topics([events.topic("shop")])
+            assert len(described["partitions"]) == 3

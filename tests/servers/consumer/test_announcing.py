@@ -1,0 +1,420 @@
+"""Recorded reservations are announced, whichever server or consumer fails in between."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from flashsale import events
+from flashsale.events import Event
+from flashsale.ledger import migrate
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import offsets as stored_offsets
+from flashsale_consumer import worker
+from flashsale_consumer.announcer import Announcer
+from flashsale_consumer.partitions import Partitions
+from flashsale_consumer.recorded import Source
+from tests.support.consumer import (
+    Ledger,
+    Log,
+    accepted,
+    changed,
+    held,
+    migrate_to,
+    opened,
+    running,
+)
+from tests.support.eventually import until
+from tests.support.recorded import Receiver, received
+
+KILLS = 200
+
+
+async def until_announced(ledger: Ledger, log: Log, count: int) -> Receiver:
+    """Wait until the receiver knows exactly the ledger's reservations, and return its view."""
+    found = Receiver()
+
+    async def look() -> bool:
+        nonlocal found
+        found = await received(log.bootstrap, log.engine)
+        return len(found.reservations) == count and await found.agrees(ledger.pool)
+
+    await until(look, lambda: f"{len(found.reservations)} reservations are announced")
+    return found
+
+
+async def offsets(ledger: Ledger) -> tuple[int, int]:
+    """Return how many events are recorded, and how many of them are announced."""
+    row = await ledger.pool.fetchrow(
+        "SELECT sum(next_offset)::int, sum(announced_offset)::int FROM kafka_offsets"
+    )
+    assert row is not None
+    return row[0] or 0, row[1] or 0
+
+
+async def until_offsets(ledger: Ledger, recorded: int, announced: int) -> None:
+    found = (0, 0)
+
+    async def look() -> bool:
+        nonlocal found
+        found = await offsets(ledger)
+        return found == (recorded, announced)
+
+    await until(look, lambda: f"recorded and announced are {found}")
+
+
+async def test_every_recorded_change_of_a_reservation_is_announced(
+    ledger: Ledger, log: Log
+) -> None:
+    hold = held(quantity=2, user_id="ann")
+    confirmed = changed(hold, "confirmed")
+    async with running(ledger.url, log):
+        for number, event in enumerate((hold, confirmed, changed(confirmed, "cancelled")), 1):
+            await log.write(event)
+            view = await until_announced(ledger, log, 1)
+            [message] = view.reservations.values()
+            assert (message["state"], message["version"]) == (event.state, number)
+            assert message["verdict"] == "recorded"
+        await until_offsets(ledger, 3, 3)
+    key = f"{hold.sale_id}/{hold.reservation_id}"
+    assert view.ids == {f"{key}/{version}": 1 for version in (1, 2, 3)}
+    assert len(view.partitions[key]) == 1
+    assert message == {
+        "saleId": "default/phones",
+        "itemId": "phone",
+        "reservationId": hold.reservation_id,
+        "userId": "ann",
+        "quantity": 2,
+        "state": "cancelled",
+        "version": 3,
+        "verdict": "recorded",
+        "orderRef": "order-1",
+        "acceptedAt": "2026-11-27T12:00:00Z",
+        "expiresAt": "2026-11-27T12:10:00Z",
+        "confirmedAt": "2026-11-27T12:10:00Z",
+        "recordedAt": message["recordedAt"],
+    }
+
+
+async def test_a_refused_reservation_is_announced_as_the_ledger_has_it(
+    ledger: Ledger, log: Log
+) -> None:
+    oversold = [accepted(number, allocated=2, capacity=2) for number in range(3)]
+    async with running(ledger.url, log):
+        await log.write(*oversold, partition=0)
+        view = await until_announced(ledger, log, 3)
+        refused = view.reservations[f"default/phones/{oversold[2].reservation_id}"]
+        assert (refused["verdict"], refused["state"]) == ("refused", "refused")
+        assert [each["verdict"] for each in view.reservations.values()].count("recorded") == 2
+        # More units are found, and the buyer's request is repeated. The version is the same.
+        again = msgspec.structs.replace(oversold[2], allocated=3, capacity=3, revision=2)
+        await log.write(again)
+        view = await until_announced(ledger, log, 3)
+    identity = f"default/phones/{again.reservation_id}/1"
+    assert view.reservations[identity[:-2]]["verdict"] == "recorded"
+    assert set(view.ids) >= {identity, f"{identity}/refused"}
+
+
+async def test_a_change_that_a_rebuild_did_not_find_is_not_announced(
+    ledger: Ledger, log: Log
+) -> None:
+    hold = held()
+    async with running(ledger.url, log):
+        await log.write(hold)
+        await until_announced(ledger, log, 1)
+        await ledger.pool.execute("UPDATE sales SET rebuilt_revision = 2, revision = 2")
+        await log.write(changed(hold, "confirmed"), held(1))
+        view = await until_announced(ledger, log, 2)
+        await until_offsets(ledger, 3, 3)
+    assert [each["state"] for each in view.reservations.values()].count("refused") == 1
+    assert view.reservations[f"default/phones/{hold.reservation_id}"]["state"] == "held"
+
+
+async def test_units_that_a_rebuild_lost_are_announced_on_the_sale(
+    ledger: Ledger, log: Log
+) -> None:
+    async with running(ledger.url, log):
+        await log.write(accepted())
+        await until_announced(ledger, log, 1)
+        for revision, lost in ((7, 3), (9, 5)):
+            await ledger.pool.execute(
+                "UPDATE sales SET rebuilt_revision = $1, lost = $2", revision, lost
+            )
+
+            async def announced() -> bool:
+                found: int = await ledger.pool.fetchval("SELECT announced_revision FROM sales")
+                return found == revision  # noqa: B023 - of this step
+
+            await until(announced, "the rebuild is announced")
+    view = await received(log.bootstrap, log.engine)
+    assert view.rebuilds == [
+        {"saleId": "default/phones", "itemId": "phone", "revision": revision, "lost": lost}
+        for revision, lost in ((7, 3), (9, 5))
+    ]
+    assert view.ids["default/phones/rebuilt/9"] == 1
+
+
+async def test_a_restarted_consumer_announces_what_was_recorded_before(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first consumer is like one of the previous version, which announces nothing."""
+    first, second = ([accepted(number) for number in range(500)] for _ in range(2))
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    await log.write(*first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Announcer, "run", never)
+        async with running(ledger.url, log):
+            await ledger.until_has(*first)
+    assert await offsets(ledger) == (500, 0)
+    async with running(ledger.url, log):
+        await log.write(*second)
+        await until_announced(ledger, log, 1_000)
+        await until_offsets(ledger, 1_000, 1_000)
+
+
+async def test_reservations_of_before_the_first_announcing_version_are_not_announced(
+    database_url: str, log: Log
+) -> None:
+    former, new = accepted(), accepted(1)
+    async with opened(database_url) as ledger:
+        await migrate_to(ledger.pool, 5)
+        await log.write(former, partition=0)
+        await ledger.pool.execute("INSERT INTO kafka_offsets VALUES ($1, 0, 1)", log.topic)
+        await migrate(ledger.pool)
+        # A consumer of the previous version, which is still running, begins with a partition.
+        await log.write(accepted(2), partition=1)
+        await ledger.pool.execute(
+            "INSERT INTO kafka_offsets (topic, partition, next_offset) VALUES ($1, 1, 0)",
+            log.topic,
+        )
+        async with running(ledger.url, log):
+            await log.write(new, partition=0)
+            view = await until_announced(ledger, log, 2)
+    assert f"{former.sale_id}/{former.reservation_id}" not in view.reservations
+
+
+@pytest.mark.slow
+async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
+    ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = events.recorded_topic(log.engine)
+    await create(log, topic, {"max.message.bytes": "10"})
+    sold = [accepted(number) for number in range(12_000)]
+    async with running(ledger.url, log) as member:
+        await log.write(*sold[:6_000])
+        await ledger.until_has(*sold[:6_000])
+        await until(lambda: f"waiting for {topic}" in caplog.text)
+        await until(lambda: member.value("flashsale_consumer_unannounced_seconds") > 0)
+        await log.write(*sold[6_000:])
+        await ledger.until_has(*sold)
+        await until(lambda: member.total("flashsale_consumer_unannounced_events") == 12_000)
+        assert member.value('flashsale_consumer_server_up{server="recorded"}') == 0
+        assert (await offsets(ledger))[1] == 0
+        await configure(log, topic, {"max.message.bytes": "1000000"})
+        await until_announced(ledger, log, len(sold))
+        await until(lambda: member.total("flashsale_consumer_unannounced_events") == 0)
+        await until(lambda: member.value("flashsale_consumer_unannounced_seconds") == 0)
+        assert member.value('flashsale_consumer_server_up{server="recorded"}') == 1
+    # A second failure is possible, while the batches are as small as for the former limit.
+    assert caplog.text.count(f"waiting for {topic}") <= 2
+
+
+async def test_a_topic_with_a_low_limit_gets_smaller_batches(ledger: Ledger, log: Log) -> None:
+    await create(log, events.recorded_topic(log.engine), {"max.message.bytes": "4000"})
+    sold = [accepted(number) for number in range(300)]
+    await log.write(*sold)
+    async with running(ledger.url, log):
+        await until_announced(ledger, log, len(sold))
+
+
+async def test_a_missing_topic_is_created_again(ledger: Ledger, log: Log) -> None:
+    first, second = accepted(), accepted(1)
+    async with running(ledger.url, log):
+        await log.write(first)
+        await until_announced(ledger, log, 1)
+        await log.delete(events.recorded_topic(log.engine))
+        await log.write(second)
+        await ledger.until_has(first, second)
+
+        async def announced() -> bool:
+            view = await received(log.bootstrap, log.engine)
+            return f"{second.sale_id}/{second.reservation_id}" in view.reservations
+
+        await until(announced, "the second reservation is announced")
+
+
+async def test_two_consumers_announce_all_that_they_record(ledger: Ledger, log: Log) -> None:
+    sold = [accepted(number) for number in range(3_000)]
+    async with running(ledger.url, log) as one:
+        await log.write(*sold[:1_000])
+        async with running(ledger.url, log) as other:
+            await log.write(*sold[1_000:2_000])
+            await until(lambda: one.partitions() == other.partitions() == 6)
+            await log.write(*sold[2_000:])
+            await until_announced(ledger, log, len(sold))
+            await until_offsets(ledger, 3_000, 3_000)
+
+
+async def test_a_ledger_that_went_back_is_announced_again(ledger: Ledger, log: Log) -> None:
+    first, second = ([accepted(number) for number in range(50)] for _ in range(2))
+    async with running(ledger.url, log):
+        await log.write(*first, partition=0)
+        await until_announced(ledger, log, 50)
+        await until_offsets(ledger, 50, 50)
+        await log.write(*second, partition=0)
+        await until_announced(ledger, log, 100)
+        await until_offsets(ledger, 100, 100)
+        async with ledger.pool.acquire() as connection, connection.transaction():
+            # The commits of the second half are lost.
+            await connection.execute(
+                "DELETE FROM reservations WHERE reservation_id = ANY($1::uuid[])",
+                [event.reservation_id for event in second],
+            )
+            await connection.execute("UPDATE sales SET accepted = 50")
+            await connection.execute(
+                "UPDATE kafka_offsets SET next_offset = 50, announced_offset = 40"
+                " WHERE partition = 0"
+            )
+        await ledger.until_has(*first, *second)
+        view = await until_announced(ledger, log, 100)
+        await until_offsets(ledger, 100, 100)
+    again = {each.reservation_id for each in (*first[40:], *second)}
+    assert view.ids == {
+        f"default/phones/{each.reservation_id}/1": 1 + (each.reservation_id in again)
+        for each in (*first, *second)
+    }
+
+
+@pytest.mark.slow
+async def test_the_receiver_misses_no_change_if_the_announcer_dies_at_any_step(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 announcers die between a commit and its announcement, each a step later than the last.
+
+    The next one knows nothing but the ledger's offsets. A round ends when an announcer survives,
+    and the next round has other events.
+    """
+    started: asyncio.Future[tuple[Any, Partitions, str]] = asyncio.Future()
+
+    async def handed_over(_: Announcer, *arguments: Any) -> None:  # noqa: ANN401
+        started.set_result(arguments)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Announcer, "run", handed_over)
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.05)
+    sold: list[Event] = []
+    kills = 0
+    async with running(ledger.url, log) as member:
+        pool, partitions, engine_id = await started
+        source = Source(pool, engine_id)
+        await until(lambda: member.partitions() == 12)
+        logs = {number: range(1_000_000) for number in range(12)}
+        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap, engine=log.engine)
+        async with Announcer(kafka, member.metrics)._connected() as clients:
+            while kills < KILLS:
+                batch = [held(len(sold) + number) for number in range(3)]
+                sold += batch
+                await log.write(*batch, *(changed(event, "confirmed") for event in batch))
+                await ledger.until_has(*batch)
+                for step in itertools.count():
+                    cut = Cut(step)
+                    partitions._at(await stored_offsets.place(pool, log.topic, logs))
+                    dying = Announcer(kafka, member.metrics)._announce(partitions, source, *clients)
+                    task = asyncio.create_task(cut.run(dying))
+                    await cut.reached(lambda: is_announced(ledger))
+                    task.cancel()
+                    await asyncio.wait([task])
+                    if not cut.dead:
+                        break
+                    kills += 1
+    view = await until_announced(ledger, log, len(sold))
+    assert {each["state"] for each in view.reservations.values()} == {"confirmed"}
+
+
+async def is_announced(ledger: Ledger) -> bool:
+    recorded, announced = await offsets(ledger)
+    return recorded == announced
+
+
+class Cut:
+    """Cancels a task at one of the points at which its coroutine waits."""
+
+    def __init__(self, step: int) -> None:
+        self._left = step
+        self._cut = asyncio.Event()
+
+    @property
+    def dead(self) -> bool:
+        return self._cut.is_set()
+
+    async def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        await _Steps(coroutine, self._step)
+
+    def _step(self) -> None:
+        if self._left == 0:
+            self._cut.set()
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        self._left -= 1
+
+    async def reached(self, done: Callable[[], Awaitable[bool]]) -> None:
+        """Wait for the cut, or until there is nothing to do."""
+
+        async def look() -> bool:
+            return self.dead or await done()
+
+        await until(look, pause=0.01)
+
+
+class _Steps:
+    """A coroutine that calls a function each time it waits."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], step: Callable[[], None]) -> None:
+        self._coroutine = coroutine
+        self._step = step
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        failure: BaseException | None = None
+        while True:
+            try:
+                waits_for = (
+                    self._coroutine.throw(failure) if failure else self._coroutine.send(None)
+                )
+            except StopIteration:
+                return
+            self._step()
+            try:
+                failure = None
+                yield waits_for
+            except BaseException as error:  # noqa: BLE001 - passed on to the coroutine
+                failure = error
+
+
+async def create(log: Log, topic: str, configs: dict[str, str]) -> None:
+    async with admin(log) as client:
+        await client.create_topics([NewTopic(topic, 12, 1, topic_configs=configs)])
+
+
+async def configure(log: Log, topic: str, configs: dict[str, str]) -> None:
+    async with admin(log) as client:
+        await client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs)])
+
+
+@asynccontextmanager
+async def admin(log: Log) -> AsyncIterator[AIOKafkaAdminClient]:
+    client = AIOKafkaAdminClient(bootstrap_servers=log.bootstrap)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()

@@ -1,0 +1,117 @@
+"""`settle.lua` on real servers: an event leaves the outbox once, and a release counts once."""
+
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from dev.stack.servers import RedisServer
+from flashsale import redis_client
+from flashsale.inventory import Inventory
+from flashsale.keys import ItemKeys
+from flashsale.outbox import Outbox
+from flashsale.reservations import Call, Outcome, TransitionReply
+from tests.support.inventory import a_request, a_sale, answers, drained, opened, outcome
+
+Named = tuple[str, str, int]
+
+
+async def a_cancellation(inventory: Inventory, outbox: Outbox, item: str) -> Named:
+    """Sells the only unit of a sale, cancels it, and returns the entry of the cancellation."""
+    await opened(inventory, a_sale(item, 1, hold_seconds=60))
+    request = a_request()
+    assert await outcome(inventory, item, request) is Outcome.ACCEPTED
+    await drained(outbox, item)
+    reply = await inventory.cancel(item, [Call(request.reservation_id)], timeout_seconds=5)
+    assert isinstance(reply, TransitionReply)
+    [answer] = reply.answers
+    return answer.entry_id, request.reservation_id, 2
+
+
+async def released(inventory: Inventory, item: str) -> int:
+    return (await inventory.sales([item]))[item].released
+
+
+async def test_settle_keeps_an_entry_of_another_reservation(
+    inventory: Inventory, outbox: Outbox, item: str
+) -> None:
+    await opened(inventory, a_sale(item))
+    mine, other = a_request("ann"), a_request("bob")
+    [first, second] = await answers(inventory, item, [mine, other])
+    assert await outbox.settle(item, [(first.detail, other.reservation_id, 1)]) == 0
+    assert await outbox.settle(item, [(first.detail, mine.reservation_id, 1)] * 2) == 1
+    assert await outbox.settle(item, [(first.detail, mine.reservation_id, 1)]) == 0
+    assert (await inventory.sales([item]))[item].outbox_length == 1
+    page = await outbox.page(item, until_ms=2**50, count=9)
+    assert [entry.entry_id for entry in page] == [second.detail]
+
+
+async def test_settle_keeps_an_entry_of_another_version(
+    inventory: Inventory, outbox: Outbox, item: str
+) -> None:
+    entry_id, own_id, version = await a_cancellation(inventory, outbox, item)
+    for other in (version - 1, version + 1, 10 * version):
+        assert await outbox.settle(item, [(entry_id, own_id, other)]) == 0
+    assert await released(inventory, item) == 0
+    assert await outbox.settle(item, [(entry_id, own_id, version)]) == 1
+
+
+async def test_a_unit_is_sold_again_only_after_its_release_is_settled(
+    inventory: Inventory, outbox: Outbox, item: str
+) -> None:
+    entry = await a_cancellation(inventory, outbox, item)
+    assert await outcome(inventory, item, a_request("ann")) is Outcome.LIMIT_REACHED
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.SOLD_OUT
+    assert await outbox.settle(item, [entry]) == 1
+    assert await outcome(inventory, item, a_request("ann")) is Outcome.ACCEPTED
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.SOLD_OUT
+
+
+async def test_a_release_that_is_settled_again_counts_once(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    entry = await a_cancellation(inventory, outbox, item)
+    assert await outbox.settle(item, [entry, entry]) == 1
+    assert await outbox.settle(item, [entry]) == 0
+    assert await released(inventory, item) == 1
+    assert await redis.hgetall(ItemKeys.of(item).buyers) == {"ann": "0"}
+
+
+async def test_a_fenced_sale_releases_nothing(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    entry = await a_cancellation(inventory, outbox, item)
+    await redis.hset(ItemKeys.of(item).sale, "run_id", "rebuild:2")
+    assert await outbox.settle(item, [entry]) == 1
+    assert await released(inventory, item) == 0
+    assert await redis.hgetall(ItemKeys.of(item).buyers) == {"ann": "1"}
+
+
+async def test_a_release_waits_for_a_pod_that_can_read_the_sale(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    entry = await a_cancellation(inventory, outbox, item)
+    await redis.hset(ItemKeys.of(item).sale, "format", "2")
+    assert await outbox.settle(item, [entry]) == 0
+    await redis.hset(ItemKeys.of(item).sale, "format", "1")
+    assert await outbox.settle(item, [entry]) == 1
+    assert await released(inventory, item) == 1
+
+
+async def test_an_item_without_a_sale_has_nothing_to_settle(outbox: Outbox, item: str) -> None:
+    assert await outbox.settle(item, [("1-1", "id", 1)]) == 0
+
+
+async def test_settle_frees_memory_and_units_on_a_full_server(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    with RedisServer(tmp_path, binary=redis_server.binary) as server:
+        client = redis_client.connect(server.url)
+        inventory, outbox = Inventory(client), Outbox(client)
+        entry = await a_cancellation(inventory, outbox, item)
+        await client.config_set("maxmemory", "1")
+        assert await outbox.settle(item, [entry]) == 1
+        await client.config_set("maxmemory", "0")
+        sale = (await inventory.sales([item]))[item]
+        assert (sale.released, sale.outbox_length) == (1, 0)
+        assert await client.hgetall(ItemKeys.of(item).buyers) == {"ann": "0"}
+        await client.aclose()

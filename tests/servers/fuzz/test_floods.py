@@ -1,0 +1,111 @@
+"""Floods of requests that try to starve other buyers or the pod itself. Needs Redis.
+
+They need 10,000 descriptors in a process (`ulimit -n`), which the tests set if they may.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from dev.services import Addresses, ApiServer
+from dev.stack.ports import free_port
+from dev.stack.servers import RedisServer
+from flashsale import heartbeat
+from flashsale.inventory import Applied, Inventory
+from flashsale.reservations import BATCH_LIMIT
+from flashsale.sale import SaleSpec
+from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_WAITING
+from tests.support.api import OWN_SALE, accepted
+from tests.support.eventually import until
+from tests.support.flood import (
+    Flood,
+    Watch,
+    allow_connections,
+    open_connections,
+    patient,
+    request_of,
+)
+from tests.support.redis_users import API, url_of
+
+FLOOD_CONNECTIONS = 3_000
+FLOOD_SECONDS = 20.0
+POD_BYTES = 512 * 1024 * 1024
+"""The memory limit of a pod in the chart."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def many_connections() -> None:
+    allow_connections(9_500)
+
+
+async def test_a_busy_item_leaves_waiting_places_to_others(
+    own_redis: RedisServer, own_inventory: Inventory, own_api: ApiServer
+) -> None:
+    """Redis is frozen, so that the requests of the busy item wait and fill their places."""
+    other = SaleSpec("default/other", "other", CALLS_IN_FLIGHT)
+    assert await own_inventory.apply(other, 1, seed_until_ms=2**53) is Applied.SEEDED
+    busy_answers: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+
+    def count(answers: Counter[str], body: bytes) -> None:
+        answers[json.loads(body).get("type", "accepted").rpartition(":")[2]] += 1
+
+    number = MAX_WAITING + CALLS_IN_FLIGHT * BATCH_LIMIT + 100
+    busy = await open_connections(
+        own_api.url, number, lambda _, __, body: count(busy_answers, body)
+    )
+    calm = await open_connections(
+        own_api.url, CALLS_IN_FLIGHT, lambda _, __, body: count(others, body)
+    )
+    own_redis.pause()
+    for connection in busy:
+        connection.send(request_of(OWN_SALE.item_id, "ann"))
+    await until(lambda: busy_answers["too-many-waiting"], pause=0.001)
+    for user, connection in enumerate(calm):
+        connection.send(request_of(other.item_id, str(user)))
+    refused = number - MAX_WAITING // 2 - CALLS_IN_FLIGHT * BATCH_LIMIT
+    await until(lambda: busy_answers.total() >= refused, pause=0.001)
+    own_redis.resume()
+    await until(lambda: others.total() == len(calm))
+    assert not others["too-many-waiting"]
+    for connection in (*busy, *calm):
+        connection.close()
+
+
+@pytest.fixture
+async def flooded(
+    tmp_path: Path, own_redis: RedisServer, own_inventory: Inventory
+) -> AsyncIterator[ApiServer]:
+    """An API with a Redis of its own, and without a proxy that the flood would slow down."""
+    del own_inventory  # the sale exists before the API starts
+    nowhere = f"127.0.0.1:{free_port()}"
+    server = ApiServer(tmp_path / "api", Addresses(url_of(own_redis, API), nowhere, ""))
+    await asyncio.to_thread(server.start)
+    yield server
+    server.kill()
+
+
+async def test_a_flood_of_any_requests_leaves_the_heartbeat_fresh(
+    own_redis: RedisServer, own_inventory: Inventory, flooded: ApiServer
+) -> None:
+    sold_out = SaleSpec("default/none", "none", 1)
+    assert await own_inventory.apply(sold_out, 1, seed_until_ms=2**53) is Applied.SEEDED
+    client = patient(own_redis.url)
+    watch = Watch(client, flooded)
+    flood = Flood(flooded.url)
+    async with flood.running(OWN_SALE.item_id, sold_out.item_id, FLOOD_CONNECTIONS):
+        seen = await watch.look_for(FLOOD_SECONDS)
+    made_up = await client.keys("*nothing*")
+    await client.aclose()
+    print(seen, dict(flood.answers))
+    assert seen.oldest_ms < heartbeat.EXPIRY_SECONDS * 1000 / 2
+    assert seen.resident_bytes < POD_BYTES
+    assert await accepted(own_inventory, OWN_SALE.item_id) == OWN_SALE.stock
+    assert {"202", "200", "400", "409 sold-out", "422 invalid-field"} <= set(flood.answers)
+    assert {"404 unknown-item", "404 unknown-reservation"} <= set(flood.answers)
+    assert not made_up
+    assert b"Traceback" not in flooded.log.read_bytes()

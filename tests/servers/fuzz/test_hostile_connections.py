@@ -1,0 +1,300 @@
+"""Connections that try to exhaust a pod's memory or upset the order of its answers. Needs Redis.
+
+Each attack is sent as raw bytes. A pod's resident memory is read from /proc while it runs.
+"""
+
+import asyncio
+import resource
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from dev.services import ApiServer
+from dev.stack.servers import RedisServer
+from flashsale import redis_client
+from flashsale.inventory import Inventory
+from flashsale.sale import Sale
+from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS
+from tests.support.api import OWN_SALE, OpenSale, accepted
+from tests.support.eventually import until
+from tests.support.wire import GET, POST, TE, Wire, connection, reserve, resident
+
+GROWTH_BYTES = 64 * 1024 * 1024
+"""Growth of resident memory that an attack may cause. Without limits each causes 100 MB to 1 GB."""
+CHUNKED = POST + TE + b"\r\n"
+
+
+ENDLESS = {
+    "trailers": (CHUNKED + b"1\r\n{\r\n0\r\n", b"a:\r\n" * 4_000),
+    "long trailers": (CHUNKED + b"1\r\n{\r\n0\r\n", b"a: " + b"b" * 8_000 + b"\r\n"),
+    "one endless trailer": (CHUNKED + b"1\r\n{\r\n0\r\na: ", b"b" * 16_000),
+    "header fields": (b"GET / HTTP/1.1\r\n", b"a:\r\n" * 4_000),
+    "one endless header": (b"GET / HTTP/1.1\r\na: ", b"b" * 16_000),
+    "one endless path": (b"GET /", b"b" * 16_000),
+    "chunk extensions": (CHUNKED, b"1;" + b"a" * 16_000 + b"\r\n{\r\n"),
+    "one endless chunk extension": (CHUNKED + b"1;", b"a" * 16_000),
+    "tiny chunks": (CHUNKED, b"1\r\n{\r\n" * 3_000),
+    "blank lines": (b"", b"\r\n" * 8_000),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+async def test_a_request_without_an_end_costs_little_memory_and_is_closed(
+    api: ApiServer, untouched: Sale, name: str
+) -> None:
+    del untouched
+    begin, more = ENDLESS[name]
+    before = resident(api)
+
+    async def send_on(wire: Wire) -> None:
+        wire.send(begin)
+        while True:
+            wire.send(more)
+            await wire.writer.drain()
+            assert resident(api) - before < GROWTH_BYTES
+
+    async with connection(api) as wire:
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(send_on(wire), 3 * REQUEST_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 30_000,
+        b"GET / HTTP/1.1\r\na: " + b"b" * 60_000,
+        POST + b"Content-Length: 16000\r\n\r\n" + b"{" * 15_000,
+        CHUNKED + b"3e80\r\n" + b"{" * 15_000,
+        POST + b"Content-Length: 15\r\n\r\n" + GET * 2_000,
+    ],
+    ids=["fields", "a long field", "bodies", "chunks", "pipelined requests"],
+)
+async def test_four_hundred_half_requests_cost_little_memory(
+    api: ApiServer, untouched: Sale, half: bytes
+) -> None:
+    del untouched
+    before = resident(api)
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connection(api)) for _ in range(400)]
+        for wire in wires:
+            wire.send(half)
+        async with connection(api) as other:
+            other.send(GET)
+            assert await other.status() == 200
+        assert resident(api) - before < GROWTH_BYTES + 400 * 100_000
+
+
+@pytest.mark.slow
+async def test_clients_that_do_not_read_are_reset(api: ApiServer, untouched: Sale) -> None:
+    """Takes 20 s, which is the longest time that the API waits for a reader."""
+    del untouched
+    description = GET.replace(b"/healthz", b"/openapi.json")
+    before = resident(api)
+
+    async def flood(wire: Wire) -> None:
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a Transport
+        for _ in range(1_000):
+            wire.send(description * MAX_PIPELINED)
+            await asyncio.sleep(0.1)
+            if wire.writer.transport.is_closing():
+                return
+        raise AssertionError("the connection is still open")
+
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connection(api)) for _ in range(120)]
+        floods = [asyncio.create_task(flood(wire)) for wire in wires]
+        while not all(task.done() for task in floods):
+            assert resident(api) - before < GROWTH_BYTES + 120 * 500_000
+            await asyncio.sleep(0.2)
+        await asyncio.gather(*floods)
+
+
+async def test_upgrades_in_one_read_are_served_in_a_loop(
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 5)
+    upgrade = GET.replace(b"\r\n\r\n", b"\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+    logged = len(api.log.read_bytes())
+    async with connection(api) as wire:
+        wire.send(reserve(item) + upgrade * 4_300)
+        assert await wire.status() == 202
+        await wire.rest_or_silence()
+    assert await accepted(inventory, item) == 1
+    assert b"Traceback" not in api.log.read_bytes()[logged:]
+
+
+async def test_an_upgrade_keeps_the_rest_of_its_connection_header(
+    api: ApiServer, untouched: Sale
+) -> None:
+    del untouched
+    upgrade = GET.replace(b"\r\n\r\n", b"\r\nConnection: close, Upgrade\r\nUpgrade: x\r\n\r\n")
+    for request in (upgrade, upgrade.replace(b"close, ", b"").replace(b"HTTP/1.1", b"HTTP/1.0")):
+        async with connection(api) as wire:
+            wire.send(request + GET)
+            assert await wire.status() == 200
+            assert await wire.rest() == b""
+
+
+async def test_more_pipelined_requests_than_may_wait_are_refused_in_their_order(
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 1_000, max_per_user=1_000)
+    async with connection(api) as wire:
+        wire.send(reserve(item) * (MAX_PIPELINED + 1))
+        assert [await wire.status() for _ in range(MAX_PIPELINED + 1)] == [202] * 17
+    async with connection(api) as wire:
+        wire.send(reserve(item) * 400)
+        statuses = []
+        while status := await wire.status():
+            statuses.append(status)
+    assert statuses == [202] * (MAX_PIPELINED + 1) + [400]
+    assert await accepted(inventory, item) == 2 * (MAX_PIPELINED + 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\x00garbage\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 1_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 70_000 + b"\r\n\r\n",
+        POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+        b"CONNECT other:443 HTTP/1.1\r\nHost: other\r\n\r\n",
+    ],
+    ids=["not HTTP", "too many fields", "a head too large", "another coding", "CONNECT"],
+)
+async def test_earlier_requests_are_answered_before_a_refusal(
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str, bad: bytes
+) -> None:
+    await open_sale(item, 5)
+    async with connection(api) as wire:
+        wire.send(reserve(item) + bad)
+        assert await wire.status() == 202
+        assert await wire.status() in (400, 431, 501)
+        assert await wire.rest() == b""
+    assert await accepted(inventory, item) == 1
+
+
+async def test_a_half_closed_connection_gets_its_answers(
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 5, max_per_user=5)
+    async with connection(api) as wire:
+        wire.send(reserve(item) * 3 + reserve(item)[:-1])
+        wire.writer.write_eof()
+        assert [await wire.status() for _ in range(4)] == [202, 202, 202, 0]
+    assert await accepted(inventory, item) == 3
+
+
+async def test_a_client_that_leaves_during_a_pipeline_leaves_no_traceback(
+    api: ApiServer, untouched: Sale, http: httpx.AsyncClient
+) -> None:
+    del untouched  # it compares the log
+    for _ in range(20):
+        async with connection(api) as wire:
+            wire.send((GET + GET.replace(b"/healthz", b"/openapi.json")) * 8)
+            await asyncio.sleep(0)
+    assert (await http.get("/healthz")).status_code == 200
+
+
+async def test_trailers_are_not_headers(
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 5, max_per_user=5)
+    body = reserve(item).partition(b"\r\n\r\n")[2]
+    chunk = b"%x\r\n%b\r\n0\r\n" % (len(body), body)
+    plain = b"POST /reserve HTTP/1.1\r\nHost: x\r\n" + TE
+    async with connection(api) as wire:
+        wire.send(plain + b"\r\n" + chunk + b"Content-Type: application/json\r\n\r\n")
+        assert await wire.status() == 415
+        wire.send((CHUNKED + chunk + b"Idempotency-Key: k\r\n\r\n") * 2)
+        assert [await wire.status() for _ in range(2)] == [202, 202]
+    assert await accepted(inventory, item) == 2  # two reservations without a key
+
+
+async def test_a_path_is_compared_as_it_was_sent(api: ApiServer, untouched: Sale) -> None:
+    async with connection(api) as wire:
+        for path in (b"/%72eserve", b"/reserve%2f", b"/reserve/", b"//reserve", b"/RESERVE"):
+            wire.send(reserve(untouched.item_id).replace(b"/reserve", path))
+            assert await wire.status() == 404
+
+
+async def test_blanks_behind_a_header_do_not_count(
+    api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 5, max_per_user=5)
+    async with connection(api) as wire:
+        for blanks in (b"", b" ", b"\t "):
+            wire.send(reserve(item, b"Idempotency-Key: k" + blanks + b"\r\n"))
+            assert await wire.status() == 202
+    assert await accepted(inventory, item) == 1
+
+
+async def test_connections_leave_descriptors_to_the_process(
+    own_api: ApiServer, own_redis: RedisServer
+) -> None:
+    """Without them, a pod can neither be scraped nor reach Redis again."""
+    assert own_api.pid is not None
+    limit = 300
+    resource.prlimit(own_api.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    admin = redis_client.connect(own_redis.url)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(admin.aclose)
+        served = []
+        for _ in range(limit):
+            with suppress(ConnectionError):  # the API resets a client too many
+                wire = await stack.enter_async_context(connection(own_api))
+                wire.send(GET)
+                if await wire.status() == 200:
+                    served.append(wire)
+        assert 0 < len(served) <= limit / 2
+        scrape = await stack.enter_async_context(
+            connection(urlsplit(own_api.metrics_url).port or 0)
+        )
+        scrape.send(GET.replace(b"/healthz", b"/metrics"))
+        assert await scrape.status() == 200
+        await admin.client_kill_filter(_type="normal", skipme=True)
+
+        async def bought() -> bool:
+            served[0].send(reserve(OWN_SALE.item_id))
+            return await served[0].status() == 202
+
+        await until(bought)
+        for wire in served:
+            wire.writer.close()
+
+        async def healthy() -> bool:
+            async with connection(own_api) as wire:
+                wire.send(GET)
+                return await wire.status() == 200
+
+        await until(healthy, ignoring=(ConnectionError,))
+
+
+@pytest.fixture
+async def stopping(
+    api: ApiServer, tmp_path: Path, without_kafka: object
+) -> AsyncIterator[ApiServer]:
+    """An API process that only this test uses."""
+    del api
+    server = ApiServer(tmp_path / "stopping", without_kafka)  # type: ignore[arg-type] # Addresses
+    await asyncio.to_thread(server.start)
+    yield server
+    server.kill()
+
+
+async def test_a_client_that_does_not_read_does_not_delay_the_end_of_a_pod(
+    stopping: ApiServer,
+) -> None:
+    async with connection(stopping) as wire:
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a Transport
+        for _ in range(100):
+            wire.send(GET.replace(b"/healthz", b"/openapi.json") * MAX_PIPELINED)
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(stopping.stop)
+    log = stopping.log.read_text("utf-8")
+    assert "Traceback" not in log
+    assert "Cancel" not in log

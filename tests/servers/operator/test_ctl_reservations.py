@@ -1,0 +1,257 @@
+"""`flashsalectl reservations`, `confirm` and `cancel`, for people in trouble."""
+
+import asyncio
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from dev.stack.servers import KafkaServer, RedisServer
+from flashsale.keys import ItemKeys
+from flashsale.reservations import Transition
+from flashsale.sale import SaleSpec
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import topics
+from flashsale_operator.ctl.commands import run
+from flashsale_operator.ctl.reservations import PAGE
+from tests.support.redis_users import OPERATOR, url_of
+from tests.support.simulated_shop import SimulatedShop
+
+Ctl = Callable[..., tuple[int, list[str], list[str]]]
+Within = Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.fixture
+def spec(item: str) -> SaleSpec:
+    return SaleSpec(f"default/{item}", item, 10, hold_seconds=600)
+
+
+@pytest.fixture
+def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
+    Redis.from_url(redis_server.url).flushall()
+    return {
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
+        "FLASHSALE_DATABASE_URL": database_url,
+        "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
+    }
+
+
+@pytest.fixture
+def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
+    """Return a function that runs a command line.
+
+    It returns the exit code, the output lines and the error lines.
+    """
+
+    def call(*arguments: str) -> tuple[int, list[str], list[str]]:
+        code = run(arguments, environ)
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def ids(within: Within, spec: SaleSpec, environ: dict[str, str]) -> dict[str, str]:  # noqa: ARG001
+    """A recorded sale: ann has a hold, bob a confirmed reservation, and cat an expired hold."""
+    found: dict[str, str] = {}
+
+    async def sell(shop: SimulatedShop) -> None:
+        await shop.apply(spec)
+        await shop.buy(spec.item_id, "ann", "bob", "cat")
+        assert await shop.confirm(spec.item_id, "bob", "order-7") is Transition.CHANGED
+        await shop.expire(spec.item_id, "cat")
+        await shop.record(spec.item_id)
+        for user in ("ann", "bob", "cat"):
+            found[user] = await shop.reservation_of(spec.item_id, user)
+
+    within(sell)
+    return found
+
+
+def test_the_reservations_are_a_table(ctl: Ctl, spec: SaleSpec, ids: dict[str, str]) -> None:
+    code, [head, *lines], _ = ctl("reservations", spec.item_id)
+    assert code == 0
+    columns = "RESERVATION SALE USER QUANTITY STATE ACCEPTED EXPIRES CONFIRMED ORDER"
+    assert head.split() == columns.split()
+    rows = {line.split()[2]: line.split() for line in lines}
+    assert rows["ann"][:5] == [ids["ann"], spec.sale_id, "ann", "1", "held"]
+    assert rows["ann"][7:] == ["-", "-"]
+    assert rows["bob"][4] == "confirmed"
+    assert rows["bob"][8] == "order-7"
+    assert rows["cat"][4] == "expired"
+
+
+def test_the_reservations_are_csv(ctl: Ctl, spec: SaleSpec, ids: dict[str, str]) -> None:
+    code, lines, _ = ctl("reservations", spec.item_id, "-o", "csv")
+    assert code == 0
+    rows = {row["userId"]: row for row in csv.DictReader(lines)}
+    assert {user: row["reservationId"] for user, row in rows.items()} == ids
+    assert (rows["bob"]["state"], rows["bob"]["orderRef"]) == ("confirmed", "order-7")
+    assert (rows["ann"]["confirmedAt"], rows["ann"]["orderRef"]) == ("", "")
+
+
+def test_a_spreadsheet_runs_no_value_of_the_csv_as_a_formula(
+    ctl: Ctl, within: Within, spec: SaleSpec
+) -> None:
+    async def sell(shop: SimulatedShop) -> None:
+        await shop.apply(spec)
+        await shop.buy(spec.item_id, "=1+1", "+1", "-1", "@a", "a=1")
+        await shop.confirm(spec.item_id, "a=1", "=2+5")
+        await shop.record(spec.item_id)
+
+    within(sell)
+    rows = list(csv.DictReader(ctl("reservations", spec.item_id, "-o", "csv")[1]))
+    assert {row["userId"] for row in rows} == {"'=1+1", "'+1", "'-1", "'@a", "a=1"}
+    assert {row["orderRef"] for row in rows} == {"", "'=2+5"}
+    listed = json.loads("\n".join(ctl("reservations", spec.item_id, "-o", "json")[1]))
+    assert "=1+1" in {row["userId"] for row in listed}
+
+
+def test_the_columns_of_the_csv_are_stable(ctl: Ctl, spec: SaleSpec, ids: dict[str, str]) -> None:  # noqa: ARG001
+    """Other programs read them by name or by position. New ones come last."""
+    head = ctl("reservations", spec.item_id, "-o", "csv")[1][0]
+    columns = "reservationId,saleId,userId,quantity,state,version,acceptedAt,expiresAt"
+    assert head.startswith(f"{columns},confirmedAt,orderRef")
+
+
+def test_the_reservations_are_json(ctl: Ctl, spec: SaleSpec, ids: dict[str, str]) -> None:
+    code, lines, _ = ctl("reservations", spec.item_id, "-o", "json")
+    assert code == 0
+    rows = {row["userId"]: row for row in json.loads("\n".join(lines))}
+    assert {user: row["reservationId"] for user, row in rows.items()} == ids
+    assert rows["ann"].keys() == {
+        "reservationId",
+        "saleId",
+        "userId",
+        "quantity",
+        "state",
+        "version",
+        "acceptedAt",
+        "expiresAt",
+    }
+    assert (rows["bob"]["version"], rows["bob"]["orderRef"]) == (2, "order-7")
+
+
+@pytest.mark.parametrize(("output", "empty"), [("json", ["[]"]), ("csv", 1), ("table", 1)])
+def test_a_sale_without_reservations_has_an_empty_list(
+    ctl: Ctl, within: Within, spec: SaleSpec, output: str, empty: list[str] | int
+) -> None:
+    async def apply(shop: SimulatedShop) -> None:
+        await shop.apply(spec)
+
+    within(apply)
+    code, lines, _ = ctl("reservations", spec.item_id, "-o", output)
+    assert code == 0
+    assert lines == empty if isinstance(empty, list) else len(lines) == empty
+
+
+@pytest.mark.parametrize("output", ["table", "csv", "json"])
+def test_many_reservations_are_printed_once_each_and_a_reader_may_stop(
+    ctl: Ctl, within: Within, environ: dict[str, str], spec: SaleSpec, output: str
+) -> None:
+    number = 2 * PAGE + 3
+
+    async def fill(shop: SimulatedShop) -> None:
+        await shop.apply(replace(spec, stock=number))
+        await shop.pool.execute(
+            "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, "
+            "accepted_at) SELECT $1, gen_random_uuid(), 'user' || n, 1, 'confirmed', 1, now() "
+            "FROM generate_series(1, $2) n",
+            spec.sale_id,
+            number,
+        )
+
+    within(fill)
+    code, lines, _ = ctl("reservations", spec.item_id, "-o", output)
+    around = {"table": 1, "csv": 1, "json": 2}
+    assert (code, len(lines)) == (0, number + around[output])
+    assert len(set(lines)) == len(lines)
+    program = Path(sys.executable).with_name("flashsalectl")
+    done = subprocess.run(
+        f"{program} reservations {spec.item_id} -o {output} | head -n 2",
+        shell=True,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.splitlines(), done.stderr) == (lines[:2], "")
+
+
+def test_without_kafka_nothing_is_changed(
+    ctl: Ctl, within: Within, spec: SaleSpec, ids: dict[str, str]
+) -> None:
+    code, lines, [error] = ctl("confirm", spec.item_id, ids["ann"], "--order-ref", "order-1")
+    assert (code, lines) == (1, [])
+    assert error.startswith("flashsalectl: Kafka is away, and nothing is changed: ")
+
+    async def still_held(shop: SimulatedShop) -> None:
+        sale = await shop.sale(spec.item_id)
+        assert sale is not None
+        assert sale.held == 1
+
+    within(still_held)
+
+
+@pytest.mark.slow
+def test_a_person_confirms_and_cancels(
+    ctl: Ctl,
+    within: Within,
+    environ: dict[str, str],
+    spec: SaleSpec,
+    ids: dict[str, str],
+    kafka_server: KafkaServer,
+) -> None:
+    environ["FLASHSALE_KAFKA_BOOTSTRAP"] = kafka_server.bootstrap
+    kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
+    asyncio.run(topics.create(kafka, "flashsale.reservations", "flashsale.reservations.dlq"))
+    ann, bob, cat = ids["ann"], ids["bob"], ids["cat"]
+
+    def call(verb: str, reservation: str, order_ref: str = "") -> tuple[int, str]:
+        named = ["--order-ref", order_ref] if order_ref else []
+        code, lines, errors = ctl(verb, spec.item_id, reservation, *named)
+        [line] = lines + errors
+        assert bool(errors) is bool(code)
+        return code, line
+
+    assert call("confirm", ann, "order-1") == (0, f"{ann} is confirmed for order order-1")
+    assert call("confirm", ann, "order-1") == (0, f"{ann} was confirmed for order order-1 before")
+    assert call("confirm", ann, "order-2") == (
+        1,
+        f"{ann} is confirmed for another order than order-2",
+    )
+    assert call("confirm", cat, "order-3") == (1, f"{cat} has expired, so it cannot be confirmed")
+    assert call("cancel", cat) == (0, f"{cat} was cancelled or had expired before")
+    assert call("cancel", bob) == (1, f"{bob} is confirmed: name its order with --order-ref")
+    assert call("cancel", bob, "order-7") == (
+        0,
+        f"{bob} is cancelled, and its units are for sale again",
+    )
+    assert call("confirm", bob, "order-7") == (1, f"{bob} was cancelled, so it cannot be confirmed")
+    unknown = "00000000-0000-7000-8000-000000000000"
+    assert call("cancel", unknown) == (
+        1,
+        f"{unknown} is no reservation of this item in Redis",
+    )
+
+    async def settled(shop: SimulatedShop) -> None:
+        sale = await shop.sale(spec.item_id)
+        assert sale is not None
+        assert sale.outbox_length == 0
+        assert (sale.accepted, sale.released, sale.held) == (3, 2, 0)
+        await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "run_id", "an earlier run")
+
+    within(settled)
+    fenced = f"flashsalectl: {spec.item_id}: the sale is fenced: rebuild it first"
+    assert call("cancel", ann, "order-1") == (1, fenced)
+    code, _, [error] = ctl("cancel", "nothing", ann)
+    assert (code, error) == (1, "flashsalectl: nothing: Redis has no sale of this item")

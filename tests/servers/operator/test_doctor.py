@@ -1,0 +1,226 @@
+"""`flashsalectl doctor` on real servers, healthy and not."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import asyncpg
+import pytest
+from redis import Redis
+
+from dev.stack.servers import KafkaServer, RedisServer
+from flashsale import events, ledger, requirements
+from flashsale.errors import RedisUnavailable
+from flashsale.inventory import Inventory
+from flashsale.requirements import RedisFacts
+from flashsale.settings import KafkaSettings
+from flashsale_consumer import topics
+from flashsale_operator.ctl import doctor
+from flashsale_operator.ctl.commands import run
+from tests.support.consumer import Log
+from tests.support.eventually import until
+from tests.support.redis_users import OPERATOR, url_of
+
+Doctor = Callable[..., tuple[int, dict[str, str]]]
+
+
+@pytest.fixture
+def environ(
+    redis_server: RedisServer, kafka_server: KafkaServer, database_url: str
+) -> dict[str, str]:
+    log = Log(kafka_server.bootstrap)
+    return {
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
+        "FLASHSALE_KAFKA_BOOTSTRAP": kafka_server.bootstrap,
+        "FLASHSALE_DATABASE_URL": database_url,
+        "FLASHSALE_ENGINE": log.engine,
+    }
+
+
+@pytest.fixture
+def examined(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Doctor:
+    """Return a function that runs the doctor. It returns the exit code and verdicts by text."""
+    monkeypatch.setattr(doctor, "_has_kubeconfig", lambda _: False)
+
+    def call(**changes: str) -> tuple[int, dict[str, str]]:
+        code = run(["doctor", "-o", "json"], environ | changes)
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        found = {f"{each['server']}: {each['text']}": each for each in json.loads(printed.out)}
+        return code, {text: each["verdict"] for text, each in found.items()}
+
+    return call
+
+
+def bad(verdicts: dict[str, str], verdict: str = "failure") -> list[str]:
+    """Return the texts with this verdict. A busy machine's slow round trips do not count."""
+    slow = "a round trip takes"
+    return [text for text, found in verdicts.items() if found == verdict and slow not in text]
+
+
+@pytest.fixture
+def prepared(environ: dict[str, str]) -> None:
+    """A ledger and a topic, as a consumer makes them."""
+
+    async def prepare() -> None:
+        pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
+        await ledger.migrate(pool)
+        await pool.close()
+        log = Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"])
+        await log.create()
+        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap)
+        # The broker can show a new topic a moment after its creation.
+        await until(lambda: topics.create_recorded(kafka, events.recorded_topic(log.engine)))
+
+    asyncio.run(prepare())
+
+
+@pytest.mark.usefixtures("prepared")
+def test_healthy_servers_pass_every_check_and_keep_nothing(
+    examined: Doctor, redis_server: RedisServer
+) -> None:
+    client = Redis.from_url(redis_server.url)
+    before = client.dbsize()
+    code, verdicts = examined()
+    assert code == 0
+    assert bad(verdicts) == bad(verdicts, "warning") == []
+    assert client.dbsize() == before
+    text = "\n".join(verdicts)
+    for words in ("a script can write", "a transaction can write", "clock differs", "brokers: 1"):
+        assert words in text
+    for table in (
+        requirements.REDIS,
+        requirements.LEDGER,
+        requirements.TOPIC,
+        requirements.RECORDED,
+    ):
+        for requirement in table:
+            assert f"{requirement.server}: {requirement.rule}" in verdicts
+
+
+def test_an_empty_database_and_a_missing_topic_are_warnings(examined: Doctor) -> None:
+    code, verdicts = examined()
+    assert code == 0
+    [topic, recorded, migrations] = bad(verdicts, "warning")
+    assert ".reservations does not exist" in topic
+    assert ".recorded does not exist" in recorded
+    assert "the ledger lacks migrations" in migrations
+
+
+@pytest.mark.usefixtures("prepared")
+def test_each_server_that_is_away_is_one_failure(examined: Doctor) -> None:
+    code, verdicts = examined(
+        FLASHSALE_REDIS_URL="redis://:s3cret@127.0.0.1:1/0",
+        FLASHSALE_KAFKA_BOOTSTRAP="127.0.0.1:1",
+        FLASHSALE_DATABASE_URL="postgresql://u:s3cret@127.0.0.1:1/db",
+    )
+    assert code == 1
+    assert [text.partition(":")[0] for text in bad(verdicts)] == ["Redis", "Kafka", "PostgreSQL"]
+    assert not [text for text in verdicts if "s3cret" in text or "\n" in text]
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_requirement_that_a_server_lacks_is_a_failure_with_its_remedy(
+    examined: Doctor, redis_server: RedisServer
+) -> None:
+    client = Redis.from_url(redis_server.url)
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        code, verdicts = examined()
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+    assert code == 1
+    [failure] = bad(verdicts)
+    assert "run CONFIG SET maxmemory-policy noeviction" in failure
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_server_that_is_too_old_for_the_other_checks_is_one_failure(
+    examined: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = Inventory.facts
+
+    async def old(inventory: Inventory) -> RedisFacts:
+        found = await facts(inventory)
+        return replace(found, version="6.2.14", script_error="")
+
+    async def refuse(_: Inventory) -> None:
+        raise RedisUnavailable("Redis refused the call: syntax error")
+
+    monkeypatch.setattr(Inventory, "facts", old)
+    monkeypatch.setattr(Inventory, "server", refuse)
+    code, verdicts = examined()
+    assert code == 1
+    [failure] = bad(verdicts)
+    assert "Redis has version 6.2.14, but needs version 7.0" in failure
+    assert "Redis: a script can write keys of this engine" in verdicts
+
+
+@pytest.mark.usefixtures("prepared")
+def test_users_without_the_rights_are_failures(
+    examined: Doctor, redis_server: RedisServer, environ: dict[str, str]
+) -> None:
+    client = Redis.from_url(redis_server.url)
+    client.acl_setuser(
+        "reader", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-hset"]
+    )
+
+    async def read_only(value: str) -> None:
+        connection = await asyncpg.connect(environ["FLASHSALE_DATABASE_URL"])
+        name = await connection.fetchval("SELECT current_database()")
+        await connection.execute(
+            f'ALTER DATABASE "{name}" SET default_transaction_read_only = {value}'
+        )
+        await connection.close()
+
+    asyncio.run(read_only("on"))
+    try:
+        url = redis_server.url.replace("redis://", "redis://reader:secret@")
+        code, verdicts = examined(FLASHSALE_REDIS_URL=url)
+    finally:
+        client.acl_deluser("reader")
+    assert code == 1
+    [script, transaction] = bad(verdicts)
+    assert script.startswith("Redis: a script cannot write")
+    assert transaction.startswith("PostgreSQL: a transaction cannot write")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_clock_that_differs_and_a_slow_server_are_warnings(
+    examined: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CLOCK_SECONDS", -1.0)
+    monkeypatch.setattr(doctor, "SLOW_MS", 0.0)
+    code, verdicts = examined()
+    assert code == 0
+    warnings = [text for text, verdict in verdicts.items() if verdict == "warning"]
+    assert len([text for text in warnings if "synchronize both clocks by NTP" in text]) == 2
+    assert len([text for text in warnings if "place the engine close to the server" in text]) == 2
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_ledger_of_another_engine_is_a_failure(examined: Doctor, environ: dict[str, str]) -> None:
+    async def claim() -> None:
+        pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
+        await ledger.engine_id(pool, "brand")
+        await pool.close()
+
+    asyncio.run(claim())
+    code, verdicts = examined()
+    assert code == 1
+    [failure] = bad(verdicts)
+    assert failure.endswith("belongs to the engine brand: set FLASHSALE_ENGINE=brand")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_the_table_has_one_line_per_check(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor"], environ) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["VERDICT", "SERVER", "CHECK"]
+    assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+    assert {line.split()[1] for line in lines} == {"Redis", "Kafka", "PostgreSQL", "Kubernetes"}

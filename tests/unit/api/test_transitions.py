@@ -1,0 +1,185 @@
+"""When a call to confirm or cancel is durable, and how calls form batches. Redis is a fake."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from flashsale.errors import RedisUnavailable
+from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
+from flashsale.reservations import (
+    Call,
+    Record,
+    Snapshot,
+    State,
+    Transition,
+    TransitionAnswer,
+    TransitionReply,
+)
+from flashsale_api.calls import CALLS_IN_FLIGHT, Failure
+from flashsale_api.engine import Engine
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Accepted
+from flashsale_api.transitions import Decided, Transitions
+from tests.support.batcher import RecordingPublisher
+
+RECORD = Record(State.CONFIRMED, 2, 1, 1, "ann", "", 2, 1, "o")
+SNAPSHOT = Snapshot("default/x", 1, 1, 1)
+
+
+class HeldScript:
+    """Records the calls, and answers one call per `go.release()`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Sequence[Call]] = []
+        self.go = asyncio.Semaphore(0)
+        self.fail = False
+        self.word: Transition | None = None
+
+    async def __call__(
+        self,
+        item_id: str,  # noqa: ARG002 - every item has a sale
+        calls: Sequence[Call],
+        **_: object,
+    ) -> TransitionReply | Transition:
+        self.calls.append(calls)
+        await self.go.acquire()
+        if self.fail:
+            raise RedisUnavailable("cut", maybe_executed=True)
+        if self.word is not None:
+            return self.word
+        answer = TransitionAnswer(Transition.CHANGED, "1-1", RECORD)
+        return TransitionReply(1, SNAPSHOT, [answer] * len(calls))
+
+
+class HeldPublisher(RecordingPublisher):
+    """A publisher whose events are acknowledged by the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.awaited: list[asyncio.Future[None]] = []
+
+    def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
+        assert self.added[-1] is accepted
+        self.awaited.append(asyncio.get_running_loop().create_future())
+        return self.awaited[-1]
+
+
+def transitions(script: HeldScript, publisher: HeldPublisher, *, seen: bool = False) -> Transitions:
+    return Transitions(
+        script,
+        publisher,
+        Metrics(),
+        Engine("flashsale"),
+        verb="confirm",
+        seen=lambda _: seen,
+    )
+
+
+def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decided, bool]]":
+    """Make a call for the item x. The future has the decision, and whether it is durable."""
+    answer: asyncio.Future[tuple[Decided, bool]] = asyncio.get_running_loop().create_future()
+    own.change("x", call, lambda decision, durable: answer.set_result((decision, durable)))
+    return answer
+
+
+async def turns(number: int = 5) -> None:
+    """Let the event loop run for a few turns."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the pod be suspended for `seconds`."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + seconds)
+
+
+@pytest.mark.parametrize(
+    ("suspended", "durable"), [(0.0, True), (ACKNOWLEDGED_SECONDS + 0.1, False)]
+)
+async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
+    monkeypatch: pytest.MonkeyPatch, suspended: float, durable: bool
+) -> None:
+    script, publisher = HeldScript(), HeldPublisher()
+    script.go.release()
+    call = change(transitions(script, publisher), Call("id-1", "o"))
+    await turns()
+    later(monkeypatch, suspended)
+    # The acknowledgement is there when the pod goes on, before the pod's timers run.
+    publisher.awaited[0].set_result(None)
+    decision, found = await call
+    assert (decision.record, found) == (RECORD, durable)
+
+
+async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, publisher = HeldScript(), HeldPublisher()
+    call = change(transitions(script, publisher), Call("id-1", "o"))
+    await turns()
+    later(monkeypatch, CALL_DEADLINE_SECONDS / 2)
+    script.go.release()
+    await turns()
+    later(monkeypatch, ACKNOWLEDGED_SECONDS - CALL_DEADLINE_SECONDS / 4)
+    publisher.awaited[0].set_result(None)
+    assert not (await call)[1]
+
+
+async def test_a_call_without_an_acknowledgement_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, publisher = HeldScript(), HeldPublisher()
+    script.go.release()
+    call = change(transitions(script, publisher), Call("id-1", "o"))
+    await turns()
+    later(monkeypatch, ACKNOWLEDGED_SECONDS)
+    decision, durable = await call
+    assert (decision.record, durable) == (RECORD, False)
+    assert publisher.awaited[0].cancelled()
+
+
+async def test_a_reply_from_before_a_suspension_is_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script, publisher = HeldScript(), HeldPublisher()
+    call = change(transitions(script, publisher), Call("id-1", "o"))
+    await turns()
+    later(monkeypatch, 2 * CALL_DEADLINE_SECONDS)
+    script.go.release()
+    await turns()
+    script.fail = True
+    script.go.release()
+    decision, durable = await call
+    assert (decision.outcome, durable) == (Failure.OUTCOME_UNKNOWN, False)
+    assert publisher.added == []
+
+
+async def test_calls_that_arrive_during_calls_form_the_next_call() -> None:
+    script, publisher = HeldScript(), HeldPublisher()
+    own = transitions(script, publisher)
+    calls = []
+    for number in range(CALLS_IN_FLIGHT):
+        calls.append(change(own, Call(f"id-{number}")))
+        await turns()
+    calls += [change(own, Call(f"id-{n}")) for n in range(3, 203)]
+    await turns()
+    for _ in range(5):
+        script.go.release()
+    await turns(20)
+    assert [len(call) for call in script.calls] == [1, 1, 1, 128, 72]
+    assert [each.reservation_id for each in publisher.added] == [f"id-{n}" for n in range(203)]
+    assert own.called_items() == ["x"]
+    for awaited in publisher.awaited:
+        awaited.set_result(None)
+    assert all(durable for _, durable in await asyncio.gather(*calls))
+
+
+@pytest.mark.parametrize(
+    ("seen", "outcome"), [(False, Transition.UNKNOWN), (True, Transition.FENCED)]
+)
+async def test_an_item_that_buyers_saw_lately_is_not_unknown(
+    seen: bool, outcome: Transition
+) -> None:
+    script = HeldScript()
+    script.word = Transition.UNKNOWN
+    script.go.release()
+    own = transitions(script, HeldPublisher(), seen=seen)
+    assert (await change(own, Call("id-1", "o")))[0].outcome is outcome
