@@ -12,7 +12,7 @@ IMAGES ?=
 VERSION ?= $(shell sed -n 's/^appVersion: *//p' charts/flashsale/Chart.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load bench test test-all faults check-locks \
+.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load bench test test-rest test-all faults check-locks \
   images push check lint lint-workflows lock release-target release-check \
   release-notes release-digests release-chart release-push
 
@@ -28,7 +28,7 @@ $(READY): dev/requirements.txt pyproject.toml
 
 demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every promise
 	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
-	  $(if $(DATABASE),--database "$(DATABASE)")
+	  $(if $(DATABASE),--database "$(DATABASE)") $(if $(TOKENS),--tokens)
 
 up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer. REDIS=cluster for a cluster
 	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)") $(if $(REDIS),--redis "$(REDIS)")
@@ -67,11 +67,13 @@ test: $(READY) ## The quick tests, on real servers: three to five minutes on two
 	@echo "Running the quick tests: three to five minutes on two cores."
 	$(BIN)/pytest --quick $(PARALLEL)
 
-test-all: $(READY) ## All tests: about 20 minutes, after 10 for building Kubernetes once (needs Go)
-	@echo "Running all tests: about 20 minutes on two cores. The first run also builds Kubernetes and"
-	@echo "Helm with Go, which takes about ten minutes. Without Go their tests are skipped."
+test-all: test test-rest ## All tests: about 25 minutes, after 10 for building Kubernetes once (needs Go)
+
+test-rest: $(READY) ## The tests that `make test` leaves out (needs Go)
+	@echo "Running the slow tests: about 20 minutes on two cores. The first run also builds Kubernetes"
+	@echo "and Helm with Go, which takes about ten minutes. Without Go their tests are skipped."
 	@if command -v go >/dev/null; then $(BIN)/python -m dev.cluster build kubernetes helm; fi
-	$(BIN)/pytest $(PARALLEL) --ignore tests/faults
+	$(BIN)/pytest --rest $(PARALLEL) --ignore tests/faults
 	$(BIN)/pytest tests/faults
 
 faults: $(READY) ## Run N schedules of faults from seed SEED, on a cluster with REDIS=cluster (needs Go)

@@ -68,7 +68,7 @@ def _run(found: Findings) -> str:
 
 def _goals(found: Findings) -> str:
     ways = found.reserve
-    ceiling = _middle_rps(ways["ceiling"])
+    baseline = _middle_rps(ways["baseline"])
     accepted, sold_out = _middle_rps(ways["accepted"]), _middle_rps(ways["sold out"])
     p95 = median(one.tally.p95 for one in ways["accepted"])
     cpu = median(one.cpu["API"] for one in ways["accepted"])
@@ -81,22 +81,22 @@ def _goals(found: Findings) -> str:
     early, late = max(found.together.lag[:half], default=0), max(found.together.lag[half:])
     rows = (
         (
-            "accepted requests per second, share of the ceiling",
+            "accepted requests per second, share of the baseline",
             "60 %",
-            f"{accepted / ceiling:.0%}",
-            accepted >= 0.6 * ceiling,
+            f"{accepted / baseline:.0%}",
+            accepted >= 0.6 * baseline,
         ),
         (
-            "sold-out answers per second, share of the ceiling",
+            "sold-out answers per second, share of the baseline",
             "80 %",
-            f"{sold_out / ceiling:.0%}",
-            sold_out >= 0.8 * ceiling,
+            f"{sold_out / baseline:.0%}",
+            sold_out >= 0.8 * baseline,
         ),
         ("P95 of accepted requests", "< 30 ms", f"{p95:.1f} ms", p95 < 30),
         (
             "CPU of the API per 10,000 accepted requests",
-            "0.5 to 0.86 s, a fifth of the reference's 2.5 to 4.3 s",
-            f"{cpu:.2f} s, {2.5 / cpu:.1f} to {4.3 / cpu:.1f} times less",
+            "at most 0.5 s",
+            f"{cpu:.2f} s",
             cpu <= 0.5,
         ),
         (
@@ -143,28 +143,28 @@ def _goals(found: Findings) -> str:
 
 
 def _reserve(ways: dict[str, list[Round]]) -> str:
-    ceiling = _middle_rps(ways["ceiling"])
+    baseline = _middle_rps(ways["baseline"])
     rows = []
     for name, rounds in ways.items():
         rows.append(
             (
                 name,
                 _spread(one.tally.rps for one in rounds),
-                f"{_middle_rps(rounds) / ceiling:.0%}",
-                f"{_middle_cpu(ways['ceiling']) / _middle_cpu(rounds):.0%}",
+                f"{_middle_rps(rounds) / baseline:.0%}",
+                f"{_middle_cpu(ways['baseline']) / _middle_cpu(rounds):.0%}",
                 _spread((one.tally.p95 for one in rounds), 1),
                 *_cpu(rounds, ("API", "Redis", "Kafka", "crowd")),
             )
         )
-    head = "answer|requests/s|of the ceiling|by CPU|P95 ms|API|Redis|Kafka|crowd"
+    head = "answer|requests/s|of the baseline|by CPU|P95 ms|API|Redis|Kafka|crowd"
     return _table(head.split("|"), rows)
 
 
 def _parts(found: Findings) -> str:
     """Return the cost of each part, and of everything else: the whole minus the parts."""
     parts = found.parts
-    ceiling, sold_out, accepted = (
-        _middle_cpu(found.reserve[name]) * 100 for name in ("ceiling", "sold out", "accepted")
+    baseline, sold_out, accepted = (
+        _middle_cpu(found.reserve[name]) * 100 for name in ("baseline", "sold out", "accepted")
     )
     publishing = parts.event + parts.settled
     rows = {
@@ -177,19 +177,24 @@ def _parts(found: Findings) -> str:
         "the client's part of a script call": (0.0, 0.0, parts.script),
         "adding an event to its batch, and settling it": (0.0, 0.0, publishing),
         "everything else: sockets, event loop, batches for Kafka": (
-            ceiling - parts.server,
+            baseline - parts.server,
             sold_out - parts.refused,
             accepted - parts.accepted - parts.script - publishing,
         ),
-        "total, as measured above": (ceiling, sold_out, accepted),
+        "total, as measured above": (baseline, sold_out, accepted),
         "additional if tracing is on and the request is not sampled": (
             0.0,
             parts.untraced,
             parts.untraced,
         ),
+        # A sale that is known to be sold out is answered before the user is verified.
+        **{
+            f"additional if {name} names the user": (0.0, 0.0, spent)
+            for name, spent in parts.identity.items()
+        },
     }
     return _table(
-        ("CPU µs per request", "ceiling", "sold out", "accepted"),
+        ("CPU µs per request", "baseline", "sold out", "accepted"),
         [(name, *(f"{value:.1f}" for value in values)) for name, values in rows.items()],
     )
 

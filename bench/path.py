@@ -21,8 +21,9 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
-from bench.ceiling import app as ceiling
+from bench.baseline import app as baseline
 from bench.results import Parts
+from dev.issuer import AUDIENCE, Issuer
 from flashsale import events, redis_client
 from flashsale.events import Event
 from flashsale.inventory import Inventory
@@ -30,6 +31,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot, State
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
+from flashsale_api.authentication import Authentication, GatewayHeader
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -38,36 +40,55 @@ from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.reserve import Reserve
 from flashsale_api.sales import Sales
 from flashsale_api.spans import Spans
+from flashsale_api.tokens import ALGORITHMS, Keys, Tokens
 
 CONNECTIONS: Final = 32
 """Requests in flight, and therefore in a batch."""
 
+_HEADER: Final = "a gateway's header"
+_KNOWN: Final = "a token that the pod has verified before"
+_NEW: Final = "a new {} token"
+
 _TRIES: Final = 200
+_SLOW_TRIES: Final = 20
 _SOLD_OUT: Final = Decision(Outcome.SOLD_OUT)
 _SALE: Final = Snapshot("default/bench", 100, 100, 1)
 _ID: Final = "00000000-0000-7000-8000-000000000000"
 _BODY: Final = b'{"userId":"u1-000000001","itemId":"bench","quantity":1}'
-_REQUEST: Final = (
-    b"POST /reserve HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
-)
+_ANONYMOUS: Final = b'{"itemId":"bench","quantity":1}'
+
+
+def _request(body: bytes = _BODY, header: str = "") -> bytes:
+    """Returns the bytes of a request. `header` is a further line."""
+    return (
+        b"POST /reserve HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n%b"
+        b"Content-Length: %d\r\n\r\n%b"
+    ) % (f"{header}\r\n".encode() if header else b"", len(body), body)
+
+
+_REQUESTS: Final = (_request(),) * CONNECTIONS
 
 
 class _Transport(asyncio.Transport):
-    """Counts and discards the written bytes."""
+    """Counts the written bytes, and keeps only the first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wrote = 0
+        self.first: bytes | bytearray | memoryview = b""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.wrote += len(data)
+        self.first = self.first or data
 
     def is_closing(self) -> bool:
         return False
 
     def close(self) -> None:
         """Does nothing."""
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def get_extra_info(self, name: str, default: object = None) -> object:
         return ("127.0.0.1", 1) if name in {"sockname", "peername"} else default
@@ -108,13 +129,16 @@ class _SoldOut(Batcher):
 class _Unmeasured:
     """Stands for the metrics, an item's metrics and a counter, and does nothing."""
 
+    def __call__(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
+        return self
+
     def __getattr__(self, name: str) -> "_Unmeasured":
         return self
 
     def __getitem__(self, name: str) -> "_Unmeasured":
         return self
 
-    def of(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
+    def outcomes(self, item_id: str) -> "_Unmeasured":  # noqa: ARG002 - one object for all
         return self
 
     def add_item(self, item_id: str) -> None:
@@ -134,18 +158,30 @@ class _Unmeasured:
 
 
 def _app(
-    batcher: type[Batcher], metrics: Metrics | None = None, spans: Spans | None = None
+    batcher: type[Batcher],
+    metrics: Metrics | None = None,
+    spans: Spans | None = None,
+    authentication: Authentication | None = None,
 ) -> ASGIApp:
     metrics = metrics or Metrics()
     engine = Engine("flashsale")
     decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, engine, spans=spans)
-    reserve = Reserve(decided, metrics, spans)
+    reserve = Reserve(decided, metrics, spans, authentication)
 
     return Application(reserve, Sales(_AcceptingInventory()), Starlette())
 
 
-async def _path(app: ASGIApp) -> float:
-    """Returns the CPU microseconds from the bytes of a request to the bytes of its answer."""
+async def _path(
+    app: ASGIApp,
+    requests: Sequence[bytes] = _REQUESTS,
+    *,
+    before: Callable[[], None] | None = None,
+    tries: int = _TRIES,
+) -> float:
+    """Returns the CPU microseconds from the bytes of a request to the bytes of its answer.
+
+    `before` is called before each turn, in which every connection sends its request.
+    """
     config = uvicorn.Config(
         app,
         http=HttpProtocol,
@@ -166,20 +202,54 @@ async def _path(app: ASGIApp) -> float:
         connections.append(connection)
 
     async def turn() -> None:
-        before = [transport.wrote for transport in transports]
-        for connection in connections:
-            connection.data_received(_REQUEST)
-        while any(t.wrote == w for t, w in zip(transports, before, strict=True)):
+        if before is not None:
+            before()
+        wrote = [transport.wrote for transport in transports]
+        for connection, request in zip(connections, requests, strict=True):
+            connection.data_received(request)
+        while any(t.wrote == w for t, w in zip(transports, wrote, strict=True)):
             await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    return await _least(turn) / CONNECTIONS
+    found = await _least(turn, tries) / CONNECTIONS
+    statuses = {bytes(transport.first[9:12]) for transport in transports}
+    if statuses - {b"202", b"409"}:
+        raise RuntimeError(f"the measured requests were answered {statuses}")
+    return found
 
 
-async def _least(turn: Callable[[], Awaitable[object]]) -> float:
+async def _identity() -> dict[str, float]:
+    """Returns the CPU microseconds of an accepted request by the source of its user."""
+    by_header = [_request(_ANONYMOUS, "X-User-Id: u1-000000001")] * CONNECTIONS
+    header = GatewayHeader("X-User-Id")
+    found = {_HEADER: await _path(_app(Batcher, authentication=header), by_header)}
+    with Issuer() as issuer:
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        tokens = Tokens(keys, issuer.url, AUDIENCE)
+        refreshing = asyncio.create_task(keys.run())
+        while keys.problem:
+            await asyncio.sleep(0.01)
+        app = _app(Batcher, authentication=tokens)
+        for algorithm in ALGORITHMS:
+            by_token = [
+                _request(
+                    _ANONYMOUS, f"Authorization: Bearer {issuer.token(f'u1-{number}', algorithm)}"
+                )
+                for number in range(CONNECTIONS)
+            ]
+            if _KNOWN not in found:
+                found[_KNOWN] = await _path(app, by_token)
+            found[_NEW.format(algorithm)] = await _path(
+                app, by_token, before=tokens.forget, tries=_SLOW_TRIES
+            )
+        refreshing.cancel()
+    return found
+
+
+async def _least(turn: Callable[[], Awaitable[object]], tries: int = _TRIES) -> float:
     """Returns the minimum of many tries, in CPU microseconds."""
     least = float("inf")
-    for _ in range(_TRIES):
+    for _ in range(tries):
         begun = time.process_time()
         for _ in range(4):
             await turn()
@@ -189,7 +259,7 @@ async def _least(turn: Callable[[], Awaitable[object]]) -> float:
 
 async def parts(redis_url: str) -> Parts:
     """Measures all parts. Redis does not need a sale."""
-    server = await _path(ceiling)
+    server = await _path(baseline)
     accepted = await _path(_app(Batcher))
     unmeasured = await _path(_app(Batcher, cast("Metrics", _Unmeasured())))
     tracing = Spans(Tracing("bench", {"OTEL_TRACES_SAMPLER_ARG": "0"}))
@@ -224,6 +294,7 @@ async def parts(redis_url: str) -> Parts:
             settled=await _least(lambda: outbox.settle("bench-path", acknowledged)) / CONNECTIONS,
             metrics=accepted - unmeasured,
             untraced=untraced - accepted,
+            identity={name: spent - accepted for name, spent in (await _identity()).items()},
         )
     finally:
         await client.aclose()

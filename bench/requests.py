@@ -32,17 +32,17 @@ QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, 5_000, (100, 20_000))
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
     """Measure every kind of answer. The kinds alternate, so that all have the same conditions."""
-    ceiling = rig.ceiling()
+    baseline = rig.baseline()
     open_sale, sold_out = rig.sales(), rig.sales(stock=1)
     ways: dict[str, Callable[[float], Round]] = {
         "accepted": partial(rig.round, [api], open_sale),
         "accepted, with keys": partial(rig.round, [api], open_sale, keys=True),
         "sold out": partial(rig.round, [api], sold_out),
         "sold out, with keys": partial(rig.round, [api], sold_out, keys=True),
-        "ceiling": partial(rig.round, [ceiling], open_sale),
+        "baseline": partial(rig.round, [baseline], open_sale),
     }
     found = in_turn(ways, scale)
-    ceiling.stop()
+    baseline.stop()
     return found
 
 

@@ -24,6 +24,7 @@ class Parts(msgspec.Struct, frozen=True):
       the deletion of an outbox entry, at 32 requests per call.
     - `metrics`: the part of `accepted` that updates metrics.
     - `untraced`: the addition if tracing is on but the request is not sampled.
+    - `identity`: the additions to `accepted` if a header or a token names the user.
     """
 
     server: float
@@ -34,6 +35,7 @@ class Parts(msgspec.Struct, frozen=True):
     settled: float
     metrics: float = 0.0
     untraced: float = 0.0
+    identity: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class OpenRound(msgspec.Struct, frozen=True):

@@ -49,11 +49,11 @@ class Api(ApiServer):
         return super()._environment() | python_path()
 
 
-class Ceiling(Api):
+class Baseline(Api):
     """The bare app. Its /readyz means nothing, so an open port counts as ready."""
 
-    name: ClassVar[str] = "ceiling"
-    module: ClassVar[str] = "bench.ceiling"
+    name: ClassVar[str] = "baseline"
+    module: ClassVar[str] = "bench.baseline"
 
     def _ready(self) -> bool:
         with socket.create_connection(("127.0.0.1", self.port), timeout=2):
@@ -129,10 +129,10 @@ class Rig:
         api = Api(self.data / name, self.addresses, self.python)
         return self._start(api, cores or self.cores.first)
 
-    def ceiling(self) -> Ceiling:
+    def baseline(self) -> Baseline:
         """Start the bare app on the first core."""
-        ceiling = Ceiling(self.data / "ceiling", self.addresses, self.python)
-        return self._start(ceiling, self.cores.first)
+        baseline = Baseline(self.data / "baseline", self.addresses, self.python)
+        return self._start(baseline, self.cores.first)
 
     def consumer(self, cores: set[int]) -> Consumer:
         """Start a consumer process."""

@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -46,9 +47,20 @@ class Outcome:
 
 
 async def checkout(  # noqa: PLR0913 - the crowd
-    api_url: str, orders_url: str, token: str, item_id: str, *, buyers: int, units: int, seed: int
+    api_url: str,
+    orders_url: str,
+    token: str,
+    item_id: str,
+    *,
+    buyers: int,
+    units: int,
+    seed: int,
+    token_of: Callable[[str], str] = lambda _: "",
 ) -> Checkout:
-    """Sell until all units are confirmed. A third of the buyers leave without paying."""
+    """Sell until all units are confirmed. A third of the buyers leave without paying.
+
+    `token` is the order service's, and `token_of` returns a buyer's.
+    """
     made = Checkout()
     deadline = time.monotonic() + LIMIT_SECONDS
     chance = random.Random(seed)
@@ -58,7 +70,7 @@ async def checkout(  # noqa: PLR0913 - the crowd
         while waiting and len(made.confirmed) < units and time.monotonic() < deadline:
             user_id, pays = waiting.popleft()
             body: dict[str, object] = {"userId": user_id, "itemId": item_id, "quantity": 1}
-            entry = await shop.send(Attempt(user_id, body))
+            entry = await shop.send(Attempt(user_id, body, token=token_of(user_id)))
             made.journal.entries.append(entry)
             if entry.status != 202:
                 waiting.append((user_id, pays))

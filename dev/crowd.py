@@ -107,12 +107,13 @@ def percentile(values: Iterable[float], percent: float) -> float:
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
-def reserve_request(body: bytes, key: str = "") -> bytes:
-    """Return the bytes of a `POST /reserve`, with an Idempotency-Key unless `key` is empty."""
-    key_line = f"Idempotency-Key: {key}\r\n" if key else ""
+def reserve_request(body: bytes, key: str = "", token: str = "") -> bytes:
+    """Return the bytes of a `POST /reserve`, with an Idempotency-Key and a token if given."""
+    lines = f"Idempotency-Key: {key}\r\n" if key else ""
+    lines += f"Authorization: Bearer {token}\r\n" if token else ""
     head = (
         "POST /reserve HTTP/1.1\r\nHost: crowd\r\nContent-Type: application/json\r\n"
-        f"{key_line}Content-Length: {len(body)}\r\n\r\n"
+        f"{lines}Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -196,7 +197,7 @@ class Client:
         """Send one reservation and wait for its answer."""
         started = time.perf_counter()
         status, body = await self.request(
-            reserve_request(json.dumps(attempt.body).encode(), attempt.request_key)
+            reserve_request(json.dumps(attempt.body).encode(), attempt.request_key, attempt.token)
         )
         seconds = time.perf_counter() - started
         return Entry(attempt, status, body, time.time(), seconds)

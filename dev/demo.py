@@ -10,17 +10,20 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import uvloop
 
 from dev.checkout import checkout, outcome
 from dev.crowd import attempts, percentile, stampede
+from dev.issuer import Issuer
 from dev.journal import Journal
-from dev.local import API_PORT, CLUSTER, apply_sample, start_stack
+from dev.local import API_PORT, CLUSTER, SAMPLE, start_stack
 from dev.paths import LOCAL, ROOT
 from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, flashsalectl
@@ -38,6 +41,9 @@ TICKETS: Final = 100
 HOLD_SECONDS: Final = 2
 TICKET: Final = "ticket"
 REPORT: Final = LOCAL / "demo-report.html"
+TokenOf: TypeAlias = Callable[[str], str]
+"""Returns a buyer's token, or "" if the body names the buyer."""
+
 _SERVERS: Final = {
     "--redis": "FLASHSALE_REDIS_URL",
     "--kafka": "FLASHSALE_KAFKA_BOOTSTRAP",
@@ -45,8 +51,10 @@ _SERVERS: Final = {
 }
 
 
-def demo(named: Mapping[str, str]) -> int:
+def demo(named: Mapping[str, str], *, tokens: bool = False) -> int:
     """Run the demonstration on fresh servers. Returns 0 only if every promise was kept.
+
+    With `tokens` the API takes the buyers from tokens of an issuer.
 
     A server whose address is in `named` is used as it is. "cluster" for Redis starts a cluster.
     The environment's addresses are not used, because a running engine may have them.
@@ -61,11 +69,18 @@ def demo(named: Mapping[str, str]) -> int:
 
         others = {name: value for name, value in named.items() if value != CLUSTER}
         addresses = start_stack(data, others, started, clustered=others != named)
-        api = ApiServer(data / "api", addresses, order_tokens=secrets.token_urlsafe(32))
+        issuer = running.enter_context(Issuer()) if tokens else None
+        token_of: TokenOf = cache(issuer.token) if issuer else lambda _: ""
+        api = ApiServer(
+            data / "api",
+            addresses,
+            order_tokens=secrets.token_urlsafe(32),
+            settings=issuer.settings if issuer else None,
+        )
         for service in (ConsumerServer(data / "consumer", addresses), api):
             running.enter_context(service)
             print(f"  {service.name:9} on {service.url}", flush=True)
-        kept = [_phones(addresses, api), _tickets(addresses, api, data)]
+        kept = [_phones(addresses, api, token_of), _tickets(addresses, api, data, token_of)]
         flashsalectl(addresses, "report", ITEM, TICKET, "--html", str(REPORT), quiet=True)
     shutil.rmtree(data, ignore_errors=True)
     print(f"""
@@ -78,10 +93,11 @@ Start the engine in the background with `make up`, then try:
     return 0 if all(kept) else 1
 
 
-def _phones(addresses: Addresses, api: ApiServer) -> bool:
+def _phones(addresses: Addresses, api: ApiServer, token_of: TokenOf) -> bool:
     """Sell 100 phones to a stampede. Returns whether every promise was kept."""
-    apply_sample(addresses)
-    wanted = attempts(ITEM, USERS, seed=15)
+    flashsalectl(addresses, "apply", "-f", str(SAMPLE))
+    made = attempts(ITEM, USERS, seed=15)
+    wanted = [replace(attempt, token=token_of(attempt.user_id)) for attempt in made]
     print(f"{len(wanted):,} requests by {USERS:,} users …", flush=True)
     begun = time.perf_counter()
     journal = uvloop.run(stampede([api.url], wanted, connections=CONNECTIONS, tries=5))
@@ -97,7 +113,7 @@ def _phones(addresses: Addresses, api: ApiServer) -> bool:
     return verdict.kept and verdict.sold == verdict.allocated and not failed
 
 
-def _tickets(addresses: Addresses, api: ApiServer, data: Path) -> bool:
+def _tickets(addresses: Addresses, api: ApiServer, data: Path, token_of: TokenOf) -> bool:
     """Sell 100 tickets with holds, until all are paid. Returns whether every promise was kept."""
     manifest = data / "tickets.yaml"
     spec = {"itemId": TICKET, "stock": TICKETS, "holdSeconds": HOLD_SECONDS}
@@ -116,6 +132,7 @@ def _tickets(addresses: Addresses, api: ApiServer, data: Path) -> bool:
             buyers=GUESTS,
             units=TICKETS,
             seed=15,
+            token_of=token_of,
         )
     )
     seconds = time.perf_counter() - begun
@@ -163,9 +180,13 @@ def main() -> int:
         parser.add_argument(
             option, dest=variable, metavar="ADDRESS", help=f"use this server, as in {variable}"
         )
+    parser.add_argument("--tokens", action="store_true", help="name the buyers by tokens")
     chosen = vars(parser.parse_args())
+    tokens = chosen.pop("tokens")
     try:
-        return demo({variable: address for variable, address in chosen.items() if address})
+        return demo(
+            {variable: address for variable, address in chosen.items() if address}, tokens=tokens
+        )
     except StackError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -1,17 +1,25 @@
-"""An issuer of tokens on loopback: signs tokens for buyers, and serves its public keys."""
+"""`python -m dev.issuer`: an issuer of tokens for buyers, on loopback.
 
+It serves its public keys, and answers `?sub=USER` with a token, to every caller.
+"""
+
+import argparse
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import parse_qs, urlsplit
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as generate_rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from dev.progress import ending_quietly
 
 AUDIENCE: Final = "flashsale"
 
@@ -37,9 +45,13 @@ class Issuer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = issuer._answer()
+                query = parse_qs(urlsplit(self.path).query)
+                if subjects := query.get("sub"):
+                    body, kind = issuer.token(subjects[0]).encode(), "text/plain"
+                else:
+                    body, kind = issuer._answer(), "application/json"
                 self.send_response(200)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 if issuer._max_age is not None:
                     self.send_header("Cache-Control", f"public, max-age={issuer._max_age}")
                 self.send_header("Content-Length", str(len(body)))
@@ -92,3 +104,18 @@ class Issuer:
         self.requests += 1
         keys = [{**key, "kid": key_id} for key_id, key in self.published.items()]
         return json.dumps({"keys": keys}).encode()
+
+
+def main() -> int:
+    """Serve until Ctrl-C. Print the settings of an API and of the k6 scripts."""
+    parser = argparse.ArgumentParser(prog="python -m dev.issuer", description=__doc__)
+    parser.add_argument("--port", type=int, default=8090, help="default: 8090")
+    with Issuer(parser.parse_args().port) as issuer:
+        for name, value in (issuer.settings | {"TOKEN_URL": f"{issuer.url}/token"}).items():
+            print(f"export {name}={value}", flush=True)
+        threading.Event().wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ending_quietly(main))

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One request that a buyer wants to make. An empty `request_key` sends no Idempotency-Key."""
+    """One request that a buyer wants to make. An empty `request_key` sends no Idempotency-Key.
+
+    An empty `token` sends no token.
+    """
 
     user_id: str
     body: dict[str, object]
     request_key: str = ""
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`python -m dev.local`: run the whole engine on this machine, without Docker."""
 
 import argparse
+import asyncio
 import os
 import secrets
 import shutil
@@ -12,6 +13,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
+import asyncpg
+
 from dev.cluster.binaries import binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.paths import LOCAL, ROOT
@@ -22,7 +25,10 @@ from dev.stack.errors import StackError
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
 
-SAMPLE: Final = ROOT / "k8s" / "samples" / "iphone-15.yaml"
+SAMPLES: Final = ROOT / "k8s" / "samples"
+SAMPLE: Final = SAMPLES / "iphone-15.yaml"
+FIRST_SALES: Final = (SAMPLE, SAMPLES / "concert-tickets.yaml")
+"""The sales that `up` declares: one without holds and one with them."""
 CRD: Final = ROOT / "charts" / "flashsale" / "files" / "crd.yaml"
 RESOURCE: Final = "flashsales.flashsale.dev"
 API_PORT: Final = 8080
@@ -91,9 +97,13 @@ def start_stack(
     return Addresses(*addresses)
 
 
-def apply_sample(addresses: Addresses) -> None:
-    """Apply the sample manifest with flashsalectl. Raises StackError if that fails."""
-    flashsalectl(addresses, "apply", "-f", str(SAMPLE))
+async def _declared(addresses: Addresses) -> set[str]:
+    """Return the ids of the sales in the ledger, which the consumer has created."""
+    connection = await asyncpg.connect(addresses.database_url)
+    try:
+        return {row["sale_id"] for row in await connection.fetch("SELECT sale_id FROM sales")}
+    finally:
+        await connection.close()
 
 
 def running_engine() -> tuple[Addresses, dict[str, str]]:
@@ -113,7 +123,7 @@ def running_engine() -> tuple[Addresses, dict[str, str]]:
 
 
 def up(port: int, redis: str = "") -> None:
-    """Start the servers, the API and a consumer in the background, and apply the sample.
+    """Start the servers, the API and a consumer in the background, and declare two sales.
 
     With `redis` = "cluster", Redis is a cluster. It stays one until `clean`.
     """
@@ -161,7 +171,11 @@ def up(port: int, redis: str = "") -> None:
         _ENV.touch()
         _ENV.chmod(0o600)
         _ENV.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-        apply_sample(addresses)
+        declared = asyncio.run(_declared(addresses))
+        for manifest in FIRST_SALES:
+            # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
+            if f"default/{manifest.stem}" not in declared:
+                flashsalectl(addresses, "apply", "-f", str(manifest))
         # A new Redis process trusts no sale of the former one.
         flashsalectl(addresses, "rebuild", "--all")
         undo.pop_all()
@@ -211,7 +225,7 @@ The operator watches FlashSales. Try, in this folder:
 `make down` stops it too.""")
 
 
-def down() -> None:
+def down(*, keep: bool = True) -> None:
     """Stop everything that `up` and `control_plane` started, by the recorded process ids."""
     stopped = False
     # The engine stops before its servers, so that it can still publish and record the rest.
@@ -224,13 +238,13 @@ def down() -> None:
         print(f"  process {pid}, which .local does not name, is stopped", flush=True)
         _end(pid)
         stopped = True
-    left = "The data stays in .local." if LOCAL.exists() else ""
+    left = "The data stays in .local." if keep and LOCAL.exists() else ""
     print(f"Stopped. {left}".rstrip() if stopped else "Nothing is running.")
 
 
 def clean() -> None:
     """Stop everything and remove the data."""
-    down()
+    down(keep=False)
     if LOCAL.exists():
         size = sum(path.lstat().st_size for path in LOCAL.rglob("*") if path.is_file())
         shutil.rmtree(LOCAL)
@@ -296,8 +310,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser(
         "up",
-        help="start Redis, Kafka, PostgreSQL, the API and a consumer in the background, and apply "
-        "the sample",
+        help="start Redis, Kafka, PostgreSQL, the API and a consumer in the background, and "
+        "declare two sales",
     )
     starting.add_argument(
         "--port", type=_port, default=API_PORT, help="of the API; its metrics are 1010 above it"

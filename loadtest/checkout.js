@@ -8,7 +8,7 @@
 //   HOLD         holdSeconds of the sale, such as 3s (3s)
 //   STOCK        units available at the start (100)
 //   RATE         buyers per second (50)          DURATION  such as 10s, 5m or 1h (20s)
-//   API_URL, P95_MS, RUN, VUS, MAX_VUS           as in stampede.js
+//   API_URL, P95_MS, RUN, TOKEN_URL, VUS, MAX_VUS as in stampede.js
 //
 // After DURATION come buyers who all pay, until the last hold of the others has expired. A buyer who
 // is confirmed looks again after the hold would have expired. The script prints the same journal as

@@ -4,7 +4,7 @@
 //   ITEM_ID   item, with maxPerUser 1 (required)    STOCK     units available at the start (100)
 //   RATE      buyers per second (50)                DURATION  such as 10s, 5m or 1h (10s)
 //   COPIES    parallel requests per buyer (4)       AGAIN     repetitions of these requests (2)
-//   API_URL, P95_MS, RUN, VUS, MAX_VUS              as in stampede.js
+//   API_URL, P95_MS, RUN, TOKEN_URL, VUS, MAX_VUS   as in stampede.js
 //
 // The script prints the same journal as stampede.js.
 

@@ -3,7 +3,7 @@
 //
 //   ITEM_ID   item (required)                 STOCK     units available at the start (1000000)
 //   RATE      buyers per second (100)         DURATION  such as 10s, 5m or 1h (10m)
-//   API_URL, P95_MS, RUN, VUS, MAX_VUS        as in stampede.js
+//   API_URL, P95_MS, RUN, TOKEN_URL, VUS, MAX_VUS as in stampede.js
 //
 // One in ten buyers reads the reservation, and another one in ten repeats the order. The script
 // prints the same journal as stampede.js.

@@ -5,7 +5,8 @@
 //   RATE      buyers per second (400)          DURATION  such as 10s, 5m or 1h (10s)
 //   API_URL   (http://localhost:8080)          P95_MS    fail above this 95th percentile (none)
 //   RUN       prefix of user ids (the time)    VUS       connections at the start (100)
-//                                              MAX_VUS   maximum number of connections (1000)
+//   TOKEN_URL answers ?sub=USER with a token,  MAX_VUS   maximum number of connections (1000)
+//             for an API that expects tokens
 //
 // Every other buyer sends an Idempotency-Key. Each 202 is printed as a JSON line with
 // reservationId, userId, itemId and key. With `k6 run --log-format raw` the line has no prefix.

@@ -1,6 +1,8 @@
 """Which tests run, and the fixtures that all of them share."""
 
 import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +31,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="only the quick tests: no Go, no build, at most five minutes",
     )
+    parser.addoption(
+        "--rest",
+        action="store_true",
+        help="only the tests that --quick leaves out, or may skip because Helm is missing",
+    )
+
+
+def pytest_configure() -> None:
+    """Let programs under test end by Ctrl-C.
+
+    A shell lets its background jobs ignore it, and their children would inherit this.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -42,22 +58,37 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not config.getoption("quick") or not collection_path.is_dir():
         return None
     place = collection_path.relative_to(TESTS)
-    quick = any(place in (Path(each), *Path(each).parents) for each in QUICK)
-    return None if quick or any(place.is_relative_to(each) for each in QUICK) else True
+    contains_quick = any(place in (Path(each), *Path(each).parents) for each in QUICK)
+    return None if contains_quick or _in_quick_folder(collection_path) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect slow tests, and tests that need a Kubernetes API, with --quick."""
-    if not config.getoption("quick"):
-        return
+    """Deselect the slow tests with --quick, and the quick tests with --rest.
 
-    def slow(item: pytest.Item) -> bool:
-        needs = getattr(item, "fixturenames", ())
-        return item.get_closest_marker("slow") is not None or "kubernetes" in needs
+    A test is slow if it is marked so, needs a Kubernetes API, or is not in a folder of QUICK.
+    """
 
-    if left_out := [item for item in items if slow(item)]:
+    def quick(item: pytest.Item) -> bool:
+        slow = item.get_closest_marker("slow") is not None or "kubernetes" in _needs(item)
+        return not slow and _in_quick_folder(item.path)
+
+    def selected(item: pytest.Item) -> bool:
+        if config.getoption("quick"):
+            return quick(item)
+        return not config.getoption("rest") or not quick(item) or "chart" in _needs(item)
+
+    if left_out := [item for item in items if not selected(item)]:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not slow(item)]
+        items[:] = [item for item in items if selected(item)]
+
+
+def _in_quick_folder(path: Path) -> bool:
+    return any(path.is_relative_to(TESTS / each) for each in QUICK)
+
+
+def _needs(item: pytest.Item) -> Sequence[str]:
+    """Return the names of the fixtures of a test."""
+    return getattr(item, "fixturenames", ())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -65,7 +96,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Skipping here instead of in the fixture makes it one line of pytest's summary.
     """
-    needs = getattr(item, "fixturenames", ())
+    needs = _needs(item)
     builds_helm = "chart" in needs and not item.config.getoption("quick")
     builds_release = "release_tools" in needs
     if "kubernetes" not in needs and not builds_helm and not builds_release:

@@ -75,4 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("--kafka", default="localhost:9092", help="Kafka's brokers")
     parser.add_argument("--orders", default="http://localhost:8083", help="the order port")
     parser.add_argument("--decline-rate", type=float, default=0.1, help="share of failing payments")
-    asyncio.run(main(parser.parse_args()))
+    chosen = parser.parse_args()
+    if not os.environ.get("FLASHSALE_ORDER_TOKENS"):
+        parser.error("FLASHSALE_ORDER_TOKENS must be a token of the order port")
+    asyncio.run(main(chosen))

@@ -12,9 +12,25 @@ const silences = new Counter('answers_none');
 // A refusal is an expected answer, so k6 must not count a 4xx as a failed request.
 http.setResponseCallback(http.expectedStatuses({ min: 200, max: 499 }));
 
+const TOKEN_URL = __ENV.TOKEN_URL;
+let buyer = '';
+/** Headers that name the buyer of this VU, if the API expects tokens. */
+let identity = {};
+
+/** Get the buyer's token from TOKEN_URL?sub=userId, unless it is the same buyer as before. */
+function identify(userId) {
+  if (!TOKEN_URL || userId === buyer) return;
+  const url = `${TOKEN_URL}?sub=${encodeURIComponent(userId)}`;
+  const response = http.get(url, { tags: { name: 'token' } });
+  if (response.status !== 200) exec.test.abort(`GET ${url} returned status ${response.status}`);
+  buyer = userId;
+  identity = { Authorization: `Bearer ${response.body}` };
+}
+
 /** Build one POST /reserve for http.post or http.batch. */
 export function reserveRequest(userId, itemId, quantity, key) {
-  const headers = { 'Content-Type': 'application/json' };
+  identify(userId);
+  const headers = { 'Content-Type': 'application/json', ...identity };
   if (key) headers['Idempotency-Key'] = key;
   return {
     method: 'POST',
@@ -30,8 +46,9 @@ export function reserve(userId, itemId, quantity = 1, key = '') {
   return http.post(url, body, params);
 }
 
+/** Send a GET as the buyer of the last request. */
 export function get(path, name) {
-  return http.get(`${API_URL}${path}`, { tags: { name } });
+  return http.get(`${API_URL}${path}`, { headers: identity, tags: { name } });
 }
 
 /**

@@ -90,7 +90,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     return 0
 
@@ -132,7 +132,7 @@ async def _run(settings: Settings) -> None:
             keep_closed=timedelta(seconds=settings.keep_closed_seconds),
         )
         await stack.enter_async_context(
-            monitoring.serving(bound(settings.listen), _handlers(metrics, resync))
+            monitoring.serving(bound("LISTEN", settings.listen), _handlers(metrics, resync))
         )
         async with asyncio.TaskGroup() as group:
             background = [group.create_task(controller.run()), group.create_task(resync.run())]

@@ -6,6 +6,7 @@ no part of the address, because an address may contain a password.
 
 import re
 import ssl
+from ipaddress import IPv6Address
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -45,29 +46,57 @@ _DATABASE_OPTIONS: Final = frozenset(
 )  # fmt: skip
 _DATABASE_IGNORED: Final = frozenset(
     {
-        "connect_timeout", "fallback_application_name", "gssdelegation", "gssencmode", "keepalives",
-        "keepalives_count", "keepalives_idle", "keepalives_interval", "load_balance_hosts",
-        "pgbouncer", "pool_timeout", "prepared_statement_cache_size", "sslcertmode",
-        "sslcompression", "sslsni", "statement_cache_size", "tcp_user_timeout",
+        "connect_timeout", "connection_limit", "fallback_application_name", "gssdelegation",
+        "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval",
+        "load_balance_hosts", "max_protocol_version", "min_protocol_version", "pgbouncer",
+        "pool_timeout", "prepared_statement_cache_size", "sslcompression", "sslkeylogfile",
+        "sslsni", "statement_cache_size", "tcp_user_timeout",
     }
 )  # fmt: skip
 """Options of libpq and of common clients that asyncpg lacks. Any value has no effect."""
 _DATABASE_REFUSED: Final = {
     "channel_binding": "asyncpg has no channel binding: remove channel_binding=require",
     "client_encoding": "the engine uses UTF-8: remove client_encoding",
+    "gssencmode": "asyncpg does not encrypt by GSSAPI: remove gssencmode=require",
     "hostaddr": "asyncpg does not know hostaddr: write the address as host",
+    **dict.fromkeys(
+        ("oauth_issuer", "oauth_client_id", "oauth_client_secret", "oauth_scope"),
+        "asyncpg does not know OAuth: write a user and a password",
+    ),
     "replication": "the engine does not replicate: remove replication",
     "require_auth": "asyncpg does not know require_auth: remove it",
     "requirepeer": "asyncpg does not know requirepeer: remove it",
+    "requiressl": "asyncpg does not know requiressl: write sslmode=require",
+    "schema": "PostgreSQL has no option schema: write search_path",
+    **dict.fromkeys(
+        ("scram_client_key", "scram_server_key"),
+        "asyncpg does not know SCRAM keys: write the password",
+    ),
     "service": "service files are not read: write the address in full",
     "servicefile": "service files are not read: write the address in full",
+    "ssl": "PostgreSQL has no option ssl: write sslmode=require",
+    "sslcertmode": "asyncpg does not know sslcertmode=require: remove it",
     "sslcrldir": "asyncpg does not know sslcrldir: name one file with sslcrl",
 }
 _DATABASE_DEFAULTS: Final = {
     "channel_binding": ("prefer", "disable"),
     "client_encoding": ("utf8", "utf-8", "auto"),
+    "gssencmode": ("prefer", "disable"),
+    "requiressl": ("0",),
+    "ssl": ("false",),
+    "sslcertmode": ("allow", "disable"),
 }
 """Values with which a refused option asks for nothing."""
+
+
+def bracketed(text: str) -> str:
+    """Returns the text, whose hosts in brackets are IPv6 addresses."""
+    for host in re.findall(r"\[([^\]]*)\]", text):
+        try:
+            IPv6Address(host)
+        except ValueError:
+            raise ValueError("a host in brackets is no IPv6 address") from None
+    return text
 
 
 def redis_url(url: str) -> str:
@@ -151,8 +180,14 @@ def _parse_database(url: str, options: dict[str, str]) -> None:
             why = "sslmode needs the option sslrootcert, a file of trusted certificates in PEM"
         elif files and isinstance(error, OSError):
             why = f"a file cannot be read: {', '.join(files)}"
-        elif "sslmode" in str(error) or "sslnegotiation" in str(error):
+        elif "direct TLS" in str(error):
+            why = "sslnegotiation=direct needs sslmode=require, verify-ca or verify-full"
+        elif "sslmode" in str(error):
             why = "sslmode is disable, allow, prefer, require, verify-ca or verify-full"
+        elif "TLS version" in str(error):
+            why = "ssl_min_protocol_version and ssl_max_protocol_version are like TLSv1.3"
+        elif wrong := [name for name in options if name in str(error)]:
+            why = f"the option {wrong[0]} has a wrong value"
         else:
             why = f"asyncpg cannot read it: {_ENCODE}"
         raise ValueError(why) from None
@@ -173,6 +208,7 @@ def _parts(url: str, schemes: tuple[str, ...]) -> tuple[str, str, dict[str, str]
     user = network.rpartition("@")[0]
     if found is None or set("[]") & set(user):
         raise ValueError("a host or a port is wrong" if not user else _ENCODE)
+    bracketed(network)
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:

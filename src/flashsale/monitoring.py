@@ -106,22 +106,23 @@ class _Connections:
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = handlers
-        self._open: dict[asyncio.Task[None], None] = {}
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     def add(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves a new connection."""
         if len(self._open) >= MAX_CONNECTIONS:
             oldest = next(iter(self._open))
-            del self._open[oldest]
+            _abort(self._open.pop(oldest))  # a task that has not started yet aborts nothing
             oldest.cancel()
         task = asyncio.create_task(self._serve(reader, writer))
-        self._open[task] = None
+        self._open[task] = writer
         task.add_done_callback(lambda done: self._open.pop(done, None))
 
     async def close(self) -> None:
         """Closes all connections."""
-        tasks = list(self._open)
-        for task in tasks:
+        tasks = dict(self._open)
+        for task, writer in tasks.items():
+            _abort(writer)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 

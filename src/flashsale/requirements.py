@@ -19,7 +19,7 @@ EVENT_RETENTION_MS: Final = 7 * 24 * 60 * 60 * 1000
 PARTITION_BYTES: Final = 1024**3
 """Size of a partition from which on Kafka deletes its oldest segment.
 
-With twelve partitions a topic keeps 36 million events of 350 bytes, more than any shop sells within
+With twelve partitions a topic keeps 25 million events of 500 bytes, more than any shop sells within
 the retention time. Whatever is sent, its disk stays below 15 GiB per copy.
 """
 SEGMENT_BYTES: Final = PARTITION_BYTES // 4

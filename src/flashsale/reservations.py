@@ -130,7 +130,11 @@ class Snapshot(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The answer to one request. `detail` is the id of the outbox entry, or a replay's record."""
+    """The answer to one request.
+
+    `detail` is the id of an accepted request's outbox entry, the record of a replay, or, if the
+    limit is reached, the user's units and the sale's `maxPerUser`.
+    """
 
     outcome: Outcome
     detail: str = ""

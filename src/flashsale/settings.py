@@ -20,6 +20,7 @@ KafkaBootstrap = Annotated[
     Meta(
         pattern=rf"^{HOST}:{PORT}(,{HOST}:{PORT})*\Z",
         description="host:port[,host:port...], with an IPv6 address in brackets",
+        extra={"read": addresses.bracketed},
     ),
 ]
 DatabaseUrl = Annotated[
@@ -30,6 +31,7 @@ Listen = Annotated[
     Meta(
         pattern=rf"^{HOST}:(0|{PORT})\Z",
         description="host:port; [::] is every address of IPv4 and IPv6",
+        extra={"read": addresses.bracketed},
     ),
 ]
 

@@ -4,18 +4,25 @@ import errno
 import socket
 from typing import Final
 
-from flashsale.settings import host_and_port
+from flashsale.settings import PREFIX, host_and_port
 
 BACKLOG: Final = 4096
 _NO_IPV6: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
-def bound(listen: str) -> list[socket.socket]:
-    """Returns a listening socket per address of a `Listen` setting. Raises `OSError`.
+def bound(variable: str, listen: str) -> list[socket.socket]:
+    """Returns a listening socket per address of the `Listen` setting of a variable.
 
-    A machine without IPv6 listens on IPv4 alone if the address is `[::]`.
+    A machine without IPv6 listens on IPv4 alone if the address is `[::]`. Raises `OSError` with a
+    line that names the variable.
     """
-    host, port = host_and_port(listen)
+    try:
+        return _bound(*host_and_port(listen))
+    except OSError as error:
+        raise OSError(f"{PREFIX}{variable} cannot be served: {error}") from error
+
+
+def _bound(host: str, port: int) -> list[socket.socket]:
     if host == "::":
         return [_everywhere(port)]
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -6,7 +6,7 @@ The API decides once per request whether to trace it. The decision travels in th
 
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -81,8 +81,14 @@ class Sampling:
         return int(traceparent[19:35], 16) < round(self.ratio * 2**64)
 
 
-def wanted(environ: Mapping[str, str]) -> bool:
-    """Whether tracing is on. Raises `SettingsError` for an unsupported setting."""
+def wanted(environ: MutableMapping[str, str]) -> bool:
+    """Whether tracing is on. Raises `SettingsError` for an unsupported setting.
+
+    Removes newlines at the end of OTEL_* variables, which many Secrets have. The SDK reads these
+    variables itself.
+    """
+    given = [item for item in environ.items() if item[0].startswith("OTEL_")]
+    environ.update((name, value.rstrip("\r\n")) for name, value in given)
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     named = any(environ.get(name) for name in _ENDPOINTS)

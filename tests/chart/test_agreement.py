@@ -61,6 +61,19 @@ def test_a_pod_gets_all_required_settings_and_no_unknown_ones(
     assert required <= given <= known
 
 
+def test_the_images_have_one_base_and_name_its_content() -> None:
+    bases = set()
+    for component in COMPONENTS:
+        found = re.findall(
+            r"^(?:ARG PYTHON_IMAGE=|FROM )(\S+)", dockerfile(component), re.MULTILINE
+        )
+        base, *stages = found
+        assert set(stages) == {"${PYTHON_IMAGE}"}
+        assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64}", base)
+        bases.add(base)
+    assert len(bases) == 1
+
+
 def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) -> None:
     changes = {
         "engine": "other",

@@ -58,6 +58,7 @@ FILES: Final = sorted(
 )
 
 each_file = pytest.mark.parametrize("file", FILES, ids=str)
+each_gateway = pytest.mark.parametrize("gateway", ["envoy-gateway", "ingress-nginx", "istio"])
 each_topology = pytest.mark.parametrize("files", TOPOLOGIES.values(), ids=TOPOLOGIES)
 
 
@@ -139,6 +140,56 @@ def test_the_chart_renders_valid_manifests_for_each_topology(
         if "namespace" in each["metadata"]:
             each["metadata"]["namespace"] = namespace
     assert refused(cluster, namespace, manifests) == ""
+
+
+@each_gateway
+def test_a_gateway_names_the_user_in_the_header_that_the_api_trusts(
+    chart: Helm, cluster: ControlPlane, namespace: str, gateway: str
+) -> None:
+    made = rendered(chart, [VALUES / "one-node.yaml", VALUES / f"{gateway}.yaml"])
+    routes = [*made.all("HTTPRoute"), *made.all("Ingress")]
+    for each in routes:
+        each["metadata"]["namespace"] = namespace
+    assert refused(cluster, namespace, routes) == ""
+    header = made.environment("api")["FLASHSALE_USER_HEADER"]
+    policies = {each["kind"]: each["spec"] for each in gateway_policies(gateway)}
+    if gateway == "ingress-nginx":
+        annotations = made.one("Ingress", "api")["metadata"]["annotations"]
+        set_by_gateway = annotations["nginx.ingress.kubernetes.io/auth-response-headers"]
+    else:
+        route = made.one("HTTPRoute", "api")
+        gateways = {"Gateway": {each["name"] for each in route["spec"]["parentRefs"]}}
+        targets = gateways | {"HTTPRoute": {route["metadata"]["name"]}}
+        for spec in policies.values():
+            (target,) = spec["targetRefs"]
+            assert target["name"] in targets[target["kind"]]
+        if gateway == "istio":
+            (rule,) = policies["RequestAuthentication"]["jwtRules"]
+            (claim,) = rule["outputClaimToHeaders"]
+            (denied,) = policies["AuthorizationPolicy"]["rules"][0]["to"]
+            assert set(route["spec"]["hostnames"]) < set(denied["operation"]["hosts"])
+        else:
+            (provider,) = policies["SecurityPolicy"]["jwt"]["providers"]
+            (claim,) = provider["claimToHeaders"]
+            early = policies["ClientTrafficPolicy"]["headers"]["earlyRequestHeaders"]
+            assert early == {"remove": [header]}
+        assert claim["claim"] == "sub"
+        set_by_gateway = claim["header"]
+    assert set_by_gateway == header
+
+
+@each_gateway
+def test_only_the_gateway_reaches_an_api_that_trusts_its_header(chart: Helm, gateway: str) -> None:
+    made = rendered(chart, [VALUES / "one-node.yaml", VALUES / f"{gateway}.yaml"])
+    (rule,) = made.one("NetworkPolicy", "api")["spec"]["ingress"]
+    allowed, test = rule["from"]  # the chart adds the pod of `helm test`
+    assert allowed["podSelector"]["matchLabels"]
+    assert test["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+
+
+def gateway_policies(gateway: str) -> list[Manifest]:
+    file = K8S / "gateways" / f"{gateway}.yaml"
+    return documents(file.relative_to(ROOT)) if file.exists() else []
 
 
 def secret_keys(rendered: Rendered) -> set[tuple[str, str]]:

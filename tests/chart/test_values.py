@@ -1,4 +1,4 @@
-"""values.yaml, its schema and the table in the README agree. Needs no Helm."""
+"""values.yaml, its schema and the tables in the README agree. Needs no Helm."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def objects(schema: object, path: str = "") -> Iterator[tuple[str, dict[str, Any
 
 
 def test_the_table_in_the_readme_is_current() -> None:
-    assert README.read_text() == readme(), "run: python -m tests.support.chart_values"
+    assert README.read_text() == readme(), "run: .venv/bin/python -m tests.support.chart_values"
 
 
 def test_every_value_has_a_description() -> None:

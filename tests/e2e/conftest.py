@@ -27,7 +27,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Shop:
     """The release, installed with the commands in docs/install.md."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
@@ -42,22 +42,29 @@ def shop(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Shop]:
     except AssertionError:
         _keep_state(found)
         raise
-    yield found
-    if request.session.testsfailed:
-        _keep_state(found)
+    return found
+
+
+def pytest_exception_interact(node: pytest.Item) -> None:
+    """Keep the state of the cluster at the moment of a failure."""
+    found = getattr(node, "funcargs", {}).values()
+    if shops := [each for each in found if isinstance(each, Shop)]:
+        _keep_state(shops[0])
 
 
 def _keep_state(shop: Shop) -> None:
     """Write the cluster's state and logs to a file that outlives the cluster."""
     log = LOCAL / "e2e.log"
+    everywhere = "--all-namespaces"
     parts = [
-        shop.kubectl("get", "all,fs,events", "--output=wide", check=False),
-        shop.kubectl("describe", "pods", check=False),
+        shop.kubectl("get", "all,fs,events", everywhere, "--output=wide", check=False),
+        shop.kubectl("describe", "fs,pods", everywhere, check=False),
     ]
-    for pod in shop.get("pods")["items"]:
-        name = pod["metadata"]["name"]
+    for pod in shop.get("pods", everywhere)["items"]:
+        name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
         parts += [
-            f"== {name} {which}\n" + shop.kubectl("logs", name, which, check=False)
+            f"== {namespace}/{name} {which}\n"
+            + shop.kubectl("logs", name, f"--namespace={namespace}", which, check=False)
             for which in ("--previous=false", "--previous")
         ]
     log.write_text("\n".join(parts))

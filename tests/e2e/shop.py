@@ -31,6 +31,8 @@ LOAD_SECONDS: Final = 200.0
 OUTLASTS: Final = "130s"
 """The duration of a load test that must outlast a rollout, which may take two minutes."""
 
+WAIT: Final = ("--wait", "--timeout=2m")
+
 Object = dict[str, Any]
 
 
@@ -111,6 +113,28 @@ class Shop:
         """Install the release with the command in docs/install.md."""
         (command,) = (each for each in commands("install") if each.startswith("helm install"))
         self.shell(command)
+
+    def create_namespace(self) -> None:
+        """Create the namespace of the release. It refuses unrestricted pods."""
+        self.kubectl("create", "namespace", self.namespace)
+        enforce = "pod-security.kubernetes.io/enforce=restricted"
+        self.kubectl("label", "namespace", self.namespace, enforce)
+
+    def start_servers(self) -> None:
+        """Start a Redis and a PostgreSQL of k8s/, with requests that fit the node."""
+        for name in ("development-secrets", "redis/one-node", "postgres/one-node"):
+            for each in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").read_text()):
+                if each["kind"] == "StatefulSet":
+                    (container,) = each["spec"]["template"]["spec"]["containers"]
+                    container["resources"]["requests"]["cpu"] = "50m"
+                self.apply(each)
+        for server in ("redis", "postgres"):
+            self.kubectl("rollout", "status", f"statefulset/{server}", "--timeout=2m")
+
+    def images(self) -> set[str]:
+        """Return the image tags of the release's pods."""
+        pods = self.get("pods", f"--selector=app.kubernetes.io/instance={self.release}")["items"]
+        return {each["spec"]["containers"][0]["image"].rpartition(":")[2] for each in pods}
 
     def declare(self, name: str, stock: int) -> None:
         """Apply a sale of an item of the same name and wait until it sells."""
@@ -238,8 +262,8 @@ class Shop:
         """Wait until the audit reports ok for every sale."""
 
         def ok() -> bool:
-            lines = self.flashsalectl("audit", check=False).splitlines()
-            return all(line.endswith("ok") for line in lines[1:])
+            _, *sales = self.flashsalectl("audit", check=False).splitlines()
+            return bool(sales) and all(line.endswith("ok") for line in sales)
 
         self.until(ok, "the audit reports ok for every sale")
 

@@ -41,9 +41,7 @@ def logs(state: Path) -> list[str]:
 
 
 def start(state: Path) -> subprocess.Popen[bytes]:
-    program = "import signal, sys; from pathlib import Path; from dev.cluster.node import Cluster; "
-    # A shell lets its background processes ignore Ctrl-C, and children inherit this.
-    program += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = "import sys; from pathlib import Path; from dev.cluster.node import Cluster; "
     program += "Cluster(Path(sys.argv[1])).up()"
     return subprocess.Popen(
         [sys.executable, "-c", program, str(state)],

@@ -8,38 +8,21 @@ import json
 from collections.abc import Iterator
 
 import pytest
-import yaml
 
-from tests.e2e.shop import CHANGED, COMPONENTS, OUTLASTS, Object, Shop, block
+from tests.e2e.shop import CHANGED, COMPONENTS, OUTLASTS, WAIT, Shop, block
 from tests.support.manifests import flash_sale
-from tests.support.paths import CHART, ROOT
+from tests.support.paths import CHART
 
 BRAND = "brand"
-WAIT = ("--wait", "--timeout=2m")
-
-
-def servers() -> Iterator[Object]:
-    """Yield the manifests of Redis and PostgreSQL, with requests that fit the node."""
-    for name in ("development-secrets", "redis/one-node", "postgres/one-node"):
-        for each in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").read_text()):
-            if each["kind"] == "StatefulSet":
-                (container,) = each["spec"]["template"]["spec"]["containers"]
-                container["resources"]["requests"]["cpu"] = "50m"
-            yield each
 
 
 @pytest.fixture(scope="module")
 def brand(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     """The second release, installed with the objects and values of docs/install.md."""
     second = Shop(shop.cluster, BRAND, BRAND)
-    shop.kubectl("create", "namespace", BRAND)
-    enforce = "pod-security.kubernetes.io/enforce=restricted"
-    shop.kubectl("label", "namespace", BRAND, enforce)
+    second.create_namespace()
     second.kubectl("apply", "--filename=-", stdin=block("restrictions"))
-    for each in servers():
-        second.apply(each)
-    for server in ("redis", "postgres"):
-        second.kubectl("rollout", "status", f"statefulset/{server}", "--timeout=2m")
+    second.start_servers()
     values = tmp_path_factory.mktemp("brand") / "values.yaml"
     values.write_text(block("restricted values"))
     second.helm("install", BRAND, str(CHART), f"--values={values}", *WAIT)

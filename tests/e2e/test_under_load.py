@@ -2,22 +2,15 @@
 
 import pytest
 
-from tests.e2e.shop import CHANGED, COMPONENTS, OUTLASTS, RELEASE, SECONDS, Shop
+from tests.e2e.shop import CHANGED, COMPONENTS, OUTLASTS, RELEASE, SECONDS, WAIT, Shop
 from tests.support.paths import CHART
 
 PLENTY = 1_000_000
-WAIT = ("--wait", "--timeout=2m")
 LABEL = "app.kubernetes.io/component"
 
 
 def deployment(component: str) -> str:
     return f"deployment/{RELEASE}-flashsale-{component}"
-
-
-def images(shop: Shop) -> set[str]:
-    """Return the image tags of the running pods."""
-    pods = shop.get("pods", f"--selector=app.kubernetes.io/instance={RELEASE}")["items"]
-    return {each["spec"]["containers"][0]["image"].rpartition(":")[2] for each in pods}
 
 
 def test_scaling_out_and_in_loses_nothing(shop: Shop) -> None:
@@ -67,11 +60,11 @@ def test_an_upgrade_and_its_rollback_lose_nothing(shop: Shop) -> None:
     shop.declare("upgraded", PLENTY)
     shop.start_load("upgrading", "persistent.js", ITEM_ID="upgraded", DURATION=OUTLASTS)
     shop.selling("upgrading")
-    before = images(shop)
+    before = shop.images()
     changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
     shop.helm("upgrade", RELEASE, str(CHART), "--reuse-values", *changed, *WAIT)
-    shop.until(lambda: images(shop) == {CHANGED}, "all pods have the new image")
+    shop.until(lambda: shop.images() == {CHANGED}, "all pods have the new image")
     shop.helm("rollback", RELEASE, *WAIT)
-    shop.until(lambda: images(shop) == before, "all pods have the old image")
+    shop.until(lambda: shop.images() == before, "all pods have the old image")
     shop.still_selling("upgrading")
     shop.check("upgraded", PLENTY, shop.end_load("upgrading"))

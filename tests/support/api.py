@@ -19,7 +19,9 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
+from tests.support import redis_users
 from tests.support.proxy import Proxy
+from tests.support.redis_users import API, url_of
 
 OpenSale: TypeAlias = Callable[..., Any]
 
@@ -55,7 +57,7 @@ async def accepted(inventory: Inventory, item: str) -> int:
 
 @pytest.fixture(scope="session")
 def without_kafka(redis_server: RedisServer) -> Addresses:
-    return Addresses(redis_server.url, f"127.0.0.1:{free_port()}", "")
+    return Addresses(url_of(redis_server, API), f"127.0.0.1:{free_port()}", "")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def open_sale(inventory: Inventory) -> OpenSale:
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path / "redis", appendfsync="always") as server:
+    options = redis_users.options()
+    with RedisServer(tmp_path / "redis", appendfsync="always", options=options) as server:
         yield server
 
 
@@ -106,14 +109,13 @@ async def proxy(own_redis: RedisServer) -> AsyncIterator[Proxy]:
 
 @pytest.fixture
 async def own_api(
-    tmp_path: Path, proxy: Proxy, own_inventory: Inventory
+    tmp_path: Path, own_redis: RedisServer, proxy: Proxy, own_inventory: Inventory
 ) -> AsyncIterator[ApiServer]:
     """An API that reaches its Redis through the proxy."""
     del own_inventory  # the sale exists before the API starts
     nowhere = f"127.0.0.1:{free_port()}"
-    server = ApiServer(
-        tmp_path / "api", Addresses(f"redis://127.0.0.1:{proxy.port}/0", nowhere, "")
-    )
+    through_proxy = url_of(own_redis, API, proxy.port)
+    server = ApiServer(tmp_path / "api", Addresses(through_proxy, nowhere, ""))
     await asyncio.to_thread(server.start)
     yield server
     server.kill()

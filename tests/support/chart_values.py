@@ -1,4 +1,4 @@
-"""`python -m tests.support.chart_values` writes the table of values into the chart's README."""
+"""`python -m tests.support.chart_values` writes the tables of values into the chart's README."""
 
 import json
 import re
@@ -22,6 +22,12 @@ class Value:
     """The path that `helm --set` takes, such as "api.replicas"."""
     default: Any
     description: str
+
+    @property
+    def section(self) -> str:
+        """The first part of the path, or "" for a value at the top."""
+        section, dot, _ = self.path.partition(".")
+        return section if dot else ""
 
 
 def defaults() -> dict[str, Any]:
@@ -51,20 +57,28 @@ def values() -> Iterator[Value]:
             comment = []
 
 
-def table() -> str:
-    """Return the values as a Markdown table."""
-    rows = [
-        f"| `{value.path}` | `{json.dumps(value.default)}` | {value.description} |"
-        for value in values()
-    ]
-    return "\n".join(["| value | default | description |", "|---|---|---|", *rows, ""])
+def tables() -> str:
+    """Return the values as one Markdown table per section of values.yaml."""
+    sections: dict[str, list[Value]] = {}
+    for value in values():
+        sections.setdefault(value.section, []).append(value)
+    lines: list[str] = []
+    for section, group in sections.items():
+        lines += [f"### {section or 'general'}", ""]
+        lines += ["| value | default | description |", "|---|---|---|"]
+        lines += [
+            f"| `{value.path}` | `{json.dumps(value.default)}` | {value.description} |"
+            for value in group
+        ]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def readme() -> str:
-    """Return the README with a current table."""
+    """Return the README with current tables."""
     before, rest = README.read_text().split(_MARKS[0])
     after = rest.split(_MARKS[1])[1]
-    return f"{before}{_MARKS[0]}{table()}{_MARKS[1]}{after}"
+    return f"{before}{_MARKS[0]}{tables()}{_MARKS[1]}{after}"
 
 
 def _at(path: str) -> object:

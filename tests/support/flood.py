@@ -193,6 +193,11 @@ def mixed(item: str, sold_out: str) -> Requests:
     return lambda n: kinds[n % len(kinds)]()
 
 
+def patient(url: str) -> Redis:
+    """Return a client without time limits, because a flood keeps the test itself busy, too."""
+    return Redis.from_url(url, decode_responses=True)
+
+
 class Watched(NamedTuple):
     """Extremes of a pod during a watch."""
 

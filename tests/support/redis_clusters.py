@@ -1,4 +1,4 @@
-"""Clients and users of a Redis Cluster, for tests that also run on one server."""
+"""Clients of a Redis Cluster, for tests that also run on one server."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -9,20 +9,12 @@ from redis.asyncio import Redis
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
 from flashsale.nodes import Nodes
-from tests.support.redis_users import url_of
 
 Deployment: TypeAlias = RedisServer | RedisCluster
 
 
 def servers_of(deployment: Deployment) -> Sequence[RedisServer]:
     return deployment.servers if isinstance(deployment, RedisCluster) else [deployment]
-
-
-def url_of_user(deployment: Deployment, user: str) -> str:
-    """Create the user on every server, and return its address."""
-    more = ["+cluster|slots"] if isinstance(deployment, RedisCluster) else []
-    urls = [url_of(server, user, *more) for server in servers_of(deployment)]
-    return urls[0]
 
 
 @asynccontextmanager

@@ -16,12 +16,14 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisSe
 from flashsale import ledger, redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from tests.support import recorded
+from tests.support import recorded, redis_users
 
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+    """A server with the engine's users, because a test may restart it."""
+    options = redis_users.options()
+    with RedisServer(tmp_path_factory.mktemp("redis"), options=options) as server:
         yield server
 
 
@@ -51,8 +53,8 @@ def addresses(
     redis_server: RedisServer, kafka_server: KafkaServer, postgres_server: PostgresServer
 ) -> Addresses:
     """An engine of the session. Tests with a ledger of their own need another engine name."""
-    urls = (redis_server.url, kafka_server.bootstrap, postgres_server.url)
-    return Addresses(*urls, engine="session")
+    redis_url = redis_users.url_of(redis_server, redis_users.OPERATOR)
+    return Addresses(redis_url, kafka_server.bootstrap, postgres_server.url, engine="session")
 
 
 @pytest.fixture

@@ -20,6 +20,14 @@ _GO: Final = (
     ),
     *(
         (
+            "github.com/envoyproxy/gateway@v1.5.0",
+            f"charts/gateway-helm/crds/generated/gateway.envoyproxy.io_{plural}.yaml",
+        )
+        for plural in ("clienttrafficpolicies", "securitypolicies")
+    ),
+    ("istio.io/api@v1.27.0", "kubernetes/customresourcedefinitions.gen.yaml"),
+    *(
+        (
             "github.com/prometheus-operator/prometheus-operator@v0.85.0",
             f"example/prometheus-operator-crd/monitoring.coreos.com_{plural}.yaml",
         )

@@ -37,6 +37,8 @@ def sales(names: Sequence[str]) -> list[SaleSpec]:
                 specs[spec.sale_id] = spec
         except ManifestError as error:
             mistakes += [f"{shown}: {mistake}" for mistake in error.mistakes]
+    if not specs and not mistakes:
+        mistakes.append(f"{','.join(names)}: contains no FlashSale")
     if mistakes:
         raise ManifestError(mistakes)
     return list(specs.values())
@@ -57,7 +59,11 @@ def _files(names: Sequence[str], mistakes: list[str]) -> Iterator[str]:
             if name == _STDIN or not Path(name).is_dir():
                 yield name
                 continue
-            found = [str(path) for path in Path(name).iterdir() if path.suffix in _SUFFIXES]
+            found = [
+                str(path)
+                for path in Path(name).iterdir()
+                if path.suffix in _SUFFIXES and not path.is_dir()
+            ]
         except (OSError, ValueError) as error:
             mistakes.append(f"{name}: {_why(error)}")
             continue

@@ -14,6 +14,7 @@ from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
     LedgerUnavailable,
+    RedisMoved,
     RedisUnavailable,
 )
 from flashsale.inventory import Inventory
@@ -288,9 +289,15 @@ class Controller:
     async def _failed_result(self, spec: SaleSpec, error: FlashsaleError) -> Result:
         """Returns the result of a reconcile that an error ended.
 
-        If only the ledger is away, Redis still sells, and the result has Redis' counts.
+        If only the ledger is away, Redis still sells, and the result has Redis' counts. In a Redis
+        that the sales have left, an outdated sale is fenced.
         """
         result = result_of_error(spec, error)
+        if isinstance(error, RedisMoved):
+            try:
+                await self._reconciler.fence_outdated(spec.sale_id, self._engine_id or "")
+            except REPORTED as another:
+                return result_of_error(spec, another)
         if not isinstance(error, LedgerUnavailable):
             return result
         try:

@@ -168,7 +168,11 @@ def parse(text: str) -> list[SaleSpec]:
     mistakes: list[str] = []
     for number, document in enumerate(documents, 1):
         where = f"document {number}: " if len(documents) > 1 else ""
-        for place, item in _items(document):
+        try:
+            items = _items(document)
+        except RecursionError:
+            raise ManifestError([f"{where}nested too deeply"]) from None
+        for place, item in items:
             try:
                 spec = sale_spec(item)
             except ManifestError as error:
@@ -183,11 +187,15 @@ def parse(text: str) -> list[SaleSpec]:
 
 
 def _items(document: object) -> list[tuple[str, object]]:
-    """Returns a document, or the items of a List, each with its place in messages."""
+    """Returns a document, or the items of a List and its Lists, each with its place in messages."""
     if isinstance(document, dict) and document.get("kind") in ("List", f"{KIND}List"):
         items = document.get("items")
         if isinstance(items, list):
-            return [(f"item {number}: ", item) for number, item in enumerate(items, 1)]
+            return [
+                (f"item {number}: {place}", found)
+                for number, item in enumerate(items, 1)
+                for place, found in _items(item)
+            ]
     return [("", document)]
 
 

@@ -28,6 +28,7 @@ from flashsale_operator.sales.decision import (
     state_of,
 )
 from flashsale_operator.sales.rebuild import Rebuilt
+from flashsale_operator.sales.recovery import Recovery
 
 MAX_STEPS: Final = 16
 """Steps of one reconcile. A quiet one takes one to three, and each race adds a few."""
@@ -139,6 +140,7 @@ class Reconciler:
 
     def __init__(self, inventory: Inventory, pool: ledger.Pool, rebuild: RebuildCall) -> None:
         self._inventory = inventory
+        self._recovery = Recovery(inventory.redis, inventory.engine)
         self._pool = pool
         self._rebuild = rebuild
 
@@ -239,6 +241,29 @@ class Reconciler:
             applied=closed,
             sale=sale,
             row=row,
+        )
+
+    async def fence_outdated(self, sale_id: str, engine_id: str) -> None:
+        """Fences Redis' sale if the ledger has more of its units.
+
+        For a Redis that the sales have left: the pods of an API that came back would sell the units
+        again. A healthy sale never lacks units, so another name of the right Redis does no harm.
+        """
+        row = await ledger.sale(self._pool, sale_id)
+        if row is None:
+            return
+        server = await self._inventory.server()
+        sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        if sale is None or sale.sale_id != sale_id or sale.run_id != server.run_id:
+            return
+        await self._recovery.fence(
+            spec_of(row),
+            row.revision,
+            recorded=row.accepted,
+            held=row.held,
+            engine_id=engine_id,
+            closed=row.closed,
+            lease_ms=0,
         )
 
     async def hold_expired(self, sale_id: str) -> bool:

@@ -16,6 +16,7 @@ from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.monitoring import Scrapes, serving
 from flashsale.settings import host_and_port, load
 from flashsale.sockets import bound
+from flashsale_api import descriptors
 from flashsale_api.app import create_app
 from flashsale_api.metrics import Metrics
 from flashsale_api.servers import OrderServer, server_of
@@ -73,6 +74,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     logs.configure(settings.log_level)
+    descriptors.raise_limit()
 
     failed = False
 
@@ -88,24 +90,16 @@ def main() -> int:
     spans = _spans() if traced else None
     metrics = Metrics()
     order_server = None
-    if settings.order_tokens:
-        try:
+    try:
+        listening = bound("LISTEN", settings.listen)
+        metrics_listeners = bound("METRICS_LISTEN", settings.metrics_listen)
+        if settings.order_tokens:
             order_server = OrderServer(settings.orders_listen, lambda: server.should_exit)
-        except OSError as error:
-            print(f"FLASHSALE_ORDERS_LISTEN cannot be served: {error}", file=sys.stderr)
-            return 1
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     app = create_app(settings, metrics, on_failure, spans, order_server)
     server = server_of(app, *host_and_port(settings.listen))
-    try:
-        listening = bound(settings.listen)
-    except OSError as error:
-        print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
-        return 1
-    try:
-        metrics_listeners = bound(settings.metrics_listen)
-    except OSError as error:
-        print(f"FLASHSALE_METRICS_LISTEN cannot be served: {error}", file=sys.stderr)
-        return 1
     # Objects made so far live as long as the process, and requests create no reference cycles.
     # Freezing the former and collecting rarely saves about 10 % of the CPU time.
     gc.freeze()

@@ -24,7 +24,7 @@ class Decision(NamedTuple):
 
     `starts_ms` and `now_ms` are Redis' clock in Unix milliseconds. `held` counts the units of open
     holds, or is None if the sale has no holds. A `Transition` says how the reservation has ended.
-    `reason` explains why the user is unknown.
+    `limit` is the detail of `LIMIT_REACHED`. `reason` explains why the user is unknown.
     """
 
     outcome: Outcome | Failure | Transition
@@ -34,6 +34,7 @@ class Decision(NamedTuple):
     starts_ms: int = 0
     now_ms: int = 0
     held: int | None = None
+    limit: str = ""
     reason: str = ""
 
 
@@ -167,7 +168,9 @@ def _read(
         elif outcome is Outcome.REPLAYED:
             entry_id, record = "", Record.parse(detail)
         else:
-            decisions.append(Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held))
+            decisions.append(
+                Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held, detail)
+            )
             continue
         accepted.append(Accepted(item_id, entry_id, identity, record, snapshot, traceparent))
         ending = _ENDINGS.get(record.state)

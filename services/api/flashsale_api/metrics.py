@@ -113,9 +113,10 @@ class Metrics:
         self.redis_up, self.kafka_up = up.labels("redis"), up.labels("kafka")
         self.jwks_up = Gauge(
             "flashsale_api_jwks_up",
-            "1 if the last look for the keys of buyers' tokens succeeded.",
+            "0 if the last look for the keys of buyers' tokens failed, otherwise 1.",
             registry=self.registry,
         )
+        self.jwks_up.set(1)  # an API without tokens needs no keys
         self.transitions = Counter(
             "flashsale_api_transitions",
             "Calls to confirm or cancel a reservation, and expired holds, by outcome.",

@@ -18,7 +18,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
-from flashsale_api import responses
+from flashsale_api import descriptors, responses
 from flashsale_api.reserve import MAX_BODY_BYTES
 from flashsale_api.responses import Handler, Headers, Problem, Respond
 
@@ -65,6 +65,7 @@ class HttpProtocol(asyncio.Protocol):
       first request.
     - A client that exceeds a limit is answered 400, 413, 431 or 501, after the answers to its
       earlier requests. A client that is too slow is reset.
+    - A client is reset if more of them would take the descriptors of the process' own connections.
     """
 
     def __init__(
@@ -117,12 +118,15 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        full = len(self._server.connections) >= descriptors.most_connections()
         self._server.connections.add(self)  # type: ignore[arg-type] # uvicorn calls only shutdown()
         connected = transport.get_extra_info("socket")
         if connected is not None:
             for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 connected.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
         self._check = self._loop.call_later(self._check_seconds, self._check_client)
+        if full:
+            self._abort()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._check.cancel()

@@ -106,7 +106,7 @@ class JsonBody(Generic[T]):
     """
 
     def __init__(self, kind: type[T], quotes: int) -> None:
-        """`quotes` is the number of quotation marks in a valid body without further members."""
+        """`quotes` is the lowest number of quotation marks in a valid body."""
         self._decode = msgspec.json.Decoder(kind).decode
         self._quotes = quotes
 
@@ -132,7 +132,7 @@ class JsonBody(Generic[T]):
 
 
 _BODY: Final = JsonBody(ReserveBody, quotes=10)
-_AUTHENTICATED_BODY: Final = JsonBody(AuthenticatedBody, quotes=10)
+_AUTHENTICATED_BODY: Final = JsonBody(AuthenticatedBody, quotes=6)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -323,6 +323,8 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         return status, (*headers, (b"retry-after", b"%d" % seconds)), body
     if problem is Problem.SOLD_OUT and decision.held is not None:
         return responses.sold_out(decision.held)
+    if problem is Problem.LIMIT_REACHED:
+        return responses.limit_reached(decision.limit)
     if problem is Problem.UNAUTHORIZED:
         return responses.unauthorized(decision.reason)
     status, headers, body = responses.plain(problem)

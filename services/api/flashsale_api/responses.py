@@ -59,7 +59,7 @@ class Problem(Enum):
         "limit-reached",
         409,
         "The user would exceed the limit of this sale",
-        detail="the user's units plus this quantity exceed the sale's maxPerUser",
+        detail="userUnits plus this quantity exceed maxPerUser",
     )
     NOT_OPEN = Kind("not-open", 409, "The sale is not open yet")
     ENDED = Kind("ended", 409, "The sale has ended")
@@ -97,6 +97,13 @@ def plain(problem: Problem) -> tuple[int, Headers, bytes]:
 def sold_out(held: int) -> tuple[int, Headers, bytes]:
     """Renders that a sale with holds is sold out. `held` units may still come back."""
     return render(Problem.SOLD_OUT, held=held)
+
+
+@lru_cache(maxsize=64)
+def limit_reached(limit: str) -> tuple[int, Headers, bytes]:
+    """Renders that the user would exceed the limit. `limit` is the detail of the decision."""
+    units, max_per_user = map(int, limit.split(" "))
+    return render(Problem.LIMIT_REACHED, userUnits=units, maxPerUser=max_per_user)
 
 
 def unauthorized(reason: str) -> tuple[int, Headers, bytes]:

@@ -25,7 +25,7 @@ class OrderServer:
 
     def __init__(self, listen: str, stopping: Callable[[], bool]) -> None:
         """Listens at once. `stopping` says whether the buyers' server stops. Raises `OSError`."""
-        self._listeners = bound(listen)
+        self._listeners = bound("ORDERS_LISTEN", listen)
         self._address = host_and_port(listen)
         self._stopping = stopping
         self._stopped = False

@@ -69,6 +69,10 @@ class Tokens(Authentication):
     async def run(self) -> None:
         await self._keys.run()
 
+    def forget(self) -> None:
+        """Forgets the verified tokens. They are verified again."""
+        self._users.clear()
+
     def identify(self, headers: RequestHeaders, then: Identified) -> None:
         found = [value for name, value in headers if name == b"authorization"]
         scheme, _, token = found[0].partition(b" ") if len(found) == 1 else (b"", b"", b"")
@@ -80,7 +84,7 @@ class Tokens(Authentication):
             then("", f"the token has more than {MAX_TOKEN_BYTES} bytes")
             return
         if self._users_of != self._keys.version:  # a key may have been withdrawn
-            self._users.clear()
+            self.forget()
             self._users_of = self._keys.version
         digest = blake2b(token, digest_size=16).digest()
         known = self._users.get(digest)

@@ -92,9 +92,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     try:
-        listening = bound(own.listen)
+        listening = bound("LISTEN", own.listen)
     except OSError as error:
-        print(f"FLASHSALE_LISTEN cannot be served: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     logs.configure(own.log_level)
     # Few objects survive a batch. A search per 700 objects would take a tenth of the CPU time.

@@ -11,7 +11,9 @@
 --       reservation that was accepted now has this version, and is held for hold_ms or confirmed if
 --       that is 0. `held` are the units of all holds. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
---         limit_reached | too_many_holds | sold_out | not_enough_left | outbox_full
+--         limit_reached UNITS MAX_PER_USER | too_many_holds | sold_out | not_enough_left |
+--         outbox_full
+--       UNITS are those that the user has.
 -- Invariants: accepted - released <= allocated. A user never has more than max_per_user units. An
 --       id has one reservation, also after that has ended. Nothing is accepted outside the sale's
 --       window, or while the sale is paused, closed or fenced. The script reads and checks
@@ -71,7 +73,8 @@ for n = 1, count do
     local same = tonumber(string.match(record, '^%a+,%d+,(%d+),')) == quantity
     answers[n] = same and ('replayed ' .. record) or 'key_reused'
   elseif refusal then answers[n] = refusal
-  elseif units_of[user] + quantity > sale.max_per_user then answers[n] = 'limit_reached'
+  elseif units_of[user] + quantity > sale.max_per_user then
+    answers[n] = 'limit_reached ' .. integer(units_of[user]) .. ' ' .. integer(sale.max_per_user)
   elseif holds and expired_of[user] >= sale.max_expired_holds then answers[n] = 'too_many_holds'
   elseif available <= 0 then answers[n] = 'sold_out'
   elseif quantity > available then answers[n] = 'not_enough_left'

@@ -3,6 +3,9 @@
 import asyncio
 import base64
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.tokens import Keys, Tokens
 from tests.support.api import OpenSale, problem
 from tests.support.eventually import until
+from tests.support.paths import ROOT
 
 NewApi: TypeAlias = Callable[..., ApiServer]
 Headers: TypeAlias = dict[str, str] | dict[bytes, bytes] | Sequence[tuple[str, str]]
@@ -51,6 +55,17 @@ def new_api(without_kafka: Addresses, tmp_path: Path) -> Iterator[NewApi]:
 def issuer() -> Iterator[Issuer]:
     with Issuer() as found:
         yield found
+
+
+@pytest.fixture
+def issuer_process() -> Iterator[dict[str, str]]:
+    """The variables that a process of `python -m dev.issuer` prints."""
+    command = (sys.executable, "-m", "dev.issuer", "--port", "0")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        lines = [running.stdout.readline() for _ in range(4)]
+        yield dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
+        running.terminate()
 
 
 def client(api: ApiServer) -> httpx.AsyncClient:
@@ -97,6 +112,29 @@ async def test_a_gateways_header_names_the_user(
             problem(await http.get(place, headers=headers), 401, "unauthorized")
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        '"itemId":"another","itemId":"%s","quantity":1',
+        '"itemId":"another","\\u0069temId":"%s","quantity":1',
+        '"itemId":"%s","quantity":2,"quantity":1',
+        '"itemId":"%s","quantity":1,"userId":"bob","userId":"ann"',
+        '"itemId":"%s","quantity":1,"":1,"":1',
+    ],
+)
+async def test_a_repeated_member_of_a_body_without_a_user_is_refused(
+    new_api: NewApi, open_sale: OpenSale, item: str, members: str
+) -> None:
+    await open_sale(item, 10)
+    headers = {"X-User-Id": "ann", "Content-Type": "application/json"}
+    async with client(new_api(FLASHSALE_USER_HEADER="X-User-Id")) as http:
+        body = "{%s}" % (members % item)
+        answer = await http.post("/reserve", content=body, headers=headers)
+        assert problem(answer, 400, "malformed-json")["detail"].endswith(" is repeated")
+        sale = (await http.get(f"/sales/{item}")).json()
+    assert sale["available"] == 10
+
+
 @pytest.mark.parametrize("algorithm", tokens.ALGORITHMS)
 async def test_a_token_names_the_user(
     new_api: NewApi, open_sale: OpenSale, item: str, issuer: Issuer, algorithm: str
@@ -111,6 +149,8 @@ async def test_a_token_names_the_user(
         problem(await order(http, item, bearer(token), userId="bob"), 403, "wrong-user")
         place = bought.headers["location"]
         assert (await http.get(place, headers=bearer(token))).json() == bought.json()
+        spoofed = {**bearer(token), b"X-User-Id": b"bob"}
+        problem(await order(http, item, spoofed, userId="bob"), 403, "wrong-user")
         bob = bearer(issuer.token("bob", algorithm))
         problem(await http.get(place, headers=bob), 404, "unknown-reservation")
         problem(await http.get(place), 401, "unauthorized")
@@ -217,12 +257,31 @@ async def test_a_pod_without_keys_is_not_ready(
         server.start()
 
 
+async def test_the_k6_scripts_send_tokens_of_an_issuer(
+    new_api: NewApi, open_sale: OpenSale, item: str, issuer_process: dict[str, str]
+) -> None:
+    await open_sale(item, 100)
+    token_url = issuer_process.pop("TOKEN_URL")
+    api = new_api(**issuer_process)
+    few = {"STOCK": "100", "RATE": "10", "DURATION": "2s", "VUS": "2"}
+    k6 = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("k6"),
+        *("run", "--no-usage-report", "--quiet", ROOT / "loadtest" / "soak.js"),
+        env={**os.environ, **few, "API_URL": api.url, "ITEM_ID": item, "TOKEN_URL": token_url},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await k6.communicate()
+    assert k6.returncode == 0, output.decode()
+
+
 async def test_keys_rotate_and_survive_that_their_address_is_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.2)
     with Issuer() as issuer:
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        metrics = Metrics()
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
         named = Tokens(keys, issuer.url, "flashsale")
         running = asyncio.create_task(named.run())
         assert await identified(named, issuer.token("ann")) == ("ann", "")
@@ -244,11 +303,28 @@ async def test_keys_rotate_and_survive_that_their_address_is_away(
 
         await until(withdrawn)
 
+        assert b"flashsale_api_jwks_up 1.0" in metrics.text()
         issuer.stop()
-        await asyncio.sleep(0.5)
-        assert await identified(named, unknown) == ("", "the issuer has no such key")
+
+        async def away() -> bool:
+            assert await identified(named, unknown) == ("", "the issuer has no such key")
+            return b"flashsale_api_jwks_up 0.0" in metrics.text()
+
+        await until(away)
         assert await identified(named, new) == ("bob", "")
         assert named.problem == ""
+        running.cancel()
+
+
+async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
+    with Issuer(max_age=0) as issuer:
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        running = asyncio.create_task(keys.run())
+        await until(lambda: issuer.requests >= 3)
+        version = keys.version
+        del issuer.published["RS256"]
+        await until(lambda: keys.version > version)
         running.cancel()
 
 

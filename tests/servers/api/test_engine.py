@@ -19,6 +19,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
 from tests.support.eventually import until
 from tests.support.inventory import a_sale, opened
+from tests.support.redis_users import API, url_of
 
 OWN = "11111111-1111-1111-1111-111111111111"
 OTHER = "22222222-2222-2222-2222-222222222222"
@@ -37,7 +38,7 @@ def new_api(
     started: list[ApiServer] = []
 
     def start() -> ApiServer:
-        addresses = Addresses(redis_server.url, kafka_server.bootstrap, "", name)
+        addresses = Addresses(url_of(redis_server, API), kafka_server.bootstrap, "", name)
         api = ApiServer(tmp_path / f"api-{len(started)}", addresses)
         started.append(api)
         api.start()

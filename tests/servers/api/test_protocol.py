@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import re
+import resource
 import socket
 import weakref
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
+from flashsale_api import descriptors
 from flashsale_api import reserve as reserve_module
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
@@ -137,6 +139,24 @@ async def test_a_request_before_the_shutdown_is_answered() -> None:
         client.connection.shutdown()
         inventory.go.release()
         assert await client.answers() == [202, 0]
+
+
+async def test_a_client_too_many_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "most_connections", lambda: 0)
+    async with connected(HeldInventory()) as client:
+        assert await client.answers() == [0]
+    monkeypatch.undo()
+    async with connected(HeldInventory()) as client:
+        await client.send(BAD)
+        assert await client.answers() == [422]
+
+
+@pytest.mark.parametrize(("limit", "most"), [(65_536, 65_024), (1_024, 512), (256, 128)])
+def test_clients_leave_descriptors_to_the_process(
+    monkeypatch: pytest.MonkeyPatch, limit: int, most: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert descriptors.most_connections() == most
 
 
 async def test_a_failure_is_answered_500_and_the_connection_stays_open(

@@ -115,6 +115,7 @@ async def test_a_refused_reservation_is_announced_as_the_ledger_has_it(
         # More units are found, and the buyer's request is repeated. The version is the same.
         again = msgspec.structs.replace(oversold[2], allocated=3, capacity=3, revision=2)
         await log.write(again)
+        await until_offsets(ledger, 4, 4)
         view = await until_announced(ledger, log, 3)
     identity = f"default/phones/{again.reservation_id}/1"
     assert view.reservations[identity[:-2]]["verdict"] == "recorded"

@@ -59,7 +59,7 @@ def test_an_unknown_argument_is_refused() -> None:
 
 @asynccontextmanager
 async def served(worker: Worker) -> AsyncIterator[httpx.AsyncClient]:
-    (listener,) = bound("127.0.0.1:0")
+    (listener,) = bound("LISTEN", "127.0.0.1:0")
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     async with serving([listener], handlers(worker)), httpx.AsyncClient(base_url=url) as client:
         yield client

@@ -13,8 +13,9 @@ from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from tests.support.redis_clusters import Deployment, routed, url_of_user
-from tests.support.redis_users import API, OPERATOR
+from tests.support import redis_users
+from tests.support.redis_clusters import Deployment, routed, servers_of
+from tests.support.redis_users import API, OPERATOR, url_of
 
 CLUSTER = "-cluster"
 
@@ -36,8 +37,9 @@ def deployment(
 ) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp(request.param)
     binary = redis_binaries()[request.param.removesuffix(CLUSTER)]
-    kind = RedisCluster if request.param.endswith(CLUSTER) else RedisServer
-    with kind(folder, binary=binary) as started:
+    clustered = request.param.endswith(CLUSTER)
+    kind = RedisCluster if clustered else RedisServer
+    with kind(folder, binary=binary, options=redis_users.options(clustered=clustered)) as started:
         yield started
 
 
@@ -56,7 +58,7 @@ async def redis(deployment: Deployment) -> AsyncIterator[Redis]:
 @pytest.fixture
 async def inventory(deployment: Deployment) -> AsyncIterator[Inventory]:
     """The inventory with the rights of the operator, who calls all scripts."""
-    client = redis_client.connect(url_of_user(deployment, OPERATOR))
+    client = redis_client.connect(url_of(servers_of(deployment)[0], OPERATOR))
     yield Inventory(client)
     await client.aclose()
 
@@ -64,6 +66,6 @@ async def inventory(deployment: Deployment) -> AsyncIterator[Inventory]:
 @pytest.fixture
 async def outbox(deployment: Deployment) -> AsyncIterator[Outbox]:
     """The outbox with the rights of the API."""
-    client = redis_client.connect(url_of_user(deployment, API))
+    client = redis_client.connect(url_of(servers_of(deployment)[0], API))
     yield Outbox(client)
     await client.aclose()

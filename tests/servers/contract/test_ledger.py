@@ -109,6 +109,19 @@ async def test_a_read_only_ledger_that_is_up_to_date_counts_as_migrated(pool: Po
             await pool.execute("DELETE FROM sales")
 
 
+async def test_commits_of_an_operator_wait_for_the_standby_whatever_the_databases_default(
+    pool: Pool, database_url: str
+) -> None:
+    """A standby without a restock would let a rebuild take its revision again."""
+    name = await pool.fetchval("SELECT current_database()")
+    await pool.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+    operators = await ledger.connect(database_url)
+    consumers = await ledger.connect(database_url, synchronous=False)
+    for own, expected in ((operators, "on"), (consumers, "off")):
+        assert await own.fetchval("SHOW synchronous_commit") == expected
+        await own.close()
+
+
 async def test_bad_data_is_not_reported_as_an_outage(pool: Pool) -> None:
     for value in ("nul\x00", 5):
         with pytest.raises((asyncpg.DataError, ValueError)):

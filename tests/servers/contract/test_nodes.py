@@ -17,6 +17,7 @@ from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
+from tests.support import redis_users
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, opened, outcome
 from tests.support.redis_users import OPERATOR, url_of
@@ -32,7 +33,9 @@ def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RedisCluster]:
     folder = tmp_path_factory.mktemp(f"{request.param}-nodes")
-    with RedisCluster(folder, redis_binaries()[request.param]) as started:
+    binary = redis_binaries()[request.param]
+    # The users of one server cannot ask for the slots.
+    with RedisCluster(folder, binary, options=redis_users.options()) as started:
         yield started
 
 

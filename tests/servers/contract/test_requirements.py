@@ -1,10 +1,12 @@
 """The requirements of Redis and PostgreSQL, checked on real servers that lack them."""
 
 import logging
+import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -15,10 +17,19 @@ from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import ledger, redis_client, requirements
 from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
-from flashsale.requirements import Checks, RedisFacts, TopicFacts
+from flashsale.requirements import (
+    Checks,
+    Finding,
+    LedgerFacts,
+    RedisFacts,
+    Requirement,
+    TopicFacts,
+    findings,
+)
 from tests.support.paths import ROOT
 
 GOOD_REDIS = RedisFacts("7.0.15", "noeviction", "0", appendonly=True, script_error="")
+GOOD_LEDGER = LedgerFacts(180_000, "UTF8", "public", may_create=True, outdated=False, lacking=())
 
 
 def require_redis(*facts: RedisFacts) -> None:
@@ -198,13 +209,62 @@ def test_a_topic_with_more_than_the_requirements_is_accepted(
     assert not caplog.records
 
 
-def test_the_install_page_has_every_requirement() -> None:
+def broken() -> list[tuple[str, Finding]]:
+    """Return each requirement's rule with its only finding on a server that breaks it."""
+    cases: list[tuple[Sequence[Requirement[Any]], Sequence[object]]] = [
+        (
+            requirements.REDIS,
+            [
+                replace(GOOD_REDIS, version="6.2.14"),
+                replace(GOOD_REDIS, script_error="ERR no permissions"),
+                replace(GOOD_REDIS, policy="volatile-ttl"),
+                replace(GOOD_REDIS, backlog_ttl="60"),
+                replace(GOOD_REDIS, appendonly=False),
+            ],
+        ),
+        (
+            requirements.LEDGER,
+            [
+                replace(GOOD_LEDGER, version=130_011),
+                replace(GOOD_LEDGER, encoding="SQL_ASCII"),
+                replace(GOOD_LEDGER, outdated=True, may_create=False),
+                replace(GOOD_LEDGER, lacking=("INSERT on sales",)),
+            ],
+        ),
+        (
+            requirements.TOPIC,
+            [
+                TopicFacts(11, {}),
+                TopicFacts(12, {"retention.ms": "604799999"}),
+                TopicFacts(12, {"retention.bytes": "0"}),
+                TopicFacts(12, {"retention.bytes": "-1"}),
+                TopicFacts(12, {"cleanup.policy": "compact"}),
+                TopicFacts(12, {"max.message.bytes": "262143"}),
+            ],
+        ),
+        (
+            requirements.RECORDED,
+            [
+                TopicFacts(1, {"retention.ms": "0"}),
+                TopicFacts(1, {"max.message.bytes": "0"}),
+            ],
+        ),
+    ]
+    found = []
+    for table, servers in cases:
+        for requirement, facts in zip(table, servers, strict=True):
+            [finding] = [each for each in findings(table, facts) if each.verdict != "ok"]
+            assert finding == requirement.check(facts)
+            found.append((f"{requirement.server} | {requirement.rule}", finding))
+    return found
+
+
+def test_each_line_of_the_install_page_is_one_check_with_its_consequence() -> None:
     page = (ROOT / "docs/install.md").read_text().replace("`", "")
-    for table in (
-        requirements.REDIS,
-        requirements.LEDGER,
-        requirements.TOPIC,
-        requirements.RECORDED,
-    ):
-        for requirement in table:
-            assert f"| {requirement.server} | {requirement.rule} |" in page
+    section = page.partition("### Requirements")[2].partition("\n### ")[0]
+    lines = re.findall(r"^\| ((?:Redis|PostgreSQL|Kafka) \| [^|]+) \| (\w+)", section, re.MULTILINE)
+    words = {"failure": "refused", "warning": "a"}  # the page says "a warning"
+    assert lines == [(rule, words[finding.verdict]) for rule, finding in broken()]
+    for _, finding in broken():
+        assert " but needs " in finding.text
+        assert ": " in finding.text  # the remedy

@@ -7,6 +7,7 @@ import pytest
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from tests.support.engine import Engine
+from tests.support.redis_users import of_api
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +19,12 @@ def engine(
     addresses: Addresses,
 ) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("engine")
+    as_api = of_api(addresses)
     engine = Engine(
         redis=redis_server,
         kafka=kafka_server,
         postgres=postgres_server,
-        apis=(ApiServer(folder / "api-1", addresses), ApiServer(folder / "api-2", addresses)),
+        apis=(ApiServer(folder / "api-1", as_api), ApiServer(folder / "api-2", as_api)),
         consumers=(
             ConsumerServer(folder / "consumer-1", addresses),
             ConsumerServer(folder / "consumer-2", addresses),

@@ -24,6 +24,7 @@ from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
 from tests.support.paths import ROOT
 from tests.support.recorded import in_ledger, read_all, received
+from tests.support.redis_users import OPERATOR, of_api, url_of
 from tests.support.servers import database
 
 pytestmark = pytest.mark.slow
@@ -69,12 +70,12 @@ def addresses(
     """An engine of its own, so that the example reads no messages of other tests."""
     name = f"shop-{uuid.uuid4().hex[:8]}"
     with database(postgres_server) as url:
-        yield Addresses(redis_server.url, kafka_server.bootstrap, url, name)
+        yield Addresses(url_of(redis_server, OPERATOR), kafka_server.bootstrap, url, name)
 
 
 @pytest.fixture
 def api(tmp_path: Path, addresses: Addresses) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path / "api", addresses, order_tokens=TOKEN) as server:
+    with ApiServer(tmp_path / "api", of_api(addresses), order_tokens=TOKEN) as server:
         yield server
 
 

@@ -36,7 +36,7 @@ OF_OTHER_FRAMEWORKS = (
 
 
 async def test_an_item_id_reaches_no_key_of_another_application(engine: Engine, item: str) -> None:
-    client = redis_client.connect(engine.addresses.redis_url)
+    client = redis_client.connect(engine.redis.url)
     theirs = f"counter-{item}"
     await client.set(theirs, 5)
     async with httpx.AsyncClient(base_url=engine.urls[0]) as buyer:

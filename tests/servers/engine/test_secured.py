@@ -14,7 +14,7 @@ import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -220,7 +220,7 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
         stack.push_async_callback(admin.aclose)
         set_user: Any = admin.execute_command  # redis-py has no types for it
         for user in (redis_users.OPERATOR, redis_users.API):
-            rules = redis_users.rules(user)
+            rules = redis_users.rules(user, "one-node")
             await set_user("ACL", "SETUSER", user, "on", f">{PASSWORD}", *rules)
         redis_port, database_port = [
             await stack.enter_async_context(relay(port, authority.server, asked=asked))
@@ -246,8 +246,7 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
         await ctl("apply", "-f", "-", stdin=manifest(item, stock=1))
         with ExitStack() as processes:
             consumer = ConsumerServer(tmp_path / "consumer", addresses)
-            as_api = addresses.redis_url.replace("flashsale:", f"{redis_users.API}:")
-            api = ApiServer(tmp_path / "api", replace(addresses, redis_url=as_api))
+            api = ApiServer(tmp_path / "api", redis_users.of_api(addresses))
             for component, server in (("consumer", consumer), ("api", api)):
                 run_as(component)
                 await asyncio.to_thread(server.start)  # because the relays need the loop

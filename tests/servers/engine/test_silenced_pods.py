@@ -19,8 +19,9 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
-from tests.support.flood import Flood, Watch, allow_connections
+from tests.support.flood import Flood, Watch, allow_connections, patient
 from tests.support.proxy import Proxy
+from tests.support.redis_users import API, OPERATOR, of_api, url_of
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,7 @@ class Scene:
     Requests of `silent` to Redis can be kept back, and those of `flooded` cannot. No pod runs yet.
     """
 
+    redis: RedisServer
     addresses: Addresses
     silent: ApiServer
     flooded: ApiServer
@@ -51,7 +53,7 @@ class Scene:
         return found.entries[0].outcome
 
     async def flush(self) -> None:
-        client = redis_client.connect(self.addresses.redis_url)
+        client = redis_client.connect(self.redis.url)
         await client.flushall()
         await client.aclose()
 
@@ -95,22 +97,22 @@ async def scene(
     del postgres_server
     allow_connections(FLOOD_CONNECTIONS)
     engine = f"silent-{uuid.uuid4().hex[:8]}"
-    addresses = Addresses(own_redis.url, kafka_server.bootstrap, database_url, engine)
+    addresses = Addresses(url_of(own_redis, OPERATOR), kafka_server.bootstrap, database_url, engine)
     consumer = ConsumerServer(tmp_path / "consumer", addresses)
     async with Proxy(own_redis.port).serve() as to_redis, Proxy(free_port()).serve() as to_kafka:
-        no_kafka = replace(addresses, kafka_bootstrap=f"127.0.0.1:{to_kafka.port}")
+        no_kafka = replace(of_api(addresses), kafka_bootstrap=f"127.0.0.1:{to_kafka.port}")
         silent = ApiServer(
             tmp_path / "silent",
-            replace(no_kafka, redis_url=f"redis://127.0.0.1:{to_redis.port}/0"),
+            replace(no_kafka, redis_url=url_of(own_redis, API, to_redis.port)),
         )
         flooded = ApiServer(tmp_path / "flooded", no_kafka)
-        other = ApiServer(tmp_path / "other", addresses)
+        other = ApiServer(tmp_path / "other", of_api(addresses))
         await asyncio.to_thread(consumer.start)
         for item in (ITEM, NONE):
             done = await flashsalectl(addresses, "apply", "-f", "-", stdin=manifest(item, stock=1))
             assert done.returncode == 0, done.stderr
         pods = silent, flooded, other
-        yield Scene(addresses, *pods, to_redis, to_kafka, kafka_server, Journal())
+        yield Scene(own_redis, addresses, *pods, to_redis, to_kafka, kafka_server, Journal())
         for server in (*pods, consumer):
             server.kill()
 
@@ -138,7 +140,7 @@ async def test_a_pod_without_a_heartbeat_promises_no_unit_that_a_rebuild_sells_a
 async def test_a_flood_does_not_hide_the_events_of_a_pod_from_a_rebuild(scene: Scene) -> None:
     await asyncio.to_thread(scene.flooded.start)
     assert await scene.buy(scene.flooded, "alice") == "202"
-    client = redis_client.connect(scene.addresses.redis_url)
+    client = patient(scene.redis.url)
     watch = Watch(client, scene.flooded, scene.addresses.engine)
     flood = Flood(scene.flooded.url)
     async with flood.running(ITEM, NONE, FLOOD_CONNECTIONS):

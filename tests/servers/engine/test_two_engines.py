@@ -30,6 +30,7 @@ from flashsale_consumer import topics
 from tests.support.consumer import Log, Process
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
+from tests.support.redis_users import OPERATOR, of_api, url_of
 from tests.support.servers import database
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Addresses], tuple[ApiServer, Con
 
         def start(addresses: Addresses) -> tuple[ApiServer, ConsumerServer]:
             folder = tmp_path / uuid.uuid4().hex
-            api = ApiServer(folder / "api", addresses)
+            api = ApiServer(folder / "api", of_api(addresses))
             consumer = ConsumerServer(folder / "consumer", addresses)
             for server in (api, consumer):
                 running.callback(server.kill)
@@ -111,7 +112,9 @@ async def test_engines_of_different_names_share_kafka_and_redis(
     start: Callable[[Addresses], tuple[ApiServer, ConsumerServer]],
 ) -> None:
     shop, brand = (
-        Addresses(redis_server.url, kafka_server.bootstrap, url, f"{name}-{uuid.uuid4()}")
+        Addresses(
+            url_of(redis_server, OPERATOR), kafka_server.bootstrap, url, f"{name}-{uuid.uuid4()}"
+        )
         for name, url in (("shop", database_url), ("brand", other_database_url))
     )
     apis = {}

@@ -205,7 +205,7 @@ async def test_a_redis_restored_from_an_older_copy_sells_nothing_again(
 
 async def test_a_redis_wiped_during_a_sale_is_rebuilt(engine: Engine, item: str) -> None:
     await engine.apply(item, stock=BUYERS // 2)
-    client = redis_client.connect(engine.addresses.redis_url)
+    client = redis_client.connect(engine.redis.url)
     async with a_crowd(engine, buyers(item)) as journal:
         await client.flushall()
         async with asyncio.timeout(90):

@@ -1,14 +1,23 @@
 """Invalid command lines get exit code 2, the usage, and an error that names the argument."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from flashsale.settings import PREFIX, KafkaSettings
+from flashsale_api.settings import Settings as ApiSettings
+from flashsale_consumer.settings import Settings as ConsumerSettings
+from flashsale_operator.settings import Settings as OperatorSettings
+from tests.support.paths import ROOT
 
 PROGRAMS = {
     "flashsalectl": (str(Path(sys.executable).with_name("flashsalectl")),),
+    "order_service.py": (sys.executable, str(ROOT / "examples/order-service/order_service.py")),
     **{
         module: (sys.executable, "-m", module)
         for module in (
@@ -42,6 +51,8 @@ BAD = [
     ("flashsale_consumer", ["8081"], "8081"),
     ("flashsale_operator", ["run"], "run"),
     ("flashsale_operator", ["--namespace", "shop"], "--namespace"),
+    ("order_service.py", [], "FLASHSALE_ORDER_TOKENS must be a token of the order port"),
+    ("order_service.py", ["--decline-rate", "some"], "--decline-rate"),
     ("tests.faults", ["-n", "many"], "-n"),
     ("tests.faults", ["-n", "0"], "-n: must be at least 1"),
     ("tests.faults", ["--seed", "1.5"], "--seed"),
@@ -66,6 +77,14 @@ def test_every_program_has_help(program: str) -> None:
     done = run(program, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.lower().startswith("usage: ")
+
+
+@pytest.mark.parametrize("kind", [ApiSettings, ConsumerSettings, OperatorSettings])
+def test_the_help_of_a_process_lists_exactly_its_settings(kind: type[KafkaSettings]) -> None:
+    program = kind.__module__.partition(".")[0]
+    fields = {PREFIX + field.name.upper() for field in msgspec.structs.fields(kind)}
+    listed = re.findall(r"^ +(FLASHSALE_\w+)", run(program, "--help").stdout, re.MULTILINE)
+    assert set(listed) == fields
 
 
 @pytest.mark.parametrize("item", ["", " ", "*", "../..", "a\nb", "\udcff", "x" * 5_000, "{a}"])

@@ -14,14 +14,22 @@ import pytest
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
-from flashsale import heartbeat, redis_client
+from flashsale import heartbeat
 from flashsale.inventory import Applied, Inventory
 from flashsale.reservations import BATCH_LIMIT
 from flashsale.sale import SaleSpec
 from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_WAITING
 from tests.support.api import OWN_SALE, accepted
 from tests.support.eventually import until
-from tests.support.flood import Flood, Watch, allow_connections, open_connections, request_of
+from tests.support.flood import (
+    Flood,
+    Watch,
+    allow_connections,
+    open_connections,
+    patient,
+    request_of,
+)
+from tests.support.redis_users import API, url_of
 
 FLOOD_CONNECTIONS = 3_000
 FLOOD_SECONDS = 20.0
@@ -75,7 +83,7 @@ async def flooded(
     """An API with a Redis of its own, and without a proxy that the flood would slow down."""
     del own_inventory  # the sale exists before the API starts
     nowhere = f"127.0.0.1:{free_port()}"
-    server = ApiServer(tmp_path / "api", Addresses(own_redis.url, nowhere, ""))
+    server = ApiServer(tmp_path / "api", Addresses(url_of(own_redis, API), nowhere, ""))
     await asyncio.to_thread(server.start)
     yield server
     server.kill()
@@ -86,7 +94,7 @@ async def test_a_flood_of_any_requests_leaves_the_heartbeat_fresh(
 ) -> None:
     sold_out = SaleSpec("default/none", "none", 1)
     assert await own_inventory.apply(sold_out, 1, seed_until_ms=2**53) is Applied.SEEDED
-    client = redis_client.connect(own_redis.url)
+    client = patient(own_redis.url)
     watch = Watch(client, flooded)
     flood = Flood(flooded.url)
     async with flood.running(OWN_SALE.item_id, sold_out.item_id, FLOOD_CONNECTIONS):

@@ -4,18 +4,23 @@ Each attack is sent as raw bytes. A pod's resident memory is read from /proc whi
 """
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from dev.services import ApiServer
+from dev.stack.servers import RedisServer
+from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
 from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS
-from tests.support.api import OpenSale, accepted
+from tests.support.api import OWN_SALE, OpenSale, accepted
+from tests.support.eventually import until
 from tests.support.wire import GET, POST, TE, Wire, connection, reserve, resident
 
 GROWTH_BYTES = 64 * 1024 * 1024
@@ -226,6 +231,47 @@ async def test_blanks_behind_a_header_do_not_count(
             wire.send(reserve(item, b"Idempotency-Key: k" + blanks + b"\r\n"))
             assert await wire.status() == 202
     assert await accepted(inventory, item) == 1
+
+
+async def test_connections_leave_descriptors_to_the_process(
+    own_api: ApiServer, own_redis: RedisServer
+) -> None:
+    """Without them, a pod can neither be scraped nor reach Redis again."""
+    assert own_api.pid is not None
+    limit = 300
+    resource.prlimit(own_api.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    admin = redis_client.connect(own_redis.url)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(admin.aclose)
+        served = []
+        for _ in range(limit):
+            with suppress(ConnectionError):  # the API resets a client too many
+                wire = await stack.enter_async_context(connection(own_api))
+                wire.send(GET)
+                if await wire.status() == 200:
+                    served.append(wire)
+        assert 0 < len(served) <= limit / 2
+        scrape = await stack.enter_async_context(
+            connection(urlsplit(own_api.metrics_url).port or 0)
+        )
+        scrape.send(GET.replace(b"/healthz", b"/metrics"))
+        assert await scrape.status() == 200
+        await admin.client_kill_filter(_type="normal", skipme=True)
+
+        async def bought() -> bool:
+            served[0].send(reserve(OWN_SALE.item_id))
+            return await served[0].status() == 202
+
+        await until(bought)
+        for wire in served:
+            wire.writer.close()
+
+        async def healthy() -> bool:
+            async with connection(own_api) as wire:
+                wire.send(GET)
+                return await wire.status() == 200
+
+        await until(healthy, ignoring=(ConnectionError,))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -85,6 +86,18 @@ async def monitored(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     finally:
         process.kill()
         process.wait()
+
+
+async def test_of_many_connections_in_one_moment_the_oldest_are_closed(
+    monitored: Monitored,
+) -> None:
+    async with AsyncExitStack() as stack:
+        monitored.process.send_signal(signal.SIGSTOP)
+        many = range(MAX_CONNECTIONS + 20)
+        wires = [await stack.enter_async_context(connection(monitored.port)) for _ in many]
+        monitored.process.send_signal(signal.SIGCONT)
+        for wire in wires[:20]:
+            await wire.rest()
 
 
 async def test_misused_connections_are_bounded_and_closed(monitored: Monitored) -> None:

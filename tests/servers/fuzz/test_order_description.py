@@ -20,6 +20,7 @@ from tests.support.description import Description, Seen
 from tests.support.eventually import until
 from tests.support.orders import TOKENS, Shop, order_client
 from tests.support.proxy import Proxy
+from tests.support.redis_users import API, url_of
 
 ORDERS = Description("openapi-orders.json")
 PLACE = "/sales/{itemId}/reservations/{reservationId}"
@@ -39,12 +40,12 @@ class SeenByOrders(Seen):
 
 @pytest.fixture
 async def own_orders(
-    tmp_path: Path, proxy: Proxy, own_inventory: Inventory
+    tmp_path: Path, own_redis: RedisServer, proxy: Proxy, own_inventory: Inventory
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The order port of an API that reaches its own Redis through a proxy, and no Kafka."""
     del own_inventory  # the sale exists before the API starts
     nowhere = f"127.0.0.1:{free_port()}"
-    addresses = Addresses(f"redis://127.0.0.1:{proxy.port}/0", nowhere, "")
+    addresses = Addresses(url_of(own_redis, API, proxy.port), nowhere, "")
     server = ApiServer(tmp_path / "own", addresses, order_tokens=TOKENS[0])
     await asyncio.to_thread(server.start)
     async with order_client(server) as client:

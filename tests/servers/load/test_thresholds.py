@@ -151,6 +151,32 @@ def test_a_refused_buyer_fails_a_soak(engine: Engine) -> None:
     assert "buyers_refused" in done.stderr
 
 
+def test_a_closed_loop_that_sells_each_user_one_unit_passes(engine: Engine) -> None:
+    buyers = set()
+
+    def once(number: int, body: dict[str, object]) -> tuple[int, dict[str, object]]:
+        if body["userId"] in buyers:
+            return refused("limit-reached")
+        buyers.add(body["userId"])
+        return accepted(number, body)
+
+    engine.answer = once
+
+    done = run(engine, "closed-loop.js")
+
+    assert done.returncode == 0, done.stdout
+    assert buyers == {f"user_{number}" for number in range(1, 6)}
+
+
+def test_a_second_unit_for_a_user_fails_a_closed_loop(engine: Engine) -> None:
+    engine.answer = sells(6)
+
+    done = run(engine, "closed-loop.js")
+
+    assert done.returncode == 99, done.stdout
+    assert "units_accepted" in done.stderr
+
+
 def test_an_invalid_setting_is_named(engine: Engine) -> None:
     done = run(engine, "stampede.js", P95_MS="quick")
 

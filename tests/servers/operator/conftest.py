@@ -10,6 +10,8 @@ from redis.asyncio import Redis
 from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import ledger, redis_client
 from flashsale.sale import SaleSpec
+from tests.support import redis_users
+from tests.support.redis_users import TESTER, url_of
 from tests.support.servers import database
 from tests.support.simulated_shop import SimulatedShop
 
@@ -28,13 +30,14 @@ def other(spec: SaleSpec) -> SaleSpec:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server for these tests alone, because they wipe it and wait for heartbeats in it."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+    options = redis_users.options()
+    with RedisServer(tmp_path_factory.mktemp("redis"), options=options) as server:
         yield server
 
 
 @pytest.fixture
 async def redis(redis_server: RedisServer) -> AsyncIterator["Redis"]:
-    client = redis_client.connect(redis_server.url)
+    client = redis_client.connect(url_of(redis_server, TESTER))
     await client.flushall()
     yield client
     await client.aclose()
@@ -77,7 +80,8 @@ def within(
     """Return a function that runs a coroutine in a shop, from a test without an event loop."""
 
     async def run(does: Callable[[SimulatedShop], Awaitable[None]]) -> None:
-        redis, pool = redis_client.connect(redis_server.url), await ledger.connect(database_url)
+        redis = redis_client.connect(url_of(redis_server, TESTER))
+        pool = await ledger.connect(database_url)
         try:
             await ledger.migrate(pool)
             await does(SimulatedShop(redis, pool))

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from flashsale import ledger
+from dev.stack.servers import RedisServer
+from flashsale import ledger, redis_client
 from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
@@ -244,6 +245,36 @@ async def test_a_redis_at_another_address_is_reported(shop: SimulatedShop, spec:
     assert kube.reasons()["Ready"] == "RedisMoved"
     assert await ledger.sale(shop.pool, spec.sale_id) is None
     assert await shop.redis.keys("*") == []
+
+
+async def test_a_redis_that_the_sales_have_left_sells_no_unit_again(
+    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
+) -> None:
+    """A rollback starts the API at the former address, at which the sale was never paused."""
+    client = redis_client.connect(f"{redis_server.url.rpartition('/')[0]}/1")
+    moved = SimulatedShop(client, shop.pool)
+    kube = FakeKube(sold)
+    former = controller(shop, kube)
+    try:
+        await ledger.adopt_redis(shop.pool, moved.inventory.address)
+        # It lacks no unit of the ledger, so it may be the right Redis by another name.
+        await former.reconcile(Key.of(sold.sale_id))
+        assert await shop.buy(sold.item_id, "d") == [Outcome.ACCEPTED]
+        await shop.record(sold.item_id)
+        await moved.apply(sold)
+        assert await moved.buy(sold.item_id, "e", "f") == [Outcome.ACCEPTED] * 2
+        await moved.record(sold.item_id)
+        await former.reconcile(Key.of(sold.sale_id))
+        assert await shop.buy(sold.item_id, "g") == [Outcome.FENCED]
+        assert kube.reasons()["Ready"] == "RedisMoved"
+        await ledger.adopt_redis(shop.pool, shop.inventory.address)
+        await shop.apply(sold)
+        assert await shop.buy(sold.item_id, "f", "g") == [
+            Outcome.LIMIT_REACHED,
+            Outcome.ACCEPTED,
+        ]
+    finally:
+        await client.aclose()
 
 
 async def test_a_crd_without_the_engine_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:

@@ -224,10 +224,17 @@ def test_a_directory_without_manifests_is_a_mistake(ctl: Ctl, tmp_path: Path) ->
     )
 
 
+def test_an_export_without_sales_is_a_mistake(ctl: Ctl, tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text("apiVersion: v1\nkind: List\nitems: []\n")
+    error = f"flashsalectl: {file}: contains no FlashSale"
+    assert ctl("apply", "-f", str(file)) == (1, [], [error])
+
+
 def test_directories_lists_and_several_files_are_applied(ctl: Ctl, tmp_path: Path) -> None:
     """The files of `kubectl apply -f`, such as the export of a lost cluster."""
     folder = tmp_path / "sales"
-    folder.mkdir()
+    (folder / "archive.yaml").mkdir(parents=True)
     listed = [flash_sale(name, stock=1) for name in ("a", "b")]
     export = {"apiVersion": "v1", "kind": "List", "items": listed}
     (folder / "export.json").write_text(json.dumps(export, indent="\t"))

@@ -1,6 +1,7 @@
 """The wait for events in flight before a rebuild, on real Redis and PostgreSQL."""
 
 import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,21 @@ async def test_the_drain_waits_for_unacknowledged_events_of_a_living_pod(
     assert await not_drained(shop, sold) == ("pod pod-1 has 2 unacknowledged events",)
     await beat(shop, sold.item_id, unacknowledged=0)
     assert not await not_drained(shop, sold)
+
+
+async def test_the_drain_waits_for_unacknowledged_events_of_a_pod_of_the_previous_version(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """It beats only in a key of its own, for all items, and names no run."""
+    server = await shop.inventory.server()
+    report = {
+        "podId": "former",
+        "unacknowledged": {sold.item_id: 2},
+        "sampledMs": server.now_ms + CALL_DEADLINE_MS + 60_000,
+    }
+    await shop.redis.sadd("flashsale:pods", "former")
+    await shop.redis.set("flashsale:pod:former", json.dumps(report), ex=heartbeat.EXPIRY_SECONDS)
+    assert await not_drained(shop, sold) == ("pod former has 2 unacknowledged events",)
 
 
 async def test_the_drain_ignores_events_of_other_items(shop: SimulatedShop, sold: SaleSpec) -> None:

@@ -17,6 +17,7 @@ from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales.decision import spec_of
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
+from tests.support.redis_users import OPERATOR, TESTER, url_of
 from tests.support.simulated_shop import SimulatedShop
 
 FOREIGN = str(uuid.UUID(int=7))
@@ -133,7 +134,7 @@ async def test_a_sale_of_the_previous_version_is_adopted(
 @pytest.fixture
 def moved_url(redis_server: RedisServer) -> str:
     """Another address: the second database of the same server."""
-    return f"{redis_server.url.rpartition('/')[0]}/1"
+    return f"{url_of(redis_server, TESTER).rpartition('/')[0]}/1"
 
 
 async def test_a_redis_at_another_address_gets_no_sale_until_it_is_adopted(
@@ -196,7 +197,7 @@ async def test_a_redis_of_another_engine_cannot_be_adopted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     environ = {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": other_database_url,
     }
     assert await asyncio.to_thread(run, ["adopt-redis"], environ) == 1

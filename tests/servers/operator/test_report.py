@@ -17,6 +17,7 @@ from flashsale.sale import SaleSpec
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.ctl.report import FIRST_SECONDS, MAX_BARS
 from flashsale_operator.sales import offsets
+from tests.support.redis_users import OPERATOR, url_of
 from tests.support.simulated_shop import SimulatedShop
 
 Ctl = Callable[..., tuple[int, list[str], list[str]]]
@@ -30,7 +31,7 @@ NAME = "<script>alert('x')</script> & \"co\""
 def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
     Redis.from_url(redis_server.url).flushall()
     return {
-        "FLASHSALE_REDIS_URL": redis_server.url,
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
         "FLASHSALE_DATABASE_URL": database_url,
         "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
     }
@@ -254,10 +255,10 @@ def test_a_report_needs_only_the_ledger(
 
 @pytest.mark.usefixtures("topic")
 def test_the_verdict_has_its_reasons(
-    ctl: Ctl, environ: dict[str, str], within: Within, spec: SaleSpec
+    ctl: Ctl, redis_server: RedisServer, within: Within, spec: SaleSpec
 ) -> None:
     within(lambda shop: reserve(shop, spec, 1))
-    Redis.from_url(environ["FLASHSALE_REDIS_URL"]).flushall()
+    Redis.from_url(redis_server.url).flushall()
     _, lines, _ = ctl("report", spec.item_id)
     begin = next(number for number, line in enumerate(lines) if line.startswith("Audit at "))
     assert lines[begin].endswith(": DISAGREES")

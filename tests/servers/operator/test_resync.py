@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from flashsale import keys
+from flashsale import keys, redis_client
 from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
@@ -129,6 +129,23 @@ async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None)
         running.cancel()
         await asyncio.wait([running])
     return own
+
+
+async def test_the_operator_is_not_ready_until_every_server_has_answered(
+    shop: SimulatedShop,
+) -> None:
+    kube = FakeKube(refused=["default"])
+    own = await unready(
+        shop, "the account may list no FlashSales", resync_of(shop, kube, Queue(), "default")
+    )
+    kube.refused = ()
+    await unready(shop, "", own)
+    away = redis_client.connect("redis://127.0.0.1:1/0")
+    without_redis = SimulatedShop(away, shop.pool)
+    await unready(
+        without_redis, "Redis is unavailable", resync_of(without_redis, FakeKube(), Queue())
+    )
+    await away.aclose()
 
 
 async def test_the_operator_is_ready_after_a_resync_and_during_later_outages(

@@ -32,7 +32,7 @@ async def failing() -> Answer:
 @asynccontextmanager
 async def served(handlers: Mapping[str, monitoring.Handler]) -> AsyncIterator[int]:
     """Serve and yield the port."""
-    (listener,) = bound("127.0.0.1:0")
+    (listener,) = bound("LISTEN", "127.0.0.1:0")
     port = listener.getsockname()[1]
     async with serving([listener], handlers):
         yield port

@@ -24,7 +24,7 @@ def answers(listening: list[socket.socket], host: str) -> bool:
 )
 def test_an_address_listens_on_its_families(listen: str, ipv4: bool, ipv6: bool) -> None:
     with ExitStack() as stack:
-        listening = [stack.enter_context(each) for each in bound(listen)]
+        listening = [stack.enter_context(each) for each in bound("LISTEN", listen)]
         assert (answers(listening, "127.0.0.1"), answers(listening, "::1")) == (ipv4, ipv6)
 
 
@@ -44,12 +44,12 @@ def test_a_machine_without_ipv6_listens_on_ipv4(
 
         monkeypatch.setattr(socket, "create_server", refuse)
     with ExitStack() as stack:
-        listening = [stack.enter_context(each) for each in bound("[::]:0")]
+        listening = [stack.enter_context(each) for each in bound("LISTEN", "[::]:0")]
         assert answers(listening, "127.0.0.1")
 
 
-def test_an_occupied_address_is_an_error() -> None:
+def test_the_error_for_an_occupied_address_names_the_variable() -> None:
     with ExitStack() as stack:
-        [first] = [stack.enter_context(each) for each in bound("[::]:0")]
-        with pytest.raises(OSError, match="in use"):
-            bound(f"[::]:{first.getsockname()[1]}")
+        [first] = [stack.enter_context(each) for each in bound("LISTEN", "[::]:0")]
+        with pytest.raises(OSError, match=r"FLASHSALE_LISTEN cannot be served: .* in use"):
+            bound("LISTEN", f"[::]:{first.getsockname()[1]}")

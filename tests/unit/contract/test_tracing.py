@@ -33,7 +33,17 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
 def test_tracing_is_off_unless_an_endpoint_or_exporter_is_set(
     environ: dict[str, str], on: bool
 ) -> None:
-    assert wanted(environ) is on
+    assert wanted(dict(environ)) is on
+
+
+def test_the_sdk_reads_no_newline_at_the_end_of_a_secret() -> None:
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": "api-key=secret"}
+    environ = {
+        name: f"{value}\n"
+        for name, value in {**ENDPOINT, **headers, "OTEL_TRACES_EXPORTER": "otlp"}.items()
+    }
+    assert wanted(environ)
+    assert environ == {**ENDPOINT, **headers, "OTEL_TRACES_EXPORTER": "otlp"}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ TAKING_PAYMENT: Final = (DOCS / "taking-payment.md").read_text()
 _FENCE: Final = re.compile(r"^( *```).*?^\1", re.DOTALL | re.MULTILINE)
 _CODE_SPAN: Final = re.compile(r"`[^`\n]*`")
 _LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
+_PATH: Final = re.compile(
+    r"(?<![\w./-])(?:\.ci|\.github|bench|charts|dev|docs|examples|k8s|loadtest|operator|services|src"
+    r"|tests)/[\w./-]*\w"
+)
 _HEADING: Final = re.compile(r"^#+ +(.*)$", re.MULTILINE)
 
 
@@ -148,6 +152,14 @@ def test_every_test_that_the_reliability_page_names_exists() -> None:
         assert test in defined, f"{path} has no {test}"
 
 
+def test_every_combination_of_two_releases_has_a_test() -> None:
+    combinations = RELIABILITY.partition("## Two releases")[2].partition("### Tenants")[0]
+    rows = [line for line in combinations.splitlines() if re.match(r"\| (?!shared |-|\|)", line)]
+    parts = {re.split(r"[ ,]", row)[1] for row in rows}
+    assert parts == {"Kafka", "Redis", "ledger", "namespaces"}
+    assert not [row for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+` \|$", row)]
+
+
 def test_every_fault_of_the_reference_has_a_test() -> None:
     faults = RELIABILITY.partition("## Faults of the reference")[2]
     rows = [line for line in faults.splitlines() if re.match(r"\| (?!fault |-|\|)", line)]
@@ -162,6 +174,7 @@ def test_every_failure_of_another_shop_has_a_test() -> None:
     assert not [row for row in rows if "`tests/" not in row]
 
 
-def test_every_file_that_the_reliability_page_names_exists() -> None:
-    for path in set(re.findall(r"`((?:tests|services|docs)/[\w/]+\.\w+)`", RELIABILITY)):
-        assert (ROOT / path).is_file(), path
+def test_every_path_that_a_page_names_exists() -> None:
+    for page in pages():
+        for path in _PATH.findall(page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"

@@ -1,6 +1,7 @@
 """FlashSale manifests: parsed values, and messages about mistakes."""
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ OPTIONAL = ("maxPerUser", "paused", "holdSeconds", "maxExpiredHolds")
 MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
     f"a{n}: &a{n}\n  <<: [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
 )
+TOO_DEEP = ("not YAML: nested too deeply",)
 HEAD = "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\nmetadata: {name: a}\n"
 
 
@@ -24,6 +26,13 @@ def mistakes(text: str) -> tuple[str, ...]:
     with pytest.raises(ManifestError) as refused:
         parse(text)
     return refused.value.mistakes
+
+
+def parse_or_mistake(text: str) -> list[SaleSpec] | tuple[str, ...]:
+    try:
+        return parse(text)
+    except ManifestError as error:
+        return error.mistakes
 
 
 def with_stock(text: str) -> str:
@@ -133,7 +142,7 @@ def test_aliases_of_aliases_take_no_memory() -> None:
     assert "a59: unknown field" in mistakes(f"a0: &a0 [1]\n{levels}")
 
 
-def exported(*names: str, kind: str = "List") -> dict[str, object]:
+def exported(*names: str, kind: str = "List") -> dict[str, Any]:
     """Return the output of `kubectl get -o json`."""
     items = [manifest(Bad((), metadata={"name": name})) for name in names]
     return {"apiVersion": "v1", "kind": kind, "items": items, "metadata": {"resourceVersion": ""}}
@@ -147,6 +156,18 @@ def test_the_items_of_a_list_are_sales(kind: str) -> None:
     ):
         assert [spec.sale_id for spec in parse(text)] == ["default/a", "default/b"]
     assert parse(json.dumps(exported(kind=kind))) == []
+
+
+def test_lists_in_lists_are_read() -> None:
+    listed = exported("a") | {"items": [exported("b", "c"), exported(), *exported("d")["items"]]}
+    assert [spec.sale_id for spec in parse(json.dumps(listed))] == [
+        f"default/{name}" for name in "bcd"
+    ]
+    listed["items"][0] = exported("b", "B")
+    assert mistakes(json.dumps(listed)) == (f"item 1: item 2: {NAME}",)
+    for depth in (*range(100, 1_000, 20), 20_000):
+        deep = '{"kind":"List","items":[' * depth + "]}" * depth
+        assert parse_or_mistake(deep) in ([], ("nested too deeply",), TOO_DEEP)
 
 
 def test_a_mistake_in_a_list_names_its_item() -> None:

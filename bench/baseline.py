@@ -1,4 +1,4 @@
-"""The ceiling: an app that does nothing, on the API's own server with the API's settings.
+"""The baseline: an app that does nothing, on the API's own server with the API's settings.
 
 It reads the body and answers 202 with as many bytes as a reservation has.
 """
@@ -15,7 +15,7 @@ from flashsale_api.servers import server_of
 _BODY: Final = b'{"reservationId":"' + b"x" * 180 + b'"}'
 _HEADERS: Final = [
     (b"content-type", b"application/json"),
-    (b"location", b"/sales/ceiling/reservations/00000000-0000-7000-8000-000000000000"),
+    (b"location", b"/sales/baseline/reservations/00000000-0000-7000-8000-000000000000"),
     (b"content-length", b"%d" % len(_BODY)),
 ]
 
