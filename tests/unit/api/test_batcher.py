@@ -156,7 +156,7 @@ async def test_a_silent_node_takes_no_place_and_no_call_of_another_one() -> None
     waiting.append(decide(batcher, "other-0", a_request(1)))
     await turns()
     assert len(inventory.calls) == sent + 1
-    for _ in range(MAX_WAITING):
+    for _ in waiting:
         inventory.go.release()
     await batcher.close()
 
