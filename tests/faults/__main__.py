@@ -73,6 +73,7 @@ class _Line:
 class _Summary:
     """The totals of all schedules, by kind of fault."""
 
+    clustered: bool
     kinds: dict[str, _Line] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
     failed: list[int] = field(default_factory=list)
@@ -109,12 +110,13 @@ class _Summary:
         print("\n".join(["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]))
         print(", ".join(f"{kind}: {count:,}" for kind, count in self.answers.most_common()))
         if self.failed:
-            again = " ".join(f"`make faults N=1 SEED={seed}`" for seed in self.failed)
+            of = " REDIS=cluster" if self.clustered else ""
+            again = " ".join(f"`make faults N=1 SEED={seed}{of}`" for seed in self.failed)
             print(f"FAILED: {again}")
 
 
 async def _all(seeds: Sequence[int], keep_going: bool, *, clustered: bool) -> int:
-    summary, began = _Summary(), time.monotonic()
+    summary, began = _Summary(clustered), time.monotonic()
     left = list(seeds)
     try:
         while left and (keep_going or not summary.failed):
