@@ -69,4 +69,7 @@ class Bystander:
     def __str__(self) -> str:
         counts = Counter(entry.status for entry in self.journal)
         p95 = percentile((entry.seconds for entry in self.journal), 95)
-        return f"on another node: {dict(counts)}, P95 {p95 * 1000:.0f} ms"
+        return (
+            f"on another node: {len(self.journal)} answers, {counts[202]} of them 202 and "
+            f"{counts[503]} of them 503, P95 {p95 * 1000:.0f} ms"
+        )

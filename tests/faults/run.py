@@ -92,7 +92,8 @@ async def run(world: World, schedule: Schedule) -> Result:
         await world.delete(sale)
     except Broken as broken:
         journal: list[Answer | Call] = [*crowd.journal, *shop.journal]
-        raise Failed(schedule, journal, "\n".join(map(str, broken.args))) from None
+        reasons = [*broken.args, *([bystander] if bystander else [])]
+        raise Failed(schedule, journal, "\n".join(map(str, reasons))) from None
     except Exception as error:
         raise Failed(schedule, [*crowd.journal, *shop.journal], repr(error)) from error
     return result

@@ -42,6 +42,8 @@ class Kind(StrEnum):
     REDIS_FAILOVER = "failover to a replica that lags"
     REDIS_AND_BACK = "failover to a replica that lags, and back"
     REDIS_TWO_LOST = "two of three nodes of Redis killed, and their replicas promoted by hand"
+    REDIS_FORCED = "failover by force, while the primary sells"
+    REDIS_PARTITION = "a node of Redis cut off from the others, and replaced"
     REDIS_SLOT_MOVED = "the slot of the sale moved to another node"
     CUT_REDIS = "connections cut before Redis' replies"
     CUT_POSTGRES = "connections cut before PostgreSQL's replies"
@@ -63,13 +65,17 @@ LOSES_IN_REDIS: Final = frozenset(
         Kind.REDIS_FAILOVER,
         Kind.REDIS_AND_BACK,
         Kind.REDIS_TWO_LOST,
+        Kind.REDIS_FORCED,
+        Kind.REDIS_PARTITION,
     }
 )
 """After these faults, Redis may lack reservations that it has answered. A power cut loses the last
 second with `everysec`, and nothing with `always`.
 """
 
-CLUSTER_ONLY: Final = frozenset({Kind.REDIS_TWO_LOST, Kind.REDIS_SLOT_MOVED})
+CLUSTER_ONLY: Final = frozenset(
+    {Kind.REDIS_TWO_LOST, Kind.REDIS_FORCED, Kind.REDIS_PARTITION, Kind.REDIS_SLOT_MOVED}
+)
 """These faults need a Redis Cluster."""
 REPLICA_ONLY: Final = frozenset({Kind.REDIS_FAILOVER, Kind.REDIS_AND_BACK})
 """These faults need a replica."""

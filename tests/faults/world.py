@@ -239,12 +239,22 @@ class World:
                 await self.redis.fail_over(step.seconds)
                 await self.redis.await_health()
                 await self.redis.fail_over(step.seconds)
+            case _:
+                assert isinstance(self.redis, RedisShards), step
+                await self._do_to_shards(step, self.redis)
+
+    async def _do_to_shards(self, step: Step, redis: RedisShards) -> None:
+        match step.kind:
+            case Kind.REDIS_TWO_LOST:
+                await redis.lose_two(step.seconds)
+            case Kind.REDIS_FORCED:
+                await redis.force()
+            case Kind.REDIS_PARTITION:
+                await redis.partition(step.seconds)
+            case Kind.REDIS_SLOT_MOVED:
+                await redis.move_slot()
             case kind:
-                assert isinstance(self.redis, RedisShards), kind
-                if kind is Kind.REDIS_TWO_LOST:
-                    await self.redis.lose_two(step.seconds)
-                else:
-                    await self.redis.move_slot()
+                raise AssertionError(kind)
 
     async def _cut(self, step: Step) -> None:
         match step.kind:
