@@ -56,8 +56,11 @@ class Bystander:
     def stop(self) -> None:
         self._stopped.set()
 
-    def check(self, schedule: Schedule) -> None:
-        """Raise Broken if the faults of another node alone have refused a request."""
+    def check(self, schedule: Schedule) -> str:
+        """Raise Broken if the faults of another node alone have refused a request.
+
+        Returns the answers as text.
+        """
         kinds = {step.kind for step in schedule.steps}
         if Kind.REDIS_TWO_LOST not in kinds and all(
             kind.name.startswith("REDIS_") or kind in OF_BUYERS for kind in kinds
@@ -65,6 +68,7 @@ class Bystander:
             refused = Counter(entry.outcome for entry in self.journal if entry.status != 202)
             if refused:
                 raise Broken(f"a sale on another node was refused: {dict(refused)}")
+        return str(self)
 
     def __str__(self) -> str:
         counts = Counter(entry.status for entry in self.journal)

@@ -86,8 +86,7 @@ async def run(world: World, schedule: Schedule) -> Result:
         result = await check(world, crowd, shop, sale)
         result.recovery_seconds = seconds
         if bystander:
-            result.bystander = str(bystander)
-            bystander.check(schedule)
+            result.bystander = bystander.check(schedule)
             await world.delete(bystander.sale)
         await world.delete(sale)
     except Broken as broken:

@@ -27,6 +27,7 @@ PROGRAMS = {
             "tests.faults",
             "dev.stack",
             "dev.local",
+            "dev.soak",
         )
     },
 }
@@ -59,6 +60,8 @@ BAD = [
     ("tests.faults", ["--workers", "0"], "--workers: must be at least 1"),
     ("tests.faults", ["--redis", "two"], "--redis"),
     ("dev.stack", ["sing"], "'sing'"),
+    ("dev.soak", ["--minutes", "0"], "--minutes: must be a number above 0, not 0"),
+    ("dev.soak", ["--rate", "many"], "--rate: must be a number above 0, not many"),
     ("dev.local", [], "required"),
     ("dev.local", ["sideways"], "'sideways'"),
     ("dev.local", ["up", "--port", "64526"], "--port: must be a number from 1 to 64525"),
