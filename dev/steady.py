@@ -98,10 +98,11 @@ class Buyers:
 
     async def run(self, seconds: float) -> None:
         """Let buyers arrive for so long, and return once each is served or has failed."""
-        began, arrived = time.monotonic(), 0
+        began, arrived, count = time.monotonic(), 0, int(seconds * self._rate)
         async with asyncio.TaskGroup() as buyers:
-            while (passed := time.monotonic() - began) < seconds:
-                for _ in range(int(passed * self._rate) - arrived):
+            while arrived < count:
+                due = int((time.monotonic() - began) * self._rate)
+                for _ in range(min(due, count) - arrived):
                     arrived += 1
                     buyers.create_task(self._buy(f"buyer-{arrived}"))
                 await asyncio.sleep(TICK_SECONDS)
