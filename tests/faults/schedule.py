@@ -63,7 +63,9 @@ LOSES_IN_REDIS: Final = frozenset(
 second with `everysec`, and nothing with `always`.
 """
 
-CLUSTER_ONLY: Final = frozenset({Kind.REDIS_TWO_LOST, Kind.REDIS_PARTITION, Kind.REDIS_SLOT_MOVED})
+CLUSTER_ONLY: Final = frozenset(
+    {Kind.REDIS_TWO_LOST, Kind.REDIS_FORCED, Kind.REDIS_PARTITION, Kind.REDIS_SLOT_MOVED}
+)
 """These faults need a Redis Cluster."""
 _FREEZES: Final = {
     # Some are longer than the life of a heartbeat (5 s), so that a rebuild must go on without the
