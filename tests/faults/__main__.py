@@ -85,7 +85,7 @@ def run(
 
         def proceed(worker: Worker) -> None:
             if left and (keep_going or not any(outcome.failure for outcome in outcomes)):
-                worker.run(_next(left, worker))
+                worker.run(_next(left, worker, [other.redis for other in busy.values()]))
                 busy[worker.connection] = worker
 
         for number in range(workers):
@@ -103,9 +103,16 @@ def run(
                 proceed(worker)
 
 
-def _next(left: list[Schedule], worker: Worker) -> Schedule:
-    """Take the schedule that needs the fewest new servers of a worker."""
-    counts = {redis: sum(made.redis is redis for made in left) for redis in Redis}
+def _next(left: list[Schedule], worker: Worker, others: list[Redis | None]) -> Schedule:
+    """Take the schedule that needs the fewest new servers of a worker.
+
+    A worker that needs another kind of Redis takes the one with the most schedules per worker.
+    `others` are the kinds of the busy workers.
+    """
+    counts = {
+        redis: sum(made.redis is redis for made in left) / (1 + others.count(redis))
+        for redis in Redis
+    }
     made = min(
         left,
         key=lambda made: (
