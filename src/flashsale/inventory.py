@@ -109,6 +109,14 @@ class Look(NamedTuple):
     server: ServerTime
 
 
+class Survey(NamedTuple):
+    """The sales and the servers of some items. `away` are the items that cannot be read now."""
+
+    sales: dict[str, Sale]
+    servers: dict[str, ServerTime]
+    away: list[str]
+
+
 class Inventory:
     """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
@@ -286,22 +294,23 @@ class Inventory:
         if items := list(item_ids):
             await self._try(self._items, lambda redis: redis.sadd(self._items, *items))
 
-    async def items(self) -> list[str]:
-        """Returns the items that have keys, sorted.
+    async def items(self, known: Iterable[str] = ()) -> list[str]:
+        """Returns the items that have keys and the `known` ones, sorted.
 
-        While the index is away, these are the items that this object has read last.
+        While the index is away, these are the known ones, and those that this object has read last.
         """
+        found = set(known)
         try:
             members = await self.nodes.call(
                 self._items,
                 lambda redis: cast("Awaitable[set[str]]", redis.smembers(self._items)),
             )
         except RedisUnavailable:
-            if not self._last_items:
+            if not (found or self._last_items):
                 raise
         else:
             self._last_items = sorted(members)
-        return list(self._last_items)
+        return sorted(found.union(self._last_items))
 
     async def server(self, item_id: str = "") -> ServerTime:
         """Returns the clock and run of an item's server. A sale of another run is fenced.
@@ -352,6 +361,32 @@ class Inventory:
         away.
         """
 
+        found = {}
+        for item_id, reply in (await self._read(item_ids, partial=skip_unreadable)).items():
+            try:
+                if sale := _sale_of(item_id, reply):
+                    found[item_id] = sale
+            except ContractViolation:
+                if not skip_unreadable:
+                    raise
+        return found
+
+    async def survey(self, item_ids: Iterable[str]) -> Survey:
+        """Returns the sales and servers of items, and which items cannot be read now.
+
+        Raises `ContractViolation` if a sale cannot be read, and `RedisUnavailable` if no item can.
+        """
+        wanted = set(item_ids)
+        servers = await self.servers(wanted)
+        replies = await self._read(servers, partial=True)
+        sales = {item_id: _sale_of(item_id, reply) for item_id, reply in replies.items()}
+        return Survey(
+            {item_id: sale for item_id, sale in sales.items() if sale},
+            {item_id: servers[item_id] for item_id in sales},
+            sorted(wanted.difference(sales)),
+        )
+
+    async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
         def queue(pipeline: "Pipeline", item_id: str) -> None:
             item = self._keys(item_id)
             pipeline.hgetall(item.sale)
@@ -359,16 +394,7 @@ class Inventory:
             pipeline.exists(item.buyers, item.reservations, item.outbox)
             pipeline.zcard(item.holds)
 
-        replies = await self.nodes.each(item_ids, self._sale_key, queue, partial=skip_unreadable)
-        found = {}
-        for item_id, (fields, outbox_length, parts, holds) in replies.items():
-            if fields:
-                try:
-                    found[item_id] = _sale(item_id, fields, outbox_length, parts, holds)
-                except ContractViolation:
-                    if not skip_unreadable:
-                        raise
-        return found
+        return await self.nodes.each(item_ids, self._sale_key, queue, partial=partial)
 
     async def look(self, item_id: str, reservation_id: str = "") -> Look:
         """Reads an item's sale, and one of its reservations, in one quick round trip.
@@ -557,6 +583,11 @@ def _server(time: tuple[int, int], info: Mapping[str, Any]) -> ServerTime:
     # redis-py converts an id of digits only, such as 40 zeros, to a number.
     ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
     return ServerTime(time[0] * 1000 + time[1] // 1000, ":".join(ids))
+
+
+def _sale_of(item_id: str, reply: Sequence[Any]) -> Sale | None:
+    fields, *counts = reply
+    return _sale(item_id, fields, *counts) if fields else None
 
 
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int, holds: int) -> Sale:

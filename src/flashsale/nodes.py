@@ -84,6 +84,7 @@ class Nodes:
         self._look: asyncio.Task[None] | None = None
         self._next_look = 0.0
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = asyncio.Event()
         self.single: Node | None = None
         """The only server, if the address does not belong to a cluster."""
 
@@ -283,7 +284,9 @@ class Nodes:
             await asyncio.gather(self._look, return_exceptions=True)
         self._drop(self._primaries.values())
         self._primaries, self._owners = {}, []
+        self._closed.set()
         await asyncio.gather(*self._closing)
+        self._closed.clear()
 
     async def _probe(self, node: Node) -> None:
         try:
@@ -390,9 +393,20 @@ class Nodes:
 
     def _drop(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            task = asyncio.create_task(node.redis.aclose())
+            node.pool.close_link()
+            task = asyncio.create_task(self._close_later(node))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    async def _close_later(self, node: Node) -> None:
+        """Closes the connections of a node after the last call that may use one.
+
+        redis-py raises an `AttributeError` if a connection is closed while it connects.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * NODE_SECONDS):
+                await self._closed.wait()
+        await node.redis.aclose()
 
 
 _Slots: TypeAlias = list[tuple[int, int, str, int]]

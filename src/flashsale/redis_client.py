@@ -102,9 +102,13 @@ class Pool(BlockingConnectionPool):
                     self._link = await self._new_link()
         return self._link
 
-    async def disconnect(self, inuse_connections: bool = True) -> None:
+    def close_link(self) -> None:
+        """Closes the link at once, if there is one. Calls in flight fail."""
         if self._link is not None:
             self._link.close()
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        self.close_link()
         if self.nodes is not None:
             await self.nodes.close()
         await super().disconnect(inuse_connections)

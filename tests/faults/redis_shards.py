@@ -15,6 +15,7 @@ from dev.stack.redis import RedisServer
 from dev.stack.redis_cluster import RedisCluster
 from flashsale.keys import ItemKeys
 from flashsale.requirements import SLOTS
+from tests.faults.bus import Bus
 from tests.faults.redis_pair import DEADLINE_SECONDS, RedisPair, ask
 
 NODE_TIMEOUT_MS: Final = "2000"
@@ -37,6 +38,7 @@ class RedisShards(RedisPair):
         options = ("--cluster-node-timeout", NODE_TIMEOUT_MS)
         self.cluster = RedisCluster(folder / "shards", replicas=1, options=options)
         self.servers = tuple(self.cluster.servers)
+        self.bus = Bus(self.servers)
         self._following = self.servers[0]
         self._slot = 0
 
@@ -46,19 +48,21 @@ class RedisShards(RedisPair):
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator["RedisShards"]:
-        for server in self.servers:
-            await asyncio.to_thread(server.start)
-        await asyncio.to_thread(self.cluster.form)
-        tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._measure())]
-        try:
-            await self.await_health()
-            yield self
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for server in self.servers:
-                await asyncio.to_thread(server.kill)
+        tasks: list[asyncio.Task[None]] = []
+        async with self.bus.serve():
+            try:
+                for server in self.servers:
+                    await asyncio.to_thread(server.start)
+                await asyncio.to_thread(self.cluster.form)
+                tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._measure())]
+                await self.await_health()
+                yield self
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                for server in self.servers:
+                    await asyncio.to_thread(server.kill)
 
     async def follow(self, item: str) -> None:
         """Let the following faults affect the primary of an item."""
@@ -89,6 +93,37 @@ class RedisShards(RedisPair):
             await ask(self._partner(server).port, "CLUSTER", "FAILOVER", "TAKEOVER")
         for server in lost:
             await asyncio.to_thread(server.start)
+
+    async def force(self) -> None:
+        """Promote the replica, while its primary sells on."""
+        await self.await_health()
+        replica = self._replica
+        await ask(replica.port, "CLUSTER", "FAILOVER", "FORCE")
+        await self._elected(replica)
+
+    async def partition(self, seconds: float) -> None:
+        """Cut the primary off from the other nodes until its replica is elected, and longer.
+
+        Clients still reach all nodes.
+        """
+        await self.await_health()
+        old, replica = self._following, self._replica
+        # A wrong password keeps the replica from connecting again.
+        await ask(replica.port, "CONFIG", "SET", "masterauth", "cut off")
+        self.bus.cut(old, await ask(old.port, "CLUSTER", "MYID"))
+        await ask(old.port, "CLIENT", "KILL", "TYPE", "replica")
+        try:
+            await self._elected(replica)
+            await asyncio.sleep(seconds)
+        finally:
+            self.bus.reconnect()
+            await ask(replica.port, "CONFIG", "SET", "masterauth", "")
+
+    async def _elected(self, replica: RedisServer) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while (await ask(replica.port, "INFO", "replication"))["role"] != "master":
+            assert time.monotonic() < deadline, "the replica is not elected"
+            await asyncio.sleep(0.1)
 
     async def move_slot(self) -> None:
         """Move the item's slot to another primary, while calls arrive."""
@@ -128,6 +163,8 @@ class RedisShards(RedisPair):
     async def _primary(self) -> RedisServer:
         """Return the owner of the slot, by the view of the first node that answers."""
         for server in self.servers:
+            if server is self.bus.cut_off:
+                continue
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(ANSWER_SECONDS):
                     ranges = await ask(server.port, "CLUSTER", "SLOTS")

@@ -1,6 +1,7 @@
 """Runs one schedule, from declaring its sale to the last check."""
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -40,29 +41,25 @@ async def run(world: World, schedule: Schedule) -> Result:
     """Run a schedule. Raises Failed if a promise is broken or an error occurs."""
     # Each run has its own sale, even if a seed runs twice in one world.
     item = f"phone-{schedule.seed}-{next(_number)}"
-    sale = Sale(
-        item,
-        schedule.max_per_user,
-        schedule.stock,
-        highest_stock=schedule.stock,
-        hold_seconds=schedule.hold_seconds,
-    )
+    stock, limit = schedule.stock, schedule.max_per_user
+    sale = Sale(item, limit, stock, highest_stock=stock, hold_seconds=schedule.hold_seconds)
     shop = Shop([api.orders_url for api in world.apis], TOKEN, item, seed=schedule.seed)
+    token_of = functools.cache(world.issuer.token) if schedule.tokens else None
     crowd = Crowd(
         [api.url for api in world.apis],
         item,
         seed=schedule.seed,
         users=schedule.users,
-        max_per_user=schedule.max_per_user,
+        max_per_user=limit,
         shop=shop if schedule.hold_seconds else None,
+        token_of=token_of,
     )
     world.history = History()
     bystander = None
     if isinstance(world.redis, RedisShards):
-        bystander = Bystander([api.url for api in world.apis], bystander_of(item))
+        bystander = Bystander([api.url for api in world.apis], bystander_of(item), token_of)
     try:
-        await world.redis.follow(item)
-        await world.redis.set_durability(always=schedule.always)
+        await world.prepare(schedule, item)
         await world.apply(sale)
         await await_recovery(world, crowd, item)
         if bystander:
@@ -73,7 +70,7 @@ async def run(world: World, schedule: Schedule) -> Result:
         buying = asyncio.create_task(crowd.run())
         began = time.monotonic()
         try:
-            await world.inflict(schedule, sale)
+            await world.inflict(schedule, sale, crowd)
             await asyncio.sleep(max(0.0, began + SECONDS - time.monotonic()))
             await world.redis.await_health()
             seconds = await await_recovery(world, crowd, item)
@@ -89,13 +86,13 @@ async def run(world: World, schedule: Schedule) -> Result:
         result = await check(world, crowd, shop, sale)
         result.recovery_seconds = seconds
         if bystander:
-            result.bystander = str(bystander)
-            bystander.check(schedule)
+            result.bystander = bystander.check(schedule)
             await world.delete(bystander.sale)
         await world.delete(sale)
     except Broken as broken:
         journal: list[Answer | Call] = [*crowd.journal, *shop.journal]
-        raise Failed(schedule, journal, "\n".join(map(str, broken.args))) from None
+        reasons = [*broken.args, *([bystander] if bystander else [])]
+        raise Failed(schedule, journal, "\n".join(map(str, reasons))) from None
     except Exception as error:
         raise Failed(schedule, [*crowd.journal, *shop.journal], repr(error)) from error
     return result

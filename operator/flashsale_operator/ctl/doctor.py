@@ -97,6 +97,11 @@ async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
         for each in facts:
             name = each.node or f"the address {inventory.address}"
             yield Finding(REDIS, f"{name} answers, version {each.version or 'unknown'}", "ok")
+        answered = {each.node for each in facts}
+        for node in await inventory.nodes.all():
+            if node.name not in answered:
+                text = f"{node.name} does not answer, and its sales stop: start it, or promote a"
+                yield Finding(REDIS, f"{text} replica of it", "failure")
         for finding in requirements.findings(requirements.REDIS, *facts):
             yield finding
         if any(each.backlog_ttl is None for each in facts):

@@ -47,12 +47,13 @@ def views(
 ) -> list[SaleView]:
     """Returns the sales of the ledger, then those that only Redis has, sorted by item.
 
-    `held` and `servers` have the sale and the server of each item in Redis.
+    `held` and `servers` have the sale and the server of each item in Redis. Items without a server
+    cannot be read now.
     """
     recorded = {row.sale_id for row in rows}
     return [
         *(
-            _view(row, held.get(row.item_id), servers[row.item_id])
+            _view(row, held.get(row.item_id), servers.get(row.item_id))
             for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
         ),
         *(
@@ -63,7 +64,7 @@ def views(
     ]
 
 
-def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> SaleView:
+def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime | None) -> SaleView:
     sale = None if holder and row and holder.sale_id != row.sale_id else holder
     known: Sale | SaleSpec | None = sale or (spec_of(row) if row else None)
     stored = sale or row
@@ -77,7 +78,7 @@ def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> SaleV
         item_id=known.item_id,
         sale_id=known.sale_id,
         display_name=known.display_name,
-        state=state_of(row, holder, server),
+        state=state_of(row, holder, server) if server else SaleState.UNKNOWN,
         allocated=stored.allocated,
         available=sale.available if sale else None,
         held=stored.held,

@@ -183,6 +183,22 @@ async def test_the_link_of_a_silent_node_is_closed(
     await asyncio.gather(watching, return_exceptions=True)
 
 
+async def test_a_call_survives_that_its_node_leaves_the_map(
+    cluster: RedisCluster, items: list[str]
+) -> None:
+    """A replica that is elected replaces its primary, while calls still use that one."""
+    for turns in range(1, 40):
+        client = redis_client.connect(cluster.url)
+        inventory = Inventory(client)
+        await inventory.nodes.all()
+        calling = asyncio.create_task(inventory.servers(items[:1]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        inventory.nodes._take([])
+        assert set(await calling) == set(items[:1])
+        await client.aclose()
+
+
 class Migration:
     """Moves the slot of an item to another node, one step at a time."""
 
@@ -231,6 +247,8 @@ async def test_a_slot_that_moves_is_an_outage_of_its_sale_and_then_fences_it(
         with pytest.raises(RedisUnavailable):
             await inventory.sales([item])
         assert set(await inventory.sales(items, skip_unreadable=True)) == set(others)
+        survey = await inventory.survey(items)
+        assert (set(survey.sales), survey.away) == (set(others), [item])
         assert [await sells(inventory, each) for each in others] == [True] * len(others)
 
     migration.begin()
@@ -242,6 +260,29 @@ async def test_a_slot_that_moves_is_an_outage_of_its_sale_and_then_fences_it(
     assert inventory.node_of(item) != before
     assert (await inventory.sales([item]))[item].accepted == accepted
     assert await outbox.lengths([item]) == {item: accepted}
+
+
+async def test_two_nodes_that_name_each_other_are_an_outage_of_the_sale(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    item, *others = items
+    migration = Migration(cluster, inventory, item)
+    migration.begin()
+    migration.move_keys()
+    # The target still names the source.
+    owner = migration.ask(migration.target, "CLUSTER", "MYID")
+    migration.ask(migration.source, "CLUSTER", "SETSLOT", migration.slot, "NODE", owner)
+    for _ in range(3):
+        with pytest.raises(RedisUnavailable, match="moves") as refused:
+            await outcome(inventory, item, a_request())
+        assert not refused.value.maybe_executed
+        with pytest.raises(RedisUnavailable, match="moves"):
+            await inventory.sales([item])
+        with pytest.raises(RedisUnavailable, match="moves"):
+            await inventory.close(item, f"default/{item}", 2)
+    assert [await sells(inventory, each) for each in others] == [True] * len(others)
+    migration.end()
+    assert await outcome(inventory, item, a_request()) is Outcome.FENCED
 
 
 @pytest.mark.parametrize("read", ["sales", "call"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.servers import KafkaServer, RedisCluster, RedisServer
 from dev.verdict import judge, quiet
-from flashsale import redis_client
+from flashsale import keys, redis_client
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from tests.support.engine import flashsalectl, manifest
@@ -138,6 +139,54 @@ async def check(scene: Scene, journals: dict[str, Journal]) -> None:
         assert verdict.kept, verdict
     audit = await flashsalectl(scene.addresses, "audit")
     assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+async def test_flashsalectl_answers_for_the_other_sales_while_a_node_is_away(
+    redis_cluster: RedisCluster, kafka_server: KafkaServer, database_url: str
+) -> None:
+    engine = f"cluster-{uuid.uuid4().hex[:8]}"
+    client = redis_client.connect(redis_cluster.url)
+    inventory = Inventory(client, engine)
+    await inventory.nodes.all()
+    name = inventory.nodes.name_of(keys.items(engine))
+    lost, other = (
+        next(
+            item
+            for item in map("item-{}".format, itertools.count())
+            if (inventory.node_of(item) == name) is with_index
+        )
+        for with_index in (True, False)
+    )
+    await client.aclose()
+    [server] = [each for each in redis_cluster.servers if name.endswith(f":{each.port}")]
+    address = next(each.url for each in redis_cluster.servers if each is not server)
+    addresses = Addresses(address, kafka_server.bootstrap, database_url, engine)
+    for item in (lost, other):
+        done = await flashsalectl(addresses, "apply", "-f", "-", stdin=manifest(item, stock=100))
+        assert done.returncode == 0, done.stderr
+    server.kill()
+    try:
+        said = f"flashsalectl: no node of Redis answers for {lost}: see flashsalectl doctor\n"
+        got = await flashsalectl(addresses, "get", "-o", "json")
+        sales = {sale["itemId"]: sale for sale in json.loads(got.stdout)}
+        assert (got.returncode, got.stderr) == (1, said)
+        assert (sales[lost]["state"], sales[lost]["accepted"]) == ("Unknown", None)
+        assert (sales[other]["state"], sales[other]["accepted"]) == ("Selling", 0)
+        audited = await flashsalectl(addresses, "audit")
+        assert (audited.returncode, audited.stderr) == (1, said)
+        assert [line.split()[1:] for line in audited.stdout.splitlines()[1:]] == [
+            [other, "Selling", "100", "0", "0", "0", "0", "0", "ok"]
+        ]
+        rebuilt = await flashsalectl(addresses, "rebuild", "--all")
+        assert (rebuilt.returncode, rebuilt.stderr) == (1, said)
+        one = await flashsalectl(addresses, "get", lost)
+        assert one.returncode == 1
+        assert one.stderr.startswith("flashsalectl: Redis is unavailable: ")
+        examined = await flashsalectl(addresses, "doctor")
+        assert examined.returncode == 1
+        assert f"{name} does not answer" in examined.stdout
+    finally:
+        server.start()
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
