@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
@@ -96,8 +97,11 @@ class Nodes:
         return pool.nodes
 
     def name_of(self, key: str) -> str:
-        """Returns the name of the server of a key, as far as it is known."""
-        owner = self._owners[key_slot(key.encode())] if self._owners else None
+        """Returns the name of the server of a key, as far as it is known.
+
+        An item is the hash tag of its keys, so it has their slot.
+        """
+        owner = self._owners[_slot(key)] if self._owners else None
         return owner.name if owner else ""
 
     async def of(self, key: str) -> Node:
@@ -105,7 +109,7 @@ class Nodes:
         await self._known()
         if self.single:
             return self.single
-        slot = key_slot(key.encode())
+        slot = _slot(key)
         owner = self._owners[slot]
         if owner is None:
             self._look_soon()
@@ -393,6 +397,12 @@ class Nodes:
             task = asyncio.create_task(node.redis.aclose())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+
+@lru_cache(maxsize=10_000)
+def _slot(key: str) -> int:
+    """Returns the slot of a key. The API asks for those of the same items again and again."""
+    return key_slot(key.encode())
 
 
 _Slots: TypeAlias = list[tuple[int, int, str, int]]
