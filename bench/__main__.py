@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import holds, machine, outages, page, recording, requests, scripts
+from bench import cluster, holds, machine, outages, page, recording, requests, scripts
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
@@ -85,13 +85,14 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         _say("Outages of PostgreSQL and of Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
         _say("Holds: accepted, confirmed and expired")
-        held = holds.holds(
-            rig, scale, api, capacity, f"{when}, commit {described['commit']}, {background}"
-        )
+        this_run = f"{when}, commit {described['commit']}, {background}"
+        held = holds.holds(rig, scale, api, capacity, this_run)
         _say("Growth of processes, sales and stock")
         processes = requests.processes(rig, scale, api)
         many, apply_seconds = requests.sales(rig, scale, api)
         memory = scripts.memory(rig, scale, api)
+    _say("One node of Redis and a cluster of three")
+    nodes = cluster.cluster(scale, folder, python, this_run)
     return Findings(
         command=command,
         when=when,
@@ -113,6 +114,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         memory=memory,
         sales=many,
         apply_seconds=apply_seconds,
+        cluster=nodes,
     )
 
 

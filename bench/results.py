@@ -145,6 +145,19 @@ class Holds(msgspec.Struct, frozen=True):
     expiry: Expiry
 
 
+class Cluster(msgspec.Struct, frozen=True):
+    """One node and three nodes of Redis, each with a replica, at a constant arrival rate.
+
+    `run` is as in `Holds`. `sales` has the number of sales on each of the three nodes. The CPU time
+    of `Redis` is that of all primaries. `node 1` and so on are the single ones.
+    """
+
+    run: str
+    rate: float
+    sales: list[int]
+    rounds: dict[str, list[Round]]
+
+
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """All results of a run. Lists of rounds are in the order of the rounds."""
 
@@ -168,3 +181,4 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[Memory]
     sales: dict[str, list[Round]]
     apply_seconds: list[float]
+    cluster: Cluster

@@ -474,7 +474,7 @@ class Inventory:
 
     def node_of(self, item_id: str) -> str:
         """Returns the name of an item's server in a cluster, as far as it is known."""
-        return self.nodes.name_of(self._sale_key(item_id))
+        return self.nodes.name_of(item_id)
 
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self.engine)

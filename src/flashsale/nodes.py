@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
@@ -97,8 +98,11 @@ class Nodes:
         return pool.nodes
 
     def name_of(self, key: str) -> str:
-        """Returns the name of the server of a key, as far as it is known."""
-        owner = self._owners[key_slot(key.encode())] if self._owners else None
+        """Returns the name of the server of a key, as far as it is known.
+
+        An item is the hash tag of its keys, so it has their slot.
+        """
+        owner = self._owners[_slot(key)] if self._owners else None
         return owner.name if owner else ""
 
     async def of(self, key: str) -> Node:
@@ -106,7 +110,7 @@ class Nodes:
         await self._known()
         if self.single:
             return self.single
-        slot = key_slot(key.encode())
+        slot = _slot(key)
         owner = self._owners[slot]
         if owner is None:
             self._look_soon()
@@ -407,6 +411,12 @@ class Nodes:
             async with asyncio.timeout(2 * NODE_SECONDS):
                 await self._closed.wait()
         await node.redis.aclose()
+
+
+@lru_cache(maxsize=10_000)
+def _slot(key: str) -> int:
+    """Returns the slot of a key. The API asks for those of the same items again and again."""
+    return key_slot(key.encode())
 
 
 _Slots: TypeAlias = list[tuple[int, int, str, int]]

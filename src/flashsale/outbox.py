@@ -97,7 +97,7 @@ class Outbox:
 
     def node_of(self, item_id: str) -> str:
         """Returns the name of an item's server in a cluster, as far as it is known."""
-        return self._nodes.name_of(self._outbox(item_id))
+        return self._nodes.name_of(item_id)
 
     def _outbox(self, item_id: str) -> str:
         return self._keys(item_id).outbox
