@@ -347,6 +347,29 @@ async def test_unknown_keys_are_looked_for_at_most_once_per_interval() -> None:
         running.cancel()
 
 
+async def test_a_remembered_token_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[bytes] = []
+    decode = jwt.decode
+
+    def noted(token: bytes, *given: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+        verified.append(token)
+        return decode(token, *given, **options)
+
+    monkeypatch.setattr(jwt, "decode", noted)
+    with Issuer() as issuer:
+        named = Tokens(
+            Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics()), issuer.url, "flashsale"
+        )
+        running = asyncio.create_task(named.run())
+        assert await identified(named, issuer.token("first")) == ("first", "")
+        verified.clear()  # the arrival of the keys made the pod forget the first token
+        ann, bob = issuer.token("ann"), issuer.token("bob")
+        for token, user in ((ann, "ann"), (bob, "bob"), (ann, "ann"), (bob, "bob")):
+            assert await identified(named, token) == (user, "")
+        assert verified == [ann.encode(), bob.encode()]
+        running.cancel()
+
+
 async def test_remembered_tokens_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "MAX_USERS", 10)
     with Issuer() as issuer:
