@@ -1,6 +1,7 @@
 """Form a Redis Cluster of empty nodes. A repeated call finishes it, or changes nothing."""
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, cast
 
@@ -21,6 +22,7 @@ BUS_OFFSET: Final = 10_000
 SECONDS: Final = 60.0
 """How long the nodes may take to answer, and then for each step."""
 _BETWEEN_SECONDS: Final = 0.1
+_ROUNDS_UNTIL_RECONNECTED: Final = 10
 _ID, _FLAGS, _PRIMARY, _SLOTS = 0, 2, 3, 8
 """Fields of a line of CLUSTER NODES. The slots are the last ones."""
 
@@ -59,10 +61,16 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
             [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
             if replication["role"] == "master" and len(own) <= _SLOTS:
                 await _give_part(node, number, nodes, ids)
-            elif replication.get("master_link_status") == "down":
-                # It may still look for its primary at a former address.
-                await _ask(node, "CLUSTER", "REPLICATE", own[_PRIMARY])
-        await _until("every node knows all slots and its primary", lambda: _all(nodes, _complete))
+        rounds = itertools.count(1)
+
+        async def complete() -> bool:
+            if await _all(nodes, _complete):
+                return True
+            if next(rounds) % _ROUNDS_UNTIL_RECONNECTED == 0:
+                await asyncio.gather(*map(_reconnect, nodes))
+            return False
+
+        await _until("every node knows all slots and its primary", complete)
     except (RedisError, OSError) as error:
         raise NotFormed(f"a node refused a step: {error}") from error
     return True
@@ -79,6 +87,17 @@ async def _give_part(
             return
     first, end = (SLOTS * part // PRIMARIES for part in (shard, shard + 1))
     await _ask(node, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+
+
+async def _reconnect(node: "Redis") -> None:
+    """Lets a replica connect again that looks for its primary at a former address."""
+    replication: dict[str, Any] = await node.info("replication")
+    if (
+        replication.get("master_link_status") == "down"
+        and not replication["master_sync_in_progress"]
+    ):
+        [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
+        await _ask(node, "CLUSTER", "REPLICATE", own[_PRIMARY])
 
 
 async def _all(nodes: Sequence["Redis"], check: Callable[["Redis"], Awaitable[bool]]) -> bool:

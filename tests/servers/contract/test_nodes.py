@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 import pytest
 import redis as blocking
 from redis.crc import key_slot
+from redis.exceptions import ResponseError
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
@@ -283,6 +284,43 @@ async def test_two_nodes_that_name_each_other_are_an_outage_of_the_sale(
     assert [await sells(inventory, each) for each in others] == [True] * len(others)
     migration.end()
     assert await outcome(inventory, item, a_request()) is Outcome.FENCED
+
+
+async def test_a_slot_without_an_owner_is_an_outage_of_its_sale_only(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    item, *others = items
+    migration = Migration(cluster, inventory, item)
+
+    def unassigned() -> bool:
+        # The owner's last message may assign the slot again.
+        for server in (migration.source, *cluster.servers):
+            with contextlib.suppress(ResponseError):
+                migration.ask(server, "CLUSTER", "DELSLOTS", migration.slot)
+        infos = [migration.ask(server, "CLUSTER INFO") for server in cluster.servers]
+        return all(
+            isinstance(info, dict) and info["cluster_slots_assigned"] == "16383" for info in infos
+        )
+
+    await until(unassigned)
+    try:
+
+        async def noticed() -> bool:
+            with pytest.raises(RedisUnavailable):
+                await outcome(inventory, item, a_request())
+            return not inventory.node_of(item)
+
+        await until(noticed)
+        with pytest.raises(RedisUnavailable, match="no node of the cluster has slot"):
+            await outcome(inventory, item, a_request())
+        with pytest.raises(RedisUnavailable):
+            await inventory.sales([item])
+        survey = await inventory.survey(items)
+        assert (set(survey.sales), survey.away) == (set(others), [item])
+        assert [await sells(inventory, each) for each in others] == [True] * len(others)
+    finally:
+        migration.ask(migration.source, "CLUSTER", "ADDSLOTS", migration.slot)
+    await until(lambda: sells(inventory, item), ignoring=(RedisUnavailable,))
 
 
 @pytest.mark.parametrize("read", ["sales", "call"])

@@ -39,6 +39,22 @@ def test_a_cluster_is_formed_once_and_survives_a_restart_of_all_nodes(
             assert client.get("a key") == b"a value"
 
 
+@pytest.mark.parametrize("name", sorted(redis_binaries()))
+def test_nodes_that_all_have_new_addresses_are_introduced_again(name: str, tmp_path: Path) -> None:
+    with RedisCluster(tmp_path, redis_binaries()[name], replicas=1) as cluster:
+        before = roles(cluster)
+        with redis.RedisCluster.from_url(cluster.url) as client:
+            client.set("a key", "a value")
+    for recorded in tmp_path.glob("*/server.json"):
+        recorded.unlink()  # has the port
+    with RedisCluster(tmp_path, redis_binaries()[name], replicas=1) as cluster:
+        # A replica may have taken over meanwhile.
+        assert sorted(roles(cluster)) == sorted(before)
+        assert cluster.form() is False
+        with redis.RedisCluster.from_url(cluster.url) as client:
+            assert client.get("a key") == b"a value"
+
+
 def test_a_node_that_lost_its_data_joins_again(tmp_path: Path) -> None:
     with RedisCluster(tmp_path, replicas=1) as cluster:
         lost = cluster.servers[0]
