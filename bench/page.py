@@ -53,6 +53,7 @@ def _sections(found: Findings) -> dict[str, str]:
         "run": _run(found),
         "goals": _goals(found),
         "reserve": _reserve(found.reserve),
+        "bounds": _bounds(found),
         "parts": _parts(found),
         "open-loop": _open_loop(found),
         "redis": _redis(found),
@@ -84,6 +85,7 @@ def _goals(found: Findings) -> str:
     rates = median(one.rate for one in found.drains) if found.drains else 0.0
     half = len(found.together.lag) // 2
     cost = _hold_cost(found)
+    bounded = max(found.parts.bounds.values(), default=0.0) / (100 * cpu)
     confirmed = _middle_rps(found.holds.confirmed[FASTEST])
     confirmed_p95 = median(one.tally.p95 for one in found.holds.confirmed[STEADY])
     expiring = next(one for one in found.holds.expiry.phases if one.name == "expiring")
@@ -108,6 +110,12 @@ def _goals(found: Findings) -> str:
             "at most 0.5 s",
             f"{cpu:.2f} s",
             cpu <= 0.5,
+        ),
+        (
+            "CPU of the bounds on clients, share of the API's for an accepted request",
+            "at most 5 %",
+            f"{bounded:.1%}",
+            bounded <= 0.05,
         ),
         (
             "events recorded per second by one consumer",
@@ -176,6 +184,23 @@ def _reserve(ways: dict[str, list[Round]]) -> str:
     return _table(head.split("|"), rows)
 
 
+def _bounds(found: Findings) -> str:
+    one = found.bounds
+    rows = [
+        (
+            answer,
+            *_cpu(rounds, ("API",)),
+            *_cpu(one.unbounded[answer], ("API",)),
+            _spread((100 * cost for cost in one.costs(answer)), 1) + " %",
+        )
+        for answer, rounds in one.shipped.items()
+    ]
+    return (
+        _table(("answer", "API", "API without bounds", "cost of the bounds"), rows)
+        + f"\nEach figure is of {len(next(iter(one.shipped.values())))} rounds. Run: {one.run}.\n"
+    )
+
+
 def _parts(found: Findings) -> str:
     """Return the cost of each part, and of everything else: the whole minus the parts."""
     parts = found.parts
@@ -198,6 +223,10 @@ def _parts(found: Findings) -> str:
             accepted - parts.accepted - parts.script - publishing,
         ),
         "total, as measured above": (baseline, sold_out, accepted),
+        **{
+            f"of an accepted request{kind}, bounds on clients": (0.0, 0.0, spent)
+            for kind, spent in parts.bounds.items()
+        },
         "additional if tracing is on and the request is not sampled": (
             0.0,
             parts.untraced,

@@ -60,6 +60,13 @@ class Baseline(Api):
             return True
 
 
+class Unbounded(Api):
+    """An API process without its bounds on clients."""
+
+    name: ClassVar[str] = "unbounded"
+    module: ClassVar[str] = "bench.unbounded"
+
+
 class Consumer(ConsumerServer):
     """A consumer process on the measured Python."""
 
@@ -140,6 +147,12 @@ class Rig:
         """Start the bare app on the first core."""
         baseline = Baseline(self.data / "baseline", self.addresses, self.python)
         return self._start(baseline, self.cores.first)
+
+    def unbounded(self) -> Unbounded:
+        """Start an API process without its bounds on clients, on the first core."""
+        return self._start(
+            Unbounded(self.data / "unbounded", self.addresses, self.python), self.cores.first
+        )
 
     def consumer(self, cores: set[int]) -> Consumer:
         """Start a consumer process."""

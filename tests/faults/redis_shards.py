@@ -85,6 +85,7 @@ class RedisShards(RedisPair):
 
     async def lose_two(self, seconds: float) -> None:
         """Kill the item's primary and another one. Later promote their replicas by hand."""
+        await self.await_health()
         lost = [self._following, await self._other_primary()]
         for server in lost:
             await asyncio.to_thread(server.kill)
@@ -127,6 +128,7 @@ class RedisShards(RedisPair):
 
     async def move_slot(self) -> None:
         """Move the item's slot to another primary, while calls arrive."""
+        await self.await_health()
         source, target = self._following, await self._other_primary()
         ids = {each: await ask(each.port, "CLUSTER", "MYID") for each in (source, target)}
         setting = "CLUSTER", "SETSLOT", str(self._slot)

@@ -69,7 +69,10 @@ class Batcher(Calls[Request, Decision]):
 
     def sold_out(self, item_id: str) -> Decision | None:
         """Returns the decision that the sale is sold out, for `SOLD_OUT_SECONDS` after it."""
-        until, decision = self._sold_out.get(item_id, (0.0, None))
+        known = self._sold_out.get(item_id)
+        if known is None:
+            return None
+        until, decision = known
         return decision if asyncio.get_running_loop().time() < until else None
 
     def _undecided(self, failure: Failure) -> Decision:

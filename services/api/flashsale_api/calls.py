@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from time import monotonic
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from prometheus_client import Gauge
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS, EXPIRY_SECONDS
-from flashsale.reservations import BATCH_LIMIT, Outcome
+from flashsale.reservations import BATCH_LIMIT, Outcome, Word
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 
@@ -49,7 +49,7 @@ D = TypeVar("D")
 T = TypeVar("T")
 
 
-class Failure(StrEnum):
+class Failure(Word):
     """Why a request has no decision from Redis."""
 
     TOO_MANY_WAITING = "too_many_waiting"
@@ -153,18 +153,17 @@ class Calls(ABC, Generic[R, D]):
         if self._engine.conflict:
             decided(self._of_other_engine())
             return
-        loop = asyncio.get_running_loop()
         if queue is None:
             queue = self._queues[item_id] = _Queue(item_id, share)
-        queue.waiting.append(_Waiting(request, decided, loop.time()))
+        queue.waiting.append(_Waiting(request, decided, monotonic()))
         share.waiting += 1
         self._waiting += 1
         if queue.calls < CALLS_IN_FLIGHT and not queue.starting:
             # Start the call after the requests that are read in the same turn of the event loop.
             queue.starting = True
-            loop.call_soon(self._start, queue)
+            asyncio.get_running_loop().call_soon(self._start, queue)
         if self._expiry is None:
-            self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
+            self._expiry = asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._expire)
 
     def called_items(self) -> list[str]:
         """Returns the items with a sale that were called within the lifetime of a heartbeat.
@@ -270,8 +269,7 @@ class Calls(ABC, Generic[R, D]):
 
     def _expire(self) -> None:
         """Refuses the requests that have waited too long. They were never sent to Redis."""
-        loop = asyncio.get_running_loop()
-        oldest_allowed = loop.time() - MAX_WAIT_SECONDS
+        oldest_allowed = monotonic() - MAX_WAIT_SECONDS
         next_since = None
         for queue in self._queues.values():
             while queue.waiting and queue.waiting[0].since <= oldest_allowed:
@@ -285,7 +283,7 @@ class Calls(ABC, Generic[R, D]):
         self._expiry = (
             None
             if next_since is None
-            else loop.call_at(next_since + MAX_WAIT_SECONDS, self._expire)
+            else asyncio.get_running_loop().call_later(next_since - oldest_allowed, self._expire)
         )
 
     async def _call(
