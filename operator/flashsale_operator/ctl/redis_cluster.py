@@ -21,7 +21,7 @@ BUS_OFFSET: Final = 10_000
 SECONDS: Final = 60.0
 """How long the nodes may take to answer, and then for each step."""
 _BETWEEN_SECONDS: Final = 0.1
-_ID, _FLAGS, _PRIMARY, _SLOTS = 0, 2, 3, 8
+_ID, _FLAGS, _PRIMARY, _LINK, _SLOTS = 0, 2, 3, 7, 8
 """Fields of a line of CLUSTER NODES. The slots are the last ones."""
 
 
@@ -40,14 +40,20 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
     if len(nodes) < PRIMARIES:
         raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
     await _until("every node answers", lambda: _all(nodes, _answers))
-    if await _all(nodes, _complete):
+    ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
+
+    async def reaches_all(node: "Redis") -> bool:
+        links = {line[_ID]: line[_LINK] for line in await _nodes(node)}
+        return all(links.get(other) == "connected" for other in ids)
+
+    # Nodes that have just started at new addresses do not miss each other for some seconds.
+    if await _all(nodes, _complete) and await _all(nodes, reaches_all):
         return False
     try:
         for number, node in enumerate(nodes, start=1):
             await _unless_done(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
         for host, port, bus_port in addresses[1:]:
             await _ask(nodes[0], "CLUSTER", "MEET", host, port, bus_port)
-        ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
 
         async def knows_all(node: "Redis") -> bool:
             # The count of known nodes includes handshakes, which REPLICATE refuses.
@@ -63,6 +69,7 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
                 # It may still look for its primary at a former address.
                 await _ask(node, "CLUSTER", "REPLICATE", own[_PRIMARY])
         await _until("every node knows all slots and its primary", lambda: _all(nodes, _complete))
+        await _until("every node reaches all others", lambda: _all(nodes, reaches_all))
     except (RedisError, OSError) as error:
         raise NotFormed(f"a node refused a step: {error}") from error
     return True
