@@ -21,7 +21,7 @@ BUS_OFFSET: Final = 10_000
 SECONDS: Final = 60.0
 """How long the nodes may take to answer, and then for each step."""
 _BETWEEN_SECONDS: Final = 0.1
-_ID, _FLAGS, _PRIMARY, _LINK, _SLOTS = 0, 2, 3, 7, 8
+_ID, _ADDRESS, _FLAGS, _PRIMARY, _SLOTS = 0, 1, 2, 3, 8
 """Fields of a line of CLUSTER NODES. The slots are the last ones."""
 
 
@@ -41,13 +41,11 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
         raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
     await _until("every node answers", lambda: _all(nodes, _answers))
     ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
-
-    async def reaches_all(node: "Redis") -> bool:
-        links = {line[_ID]: line[_LINK] for line in await _nodes(node)}
-        return all(links.get(other) == "connected" for other in ids)
-
+    known = [line for node in nodes for line in await _nodes(node)]
+    present = {line[_ID]: _location(line) for line in known if "myself" in line[_FLAGS]}
+    current = all(present.get(line[_ID]) in (None, _location(line)) for line in known)
     # Nodes that have just started at new addresses do not miss each other for some seconds.
-    if await _all(nodes, _complete) and await _all(nodes, reaches_all):
+    if current and await _all(nodes, _complete):
         return False
     try:
         for number, node in enumerate(nodes, start=1):
@@ -69,7 +67,6 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
                 # It may still look for its primary at a former address.
                 await _ask(node, "CLUSTER", "REPLICATE", own[_PRIMARY])
         await _until("every node knows all slots and its primary", lambda: _all(nodes, _complete))
-        await _until("every node reaches all others", lambda: _all(nodes, reaches_all))
     except (RedisError, OSError) as error:
         raise NotFormed(f"a node refused a step: {error}") from error
     return True
@@ -141,6 +138,11 @@ async def _nodes(node: "Redis") -> list[list[str]]:
     """Returns the node's view of the cluster: a list of fields for each node."""
     text = str(await _ask(node, "CLUSTER", "NODES"))
     return [line.split() for line in text.splitlines()]
+
+
+def _location(line: Sequence[str]) -> str:
+    """Returns the address of a node with both ports, without the name that follows."""
+    return line[_ADDRESS].partition(",")[0]
 
 
 async def _has_slots(node: "Redis") -> bool:
