@@ -275,7 +275,8 @@ class Nodes:
         """Calls each primary of a cluster every second on its link, until it is cancelled.
 
         The link of a primary that does not answer is closed. Otherwise a primary that was frozen
-        and replaced could execute calls that it got before, when it thaws.
+        and replaced could execute calls that it got before, when it thaws. The watch also notices
+        a primary that has become a replica.
         """
         while True:
             await asyncio.sleep(PROBE_SECONDS)
@@ -295,9 +296,13 @@ class Nodes:
     async def _probe(self, node: Node) -> None:
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                await (await node.pool.link()).ask("PING")
+                role = await (await node.pool.link()).ask("INFO", "replication")
         except FAILURES as error:
             log.debug("%s: %s", node.name, self.unavailable(error, node))
+        else:
+            if "role:master" not in str(role):
+                # A pod without a heartbeat on this node sends no call that would get a `MOVED`.
+                self._look_soon(besides=node)
 
     async def _known(self) -> None:
         """Waits until a look has found which servers there are."""

@@ -27,9 +27,9 @@ from flashsale.outbox import Outbox
 from flashsale.requirements import SLOTS, Checks
 from flashsale.reservations import Request
 from flashsale.sale import SaleSpec
-from flashsale_operator.ctl.redis_cluster import BUS_OFFSET
 from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
 from tests.support.eventually import eventually
+from tests.support.manifests import documents, scripts, selects
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -48,6 +48,7 @@ TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
     "kind": [VALUES / "one-node.yaml", VALUES / "kind.yaml"],
     "highly available": [VALUES / "highly-available.yaml"],
+    "a Redis Cluster": [VALUES / "highly-available.yaml", VALUES / "redis-cluster.yaml"],
 }
 # tests/cluster checks the samples.
 FILES: Final = sorted(
@@ -60,10 +61,6 @@ FILES: Final = sorted(
 each_file = pytest.mark.parametrize("file", FILES, ids=str)
 each_gateway = pytest.mark.parametrize("gateway", ["envoy-gateway", "ingress-nginx", "istio"])
 each_topology = pytest.mark.parametrize("files", TOPOLOGIES.values(), ids=TOPOLOGIES)
-
-
-def documents(file: Path) -> list[Manifest]:
-    return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
 
 
 def all_of(kind: str, folder: str) -> dict[str, Manifest]:
@@ -302,12 +299,6 @@ def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 
 
-def scripts(file: Path) -> dict[str, str]:
-    """Return the files in a manifest's ConfigMap."""
-    (found,) = (each["data"] for each in documents(file) if each["kind"] == "ConfigMap")
-    return dict(found)
-
-
 class RedisOfManifest(RedisServer):
     """The real server, started by the script of a manifest's ConfigMap on another folder and port.
 
@@ -466,16 +457,6 @@ def containers(file: Path) -> list[Manifest]:
     ]
 
 
-def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a label selector matches. Only the operator In is known."""
-    return all(
-        labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()
-    ) and all(
-        each["operator"] == "In" and labels.get(each["key"]) in each["values"]
-        for each in selector.get("matchExpressions", [])
-    )
-
-
 @pytest.mark.parametrize(
     ("file", "port", "users"),
     [
@@ -621,48 +602,6 @@ def test_the_redis_service_leads_to_the_proxy_and_the_proxy_to_every_node() -> N
     assert servers == [(f"redis-{n}", nodes["serviceName"]) for n in range(nodes["replicas"])]
     watched = by_kind["ConfigMap"]["redis"]["data"]["sentinel.conf"]
     assert f"sentinel monitor flashsale redis-0.{nodes['serviceName']} 6379 2" in watched
-
-
-def test_each_node_of_a_redis_cluster_has_a_service_of_its_own_and_joins() -> None:
-    found = documents(Path("k8s/redis/cluster.yaml"))
-    services = {
-        each["metadata"]["name"]: each["spec"] for each in found if each["kind"] == "Service"
-    }
-    [nodes] = [each["spec"] for each in found if each["kind"] == "StatefulSet"]
-    [job] = [each["spec"] for each in found if each["kind"] == "Job"]
-    [forming] = job["template"]["spec"]["containers"]
-    assert forming["args"] == [f"redis-node-{number}" for number in range(nodes["replicas"])]
-    for number, name in enumerate(forming["args"]):
-        service = services[name]
-        assert service["selector"] == {"statefulset.kubernetes.io/pod-name": f"redis-{number}"}
-        assert service["publishNotReadyAddresses"]
-        assert {port["port"] for port in service["ports"]} == {6379, 6379 + BUS_OFFSET}
-    labels = nodes["template"]["metadata"]["labels"]
-    assert services["redis"]["selector"].items() <= labels.items()
-    assert (
-        not services["redis"]["selector"].items() <= job["template"]["metadata"]["labels"].items()
-    )
-
-
-def test_a_primary_hands_over_before_its_pod_ends(tmp_path: Path) -> None:
-    """Run the script with a redis-cli that notes its arguments and then reports a replica."""
-    script = scripts(Path("k8s/redis/cluster.yaml"))["hand-over.sh"]
-    asked, role = tmp_path / "asked", tmp_path / "role"
-    cli = tmp_path / "redis-cli"
-    cli.write_text(
-        "#!/bin/sh\n"
-        f'echo "$@" >> {asked}\n'
-        f'case "$*" in *failover) echo slave > {role} ;; esac\n'
-        f'printf "role:%s\\r\\n" "$(cat {role})"\n'
-        'printf "slave0:ip=10.0.0.7,port=6379,state=online,offset=1,lag=0\\r\\n"\n'
-    )
-    cli.chmod(0o755)
-    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for own, handed_over in (("master", True), ("slave", False)):
-        role.write_text(f"{own}\n")
-        asked.write_text("")
-        subprocess.run(["sh", "-c", script], env=environ, check=True, timeout=30)
-        assert ("-h 10.0.0.7 -p 6379 cluster failover" in asked.read_text()) == handed_over
 
 
 def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ SECONDS: Final = 60.0
 """How long the nodes may take to answer, and then for each step."""
 _BETWEEN_SECONDS: Final = 0.1
 _ROUNDS_UNTIL_RECONNECTED: Final = 10
-_ID, _FLAGS, _PRIMARY, _SLOTS = 0, 2, 3, 8
+_ID, _ADDRESS, _FLAGS, _PRIMARY, _SLOTS = 0, 1, 2, 3, 8
 """Fields of a line of CLUSTER NODES. The slots are the last ones."""
 
 
@@ -42,14 +42,18 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
     if len(nodes) < PRIMARIES:
         raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
     await _until("every node answers", lambda: _all(nodes, _answers))
-    if await _all(nodes, _complete):
+    ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
+    known = [line for node in nodes for line in await _nodes(node)]
+    present = {line[_ID]: _location(line) for line in known if "myself" in line[_FLAGS]}
+    current = all(present.get(line[_ID]) in (None, _location(line)) for line in known)
+    # Nodes that have just started at new addresses do not miss each other for some seconds.
+    if current and await _all(nodes, _complete):
         return False
     try:
         for number, node in enumerate(nodes, start=1):
             await _unless_done(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
         for host, port, bus_port in addresses[1:]:
             await _ask(nodes[0], "CLUSTER", "MEET", host, port, bus_port)
-        ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
 
         async def knows_all(node: "Redis") -> bool:
             # The count of known nodes includes handshakes, which REPLICATE refuses.
@@ -153,6 +157,11 @@ async def _nodes(node: "Redis") -> list[list[str]]:
     """Returns the node's view of the cluster: a list of fields for each node."""
     text = str(await _ask(node, "CLUSTER", "NODES"))
     return [line.split() for line in text.splitlines()]
+
+
+def _location(line: Sequence[str]) -> str:
+    """Returns the address of a node with both ports, without the name that follows."""
+    return line[_ADDRESS].partition(",")[0]
 
 
 async def _has_slots(node: "Redis") -> bool:

@@ -368,6 +368,25 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluste
 
 
 @pytest.mark.slow
+async def test_the_watch_finds_the_successor_of_a_primary_without_any_call(
+    replicated: RedisCluster, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(replicated.url)
+    inventory, item = Inventory(client), new_item()
+    await opened(inventory, a_sale(item))
+    former = inventory.node_of(item)
+    shard = replicated.servers.index(server_of(replicated, inventory, item))
+    watching = asyncio.create_task(inventory.nodes.watch())
+    with blocking.Redis(port=replicated.servers[shard + 3].port) as successor:
+        successor.execute_command("CLUSTER", "FAILOVER")
+        await until(lambda: inventory.node_of(item) != former)
+        assert inventory.node_of(item) == f"127.0.0.1:{replicated.servers[shard + 3].port}"
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    await client.aclose()
+
+
+@pytest.mark.slow
 async def test_a_failover_fences_the_sales_of_its_node_only(
     replicated: RedisCluster, new_item: Callable[[], str]
 ) -> None:

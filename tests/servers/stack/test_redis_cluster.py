@@ -1,7 +1,9 @@
 """The stack's Redis Cluster: it is formed once, and survives a restart of all nodes."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -53,6 +55,33 @@ def test_nodes_that_all_have_new_addresses_are_introduced_again(name: str, tmp_p
         assert cluster.form() is False
         with redis.RedisCluster.from_url(cluster.url) as client:
             assert client.get("a key") == b"a value"
+
+
+def test_primaries_that_all_have_new_addresses_are_introduced_at_once(tmp_path: Path) -> None:
+    """For some seconds after their start, they do not miss each other."""
+    with RedisCluster(tmp_path) as cluster:
+        before = {server.port for server in cluster.servers}
+    for recorded in tmp_path.glob("*/server.json"):
+        recorded.unlink()  # has the port
+    cluster = RedisCluster(tmp_path)
+
+    def looks_complete_or_missed() -> bool:
+        views = []
+        for server in cluster.servers:
+            with redis.Redis.from_url(server.url, decode_responses=True) as client:
+                ask: Any = client.execute_command
+                missed = any("fail" in each["flags"] for each in ask("CLUSTER NODES").values())
+                views.append(missed or ask("CLUSTER INFO")["cluster_state"] == "ok")
+        return all(views)
+
+    with ExitStack() as servers:
+        for server in cluster.servers:
+            servers.enter_context(server)
+        assert not before & {server.port for server in cluster.servers}
+        eventually(looks_complete_or_missed)
+        assert cluster.form() is True
+        with redis.RedisCluster.from_url(cluster.url) as client:
+            assert client.set("a key", "a value")
 
 
 def test_a_node_that_lost_its_data_joins_again(tmp_path: Path) -> None:
