@@ -46,6 +46,15 @@ def manifests() -> Iterator[Object]:
         yield each
 
 
+def form(shop: Shop) -> None:
+    """Run the Job, again if it has run before."""
+    [job] = [each for each in manifests() if each["kind"] == "Job"]
+    name = job["metadata"]["name"]
+    shop.kubectl("delete", "job", name, "--ignore-not-found")
+    shop.apply(job)
+    shop.kubectl("wait", f"job/{name}", "--for=condition=Complete", "--timeout=2m")
+
+
 @pytest.fixture(scope="module")
 def shards(shop: Shop) -> Iterator[Shop]:
     """A release with a Redis Cluster and a PostgreSQL of its own, and the Kafka of the first."""
@@ -100,6 +109,13 @@ def restart_all(shop: Shop) -> None:
     )
 
 
+def sell_on(shop: Shop, items: list[str]) -> None:
+    """Check that each sale sells again, and that the ledger agrees."""
+    for item in items:
+        shop.until_sale(item, "Selling")
+    shop.agrees()
+
+
 def test_all_nodes_restart_at_once_with_new_addresses_and_nothing_is_lost(shards: Shop) -> None:
     items = one_item_per_primary(shards)
     for item in items:
@@ -117,7 +133,31 @@ def test_all_nodes_restart_at_once_with_new_addresses_and_nothing_is_lost(shards
     for item in items:
         promises[item] = shards.end_load(item)
         shards.check(item, STOCK, promises[item])
-    for item in items:
-        shards.until_sale(item, "Selling")
-    shards.agrees()
+    sell_on(shards, items)
     assert "failure" not in shards.flashsalectl("doctor")
+
+
+def test_a_repeated_job_introduces_nodes_whose_services_have_new_addresses(shards: Shop) -> None:
+    items = one_item_per_primary(shards)
+    for item in items:
+        shards.declare(item, STOCK)
+    for each in manifests():
+        if each["kind"] == "Service" and each["metadata"]["name"].startswith("redis-node-"):
+            shards.kubectl("delete", "service", each["metadata"]["name"])
+            shards.apply(each)
+    restart_all(shards)
+    form(shards)
+    shards.kubectl("rollout", "status", "statefulset/redis", "--timeout=2m")
+    sell_on(shards, items)
+    for item in items:
+        shards.start_load(
+            f"again-{item}",
+            "persistent.js",
+            ITEM_ID=item,
+            RATE=5,
+            DURATION="2s",
+            RUN=f"again-{item}",
+        )
+    for item in items:
+        assert shards.end_load(f"again-{item}")
+    sell_on(shards, items)
