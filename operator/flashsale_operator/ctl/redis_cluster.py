@@ -43,11 +43,7 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
         raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
     await _until("every node answers", lambda: _all(nodes, _answers))
     ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
-    known = [line for node in nodes for line in await _nodes(node)]
-    present = {line[_ID]: _location(line) for line in known if "myself" in line[_FLAGS]}
-    current = all(present.get(line[_ID]) in (None, _location(line)) for line in known)
-    # Nodes that have just started at new addresses do not miss each other for some seconds.
-    if current and await _all(nodes, _complete):
+    if await _formed(nodes):
         return False
     try:
         for number, node in enumerate(nodes, start=1):
@@ -68,7 +64,7 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
         rounds = itertools.count(1)
 
         async def complete() -> bool:
-            if await _all(nodes, _complete):
+            if await _formed(nodes):
                 return True
             if next(rounds) % _ROUNDS_UNTIL_RECONNECTED == 0:
                 await asyncio.gather(*map(_reconnect, nodes))
@@ -140,6 +136,15 @@ async def _unless_done(node: "Redis", *command: str | int) -> None:
 async def _answers(node: "Redis") -> bool:
     await _ask(node, "PING")
     return True
+
+
+async def _formed(nodes: Sequence["Redis"]) -> bool:
+    # Nodes that have just started at new addresses do not miss each other for some seconds.
+    known = [line for node in nodes for line in await _nodes(node)]
+    present = {line[_ID]: _location(line) for line in known if "myself" in line[_FLAGS]}
+    if any(present.get(line[_ID]) not in (None, _location(line)) for line in known):
+        return False
+    return await _all(nodes, _complete)
 
 
 async def _complete(node: "Redis") -> bool:
