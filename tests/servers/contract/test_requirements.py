@@ -19,6 +19,7 @@ from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequireme
 from flashsale.inventory import Inventory
 from flashsale.requirements import (
     Checks,
+    ClusterFacts,
     Finding,
     LedgerFacts,
     RedisFacts,
@@ -29,6 +30,7 @@ from flashsale.requirements import (
 from tests.support.paths import ROOT
 
 GOOD_REDIS = RedisFacts("7.0.15", "noeviction", "0", appendonly=True, script_error="")
+GOOD_CLUSTER = ClusterFacts(requirements.SLOTS, {}, replicas=1)
 GOOD_LEDGER = LedgerFacts(180_000, "UTF8", "public", may_create=True, outdated=False, lacking=())
 
 
@@ -220,6 +222,16 @@ def broken() -> list[tuple[str, Finding]]:
                 replace(GOOD_REDIS, policy="volatile-ttl"),
                 replace(GOOD_REDIS, backlog_ttl="60"),
                 replace(GOOD_REDIS, appendonly=False),
+                replace(GOOD_REDIS, cluster=replace(GOOD_CLUSTER, covered=1)),
+                *(
+                    replace(GOOD_REDIS, cluster=replace(GOOD_CLUSTER, config={name: value}))
+                    for name, value in (
+                        ("cluster-node-timeout", "5001"),
+                        ("cluster-require-full-coverage", "yes"),
+                        ("cluster-allow-reads-when-down", "yes"),
+                        ("min-replicas-to-write", "1"),
+                    )
+                ),
             ],
         ),
         (
@@ -262,7 +274,9 @@ def broken() -> list[tuple[str, Finding]]:
 def test_each_line_of_the_install_page_is_one_check_with_its_consequence() -> None:
     page = (ROOT / "docs/install.md").read_text().replace("`", "")
     section = page.partition("### Requirements")[2].partition("\n### ")[0]
-    lines = re.findall(r"^\| ((?:Redis|PostgreSQL|Kafka) \| [^|]+) \| (\w+)", section, re.MULTILINE)
+    lines = re.findall(
+        r"^\| ((?:Redis|Redis Cluster|PostgreSQL|Kafka) \| [^|]+) \| (\w+)", section, re.MULTILINE
+    )
     words = {"failure": "refused", "warning": "a"}  # the page says "a warning"
     assert lines == [(rule, words[finding.verdict]) for rule, finding in broken()]
     for _, finding in broken():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import redis as blocking
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
@@ -11,6 +12,7 @@ from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Call, Outcome, TransitionReply
 from tests.support.inventory import a_request, a_sale, answers, drained, opened, outcome
+from tests.support.redis_clusters import Deployment, servers_of
 
 Named = tuple[str, str, int]
 
@@ -64,13 +66,18 @@ async def test_settle_keeps_an_entry_of_another_version(
 
 
 async def test_settle_reads_no_entry_of_an_acceptance(
-    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+    inventory: Inventory, outbox: Outbox, deployment: Deployment, item: str
 ) -> None:
     await opened(inventory, a_sale(item))
     entries = [await an_acceptance(inventory, item, user) for user in ("ann", "bob", "eve")]
-    await redis.config_resetstat()
+    servers = servers_of(deployment)
+    for server in servers:
+        with blocking.Redis.from_url(server.url) as client:
+            client.config_resetstat()
     assert await outbox.settle(item, entries) == len(entries)
-    assert "cmdstat_xrange" not in await redis.info("commandstats")
+    for server in servers:
+        with blocking.Redis.from_url(server.url) as client:
+            assert "cmdstat_xrange" not in client.info("commandstats")
 
 
 async def test_settle_reads_an_entry_from_before_the_clock_was_set_back(
