@@ -6,6 +6,7 @@ and the former one is audited, closed and freed. In the end no promise may be mi
 
 import argparse
 import asyncio
+import resource
 import secrets
 import shutil
 import sys
@@ -296,6 +297,9 @@ def main() -> int:
         "--rate", type=_positive, default=2_000.0, help="requests per second (default: 2000)"
     )
     options = parser.parse_args()
+    # Each connection needs a descriptor, and many systems allow 1,024 by default.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         report = soak(options.minutes, options.rate)
     except StackError as error:

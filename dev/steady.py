@@ -21,6 +21,8 @@ SERVED_SECONDS: Final = 120.0
 """A buyer who is not served for so long has failed."""
 _AGAIN_SECONDS: Final = (0.2, 1.0)
 TICK_SECONDS: Final = 0.005
+CONNECTIONS: Final = 400
+"""Requests in flight to the buyers' ports, and as many to the order ports. Others wait."""
 _SAMPLES: Final = 200_000
 
 
@@ -51,6 +53,7 @@ class Addressed:
     def __init__(self, urls: Sequence[str]) -> None:
         self._urls = urls
         self._free: dict[str, deque[Client]] = {url: deque() for url in urls}
+        self._places = asyncio.Semaphore(CONNECTIONS)
 
     async def send(self, request: bytes) -> tuple[int, dict[str, object]]:
         """Send a request. If one process does not answer, the next one gets it.
@@ -59,17 +62,18 @@ class Addressed:
         """
         first = random.randrange(len(self._urls))
         status, body = 0, dict[str, object]()
-        for url in (*self._urls[first:], *self._urls[:first]):
-            free = self._free[url]
-            client = free.popleft() if free else Client(url)
-            try:
-                async with asyncio.timeout(PATIENCE_SECONDS):
-                    status, body = await client.request(request)
-            except TimeoutError:
-                status = 0
-            free.append(client)
-            if status:
-                break
+        async with self._places:
+            for url in (*self._urls[first:], *self._urls[:first]):
+                free = self._free[url]
+                client = free.popleft() if free else Client(url)
+                try:
+                    async with asyncio.timeout(PATIENCE_SECONDS):
+                        status, body = await client.request(request)
+                except TimeoutError:
+                    status = 0
+                free.append(client)
+                if status:
+                    break
         return status, body
 
     def close(self) -> None:
