@@ -326,7 +326,7 @@ class RedisOfManifest(RedisServer):
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"#!/bin/sh\n{line}\n")
             path.chmod(0o755)
-        own = f"dir {self.data}\nport {self.port}\nbind 127.0.0.1\n"
+        own = f"dir {self.data}\nport {self.port}\ncluster-port {self.bus_port}\nbind 127.0.0.1\n"
         for name, text in self.files.items():
             moved = text.replace("/etc/redis", str(self.data)).replace("dir /data\n", own)
             (self.data / name).write_text(moved)
