@@ -12,7 +12,7 @@ IMAGES ?=
 VERSION ?= $(shell sed -n 's/^appVersion: *//p' charts/flashsale/Chart.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load bench test test-rest test-all faults check-locks \
+.PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load soak bench test test-rest test-all faults faults-table check-locks \
   images push check lint lint-workflows lock release-target release-check \
   release-notes release-digests release-chart release-push
 
@@ -30,8 +30,8 @@ demo: $(READY) ## Sell 100 phones to a crowd on real servers, and check every pr
 	@$(BIN)/python -m dev.demo $(if $(REDIS),--redis "$(REDIS)") $(if $(KAFKA),--kafka "$(KAFKA)") \
 	  $(if $(DATABASE),--database "$(DATABASE)") $(if $(TOKENS),--tokens)
 
-up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer, in the background
-	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)")
+up: $(READY) ## Start the stack, the API on PORT (8080) and a consumer. REDIS=cluster for a cluster
+	@$(BIN)/python -m dev.local up $(if $(PORT),--port "$(PORT)") $(if $(REDIS),--redis "$(REDIS)")
 
 down: $(READY) ## Stop what `make up` started
 	@$(BIN)/python -m dev.local down
@@ -60,6 +60,9 @@ endif
 load: $(READY) ## Run a k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)
 
+soak: $(READY) ## Let buyers arrive for MINUTES (60) at RATE (2000) per second, and restart everything
+	@$(BIN)/python -m dev.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RATE),--rate $(RATE))
+
 bench: $(READY) ## Measure the engine in under half an hour, and write docs/performance.md
 	@$(BIN)/python -m bench --write
 
@@ -76,8 +79,12 @@ test-rest: $(READY) ## The tests that `make test` leaves out (needs Go)
 	$(BIN)/pytest --rest $(PARALLEL) --ignore tests/faults
 	$(BIN)/pytest tests/faults
 
-faults: $(READY) ## Run N schedules of faults on real servers, beginning with seed SEED (needs Go)
-	$(BIN)/python -m tests.faults -n $(or $(N),20) --seed $(or $(SEED),0)
+faults: $(READY) ## Run N schedules of faults from seed FIRST. REDIS=one, sentinel, cluster (needs Go)
+	$(BIN)/python -m tests.faults -n $(or $(N),20) --first $(or $(FIRST),0) \
+	  $(if $(REDIS),--redis $(REDIS))
+
+faults-table: $(READY) ## Print the sum of all schedules of `make faults`, for docs/reliability.md
+	@$(BIN)/python -m tests.faults.table
 
 check-locks: $(READY) ## Check the images' pinned packages against the index and the advisories
 	@$(BIN)/python -m dev.check_locks

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import holds, machine, outages, page, recording, requests, scripts
+from bench import cluster, holds, machine, outages, page, recording, requests, scripts
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
@@ -73,6 +73,9 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         # file in the background.
         _say("POST /reserve: one API process on one core, 100 connections")
         reserve = requests.closed_loop(rig, scale, api)
+        run_as = f"{when}, commit {described['commit']}, {background}"
+        _say("The bounds on clients: with and without them")
+        bounds = requests.bounds(rig, scale, api, run_as)
         parts = rig.parts()
         capacity = median(done.tally.rps for done in reserve["accepted"])
         _say(f"Constant arrival rates (capacity {capacity:,.0f}/s)")
@@ -85,13 +88,13 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         _say("Outages of PostgreSQL and of Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
         _say("Holds: accepted, confirmed and expired")
-        held = holds.holds(
-            rig, scale, api, capacity, f"{when}, commit {described['commit']}, {background}"
-        )
+        held = holds.holds(rig, scale, api, capacity, run_as)
         _say("Growth of processes, sales and stock")
         processes = requests.processes(rig, scale, api)
         many, apply_seconds = requests.sales(rig, scale, api)
         memory = scripts.memory(rig, scale, api)
+    _say("One node of Redis and a cluster of three")
+    nodes = cluster.cluster(scale, folder, python, run_as)
     return Findings(
         command=command,
         when=when,
@@ -102,6 +105,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         background=background,
         machine=described,
         reserve=reserve,
+        bounds=bounds,
         parts=parts,
         open_loop=open_loop,
         scripts=calls,
@@ -113,6 +117,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         memory=memory,
         sales=many,
         apply_seconds=apply_seconds,
+        cluster=nodes,
     )
 
 

@@ -6,17 +6,24 @@ The text of the page is written by hand. The figures of a section stand between
 
 import re
 from collections.abc import Iterable, Sequence
+from math import ceil
 from pathlib import Path
 from statistics import median
+from typing import Final
 
 import msgspec
 
 from bench.chart import Line, chart
+from bench.cluster import ONE, SALES, THIRD, THREE
 from bench.holds import CONFIRMATIONS, FASTEST, HELD, PLAIN, STEADY
 from bench.requests import PERCENTS
-from bench.results import Findings, Phase, Round
+from bench.results import Cluster, Findings, Phase, Round
 
 PAGE = "performance.md"
+REPLICA: Final = 1.22
+"""The CPU of a primary with a replica, as a multiple of one without. Measured were up to 22 %."""
+BUSY: Final = 0.6
+"""The share of the time for which a primary may work."""
 
 
 def write(findings: Findings, docs: Path) -> None:
@@ -46,9 +53,12 @@ def _sections(found: Findings) -> dict[str, str]:
         "run": _run(found),
         "goals": _goals(found),
         "reserve": _reserve(found.reserve),
+        "bounds": _bounds(found),
         "parts": _parts(found),
         "open-loop": _open_loop(found),
         "redis": _redis(found),
+        "cluster": _cluster(found.cluster),
+        "scale": _scale(found),
         "recording": _recording(found),
         "outages": _outages(found),
         "holds": _holds(found),
@@ -75,9 +85,11 @@ def _goals(found: Findings) -> str:
     rates = median(one.rate for one in found.drains) if found.drains else 0.0
     half = len(found.together.lag) // 2
     cost = _hold_cost(found)
+    bounded = max(found.parts.bounds.values(), default=0.0) / (100 * cpu)
     confirmed = _middle_rps(found.holds.confirmed[FASTEST])
     confirmed_p95 = median(one.tally.p95 for one in found.holds.confirmed[STEADY])
     expiring = next(one for one in found.holds.expiry.phases if one.name == "expiring")
+    on_three = _shares(found.cluster, THREE, ONE, "API")
     early, late = max(found.together.lag[:half], default=0), max(found.together.lag[half:])
     rows = (
         (
@@ -98,6 +110,12 @@ def _goals(found: Findings) -> str:
             "at most 0.5 s",
             f"{cpu:.2f} s",
             cpu <= 0.5,
+        ),
+        (
+            "CPU of the bounds on clients, share of the API's for an accepted request",
+            "at most 5 %",
+            f"{bounded:.1%}",
+            bounded <= 0.05,
         ),
         (
             "events recorded per second by one consumer",
@@ -135,6 +153,12 @@ def _goals(found: Findings) -> str:
             f"{expiring.p95:.1f} ms",
             expiring.p95 < 30,
         ),
+        (
+            "CPU of the API for an accepted request on three nodes of Redis, share of one node",
+            "at most 110 %",
+            f"{median(on_three):.0%}",
+            median(on_three) <= 1.1,
+        ),
     )
     return _table(
         ("", "goal", "measured", ""),
@@ -160,6 +184,23 @@ def _reserve(ways: dict[str, list[Round]]) -> str:
     return _table(head.split("|"), rows)
 
 
+def _bounds(found: Findings) -> str:
+    one = found.bounds
+    rows = [
+        (
+            answer,
+            *_cpu(rounds, ("API",)),
+            *_cpu(one.unbounded[answer], ("API",)),
+            _spread((100 * cost for cost in one.costs(answer)), 1) + " %",
+        )
+        for answer, rounds in one.shipped.items()
+    ]
+    return (
+        _table(("answer", "API", "API without bounds", "cost of the bounds"), rows)
+        + f"\nEach figure is of {len(next(iter(one.shipped.values())))} rounds. Run: {one.run}.\n"
+    )
+
+
 def _parts(found: Findings) -> str:
     """Return the cost of each part, and of everything else: the whole minus the parts."""
     parts = found.parts
@@ -182,6 +223,10 @@ def _parts(found: Findings) -> str:
             accepted - parts.accepted - parts.script - publishing,
         ),
         "total, as measured above": (baseline, sold_out, accepted),
+        **{
+            f"of an accepted request{kind}, bounds on clients": (0.0, 0.0, spent)
+            for kind, spent in parts.bounds.items()
+        },
         "additional if tracing is on and the request is not sampled": (
             0.0,
             parts.untraced,
@@ -236,15 +281,77 @@ def _redis(found: Findings) -> str:
         )
     head = "|µs per reservation|reservations/s per core|µs per rejection|rejections/s per core"
     ways = [found.reserve[name] for name in ("accepted", "sold out, with keys")]
-    redis = [median(one.cpu["Redis"] for one in rounds) for rounds in ways]
-    cores = [_middle_cpu(rounds) / spent for rounds, spent in zip(ways, redis, strict=True)]
+    redis = _redis_us(found)
+    cores = [_middle_cpu(way) * 100 / spent for way, spent in zip(ways, redis, strict=True)]
     return (
         _table(head.split("|"), rows)
         + "\nBehind the API, which has smaller batches and also settles, Redis needs "
-        + f"{redis[0] * 100:.0f} µs per reservation and {redis[1] * 100:.0f} µs per rejection. "
+        + f"{redis[0]:.0f} µs per reservation and {redis[1]:.0f} µs per rejection. "
         + f"One Redis core is enough for {cores[0]:.1f} API cores that only accept, or for "
         + f"{cores[1]:.1f} API cores that only reject requests with keys.\n"
     )
+
+
+def _cluster(found: Cluster) -> str:
+    rows = [
+        (
+            name,
+            f"{rounds[0].tally.rps:,.0f}",
+            _spread((one.tally.p95 for one in rounds), 1),
+            *_cpu(rounds, ("API", "Redis", "replicas", "Kafka")),
+        )
+        for name, rounds in found.rounds.items()
+    ]
+    nodes = [
+        (
+            f"{number}",
+            f"{sales}",
+            f"{sales / SALES:.0%}",
+            _spread(
+                one.cpu[f"node {number}"] / one.cpu["Redis"] * 100 for one in found.rounds[THREE]
+            ),
+        )
+        for number, sales in enumerate(found.sales, 1)
+    ]
+    api, redis, third = (
+        _spread(share * 100 for share in _shares(found, THREE, other, name))
+        for other, name in ((ONE, "API"), (ONE, "Redis"), (THIRD, "Redis"))
+    )
+    return (
+        _table(("accepted", "requests/s", "P95 ms", "API", "Redis", "replicas", "Kafka"), rows)
+        + f"\nPer request, the API takes {api} % of its CPU with one node. The primaries take "
+        + f"{redis} % of the CPU of one node with all of the load, and {third} % of the CPU of one "
+        + "node with a third of it.\n\n"
+        + _table(("node", "sales", "% of the requests", "% of the primaries' CPU"), nodes)
+        + f"\nRun: {found.run}.\n"
+    )
+
+
+def _shares(found: Cluster, name: str, other: str, process: str) -> list[float]:
+    """Return a process' CPU as a multiple of that in the other rounds, round by round."""
+    pairs = zip(found.rounds[name], found.rounds[other], strict=True)
+    return [one.cpu[process] / beside.cpu[process] for one, beside in pairs]
+
+
+def _scale(found: Findings) -> str:
+    """Return the numbers of primaries by the formula of the page."""
+    accepted, refused = _redis_us(found)
+    cost = [us * REPLICA / BUSY for us in (accepted, refused)]
+    rows = []
+    for requests, share in ((100_000, 0.1), (1_000_000, 0.05), (1_000_000, 0.2), (1_000_000, 1.0)):
+        cores = requests * (share * cost[0] + (1 - share) * cost[1]) / 1e6
+        rows.append((f"{requests:,}", f"{share:.0%}", f"{ceil(cores)}"))
+    return (
+        f"With {accepted:.0f} µs per reservation and {refused:.0f} µs per rejection, a primary "
+        f"accepts {1e6 / cost[0]:,.0f} requests per second, or refuses {1e6 / cost[1]:,.0f}.\n\n"
+        + _table(("requests per second", "accepted", "primaries"), rows)
+    )
+
+
+def _redis_us(found: Findings) -> list[float]:
+    """Return the CPU of Redis behind the API, in µs per reservation and per rejection."""
+    ways = [found.reserve[name] for name in ("accepted", "sold out, with keys")]
+    return [median(one.cpu["Redis"] for one in rounds) * 100 for rounds in ways]
 
 
 def _recording(found: Findings) -> str:

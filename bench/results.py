@@ -24,6 +24,7 @@ class Parts(msgspec.Struct, frozen=True):
       the deletion of an outbox entry, at 32 requests per call.
     - `metrics`: the part of `accepted` that updates metrics.
     - `untraced`: the addition if tracing is on but the request is not sampled.
+    - `bounds`: the bounds on clients, by the kind of request.
     - `identity`: the additions to `accepted` if a header or a token names the user.
     """
 
@@ -35,6 +36,7 @@ class Parts(msgspec.Struct, frozen=True):
     settled: float
     metrics: float = 0.0
     untraced: float = 0.0
+    bounds: dict[str, float] = msgspec.field(default_factory=dict)
     identity: dict[str, float] = msgspec.field(default_factory=dict)
 
 
@@ -145,6 +147,36 @@ class Holds(msgspec.Struct, frozen=True):
     expiry: Expiry
 
 
+class Cluster(msgspec.Struct, frozen=True):
+    """One node and three nodes of Redis, each with a replica, at a constant arrival rate.
+
+    `run` is as in `Holds`. `sales` has the number of sales on each of the three nodes. The CPU time
+    of `Redis` is that of all primaries. `node 1` and so on are the single ones.
+    """
+
+    run: str
+    rate: float
+    sales: list[int]
+    rounds: dict[str, list[Round]]
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """The cost of the bounds on clients. `run` says when and under which other load.
+
+    `shipped` and `unbounded` have the rounds of the API with and without its bounds, by answer.
+    Rounds at the same place in both lists ran one after the other.
+    """
+
+    run: str
+    shipped: dict[str, list[Round]]
+    unbounded: dict[str, list[Round]]
+
+    def costs(self, answer: str) -> list[float]:
+        """The additional CPU of the API in each pair of rounds, as a share of the shipped API's."""
+        pairs = zip(self.shipped[answer], self.unbounded[answer], strict=True)
+        return [1 - without.cpu["API"] / shipped.cpu["API"] for shipped, without in pairs]
+
+
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """All results of a run. Lists of rounds are in the order of the rounds."""
 
@@ -157,6 +189,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     background: str
     machine: dict[str, str]
     reserve: dict[str, list[Round]]
+    bounds: Bounds
     parts: Parts
     open_loop: list[OpenRound]
     scripts: list[Scripts]
@@ -168,3 +201,4 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[Memory]
     sales: dict[str, list[Round]]
     apply_seconds: list[float]
+    cluster: Cluster

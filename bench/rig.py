@@ -60,6 +60,13 @@ class Baseline(Api):
             return True
 
 
+class Unbounded(Api):
+    """An API process without its bounds on clients."""
+
+    name: ClassVar[str] = "unbounded"
+    module: ClassVar[str] = "bench.unbounded"
+
+
 class Consumer(ConsumerServer):
     """A consumer process on the measured Python."""
 
@@ -94,11 +101,17 @@ class Rig:
     A context manager. At its end it stops everything.
     """
 
-    def __init__(self, data: Path, python: Path) -> None:
+    def __init__(
+        self, data: Path, python: Path, redis_servers: Sequence[RedisServer] | None = None
+    ) -> None:
+        """`redis_servers` replace the only Redis. The engine gets the address of the first one."""
         self.cores = Cores()
         self.python = python
         self.data = data
-        self.redis = RedisServer(data / "redis")
+        self.redis_servers = redis_servers or [RedisServer(data / "redis")]
+        self.redis = self.redis_servers[0]
+        self.parts_of_redis: dict[str, Sequence[RedisServer]] = {"Redis": [self.redis]}
+        """The servers of Redis whose CPU time is measured, by a name for their sum."""
         self.kafka = KafkaServer(data / "kafka")
         self.postgres = PostgresServer(data / "postgres")
         self._running = ExitStack()
@@ -106,7 +119,8 @@ class Rig:
         self._crowds = 0
 
     def __enter__(self) -> Self:
-        self._start(self.redis, self.cores.rest)
+        for redis in self.redis_servers:
+            self._start(redis, self.cores.rest)
         for server in (self.kafka, self.postgres):
             self._start(server, self.cores.rest, nice=BEHIND)
         return self
@@ -133,6 +147,12 @@ class Rig:
         """Start the bare app on the first core."""
         baseline = Baseline(self.data / "baseline", self.addresses, self.python)
         return self._start(baseline, self.cores.first)
+
+    def unbounded(self) -> Unbounded:
+        """Start an API process without its bounds on clients, on the first core."""
+        return self._start(
+            Unbounded(self.data / "unbounded", self.addresses, self.python), self.cores.first
+        )
 
     def consumer(self, cores: set[int]) -> Consumer:
         """Start a consumer process."""
@@ -235,7 +255,7 @@ class Rig:
         """Run a crowd, and measure the CPU time until everything is published."""
         processes: dict[str, Sequence[Server]] = {
             "API": apis,
-            "Redis": [self.redis],
+            **self.parts_of_redis,
             "Kafka": [self.kafka],
         }
         before = {name: _cpu(servers) for name, servers in processes.items()}

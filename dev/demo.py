@@ -23,7 +23,7 @@ from dev.checkout import checkout, outcome
 from dev.crowd import attempts, percentile, stampede
 from dev.issuer import Issuer
 from dev.journal import Journal
-from dev.local import API_PORT, SAMPLE, start_stack
+from dev.local import API_PORT, CLUSTER, SAMPLE, start_stack
 from dev.paths import LOCAL, ROOT
 from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, flashsalectl
@@ -56,8 +56,8 @@ def demo(named: Mapping[str, str], *, tokens: bool = False) -> int:
 
     With `tokens` the API takes the buyers from tokens of an issuer.
 
-    A server whose address is in `named` is used as it is. The environment's addresses are not,
-    because they may be those of a running engine.
+    A server whose address is in `named` is used as it is. "cluster" for Redis starts a cluster.
+    The environment's addresses are not used, because a running engine may have them.
     """
     data = LOCAL / "demo"
     shutil.rmtree(data, ignore_errors=True)
@@ -67,7 +67,8 @@ def demo(named: Mapping[str, str], *, tokens: bool = False) -> int:
         def started(server: Server) -> None:
             running.callback(server.stop)
 
-        addresses = start_stack(data, named, started)
+        others = {name: value for name, value in named.items() if value != CLUSTER}
+        addresses = start_stack(data, others, started, clustered=others != named)
         issuer = running.enter_context(Issuer()) if tokens else None
         token_of: TokenOf = cache(issuer.token) if issuer else lambda _: ""
         api = ApiServer(

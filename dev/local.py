@@ -23,7 +23,7 @@ from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer, f
 from dev.stack import lifeline
 from dev.stack.errors import StackError
 from dev.stack.process import Server
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
 
 SAMPLES: Final = ROOT / "k8s" / "samples"
 SAMPLE: Final = SAMPLES / "iphone-15.yaml"
@@ -46,6 +46,8 @@ SERVERS: Final[tuple[type[Server], ...]] = (
     PostgresServer,
     RedisServer,
 )
+CLUSTER: Final = "cluster"
+"""The value of REDIS for a Redis Cluster instead of one server."""
 _ENV: Final = LOCAL / "env"
 _MARK: Final = "FLASHSALE_CHECKOUT"
 """Names the checkout in the environment of each process of `up`. So `down` finds the processes even
@@ -57,14 +59,19 @@ def start_stack(
     environ: Mapping[str, str],
     started: Callable[[Server], None],
     *,
+    clustered: bool = False,
     detached: bool = False,
 ) -> Addresses:
     """Start Redis, Kafka and PostgreSQL in folders of `data`, and return their addresses.
 
-    A server whose address is set in `environ` is not started. `started` is called with each server
-    that this call starts, before its start, but not with servers that were already running.
+    If `clustered`, Redis is a cluster of three primaries with a replica each. A server whose
+    address is set in `environ` is not started. `started` is called with each server that this call
+    starts, before its start, but not with servers that were already running.
     """
-    redis = RedisServer(data / RedisServer.name, detached=detached)
+    cluster = RedisCluster(data / RedisCluster.name, replicas=1, detached=detached)
+    redis = (
+        cluster.servers[0] if clustered else RedisServer(data / RedisServer.name, detached=detached)
+    )
     kafka = KafkaServer(data / KafkaServer.name, detached=detached)
     postgres = PostgresServer(data / PostgresServer.name, detached=detached)
     kinds: tuple[tuple[str, Server, Callable[[], str]], ...] = (
@@ -79,6 +86,10 @@ def start_stack(
         # up`. Those servers are ours to start.
         if named is None or (server.data.exists() and named == address()):
             _start(server, started)
+            if clustered and server is redis:
+                for other in cluster.servers[1:]:
+                    _start(other, started)
+                cluster.form()
             named = address()
         else:
             print(f"  {server.name:9} not started, because {variable} is set", flush=True)
@@ -111,8 +122,14 @@ def running_engine() -> tuple[Addresses, dict[str, str]]:
     return addresses, written
 
 
-def up(port: int) -> None:
-    """Start the servers, the API and a consumer in the background, and declare two sales."""
+def up(port: int, redis: str = "") -> None:
+    """Start the servers, the API and a consumer in the background, and declare two sales.
+
+    With `redis` = "cluster", Redis is a cluster. It stays one until `clean`.
+    """
+    if redis == CLUSTER and (LOCAL / RedisServer.name).exists():
+        raise StackError("the sales are in one Redis server; `make clean` removes them")
+    clustered = redis == CLUSTER or (LOCAL / RedisCluster.name).exists()
     if strays := [pid for pid in _marked() if pid not in _recorded()]:
         raise StackError(
             f"processes of an earlier `make up` still run, and .local no longer names them: "
@@ -125,7 +142,7 @@ def up(port: int) -> None:
         def started(server: Server) -> None:
             undo.callback(server.stop)
 
-        addresses = start_stack(LOCAL, os.environ, started, detached=True)
+        addresses = start_stack(LOCAL, os.environ, started, clustered=clustered, detached=True)
         # The API may be running already, with the token that the file has.
         token = _written().get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
         api = ApiServer(
@@ -212,10 +229,7 @@ def down(*, keep: bool = True) -> None:
     """Stop everything that `up` and `control_plane` started, by the recorded process ids."""
     stopped = False
     # The engine stops before its servers, so that it can still publish and record the rest.
-    for kind in SERVERS:
-        if not (LOCAL / kind.name).exists():
-            continue
-        server = kind.attach(LOCAL / kind.name)
+    for server in _attached():
         if server.pid is not None:
             print(f"  {server.name:9} stopping process {server.pid}", flush=True)
             server.stop()
@@ -239,7 +253,16 @@ def clean() -> None:
 
 def _recorded() -> set[int | None]:
     """Return the process ids in .local."""
-    return {kind.attach(LOCAL / kind.name).pid for kind in SERVERS if (LOCAL / kind.name).exists()}
+    return {server.pid for server in _attached()}
+
+
+def _attached() -> list[Server]:
+    """Return the servers that have a folder in .local, in the order of their stop."""
+    nodes = sorted((LOCAL / RedisCluster.name).glob("*"))
+    return [
+        *(kind.attach(LOCAL / kind.name) for kind in SERVERS if (LOCAL / kind.name).exists()),
+        *map(RedisServer.attach, nodes),
+    ]
 
 
 def _marked() -> list[int]:
@@ -293,6 +316,12 @@ def main() -> int:
     starting.add_argument(
         "--port", type=_port, default=API_PORT, help="of the API; its metrics are 1010 above it"
     )
+    starting.add_argument(
+        "--redis",
+        choices=["", CLUSTER],
+        default="",
+        help="cluster: three primaries with a replica each, instead of one server",
+    )
     commands.add_parser("down", help="stop everything; the data stays in .local")
     commands.add_parser("clean", help="stop everything and remove .local")
     commands.add_parser(
@@ -302,7 +331,7 @@ def main() -> int:
     actions = {"down": down, "clean": clean, "control-plane": control_plane}
     try:
         if chosen.command == "up":
-            up(chosen.port)
+            up(chosen.port, chosen.redis)
         else:
             actions[chosen.command]()
     except StackError as error:

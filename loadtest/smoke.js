@@ -8,10 +8,19 @@
 //             $ITEM_ID-ended     ended
 //             $ITEM_ID-paused    paused
 //   API_URL   (http://localhost:8080)
+//   TOKEN_URL as in stampede.js. It adds the answers of an API that expects tokens.
 
 import { check } from 'k6';
 import http from 'k6/http';
-import { freshSale, get, journal, kindOf, reserve } from './lib/api.js';
+import {
+  TOKEN_URL,
+  freshSale,
+  get,
+  identityOf,
+  journal,
+  kindOf,
+  reserve,
+} from './lib/api.js';
 import { API_URL, text, thresholds } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
@@ -32,8 +41,10 @@ export default function () {
   });
   const found = get(bought.headers.Location, 'reservation');
   is('a reservation', found, 200);
-  const { userId: _, ...shown } = reservation; // a stranger could read it, too
+  const { userId: _, ...anonymous } = reservation; // without tokens a stranger could read it, too
+  const shown = TOKEN_URL ? reservation : anonymous;
   check(found, { 'the Location has the same reservation': () => same(found.json(), shown) });
+  if (TOKEN_URL) tokens(bought.headers.Location);
 
   const again = reserve('ann', ITEM_ID, 1, 'order-1');
   is('a repeated order', again, 202);
@@ -62,10 +73,25 @@ export default function () {
   reads();
 }
 
+function tokens(place) {
+  const order = JSON.stringify({ userId: 'ann', itemId: ITEM_ID, quantity: 1 });
+  const anonymous = post(order, {});
+  is('an order without a token', anonymous, 401, 'unauthorized');
+  check(anonymous, {
+    'the problem names the scheme': () => anonymous.headers['Www-Authenticate'] === 'Bearer',
+  });
+  const invalid = { Authorization: 'Bearer none' };
+  is('an order with an invalid token', post(order, invalid), 401, 'unauthorized');
+  is('an order for another user', post(order, identityOf('bob')), 403, 'wrong-user');
+  is("another user's reservation", get(place, 'reservation'), 404, 'unknown-reservation');
+  const read = http.get(`${API_URL}${place}`);
+  is('a reservation without a token', read, 401, 'unauthorized');
+}
+
 function invalidRequests() {
   const good = { userId: 'eve', itemId: ITEM_ID, quantity: 1 };
   is('malformed JSON', post('{'), 400, 'malformed-json');
-  const plain = post(JSON.stringify(good), 'text/plain');
+  const plain = post(JSON.stringify(good), identityOf('eve'), 'text/plain');
   is('another Content-Type', plain, 415, 'unsupported-media-type');
   const large = post(JSON.stringify({ ...good, more: 'x'.repeat(17000) }));
   is('a large body', large, 413, 'body-too-large');
@@ -98,8 +124,8 @@ function reads() {
   is('the OpenAPI description', get('/openapi.json', 'openapi'), 200);
 }
 
-function post(body, type = 'application/json') {
-  return http.post(`${API_URL}/reserve`, body, { headers: { 'Content-Type': type } });
+function post(body, identity = identityOf('eve'), type = 'application/json') {
+  return http.post(`${API_URL}/reserve`, body, { headers: { 'Content-Type': type, ...identity } });
 }
 
 function is(name, response, status, kind = '') {

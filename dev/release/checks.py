@@ -65,6 +65,10 @@ def _versions(root: Path, version: str) -> Iterator[str]:
             _match(root / "src/flashsale/__init__.py", r'^__version__: Final = "(.+)"$'),
             python,
         ),
+        "k8s/redis/cluster.yaml: image of the Job": (
+            _match(root / "k8s/redis/cluster.yaml", r"^ *image: flashsale/operator:(.+)$"),
+            version,
+        ),
         "README.md: Status": (_match(root / "README.md", r"^\*\*Status\*\*: ([^\s,]+)"), version),
         **{
             f"{_CHART}/Chart.yaml: {key}": (str(chart.get(key)), version)

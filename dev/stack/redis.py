@@ -24,9 +24,12 @@ class RedisServer(Server):
         appendfsync: str = "everysec",
         options: Sequence[str] = (),
         *,
+        clustered: bool = False,
         detached: bool = False,
     ) -> None:
         """`options` are further arguments, for example `("--maxmemory", "64mb")`.
+
+        A `clustered` server is a node that can join a Redis Cluster.
 
         Without `binary`, the program of `default_binary` is started.
         """
@@ -34,11 +37,17 @@ class RedisServer(Server):
         self.binary = binary
         self.appendfsync = appendfsync
         self.options = tuple(options)
+        self.clustered = clustered
 
     @property
     def url(self) -> str:
         """The address for clients."""
         return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def bus_port(self) -> int:
+        """The port for the other nodes of a cluster."""
+        return self._port("bus")
 
     def _prepare(self) -> None:
         """The server needs only an empty folder."""
@@ -59,6 +68,16 @@ class RedisServer(Server):
             # A title would overwrite the environment in /proc, by which `make down` finds it.
             "set-proc-title": "no",
         }
+        if self.clustered:
+            settings |= {
+                "cluster-enabled": "yes",
+                "cluster-port": str(self.bus_port),
+                "cluster-node-timeout": "5000",
+                # The loss of one shard must not stop the others.
+                "cluster-require-full-coverage": "no",
+                # A new replica need not wait for others to copy the data with it.
+                "repl-diskless-sync-delay": "0",
+            }
         arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return [str(self.binary or default_binary()), *arguments, *self.options]
 

@@ -12,25 +12,26 @@ const silences = new Counter('answers_none');
 // A refusal is an expected answer, so k6 must not count a 4xx as a failed request.
 http.setResponseCallback(http.expectedStatuses({ min: 200, max: 499 }));
 
-const TOKEN_URL = __ENV.TOKEN_URL;
+/** Set if the API expects tokens. TOKEN_URL?sub=userId answers with the token of a buyer. */
+export const TOKEN_URL = __ENV.TOKEN_URL;
 let buyer = '';
 /** Headers that name the buyer of this VU, if the API expects tokens. */
 let identity = {};
 
-/** Get the buyer's token from TOKEN_URL?sub=userId, unless it is the same buyer as before. */
-function identify(userId) {
-  if (!TOKEN_URL || userId === buyer) return;
+/** Return the headers that name a buyer. Gets a token, unless it is the same buyer as before. */
+export function identityOf(userId) {
+  if (!TOKEN_URL || userId === buyer) return identity;
   const url = `${TOKEN_URL}?sub=${encodeURIComponent(userId)}`;
   const response = http.get(url, { tags: { name: 'token' } });
   if (response.status !== 200) exec.test.abort(`GET ${url} returned status ${response.status}`);
   buyer = userId;
   identity = { Authorization: `Bearer ${response.body}` };
+  return identity;
 }
 
 /** Build one POST /reserve for http.post or http.batch. */
 export function reserveRequest(userId, itemId, quantity, key) {
-  identify(userId);
-  const headers = { 'Content-Type': 'application/json', ...identity };
+  const headers = { 'Content-Type': 'application/json', ...identityOf(userId) };
   if (key) headers['Idempotency-Key'] = key;
   return {
     method: 'POST',

@@ -7,15 +7,19 @@ and after the fence apart, and the run of the server whose clock it used.
 """
 
 from collections.abc import Awaitable, Mapping
-from typing import Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import msgspec
 from redis.asyncio import Redis
 
 from flashsale import keys
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import ServerTime
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.scripts import translated
+from flashsale.nodes import Nodes, translated
+
+if TYPE_CHECKING:
+    from redis.asyncio.client import Pipeline
 
 INTERVAL_SECONDS: Final = 1.0
 EXPIRY_SECONDS: Final = 5
@@ -35,6 +39,10 @@ Later, the sale may have been rebuilt without the event.
 assert EXPIRY_SECONDS > CALL_DEADLINE_SECONDS + ACKNOWLEDGED_SECONDS  # noqa: S101 - of constants
 _KEPT_SECONDS: Final = 60
 """How long an item keeps the reports of pods that have stopped. Readers ignore expired ones."""
+
+
+_OVERALL: Final = ""
+"""No item, but all."""
 
 
 class Report(NamedTuple):
@@ -57,24 +65,44 @@ async def beat(
     redis: "Redis",
     pod_id: str,
     unacknowledged: Mapping[str, int],
-    sampled: ServerTime,
+    sampled: Mapping[str, ServerTime],
     engine: str = DEFAULT_ENGINE,
-) -> None:
+) -> set[str]:
     """Writes a pod's report for each item in `unacknowledged`. Raises `RedisUnavailable`.
 
     The mapping also needs the items without events that the pod has called within the last
-    `EXPIRY_SECONDS`. `sampled` is read before the events are counted.
+    `EXPIRY_SECONDS`. `sampled` has the clock of each server by its name, read before the events are
+    counted. Returns the names of the servers that have all reports of their items.
     """
-    pipeline = redis.pipeline(transaction=False)
-    for item_id, count in unacknowledged.items():
-        key = ItemKeys.of(item_id, engine).pods
-        pipeline.hset(key, pod_id, f"{sampled.now_ms},{count},{sampled.run_id}")
-        pipeline.expire(key, _KEPT_SECONDS)
-    # Operators of the previous version read only this key.
-    overall = _Overall(pod_id, dict(unacknowledged), sampled.now_ms)
-    pipeline.sadd(keys.pods(engine), pod_id)
-    pipeline.set(keys.heartbeat(engine, pod_id), msgspec.json.encode(overall), ex=EXPIRY_SECONDS)
-    await translated(pipeline.execute())
+
+    def key(item_id: str) -> str:
+        return ItemKeys.of(item_id, engine).pods
+
+    def queue(pipeline: "Pipeline", item_id: str) -> None:
+        if item_id == _OVERALL:
+            # Operators of the previous version, which knows no cluster, read only this key.
+            overall = _Overall(pod_id, dict(unacknowledged), sampled[""].now_ms)
+            pipeline.sadd(keys.pods(engine), pod_id)
+            own = keys.heartbeat(engine, pod_id)
+            pipeline.set(own, msgspec.json.encode(overall), ex=EXPIRY_SECONDS)
+            return
+        server = sampled[names[item_id]]
+        report = f"{server.now_ms},{unacknowledged[item_id]},{server.run_id}"
+        pipeline.hset(key(item_id), pod_id, report)
+        pipeline.expire(key(item_id), _KEPT_SECONDS)
+
+    nodes = Nodes.of_client(redis)
+    names = {item_id: nodes.name_of(key(item_id)) for item_id in unacknowledged}
+    wanted = [item_id for item_id, name in names.items() if name in sampled]
+    try:
+        written = await nodes.each(
+            [*wanted, _OVERALL] if nodes.single else wanted, key, queue, partial=True
+        )
+    except RedisUnavailable:
+        if nodes.single:
+            raise
+        written = {}
+    return set(sampled) - {name for item_id, name in names.items() if item_id not in written}
 
 
 async def retire(redis: "Redis", pod_id: str, engine: str = DEFAULT_ENGINE) -> None:
@@ -82,10 +110,11 @@ async def retire(redis: "Redis", pod_id: str, engine: str = DEFAULT_ENGINE) -> N
 
     Its reports per item say the same and expire.
     """
-    pipeline = redis.pipeline(transaction=False)
-    pipeline.srem(keys.pods(engine), pod_id)
-    pipeline.delete(keys.heartbeat(engine, pod_id))
-    await translated(pipeline.execute())
+    if Nodes.of_client(redis).single:
+        pipeline = redis.pipeline(transaction=False)
+        pipeline.srem(keys.pods(engine), pod_id)
+        pipeline.delete(keys.heartbeat(engine, pod_id))
+        await translated(pipeline.execute())
 
 
 async def living(
@@ -97,8 +126,10 @@ async def living(
     server whose clock was ahead, it could look newer than it is. The reports of pods of the
     previous version are included.
     """
-    call = redis.hgetall(ItemKeys.of(item_id, engine).pods)
-    found = await translated(cast("Awaitable[dict[str, str]]", call))
+    key, nodes = ItemKeys.of(item_id, engine).pods, Nodes.of_client(redis)
+    found = await nodes.call(
+        key, lambda redis: cast("Awaitable[dict[str, str]]", redis.hgetall(key))
+    )
     reports = []
     for pod_id, text in sorted(found.items()):
         sampled_ms, count, run_id = text.split(",")
@@ -109,7 +140,7 @@ async def living(
         )
     return reports + [
         Report(pod.pod_id, pod.unacknowledged.get(item_id, 0), pod.sampled_ms)
-        for pod in await _previous_version(redis, engine)
+        for pod in (await _previous_version(redis, engine) if nodes.single else ())
     ]
 
 

@@ -3,18 +3,21 @@
 Only this module and `outbox.py` use an item's keys. The operator's rebuild is the one exception.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from flashsale import keys, redis_client
-from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
+from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable, UnmetRequirement
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.requirements import RedisFacts
+from flashsale.nodes import FAILURES, NODE_SECONDS, Node, Nodes
+from flashsale.requirements import ClusterFacts, RedisFacts
 from flashsale.reservations import (
     BatchReply,
     Call,
@@ -30,7 +33,12 @@ from flashsale.reservations import (
     parse_transitions,
 )
 from flashsale.sale import Predecessor, Sale, SaleSpec
-from flashsale.scripts import Script, Scripts, leased, translated
+from flashsale.scripts import Script, Scripts, leased
+
+if TYPE_CHECKING:
+    from redis.asyncio.client import Pipeline
+
+T = TypeVar("T")
 
 LOOK_SECONDS: Final = 1.0
 OUTBOX_LIMIT: Final = 100_000
@@ -101,16 +109,26 @@ class Look(NamedTuple):
     server: ServerTime
 
 
+class Survey(NamedTuple):
+    """The sales and the servers of some items. `away` are the items that cannot be read now."""
+
+    sales: dict[str, Sale]
+    servers: dict[str, ServerTime]
+    away: list[str]
+
+
 class Inventory:
     """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
     def __init__(
         self, redis: "Redis", engine: str = DEFAULT_ENGINE, *, outbox_limit: int = OUTBOX_LIMIT
     ) -> None:
-        self.redis = self._redis = redis
+        self.redis = redis
         self.engine = engine
+        self.nodes = Nodes.of_client(redis)
         self._items = keys.items(engine)
-        self._scripts = Scripts(redis)
+        self._last_items: list[str] = []
+        self._scripts = Scripts(self.nodes)
         self._outbox_limit = outbox_limit
         self._reserve = Script("reserve")
         self._apply = Script("apply")
@@ -160,7 +178,7 @@ class Inventory:
         just seen that no data of this sale can be lost, so missing keys mean a new sale.
         `replaces` is the finished sale of the item that this one may replace.
         """
-        await translated(self._redis.sadd(self._items, spec.item_id))
+        await self.index([spec.item_id])
         other_id, other_accepted, other_released = replaces or ("", 0, 0)
         arguments = (
             *spec.arguments(revision),
@@ -209,23 +227,24 @@ class Inventory:
 
         The lease only saves work: a hold expires once, however many pods try.
         """
-        return await leased(self._redis, self._keys(item_id).expiry, pod_id, lease_ms)
+        return await leased(self.nodes, self._keys(item_id).expiry, pod_id, lease_ms)
 
-    async def holds(self, item_ids: Iterable[str], now_ms: int) -> dict[str, Holds]:
-        """Returns the open holds of each item, at a time of Redis' clock."""
-        wanted = list(item_ids)
-        pipeline = self._redis.pipeline(transaction=False)
-        for item_id in wanted:
+    async def holds(self, now_ms: Mapping[str, int]) -> dict[str, Holds]:
+        """Returns the open holds of each item, at a time of its server's clock.
+
+        Items whose server is away are left out, unless all are.
+        """
+
+        def queue(pipeline: "Pipeline", item_id: str) -> None:
             key = self._keys(item_id).holds
             pipeline.zcard(key)
-            pipeline.zcount(key, "-inf", now_ms)
+            pipeline.zcount(key, "-inf", now_ms[item_id])
             pipeline.zrange(key, 0, 0, withscores=True)
-        replies = await translated(pipeline.execute()) if wanted else []
+
+        found = await self.nodes.each(now_ms, self._sale_key, queue, partial=True)
         return {
             item_id: Holds(total, overdue, int(first[0][1]) if first else 0)
-            for item_id, total, overdue, first in zip(
-                wanted, *(replies[n::3] for n in range(3)), strict=True
-            )
+            for item_id, (total, overdue, first) in found.items()
         }
 
     async def _change(
@@ -260,59 +279,122 @@ class Inventory:
         arguments = (sale_id, revision, accepted, released, engine_id)
         freed = Freed(await self._scripts.call(self._free, item_keys, arguments))
         if freed is Freed.FREED:
-            await translated(self._redis.srem(self._items, item_id))
-            if await translated(self._redis.exists(*item_keys)):
+            await self._try(self._items, lambda redis: redis.srem(self._items, item_id))
+            left = await self.nodes.call(item_keys[0], lambda redis: redis.exists(*item_keys))
+            if left:
                 # Another sale of the item was seeded in the meantime.
                 await self.index([item_id])
         return freed
 
     async def index(self, item_ids: Iterable[str]) -> None:
-        """Adds items to the index that the sweeper and the operator walk. Idempotent."""
+        """Adds items to the index that the sweeper and the operator walk. Idempotent.
+
+        If only the index is away, the operator's next resync adds all items of the ledger.
+        """
         if items := list(item_ids):
-            await translated(self._redis.sadd(self._items, *items))
+            await self._try(self._items, lambda redis: redis.sadd(self._items, *items))
 
-    async def items(self) -> list[str]:
-        """Returns the items that have keys, sorted."""
-        members = self._redis.smembers(self._items)
-        return sorted(await translated(cast("Awaitable[set[str]]", members)))
+    async def items(self, known: Iterable[str] = ()) -> list[str]:
+        """Returns the items that have keys and the `known` ones, sorted.
 
-    async def server(self) -> ServerTime:
-        """Returns Redis' clock and run. Sales written under another run are fenced."""
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.time()
-        pipeline.info("server", "replication")
-        (seconds, microseconds), info = await translated(pipeline.execute())
-        # redis-py converts an id of digits only, such as 40 zeros, to a number.
-        ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
-        return ServerTime(seconds * 1000 + microseconds // 1000, ":".join(ids))
+        While the index is away, these are the known ones, and those that this object has read last.
+        """
+        found = set(known)
+        try:
+            members = await self.nodes.call(
+                self._items,
+                lambda redis: cast("Awaitable[set[str]]", redis.smembers(self._items)),
+            )
+        except RedisUnavailable:
+            if not (found or self._last_items):
+                raise
+        else:
+            self._last_items = sorted(members)
+        return sorted(found.union(self._last_items))
+
+    async def server(self, item_id: str = "") -> ServerTime:
+        """Returns the clock and run of an item's server. A sale of another run is fenced.
+
+        Without an item, the server is any one of the cluster.
+        """
+        [found] = (await self.servers([item_id])).values() or [None]
+        if found is None:
+            raise RedisUnavailable("Redis is unavailable: no node has the item's slot")
+        return found
+
+    async def servers(self, item_ids: Iterable[str]) -> dict[str, ServerTime]:
+        """Returns the clock and run of each item's server.
+
+        Items whose server is away are left out, unless all are.
+        """
+        groups = await self.nodes.split(item_ids, self._sale_key)
+        clocks = await self._clocks(groups)
+        return {
+            item_id: clocks[node.name]
+            for node, items in groups.items()
+            if node.name in clocks
+            for item_id in items
+        }
+
+    async def clocks(self) -> dict[str, ServerTime]:
+        """Returns the clock and run of each server by its name, as `node_of` returns it.
+
+        Servers that are away are left out, unless all are.
+        """
+        return await self._clocks(await self.nodes.all())
+
+    async def _clocks(self, nodes: Iterable[Node]) -> dict[str, ServerTime]:
+        def queue(pipeline: "Pipeline") -> None:
+            pipeline.time()
+            pipeline.info("server", "replication")
+
+        found = await self.nodes.of_all(nodes, queue)
+        return {node.name: _server(*replies) for node, replies in found.items()}
 
     async def sales(
         self, item_ids: Iterable[str], *, skip_unreadable: bool = False
     ) -> dict[str, Sale]:
         """Returns the sale of each item that has one.
 
-        Raises `ContractViolation` if a sale cannot be read, unless `skip_unreadable` is set.
+        Raises `ContractViolation` if a sale cannot be read, and `RedisUnavailable` if the server of
+        an item is away. With `skip_unreadable` such items are left out, unless every server is
+        away.
         """
-        wanted = list(item_ids)
-        pipeline = self._redis.pipeline(transaction=False)
-        for item_id in wanted:
+
+        found = {}
+        for item_id, reply in (await self._read(item_ids, partial=skip_unreadable)).items():
+            try:
+                if sale := _sale_of(item_id, reply):
+                    found[item_id] = sale
+            except ContractViolation:
+                if not skip_unreadable:
+                    raise
+        return found
+
+    async def survey(self, item_ids: Iterable[str]) -> Survey:
+        """Returns the sales and servers of items, and which items cannot be read now.
+
+        Raises `ContractViolation` if a sale cannot be read, and `RedisUnavailable` if no item can.
+        """
+        wanted = set(item_ids)
+        servers = await self.servers(wanted)
+        replies = await self._read(servers, partial=True)
+        sales = {item_id: _sale_of(item_id, reply) for item_id, reply in replies.items()}
+        return Survey(
+            {item_id: sale for item_id, sale in sales.items() if sale},
+            {item_id: servers[item_id] for item_id in sales},
+            sorted(wanted.difference(sales)),
+        )
+
+    async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
+        def queue(pipeline: "Pipeline", item_id: str) -> None:
             item = self._keys(item_id)
             pipeline.hgetall(item.sale)
             pipeline.xlen(item.outbox)
             pipeline.exists(item.buyers, item.reservations, item.outbox)
             pipeline.zcard(item.holds)
-        replies = await translated(pipeline.execute()) if wanted else []
-        found = {}
-        for item_id, fields, outbox_length, parts, holds in zip(
-            wanted, *(replies[n::4] for n in range(4)), strict=True
-        ):
-            if fields:
-                try:
-                    found[item_id] = _sale(item_id, fields, outbox_length, parts, holds)
-                except ContractViolation:
-                    if not skip_unreadable:
-                        raise
-        return found
+
+        return await self.nodes.each(item_ids, self._sale_key, queue, partial=partial)
 
     async def look(self, item_id: str, reservation_id: str = "") -> Look:
         """Reads an item's sale, and one of its reservations, in one quick round trip.
@@ -362,51 +444,121 @@ class Inventory:
     @property
     def address(self) -> str:
         """The server's address, host:port/db."""
-        return redis_client.address(self._redis)
+        return redis_client.address(self.redis)
 
     async def engine_id(self) -> str:
         """Returns the id of the engine that this Redis serves, or "" if none has claimed it."""
-        found = self._redis.get(keys.engine_id(self.engine))
-        return str(await translated(cast("Awaitable[str | None]", found)) or "")
+        key = keys.engine_id(self.engine)
+        return (
+            await self.nodes.call(key, lambda redis: cast("Awaitable[str | None]", redis.get(key)))
+            or ""
+        )
 
     async def claim(self, engine_id: str) -> None:
-        """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it."""
+        """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it.
+
+        If only the claim's node is away, each sale still names its engine.
+        """
         key = keys.engine_id(self.engine)
-        claimed = self._redis.set(key, engine_id, nx=True, get=True)
-        owner = await translated(cast("Awaitable[str | None]", claimed))
+        owner = await self._try(
+            key,
+            lambda redis: cast(
+                "Awaitable[str | None]", redis.set(key, engine_id, nx=True, get=True)
+            ),
+        )
         if owner not in (None, engine_id):
             raise OtherEngine(
                 f"this Redis belongs to engine {owner}, and the ledger to engine {engine_id}, both "
                 f"named {self.engine}: use a Redis of its own, or another FLASHSALE_ENGINE"
             )
 
+    def node_of(self, item_id: str) -> str:
+        """Returns the name of an item's server in a cluster, as far as it is known."""
+        return self.nodes.name_of(item_id)
+
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self.engine)
+
+    def _sale_key(self, item_id: str) -> str:
+        return self._keys(item_id).sale
 
     async def load(self) -> None:
         """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
         await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
 
-    async def facts(self) -> RedisFacts:
-        """Returns the server's version and settings, to compare with `requirements.REDIS`."""
-        pipeline = self._redis.pipeline(transaction=False)
+    async def facts(self) -> list[RedisFacts]:
+        """Returns each server's version and settings, to compare with `requirements.REDIS`.
+
+        Primaries of a cluster that are away are left out, unless all are. Raises
+        `UnmetRequirement` if the database of the address does not exist, or if the user may not
+        read the slots of a cluster.
+        """
+        try:
+            nodes = await self.nodes.all()
+        except RedisUnavailable as error:
+            if isinstance(error.__cause__, NoPermissionError):
+                raise UnmetRequirement(
+                    "Redis is a cluster, whose user needs the command CLUSTER SLOTS: allow it"
+                ) from error
+            if re.search("SELECT is not allowed|DB index is out of range", str(error)):
+                database = redis_client.location(self.redis)[2]
+                raise UnmetRequirement(
+                    f"FLASHSALE_REDIS_URL names database {database}, which Redis does not have: "
+                    "a Redis Cluster has only database 0"
+                ) from error
+            raise
+        found = await asyncio.gather(*map(self._facts, nodes), return_exceptions=True)
+        facts = [each for each in found if isinstance(each, RedisFacts)]
+        for each in found:
+            if isinstance(each, BaseException) and not (
+                facts and isinstance(each, RedisUnavailable)
+            ):
+                raise each
+        return facts
+
+    async def _facts(self, node: Node) -> RedisFacts:
+        pipeline = node.redis.pipeline(transaction=False)
         pipeline.info()
-        pipeline.config_get("repl-backlog-ttl")
-        pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
-        info, config, script = await translated(pipeline.execute(raise_on_error=False))
+        pipeline.config_get("repl-backlog-ttl", "cluster-*", "min-replicas-to-write")
+        if node.name:
+            # A key would have to be in one of the node's own slots.
+            pipeline.eval(_TRY_INFO, 0)
+        else:
+            pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
+        try:
+            async with asyncio.timeout(NODE_SECONDS if node.name else None):
+                info, config, script = await pipeline.execute(raise_on_error=False)
+                covered = await self.nodes.covered(node) if node.name else 0
+        except FAILURES as error:
+            raise self.nodes.unavailable(error, node) from error
         for reply in (info, script):
             if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
-                raise RedisUnavailable(f"Redis refused the call: {reply}") from reply
+                raise self.nodes.unavailable(reply, node)
         if isinstance(info, NoPermissionError):
             info = {}
             script = "this user may not call it"
+        if isinstance(config, RedisError):
+            config = {}
         return RedisFacts(
             version=info.get("redis_version"),
             policy=info.get("maxmemory_policy"),
-            backlog_ttl=None if isinstance(config, RedisError) else config.get("repl-backlog-ttl"),
+            backlog_ttl=config.get("repl-backlog-ttl"),
             appendonly=bool(info.get("aof_enabled", True)),
             script_error=" ".join(str(script).split()),
+            node=node.name,
+            cluster=ClusterFacts(covered, config, info.get("connected_slaves", 0))
+            if node.name
+            else None,
         )
+
+    async def _try(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T | None:
+        """Calls a key that no item needs. Its server may be away while the others work."""
+        try:
+            return await self.nodes.call(key, command)
+        except RedisUnavailable:
+            if self.nodes.single:
+                raise
+            return None
 
 
 _TRY_INFO: Final = """
@@ -425,6 +577,17 @@ _UNREADABLE: Final = {
     "unsupported": "this version cannot read the sale",
     "fenced": "the sale is fenced: rebuild it first",
 }
+
+
+def _server(time: tuple[int, int], info: Mapping[str, Any]) -> ServerTime:
+    # redis-py converts an id of digits only, such as 40 zeros, to a number.
+    ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
+    return ServerTime(time[0] * 1000 + time[1] // 1000, ":".join(ids))
+
+
+def _sale_of(item_id: str, reply: Sequence[Any]) -> Sale | None:
+    fields, *counts = reply
+    return _sale(item_id, fields, *counts) if fields else None
 
 
 def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int, holds: int) -> Sale:

@@ -5,6 +5,7 @@ an item share a hash tag, so that a sale lives in one slot of a Redis Cluster.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 DEFAULT_ENGINE: Final = "flashsale"
@@ -45,6 +46,7 @@ class ItemKeys:
     pods: str
 
     @classmethod
+    @lru_cache(maxsize=10_000)
     def of(cls, item_id: str, engine: str = DEFAULT_ENGINE) -> "ItemKeys":
         tag = f"{engine}:{{{item_id}}}"
         return cls(

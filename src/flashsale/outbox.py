@@ -6,8 +6,9 @@ from typing import Final, cast
 from redis.asyncio import Redis
 
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
+from flashsale.nodes import Nodes
 from flashsale.reservations import OutboxEntry
-from flashsale.scripts import Script, Scripts, leased, translated
+from flashsale.scripts import Script, Scripts, leased
 
 SETTLE_SECONDS: Final = 2.0
 
@@ -16,9 +17,9 @@ class Outbox:
     """An engine's outboxes. Every method raises `RedisUnavailable` if the call fails."""
 
     def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
-        self._redis = redis
+        self._nodes = Nodes.of_client(redis)
         self._engine = engine
-        self._scripts = Scripts(redis)
+        self._scripts = Scripts(self._nodes)
         self._settle = Script("settle")
 
     async def load(self) -> None:
@@ -48,32 +49,42 @@ class Outbox:
         `after` is the last entry id of the previous page, or "-" for the first page.
         """
         start = "-" if after == "-" else f"({after}"
-        page = self._redis.xrange(self._keys(item_id).outbox, start, f"{until_ms - 1}", count)
-        entries = await translated(cast("Awaitable[list[tuple[str, dict[str, str]]]]", page))
+        key, end = self._keys(item_id).outbox, f"{until_ms - 1}"
+        entries = await self._nodes.call(
+            key,
+            lambda redis: cast(
+                "Awaitable[list[tuple[str, dict[str, str]]]]", redis.xrange(key, start, end, count)
+            ),
+        )
         return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
 
-    async def lengths(self, item_ids: Iterable[str]) -> dict[str, int]:
-        """Returns the number of entries per item."""
-        wanted = list(item_ids)
-        pipeline = self._redis.pipeline(transaction=False)
-        for item_id in wanted:
-            pipeline.xlen(self._keys(item_id).outbox)
-        replies = await translated(pipeline.execute()) if wanted else []
-        return dict(zip(wanted, replies, strict=True))
+    async def lengths(self, item_ids: Iterable[str], *, partial: bool = False) -> dict[str, int]:
+        """Returns the number of entries per item.
+
+        With `partial`, items whose server is away are left out, unless all are.
+        """
+        found = await self._nodes.each(
+            item_ids,
+            self._outbox,
+            lambda pipeline, item_id: pipeline.xlen(self._outbox(item_id)),
+            partial=partial,
+        )
+        return {item_id: length for item_id, (length,) in found.items()}
 
     async def oldest_ms(self, item_ids: Iterable[str]) -> dict[str, int]:
-        """Returns when each item's oldest entry was written, in ms of Redis' clock.
+        """Returns when each item's oldest entry was written, in ms of its server's clock.
 
-        Items with an empty outbox are left out.
+        Items with an empty outbox are left out, and items whose server is away, unless all are.
         """
-        wanted = list(item_ids)
-        pipeline = self._redis.pipeline(transaction=False)
-        for item_id in wanted:
-            pipeline.xrange(self._keys(item_id).outbox, count=1)
-        replies = await translated(pipeline.execute()) if wanted else []
+        found = await self._nodes.each(
+            item_ids,
+            self._outbox,
+            lambda pipeline, item_id: pipeline.xrange(self._outbox(item_id), count=1),
+            partial=True,
+        )
         return {
             item_id: int(entries[0][0].partition("-")[0])
-            for item_id, entries in zip(wanted, replies, strict=True)
+            for item_id, (entries,) in found.items()
             if entries
         }
 
@@ -82,7 +93,14 @@ class Outbox:
 
         The lease only saves work: two sweepers publish duplicates, which are harmless.
         """
-        return await leased(self._redis, self._keys(item_id).sweeper, pod_id, lease_ms)
+        return await leased(self._nodes, self._keys(item_id).sweeper, pod_id, lease_ms)
+
+    def node_of(self, item_id: str) -> str:
+        """Returns the name of an item's server in a cluster, as far as it is known."""
+        return self._nodes.name_of(item_id)
+
+    def _outbox(self, item_id: str) -> str:
+        return self._keys(item_id).outbox
 
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self._engine)

@@ -9,15 +9,25 @@ redis-py's pool a call costs twice as much, mostly for taking a connection and g
 import asyncio
 import logging
 from collections import deque
-from typing import Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import hiredis
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MovedError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as Disconnected
-from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
+
+if TYPE_CHECKING:
+    from flashsale.nodes import Nodes
 
 Reply: TypeAlias = str | int
 
@@ -36,24 +46,42 @@ def connect(url: str) -> "Redis":
     """
     pool = Pool.from_url(
         url,
-        max_connections=MAX_CONNECTIONS,
-        timeout=1,
+        **_of_pool(),
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=2,
         socket_connect_timeout=1,
-        # Otherwise some providers push unsolicited messages, and redis-py does not notice a
-        # closed connection until it is used.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     return Redis.from_pool(pool)
 
 
-def address(redis: "Redis") -> str:
-    """Returns the server's address as host:port/db, without user and password."""
+def neighbour(redis: "Redis", host: str, port: int) -> "Redis":
+    """Returns a client of another server, with the same user, TLS and other options."""
+    pool = redis.connection_pool
+    options = {**pool.connection_kwargs, "host": host, "port": port}
+    return Redis.from_pool(Pool(connection_class=pool.connection_class, **options, **_of_pool()))
+
+
+def _of_pool() -> dict[str, Any]:
+    return {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": 1,
+        # Otherwise some providers push unsolicited messages, and redis-py does not notice a
+        # closed connection until it is used.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
+
+
+def location(redis: "Redis") -> tuple[str, int, int]:
+    """Returns the server's host, port and database."""
     options = redis.connection_pool.connection_kwargs
     host, port, db = (options.get(name) for name in ("host", "port", "db"))
-    return f"{str(host).lower()}:{port or 6379}/{db or 0}"
+    return str(host).lower(), port or 6379, db or 0
+
+
+def address(redis: "Redis") -> str:
+    """Returns the server's address as host:port/db, without user and password."""
+    return "{}:{}/{}".format(*location(redis))
 
 
 class Pool(BlockingConnectionPool):
@@ -63,6 +91,8 @@ class Pool(BlockingConnectionPool):
         super().__init__(**options)
         self._connecting = asyncio.Lock()
         self._link: Link | None = None
+        self.nodes: Nodes | None = None
+        """The nodes of the cluster that this server belongs to. They close with the pool."""
 
     async def link(self) -> "Link":
         """Returns the open link. Raises redis-py's errors if it cannot connect."""
@@ -72,9 +102,15 @@ class Pool(BlockingConnectionPool):
                     self._link = await self._new_link()
         return self._link
 
-    async def disconnect(self, inuse_connections: bool = True) -> None:
+    def close_link(self) -> None:
+        """Closes the link at once, if there is one. Calls in flight fail."""
         if self._link is not None:
             self._link.close()
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        self.close_link()
+        if self.nodes is not None:
+            await self.nodes.close()
         await super().disconnect(inuse_connections)
 
     async def _new_link(self) -> "Link":
@@ -159,4 +195,14 @@ class Link(asyncio.Protocol):
 
 
 def _refusal(text: str) -> RedisError:
-    return NoScriptError(text) if text.startswith("NOSCRIPT") else ResponseError(text)
+    code, _, rest = text.partition(" ")
+    match code:
+        case "NOSCRIPT":
+            return NoScriptError(text)
+        case "ASK":
+            return AskError(rest)
+        case "MOVED":
+            return MovedError(rest)
+        case "CLUSTERDOWN":
+            return ClusterDownError(text)
+    return ResponseError(text)

@@ -13,6 +13,7 @@ from flashsale.errors import UnmetRequirement
 
 F = TypeVar("F")
 
+SLOTS: Final = 16_384
 PARTITIONS: Final = 12
 EVENT_RETENTION_MS: Final = 7 * 24 * 60 * 60 * 1000
 PARTITION_BYTES: Final = 1024**3
@@ -43,12 +44,13 @@ class Requirement(Generic[F]):
     remedy: str
     fatal: bool = True
 
-    def check(self, facts: F) -> "Finding":
-        """Returns the result of the check."""
+    def check(self, facts: F, name: str = "") -> "Finding":
+        """Returns the result of the check. `name` is that of one server of several."""
         found = self.found(facts)
         if found is None:
             return Finding(self.server, self.rule, "ok")
-        line = f"{self.server} has {found}, but needs {self.rule}: {self.remedy}"
+        server = f"{self.server} at {name}" if name else self.server
+        line = f"{server} has {found}, but needs {self.rule}: {self.remedy}"
         return Finding(self.server, line, "failure" if self.fatal else "warning")
 
 
@@ -71,6 +73,21 @@ class RedisFacts:
     appendonly: bool
     script_error: str
     """The error of INFO in a script, or nothing."""
+    node: str = ""
+    """The name of a primary of a cluster."""
+    cluster: "ClusterFacts | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFacts:
+    """The answers of a primary of a cluster. `config` is empty if the user may not read it.
+
+    `covered` counts the slots that have a primary by its view.
+    """
+
+    covered: int
+    config: Mapping[str, str]
+    replicas: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,25 @@ def _number_below(config: Mapping[str, str], name: str, least: int) -> str | Non
     return f"{name}={value}" if 0 <= value < least else None
 
 
+def _of_cluster(
+    found: Callable[[ClusterFacts], str | None],
+) -> Callable[[RedisFacts], str | None]:
+    """Makes a check of a cluster's node, which a single server meets."""
+    return lambda facts: found(facts.cluster) if facts.cluster else None
+
+
+def _slow_failover(facts: ClusterFacts) -> str | None:
+    timeout = facts.config.get("cluster-node-timeout", "5000")
+    return f"cluster-node-timeout {timeout}" if int(timeout) > 5000 else None
+
+
+def _replicas(facts: ClusterFacts) -> str | None:
+    least = facts.config.get("min-replicas-to-write")
+    if least is None or int(least) == (facts.replicas >= 2):
+        return None
+    return f"min-replicas-to-write {least} with {facts.replicas} connected replicas"
+
+
 REDIS: Final = (
     Requirement[RedisFacts](
         "Redis",
@@ -140,6 +176,55 @@ REDIS: Final = (
         lambda facts: None if facts.appendonly else "appendonly no",
         "run CONFIG SET appendonly yes, because a restart would lose the events that Kafka has not "
         "acknowledged",
+        fatal=False,
+    ),
+    Requirement[RedisFacts](
+        "Redis Cluster",
+        "all slots assigned on every node",
+        _of_cluster(
+            lambda facts: f"{facts.covered} of {SLOTS} slots" if facts.covered < SLOTS else None
+        ),
+        "assign the slots, because the sales in the others cannot be served",
+    ),
+    Requirement[RedisFacts](
+        "Redis Cluster",
+        "cluster-node-timeout of 5000 or less",
+        _of_cluster(_slow_failover),
+        "run CONFIG SET cluster-node-timeout 5000, because a primary that was cut off could accept "
+        "for longer than a rebuild waits",
+    ),
+    Requirement[RedisFacts](
+        "Redis Cluster",
+        "cluster-require-full-coverage no",
+        _of_cluster(
+            lambda facts: _differs(
+                "cluster-require-full-coverage",
+                facts.config.get("cluster-require-full-coverage"),
+                "no",
+            )
+        ),
+        "run CONFIG SET cluster-require-full-coverage no, because the loss of one shard would stop "
+        "all sales",
+    ),
+    Requirement[RedisFacts](
+        "Redis Cluster",
+        "cluster-allow-reads-when-down no",
+        _of_cluster(
+            lambda facts: _differs(
+                "cluster-allow-reads-when-down",
+                facts.config.get("cluster-allow-reads-when-down"),
+                "no",
+            )
+        ),
+        "run CONFIG SET cluster-allow-reads-when-down no, because scripts would fail when they "
+        "first write",
+    ),
+    Requirement[RedisFacts](
+        "Redis Cluster",
+        "min-replicas-to-write 0 with one replica, 1 with two or more",
+        _of_cluster(_replicas),
+        "set it, because a shard with one replica must go on without it, and one with two must not "
+        "accept what no replica has",
         fatal=False,
     ),
 )
@@ -242,9 +327,13 @@ RECORDED: Final = (
 )
 
 
-def findings(table: Iterable[Requirement[F]], facts: F) -> list[Finding]:
-    """Checks each line of a table."""
-    return [requirement.check(facts) for requirement in table]
+def findings(table: Iterable[Requirement[F]], *servers: F) -> list[Finding]:
+    """Checks each line of a table. A line that several servers break gives several findings."""
+    found = []
+    for requirement in table:
+        checked = [requirement.check(facts, getattr(facts, "node", "")) for facts in servers]
+        found += [each for each in checked if each.verdict != "ok"] or checked[:1]
+    return found
 
 
 class Checks:
@@ -254,9 +343,9 @@ class Checks:
         self._log = log
         self._warned: set[str] = set()
 
-    def require(self, table: Iterable[Requirement[F]], facts: F) -> None:
-        """Raises `UnmetRequirement` if the server breaks a rule that is fatal."""
-        for finding in findings(table, facts):
+    def require(self, table: Iterable[Requirement[F]], *servers: F) -> None:
+        """Raises `UnmetRequirement` if a server breaks a rule that is fatal."""
+        for finding in findings(table, *servers):
             if finding.verdict == "failure":
                 raise UnmetRequirement(finding.text)
             if finding.verdict == "warning" and self._log and finding.text not in self._warned:

@@ -11,7 +11,13 @@ BATCH_LIMIT: Final = 128
 """Requests in one `reserve` call. Such a call blocks Redis for at most about 2 ms."""
 
 
-class Outcome(StrEnum):
+class Word(StrEnum):
+    """A word of a script. Its hash is that of the text, because an Enum's own takes much longer."""
+
+    __hash__ = str.__hash__
+
+
+class Outcome(Word):
     """Outcomes of a request in `reserve.lua`, with the script's own words."""
 
     ACCEPTED = "accepted"
@@ -31,7 +37,7 @@ class Outcome(StrEnum):
     OTHER_ENGINE = "other_engine"
 
 
-class Transition(StrEnum):
+class Transition(Word):
     """Outcomes of a call of `confirm.lua` or `cancel.lua`, with the scripts' own words."""
 
     CHANGED = "changed"
@@ -46,7 +52,7 @@ class Transition(StrEnum):
     OTHER_ENGINE = "other_engine"
 
 
-class State(StrEnum):
+class State(Word):
     """The states of a reservation. The last two are final. `refused` exists in the ledger only."""
 
     HELD = "held"

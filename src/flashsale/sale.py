@@ -140,6 +140,7 @@ class Sale:
 
 
 @lru_cache(maxsize=1024)  # all reservations of a batch have the same time
+@lru_cache(maxsize=1024)
 def utc_of_ms(ms: int) -> datetime:
     """Returns Unix milliseconds as an aware UTC time."""
     return datetime.fromtimestamp(ms / 1000, UTC)

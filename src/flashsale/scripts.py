@@ -1,18 +1,18 @@
-"""Load and call the Lua scripts, and translate failures to `RedisUnavailable`."""
+"""Load and call the Lua scripts, on the servers of their keys."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import MovedError, NoScriptError
 
-from flashsale.errors import RedisUnavailable
-from flashsale.redis_client import Pool, Reply
+from flashsale.nodes import FAILURES, Node, Nodes
+from flashsale.redis_client import Reply
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 LOAD_SECONDS: Final = 2.0
 
@@ -29,33 +29,49 @@ class Script:
 
 
 class Scripts:
-    """Calls scripts on a client of `redis_client.connect`. Methods raise `RedisUnavailable`."""
+    """Calls scripts on the server of their keys. Methods raise `RedisUnavailable`."""
 
-    def __init__(self, redis: "Redis") -> None:
-        self._redis = redis
-        self._pool = cast("Pool", redis.connection_pool)
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
 
     async def load(self, *scripts: Script) -> None:
-        """Connects the link and loads scripts, so that no later call waits for either."""
+        """Connects the links and loads scripts, so that no later call waits for either.
 
-        async def loaded() -> None:
-            async with asyncio.timeout(LOAD_SECONDS):
-                link = await self._pool.link()
-                for script in scripts:
-                    await link.ask("SCRIPT", "LOAD", script.source)
+        A primary of a cluster that is away is left out.
+        """
 
-        await translated(loaded())
+        async def loaded(node: Node) -> None:
+            try:
+                async with asyncio.timeout(LOAD_SECONDS):
+                    link = await node.pool.link()
+                    for script in scripts:
+                        await link.ask("SCRIPT", "LOAD", script.source)
+            except FAILURES as error:
+                raise self._nodes.unavailable(error, node) from error
+
+        found = await self._nodes.all()
+        results = await asyncio.gather(*map(loaded, found), return_exceptions=True)
+        for error in results:
+            if error is not None and (self._nodes.single or all(results)):
+                raise error
 
     async def call(
         self, script: Script, keys: Sequence[str], arguments: Sequence[str | int]
     ) -> Any:  # noqa: ANN401 - depends on the script
         """Runs a script that is safe to repeat, on a connection of the pool."""
-        call = cast("Callable[..., Awaitable[Any]]", self._redis.evalsha)
+
+        def by_sha(redis: "Redis") -> Awaitable[Any]:
+            call = cast("Callable[..., Awaitable[Any]]", redis.evalsha)
+            return call(script.sha, len(keys), *keys, *arguments)
+
+        def by_source(redis: "Redis") -> Awaitable[Any]:
+            call = cast("Callable[..., Awaitable[Any]]", redis.eval)
+            return call(script.source, len(keys), *keys, *arguments)
+
         try:
-            return await translated(call(script.sha, len(keys), *keys, *arguments))
+            return await self._nodes.call(keys[0], by_sha)
         except NoScriptError:
-            call = cast("Callable[..., Awaitable[Any]]", self._redis.eval)
-            return await translated(call(script.source, len(keys), *keys, *arguments))
+            return await self._nodes.call(keys[0], by_source)
 
     async def call_quickly(
         self,
@@ -66,54 +82,38 @@ class Scripts:
     ) -> Reply:
         """Runs a script that returns a string or an integer, on the pipelined link.
 
-        A call is never retried. If it fails, `RedisUnavailable.maybe_executed` says whether it was
-        sent.
+        A call is never retried, except once on the node that a `MOVED` names. If it fails,
+        `RedisUnavailable.maybe_executed` says whether it was sent.
         """
         sent = False
         tail = (len(keys), *keys, *arguments)
+        node = self._nodes.single
         try:
             async with asyncio.timeout(timeout_seconds):
-                link = await self._pool.link()
+                if node is None:
+                    node = await self._nodes.of(keys[0])
+                link = await node.pool.link()
                 sent = True
                 try:
                     return await link.ask("EVALSHA", script.sha, *tail)
                 except NoScriptError:
                     return await link.ask("EVAL", script.source, *tail)
-        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
-            _require_outage(error)
-            # A refusal is a reply: the script has changed nothing.
-            maybe_executed = sent and not isinstance(error, ResponseError)
-            raise RedisUnavailable(_describe(error), maybe_executed=maybe_executed) from error
+                except MovedError as error:  # the script did not run
+                    sent = False
+                    node = await self._nodes.moved(error, node)
+                    link = await node.pool.link()
+                    sent = True
+                    # The server of this link may lack the script.
+                    return await link.ask("EVAL", script.source, *tail)
+        except FAILURES as error:
+            raise self._nodes.unavailable(error, node, sent=sent) from error
 
 
-async def translated(call: Awaitable[T]) -> T:
-    """Awaits a call of redis-py and raises `RedisUnavailable` if it fails, except on NOSCRIPT."""
-    try:
-        return await call
-    except NoScriptError:
-        raise
-    except (RedisError, OSError, TimeoutError, RuntimeError) as error:
-        _require_outage(error)
-        raise RedisUnavailable(_describe(error)) from error
-
-
-async def leased(redis: "Redis", key: str, owner: str, lease_ms: int) -> bool:
+async def leased(nodes: Nodes, key: str, owner: str, lease_ms: int) -> bool:
     """Takes or renews a lease. False if another owner has it. Raises `RedisUnavailable`."""
-    found = await translated(redis.set(key, owner, nx=True, get=True, px=lease_ms))
+    found = await nodes.call(
+        key, lambda redis: redis.set(key, owner, nx=True, get=True, px=lease_ms)
+    )
     if found == owner:
-        await translated(redis.pexpire(key, lease_ms))
+        await nodes.call(key, lambda redis: redis.pexpire(key, lease_ms))
     return found in (None, owner)
-
-
-def _require_outage(error: Exception) -> None:
-    """Raises an error that is no outage.
-
-    uvloop raises a `RuntimeError` for a write to a connection that the server has just closed.
-    """
-    if isinstance(error, RuntimeError) and "the handler is closed" not in str(error):
-        raise error
-
-
-def _describe(error: Exception) -> str:
-    problem = "refused the call" if isinstance(error, ResponseError) else "is unavailable"
-    return f"Redis {problem}: {str(error) or 'no reply in time'}"

@@ -24,10 +24,12 @@ from dev.stack.redis import RedisServer, default_binary
 from flashsale import redis_client, requirements
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
-from flashsale.requirements import Checks
+from flashsale.requirements import SLOTS, Checks
 from flashsale.reservations import Request
 from flashsale.sale import SaleSpec
 from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
+from tests.support.eventually import eventually
+from tests.support.manifests import documents, scripts, selects
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -46,6 +48,7 @@ TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
     "kind": [VALUES / "one-node.yaml", VALUES / "kind.yaml"],
     "highly available": [VALUES / "highly-available.yaml"],
+    "a Redis Cluster": [VALUES / "highly-available.yaml", VALUES / "redis-cluster.yaml"],
 }
 # tests/cluster checks the samples.
 FILES: Final = sorted(
@@ -58,10 +61,6 @@ FILES: Final = sorted(
 each_file = pytest.mark.parametrize("file", FILES, ids=str)
 each_gateway = pytest.mark.parametrize("gateway", ["envoy-gateway", "ingress-nginx", "istio"])
 each_topology = pytest.mark.parametrize("files", TOPOLOGIES.values(), ids=TOPOLOGIES)
-
-
-def documents(file: Path) -> list[Manifest]:
-    return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
 
 
 def all_of(kind: str, folder: str) -> dict[str, Manifest]:
@@ -300,12 +299,6 @@ def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 
 
-def scripts(file: Path) -> dict[str, str]:
-    """Return the files in a manifest's ConfigMap."""
-    (found,) = (each["data"] for each in documents(file) if each["kind"] == "ConfigMap")
-    return dict(found)
-
-
 class RedisOfManifest(RedisServer):
     """The real server, started by the script of a manifest's ConfigMap on another folder and port.
 
@@ -326,13 +319,14 @@ class RedisOfManifest(RedisServer):
 
     def _prepare(self) -> None:
         programs = {"redis-cli": "echo node.redis-nodes", "hostname": "echo node"}
+        programs["getent"] = "echo 127.0.0.1 $2"
         programs["redis-server"] = f'exec {default_binary()} "$@"'
         for name, line in programs.items():
             path = self.data / "bin" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"#!/bin/sh\n{line}\n")
             path.chmod(0o755)
-        own = f"dir {self.data}\nport {self.port}\nbind 127.0.0.1\n"
+        own = f"dir {self.data}\nport {self.port}\ncluster-port {self.bus_port}\nbind 127.0.0.1\n"
         for name, text in self.files.items():
             moved = text.replace("/etc/redis", str(self.data)).replace("dir /data\n", own)
             (self.data / name).write_text(moved)
@@ -365,6 +359,10 @@ def redis_of_manifest(
     files = scripts(Path(f"k8s/redis/{request.param}.yaml"))
     with RedisOfManifest(tmp_path / "redis", files, PASSWORD) as server:
         redis = Redis.from_url(server.url, decode_responses=True)
+        if request.param == "cluster":
+            ask: Any = redis.execute_command
+            ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+            eventually(lambda: ask("CLUSTER INFO")["cluster_state"] == "ok")
         yield request.param, server, redis
         redis.close()
 
@@ -393,9 +391,7 @@ def test_redis_demands_its_password_and_has_it_in_no_argument(
     assert ENGINE not in arguments
     assert API not in arguments
     # A replica sends this password to its primary.
-    assert redis.config_get("masterauth")["masterauth"] == (
-        PASSWORD if name == "highly-available" else ""
-    )
+    assert redis.config_get("masterauth")["masterauth"] == ("" if name == "one-node" else PASSWORD)
     with (
         Redis(port=server.port) as stranger,
         pytest.raises(AuthenticationError, match="authenticated"),
@@ -426,7 +422,7 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
         for user, password in (("flashsale", ENGINE), ("flashsale-api", API))
     ]
     for client in (operator, api):
-        Checks().require(requirements.REDIS, await Inventory(client, "shop").facts())
+        Checks().require(requirements.REDIS, *await Inventory(client, "shop").facts())
     seeding = Inventory(operator, "shop")
     await seeding.claim("e-1")
     spec = SaleSpec("default/phone", "phone", 10)
@@ -461,21 +457,12 @@ def containers(file: Path) -> list[Manifest]:
     ]
 
 
-def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a label selector matches. Only the operator In is known."""
-    return all(
-        labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()
-    ) and all(
-        each["operator"] == "In" and labels.get(each["key"]) in each["values"]
-        for each in selector.get("matchExpressions", [])
-    )
-
-
 @pytest.mark.parametrize(
     ("file", "port", "users"),
     [
         ("k8s/redis/one-node.yaml", {6379, "redis"}, {"api", "operator", "test"}),
         ("k8s/redis/highly-available.yaml", {6379}, {"api", "operator", "test"}),
+        ("k8s/redis/cluster.yaml", {6379}, {"api", "operator", "test"}),
         ("k8s/postgres/one-node.yaml", {5432, "postgres"}, {"consumer", "operator", "test"}),
         ("k8s/postgres/highly-available.yaml", {5432}, {"consumer", "operator", "test"}),
         ("k8s/kafka/one-node.yaml", {9092}, {*COMPONENTS, "test"}),

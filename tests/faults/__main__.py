@@ -1,148 +1,154 @@
 """`python -m tests.faults`: run many schedules of faults against the real engine."""
 
 import argparse
-import asyncio
-import shutil
+import signal
 import sys
 import time
-import traceback
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from multiprocessing.connection import Connection, wait
 from typing import Final
 
 from dev.stack.errors import StackError
-from tests.faults.check import Result
-from tests.faults.run import Failed, run
-from tests.faults.schedule import Kind, Schedule, schedule
-from tests.faults.world import opened
+from tests.faults.schedule import Redis, Schedule, schedule
+from tests.faults.table import OUTCOMES, Outcome, keep, table
+from tests.faults.worker import Worker
 from tests.support.paths import ROOT
 
-FOLDER: Final = ROOT / ".local" / "faults"
+WORKERS: Final = 3
+"""Schedules side by side. They mostly wait, so three are quicker than two even on two cores."""
 
 
 def main() -> int:
     """Return 0 if every schedule kept every promise."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults",
-        description="Run seeded schedules of faults against real Redis (with Sentinel), Kafka, "
-        "PostgreSQL, kube-apiserver, two APIs, two consumers and an operator. Meanwhile a crowd "
-        "buys, and its journal is checked afterwards. A schedule takes about half a minute. A "
-        "failed schedule is printed with its journal. Its seed runs it again.",
+        description="Run seeded schedules of faults against real Redis (one server, with Sentinel, "
+        "or a cluster), Kafka, PostgreSQL, kube-apiserver, two APIs, two consumers and an "
+        "operator. Meanwhile a crowd buys, and its journal is checked afterwards. Several "
+        "schedules run side by side, each on servers of its own. A failed schedule is printed "
+        "with its journal. Its seed runs it again. "
+        f"{OUTCOMES.relative_to(ROOT)} keeps the outcomes of all runs, and `python -m "
+        "tests.faults.table` prints their sum.",
     )
     parser.add_argument("-n", type=int, default=20, help="the number of schedules (default: 20)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="the seed of the first schedule (default: 0)"
+        "--first", type=int, default=0, help="the seed of the first schedule (default: 0)"
     )
     parser.add_argument(
         "--keep-going", action="store_true", help="continue after a failed schedule"
     )
+    parser.add_argument(
+        "--redis",
+        type=Redis,
+        choices=list(Redis),
+        help="the kind of Redis of every schedule (default: each seed selects one)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        help=f"the number of schedules side by side (default: {WORKERS})",
+    )
     options = parser.parse_args()
-    if options.n < 1:
-        parser.error("-n: must be at least 1")
+    for name in ("n", "workers"):
+        if getattr(options, name) < 1:
+            parser.error(f"{'-' if name == 'n' else '--'}{name}: must be at least 1")
+    seeds = range(options.first, options.first + options.n)
+    waiting = [schedule(seed, options.redis) for seed in seeds]
+    # As Ctrl-C does, `kill` ends the servers too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    outcomes: list[Outcome] = []
     try:
-        return asyncio.run(_all(range(options.seed, options.seed + options.n), options.keep_going))
+        run(waiting, min(options.workers, options.n), outcomes, keep_going=options.keep_going)
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        print(f"\n{table(outcomes)}")
+    return 1 if any(outcome.failure for outcome in outcomes) else 0
 
 
-@dataclass
-class _Line:
-    """The totals of the schedules with one kind of fault."""
+def run(
+    waiting: Sequence[Schedule], workers: int, outcomes: list[Outcome], *, keep_going: bool
+) -> None:
+    """Run the schedules, and add their outcomes to the list and to the file.
 
-    schedules: int = 0
-    promised: int = 0
-    lost: int = 0
-    refused: int = 0
-    confirmed: int = 0
-    expired: int = 0
-    slowest: float = 0.0
+    Unless `keep_going`, no schedule starts after a failure. Raises StackError if a server does not
+    start.
+    """
+    left, began = list(waiting), time.monotonic()
+    with ExitStack() as stack:
+        busy: dict[Connection, Worker] = {}
 
+        def proceed(worker: Worker) -> None:
+            if left and (keep_going or not any(outcome.failure for outcome in outcomes)):
+                worker.run(_next(left, worker, [other.redis for other in busy.values()]))
+                busy[worker.connection] = worker
 
-@dataclass
-class _Summary:
-    """The totals of all schedules, by kind of fault."""
-
-    kinds: dict[str, _Line] = field(default_factory=dict)
-    answers: Counter[str] = field(default_factory=Counter)
-    failed: list[int] = field(default_factory=list)
-
-    def add(self, made: Schedule, result: Result) -> None:
-        for kind in {*(step.kind for step in made.steps), "all"}:
-            line = self.kinds.setdefault(kind, _Line())
-            line.schedules += 1
-            line.promised += result.promised
-            line.lost += result.lost
-            line.refused += result.refused
-            line.confirmed += result.confirmed
-            line.expired += result.expired
-            line.slowest = max(line.slowest, result.recovery_seconds)
-        self.answers.update(result.outcomes)
-
-    def print(self) -> None:
-        head = (
-            "fault",
-            "schedules",
-            "202s",
-            "lost (allowed)",
-            "refused",
-            "confirmed",
-            "expired",
-            "slowest recovery",
-        )
-        lines = [
-            f"| {kind} | {line.schedules} | {line.promised:,} | {line.lost} | {line.refused} "
-            f"| {line.confirmed:,} | {line.expired:,} | {line.slowest:.0f} s |"
-            for kind in (*Kind, "all")
-            if (line := self.kinds.get(kind))
-        ]
-        print("\n".join(["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]))
-        print(", ".join(f"{kind}: {count:,}" for kind, count in self.answers.most_common()))
-        if self.failed:
-            again = " ".join(f"`make faults N=1 SEED={seed}`" for seed in self.failed)
-            print(f"FAILED: {again}")
+        for number in range(workers):
+            worker = Worker(number + 1)
+            stack.callback(worker.end)
+            proceed(worker)
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                worker = busy.pop(ready)
+                outcome = _received(worker)
+                outcomes.append(outcome)
+                keep(outcome)
+                _print(outcome, len(outcomes), len(waiting), time.monotonic() - began)
+                proceed(worker)
 
 
-async def _all(seeds: Sequence[int], keep_going: bool) -> int:
-    summary, began = _Summary(), time.monotonic()
-    left = list(seeds)
+def _next(left: list[Schedule], worker: Worker, others: list[Redis | None]) -> Schedule:
+    """Take the schedule that needs the fewest new servers of a worker.
+
+    A worker that needs another kind of Redis takes the one with the most schedules per worker.
+    `others` are the kinds of the busy workers.
+    """
+    counts = {
+        redis: sum(made.redis is redis for made in left) / (1 + others.count(redis))
+        for redis in Redis
+    }
+    made = min(
+        left,
+        key=lambda made: (
+            made.redis is not worker.redis,
+            -counts[made.redis],
+            made.tokens is not worker.tokens,
+            made.seed,
+        ),
+    )
+    left.remove(made)
+    return made
+
+
+def _received(worker: Worker) -> Outcome:
     try:
-        while left and (keep_going or not summary.failed):
-            # After a failure, the next schedules get a new world.
-            async with AsyncExitStack() as stack:
-                print("Starting the servers …", flush=True)
-                world = await stack.enter_async_context(opened(FOLDER / "world"))
-                while left:
-                    made = schedule(left.pop(0))
-                    done = f"{len(seeds) - len(left)}/{len(seeds)}"
-                    print(f"[{done}, {time.monotonic() - began:.0f} s] {made}", flush=True)
-                    try:
-                        result = await run(world, made)
-                    except Failed as failed:
-                        _report(made.seed, failed)
-                        summary.failed.append(made.seed)
-                        break
-                    summary.add(made, result)
-                    print(f"  passed: {result}", flush=True)
-    finally:  # also after an interruption
-        summary.print()
-    return 1 if summary.failed else 0
+        outcome = worker.connection.recv()
+    except EOFError:
+        raise StackError("a worker ended without an outcome; see its error above") from None
+    if isinstance(outcome, StackError):
+        raise outcome
+    assert isinstance(outcome, Outcome)
+    return outcome
 
 
-def _report(seed: int, failed: Failed) -> None:
-    """Print the failure, and save it with the logs of all processes."""
-    kept = FOLDER / f"seed-{seed}"
-    kept.mkdir(parents=True, exist_ok=True)
-    (kept / "failed.txt").write_text(f"{failed}\n")
-    for log in (FOLDER / "world").glob("*/*.log"):
-        shutil.copy(log, kept / f"{log.parent.name}.log")
-    print(f"{failed}\nSaved with the logs in {kept.relative_to(ROOT)}", flush=True)
-    if failed.__cause__ is not None:
-        traceback.print_exception(failed.__cause__)
+def _print(outcome: Outcome, done: int, count: int, passed: float) -> None:
+    left = passed / done * (count - done)
+    head = f"[{done}/{count}, {_minutes(passed)}, {_minutes(left)} left] seed {outcome.seed}"
+    verdict = "FAILED" if outcome.failure else f"passed: {outcome.result}"
+    print(f"{head}, {outcome.name}, {outcome.seconds:.0f} s, {verdict}", flush=True)
+    if outcome.failure:
+        print(outcome.failure, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 if __name__ == "__main__":

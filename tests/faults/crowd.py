@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +13,8 @@ from tests.faults.orders import Shop
 
 BUYERS: Final = 10
 PATIENCE_SECONDS: Final = 3.0
+IMPOSTORS: Final = 0.02
+"""The share of requests with no token or another user's, if the API takes buyers from tokens."""
 LEAVING: Final = 0.01
 """The share of requests whose buyer disconnects before the answer and asks again."""
 
@@ -21,7 +23,7 @@ LEAVING: Final = 0.01
 class Answer:
     """One request and its answer. Times are in Unix seconds. `api` is the index of the process.
 
-    `status` is 0 if there was no answer.
+    `status` is 0 if there was no answer. An `impostor` has not sent a token of the user.
     """
 
     api: int
@@ -33,10 +35,12 @@ class Answer:
     status: int
     kind: str
     reservation_id: str = ""
+    impostor: bool = False
 
     def line(self, began: float) -> str:
         """Return the answer as one line of text, with seconds since `began`."""
         order = f"{self.user} x {self.quantity}, {f'key {self.key}' if self.key else 'no key'}"
+        order += ", no token of this user" if self.impostor else ""
         return (
             f"{self.sent - began:8.3f} to {self.received - began:8.3f} s  API {self.api + 1}  "
             f"{order}: {self.status} {self.kind} {self.reservation_id}".rstrip()
@@ -55,9 +59,11 @@ class Crowd:
         users: int,
         max_per_user: int,
         shop: Shop | None = None,
+        token_of: Callable[[str], str] | None = None,
     ) -> None:
-        """With a `shop`, each reservation goes to it once."""
+        """With a `shop`, each reservation goes to it once. `token_of` returns a user's token."""
         self._urls = urls
+        self._token_of = token_of
         self._shop = shop
         self._taken: set[str] = set()
         self._item = item
@@ -77,6 +83,14 @@ class Crowd:
         """Let no buyer begin a new request."""
         self._stopped.set()
 
+    async def flood(self, buyers: int) -> None:
+        """Let so many new buyers send one request each, all at the same time."""
+        first = len(self.journal)
+        async with asyncio.TaskGroup() as asking:
+            for number in range(buyers):
+                user = f"flood-{first}-{number}"
+                asking.create_task(self.ask(number % len(self._urls), user, f"key-{user}", 1))
+
     async def ask(self, api: int, user: str, key: str, quantity: int) -> Answer:
         """Send one request on a new connection."""
         client = Client(self._urls[api])
@@ -94,6 +108,9 @@ class Crowd:
                 number = chance.randrange(3)
                 quantity = 1 + (number if number < self._max_per_user else 0)
                 key = f"{user}-{number}" if chance.random() < 0.7 else ""
+                if self._token_of and chance.random() < IMPOSTORS:
+                    api, other = chance.randrange(len(clients)), chance.choice(("", "impostor"))
+                    await self._send(clients[api], api, user, key, quantity, named_by=other)
                 await self._insist(clients, chance, user, key, quantity)
                 await asyncio.sleep(chance.uniform(0.01, 0.05))
         finally:
@@ -124,9 +141,13 @@ class Crowd:
         key: str,
         quantity: int,
         patience: float = PATIENCE_SECONDS,
+        named_by: str | None = None,
     ) -> Answer:
+        """Send a request with the token of its user, of `named_by`, or none if that is empty."""
         body: dict[str, object] = {"userId": user, "itemId": self._item, "quantity": quantity}
-        attempt, sent = Attempt(user, body, key), time.time()
+        named = user if named_by is None else named_by
+        token = self._token_of(named) if self._token_of and named else ""
+        attempt, sent = Attempt(user, body, key, token), time.time()
         try:
             async with asyncio.timeout(patience):
                 entry = await client.send(attempt)
@@ -142,6 +163,7 @@ class Crowd:
             status=entry.status,
             kind=entry.outcome,
             reservation_id=str(entry.answer.get("reservationId", "")),
+            impostor=named != user,
         )
         self.journal.append(answer)
         if answer.status == 202 and self._shop and answer.reservation_id not in self._taken:

@@ -70,7 +70,10 @@ class RedisPair:
     """Two servers. Each fault affects the server that is the primary at that moment."""
 
     def __init__(self, folder: Path) -> None:
-        self.servers = RedisServer(folder / "redis-1"), RedisServer(folder / "redis-2")
+        self.servers: tuple[RedisServer, ...] = (
+            RedisServer(folder / "redis-1"),
+            RedisServer(folder / "redis-2"),
+        )
         self.sentinel = SentinelServer(folder / "sentinel", self.servers[0])
         self.proxy = Proxy()
         self._folder = folder
@@ -108,7 +111,7 @@ class RedisPair:
         """Set `appendfsync` of both servers, now and for later starts."""
         for server in self.servers:
             server.appendfsync = "always" if always else "everysec"
-            await _ask(server.port, "CONFIG", "SET", "appendfsync", server.appendfsync)
+            await ask(server.port, "CONFIG", "SET", "appendfsync", server.appendfsync)
 
     async def await_health(self) -> None:
         """Wait until one server is the primary and the other its synchronised replica."""
@@ -116,14 +119,21 @@ class RedisPair:
         while True:
             with contextlib.suppress(RedisError, OSError):
                 primary = await self._primary()
-                info = await _ask(primary.port, "INFO", "replication")
+                info = await ask(primary.port, "INFO", "replication")
                 replica = info.get("slave0", {}).get("state")
                 if info["role"] == "master" and replica == "online" and self._following is primary:
                     return
             assert time.monotonic() < deadline, "Redis has no primary with a synchronised replica"
             await asyncio.sleep(0.05)
 
+    async def follow(self, item: str) -> None:
+        """Let the following faults affect the server of an item. Here it is always the primary."""
+
     # The faults. Each ends with both servers running.
+
+    async def cut(self, times: int) -> None:
+        """Break the connection before the reply of the next calls."""
+        self.proxy.cut_replies(b"EVALSHA", times)
 
     async def kill(self, seconds: float) -> None:
         """Kill the primary for some seconds. Sentinel may promote the replica meanwhile."""
@@ -158,7 +168,7 @@ class RedisPair:
         await self._start(server)
 
     async def flush(self) -> None:
-        await _ask(self._following.port, "FLUSHALL")
+        await ask(self._following.port, "FLUSHALL")
 
     async def restore_older_copy(self, seconds: float) -> None:
         """Copy the primary's files, and replace the files with the copy some time later."""
@@ -179,7 +189,7 @@ class RedisPair:
     async def leave_behind(self, seconds: float) -> None:
         """Disconnect the replica, and let the primary continue for some seconds."""
         await asyncio.to_thread(self._replica.pause)
-        await _ask(self._following.port, "CLIENT", "KILL", "TYPE", "replica")
+        await ask(self._following.port, "CLIENT", "KILL", "TYPE", "replica")
         await asyncio.sleep(seconds)
 
     async def promote(self) -> None:
@@ -205,7 +215,7 @@ class RedisPair:
         await asyncio.to_thread(server.start)
 
     async def _primary(self) -> RedisServer:
-        address = await _ask(self.sentinel.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)
+        address = await ask(self.sentinel.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)
         return next(server for server in self.servers if str(server.port) == address[1])
 
     async def _follow(self) -> None:
@@ -225,7 +235,8 @@ class RedisPair:
             await asyncio.sleep(0.05)
 
 
-async def _ask(port: int, *command: str) -> Any:  # noqa: ANN401 - redis-py returns any type
+async def ask(port: int, *command: str) -> Any:  # noqa: ANN401 - redis-py returns any type
+    """Send one command to a server of this machine."""
     client = redis.asyncio.Redis(
         host="127.0.0.1", port=port, decode_responses=True, socket_timeout=5
     )

@@ -9,6 +9,14 @@ SECONDS: Final = 10.0
 """How long the crowd buys under faults, before everything is repaired."""
 
 
+class Redis(StrEnum):
+    """The kinds of Redis that a schedule can have."""
+
+    ONE = "one"
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
 class Kind(StrEnum):
     """The kinds of faults. `tests/faults/world.py` implements them."""
 
@@ -33,6 +41,10 @@ class Kind(StrEnum):
     REDIS_OLDER_COPY = "an older copy of Redis' files"
     REDIS_FAILOVER = "failover to a replica that lags"
     REDIS_AND_BACK = "failover to a replica that lags, and back"
+    REDIS_TWO_LOST = "two of three nodes of Redis killed, and their replicas promoted by hand"
+    REDIS_FORCED = "failover by force, while the primary sells"
+    REDIS_PARTITION = "a node of Redis cut off from the others, and replaced"
+    REDIS_SLOT_MOVED = "the slot of the sale moved to another node"
     CUT_REDIS = "connections cut before Redis' replies"
     CUT_POSTGRES = "connections cut before PostgreSQL's replies"
     CUT_KAFKA = "connections to Kafka cut"
@@ -41,6 +53,8 @@ class Kind(StrEnum):
     SHORTEN = "less stock"
     PAUSE = "the sale paused"
     DELETE_AND_APPLY = "the sale deleted and applied again"
+    FLOOD = "a flood of buyers"
+    ISSUER_AWAY = "the issuer's keys unreachable"
 
 
 LOSES_IN_REDIS: Final = frozenset(
@@ -50,13 +64,23 @@ LOSES_IN_REDIS: Final = frozenset(
         Kind.REDIS_OLDER_COPY,
         Kind.REDIS_FAILOVER,
         Kind.REDIS_AND_BACK,
+        Kind.REDIS_TWO_LOST,
+        Kind.REDIS_FORCED,
+        Kind.REDIS_PARTITION,
     }
 )
 """After these faults, Redis may lack reservations that it has answered. A power cut loses the last
 second with `everysec`, and nothing with `always`.
 """
 
-_OF_REDIS: Final = tuple(kind for kind in Kind if kind.name.startswith("REDIS_"))
+CLUSTER_ONLY: Final = frozenset(
+    {Kind.REDIS_TWO_LOST, Kind.REDIS_FORCED, Kind.REDIS_PARTITION, Kind.REDIS_SLOT_MOVED}
+)
+"""These faults need a Redis Cluster."""
+REPLICA_ONLY: Final = frozenset({Kind.REDIS_FAILOVER, Kind.REDIS_AND_BACK})
+"""These faults need a replica."""
+OF_BUYERS: Final = frozenset({Kind.FLOOD, Kind.ISSUER_AWAY})
+"""These faults come on top of the others. A second sequence of random numbers selects them."""
 _FREEZES: Final = {
     # Some are longer than the life of a heartbeat (5 s), so that a rebuild must go on without the
     # pod.
@@ -75,7 +99,7 @@ class Step:
     """One fault, `at` seconds after the start of the crowd, for `seconds`.
 
     `which` selects one of two processes. The unit of `amount` depends on the kind: units of stock,
-    records or connections.
+    records, connections or buyers.
     """
 
     at: float
@@ -99,10 +123,13 @@ class Step:
 class Schedule:
     """A sale and its faults. `always` is the appendfsync of Redis, otherwise it is everysec.
 
-    `hold_seconds` is None for a sale whose reservations are confirmed at once.
+    `hold_seconds` is None for a sale whose reservations are confirmed at once. If `tokens`, the
+    API takes the buyers from tokens of an issuer, and otherwise from the body.
     """
 
     seed: int
+    redis: Redis
+    tokens: bool
     always: bool
     stock: int
     max_per_user: int
@@ -112,21 +139,47 @@ class Schedule:
 
     def __str__(self) -> str:
         head = (
-            f"seed {self.seed}: {self.stock} units, {self.max_per_user} per user, {self.users} "
-            f"users, appendfsync {'always' if self.always else 'everysec'}"
+            f"seed {self.seed}, {self.name}: {self.stock} units, {self.max_per_user} per user, "
+            f"{self.users} users, appendfsync {'always' if self.always else 'everysec'}"
             + (f", held for {self.hold_seconds} s" if self.hold_seconds else "")
         )
         return "\n".join([head, *(f"  {step}" for step in self.steps)])
 
+    @property
+    def name(self) -> str:
+        """The kind of Redis, and `tokens` or `userId`."""
+        return f"{self.redis}, {'tokens' if self.tokens else 'userId'}"
 
-def schedule(seed: int) -> Schedule:
-    """Return the schedule of a seed."""
-    chance = random.Random(seed)
-    steps = [_step(chance, kind) for kind in chance.sample(list(Kind), chance.randint(2, 5))]
-    if not any(step.kind in _OF_REDIS for step in steps) and chance.random() < 0.5:
-        steps.append(_step(chance, chance.choice(_OF_REDIS)))
+
+def kinds(redis: Redis) -> list[Kind]:
+    """Return the kinds of faults, which depend on the kind of Redis."""
+    impossible = {
+        Redis.ONE: CLUSTER_ONLY | REPLICA_ONLY,
+        Redis.SENTINEL: CLUSTER_ONLY,
+        Redis.CLUSTER: frozenset[Kind](),
+    }[redis]
+    return [kind for kind in Kind if kind not in impossible]
+
+
+def schedule(seed: int, redis: Redis | None = None) -> Schedule:
+    """Return the schedule of a seed, which also selects the kind of Redis unless it is given."""
+    chance, of_buyers = random.Random(seed), random.Random(f"buyers {seed}")
+    selected = of_buyers.choices(list(Redis), weights=(1, 2, 2))[0]
+    redis = redis or selected
+    tokens = of_buyers.random() < 0.5
+    every = [kind for kind in kinds(redis) if kind not in OF_BUYERS]
+    of_redis = [kind for kind in every if kind.name.startswith("REDIS_")]
+    steps = [_step(chance, kind) for kind in chance.sample(every, chance.randint(2, 5))]
+    if not any(step.kind in of_redis for step in steps) and chance.random() < 0.5:
+        steps.append(_step(chance, chance.choice(of_redis)))
+    if of_buyers.random() < 0.4:
+        steps.append(_step(of_buyers, Kind.FLOOD))
+    if tokens and of_buyers.random() < 0.4:
+        steps.append(_step(of_buyers, Kind.ISSUER_AWAY))
     return Schedule(
         seed=seed,
+        redis=redis,
+        tokens=tokens,
         always=chance.random() < 0.4,
         stock=chance.choice((60, 300, 1_000, 5_000)),
         max_per_user=chance.choice((1, 2, 5)),
@@ -147,6 +200,8 @@ def _step(chance: random.Random, kind: Kind) -> Step:
             amount = chance.randint(10, 400)
         case Kind.CUT_REDIS | Kind.CUT_POSTGRES:
             amount = chance.randint(1, 20)
+        case Kind.FLOOD:
+            amount = chance.randint(100, 400)
     low, high = _FREEZES.get(kind, (0.1, 3.0))
     return Step(
         at=round(chance.uniform(0.5, SECONDS - 1), 2),

@@ -1,16 +1,18 @@
 """A few of the schedules of `make faults`."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from dev.cluster.binaries import Binaries
 from tests.faults.run import run
-from tests.faults.schedule import Kind, schedule
+from tests.faults.schedule import OF_BUYERS, Kind, Redis, Schedule, kinds, schedule
+from tests.faults.table import Outcome, keep, kept, table
 from tests.faults.world import opened
 
-# Together these seeds have every kind of fault.
-SEEDS = (17, 205, 23, 129, 77, 254, 152)
+# Together these seeds have every kind of fault and every kind of Redis.
+SEEDS = (537, 766, 911, 983, 1117, 1190, 1241, 1412)
 
 
 def test_a_seed_always_gives_the_same_schedule() -> None:
@@ -19,7 +21,37 @@ def test_a_seed_always_gives_the_same_schedule() -> None:
 
 
 def test_the_seeds_of_this_file_have_every_kind_of_fault() -> None:
-    assert {step.kind for seed in SEEDS for step in schedule(seed).steps} == set(Kind)
+    chosen = [schedule(seed) for seed in SEEDS]
+    assert {step.kind for made in chosen for step in made.steps} == set(Kind)
+    assert {made.redis for made in chosen} == set(Redis)
+
+
+def test_a_thousand_seeds_combine_every_redis_with_every_fault_identity_and_hold() -> None:
+    every = [schedule(seed) for seed in range(1_000)]
+    for redis in Redis:
+        own = [made for made in every if made.redis is redis]
+        assert {step.kind for made in own for step in made.steps} == set(kinds(redis))
+        assert {(made.tokens, made.hold_seconds is None) for made in own} == {
+            (tokens, held) for tokens in (True, False) for held in (True, False)
+        }
+    assert {kind for kind in OF_BUYERS if kind in kinds(Redis.ONE)} == OF_BUYERS
+
+
+def test_parts_of_a_run_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "outcomes.jsonl"
+    monkeypatch.setattr("tests.faults.table.OUTCOMES", file)
+    for seed in (0, 1, 5):
+        outcome = Outcome.of(schedule(seed, Redis.ONE))
+        outcome.result.promised, outcome.result.acknowledged = 1_000, 30
+        outcome.result.outcomes = {"202": 1_000}
+        if seed == 5:
+            outcome.failure = "a promise was broken"
+        keep(outcome)
+    text = table(kept(file))
+    assert "| all | 3 | 1 | 2,000 | 60 | 0 | 0 | 0 | 0 s |" in text
+    assert "3 schedules, seeds 0 to 1, 5." in text
+    assert "`make faults N=1 FIRST=5 REDIS=one`" in text
+    assert "FAILED" not in table(kept(file)[:2])
 
 
 @pytest.mark.slow
@@ -27,6 +59,12 @@ async def test_every_promise_is_kept_under_every_kind_of_fault(
     kubernetes: Binaries,  # noqa: ARG001 - builds the programs first
     tmp_path: Path,
 ) -> None:
-    async with opened(tmp_path / "world") as world:
-        for seed in SEEDS:
-            await run(world, schedule(seed))
+    async def run_all(redis: Redis, chosen: list[Schedule]) -> None:
+        async with opened(tmp_path / redis, redis) as world:
+            for made in chosen:
+                await run(world, made)
+
+    async with asyncio.TaskGroup() as worlds:
+        for redis in Redis:
+            chosen = [made for made in map(schedule, SEEDS) if made.redis is redis]
+            worlds.create_task(run_all(redis, chosen))

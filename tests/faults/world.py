@@ -16,12 +16,16 @@ import asyncpg
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from dev.cluster.control_plane import ControlPlane
+from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, heartbeat
+from tests.faults.crowd import Crowd
+from tests.faults.redis_alone import RedisAlone
 from tests.faults.redis_pair import RedisPair
-from tests.faults.schedule import LOSES_IN_REDIS, Kind, Schedule, Step
+from tests.faults.redis_shards import RedisShards
+from tests.faults.schedule import LOSES_IN_REDIS, Kind, Redis, Schedule, Step
 from tests.support.manifests import flash_sale
 from tests.support.paths import CRD
 from tests.support.proxy import Proxy
@@ -46,6 +50,7 @@ class History:
     killed: list[tuple[int, float, float]] = field(default_factory=list)
     orphaned: list[tuple[int, float, float]] = field(default_factory=list)
     without_kafka: list[tuple[float, float]] = field(default_factory=list)
+    without_issuer: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Sale:
     highest_stock: int
     hold_seconds: int | None = None
     paused: bool = False
+    declared_at: float = field(default_factory=time.time)
 
     @property
     def sale_id(self) -> str:
@@ -78,7 +84,7 @@ class Sale:
 
 @dataclass
 class World:
-    """All running processes."""
+    """All running processes. If `tokens`, the APIs take the buyers from the issuer's tokens."""
 
     redis: RedisPair
     kafka: KafkaServer
@@ -89,12 +95,36 @@ class World:
     consumers: tuple[ConsumerServer, ConsumerServer]
     plane: ControlPlane
     operator: OperatorServer
+    issuer: Issuer
+    issuer_proxy: Proxy
     addresses: Addresses
     folder: Path
+    tokens: bool = False
     history: History = field(default_factory=History)
     _locks: dict[object, asyncio.Lock] = field(default_factory=dict)
 
-    async def inflict(self, schedule: Schedule, sale: Sale) -> None:
+    async def prepare(self, schedule: Schedule, item: str) -> None:
+        """Set up Redis and the APIs for a schedule with this item."""
+        await self.redis.follow(item)
+        await self.redis.set_durability(always=schedule.always)
+        await self._take_buyers_from(tokens=schedule.tokens)
+
+    async def _take_buyers_from(self, *, tokens: bool) -> None:
+        """Restart the APIs if they take the buyers from elsewhere."""
+        if tokens == self.tokens:
+            return
+        for api in self.apis:
+            await asyncio.to_thread(api.stop)
+        settings = {}
+        if tokens:
+            keys = f"http://127.0.0.1:{self.issuer_proxy.port}/jwks.json"
+            settings = self.issuer.settings | {"FLASHSALE_JWKS_URL": keys}
+        first, second = (_api(api.data, self.addresses, settings) for api in self.apis)
+        self.apis, self.tokens = (first, second), tokens
+        for api in self.apis:
+            await asyncio.to_thread(api.start)
+
+    async def inflict(self, schedule: Schedule, sale: Sale, crowd: Crowd) -> None:
         """Run each step of the schedule at its time, and return when all faults have ended.
 
         A step waits for an earlier step on the same server.
@@ -104,7 +134,7 @@ class World:
         async def one(step: Step) -> None:
             await asyncio.sleep(began + step.at - time.monotonic())
             async with self._locks.setdefault(self._subject(step), asyncio.Lock()):
-                await self._do(step, sale)
+                await self._do(step, sale, crowd)
 
         async with asyncio.TaskGroup() as steps:
             for step in schedule.steps:
@@ -132,14 +162,15 @@ class World:
             case kind:
                 return kind
 
-    async def _do(self, step: Step, sale: Sale) -> None:
+    async def _do(self, step: Step, sale: Sale, crowd: Crowd) -> None:
         began = time.time()
-        await self._doing(step, sale)
+        await self._doing(step, sale, crowd)
         span = began, time.time()
-        if step.kind in LOSES_IN_REDIS or step.kind is Kind.REDIS_FREEZE:
+        promotes = not isinstance(self.redis, RedisAlone)
+        if step.kind in LOSES_IN_REDIS or (step.kind is Kind.REDIS_FREEZE and promotes):
             # Sentinel can take a frozen server for dead.
             self.history.lost_in_redis.append(span)
-        if step.kind in (Kind.REDIS_KILL, Kind.REDIS_RESTART) and step.seconds > 1:
+        if step.kind in (Kind.REDIS_KILL, Kind.REDIS_RESTART) and step.seconds > 1 and promotes:
             self.history.lost_in_redis.append(span)  # a promoted replica can lag
         if step.kind is Kind.API_KILL:
             self.history.killed.append((step.which, *span))
@@ -149,8 +180,10 @@ class World:
             self.history.orphaned.append((step.which, *span))
         if step.kind.name.startswith("KAFKA_"):
             self.history.without_kafka.append(span)
+        if step.kind is Kind.ISSUER_AWAY:
+            self.history.without_issuer.append(span)
 
-    async def _doing(self, step: Step, sale: Sale) -> None:
+    async def _doing(self, step: Step, sale: Sale, crowd: Crowd) -> None:
         subject, _, verb = step.kind.name.partition("_")
         match subject, verb:
             case (
@@ -161,11 +194,18 @@ class World:
             case "REDIS", _:
                 await self._do_to_redis(step)
             case "CUT", _:
-                self._cut(step)
+                await self._cut(step)
             case "POSTGRES", _:
                 await self._read_only(step.seconds)
             case "DUPLICATES", _:
                 await self._duplicate(step)
+            case "FLOOD", _:
+                await crowd.flood(step.amount)
+            case "ISSUER", _:
+                self.issuer_proxy.target_port, port = 0, self.issuer_proxy.target_port
+                self.issuer_proxy.cut_all()
+                await asyncio.sleep(step.seconds)
+                self.issuer_proxy.target_port = port
             case _:
                 await self._change(step, sale)
 
@@ -199,13 +239,27 @@ class World:
                 await self.redis.fail_over(step.seconds)
                 await self.redis.await_health()
                 await self.redis.fail_over(step.seconds)
+            case _:
+                assert isinstance(self.redis, RedisShards), step
+                await self._do_to_shards(step, self.redis)
+
+    async def _do_to_shards(self, step: Step, redis: RedisShards) -> None:
+        match step.kind:
+            case Kind.REDIS_TWO_LOST:
+                await redis.lose_two(step.seconds)
+            case Kind.REDIS_FORCED:
+                await redis.force()
+            case Kind.REDIS_PARTITION:
+                await redis.partition(step.seconds)
+            case Kind.REDIS_SLOT_MOVED:
+                await redis.move_slot()
             case kind:
                 raise AssertionError(kind)
 
-    def _cut(self, step: Step) -> None:
+    async def _cut(self, step: Step) -> None:
         match step.kind:
             case Kind.CUT_REDIS:
-                self.redis.proxy.cut_replies(b"EVALSHA", step.amount)
+                await self.redis.cut(step.amount)
             case Kind.CUT_POSTGRES:
                 self.postgres_proxy.cut_replies(b"COMMIT", step.amount)
             case _:
@@ -281,7 +335,7 @@ class World:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[World]:
+async def opened(folder: Path, kind: Redis = Redis.SENTINEL) -> AsyncIterator[World]:
     """Run a world in a folder, which is emptied first. At the end all processes are killed."""
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     async with AsyncExitStack() as stack:
@@ -296,7 +350,9 @@ async def opened(folder: Path) -> AsyncIterator[World]:
         postgres = PostgresServer(folder / "postgres", durable=False)
         plane = ControlPlane(folder / "kubernetes")
         kafka_proxy.target_port, postgres_proxy.target_port = kafka.port, postgres.port
-        redis = await stack.enter_async_context(RedisPair(folder).serve())
+        redis = await stack.enter_async_context(_REDIS[kind](folder).serve())
+        issuer = stack.enter_context(Issuer())
+        issuer_proxy = await stack.enter_async_context(Proxy(issuer.port).serve())
         await asyncio.gather(run(kafka), run(postgres), run(plane))
         await asyncio.to_thread(plane.kubectl, "apply", "-f", str(CRD), check=True)
         established = ("wait", "--for=condition=Established", "crd/flashsales.flashsale.dev")
@@ -312,22 +368,31 @@ async def opened(folder: Path) -> AsyncIterator[World]:
             kafka_proxy=kafka_proxy,
             postgres=postgres,
             postgres_proxy=postgres_proxy,
-            apis=(
-                ApiServer(folder / "api-1", addresses, order_tokens=TOKEN),
-                ApiServer(folder / "api-2", addresses, order_tokens=TOKEN),
-            ),
+            apis=(_api(folder / "api-1", addresses, {}), _api(folder / "api-2", addresses, {})),
             consumers=(
                 ConsumerServer(folder / "consumer-1", addresses),
                 ConsumerServer(folder / "consumer-2", addresses),
             ),
             plane=plane,
             operator=OperatorServer(folder / "operator", _for_operator(addresses, plane)),
+            issuer=issuer,
+            issuer_proxy=issuer_proxy,
             addresses=addresses,
             folder=folder,
         )
+
+        def kill_apis() -> None:
+            for api in world.apis:
+                api.kill()
+
+        stack.push_async_callback(asyncio.to_thread, kill_apis)
         for service in (*world.consumers, *world.apis, world.operator):
             await run(service)
         yield world
+
+
+def _api(folder: Path, addresses: Addresses, settings: Mapping[str, str]) -> ApiServer:
+    return ApiServer(folder, addresses, order_tokens=TOKEN, settings=settings)
 
 
 def _advertised(proxy: Proxy) -> Mapping[str, str]:
@@ -363,6 +428,11 @@ async def _freeze(server: Server, seconds: float) -> None:
     await asyncio.to_thread(server.resume)
 
 
+_REDIS: Final[Mapping[Redis, type[RedisPair]]] = {
+    Redis.ONE: RedisAlone,
+    Redis.SENTINEL: RedisPair,
+    Redis.CLUSTER: RedisShards,
+}
 _VERBS: Final[Mapping[str, Callable[[Server, float], Awaitable[None]]]] = {
     "KILL": _kill,
     "FREEZE": _freeze,

@@ -6,7 +6,7 @@ For each part, a test shows a run that fails without it. The durations are the c
 from dataclasses import dataclass
 from typing import Final
 
-from flashsale import heartbeat
+from flashsale import heartbeat, nodes
 from flashsale_api import calls, sweeper
 from flashsale_operator.sales import decision, drain
 
@@ -17,6 +17,9 @@ SWEEP_AGE: Final = sweeper.SWEEP_AGE_MS / 1000
 CALLS_IN_FLIGHT: Final = calls.CALLS_IN_FLIGHT
 SETTLED_BEFORE: Final = drain.CALL_DEADLINE_MS / 1000
 """A heartbeat sampled this long after a fence counts everything accepted before the fence."""
+
+SILENT: Final = 2 * nodes.PROBE_SECONDS
+"""How long a primary of a cluster can be silent until each pod has closed its link to it."""
 
 SEED_SECONDS: Final = decision.SEED_MS / 1000
 """Greatest age of an operator's observation when it seeds. A rebuild takes longer than this."""
@@ -83,6 +86,9 @@ class Rules:
     """page.lua: the records of a fenced sale are not published again."""
     heartbeats_of_this_run: bool = True
     """heartbeat.py: a heartbeat with the clock of another run reports nothing yet."""
+    silent_links_closed: bool = True
+    """nodes.py: a pod closes its link to a primary that does not answer. A primary that was frozen,
+    replaced and thawed executes the calls that it got meanwhile."""
     ledger_knows_more: bool = True
     """decision.py, fence.lua: a sale with fewer accepted units than the ledger is rebuilt."""
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from tests.model.hold_schedules import HOLD_SCHEDULES
 from tests.model.records import Heartbeat, Keys
-from tests.model.rules import EXPIRY, Rules
+from tests.model.rules import EXPIRY, SILENT, Rules
 from tests.model.scene import LEASE, Scene
 from tests.model.world import Violation
 
@@ -129,6 +129,25 @@ def a_pod_used_the_clock_of_the_former_server(rules: Rules) -> None:
     scene.judge()
 
 
+def a_frozen_primary_thaws_after_it_was_replaced(rules: Rules) -> None:
+    """A pod that knows only the former primary calls it in the last moment of its freeze."""
+    scene = Scene(rules, stock=1)
+    redis, frozen_at = scene.redis, scene.world.now
+    former = redis.keys.copy(), redis.run_id, redis.replication_id
+    redis.become(redis.keys)
+    scene.rebuild()
+    linked = not rules.silent_links_closed or scene.world.now - frozen_at < SILENT
+    first = None
+    if linked:
+        present = redis.keys, redis.run_id, redis.replication_id
+        redis.keys, redis.run_id, redis.replication_id = former
+        first = scene.buy("first")
+        redis.keys, redis.run_id, redis.replication_id = present
+    scene.record(scene.buy("second"))
+    scene.record(first)
+    scene.judge()
+
+
 def redis_is_an_older_copy_in_the_same_run(rules: Rules) -> None:
     """The engine returns to a Redis that it has left, which still has its former run."""
     scene = Scene(rules, stock=2)
@@ -166,6 +185,7 @@ SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("operator_commits_kept", a_standby_lacks_a_restock),
     ("fenced_not_republished", an_older_copy_is_republished),
     ("heartbeats_of_this_run", a_pod_used_the_clock_of_the_former_server),
+    ("silent_links_closed", a_frozen_primary_thaws_after_it_was_replaced),
     ("ledger_knows_more", redis_is_an_older_copy_in_the_same_run),
     ("settle_matches", a_late_settlement_meets_another_reservation),
     *HOLD_SCHEDULES,

@@ -13,7 +13,7 @@ from itertools import chain
 import pytest
 
 from tests.model.protocol import Run, check
-from tests.model.rules import ACKNOWLEDGED_WITHIN, CALL_DEADLINE, EXPIRY, Rules
+from tests.model.rules import ACKNOWLEDGED_WITHIN, CALL_DEADLINE, EXPIRY, SILENT, Rules
 from tests.model.schedules import SCHEDULES
 from tests.model.world import Violation
 
@@ -88,6 +88,10 @@ def test_a_schedule_fails_without_its_part_only(
 
 def test_a_rebuild_waits_longer_than_a_confirmation() -> None:
     assert EXPIRY > CALL_DEADLINE + ACKNOWLEDGED_WITHIN
+
+
+def test_a_rebuild_waits_until_no_pod_believes_a_replaced_primary() -> None:
+    assert EXPIRY > SILENT + CALL_DEADLINE
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

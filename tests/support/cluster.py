@@ -21,6 +21,7 @@ from flashsale.keys import ItemKeys
 from tests.support.eventually import eventually
 from tests.support.manifests import flash_sale
 from tests.support.paths import CHART_FILES
+from tests.support.redis_users import of_api
 
 RULES = CHART_FILES / "operator-rules.yaml"
 
@@ -67,7 +68,7 @@ class World:
     def api(self, *, order_tokens: str = "") -> ApiServer:
         """Start an API process."""
         data = self.folder / f"api-{len(self.services)}"
-        return self._started(ApiServer(data, self.addresses, order_tokens=order_tokens))
+        return self._started(ApiServer(data, of_api(self.addresses), order_tokens=order_tokens))
 
     def consumer(self) -> ConsumerServer:
         """Start a consumer process."""

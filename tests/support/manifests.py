@@ -1,8 +1,12 @@
-"""The manifest of a FlashSale."""
+"""The manifest of a FlashSale, and the manifests of files."""
 
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flashsale_operator.sales.manifest import API_VERSION, KIND
+from tests.support.paths import ROOT
 
 
 def flash_sale(
@@ -16,3 +20,24 @@ def flash_sale(
         "metadata": metadata,
         "spec": {"itemId": item or name, **spec},
     }
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    """Return the manifests of a file of the repository."""
+    return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
+
+
+def scripts(file: Path) -> dict[str, str]:
+    """Return the files in a manifest's ConfigMap."""
+    (found,) = (each["data"] for each in documents(file) if each["kind"] == "ConfigMap")
+    return dict(found)
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector matches. Only the operator In is known."""
+    return all(
+        labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()
+    ) and all(
+        each["operator"] == "In" and labels.get(each["key"]) in each["values"]
+        for each in selector.get("matchExpressions", [])
+    )

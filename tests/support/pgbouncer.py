@@ -4,18 +4,14 @@ import os
 import pwd
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
 from dev.stack import unprivileged
-from dev.stack.errors import StackError
-from dev.stack.locks import exclusive
-from dev.stack.packages import cache_folder
 from dev.stack.process import Server
+from tests.support import downloads
 
 PACKAGES: Final = ("pgbouncer", "libevent-2.1-7", "libc-ares2")
 
@@ -24,24 +20,7 @@ def program() -> Path:
     """Return PgBouncer's program. Raises StackError where Debian's packages cannot be had."""
     if on_path := shutil.which("pgbouncer"):
         return Path(on_path)
-    folder = cache_folder() / "pgbouncer"
-    with exclusive(folder):
-        if not folder.exists():
-            if shutil.which("apt-get") is None:
-                raise StackError("PgBouncer comes from Debian's packages")
-            part = folder.with_name("pgbouncer.part")
-            with TemporaryDirectory(prefix="flashsale-pgbouncer-") as scratch:
-                _run("apt-get", "download", *PACKAGES, folder=scratch)
-                for package in Path(scratch).glob("*.deb"):
-                    _run("dpkg-deb", "--extract", str(package), str(part), folder=scratch)
-            part.rename(folder)
-    return folder / "usr/sbin/pgbouncer"
-
-
-def _run(*command: str, folder: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise StackError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    return downloads.debian("pgbouncer", *PACKAGES) / "usr/sbin/pgbouncer"
 
 
 class PgBouncer(Server):

@@ -52,11 +52,15 @@ class Proxy:
             del self._connections[own]
             writer.close()
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, begun: bytes = b""
+    ) -> None:
+        """Forward `begun`, which has been read already, and then all bytes."""
         try:
             up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
         except OSError:
             return
+        up_writer.write(begun)
         cut = asyncio.Event()
 
         async def requests() -> None:

@@ -92,10 +92,10 @@ async def in_ledger(
     return found
 
 
-async def received(bootstrap: str, engine: str) -> Receiver:
-    """Receive the topic from its beginning to its present end."""
-    receiver = Receiver()
-    for record in await read_all(bootstrap, events.recorded_topic(engine)):
+async def received(bootstrap: str, engine: str, since: float = 0.0) -> Receiver:
+    """Receive the topic to its present end, from its beginning or from a time in Unix seconds."""
+    receiver, topic = Receiver(), events.recorded_topic(engine)
+    for record in await _read(bootstrap, lambda name: name == topic, since):
         receiver.receive(record)
     return receiver
 
@@ -123,7 +123,9 @@ async def check_all(bootstrap: str) -> None:
             asyncapi.check("event", headers, msgspec.json.decode(events.encode(event)))
 
 
-async def _read(bootstrap: str, wanted: Callable[[str], bool]) -> list[ConsumerRecord]:
+async def _read(
+    bootstrap: str, wanted: Callable[[str], bool], since: float = 0.0
+) -> list[ConsumerRecord]:
     async with AIOKafkaConsumer(bootstrap_servers=bootstrap) as anywhere:
         topics = [name for name in await anywhere.topics() if wanted(name)]
     if not topics:
@@ -133,6 +135,10 @@ async def _read(bootstrap: str, wanted: Callable[[str], bool]) -> list[ConsumerR
         *topics, bootstrap_servers=bootstrap, auto_offset_reset="earliest"
     ) as consumer:
         ends = await consumer.end_offsets(sorted(consumer.assignment()))
+        if since:
+            times = dict.fromkeys(ends, int(since * 1000))
+            for tp, first in (await consumer.offsets_for_times(times)).items():
+                consumer.seek(tp, first.offset if first else ends[tp])
         while any([await consumer.position(tp) < end for tp, end in ends.items()]):
             for records in (await consumer.getmany(timeout_ms=500)).values():
                 found += records

@@ -17,17 +17,17 @@ PASSWORD: Final = "a-password-of-these-tests"
 _OF_TESTS: Final = ("+flushall", "+keys", "+config|set", "+copy", "+sismember")
 
 
-def rules(user: str) -> list[str]:
-    """Return the ACL rules of a user of k8s/redis/one-node.yaml, without its password."""
-    text = (ROOT / "k8s/redis/one-node.yaml").read_text()
+def rules(user: str, manifest: str) -> list[str]:
+    """Return the ACL rules of a user of a manifest in k8s/redis, without its password."""
+    text = (ROOT / f"k8s/redis/{manifest}.yaml").read_text()
     [found] = re.findall(rf"user {user} on >\$\w+ (.*)", text)
     # A rule in parentheses is one argument.
     return re.findall(r"\([^)]*\)|\S+", found)
 
 
-def options() -> list[str]:
+def options(*, clustered: bool = False) -> list[str]:
     """Return the arguments of a server that has the users, also after it was restarted."""
-    users = {user: rules(user) for user in (API, OPERATOR)}
+    users = {user: rules(user, "cluster" if clustered else "one-node") for user in (API, OPERATOR)}
     users[TESTER] = [*users[OPERATOR], *_OF_TESTS]
     return [
         word

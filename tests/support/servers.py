@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from dev.cluster.binaries import Binaries, binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
 from flashsale import ledger, redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
@@ -25,6 +25,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     options = redis_users.options()
     with RedisServer(tmp_path_factory.mktemp("redis"), options=options) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """Three primaries without replicas."""
+    with RedisCluster(tmp_path_factory.mktemp("redis-cluster")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from flashsale.ledger import SaleRow
 from flashsale.redis_client import MAX_CONNECTIONS
 from flashsale.requirements import Checks
 from flashsale.sale import Predecessor, SaleSpec
-from flashsale_operator.ctl import checkout, files, queries, size, tables
+from flashsale_operator.ctl import checkout, files, queries, redis_cluster, size, tables
 from flashsale_operator.ctl.cli import (
     Clients,
     Environ,
@@ -38,7 +38,7 @@ from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler, Result
 
-__all__ = ["main", "queries", "run", "size"]  # an import of commands adds them
+__all__ = ["main", "queries", "redis_cluster", "run", "size"]  # an import of commands adds them
 
 DELETE_LOOKS: Final = 100
 DELETE_BETWEEN_SECONDS: Final = 0.2

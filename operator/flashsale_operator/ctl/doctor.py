@@ -19,18 +19,17 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
-from redis.asyncio import Redis
 
 from flashsale import events, ledger, redis_client, requirements
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
+from flashsale.nodes import Nodes, translated
 from flashsale.requirements import Finding, Requirement, TopicFacts
-from flashsale.scripts import translated
 from flashsale.settings import KafkaSettings
 
 REDIS: Final = "Redis"
@@ -95,26 +94,35 @@ async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
     try:
         inventory = Inventory(redis, engine)
         facts = await inventory.facts()
-        name = f"the address {inventory.address} answers, version {facts.version or 'unknown'}"
-        yield Finding(REDIS, name, "ok")
-        for finding in requirements.findings(requirements.REDIS, facts):
+        for each in facts:
+            name = each.node or f"the address {inventory.address}"
+            yield Finding(REDIS, f"{name} answers, version {each.version or 'unknown'}", "ok")
+        answered = {each.node for each in facts}
+        for node in await inventory.nodes.all():
+            if node.name not in answered:
+                text = f"{node.name} does not answer, and its sales stop: start it, or promote a"
+                yield Finding(REDIS, f"{text} replica of it", "failure")
+        for finding in requirements.findings(requirements.REDIS, *facts):
             yield finding
-        if facts.backlog_ttl is None:
+        if any(each.backlog_ttl is None for each in facts):
             text = "CONFIG GET is not permitted: ask the provider whether repl-backlog-ttl is 0"
             yield Finding(REDIS, text, "warning")
-        yield await _written(redis, engine)
+        yield await _written(inventory.nodes, engine)
         yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
-        yield _clock(REDIS, (await inventory.server()).now_ms / 1000)
+        for clock in (await inventory.clocks()).values():
+            yield _clock(REDIS, clock.now_ms / 1000)
     finally:
         await redis.aclose()
 
 
-async def _written(redis: "Redis", engine: str) -> Finding:
+async def _written(nodes: Nodes, engine: str) -> Finding:
     tag = f"{engine}:{{doctor-{uuid.uuid4().hex}}}"
     keys = (f"{tag}:sale", f"{tag}:outbox", f"{tag}:pods")
     try:
-        run: Any = redis.eval(_TRY_TO_WRITE, len(keys), *keys)
-        await translated(run)
+        await nodes.call(
+            keys[0],
+            lambda redis: cast("Awaitable[str]", redis.eval(_TRY_TO_WRITE, len(keys), *keys)),
+        )
     except FlashsaleError as error:
         text = f"a script cannot write: {error}: allow this user the commands of k8s/redis"
         return Finding(REDIS, text, "failure")

@@ -47,24 +47,27 @@ _STATES: Final = "SELECT state, count(*) FROM reservations WHERE sale_id = $1 GR
 async def get(environ: Environ, item: str | None, output: str, *, watch: bool, every: bool) -> int:
     """Show the sales of one item, or all that have keys in Redis."""
     async with connected(settings.load(Stores, environ), item) as clients:
-        found = await _sales(clients, item, every=every)
+        found, away = await _sales(clients, item, every=every)
         # No sales are an empty list for a program, and a watch waits for the first sale.
-        if not found and (item is not None or not (watch or output in {"json", "yaml"})):
+        if not (found or away) and (item is not None or not (watch or output in {"json", "yaml"})):
             raise UnknownSale("there are no sales" if item is None else no_such(item))
         if not watch:
             print(sales.FORMATS[output](found))
-            return 0
+            if away:
+                print(f"flashsalectl: {away}", file=sys.stderr)
+            return 1 if away else 0
         changes, outage = sales.Changes(output), ""
         while True:
             for line in changes.lines(found):
                 print(line, flush=True)
+            if away and not outage:  # said once, and the watch goes on
+                print(f"flashsalectl: {away}", file=sys.stderr)
+            outage = away
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                found, outage = await _sales(clients, item, every=every), ""
+                found, away = await _sales(clients, item, every=every)
             except (RedisUnavailable, LedgerUnavailable) as error:
-                if not outage:  # said once, and the watch goes on
-                    print(f"flashsalectl: {error}", file=sys.stderr)
-                outage = str(error)
+                away = str(error)
 
 
 @command("describe iphone_15")
@@ -72,7 +75,7 @@ async def get(environ: Environ, item: str | None, output: str, *, watch: bool, e
 async def describe(environ: Environ, item: str) -> int:
     """Show everything about the sales of an item."""
     async with connected(settings.load(Stores, environ), item) as clients:
-        found = await _sales(clients, item, every=True)
+        found, away = await _sales(clients, item, every=True)
         if not found:
             raise UnknownSale(no_such(item))
         described = []
@@ -82,19 +85,23 @@ async def describe(environ: Environ, item: str) -> int:
             states = {record["state"]: record["count"] for record in records}
             described.append(sales.description(sale, states))
     print("\n\n".join(described))
-    return 0
+    if away:
+        print(f"flashsalectl: {away}", file=sys.stderr)
+    return 1 if away else 0
 
 
-async def _sales(clients: Clients, item: str | None, *, every: bool) -> list[sales.SaleView]:
+async def _sales(
+    clients: Clients, item: str | None, *, every: bool
+) -> tuple[list[sales.SaleView], str]:
+    """Returns the sales, and a sentence about the items that Redis does not answer for."""
     rows = await ledger.sales(clients.pool, item)
-    items = {row.item_id for row in rows}
-    items.update([item] if item else await clients.inventory.items())
-    server = await clients.inventory.server()
-    held = await clients.inventory.sales(sorted(items))
+    recorded = {row.item_id for row in rows}
+    items = [item] if item else await clients.inventory.items(recorded)
+    held, servers, away = await clients.inventory.survey(items)
     if item is None and not every:
         present = {sale.sale_id for sale in held.values()}
         rows = [row for row in rows if not row.closed or row.sale_id in present]
-    return sales.views(rows, held, server)
+    return sales.views(rows, held, servers), tables.line_of_away(away)
 
 
 @command("audit", "audit iphone_15")
@@ -105,10 +112,12 @@ async def audit(environ: Environ, item: str | None) -> int:
     async with connected(addresses, item) as clients:
         spans = partial(offsets.spans, addresses)
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
-        if item is not None and not found.findings:
+        if item is not None and not (found.findings or found.away):
             raise UnknownSale(no_such(item))
     print(tables.of_audit(found))
-    return 0 if found.agrees else 1
+    if found.away:
+        print(f"flashsalectl: {tables.line_of_away(found.away)}", file=sys.stderr)
+    return 0 if found.agrees and not found.away else 1
 
 
 @command("report iphone_15", "report iphone_15 -o json", "report iphone_15 ticket --html sale.html")
@@ -160,11 +169,12 @@ async def _audited(
     findings, failure = {}, ""
     faults: list[str] = []
     try:
-        versions["redis"] = (await clients.inventory.facts()).version or "unknown"
+        versions["redis"] = (await clients.inventory.facts())[0].version or "unknown"
         spans = partial(offsets.spans, addresses)
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
         findings = {finding.sale_id: finding for finding in found.findings}
         faults = [f"topic {found.topic}: {fault}" for fault in found.topic_faults]
+        failure = tables.line_of_away(found.away)
     except FlashsaleError as error:
         failure = str(error)
     at = tables.rfc3339(datetime.now(UTC))

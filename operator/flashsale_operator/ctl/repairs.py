@@ -45,7 +45,7 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
     async with connected(addresses, item) as clients:
         await engine.require_redis(Checks(), clients.inventory)
         rows = await ledger.sales(clients.pool, item)
-        chosen = await _fenced(clients, rows)
+        chosen, away = await _fenced(clients, rows)
         if item is not None:
             if not rows:
                 raise UnknownSale(no_such(item))
@@ -61,19 +61,25 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
     for row, result in zip(chosen, done, strict=True):
         line = tables.line_of_rebuild(row.sale_id, result)
         print(line, file=sys.stdout if isinstance(result, Rebuilt) else sys.stderr)
-    return 0 if all(isinstance(result, Rebuilt) for result in done) else 1
+    if away:
+        print(f"flashsalectl: {away}", file=sys.stderr)
+    return 0 if not away and all(isinstance(result, Rebuilt) for result in done) else 1
 
 
-async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> list[SaleRow]:
-    """Returns the fenced sales of rows that are not closed, or closed with open holds."""
-    server = await clients.inventory.server()
-    held = await clients.inventory.sales({row.item_id for row in rows})
-    return [
+async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleRow], str]:
+    """Returns the fenced sales of rows that are not closed, or closed with open holds.
+
+    The second value is a sentence about the items that Redis does not answer for.
+    """
+    held, servers, away = await clients.inventory.survey({row.item_id for row in rows})
+    fenced = [
         row
         for row in rows
         if (not row.closed or row.held)
+        and (server := servers.get(row.item_id))
         and state_of(row, held.get(row.item_id), server) is SaleState.FENCED
     ]
+    return fenced, tables.line_of_away(away)
 
 
 @command("republish iphone_15")
@@ -157,7 +163,7 @@ async def adopt_redis(environ: Environ) -> int:
     """Move the sales to another Redis. First stop the API pods that use the former one."""
     async with connected(settings.load(Stores, environ)) as clients:
         await ledger.migrate(clients.pool)
-        await clients.inventory.server()  # raises RedisUnavailable for a wrong address
+        await clients.inventory.clocks()  # raises RedisUnavailable for a wrong address
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
         await clients.inventory.claim(own)
         address = clients.inventory.address

@@ -42,23 +42,29 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     declared_by: str | None
 
 
-def views(rows: Sequence[SaleRow], held: Mapping[str, Sale], server: ServerTime) -> list[SaleView]:
-    """Returns the sales of the ledger, then those that only Redis has, sorted by item."""
+def views(
+    rows: Sequence[SaleRow], held: Mapping[str, Sale], servers: Mapping[str, ServerTime]
+) -> list[SaleView]:
+    """Returns the sales of the ledger, then those that only Redis has, sorted by item.
+
+    `held` and `servers` have the sale and the server of each item in Redis. Items without a server
+    cannot be read now.
+    """
     recorded = {row.sale_id for row in rows}
     return [
         *(
-            _view(row, held.get(row.item_id), server)
+            _view(row, held.get(row.item_id), servers.get(row.item_id))
             for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
         ),
         *(
-            _view(None, sale, server)
-            for _, sale in sorted(held.items())
+            _view(None, sale, servers[item_id])
+            for item_id, sale in sorted(held.items())
             if sale.sale_id not in recorded
         ),
     ]
 
 
-def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> SaleView:
+def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime | None) -> SaleView:
     sale = None if holder and row and holder.sale_id != row.sale_id else holder
     known: Sale | SaleSpec | None = sale or (spec_of(row) if row else None)
     stored = sale or row
@@ -72,7 +78,7 @@ def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime) -> SaleV
         item_id=known.item_id,
         sale_id=known.sale_id,
         display_name=known.display_name,
-        state=state_of(row, holder, server),
+        state=state_of(row, holder, server) if server else SaleState.UNKNOWN,
         allocated=stored.allocated,
         available=sale.available if sale else None,
         held=stored.held,

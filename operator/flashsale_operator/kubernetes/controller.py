@@ -301,7 +301,7 @@ class Controller:
         if not isinstance(error, LedgerUnavailable):
             return result
         try:
-            server = await self._inventory.server()
+            server = await self._inventory.server(spec.item_id)
             sale = (await self._inventory.sales([spec.item_id])).get(spec.item_id)
         except (RedisUnavailable, ContractViolation):
             return result

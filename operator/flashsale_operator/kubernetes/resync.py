@@ -196,9 +196,11 @@ class Resync:
             rows = [SaleRow.of(record) for record in await self._pool.fetch(_OPEN_HOLDS)]
         if not rows:
             return
-        server = await self._inventory.server()
-        sales = await self._inventory.sales({row.item_id for row in rows}, skip_unreadable=True)
+        servers = await self._inventory.servers({row.item_id for row in rows})
+        sales = await self._inventory.sales(servers, skip_unreadable=True)
         for row in rows:
+            if (server := servers.get(row.item_id)) is None:
+                continue  # the item's node is away
             if holds_lost(row, sales.get(row.item_id), server):
                 try:
                     await self._rebuilds.rebuild(row, wakes=False)

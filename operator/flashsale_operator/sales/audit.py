@@ -120,11 +120,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The findings of the audited sales, and the faults of the topic as a whole."""
+    """The findings of the audited sales, and the faults of the topic as a whole.
+
+    `away` are the items that are not audited, because Redis does not answer for them.
+    """
 
     findings: tuple[Finding, ...]
     topic: str
     topic_faults: tuple[str, ...]
+    away: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -280,10 +284,9 @@ async def _look(
     item_id: str | None,
 ) -> Audit:
     before = {row.sale_id: row for row in await ledger.sales(pool, item_id)}
-    items = {row.item_id for row in before.values()}
-    items.update([item_id] if item_id is not None else await inventory.items())
-    server = await inventory.server()
-    holders = await inventory.sales(sorted(items))
+    recorded = {row.item_id for row in before.values()}
+    items = await inventory.items(recorded) if item_id is None else [item_id]
+    holders, servers, away = await inventory.survey(items)
     ends = await spans()
     topic = events.topic(inventory.engine)
     stored = await ledger.stored_offsets(pool, topic)
@@ -295,19 +298,20 @@ async def _look(
             Facts(
                 before=before.get(sale_id),
                 holder=holders.get(after[sale_id].row.item_id),
-                server=server,
+                server=servers[after[sale_id].row.item_id],
                 lag=lag,
                 after=after[sale_id],
             )
         )
         for sale_id in after
+        if after[sale_id].row.item_id in servers
     ]
     found += [
-        compare(Facts(before=None, holder=sale, server=server, lag=lag, after=None))
+        compare(Facts(before=None, holder=sale, server=servers[sale.item_id], lag=lag, after=None))
         for sale in holders.values()
         if sale.sale_id not in after
     ]
-    return Audit(tuple(found), topic, offsets.faults(ends, stored))
+    return Audit(tuple(found), topic, offsets.faults(ends, stored), tuple(away))
 
 
 async def _tallies(pool: ledger.Pool, item_id: str | None) -> list[Tally]:

@@ -82,7 +82,7 @@ class Drain:
         Calls `keep_fenced` at each look. Raises `NotDrained` at the deadline, `RedisUnavailable`,
         `LedgerUnavailable`, `KafkaUnavailable`, and the errors of `keep_fenced`.
         """
-        sampled_from_ms = (await self._inventory.server()).now_ms + CALL_DEADLINE_MS
+        sampled_from_ms = (await self._inventory.server(item_id)).now_ms + CALL_DEADLINE_MS
 
         async def unpublished() -> tuple[str, ...]:
             await keep_fenced()
@@ -113,7 +113,7 @@ class Drain:
         if sale is not None and sale.outbox_length:
             events_left = counted(sale.outbox_length, "event")
             found.append(f"the outbox has {events_left} that Kafka has not acknowledged")
-        server = await self._inventory.server()
+        server = await self._inventory.server(item_id)
         engine = self._inventory.engine
         for pod in await heartbeat.living(self._inventory.redis, item_id, server, engine):
             if pod.sampled_ms < sampled_from_ms:

@@ -27,7 +27,7 @@ async def require_servers(checks: Checks, inventory: Inventory, pool: ledger.Poo
 
 async def require_redis(checks: Checks, inventory: Inventory) -> None:
     """Raises `UnmetRequirement` if Redis lacks a requirement, and `RedisUnavailable`."""
-    checks.require(requirements.REDIS, await inventory.facts())
+    checks.require(requirements.REDIS, *await inventory.facts())
 
 
 def in_redis(item_id: str) -> str:

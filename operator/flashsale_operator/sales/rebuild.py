@@ -167,7 +167,7 @@ class Rebuilder:
 
     async def _rebuild(self, sale_id: str, item_id: str, replaces: Predecessor | None) -> Rebuilt:
         engine_id = await engine.engine_id(self._inventory, self._pool)
-        run_id = (await self._inventory.server()).run_id
+        run_id = (await self._inventory.server(item_id)).run_id
         had = (await self._inventory.sales([item_id])).get(item_id)
         if had is not None and had.sale_id != sale_id:
             had = None
@@ -205,6 +205,7 @@ class Rebuilder:
         async def keep_fenced() -> None:
             await fence("wait")
 
+        await self._inventory.index([item_id])
         if await fence("fence") is Fenced.TRUSTED:
             return Rebuilt(row.accepted)
         try:
@@ -216,7 +217,7 @@ class Rebuilder:
         redis_had = 0 if had is None else had.accepted
         accepted, released, held = await self._note(sale_id, claim, offsets, redis_had)
         await fence("begin")
-        now_ms = (await self._inventory.server()).now_ms
+        now_ms = (await self._inventory.server(item_id)).now_ms
         written = await self._write(
             row, claim, now_ms if had is None else max(now_ms, had.last_now_ms)
         )

@@ -216,7 +216,7 @@ class Reconciler:
         row = await self._close_row(sale_id)
         await inventory.claim(engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
-        server = await self._inventory.server()
+        server = await self._inventory.server(row.item_id)
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
         if closed is Closed.STALE and sale is not None:
             row = await ledger.sale(self._pool, sale_id) or row
@@ -277,7 +277,7 @@ class Reconciler:
         These are Redis' sale of the item and all unfinished sales. If there are none, the finished
         sales are returned, which may be closed again. Raises `UnknownSale` if the item has no sale.
         """
-        server = await self._inventory.server()
+        server = await self._inventory.server(item_id)
         held = (await self._inventory.sales([item_id])).get(item_id)
         rows = await ledger.sales(self._pool, item_id)
         now = utc_of_ms(server.now_ms)
@@ -299,7 +299,7 @@ class Reconciler:
     ) -> Observed:
         # Read before Redis: a sale in Redis has all changes of this row, or it has lost some.
         before = await ledger.sale(self._pool, spec.sale_id)
-        server = await self._inventory.server()
+        server = await self._inventory.server(spec.item_id)
         held = await self._inventory.sales([spec.item_id])
         row = await ledger.sale(self._pool, spec.sale_id)
         others = await ledger.sales(self._pool, spec.item_id)

@@ -6,15 +6,17 @@ API trusts nothing in the keys before `trust` has succeeded.
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from redis.asyncio import Redis
-
-from flashsale import keys
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
+from flashsale.nodes import Nodes
 from flashsale.reservations import Record
 from flashsale.sale import Predecessor, SaleSpec
-from flashsale.scripts import Script, Scripts, translated
+from flashsale.scripts import Script, Scripts
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
 
 RESTORE_PAGE: Final = 1_000
 """Reservations or buyers per `restore` call, which takes Redis about a millisecond."""
@@ -53,19 +55,23 @@ class Recovery:
     """The scripts as typed calls. Each raises `RedisUnavailable` if Redis cannot serve it."""
 
     def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
-        self._redis = redis
+        self._nodes = Nodes.of_client(redis)
         self._engine = engine
-        self._scripts = Scripts(redis)
+        self._scripts = Scripts(self._nodes)
         self._fence = Script("fence")
         self._restore = Script("restore")
         self._trust = Script("trust")
 
     async def rebuilding(self, item_id: str) -> bool:
         """Whether another rebuild has the item's sale, and its lease has not run out."""
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.time()
-        pipeline.hmget(self._keys(item_id).sale, "run_id", "rebuild_until_ms")
-        (seconds, microseconds), (run_id, until_ms) = await translated(pipeline.execute())
+        key = self._keys(item_id).sale
+
+        def queue(pipeline: "Pipeline", _: str) -> None:
+            pipeline.time()
+            pipeline.hmget(key, "run_id", "rebuild_until_ms")
+
+        found = await self._nodes.each([key], str, queue)
+        (seconds, microseconds), (run_id, until_ms) = found[key]
         return (
             str(run_id).startswith("rebuild:")
             and int(until_ms or 0) > seconds * 1000 + microseconds // 1000
@@ -95,7 +101,6 @@ class Recovery:
         `spec`, `closed` and `claim` come from the ledger's row; `claim` is its revision.
         `replaces` is the same as for `Inventory.apply`.
         """
-        await translated(self._redis.sadd(keys.items(self._engine), spec.item_id))
         other_id, other_accepted, other_released = replaces or ("", 0, 0)
         arguments = (
             *spec.arguments(claim, closed=closed),

@@ -100,14 +100,34 @@ def create_app(  # noqa: PLR0915 - the composition root
     inventory = Inventory(redis, settings.engine)
     outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
-    pulse = Pulse()
+    pulse = Pulse(inventory.node_of)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
+    batcher = Batcher(
+        inventory,
+        publisher,
+        metrics,
+        engine,
+        refusal=pulse.refusal,
+        node_of=inventory.node_of,
+        spans=spans,
+    )
     confirmations = Transitions(
-        inventory.confirm, publisher, metrics, engine, verb="confirm", seen=batcher.knows
+        inventory.confirm,
+        publisher,
+        metrics,
+        engine,
+        verb="confirm",
+        seen=batcher.knows,
+        node_of=inventory.node_of,
     )
     cancellations = Transitions(
-        inventory.cancel, publisher, metrics, engine, verb="cancel", seen=batcher.knows
+        inventory.cancel,
+        publisher,
+        metrics,
+        engine,
+        verb="cancel",
+        seen=batcher.knows,
+        node_of=inventory.node_of,
     )
     callers = batcher, confirmations, cancellations
 
@@ -147,6 +167,7 @@ def create_app(  # noqa: PLR0915 - the composition root
                 ("sweep", sweeper.run()),
                 ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
+                ("watch Redis", inventory.nodes.watch()),
                 *([("authentication", buyers.run())] if buyers else []),
             )
         ]
@@ -230,7 +251,7 @@ class RedisCheck:
         checks = Checks(log)
         while True:
             try:
-                checks.require(requirements.REDIS, await self._inventory.facts())
+                checks.require(requirements.REDIS, *await self._inventory.facts())
                 await self._inventory.load()
                 await self._outbox.load()
             except UnmetRequirement as error:

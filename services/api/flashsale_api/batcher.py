@@ -52,11 +52,15 @@ class Batcher(Calls[Request, Decision]):
         metrics: Metrics,
         engine: Engine,
         *,
-        refusal: Callable[[], Outcome | Failure | None] = lambda: None,
+        refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
+        node_of: Callable[[str], str] = lambda _: "",
         spans: "Spans | None" = None,
     ) -> None:
-        """`refusal` returns the outcome of all requests if the pod may not call the script now."""
-        super().__init__(metrics, engine, metrics.waiting)
+        """`node_of` returns the name of an item's server.
+
+        `refusal` returns the outcome of an item's requests if the pod may not call Redis now.
+        """
+        super().__init__(metrics, engine, metrics.waiting, node_of)
         self._refusal = refusal
         self._spans = spans
         self._inventory = inventory
@@ -65,7 +69,10 @@ class Batcher(Calls[Request, Decision]):
 
     def sold_out(self, item_id: str) -> Decision | None:
         """Returns the decision that the sale is sold out, for `SOLD_OUT_SECONDS` after it."""
-        until, decision = self._sold_out.get(item_id, (0.0, None))
+        known = self._sold_out.get(item_id)
+        if known is None:
+            return None
+        until, decision = known
         return decision if asyncio.get_running_loop().time() < until else None
 
     def _undecided(self, failure: Failure) -> Decision:
@@ -75,7 +82,7 @@ class Batcher(Calls[Request, Decision]):
         return Decision(Outcome.OTHER_ENGINE)
 
     async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
-        if refusal := self._refusal():
+        if refusal := self._refusal(item_id):
             return [Decision(refusal, request.reservation_id) for request in requests]
         reply = await self._reserve(item_id, requests)
         if not isinstance(reply, BatchReply):

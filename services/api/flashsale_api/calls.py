@@ -3,7 +3,8 @@
 There is no timer and no added delay. A lone request is sent at once, and batches grow with the
 load. A call has at most `BATCH_LIMIT` requests. At most `CALLS_IN_FLIGHT` calls per item are in
 flight. The items that the pod knows have a share of the calls and of the waiting places, and all
-other names have another one. So requests for made-up items delay no sale.
+other names have another one. So requests for made-up items delay no sale. In a Redis Cluster each
+node has two shares of its own. So a silent node delays no sale of another one.
 """
 
 import asyncio
@@ -12,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from time import monotonic
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from prometheus_client import Gauge
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS, EXPIRY_SECONDS
-from flashsale.reservations import BATCH_LIMIT, Outcome
+from flashsale.reservations import BATCH_LIMIT, Outcome, Word
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 
@@ -48,7 +49,7 @@ D = TypeVar("D")
 T = TypeVar("T")
 
 
-class Failure(StrEnum):
+class Failure(Word):
     """Why a request has no decision from Redis."""
 
     TOO_MANY_WAITING = "too_many_waiting"
@@ -76,6 +77,7 @@ class _Waiting(NamedTuple, Generic[R, D]):
 class _Share(Generic[R, D]):
     """The waiting requests and the calls in flight of several items."""
 
+    known: bool
     waiting: int = 0
     in_flight: int = 0
     held_back: "deque[_Queue[R, D]]" = field(default_factory=deque)
@@ -96,15 +98,26 @@ class _Queue(Generic[R, D]):
 class Calls(ABC, Generic[R, D]):
     """Decides requests of one kind through batched script calls."""
 
-    def __init__(self, metrics: Metrics, engine: Engine, waiting: Gauge) -> None:
-        """`waiting` counts the requests that wait for a script call."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        engine: Engine,
+        waiting: Gauge,
+        node_of: Callable[[str], str] = lambda _: "",
+    ) -> None:
+        """`waiting` counts the requests that wait for a script call.
+
+        `node_of` returns the name of an item's server, as far as it is known.
+        """
         self._metrics = metrics
         self._engine = engine
         self._waiting_gauge = waiting
+        self._waiting = 0
         self._called: dict[str, float] = {}
         self._queues: dict[str, _Queue[R, D]] = {}
-        self._known: _Share[R, D] = _Share()
-        self._unknown: _Share[R, D] = _Share()
+        self._node_of = node_of
+        self._shares: dict[tuple[str, bool], _Share[R, D]] = {}
+        """The shares of each node: that of known items, and that of other names."""
         self._calls: set[asyncio.Task[None]] = set()
         self._closed = False
         self._expiry: asyncio.TimerHandle | None = None
@@ -133,24 +146,24 @@ class Calls(ABC, Generic[R, D]):
         if queue is not None:
             share, of_item = queue.share, len(queue.waiting)
         else:
-            share, of_item = self._known if self.knows(item_id) else self._unknown, 0
+            share, of_item = self._share(item_id), 0
         if self._closed or of_item >= MAX_WAITING - share.waiting:
             decided(self._undecided(Failure.TOO_MANY_WAITING))
             return
         if self._engine.conflict:
             decided(self._of_other_engine())
             return
-        loop = asyncio.get_running_loop()
         if queue is None:
             queue = self._queues[item_id] = _Queue(item_id, share)
-        queue.waiting.append(_Waiting(request, decided, loop.time()))
+        queue.waiting.append(_Waiting(request, decided, monotonic()))
         share.waiting += 1
+        self._waiting += 1
         if queue.calls < CALLS_IN_FLIGHT and not queue.starting:
             # Start the call after the requests that are read in the same turn of the event loop.
             queue.starting = True
-            loop.call_soon(self._start, queue)
+            asyncio.get_running_loop().call_soon(self._start, queue)
         if self._expiry is None:
-            self._expiry = loop.call_later(MAX_WAIT_SECONDS, self._expire)
+            self._expiry = asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._expire)
 
     def called_items(self) -> list[str]:
         """Returns the items with a sale that were called within the lifetime of a heartbeat.
@@ -206,10 +219,17 @@ class Calls(ABC, Generic[R, D]):
         """Remembers that the item has an unfinished sale."""
         self._known_until[item_id] = asyncio.get_running_loop().time() + KNOWN_SECONDS
         queue = self._queues.get(item_id)
-        if queue is not None and queue.share is self._unknown:
-            self._unknown.waiting -= len(queue.waiting)
-            self._known.waiting += len(queue.waiting)
-            queue.share = self._known
+        if queue is not None and not queue.share.known:
+            share = self._share(item_id)
+            queue.share.waiting -= len(queue.waiting)
+            share.waiting += len(queue.waiting)
+            queue.share = share
+
+    def _share(self, item_id: str) -> _Share[R, D]:
+        key = self._node_of(item_id), self.knows(item_id)
+        if key not in self._shares:
+            self._shares[key] = _Share(known=key[1])
+        return self._shares[key]
 
     def _forget(self, item_id: str) -> None:
         self._known_until.pop(item_id, None)
@@ -225,12 +245,13 @@ class Calls(ABC, Generic[R, D]):
             size = min(len(queue.waiting), BATCH_LIMIT)
             batch = [queue.waiting.popleft() for _ in range(size)]
             share.waiting -= size
+            self._waiting -= size
             share.in_flight += 1
             queue.calls += 1
             call = asyncio.get_running_loop().create_task(self._call(queue, share, batch))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
-        self._waiting_gauge.set(self._known.waiting + self._unknown.waiting)
+        self._waiting_gauge.set(self._waiting)
         if not queue.waiting and not queue.calls:
             self._queues.pop(queue.item_id, None)
 
@@ -248,21 +269,21 @@ class Calls(ABC, Generic[R, D]):
 
     def _expire(self) -> None:
         """Refuses the requests that have waited too long. They were never sent to Redis."""
-        loop = asyncio.get_running_loop()
-        oldest_allowed = loop.time() - MAX_WAIT_SECONDS
+        oldest_allowed = monotonic() - MAX_WAIT_SECONDS
         next_since = None
         for queue in self._queues.values():
             while queue.waiting and queue.waiting[0].since <= oldest_allowed:
                 queue.waiting.popleft().decided(self._undecided(Failure.TOO_MANY_WAITING))
                 queue.share.waiting -= 1
+                self._waiting -= 1
             if queue.waiting:
                 since = queue.waiting[0].since
                 next_since = since if next_since is None else min(since, next_since)
-        self._waiting_gauge.set(self._known.waiting + self._unknown.waiting)
+        self._waiting_gauge.set(self._waiting)
         self._expiry = (
             None
             if next_since is None
-            else loop.call_at(next_since + MAX_WAIT_SECONDS, self._expire)
+            else asyncio.get_running_loop().call_later(next_since - oldest_allowed, self._expire)
         )
 
     async def _call(

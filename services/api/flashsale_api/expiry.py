@@ -60,8 +60,9 @@ class Expiry:
 
         Raises `RedisUnavailable`.
         """
-        now_ms = (await self._inventory.server()).now_ms
-        holds = await self._inventory.holds(await self._inventory.items(), now_ms)
+        servers = await self._inventory.servers(await self._inventory.items())
+        now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
+        holds = await self._inventory.holds(now_ms)
         self._metrics.set_holds(holds, now_ms)
         more = False
         for item_id, of_item in holds.items():

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,36 +22,37 @@ T = TypeVar("T")
 
 
 class Pulse:
-    """Knows whether Redis has a valid heartbeat of this pod.
+    """Knows whether the server of an item has a valid heartbeat of this pod.
 
     A rebuild takes a pod without one for dead, and does not wait for its events. Such a pod
-    therefore accepts nothing, although it may still reach Redis.
+    therefore accepts nothing, although it may still reach the server.
     """
 
-    def __init__(self) -> None:
-        self._valid_until: float | None = None
-        self.redis_answers = False
-        """Whether Redis answered when the pod last tried to send a heartbeat."""
+    def __init__(self, node_of: Callable[[str], str] = lambda _: "") -> None:
+        """`node_of` returns the name of an item's server, as far as it is known."""
+        self._node_of = node_of
+        self._valid_until: dict[str, float] = {}
+        self._answering: Collection[str] = ()
 
-    def sent(self, sampled: float) -> None:
-        """Notes a heartbeat that Redis has taken. `sampled` is the loop's time of its sample."""
-        self._valid_until = sampled + heartbeat.EXPIRY_SECONDS
+    def answered(self, names: Collection[str]) -> None:
+        """Notes which servers answered when the pod last tried to send a heartbeat."""
+        self._answering = names
+
+    def sent(self, names: Collection[str], sampled: float) -> None:
+        """Notes the servers that took a heartbeat. `sampled` is the loop's time of its sample."""
+        self._valid_until |= dict.fromkeys(names, sampled + heartbeat.EXPIRY_SECONDS)
 
     @property
     def begun(self) -> bool:
-        """Whether Redis has ever taken a heartbeat."""
-        return self._valid_until is not None
+        """Whether a server has ever taken a heartbeat."""
+        return bool(self._valid_until)
 
-    def valid(self) -> bool:
-        """Whether the last heartbeat has not expired."""
-        until = self._valid_until
-        return until is not None and asyncio.get_running_loop().time() < until
-
-    def refusal(self) -> Outcome | Failure | None:
-        """Returns the outcome of every request, or None if the pod may accept requests."""
-        if self.valid():
+    def refusal(self, item_id: str) -> Outcome | Failure | None:
+        """Returns the outcome of an item's requests, or None if the pod may accept them."""
+        name = self._node_of(item_id)
+        if asyncio.get_running_loop().time() < self._valid_until.get(name, 0.0):
             return None
-        return Outcome.FENCED if self.redis_answers else Failure.REDIS_UNAVAILABLE
+        return Outcome.FENCED if name in self._answering else Failure.REDIS_UNAVAILABLE
 
 
 class Heartbeat:
@@ -112,36 +113,41 @@ class Heartbeat:
                 self._metrics.redis_up.set(0)
                 await _called_in(main, self._measure)
                 log.debug("no heartbeat: %s", error)
-            else:
-                self._metrics.redis_up.set(1)
             await asyncio.sleep(begun + heartbeat.INTERVAL_SECONDS - loop.time())
 
     async def _beat(self, main: asyncio.AbstractEventLoop) -> None:
         """Writes one heartbeat, in two round trips. Raises `RedisUnavailable`."""
         begun = asyncio.get_running_loop().time()
-        # Read the clock first, because a heartbeat must not claim to be younger than its count.
-        try:
-            sampled, engine_id = await asyncio.gather(
-                self._inventory.server(), self._inventory.engine_id()
-            )
-        except RedisUnavailable:
-            self._pulse.redis_answers = False
-            raise
-        self._pulse.redis_answers = True
+        # Read the clocks first, because a heartbeat must not claim to be younger than its count.
+        sampled, engine_id = await asyncio.gather(
+            self._inventory.clocks(), self._inventory.engine_id(), return_exceptions=True
+        )
+        if isinstance(sampled, BaseException):
+            self._pulse.answered(())
+            raise sampled
+        self._pulse.answered(sampled)
+        if isinstance(engine_id, BaseException) and (
+            self._inventory.nodes.single or not isinstance(engine_id, RedisUnavailable)
+        ):
+            raise engine_id
+        # If only the node of the id is away, the pod keeps the id that it knows.
+        known = None if isinstance(engine_id, BaseException) else engine_id
         # The pod's loop counts, because a thread could look between a reply and its events.
-        counts = await _called_in(main, lambda: self._count(engine_id))
+        counts = await _called_in(main, lambda: self._count(known))
         redis, engine = self._inventory.redis, self._inventory.engine
-        await heartbeat.beat(redis, self._pod_id, counts, sampled, engine)
-        self._pulse.sent(begun)
+        written = await heartbeat.beat(redis, self._pod_id, counts, sampled, engine)
+        self._pulse.sent(written, begun)
+        self._metrics.redis_up.set(len(written) == len(await self._inventory.nodes.all()))
 
     def _measure(self) -> None:
         self._metrics.unacknowledged.set(self._publisher.unacknowledged)
         self._metrics.kafka_up.set(self._publisher.connected)
 
-    def _count(self, engine_id: str) -> dict[str, int]:
+    def _count(self, engine_id: str | None) -> dict[str, int]:
         """Returns the unacknowledged events of each item that may have some."""
         self._measure()
-        self._engine.found_in_redis(engine_id)
+        if engine_id is not None:
+            self._engine.found_in_redis(engine_id)
         counts = dict.fromkeys(self._called_items(), 0)
         return counts | self._publisher.unacknowledged_by_item()
 

@@ -2,11 +2,12 @@
 
 import os
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Final
 
-_FREE: Final = ~(0b1111 << 76 | 0b11 << 62) & (1 << 128) - 1
-"""Mask of the bits of a UUID other than version and variant."""
+_VARIANT: Final = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}
+"""The digit with the variant of a UUID, by the random digit in its place."""
 
 
 def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
@@ -16,13 +17,22 @@ def reservation_id(item_id: str, user_id: str, request_key: str) -> str:
     """
     if request_key:
         # No field contains a newline, so different triples never give the same text.
-        digest = sha256(f"{item_id}\n{user_id}\n{request_key}".encode()).digest()
-        return _uuid(8, int.from_bytes(digest[:16], "big"))
-    random = int.from_bytes(os.urandom(10), "big")
-    return _uuid(7, (time.time_ns() // 1_000_000) << 80 | random)
+        digits = sha256(f"{item_id}\n{user_id}\n{request_key}".encode()).hexdigest()
+        return (
+            f"{digits[:8]}-{digits[8:12]}-8{digits[13:16]}-"
+            f"{_VARIANT[digits[16]]}{digits[17:20]}-{digits[20:32]}"
+        )
+    since_1970 = f"{time.time_ns() // 1_000_000:012x}"
+    return f"{since_1970[:8]}-{since_1970[8:]}-7{next(_random)}"
 
 
-def _uuid(version: int, bits: int) -> str:
-    bits = bits & _FREE | version << 76 | 0b10 << 62
-    digits = f"{bits:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+def _random_digits() -> Iterator[str]:
+    """Yields the random digits of a UUID, from its version on. Asks the kernel for many at once."""
+    while True:
+        block = os.urandom(10 * 256).hex()
+        for begin in range(0, len(block), 20):
+            digits = block[begin : begin + 19]
+            yield f"{digits[:3]}-{_VARIANT[digits[3]]}{digits[4:7]}-{digits[7:]}"
+
+
+_random: Final = _random_digits()

@@ -182,8 +182,11 @@ class Metrics:
         if item_id not in self._of_item:
             self._of_item[item_id] = _Outcomes(self._requests, item_id)
 
-    def set_holds(self, holds: Mapping[str, Holds], now_ms: int) -> None:
-        """Sets the gauges of holds, and removes those of the other items."""
+    def set_holds(self, holds: Mapping[str, Holds], now_ms: Mapping[str, int]) -> None:
+        """Sets the gauges of holds, and removes those of the other items.
+
+        `now_ms` is the time by the clock of each item's server.
+        """
         gauges = self.open_holds, self.overdue_holds, self.overdue_seconds
         for item_id in self._with_holds - holds.keys():
             for gauge in gauges:
@@ -191,7 +194,7 @@ class Metrics:
         for item_id, found in holds.items():
             self.open_holds.labels(item_id).set(found.open)
             self.overdue_holds.labels(item_id).set(found.overdue)
-            overdue_ms = max(now_ms - found.first_due_ms, 0) if found.overdue else 0
+            overdue_ms = max(now_ms[item_id] - found.first_due_ms, 0) if found.overdue else 0
             self.overdue_seconds.labels(item_id).set(overdue_ms / 1000)
         self._with_holds = frozenset(holds)
 

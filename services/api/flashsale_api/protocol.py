@@ -193,12 +193,13 @@ class HttpProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        headers = self._headers
         if self._receiving is None:
             # The parser leaves the blanks behind a value.
-            self._headers.append((name.lower(), value.rstrip(b" \t")))
+            headers.append((name.lower(), value.rstrip(b" \t")))
         else:
             self._trailers += 1
-        if len(self._headers) + self._trailers > MAX_FIELDS:
+        if len(headers) + self._trailers > MAX_FIELDS:
             self._stop(431, "The request has too many header fields.")
 
     def on_headers_complete(self) -> None:

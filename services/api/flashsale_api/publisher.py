@@ -27,7 +27,7 @@ from flashsale import events
 from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.events import Event
 from flashsale.outbox import Outbox
-from flashsale.reservations import Record, Snapshot
+from flashsale.reservations import FINAL, Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
@@ -60,6 +60,8 @@ SET_ASIDE_SECONDS: Final = 60.0
 """How long an event rests that is too large for the topic. A sweep then publishes it again."""
 REMEMBERED: Final = 50_000
 """Published events that a pod remembers at least, in at most 30 MB. It publishes no replay of them.
+
+Only events that a request can repeat count.
 """
 _UNACKNOWLEDGED: Final = 0
 """The revision of a remembered event that Kafka has not acknowledged yet."""
@@ -153,16 +155,19 @@ class Publisher:
         this revision of the sale, is not published again. No rebuild has left it out, because the
         script found this version in a trusted sale: docs/adr/0022-replays-are-published-once.md.
         """
-        key, version = _key(accepted), _version(accepted)
+        item_id, entry_id, reservation_id, record, snapshot, _ = accepted
+        key = (item_id, entry_id) if entry_id else (item_id, reservation_id, record.version)
         if key in self._held:
             return
-        known = _UNACKNOWLEDGED, accepted.snapshot.revision
-        if not accepted.entry_id and self._remembered(version) in known:
-            return
-        self._remember(version, _UNACKNOWLEDGED)
+        if _repeatable(record):
+            version = item_id, reservation_id, record.version
+            known = _UNACKNOWLEDGED, snapshot.revision
+            if not entry_id and self._remembered(version) in known:
+                return
+            self._remember(version, _UNACKNOWLEDGED)
         self._held.add(key)
         self._pending.append(accepted)
-        self._by_item[accepted.item_id] += 1
+        self._by_item[item_id] += 1
         self._idle.clear()
         self._work.set()
 
@@ -225,28 +230,43 @@ class Publisher:
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
     async def settle(self) -> None:
-        """Deletes the outbox entries of acknowledged events until it is cancelled."""
+        """Deletes the outbox entries of acknowledged events until it is cancelled.
+
+        Each node of a cluster has a task, so that none waits for another node.
+        """
+        running: set[str] = set()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self._to_settle.wait()
+                self._to_settle.clear()
+                for node in set(map(self._outbox.node_of, self._acknowledged)) - running:
+                    running.add(node)
+                    tasks.create_task(self._settle(node, running))
+
+    async def _settle(self, node: str, running: set[str]) -> None:
+        """Settles the items of a node until none is left, and takes the node out of `running`."""
         away = False
-        while True:
-            await self._to_settle.wait()
-            self._to_settle.clear()
-            while self._acknowledged:
-                # Take the items in turn. A waiting item may have a full outbox and sell nothing.
-                item_id = next(iter(self._acknowledged))
-                page = self._acknowledged[item_id][:SETTLE_BATCH]
-                try:
-                    await self._outbox.settle(item_id, page)
-                except RedisUnavailable as error:
-                    if not away:
-                        log.warning("cannot settle outbox entries yet: %s", error)
-                    away = True
-                    self._acknowledged[item_id] = self._acknowledged.pop(item_id)
-                    await asyncio.sleep(BACKOFF_SECONDS[-1])
-                    continue
-                away = False
-                if left := self._acknowledged.pop(item_id)[len(page) :]:
-                    self._acknowledged[item_id] = left
-                self._forget((item_id, entry_id) for entry_id, _, _ in page)
+        # Take the items in turn. A waiting item may have a full outbox and sell nothing.
+        while item_id := next(
+            (each for each in self._acknowledged if self._outbox.node_of(each) == node), None
+        ):
+            page = self._acknowledged[item_id][:SETTLE_BATCH]
+            try:
+                await self._outbox.settle(item_id, page)
+            except RedisUnavailable as error:
+                if not away:
+                    log.warning("cannot settle outbox entries yet: %s", error)
+                away = True
+                self._acknowledged[item_id] = self._acknowledged.pop(item_id)
+                await asyncio.sleep(BACKOFF_SECONDS[-1])
+                continue
+            away = False
+            if left := self._acknowledged.pop(item_id)[len(page) :]:
+                self._acknowledged[item_id] = left
+            self._forget((item_id, entry_id) for entry_id, _, _ in page)
+        running.discard(node)
+        if self._acknowledged:  # an item may be on another node now
+            self._to_settle.set()
 
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until no event is held. Returns how many are left after `timeout_seconds`."""
@@ -344,16 +364,17 @@ class Publisher:
     def _acknowledge(self, batch: Sequence[Accepted]) -> None:
         """Lets the entries of acknowledged events be settled, and resolves who waits for them."""
         self._metrics.published.inc(len(batch))
-        for accepted in batch:
-            self._by_item[accepted.item_id] -= 1
-            if accepted.entry_id:
-                self._acknowledged.setdefault(accepted.item_id, []).append(
-                    (accepted.entry_id, accepted.reservation_id, accepted.record.version)
+        for item_id, entry_id, reservation_id, record, snapshot, _ in batch:
+            self._by_item[item_id] -= 1
+            version = item_id, reservation_id, record.version
+            if entry_id:
+                self._acknowledged.setdefault(item_id, []).append(
+                    (entry_id, reservation_id, record.version)
                 )
             else:
-                self._forget([_key(accepted)])
-            version = _version(accepted)
-            self._remember(version, accepted.snapshot.revision)
+                self._forget([version])
+            if _repeatable(record):
+                self._remember(version, snapshot.revision)
             if self._awaited:
                 for future in self._awaited.pop(version, ()):
                     if not future.done():
@@ -416,6 +437,14 @@ class Publisher:
                 memory.pop(_version(accepted), None)
 
         asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
+
+
+def _repeatable(record: Record) -> bool:
+    """Whether a request can meet this version again.
+
+    Nothing repeats an acceptance without a key. A later version has an order or is final.
+    """
+    return bool(record.request_key or record.order_ref or record.state in FINAL)
 
 
 def _key(accepted: Accepted) -> _Key:

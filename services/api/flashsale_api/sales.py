@@ -228,27 +228,34 @@ class Sales:
         sale, _, server = await self._inventory.look(item_id)
         if sale is None:
             return None
-        (view,) = await self._views({item_id: sale}, server)
+        (view,) = await self._views({item_id: sale}, {item_id: server})
         return Encoded.of(_encode(view))
 
     async def _all(self) -> Encoded:
         items = await self._inventory.items()
-        server = await self._inventory.server()
+        servers = await self._inventory.servers(items)
+        found = list(servers)
         views = []
-        for at in range(0, len(items), PAGE):
-            page = await self._inventory.sales(items[at : at + PAGE], skip_unreadable=True)
-            views += await self._views(page, server)
+        for at in range(0, len(found), PAGE):
+            page = await self._inventory.sales(found[at : at + PAGE], skip_unreadable=True)
+            views += await self._views(page, servers)
         # The answers of items without keys are never asked for again.
         listed = frozenset(items)
         self._encoded = {item: encoded for item, encoded in self._encoded.items() if item in listed}
         return Encoded.of(_encode({"sales": views}))
 
-    async def _views(self, sales: Mapping[str, Sale], server: ServerTime) -> list[SaleView]:
-        """Returns the views of sales by item, at a time of `server`."""
-        held = [item_id for item_id, sale in sales.items() if sale.held]
-        holds = await self._inventory.holds(held, server.now_ms)
+    async def _views(
+        self, sales: Mapping[str, Sale], servers: Mapping[str, ServerTime]
+    ) -> list[SaleView]:
+        """Returns the views of sales by item. `servers` has each item's server."""
+        held = {item_id: servers[item_id].now_ms for item_id, sale in sales.items() if sale.held}
+        holds = await self._inventory.holds(held)
         return [
-            _view(sale, sale.state(*server), holds[item_id].first_due_ms if sale.held else 0)
+            _view(
+                sale,
+                sale.state(*servers[item_id]),
+                holds[item_id].first_due_ms if item_id in holds else 0,
+            )
             for item_id, sale in sales.items()
         ]
 

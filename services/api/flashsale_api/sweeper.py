@@ -5,6 +5,7 @@ The pod that accepted such an entry died, or its call to Redis failed after Redi
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Final
 
 from flashsale.errors import ContractViolation, RedisUnavailable
@@ -56,25 +57,31 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
-        until_ms = (await self._inventory.server()).now_ms - SWEEP_AGE_MS
-        for item_id in await self._measure(until_ms + SWEEP_AGE_MS):
+        items = await self._inventory.items()
+        servers = await self._inventory.servers(items)
+        now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
+        self._metrics.set_items(items)
+        for item_id in await self._measure(now_ms):
             try:
-                await self._sweep_item(item_id, until_ms)
+                await self._sweep_item(item_id, now_ms[item_id] - SWEEP_AGE_MS)
+            except RedisUnavailable as error:
+                log.debug("no sweep of %s: %s", item_id, error)
             except ContractViolation:
                 if item_id not in self._unreadable:  # log once, because it stays unreadable
                     log.exception("the outbox of %s cannot be swept", item_id)
                 self._unreadable.add(item_id)
 
-    async def _measure(self, now_ms: int) -> list[str]:
-        """Updates the gauges of all outboxes. Returns the items whose outbox has entries."""
-        items = await self._inventory.items()
-        lengths = await self._outbox.lengths(items)
+    async def _measure(self, now_ms: Mapping[str, int]) -> list[str]:
+        """Updates the gauges of outboxes. Returns the items whose outbox has entries.
+
+        `now_ms` is the time by the clock of each item's server.
+        """
+        lengths = await self._outbox.lengths(now_ms, partial=True)
         filled = [item_id for item_id, length in lengths.items() if length]
         oldest_ms = await self._outbox.oldest_ms(filled)
-        self._metrics.set_items(items)
         for item_id, length in lengths.items():
             self._metrics.outbox_length.labels(item_id).set(length)
-            age_ms = now_ms - oldest_ms.get(item_id, now_ms)
+            age_ms = now_ms[item_id] - oldest_ms.get(item_id, now_ms[item_id])
             self._metrics.outbox_age.labels(item_id).set(max(age_ms, 0) / 1000)
         return filled
 

@@ -55,9 +55,13 @@ class Transitions(Calls[Call, Decided]):
         *,
         verb: str,
         seen: Callable[[str], bool],
+        node_of: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """`seen` says whether another part of the pod knows an unfinished sale of an item."""
-        super().__init__(metrics, engine, metrics.waiting_order_calls.labels(verb))
+        """`node_of` returns the name of an item's server.
+
+        `seen` says whether another part of the pod knows an unfinished sale of an item.
+        """
+        super().__init__(metrics, engine, metrics.waiting_order_calls.labels(verb), node_of)
         self._script = script
         self._publisher = publisher
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)

@@ -1,9 +1,9 @@
 """Announces recorded reservations in a topic for order services, see ADR 21.
 
 The announcer is one step behind the recording. It takes each batch that was just recorded, and
-publishes the ledger's state of its reservations. Recording never waits for it. If Kafka refuses
-messages, or after a restart, it reads the events again from the announced offset. So only a few
-batches are in memory.
+publishes the ledger's state of its reservations. It reads only those rows that the batch does not
+know. Recording never waits for it. If Kafka refuses messages, or after a restart, it reads the
+events again from the announced offset. So only a few batches are in memory.
 """
 
 import asyncio
@@ -126,15 +126,17 @@ class Announcer:
                 await self._announce_rebuilds(source, producer)
                 looked = time.monotonic()
                 continue
+            messages: list[Message] = []
             if batch := partitions.next_batch():
-                names, end = batch.names, batch.end
+                messages, names, end = source.written(batch.written), batch.names, batch.end
                 self._seek(reader, {})
             elif announced != partitions.positions:
                 names, end = await self._read(partitions, reader)
             else:
                 await partitions.moved(REBUILDS_SECONDS)
                 continue
-            await self._publish(producer, await source.reservations(names))
+            messages += await source.reservations(names)
+            await self._publish(producer, messages)
             for number, offset in end.items():
                 announced[number] = max(announced[number], offset)
 

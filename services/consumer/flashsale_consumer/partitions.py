@@ -22,6 +22,7 @@ from flashsale.ledger import Pool
 from flashsale_consumer import offsets
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import Stored
+from flashsale_consumer.recorder import Written
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,10 @@ class Recorded(NamedTuple):
 
     begin: Mapping[int, int]
     end: Mapping[int, int]
+    written: Sequence[Written]
+    """The rows that are known from their events."""
     names: Sequence[tuple[str, str]]
-    """The sale id and the reservation id of each reservation."""
+    """The sale id and the reservation id of each other reservation."""
 
 
 class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
@@ -130,12 +133,13 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self,
         positions: dict[int, int],
         read: Mapping[int, int],
+        written: Sequence[Written],
         names: Sequence[tuple[str, str]],
     ) -> None:
         """Note that the ledger has everything before `read`. `positions` are the batch's."""
         if positions is self.positions:
             begin = {number: positions[number] for number in read}
-            self._recent.append(Recorded(begin, read, names))
+            self._recent.append(Recorded(begin, read, written, names))
         positions.update(read)
         self._moved.set()
 

@@ -4,7 +4,7 @@ They are CloudEvents 1.0 in binary mode: the attributes are headers and the data
 contract is docs/events.md and docs/asyncapi.yaml.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Final, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ import msgspec
 
 from flashsale import ledger
 from flashsale.ledger import Pool
+from flashsale_consumer.recorder import Written
 
 _RESERVATION: Final = "dev.flashsale.reservation.{}.v1"
 _REBUILT: Final = "dev.flashsale.sale.rebuilt.v1"
@@ -101,13 +102,42 @@ class Source:
 
         Ignores unknown reservations. Raises `LedgerUnavailable`.
         """
+        if not names:
+            return []
         async with ledger.translated():
             rows = await self._pool.fetch(
                 _ROWS, [sale_id for sale_id, _ in names], [name for _, name in names]
             )
-        return [self._reservation(Reservation(*row)) for row in rows]
+        found = [Reservation(*row) for row in rows]
+        return [self._reservation(data, _time(data.recorded_at)) for data in found]
 
-    def _reservation(self, data: Reservation) -> Message:
+    def written(self, batch: Iterable[Written]) -> list[Message]:
+        """Return the messages of rows that are known from the events that wrote them."""
+        return [
+            self._reservation(
+                Reservation(
+                    event.sale_id,
+                    event.item_id,
+                    event.reservation_id,
+                    event.user_id,
+                    event.quantity,
+                    event.state,
+                    event.version,
+                    "recorded",
+                    event.accepted_at.astimezone(UTC),
+                    recorded_at,
+                    event.expires_at and event.expires_at.astimezone(UTC),
+                    event.confirmed_at and event.confirmed_at.astimezone(UTC),
+                    event.order_ref,
+                ),
+                time,
+            )
+            for recorded_at, events in batch
+            for time in [_time(recorded_at)]
+            for event in events
+        ]
+
+    def _reservation(self, data: Reservation, time: bytes) -> Message:
         subject = f"{data.sale_id}/{data.reservation_id}"
         identity = f"{subject}/{data.version}"
         if data.verdict == "refused":
@@ -118,7 +148,7 @@ class Source:
             self._types[data.state],
             ("ce_id", identity.encode()),
             ("ce_subject", key),
-            ("ce_time", data.recorded_at.isoformat().encode()),
+            ("ce_time", time),
         ]
         return Message(key, self._encoder.encode(data), headers)
 
@@ -138,7 +168,7 @@ class Source:
             ("ce_type", _REBUILT.encode()),
             ("ce_id", f"{rebuild.sale_id}/rebuilt/{rebuild.revision}".encode()),
             ("ce_subject", key),
-            ("ce_time", datetime.now(UTC).isoformat().encode()),
+            ("ce_time", _time(datetime.now(UTC))),
         ]
         return Message(key, self._encoder.encode(rebuild), headers)
 
@@ -150,3 +180,7 @@ class Source:
                 [rebuild.sale_id for rebuild in rebuilds],
                 [rebuild.revision for rebuild in rebuilds],
             )
+
+
+def _time(at: datetime) -> bytes:
+    return at.isoformat().encode()

@@ -242,8 +242,7 @@ class Worker:
                 await self._publisher.publish(letters)
         if letters:
             self._dead_letters.back()
-        names = dict.fromkeys((event.sale_id, event.reservation_id) for event in batch)
-        self._partitions.record(positions, read, list(names))
+        self._partitions.record(positions, read, outcome.written, _unknown(batch, outcome))
         seconds = time.monotonic() - begun
         self._measure(size, len(letters), batch, outcome, seconds)
         refused = [(sources[id(event)], event, why) for event, why in outcome.refused]
@@ -332,6 +331,17 @@ class Worker:
                 if partitions.positions:
                     self._kafka.back()
             await asyncio.sleep(REPORT_SECONDS)
+
+
+def _unknown(batch: Sequence[Event], outcome: BatchOutcome) -> list[tuple[str, str]]:
+    """Return the names of the reservations whose rows have to be read to know them."""
+    if len(batch) == sum(len(written.events) for written in outcome.written):
+        return []
+    names = dict.fromkeys((event.sale_id, event.reservation_id) for event in batch)
+    for written in outcome.written:
+        for event in written.events:
+            del names[event.sale_id, event.reservation_id]
+    return list(names)
 
 
 def _changed_at(batch: Iterable[Event]) -> Iterator[datetime]:

@@ -18,7 +18,9 @@
 --       id has one reservation, also after that has ended. Nothing is accepted outside the sale's
 --       window, or while the sale is paused, closed or fenced. The script reads and checks
 --       everything before its first write, and the first write is the outbox entry. Redis does not
---       roll back, so a script that fails there (out of memory) has sold nothing.
+--       roll back, so a script that fails there (out of memory) has sold nothing. The id of an
+--       entry has its mark, so that `settle` need not read it. If the clock ran backwards, or the
+--       reservation's id has no mark, Redis makes the id of the entry.
 
 local sale, reason = read_sale(KEYS)
 if not sale then return reason end
@@ -60,7 +62,8 @@ end
 
 local now = integer(sale.now)
 local available, units = sale.available, 0
-local holds, version = sale.hold_ms > 0, integer(next_version(sale, 0))
+local first_version = next_version(sale, 0)
+local holds, version = sale.hold_ms > 0, integer(first_version)
 local state = holds and 'held' or 'confirmed'
 local expires = integer(sale.now + sale.hold_ms)
 local due = integer(due_ms(sale.now, sale.now + sale.hold_ms))
@@ -95,9 +98,15 @@ if #accepted > 0 then
   local new_records, new_buyers, new_holds = {}, {}, {}
   for i, n in ipairs(accepted) do
     local id, user = ids[n], users[n]
-    local record = records[id]
-    answers[n] = 'accepted ' .. redis.call('XADD', KEYS[4], '*', 'id', id, 'record', record,
-      'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
+    local record, mark = records[id], entry_mark(id, first_version)
+    local entry = mark and redis.pcall('XADD', KEYS[4],
+      string.format('%s-%d%014d', now, 128 * sale.micros + i, mark), 'id', id,
+      'record', record, 'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
+    if type(entry) ~= 'string' then
+      entry = redis.call('XADD', KEYS[4], '*', 'id', id, 'record', record, 'sale', snapshot,
+        'traceparent', traceparents[n], 'engine', sale.engine)
+    end
+    answers[n] = 'accepted ' .. entry
     new_records[2 * i - 1], new_records[2 * i] = id, record
     new_buyers[2 * i - 1], new_buyers[2 * i] = user, buyer_text(units_of[user], expired_of[user])
     if holds then new_holds[2 * i - 1], new_holds[2 * i] = due, id end

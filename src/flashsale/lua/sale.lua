@@ -12,7 +12,7 @@
 --   sale.torn    The sale has accepted units and one of its keys is missing, or it has held units
 --                and no holds. An emptied stream still is a key.
 --   sale.now     Redis' clock in ms. It never runs backwards for a sale, even if the machine's
---                clock does.
+--                clock does. Then follow sale.micros, which can run backwards.
 --   sale.engine  The id of the engine that applied the sale, or '' if the previous version did.
 --   sale.held    Units of reservations that are not confirmed yet.
 --   sale.hold_ms How long a new reservation is held, or 0 if it is confirmed at once.
@@ -37,9 +37,19 @@ local function server_run()
   return string.match(info, 'run_id:(%x+)') .. ':' .. string.match(info, 'master_replid2:(%x+)')
 end
 
+-- Returns the time in ms, and the microseconds since then.
 local function clock_ms()
   local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  local micros = tonumber(time[2])
+  return tonumber(time[1]) * 1000 + math.floor(micros / 1000), micros % 1000
+end
+
+-- The last 14 digits of the id of an acceptance's outbox entry: the last digit of the version, the
+-- last 32 bits of the reservation's id, and 000. Redis counts up from the last id of a millisecond,
+-- so an id that it makes does not end in 000. Nil if the reservation's id has no such bits.
+local function entry_mark(reservation_id, version)
+  local bits = tonumber(string.sub(reservation_id, -8), 16)
+  return bits and (version % 10 * 10000000000 + bits) * 1000
 end
 
 -- A field that the previous version did not write has its default. A wrong value is nil.
@@ -116,7 +126,9 @@ local function read_sale(keys)
     redis.pcall('HSET', key, 'run_id', 'fenced')
   end
   sale.fenced = sale.torn or other_run
-  sale.now = math.max(clock_ms(), sale.last_now_ms)
+  local now_ms, micros = clock_ms()
+  sale.now = math.max(now_ms, sale.last_now_ms)
+  sale.micros = micros
   sale.finished = sale.state == 'closed' or sale.state == 'ended' or sale.now >= sale.ends_ms
   sale.available = sale.allocated - sale.accepted + sale.released
   return sale

@@ -6,15 +6,21 @@
 -- Returns the number of deleted entries.
 -- Invariants: an event leaves the outbox only after Kafka has acknowledged it. An entry must match
 --       its reservation and version, because a Redis that was restored from an older copy can give
---       the same entry id to another event, which Kafka does not have. A unit is released once, and
---       only after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
+--       the same entry id to another event, which Kafka does not have. The id of an acceptance's
+--       entry has a mark to match, and any other entry is read. A unit is released once, and only
+--       after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
 --       ledger, so they are not touched here. The first write is the deletion, which Redis permits
 --       when it is out of memory. It then permits the other writes too.
 
 local acknowledged, releases, seen = {}, {}, {}
 for entry_id, reservation_id, version in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]+),(%d+)\n') do
-  local entry = not seen[entry_id] and redis.call('XRANGE', KEYS[4], entry_id, entry_id)[1]
-  if entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
+  local mark = entry_mark(reservation_id, tonumber(version))
+  local marked = mark and tonumber(string.sub(entry_id, -14)) == mark
+  local entry = not marked and not seen[entry_id]
+    and redis.call('XRANGE', KEYS[4], entry_id, entry_id)[1]
+  if marked then
+    acknowledged[#acknowledged + 1] = entry_id
+  elseif entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
     local state, own_version, quantity, user =
       string.match(entry[2][4], '^(%a+),(%d+),(%d+),%d+,([^,]+),')
     if own_version == version then

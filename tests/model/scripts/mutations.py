@@ -53,6 +53,7 @@ _RESERVATIONS = [
     Fault("reserve", "redis.call('ZADD', KEYS[5], unpack(new_holds))", ""),
     Fault("reserve", "'held', integer(sale.held))", "'held', integer(units))"),
     Fault("reserve", "state = holds and 'held'", "state = holds and 'confirmed'"),
+    Fault("reserve", "if type(entry) ~= 'string' then", "if not entry then"),
 ]
 _TRANSITIONS = [
     Fault("confirm", "if sale.fenced then", "if sale.torn then"),
@@ -84,6 +85,7 @@ _TRANSITIONS = [
     Fault("expire", "record.quantity, true, ''", "record.quantity, false, ''"),
 ]
 _SETTLE = [
+    Fault("settle", "tonumber(string.sub(entry_id, -14)) == mark", "#entry_id > 30"),
     Fault("settle", "and entry[2][2] == reservation_id", ""),
     Fault("settle", "own_version == version", "true"),
     Fault("settle", "not seen[entry_id] and", ""),

@@ -205,6 +205,9 @@ class ReservationRules(Machine):
             known = self.used[chance % len(self.used)]
             return known if chance < 22 else known._replace(quantity=known.quantity % 3 + 1)
         key = f"key-{chance}" if chance < 60 else ""
-        request = Request(f"{self.item}-r{next(self.ids)}", f"user-{user}", quantity, key)
+        number = next(self.ids)
+        # Only ids that end in hexadecimal digits give their outbox entries a mark.
+        own_id = f"{self.item}-{number:08x}" if number % 3 else f"{self.item}-r{number}"
+        request = Request(own_id, f"user-{user}", quantity, key)
         self.used.append(request)
         return request

@@ -260,19 +260,24 @@ async def test_a_pod_without_keys_is_not_ready(
 async def test_the_k6_scripts_send_tokens_of_an_issuer(
     new_api: NewApi, open_sale: OpenSale, item: str, issuer_process: dict[str, str]
 ) -> None:
-    await open_sale(item, 100)
     token_url = issuer_process.pop("TOKEN_URL")
     api = new_api(**issuer_process)
+    await open_sale(f"{item}-soak", 100)
+    await open_sale(item, 3, max_per_user=2)
+    await open_sale(f"{item}-later", starts_ms=2**43)
+    await open_sale(f"{item}-ended", ends_ms=1)
+    await open_sale(f"{item}-paused", paused=True)
     few = {"STOCK": "100", "RATE": "10", "DURATION": "2s", "VUS": "2"}
-    k6 = await asyncio.create_subprocess_exec(
-        Path(sys.executable).with_name("k6"),
-        *("run", "--no-usage-report", "--quiet", ROOT / "loadtest" / "soak.js"),
-        env={**os.environ, **few, "API_URL": api.url, "ITEM_ID": item, "TOKEN_URL": token_url},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    output, _ = await k6.communicate()
-    assert k6.returncode == 0, output.decode()
+    for script, sale in (("soak.js", f"{item}-soak"), ("smoke.js", item)):
+        k6 = await asyncio.create_subprocess_exec(
+            Path(sys.executable).with_name("k6"),
+            *("run", "--no-usage-report", "--quiet", ROOT / "loadtest" / script),
+            env={**os.environ, **few, "API_URL": api.url, "ITEM_ID": sale, "TOKEN_URL": token_url},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await k6.communicate()
+        assert k6.returncode == 0, output.decode()
 
 
 async def test_keys_rotate_and_survive_that_their_address_is_away(
@@ -339,6 +344,29 @@ async def test_unknown_keys_are_looked_for_at_most_once_per_interval() -> None:
             token = jwt.encode({"sub": "a"}, other, "RS256", headers={"kid": str(number)})
             assert await identified(named, token) == ("", "the issuer has no such key")
         assert issuer.requests == 1
+        running.cancel()
+
+
+async def test_a_remembered_token_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[bytes] = []
+    decode = jwt.decode
+
+    def noted(token: bytes, *given: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+        verified.append(token)
+        return decode(token, *given, **options)
+
+    monkeypatch.setattr(jwt, "decode", noted)
+    with Issuer() as issuer:
+        named = Tokens(
+            Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics()), issuer.url, "flashsale"
+        )
+        running = asyncio.create_task(named.run())
+        assert await identified(named, issuer.token("first")) == ("first", "")
+        verified.clear()  # the arrival of the keys made the pod forget the first token
+        ann, bob = issuer.token("ann"), issuer.token("bob")
+        for token, user in ((ann, "ann"), (bob, "bob"), (ann, "ann"), (bob, "bob")):
+            assert await identified(named, token) == (user, "")
+        assert verified == [ann.encode(), bob.encode()]
         running.cancel()
 
 

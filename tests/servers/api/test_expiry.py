@@ -140,7 +140,7 @@ async def test_an_unreadable_or_foreign_sale_does_not_stop_the_others(
     pod = Pod(inventory)
     pod.engine.found_in_redis(OWN)
     await pod.expiry.turn()
-    holds = await inventory.holds([f"{item}-{name}" for name in "abc"], 2**53)
+    holds = await inventory.holds({f"{item}-{name}": 2**53 for name in "abc"})
     assert [found.open for found in holds.values()] == [2, 2, 0]
 
 

@@ -109,7 +109,7 @@ async def test_a_sale_shows_when_its_next_hold_expires(
     assert "nextExpiryAt" not in (await http.get(f"/sales/{item}")).json()
     for user in ("ann", "bob"):
         assert (await reserve(http, item, user)).status_code == 202
-    first = (await inventory.holds([item], 0))[item].first_due_ms
+    first = (await inventory.holds({item: 0}))[item].first_due_ms
 
     async def shown() -> bool:
         sale = (await http.get(f"/sales/{item}")).json()

@@ -27,6 +27,7 @@ from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.sweeper import Sweeper
+from tests.support import redis_users
 from tests.support.api import UNKNOWN_ID, reserve
 from tests.support.eventually import until
 
@@ -36,7 +37,7 @@ SPEC = SaleSpec("default/phone", ITEM, 100_000, max_per_user=10)
 
 @pytest.fixture
 def redis_here(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path / "redis") as server:
+    with RedisServer(tmp_path / "redis", options=redis_users.options()) as server:
         yield server
 
 
@@ -64,7 +65,8 @@ def new_api(
     servers = []
 
     def make(name: str) -> ApiServer:
-        addresses = Addresses(redis_here.url, kafka_here.bootstrap, "")
+        url = redis_users.url_of(redis_here, redis_users.API)
+        addresses = Addresses(url, kafka_here.bootstrap, "")
         servers.append(ApiServer(tmp_path / name, addresses))
         return servers[-1]
 
@@ -341,13 +343,13 @@ class RecordingOutbox(Outbox):
 
 @pytest.fixture
 async def outbox(redis_here: RedisServer) -> AsyncIterator[RecordingOutbox]:
-    client = redis_client.connect(redis_here.url)
+    client = redis_client.connect(redis_users.url_of(redis_here, redis_users.API))
     yield RecordingOutbox(client)
     await client.aclose()
 
 
 def accepted(item_id: str, number: int) -> Accepted:
-    record = Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, "ann", "")
+    record = Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, "ann", f"key-{number}")
     return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
 
 
@@ -391,6 +393,21 @@ async def test_a_version_is_published_again_once_it_is_forgotten(
         publisher.add(event)
     assert publisher.held == 5
     assert not publisher.acknowledgement(replay).done()
+
+
+async def test_an_acceptance_without_a_key_takes_no_place_in_the_memory(
+    outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "REMEMBERED", 2)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    first, *others = (accepted(ITEM, number) for number in range(6))
+    keyless = [each._replace(record=each.record._replace(request_key="")) for each in others]
+    for event in (first, *keyless):
+        publisher.add(event)
+    publisher._acknowledge([first, *keyless])
+    assert publisher.acknowledgement(first._replace(entry_id="")).done()
 
 
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import timedelta, timezone
 from itertools import pairwise, permutations
 from random import Random
 from uuid import UUID, uuid4
@@ -17,6 +17,7 @@ from flashsale.events import Event
 from flashsale.ledger import migrate
 from flashsale_consumer import recorder
 from flashsale_consumer.clients import transaction
+from flashsale_consumer.recorded import Source
 from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
@@ -31,8 +32,19 @@ from tests.support.consumer import (
 
 
 async def record(ledger: Ledger, events: Sequence[Event]) -> BatchOutcome:
+    """Record a batch. Check that the messages of known rows equal those that the ledger gives."""
     async with transaction(ledger.pool) as connection:
-        return await recorder.record(connection, "reservations", {}, {}, events)
+        outcome = await recorder.record(connection, "reservations", {}, {}, events)
+        source = Source(ledger.pool, str(UUID(int=0)))
+        known = source.written(outcome.written)
+        source._pool = connection  # type: ignore[assignment] # before another consumer's commit
+        names = {(event.sale_id, event.reservation_id) for event in known_events(outcome)}
+        assert sorted(known) == sorted(await source.reservations(list(names)))
+        return outcome
+
+
+def known_events(outcome: BatchOutcome) -> list[Event]:
+    return [event for written in outcome.written for event in written.events]
 
 
 async def rebuild(ledger: Ledger, revision: int) -> None:
@@ -193,6 +205,32 @@ async def test_an_event_recorded_again_changes_nothing(ledger: Ledger) -> None:
     before = await ledger.sale(), await ledger.rows()
     assert (await record(ledger, events)).recorded == 0
     assert (await ledger.sale(), await ledger.rows()) == before
+
+
+async def test_the_rows_of_a_batch_are_known_without_reading_them(ledger: Ledger) -> None:
+    hold, order = held(quantity=2), accepted()
+    assert known_events(await record(ledger, [hold, order])) == [hold, order]
+    confirmed, again = changed(hold, "confirmed", order_ref="o-1"), accepted()
+    assert known_events(await record(ledger, [confirmed, again])) == [confirmed, again]
+    # One of two events wrote nothing, and it is not known which.
+    assert known_events(await record(ledger, [again, accepted()])) == []
+
+
+async def test_a_row_that_differs_from_its_event_is_read(ledger: Ledger) -> None:
+    """A row keeps the user and the quantity of its first event, and the item of its sale."""
+    hold, other = held(quantity=2), accepted()
+    assert known_events(await record(ledger, [hold])) == [hold]
+    for changes in ({"user_id": "another"}, {"quantity": 1}, {"item_id": "another"}):
+        hold = msgspec.structs.replace(hold, version=hold.version + 1)
+        event = msgspec.structs.replace(hold, **changes)
+        other = accepted()
+        assert known_events(await record(ledger, [event, other])) == [other]
+
+
+async def test_a_time_with_another_offset_is_known_in_utc(ledger: Ledger) -> None:
+    elsewhere = timezone(timedelta(hours=2))
+    event = msgspec.structs.replace(held(), accepted_at=NOON.astimezone(elsewhere))
+    assert known_events(await record(ledger, [event])) == [event]
 
 
 async def test_a_final_state_stays(ledger: Ledger) -> None:

@@ -94,7 +94,7 @@ async def test_applying_manifests_during_a_sale_creates_no_units(
 
 
 async def test_the_permission_to_seed_expires(inventory: Inventory, item: str) -> None:
-    now_ms, _ = await inventory.server()
+    now_ms, _ = await inventory.server(item)
     assert await inventory.apply(a_sale(item), 1, seed_until_ms=now_ms - 1) is Applied.MISSING
     assert await inventory.apply(a_sale(item), 1, seed_until_ms=now_ms + 60_000) is Applied.SEEDED
 
@@ -103,7 +103,7 @@ async def test_a_paused_sale_accepts_nothing_until_it_is_resumed(
     inventory: Inventory, item: str
 ) -> None:
     spec = await opened(inventory, a_sale(item, 5))
-    server = await inventory.server()
+    server = await inventory.server(item)
     assert await inventory.apply(replace(spec, paused=True), 2) is Applied.CHANGED
     assert await outcome(inventory, item, a_request()) is Outcome.PAUSED
     assert (await the_sale(inventory, item)).state(*server) is SaleState.PAUSED
@@ -112,7 +112,7 @@ async def test_a_paused_sale_accepts_nothing_until_it_is_resumed(
 
 
 async def test_the_window_moves_with_the_manifest(inventory: Inventory, item: str) -> None:
-    now_ms, run_id = await inventory.server()
+    now_ms, run_id = await inventory.server(item)
     spec = await opened(inventory, a_sale(item, 5, starts_ms=now_ms + 3_600_000))
     assert (await the_sale(inventory, item)).state(now_ms, run_id) is SaleState.SCHEDULED
     assert await outcome(inventory, item, a_request()) is Outcome.NOT_OPEN

@@ -19,6 +19,7 @@ from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequireme
 from flashsale.inventory import Inventory
 from flashsale.requirements import (
     Checks,
+    ClusterFacts,
     Finding,
     LedgerFacts,
     RedisFacts,
@@ -29,11 +30,12 @@ from flashsale.requirements import (
 from tests.support.paths import ROOT
 
 GOOD_REDIS = RedisFacts("7.0.15", "noeviction", "0", appendonly=True, script_error="")
+GOOD_CLUSTER = ClusterFacts(requirements.SLOTS, {}, replicas=1)
 GOOD_LEDGER = LedgerFacts(180_000, "UTF8", "public", may_create=True, outdated=False, lacking=())
 
 
-def require_redis(facts: RedisFacts) -> None:
-    Checks().require(requirements.REDIS, facts)
+def require_redis(*facts: RedisFacts) -> None:
+    Checks().require(requirements.REDIS, *facts)
 
 
 async def require_ledger(url: str) -> None:
@@ -48,12 +50,13 @@ async def test_a_server_of_the_stack_meets_all_requirements(
     inventory: Inventory, pool: asyncpg.Pool
 ) -> None:
     for found in (
-        requirements.findings(requirements.REDIS, await inventory.facts()),
+        requirements.findings(requirements.REDIS, *await inventory.facts()),
         requirements.findings(requirements.LEDGER, await ledger.facts(pool)),
     ):
         assert {finding.verdict for finding in found} == {"ok"}, found
 
 
+@pytest.mark.usefixtures("redis_server")
 @pytest.mark.parametrize(
     ("setting", "value"), [("maxmemory-policy", "allkeys-lru"), ("repl-backlog-ttl", "3600")]
 )
@@ -67,7 +70,7 @@ async def test_a_setting_of_redis_that_endangers_sales_is_named(
     finally:
         await redis.config_set(setting, before)
     with pytest.raises(UnmetRequirement) as unmet:
-        require_redis(facts)
+        require_redis(*facts)
     assert str(unmet.value).startswith(f"Redis has {setting} {value}, but needs {setting} {before}")
 
 
@@ -93,9 +96,9 @@ async def test_a_redis_user_without_info_is_a_mistake_and_no_outage(
 ) -> None:
     async with redis_user(redis_server, "+@all", "-@dangerous") as client:
         with pytest.raises(UnmetRequirement, match="but needs INFO in scripts"):
-            require_redis(await Inventory(client).facts())
+            require_redis(*await Inventory(client).facts())
     async with redis_user(redis_server, "+@all", "-@dangerous", "+info") as client:
-        require_redis(await Inventory(client).facts())
+        require_redis(*await Inventory(client).facts())
 
 
 async def test_a_redis_that_is_away_is_an_outage() -> None:
@@ -219,6 +222,16 @@ def broken() -> list[tuple[str, Finding]]:
                 replace(GOOD_REDIS, policy="volatile-ttl"),
                 replace(GOOD_REDIS, backlog_ttl="60"),
                 replace(GOOD_REDIS, appendonly=False),
+                replace(GOOD_REDIS, cluster=replace(GOOD_CLUSTER, covered=1)),
+                *(
+                    replace(GOOD_REDIS, cluster=replace(GOOD_CLUSTER, config={name: value}))
+                    for name, value in (
+                        ("cluster-node-timeout", "5001"),
+                        ("cluster-require-full-coverage", "yes"),
+                        ("cluster-allow-reads-when-down", "yes"),
+                        ("min-replicas-to-write", "1"),
+                    )
+                ),
             ],
         ),
         (
@@ -261,7 +274,9 @@ def broken() -> list[tuple[str, Finding]]:
 def test_each_line_of_the_install_page_is_one_check_with_its_consequence() -> None:
     page = (ROOT / "docs/install.md").read_text().replace("`", "")
     section = page.partition("### Requirements")[2].partition("\n### ")[0]
-    lines = re.findall(r"^\| ((?:Redis|PostgreSQL|Kafka) \| [^|]+) \| (\w+)", section, re.MULTILINE)
+    lines = re.findall(
+        r"^\| ((?:Redis|Redis Cluster|PostgreSQL|Kafka) \| [^|]+) \| (\w+)", section, re.MULTILINE
+    )
     words = {"failure": "refused", "warning": "a"}  # the page says "a warning"
     assert lines == [(rule, words[finding.verdict]) for rule, finding in broken()]
     for _, finding in broken():

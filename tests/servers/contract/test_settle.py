@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import redis as blocking
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
@@ -11,6 +12,7 @@ from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Call, Outcome, TransitionReply
 from tests.support.inventory import a_request, a_sale, answers, drained, opened, outcome
+from tests.support.redis_clusters import Deployment, servers_of
 
 Named = tuple[str, str, int]
 
@@ -25,6 +27,14 @@ async def a_cancellation(inventory: Inventory, outbox: Outbox, item: str) -> Nam
     assert isinstance(reply, TransitionReply)
     [answer] = reply.answers
     return answer.entry_id, request.reservation_id, 2
+
+
+async def an_acceptance(inventory: Inventory, item: str, user: str) -> Named:
+    """Sells a unit, and returns the entry of the acceptance."""
+    request = a_request(user)
+    [answer] = await answers(inventory, item, [request])
+    assert answer.outcome is Outcome.ACCEPTED
+    return answer.detail, request.reservation_id, 1
 
 
 async def released(inventory: Inventory, item: str) -> int:
@@ -52,6 +62,33 @@ async def test_settle_keeps_an_entry_of_another_version(
     for other in (version - 1, version + 1, 10 * version):
         assert await outbox.settle(item, [(entry_id, own_id, other)]) == 0
     assert await released(inventory, item) == 0
+    assert await outbox.settle(item, [(entry_id, own_id, version)]) == 1
+
+
+async def test_settle_reads_no_entry_of_an_acceptance(
+    inventory: Inventory, outbox: Outbox, deployment: Deployment, item: str
+) -> None:
+    await opened(inventory, a_sale(item))
+    entries = [await an_acceptance(inventory, item, user) for user in ("ann", "bob", "eve")]
+    servers = servers_of(deployment)
+    for server in servers:
+        with blocking.Redis.from_url(server.url) as client:
+            client.config_resetstat()
+    assert await outbox.settle(item, entries) == len(entries)
+    for server in servers:
+        with blocking.Redis.from_url(server.url) as client:
+            assert "cmdstat_xrange" not in client.info("commandstats")
+
+
+async def test_settle_reads_an_entry_from_before_the_clock_was_set_back(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    await opened(inventory, a_sale(item))
+    later = await redis.xadd(ItemKeys.of(item).outbox, {"id": "later"}, id=f"{2**45}-7")
+    entry_id, own_id, version = await an_acceptance(inventory, item, "ann")
+    assert entry_id == f"{2**45}-8"
+    assert await outbox.settle(item, [(entry_id, own_id, version + 1)]) == 0
+    assert await outbox.settle(item, [(str(later), own_id, version)]) == 0
     assert await outbox.settle(item, [(entry_id, own_id, version)]) == 1
 
 

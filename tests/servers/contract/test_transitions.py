@@ -375,7 +375,7 @@ async def test_holds_end_while_the_sale_accepts_nothing(
         assert await inventory.close(item, spec.sale_id, 2) is Closed.CLOSED
     else:
         paused = state == "paused"
-        ends_ms = None if paused else (await inventory.server()).now_ms - 1
+        ends_ms = None if paused else (await inventory.server(item)).now_ms - 1
         spec = replace(spec, paused=paused, ends_ms=ends_ms)
         assert await inventory.apply(spec, 2) is Applied.CHANGED
     refused = await outcome(inventory, item, a_request("bob"))

@@ -220,7 +220,7 @@ async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_us
         stack.push_async_callback(admin.aclose)
         set_user: Any = admin.execute_command  # redis-py has no types for it
         for user in (redis_users.OPERATOR, redis_users.API):
-            rules = redis_users.rules(user)
+            rules = redis_users.rules(user, "one-node")
             await set_user("ACL", "SETUSER", user, "on", f">{PASSWORD}", *rules)
         redis_port, database_port = [
             await stack.enter_async_context(relay(port, authority.server, asked=asked))

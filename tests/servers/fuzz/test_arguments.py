@@ -27,6 +27,7 @@ PROGRAMS = {
             "tests.faults",
             "dev.stack",
             "dev.local",
+            "dev.soak",
         )
     },
 }
@@ -55,8 +56,12 @@ BAD = [
     ("order_service.py", ["--decline-rate", "some"], "--decline-rate"),
     ("tests.faults", ["-n", "many"], "-n"),
     ("tests.faults", ["-n", "0"], "-n: must be at least 1"),
-    ("tests.faults", ["--seed", "1.5"], "--seed"),
+    ("tests.faults", ["--first", "1.5"], "--first"),
+    ("tests.faults", ["--workers", "0"], "--workers: must be at least 1"),
+    ("tests.faults", ["--redis", "two"], "--redis"),
     ("dev.stack", ["sing"], "'sing'"),
+    ("dev.soak", ["--minutes", "0"], "--minutes: must be a number above 0, not 0"),
+    ("dev.soak", ["--rate", "many"], "--rate: must be a number above 0, not many"),
     ("dev.local", [], "required"),
     ("dev.local", ["sideways"], "'sideways'"),
     ("dev.local", ["up", "--port", "64526"], "--port: must be a number from 1 to 64525"),

@@ -10,6 +10,7 @@ from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses
 from dev.stack.prometheus import NoPrometheusError, Programs, programs
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from tests.support import redis_users
 from tests.support.cluster import World
 from tests.support.observability import ObservedEngine
 from tests.support.orders import TOKENS
@@ -43,12 +44,17 @@ def engine(
     namespace = f"shop-{mark}"
     control_plane.kubectl("create", "namespace", namespace, check=True)
     folder = tmp_path_factory.mktemp("engine")
-    with RedisServer(folder / "redis") as redis, database(postgres_server) as database_url:
+    options = redis_users.options()
+    with (
+        RedisServer(folder / "redis", options=options) as redis,
+        database(postgres_server) as database_url,
+    ):
+        redis_url = redis_users.url_of(redis, redis_users.OPERATOR)
         world = World(
             plane=control_plane,
             namespace=namespace,
             redis=redis,
-            addresses=Addresses(redis.url, kafka_server.bootstrap, database_url, namespace),
+            addresses=Addresses(redis_url, kafka_server.bootstrap, database_url, namespace),
             folder=folder,
             kubeconfig=control_plane.kubeconfig,
         )

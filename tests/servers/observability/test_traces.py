@@ -17,6 +17,7 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
 from flashsale.sale import SaleSpec
+from tests.support import redis_users
 from tests.support.eventually import eventually
 from tests.support.servers import database
 from tests.support.trace_collector import Collector, Span, collecting
@@ -48,7 +49,8 @@ def addresses(
 ) -> Iterator[Addresses]:
     """An engine of this module, because other modules share its Kafka with other ledgers."""
     with database(postgres_server) as url:
-        yield Addresses(redis_server.url, kafka_server.bootstrap, url, "traces")
+        redis_url = redis_users.url_of(redis_server, redis_users.OPERATOR)
+        yield Addresses(redis_url, kafka_server.bootstrap, url, "traces")
 
 
 def seed(addresses: Addresses, item: str) -> None:
@@ -105,7 +107,7 @@ def test_one_trace_goes_from_the_request_to_the_ledger(
     seed(addresses, item)
     with (
         ConsumerServer(tmp_path / "consumer", addresses),
-        ApiServer(tmp_path / "api", addresses) as api,
+        ApiServer(tmp_path / "api", redis_users.of_api(addresses)) as api,
     ):
         trace_id, caller = reserve(api, item, sampled=True)
         trace = whole(collector, trace_id)
@@ -135,7 +137,7 @@ def test_an_event_swept_by_another_pod_stays_in_the_trace_of_its_request(
 ) -> None:
     seed(addresses, item)
     cut_off = replace(addresses, kafka_bootstrap=f"127.0.0.1:{free_port()}")
-    first = ApiServer(tmp_path / "first", cut_off)
+    first = ApiServer(tmp_path / "first", redis_users.of_api(cut_off))
     first.start()
     try:
         trace_id, caller = reserve(first, item, sampled=True)
@@ -144,7 +146,7 @@ def test_an_event_swept_by_another_pod_stays_in_the_trace_of_its_request(
         first.kill()
     with (
         ConsumerServer(tmp_path / "consumer", addresses),
-        ApiServer(tmp_path / "second", addresses),
+        ApiServer(tmp_path / "second", redis_users.of_api(addresses)),
     ):
         trace = whole(collector, trace_id)
     assert_joined(trace, caller)
@@ -161,7 +163,7 @@ def test_a_request_that_its_caller_does_not_sample_leaves_no_span(
     seed(addresses, item)
     with (
         ConsumerServer(tmp_path / "consumer", addresses),
-        ApiServer(tmp_path / "api", addresses) as api,
+        ApiServer(tmp_path / "api", redis_users.of_api(addresses)) as api,
     ):
         unsampled = {reserve(api, item, sampled=False)[0] for _ in range(5)}
         trace_id, _ = reserve(api, item, sampled=True)
@@ -183,10 +185,10 @@ def test_a_caller_that_is_not_trusted_decides_nothing(
     monkeypatch.delenv("FLASHSALE_TRUST_TRACEPARENT")
     seed(addresses, item)
     with ConsumerServer(tmp_path / "consumer", addresses):
-        with ApiServer(tmp_path / "none", addresses) as api:
+        with ApiServer(tmp_path / "none", redis_users.of_api(addresses)) as api:
             wanted = {reserve(api, item, sampled=True)[0] for _ in range(5)}
         monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1")
-        with ApiServer(tmp_path / "all", addresses) as api:
+        with ApiServer(tmp_path / "all", redis_users.of_api(addresses)) as api:
             unwanted, _ = reserve(api, item, sampled=False)
             (request,) = eventually(
                 lambda: [span for span in collector.spans if span.name == "POST /reserve"]
@@ -207,7 +209,7 @@ def test_requests_without_a_traceparent_are_sampled_by_the_ratio(
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1")
     seed(addresses, item)
-    with ApiServer(tmp_path / "api", addresses) as api:
+    with ApiServer(tmp_path / "api", redis_users.of_api(addresses)) as api:
         body = {"userId": "buyer", "itemId": item, "quantity": 1}
         assert httpx.post(f"{api.url}/reserve", json=body, timeout=30).status_code == 202
         eventually(lambda: "POST /reserve" in {span.name for span in collector.spans})
@@ -222,9 +224,10 @@ def test_without_a_collector_the_api_answers_and_shuts_down(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     monkeypatch.setenv("FLASHSALE_LOG_LEVEL", "debug")
     monkeypatch.setenv("FLASHSALE_TRUST_TRACEPARENT", "true")
-    addresses = Addresses(redis_server.url, f"127.0.0.1:{free_port()}", "")
+    redis_url = redis_users.url_of(redis_server, redis_users.OPERATOR)
+    addresses = Addresses(redis_url, f"127.0.0.1:{free_port()}", "")
     seed(addresses, item)
-    api = ApiServer(tmp_path / "api", addresses)
+    api = ApiServer(tmp_path / "api", redis_users.of_api(addresses))
     api.start()
     try:
         trace_id, _ = reserve(api, item, sampled=True)

@@ -5,13 +5,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import redis as blocking
 from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import ledger, redis_client
 from flashsale.sale import SaleSpec
+from flashsale_operator.ctl.commands import run
 from tests.support import redis_users
-from tests.support.redis_users import TESTER, url_of
+from tests.support.ctl import NOWHERE, Ctl, Within
+from tests.support.redis_users import OPERATOR, TESTER, url_of
 from tests.support.servers import database
 from tests.support.simulated_shop import SimulatedShop
 
@@ -74,9 +77,7 @@ async def sold(shop: SimulatedShop, spec: SaleSpec) -> SaleSpec:
 
 
 @pytest.fixture
-def within(
-    redis_server: RedisServer, database_url: str
-) -> Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]:
+def within(redis_server: RedisServer, database_url: str) -> Within:
     """Return a function that runs a coroutine in a shop, from a test without an event loop."""
 
     async def run(does: Callable[[SimulatedShop], Awaitable[None]]) -> None:
@@ -90,3 +91,24 @@ def within(
             await redis.aclose()
 
     return lambda does: asyncio.run(run(does))
+
+
+@pytest.fixture
+def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
+    """The variables of `flashsalectl` with a wiped Redis, a ledger, and no Kafka."""
+    blocking.Redis.from_url(redis_server.url).flushall()
+    return {
+        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
+        "FLASHSALE_DATABASE_URL": database_url,
+        "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
+    }
+
+
+@pytest.fixture
+def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
+    def call(*arguments: str, **changes: str) -> tuple[int, list[str], list[str]]:
+        code = run(arguments, environ | changes)
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err.splitlines()
+
+    return call

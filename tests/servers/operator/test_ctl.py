@@ -1,4 +1,4 @@
-"""The command line of `flashsalectl`: its output and exit codes, and no tracebacks."""
+"""The life of a sale by `flashsalectl`: the output and exit codes of its commands."""
 
 import asyncio
 import io
@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import uuid
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -19,65 +17,15 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import __version__, events
+from flashsale import events
 from flashsale.events import Event
 from flashsale.keys import ItemKeys
 from flashsale.settings import KafkaSettings
-from flashsale_operator.ctl.cli import flashsalectl
-from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import parse
+from tests.support.ctl import HEAD, SAMPLE, Ctl, Within, a_file
 from tests.support.manifests import flash_sale
-from tests.support.paths import ROOT
-from tests.support.redis_users import OPERATOR, url_of
 from tests.support.simulated_shop import SimulatedShop
-
-SAMPLE = ROOT / "k8s/samples/iphone-15.yaml"
-NOWHERE = "127.0.0.1:1"
-HEAD = (
-    "ITEM        SALE                STATE     ALLOCATED   AVAILABLE   HELD   ACCEPTED   RECORDED"
-)
-
-Within = Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]
-Ctl = Callable[..., tuple[int, list[str], list[str]]]
-
-
-@pytest.fixture
-def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
-    Redis.from_url(redis_server.url).flushall()
-    return {
-        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
-        "FLASHSALE_DATABASE_URL": database_url,
-        "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
-    }
-
-
-@pytest.fixture
-def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
-    """Return a function that runs a command line.
-
-    It returns the exit code, the output lines and the error lines.
-    """
-
-    def call(*arguments: str, **changes: str) -> tuple[int, list[str], list[str]]:
-        code = run(arguments, environ | changes)
-        printed = capsys.readouterr()
-        return code, printed.out.splitlines(), printed.err.splitlines()
-
-    return call
-
-
-def a_file(folder: Path, **spec: object) -> str:
-    """Write the sample with changed fields of its spec, and return its path."""
-    text = SAMPLE.read_text()
-    for name, value in spec.items():
-        text = "".join(
-            line for line in text.splitlines(keepends=True) if not line.startswith(f"  {name}:")
-        )
-        text += f"  {name}: {value}\n"
-    path = folder / "sale.yaml"
-    path.write_text(text)
-    return str(path)
 
 
 def test_the_sample_has_one_sale() -> None:
@@ -147,23 +95,6 @@ def test_apply_reads_standard_input_and_several_files(
     ]
 
 
-def test_a_refused_manifest_is_reported_with_the_next_step(ctl: Ctl, tmp_path: Path) -> None:
-    ctl("apply", "-f", str(SAMPLE))
-    rival = tmp_path / "rival.yaml"
-    rival.write_text(SAMPLE.read_text().replace("name: iphone-15", "name: rival"))
-    conflict = (
-        "sale default/rival unchanged: ItemConflict, iphone_15 is sold by default/iphone-15, "
-        "which is Selling; apply it again when that sale is closed "
-        "(`flashsalectl close iphone_15`) and recorded"
-    )
-    assert ctl("apply", "-f", str(rival)) == (1, [], [conflict])
-    moved = (
-        "sale default/iphone-15 unchanged: Unknown (ItemChanged), spec.itemId is immutable: "
-        "default/iphone-15 sells iphone_15, and another item needs a FlashSale of another name"
-    )
-    assert ctl("apply", "-f", a_file(tmp_path, itemId="iphone_16")) == (1, [], [moved])
-
-
 def test_a_flushed_sale_stays_fenced_without_kafka(
     ctl: Ctl, redis_server: RedisServer, within: Within
 ) -> None:
@@ -181,56 +112,6 @@ def test_a_flushed_sale_stays_fenced_without_kafka(
     assert error.endswith("apply it again, or run `flashsalectl rebuild iphone_15`")
 
 
-def test_each_mistake_of_each_file_is_one_line(ctl: Ctl, tmp_path: Path) -> None:
-    bad = a_file(tmp_path, stock=-1, maxPerUser="many", color="red")
-    missing = str(tmp_path / "missing.yaml")
-    assert ctl("apply", "-f", bad, "-f", missing, "-f", str(SAMPLE), "-f", str(SAMPLE)) == (
-        1,
-        [],
-        [
-            f"flashsalectl: {bad}: spec.color: unknown field",
-            f"flashsalectl: {bad}: spec.stock: must be an integer from 0 to 100000000",
-            f"flashsalectl: {bad}: spec.maxPerUser: must be an integer from 1 to 1000",
-            f"flashsalectl: {missing}: cannot be read: No such file or directory",
-            f"flashsalectl: {SAMPLE}: metadata.name: default/iphone-15 appears twice",
-        ],
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
-        (b"\xff", "cannot be read: not UTF-8"),
-        (b" " * (8 * 1024 * 1024 + 1), "cannot be read: larger than 8 MiB"),
-        (b"", "contains no FlashSale"),
-    ],
-)
-def test_the_error_about_a_bad_file_is_one_line(
-    ctl: Ctl, tmp_path: Path, content: bytes, message: str
-) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_bytes(content)
-    assert ctl("apply", "-f", str(path)) == (1, [], [f"flashsalectl: {path}: {message}"])
-    assert ctl("apply", "-f", str(tmp_path)) == (1, [], [f"flashsalectl: {path}: {message}"])
-
-
-def test_a_directory_without_manifests_is_a_mistake(ctl: Ctl, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no manifest")
-    assert ctl("apply", "-f", str(tmp_path)) == (
-        1,
-        [],
-        [f"flashsalectl: {tmp_path}: contains no file that ends in .json, .yaml or .yml"],
-    )
-
-
-def test_an_export_without_sales_is_a_mistake(ctl: Ctl, tmp_path: Path) -> None:
-    file = tmp_path / "all.yaml"
-    file.write_text("apiVersion: v1\nkind: List\nitems: []\n")
-    error = f"flashsalectl: {file}: contains no FlashSale"
-    assert ctl("apply", "-f", str(file)) == (1, [], [error])
-
-
 def test_directories_lists_and_several_files_are_applied(ctl: Ctl, tmp_path: Path) -> None:
     """The files of `kubectl apply -f`, such as the export of a lost cluster."""
     folder = tmp_path / "sales"
@@ -246,169 +127,6 @@ def test_directories_lists_and_several_files_are_applied(ctl: Ctl, tmp_path: Pat
     )
     assert (code, errors) == (0, [])
     assert sorted(line.split()[1] for line in lines) == [f"default/{name}" for name in "abcde"]
-
-
-@pytest.mark.parametrize("command", ["get", "close", "audit", "reservations"])
-def test_the_error_about_an_unknown_item_is_one_line(
-    ctl: Ctl, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def spans(_: str) -> dict[int, offsets.Span]:
-        return {}
-
-    monkeypatch.setattr(offsets, "spans", spans)
-    ctl("apply", "-f", str(SAMPLE))
-    assert ctl(command, "nothing") == (
-        1,
-        [],
-        ["flashsalectl: nothing: there is no sale of this item"],
-    )
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [
-        ("FLASHSALE_REDIS_URL", "localhost", "is wrong: expected redis://"),
-        ("FLASHSALE_REDIS_URL", "redis://h:port/0", "is wrong: expected"),
-        ("FLASHSALE_DATABASE_URL", "mysql://secret@h", "is wrong: expected postgresql://"),
-        ("FLASHSALE_DATABASE_URL", "postgresql://u:secret@h:port/db", "is wrong: expected"),
-        ("FLASHSALE_KAFKA_BOOTSTRAP", "localhost", "is wrong: expected host:port"),
-    ],
-)
-def test_a_wrong_setting_is_one_line_and_exit_code_2(
-    ctl: Ctl, variable: str, value: str, message: str
-) -> None:
-    code, lines, [error] = ctl("apply", "-f", str(SAMPLE), **{variable: value})
-    assert (code, lines) == (2, [])
-    assert error.startswith(f"flashsalectl: {variable} {message}")
-    assert "secret" not in error
-
-
-def test_a_command_asks_only_for_the_addresses_it_needs(
-    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    del environ["FLASHSALE_KAFKA_BOOTSTRAP"]
-    assert run(["audit"], environ) == 2
-    assert capsys.readouterr().err.startswith("flashsalectl: FLASHSALE_KAFKA_BOOTSTRAP is not set")
-    assert run(["get"], environ) == 1
-    assert "FLASHSALE" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"FLASHSALE_REDIS_URL": f"redis://{NOWHERE}/0"}, "Redis is unavailable"),
-        ({"FLASHSALE_DATABASE_URL": f"postgresql://{NOWHERE}/db"}, "the ledger is unavailable"),
-        ({}, "Kafka is away"),
-    ],
-)
-def test_the_error_about_a_server_that_is_away_is_one_line(
-    ctl: Ctl, changes: dict[str, str], message: str
-) -> None:
-    ctl("apply", "-f", str(SAMPLE))
-    for command in (["apply", "-f", str(SAMPLE)], ["get"], ["close", "iphone_15"], ["audit"]):
-        if not changes and command != ["audit"]:
-            continue
-        code, lines, [error] = ctl(*command, **changes)
-        assert (code, lines) == (1, [])
-        assert error.startswith(f"flashsalectl: {message}")
-
-
-def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, redis_server: RedisServer) -> None:
-    redis = Redis.from_url(redis_server.url)
-    redis.config_set("maxmemory-policy", "volatile-ttl")
-    try:
-        code, _, [error] = ctl("apply", "-f", str(SAMPLE))
-    finally:
-        redis.config_set("maxmemory-policy", "noeviction")
-    assert code == 1
-    assert error.startswith("flashsalectl: Redis has maxmemory-policy volatile-ttl, but needs")
-
-
-def test_the_installed_command_prints_only_its_own_lines(environ: dict[str, str]) -> None:
-    """In a separate process, log lines and warnings of libraries would show."""
-    program = Path(sys.executable).with_name("flashsalectl")
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [program, *arguments],
-            env=os.environ | environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    assert call("apply", "-f", str(SAMPLE)).stderr == ""
-    audited = call("audit")
-    assert (audited.returncode, audited.stdout) == (1, "")
-    assert audited.stderr.count("\n") == 1
-    assert audited.stderr.startswith("flashsalectl: Kafka is away")
-
-
-@pytest.mark.parametrize("command", sorted(flashsalectl.commands))
-def test_every_command_has_help_with_an_example(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run([command, "--help"], {}) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"Usage: flashsalectl {command}")
-    assert re.search(rf"Examples?:\n +.*flashsalectl {command}", printed)
-    assert run(["--help"], {}) == 0
-    assert f"\n  {command} " in capsys.readouterr().out
-
-
-def test_the_version_is_that_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--version"], {}) == 0
-    assert capsys.readouterr().out == f"flashsalectl {__version__}\n"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["sell"],
-        ["apply"],
-        ["close"],
-        ["get", "a", "b"],
-        ["reservations"],
-        ["reservations", "a", "-o", "xml"],
-        ["confirm", "a", str(uuid.UUID(int=1))],
-        ["confirm", "a", "1", "--order-ref", "o-1"],
-        ["confirm", "a", str(uuid.UUID(int=1)), "--order-ref", ""],
-        ["confirm", "a", str(uuid.UUID(int=1)), "--order-ref", "o,1"],
-        ["cancel", "a", str(uuid.UUID(int=10)).upper()],
-        ["cancel", "a", str(uuid.UUID(int=10)), "--order-ref", "o\n"],
-    ],
-)
-def test_a_wrong_command_line_is_exit_code_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(arguments, {}) == 2
-    assert capsys.readouterr().err.startswith("Usage: flashsalectl")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "hint"),
-    [
-        (["gte"], "Did you mean 'get'?"),
-        (["get", "--outptu", "json"], "Did you mean '--output'?"),
-    ],
-)
-def test_a_misspelled_command_or_option_gets_a_hint(
-    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(arguments, {}) == 2
-    assert hint in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wanted", ["iphone-15", "default/iphone-15", "Iphone15", "iphone_16"])
-@pytest.mark.parametrize("command", ["get", "describe", "close", "delete", "reservations"])
-def test_an_unknown_item_gets_the_nearest_item(ctl: Ctl, command: str, wanted: str) -> None:
-    ctl("apply", "-f", str(SAMPLE))
-    assert ctl(command, wanted) == (
-        1,
-        [],
-        [f"flashsalectl: {wanted}: there is no sale of this item; did you mean iphone_15?"],
-    )
 
 
 def test_the_sales_are_json_and_yaml_with_the_same_fields(ctl: Ctl) -> None:
@@ -504,94 +222,6 @@ def test_a_watch_shows_each_change_until_it_is_interrupted(
         assert watching.stderr.read() == ""
     assert len(re.findall("ITEM ", shown)) == head
     assert shown.count("default/iphone-15") == 2
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, environ: dict[str, str]) -> Path:
-    """A checkout in which `make up` runs."""
-    (tmp_path / ".local").mkdir()
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "pyproject.toml").touch()
-    lines = "".join(f"{name}={value}\n" for name, value in environ.items())
-    (tmp_path / ".local" / "env").write_text(f"{lines}PATH=/nowhere\nFLASHSALE_KAFKA_PASSWORD=s3\n")
-    return tmp_path
-
-
-def in_folder(folder: Path, *arguments: str, **changes: str) -> "subprocess.CompletedProcess[str]":
-    own = {name: value for name, value in os.environ.items() if not name.startswith("FLASHSALE_")}
-    return subprocess.run(
-        [Path(sys.executable).with_name("flashsalectl"), *arguments],
-        cwd=folder,
-        env=own | changes,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_servers_of_the_checkout_are_found(ctl: Ctl, checkout: Path) -> None:
-    ctl("apply", "-f", str(SAMPLE))
-    for folder in (checkout, checkout / "docs"):
-        done = in_folder(folder, "get")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "iphone_15" in done.stdout
-
-
-def test_the_environment_wins_over_the_file_of_the_checkout(ctl: Ctl, checkout: Path) -> None:
-    ctl("apply", "-f", str(SAMPLE))
-    done = in_folder(checkout, "get", FLASHSALE_REDIS_URL=f"redis://{NOWHERE}/0")
-    [error, origin] = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert error.startswith("flashsalectl: Redis is unavailable: ")
-    assert origin == (
-        f"flashsalectl: the servers that the environment lacks are those of {checkout}/.local/env"
-    )
-    assert "s3" not in done.stderr
-
-
-def test_an_error_without_servers_names_the_missing_file(tmp_path: Path) -> None:
-    (tmp_path / ".local").mkdir()
-    (tmp_path / ".local" / "env").write_text("FLASHSALE_REDIS_URL=redis://elsewhere\n")
-    done = in_folder(tmp_path, "get")  # the folder is no checkout
-    [error, advice] = done.stderr.splitlines()
-    assert done.returncode == 2
-    assert error.startswith("flashsalectl: FLASHSALE_REDIS_URL is not set: expected redis://")
-    assert "`make up`" in advice
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_has_a_completion_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["completion", shell], {}) == 0
-    assert f"_FLASHSALECTL_COMPLETE={shell}_complete" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "completed"),
-    [
-        ("flashsalectl reb", "rebuild"),
-        ("flashsalectl get --wa", "--watch"),
-        ("flashsalectl get -o y", "yaml"),
-        ("flashsalectl close ip", "iphone_15"),
-    ],
-)
-def test_commands_options_and_items_are_completed(
-    ctl: Ctl, environ: dict[str, str], words: str, completed: str
-) -> None:
-    ctl("apply", "-f", str(SAMPLE))
-    done = subprocess.run(
-        [Path(sys.executable).with_name("flashsalectl")],
-        env=os.environ
-        | environ
-        | {
-            "_FLASHSALECTL_COMPLETE": "bash_complete",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.stdout, done.stderr) == (f"plain,{completed}\n", "")
 
 
 @pytest.mark.slow

@@ -6,57 +6,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from redis import Redis
 
-from dev.stack.servers import KafkaServer, RedisServer
+from dev.stack.servers import KafkaServer
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Transition
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
-from flashsale_operator.ctl.commands import run
 from flashsale_operator.ctl.reservations import PAGE
-from tests.support.redis_users import OPERATOR, url_of
+from tests.support.ctl import Ctl, Within
 from tests.support.simulated_shop import SimulatedShop
-
-Ctl = Callable[..., tuple[int, list[str], list[str]]]
-Within = Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]
-NOWHERE = "127.0.0.1:1"
 
 
 @pytest.fixture
 def spec(item: str) -> SaleSpec:
     return SaleSpec(f"default/{item}", item, 10, hold_seconds=600)
-
-
-@pytest.fixture
-def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
-    Redis.from_url(redis_server.url).flushall()
-    return {
-        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
-        "FLASHSALE_DATABASE_URL": database_url,
-        "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
-    }
-
-
-@pytest.fixture
-def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
-    """Return a function that runs a command line.
-
-    It returns the exit code, the output lines and the error lines.
-    """
-
-    def call(*arguments: str) -> tuple[int, list[str], list[str]]:
-        code = run(arguments, environ)
-        printed = capsys.readouterr()
-        return code, printed.out.splitlines(), printed.err.splitlines()
-
-    return call
 
 
 @pytest.fixture

@@ -143,9 +143,9 @@ def test_a_server_that_is_too_old_for_the_other_checks_is_one_failure(
 ) -> None:
     facts = Inventory.facts
 
-    async def old(inventory: Inventory) -> RedisFacts:
-        found = await facts(inventory)
-        return replace(found, version="6.2.14", script_error="")
+    async def old(inventory: Inventory) -> list[RedisFacts]:
+        [found] = await facts(inventory)
+        return [replace(found, version="6.2.14", script_error="")]
 
     async def refuse(_: Inventory) -> None:
         raise RedisUnavailable("Redis refused the call: syntax error")

@@ -36,7 +36,7 @@ async def beat(
     """Beat with a later sample time, so that the test need not wait."""
     server = await shop.inventory.server()
     sampled = ServerTime(server.now_ms + later_ms, server.run_id)
-    await heartbeat.beat(shop.redis, "pod-1", {item_id: unacknowledged}, sampled)
+    await heartbeat.beat(shop.redis, "pod-1", {item_id: unacknowledged}, {"": sampled})
 
 
 async def test_a_fully_recorded_sale_is_drained(shop: SimulatedShop, sold: SaleSpec) -> None:
@@ -190,7 +190,7 @@ async def test_the_drain_waits_at_least_as_long_as_a_heartbeat_lives(
         for left in [*range(4, 0, -1), *[0] * 20]:
             await asyncio.sleep(1)
             sampled = await shop.inventory.server()
-            await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: left}, sampled)
+            await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: left}, {"": sampled})
 
     beating = asyncio.create_task(pod())
     assert not await not_drained(shop, sold)

@@ -50,7 +50,7 @@ async def test_every_key_begins_with_the_name_of_the_engine(
     await brand.apply(spec)
     await brand.buy(spec.item_id, "ann", "bob")
     server = await brand.inventory.server()
-    await heartbeat.beat(redis, "pod-1", {spec.item_id: 1}, server, "brand")
+    await heartbeat.beat(redis, "pod-1", {spec.item_id: 1}, {"": server}, "brand")
     await brand.record(spec.item_id)
     await heartbeat.retire(redis, "pod-1", "brand")
     await redis.hset(ItemKeys.of(spec.item_id, "brand").sale, "run_id", "an earlier run")

@@ -209,7 +209,7 @@ async def test_a_wipe_of_redis_during_the_wait_ends_the_rebuild(
     """The wipe deletes the heartbeat of a pod that still has to publish an event."""
     server = await shop.inventory.server()
     sampled = ServerTime(server.now_ms + 60_000, server.run_id)
-    await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: 1}, sampled)
+    await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: 1}, {"": sampled})
     waiting: list[str] = []
     drain = Drain(
         shop.inventory,

@@ -1,7 +1,7 @@
 """`flashsalectl report`: the figures of the ledger, as text, JSON and HTML."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -14,42 +14,13 @@ from redis import Redis
 from dev.stack.servers import RedisServer
 from flashsale import __version__
 from flashsale.sale import SaleSpec
-from flashsale_operator.ctl.commands import run
 from flashsale_operator.ctl.report import FIRST_SECONDS, MAX_BARS
 from flashsale_operator.sales import offsets
-from tests.support.redis_users import OPERATOR, url_of
+from tests.support.ctl import NOWHERE, Ctl, Within
 from tests.support.simulated_shop import SimulatedShop
 
-Ctl = Callable[..., tuple[int, list[str], list[str]]]
-Within = Callable[[Callable[[SimulatedShop], Awaitable[None]]], None]
-NOWHERE = "127.0.0.1:1"
 OPENED = datetime(2026, 11, 27, 9, 0, tzinfo=UTC)
 NAME = "<script>alert('x')</script> & \"co\""
-
-
-@pytest.fixture
-def environ(redis_server: RedisServer, database_url: str) -> dict[str, str]:
-    Redis.from_url(redis_server.url).flushall()
-    return {
-        "FLASHSALE_REDIS_URL": url_of(redis_server, OPERATOR),
-        "FLASHSALE_DATABASE_URL": database_url,
-        "FLASHSALE_KAFKA_BOOTSTRAP": NOWHERE,
-    }
-
-
-@pytest.fixture
-def ctl(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Ctl:
-    """Return a function that runs a command line.
-
-    It returns the exit code, the output lines and the error lines.
-    """
-
-    def call(*arguments: str, **changes: str) -> tuple[int, list[str], list[str]]:
-        code = run(arguments, environ | changes)
-        printed = capsys.readouterr()
-        return code, printed.out.splitlines(), printed.err.splitlines()
-
-    return call
 
 
 @pytest.fixture

@@ -134,8 +134,31 @@ async def test_made_up_items_take_no_place_and_no_call_of_a_sale() -> None:
     for _ in range(number + 2):
         inventory.go.release()
     await batcher.close()
-    assert batcher._known == batcher._unknown
-    assert (batcher._known.waiting, batcher._known.in_flight) == (0, 0)
+    shares = batcher._shares.values()
+    assert [(share.waiting, share.in_flight) for share in shares] == [(0, 0)] * 2
+
+
+async def test_a_silent_node_takes_no_place_and_no_call_of_another_one() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(
+        inventory,
+        RecordingPublisher(),
+        Metrics(),
+        Engine("flashsale"),
+        node_of=lambda item_id: item_id.partition("-")[0],
+    )
+    for item_id in ("silent-0", "other-0"):
+        inventory.go.release()
+        assert (await decide(batcher, item_id, a_request())).outcome is Outcome.ACCEPTED
+    waiting = [decide(batcher, f"silent-{n}", a_request(n)) for n in range(MAX_WAITING)]
+    await turns()
+    sent = len(inventory.calls)
+    waiting.append(decide(batcher, "other-0", a_request(1)))
+    await turns()
+    assert len(inventory.calls) == sent + 1
+    for _ in waiting:
+        inventory.go.release()
+    await batcher.close()
 
 
 async def test_a_request_that_waited_too_long_is_refused_and_never_sent(

@@ -10,7 +10,9 @@ def test_two_thousand_busy_sales_are_a_scrape_below_2_mb() -> None:
     metrics = Metrics()
     items = [f"iphone-17-{number:04}-black" for number in range(2_000)]
     metrics.set_items(items)
-    metrics.set_holds(dict.fromkeys(items, Holds(open=25, overdue=1, first_due_ms=1)), 1_500)
+    metrics.set_holds(
+        dict.fromkeys(items, Holds(open=25, overdue=1, first_due_ms=1)), dict.fromkeys(items, 1_500)
+    )
     for item_id in items:
         for outcome in ("accepted", "sold_out", "limit_reached"):
             metrics.outcomes(item_id)[outcome].inc(1_234)

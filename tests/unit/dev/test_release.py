@@ -103,6 +103,12 @@ def test_a_release_whose_files_agree_has_no_disagreement(
             "k8s/values/kind.yaml: api.image pins an image",
         ),
         (
+            "k8s/redis/cluster.yaml",
+            "flashsale/operator:0.1.0",
+            "flashsale/operator:0.0.9",
+            "k8s/redis/cluster.yaml: image of the Job is 0.0.9 instead of 0.1.0",
+        ),
+        (
             "CHANGELOG.md",
             "## Unreleased\n",
             "## Unreleased\n\n### Fixed\n\n- A fault.\n",
@@ -180,6 +186,7 @@ def test_a_release_candidate_is_written_in_the_format_of_python(tree: Tree) -> N
             re.sub(r"(Status\*\*: |VERSION=)0\.1\.0", r"\g<1>0.1.0-rc.1", path.read_text())
         )
     tree.replace("CHANGELOG.md", "## 0.1.0", "## 0.1.0-rc.1")
+    tree.replace("k8s/redis/cluster.yaml", "operator:0.1.0", "operator:0.1.0-rc.1")
     chart = tree.root / "charts/flashsale/Chart.yaml"
     chart.write_text(re.sub(r"(?m)ersion: 0\.1\.0$", "ersion: 0.1.0-rc.1", chart.read_text()))
     assert disagreements(tree.root, "0.1.0-rc.1") == []

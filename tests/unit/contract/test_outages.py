@@ -3,7 +3,7 @@
 import pytest
 
 from flashsale.errors import RedisUnavailable
-from flashsale.scripts import translated
+from flashsale.nodes import translated
 
 
 async def failing(error: Exception) -> None:

@@ -1,0 +1,463 @@
+"""The servers behind Redis' address: one server, or the primaries of a Redis Cluster.
+
+The address may name any node of a cluster. A map says which primary has a key's slot. redis-py
+makes the connections, but its cluster client is not used: while one primary is away, it stops the
+calls to all others (docs/adr/0023-redis-cluster.md).
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+
+from redis.crc import key_slot
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as Disconnected
+
+from flashsale import redis_client
+from flashsale.errors import RedisUnavailable
+from flashsale.requirements import SLOTS
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
+
+    from flashsale.redis_client import Pool
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+FIRST_LOOK_SECONDS: Final = 2.0
+LOOK_SECONDS: Final = 0.5
+"""How long the nodes may take to say which primary has which slots."""
+NODE_SECONDS: Final = 1.0
+"""How long a primary of a cluster may take for a call or a pipeline."""
+BETWEEN_LOOKS_SECONDS: Final = 0.1
+PROBE_SECONDS: Final = 1.0
+"""How often each primary is called, and how long it may take to answer."""
+
+FAILURES: Final = (RedisError, OSError, TimeoutError, RuntimeError)
+"""The errors of a call. A `RuntimeError` may also be a mistake: `require_outage` tells."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """A server. `name` is its host:port, or empty if it is the only one."""
+
+    name: str
+    redis: "Redis"
+    pool: "Pool"
+    """The client's connections, with the pipelined link."""
+
+    @classmethod
+    def of(cls, name: str, redis: "Redis") -> "Node":
+        return cls(name, redis, cast("Pool", redis.connection_pool))
+
+
+class Nodes:
+    """Finds the servers of keys, and calls them.
+
+    The first call looks whether the address belongs to a cluster. Later looks follow a `MOVED`, and
+    a node that does not answer.
+    """
+
+    def __init__(self, redis: "Redis") -> None:
+        """`redis` is a client of `redis_client.connect`. Its `aclose` closes all nodes."""
+        self._seed = Node.of("", redis)
+        host, port, _ = redis_client.location(redis)
+        self._seed_name = f"{host}:{port}"
+        self._primaries: dict[str, Node] = {}
+        self._owners: list[Node | None] = []
+        """The primary of each slot. Empty before the first look, and if there is one server."""
+        self._look: asyncio.Task[None] | None = None
+        self._next_look = 0.0
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = asyncio.Event()
+        self.single: Node | None = None
+        """The only server, if the address does not belong to a cluster."""
+
+    @classmethod
+    def of_client(cls, redis: "Redis") -> "Nodes":
+        """Returns the nodes of a client. All users of the client share them."""
+        pool = cast("Pool", redis.connection_pool)
+        if pool.nodes is None:
+            pool.nodes = cls(redis)
+        return pool.nodes
+
+    def name_of(self, key: str) -> str:
+        """Returns the name of the server of a key, as far as it is known.
+
+        An item is the hash tag of its keys, so it has their slot.
+        """
+        owner = self._owners[_slot(key)] if self._owners else None
+        return owner.name if owner else ""
+
+    async def of(self, key: str) -> Node:
+        """Returns the server of a key. Raises redis-py's errors if it is not known."""
+        await self._known()
+        if self.single:
+            return self.single
+        slot = _slot(key)
+        owner = self._owners[slot]
+        if owner is None:
+            self._look_soon()
+            raise ClusterDownError(f"no node of the cluster has slot {slot}")
+        return owner
+
+    async def all(self) -> list[Node]:
+        """Returns the only server, or all primaries. Raises `RedisUnavailable` if none answers."""
+        try:
+            await self._known()
+        except FAILURES as error:
+            raise self.unavailable(error, None) from error
+        return [self.single] if self.single else list(self._primaries.values())
+
+    async def call(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T:
+        """Runs a command on the server of a key, and once more if its slot has moved.
+
+        Raises `RedisUnavailable`, and `NoScriptError`.
+        """
+        node = None
+        try:
+            node = await self.of(key)
+            # A frozen primary must not delay calls to the others.
+            async with asyncio.timeout(NODE_SECONDS if node.name else None):
+                try:
+                    return await command(node.redis)
+                except MovedError as error:
+                    node = await self.moved(error, node)
+                    return await command(node.redis)
+        except NoScriptError:
+            raise
+        except FAILURES as error:
+            raise self.unavailable(error, node) from error
+
+    async def split(self, items: Iterable[T], key: Callable[[T], str]) -> dict[Node, list[T]]:
+        """Groups items by the server of their key. Items whose slot has none are left out.
+
+        Raises `RedisUnavailable` if no server is known.
+        """
+        groups: dict[Node, list[T]] = {}
+        try:
+            await self._known()
+            for item in items:
+                with contextlib.suppress(ClusterDownError):
+                    groups.setdefault(await self.of(key(item)), []).append(item)
+        except FAILURES as error:
+            raise self.unavailable(error, None) from error
+        return groups
+
+    async def each(
+        self,
+        items: Iterable[T],
+        key: Callable[[T], str],
+        queue: Callable[["Pipeline", T], object],
+        *,
+        partial: bool = False,
+    ) -> dict[T, list[Any]]:
+        """Returns the replies to the commands that `queue` adds to a pipeline for each item.
+
+        With `partial`, items are left out whose call fails, for example because their server is
+        away. Raises `RedisUnavailable` otherwise, and if the calls for all items fail.
+        """
+        wanted = list(items)
+        found: dict[T, list[Any]] = {}
+        failure: RedisUnavailable | None = None
+        asked = wanted
+        for last in (False, True):
+            moved: list[T] = []
+            groups = await self.split(asked, key) if asked else {}
+            results = await asyncio.gather(
+                *(self._pipelined(node, some, queue) for node, some in groups.items())
+            )
+            for (node, some), replies in zip(groups.items(), results, strict=True):
+                for item, reply in zip(some, replies, strict=True):
+                    if isinstance(reply, MovedError) and not last:
+                        await self.moved(reply, node)
+                        moved.append(item)
+                    elif isinstance(reply, Exception):
+                        failure = self.unavailable(reply, node)
+                    else:
+                        found[item] = reply
+            asked = moved
+        if len(found) < len(wanted) and not (partial and found):
+            raise failure or RedisUnavailable("Redis is unavailable: no node has the item's slot")
+        return found
+
+    async def of_all(
+        self, nodes: Iterable[Node], queue: Callable[["Pipeline"], object]
+    ) -> dict[Node, list[Any]]:
+        """Returns the replies of each server to the commands that `queue` adds to a pipeline.
+
+        Servers that are away are left out. Raises `RedisUnavailable` if all are.
+        """
+        asked = list(nodes)
+        found: dict[Node, list[Any]] = {}
+        failure: RedisUnavailable | None = None
+        for node, [reply] in zip(
+            asked,
+            await asyncio.gather(
+                *(self._pipelined(node, [node], lambda p, _: queue(p)) for node in asked)
+            ),
+            strict=True,
+        ):
+            if isinstance(reply, Exception):
+                failure = self.unavailable(reply, node)
+            else:
+                found[node] = reply
+        if failure and not found:
+            raise failure
+        return found
+
+    async def _pipelined(
+        self, node: Node, items: Sequence[T], queue: Callable[["Pipeline", T], object]
+    ) -> list[list[Any] | Exception]:
+        """Returns for each item its replies, or the first error."""
+        pipeline = node.redis.pipeline(transaction=False)
+        ends = [0]
+        for item in items:
+            queue(pipeline, item)
+            ends.append(len(pipeline))
+        try:
+            async with asyncio.timeout(NODE_SECONDS if node.name else None):
+                replies = await pipeline.execute(raise_on_error=False)
+        except FAILURES as error:
+            return [error] * len(items)
+        return [
+            next((reply for reply in own if isinstance(reply, RedisError)), own)
+            for own in (replies[begin:end] for begin, end in pairwise(ends))
+        ]
+
+    async def covered(self, node: Node) -> int:
+        """Returns how many slots have a primary by a node's view. Raises redis-py's errors."""
+        return _covered(await self._slots(node) or [])
+
+    async def moved(self, error: MovedError, node: Node) -> Node:
+        """Notes that `node` has named another owner of a slot, and returns that one."""
+        if self.single:  # the only server has become a node of a cluster
+            self._look_soon()
+            if self._look:
+                await asyncio.shield(self._look)
+        owner = self._primary(error.host or redis_client.location(node.redis)[0], error.port)
+        if self._owners:
+            self._owners[error.slot_id] = owner
+        self._look_soon()
+        return owner
+
+    def unavailable(
+        self, error: Exception, node: Node | None, *, sent: bool = False
+    ) -> RedisUnavailable:
+        """Returns the error for the caller. Looks for a new primary if `node` is away.
+
+        Raises `error` if it is no outage.
+        """
+        require_outage(error)
+        refused = isinstance(error, ResponseError)
+        if node and (not refused or isinstance(error, ClusterDownError)):
+            self._look_soon(besides=node)
+        # A refusal is a reply: the script has changed nothing.
+        return RedisUnavailable(describe(error), maybe_executed=sent and not refused)
+
+    async def watch(self) -> None:
+        """Calls each primary of a cluster every second on its link, until it is cancelled.
+
+        The link of a primary that does not answer is closed. Otherwise a primary that was frozen
+        and replaced could execute calls that it got before, when it thaws. The watch also notices
+        a primary that has become a replica.
+        """
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            await asyncio.gather(*(self._probe(node) for node in self._primaries.values()))
+
+    async def close(self) -> None:
+        """Closes the connections to all nodes except the address."""
+        if self._look is not None:
+            self._look.cancel()
+            await asyncio.gather(self._look, return_exceptions=True)
+        self._drop(self._primaries.values())
+        self._primaries, self._owners = {}, []
+        self._closed.set()
+        await asyncio.gather(*self._closing)
+        self._closed.clear()
+
+    async def _probe(self, node: Node) -> None:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                role = await (await node.pool.link()).ask("INFO", "replication")
+        except FAILURES as error:
+            log.debug("%s: %s", node.name, self.unavailable(error, node))
+        else:
+            if "role:master" not in str(role):
+                # A pod without a heartbeat on this node sends no call that would get a `MOVED`.
+                self._look_soon(besides=node)
+
+    async def _known(self) -> None:
+        """Waits until a look has found which servers there are."""
+        if self.single is None and not self._owners:
+            self._look_soon(at_once=True)
+            if self._look:
+                await asyncio.shield(self._look)
+
+    def _look_soon(self, besides: Node | None = None, *, at_once: bool = False) -> None:
+        """Begins a look, unless one runs or has just begun, or there is only one server."""
+        if besides is not None and besides is self.single:
+            return
+        now = asyncio.get_running_loop().time()
+        if (self._look is None or self._look.done()) and (at_once or now >= self._next_look):
+            self._next_look = now + BETWEEN_LOOKS_SECONDS
+            self._look = asyncio.create_task(self._read(besides))
+            self._look.add_done_callback(_log_failure)
+
+    async def _read(self, besides: Node | None) -> None:
+        """Asks all nodes at once. The first whole answer counts, or else the largest.
+
+        A node that has just failed is not asked. It may be frozen, or cut off from the others.
+        """
+        asked = list(self._primaries.values())
+        if self._seed_name not in self._primaries:
+            asked.append(self._seed)
+        asked = [node for node in asked if node is not besides]
+        tasks = [asyncio.create_task(self._slots(node)) for node in asked]
+        best: _Slots = []
+        failure: Exception = Disconnected("no node has answered in time")
+        try:
+            async with asyncio.timeout(LOOK_SECONDS if self._owners else FIRST_LOOK_SECONDS):
+                for answer in asyncio.as_completed(tasks):
+                    try:
+                        slots = await answer
+                    except FAILURES as error:
+                        failure = error
+                        continue
+                    if slots is None:
+                        self._drop(self._primaries.values())
+                        self._primaries, self._owners = {}, []
+                        self.single = self._seed
+                        return
+                    best = max(best, slots, key=_covered)
+                    if _covered(best) == SLOTS:
+                        break
+        except TimeoutError:
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not best:
+            raise failure
+        self._take(best)
+
+    async def _slots(self, node: Node) -> "_Slots | None":
+        """Returns the ranges of slots with their primaries, or None if there is no cluster."""
+        if not self._owners:
+            try:
+                info = await node.redis.info("cluster")
+            except NoPermissionError:
+                return None  # the check of the requirements names the missing right
+            if not info.get("cluster_enabled"):
+                return None
+        ask = cast("Callable[..., Awaitable[Any]]", node.redis.execute_command)
+        try:
+            entries = await ask("CLUSTER", "SLOTS")
+        except ResponseError as error:
+            # At the address of a former node, there may be any server now.
+            if node is self._seed and "cluster support disabled" in str(error):
+                return None
+            raise
+        own_host = redis_client.location(node.redis)[0]
+        return [
+            (first, last, primary[0] or own_host, primary[1])
+            for first, last, primary, *_ in entries
+        ]
+
+    def _take(self, slots: "_Slots") -> None:
+        """Makes `slots` the map. Keeps the connections to the primaries that stay."""
+        self.single = None
+        owners: list[Node | None] = [None] * SLOTS
+        for first, last, host, port in slots:
+            owners[first : last + 1] = [self._primary(host, port)] * (last - first + 1)
+        used = dict.fromkeys(owner for owner in owners if owner)
+        self._owners = owners
+        self._drop([node for node in self._primaries.values() if node not in used])
+        self._primaries = {node.name: node for node in used}
+
+    def _primary(self, host: str, port: int) -> Node:
+        name = f"{host}:{port}"
+        if name not in self._primaries:
+            client = redis_client.neighbour(self._seed.redis, host, port)
+            self._primaries[name] = Node.of(name, client)
+        return self._primaries[name]
+
+    def _drop(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            node.pool.close_link()
+            task = asyncio.create_task(self._close_later(node))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _close_later(self, node: Node) -> None:
+        """Closes the connections of a node after the last call that may use one.
+
+        redis-py raises an `AttributeError` if a connection is closed while it connects.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * NODE_SECONDS):
+                await self._closed.wait()
+        await node.redis.aclose()
+
+
+@lru_cache(maxsize=10_000)
+def _slot(key: str) -> int:
+    """Returns the slot of a key. The API asks for those of the same items again and again."""
+    return key_slot(key.encode())
+
+
+_Slots: TypeAlias = list[tuple[int, int, str, int]]
+
+
+def _covered(slots: _Slots) -> int:
+    """Returns how many slots have a primary."""
+    return sum(last - first + 1 for first, last, _, _ in slots)
+
+
+def _log_failure(look: "asyncio.Task[None]") -> None:
+    if not look.cancelled() and (error := look.exception()):
+        log.debug("cannot read the slots of the cluster: %s", error)
+
+
+async def translated(call: Awaitable[T]) -> T:
+    """Awaits a call of redis-py and raises `RedisUnavailable` if it fails."""
+    try:
+        return await call
+    except FAILURES as error:
+        require_outage(error)
+        raise RedisUnavailable(describe(error)) from error
+
+
+def require_outage(error: Exception) -> None:
+    """Raises an error that is no outage.
+
+    uvloop raises a `RuntimeError` for a write to a connection that the server has just closed.
+    """
+    if isinstance(error, RuntimeError) and "the handler is closed" not in str(error):
+        raise error
+
+
+def describe(error: Exception) -> str:
+    """Returns the text of a `RedisUnavailable`."""
+    if isinstance(error, AskError):  # or MOVED, once more
+        return "Redis is unavailable: the item's slot moves to another node"
+    problem = "refused the call" if isinstance(error, ResponseError) else "is unavailable"
+    return f"Redis {problem}: {str(error) or 'no reply in time'}"

@@ -1,0 +1,183 @@
+"""`python -m tests.faults.table`: the sum of all schedules so far, for docs/reliability.md."""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+
+from tests.faults.check import Result
+from tests.faults.schedule import Kind, Redis, Schedule
+from tests.support.paths import ROOT
+
+OUTCOMES: Final = ROOT / ".local" / "faults" / "outcomes.jsonl"
+"""One line per schedule of every run."""
+_PROMISE: Final = 1_000
+"""The characters of a failure that are kept."""
+_HEAD: Final = (
+    "fault",
+    "schedules",
+    "failed",
+    "202s",
+    "200s of orders",
+    "expired",
+    "lost, as allowed",
+    "refused, as allowed",
+    "slowest recovery",
+)
+
+
+@dataclass
+class Outcome:
+    """A schedule with its result. `failure` is the broken promise with the journal, or empty."""
+
+    seed: int
+    redis: Redis
+    tokens: bool
+    holds: bool
+    kinds: list[Kind]
+    commit: str
+    at: float
+    """The Unix time of its start."""
+    seconds: float = 0.0
+    result: Result = field(default_factory=Result)
+    failure: str = ""
+
+    @classmethod
+    def of(cls, made: Schedule) -> Self:
+        """Return the outcome of a schedule that begins now."""
+        return cls(
+            made.seed,
+            made.redis,
+            made.tokens,
+            made.hold_seconds is not None,
+            sorted({step.kind for step in made.steps}),
+            commit(),
+            time.time(),
+        )
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows of the table that count it."""
+        return [
+            *self.kinds,
+            f"Redis: {self.redis}",
+            "buyers named by tokens" if self.tokens else "buyers named by the body",
+            "with holds and an order service" if self.holds else "without holds",
+            "all",
+        ]
+
+    @property
+    def name(self) -> str:
+        """Its kind of Redis, and where the APIs take the buyers from."""
+        return f"{self.redis}, {'tokens' if self.tokens else 'userId'}"
+
+    @property
+    def command(self) -> str:
+        """The command that runs it again."""
+        return f"make faults N=1 FIRST={self.seed} REDIS={self.redis}"
+
+
+_ROWS: Final = (
+    *Kind,
+    *(f"Redis: {redis}" for redis in Redis),
+    "buyers named by tokens",
+    "buyers named by the body",
+    "with holds and an order service",
+    "without holds",
+    "all",
+)
+
+
+@cache
+def commit() -> str:
+    """Return the commit of the checkout, with `-dirty` if a file differs from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def keep(outcome: Outcome) -> None:
+    """Add an outcome to the file. Of a failure it keeps only the broken promise."""
+    promise = outcome.failure.rpartition("BROKEN: ")[2][:_PROMISE]
+    OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
+    with OUTCOMES.open("ab") as file:
+        file.write(msgspec.json.encode(replace(outcome, failure=promise)) + b"\n")
+
+
+def kept(path: Path) -> list[Outcome]:
+    """Read the outcomes of a file. A missing file has none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [msgspec.json.decode(line, type=Outcome) for line in lines]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return the sum as Markdown: the table, the answers, the seeds per commit, and failures."""
+    lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
+    for row in _ROWS:
+        if counted := [outcome for outcome in outcomes if row in outcome.rows]:
+            results = [outcome.result for outcome in counted if not outcome.failure]
+            cells = (
+                str(len(counted)),
+                str(len(counted) - len(results)),
+                f"{sum(result.promised for result in results):,}",
+                f"{sum(result.acknowledged for result in results):,}",
+                f"{sum(result.expired for result in results):,}",
+                f"{sum(result.lost for result in results):,}",
+                f"{sum(result.refused for result in results):,}",
+                f"{max((result.recovery_seconds for result in results), default=0.0):.0f} s",
+            )
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    answers: Counter[str] = Counter()
+    for outcome in outcomes:
+        answers.update(outcome.result.outcomes)
+    counts = ", ".join(f"{count:,} times {kind}" for kind, count in answers.most_common())
+    lines += ["", f"The buyers received {sum(answers.values()):,} answers: {counts or 'none'}.", ""]
+    for name in dict.fromkeys(outcome.commit for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.commit == name]
+        spans = ", ".join(_spans({outcome.seed for outcome in own}))
+        hours = sum(outcome.seconds for outcome in own) / 3600
+        lines.append(
+            f"Commit {name}: {len(own)} schedules, seeds {spans}. Together they took "
+            f"{hours:.2f} hours, of which several passed at the same time."
+        )
+    for outcome in outcomes:
+        if outcome.failure:
+            lines.append(f"FAILED at commit {outcome.commit}: `{outcome.command}`")
+    return "\n".join(lines)
+
+
+def _spans(seeds: Iterable[int]) -> Iterator[str]:
+    """Return the seeds as spans such as `0 to 39`."""
+    numbered = enumerate(sorted(seeds))
+    for _, group in groupby(numbered, key=lambda pair: pair[1] - pair[0]):
+        span = [seed for _, seed in group]
+        yield str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.table", description=__doc__)
+    parser.add_argument("--commit", help="only the schedules at this commit (default: all)")
+    parser.add_argument("files", nargs="*", type=Path, default=[OUTCOMES], help="files of outcomes")
+    options = parser.parse_args()
+    every = [outcome for path in options.files for outcome in kept(path)]
+    found = [each for each in every if options.commit in (None, each.commit)]
+    print(table(found))
+    return 1 if any(outcome.failure for outcome in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The API on a Redis Cluster of which a node is frozen. Kafka is absent."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from dev.services import Addresses, ApiServer
+from dev.stack.ports import free_port
+from dev.stack.servers import RedisCluster, RedisServer
+from flashsale import redis_client
+from flashsale.errors import RedisUnavailable
+from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
+from flashsale.settings import KafkaSettings
+from flashsale_api.engine import Engine
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Publisher
+from tests.support.api import problem, reserve
+from tests.support.eventually import until
+from tests.support.inventory import a_request, a_sale, answers, opened
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def api(
+    redis_cluster: RedisCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ApiServer]:
+    addresses = Addresses(redis_cluster.url, f"127.0.0.1:{free_port()}", "")
+    with ApiServer(tmp_path_factory.mktemp("api"), addresses) as server:
+        yield server
+        server.kill()  # a graceful stop would wait for Kafka
+
+
+@pytest.fixture
+async def inventory(redis_cluster: RedisCluster) -> AsyncIterator[Inventory]:
+    client = redis_client.connect(redis_cluster.url)
+    yield Inventory(client)
+    await client.aclose()
+
+
+@pytest.fixture
+async def items(inventory: Inventory, new_item: Callable[[], str]) -> tuple[str, str]:
+    """Two items with open sales, on two nodes."""
+    await inventory.nodes.all()
+    first = other = new_item()
+    while inventory.node_of(other) == inventory.node_of(first):
+        other = new_item()
+    for item in (first, other):
+        await opened(inventory, a_sale(item))
+    return first, other
+
+
+@contextlib.asynccontextmanager
+async def frozen(cluster: RedisCluster, inventory: Inventory, item: str) -> AsyncIterator[None]:
+    """Freeze the item's node meanwhile."""
+    port = int(inventory.node_of(item).rpartition(":")[2])
+    server: RedisServer
+    [server] = [each for each in cluster.servers if each.port == port]
+    server.pause()
+    try:
+        yield
+    finally:
+        server.resume()
+        await until(lambda: inventory.sales([item]), ignoring=(RedisUnavailable,))
+
+
+async def test_a_frozen_node_is_an_outage_of_its_own_sales_only(
+    redis_cluster: RedisCluster, api: ApiServer, inventory: Inventory, items: tuple[str, str]
+) -> None:
+    lost, other = items
+    async with httpx.AsyncClient(base_url=api.url, timeout=30) as http:
+        assert (await reserve(http, lost, "ann")).status_code == 202
+        async with frozen(redis_cluster, inventory, lost):
+            refused = await reserve(http, lost, "bob")
+            assert refused.status_code == 503
+            assert refused.json()["type"].endswith((":redis-unavailable", ":outcome-unknown"))
+            assert "retry-after" in refused.headers
+            problem(await http.get(f"/sales/{lost}"), 503, "redis-unavailable")
+
+            async def listed() -> bool:
+                sales = (await http.get("/sales")).json()["sales"]
+                assert (await reserve(http, other, f"user-{len(sold)}")).status_code == 202
+                sold.append(other)
+                ids = {sale["itemId"] for sale in sales}
+                return other in ids and lost not in ids
+
+            sold: list[str] = []
+            await until(listed)
+            # A pod without a heartbeat on the node for 5 s accepts nothing there.
+            while len(sold) < 60:
+                await listed()
+                await asyncio.sleep(0.1)
+            problem(await reserve(http, lost, "bob"), 503, "redis-unavailable")
+
+        async def sells() -> bool:
+            # The node may have executed a request of bob when it thawed.
+            return (await reserve(http, lost, str(uuid.uuid4()))).status_code == 202
+
+        await until(sells)
+
+
+class RecordingOutbox(Outbox):
+    """Records the items of finished calls, whether they failed or not."""
+
+    def __init__(self, redis: Redis) -> None:
+        super().__init__(redis)
+        self.finished: list[str] = []
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
+        try:
+            return await super().settle(item_id, acknowledged)
+        finally:
+            self.finished.append(item_id)
+
+
+async def test_a_frozen_node_delays_no_settlement_of_the_others(
+    redis_cluster: RedisCluster, inventory: Inventory, items: tuple[str, str]
+) -> None:
+    lost, other = items
+    outbox = RecordingOutbox(inventory.redis)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    for item in items:
+        await answers(inventory, item, [a_request()])
+        [entry] = await outbox.page(item, until_ms=2**50, count=10)
+        publisher._acknowledged[item] = [
+            (entry.entry_id, entry.reservation_id, entry.record.version)
+        ]
+    publisher._to_settle.set()
+    async with frozen(redis_cluster, inventory, lost):
+        settling = asyncio.create_task(publisher.settle())
+        await until(lambda: other not in publisher._acknowledged)
+        assert outbox.finished == [other]
+    await until(lambda: not publisher._acknowledged)
+    settling.cancel()
+    await asyncio.gather(settling, return_exceptions=True)
+    assert await outbox.lengths(items) == {lost: 0, other: 0}

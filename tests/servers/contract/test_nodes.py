@@ -1,0 +1,424 @@
+"""A Redis Cluster: each sale depends on its own node only. Needs real servers."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+import pytest
+import redis as blocking
+from redis.crc import key_slot
+from redis.exceptions import ResponseError
+
+from dev.stack.packages import redis_binaries
+from dev.stack.servers import RedisCluster, RedisServer
+from flashsale import heartbeat, redis_client
+from flashsale.errors import RedisUnavailable, UnmetRequirement
+from flashsale.inventory import Applied, Inventory
+from flashsale.keys import ItemKeys
+from flashsale.outbox import Outbox
+from flashsale.reservations import Outcome
+from tests.support import redis_users
+from tests.support.eventually import until
+from tests.support.inventory import a_request, a_sale, opened, outcome
+from tests.support.redis_users import OPERATOR, url_of
+
+FIRST, *OTHERS = sorted(redis_binaries(), reverse=True)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)],
+)
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisCluster]:
+    folder = tmp_path_factory.mktemp(f"{request.param}-nodes")
+    binary = redis_binaries()[request.param]
+    # The users of one server cannot ask for the slots.
+    with RedisCluster(folder, binary, options=redis_users.options()) as started:
+        yield started
+
+
+@pytest.fixture
+async def inventory(cluster: RedisCluster) -> AsyncIterator[Inventory]:
+    client = redis_client.connect(cluster.url)
+    found = Inventory(client)
+    yield found
+    await client.aclose()
+
+
+@pytest.fixture
+async def items(inventory: Inventory, new_item: Callable[[], str]) -> list[str]:
+    """An item with an open sale on each node, in the order of the nodes."""
+    names = [node.name for node in await inventory.nodes.all()]
+    found: dict[str, str] = {}
+    while len(found) < len(names):
+        item = new_item()
+        found.setdefault(inventory.node_of(item), item)
+    for item in found.values():
+        await opened(inventory, a_sale(item))
+    return [found[name] for name in sorted(found)]
+
+
+def server_of(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:
+    port = int(inventory.node_of(item).rpartition(":")[2])
+    [found] = [server for server in cluster.servers if server.port == port]
+    return found
+
+
+@contextlib.asynccontextmanager
+async def stopped(
+    server: RedisServer, inventory: Inventory, items: Sequence[str]
+) -> AsyncIterator[None]:
+    """Stop a server meanwhile. At the end, all items can be read again."""
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+        await until(lambda: inventory.sales(items), ignoring=(RedisUnavailable,))
+
+
+async def sells(inventory: Inventory, item: str) -> bool:
+    return await outcome(inventory, item, a_request(str(uuid.uuid4()))) is Outcome.ACCEPTED
+
+
+async def test_any_node_leads_to_all_sales(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    for server in cluster.servers:
+        client = redis_client.connect(server.url)
+        other = Inventory(client)
+        assert [await sells(other, item) for item in items] == [True] * len(items)
+        await client.aclose()
+    assert len({inventory.node_of(item) for item in items}) == len(cluster.servers)
+    sales = await inventory.sales(items)
+    assert [sales[item].accepted for item in items] == [len(cluster.servers)] * len(items)
+    servers = await inventory.servers(items)
+    assert {server.run_id for server in servers.values()} == {
+        sale.run_id for sale in sales.values()
+    }
+
+
+async def test_a_dead_node_takes_only_its_own_sales_with_it(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    lost, *others = items
+    outbox = Outbox(inventory.redis)
+    async with stopped(server_of(cluster, inventory, lost), inventory, items):
+        for item in others:
+            assert await sells(inventory, item)
+            assert (await inventory.look(item)).sale is not None
+        with pytest.raises(RedisUnavailable):
+            await outcome(inventory, lost, a_request())
+        with pytest.raises(RedisUnavailable):
+            await inventory.look(lost)
+        # A sale that cannot be read is never an empty one.
+        with pytest.raises(RedisUnavailable):
+            await inventory.sales([lost])
+        with pytest.raises(RedisUnavailable):
+            await inventory.sales(items)
+        assert set(await inventory.sales(items, skip_unreadable=True)) == set(others)
+        assert set(await inventory.servers(items)) == set(others)
+        assert set(await outbox.lengths(items, partial=True)) == set(others)
+        assert set(await outbox.oldest_ms(items)) == set(others)
+        assert len(await inventory.facts()) == len(others)
+    assert (await inventory.sales([lost]))[lost].run_id != (await inventory.server(lost)).run_id
+    assert await outcome(inventory, lost, a_request()) is Outcome.FENCED
+    assert [await sells(inventory, item) for item in others] == [True] * len(others)
+
+
+async def test_the_node_of_the_index_or_of_the_engine_id_may_be_away(
+    cluster: RedisCluster, inventory: Inventory, items: list[str], new_item: Callable[[], str]
+) -> None:
+    listed = await inventory.items()
+    for key in ("flashsale:items", "flashsale:engine"):
+        name = inventory.nodes.name_of(key)
+        [server] = [each for each in cluster.servers if name.endswith(f":{each.port}")]
+        async with stopped(server, inventory, items):
+            item = new_item()
+            while inventory.node_of(item) == name:
+                item = new_item()
+            await inventory.claim("e-1")
+            assert await inventory.apply(a_sale(item), 1, seed_until_ms=2**53) is Applied.SEEDED
+            assert await sells(inventory, item)
+            assert set(items) <= set(listed) <= set(await inventory.items())
+
+
+async def test_a_frozen_node_delays_no_other(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    lost, *others = items
+    server = server_of(cluster, inventory, lost)
+    server.pause()
+    try:
+        waiting = asyncio.create_task(outcome(inventory, lost, a_request()))
+        for _ in range(50):
+            assert await sells(inventory, others[0])
+        assert not waiting.done()  # its deadline is 5 s
+        assert set(await inventory.servers(items)) == set(others)
+    finally:
+        server.resume()
+    with contextlib.suppress(RedisUnavailable):
+        await waiting
+
+
+async def test_the_link_of_a_silent_node_is_closed(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    """A replaced primary that thaws could otherwise execute a call that it got before."""
+    nodes = {node.name: node for node in await inventory.nodes.all()}
+    links = {item: await nodes[inventory.node_of(item)].pool.link() for item in items}
+    watching = asyncio.create_task(inventory.nodes.watch())
+    frozen, *others = items
+    server = server_of(cluster, inventory, frozen)
+    server.pause()
+    try:
+        await until(lambda: links[frozen].closed)
+    finally:
+        server.resume()
+    assert not any(links[item].closed for item in others)
+    await until(lambda: sells(inventory, frozen), ignoring=(RedisUnavailable,))
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_call_survives_that_its_node_leaves_the_map(
+    cluster: RedisCluster, items: list[str]
+) -> None:
+    """A replica that is elected replaces its primary, while calls still use that one."""
+    for turns in range(1, 40):
+        client = redis_client.connect(cluster.url)
+        inventory = Inventory(client)
+        await inventory.nodes.all()
+        calling = asyncio.create_task(inventory.servers(items[:1]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        inventory.nodes._take([])
+        assert set(await calling) == set(items[:1])
+        await client.aclose()
+
+
+class Migration:
+    """Moves the slot of an item to another node, one step at a time."""
+
+    def __init__(self, cluster: RedisCluster, inventory: Inventory, item: str) -> None:
+        self.source = server_of(cluster, inventory, item)
+        [self.target, *_] = [each for each in cluster.servers if each is not self.source]
+        self.servers = cluster.servers
+        self.slot = key_slot(ItemKeys.of(item).sale.encode())
+
+    def ask(self, server: RedisServer, *words: object) -> object:
+        with blocking.Redis.from_url(server.url, decode_responses=True) as client:
+            return client.execute_command(*words)
+
+    def begin(self) -> None:
+        ids = {each: self.ask(each, "CLUSTER", "MYID") for each in (self.source, self.target)}
+        slot = "CLUSTER", "SETSLOT", self.slot
+        self.ask(self.target, *slot, "IMPORTING", ids[self.source])
+        self.ask(self.source, *slot, "MIGRATING", ids[self.target])
+
+    def move_keys(self) -> None:
+        keys = self.ask(self.source, "CLUSTER", "GETKEYSINSLOT", self.slot, 100)
+        assert isinstance(keys, list)
+        to = "MIGRATE", "127.0.0.1", self.target.port, "", 0, 5_000, "KEYS"
+        self.ask(self.source, *to, *keys)
+
+    def end(self) -> None:
+        owner = self.ask(self.target, "CLUSTER", "MYID")
+        first = [self.target, self.source]
+        for server in [*first, *(each for each in self.servers if each not in first)]:
+            self.ask(server, "CLUSTER", "SETSLOT", self.slot, "NODE", owner)
+
+
+async def test_a_slot_that_moves_is_an_outage_of_its_sale_and_then_fences_it(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    item, *others = items
+    outbox = Outbox(inventory.redis)
+    assert await sells(inventory, item)
+    before, accepted = inventory.node_of(item), (await inventory.sales([item]))[item].accepted
+    migration = Migration(cluster, inventory, item)
+
+    async def is_away() -> None:
+        with pytest.raises(RedisUnavailable, match=r"TRYAGAIN|moves") as refused:
+            await outcome(inventory, item, a_request())
+        assert not refused.value.maybe_executed
+        with pytest.raises(RedisUnavailable):
+            await inventory.sales([item])
+        assert set(await inventory.sales(items, skip_unreadable=True)) == set(others)
+        survey = await inventory.survey(items)
+        assert (set(survey.sales), survey.away) == (set(others), [item])
+        assert [await sells(inventory, each) for each in others] == [True] * len(others)
+
+    migration.begin()
+    await is_away()
+    migration.move_keys()
+    await is_away()
+    migration.end()
+    assert await outcome(inventory, item, a_request()) is Outcome.FENCED
+    assert inventory.node_of(item) != before
+    assert (await inventory.sales([item]))[item].accepted == accepted
+    assert await outbox.lengths([item]) == {item: accepted}
+
+
+async def test_two_nodes_that_name_each_other_are_an_outage_of_the_sale(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    item, *others = items
+    migration = Migration(cluster, inventory, item)
+    migration.begin()
+    migration.move_keys()
+    # The target still names the source.
+    owner = migration.ask(migration.target, "CLUSTER", "MYID")
+    migration.ask(migration.source, "CLUSTER", "SETSLOT", migration.slot, "NODE", owner)
+    for _ in range(3):
+        with pytest.raises(RedisUnavailable, match="moves") as refused:
+            await outcome(inventory, item, a_request())
+        assert not refused.value.maybe_executed
+        with pytest.raises(RedisUnavailable, match="moves"):
+            await inventory.sales([item])
+        with pytest.raises(RedisUnavailable, match="moves"):
+            await inventory.close(item, f"default/{item}", 2)
+    assert [await sells(inventory, each) for each in others] == [True] * len(others)
+    migration.end()
+    assert await outcome(inventory, item, a_request()) is Outcome.FENCED
+
+
+async def test_a_slot_without_an_owner_is_an_outage_of_its_sale_only(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    item, *others = items
+    migration = Migration(cluster, inventory, item)
+
+    def unassigned() -> bool:
+        # The owner's last message may assign the slot again.
+        for server in (migration.source, *cluster.servers):
+            with contextlib.suppress(ResponseError):
+                migration.ask(server, "CLUSTER", "DELSLOTS", migration.slot)
+        infos = [migration.ask(server, "CLUSTER INFO") for server in cluster.servers]
+        return all(
+            isinstance(info, dict) and info["cluster_slots_assigned"] == "16383" for info in infos
+        )
+
+    await until(unassigned)
+    try:
+
+        async def noticed() -> bool:
+            with pytest.raises(RedisUnavailable):
+                await outcome(inventory, item, a_request())
+            return not inventory.node_of(item)
+
+        await until(noticed)
+        with pytest.raises(RedisUnavailable, match="no node of the cluster has slot"):
+            await outcome(inventory, item, a_request())
+        with pytest.raises(RedisUnavailable):
+            await inventory.sales([item])
+        survey = await inventory.survey(items)
+        assert (set(survey.sales), survey.away) == (set(others), [item])
+        assert [await sells(inventory, each) for each in others] == [True] * len(others)
+    finally:
+        migration.ask(migration.source, "CLUSTER", "ADDSLOTS", migration.slot)
+    await until(lambda: sells(inventory, item), ignoring=(RedisUnavailable,))
+
+
+@pytest.mark.parametrize("read", ["sales", "call"])
+async def test_a_stale_map_is_corrected_by_the_first_answer(
+    cluster: RedisCluster, inventory: Inventory, items: list[str], read: str
+) -> None:
+    item = items[0]
+    stale = redis_client.connect(cluster.url)
+    other = Inventory(stale)
+    await other.sales(items)
+    migration = Migration(cluster, inventory, item)
+    migration.begin()
+    migration.move_keys()
+    migration.end()
+    if read == "sales":
+        assert set(await other.sales(items)) == set(items)
+    else:
+        assert await other.close(item, f"default/{item}", 2) == "closed"
+    await stale.aclose()
+
+
+async def test_a_heartbeat_is_written_on_the_node_of_each_item(
+    cluster: RedisCluster, inventory: Inventory, items: list[str]
+) -> None:
+    lost, *others = items
+    counts = dict.fromkeys(items, 3)
+    clocks = await inventory.clocks()
+    assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == set(clocks)
+    for item in items:
+        server = await inventory.server(item)
+        [report] = await heartbeat.living(inventory.redis, item, server)
+        assert report[:2] == ("pod", 3)
+        assert report.sampled_ms == clocks[inventory.node_of(item)].now_ms
+    async with stopped(server_of(cluster, inventory, lost), inventory, items):
+        clocks = await inventory.clocks()
+        assert set(clocks) == {inventory.node_of(item) for item in others}
+        assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == set(clocks)
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """Three primaries with a replica each."""
+    with RedisCluster(tmp_path_factory.mktemp("replicated"), replicas=1) as started:
+        yield started
+
+
+@pytest.mark.slow
+async def test_the_watch_finds_the_successor_of_a_primary_without_any_call(
+    replicated: RedisCluster, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(replicated.url)
+    inventory, item = Inventory(client), new_item()
+    await opened(inventory, a_sale(item))
+    former = inventory.node_of(item)
+    shard = replicated.servers.index(server_of(replicated, inventory, item))
+    watching = asyncio.create_task(inventory.nodes.watch())
+    with blocking.Redis(port=replicated.servers[shard + 3].port) as successor:
+        successor.execute_command("CLUSTER", "FAILOVER")
+        await until(lambda: inventory.node_of(item) != former)
+        assert inventory.node_of(item) == f"127.0.0.1:{replicated.servers[shard + 3].port}"
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    await client.aclose()
+
+
+@pytest.mark.slow
+async def test_a_failover_fences_the_sales_of_its_node_only(
+    replicated: RedisCluster, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(replicated.url)
+    inventory = Inventory(client)
+    items = [new_item() for _ in range(12)]
+    for item in items:
+        await opened(inventory, a_sale(item, stock=1_000_000))
+    lost, node = items[0], inventory.node_of(items[0])
+    others = [item for item in items if inventory.node_of(item) != node]
+    server_of(replicated, inventory, lost).kill()
+
+    async def fenced() -> bool:
+        assert all([await sells(inventory, item) for item in others])
+        return await outcome(inventory, lost, a_request()) is Outcome.FENCED
+
+    await until(fenced, ignoring=(RedisUnavailable,))
+    assert inventory.node_of(lost) != node
+    await client.aclose()
+
+
+async def test_a_user_without_the_command_for_slots_is_a_mistake_and_no_outage(
+    cluster: RedisCluster,
+) -> None:
+    client = redis_client.connect(url_of(cluster.servers[0], OPERATOR))
+    with pytest.raises(UnmetRequirement, match="needs the command CLUSTER SLOTS"):
+        await Inventory(client).facts()
+    await client.aclose()
+
+
+async def test_a_database_besides_0_is_a_mistake_and_no_outage(cluster: RedisCluster) -> None:
+    client = redis_client.connect(cluster.url.replace("/0", "/3"))
+    with pytest.raises(UnmetRequirement, match="names database 3"):
+        await Inventory(client).facts()
+    await client.aclose()
