@@ -1,6 +1,6 @@
 """The manifests of k8s and loadtest are valid and match the chart's values.
 
-A real kube-apiserver checks them. Real k6 and Redis check their scripts and configuration.
+A real kube-apiserver checks them, and a real k6 its scripts.
 """
 
 import json
@@ -8,28 +8,15 @@ import os
 import re
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
-from redis import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from dev.cluster.control_plane import ControlPlane
-from dev.stack.errors import StackError
-from dev.stack.redis import RedisServer, default_binary
-from flashsale import redis_client, requirements
-from flashsale.inventory import Applied, Inventory
-from flashsale.outbox import Outbox
-from flashsale.requirements import SLOTS, Checks
-from flashsale.reservations import Request
-from flashsale.sale import SaleSpec
 from tests.support.chart import COMPONENTS, Helm, Manifest, Rendered, merged
-from tests.support.eventually import eventually
-from tests.support.manifests import documents, scripts, selects
+from tests.support.manifests import documents, selects
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -40,9 +27,6 @@ LOADTEST: Final = ROOT / "loadtest"
 # The names of the engine in k8s/values.
 TOPIC: Final = "flashsale.reservations"
 RECORDED: Final = "flashsale.recorded"
-PASSWORD: Final = "Secret-of.the_test~1"
-ENGINE: Final = "Secret-of.the_engine~2"
-API: Final = "Secret-of.the_api~3"
 GROUP: Final = "flashsale-ledger"
 TOPOLOGIES: Final = {
     "one node": [VALUES / "one-node.yaml"],
@@ -299,155 +283,6 @@ def test_kafka_users_may_only_use_the_engines_topics_and_group() -> None:
             assert not {"All", "Create", "Alter", "Delete"} & set(acl["operations"])
 
 
-class RedisOfManifest(RedisServer):
-    """The real server, started by the script of a manifest's ConfigMap on another folder and port.
-
-    No wheel has redis-cli, so a script replaces it. It names this node as the primary.
-    """
-
-    def __init__(
-        self, data: Path, files: dict[str, str], password: str, engine_password: str = ENGINE
-    ) -> None:
-        super().__init__(data)
-        self.files = files
-        self.password = password
-        self.engine_password = engine_password
-
-    @property
-    def url(self) -> str:
-        return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
-
-    def _prepare(self) -> None:
-        programs = {"redis-cli": "echo node.redis-nodes", "hostname": "echo node"}
-        programs["getent"] = "echo 127.0.0.1 $2"
-        programs["redis-server"] = f'exec {default_binary()} "$@"'
-        for name, line in programs.items():
-            path = self.data / "bin" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(f"#!/bin/sh\n{line}\n")
-            path.chmod(0o755)
-        own = f"dir {self.data}\nport {self.port}\ncluster-port {self.bus_port}\nbind 127.0.0.1\n"
-        for name, text in self.files.items():
-            moved = text.replace("/etc/redis", str(self.data)).replace("dir /data\n", own)
-            (self.data / name).write_text(moved)
-
-    def _command(self) -> list[str]:
-        return ["sh", "redis.sh"]
-
-    def _environment(self) -> dict[str, str]:
-        path = f"{self.data / 'bin'}:{os.environ['PATH']}"
-        passwords = {
-            "REDISCLI_AUTH": self.password,
-            "ENGINE_PASSWORD": self.engine_password,
-            "API_PASSWORD": API,
-        }
-        return {**super()._environment(), "PATH": path, **passwords}
-
-    def _ready(self) -> bool:
-        try:
-            with Redis.from_url(self.url) as redis:
-                return bool(redis.ping())
-        except RedisError as error:
-            raise OSError(str(error)) from error
-
-
-@pytest.fixture(params=sorted(path.stem for path in (K8S / "redis").iterdir()))
-def redis_of_manifest(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Iterator[tuple[str, RedisOfManifest, Redis]]:
-    """Each shipped Redis with its manifest's name and a client."""
-    files = scripts(Path(f"k8s/redis/{request.param}.yaml"))
-    with RedisOfManifest(tmp_path / "redis", files, PASSWORD) as server:
-        redis = Redis.from_url(server.url, decode_responses=True)
-        if request.param == "cluster":
-            ask: Any = redis.execute_command
-            ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
-            eventually(lambda: ask("CLUSTER INFO")["cluster_state"] == "ok")
-        yield request.param, server, redis
-        redis.close()
-
-
-def test_redis_keeps_its_keys_its_data_and_its_replication_id(
-    redis_of_manifest: tuple[str, RedisOfManifest, Redis],
-) -> None:
-    name, _, redis = redis_of_manifest
-    wanted = {
-        "maxmemory-policy": "noeviction",
-        "appendonly": "yes",
-        "repl-backlog-ttl": "0",
-        "min-replicas-to-write": "1" if name == "highly-available" else "0",
-    }
-    assert redis.config_get(*wanted) == wanted
-
-
-def test_redis_demands_its_password_and_has_it_in_no_argument(
-    redis_of_manifest: tuple[str, RedisOfManifest, Redis],
-) -> None:
-    name, server, redis = redis_of_manifest
-    assert server.pid is not None
-    arguments = Path(f"/proc/{server.pid}/cmdline").read_bytes().decode()
-    assert f"127.0.0.1:{server.port}" in arguments
-    assert PASSWORD not in arguments
-    assert ENGINE not in arguments
-    assert API not in arguments
-    # A replica sends this password to its primary.
-    assert redis.config_get("masterauth")["masterauth"] == ("" if name == "one-node" else PASSWORD)
-    with (
-        Redis(port=server.port) as stranger,
-        pytest.raises(AuthenticationError, match="authenticated"),
-    ):
-        stranger.ping()
-
-
-@pytest.mark.parametrize("password", ["", "two words", 'quote"', "line\nbreak"])
-@pytest.mark.parametrize("file", sorted(path.name for path in (K8S / "redis").iterdir()))
-def test_redis_refuses_a_password_that_its_configuration_cannot_hold(
-    tmp_path: Path, file: str, password: str
-) -> None:
-    files = scripts(Path("k8s/redis") / file)
-    for number, passwords in enumerate([(password, ENGINE), (PASSWORD, password)]):
-        server = RedisOfManifest(tmp_path / f"redis-{number}", files, *passwords)
-        with pytest.raises(StackError, match="may have only letters, digits") as refusal:
-            server.start()
-        assert not password or password not in str(refusal.value)
-
-
-async def test_the_engine_sells_as_users_who_may_not_change_the_server(
-    redis_of_manifest: tuple[str, RedisOfManifest, Redis],
-) -> None:
-    _, server, admin = redis_of_manifest
-    admin.config_set("min-replicas-to-write", 0)
-    operator, api = [
-        redis_client.connect(f"redis://{user}:{password}@127.0.0.1:{server.port}/0")
-        for user, password in (("flashsale", ENGINE), ("flashsale-api", API))
-    ]
-    for client in (operator, api):
-        Checks().require(requirements.REDIS, *await Inventory(client, "shop").facts())
-    seeding = Inventory(operator, "shop")
-    await seeding.claim("e-1")
-    spec = SaleSpec("default/phone", "phone", 10)
-    assert await seeding.apply(spec, 1, engine_id="e-1", seed_until_ms=2**53) is Applied.SEEDED
-    inventory, outbox = Inventory(api, "shop"), Outbox(api, "shop")
-    await inventory.load()
-    await outbox.load()
-    request = Request(str(uuid.uuid4()), "ann", 1)
-    await inventory.reserve("phone", [request], timeout_seconds=5, engine_id="e-1")
-    assert (await inventory.sales(await inventory.items()))["phone"].accepted == 1
-    [entry] = await outbox.page("phone", after="-", until_ms=2**53, count=10)
-    assert await outbox.take_lease("phone", "pod", 1_000)
-    assert await outbox.settle("phone", [(entry.entry_id, entry.reservation_id, 1)]) == 1
-    changing = "FLUSHALL", "KEYS *", "CONFIG SET maxmemory-policy allkeys-lru", "SHUTDOWN"
-    for client, commands in (
-        (operator, changing),
-        (api, (*changing, "DEL shop:{phone}:sale", "RENAME shop:{phone}:sale x")),
-    ):
-        for command in commands:
-            refused: Any = client.execute_command(*command.split())  # type: ignore[no-untyped-call]
-            with pytest.raises(NoPermissionError):
-                await refused
-        await client.aclose()
-
-
 def containers(file: Path) -> list[Manifest]:
     templates = (each["spec"].get("template", {}) for each in documents(file) if "spec" in each)
     return [
@@ -582,65 +417,3 @@ def test_the_archive_for_the_k6_operator_is_complete_and_reads_the_pods_settings
         )
     assert "GET /sales/other returned status 0" in done.stderr
     assert done.returncode != 0
-
-
-def test_the_redis_service_leads_to_the_proxy_and_the_proxy_to_every_node() -> None:
-    found = documents(Path("k8s/redis/highly-available.yaml"))
-    by_kind = {
-        kind: {each["metadata"]["name"]: each for each in found if each["kind"] == kind}
-        for kind in ("ConfigMap", "Service", "StatefulSet", "Deployment")
-    }
-    nodes = by_kind["StatefulSet"]["redis"]["spec"]
-    front = by_kind["Service"]["redis"]["spec"]
-    proxy = by_kind["Deployment"]["redis-proxy"]["spec"]["template"]
-    assert front["selector"].items() <= proxy["metadata"]["labels"].items()
-    assert not front["selector"].items() <= nodes["template"]["metadata"]["labels"].items()
-    headless = by_kind["Service"][nodes["serviceName"]]["spec"]
-    assert headless["publishNotReadyAddresses"]
-    proxied = by_kind["ConfigMap"]["redis"]["data"]["haproxy.cfg"]
-    servers = re.findall(r'^ *server \S+ "([^.]+)\.([^.]+)\.', proxied, re.MULTILINE)
-    assert servers == [(f"redis-{n}", nodes["serviceName"]) for n in range(nodes["replicas"])]
-    watched = by_kind["ConfigMap"]["redis"]["data"]["sentinel.conf"]
-    assert f"sentinel monitor flashsale redis-0.{nodes['serviceName']} 6379 2" in watched
-
-
-def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:
-    files = scripts(Path("k8s/redis/highly-available.yaml"))
-    with (
-        RedisOfManifest(tmp_path / "redis", files, PASSWORD) as server,
-        Redis.from_url(server.url) as redis,
-        pytest.raises(ResponseError, match="Not enough good replicas"),
-    ):
-        redis.set("flashsale:items", "1")
-
-
-def test_the_proxy_finds_the_clusters_domain(tmp_path: Path) -> None:
-    """Run its script with other files and without HAProxy, which prints its environment instead."""
-    script = scripts(Path("k8s/redis/highly-available.yaml"))["haproxy.sh"]
-    found = tmp_path / "resolv.conf"
-    moved = script.replace("/etc/resolv.conf", str(found))
-    moved = moved.replace("exec haproxy", "printenv DOMAIN; : haproxy")
-    for text, domain in (
-        ("search shop.svc.example.org svc.example.org example.org\n", "shop.svc.example.org"),
-        ("nameserver 10.96.0.10\nsearch shop.svc.other\noptions ndots:5\n", "shop.svc.other"),
-        ("nameserver 10.96.0.10\n", ""),
-    ):
-        found.write_text(text)
-        done = subprocess.run(["sh", "-c", moved], capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == domain
-        assert (done.returncode == 0) == bool(domain), done.stderr
-
-
-def test_the_proxy_listens_on_ipv6_where_the_machine_has_it(tmp_path: Path) -> None:
-    files = scripts(Path("k8s/redis/highly-available.yaml"))
-    resolvers, ipv6 = tmp_path / "resolv.conf", tmp_path / "if_inet6"
-    resolvers.write_text("search shop.svc.cluster.local\n")
-    moved = files["haproxy.sh"].replace("/etc/resolv.conf", str(resolvers))
-    moved = moved.replace("/proc/net/if_inet6", str(ipv6))
-    moved = moved.replace("exec haproxy", "printenv ADDRESS; : haproxy")
-    for address in ("", "::"):
-        done = subprocess.run(["sh", "-c", moved], capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == address, done.stderr
-        ipv6.touch()
-    binds = re.findall(r"^ *bind (.*)", files["haproxy.cfg"], re.MULTILINE)
-    assert binds == ['"${ADDRESS}:6379" v4v6', '"${ADDRESS}:8404" v4v6']

@@ -224,7 +224,7 @@ def _compare(
 
 
 def _orders(book: _Book, journal: Sequence[Call], result: Result) -> list[str]:
-    """Check the calls of the shop against the ledger. What was answered 200 is never lost."""
+    """Check the shop's calls against the ledger. A change that was answered 200 is never lost."""
     wrong = []
     states = Counter(row["state"] for row in book.rows.values())
     result.confirmed, result.cancelled = states["confirmed"], states["cancelled"]

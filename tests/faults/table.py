@@ -144,8 +144,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     answers: Counter[str] = Counter()
     for outcome in outcomes:
         answers.update(outcome.result.outcomes)
-    counts = ", ".join(f"{count:,} times {kind}" for kind, count in answers.most_common())
-    lines += ["", f"The buyers received {sum(answers.values()):,} answers: {counts or 'none'}.", ""]
+    lines += ["", "| answer | count |", "|---|---|"]
+    lines += [f"| {kind} | {count:,} |" for kind, count in answers.most_common()]
+    lines += [f"| all | {sum(answers.values()):,} |", ""]
     for name in dict.fromkeys(outcome.commit for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.commit == name]
         spans = ", ".join(_spans({outcome.seed for outcome in own}))

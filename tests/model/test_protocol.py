@@ -59,7 +59,7 @@ def test_many_more_runs_agree(shard: int) -> None:
 
 
 def run_all(seeds: range) -> Counter[str]:
-    """Runs seeds with the whole protocol, and returns counts of what happened."""
+    """Runs seeds with the whole protocol, and counts the events by name."""
     seen: Counter[str] = Counter()
     for seed in seeds:
         seen.update(check(seed, Rules()))

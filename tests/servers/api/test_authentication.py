@@ -23,6 +23,7 @@ from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer
 from dev.stack import process
 from dev.stack.errors import StackError
+from dev.stack.ports import free_port
 from flashsale_api import tokens
 from flashsale_api.metrics import Metrics
 from flashsale_api.tokens import Keys, Tokens
@@ -251,10 +252,11 @@ async def test_a_pod_without_keys_is_not_ready(
     without_kafka: Addresses, tmp_path: Path, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "START_SECONDS", 5.0)
-    settings = issuer.settings | {"FLASHSALE_JWKS_URL": f"{issuer.url[:-1]}1/none"}
+    nowhere = f"http://127.0.0.1:{free_port()}/jwks.json"
+    settings = issuer.settings | {"FLASHSALE_JWKS_URL": nowhere}
     server = ApiServer(tmp_path / "api", without_kafka, settings=settings)
-    with pytest.raises(StackError, match="FLASHSALE_JWKS_URL"):
-        server.start()
+    with pytest.raises(StackError, match="FLASHSALE_JWKS_URL"), server:
+        pass
 
 
 async def test_the_k6_scripts_send_tokens_of_an_issuer(

@@ -1,4 +1,4 @@
-"""`flashsalectl` in a checkout and in a shell: the servers it finds, and what it completes."""
+"""`flashsalectl` finds the servers of a checkout, and completes words in a shell."""
 
 import os
 import subprocess
