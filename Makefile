@@ -54,8 +54,10 @@ cluster-down: $(READY) ## Stop the cluster, and remove everything that it left
 e2e: $(READY) ## Install, sell, break and upgrade on a cluster of its own (needs as `make cluster`)
 	$(BIN)/pytest tests/e2e
 
+ifeq ($(firstword $(MAKECMDGOALS)),load)
 ifneq ($(filter %.js $(patsubst loadtest/%.js,%,$(wildcard loadtest/*.js)),$(MAKECMDGOALS)),)
 $(error Name the script with SCRIPT, such as `make load SCRIPT=soak`)
+endif
 endif
 load: $(READY) ## Run a k6 script of loadtest/ against `make up`: SCRIPT=stampede.js
 	@$(BIN)/python -m dev.load $(or $(SCRIPT),stampede.js)

@@ -1,15 +1,24 @@
 """Ports for the servers."""
 
+import os
 import random
 import socket
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from dev.stack.errors import StackError
 
+_PARTS: Final = 8
+_given: Final[deque[int]] = deque(maxlen=500)
 
-def free_port(besides: frozenset[int] = frozenset()) -> int:
-    """Return a TCP port of 127.0.0.1 that is free, and not one of `besides`.
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that is free.
+
+    Nothing listens on it until its server starts, so this function does not return it again soon.
+    Processes that run side by side mostly choose from different parts of the range.
 
     The port lies below the range of outgoing ports if there is room. Otherwise a client that keeps
     calling a stopped server could get the server's own port as its outgoing port. It would then be
@@ -20,12 +29,14 @@ def free_port(besides: frozenset[int] = frozenset()) -> int:
     except FileNotFoundError:
         first = 49152  # the start of the dynamic range of IANA and of macOS
     below = range(max(first - 12_000, 10_000), first)
-    candidates = random.sample(below, 100) if len(below) > 1000 else []
-    for candidate in [*candidates, 0]:
+    own = below[os.getpid() % _PARTS :: _PARTS]
+    candidates = random.sample(own, 100) if len(below) > 1000 else [0] * 100
+    for candidate in candidates:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", candidate))
             port: int = probe.getsockname()[1]
-            if port not in besides:
+            if port not in _given:
+                _given.append(port)
                 return port
     raise StackError("no free port on 127.0.0.1; stop some servers")
 

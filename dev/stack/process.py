@@ -186,7 +186,7 @@ class Server(ABC):
 
     def _port(self, role: str) -> int:
         if role not in self._ports:
-            self._ports[role] = free_port(frozenset(self._ports.values()))
+            self._ports[role] = free_port()
         return self._ports[role]
 
     def _spawn(self) -> None:

@@ -262,6 +262,10 @@ def test_a_free_port_is_outside_the_range_of_outgoing_ports() -> None:
     assert free_port() < first
 
 
+def test_a_port_is_given_once_although_nothing_listens_on_it_yet() -> None:
+    assert len({free_port() for _ in range(300)}) == 300
+
+
 def test_a_killed_lifeline_is_replaced(tmp_path: Path) -> None:
     ending = """
 from dev.stack import lifeline
