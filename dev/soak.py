@@ -32,8 +32,8 @@ from dev.steady import Buyers
 from dev.verdict import quiet
 
 FOLDER: Final = LOCAL / "soak"
-HOLD_SECONDS: Final = 20
-ENDED_SECONDS: Final = 45.0
+HOLD_SECONDS: Final = 60
+ENDED_SECONDS: Final = 85.0
 """How long after the end of a sale its holds have expired: their seconds, the grace, the sweep."""
 SALE_SECONDS: Final = 300.0
 STOCK: Final = 10_000_000

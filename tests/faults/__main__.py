@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Final
 
 from dev.stack.errors import StackError
@@ -60,7 +61,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     outcomes: list[Outcome] = []
     try:
-        run(waiting, min(options.workers, options.n), outcomes, keep_going=options.keep_going)
+        run(
+            waiting,
+            [OUTCOMES.parent / f"world-{worker + 1}" for worker in range(options.workers)],
+            outcomes,
+            keep_going=options.keep_going,
+        )
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
@@ -72,12 +78,16 @@ def main() -> int:
 
 
 def run(
-    waiting: Sequence[Schedule], workers: int, outcomes: list[Outcome], *, keep_going: bool
+    waiting: Sequence[Schedule],
+    folders: Sequence[Path],
+    outcomes: list[Outcome],
+    *,
+    keep_going: bool,
 ) -> None:
     """Run the schedules, and add their outcomes to the list and to the file.
 
-    Unless `keep_going`, no schedule starts after a failure. Raises StackError if a server does not
-    start.
+    A worker for each folder runs them side by side. Unless `keep_going`, no schedule starts after
+    a failure. Raises StackError if a server does not start.
     """
     left, began = list(waiting), time.monotonic()
     with ExitStack() as stack:
@@ -88,8 +98,8 @@ def run(
                 worker.run(_next(left, worker, [other.redis for other in busy.values()]))
                 busy[worker.connection] = worker
 
-        for number in range(workers):
-            worker = Worker(number + 1)
+        for folder in folders[: len(waiting)]:
+            worker = Worker(folder)
             stack.callback(worker.end)
             proceed(worker)
         while busy:

@@ -1,15 +1,13 @@
 """A few of the schedules of `make faults`."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
 from dev.cluster.binaries import Binaries
-from tests.faults.run import run
-from tests.faults.schedule import OF_BUYERS, Kind, Redis, Schedule, kinds, schedule
+from tests.faults.__main__ import WORKERS, run
+from tests.faults.schedule import OF_BUYERS, Kind, Redis, kinds, schedule
 from tests.faults.table import Outcome, keep, kept, table
-from tests.faults.world import opened
 
 # Together these seeds have every kind of fault and every kind of Redis.
 SEEDS = (537, 766, 911, 983, 1117, 1190, 1241, 1412)
@@ -55,16 +53,14 @@ def test_parts_of_a_run_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-async def test_every_promise_is_kept_under_every_kind_of_fault(
+def test_every_promise_is_kept_under_every_kind_of_fault(
     kubernetes: Binaries,  # noqa: ARG001 - builds the programs first
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def run_all(redis: Redis, chosen: list[Schedule]) -> None:
-        async with opened(tmp_path / redis, redis) as world:
-            for made in chosen:
-                await run(world, made)
-
-    async with asyncio.TaskGroup() as worlds:
-        for redis in Redis:
-            chosen = [made for made in map(schedule, SEEDS) if made.redis is redis]
-            worlds.create_task(run_all(redis, chosen))
+    monkeypatch.setattr("tests.faults.table.OUTCOMES", tmp_path / "outcomes.jsonl")
+    folders = [tmp_path / f"world-{worker}" for worker in range(WORKERS)]
+    outcomes: list[Outcome] = []
+    run(list(map(schedule, SEEDS)), folders, outcomes, keep_going=True)
+    assert sorted(outcome.seed for outcome in outcomes) == list(SEEDS)
+    assert [outcome.failure for outcome in outcomes if outcome.failure] == []

@@ -8,33 +8,28 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
 
 from dev.stack.errors import StackError
 from tests.faults.run import Failed, run
 from tests.faults.schedule import Redis, Schedule
 from tests.faults.table import Outcome
 from tests.faults.world import World, opened
-from tests.support.paths import ROOT
-
-FOLDER: Final = ROOT / ".local" / "faults"
 
 
 class Worker:
     """The process. It sends one Outcome per schedule, or a StackError if a server fails to start.
 
-    It keeps its servers until a schedule needs another kind of Redis or has failed.
+    It keeps its servers in `folder` until a schedule needs another kind of Redis or has failed. A
+    failure is saved next to that folder.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.redis: Redis | None = None
         """The kind of Redis of the last schedule."""
         self.tokens = False
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(theirs, FOLDER / f"world-{number}"), daemon=True
-        )
+        self._process = context.Process(target=_work, args=(theirs, folder), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -90,11 +85,11 @@ async def _one(world: World, made: Schedule) -> Outcome:
 
 def _keep(world: World, outcome: Outcome) -> None:
     """Save the failure with the logs of all processes."""
-    kept = FOLDER / f"seed-{outcome.seed}-{outcome.redis}"
+    kept = world.folder.parent / f"seed-{outcome.seed}-{outcome.redis}"
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "failed.txt").write_text(f"{outcome.failure}\n")
     for log in world.folder.rglob("*.log"):
         # Kafka's partitions are files of this name, too.
         if not log.stem.isdigit():
             shutil.copy(log, kept / f"{log.parent.name}.log")
-    outcome.failure += f"\nSaved with the logs in {kept.relative_to(ROOT)}"
+    outcome.failure += f"\nSaved with the logs in {kept}"
