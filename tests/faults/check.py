@@ -271,13 +271,6 @@ def _expected(answer: Answer, history: History) -> bool:
     if answer.impostor:
         # A sold-out sale is answered before the token is read.
         return answer.status in (0, 401, 403, 409, 503)
-    if answer.status == 401:
-        # A pod that starts without the issuer's keys knows no buyer. It is not ready yet.
-        return any(
-            api == answer.api and began <= answer.received and since <= restarted
-            for api, began, restarted in history.killed
-            for since, _ in history.without_issuer
-        )
     if answer.status == 404:
         # A pod that started after Redis lost the keys has never seen the sale. It answers 404 until
         # the operator has fenced the sale in Redis.

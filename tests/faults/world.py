@@ -50,7 +50,6 @@ class History:
     killed: list[tuple[int, float, float]] = field(default_factory=list)
     orphaned: list[tuple[int, float, float]] = field(default_factory=list)
     without_kafka: list[tuple[float, float]] = field(default_factory=list)
-    without_issuer: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -180,8 +179,6 @@ class World:
             self.history.orphaned.append((step.which, *span))
         if step.kind.name.startswith("KAFKA_"):
             self.history.without_kafka.append(span)
-        if step.kind is Kind.ISSUER_AWAY:
-            self.history.without_issuer.append(span)
 
     async def _doing(self, step: Step, sale: Sale, crowd: Crowd) -> None:
         subject, _, verb = step.kind.name.partition("_")

@@ -57,6 +57,7 @@ class Failure(Word):
     OUTCOME_UNKNOWN = "outcome_unknown"
     INTERNAL_ERROR = "internal_error"
     UNAUTHORIZED = "unauthorized"
+    KEYS_UNAVAILABLE = "keys_unavailable"
     WRONG_USER = "wrong_user"
 
 
