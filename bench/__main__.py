@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import cluster, holds, machine, outages, page, recording, requests, scripts
+from bench import backlogs, cluster, holds, machine, outages, page, recording, requests, scripts
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
@@ -87,6 +87,8 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         together = recording.together(rig, scale, api, capacity)
         _say("Outages of PostgreSQL and of Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
+        _say("Backlogs after an outage, in a rebuild and in an expiry")
+        worked_off = backlogs.backlogs(rig, scale, api, capacity / 2, run_as)
         _say("Holds: accepted, confirmed and expired")
         held = holds.holds(rig, scale, api, capacity, run_as)
         _say("Growth of processes, sales and stock")
@@ -112,6 +114,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         drains=drains,
         together=together,
         outages=away,
+        backlogs=worked_off,
         holds=held,
         processes=processes,
         memory=memory,

@@ -17,7 +17,7 @@ from bench.chart import Line, chart
 from bench.cluster import ONE, SALES, THIRD, THREE
 from bench.holds import CONFIRMATIONS, FASTEST, HELD, PLAIN, STEADY
 from bench.requests import PERCENTS
-from bench.results import Cluster, Findings, Phase, Round
+from bench.results import Backlogs, Cluster, Findings, Phase, Round
 
 PAGE = "performance.md"
 REPLICA: Final = 1.22
@@ -41,6 +41,9 @@ def write(findings: Findings, docs: Path) -> None:
     (docs / "performance.json").write_bytes(made + b"\n")
     (docs / "performance-open-loop.svg").write_text(_open_loop_chart(findings))
     (docs / "performance-outages.svg").write_text(_outage_chart(findings))
+    if findings.backlogs.found:
+        (docs / "performance-backlogs.svg").write_text(_backlog_chart(findings))
+        (docs / "performance-backlogs-left.svg").write_text(_left_chart(findings))
 
 
 def summary(findings: Findings) -> str:
@@ -61,6 +64,7 @@ def _sections(found: Findings) -> dict[str, str]:
         "scale": _scale(found),
         "recording": _recording(found),
         "outages": _outages(found),
+        "backlogs": backlogs(found.backlogs),
         "holds": _holds(found),
         "growth": _growth(found),
     }
@@ -387,6 +391,32 @@ def _outages(found: Findings) -> str:
     )
 
 
+def backlogs(found: Backlogs) -> str:
+    """Return the table of backlogs, and the links to their charts."""
+    if not found.found:
+        return "There are no figures of a quiet machine yet.\n"
+    rows = [
+        (
+            one.name,
+            f"{one.rate:,.0f}",
+            f"{max(one.left):,}",
+            f"{one.left[-1]:,} left" if one.seconds is None else f"{one.seconds:.1f}",
+            f"{one.calm:.1f}",
+            f"{one.p95:.1f}",
+            f"{max(one.each_second):.1f}",
+            f"{one.failed:,} of {one.requests:,}",
+        )
+        for one in found.found
+    ]
+    head = ("", "requests/s", "backlog", "gone after s", "P95 ms before", "P95 ms until then")
+    return (
+        _table((*head, "in the slowest second", "not accepted"), rows)
+        + f"\nRun: {found.run}.\n\n"
+        + "![P95 of each second while a backlog is worked off](performance-backlogs.svg)\n\n"
+        + "![The remaining part of the backlog](performance-backlogs-left.svg)\n"
+    )
+
+
 def _holds(found: Findings) -> str:
     holds, one = found.holds, found.holds.expiry
     rows = [
@@ -480,6 +510,19 @@ def _outage_chart(found: Findings) -> str:
         [Line("P95", points)],
         found.outages.spans,
     )
+
+
+def _backlog_chart(found: Findings) -> str:
+    lines = [Line(one.name, list(enumerate(one.each_second))) for one in found.backlogs.found]
+    return chart("P95 of each second while a backlog is worked off", "seconds", "ms", lines)
+
+
+def _left_chart(found: Findings) -> str:
+    lines = [
+        Line(one.name, [(at, size / max(one.left) * 100) for at, size in enumerate(one.left)])
+        for one in found.backlogs.found
+    ]
+    return chart("The remaining part of the backlog", "seconds", "%", lines)
 
 
 def _middle_rps(rounds: Sequence[Round]) -> float:

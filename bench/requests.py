@@ -22,12 +22,13 @@ class Scale:
     together_seconds: float
     calm_seconds: float
     outage_seconds: float
+    away_seconds: float
     holds: int
     stocks: tuple[int, ...]
 
 
-WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, 100_000, (100, 100_000, 5_000_000))
-QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, 5_000, (100, 20_000))
+WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, 25.0, 100_000, (100, 100_000, 5_000_000))
+QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, 3.0, 5_000, (100, 20_000))
 
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:

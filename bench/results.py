@@ -108,6 +108,35 @@ class Outages(msgspec.Struct, frozen=True):
     unrecorded: int
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """A backlog that was worked off while buyers sent `rate` requests per second.
+
+    - `calm` is the P95 before, and `p95` the P95 until the backlog was gone.
+    - `each_second` has the P95 of each second, and `left` the backlog then.
+    - `seconds` is the time until the backlog was gone, or None if it was not gone in the end.
+    - `failed` counts the requests that were not accepted.
+
+    Latencies are in milliseconds.
+    """
+
+    name: str
+    rate: float
+    calm: float
+    seconds: float | None
+    p95: float
+    each_second: list[float]
+    left: list[int]
+    requests: int
+    failed: int
+
+
+class Backlogs(msgspec.Struct, frozen=True):
+    """Backlogs of each kind. `run` says when they were measured, and under which other load."""
+
+    run: str = ""
+    found: list[Backlog] = msgspec.field(default_factory=list)
+
+
 class Memory(msgspec.Struct, frozen=True):
     """A sale that has sold all of its stock.
 
@@ -202,3 +231,4 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     sales: dict[str, list[Round]]
     apply_seconds: list[float]
     cluster: Cluster
+    backlogs: Backlogs = msgspec.field(default_factory=Backlogs)
