@@ -8,16 +8,16 @@ import re
 from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Final
 
 import msgspec
 
 from bench.chart import Line, chart
-from bench.cluster import ONE, SALES, THIRD, THREE
+from bench.cluster import NODE, ONE, SALES, SINGLE, THIRD, THREE
 from bench.holds import CONFIRMATIONS, FASTEST, HELD, PLAIN, STEADY
 from bench.requests import PERCENTS
-from bench.results import Backlogs, Cluster, Findings, Phase, Round
+from bench.results import Backlogs, Calls, Cluster, Findings, Phase, Round
 
 PAGE = "performance.md"
 REPLICA: Final = 1.22
@@ -61,6 +61,7 @@ def _sections(found: Findings) -> dict[str, str]:
         "open-loop": _open_loop(found),
         "redis": _redis(found),
         "cluster": _cluster(found.cluster),
+        "calls": _calls(found.cluster.calls),
         "scale": _scale(found),
         "recording": _recording(found),
         "outages": _outages(found),
@@ -328,6 +329,21 @@ def _cluster(found: Cluster) -> str:
         + "node with a third of it.\n\n"
         + _table(("node", "sales", "% of the requests", "% of the primaries' CPU"), nodes)
         + f"\nRun: {found.run}.\n"
+    )
+
+
+def _calls(found: Calls) -> str:
+    rows = []
+    ratios = []
+    for kind, sides in found.costs.items():
+        single, node = sides[SINGLE], sides[NODE]
+        ratio = [ours / others for ours, others in zip(node, single, strict=True)]
+        ratios.append(median(ratio))
+        rows.append((kind, _spread(single, 1), _spread(node, 1), _spread(ratio, 2)))
+    return (
+        _table(("µs per request", SINGLE, NODE, "ratio"), rows)
+        + f"\nThe ratios are those of each round. The mean of their medians is {mean(ratios):.2f}."
+        + f"\n\nRun: {found.run}.\n"
     )
 
 

@@ -176,6 +176,17 @@ class Holds(msgspec.Struct, frozen=True):
     expiry: Expiry
 
 
+class Calls(msgspec.Struct, frozen=True):
+    """CPU microseconds of Redis per request in script calls of equal size.
+
+    `costs` has the figure of each round, by the kind of request with their number per call, and by
+    the side: a single server, and a node of a cluster. Both have a replica.
+    """
+
+    run: str
+    costs: dict[str, dict[str, list[float]]]
+
+
 class Cluster(msgspec.Struct, frozen=True):
     """One node and three nodes of Redis, each with a replica, at a constant arrival rate.
 
@@ -187,6 +198,7 @@ class Cluster(msgspec.Struct, frozen=True):
     rate: float
     sales: list[int]
     rounds: dict[str, list[Round]]
+    calls: Calls
 
 
 class Bounds(msgspec.Struct, frozen=True):
