@@ -9,7 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import backlogs, cluster, holds, machine, outages, page, recording, requests, scripts
+from bench import (
+    backlogs,
+    bounds,
+    cluster,
+    holds,
+    machine,
+    outages,
+    page,
+    recording,
+    requests,
+    scripts,
+)
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
@@ -75,7 +86,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         reserve = requests.closed_loop(rig, scale, api)
         run_as = f"{when}, commit {described['commit']}, {background}"
         _say("The bounds on clients: with and without them")
-        bounds = requests.bounds(rig, scale, api, run_as)
+        bounded = bounds.compare(rig, scale, api, run_as)
         parts = rig.parts()
         capacity = median(done.tally.rps for done in reserve["accepted"])
         _say(f"Constant arrival rates (capacity {capacity:,.0f}/s)")
@@ -107,7 +118,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         background=background,
         machine=described,
         reserve=reserve,
-        bounds=bounds,
+        bounds=bounded,
         parts=parts,
         open_loop=open_loop,
         scripts=calls,

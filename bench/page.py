@@ -17,7 +17,7 @@ from bench.chart import Line, chart
 from bench.cluster import NODE, ONE, SALES, SINGLE, THIRD, THREE
 from bench.holds import CONFIRMATIONS, FASTEST, HELD, PLAIN, STEADY
 from bench.requests import PERCENTS
-from bench.results import Backlogs, Calls, Cluster, Findings, Phase, Round
+from bench.results import Backlogs, Bounds, Calls, Cluster, Findings, Phase, Round
 
 PAGE = "performance.md"
 REPLICA: Final = 1.22
@@ -56,7 +56,7 @@ def _sections(found: Findings) -> dict[str, str]:
         "run": _run(found),
         "goals": _goals(found),
         "reserve": _reserve(found.reserve),
-        "bounds": _bounds(found),
+        "bounds": bounds(found.bounds),
         "parts": _parts(found),
         "open-loop": _open_loop(found),
         "redis": _redis(found),
@@ -90,7 +90,7 @@ def _goals(found: Findings) -> str:
     rates = median(one.rate for one in found.drains) if found.drains else 0.0
     half = len(found.together.lag) // 2
     cost = _hold_cost(found)
-    bounded = max(found.parts.bounds.values(), default=0.0) / (100 * cpu)
+    bounded = found.parts.bounds / (100 * cpu)
     confirmed = _middle_rps(found.holds.confirmed[FASTEST])
     confirmed_p95 = median(one.tally.p95 for one in found.holds.confirmed[STEADY])
     expiring = next(one for one in found.holds.expiry.phases if one.name == "expiring")
@@ -189,8 +189,8 @@ def _reserve(ways: dict[str, list[Round]]) -> str:
     return _table(head.split("|"), rows)
 
 
-def _bounds(found: Findings) -> str:
-    one = found.bounds
+def bounds(one: Bounds) -> str:
+    """Return the cost of the bounds on clients."""
     rows = [
         (
             answer,
@@ -228,10 +228,7 @@ def _parts(found: Findings) -> str:
             accepted - parts.accepted - parts.script - publishing,
         ),
         "total, as measured above": (baseline, sold_out, accepted),
-        **{
-            f"of an accepted request{kind}, bounds on clients": (0.0, 0.0, spent)
-            for kind, spent in parts.bounds.items()
-        },
+        "of an accepted request, bounds on clients": (0.0, 0.0, parts.bounds),
         "additional if tracing is on and the request is not sampled": (
             0.0,
             parts.untraced,

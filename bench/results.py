@@ -24,7 +24,7 @@ class Parts(msgspec.Struct, frozen=True):
       the deletion of an outbox entry, at 32 requests per call.
     - `metrics`: the part of `accepted` that updates metrics.
     - `untraced`: the addition if tracing is on but the request is not sampled.
-    - `bounds`: the bounds on clients, by the kind of request.
+    - `bounds`: the bounds on clients.
     - `identity`: the additions to `accepted` if a header or a token names the user.
     """
 
@@ -36,7 +36,7 @@ class Parts(msgspec.Struct, frozen=True):
     settled: float
     metrics: float = 0.0
     untraced: float = 0.0
-    bounds: dict[str, float] = msgspec.field(default_factory=dict)
+    bounds: float = 0.0
     identity: dict[str, float] = msgspec.field(default_factory=dict)
 
 

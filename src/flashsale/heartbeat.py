@@ -106,7 +106,7 @@ async def beat(
 
 
 async def retire(redis: "Redis", pod_id: str, engine: str = DEFAULT_ENGINE) -> None:
-    """Removes the heartbeat of a pod that stops without unacknowledged events.
+    """Removes the heartbeat of a pod whose last one reported no unacknowledged events.
 
     Its reports per item say the same and expire.
     """

@@ -14,7 +14,7 @@ from flashsale.keys import ItemKeys
 from flashsale.requirements import SLOTS
 from flashsale_operator.ctl.redis_cluster import PRIMARIES
 from tests.e2e.shop import HERE, WAIT, Object, Promise, Shop
-from tests.support.manifests import documents
+from tests.support.manifests import documents, with_stand_ins
 from tests.support.paths import CHART, ROOT
 
 SHARDS: Final = "shards"
@@ -32,16 +32,14 @@ def secret() -> str:
 
 def manifests() -> Iterator[Object]:
     """Yield the manifest's objects with three primaries whose requests fit the node."""
-    for each in documents(MANIFEST):
-        spec = each.get("spec", {})
+    for each in with_stand_ins(MANIFEST):
         if each["kind"] in ("StatefulSet", "Job"):
-            pod = spec["template"]["spec"]
-            [container] = pod["containers"]
-            container["resources"]["requests"]["cpu"] = "50m"
+            pod = each["spec"]["template"]["spec"]
             if each["kind"] == "Job":
+                [container] = pod["containers"]
                 container["args"] = container["args"][:PRIMARIES]
             else:
-                spec["replicas"] = PRIMARIES
+                each["spec"]["replicas"] = PRIMARIES
                 del pod["affinity"], pod["topologySpreadConstraints"]
         yield each
 
@@ -64,10 +62,7 @@ def shards(shop: Shop) -> Iterator[Shop]:
     for each in documents(Path("k8s/development-secrets.yaml")):
         if each["metadata"]["name"] != "redis":
             own.apply(each)
-    for each in (*manifests(), *documents(Path("k8s/postgres/one-node.yaml"))):
-        if each["kind"] == "StatefulSet":
-            [container] = each["spec"]["template"]["spec"]["containers"]
-            container["resources"]["requests"]["cpu"] = "50m"
+    for each in (*manifests(), *with_stand_ins(Path("k8s/postgres/one-node.yaml"))):
         own.apply(each)
     own.kubectl("wait", "job/redis-cluster", "--for=condition=Complete", "--timeout=2m")
     for server in ("redis", "postgres"):

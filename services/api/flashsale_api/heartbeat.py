@@ -96,10 +96,12 @@ class Heartbeat:
     async def stop(self) -> None:
         """Removes the heartbeat of a pod that has nothing left to publish. No beat follows."""
         if self._thread is not None:
-            await self._thread.run(self._retire())
+            await self._thread.run(self._retire(asyncio.get_running_loop()))
 
-    async def _retire(self) -> None:
+    async def _retire(self, main: asyncio.AbstractEventLoop) -> None:
         await self._turn.acquire()
+        # The reports per item stay until they expire. A rebuild would wait for older counts.
+        await self._beat(main)
         await heartbeat.retire(self._inventory.redis, self._pod_id, self._inventory.engine)
 
     async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
