@@ -1,10 +1,10 @@
 """Recording batches of events in a real PostgreSQL."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta, timezone
-from itertools import pairwise, permutations
+from itertools import chain, pairwise, permutations, zip_longest
 from random import Random
 from uuid import UUID, uuid4
 
@@ -121,6 +121,24 @@ def batches(events: Sequence[Event]) -> Iterator[list[Sequence[Event]]]:
         yield [events[one:two] for one, two in pairwise([0, *ends, len(events)])]
 
 
+async def record_side_by_side(
+    ledger: Ledger, sales: Mapping[str, Sequence[Sequence[Event]]]
+) -> None:
+    """Record the batches of each sale in their order, together with those of the other sales."""
+    for together in zip_longest(
+        *(
+            [
+                [msgspec.structs.replace(each, sale_id=sale_id) for each in batch]
+                for batch in several
+            ]
+            for sale_id, several in sales.items()
+        ),
+        fillvalue=[],
+    ):
+        outcome = await record(ledger, list(chain.from_iterable(together)))
+        assert (outcome.refused, outcome.voided, outcome.broken) == ([], [], [])
+
+
 @pytest.mark.parametrize(
     "states",
     [
@@ -138,16 +156,15 @@ async def test_versions_of_a_reservation_can_come_in_every_order_and_batch(
     versions = [first]
     for state in states[1:]:
         versions.append(changed(versions[-1], state))
-    for size in range(1, len(versions) + 1):
-        for order in permutations(versions, size):
-            for several in batches([*order, order[0]]):
-                sale_id = f"default/{uuid4()}"
-                for batch in several:
-                    own = [msgspec.structs.replace(each, sale_id=sale_id) for each in batch]
-                    outcome = await record(ledger, own)
-                    assert (outcome.refused, outcome.voided, outcome.broken) == ([], [], [])
-                newest = max(order, key=lambda event: event.version)
-                await check(ledger, sale_id, [newest])
+    sales = [
+        (f"default/{uuid4()}", max(order, key=lambda event: event.version), several)
+        for size in range(1, len(versions) + 1)
+        for order in permutations(versions, size)
+        for several in batches([*order, order[0]])
+    ]
+    await record_side_by_side(ledger, {sale_id: several for sale_id, _, several in sales})
+    for sale_id, newest, _ in sales:
+        await check(ledger, sale_id, [newest])
 
 
 async def test_an_event_recorded_again_changes_nothing(ledger: Ledger) -> None:
@@ -198,11 +215,11 @@ async def test_a_unit_that_is_sold_again_fits_whatever_arrives_first(ledger: Led
     first, second = held(0, **one), held(1, allocated=1, capacity=2)
     last = accepted(2, allocated=1, capacity=3)
     events = [first, changed(first, "expired"), second, changed(second, "cancelled"), last]
-    for order in permutations(events):
-        sale_id = f"default/{uuid4()}"
-        for event in order:
-            own = msgspec.structs.replace(event, sale_id=sale_id)
-            assert (await record(ledger, [own])).refused == []
+    sales = {f"default/{uuid4()}": order for order in permutations(events)}
+    await record_side_by_side(
+        ledger, {sale_id: [[event] for event in order] for sale_id, order in sales.items()}
+    )
+    for sale_id in sales:
         assert await counts(ledger, sale_id) == (3, 0, 2)
 
 
