@@ -139,7 +139,7 @@ async def test_repeated_requests_and_calls_add_no_events(shop: Shop) -> None:
         await shop.settled()
         return sorted((event.version, event.revision) for event in await shop.published(path))
 
-    path = await repeat(3_000)
+    path = await repeat(1_000)
     assert await published() == [(1, 1)]
     for _ in range(20):
         answers = await asyncio.gather(*(shop.confirm(path, "o1") for _ in range(10)))

@@ -87,6 +87,7 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
         await other.aclose()
 
 
+@pytest.mark.slow
 async def test_a_server_that_forgets_its_failovers_stays_fenced(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:
