@@ -145,7 +145,7 @@ async def test_repeated_requests_and_calls_add_no_events(shop: Shop) -> None:
         # A replay has no outbox entry, so the outbox may be empty before Kafka has its event.
         await until(published)
 
-    path = await repeat(3_000)
+    path = await repeat(1_000)
     accepted = [(1, 1)] * 2  # the acceptance and one replay
     await publishes(accepted)
     for _ in range(20):

@@ -281,6 +281,7 @@ async def test_a_stopping_pod_publishes_its_accepted_reservations(
     await client.aclose()
 
 
+@pytest.mark.slow
 async def test_a_heartbeat_counts_the_unacknowledged_events_per_item(
     kafka_here: KafkaServer,
     redis_here: RedisServer,

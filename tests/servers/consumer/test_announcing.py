@@ -237,6 +237,7 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches(ledger: Ledger, log
         await until_announced(ledger, log, len(sold))
 
 
+@pytest.mark.slow
 async def test_a_missing_topic_is_created_again(ledger: Ledger, log: Log) -> None:
     first, second = accepted(), accepted(1)
     async with running(ledger.url, log):
