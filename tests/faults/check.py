@@ -28,6 +28,8 @@ RECOVERY_SECONDS: Final = 120.0
 UNPUBLISHED_SECONDS: Final = 2.0
 """How long an event may exist only in the pod's memory and in Redis while Kafka is up."""
 RETRIES: Final = 30
+_LAST: Final = 40
+"""Lines of a log that explain the end of its process."""
 EXPIRED_SECONDS: Final = 30.0
 """How long holds may stay open after everything was repaired."""
 
@@ -80,6 +82,7 @@ async def await_recovery(world: World, crowd: Crowd, item: str) -> float:
             if answer.status in (202, 409):
                 break
             if time.monotonic() > deadline:
+                check_alive(world)
                 raise Broken(
                     f"API {api + 1} does not sell {item} {RECOVERY_SECONDS:.0f} s after the last "
                     f"fault: {answer}\n{await _flash_sales(world)}"
@@ -92,7 +95,8 @@ def check_alive(world: World) -> None:
     """Raise Broken if a process ended that was not killed. Here nothing restarts it."""
     for service in (*world.apis, *world.consumers, world.operator):
         if service.pid is None:
-            raise Broken(f"the process ended without being killed: {service.log}")
+            log = service.log.read_text(errors="replace").splitlines()
+            raise Broken(f"the process ended without being killed: {service.log}", *log[-_LAST:])
 
 
 async def await_ready(world: World, sale: Sale) -> None:

@@ -244,18 +244,20 @@ class Publisher:
         while item_id := next(
             (each for each in self._acknowledged if self._outbox.node_of(each) == node), None
         ):
-            page = self._acknowledged[item_id][:SETTLE_BATCH]
+            # The item may move to another node meanwhile, whose task must not take these entries.
+            waiting = self._acknowledged.pop(item_id)
+            page, left = waiting[:SETTLE_BATCH], waiting[SETTLE_BATCH:]
             try:
                 await self._outbox.settle(item_id, page)
             except RedisUnavailable as error:
                 if not away:
                     log.warning("cannot settle outbox entries yet: %s", error)
                 away = True
-                self._acknowledged[item_id] = self._acknowledged.pop(item_id)
+                self._acknowledged[item_id] = waiting + self._acknowledged.pop(item_id, [])
                 await asyncio.sleep(BACKOFF_SECONDS[-1])
                 continue
             away = False
-            if left := self._acknowledged.pop(item_id)[len(page) :]:
+            if left := left + self._acknowledged.pop(item_id, []):
                 self._acknowledged[item_id] = left
             self._forget((item_id, entry_id) for entry_id, _, _ in page)
         running.discard(node)

@@ -461,6 +461,46 @@ async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
     ]
 
 
+class MovingOutbox(RecordingOutbox):
+    """The item moves from node A to node B during the first call, which then goes on."""
+
+    def __init__(self, redis: "Redis") -> None:
+        super().__init__(redis)
+        self.node = "A"
+        self.moved = asyncio.Event()
+
+    def node_of(self, _: str) -> str:
+        return self.node
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
+        if self.node == "A":
+            self.node = "B"
+            await self.moved.wait()
+        return await super().settle(item_id, acknowledged)
+
+
+async def test_an_item_that_moves_during_its_settlement_is_settled_once(
+    redis_here: RedisServer,
+) -> None:
+    client = redis_client.connect(redis_users.url_of(redis_here, redis_users.API))
+    outbox = MovingOutbox(client)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    task = asyncio.create_task(publisher.settle())
+    for first, count in ((0, 300), (300, 200)):
+        entries = [(f"{n}-1", f"id-{n}", 1) for n in range(first, first + count)]
+        publisher._acknowledged.setdefault(ITEM, []).extend(entries)
+        publisher._to_settle.set()
+        await until(lambda: outbox.node == "B")
+    await until(lambda: outbox.settled == [(ITEM, 200)])
+    outbox.moved.set()
+    await until(lambda: outbox.settled == [(ITEM, 200), (ITEM, 256), (ITEM, 44)])
+    assert not task.done()
+    task.cancel()
+    await client.aclose()
+
+
 async def test_a_pod_with_a_backlog_does_not_sweep(
     inventory_here: Inventory, outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
