@@ -53,14 +53,14 @@ def zones(shop: Shop) -> Iterator[Shop]:
     own = Shop(shop.cluster, "zones")
     own.kubectl("create", "namespace", own.namespace)
     objects = list(zone_objects())
-    for each in objects:
-        own.apply(each)
+    own.apply({"apiVersion": "v1", "kind": "List", "items": objects})
     yield own
     own.kubectl("delete", "statefulset", "redis")
     own.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")
-    own.kubectl("delete", "namespace", own.namespace)
-    for each in objects:
-        own.kubectl("delete", each["kind"], each["metadata"]["name"])
+    own.kubectl("delete", "namespace", own.namespace, "--wait=false")
+    names = sorted({each["metadata"]["name"] for each in objects})
+    for kind in ("nodes", "persistentvolumes"):
+        own.kubectl("delete", kind, *names, "--wait=false")
 
 
 def test_the_six_nodes_are_scheduled_over_three_zones(zones: Shop) -> None:
