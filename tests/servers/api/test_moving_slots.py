@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,3 +128,28 @@ async def test_a_sale_whose_slot_has_no_owner_is_answered_503_and_never_as_empty
         await asyncio.sleep(0.05)
     migration.assign()
     await scene.is_back(reservation)
+
+
+async def test_a_slot_that_stays_between_two_nodes_stops_no_other_sale_of_its_node(
+    scene: Scene, new_item: Callable[[], str]
+) -> None:
+    other = new_item()
+    while scene.inventory.node_of(other) != scene.inventory.node_of(scene.item):
+        other = new_item()
+    await opened(scene.inventory, a_sale(other, STOCK))
+    reservation = await scene.buy()
+    migration = Migration(scene.cluster, scene.inventory, scene.item)
+    migration.begin()
+    migration.move_keys()
+    # A pod without a heartbeat on a node for 5 s accepts nothing there.
+    for _ in range(70):
+        sold = await reserve(scene.http, other, str(uuid.uuid4()))
+        assert sold.status_code == 202, sold.text
+        await asyncio.sleep(0.1)
+    await scene.is_away(reservation)
+    migration.give_up()
+
+    async def sells() -> bool:
+        return (await reserve(scene.http, scene.item, "carol")).status_code == 202
+
+    await until(sells)

@@ -300,7 +300,7 @@ async def test_a_heartbeat_is_written_on_the_node_of_each_item(
     lost, *others = items
     counts = dict.fromkeys(items, 3)
     clocks = await inventory.clocks()
-    assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == set(clocks)
+    assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == (set(clocks), set())
     for item in items:
         server = await inventory.server(item)
         [report] = await heartbeat.living(inventory.redis, item, server)
@@ -309,7 +309,7 @@ async def test_a_heartbeat_is_written_on_the_node_of_each_item(
     async with stopped(server_of(cluster, inventory, lost), inventory, items):
         clocks = await inventory.clocks()
         assert set(clocks) == {inventory.node_of(item) for item in others}
-        assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == set(clocks)
+        assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == (set(clocks), set())
 
 
 @pytest.fixture(scope="module")
