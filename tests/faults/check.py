@@ -23,6 +23,7 @@ from tests.faults.crowd import Answer, Crowd
 from tests.faults.orders import Call, Shop
 from tests.faults.world import History, Sale, World
 from tests.support.recorded import in_ledger, received
+from tests.support.redis_users import of_tester
 
 RECOVERY_SECONDS: Final = 120.0
 UNPUBLISHED_SECONDS: Final = 2.0
@@ -329,7 +330,8 @@ async def _announced(world: World, sale: Sale) -> list[str]:
 
 async def _in_redis(world: World, sale: Sale, book: _Book) -> list[str]:
     """Check Redis against the ledger, down to each reservation."""
-    client, keys = redis_client.connect(world.addresses.redis_url), ItemKeys.of(sale.item)
+    client = redis_client.connect(of_tester(world.addresses).redis_url)
+    keys = ItemKeys.of(sale.item)
     try:
         node = await Nodes.of_client(client).of(keys.sale)
         pipeline = node.redis.pipeline(transaction=True)

@@ -29,6 +29,7 @@ from tests.faults.schedule import LOSES_IN_REDIS, Kind, Redis, Schedule, Step
 from tests.support.manifests import flash_sale
 from tests.support.paths import CRD
 from tests.support.proxy import Proxy
+from tests.support.redis_users import of_api
 
 NAMESPACE: Final = "default"
 TOKEN: Final = "a-token-of-the-order-service-of-the-faults"
@@ -389,7 +390,7 @@ async def opened(folder: Path, kind: Redis = Redis.SENTINEL) -> AsyncIterator[Wo
 
 
 def _api(folder: Path, addresses: Addresses, settings: Mapping[str, str]) -> ApiServer:
-    return ApiServer(folder, addresses, order_tokens=TOKEN, settings=settings)
+    return ApiServer(folder, of_api(addresses), order_tokens=TOKEN, settings=settings)
 
 
 def _advertised(proxy: Proxy) -> Mapping[str, str]:

@@ -309,8 +309,9 @@ class Pod(Process):
     def _key(self, publication: Publication) -> object:
         entry, event = publication.entry, publication.event
         # The id of a real entry never comes again. Here it does after Redis has lost entries.
-        by_version = entry or self.world.rules.memory_by_version
-        return (entry, event.reservation_id, event.version if by_version else 0)
+        if not self.world.rules.memory_by_version:
+            return event.reservation_id
+        return entry, event.reservation_id, event.version
 
     def _publish(self) -> Steps:
         """Publishes from memory, and sends a batch again if it fails."""
