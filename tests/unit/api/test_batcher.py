@@ -62,6 +62,19 @@ async def test_requests_that_arrive_during_calls_form_the_next_call() -> None:
     assert [accepted.reservation_id for accepted in publisher.added] == sent
 
 
+async def test_a_scrape_counts_the_requests_that_wait_for_a_call() -> None:
+    inventory, metrics = HeldInventory(), Metrics()
+    batcher = Batcher(inventory, RecordingPublisher(), metrics, Engine("flashsale"))
+    for number in range(CALLS_IN_FLIGHT + 2):
+        decide(batcher, "x", a_request(number))
+        await turns()
+    assert b"\nflashsale_api_waiting_requests 2.0\n" in metrics.text()
+    for _ in range(CALLS_IN_FLIGHT + 1):
+        inventory.go.release()
+    await batcher.close()
+    assert b"\nflashsale_api_waiting_requests 0.0\n" in metrics.text()
+
+
 async def test_requests_of_one_loop_turn_share_a_call() -> None:
     inventory = HeldInventory()
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
