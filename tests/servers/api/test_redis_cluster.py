@@ -76,6 +76,8 @@ async def test_a_frozen_node_is_an_outage_of_its_own_sales_only(
     lost, other = items
     async with httpx.AsyncClient(base_url=api.url, timeout=30) as http:
         assert (await reserve(http, lost, "ann")).status_code == 202
+        # The pod cannot list sales before it has read the index, which may be on the lost node.
+        assert (await http.get("/sales")).status_code == 200
         async with frozen(redis_cluster, inventory, lost):
             refused = await reserve(http, lost, "bob")
             assert refused.status_code == 503
