@@ -9,7 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import cluster, holds, machine, outages, page, recording, requests, scripts
+from bench import (
+    backlogs,
+    bounds,
+    cluster,
+    holds,
+    machine,
+    outages,
+    page,
+    recording,
+    requests,
+    scripts,
+)
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
@@ -75,7 +86,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         reserve = requests.closed_loop(rig, scale, api)
         run_as = f"{when}, commit {described['commit']}, {background}"
         _say("The bounds on clients: with and without them")
-        bounds = requests.bounds(rig, scale, api, run_as)
+        bounded = bounds.compare(rig, scale, api, run_as)
         parts = rig.parts()
         capacity = median(done.tally.rps for done in reserve["accepted"])
         _say(f"Constant arrival rates (capacity {capacity:,.0f}/s)")
@@ -87,6 +98,8 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         together = recording.together(rig, scale, api, capacity)
         _say("Outages of PostgreSQL and of Kafka")
         away = outages.outages(rig, scale, api, capacity / 2)
+        _say("Backlogs after an outage, in a rebuild and in an expiry")
+        worked_off = backlogs.backlogs(rig, scale, api, capacity / 2, run_as)
         _say("Holds: accepted, confirmed and expired")
         held = holds.holds(rig, scale, api, capacity, run_as)
         _say("Growth of processes, sales and stock")
@@ -105,13 +118,14 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         background=background,
         machine=described,
         reserve=reserve,
-        bounds=bounds,
+        bounds=bounded,
         parts=parts,
         open_loop=open_loop,
         scripts=calls,
         drains=drains,
         together=together,
         outages=away,
+        backlogs=worked_off,
         holds=held,
         processes=processes,
         memory=memory,

@@ -8,7 +8,7 @@ from typing import Final
 _WIDTH: Final = 720
 _HEIGHT: Final = 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 96, 44, 44
-_COLOURS: Final = ("#1b6ac9", "#c9541b", "#2e8b57")
+_COLOURS: Final = ("#1b6ac9", "#c9541b", "#2e8b57", "#8b2e83")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _MOST: Final = 30_000
 PLAIN, HELD = "accepted", "accepted as a hold"
 FASTEST, STEADY = "confirmed", f"confirmed, {CONFIRMATIONS:,} per second"
 
-_HOLD_SECONDS: Final = 3600
+HOLD_SECONDS: Final = 3600
 """No hold ends before the benchmark makes it due."""
 _EXPIRED_PER_SECOND: Final = 4_000
 """How long the buyers go on while holds expire. It is slower than a quiet machine."""
@@ -38,11 +38,11 @@ def holds(rig: Rig, scale: Scale, api: Api, capacity: float, run: str) -> Holds:
     accepted = in_turn(
         {
             PLAIN: partial(rig.round, [api], rig.sales()),
-            HELD: partial(rig.round, [api], rig.sales(hold_seconds=_HOLD_SECONDS)),
+            HELD: partial(rig.round, [api], rig.sales(hold_seconds=HOLD_SECONDS)),
         },
         scale,
     )
-    [item] = rig.sales(hold_seconds=_HOLD_SECONDS)
+    [item] = rig.sales(hold_seconds=HOLD_SECONDS)
     confirmed = in_turn(
         {
             FASTEST: partial(_confirm, rig, api, item),
@@ -55,7 +55,7 @@ def holds(rig: Rig, scale: Scale, api: Api, capacity: float, run: str) -> Holds:
 
 def _confirm(rig: Rig, api: Api, item: str, seconds: float, *, rate: float | None = None) -> Round:
     """Make new holds, and confirm as many as there is time for."""
-    ids = asyncio.run(_hold(rig, item, int((rate or _MOST) * seconds) + OPEN_CONNECTIONS))
+    ids = asyncio.run(hold(rig, item, int((rate or _MOST) * seconds) + OPEN_CONNECTIONS))
     journal = rig.data / "held.json"
     journal.write_bytes(msgspec.json.encode([(identity, 0.0) for identity in ids]))
     return rig.round(
@@ -65,8 +65,8 @@ def _confirm(rig: Rig, api: Api, item: str, seconds: float, *, rate: float | Non
 
 def _expiry(rig: Rig, scale: Scale, api: Api, rate: float) -> Expiry:
     """Make many holds due at once, while buyers of the same sale send requests."""
-    [item] = rig.sales(hold_seconds=_HOLD_SECONDS)
-    asyncio.run(_hold(rig, item, scale.holds))
+    [item] = rig.sales(hold_seconds=HOLD_SECONDS)
+    asyncio.run(hold(rig, item, scale.holds))
     calm = scale.calm_seconds
     crowd = rig.crowd(
         [api],
@@ -77,7 +77,7 @@ def _expiry(rig: Rig, scale: Scale, api: Api, rate: float) -> Expiry:
         samples=rig.data / "samples",
     )
     time.sleep(1 + calm)
-    due, expired, sold_again = asyncio.run(_expire(rig, item, scale.holds))
+    due, expired, sold_again = asyncio.run(expire(rig, item, scale.holds))
     print(
         f"    {scale.holds:,} holds expired in {expired - due:.1f} s, and their units were for "
         f"sale again after {sold_again - due:.1f} s",
@@ -95,7 +95,7 @@ def _expiry(rig: Rig, scale: Scale, api: Api, rate: float) -> Expiry:
     return Expiry(scale.holds, rate, expired - due, sold_again - due, phases(samples, spans))
 
 
-async def _hold(rig: Rig, item: str, count: int) -> list[str]:
+async def hold(rig: Rig, item: str, count: int) -> list[str]:
     """Makes holds, and returns their ids."""
     ids = []
     client = connect(rig.redis.url)
@@ -115,7 +115,7 @@ async def _hold(rig: Rig, item: str, count: int) -> list[str]:
     return ids
 
 
-async def _expire(rig: Rig, item: str, count: int) -> tuple[float, float, float]:
+async def expire(rig: Rig, item: str, count: int) -> tuple[float, float, float]:
     """Makes all holds due, and waits for their end.
 
     Returns the times at which they were due, expired, and for sale again.
@@ -125,7 +125,7 @@ async def _expire(rig: Rig, item: str, count: int) -> tuple[float, float, float]
     expired = 0.0
     try:
         async with asyncio.timeout(_EXPIRED_SECONDS):
-            # The first members are those of `_hold`, because no buyer's hold is due before them.
+            # The first members are those of `hold`, because no buyer's hold is due before them.
             ids = [str(each) for each in await client.zrange(key, 0, count - 1)]
             due = time.perf_counter()
             for first in range(0, count, 1_000):

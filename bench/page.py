@@ -8,16 +8,16 @@ import re
 from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Final
 
 import msgspec
 
 from bench.chart import Line, chart
-from bench.cluster import ONE, SALES, THIRD, THREE
+from bench.cluster import NODE, ONE, SALES, SINGLE, THIRD, THREE
 from bench.holds import CONFIRMATIONS, FASTEST, HELD, PLAIN, STEADY
 from bench.requests import PERCENTS
-from bench.results import Cluster, Findings, Phase, Round
+from bench.results import Backlogs, Bounds, Calls, Cluster, Findings, Phase, Round
 
 PAGE = "performance.md"
 REPLICA: Final = 1.22
@@ -41,6 +41,9 @@ def write(findings: Findings, docs: Path) -> None:
     (docs / "performance.json").write_bytes(made + b"\n")
     (docs / "performance-open-loop.svg").write_text(_open_loop_chart(findings))
     (docs / "performance-outages.svg").write_text(_outage_chart(findings))
+    if findings.backlogs.found:
+        (docs / "performance-backlogs.svg").write_text(_backlog_chart(findings))
+        (docs / "performance-backlogs-left.svg").write_text(_left_chart(findings))
 
 
 def summary(findings: Findings) -> str:
@@ -53,14 +56,16 @@ def _sections(found: Findings) -> dict[str, str]:
         "run": _run(found),
         "goals": _goals(found),
         "reserve": _reserve(found.reserve),
-        "bounds": _bounds(found),
+        "bounds": bounds(found.bounds),
         "parts": _parts(found),
         "open-loop": _open_loop(found),
         "redis": _redis(found),
         "cluster": _cluster(found.cluster),
+        "calls": _calls(found.cluster.calls),
         "scale": _scale(found),
         "recording": _recording(found),
         "outages": _outages(found),
+        "backlogs": backlogs(found.backlogs),
         "holds": _holds(found),
         "growth": _growth(found),
     }
@@ -85,7 +90,7 @@ def _goals(found: Findings) -> str:
     rates = median(one.rate for one in found.drains) if found.drains else 0.0
     half = len(found.together.lag) // 2
     cost = _hold_cost(found)
-    bounded = max(found.parts.bounds.values(), default=0.0) / (100 * cpu)
+    bounded = found.parts.bounds / (100 * cpu)
     confirmed = _middle_rps(found.holds.confirmed[FASTEST])
     confirmed_p95 = median(one.tally.p95 for one in found.holds.confirmed[STEADY])
     expiring = next(one for one in found.holds.expiry.phases if one.name == "expiring")
@@ -184,8 +189,8 @@ def _reserve(ways: dict[str, list[Round]]) -> str:
     return _table(head.split("|"), rows)
 
 
-def _bounds(found: Findings) -> str:
-    one = found.bounds
+def bounds(one: Bounds) -> str:
+    """Return the cost of the bounds on clients."""
     rows = [
         (
             answer,
@@ -223,10 +228,7 @@ def _parts(found: Findings) -> str:
             accepted - parts.accepted - parts.script - publishing,
         ),
         "total, as measured above": (baseline, sold_out, accepted),
-        **{
-            f"of an accepted request{kind}, bounds on clients": (0.0, 0.0, spent)
-            for kind, spent in parts.bounds.items()
-        },
+        "of an accepted request, bounds on clients": (0.0, 0.0, parts.bounds),
         "additional if tracing is on and the request is not sampled": (
             0.0,
             parts.untraced,
@@ -327,6 +329,21 @@ def _cluster(found: Cluster) -> str:
     )
 
 
+def _calls(found: Calls) -> str:
+    rows = []
+    ratios = []
+    for kind, sides in found.costs.items():
+        single, node = sides[SINGLE], sides[NODE]
+        ratio = [ours / others for ours, others in zip(node, single, strict=True)]
+        ratios.append(median(ratio))
+        rows.append((kind, _spread(single, 1), _spread(node, 1), _spread(ratio, 2)))
+    return (
+        _table(("µs per request", SINGLE, NODE, "ratio"), rows)
+        + f"\nThe ratios are those of each round. The mean of their medians is {mean(ratios):.2f}."
+        + f"\n\nRun: {found.run}.\n"
+    )
+
+
 def _shares(found: Cluster, name: str, other: str, process: str) -> list[float]:
     """Return a process' CPU as a multiple of that in the other rounds, round by round."""
     pairs = zip(found.rounds[name], found.rounds[other], strict=True)
@@ -384,6 +401,32 @@ def _outages(found: Findings) -> str:
         _phases(one.phases)
         + f"\nThe rate was {one.rate:,.0f} requests per second over {one.items} sales. Accepted "
         + f"reservations without a row afterwards: {one.unrecorded}.\n"
+    )
+
+
+def backlogs(found: Backlogs) -> str:
+    """Return the table of backlogs, and the links to their charts."""
+    if not found.found:
+        return "There are no figures of a quiet machine yet.\n"
+    rows = [
+        (
+            one.name,
+            f"{one.rate:,.0f}",
+            f"{max(one.left):,}",
+            f"{one.left[-1]:,} left" if one.seconds is None else f"{one.seconds:.1f}",
+            f"{one.calm:.1f}",
+            f"{one.p95:.1f}",
+            f"{max(one.each_second):.1f}",
+            f"{one.failed:,} of {one.requests:,}",
+        )
+        for one in found.found
+    ]
+    head = ("", "requests/s", "backlog", "gone after s", "P95 ms before", "P95 ms until then")
+    return (
+        _table((*head, "in the slowest second", "not accepted"), rows)
+        + f"\nRun: {found.run}.\n\n"
+        + "![P95 of each second while a backlog is worked off](performance-backlogs.svg)\n\n"
+        + "![The remaining part of the backlog](performance-backlogs-left.svg)\n"
     )
 
 
@@ -480,6 +523,19 @@ def _outage_chart(found: Findings) -> str:
         [Line("P95", points)],
         found.outages.spans,
     )
+
+
+def _backlog_chart(found: Findings) -> str:
+    lines = [Line(one.name, list(enumerate(one.each_second))) for one in found.backlogs.found]
+    return chart("P95 of each second while a backlog is worked off", "seconds", "ms", lines)
+
+
+def _left_chart(found: Findings) -> str:
+    lines = [
+        Line(one.name, [(at, size / max(one.left) * 100) for at, size in enumerate(one.left)])
+        for one in found.backlogs.found
+    ]
+    return chart("The remaining part of the backlog", "seconds", "%", lines)
 
 
 def _middle_rps(rounds: Sequence[Round]) -> float:

@@ -7,13 +7,11 @@ as JSON.
 
 import argparse
 import asyncio
-import itertools
 import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, cast
-from unittest.mock import patch
 
 import msgspec
 import uvicorn
@@ -25,16 +23,14 @@ from uvicorn.server import ServerState
 
 from bench.baseline import app as baseline
 from bench.results import Parts
-from bench.unbounded import UnboundedBatcher, UnboundedProtocol, UnboundedPublisher
+from bench.unbounded import UnboundedBatcher, UnboundedProtocol
 from dev.issuer import AUDIENCE, Issuer
 from flashsale import events, redis_client
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot, State
-from flashsale.settings import KafkaSettings
 from flashsale.tracing import Tracing
-from flashsale_api import publisher
 from flashsale_api.app import Application
 from flashsale_api.authentication import Authentication, GatewayHeader
 from flashsale_api.batcher import Batcher, Decision
@@ -224,40 +220,6 @@ async def _path(
     return found
 
 
-async def _memory(kind: type[Publisher], key: str) -> float:
-    """Returns the CPU microseconds of taking an event and its acknowledgement, without Kafka."""
-    settings = KafkaSettings(kafka_bootstrap="127.0.0.1:1")
-    outbox = Outbox(redis_client.connect("redis://127.0.0.1:1"))
-    taken = kind(settings, outbox, Metrics(), Engine("flashsale"))
-    record = Record(State.CONFIRMED, 1, 1, 1795561067887, "u1-000000001", key)
-    numbers = itertools.count()
-
-    async def turn() -> None:
-        batch = [
-            Accepted("bench", f"{number}-1", f"id-{number}", record, _SALE, "")
-            for number in itertools.islice(numbers, CONNECTIONS)
-        ]
-        for accepted in batch:
-            taken.add(accepted)
-        taken._acknowledge(batch)
-        taken._pending.clear()
-        taken._acknowledged.clear()
-        taken._held.clear()
-
-    return await _least(turn) / CONNECTIONS
-
-
-async def _bounds(accepted: float) -> dict[str, float]:
-    """Returns the CPU microseconds of the bounds on clients, by the kind of request."""
-    path = accepted - await _path(_app(UnboundedBatcher), protocol=UnboundedProtocol)
-    found = {}
-    for name, key in (("", ""), (" with a key", "u1-000000001")):
-        with_memory = await _memory(Publisher, key)
-        with patch.object(publisher, "_repeatable", lambda _: False):
-            found[name] = path + with_memory - await _memory(UnboundedPublisher, key)
-    return found
-
-
 async def _identity() -> dict[str, float]:
     """Returns the CPU microseconds of an accepted request by the source of its user."""
     by_header = [_request(_ANONYMOUS, "X-User-Id: u1-000000001")] * CONNECTIONS
@@ -334,7 +296,7 @@ async def parts(redis_url: str) -> Parts:
             settled=await _least(lambda: outbox.settle("bench-path", acknowledged)) / CONNECTIONS,
             metrics=accepted - unmeasured,
             untraced=untraced - accepted,
-            bounds=await _bounds(accepted),
+            bounds=accepted - await _path(_app(UnboundedBatcher), protocol=UnboundedProtocol),
             identity={name: spent - accepted for name, spent in (await _identity()).items()},
         )
     finally:

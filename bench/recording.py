@@ -183,8 +183,8 @@ async def _rows(rig: Rig, item: str) -> dict[str, float]:
     return {row["id"]: row["recorded_at"].timestamp() for row in rows}
 
 
-async def publish(rig: Rig, count: int) -> None:
-    """Publish the events of new reservations, in batches as the API does."""
+async def publish(rig: Rig, count: int) -> str:
+    """Publish the events of new reservations, in batches as the API does. Returns their item."""
     [item] = await asyncio.to_thread(rig.sales)
     snapshot = Snapshot(f"default/{item}", count, count, 1)
     producer = AIOKafkaProducer(
@@ -206,6 +206,7 @@ async def publish(rig: Rig, count: int) -> None:
             batch.close()
             partition = partitions[first // BATCH % len(partitions)]
             await (await producer.send_batch(batch, events.topic(), partition=partition))
+    return item
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench.results import Bounds, OpenRound, Round
+from bench.results import OpenRound, Round
 from bench.rig import Api, Rig
 
 PERCENTS = (30, 50, 70, 90)
@@ -22,12 +22,13 @@ class Scale:
     together_seconds: float
     calm_seconds: float
     outage_seconds: float
+    away_seconds: float
     holds: int
     stocks: tuple[int, ...]
 
 
-WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, 100_000, (100, 100_000, 5_000_000))
-QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, 5_000, (100, 20_000))
+WHOLE = Scale(5, 4.0, 3.0, 20.0, 10.0, 20.0, 25.0, 100_000, (100, 100_000, 5_000_000))
+QUICK = Scale(1, 1.0, 0.5, 3.0, 2.0, 2.0, 3.0, 5_000, (100, 20_000))
 
 
 def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
@@ -43,26 +44,6 @@ def closed_loop(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
     }
     found = in_turn(ways, scale)
     baseline.stop()
-    return found
-
-
-def bounds(rig: Rig, scale: Scale, api: Api, run: str) -> Bounds:
-    """Measure the API with and without its bounds on clients, in many short rounds in turn.
-
-    The first of a pair alternates too, so that a slower machine does not favour one.
-    """
-    unbounded, items = rig.unbounded(), rig.sales()
-    found = Bounds(run, {}, {})
-    ways = [(api, found.shipped, "with bounds"), (unbounded, found.unbounded, "without bounds")]
-    for each, _, _ in ways:
-        rig.round([each], items, scale.warm_up_seconds)
-    for number in range(2 * scale.rounds):
-        for answer, keys in (("accepted", False), ("accepted, with keys", True)):
-            for each, rounds, name in ways if number % 2 else reversed(ways):
-                done = rig.round([each], items, scale.seconds / 2, keys=keys)
-                rounds.setdefault(answer, []).append(done)
-                show(f"{answer}, {name}", number, done)
-    unbounded.stop()
     return found
 
 

@@ -24,7 +24,7 @@ class Parts(msgspec.Struct, frozen=True):
       the deletion of an outbox entry, at 32 requests per call.
     - `metrics`: the part of `accepted` that updates metrics.
     - `untraced`: the addition if tracing is on but the request is not sampled.
-    - `bounds`: the bounds on clients, by the kind of request.
+    - `bounds`: the bounds on clients.
     - `identity`: the additions to `accepted` if a header or a token names the user.
     """
 
@@ -36,7 +36,7 @@ class Parts(msgspec.Struct, frozen=True):
     settled: float
     metrics: float = 0.0
     untraced: float = 0.0
-    bounds: dict[str, float] = msgspec.field(default_factory=dict)
+    bounds: float = 0.0
     identity: dict[str, float] = msgspec.field(default_factory=dict)
 
 
@@ -108,6 +108,35 @@ class Outages(msgspec.Struct, frozen=True):
     unrecorded: int
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """A backlog that was worked off while buyers sent `rate` requests per second.
+
+    - `calm` is the P95 before, and `p95` the P95 until the backlog was gone.
+    - `each_second` has the P95 of each second, and `left` the backlog then.
+    - `seconds` is the time until the backlog was gone, or None if it was not gone in the end.
+    - `failed` counts the requests that were not accepted.
+
+    Latencies are in milliseconds.
+    """
+
+    name: str
+    rate: float
+    calm: float
+    seconds: float | None
+    p95: float
+    each_second: list[float]
+    left: list[int]
+    requests: int
+    failed: int
+
+
+class Backlogs(msgspec.Struct, frozen=True):
+    """Backlogs of each kind. `run` says when they were measured, and under which other load."""
+
+    run: str = ""
+    found: list[Backlog] = msgspec.field(default_factory=list)
+
+
 class Memory(msgspec.Struct, frozen=True):
     """A sale that has sold all of its stock.
 
@@ -147,6 +176,17 @@ class Holds(msgspec.Struct, frozen=True):
     expiry: Expiry
 
 
+class Calls(msgspec.Struct, frozen=True):
+    """CPU microseconds of Redis per request in script calls of equal size.
+
+    `costs` has the figure of each round, by the kind of request with their number per call, and by
+    the side: a single server, and a node of a cluster. Both have a replica.
+    """
+
+    run: str
+    costs: dict[str, dict[str, list[float]]]
+
+
 class Cluster(msgspec.Struct, frozen=True):
     """One node and three nodes of Redis, each with a replica, at a constant arrival rate.
 
@@ -158,6 +198,7 @@ class Cluster(msgspec.Struct, frozen=True):
     rate: float
     sales: list[int]
     rounds: dict[str, list[Round]]
+    calls: Calls
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -202,3 +243,4 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     sales: dict[str, list[Round]]
     apply_seconds: list[float]
     cluster: Cluster
+    backlogs: Backlogs = msgspec.field(default_factory=Backlogs)

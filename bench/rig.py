@@ -15,7 +15,7 @@ from typing import IO, ClassVar, Final, Self, TypeVar, cast
 import msgspec
 
 from bench.load import Plan, Tally
-from bench.machine import Cores, cpu_seconds, placed
+from bench.machine import Cores, ahead, cpu_seconds, placed
 from bench.results import Parts, Round
 from dev.paths import ROOT
 from dev.services import Addresses, ApiServer, ConsumerServer
@@ -292,7 +292,9 @@ class Crowd:
             env={**os.environ, **python_path()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,
         )
+        ahead(self._process.pid)  # buyers have machines of their own
         stdin = cast("IO[bytes]", self._process.stdin)
         stdin.write(msgspec.json.encode(plan))
         stdin.close()

@@ -1,8 +1,8 @@
 """The API without its bounds on clients, to measure their cost. Takes the API's environment.
 
-It has no limits for bytes, header fields and unread answers, no deadlines, no share of waiting
-places per item, and no memory of published events. The crowd never exceeds a bound, so all answers
-stay the same.
+It has no limits for bytes, header fields and unread answers, no deadlines, and no share of waiting
+places per item. The crowd never exceeds a bound, so all answers stay the same. It repeats no
+request, so the memory of replays costs nothing.
 """
 
 import asyncio
@@ -14,12 +14,11 @@ from unittest.mock import patch
 import httptools
 
 from flashsale.reservations import Request
-from flashsale_api import app, publisher, servers
+from flashsale_api import app, servers
 from flashsale_api.__main__ import main
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import CALLS_IN_FLIGHT, _Waiting
 from flashsale_api.protocol import HttpProtocol
-from flashsale_api.publisher import Accepted, Publisher
 
 _NEVER = 1e9
 
@@ -74,26 +73,9 @@ class UnboundedBatcher(Batcher):
         """Refuses no request."""
 
 
-class UnboundedPublisher(Publisher):
-    """Publishes every replay that it does not hold."""
-
-    def add(self, accepted: Accepted) -> None:
-        item_id, entry_id, reservation_id, record, _, _ = accepted
-        key = (item_id, entry_id) if entry_id else (item_id, reservation_id, record.version)
-        if key in self._held:
-            return
-        self._held.add(key)
-        self._pending.append(accepted)
-        self._by_item[item_id] += 1
-        self._idle.clear()
-        self._work.set()
-
-
 if __name__ == "__main__":
     with (
         patch.object(servers, "HttpProtocol", UnboundedProtocol),
         patch.object(app, "Batcher", UnboundedBatcher),
-        patch.object(app, "Publisher", UnboundedPublisher),
-        patch.object(publisher, "_repeatable", lambda _: False),
     ):
         sys.exit(main())

@@ -42,6 +42,7 @@ MEASURED: Final = (1 / 6, 1 / 2, 1.0)
 _RESTARTED: Final = 1 / 48
 """The restarts are this part of the duration apart, so that all precede the first measurement."""
 _FREED_SECONDS: Final = 120.0
+TRIES: Final = 5
 
 
 @dataclass
@@ -163,8 +164,11 @@ class Soak:
         await asyncio.to_thread(self._compare, item, promised, confirmed)
         self.report.audits[item] = await self._tried("audit", item)
         self._open.remove(item)
-        if not await self._tried("delete", item):
-            say(f"{item} could not be freed")
+        # A consumer behind other work needs longer than `delete` waits.
+        for _ in range(TRIES):
+            if await self._tried("delete", item):
+                return
+        say(f"{item} could not be freed")
 
     def _compare(self, item: str, promised: set[str], confirmed: set[str]) -> None:
         """Compare the ledger with the promises, in a thread, so that the buyers do not wait."""

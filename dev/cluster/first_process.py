@@ -21,7 +21,7 @@ API_SERVICE: Final = "10.96.0.1"
 _DNS: Final = "10.96.0.10"
 _PODS: Final = "10.244.0.0/16"
 _NODE_PODS: Final = "10.244.0.0/24"
-_VOLUMES: Final = 12
+_VOLUMES: Final = 16
 _SOCKET: Final = "/run/containerd/containerd.sock"
 # The kubelet sets these for the whole machine unless they already have its values. The cluster
 # shows it files with those values, so that it sets nothing.

@@ -2,7 +2,7 @@
 
 It runs in its own namespaces (network, mounts, processes, control groups). Outside of them it has
 only a folder, and a control group in each hierarchy. Its network has no way out, NetworkPolicies
-are not enforced, and its only volumes are twelve folders of its node.
+are not enforced, and its only volumes are sixteen folders of its node.
 """
 
 import hashlib

@@ -22,7 +22,7 @@ from dev.stack.locks import exclusive
 from dev.stack.packages import wheel_folder
 
 SERVERS: Final = {
-    "redis": "redis:8.0",
+    "redis": "redis:8.2",
     "postgres": "postgres:18",
     "kafka": "flashsale/kafka:local",
     "k6": f"grafana/k6:{version('k6')}",

@@ -30,9 +30,12 @@ def free_port() -> int:
         first = 49152  # the start of the dynamic range of IANA and of macOS
     below = range(max(first - 12_000, 10_000), first)
     own = below[os.getpid() % _PARTS :: _PARTS]
-    candidates = random.sample(own, 100) if len(below) > 1000 else [0] * 100
+    # Tests seed the other generator.
+    candidates = random.SystemRandom().sample(own, 100) if len(below) > 1000 else [0] * 100
     for candidate in candidates:
         with socket.socket() as probe, suppress(OSError):
+            # Otherwise a server could not take the port while another process probes it.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", candidate))
             port: int = probe.getsockname()[1]
             if port not in _given:

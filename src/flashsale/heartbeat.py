@@ -53,6 +53,13 @@ class Report(NamedTuple):
     sampled_ms: int
 
 
+class Sent(NamedTuple):
+    """The servers that took a heartbeat, and the items whose report such a server refused."""
+
+    servers: set[str]
+    refused: set[str]
+
+
 class _Overall(msgspec.Struct, frozen=True, rename="camel"):
     """The heartbeat of the previous version: one key per pod, with all its items."""
 
@@ -67,12 +74,13 @@ async def beat(
     unacknowledged: Mapping[str, int],
     sampled: Mapping[str, ServerTime],
     engine: str = DEFAULT_ENGINE,
-) -> set[str]:
+) -> Sent:
     """Writes a pod's report for each item in `unacknowledged`. Raises `RedisUnavailable`.
 
     The mapping also needs the items without events that the pod has called within the last
     `EXPIRY_SECONDS`. `sampled` has the clock of each server by its name, read before the events are
-    counted. Returns the names of the servers that have all reports of their items.
+    counted. A server that refuses the reports of all its items counts as away. While the slot of
+    an item moves, it refuses only that one.
     """
 
     def key(item_id: str) -> str:
@@ -102,11 +110,14 @@ async def beat(
         if nodes.single:
             raise
         written = {}
-    return set(sampled) - {name for item_id, name in names.items() if item_id not in written}
+    missing = [item_id for item_id in wanted if item_id not in written]
+    away = {names[item_id] for item_id in missing}
+    away -= {names[item_id] for item_id in wanted if item_id in written}
+    return Sent(set(sampled) - away, {item_id for item_id in missing if names[item_id] not in away})
 
 
 async def retire(redis: "Redis", pod_id: str, engine: str = DEFAULT_ENGINE) -> None:
-    """Removes the heartbeat of a pod that stops without unacknowledged events.
+    """Removes the heartbeat of a pod whose last one reported no unacknowledged events.
 
     Its reports per item say the same and expire.
     """

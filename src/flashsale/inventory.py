@@ -317,9 +317,7 @@ class Inventory:
 
         Without an item, the server is any one of the cluster.
         """
-        [found] = (await self.servers([item_id])).values() or [None]
-        if found is None:
-            raise RedisUnavailable("Redis is unavailable: no node has the item's slot")
+        [found] = (await self.servers([item_id])).values()
         return found
 
     async def servers(self, item_ids: Iterable[str]) -> dict[str, ServerTime]:
@@ -327,7 +325,10 @@ class Inventory:
 
         Items whose server is away are left out, unless all are.
         """
-        groups = await self.nodes.split(item_ids, self._sale_key)
+        wanted = list(item_ids)
+        groups = await self.nodes.split(wanted, self._sale_key)
+        if wanted and not groups:
+            raise RedisUnavailable("Redis is unavailable: no node has the item's slot")
         clocks = await self._clocks(groups)
         return {
             item_id: clocks[node.name]

@@ -123,6 +123,7 @@ class Nodes:
             await self._known()
         except FAILURES as error:
             raise self.unavailable(error, None) from error
+        self._look_for_owners()
         return [self.single] if self.single else list(self._primaries.values())
 
     async def call(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T:
@@ -276,10 +277,11 @@ class Nodes:
 
         The link of a primary that does not answer is closed. Otherwise a primary that was frozen
         and replaced could execute calls that it got before, when it thaws. The watch also notices
-        a primary that has become a replica.
+        a primary that has become a replica, and the new owner of a slot that had none.
         """
         while True:
             await asyncio.sleep(PROBE_SECONDS)
+            self._look_for_owners()
             await asyncio.gather(*(self._probe(node) for node in self._primaries.values()))
 
     async def close(self) -> None:
@@ -310,6 +312,14 @@ class Nodes:
             self._look_soon(at_once=True)
             if self._look:
                 await asyncio.shield(self._look)
+
+    def _look_for_owners(self) -> None:
+        """Begins a look if a slot has no owner.
+
+        Without an owner, a pod sends neither a heartbeat nor a reservation, so no call would look.
+        """
+        if None in self._owners:
+            self._look_soon()
 
     def _look_soon(self, besides: Node | None = None, *, at_once: bool = False) -> None:
         """Begins a look, unless one runs or has just begun, or there is only one server."""

@@ -236,6 +236,18 @@ def test_all_images_have_the_same_base_named_by_its_digest() -> None:
     assert re.fullmatch(r"python:[\d.]+-slim@sha256:[0-9a-f]{64}", bases.pop())
 
 
+def test_the_servers_of_the_manifests_are_images_named_by_their_digest() -> None:
+    found: dict[str, set[str]] = {}
+    for file in sorted((ROOT / "k8s").rglob("*.yaml")):
+        for name, tag in re.findall(r"^ *image: ([^:\s]+):(\S+)$", file.read_text(), re.MULTILINE):
+            found.setdefault(name, set()).add(tag)
+    assert found.pop("flashsale/operator")
+    assert sorted(found) == ["haproxy", "postgres", "redis"]
+    for name, tags in found.items():
+        (tag,) = tags
+        assert re.fullmatch(r"[\w.-]+@sha256:[0-9a-f]{64}", tag), name
+
+
 def test_the_project_the_chart_and_the_images_have_the_same_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())

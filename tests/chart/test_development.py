@@ -16,7 +16,7 @@ import yaml
 
 from dev.images.building import DEPLOYABLES
 from tests.support.chart import Helm, Manifest, Refused, merged
-from tests.support.paths import ROOT
+from tests.support.paths import CHART, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +80,15 @@ def objects(chart: Helm, calls: dict[str, list[Call]]) -> list[Manifest]:
             if file != "<helm>":
                 found += [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
     return found
+
+
+def test_tilt_does_not_deploy_the_objects_of_helm_test() -> None:
+    """Tilt leaves out the templates in a folder `tests`, whatever hooks they have."""
+    templates = (CHART / "templates").rglob("*.yaml")
+    folders = {
+        path.parent.name for path in templates if "flashsale.test.metadata" in path.read_text()
+    }
+    assert folders == {"tests"}
 
 
 def test_kind_creates_a_control_plane_and_two_workers_in_two_zones(kind: Manifest) -> None:

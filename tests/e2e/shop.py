@@ -13,7 +13,7 @@ import yaml
 
 from dev.cluster.node import Cluster
 from tests.support.eventually import eventually
-from tests.support.manifests import flash_sale
+from tests.support.manifests import flash_sale, with_stand_ins
 from tests.support.paths import ROOT
 
 HERE: Final = Path(__file__).parent
@@ -123,10 +123,7 @@ class Shop:
     def start_servers(self) -> None:
         """Start a Redis and a PostgreSQL of k8s/, with requests that fit the node."""
         for name in ("development-secrets", "redis/one-node", "postgres/one-node"):
-            for each in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").read_text()):
-                if each["kind"] == "StatefulSet":
-                    (container,) = each["spec"]["template"]["spec"]["containers"]
-                    container["resources"]["requests"]["cpu"] = "50m"
+            for each in with_stand_ins(Path(f"k8s/{name}.yaml")):
                 self.apply(each)
         for server in ("redis", "postgres"):
             self.kubectl("rollout", "status", f"statefulset/{server}", "--timeout=2m")

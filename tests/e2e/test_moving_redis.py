@@ -1,12 +1,13 @@
 """The sales move to another Redis and back. A stuck rollout of the API sells nothing twice."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.e2e.shop import RELEASE, Object, Shop, commands
-from tests.support.paths import CHART, ROOT
+from tests.support.manifests import with_stand_ins
+from tests.support.paths import CHART
 
 ELSEWHERE = "elsewhere"
 WAIT = ("--wait", "--timeout=2m")
@@ -20,11 +21,7 @@ OPERATOR = (
 def servers() -> Iterator[Object]:
     """Yield the manifests of a Redis whose request fits the node."""
     for name in ("development-secrets", "redis/one-node"):
-        for each in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").read_text()):
-            if each["kind"] == "StatefulSet":
-                (container,) = each["spec"]["template"]["spec"]["containers"]
-                container["resources"]["requests"]["cpu"] = "50m"
-            yield each
+        yield from with_stand_ins(Path(f"k8s/{name}.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def test_helm_test_buys_one_unit_and_leaves_nothing(shop: Shop) -> None:
 
 
 def test_the_namespace_refuses_an_unrestricted_pod(shop: Shop) -> None:
-    output = shop.kubectl("run", "unrestricted", "--image=redis:8.0", check=False)
+    output = shop.kubectl("run", "unrestricted", "--image=redis:8.2", check=False)
     assert 'violates PodSecurity "restricted:latest"' in output
 
 

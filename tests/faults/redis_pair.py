@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from dev.stack.process import Server
 from dev.stack.redis import RedisServer, default_binary
+from tests.support import redis_users
 from tests.support.proxy import Proxy
 
 DOWN_AFTER_MS: Final = 1_500
@@ -71,8 +72,8 @@ class RedisPair:
 
     def __init__(self, folder: Path) -> None:
         self.servers: tuple[RedisServer, ...] = (
-            RedisServer(folder / "redis-1"),
-            RedisServer(folder / "redis-2"),
+            RedisServer(folder / "redis-1", options=redis_users.options()),
+            RedisServer(folder / "redis-2", options=redis_users.options()),
         )
         self.sentinel = SentinelServer(folder / "sentinel", self.servers[0])
         self.proxy = Proxy()
@@ -82,15 +83,15 @@ class RedisPair:
 
     @property
     def url(self) -> str:
-        """The address for the engine."""
-        return f"redis://127.0.0.1:{self.proxy.port}/0"
+        """The address for the operator."""
+        return redis_users.url_of(self.servers[0], redis_users.OPERATOR, self.proxy.port)
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator["RedisPair"]:
         """Run both servers, the Sentinel and the proxy."""
         first, second = self.servers
         await asyncio.to_thread(first.start)
-        second.options = ("--replicaof", "127.0.0.1", str(first.port))
+        second.options += ("--replicaof", "127.0.0.1", str(first.port))
         await asyncio.to_thread(second.start)
         await asyncio.to_thread(self.sentinel.start)
         self.proxy.target_port = first.port
@@ -209,9 +210,8 @@ class RedisPair:
 
     async def _start(self, server: RedisServer) -> None:
         primary = await self._primary()
-        server.options = (
-            () if primary is server else ("--replicaof", "127.0.0.1", str(primary.port))
-        )
+        follow = () if primary is server else ("--replicaof", "127.0.0.1", str(primary.port))
+        server.options = (*redis_users.options(), *follow)
         await asyncio.to_thread(server.start)
 
     async def _primary(self) -> RedisServer:

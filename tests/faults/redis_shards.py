@@ -17,6 +17,7 @@ from flashsale.keys import ItemKeys
 from flashsale.requirements import SLOTS
 from tests.faults.bus import Bus
 from tests.faults.redis_pair import DEADLINE_SECONDS, RedisPair, ask
+from tests.support import redis_users
 
 NODE_TIMEOUT_MS: Final = "2000"
 """How long a primary must be silent before its replica is elected."""
@@ -35,7 +36,8 @@ class RedisShards(RedisPair):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        options = ("--cluster-node-timeout", NODE_TIMEOUT_MS)
+        users = redis_users.options(clustered=True)
+        options = ("--cluster-node-timeout", NODE_TIMEOUT_MS, *users)
         self.cluster = RedisCluster(folder / "shards", replicas=1, options=options)
         self.servers = tuple(self.cluster.servers)
         self.bus = Bus(self.servers)
@@ -44,7 +46,7 @@ class RedisShards(RedisPair):
 
     @property
     def url(self) -> str:
-        return self.cluster.url
+        return redis_users.url_of(self.servers[0], redis_users.OPERATOR)
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator["RedisShards"]:

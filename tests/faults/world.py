@@ -29,6 +29,7 @@ from tests.faults.schedule import LOSES_IN_REDIS, Kind, Redis, Schedule, Step
 from tests.support.manifests import flash_sale
 from tests.support.paths import CRD
 from tests.support.proxy import Proxy
+from tests.support.redis_users import of_api
 
 NAMESPACE: Final = "default"
 TOKEN: Final = "a-token-of-the-order-service-of-the-faults"
@@ -50,7 +51,6 @@ class History:
     killed: list[tuple[int, float, float]] = field(default_factory=list)
     orphaned: list[tuple[int, float, float]] = field(default_factory=list)
     without_kafka: list[tuple[float, float]] = field(default_factory=list)
-    without_issuer: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -180,8 +180,6 @@ class World:
             self.history.orphaned.append((step.which, *span))
         if step.kind.name.startswith("KAFKA_"):
             self.history.without_kafka.append(span)
-        if step.kind is Kind.ISSUER_AWAY:
-            self.history.without_issuer.append(span)
 
     async def _doing(self, step: Step, sale: Sale, crowd: Crowd) -> None:
         subject, _, verb = step.kind.name.partition("_")
@@ -392,7 +390,7 @@ async def opened(folder: Path, kind: Redis = Redis.SENTINEL) -> AsyncIterator[Wo
 
 
 def _api(folder: Path, addresses: Addresses, settings: Mapping[str, str]) -> ApiServer:
-    return ApiServer(folder, addresses, order_tokens=TOKEN, settings=settings)
+    return ApiServer(folder, of_api(addresses), order_tokens=TOKEN, settings=settings)
 
 
 def _advertised(proxy: Proxy) -> Mapping[str, str]:

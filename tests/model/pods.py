@@ -1,7 +1,7 @@
 """API pods in the model, as sequences of steps."""
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar
 
 from tests.model.kafka import Kafka
@@ -71,10 +71,10 @@ class Ordered:
 
 @dataclass(slots=True, eq=False)
 class Publication:
-    """An event in a pod's memory until Kafka has acknowledged it, with its outbox entries."""
+    """An event in a pod's memory until Kafka has acknowledged it, with its outbox entry or 0."""
 
     event: Event
-    entries: set[int] = field(default_factory=set)
+    entry: int = 0
     acknowledged: bool = False
 
 
@@ -99,7 +99,7 @@ class Pod(Process):
         self.calls = 0
         self.memory: dict[object, Publication] = {}
         self.remembered: dict[object, int] = {}
-        """The revisions in which Kafka has acknowledged events. Their replays are not published."""
+        """The revisions in which Kafka has acknowledged replays. These are not published again."""
         self.pending: list[Publication] = []
         self.acknowledged: list[tuple[int, Event]] = []
         self.entries: set[int] = set()
@@ -289,25 +289,29 @@ class Pod(Process):
         """Hands an event to the publisher, unless its memory has it already."""
         if not (self.world.rules.publish_at_once or swept):
             return Publication(event)
-        key = self._key(event)
-        publication = self.memory.get(key)
-        if publication is None and not entry and self.remembered.get(key) == event.revision:
+        publication = Publication(event, entry)
+        key = self._key(publication)
+        if not entry and self.remembered.get(key) == event.revision:
             self.world.oracle.counts["remembered"] += 1
-            return Publication(event, acknowledged=True)
-        if publication is None:
-            publication = self.memory[key] = Publication(event)
-            self.pending.append(publication)
-            if not self._publishes:
-                self._publishes = True
-                self.spawn(self._publish())
+            publication.acknowledged = True
+            return publication
+        if key in self.memory:
+            return self.memory[key]
+        self.memory[key] = publication
+        self.pending.append(publication)
         if entry:
-            publication.entries.add(entry)
             self.entries.add(entry)
+        if not self._publishes:
+            self._publishes = True
+            self.spawn(self._publish())
         return publication
 
-    def _key(self, event: Event) -> object:
-        by_version = self.world.rules.memory_by_version
-        return (event.reservation_id, event.version if by_version else 0)
+    def _key(self, publication: Publication) -> object:
+        entry, event = publication.entry, publication.event
+        # The id of a real entry never comes again. Here it does after Redis has lost entries.
+        if not self.world.rules.memory_by_version:
+            return event.reservation_id
+        return entry, event.reservation_id, event.version
 
     def _publish(self) -> Steps:
         """Publishes from memory, and sends a batch again if it fails."""
@@ -323,11 +327,12 @@ class Pod(Process):
                 continue
             for publication in batch:
                 publication.acknowledged = True
-                del self.memory[self._key(publication.event)]
-                self.remembered[self._key(publication.event)] = publication.event.revision
-                self.acknowledged += [
-                    (entry, publication.event) for entry in sorted(publication.entries)
-                ]
+                key = self._key(publication)
+                del self.memory[key]
+                if publication.entry:
+                    self.acknowledged.append((publication.entry, publication.event))
+                else:
+                    self.remembered[key] = publication.event.revision
             world.risk(self)
             if self.acknowledged and not self._settles:
                 self._settles = True

@@ -1,5 +1,6 @@
 """The manifest of a FlashSale, and the manifests of files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ def flash_sale(
 def documents(file: Path) -> list[dict[str, Any]]:
     """Return the manifests of a file of the repository."""
     return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
+
+
+def with_stand_ins(file: Path) -> list[dict[str, Any]]:
+    """Return the manifests of a file for a cluster of `dev/cluster`, whose images have no digests.
+
+    Their containers request little CPU, because the node is small.
+    """
+    text = re.sub("@sha256:[0-9a-f]{64}", "", (ROOT / file).read_text())
+    found = [each for each in yaml.safe_load_all(text) if each]
+    for each in found:
+        if each["kind"] in ("StatefulSet", "Job"):
+            (container,) = each["spec"]["template"]["spec"]["containers"]
+            container["resources"]["requests"]["cpu"] = "50m"
+    return found
 
 
 def scripts(file: Path) -> dict[str, str]:

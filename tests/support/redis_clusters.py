@@ -1,14 +1,21 @@
-"""Clients of a Redis Cluster, for tests that also run on one server."""
+"""Clients of a Redis Cluster, for tests that also run on one server, and slots that move."""
 
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, cast
 
+import redis as blocking
 from redis.asyncio import Redis
+from redis.crc import key_slot
+from redis.exceptions import ResponseError
 
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
+from flashsale.inventory import Inventory
+from flashsale.keys import ItemKeys
 from flashsale.nodes import Nodes
+from tests.support.eventually import until
 
 Deployment: TypeAlias = RedisServer | RedisCluster
 
@@ -36,3 +43,72 @@ async def routed(deployment: Deployment) -> AsyncIterator[Redis]:
     finally:
         await client.aclose()
         await router.aclose()
+
+
+def server_of(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:
+    port = int(inventory.node_of(item).rpartition(":")[2])
+    [found] = [server for server in cluster.servers if server.port == port]
+    return found
+
+
+class Migration:
+    """Moves the slot of an item to another node, one step at a time, or takes it from its owner."""
+
+    def __init__(self, cluster: RedisCluster, inventory: Inventory, item: str) -> None:
+        self.source = server_of(cluster, inventory, item)
+        [self.target, *_] = [each for each in cluster.servers if each is not self.source]
+        self.servers = cluster.servers
+        self.slot = key_slot(ItemKeys.of(item, inventory.engine).sale.encode())
+
+    def ask(self, server: RedisServer, *words: object) -> object:
+        with blocking.Redis.from_url(server.url, decode_responses=True) as client:
+            return client.execute_command(*words)
+
+    def begin(self) -> None:
+        ids = {each: self.ask(each, "CLUSTER", "MYID") for each in (self.source, self.target)}
+        slot = "CLUSTER", "SETSLOT", self.slot
+        self.ask(self.target, *slot, "IMPORTING", ids[self.source])
+        self.ask(self.source, *slot, "MIGRATING", ids[self.target])
+
+    def move_keys(self) -> None:
+        self._move(self.source, self.target)
+
+    def end(self) -> None:
+        owner = self.ask(self.target, "CLUSTER", "MYID")
+        first = [self.target, self.source]
+        for server in [*first, *(each for each in self.servers if each not in first)]:
+            self.ask(server, "CLUSTER", "SETSLOT", self.slot, "NODE", owner)
+
+    def give_up(self) -> None:
+        """Move the keys back instead of the end."""
+        self.ask(self.source, "CLUSTER", "SETSLOT", self.slot, "STABLE")
+        self._move(self.target, self.source)
+        self.ask(self.target, "CLUSTER", "SETSLOT", self.slot, "STABLE")
+
+    async def unassign(self) -> None:
+        """Leave the slot without an owner. Its keys stay."""
+
+        def unassigned() -> bool:
+            # The owner's last message may assign the slot again.
+            for server in (self.source, *self.servers):
+                with contextlib.suppress(ResponseError):
+                    self.ask(server, "CLUSTER", "DELSLOTS", self.slot)
+            infos = [self.ask(server, "CLUSTER INFO") for server in self.servers]
+            return all(
+                isinstance(info, dict) and info["cluster_slots_assigned"] == "16383"
+                for info in infos
+            )
+
+        await until(unassigned)
+
+    def assign(self) -> None:
+        """Give the slot back to its owner."""
+        self.ask(self.source, "CLUSTER", "ADDSLOTS", self.slot)
+
+    def _move(self, source: RedisServer, target: RedisServer) -> None:
+        keys = self.ask(source, "CLUSTER", "GETKEYSINSLOT", self.slot, 100)
+        assert isinstance(keys, list)
+        if keys:
+            # A pod may have sent a heartbeat to the target, if that has been the owner again.
+            to = "MIGRATE", "127.0.0.1", target.port, "", 0, 5_000, "REPLACE", "KEYS"
+            self.ask(source, *to, *keys)

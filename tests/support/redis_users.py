@@ -14,7 +14,10 @@ TESTER: Final = "flashsale-tester"
 """The operator's user, with the commands by which tests damage or inspect a server."""
 PASSWORD: Final = "a-password-of-these-tests"
 
-_OF_TESTS: Final = ("+flushall", "+keys", "+config|set", "+copy", "+sismember")
+_OF_TESTS: Final = (
+    *("+flushall", "+keys", "+config|set", "+copy", "+sismember"),
+    *("+multi", "+exec"),
+)
 
 
 def rules(user: str, manifest: str) -> list[str]:
@@ -43,5 +46,14 @@ def url_of(server: RedisServer, user: str, port: int | None = None) -> str:
 
 def of_api(addresses: Addresses) -> Addresses:
     """Return the operator's addresses with the user of the API."""
-    url = addresses.redis_url.replace(f"//{OPERATOR}:", f"//{API}:")
+    return _of(addresses, API)
+
+
+def of_tester(addresses: Addresses) -> Addresses:
+    """Return the operator's addresses with the user of tests."""
+    return _of(addresses, TESTER)
+
+
+def _of(addresses: Addresses, user: str) -> Addresses:
+    url = addresses.redis_url.replace(f"//{OPERATOR}:", f"//{user}:")
     return replace(addresses, redis_url=url)

@@ -17,7 +17,10 @@ USER_ID: Final = re.compile(USER_ID_PATTERN)
 
 RequestHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
 Identified: TypeAlias = Callable[[str, str], None]
-"""Takes the user and "", or "" and the reason why the user is unknown."""
+"""Takes the user and "", or "" and the reason why the user is unknown.
+
+Both are empty if this pod cannot name users yet.
+"""
 
 
 class Authentication(ABC):

@@ -57,6 +57,7 @@ class Failure(Word):
     OUTCOME_UNKNOWN = "outcome_unknown"
     INTERNAL_ERROR = "internal_error"
     UNAUTHORIZED = "unauthorized"
+    KEYS_UNAVAILABLE = "keys_unavailable"
     WRONG_USER = "wrong_user"
 
 
@@ -111,8 +112,8 @@ class Calls(ABC, Generic[R, D]):
         """
         self._metrics = metrics
         self._engine = engine
-        self._waiting_gauge = waiting
         self._waiting = 0
+        waiting.set_function(lambda: self._waiting)
         self._called: dict[str, float] = {}
         self._queues: dict[str, _Queue[R, D]] = {}
         self._node_of = node_of
@@ -251,7 +252,6 @@ class Calls(ABC, Generic[R, D]):
             call = asyncio.get_running_loop().create_task(self._call(queue, share, batch))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
-        self._waiting_gauge.set(self._waiting)
         if not queue.waiting and not queue.calls:
             self._queues.pop(queue.item_id, None)
 
@@ -279,7 +279,6 @@ class Calls(ABC, Generic[R, D]):
             if queue.waiting:
                 since = queue.waiting[0].since
                 next_since = since if next_since is None else min(since, next_since)
-        self._waiting_gauge.set(self._waiting)
         self._expiry = (
             None
             if next_since is None

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Pulse:
-    """Knows whether the server of an item has a valid heartbeat of this pod.
+    """Knows whether the server of an item has a valid heartbeat of this pod, and took its report.
 
     A rebuild takes a pod without one for dead, and does not wait for its events. Such a pod
     therefore accepts nothing, although it may still reach the server.
@@ -33,14 +33,16 @@ class Pulse:
         self._node_of = node_of
         self._valid_until: dict[str, float] = {}
         self._answering: Collection[str] = ()
+        self._refused: Collection[str] = ()
 
     def answered(self, names: Collection[str]) -> None:
         """Notes which servers answered when the pod last tried to send a heartbeat."""
         self._answering = names
 
-    def sent(self, names: Collection[str], sampled: float) -> None:
-        """Notes the servers that took a heartbeat. `sampled` is the loop's time of its sample."""
-        self._valid_until |= dict.fromkeys(names, sampled + heartbeat.EXPIRY_SECONDS)
+    def sent(self, sent: heartbeat.Sent, sampled: float) -> None:
+        """Notes who took a heartbeat. `sampled` is the loop's time of its sample."""
+        self._valid_until |= dict.fromkeys(sent.servers, sampled + heartbeat.EXPIRY_SECONDS)
+        self._refused = sent.refused
 
     @property
     def begun(self) -> bool:
@@ -49,6 +51,8 @@ class Pulse:
 
     def refusal(self, item_id: str) -> Outcome | Failure | None:
         """Returns the outcome of an item's requests, or None if the pod may accept them."""
+        if item_id in self._refused:
+            return Failure.REDIS_UNAVAILABLE
         name = self._node_of(item_id)
         if asyncio.get_running_loop().time() < self._valid_until.get(name, 0.0):
             return None
@@ -96,10 +100,12 @@ class Heartbeat:
     async def stop(self) -> None:
         """Removes the heartbeat of a pod that has nothing left to publish. No beat follows."""
         if self._thread is not None:
-            await self._thread.run(self._retire())
+            await self._thread.run(self._retire(asyncio.get_running_loop()))
 
-    async def _retire(self) -> None:
+    async def _retire(self, main: asyncio.AbstractEventLoop) -> None:
         await self._turn.acquire()
+        # The reports per item stay until they expire. A rebuild would wait for older counts.
+        await self._beat(main)
         await heartbeat.retire(self._inventory.redis, self._pod_id, self._inventory.engine)
 
     async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
@@ -135,9 +141,9 @@ class Heartbeat:
         # The pod's loop counts, because a thread could look between a reply and its events.
         counts = await _called_in(main, lambda: self._count(known))
         redis, engine = self._inventory.redis, self._inventory.engine
-        written = await heartbeat.beat(redis, self._pod_id, counts, sampled, engine)
-        self._pulse.sent(written, begun)
-        self._metrics.redis_up.set(len(written) == len(await self._inventory.nodes.all()))
+        sent = await heartbeat.beat(redis, self._pod_id, counts, sampled, engine)
+        self._pulse.sent(sent, begun)
+        self._metrics.redis_up.set(len(sent.servers) == len(await self._inventory.nodes.all()))
 
     def _measure(self) -> None:
         self._metrics.unacknowledged.set(self._publisher.unacknowledged)

@@ -27,7 +27,7 @@ from flashsale import events
 from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.events import Event
 from flashsale.outbox import Outbox
-from flashsale.reservations import FINAL, Record, Snapshot
+from flashsale.reservations import Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
@@ -59,12 +59,7 @@ BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 SET_ASIDE_SECONDS: Final = 60.0
 """How long an event rests that is too large for the topic. A sweep then publishes it again."""
 REMEMBERED: Final = 50_000
-"""Published events that a pod remembers at least, in at most 30 MB. It publishes no replay of them.
-
-Only events that a request can repeat count.
-"""
-_UNACKNOWLEDGED: Final = 0
-"""The revision of a remembered event that Kafka has not acknowledged yet."""
+"""Published replays that a pod remembers at least, in at most 30 MB."""
 
 
 class Accepted(NamedTuple):
@@ -113,9 +108,9 @@ class Publisher:
         self._held: set[_Key] = set()
         self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
         self._recent: dict[_Version, int] = {}
-        """The revisions of the sales in which Kafka has acknowledged events."""
+        """The revisions of the sales in which Kafka has acknowledged replays."""
         self._older: dict[_Version, int] = {}
-        """The same of the events before. To forget one event at a time would cost more."""
+        """The same of the replays before. To forget one replay at a time would cost more."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn = itertools.count()
@@ -151,20 +146,19 @@ class Publisher:
     def add(self, accepted: Accepted) -> None:
         """Takes a reservation to publish, unless the publisher holds it already. Never waits.
 
-        A replay of an event that this pod is publishing, or that Kafka has acknowledged to it in
-        this revision of the sale, is not published again. No rebuild has left it out, because the
-        script found this version in a trusted sale: docs/adr/0022-replays-are-published-once.md.
+        A replay that Kafka has acknowledged to this pod in this revision of the sale is not
+        published again. No rebuild has left its event out, because the script found this version
+        in a trusted sale: docs/adr/0022-replays-are-published-once.md.
         """
         item_id, entry_id, reservation_id, record, snapshot, _ = accepted
-        key = (item_id, entry_id) if entry_id else (item_id, reservation_id, record.version)
+        if entry_id:
+            key: _Key = item_id, entry_id
+        else:
+            key = version = item_id, reservation_id, record.version
+            if self._remembered(version) == snapshot.revision:
+                return
         if key in self._held:
             return
-        if _repeatable(record):
-            version = item_id, reservation_id, record.version
-            known = _UNACKNOWLEDGED, snapshot.revision
-            if not entry_id and self._remembered(version) in known:
-                return
-            self._remember(version, _UNACKNOWLEDGED)
         self._held.add(key)
         self._pending.append(accepted)
         self._by_item[item_id] += 1
@@ -174,8 +168,8 @@ class Publisher:
     def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
         """Returns a future of Kafka's next acknowledgement of a version that was just added.
 
-        The future is done if the pod remembers the acknowledgement. Cancel the future to give up
-        waiting.
+        The future is done if the version is a replay that the pod remembers. Cancel the future to
+        give up waiting.
         """
         key = _version(accepted)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -250,18 +244,20 @@ class Publisher:
         while item_id := next(
             (each for each in self._acknowledged if self._outbox.node_of(each) == node), None
         ):
-            page = self._acknowledged[item_id][:SETTLE_BATCH]
+            # The item may move to another node meanwhile, whose task must not take these entries.
+            waiting = self._acknowledged.pop(item_id)
+            page, left = waiting[:SETTLE_BATCH], waiting[SETTLE_BATCH:]
             try:
                 await self._outbox.settle(item_id, page)
             except RedisUnavailable as error:
                 if not away:
                     log.warning("cannot settle outbox entries yet: %s", error)
                 away = True
-                self._acknowledged[item_id] = self._acknowledged.pop(item_id)
+                self._acknowledged[item_id] = waiting + self._acknowledged.pop(item_id, [])
                 await asyncio.sleep(BACKOFF_SECONDS[-1])
                 continue
             away = False
-            if left := self._acknowledged.pop(item_id)[len(page) :]:
+            if left := left + self._acknowledged.pop(item_id, []):
                 self._acknowledged[item_id] = left
             self._forget((item_id, entry_id) for entry_id, _, _ in page)
         running.discard(node)
@@ -373,7 +369,6 @@ class Publisher:
                 )
             else:
                 self._forget([version])
-            if _repeatable(record):
                 self._remember(version, snapshot.revision)
             if self._awaited:
                 for future in self._awaited.pop(version, ()):
@@ -433,18 +428,8 @@ class Publisher:
         def forget() -> None:
             self._by_item[accepted.item_id] -= 1
             self._forget([_key(accepted)])
-            for memory in (self._recent, self._older):
-                memory.pop(_version(accepted), None)
 
         asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
-
-
-def _repeatable(record: Record) -> bool:
-    """Whether a request can meet this version again.
-
-    Nothing repeats an acceptance without a key. A later version has an order or is final.
-    """
-    return bool(record.request_key or record.order_ref or record.state in FINAL)
 
 
 def _key(accepted: Accepted) -> _Key:

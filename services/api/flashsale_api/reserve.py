@@ -70,6 +70,7 @@ _PROBLEMS: Final = {
     Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
     Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
     Failure.UNAUTHORIZED: Problem.UNAUTHORIZED,
+    Failure.KEYS_UNAVAILABLE: Problem.KEYS_UNAVAILABLE,
     Failure.WRONG_USER: Problem.WRONG_USER,
 }
 
@@ -196,6 +197,9 @@ class Reserve:
         def decide(user_id: str, reason: str = "") -> None:
             if reason:
                 pending.end(Decision(Failure.UNAUTHORIZED, reason=reason))
+                return
+            if not user_id:
+                pending.end(Decision(Failure.KEYS_UNAVAILABLE))
                 return
             if order.user_id not in (user_id, ""):
                 pending.end(Decision(Failure.WRONG_USER))

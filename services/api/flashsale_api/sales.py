@@ -143,6 +143,8 @@ class Sales:
         def look(user_id: str, reason: str) -> None:
             if reason:
                 respond(*responses.unauthorized(reason))
+            elif self._authentication is not None and not user_id:
+                respond(*responses.plain(Problem.KEYS_UNAVAILABLE))
             else:
                 self._answer(self._look(item_id, reservation_id, user_id, respond), respond)
 

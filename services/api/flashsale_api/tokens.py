@@ -99,7 +99,7 @@ class Tokens(Authentication):
 
         def verify(key: jwt.PyJWK | None) -> None:
             if key is None:
-                then("", "the issuer has no such key")
+                then("", "" if self.problem else "the issuer has no such key")
                 return
             try:
                 user = self._verified(token, key)

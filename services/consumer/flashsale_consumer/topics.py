@@ -10,6 +10,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     NoError,
+    NotControllerError,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
@@ -88,7 +89,11 @@ async def _create(
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Create topics. Return the created ones, and those that are missing and not allowed."""
     created, refused = set(), set()
-    for name, code, message in (await admin.create_topics(topics)).topic_errors:
+    try:
+        reply = await admin.create_topics(topics)
+    except AttributeError:  # aiokafka reads the id of a controller that Kafka does not name
+        raise NotControllerError("Kafka has no controller at the moment") from None
+    for name, code, message in reply.topic_errors:
         error = for_code(code)
         if error in (TopicAuthorizationFailedError, ClusterAuthorizationFailedError):
             refused.add(name)

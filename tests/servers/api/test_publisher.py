@@ -148,7 +148,7 @@ async def test_a_pod_that_answers_a_replay_also_publishes_it(
     first.kill()
     await asyncio.to_thread(second.start)
     async with httpx.AsyncClient(base_url=second.url) as http:
-        for _ in range(3):  # several replays are one held event
+        for _ in range(3):  # several replays are one event
             again = await http.post("/reserve", json=request, headers={"Idempotency-Key": "k"})
             assert (again.status_code, again.json()) == (202, answer.json())
     sale = (await inventory_here.sales([ITEM]))[ITEM]
@@ -281,6 +281,7 @@ async def test_a_stopping_pod_publishes_its_accepted_reservations(
     await client.aclose()
 
 
+@pytest.mark.slow
 async def test_a_heartbeat_counts_the_unacknowledged_events_per_item(
     kafka_here: KafkaServer,
     redis_here: RedisServer,
@@ -377,38 +378,65 @@ async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
 
 @pytest.fixture
 def forgetful(outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch) -> Publisher:
-    """A publisher without Kafka that remembers at least two published events."""
+    """A publisher without Kafka that remembers at least two published replays."""
     monkeypatch.setattr(publisher_module, "REMEMBERED", 2)
     return Publisher(
         KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
     )
 
 
-async def test_a_version_is_published_again_once_it_is_forgotten(forgetful: Publisher) -> None:
-    first, second, third, fourth = (accepted(ITEM, number) for number in range(4))
-    replay = first._replace(entry_id="")
-    for event in (first, replay, second):
+async def test_a_replay_is_published_once_until_it_is_forgotten(forgetful: Publisher) -> None:
+    first, *others = (accepted(ITEM, number)._replace(entry_id="") for number in range(4))
+    for event in (first, first):
         forgetful.add(event)
-    assert forgetful.held == 2
-    forgetful._acknowledge([first, second])
-    forgetful.add(replay)
-    assert forgetful.held == 2
-    assert forgetful.acknowledgement(replay).done()
-    for event in (third, fourth, replay):
+    assert forgetful.held == 1
+    assert not forgetful.acknowledgement(first).done()
+    forgetful._acknowledge([first])
+    forgetful.add(first)
+    assert forgetful.held == 0
+    assert forgetful.acknowledgement(first).done()
+    for event in others:
         forgetful.add(event)
-    assert forgetful.held == 5
-    assert not forgetful.acknowledgement(replay).done()
+    forgetful._acknowledge(others[:1])
+    assert forgetful.acknowledgement(first).done()
+    forgetful._acknowledge(others[1:])
+    assert not forgetful.acknowledgement(first).done()
+    forgetful.add(first)
+    assert forgetful.held == 1
 
 
-async def test_an_acceptance_without_a_key_takes_no_memory(
+async def test_a_replay_is_published_again_in_another_revision_of_its_sale(
+    forgetful: Publisher,
+) -> None:
+    replay = accepted(ITEM, 1)._replace(entry_id="")
+    rebuilt = replay._replace(snapshot=replay.snapshot._replace(revision=2))
+    for event in (replay, rebuilt):
+        forgetful.add(event)
+        assert forgetful.held == 1
+        forgetful._acknowledge([event])
+        assert forgetful.held == 0
+        assert forgetful.acknowledgement(event).done()
+
+
+async def test_the_memory_of_replays_is_bounded(forgetful: Publisher) -> None:
+    for number in range(100):
+        replay = accepted(ITEM, number)._replace(entry_id="")
+        forgetful.add(replay)
+        forgetful._acknowledge([replay])
+        assert len(forgetful._recent) + len(forgetful._older) <= 4
+
+
+async def test_an_acceptance_takes_no_memory_and_its_replay_is_published_once(
     forgetful: Publisher,
 ) -> None:
     first, *others = (accepted(ITEM, number) for number in range(6))
-    keyless = [each._replace(record=each.record._replace(request_key="")) for each in others]
-    for event in (first, *keyless):
+    replay = first._replace(entry_id="")
+    for event in (first, replay, replay, *others):
         forgetful.add(event)
-    forgetful._acknowledge([first, *keyless])
-    assert forgetful.acknowledgement(first._replace(entry_id="")).done()
+    assert forgetful.held == 7
+    forgetful._acknowledge([first, replay, *others])
+    assert forgetful.acknowledgement(replay).done()
+    assert not forgetful.acknowledgement(others[0]).done()
 
 
 async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
@@ -431,6 +459,46 @@ async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
         ("few", 44),
         ("many", 88),
     ]
+
+
+class MovingOutbox(RecordingOutbox):
+    """The item moves from node A to node B during the first call, which then goes on."""
+
+    def __init__(self, redis: "Redis") -> None:
+        super().__init__(redis)
+        self.node = "A"
+        self.moved = asyncio.Event()
+
+    def node_of(self, _: str) -> str:
+        return self.node
+
+    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
+        if self.node == "A":
+            self.node = "B"
+            await self.moved.wait()
+        return await super().settle(item_id, acknowledged)
+
+
+async def test_an_item_that_moves_during_its_settlement_is_settled_once(
+    redis_here: RedisServer,
+) -> None:
+    client = redis_client.connect(redis_users.url_of(redis_here, redis_users.API))
+    outbox = MovingOutbox(client)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    task = asyncio.create_task(publisher.settle())
+    for first, count in ((0, 300), (300, 200)):
+        entries = [(f"{n}-1", f"id-{n}", 1) for n in range(first, first + count)]
+        publisher._acknowledged.setdefault(ITEM, []).extend(entries)
+        publisher._to_settle.set()
+        await until(lambda: outbox.node == "B")
+    await until(lambda: outbox.settled == [(ITEM, 200)])
+    outbox.moved.set()
+    await until(lambda: outbox.settled == [(ITEM, 200), (ITEM, 256), (ITEM, 44)])
+    assert not task.done()
+    task.cancel()
+    await client.aclose()
 
 
 async def test_a_pod_with_a_backlog_does_not_sweep(

@@ -237,6 +237,7 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches(ledger: Ledger, log
         await until_announced(ledger, log, len(sold))
 
 
+@pytest.mark.slow
 async def test_a_missing_topic_is_created_again(ledger: Ledger, log: Log) -> None:
     first, second = accepted(), accepted(1)
     async with running(ledger.url, log):
@@ -265,6 +266,7 @@ async def test_two_consumers_announce_all_that_they_record(ledger: Ledger, log: 
             await until_offsets(ledger, 3_000, 3_000)
 
 
+@pytest.mark.slow
 async def test_a_ledger_that_went_back_is_announced_again(ledger: Ledger, log: Log) -> None:
     first, second = ([accepted(number) for number in range(50)] for _ in range(2))
     async with running(ledger.url, log):

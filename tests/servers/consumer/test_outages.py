@@ -90,6 +90,7 @@ async def test_a_ledger_that_is_away_loses_nothing(
         assert await consumer.ended() == 0
 
 
+@pytest.mark.slow
 async def test_a_rebalance_while_the_ledger_is_away_loses_nothing(
     ledger: Ledger, log: Log, postgres_server: PostgresServer
 ) -> None:

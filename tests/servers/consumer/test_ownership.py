@@ -129,6 +129,7 @@ async def delete_group(log: Log) -> None:
 
 
 @pytest.mark.usefixtures("looks_often")
+@pytest.mark.slow
 async def test_of_two_engines_that_start_together_one_leaves_the_group(
     ledger: Ledger, other_ledger: Ledger, log: Log
 ) -> None:
@@ -151,6 +152,7 @@ async def test_of_two_engines_that_start_together_one_leaves_the_group(
     assert await empty.rows() == {}
 
 
+@pytest.mark.slow
 async def test_the_ledger_of_an_engine_of_another_name_is_refused_until_it_is_replaced(
     ledger: Ledger, log: Log, start: Callable[..., Process]
 ) -> None:

@@ -1,10 +1,10 @@
 """Recording batches of events in a real PostgreSQL."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta, timezone
-from itertools import pairwise, permutations
+from itertools import chain, pairwise, permutations, zip_longest
 from random import Random
 from uuid import UUID, uuid4
 
@@ -15,9 +15,6 @@ from hypothesis import strategies as st
 
 from flashsale.events import Event
 from flashsale.ledger import migrate
-from flashsale_consumer import recorder
-from flashsale_consumer.clients import transaction
-from flashsale_consumer.recorded import Source
 from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
@@ -29,53 +26,7 @@ from tests.support.consumer import (
     migrate_to,
     opened,
 )
-
-
-async def record(ledger: Ledger, events: Sequence[Event]) -> BatchOutcome:
-    """Record a batch. Check that the messages of known rows equal those that the ledger gives."""
-    async with transaction(ledger.pool) as connection:
-        outcome = await recorder.record(connection, "reservations", {}, {}, events)
-        source = Source(ledger.pool, str(UUID(int=0)))
-        known = source.written(outcome.written)
-        source._pool = connection  # type: ignore[assignment] # before another consumer's commit
-        names = {(event.sale_id, event.reservation_id) for event in known_events(outcome)}
-        assert sorted(known) == sorted(await source.reservations(list(names)))
-        return outcome
-
-
-def known_events(outcome: BatchOutcome) -> list[Event]:
-    return [event for written in outcome.written for event in written.events]
-
-
-async def rebuild(ledger: Ledger, revision: int) -> None:
-    """Leave the traces of a rebuild in the ledger."""
-    await ledger.pool.execute("UPDATE sales SET rebuilt_revision = $1, revision = $1", revision)
-
-
-async def counts(ledger: Ledger, sale_id: str = "default/phones") -> tuple[int, int, int]:
-    """Return the accepted, held and released units."""
-    sale = await ledger.sale(sale_id)
-    return sale.accepted, sale.held, sale.released
-
-
-def counted(events: Sequence[Event]) -> tuple[int, int, int]:
-    """Return the accepted, held and released units of reservations, from their last versions."""
-    return (
-        sum(event.quantity for event in events),
-        sum(event.quantity for event in events if event.state == "held"),
-        sum(event.quantity for event in events if event.state in ("cancelled", "expired")),
-    )
-
-
-async def check(ledger: Ledger, sale_id: str, last: Sequence[Event]) -> None:
-    """Check that the ledger has exactly these versions, and the counts that follow from them."""
-    rows = await ledger.pool.fetch("SELECT * FROM reservations WHERE sale_id = $1", sale_id)
-    names = ["user_id", "quantity", "state", "version", "request_key", "accepted_at", "expires_at"]
-    names += ["confirmed_at", "order_ref"]
-    assert {str(row["reservation_id"]): [row[name] for name in names] for row in rows} == {
-        event.reservation_id: [getattr(event, name) for name in names] for event in last
-    }
-    assert await counts(ledger, sale_id) == counted(last)
+from tests.support.recording import check, counted, counts, known_events, record
 
 
 @dataclass
@@ -170,6 +121,24 @@ def batches(events: Sequence[Event]) -> Iterator[list[Sequence[Event]]]:
         yield [events[one:two] for one, two in pairwise([0, *ends, len(events)])]
 
 
+async def record_side_by_side(
+    ledger: Ledger, sales: Mapping[str, Sequence[Sequence[Event]]]
+) -> None:
+    """Record the batches of each sale in their order, together with those of the other sales."""
+    for together in zip_longest(
+        *(
+            [
+                [msgspec.structs.replace(each, sale_id=sale_id) for each in batch]
+                for batch in several
+            ]
+            for sale_id, several in sales.items()
+        ),
+        fillvalue=[],
+    ):
+        outcome = await record(ledger, list(chain.from_iterable(together)))
+        assert (outcome.refused, outcome.voided, outcome.broken) == ([], [], [])
+
+
 @pytest.mark.parametrize(
     "states",
     [
@@ -187,16 +156,15 @@ async def test_versions_of_a_reservation_can_come_in_every_order_and_batch(
     versions = [first]
     for state in states[1:]:
         versions.append(changed(versions[-1], state))
-    for size in range(1, len(versions) + 1):
-        for order in permutations(versions, size):
-            for several in batches([*order, order[0]]):
-                sale_id = f"default/{uuid4()}"
-                for batch in several:
-                    own = [msgspec.structs.replace(each, sale_id=sale_id) for each in batch]
-                    outcome = await record(ledger, own)
-                    assert (outcome.refused, outcome.voided, outcome.broken) == ([], [], [])
-                newest = max(order, key=lambda event: event.version)
-                await check(ledger, sale_id, [newest])
+    sales = [
+        (f"default/{uuid4()}", max(order, key=lambda event: event.version), several)
+        for size in range(1, len(versions) + 1)
+        for order in permutations(versions, size)
+        for several in batches([*order, order[0]])
+    ]
+    await record_side_by_side(ledger, {sale_id: several for sale_id, _, several in sales})
+    for sale_id, newest, _ in sales:
+        await check(ledger, sale_id, [newest])
 
 
 async def test_an_event_recorded_again_changes_nothing(ledger: Ledger) -> None:
@@ -247,170 +215,12 @@ async def test_a_unit_that_is_sold_again_fits_whatever_arrives_first(ledger: Led
     first, second = held(0, **one), held(1, allocated=1, capacity=2)
     last = accepted(2, allocated=1, capacity=3)
     events = [first, changed(first, "expired"), second, changed(second, "cancelled"), last]
-    for order in permutations(events):
-        sale_id = f"default/{uuid4()}"
-        for event in order:
-            own = msgspec.structs.replace(event, sale_id=sale_id)
-            assert (await record(ledger, [own])).refused == []
+    sales = {f"default/{uuid4()}": order for order in permutations(events)}
+    await record_side_by_side(
+        ledger, {sale_id: [[event] for event in order] for sale_id, order in sales.items()}
+    )
+    for sale_id in sales:
         assert await counts(ledger, sale_id) == (3, 0, 2)
-
-
-async def test_events_over_the_capacity_are_refused_and_the_others_recorded(ledger: Ledger) -> None:
-    oversold = [accepted(number, allocated=3, capacity=3) for number in range(5)]
-    other = [accepted(number, sale_id="default/watches", item_id="watch") for number in range(5)]
-    outcome = await record(ledger, [*reversed(oversold), *other])
-    assert {event.reservation_id for event, _ in outcome.refused} == {
-        event.reservation_id for event in oversold[3:]
-    }
-    assert outcome.recorded == 8
-    sale = await ledger.sale()
-    assert (sale.accepted, sale.capacity) == (3, 3)
-    states = {key: row[0] for key, row in (await ledger.rows()).items()}
-    assert states == {
-        event.reservation_id: "confirmed" if number < 3 else "refused"
-        for number, event in enumerate(oversold)
-    }
-    assert await ledger.has(*other)
-
-
-async def test_a_refused_reservation_stays_refused_while_it_does_not_fit(ledger: Ledger) -> None:
-    event = accepted(allocated=0, capacity=0)
-    assert [each for each, _ in (await record(ledger, [event])).refused] == [event]
-    for later in (event, changed(event, "cancelled", capacity=0)):
-        assert await record(ledger, [later]) == BatchOutcome()
-    assert await ledger.rows() == {event.reservation_id: ("refused", 1, 1)}
-    assert await counts(ledger) == (0, 0, 0)
-
-
-async def test_a_refused_reservation_that_is_accepted_again_is_recorded(ledger: Ledger) -> None:
-    """Redis was rebuilt without it, and its buyer repeated the request with the same key."""
-    first, other = accepted(0, allocated=1, capacity=1), accepted(1, allocated=1, capacity=1)
-    assert (await record(ledger, [first])).recorded == 1
-    assert [each for each, _ in (await record(ledger, [other])).refused] == [other]
-    again = msgspec.structs.replace(other, capacity=2, revision=2)
-    assert (await record(ledger, [again, first])).recorded == 1
-    assert await record(ledger, [again, other]) == BatchOutcome()
-    assert await ledger.has(first, again)
-    sale = await ledger.sale()
-    assert (sale.accepted, sale.capacity) == (2, 2)
-
-
-async def test_a_refused_hold_that_is_accepted_later_counts_with_its_new_quantity(
-    ledger: Ledger,
-) -> None:
-    """The buyer repeats the key after a rebuild, and asks for fewer units."""
-    refused = held(quantity=3, request_key="k", allocated=2, capacity=2)
-    assert [each for each, _ in (await record(ledger, [refused])).refused] == [refused]
-    again = msgspec.structs.replace(refused, quantity=2, version=1_001, revision=1)
-    assert (await record(ledger, [again])).recorded == 1
-    await check(ledger, again.sale_id, [again])
-    confirmed = changed(again, "confirmed")
-    assert (await record(ledger, [refused, confirmed])).recorded == 1
-    await check(ledger, again.sale_id, [confirmed])
-
-
-async def test_an_older_version_does_not_replace_a_refused_one(ledger: Ledger) -> None:
-    """The ledger would have the hold for ever, because the confirmation does not come again."""
-    hold = held(allocated=0, capacity=0)
-    confirmed = changed(hold, "confirmed")
-    assert [each for each, _ in (await record(ledger, [confirmed])).refused] == [confirmed]
-    other = accepted(allocated=5, capacity=5)
-    assert await record(ledger, [other, hold]) == BatchOutcome(recorded=1)
-    assert (await ledger.rows())[hold.reservation_id] == ("refused", 2, 1)
-    assert await counts(ledger) == (1, 0, 0)
-    # The same event fits now, if it is read again.
-    assert (await record(ledger, [confirmed])).recorded == 1
-    await check(ledger, other.sale_id, [other, confirmed])
-
-
-async def test_a_late_event_from_before_the_last_rebuild_is_refused(ledger: Ledger) -> None:
-    known, late = accepted(0, revision=4), accepted(1, revision=4)
-    await record(ledger, [known])
-    await rebuild(ledger, 5)
-    after = accepted(2, revision=5)
-    outcome = await record(ledger, [known, late, changed(late, "cancelled"), after])
-    assert (outcome.recorded, outcome.voided) == (1, [])
-    ((refused, why),) = outcome.refused
-    assert refused.reservation_id == late.reservation_id
-    assert "rebuilt without it" in why
-    assert await record(ledger, [late, known]) == BatchOutcome()
-    assert {key: row[0] for key, row in (await ledger.rows()).items()} == {
-        known.reservation_id: "confirmed",
-        late.reservation_id: "refused",
-        after.reservation_id: "confirmed",
-    }
-    assert (await ledger.sale()).accepted == 2
-
-
-async def test_a_late_event_raises_the_capacity(ledger: Ledger) -> None:
-    """The units of a release that the ledger has are sold again before the rebuild and after it."""
-    await record(ledger, [accepted(0, capacity=1, revision=1)])
-    await rebuild(ledger, 2)
-    late, after = accepted(1, capacity=2, revision=1), accepted(2, capacity=1, revision=2)
-    outcome = await record(ledger, [late, after])
-    assert (outcome.recorded, [each for each, _ in outcome.refused]) == (1, [late])
-
-
-async def test_a_late_change_of_a_known_reservation_is_void(ledger: Ledger) -> None:
-    known = held(revision=4)
-    await record(ledger, [known])
-    await rebuild(ledger, 5)
-    late = changed(known, "cancelled")
-    assert await record(ledger, [late]) == BatchOutcome(voided=[late])
-    await check(ledger, known.sale_id, [known])
-    assert await ledger.voided() == 1
-    # The rebuild gave the hold more time.
-    later = NOON + timedelta(hours=1)
-    confirmed = changed(known, "confirmed", version=2**53, revision=5, expires_at=later)
-    assert (await record(ledger, [confirmed])).recorded == 1
-    await check(ledger, known.sale_id, [confirmed])
-
-
-async def test_a_late_version_that_the_ledger_has_is_not_void(ledger: Ledger) -> None:
-    first = held(revision=4)
-    second = changed(first, "confirmed")
-    await record(ledger, [second])
-    await rebuild(ledger, 5)
-    assert await record(ledger, [first, second]) == BatchOutcome()
-    assert await ledger.voided() == 0
-    await check(ledger, first.sale_id, [second])
-
-
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("version", [1, 2])
-async def test_a_void_event_does_not_hide_a_valid_one_of_its_batch(
-    ledger: Ledger, version: int, order: int
-) -> None:
-    """The same key is accepted again after a rebuild by a pod of the previous version."""
-    await record(ledger, [accepted(revision=4)])
-    await rebuild(ledger, 5)
-    void = held(1, version=version, revision=4)
-    valid = msgspec.structs.replace(void, version=1, revision=5)
-    outcome = await record(ledger, [void, valid][::order])
-    assert outcome == BatchOutcome(recorded=1)
-    assert await ledger.has(valid)
-    assert (await ledger.rows())[valid.reservation_id] == ("held", 1, 1)
-
-
-async def test_a_void_change_does_not_hide_a_valid_one_of_its_batch(ledger: Ledger) -> None:
-    known = held(revision=4)
-    await record(ledger, [known])
-    await rebuild(ledger, 5)
-    void = changed(known, "cancelled", version=3)
-    valid = changed(known, "confirmed", revision=5)
-    assert await record(ledger, [void, valid]) == BatchOutcome(recorded=1, voided=[void])
-    await check(ledger, known.sale_id, [valid])
-
-
-async def test_a_late_event_that_postgresql_rejects_is_reported(ledger: Ledger) -> None:
-    known = accepted(revision=4)
-    await record(ledger, [known])
-    await rebuild(ledger, 5)
-    broken = accepted(accepted_at=BEYOND_POSTGRESQL, revision=4)
-    late = accepted(revision=4)
-    outcome = await record(ledger, [broken, late])
-    assert [event for event, _ in outcome.broken] == [broken]
-    assert [event for event, _ in outcome.refused] == [late]
 
 
 async def test_a_row_of_the_previous_version_can_be_cancelled(database_url: str) -> None:

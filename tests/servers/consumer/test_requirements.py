@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import NewTopic
+from aiokafka.cluster import ClusterMetadata
 
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.settings import KafkaSettings
@@ -115,3 +116,20 @@ async def test_a_consumer_with_a_wrong_database_says_so_once_and_goes_on_when_it
     finally:
         await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         await admin.close()
+
+
+async def test_a_kafka_without_a_controller_is_an_outage(
+    ledger: Ledger,
+    kafka_server: KafkaServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log, sold = Log(kafka_server.bootstrap), accepted()
+    with monkeypatch.context() as patch:
+        nobody = property(lambda _: None, lambda *_: None)
+        patch.setattr(ClusterMetadata, "controller", nobody, raising=False)
+        async with running(ledger.url, log):
+            await until(lambda: "no controller" in caplog.text)
+            patch.undo()
+            await log.write(sold)
+            await ledger.until_has(sold)

@@ -7,20 +7,18 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
 import redis as blocking
-from redis.crc import key_slot
-from redis.exceptions import ResponseError
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import heartbeat, redis_client
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Inventory
-from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
 from tests.support import redis_users
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, opened, outcome
+from tests.support.redis_clusters import Migration, server_of
 from tests.support.redis_users import OPERATOR, url_of
 
 FIRST, *OTHERS = sorted(redis_binaries(), reverse=True)
@@ -59,12 +57,6 @@ async def items(inventory: Inventory, new_item: Callable[[], str]) -> list[str]:
     for item in found.values():
         await opened(inventory, a_sale(item))
     return [found[name] for name in sorted(found)]
-
-
-def server_of(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:
-    port = int(inventory.node_of(item).rpartition(":")[2])
-    [found] = [server for server in cluster.servers if server.port == port]
-    return found
 
 
 @contextlib.asynccontextmanager
@@ -200,38 +192,6 @@ async def test_a_call_survives_that_its_node_leaves_the_map(
         await client.aclose()
 
 
-class Migration:
-    """Moves the slot of an item to another node, one step at a time."""
-
-    def __init__(self, cluster: RedisCluster, inventory: Inventory, item: str) -> None:
-        self.source = server_of(cluster, inventory, item)
-        [self.target, *_] = [each for each in cluster.servers if each is not self.source]
-        self.servers = cluster.servers
-        self.slot = key_slot(ItemKeys.of(item).sale.encode())
-
-    def ask(self, server: RedisServer, *words: object) -> object:
-        with blocking.Redis.from_url(server.url, decode_responses=True) as client:
-            return client.execute_command(*words)
-
-    def begin(self) -> None:
-        ids = {each: self.ask(each, "CLUSTER", "MYID") for each in (self.source, self.target)}
-        slot = "CLUSTER", "SETSLOT", self.slot
-        self.ask(self.target, *slot, "IMPORTING", ids[self.source])
-        self.ask(self.source, *slot, "MIGRATING", ids[self.target])
-
-    def move_keys(self) -> None:
-        keys = self.ask(self.source, "CLUSTER", "GETKEYSINSLOT", self.slot, 100)
-        assert isinstance(keys, list)
-        to = "MIGRATE", "127.0.0.1", self.target.port, "", 0, 5_000, "KEYS"
-        self.ask(self.source, *to, *keys)
-
-    def end(self) -> None:
-        owner = self.ask(self.target, "CLUSTER", "MYID")
-        first = [self.target, self.source]
-        for server in [*first, *(each for each in self.servers if each not in first)]:
-            self.ask(server, "CLUSTER", "SETSLOT", self.slot, "NODE", owner)
-
-
 async def test_a_slot_that_moves_is_an_outage_of_its_sale_and_then_fences_it(
     cluster: RedisCluster, inventory: Inventory, items: list[str]
 ) -> None:
@@ -292,17 +252,7 @@ async def test_a_slot_without_an_owner_is_an_outage_of_its_sale_only(
     item, *others = items
     migration = Migration(cluster, inventory, item)
 
-    def unassigned() -> bool:
-        # The owner's last message may assign the slot again.
-        for server in (migration.source, *cluster.servers):
-            with contextlib.suppress(ResponseError):
-                migration.ask(server, "CLUSTER", "DELSLOTS", migration.slot)
-        infos = [migration.ask(server, "CLUSTER INFO") for server in cluster.servers]
-        return all(
-            isinstance(info, dict) and info["cluster_slots_assigned"] == "16383" for info in infos
-        )
-
-    await until(unassigned)
+    await migration.unassign()
     try:
 
         async def noticed() -> bool:
@@ -315,11 +265,13 @@ async def test_a_slot_without_an_owner_is_an_outage_of_its_sale_only(
             await outcome(inventory, item, a_request())
         with pytest.raises(RedisUnavailable):
             await inventory.sales([item])
+        with pytest.raises(RedisUnavailable):
+            await inventory.servers([item])
         survey = await inventory.survey(items)
         assert (set(survey.sales), survey.away) == (set(others), [item])
         assert [await sells(inventory, each) for each in others] == [True] * len(others)
     finally:
-        migration.ask(migration.source, "CLUSTER", "ADDSLOTS", migration.slot)
+        migration.assign()
     await until(lambda: sells(inventory, item), ignoring=(RedisUnavailable,))
 
 
@@ -348,7 +300,7 @@ async def test_a_heartbeat_is_written_on_the_node_of_each_item(
     lost, *others = items
     counts = dict.fromkeys(items, 3)
     clocks = await inventory.clocks()
-    assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == set(clocks)
+    assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == (set(clocks), set())
     for item in items:
         server = await inventory.server(item)
         [report] = await heartbeat.living(inventory.redis, item, server)
@@ -357,7 +309,7 @@ async def test_a_heartbeat_is_written_on_the_node_of_each_item(
     async with stopped(server_of(cluster, inventory, lost), inventory, items):
         clocks = await inventory.clocks()
         assert set(clocks) == {inventory.node_of(item) for item in others}
-        assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == set(clocks)
+        assert await heartbeat.beat(inventory.redis, "pod", counts, clocks) == (set(clocks), set())
 
 
 @pytest.fixture(scope="module")

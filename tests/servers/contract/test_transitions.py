@@ -3,91 +3,35 @@
 import asyncio
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
-from typing import Literal
 
 import pytest
 from redis.asyncio import Redis
 
-from dev.stack.servers import RedisServer
-from flashsale import redis_client
-from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import (
     BatchReply,
     Call,
-    Expired,
     Outcome,
     Record,
     State,
     Transition,
-    TransitionAnswer,
     TransitionReply,
 )
 from tests.support.inventory import a_request, a_sale, answers, drained, opened, outcome
-
-Verb = Literal["confirm", "cancel"]
-TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
-
-
-async def changes(
-    inventory: Inventory, verb: Verb, item: str, *calls: Call
-) -> list[TransitionAnswer]:
-    method = inventory.confirm if verb == "confirm" else inventory.cancel
-    reply = await method(item, calls, timeout_seconds=5)
-    assert isinstance(reply, TransitionReply)
-    return list(reply.answers)
-
-
-async def change(
-    inventory: Inventory, verb: Verb, item: str, reservation_id: str, order_ref: str = ""
-) -> Transition:
-    [answer] = await changes(inventory, verb, item, Call(reservation_id, order_ref))
-    return answer.outcome
-
-
-async def expire(inventory: Inventory, item: str, limit: int = 100) -> list[str]:
-    reply = await inventory.expire(item, limit, timeout_seconds=5)
-    assert isinstance(reply, Expired)
-    return [reservation_id for reservation_id, _, _ in reply.holds]
-
-
-async def make_due(redis: Redis, item: str, *reservation_ids: str) -> None:
-    """Makes holds due, as if their time and grace were over."""
-    key = ItemKeys.of(item).holds
-    await redis.zadd(key, dict.fromkeys(reservation_ids, 1), xx=True)
-
-
-async def hold(inventory: Inventory, item: str, user: str = "ann", quantity: int = 1) -> str:
-    request = a_request(user, quantity)
-    assert await outcome(inventory, item, request) is Outcome.ACCEPTED
-    return request.reservation_id
-
-
-async def record_of(inventory: Inventory, item: str, reservation_id: str) -> Record:
-    _, record, _ = await inventory.look(item, reservation_id)
-    assert record is not None
-    return record
-
-
-async def counts(inventory: Inventory, item: str) -> tuple[int, int, int]:
-    """Returns the accepted, released and held units."""
-    sale = (await inventory.sales([item]))[item]
-    return sale.accepted, sale.released, sale.held
-
-
-async def contents(redis: Redis, item: str) -> list[object]:
-    """Returns everything that a script could change."""
-    keys = ItemKeys.of(item)
-    return [
-        await redis.hgetall(keys.sale),
-        await redis.hgetall(keys.buyers),
-        await redis.hgetall(keys.reservations),
-        await redis.xrange(keys.outbox),
-        await redis.zrange(keys.holds, 0, -1, withscores=True),
-    ]
+from tests.support.transitions import (
+    TRACE,
+    Verb,
+    change,
+    changes,
+    contents,
+    counts,
+    expire,
+    hold,
+    make_due,
+    record_of,
+)
 
 
 @pytest.mark.parametrize(("seconds", "grace_ms"), [(1, 100), (100, 10_000), (3_600, 30_000)])
@@ -225,16 +169,6 @@ async def test_a_second_call_is_answered_by_the_state_of_the_reservation(
     assert await contents(redis, item) == before
 
 
-@pytest.mark.parametrize("verb", ["confirm", "cancel"])
-async def test_a_reservation_that_redis_does_not_have_is_unknown(
-    inventory: Inventory, redis: Redis, item: str, verb: Verb
-) -> None:
-    await opened(inventory, a_sale(item, hold_seconds=60))
-    before = await contents(redis, item)
-    assert await change(inventory, verb, item, "absent", "o") is Transition.UNKNOWN_RESERVATION
-    assert await contents(redis, item) == before
-
-
 @pytest.mark.parametrize(
     ("verb", "refs", "second"),
     [
@@ -266,105 +200,6 @@ async def test_a_reservation_twice_in_a_batch_changes_once(
     assert await counts(inventory, item) == (2, 0, 0)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        Call("", "order-1"),
-        Call("comma,comma", "order-1"),
-        Call("line\nline", "order-1"),
-        Call("id", "comma,comma"),
-        Call("id", "line\nline"),
-        Call("id", "order-1", "line\nline"),
-    ],
-)
-@pytest.mark.parametrize("verb", ["confirm", "cancel"])
-async def test_a_malformed_batch_of_calls_changes_nothing(
-    inventory: Inventory, redis: Redis, item: str, verb: Verb, bad: Call
-) -> None:
-    await opened(inventory, a_sale(item, hold_seconds=60))
-    good = Call(await hold(inventory, item), "order-1")
-    before = await contents(redis, item)
-    for batch in ([], [bad], [good, bad], [bad, good]):
-        with pytest.raises(RedisUnavailable) as refused:
-            await changes(inventory, verb, item, *batch)
-        assert not refused.value.maybe_executed
-    assert await contents(redis, item) == before
-
-
-async def test_a_confirmation_without_an_order_changes_nothing(
-    inventory: Inventory, redis: Redis, item: str
-) -> None:
-    await opened(inventory, a_sale(item, hold_seconds=60))
-    own_id, other = await hold(inventory, item), await hold(inventory, item, "bob")
-    before = await contents(redis, item)
-    with pytest.raises(RedisUnavailable, match="no order reference"):
-        await changes(inventory, "confirm", item, Call(other, "order-1"), Call(own_id, "", TRACE))
-    assert await contents(redis, item) == before
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-async def test_an_expiry_without_a_limit_changes_nothing(
-    inventory: Inventory, redis: Redis, item: str, limit: int
-) -> None:
-    await opened(inventory, a_sale(item, hold_seconds=60))
-    await make_due(redis, item, await hold(inventory, item))
-    before = await contents(redis, item)
-    with pytest.raises(RedisUnavailable, match="limit below 1"):
-        await expire(inventory, item, limit)
-    assert await contents(redis, item) == before
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({}, Transition.OTHER_ENGINE),
-        ({"run_id": "rebuild:2", "engine": ""}, Transition.FENCED),
-        ({"format": "2"}, Transition.UNSUPPORTED),
-        ({"hold_ms": "long"}, Transition.UNSUPPORTED),
-    ],
-)
-async def test_a_sale_that_is_not_the_callers_to_change_is_not_changed(
-    inventory: Inventory, redis: Redis, item: str, changed: dict[str, str], expected: Transition
-) -> None:
-    spec = a_sale(item, hold_seconds=60)
-    assert await inventory.apply(spec, 1, engine_id="one", seed_until_ms=2**53) is Applied.SEEDED
-    own_id = await hold(inventory, item)
-    await make_due(redis, item, own_id)
-    for field, value in changed.items():
-        await redis.hset(ItemKeys.of(item).sale, field, value)
-    before = await contents(redis, item)
-    calls = [Call(own_id, "order-1")]
-    found = [
-        await inventory.confirm(item, calls, timeout_seconds=5, engine_id="two"),
-        await inventory.cancel(item, calls, timeout_seconds=5, engine_id="two"),
-        await inventory.expire(item, 9, timeout_seconds=5, engine_id="two"),
-    ]
-    assert found == [expected] * 3
-    assert await contents(redis, item) == before
-
-
-async def test_an_item_without_a_sale_has_nothing_to_change(
-    inventory: Inventory, item: str
-) -> None:
-    calls = [Call("id", "order-1")]
-    assert await inventory.confirm(item, calls, timeout_seconds=5) is Transition.UNKNOWN
-    assert await inventory.cancel(item, calls, timeout_seconds=5) is Transition.UNKNOWN
-    assert await inventory.expire(item, 9, timeout_seconds=5) is Transition.UNKNOWN
-
-
-async def test_a_sale_that_lost_its_holds_is_fenced(
-    inventory: Inventory, redis: Redis, item: str
-) -> None:
-    spec = await opened(inventory, a_sale(item, hold_seconds=60))
-    own_id = await hold(inventory, item)
-    await redis.delete(ItemKeys.of(item).holds)
-    assert (await inventory.sales([item]))[item].torn
-    assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
-    assert await inventory.apply(spec, 2) is Applied.FENCED
-    reply = await inventory.confirm(item, [Call(own_id, "order-1")], timeout_seconds=5)
-    assert reply is Transition.FENCED
-
-
 @pytest.mark.parametrize("state", ["paused", "ended", "closed"])
 async def test_holds_end_while_the_sale_accepts_nothing(
     inventory: Inventory, redis: Redis, item: str, state: str
@@ -385,17 +220,6 @@ async def test_holds_end_while_the_sale_accepts_nothing(
     await make_due(redis, item, third)
     assert await expire(inventory, item) == [third]
     assert await counts(inventory, item) == (3, 0, 0)
-
-
-async def test_a_full_outbox_refuses_buyers_but_no_transition(redis: Redis, item: str) -> None:
-    inventory = Inventory(redis, outbox_limit=3)
-    await opened(inventory, a_sale(item, hold_seconds=60))
-    first, second, third = [await hold(inventory, item, f"user-{n}") for n in range(3)]
-    assert await outcome(inventory, item, a_request("bob")) is Outcome.OUTBOX_FULL
-    assert await change(inventory, "confirm", item, first, "order-1") is Transition.CHANGED
-    assert await change(inventory, "cancel", item, second) is Transition.CHANGED
-    await make_due(redis, item, third)
-    assert await expire(inventory, item) == [third]
 
 
 async def test_a_confirmation_of_a_sale_without_holds_sets_the_order(
@@ -482,27 +306,3 @@ async def test_versions_after_a_rebuild_exceed_those_that_it_did_not_find(
     assert await change(inventory, "cancel", item, new) is Transition.CHANGED
     assert (await record_of(inventory, item, old)).version == 10**15 + 1
     assert (await record_of(inventory, item, new)).version == 10**15 + 2
-
-
-async def test_a_server_out_of_memory_changes_no_reservation(
-    tmp_path: Path, redis_server: RedisServer, item: str
-) -> None:
-    with RedisServer(tmp_path, binary=redis_server.binary) as server:
-        client = redis_client.connect(server.url)
-        inventory = Inventory(client)
-        await opened(inventory, a_sale(item, hold_seconds=60))
-        own_id = await hold(inventory, item)
-        await make_due(client, item, own_id)
-        before = await contents(client, item)
-        await client.config_set("maxmemory", "1")
-        with pytest.raises(RedisUnavailable) as refused:
-            await change(inventory, "confirm", item, own_id, "order-1")
-        assert not refused.value.maybe_executed
-        with pytest.raises(RedisUnavailable):
-            await change(inventory, "cancel", item, own_id)
-        with pytest.raises(RedisUnavailable):
-            await expire(inventory, item)
-        assert await contents(client, item) == before
-        await client.config_set("maxmemory", "0")
-        assert await change(inventory, "confirm", item, own_id, "order-1") is Transition.CHANGED
-        await client.aclose()

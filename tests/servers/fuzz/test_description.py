@@ -13,6 +13,8 @@ import pytest
 from jsonschema_rs import Draft202012Validator
 from redis.asyncio import Redis
 
+from dev.crowd import Connection
+from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
@@ -51,7 +53,7 @@ class SeenByBuyers(Seen):
 
 
 class Unready(ApiServer):
-    """An API that cannot reach Redis. It counts as started once it listens."""
+    """An API that cannot reach Redis or its issuer. It counts as started once it listens."""
 
     def _ready(self) -> bool:
         try:
@@ -72,6 +74,21 @@ async def unready(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
+async def without_keys(
+    without_kafka: Addresses, tmp_path: Path
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a pod that has never reached the issuer. It sends a valid token."""
+    with Issuer() as issuer:
+        settings = issuer.settings | {"FLASHSALE_JWKS_URL": f"http://127.0.0.1:{free_port()}/"}
+        headers = {"authorization": f"Bearer {issuer.token('ann')}"}
+    server = Unready(tmp_path / "without-keys", without_kafka, settings=settings)
+    await asyncio.to_thread(server.start)
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=30) as client:
+        yield client
+    server.kill()
+
+
+@pytest.fixture
 async def of_header(without_kafka: Addresses, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a pod that names users by the header `x-user`."""
     settings = {"FLASHSALE_USER_HEADER": "x-user"}
@@ -86,6 +103,7 @@ async def test_the_described_and_the_real_answers_are_the_same(
     http: httpx.AsyncClient,
     of_header: httpx.AsyncClient,
     unready: httpx.AsyncClient,
+    without_keys: httpx.AsyncClient,
     own_http: httpx.AsyncClient,
     own_redis: RedisServer,
     proxy: Proxy,
@@ -100,6 +118,7 @@ async def test_the_described_and_the_real_answers_are_the_same(
     await _check_invalid(seen, http)
     await _check_reads(seen, http, redis, open_sale, new_item)
     await _check_unready(seen, unready)
+    await _check_without_keys(seen, without_keys)
     await _check_users(seen, of_header, open_sale, new_item())
     await _check_full_outbox(seen, http, redis, open_sale, new_item())
     await _check_outages(seen, own_http, own_redis, proxy)
@@ -251,6 +270,15 @@ async def _check_unready(seen: Seen, unready: httpx.AsyncClient) -> None:
     assert seen.check("GET /healthz", await unready.get("/healthz")) == ""
 
 
+async def _check_without_keys(seen: Seen, without_keys: httpx.AsyncClient) -> None:
+    """Send requests with a token to a pod that cannot verify it."""
+    answer = await without_keys.post("/reserve", json={"itemId": "x", "quantity": 1})
+    assert seen.check("POST /reserve", answer) == "keys-unavailable"
+    place = "GET /sales/{itemId}/reservations/{reservationId}"
+    answer = await without_keys.get(f"/sales/x/reservations/{UNKNOWN_ID}")
+    assert seen.check(place, answer) == "keys-unavailable"
+
+
 async def _check_users(
     seen: Seen, of_header: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
@@ -285,23 +313,40 @@ async def _check_outages(
     seen: Seen, own_http: httpx.AsyncClient, own_redis: RedisServer, proxy: Proxy
 ) -> None:
     item = OWN_SALE.item_id
+
+    unknown, url = f"/sales/x/reservations/{UNKNOWN_ID}", str(own_http.base_url)
+
+    def ignored(*_: object) -> None:
+        """The crowd ignores its answers."""
+
+    async def served() -> bool:
+        return (await own_http.get(unknown)).status_code == 404
+
+    async def freeze_redis() -> None:
+        # A pod that has been without Redis for 5 s lets no request wait for it.
+        own_redis.resume()
+        await until(served)
+        own_redis.pause()
+
     proxy.cut_replies(b"EVALSHA", 2)
     assert seen.check("POST /reserve", await reserve(own_http, item)) == "outcome-unknown"
-    own_redis.pause()
     slug = ""
     async with asyncio.timeout(120):
         while slug != "too-many-waiting":  # more requests than the calls in flight can take
+            await freeze_redis()
             found = await asyncio.gather(*(reserve(own_http, item) for _ in range(50)))
             slug = max(seen.check("POST /reserve", answer) for answer in found)
         for path in ("/sales", "/sales/{itemId}", "/sales/{itemId}/reservations/{reservationId}"):
             place = path.replace("{itemId}", "x").replace("{reservationId}", UNKNOWN_ID)
-            waiting = f"/sales/x/reservations/{UNKNOWN_ID}"
             slug = ""
             while slug != "too-many-waiting":  # more requests than may wait for Redis
-                crowd = [asyncio.create_task(own_http.get(waiting)) for _ in range(90)]
-                await asyncio.sleep(0.3)  # the crowd waits for Redis for a second
+                crowd = [await Connection.open(url, ignored, ignored) for _ in range(90)]
+                await freeze_redis()
+                for connection in crowd:
+                    connection.send(f"GET {unknown} HTTP/1.1\r\nHost: crowd\r\n\r\n".encode())
                 slug = seen.check(f"GET {path}", await own_http.get(place))
-                await asyncio.gather(*crowd)
+                for connection in crowd:
+                    connection.close()
     own_redis.resume()
     own_redis.kill()
     async with asyncio.timeout(30):

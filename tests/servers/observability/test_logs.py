@@ -16,6 +16,7 @@ from dev.stack.ports import free_port
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale.keys import ItemKeys, items
+from tests.support import redis_users
 from tests.support.eventually import eventually
 from tests.support.observability import ObservedEngine
 
@@ -74,8 +75,9 @@ def test_an_unreadable_outbox_entry_is_logged_without_its_buyer(engine: Observed
 
 
 def test_an_api_without_its_servers_logs_little(tmp_path: Path) -> None:
-    with RedisServer(tmp_path / "redis") as redis:
-        addresses = Addresses(redis.url, f"127.0.0.1:{free_port()}", "")
+    with RedisServer(tmp_path / "redis", options=redis_users.options()) as redis:
+        redis_url = redis_users.url_of(redis, redis_users.API)
+        addresses = Addresses(redis_url, f"127.0.0.1:{free_port()}", "")
         api = ApiServer(tmp_path / "api", addresses)
         with killed(api), httpx.Client(timeout=30) as http:
             api.start()

@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.reservations import Outcome, Request
 from flashsale_api import calls as calls_module
 from flashsale_api.batcher import Batcher, Decision
@@ -14,11 +13,17 @@ from flashsale_api.metrics import Metrics
 from tests.support.batcher import HeldInventory, RecordingPublisher
 from tests.support.eventually import until
 
+NEVER_SECONDS = 600.0
+
 
 @pytest.fixture(autouse=True)
 def no_request_expires(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine, the last of many requests can wait longer than a buyer may."""
-    monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", 600.0)
+    """On a busy machine, the last of many requests can wait longer than a buyer may.
+
+    A reply can also come so late that the call is repeated.
+    """
+    monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", NEVER_SECONDS)
+    monkeypatch.setattr(calls_module, "CALL_DEADLINE_SECONDS", NEVER_SECONDS)
 
 
 def a_request(number: int = 0) -> Request:
@@ -60,6 +65,19 @@ async def test_requests_that_arrive_during_calls_form_the_next_call() -> None:
     sent = [request.reservation_id for call in inventory.calls for request in call]
     assert sent == [f"id-{number}" for number in range(203)]
     assert [accepted.reservation_id for accepted in publisher.added] == sent
+
+
+async def test_a_scrape_counts_the_requests_that_wait_for_a_call() -> None:
+    inventory, metrics = HeldInventory(), Metrics()
+    batcher = Batcher(inventory, RecordingPublisher(), metrics, Engine("flashsale"))
+    for number in range(CALLS_IN_FLIGHT + 2):
+        decide(batcher, "x", a_request(number))
+        await turns()
+    assert b"\nflashsale_api_waiting_requests 2.0\n" in metrics.text()
+    for _ in range(CALLS_IN_FLIGHT + 1):
+        inventory.go.release()
+    await batcher.close()
+    assert b"\nflashsale_api_waiting_requests 0.0\n" in metrics.text()
 
 
 async def test_requests_of_one_loop_turn_share_a_call() -> None:
@@ -198,7 +216,7 @@ async def test_a_reply_from_before_a_suspension_is_ignored() -> None:
     deciding = decide(batcher, "x", a_request())
     await turns()
     loop = asyncio.get_running_loop()
-    clock, suspended = loop.time, 2 * CALL_DEADLINE_SECONDS
+    clock, suspended = loop.time, 2 * NEVER_SECONDS
     loop.time = lambda: clock() + suspended  # type: ignore[method-assign]
     inventory.go.release()
     await turns()

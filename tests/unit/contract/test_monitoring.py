@@ -49,6 +49,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitoring, "EXCHANGE_SECONDS", 0.5)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection reaches its deadline."""
+    monkeypatch.setattr(monitoring, "EXCHANGE_SECONDS", 600)
+
+
 async def exchange(port: int, data: bytes) -> bytes:
     """Send bytes, and return all bytes of the answer."""
     async with connection(port) as wire:
@@ -128,8 +134,9 @@ async def test_a_half_closed_connection_gets_its_answer(port: int) -> None:
             assert await wire.status() == status
 
 
+@pytest.mark.usefixtures("patient")
 async def test_more_connections_than_allowed_close_the_oldest(port: int) -> None:
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack, asyncio.timeout(30):
         wires: list[Wire] = [
             await stack.enter_async_context(connection(port)) for _ in range(3 * MAX_CONNECTIONS)
         ]

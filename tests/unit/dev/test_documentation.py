@@ -107,6 +107,13 @@ def test_every_documented_make_target_exists() -> None:
             assert named <= targets, f"{page.name}: {named - targets}"
 
 
+def test_every_documented_watch_is_of_one_kind() -> None:
+    """Because kubectl refuses to watch several."""
+    for page in pages():
+        watches = re.findall(r"kubectl get ([^`\n]*?) --watch", "\n".join(commands(page)))
+        assert not [kinds for kinds in watches if "," in kinds], page.name
+
+
 def test_the_install_page_lists_exactly_the_settings_of_the_processes() -> None:
     settings = {
         PREFIX + field.name.upper()

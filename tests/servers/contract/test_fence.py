@@ -1,0 +1,152 @@
+"""The fence, on servers that lose keys, restart or fail over."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from dev.stack.servers import RedisServer
+from flashsale import heartbeat, redis_client
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.inventory import Applied, Inventory, ServerTime
+from flashsale.keys import ItemKeys
+from flashsale.outbox import Outbox
+from flashsale.reservations import Outcome
+from tests.support.eventually import until
+from tests.support.inventory import a_request, a_sale, answers, opened, outcome
+
+
+@pytest.mark.parametrize("part", ["buyers", "reservations", "outbox"])
+async def test_a_sale_that_lost_a_key_is_fenced(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str, part: str
+) -> None:
+    spec = await opened(inventory, a_sale(item))
+    first = a_request("ann")
+    [answer] = await answers(inventory, item, [first])
+    await outbox.settle(item, [(answer.detail, first.reservation_id, 1)])
+    assert await outcome(inventory, item, a_request("bob")) is Outcome.ACCEPTED
+    await redis.delete(getattr(ItemKeys.of(item), part))
+    assert await outcome(inventory, item, a_request("cid")) is Outcome.FENCED
+    assert (await inventory.sales([item]))[item].torn
+    assert await inventory.apply(spec, 2) is Applied.FENCED
+
+
+async def test_a_restarted_server_fences_its_sales(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    with RedisServer(tmp_path, binary=redis_server.binary, appendfsync="always") as server:
+        client = redis_client.connect(server.url)
+        inventory = Inventory(client)
+        spec = await opened(inventory, a_sale(item, 5))
+        bought = a_request("ann")
+        [answer] = await answers(inventory, item, [bought])
+        server.kill()
+        with pytest.raises(RedisUnavailable):
+            await outcome(inventory, item, a_request("bob"))
+        server.start()
+        assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
+        assert await outcome(inventory, item, bought) is Outcome.FENCED
+        assert await inventory.apply(spec, 2) is Applied.FENCED
+        # Reservations accepted before the restart can still be published and settled.
+        assert await Outbox(client).settle(item, [(answer.detail, bought.reservation_id, 1)]) == 1
+        assert (await inventory.sales([item]))[item].accepted == 1
+        await client.aclose()
+
+
+async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    """It keeps its run_id, but can lack writes that the master in between did not replicate."""
+    binary = redis_server.binary
+    with (
+        RedisServer(tmp_path / "one", binary=binary) as one,
+        RedisServer(tmp_path / "two", binary=binary) as two,
+    ):
+        client, other = redis_client.connect(one.url), redis_client.connect(two.url)
+        inventory = Inventory(client)
+        before = await inventory.server(item)
+        await opened(inventory, a_sale(item, 5))
+        await other.replicaof("127.0.0.1", one.port)
+        async with asyncio.timeout(30):
+            while not await other.exists(ItemKeys.of(item).sale):
+                await asyncio.sleep(0.05)
+        # Getting its first replica does not change a master's run.
+        assert (await inventory.server(item)).run_id == before.run_id
+        assert await outcome(inventory, item, a_request("ann")) is Outcome.ACCEPTED
+        await other.replicaof("NO", "ONE")
+        assert await outcome(Inventory(other), item, a_request("bob")) is Outcome.FENCED
+        await client.replicaof("127.0.0.1", two.port)
+        async with asyncio.timeout(30):
+            while (await client.info("replication"))["master_link_status"] != "up":
+                await asyncio.sleep(0.05)
+        await client.replicaof("NO", "ONE")
+        assert await outcome(inventory, item, a_request("cid")) is Outcome.FENCED
+        assert (await client.info("server"))["run_id"] == before.run_id.partition(":")[0]
+        await client.aclose()
+        await other.aclose()
+
+
+@pytest.mark.slow
+async def test_a_server_that_forgets_its_failovers_stays_fenced(
+    tmp_path: Path, redis_server: RedisServer, item: str
+) -> None:
+    """After a failover and back, a server without replicas has the run again that it had first."""
+    binary = redis_server.binary
+    with (
+        RedisServer(tmp_path / "one", binary=binary) as one,
+        RedisServer(tmp_path / "two", binary=binary) as two,
+    ):
+        client, other = redis_client.connect(one.url), redis_client.connect(two.url)
+        inventory = Inventory(client)
+        await opened(inventory, a_sale(item, 5))
+        before = await inventory.server(item)
+        await client.config_set("repl-backlog-ttl", 1)
+        await other.replicaof("127.0.0.1", one.port)
+        await until(lambda: other.exists(ItemKeys.of(item).sale), "the replica has the sale")
+        await other.replicaof("NO", "ONE")
+        await client.replicaof("127.0.0.1", two.port)
+
+        async def linked() -> bool:
+            return bool((await client.info("replication"))["master_link_status"] == "up")
+
+        await until(linked, "the former master follows")
+        await client.replicaof("NO", "ONE")
+        assert await outcome(inventory, item, a_request("ann")) is Outcome.FENCED
+
+        async def forgotten() -> bool:
+            return (await inventory.server(item)).run_id == before.run_id
+
+        await until(forgotten, "the server has its first run again")
+        assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
+        await client.aclose()
+        await other.aclose()
+
+
+async def test_a_report_by_the_clock_of_another_run_counts_as_old(redis: Redis, item: str) -> None:
+    inventory = Inventory(redis)
+    server = await inventory.server(item)
+    node = inventory.node_of(item)
+    await heartbeat.beat(redis, "pod", {item: 0}, {node: ServerTime(server.now_ms, "another")})
+    [own, *_] = await heartbeat.living(redis, item, server)
+    assert (own.pod_id, own.sampled_ms) == ("pod", 0)
+    await heartbeat.beat(redis, "pod", {item: 3}, {node: server})
+    [own, *_] = await heartbeat.living(redis, item, server)
+    assert own == ("pod", 3, server.now_ms)
+    later = ServerTime(server.now_ms + 1_000 * heartbeat.EXPIRY_SECONDS + 1, server.run_id)
+    # Pods in a cluster do not write the key of the previous version.
+    left = [report.sampled_ms for report in await heartbeat.living(redis, item, later)]
+    assert left == ([] if node else [server.now_ms])
+    await heartbeat.retire(redis, "pod")
+
+
+async def test_the_pages_of_a_fenced_sale_are_not_read(
+    inventory: Inventory, redis: Redis, item: str
+) -> None:
+    await opened(inventory, a_sale(item))
+    await answers(inventory, item, [a_request()])
+    [(snapshot, page)] = [page async for page in inventory.reservation_pages(item)]
+    assert (snapshot.sale_id, len(page)) == (f"default/{item}", 1)
+    await redis.hset(ItemKeys.of(item).sale, "run_id", "another")
+    with pytest.raises(ContractViolation, match="is fenced: rebuild it first"):
+        await anext(inventory.reservation_pages(item))
