@@ -81,6 +81,33 @@ async def test_a_client_that_has_the_answer_gets_304(
     assert '"available":6' in after.text
 
 
+async def calls_of_scripts(redis: Redis) -> int:
+    """Return how many script calls Redis has executed. Each look is one."""
+    statistics = await redis.info("commandstats")
+    return int(statistics["cmdstat_evalsha"]["calls"])
+
+
+async def test_a_reservation_is_looked_up_in_one_call(
+    http: httpx.AsyncClient, redis: Redis, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 7)
+    reservation = (await reserve(http, item)).headers["location"]
+    before = await calls_of_scripts(redis)
+    for _ in range(20):
+        assert (await http.get(reservation)).status_code == 200
+    assert await calls_of_scripts(redis) - before == 20
+
+
+async def test_reads_of_a_sale_are_answered_from_one_look_per_second(
+    http: httpx.AsyncClient, redis: Redis, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item, 7)
+    before = await calls_of_scripts(redis)
+    for _ in range(300):
+        assert (await http.get(f"/sales/{item}")).status_code == 200
+    assert await calls_of_scripts(redis) - before < 30
+
+
 async def test_head_has_the_headers_of_get_and_no_body(
     http: httpx.AsyncClient, open_sale: OpenSale, item: str
 ) -> None:
