@@ -18,6 +18,8 @@ from tests.support.paths import ROOT
 
 WORKERS: Final = 3
 """Schedules side by side. They mostly wait, so three are quicker than two even on two cores."""
+STUCK_SECONDS: Final = 600.0
+"""Even a failing schedule takes less than this, with the start of its servers."""
 
 
 def main() -> int:
@@ -103,7 +105,9 @@ def run(
             stack.callback(worker.end)
             proceed(worker)
         while busy:
-            for ready in wait(list(busy)):
+            if not (ended := wait(list(busy), STUCK_SECONDS)):
+                raise StackError(f"no schedule ended within {STUCK_SECONDS:.0f} s")
+            for ready in ended:
                 assert isinstance(ready, Connection)
                 worker = busy.pop(ready)
                 outcome = _received(worker)

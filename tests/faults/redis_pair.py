@@ -78,6 +78,8 @@ class RedisPair:
         self.sentinel = SentinelServer(folder / "sentinel", self.servers[0])
         self.proxy = Proxy()
         self._folder = folder
+        self._serving = True
+        """Whether the tasks go on. A client can swallow the cancellation of one."""
         self._following = self.servers[0]
         self._sizes: deque[tuple[float, dict[Path, int]]] = deque(maxlen=200)
 
@@ -102,6 +104,7 @@ class RedisPair:
                 await self.await_health()
                 yield self
         finally:
+            self._serving = False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -219,7 +222,7 @@ class RedisPair:
         return next(server for server in self.servers if str(server.port) == address[1])
 
     async def _follow(self) -> None:
-        while True:
+        while self._serving:
             with contextlib.suppress(RedisError, OSError):
                 if (primary := await self._primary()) is not self._following:
                     self._following = primary
@@ -229,7 +232,7 @@ class RedisPair:
 
     async def _measure(self) -> None:
         """Record the sizes of the files, for a power cut."""
-        while True:
+        while self._serving:
             files = (self._following.data / "appendonlydir").glob("*.aof")
             self._sizes.append((time.monotonic(), {path: path.stat().st_size for path in files}))
             await asyncio.sleep(0.05)

@@ -60,6 +60,7 @@ class RedisShards(RedisPair):
                 await self.await_health()
                 yield self
             finally:
+                self._serving = False
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -179,7 +180,7 @@ class RedisShards(RedisPair):
         return self._following
 
     async def _follow(self) -> None:
-        while True:
+        while self._serving:
             self._following = await self._primary()
             await asyncio.sleep(0.1)
 
