@@ -26,7 +26,7 @@ def test_the_page_and_its_charts_have_the_figures_of_the_json_file(
     page.write(findings, tmp_path)
 
     made = sorted(tmp_path.iterdir())
-    assert len(made) == 4
+    assert len(made) == 6
     for file in made:
         assert file.read_text() == (DOCS / file.name).read_text(), file.name
 
