@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import msgspec
 from redis.asyncio import Redis
@@ -48,41 +48,32 @@ KAFKA, POSTGRES, REBUILD, EXPIRY = "Kafka", "PostgreSQL", "rebuild", "expiry"
 Left = Callable[["Redis", Pool], Awaitable[int]]
 
 
-class Looks:
-    """Looks at a backlog from time to time, in a thread. A context manager."""
+@contextmanager
+def looking(rig: Rig, left: Left) -> Iterator[list[tuple[float, int]]]:
+    """Look at a backlog from time to time, in a thread, until the end of the context.
 
-    def __init__(self, rig: Rig, left: Left) -> None:
-        self._rig, self._left = rig, left
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._look()))
-        self._ended = threading.Event()
-        self.found: list[tuple[float, int]] = []
-        """The time (`time.perf_counter`) and the size of the backlog."""
+    The list gets the time (`time.perf_counter`) and the size of the backlog.
+    """
+    found: list[tuple[float, int]] = []
+    ended = threading.Event()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    async def _look(self) -> None:
-        client, pool = connect(self._rig.redis.url), await ledger.connect(self._rig.postgres.url)
-        while not self._ended.is_set():
-            try:
-                left = await self._left(client, pool)
-            except LedgerUnavailable:
-                left = None
-            if left is not None:
-                self.found.append((time.perf_counter(), left))
+    async def look() -> None:
+        client, pool = connect(rig.redis.url), await ledger.connect(rig.postgres.url)
+        while not ended.is_set():
+            with suppress(LedgerUnavailable):
+                size = await left(client, pool)
+                found.append((time.perf_counter(), size))
             await asyncio.sleep(LOOK_SECONDS)
         await client.aclose()
         await pool.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(look()))
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Measuring:
@@ -205,12 +196,12 @@ class Measuring:
         )
         time.sleep(1)
         started = time.perf_counter()
-        with Looks(self._rig, left) as looks:
+        with looking(self._rig, left) as looks:
             begun = work()
             tally = crowd.tally()
         samples = crowd.samples()
         calm = [one.seconds for one in samples if one.due < started + self._calm]
-        found = [(at, size) for at, size in looks.found if at >= begun]
+        found = [(at, size) for at, size in looks if at >= begun]
         most = max(range(len(found)), key=lambda number: found[number][1])
         end = next((at for at, size in found[most:] if size <= gone), None)
         until = min(end or samples[-1].due, samples[-1].due)

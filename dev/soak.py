@@ -42,7 +42,8 @@ MEASURED: Final = (1 / 6, 1 / 2, 1.0)
 _RESTARTED: Final = 1 / 48
 """The restarts are this part of the duration apart, so that all precede the first measurement."""
 _FREED_SECONDS: Final = 120.0
-TRIES: Final = 5
+_TRIES: Final = 5
+"""How often a sale is freed. Each try waits for the ledger for 20 s."""
 
 
 @dataclass
@@ -165,7 +166,7 @@ class Soak:
         self.report.audits[item] = await self._tried("audit", item)
         self._open.remove(item)
         # A consumer behind other work needs longer than `delete` waits.
-        for _ in range(TRIES):
+        for _ in range(_TRIES):
             if await self._tried("delete", item):
                 return
         say(f"{item} could not be freed")

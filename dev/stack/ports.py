@@ -11,7 +11,9 @@ from typing import Final
 from dev.stack.errors import StackError
 
 _PARTS: Final = 8
+"""Parts of the range. The id of a process selects its part."""
 _given: Final[deque[int]] = deque(maxlen=500)
+"""The ports that this process got last. Their servers may start later."""
 
 
 def free_port() -> int:
@@ -30,7 +32,7 @@ def free_port() -> int:
         first = 49152  # the start of the dynamic range of IANA and of macOS
     below = range(max(first - 12_000, 10_000), first)
     own = below[os.getpid() % _PARTS :: _PARTS]
-    # Tests seed the other generator.
+    # Tests seed the generator of the module `random`.
     candidates = random.SystemRandom().sample(own, 100) if len(below) > 1000 else [0] * 100
     for candidate in candidates:
         with socket.socket() as probe, suppress(OSError):

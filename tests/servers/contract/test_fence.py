@@ -1,6 +1,5 @@
 """The fence, on servers that lose keys, restart or fail over."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -54,6 +53,11 @@ async def test_a_restarted_server_fences_its_sales(
         await client.aclose()
 
 
+async def follows(client: Redis) -> bool:
+    """Whether the server has synchronised with its master."""
+    return bool((await client.info("replication"))["master_link_status"] == "up")
+
+
 async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:
@@ -68,18 +72,14 @@ async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
         before = await inventory.server(item)
         await opened(inventory, a_sale(item, 5))
         await other.replicaof("127.0.0.1", one.port)
-        async with asyncio.timeout(30):
-            while not await other.exists(ItemKeys.of(item).sale):
-                await asyncio.sleep(0.05)
+        await until(lambda: other.exists(ItemKeys.of(item).sale), "the replica has the sale")
         # Getting its first replica does not change a master's run.
         assert (await inventory.server(item)).run_id == before.run_id
         assert await outcome(inventory, item, a_request("ann")) is Outcome.ACCEPTED
         await other.replicaof("NO", "ONE")
         assert await outcome(Inventory(other), item, a_request("bob")) is Outcome.FENCED
         await client.replicaof("127.0.0.1", two.port)
-        async with asyncio.timeout(30):
-            while (await client.info("replication"))["master_link_status"] != "up":
-                await asyncio.sleep(0.05)
+        await until(lambda: follows(client), "the former master follows")
         await client.replicaof("NO", "ONE")
         assert await outcome(inventory, item, a_request("cid")) is Outcome.FENCED
         assert (await client.info("server"))["run_id"] == before.run_id.partition(":")[0]
@@ -106,11 +106,7 @@ async def test_a_server_that_forgets_its_failovers_stays_fenced(
         await until(lambda: other.exists(ItemKeys.of(item).sale), "the replica has the sale")
         await other.replicaof("NO", "ONE")
         await client.replicaof("127.0.0.1", two.port)
-
-        async def linked() -> bool:
-            return bool((await client.info("replication"))["master_link_status"] == "up")
-
-        await until(linked, "the former master follows")
+        await until(lambda: follows(client), "the former master follows")
         await client.replicaof("NO", "ONE")
         assert await outcome(inventory, item, a_request("ann")) is Outcome.FENCED
 
