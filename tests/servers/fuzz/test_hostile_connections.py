@@ -19,7 +19,7 @@ from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
 from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS
-from tests.support.api import OWN_SALE, OpenSale, accepted
+from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, accepted
 from tests.support.eventually import until
 from tests.support.wire import GET, POST, TE, Wire, connection, reserve, resident
 
@@ -192,10 +192,11 @@ async def test_a_half_closed_connection_gets_its_answers(
 async def test_a_client_that_leaves_during_a_pipeline_leaves_no_traceback(
     api: ApiServer, untouched: Sale, http: httpx.AsyncClient
 ) -> None:
-    del untouched  # it compares the log
+    path = f"/sales/{untouched.item_id}/reservations/{UNKNOWN_ID}".encode()
+    look = GET.replace(b"/healthz", path)  # its answer waits for Redis
     for _ in range(20):
         async with connection(api) as wire:
-            wire.send((GET + GET.replace(b"/healthz", b"/openapi.json")) * 8)
+            wire.send((look + GET) * 8)
             await asyncio.sleep(0)
     assert (await http.get("/healthz")).status_code == 200
 
