@@ -258,8 +258,6 @@ class HttpProtocol(asyncio.Protocol):
         self._completed += 1
         self._server.total_requests += 1
         transport = self._transport
-        if transport.is_closing():
-            return
         lines = [STATUS_LINE[status]]
         for name, value in self._server.default_headers:
             lines += (name, b": ", value, b"\r\n")

@@ -18,7 +18,7 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS
+from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS, SOCKET_BYTES
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, accepted
 from tests.support.eventually import until
 from tests.support.wire import GET, POST, TE, Wire, connection, reserve, resident
@@ -96,7 +96,7 @@ async def test_clients_that_do_not_read_are_reset(api: ApiServer, untouched: Sal
     before = resident(api)
 
     async def flood(wire: Wire) -> None:
-        wire.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a Transport
+        wire.stop_reading()
         for _ in range(1_000):
             wire.send(description * MAX_PIPELINED)
             await asyncio.sleep(0.1)
@@ -113,17 +113,48 @@ async def test_clients_that_do_not_read_are_reset(api: ApiServer, untouched: Sal
         await asyncio.gather(*floods)
 
 
+async def test_unread_answers_cost_little_memory_of_the_kernel(
+    api: ApiServer, untouched: Sale
+) -> None:
+    """The kernel doubles a buffer's size, for its own use. Without a limit it grows to 4 MB."""
+    del untouched
+    description = GET.replace(b"/healthz", b"/openapi.json")
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connection(api)) for _ in range(10)]
+        for wire in wires:
+            wire.stop_reading()
+            wire.send(description * MAX_PIPELINED)
+        await until(lambda: sum(size > 0 for size in unread_bytes(api)) == len(wires))
+        await asyncio.sleep(0.5)
+        assert max(unread_bytes(api)) <= 2 * SOCKET_BYTES
+
+
+def unread_bytes(api: ApiServer) -> list[int]:
+    """Return the bytes of answers that the kernel keeps for each client of the pod."""
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text("ascii").splitlines()[1:]]
+    return [
+        int(queues.partition(":")[0], 16)
+        for _, local, _, state, queues, *_ in sockets
+        if state == "01" and int(local.partition(":")[2], 16) == api.port
+    ]
+
+
 async def test_upgrades_in_one_read_are_served_in_a_loop(
     api: ApiServer, inventory: Inventory, open_sale: OpenSale, item: str
 ) -> None:
-    await open_sale(item, 5)
-    upgrade = GET.replace(b"\r\n\r\n", b"\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+    """The first requests are answered at once, so none of them waits and is refused."""
+    await open_sale(item, 5, max_per_user=5)
+    upgrade = b"Connection: upgrade\r\nUpgrade: x\r\n"
     logged = len(api.log.read_bytes())
     async with connection(api) as wire:
-        wire.send(reserve(item) + upgrade * 4_300)
+        wire.send(reserve(item, upgrade, body=b"{}") * 600 + reserve(item))
+        assert [await wire.status() for _ in range(600)] == [422] * 600
+        assert await wire.status() == 202
+    async with connection(api) as wire:
+        wire.send(reserve(item) + GET.replace(b"\r\n\r\n", b"\r\n" + upgrade + b"\r\n") * 4_300)
         assert await wire.status() == 202
         await wire.rest_or_silence()
-    assert await accepted(inventory, item) == 1
+    assert await accepted(inventory, item) == 2
     assert b"Traceback" not in api.log.read_bytes()[logged:]
 
 
@@ -153,6 +184,25 @@ async def test_more_pipelined_requests_than_may_wait_are_refused_in_their_order(
             statuses.append(status)
     assert statuses == [202] * (MAX_PIPELINED + 1) + [400]
     assert await accepted(inventory, item) == 2 * (MAX_PIPELINED + 1)
+
+
+async def test_requests_that_arrive_one_by_one_wait_in_the_kernel(
+    own_api: ApiServer, own_redis: RedisServer
+) -> None:
+    """The API reads no further while one waits, so these are not too many."""
+    number = MAX_PIPELINED + 1
+    path = f"/sales/{OWN_SALE.item_id}/reservations/{UNKNOWN_ID}".encode()
+    own_redis.pause()
+    try:
+        async with connection(own_api) as wire:
+            wire.send(GET.replace(b"/healthz", path))  # its answer waits for Redis
+            for _ in range(number):
+                wire.send(GET)
+                await asyncio.sleep(0.01)
+            own_redis.resume()
+            assert [await wire.status() for _ in range(number + 1)][1:] == [200] * number
+    finally:
+        own_redis.resume()
 
 
 @pytest.mark.parametrize(
