@@ -65,9 +65,8 @@ class UnboundedBatcher(Batcher):
             super().decide(item_id, request, decided)
             return
         queue.waiting.append(_Waiting(request, decided, 0.0))
-        if queue.calls < CALLS_IN_FLIGHT and not queue.starting:
-            queue.starting = True
-            asyncio.get_running_loop().call_soon(self._start, queue)
+        if queue.calls < CALLS_IN_FLIGHT and not queue.ready:
+            self._make_ready(queue)
 
     def _expire(self) -> None:
         """Refuses no request."""

@@ -140,6 +140,11 @@ class Inventory:
         self._expire = Script("expire", "transition")
         self._look = Script("look")
 
+    @property
+    def items_per_call(self) -> int:
+        """The number of items that a call of `reserve_all` may have."""
+        return self.nodes.items_per_call
+
     async def reserve(
         self,
         item_id: str,
@@ -148,20 +153,43 @@ class Inventory:
         timeout_seconds: float,
         engine_id: str = "",
     ) -> BatchReply | Outcome:
-        """Decides a batch of at most `BATCH_LIMIT` requests for one item.
-
-        A single `Outcome` (unknown, unsupported, fenced, other_engine) applies to every request.
-        After a failure the caller can send the same requests again, because their ids make the
-        second call a replay. `engine_id` is the pod's engine, or empty if the pod does not know it.
-        """
-        lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
-        reply = await self._scripts.call_quickly(
-            self._reserve,
-            self._keys(item_id).sold,
-            (self._outbox_limit, len(requests), lines, engine_id),
-            timeout_seconds,
+        """Decides a batch of requests for one item, as `reserve_all` does."""
+        [reply] = await self.reserve_all(
+            [(item_id, requests)], timeout_seconds=timeout_seconds, engine_id=engine_id
         )
-        return parse_reply(str(reply))
+        if isinstance(reply, RedisUnavailable):
+            raise reply
+        return reply
+
+    async def reserve_all(
+        self,
+        batches: Sequence[tuple[str, Sequence[Request]]],
+        *,
+        timeout_seconds: float,
+        engine_id: str = "",
+    ) -> list[BatchReply | Outcome | RedisUnavailable]:
+        """Decides a batch of requests for each item, in one call. Returns the replies in order.
+
+        The batches have at most `BATCH_LIMIT` requests together, for at most `items_per_call`
+        different items. A single `Outcome` (unknown, unsupported, fenced, other_engine) applies to
+        every request of its item. An item that Redis refuses has the error as its reply, unless it
+        refuses all. After a failure the caller can send the same requests again, because their ids
+        make the second call a replay. `engine_id` is the pod's engine, or empty if the pod does not
+        know it.
+        """
+        item_keys: list[str] = []
+        arguments: list[str | int] = [self._outbox_limit, engine_id]
+        for item_id, requests in batches:
+            item_keys += self._keys(item_id).sold
+            lines = "".join(f"{r[0]},{r[1]},{r[2]},{r[3]},{r[4]}\n" for r in requests)
+            arguments += (len(requests), lines)
+        replies = await self._scripts.call_of_items(
+            self._reserve, item_keys, arguments, timeout_seconds
+        )
+        return [
+            each if isinstance(each, RedisUnavailable) else parse_reply(str(each))
+            for each in replies
+        ]
 
     async def apply(
         self,

@@ -49,6 +49,8 @@ BETWEEN_LOOKS_SECONDS: Final = 0.1
 PROBE_SECONDS: Final = 1.0
 """How often each primary is called, and how long it may take to answer."""
 
+ITEMS_PER_CALL: Final = 32
+"""Items of one script call. So many with a request each block Redis for at most about 1 ms."""
 FAILURES: Final = (RedisError, OSError, TimeoutError, RuntimeError)
 """The errors of a call. A `RuntimeError` may also be a mistake: `require_outage` tells."""
 
@@ -96,6 +98,11 @@ class Nodes:
         if pool.nodes is None:
             pool.nodes = cls(redis)
         return pool.nodes
+
+    @property
+    def items_per_call(self) -> int:
+        """The number of items that a script call may have. In a cluster its keys have one slot."""
+        return ITEMS_PER_CALL if self.single else 1
 
     def name_of(self, key: str) -> str:
         """Returns the name of the server of a key, as far as it is known.

@@ -1,16 +1,20 @@
 """The outboxes in Redis: reservation events that Kafka has not acknowledged."""
 
 from collections.abc import Awaitable, Iterable, Sequence
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 from redis.asyncio import Redis
 
+from flashsale.errors import RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.reservations import OutboxEntry
 from flashsale.scripts import Script, Scripts, leased
 
 SETTLE_SECONDS: Final = 2.0
+
+Entry: TypeAlias = tuple[str, str, int]
+"""What `settle` deletes: entry id, reservation id, version of the reservation."""
 
 
 class Outbox:
@@ -26,20 +30,34 @@ class Outbox:
         """Loads the script, so that no call has to send its source."""
         await self._scripts.load(self._settle)
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
-        """Deletes entries that Kafka has acknowledged, and returns the number deleted.
+    @property
+    def items_per_call(self) -> int:
+        """The number of items that a call of `settle_all` may have."""
+        return self._nodes.items_per_call
 
-        Each is given as (entry id, reservation id, version). An entry of another event stays. The
-        units of a cancelled or expired reservation are for sale again.
+    async def settle(self, item_id: str, acknowledged: Sequence[Entry]) -> int:
+        """Deletes entries of one item, as `settle_all` does."""
+        [deleted] = await self.settle_all([(item_id, acknowledged)])
+        if isinstance(deleted, RedisUnavailable):
+            raise deleted
+        return deleted
+
+    async def settle_all(
+        self, pages: Sequence[tuple[str, Sequence[Entry]]]
+    ) -> list[int | RedisUnavailable]:
+        """Deletes entries that Kafka has acknowledged. Returns the number deleted of each item.
+
+        The pages are of at most `items_per_call` different items. An entry of another
+        event stays. The units of a cancelled or expired reservation are for sale again. An item
+        that Redis refuses has the error as its result, unless it refuses all.
         """
-        return int(
-            await self._scripts.call_quickly(
-                self._settle,
-                self._keys(item_id).sold,
-                ("".join(f"{entry[0]},{entry[1]},{entry[2]}\n" for entry in acknowledged),),
-                SETTLE_SECONDS,
-            )
+        results = await self._scripts.call_of_items(
+            self._settle,
+            [key for item_id, _ in pages for key in self._keys(item_id).sold],
+            ["".join(f"{entry[0]},{entry[1]},{entry[2]}\n" for entry in page) for _, page in pages],
+            SETTLE_SECONDS,
         )
+        return [each if isinstance(each, RedisUnavailable) else int(each) for each in results]
 
     async def page(
         self, item_id: str, *, after: str = "-", until_ms: int, count: int

@@ -29,7 +29,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 if TYPE_CHECKING:
     from flashsale.nodes import Nodes
 
-Reply: TypeAlias = str | int
+Reply: TypeAlias = str | int | list["str | int | RedisError"]
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,9 @@ class Link(asyncio.Protocol):
         self._transport.abort()
 
     async def ask(self, *words: str | int) -> Reply:
-        """Sends a command and returns its reply, a string or an integer.
+        """Sends a command and returns its reply: a string, an integer, or a list of them.
+
+        A list can have errors too. Of a list of nothing but errors, the first is raised.
 
         Raises `ResponseError` if Redis refuses the command, and redis-py's `ConnectionError` if no
         reply arrives. A caller that stops waiting closes the connection, because it may be dead
@@ -183,15 +185,17 @@ class Link(asyncio.Protocol):
 
     def _deliver(self, reply: object) -> None:
         """Hands a reply to its call. Raises `TypeError` for a type that no script returns."""
-        if not isinstance(reply, (str, int, RedisError)):
+        if not isinstance(reply, (str, int, list, RedisError)):
             raise TypeError(f"type {type(reply).__name__}")
         answer = self._asked.popleft()
         if answer.done():
             return  # cancelled: the link is closing
+        if isinstance(reply, list) and all(isinstance(each, RedisError) for each in reply):
+            reply = reply[0]
         if isinstance(reply, RedisError):
             answer.set_exception(reply)
         else:
-            answer.set_result(reply)
+            answer.set_result(cast("Reply", reply))
 
 
 def _refusal(text: str) -> RedisError:

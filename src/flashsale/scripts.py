@@ -6,9 +6,10 @@ from hashlib import sha1
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from redis.exceptions import MovedError, NoScriptError
+from redis.exceptions import MovedError, NoScriptError, RedisError
 
-from flashsale.nodes import FAILURES, Node, Nodes
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.nodes import FAILURES, Node, Nodes, describe
 from flashsale.redis_client import Reply
 
 if TYPE_CHECKING:
@@ -73,6 +74,25 @@ class Scripts:
         except NoScriptError:
             return await self._nodes.call(keys[0], by_source)
 
+    async def call_of_items(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        arguments: Sequence[str | int],
+        timeout_seconds: float,
+    ) -> list[str | int | RedisUnavailable]:
+        """Runs a script that returns a list with the result of each item, or its error.
+
+        Raises `RedisUnavailable` if the call fails, or every item. Calls as `call_quickly` does.
+        """
+        reply = await self.call_quickly(script, keys, arguments, timeout_seconds)
+        if not isinstance(reply, list):
+            raise ContractViolation(f"a script returned {type(reply).__name__}, not a list")
+        return [
+            RedisUnavailable(describe(each)) if isinstance(each, RedisError) else each
+            for each in reply
+        ]
+
     async def call_quickly(
         self,
         script: Script,
@@ -80,7 +100,7 @@ class Scripts:
         arguments: Sequence[str | int],
         timeout_seconds: float,
     ) -> Reply:
-        """Runs a script that returns a string or an integer, on the pipelined link.
+        """Runs a script that returns a string, an integer or a list of them, on the pipelined link.
 
         A call is never retried, except once on the node that a `MOVED` names. If it fails,
         `RedisUnavailable.maybe_executed` says whether it was sent.

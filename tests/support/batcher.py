@@ -12,10 +12,15 @@ from flashsale_api.publisher import Accepted, Publisher
 class HeldInventory(Inventory):
     """Records the script calls, and answers one call per `go.release()`.
 
-    Each request of a call gets `outcome`. If `fail` is set, the reply is lost.
+    Each request of a call gets `outcome`, but the items in `refused` an error. If `fail` is set,
+    the reply is lost.
     """
 
+    items_per_call = 1
+
     def __init__(self) -> None:
+        self.items_of_calls: list[list[str]] = []
+        self.refused: set[str] = set()
         self.calls: list[Sequence[Request]] = []
         self.answered = 0
         self.go = asyncio.Semaphore(0)
@@ -23,17 +28,21 @@ class HeldInventory(Inventory):
         self.available = 1
         self.fail = False
 
-    async def reserve(
-        self,
-        item_id: str,  # noqa: ARG002 - every item has a sale
-        requests: Sequence[Request],
-        **_: object,
-    ) -> BatchReply:
-        self.calls.append(requests)
+    async def reserve_all(
+        self, batches: Sequence[tuple[str, Sequence[Request]]], **_: object
+    ) -> list[BatchReply | Outcome | RedisUnavailable]:
+        self.calls.append([request for _, requests in batches for request in requests])
+        self.items_of_calls.append([item_id for item_id, _ in batches])
         await self.go.acquire()
         self.answered += 1
         if self.fail:
             raise RedisUnavailable("cut", maybe_executed=True)
+        return [
+            RedisUnavailable("refused") if item_id in self.refused else self._reply(requests)
+            for item_id, requests in batches
+        ]
+
+    def _reply(self, requests: Sequence[Request]) -> BatchReply:
         return BatchReply(
             now_ms=1,
             snapshot=Snapshot("default/x", 1, 1, 1),

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import BatchReply, Outcome, Record, Request, State, Transition
@@ -81,10 +82,25 @@ class Batcher(Calls[Request, Decision]):
     def _of_other_engine(self) -> Decision:
         return Decision(Outcome.OTHER_ENGINE)
 
-    async def _decisions(self, item_id: str, requests: Sequence[Request]) -> Sequence[Decision]:
-        if refusal := self._refusal(item_id):
-            return [Decision(refusal, request.reservation_id) for request in requests]
-        reply = await self._reserve(item_id, requests)
+    @property
+    def items_per_call(self) -> int:  # type: ignore[override] # it depends on the kind of Redis
+        return self._inventory.items_per_call
+
+    async def _decisions(
+        self, batches: Sequence[tuple[str, Sequence[Request]]]
+    ) -> Sequence[Sequence[Decision]]:
+        refusals = [self._refusal(item_id) for item_id, _ in batches]
+        asked = [batch for batch, refusal in zip(batches, refusals, strict=True) if not refusal]
+        replies = iter(await self._reserve(asked) if asked else ())
+        return [
+            self._decide(item_id, requests, refusal or next(replies))
+            for (item_id, requests), refusal in zip(batches, refusals, strict=True)
+        ]
+
+    def _decide(
+        self, item_id: str, requests: Sequence[Request], reply: BatchReply | Outcome | Failure
+    ) -> list[Decision]:
+        """Returns the decisions on an item's requests, and has the accepted ones published."""
         if not isinstance(reply, BatchReply):
             outcome = self._of_all(item_id, reply)
             return [Decision(outcome, request.reservation_id) for request in requests]
@@ -98,23 +114,27 @@ class Batcher(Calls[Request, Decision]):
         return decisions
 
     async def _reserve(
-        self, item_id: str, requests: Sequence[Request]
-    ) -> BatchReply | Outcome | Failure:
+        self, batches: Sequence[tuple[str, Sequence[Request]]]
+    ) -> Sequence[BatchReply | Outcome | Failure]:
         """Calls the script. The ids make a repetition a replay."""
         reply = await self._ask(
-            item_id,
-            lambda: self._inventory.reserve(
-                item_id,
-                requests,
+            [item_id for item_id, _ in batches],
+            lambda: self._inventory.reserve_all(
+                batches,
                 timeout_seconds=CALL_DEADLINE_SECONDS / 2,
                 engine_id=self._engine.id,
             ),
         )
         if isinstance(reply, Failure):
-            return reply
+            return [reply] * len(batches)
         if self._spans is not None and self._spans.open:
-            self._spans.called(requests, asyncio.get_running_loop().time() - reply.started)
-        return reply.value
+            seconds = asyncio.get_running_loop().time() - reply.started
+            for _, requests in batches:
+                self._spans.called(requests, seconds)
+        return [
+            Failure.REDIS_UNAVAILABLE if isinstance(each, RedisUnavailable) else each
+            for each in reply.value
+        ]
 
     def _of_all(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
         """Returns the outcome of a batch that was not decided per request.

@@ -1,10 +1,11 @@
 """Requests that arrive while a script call is in flight form the next call.
 
 There is no timer and no added delay. A lone request is sent at once, and batches grow with the
-load. A call has at most `BATCH_LIMIT` requests. At most `CALLS_IN_FLIGHT` calls per item are in
-flight. The items that the pod knows have a share of the calls and of the waiting places, and all
-other names have another one. So requests for made-up items delay no sale. In a Redis Cluster each
-node has two shares of its own. So a silent node delays no sale of another one.
+load. A call has at most `BATCH_LIMIT` requests, of several items if the server permits it. At most
+`CALLS_IN_FLIGHT` calls per item are in flight. The items that the pod knows have a share of the
+calls and of the waiting places, and all other names have another one. So requests for made-up items
+delay no sale. In a Redis Cluster each node has two shares of its own. So a silent node delays no
+sale of another one.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from prometheus_client import Gauge
 
@@ -81,8 +82,9 @@ class _Share(Generic[R, D]):
     known: bool
     waiting: int = 0
     in_flight: int = 0
-    held_back: "deque[_Queue[R, D]]" = field(default_factory=deque)
-    """The queues that may make a call once one of the share has ended."""
+    starting: bool = False
+    ready: "deque[_Queue[R, D]]" = field(default_factory=deque)
+    """The queues with requests for the next call."""
 
 
 @dataclass(slots=True)
@@ -93,11 +95,18 @@ class _Queue(Generic[R, D]):
     share: _Share[R, D]
     waiting: deque[_Waiting[R, D]] = field(default_factory=deque)
     calls: int = 0
-    starting: bool = False
+    ready: bool = False
+
+
+_Batch: TypeAlias = tuple[_Queue[R, D], list[_Waiting[R, D]]]
+"""The requests of an item that a call takes."""
 
 
 class Calls(ABC, Generic[R, D]):
     """Decides requests of one kind through batched script calls."""
+
+    items_per_call = 1
+    """The number of items that a call may have."""
 
     def __init__(
         self,
@@ -133,8 +142,8 @@ class Calls(ABC, Generic[R, D]):
         """Returns the decision on a request while the pod meets another engine."""
 
     @abstractmethod
-    async def _decisions(self, item_id: str, requests: Sequence[R]) -> Sequence[D]:
-        """Calls the script, and returns the decisions in the order of the requests."""
+    async def _decisions(self, batches: Sequence[tuple[str, Sequence[R]]]) -> Sequence[Sequence[D]]:
+        """Calls the script with the requests of each item. Returns the decisions in their order."""
 
     def decide(self, item_id: str, request: R, decided: Callable[[D], None]) -> None:
         """Calls `decided` exactly once, immediately or later. `decided` must not raise.
@@ -159,10 +168,8 @@ class Calls(ABC, Generic[R, D]):
         queue.waiting.append(_Waiting(request, decided, monotonic()))
         share.waiting += 1
         self._waiting += 1
-        if queue.calls < CALLS_IN_FLIGHT and not queue.starting:
-            # Start the call after the requests that are read in the same turn of the event loop.
-            queue.starting = True
-            asyncio.get_running_loop().call_soon(self._start, queue)
+        if queue.calls < CALLS_IN_FLIGHT and not queue.ready:
+            self._make_ready(queue)
         if self._expiry is None:
             self._expiry = asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._expire)
 
@@ -187,32 +194,37 @@ class Calls(ABC, Generic[R, D]):
             await asyncio.sleep(0)  # the calls of this turn of the event loop start first
             await asyncio.gather(*self._calls, return_exceptions=True)
 
-    async def _ask(self, item_id: str, send: Callable[[], Awaitable[T]]) -> "Reply[T] | Failure":
+    async def _ask(
+        self, item_ids: Sequence[str], send: Callable[[], Awaitable[Sequence[T]]]
+    ) -> "Reply[Sequence[T]] | Failure":
         """Sends a script call, and repeats it once if it failed. The repetition must be a replay.
 
-        `send` raises `RedisUnavailable` after half of `CALL_DEADLINE_SECONDS`. A reply that arrives
-        after the deadline is ignored. After the pod was suspended, its socket may hold a reply from
-        before a Redis failure. The rebuilt sale may lack its reservations.
+        `send` returns a reply for each item. It raises `RedisUnavailable` after half of
+        `CALL_DEADLINE_SECONDS`. A reply that arrives after the deadline is ignored. After the pod
+        was suspended, its socket may hold a reply from before a Redis failure. The rebuilt sale may
+        lack its reservations.
         """
         loop = asyncio.get_running_loop()
         maybe_executed = False
         for _ in range(2):
             started = loop.time()
-            if self.knows(item_id):
-                self._called[item_id] = started
+            for item_id in item_ids:
+                if self.knows(item_id):
+                    self._called[item_id] = started
             try:
-                value = await send()
+                replies = await send()
             except RedisUnavailable as error:
                 self._metrics.script_failures.inc()
                 maybe_executed = maybe_executed or error.maybe_executed
-                log.debug("a script call for %s failed: %s", item_id, error)
+                log.debug("a script call for %s failed: %s", ", ".join(item_ids), error)
                 continue
             seconds = loop.time() - started
             self._metrics.script_seconds.observe(seconds)
-            if value != Outcome.UNKNOWN:
-                self._called[item_id] = started
+            for item_id, reply in zip(item_ids, replies, strict=True):
+                if reply != Outcome.UNKNOWN:
+                    self._called[item_id] = started
             if seconds < CALL_DEADLINE_SECONDS:
-                return Reply(value, started)
+                return Reply(replies, started)
             maybe_executed = True
         return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
 
@@ -235,37 +247,63 @@ class Calls(ABC, Generic[R, D]):
     def _forget(self, item_id: str) -> None:
         self._known_until.pop(item_id, None)
 
-    def _start(self, queue: _Queue[R, D]) -> None:
-        queue.starting = False
-        while queue.waiting and queue.calls < CALLS_IN_FLIGHT:
-            share = queue.share
-            if share.in_flight >= MAX_CALLS:
-                queue.starting = True
-                share.held_back.append(queue)
-                break
-            size = min(len(queue.waiting), BATCH_LIMIT)
-            batch = [queue.waiting.popleft() for _ in range(size)]
-            share.waiting -= size
-            self._waiting -= size
-            share.in_flight += 1
-            queue.calls += 1
-            call = asyncio.get_running_loop().create_task(self._call(queue, share, batch))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
-        if not queue.waiting and not queue.calls:
+    def _make_ready(self, queue: _Queue[R, D]) -> None:
+        """Lets the next call of the share take the queue's requests."""
+        queue.ready = True
+        queue.share.ready.append(queue)
+        self._start_soon(queue.share)
+
+    def _start_soon(self, share: _Share[R, D]) -> None:
+        """Starts calls after the requests that are read in the same turn of the event loop."""
+        if not share.starting:
+            share.starting = True
+            asyncio.get_running_loop().call_soon(self._start, share)
+
+    def _start(self, share: _Share[R, D]) -> None:
+        while share.ready and share.in_flight < MAX_CALLS:
+            if batches := self._next_batches(share):
+                share.in_flight += 1
+                call = asyncio.get_running_loop().create_task(self._call(share, batches))
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
+        share.starting = False
+
+    def _next_batches(self, share: _Share[R, D]) -> list[_Batch[R, D]]:
+        """Takes the requests of a call from the queues that are ready."""
+        batches: list[_Batch[R, D]] = []
+        left = BATCH_LIMIT
+        while share.ready and left and len(batches) < self.items_per_call:
+            queue = share.ready.popleft()
+            queue.ready = False
+            if queue.share is not share:  # the item is known meanwhile
+                self._make_ready(queue)
+                continue
+            size = min(len(queue.waiting), left)
+            if size:
+                batches.append((queue, [queue.waiting.popleft() for _ in range(size)]))
+                left -= size
+                share.waiting -= size
+                self._waiting -= size
+                queue.calls += 1
+            self._go_on(queue)
+        return batches
+
+    def _go_on(self, queue: _Queue[R, D]) -> None:
+        """Keeps a queue that has requests or calls, and makes it ready for a call if it may be."""
+        if queue.waiting:
+            if queue.calls < CALLS_IN_FLIGHT and not queue.ready:
+                self._make_ready(queue)
+        elif not queue.calls:
             self._queues.pop(queue.item_id, None)
 
-    def _ended(self, queue: _Queue[R, D], share: _Share[R, D]) -> None:
-        """Starts the next calls: first for items held back by `MAX_CALLS`, then for this item.
-
-        The call was of `share`. The item may have moved to the other one.
-        """
+    def _ended(self, share: _Share[R, D], batches: Sequence[_Batch[R, D]]) -> None:
+        """Makes room for the next calls. The call was of `share`. An item may have moved since."""
         share.in_flight -= 1
-        queue.calls -= 1
-        while share.held_back and share.in_flight < MAX_CALLS:
-            self._start(share.held_back.popleft())
-        if not queue.starting:
-            self._start(queue)
+        for queue, _ in batches:
+            queue.calls -= 1
+            self._go_on(queue)
+        if share.ready:
+            self._start_soon(share)
 
     def _expire(self) -> None:
         """Refuses the requests that have waited too long. They were never sent to Redis."""
@@ -285,17 +323,18 @@ class Calls(ABC, Generic[R, D]):
             else asyncio.get_running_loop().call_later(next_since - oldest_allowed, self._expire)
         )
 
-    async def _call(
-        self, queue: _Queue[R, D], share: _Share[R, D], batch: Sequence[_Waiting[R, D]]
-    ) -> None:
-        self._metrics.batch_size.observe(len(batch))
-        decisions: Sequence[D]
+    async def _call(self, share: _Share[R, D], batches: Sequence[_Batch[R, D]]) -> None:
+        asked = [(queue.item_id, [each.request for each in waiting]) for queue, waiting in batches]
+        self._metrics.batch_size.observe(sum(len(requests) for _, requests in asked))
+        decisions: Sequence[Sequence[D]]
         try:
-            decisions = await self._decisions(queue.item_id, [waiting.request for waiting in batch])
+            decisions = await self._decisions(asked)
         except Exception:  # after any error, every request needs an answer
-            log.exception("could not decide a batch for %s", queue.item_id)
-            decisions = [self._undecided(Failure.INTERNAL_ERROR)] * len(batch)
+            log.exception("could not decide a batch for %s", ", ".join(item for item, _ in asked))
+            failed = self._undecided(Failure.INTERNAL_ERROR)
+            decisions = [[failed] * len(requests) for _, requests in asked]
         finally:
-            self._ended(queue, share)
-        for waiting, decision in zip(batch, decisions, strict=True):
-            waiting.decided(decision)
+            self._ended(share, batches)
+        for (_, waiting), decided in zip(batches, decisions, strict=True):
+            for each, decision in zip(waiting, decided, strict=True):
+                each.decided(decision)

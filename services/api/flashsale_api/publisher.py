@@ -26,7 +26,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from flashsale import events
 from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.events import Event
-from flashsale.outbox import Outbox
+from flashsale.outbox import Entry, Outbox
 from flashsale.reservations import Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
@@ -103,7 +103,7 @@ class Publisher:
         self._pending: deque[Accepted] = deque()
         self._work = asyncio.Event()
         self._by_item: Counter[str] = Counter()
-        self._acknowledged: dict[str, list[tuple[str, str, int]]] = {}
+        self._acknowledged: dict[str, list[Entry]] = {}
         self._to_settle = asyncio.Event()
         self._held: set[_Key] = set()
         self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
@@ -240,29 +240,45 @@ class Publisher:
     async def _settle(self, node: str, running: set[str]) -> None:
         """Settles the items of a node until none is left, and takes the node out of `running`."""
         away = False
-        # Take the items in turn. A waiting item may have a full outbox and sell nothing.
-        while item_id := next(
-            (each for each in self._acknowledged if self._outbox.node_of(each) == node), None
-        ):
-            # The item may move to another node meanwhile, whose task must not take these entries.
-            waiting = self._acknowledged.pop(item_id)
-            page, left = waiting[:SETTLE_BATCH], waiting[SETTLE_BATCH:]
+        while pages := self._next_pages(node):
             try:
-                await self._outbox.settle(item_id, page)
+                results = await self._outbox.settle_all(pages)
             except RedisUnavailable as error:
+                results = [error] * len(pages)
+            failed = None
+            for (item_id, page), result in zip(pages, results, strict=True):
+                if isinstance(result, RedisUnavailable):
+                    failed = result
+                    self._acknowledged[item_id] = page + self._acknowledged.pop(item_id, [])
+                else:
+                    self._forget((item_id, entry_id) for entry_id, _, _ in page)
+            if failed is not None:
                 if not away:
-                    log.warning("cannot settle outbox entries yet: %s", error)
-                away = True
-                self._acknowledged[item_id] = waiting + self._acknowledged.pop(item_id, [])
+                    log.warning("cannot settle outbox entries yet: %s", failed)
                 await asyncio.sleep(BACKOFF_SECONDS[-1])
-                continue
-            away = False
-            if left := left + self._acknowledged.pop(item_id, []):
-                self._acknowledged[item_id] = left
-            self._forget((item_id, entry_id) for entry_id, _, _ in page)
+            away = failed is not None
         running.discard(node)
         if self._acknowledged:  # an item may be on another node now
             self._to_settle.set()
+
+    def _next_pages(self, node: str) -> list[tuple[str, list[Entry]]]:
+        """Takes at most `SETTLE_BATCH` entries of the items of a node.
+
+        The items take turns. A waiting item may have a full outbox and sell nothing.
+        """
+        items = (each for each in self._acknowledged if self._outbox.node_of(each) == node)
+        pages: list[tuple[str, list[Entry]]] = []
+        room = SETTLE_BATCH
+        for item_id in list(itertools.islice(items, self._outbox.items_per_call)):
+            waiting = self._acknowledged.pop(item_id)
+            page, left = waiting[:room], waiting[room:]
+            pages.append((item_id, page))
+            if left:
+                self._acknowledged[item_id] = left
+            room -= len(page)
+            if not room:
+                break
+        return pages
 
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until no event is held. Returns how many are left after `timeout_seconds`."""

@@ -107,28 +107,32 @@ class Transitions(Calls[Call, Decided]):
     def _of_other_engine(self) -> Decided:
         return Decided(Transition.OTHER_ENGINE)
 
-    async def _decisions(self, item_id: str, requests: Sequence[Call]) -> Sequence[Decided]:
-        reply = await self._ask(
-            item_id,
-            lambda: self._script(
-                item_id,
-                requests,
-                timeout_seconds=CALL_DEADLINE_SECONDS / 2,
-                engine_id=self._engine.id,
-            ),
-        )
+    async def _decisions(
+        self, batches: Sequence[tuple[str, Sequence[Call]]]
+    ) -> Sequence[Sequence[Decided]]:
+        return [await self._decide(item_id, calls) for item_id, calls in batches]
+
+    async def _decide(self, item_id: str, calls: Sequence[Call]) -> Sequence[Decided]:
+        async def send() -> Sequence[TransitionReply | Transition]:
+            deadline = CALL_DEADLINE_SECONDS / 2
+            engine_id = self._engine.id
+            return [
+                await self._script(item_id, calls, timeout_seconds=deadline, engine_id=engine_id)
+            ]
+
+        reply = await self._ask([item_id], send)
         if isinstance(reply, Failure):
-            return [Decided(reply)] * len(requests)
-        value, until = reply.value, reply.started + ACKNOWLEDGED_SECONDS
+            return [Decided(reply)] * len(calls)
+        [value], until = reply.value, reply.started + ACKNOWLEDGED_SECONDS
         if not isinstance(value, TransitionReply):
             if value is Transition.FENCED:
                 self._remember(item_id)
             elif value is Transition.UNKNOWN and self.sees(item_id):
                 value = Transition.FENCED  # Redis has lost the sale, and the ledger has it
-            return [Decided(value)] * len(requests)
+            return [Decided(value)] * len(calls)
         self._remember(item_id)
         decisions = []
-        for call, (outcome, entry_id, record) in zip(requests, value.answers, strict=True):
+        for call, (outcome, entry_id, record) in zip(calls, value.answers, strict=True):
             if record is None:
                 decisions.append(Decided(outcome))
                 continue

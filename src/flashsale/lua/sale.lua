@@ -33,11 +33,15 @@ end
 -- the replication id of the master that it followed. master_replid does not serve, because it also
 -- changes when a master gets its first replica. The searches are plain, because a pattern, which Lua
 -- tries at each character, costs twice as much as INFO itself.
+local own_run -- a call reads it once, for all its items
 local function server_run()
+  if own_run then return own_run end
   local info = redis.call('INFO', 'server', 'replication')
   local _, run = string.find(info, 'run_id:', 1, true)
   local _, replid2 = string.find(info, 'master_replid2:', run, true)
-  return string.sub(info, run + 1, run + 40) .. ':' .. string.sub(info, replid2 + 1, replid2 + 40)
+  own_run = string.sub(info, run + 1, run + 40) .. ':'
+    .. string.sub(info, replid2 + 1, replid2 + 40)
+  return own_run
 end
 
 -- Returns the time in ms, and the microseconds since then.
@@ -154,4 +158,16 @@ end
 -- because the previous version had none.
 local function foreign(sale, engine)
   return engine ~= '' and sale.engine ~= '' and sale.engine ~= engine
+end
+
+-- Calls decide(keys, n) for each item of the call, with the n-th five of KEYS. Returns the results
+-- in order. An item whose part fails has the error as its result, and disturbs no other item.
+local function of_each_item(decide)
+  local results = {}
+  for n = 1, #KEYS / 5 do
+    local done, result = pcall(decide, { unpack(KEYS, 5 * n - 4, 5 * n) }, n)
+    if not done and type(result) ~= 'table' then result = redis.error_reply('ERR ' .. result) end
+    results[n] = result
+  end
+  return results
 end

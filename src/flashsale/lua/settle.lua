@@ -1,9 +1,9 @@
--- settle: delete outbox entries whose events Kafka has acknowledged. An entry that ends a reservation
--- gives its units back to the sale, and to the buyer's limit.
+-- settle: delete outbox entries of some items whose events Kafka has acknowledged. An entry that
+-- ends a reservation gives its units back to the sale, and to the buyer's limit.
 --
--- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
--- ARGV  1 the entries, one per line: entry id,reservation id,version
--- Returns the number of deleted entries.
+-- KEYS  for each item: sale, buyers, reservations, outbox, holds
+-- ARGV  one for each item: the entries, one per line: entry id,reservation id,version
+-- Returns for each item the number of deleted entries, or the error that its part ended with.
 -- Invariants: an event leaves the outbox only after Kafka has acknowledged it. An entry must match
 --       its reservation and version, because a Redis that was restored from an older copy can give
 --       the same entry id to another event, which Kafka does not have. The id of an acceptance's
@@ -12,39 +12,44 @@
 --       ledger, so they are not touched here. The first write is the deletion, which Redis permits
 --       when it is out of memory. It then permits the other writes too.
 
-local acknowledged, releases, seen = {}, {}, {}
-for entry_id, reservation_id, version in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]+),(%d+)\n') do
-  local mark = entry_mark(reservation_id, tonumber(version))
-  local marked = mark and tonumber(string.sub(entry_id, -14)) == mark
-  local entry = not marked and not seen[entry_id]
-    and redis.call('XRANGE', KEYS[4], entry_id, entry_id)[1]
-  if marked then
-    acknowledged[#acknowledged + 1] = entry_id
-  elseif entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
-    local state, own_version, quantity, user =
-      string.match(entry[2][4], '^(%a+),(%d+),(%d+),%d+,([^,]+),')
-    if own_version == version then
-      seen[entry_id] = true
+local function settle(keys, item)
+  local acknowledged, releases, seen = {}, {}, {}
+  for entry_id, reservation_id, version in string.gmatch(ARGV[item],
+    '([^,\n]+),([^,\n]+),(%d+)\n') do
+    local mark = entry_mark(reservation_id, tonumber(version))
+    local marked = mark and tonumber(string.sub(entry_id, -14)) == mark
+    local entry = not marked and not seen[entry_id]
+      and redis.call('XRANGE', keys[4], entry_id, entry_id)[1]
+    if marked then
       acknowledged[#acknowledged + 1] = entry_id
-      if state == 'expired' or state == 'cancelled' then
-        releases[#releases + 1] = { user, tonumber(quantity), state == 'expired' and 1 or 0 }
+    elseif entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
+      local state, own_version, quantity, user =
+        string.match(entry[2][4], '^(%a+),(%d+),(%d+),%d+,([^,]+),')
+      if own_version == version then
+        seen[entry_id] = true
+        acknowledged[#acknowledged + 1] = entry_id
+        if state == 'expired' or state == 'cancelled' then
+          releases[#releases + 1] = { user, tonumber(quantity), state == 'expired' and 1 or 0 }
+        end
       end
     end
   end
-end
-if #acknowledged == 0 then return 0 end
-local sale, reason
-if #releases > 0 then sale, reason = read_sale(KEYS) end
--- A pod of a version that supports the sale can still give the units back.
-if reason == 'unsupported' then return 0 end
-local deleted = redis.call('XDEL', KEYS[4], unpack(acknowledged))
-if not sale or sale.fenced then return deleted end
+  if #acknowledged == 0 then return 0 end
+  local sale, reason
+  if #releases > 0 then sale, reason = read_sale(keys) end
+  -- A pod of a version that supports the sale can still give the units back.
+  if reason == 'unsupported' then return 0 end
+  local deleted = redis.call('XDEL', keys[4], unpack(acknowledged))
+  if not sale or sale.fenced then return deleted end
 
-for _, release in ipairs(releases) do
-  local user, quantity, ended = unpack(release)
-  local units, expired = buyer(redis.call('HGET', KEYS[2], user))
-  redis.call('HSET', KEYS[2], user, buyer_text(units - quantity, expired + ended))
-  sale.released = sale.released + quantity
+  for _, release in ipairs(releases) do
+    local user, quantity, ended = unpack(release)
+    local units, expired = buyer(redis.call('HGET', keys[2], user))
+    redis.call('HSET', keys[2], user, buyer_text(units - quantity, expired + ended))
+    sale.released = sale.released + quantity
+  end
+  redis.call('HSET', keys[1], 'released', integer(sale.released))
+  return deleted
 end
-redis.call('HSET', KEYS[1], 'released', integer(sale.released))
-return deleted
+
+return of_each_item(settle)

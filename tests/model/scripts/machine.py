@@ -7,8 +7,10 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied
 from flashsale.keys import ItemKeys
+from flashsale.outbox import Entry
 from flashsale.reservations import FINAL, OutboxEntry, Record, Request, Snapshot, State
 from flashsale.sale import SaleSpec
 from tests.model.scripts import reservation_model, sale_model
@@ -31,6 +33,7 @@ LAST_HOUR = 50
 OTHER_SERVER = f"{'f' * 40}:{'0' * 40}"
 OWN_ENGINE = "own"
 LEASE_MS = 600_000
+NO_ENTRY: Entry = ("1-1", "no-id", 1)
 PARTS = ["sale", "buyers", "reservations", "outbox", "holds"]
 FORMER = {"hold_ms": "0", "max_expired_holds": "3", "held": "0", "rebuilt": "0"}
 """Fields of the hash that the previous version does not write, and their meaning."""
@@ -44,6 +47,8 @@ holds = st.sampled_from([3_600, 290, 290, 0, 7_200])
 expired_holds = st.sampled_from([3, 1, 2])
 engines = st.sampled_from([OWN_ENGINE] * 10 + ["other", ""])
 """The caller's engine. The previous version has none."""
+places = st.sampled_from(range(3))
+"""The place of the tested item in a call of three."""
 callers = st.sampled_from([OWN_ENGINE] * 5 + ["other", ""])
 """The engine of a caller whose refused call does not end the sequence."""
 revisions = st.sampled_from([0, 0, 1, 1, 1, 2, -1])
@@ -59,6 +64,12 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.item = f"model-{next(self.server.names)}"
         self.keys = ItemKeys.of(self.item)
+        self.empty = f"{self.item}-empty"
+        """An item without a sale, which shares calls with the tested one."""
+        self.broken = f"{self.item}-broken"
+        """An item of which Redis refuses each call, because its keys have other types."""
+        for key in (ItemKeys.of(self.broken).sale, ItemKeys.of(self.broken).outbox):
+            self.server.command(self.server.redis.set(key, "text"))
         self.model = Item()
         self.zero_ms = self.server.run(self.server.inventory.server()).now_ms
         self.revision = 1
@@ -136,10 +147,16 @@ class Machine(RuleBasedStateMachine):
     def set_field(self, field: str, value: str) -> None:
         self.server.command(self.server.redis.hset(self.keys.sale, field, value))
 
-    def settle_entries(self, named: Sequence[tuple[str, str, int]]) -> None:
+    def settle_entries(self, named: Sequence[Entry], place: int = 0) -> None:
+        """Settles entries in a call of three items. `place` is that of the tested one."""
         if named:
             expected = reservation_model.settle(self.model, named)
-            assert self.server.run(self.server.outbox.settle(self.item, named)) == expected
+            pages = [(self.empty, [NO_ENTRY]), (self.broken, [NO_ENTRY])]
+            pages.insert(place, (self.item, list(named)))
+            results = self.server.run(self.server.outbox.settle_all(pages))
+            assert results.pop(place) == expected
+            assert results[0] == 0
+            assert isinstance(results[1], RedisUnavailable)
             self.retired += named
             self.server.seen["settled"] += expected
 
@@ -251,7 +268,8 @@ class Machine(RuleBasedStateMachine):
         return state
 
     def teardown(self) -> None:
-        self.server.command(self.server.redis.delete(*self.keys.sold))
+        broken = ItemKeys.of(self.broken).sold
+        self.server.command(self.server.redis.delete(*self.keys.sold, *broken))
 
 
 def _buyer(text: str) -> Buyer:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from flashsale.errors import RedisUnavailable
 from flashsale.reservations import (
     BatchReply,
     Call,
@@ -16,9 +17,16 @@ from flashsale.reservations import (
     TransitionReply,
 )
 from tests.model.scripts import reservation_model
-from tests.model.scripts.machine import OWN_ENGINE, Machine, callers, chances, engines
+from tests.model.scripts.machine import (
+    NO_ENTRY,
+    OWN_ENGINE,
+    Machine,
+    callers,
+    chances,
+    engines,
+    places,
+)
 
-NO_ENTRY = "1-1"
 VERBS: tuple[reservation_model.Verb, ...] = ("confirm", "cancel")
 TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 
@@ -33,15 +41,25 @@ class ReservationRules(Machine):
             max_size=6,
         ),
         engine=engines,
+        place=places,
     )
-    def reserve(self, wanted: list[tuple[int, int, int]], engine: str = OWN_ENGINE) -> None:
-        self._reserve([self._request(*one) for one in wanted], engine)
+    def reserve(
+        self, wanted: list[tuple[int, int, int]], engine: str = OWN_ENGINE, place: int = 0
+    ) -> None:
+        self._reserve([self._request(*one) for one in wanted], engine, place)
 
-    def _reserve(self, batch: list[Request], engine: str) -> None:
+    def _reserve(self, batch: list[Request], engine: str, place: int = 0) -> None:
         before = self.model.sale and replace(self.model.sale)
         fenced = self.model.fenced
-        call = self.server.inventory.reserve(self.item, batch, timeout_seconds=10, engine_id=engine)
-        reply = self.server.run(call)
+        others = [Request("id", "user", 1)]
+        batches = [(self.empty, others), (self.broken, others)]
+        batches.insert(place, (self.item, batch))
+        call = self.server.inventory.reserve_all(batches, timeout_seconds=10, engine_id=engine)
+        replies = self.server.run(call)
+        reply = replies.pop(place)
+        assert replies[0] is Outcome.UNKNOWN
+        assert isinstance(replies[1], RedisUnavailable)
+        assert not isinstance(reply, RedisUnavailable)
         now_ms = reply.now_ms if isinstance(reply, BatchReply) else 0
         expected = reservation_model.reserve(self.model, batch, engine, now_ms)
         if not isinstance(reply, BatchReply):
@@ -171,8 +189,10 @@ class ReservationRules(Machine):
             self.seen("expired")
             self.expect_entry(entry_id, own_id, record, "")
 
-    @rule(picks=st.lists(st.tuples(st.integers(0, 9), chances), min_size=1, max_size=5))
-    def settle(self, picks: list[tuple[int, int]]) -> None:
+    @rule(
+        picks=st.lists(st.tuples(st.integers(0, 9), chances), min_size=1, max_size=5), place=places
+    )
+    def settle(self, picks: list[tuple[int, int]], place: int) -> None:
         """Settles entries. Some calls are wrong in an id or version, or settle an entry again."""
         outbox = [
             (entry_id, own_id, record.version)
@@ -180,19 +200,17 @@ class ReservationRules(Machine):
         ]
         named = []
         for pick, chance in picks:
-            entry, own_id, version = (
-                outbox[pick % len(outbox)] if outbox else (NO_ENTRY, "no-id", 1)
-            )
+            entry, own_id, version = outbox[pick % len(outbox)] if outbox else NO_ENTRY
             if chance < 15:
                 own_id = outbox[(pick + 1) % len(outbox)][1] if outbox else "no-id"
             elif chance < 25:
                 version += 1 if chance % 2 or version == 1 else -1
             elif chance < 30:
-                entry = NO_ENTRY
+                entry = NO_ENTRY[0]
             elif chance < 40 and self.retired:
                 entry, own_id, version = self.retired[pick % len(self.retired)]
             named += [(entry, own_id, version)] * (2 if chance > 95 else 1)
-        self.settle_entries(named)
+        self.settle_entries(named, place)
 
     @rule()
     def drain(self) -> None:

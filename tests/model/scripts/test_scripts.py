@@ -108,6 +108,13 @@ def test_the_scripts_agree_with_their_model(kind: str, tmp_path: Path) -> None:
     assert len(missing) <= 5, missing
 
 
+def test_each_mistake_changes_one_place_of_its_script() -> None:
+    """Otherwise it could not be found, and the next test would find something else."""
+    for fault in FAULTS:
+        client = redis_client.connect("redis://localhost")
+        fault.into(Inventory(client), Outbox(client), Recovery(client))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.script}: {fault.right}")
 def test_a_mistake_in_a_script_is_found(fault: Fault, redis_server: RedisServer) -> None:
