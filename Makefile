@@ -85,8 +85,8 @@ faults: $(READY) ## Run N schedules of faults from seed FIRST. REDIS=one, sentin
 	$(BIN)/python -m tests.faults -n $(or $(N),20) --first $(or $(FIRST),0) \
 	  $(if $(REDIS),--redis $(REDIS))
 
-faults-table: $(READY) ## Print the sum of all schedules of `make faults`, for docs/reliability.md
-	@$(BIN)/python -m tests.faults.table
+faults-table: $(READY) ## Print the sum of all schedules. WRITE=1 writes it into docs/reliability.md
+	@$(BIN)/python -m tests.faults.table $(if $(WRITE),--write)
 
 check-locks: $(READY) ## Check the images' pinned packages against the index and the advisories
 	@$(BIN)/python -m dev.check_locks

@@ -19,7 +19,11 @@ from tests.faults.schedule import Kind, Redis, Schedule
 from tests.support.paths import ROOT
 
 OUTCOMES: Final = ROOT / ".local" / "faults" / "outcomes.jsonl"
-"""One line per schedule of every run."""
+"""One line per schedule of every run of this checkout."""
+PUBLISHED: Final = ROOT / "docs" / "faults.jsonl"
+"""One line per schedule that the page counts."""
+PAGE: Final = ROOT / "docs" / "reliability.md"
+_BEGIN, _END = "<!-- schedules -->\n", "<!-- end -->\n"
 _PROMISE: Final = 1_000
 """The characters of a failure that are kept."""
 _HEAD: Final = (
@@ -169,11 +173,32 @@ def _spans(seeds: Iterable[int]) -> Iterator[str]:
         yield str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
 
 
+def publish() -> None:
+    """Move the outcomes of this checkout to those of the page, and write their sum into it."""
+    with PUBLISHED.open("ab") as file:
+        file.write(OUTCOMES.read_bytes() if OUTCOMES.exists() else b"")
+    OUTCOMES.unlink(missing_ok=True)
+    before, _, rest = PAGE.read_text("utf-8").partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    text = table(kept(PUBLISHED))
+    PAGE.write_text(f"{before}{_BEGIN}{text}\n{_END}{after}", "utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.table", description=__doc__)
     parser.add_argument("--commit", help="only the schedules at this commit (default: all)")
-    parser.add_argument("files", nargs="*", type=Path, default=[OUTCOMES], help="files of outcomes")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="move the outcomes of this checkout to docs/faults.jsonl, and write their sum into "
+        "docs/reliability.md",
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=[PUBLISHED, OUTCOMES], help="files of outcomes"
+    )
     options = parser.parse_args()
+    if options.write:
+        publish()
     every = [outcome for path in options.files for outcome in kept(path)]
     found = [each for each in every if options.commit in (None, each.commit)]
     print(table(found))

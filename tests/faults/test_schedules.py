@@ -7,7 +7,7 @@ import pytest
 from dev.cluster.binaries import Binaries
 from tests.faults.__main__ import WORKERS, run
 from tests.faults.schedule import OF_BUYERS, Kind, Redis, kinds, schedule
-from tests.faults.table import Outcome, keep, kept, table
+from tests.faults.table import PAGE, PUBLISHED, Outcome, keep, kept, publish, table
 
 # Together these seeds have every kind of fault and every kind of Redis.
 SEEDS = (537, 766, 911, 983, 1117, 1190, 1241, 1412)
@@ -50,6 +50,19 @@ def test_parts_of_a_run_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "3 schedules, seeds 0 to 1, 5." in text
     assert "`make faults N=1 FIRST=5 REDIS=one`" in text
     assert "FAILED" not in table(kept(file)[:2])
+    page, published = tmp_path / "page.md", tmp_path / "faults.jsonl"
+    page.write_text("before\n<!-- schedules -->\nold\n<!-- end -->\nafter\n", "utf-8")
+    monkeypatch.setattr("tests.faults.table.PAGE", page)
+    monkeypatch.setattr("tests.faults.table.PUBLISHED", published)
+    for _ in range(2):
+        publish()
+        written = page.read_text("utf-8")
+        assert written == f"before\n<!-- schedules -->\n{text}\n<!-- end -->\nafter\n"
+    assert kept(file) == []
+
+
+def test_the_page_has_the_sum_of_the_published_outcomes() -> None:
+    assert table(kept(PUBLISHED)) in PAGE.read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -16,8 +16,10 @@ from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, heartbeat, redis_client
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
-from flashsale.outbox import Outbox
+from flashsale.keys import ItemKeys
+from flashsale.outbox import Entry, Outbox
 from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
@@ -333,15 +335,17 @@ async def test_a_reservation_whose_reply_was_lost_is_published_by_the_sweep(
 
 
 class RecordingOutbox(Outbox):
-    """Records the order in which items are settled, with the number of entries."""
+    """Records the calls that settle items: each item with the number of entries."""
 
     def __init__(self, redis: "Redis") -> None:
         super().__init__(redis)
-        self.settled: list[tuple[str, int]] = []
+        self.settled: list[list[tuple[str, int]]] = []
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
-        self.settled.append((item_id, len(acknowledged)))
-        return await super().settle(item_id, acknowledged)
+    async def settle_all(
+        self, pages: Sequence[tuple[str, Sequence[Entry]]]
+    ) -> list[int | RedisUnavailable]:
+        self.settled.append([(item_id, len(entries)) for item_id, entries in pages])
+        return await super().settle_all(pages)
 
 
 @pytest.fixture
@@ -452,13 +456,39 @@ async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
             await asyncio.sleep(0.01)
     task.cancel()
     assert outbox.settled == [
-        ("many", 256),
-        ("few", 256),
-        ("one", 1),
-        ("many", 256),
-        ("few", 44),
-        ("many", 88),
+        [("many", 256)],
+        [("few", 256)],
+        [("one", 1), ("many", 255)],
+        [("few", 44), ("many", 89)],
     ]
+
+
+async def test_an_item_that_cannot_be_settled_waits_and_delays_no_other(
+    redis_here: RedisServer, inventory_here: Inventory, outbox: RecordingOutbox
+) -> None:
+    """Its outbox has another type, so Redis refuses to read it."""
+    await inventory_here.server()
+    key = ItemKeys.of("broken").outbox
+    admin = redis_client.connect(redis_here.url)
+    await admin.set(key, "text")
+    request = Request(UNKNOWN_ID, "ann", 1)
+    await inventory_here.reserve(ITEM, [request], timeout_seconds=5)
+    [entry] = await outbox.page(ITEM, until_ms=2**50, count=10)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    publisher._acknowledged["broken"] = [("1-1", "no-id", 1)]
+    publisher._acknowledged[ITEM] = [(entry.entry_id, UNKNOWN_ID, 1)]
+    publisher._to_settle.set()
+    task = asyncio.create_task(publisher.settle())
+    await outbox_is_empty(inventory_here)
+    assert outbox.settled == [[("broken", 1), (ITEM, 1)]]
+    assert publisher._acknowledged == {"broken": [("1-1", "no-id", 1)]}
+    await admin.delete(key)
+    await until(lambda: not publisher._acknowledged)
+    await until(lambda: outbox.settled[1:] == [[("broken", 1)]])
+    task.cancel()
+    await admin.aclose()
 
 
 class MovingOutbox(RecordingOutbox):
@@ -472,11 +502,13 @@ class MovingOutbox(RecordingOutbox):
     def node_of(self, _: str) -> str:
         return self.node
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
+    async def settle_all(
+        self, pages: Sequence[tuple[str, Sequence[Entry]]]
+    ) -> list[int | RedisUnavailable]:
         if self.node == "A":
             self.node = "B"
             await self.moved.wait()
-        return await super().settle(item_id, acknowledged)
+        return await super().settle_all(pages)
 
 
 async def test_an_item_that_moves_during_its_settlement_is_settled_once(
@@ -493,9 +525,9 @@ async def test_an_item_that_moves_during_its_settlement_is_settled_once(
         publisher._acknowledged.setdefault(ITEM, []).extend(entries)
         publisher._to_settle.set()
         await until(lambda: outbox.node == "B")
-    await until(lambda: outbox.settled == [(ITEM, 200)])
+    await until(lambda: outbox.settled == [[(ITEM, 244)]])
     outbox.moved.set()
-    await until(lambda: outbox.settled == [(ITEM, 200), (ITEM, 256), (ITEM, 44)])
+    await until(lambda: outbox.settled == [[(ITEM, 244)], [(ITEM, 256)]])
     assert not task.done()
     task.cancel()
     await client.aclose()

@@ -15,7 +15,7 @@ from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
-from flashsale.outbox import Outbox
+from flashsale.outbox import Entry, Outbox
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -114,11 +114,13 @@ class RecordingOutbox(Outbox):
         super().__init__(redis)
         self.finished: list[str] = []
 
-    async def settle(self, item_id: str, acknowledged: Sequence[tuple[str, str, int]]) -> int:
+    async def settle_all(
+        self, pages: Sequence[tuple[str, Sequence[Entry]]]
+    ) -> list[int | RedisUnavailable]:
         try:
-            return await super().settle(item_id, acknowledged)
+            return await super().settle_all(pages)
         finally:
-            self.finished.append(item_id)
+            self.finished += [item_id for item_id, _ in pages]
 
 
 async def test_a_frozen_node_delays_no_settlement_of_the_others(

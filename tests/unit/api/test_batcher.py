@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flashsale.reservations import Outcome, Request
+from flashsale.reservations import BATCH_LIMIT, Outcome, Request
 from flashsale_api import calls as calls_module
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_CALLS, MAX_WAITING, Failure
@@ -98,6 +98,69 @@ async def test_items_do_not_wait_for_one_another() -> None:
     for _ in range(10):
         inventory.go.release()
     await asyncio.gather(*waiting)
+
+
+async def test_items_share_a_call_if_the_server_permits_it() -> None:
+    inventory = HeldInventory()
+    inventory.items_per_call = 4
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    waiting = [decide(batcher, f"x{n % 6}", a_request(n)) for n in range(12)]
+    await turns()
+    assert inventory.items_of_calls == [["x0", "x1", "x2", "x3"], ["x4", "x5"]]
+    assert [len(call) for call in inventory.calls] == [8, 4]
+    for _ in range(2):
+        inventory.go.release()
+    decisions = await asyncio.gather(*waiting)
+    assert [each.reservation_id for each in decisions] == [f"id-{n}" for n in range(12)]
+    assert {each.outcome for each in decisions} == {Outcome.ACCEPTED}
+
+
+async def test_a_shared_call_has_no_more_requests_than_another_and_items_take_turns() -> None:
+    inventory = HeldInventory()
+    inventory.items_per_call = 4
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    sizes = {"busy": 2 * BATCH_LIMIT, "quiet": 1, "other": 5}
+    waiting = [
+        decide(batcher, item_id, a_request(n))
+        for item_id, size in sizes.items()
+        for n in range(size)
+    ]
+    await turns()
+    assert inventory.items_of_calls == [["busy"], ["quiet", "other", "busy"], ["busy"]]
+    assert [len(call) for call in inventory.calls] == [BATCH_LIMIT, BATCH_LIMIT, 6]
+    for _ in range(3):
+        inventory.go.release()
+    await asyncio.gather(*waiting)
+
+
+async def test_an_item_that_redis_refuses_leaves_its_call_to_the_others() -> None:
+    inventory, publisher = HeldInventory(), RecordingPublisher()
+    inventory.items_per_call = 4
+    inventory.refused = {"x1"}
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
+    waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
+    inventory.go.release()
+    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    assert outcomes == [Outcome.ACCEPTED, Failure.REDIS_UNAVAILABLE, Outcome.ACCEPTED]
+    assert [accepted.item_id for accepted in publisher.added] == ["x0", "x2"]
+    assert len(inventory.calls) == 1
+
+
+async def test_an_item_that_the_pod_may_not_call_is_left_out_of_a_shared_call() -> None:
+    inventory = HeldInventory()
+    inventory.items_per_call = 4
+    batcher = Batcher(
+        inventory,
+        RecordingPublisher(),
+        Metrics(),
+        Engine("flashsale"),
+        refusal=lambda item_id: Outcome.FENCED if item_id == "x1" else None,
+    )
+    waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
+    inventory.go.release()
+    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    assert outcomes == [Outcome.ACCEPTED, Outcome.FENCED, Outcome.ACCEPTED]
+    assert inventory.items_of_calls == [["x0", "x2"]]
 
 
 async def test_requests_above_the_limit_are_refused_and_never_sent(
