@@ -237,6 +237,8 @@ class Calls(ABC, Generic[R, D]):
             queue.share.waiting -= len(queue.waiting)
             share.waiting += len(queue.waiting)
             queue.share = share
+            if queue.ready:
+                self._make_ready(queue)
 
     def _share(self, item_id: str) -> _Share[R, D]:
         key = self._node_of(item_id), self.knows(item_id)
@@ -274,10 +276,9 @@ class Calls(ABC, Generic[R, D]):
         left = BATCH_LIMIT
         while share.ready and left and len(batches) < self.items_per_call:
             queue = share.ready.popleft()
-            queue.ready = False
-            if queue.share is not share:  # the item is known meanwhile
-                self._make_ready(queue)
+            if queue.share is not share:  # the item is known meanwhile, and is ready there
                 continue
+            queue.ready = False
             size = min(len(queue.waiting), left)
             if size:
                 batches.append((queue, [queue.waiting.popleft() for _ in range(size)]))

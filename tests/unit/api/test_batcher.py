@@ -219,6 +219,26 @@ async def test_made_up_items_take_no_place_and_no_call_of_a_sale() -> None:
     assert [(share.waiting, share.in_flight) for share in shares] == [(0, 0)] * 2
 
 
+async def test_a_sale_that_becomes_known_does_not_wait_for_made_up_items() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    first = decide(batcher, "sale", a_request())
+    await turns()
+    made_up = [decide(batcher, f"nothing-{n}", a_request(n)) for n in range(2 * MAX_CALLS)]
+    second = decide(batcher, "sale", a_request(1))
+    await turns()
+    assert len(inventory.calls) == MAX_CALLS
+    inventory.go.release()
+    assert (await first).outcome is Outcome.ACCEPTED
+    await turns()
+    assert ["sale"] in inventory.items_of_calls[MAX_CALLS:]
+    for _ in range(2 * MAX_CALLS + 1):
+        inventory.go.release()
+    await batcher.close()
+    assert (await second).outcome is Outcome.ACCEPTED
+    assert all(future.done() for future in made_up)
+
+
 async def test_a_silent_node_takes_no_place_and_no_call_of_another_one() -> None:
     inventory = HeldInventory()
     batcher = Batcher(
