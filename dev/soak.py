@@ -125,25 +125,26 @@ class Soak:
         """Run it all. Cancels the rest if a part fails."""
         await self._declare(0)
         async with asyncio.TaskGroup() as tasks:
-            buying = tasks.create_task(self.report.buyers.run(self._seconds))
-            selling = tasks.create_task(self._sell())
+            tasks.create_task(self.report.buyers.run(self._seconds))
+            tasks.create_task(self._sell(tasks))
             tasks.create_task(self._restart())
             tasks.create_task(self._measure())
-            await buying
-            await selling
         for item in list(self._open):
             await self._end(item)
 
-    async def _sell(self) -> None:
+    async def _sell(self, tasks: asyncio.TaskGroup) -> None:
         """Begin a sale every few minutes, and end the one before it."""
         length = min(SALE_SECONDS, self._seconds / 3)
-        count = round(self._seconds / length)
-        for number in range(1, count):
-            await asyncio.sleep(length)
+        began = time.monotonic()
+        for number in range(1, round(self._seconds / length)):
+            await asyncio.sleep(max(0.0, began + number * length - time.monotonic()))
             before = self._item
             await self._declare(number)
-            await asyncio.sleep(min(ENDED_SECONDS, length / 2))
-            await self._end(before)
+            tasks.create_task(self._end_later(before, min(ENDED_SECONDS, length / 2)))
+
+    async def _end_later(self, item: str, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._end(item)
 
     async def _declare(self, number: int) -> None:
         item = f"soak-{number}"
