@@ -185,15 +185,15 @@ class Link(asyncio.Protocol):
 
     def _deliver(self, reply: object) -> None:
         """Hands a reply to its call. Raises `TypeError` for a type that no script returns."""
-        if not isinstance(reply, (str, int, list, RedisError)):
+        parts = reply if isinstance(reply, list) and reply else [reply]
+        if not all(isinstance(part, (str, int, RedisError)) for part in parts):
             raise TypeError(f"type {type(reply).__name__}")
         answer = self._asked.popleft()
         if answer.done():
             return  # cancelled: the link is closing
-        if isinstance(reply, list) and all(isinstance(each, RedisError) for each in reply):
-            reply = reply[0]
-        if isinstance(reply, RedisError):
-            answer.set_exception(reply)
+        errors = [part for part in parts if isinstance(part, RedisError)]
+        if len(errors) == len(parts):
+            answer.set_exception(errors[0])
         else:
             answer.set_result(cast("Reply", reply))
 

@@ -83,7 +83,9 @@ async def test_replies_can_arrive_in_pieces_of_any_size() -> None:
 @pytest.mark.parametrize(
     "nonsense",
     [
-        b"*1\r\n+OK\r\n",
+        b"*0\r\n",
+        b"*1\r\n$-1\r\n",
+        b"*2\r\n+OK\r\n*1\r\n+OK\r\n",
         b"$x\r\n",
         b"$-1\r\n",
         b"\r\n",
