@@ -19,6 +19,7 @@ from bench import (
     page,
     recording,
     requests,
+    sales,
     scripts,
 )
 from bench.results import Findings
@@ -104,7 +105,7 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         held = holds.holds(rig, scale, api, capacity, run_as)
         _say("Growth of processes, sales and stock")
         processes = requests.processes(rig, scale, api)
-        many, apply_seconds = requests.sales(rig, scale, api)
+        many, apply_seconds = sales.sales(rig, scale, api)
         memory = scripts.memory(rig, scale, api)
     _say("One node of Redis and a cluster of three")
     nodes = cluster.cluster(scale, folder, python, run_as)

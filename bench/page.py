@@ -5,7 +5,7 @@ The text of the page is written by hand. The figures of a section stand between
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from statistics import mean, median
@@ -474,7 +474,8 @@ def _phases(phases: Iterable[Phase]) -> str:
     return _table(("", "requests", "P50 ms", "P95 ms", "P99 ms", "not accepted"), rows)
 
 
-def _growth(found: Findings) -> str:
+def of_rounds(found: Mapping[str, Sequence[Round]]) -> str:
+    """Return the table of accepted requests in several conditions."""
     rows = [
         (
             name,
@@ -482,8 +483,12 @@ def _growth(found: Findings) -> str:
             _spread((one.tally.p95 for one in rounds), 1),
             *_cpu(rounds, ("API", "Redis")),
         )
-        for name, rounds in (found.processes | found.sales).items()
+        for name, rounds in found.items()
     ]
+    return _table(("accepted", "requests/s", "P95 ms", "API", "Redis"), rows)
+
+
+def _growth(found: Findings) -> str:
     stocks = [
         (
             f"{one.stock:,}",
@@ -496,7 +501,7 @@ def _growth(found: Findings) -> str:
     ]
     applied = _spread(found.apply_seconds, 1)
     return (
-        _table(("accepted", "requests/s", "P95 ms", "API", "Redis"), rows)
+        of_rounds(found.processes | found.sales)
         + f"\n`flashsalectl apply` of 1,000 sales took {applied} s.\n\n"
         + _table(("stock, sold", "bytes per reservation", "refused/s", "P95 ms", "Redis"), stocks)
     )

@@ -1,6 +1,5 @@
 """Measures the cost of a request: closed loop, open loop, more processes and more sales."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -73,25 +72,6 @@ def processes(rig: Rig, scale: Scale, api: Api) -> dict[str, list[Round]]:
     )
     another.stop()
     return found
-
-
-def sales(rig: Rig, scale: Scale, api: Api) -> tuple[dict[str, list[Round]], list[float]]:
-    """Measure with many sales. Also returns the seconds that applying 1,000 sales takes."""
-    apply_seconds = []
-    many: list[str] = []
-    for _ in range(min(3, scale.rounds)):
-        begun = time.monotonic()
-        many = rig.sales(1_000)
-        apply_seconds.append(time.monotonic() - begun)
-        print(f"    1,000 sales applied in {apply_seconds[-1]:.1f} s", flush=True)
-    found = in_turn(
-        {
-            f"{count:,} sale{'s' if count > 1 else ''}": partial(rig.round, [api], many[:count])
-            for count in (1, 100, 1_000)
-        },
-        scale,
-    )
-    return found, apply_seconds
 
 
 def in_turn(ways: dict[str, Callable[[float], Round]], scale: Scale) -> dict[str, list[Round]]:
