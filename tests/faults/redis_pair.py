@@ -192,8 +192,10 @@ class RedisPair:
 
     async def leave_behind(self, seconds: float) -> None:
         """Disconnect the replica, and let the primary continue for some seconds."""
-        await asyncio.to_thread(self._replica.pause)
-        await ask(self._following.port, "CLIENT", "KILL", "TYPE", "replica")
+        # An election for an earlier fault can end between the two steps.
+        primary, replica = self._following, self._replica
+        await asyncio.to_thread(replica.pause)
+        await ask(primary.port, "CLIENT", "KILL", "TYPE", "replica")
         await asyncio.sleep(seconds)
 
     async def promote(self) -> None:
