@@ -26,6 +26,7 @@ from bench.results import Parts
 from bench.unbounded import UnboundedBatcher, UnboundedProtocol
 from dev.issuer import AUDIENCE, Issuer
 from flashsale import events, redis_client
+from flashsale.errors import RedisUnavailable
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
@@ -98,20 +99,20 @@ class _Transport(asyncio.Transport):
 class _AcceptingInventory(Inventory):
     """Accepts every request at once, without Redis."""
 
+    items_per_call = 1
+
     def __init__(self) -> None:
         """Has no client."""
 
-    async def reserve(
-        self,
-        item_id: str,  # noqa: ARG002 - accepts for every item
-        requests: Sequence[Request],
-        *,
-        timeout_seconds: float,  # noqa: ARG002 - never waits
-        engine_id: str = "",  # noqa: ARG002 - serves every engine
-    ) -> BatchReply:
+    async def reserve_all(
+        self, batches: Sequence[tuple[str, Sequence[Request]]], **_: object
+    ) -> list[BatchReply | Outcome | RedisUnavailable]:
         await asyncio.sleep(0)
         answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
-        return BatchReply(1795561067887, _SALE, 50, 0, 0, 1, 0, 0, [answer] * len(requests))
+        return [
+            BatchReply(1795561067887, _SALE, 50, 0, 0, 1, 0, 0, [answer] * len(requests))
+            for _, requests in batches
+        ]
 
 
 class _Nowhere(Publisher):
