@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, cast
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from dev.stack.process import Server
 from dev.stack.redis import RedisServer, default_binary
@@ -172,7 +172,14 @@ class RedisPair:
         await self._start(server)
 
     async def flush(self) -> None:
-        await ask(self._following.port, "FLUSHALL")
+        """Empty the primary. A server that was just replaced is read-only."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ReadOnlyError):
+                await ask(self._following.port, "FLUSHALL")
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError("Redis has no primary")
 
     async def restore_older_copy(self, seconds: float) -> None:
         """Copy the primary's files, and replace the files with the copy some time later."""
