@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 import redis as blocking
 from redis.asyncio import Redis
 from redis.crc import key_slot
-from redis.exceptions import ResponseError
+from redis.exceptions import MovedError, ResponseError
 
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
@@ -58,11 +58,19 @@ class Migration:
         self.source = server_of(cluster, inventory, item)
         [self.target, *_] = [each for each in cluster.servers if each is not self.source]
         self.servers = cluster.servers
-        self.slot = key_slot(ItemKeys.of(item, inventory.engine).sale.encode())
+        self.key = ItemKeys.of(item, inventory.engine).sale
+        self.slot = key_slot(self.key.encode())
 
     def ask(self, server: RedisServer, *words: object) -> object:
         with blocking.Redis.from_url(server.url, decode_responses=True) as client:
             return client.execute_command(*words)
+
+    def owns_slot(self, server: RedisServer) -> bool:
+        try:
+            self.ask(server, "EXISTS", self.key)
+        except MovedError:
+            return False
+        return True
 
     def begin(self) -> None:
         ids = {each: self.ask(each, "CLUSTER", "MYID") for each in (self.source, self.target)}

