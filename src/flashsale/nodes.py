@@ -50,7 +50,7 @@ PROBE_SECONDS: Final = 1.0
 """How often each primary is called, and how long it may take to answer."""
 
 ITEMS_PER_CALL: Final = 32
-"""Items of one script call. So many with a request each block Redis for at most about 1 ms."""
+"""Items of one script call. So many with `BATCH_LIMIT` requests block Redis for about 2 ms."""
 FAILURES: Final = (RedisError, OSError, TimeoutError, RuntimeError)
 """The errors of a call. A `RuntimeError` may also be a mistake: `require_outage` tells."""
 

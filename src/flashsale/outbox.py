@@ -14,7 +14,7 @@ from flashsale.scripts import Script, Scripts, leased
 SETTLE_SECONDS: Final = 2.0
 
 Entry: TypeAlias = tuple[str, str, int]
-"""What `settle` deletes: entry id, reservation id, version of the reservation."""
+"""An entry to settle: entry id, reservation id, version of the reservation."""
 
 
 class Outbox:

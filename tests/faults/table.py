@@ -115,8 +115,11 @@ def commit() -> str:
 
 
 def keep(outcome: Outcome) -> None:
-    """Add an outcome to the file. Of a failure it keeps only the broken promise."""
-    promise = outcome.failure.rpartition("BROKEN: ")[2][:_PROMISE]
+    """Add an outcome to the file. Of a failure it keeps only the first line of the broken promise.
+
+    Further lines can name the folders of a machine.
+    """
+    promise = outcome.failure.rpartition("BROKEN: ")[2].partition("\n")[0][:_PROMISE]
     OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
     with OUTCOMES.open("ab") as file:
         file.write(msgspec.json.encode(replace(outcome, failure=promise)) + b"\n")
@@ -156,8 +159,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
         spans = ", ".join(_spans({outcome.seed for outcome in own}))
         hours = sum(outcome.seconds for outcome in own) / 3600
         lines.append(
-            f"Commit {name}: {len(own)} schedules, seeds {spans}. Together they took "
-            f"{hours:.2f} hours, of which several passed at the same time."
+            f"Commit {name}: {len(own)} schedule{'s' * (len(own) > 1)}, seeds {spans}. They took "
+            f"{hours:.2f} hours together, of which several passed at the same time."
         )
     for outcome in outcomes:
         if outcome.failure:

@@ -43,8 +43,9 @@ def test_parts_of_a_run_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         outcome.result.promised, outcome.result.acknowledged = 1_000, 30
         outcome.result.outcomes = {"202": 1_000}
         if seed == 5:
-            outcome.failure = "a promise was broken"
+            outcome.failure = "JOURNAL:\nBROKEN: a promise was broken\n  File of a machine"
         keep(outcome)
+    assert kept(file)[-1].failure == "a promise was broken"
     text = table(kept(file))
     assert "| all | 3 | 1 | 2,000 | 60 | 0 | 0 | 0 | 0 s |" in text
     assert "3 schedules, seeds 0 to 1, 5." in text
