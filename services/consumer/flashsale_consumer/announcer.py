@@ -48,6 +48,8 @@ REBUILDS_SECONDS: Final = 1.0
 ACKNOWLEDGED_SECONDS: Final = 12.0
 """How long Kafka may take to acknowledge a page before the producer is discarded."""
 _REQUEST_TIMEOUT_MS: Final = 10_000
+_NO_MESSAGE_BYTES: Final = 100
+"""Less than a batch with one message has. Batches of that limit have one message."""
 _TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
@@ -179,10 +181,11 @@ class Announcer:
                 await self._send(producer, messages)
             except _TOO_LARGE:
                 # A topic with a lower limit gets smaller batches, in the end of one message.
-                if not self._batch_bytes:
+                if self._batch_bytes < _NO_MESSAGE_BYTES:
                     raise
-                self._batch_bytes //= 2
+                self._batch_bytes //= 4
             else:
+                self._batch_bytes = min(2 * self._batch_bytes, EVENT_BYTES)
                 self._metrics.announced.inc(len(messages))
                 self._availability.back()
                 return
@@ -199,14 +202,14 @@ class Announcer:
             try:
                 for partition, own in by_partition.items():
                     for builder in self._batches(producer, own, now_ms):
-                        sent += [
-                            await producer.send_batch(builder, self._topic, partition=partition)
-                        ]
+                        batch = await producer.send_batch(builder, self._topic, partition=partition)
+                        sent = [each for each in sent if not _acknowledged(each)]
+                        sent.append(batch)
                 # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
                 await asyncio.gather(*(asyncio.shield(each) for each in sent))
             finally:
                 for each in sent:
-                    each.add_done_callback(_retrieve)
+                    each.add_done_callback(clients.retrieve)
 
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int
@@ -239,7 +242,9 @@ def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
     return list(names)
 
 
-def _retrieve(sent: "asyncio.Future[object]") -> None:
-    """Retrieve the exception of a batch, or asyncio would log it."""
-    if not sent.cancelled():
-        sent.exception()
+def _acknowledged(sent: "asyncio.Future[object]") -> bool:
+    """Return whether Kafka has acknowledged a batch. Raises `KafkaError` if it was refused."""
+    if not sent.done():
+        return False
+    sent.result()
+    return True
