@@ -462,7 +462,10 @@ def _version(accepted: Accepted) -> _Version:
 async def _discard(producer: AIOKafkaProducer) -> None:
     """Stops a producer. The next producer sends its unsent events again."""
     # aiokafka has no public way to drop the batches, and stop() would wait for them.
-    producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
+    accumulator = producer._message_accumulator
+    for batch in itertools.chain.from_iterable(accumulator._batches.values()):
+        batch._drain_waiter.add_done_callback(_retrieve)
+    accumulator.fail_all(KafkaError("the producer was discarded"))
     try:
         await asyncio.wait_for(producer.stop(), STOP_SECONDS)
     except Exception as error:  # noqa: BLE001 - a new producer replaces it after any error
@@ -470,7 +473,7 @@ async def _discard(producer: AIOKafkaProducer) -> None:
     await producer.client.close()  # stop() did not close it if it failed
 
 
-def _retrieve(sent: asyncio.Future[object]) -> None:
-    """Retrieves the exception of a batch that timed out, or asyncio would log it."""
-    if not sent.cancelled():
-        sent.exception()
+def _retrieve(future: asyncio.Future[object]) -> None:
+    """Retrieves the exception of a future that nobody waits for, or asyncio would log it."""
+    if not future.cancelled():
+        future.exception()

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -81,9 +82,18 @@ def reader(kafka: KafkaSettings) -> AIOKafkaConsumer:
 async def discard(producer: AIOKafkaProducer) -> None:
     """Stop a producer at once. Drops its unsent records."""
     # stop() would wait for them, for as long as Kafka is away.
-    producer._message_accumulator.fail_all(KafkaError("the producer was discarded"))
+    accumulator = producer._message_accumulator
+    for batch in chain.from_iterable(accumulator._batches.values()):
+        batch._drain_waiter.add_done_callback(retrieve)
+    accumulator.fail_all(KafkaError("the producer was discarded"))
     await close("a producer", producer.stop())
     await producer.client.close()  # stop() did not close it if it failed
+
+
+def retrieve(future: "asyncio.Future[object]") -> None:
+    """Retrieve the exception of a future that nobody waits for, or asyncio would log it."""
+    if not future.cancelled():
+        future.exception()
 
 
 @asynccontextmanager
