@@ -11,7 +11,17 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Entry
-from flashsale.reservations import FINAL, OutboxEntry, Record, Request, Snapshot, State
+from flashsale.reservations import (
+    FINAL,
+    Call,
+    OutboxEntry,
+    Record,
+    Request,
+    Snapshot,
+    State,
+    Transition,
+    TransitionReply,
+)
 from flashsale.sale import SaleSpec
 from tests.model.scripts import reservation_model, sale_model
 from tests.model.scripts.item import (
@@ -34,6 +44,7 @@ OTHER_SERVER = f"{'f' * 40}:{'0' * 40}"
 OWN_ENGINE = "own"
 LEASE_MS = 600_000
 NO_ENTRY: Entry = ("1-1", "no-id", 1)
+TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 PARTS = ["sale", "buyers", "reservations", "outbox", "holds"]
 FORMER = {"hold_ms": "0", "max_expired_holds": "3", "held": "0", "rebuilt": "0"}
 """Fields of the hash that the previous version does not write, and their meaning."""
@@ -159,6 +170,36 @@ class Machine(RuleBasedStateMachine):
             assert isinstance(results[1], RedisUnavailable)
             self.retired += named
             self.server.seen["settled"] += expected
+
+    def change_records(self, verb: reservation_model.Verb, calls: list[Call], engine: str) -> None:
+        inventory = self.server.inventory
+        method = inventory.confirm if verb == "confirm" else inventory.cancel
+        reply = self.server.run(method(self.item, calls, timeout_seconds=10, engine_id=engine))
+        now_ms = reply.now_ms if isinstance(reply, TransitionReply) else 0
+        expected = reservation_model.change(self.model, verb, calls, engine, now_ms)
+        if not isinstance(reply, TransitionReply):
+            assert reply is expected
+            self.seen(f"{verb}: {reply}")
+            return
+        assert [(answer.outcome, answer.record) for answer in reply.answers] == expected
+        assert reply.snapshot == self.snapshot()
+        self.check_time(now_ms)
+        for call, (outcome, entry_id, record) in zip(calls, reply.answers, strict=True):
+            self.seen(f"{verb}: {outcome}")
+            if outcome is Transition.CHANGED:
+                assert record is not None
+                self.expect_entry(entry_id, call.reservation_id, record, call.traceparent)
+            else:
+                assert not entry_id
+
+    def confirm_holds(self) -> None:
+        """Confirms all reservations that are held."""
+        records = (self.model.reservations or {}).items()
+        held = [
+            Call(own_id, "a", TRACE) for own_id, record in records if record.state is State.HELD
+        ]
+        if held:
+            self.change_records("confirm", held, OWN_ENGINE)
 
     def drain_outbox(self) -> None:
         entries = (self.model.outbox or {}).items()

@@ -13,13 +13,12 @@ from flashsale.reservations import (
     Outcome,
     Record,
     Request,
-    Transition,
-    TransitionReply,
 )
 from tests.model.scripts import reservation_model
 from tests.model.scripts.machine import (
     NO_ENTRY,
     OWN_ENGINE,
+    TRACE,
     Machine,
     callers,
     chances,
@@ -28,7 +27,6 @@ from tests.model.scripts.machine import (
 )
 
 VERBS: tuple[reservation_model.Verb, ...] = ("confirm", "cancel")
-TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 
 
 class ReservationRules(Machine):
@@ -120,7 +118,7 @@ class ReservationRules(Machine):
                 if fate == verb
             ]
             if ended:
-                self._change(verb, ended, OWN_ENGINE)
+                self.change_records(verb, ended, OWN_ENGINE)
         self.pass_hours(hours)
         self.expire(128, OWN_ENGINE)
         if drained:
@@ -149,28 +147,7 @@ class ReservationRules(Machine):
             own_id = known[pick % len(known)]
             needed = "a" if verb == "confirm" else ""
             calls.append(Call(own_id, order_ref or needed, TRACE if chance % 2 else ""))
-        self._change(verb, calls, engine)
-
-    def _change(self, verb: reservation_model.Verb, calls: list[Call], engine: str) -> None:
-        inventory = self.server.inventory
-        method = inventory.confirm if verb == "confirm" else inventory.cancel
-        reply = self.server.run(method(self.item, calls, timeout_seconds=10, engine_id=engine))
-        now_ms = reply.now_ms if isinstance(reply, TransitionReply) else 0
-        expected = reservation_model.change(self.model, verb, calls, engine, now_ms)
-        if not isinstance(reply, TransitionReply):
-            assert reply is expected
-            self.seen(f"{verb}: {reply}")
-            return
-        assert [(answer.outcome, answer.record) for answer in reply.answers] == expected
-        assert reply.snapshot == self.snapshot()
-        self.check_time(now_ms)
-        for call, (outcome, entry_id, record) in zip(calls, reply.answers, strict=True):
-            self.seen(f"{verb}: {outcome}")
-            if outcome is Transition.CHANGED:
-                assert record is not None
-                self.expect_entry(entry_id, call.reservation_id, record, call.traceparent)
-            else:
-                assert not entry_id
+        self.change_records(verb, calls, engine)
 
     @rule(limit=st.sampled_from([128, 128, 1, 2]), engine=callers)
     def expire(self, limit: int, engine: str) -> None:

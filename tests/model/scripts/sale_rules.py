@@ -128,8 +128,8 @@ class SaleRules(Machine):
         assert self.server.run(call) is expected
         self.seen(f"close: {expected}")
 
-    @rule(stock=stocks, limit=limits, hold=holds, difference=differences, drained=st.booleans(),
-          freed=st.booleans(), chance=chances)  # fmt: skip
+    @rule(stock=stocks, limit=limits, hold=holds, difference=differences, held=st.booleans(),
+          drained=st.booleans(), freed=st.booleans(), chance=chances)  # fmt: skip
     @precondition(lambda self: self.model.sale is not None)
     def succeed(
         self,
@@ -137,13 +137,19 @@ class SaleRules(Machine):
         limit: int,
         hold: int,
         difference: tuple[int, int],
+        held: bool,
         drained: bool,
         freed: bool,
         chance: int,
     ) -> None:
-        """Closes the sale, and frees its keys or applies another sale in its place."""
+        """Closes the sale, and frees its keys or applies another sale in its place.
+
+        Before that, all holds are confirmed unless `held`, and the outbox is settled if `drained`.
+        """
         if chance > 20:
             return
+        if not held:
+            self.confirm_holds()
         former, revision = self.hash.manifest.sale_id, self.next_revision(1)
         self._close(former, revision, OWN_ENGINE)
         if drained:
