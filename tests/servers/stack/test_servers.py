@@ -271,6 +271,7 @@ def test_a_killed_lifeline_is_replaced(tmp_path: Path) -> None:
 from dev.stack import lifeline
 for pid in set(lifeline.family(os.getpid())[1:]) - {server.pid}:
     os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 with RedisServer(server.data / "second"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
