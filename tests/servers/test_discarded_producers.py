@@ -1,4 +1,4 @@
-"""Discarding a producer drops what it has not sent, and logs nothing. Needs Kafka."""
+"""A discarded producer drops its unsent batches and logs nothing. Needs Kafka."""
 
 import gc
 from collections.abc import Awaitable, Callable

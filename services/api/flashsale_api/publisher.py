@@ -474,6 +474,6 @@ async def _discard(producer: AIOKafkaProducer) -> None:
 
 
 def _retrieve(future: asyncio.Future[object]) -> None:
-    """Retrieves the exception of a future that nobody waits for, or asyncio would log it."""
+    """Retrieves the exception of an abandoned future, or asyncio would log it."""
     if not future.cancelled():
         future.exception()

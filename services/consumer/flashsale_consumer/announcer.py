@@ -48,8 +48,8 @@ REBUILDS_SECONDS: Final = 1.0
 ACKNOWLEDGED_SECONDS: Final = 12.0
 """How long Kafka may take to acknowledge a page before the producer is discarded."""
 _REQUEST_TIMEOUT_MS: Final = 10_000
-_NO_MESSAGE_BYTES: Final = 100
-"""Less than a batch with one message has. Batches of that limit have one message."""
+_LEAST_BATCH_BYTES: Final = 100
+"""Each message is larger. So batches with this limit have one message."""
 _TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
@@ -181,7 +181,7 @@ class Announcer:
                 await self._send(producer, messages)
             except _TOO_LARGE:
                 # A topic with a lower limit gets smaller batches, in the end of one message.
-                if self._batch_bytes < _NO_MESSAGE_BYTES:
+                if self._batch_bytes < _LEAST_BATCH_BYTES:
                     raise
                 self._batch_bytes //= 4
             else:
@@ -202,9 +202,10 @@ class Announcer:
             try:
                 for partition, own in by_partition.items():
                     for builder in self._batches(producer, own, now_ms):
-                        batch = await producer.send_batch(builder, self._topic, partition=partition)
+                        sent += [
+                            await producer.send_batch(builder, self._topic, partition=partition)
+                        ]
                         sent = [each for each in sent if not _acknowledged(each)]
-                        sent.append(batch)
                 # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
                 await asyncio.gather(*(asyncio.shield(each) for each in sent))
             finally:

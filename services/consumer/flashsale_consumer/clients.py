@@ -91,7 +91,7 @@ async def discard(producer: AIOKafkaProducer) -> None:
 
 
 def retrieve(future: "asyncio.Future[object]") -> None:
-    """Retrieve the exception of a future that nobody waits for, or asyncio would log it."""
+    """Retrieve the exception of an abandoned future, or asyncio would log it."""
     if not future.cancelled():
         future.exception()
 

@@ -172,6 +172,7 @@ class Machine(RuleBasedStateMachine):
             self.server.seen["settled"] += expected
 
     def change_records(self, verb: reservation_model.Verb, calls: list[Call], engine: str) -> None:
+        """Confirms or cancels reservations on the server and in the model."""
         inventory = self.server.inventory
         method = inventory.confirm if verb == "confirm" else inventory.cancel
         reply = self.server.run(method(self.item, calls, timeout_seconds=10, engine_id=engine))

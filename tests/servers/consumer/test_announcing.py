@@ -1,6 +1,7 @@
 """Recorded reservations are announced, whichever server or consumer fails in between."""
 
 import asyncio
+import gc
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
@@ -8,8 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
 from flashsale.events import Event
@@ -229,12 +232,33 @@ async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
     assert caplog.text.count(f"waiting for {topic}") <= 2
 
 
-async def test_a_topic_with_a_low_limit_gets_smaller_batches(ledger: Ledger, log: Log) -> None:
-    await create(log, events.recorded_topic(log.engine), {"max.message.bytes": "4000"})
-    sold = [accepted(number) for number in range(300)]
-    await log.write(*sold)
+async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = events.recorded_topic(log.engine)
+    await create(log, topic, {"max.message.bytes": "4000"})
+    send_batch = AIOKafkaProducer.send_batch
+    sizes: list[int] = []
+
+    async def measured(
+        producer: AIOKafkaProducer, batch: BatchBuilder, topic: str, *, partition: int
+    ) -> object:
+        sizes.append(batch.size())
+        return await send_batch(producer, batch, topic, partition=partition)
+
+    monkeypatch.setattr(AIOKafkaProducer, "send_batch", measured)
+    sold = [accepted(number) for number in range(1_800)]
     async with running(ledger.url, log):
-        await until_announced(ledger, log, len(sold))
+        await log.write(*sold[:300])
+        await until_announced(ledger, log, 300)
+        await configure(log, topic, {"max.message.bytes": "1000000"})
+        for count in range(600, len(sold) + 1, 300):
+            sizes.clear()
+            await log.write(*sold[count - 300 : count])
+            await until_announced(ledger, log, count)
+    assert max(sizes) > 4_000
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 @pytest.mark.slow
