@@ -115,13 +115,15 @@ NOTHING: Final = Progress(0, 0)
 class SaleHash:
     """The sale's hash. It is trusted only under the server that has the same `stamp`.
 
-    `hold` is the length of new holds in seconds, and `held` counts the units of open holds.
+    `stock` is the manifest's, and `allocated` is more if buyers have more units. `hold` is the
+    length of new holds in seconds, and `held` counts the units of open holds.
     `rebuilt` is the revision of the sale's last rebuild.
     """
 
     stamp: Stamp
     revision: int
     state: str
+    stock: int
     allocated: int
     accepted: int = 0
     released: int = 0
@@ -136,6 +138,7 @@ class SaleHash:
             self.stamp,
             self.revision,
             self.state,
+            self.stock,
             self.allocated,
             self.accepted,
             self.released,

@@ -215,6 +215,8 @@ class Redis(Server):
         """Makes the units of an ended reservation available again, and gives back the limit."""
         buyers, expired, user = self.keys.buyers, self.keys.expired, event.user
         sale.released += event.quantity
+        if self.world.rules.released_above_stock_withdrawn:
+            sale.allocated = max(sale.stock, sale.accepted - sale.released)
         buyers[user] = buyers.get(user, 0) - event.quantity
         if event.state == EXPIRED or not self.world.rules.only_expiry_counts:
             expired[user] = expired.get(user, 0) + 1
@@ -228,7 +230,7 @@ class Redis(Server):
             if not seed:
                 return "missing"
             self.keys.sale = SaleHash(
-                self.stamp, row.revision, row.state, row.allocated, hold=row.hold
+                self.stamp, row.revision, row.state, row.allocated, row.allocated, hold=row.hold
             )
             self.wrote()
             return "seeded"
@@ -237,7 +239,8 @@ class Redis(Server):
         if self.fenced():
             return "fenced"
         sale.revision, sale.state, sale.hold = row.revision, row.state, row.hold
-        sale.allocated = max(row.allocated, sale.accepted - sale.released)
+        sale.stock = row.allocated
+        sale.allocated = max(sale.stock, sale.accepted - sale.released)
         self.wrote()
         return "changed"
 
@@ -302,7 +305,7 @@ class Redis(Server):
         if again and rules.lost_mark_ends_rebuild and (sale is None or _claim(sale) != claim):
             return False
         if sale is None:
-            sale = self.keys.sale = SaleHash(UNTRUSTED, 0, "closed", 0)
+            sale = self.keys.sale = SaleHash(UNTRUSTED, 0, "closed", 0, 0)
         elif rules.rebuild_guarded:
             untrusted = self.fenced() or sale.stamp == UNTRUSTED
             trusted = not (untrusted or self.lags(recorded))
@@ -357,6 +360,7 @@ class Redis(Server):
             self.stamp,
             row.revision,
             row.state,
+            row.allocated,
             max(row.allocated, row.accepted - row.released),
             row.accepted,
             row.released,

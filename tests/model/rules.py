@@ -132,6 +132,8 @@ class Rules:
     release_when_acknowledged: bool = True
     """holds: only `settle` gives a released unit back to the sale and to the buyer's limit, because
     until then Kafka may not have the event."""
+    released_above_stock_withdrawn: bool = True
+    """holds: while buyers have more units than a lowered stock, nobody else gets a released one."""
     settle_matches_version: bool = True
     """holds: `settle` deletes an entry only if it has the acknowledged event's version."""
     void_before_fold: bool = True

@@ -2,7 +2,7 @@
 -- the manifest's values, never a difference. It does not change the counts of sold units.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
--- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
+-- ARGV  1 sale id, 2 revision, 3 stock, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
 --       7 state (open, paused), 8 display name or '', 9 hold_ms or 0, 10 the most expired holds of a
 --         buyer,
 --       11 seed: '', or the time of Redis' clock (ms) until which the caller may create the keys.
@@ -23,8 +23,8 @@
 -- Invariants: allocated is never lowered below the units that buyers hold. Applying a manifest
 --       again changes nothing. A sale that may lack data is not opened.
 
-local sale_id, revision, requested = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-if not revision or not requested or not tonumber(ARGV[4]) or not tonumber(ARGV[9])
+local sale_id, revision, stock = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+if not revision or not stock or not tonumber(ARGV[4]) or not tonumber(ARGV[9])
   or not tonumber(ARGV[10])
   or (ARGV[7] ~= 'open' and ARGV[7] ~= 'paused') then
   return redis.error_reply('ERR malformed sale')
@@ -32,7 +32,7 @@ end
 
 local function write(allocated, engine)
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
-    'revision', ARGV[2], 'state', ARGV[7], 'allocated', integer(allocated),
+    'revision', ARGV[2], 'state', ARGV[7], 'stock', ARGV[3], 'allocated', integer(allocated),
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
     'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'engine', engine)
 end
@@ -40,7 +40,7 @@ end
 local may_seed = ARGV[11] ~= '' and clock_ms() <= tonumber(ARGV[11])
 
 local function seed()
-  write(requested, ARGV[15])
+  write(stock, ARGV[15])
   redis.call('HSET', KEYS[1], 'accepted', '0', 'released', '0', 'held', '0', 'rebuilt', '0',
     'last_now_ms', integer(clock_ms()))
   return 'seeded'
@@ -72,10 +72,10 @@ if sale.state ~= 'closed' and sale.finished then
   return 'ended'
 end
 
-local allocated = math.max(requested, sale.accepted - sale.released)
+local allocated = math.max(stock, sale.accepted - sale.released)
 local engine = ARGV[15] ~= '' and ARGV[15] or sale.engine
 if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated
-  and engine == sale.engine then
+  and engine == sale.engine and redis.call('HGET', KEYS[1], 'stock') == ARGV[3] then
   return 'unchanged'
 end
 write(allocated, engine)

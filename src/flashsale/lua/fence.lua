@@ -2,7 +2,7 @@
 -- first, repeats it while it waits for events in flight, and at last calls it to begin writing.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
--- ARGV  1 sale id, 2 revision, 3 allocated, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
+-- ARGV  1 sale id, 2 revision, 3 stock, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
 --         7 state (open, paused, closed), 8 display name or '', 9 hold_ms or 0, 10 the most
 --         expired holds of a buyer: the ledger's row. Its revision was taken for this rebuild and
 --         names it.
@@ -46,10 +46,11 @@ local mark = { 'run_id', mine, 'rebuild_until_ms', integer(clock_ms() + tonumber
 local function write()
   local state = sale and sale.state == 'ended' and 'ended' or ARGV[7]
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', ARGV[1],
-    'revision', ARGV[2], 'state', state, 'allocated', ARGV[3], 'accepted', '0', 'released', '0',
-    'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
-    'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'held', '0', 'rebuilt', ARGV[2],
-    'engine', ARGV[18], 'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
+    'revision', ARGV[2], 'state', state, 'stock', ARGV[3], 'allocated', ARGV[3],
+    'accepted', '0', 'released', '0', 'max_per_user', ARGV[4], 'starts_ms', ARGV[5],
+    'ends_ms', ARGV[6], 'display_name', ARGV[8], 'hold_ms', ARGV[9],
+    'max_expired_holds', ARGV[10], 'held', '0', 'rebuilt', ARGV[2], 'engine', ARGV[18],
+    'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
 end
 
 if sale and foreign(sale, ARGV[18]) then return 'other_engine' end

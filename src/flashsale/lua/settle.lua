@@ -9,8 +9,10 @@
 --       the same entry id to another event, which Kafka does not have. The id of an acceptance's
 --       entry has a mark to match, and any other entry is read. A unit is released once, and only
 --       after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
---       ledger, so they are not touched here. The first write is the deletion, which Redis permits
---       when it is out of memory. It then permits the other writes too.
+--       ledger, so they are not touched here. While buyers have more units than a lowered stock,
+--       a released unit is allocated no longer, so nobody else gets it. The first write is the
+--       deletion, which Redis permits when it is out of memory. It then permits the other writes
+--       too.
 
 local function settle(keys, item)
   local acknowledged, releases, seen = {}, {}, {}
@@ -48,7 +50,9 @@ local function settle(keys, item)
     redis.call('HSET', keys[2], user, buyer_text(units - quantity, expired + ended))
     sale.released = sale.released + quantity
   end
-  redis.call('HSET', keys[1], 'released', integer(sale.released))
+  local stock = tonumber(redis.call('HGET', keys[1], 'stock') or sale.allocated)
+  local allocated = math.min(sale.allocated, math.max(stock, sale.accepted - sale.released))
+  redis.call('HSET', keys[1], 'released', integer(sale.released), 'allocated', integer(allocated))
   return deleted
 end
 

@@ -54,6 +54,8 @@ class Hash:
     rebuilt: int = 0
     last_hour: int = 0
     run: str = THIS_RUN
+    stock: int | None = None
+    """The stock of the last manifest that this version applied, if one did."""
     leased: bool | None = None
     """Whether the lease of the rebuild lasts. None if the hash has no lease."""
 

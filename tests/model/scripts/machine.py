@@ -249,6 +249,8 @@ class Machine(RuleBasedStateMachine):
         if until_ms is not None:
             assert (int(until_ms) >= self.zero_ms + LEASE_MS) == sale.leased
         manifest = sale.manifest
+        stock = found.pop("stock", None)
+        assert stock == (None if sale.stock is None else str(sale.stock))
         starts_ms, ends_ms = self.ms(manifest.starts_hour), self.ms(manifest.ends_hour)
         runs = {THIS_RUN: self.server.run_id, OTHER_RUN: OTHER_SERVER}
         assert found == {

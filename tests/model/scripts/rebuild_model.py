@@ -25,7 +25,7 @@ def fence(  # noqa: PLR0911 - a list of rules
         return Fenced.OTHER_ENGINE
     if not same_run or (step != "fence" and (sale is None or sale.run != mine)):
         return Fenced.SUPERSEDED
-    marker = Hash(replace(manifest, revision=claim), manifest.state, manifest.stock)
+    marker = Hash(replace(manifest, revision=claim), manifest.state, manifest.stock, stock=manifest.stock)
     marker.run, marker.leased, marker.rebuilt = mine, leased, claim
     if closed:
         marker.state = "closed"
@@ -80,7 +80,8 @@ def rebuild(item: Item, claim: int, ledger: dict[str, Record]) -> None:
     sale.accepted = units(records, *State)
     sale.released = units(records, *FINAL)
     sale.held = units(records, State.HELD)
-    sale.allocated = max(sale.manifest.stock, sale.accepted - sale.released)
+    sale.stock = sale.manifest.stock
+    sale.allocated = max(sale.stock, sale.accepted - sale.released)
     sale.run, sale.leased = THIS_RUN, None
     item.reservations = dict(ledger) or None
     item.buyers = buyers_of(records) or None

@@ -215,13 +215,27 @@ class RebuildRules(Machine):
             return
         redis, keys = self.server.redis, self.keys
         fields = self.server.command(redis.hgetall(keys.sale))
-        if old := [name for name, value in FORMER.items() if fields.get(name) == value]:
-            self.server.command(redis.hdel(keys.sale, *old))
+        old = [name for name, value in FORMER.items() if fields.get(name) == value]
+        self.server.command(redis.hdel(keys.sale, "stock", *old))
+        self.hash.stock = None
         for own_id, record in (self.model.reservations or {}).items():
             if record.version == 1 and record.expires_ms is None:
                 text = ",".join(map(str, ("accepted", *record[1:6])))
                 self.server.command(redis.hset(keys.reservations, own_id, text))
                 self.seen("aged")
+
+    @rule(stock=stocks, chance=chances)
+    @precondition(lambda self: not self.model.fenced and not self.model.useless(""))
+    def apply_former(self, stock: int, chance: int) -> None:
+        """Applies another stock as the previous version does, which does not write it."""
+        if chance > 20:
+            return
+        sale = self.hash
+        self.revision = self.next_revision(1)
+        sale.manifest = replace(sale.manifest, stock=stock, revision=self.revision)
+        sale.allocated = max(stock, sale.accepted - sale.released)
+        self.set_field("revision", str(self.revision))
+        self.set_field("allocated", str(sale.allocated))
 
     @rule(stock=stocks, limit=limits, hold=holds)
     @precondition(lambda self: self.model.useless(OWN_ENGINE))

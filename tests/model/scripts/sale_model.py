@@ -28,21 +28,22 @@ def apply(item: Item, manifest: Manifest) -> Applied:  # noqa: PLR0911 - a list 
         return Applied.ENDED
     allocated = max(manifest.stock, sale.accepted - sale.released)
     engine = manifest.engine or sale.manifest.engine
-    if (manifest.revision, manifest.state, allocated, engine) == (
+    if (manifest.revision, manifest.state, manifest.stock, allocated, engine) == (
         sale.manifest.revision,
         sale.state,
+        sale.stock,
         sale.allocated,
         sale.manifest.engine,
     ):
         return Applied.UNCHANGED
     sale.manifest = replace(manifest, engine=engine)
-    sale.state, sale.allocated = manifest.state, allocated
+    sale.state, sale.stock, sale.allocated = manifest.state, manifest.stock, allocated
     return Applied.CHANGED
 
 
 def _seed(item: Item, manifest: Manifest) -> Applied:
     item.clear()
-    item.sale = Hash(manifest, manifest.state, manifest.stock)
+    item.sale = Hash(manifest, manifest.state, manifest.stock, stock=manifest.stock)
     item.ledger, item.recorded_sale, item.forgotten = {}, manifest.sale_id, False
     return Applied.SEEDED
 

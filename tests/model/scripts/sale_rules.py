@@ -128,32 +128,28 @@ class SaleRules(Machine):
         assert self.server.run(call) is expected
         self.seen(f"close: {expected}")
 
-    @rule(stock=stocks, limit=limits, hold=holds, difference=differences, held=st.booleans(),
-          drained=st.booleans(), freed=st.booleans(), chance=chances)  # fmt: skip
+    @rule(stock=stocks, limit=limits, hold=holds, freed=st.booleans(), chance=chances,
+          obstacle=st.sampled_from(["", "", "hold", "entry", "accepted", "released"]))  # fmt: skip
     @precondition(lambda self: self.model.sale is not None)
     def succeed(
-        self,
-        stock: int,
-        limit: int,
-        hold: int,
-        difference: tuple[int, int],
-        held: bool,
-        drained: bool,
-        freed: bool,
-        chance: int,
+        self, stock: int, limit: int, hold: int, freed: bool, chance: int, obstacle: str
     ) -> None:
         """Closes the sale, and frees its keys or applies another sale in its place.
 
-        Before that, all holds are confirmed unless `held`, and the outbox is settled if `drained`.
+        At most one thing stands against that: holds, entries in the outbox, or a ledger that has
+        another count of accepted or of released units.
         """
         if chance > 20:
             return
-        if not held:
+        if obstacle in {"hold", "entry"}:
+            self.reserve([(chance % 6, 1, 99)])
+        if obstacle != "hold":
             self.confirm_holds()
         former, revision = self.hash.manifest.sale_id, self.next_revision(1)
         self._close(former, revision, OWN_ENGINE)
-        if drained:
+        if obstacle != "entry":
             self.drain_outbox()
+        difference = (obstacle == "accepted", (obstacle == "released") * (1 - chance % 2 * 2))
         if freed:
             self.free(former, 0, difference, OWN_ENGINE)
             return
