@@ -351,7 +351,7 @@ class Inventory:
     async def servers(self, item_ids: Iterable[str]) -> dict[str, ServerTime]:
         """Returns the clock and run of each item's server.
 
-        Items whose server is away are left out, unless all are.
+        Items whose server is away, or has become a replica, are left out, unless all are.
         """
         wanted = list(item_ids)
         groups = await self.nodes.split(wanted, self._sale_key)
@@ -368,7 +368,7 @@ class Inventory:
     async def clocks(self) -> dict[str, ServerTime]:
         """Returns the clock and run of each server by its name, as `node_of` returns it.
 
-        Servers that are away are left out, unless all are.
+        Servers that are away, or have become replicas, are left out, unless all are.
         """
         return await self._clocks(await self.nodes.all())
 
@@ -378,7 +378,16 @@ class Inventory:
             pipeline.info("server", "replication")
 
         found = await self.nodes.of_all(nodes, queue)
-        return {node.name: _server(*replies) for node, replies in found.items()}
+        clocks = {}
+        for node, (time, info) in found.items():
+            if node.name and info["role"] != "master":
+                # Its clock and run are not those of its former sales, and no command would fail.
+                self.nodes.look_again(besides=node)
+            else:
+                clocks[node.name] = _server(time, info)
+        if found and not clocks:
+            raise RedisUnavailable("Redis is unavailable: its nodes have become replicas")
+        return clocks
 
     async def sales(
         self, item_ids: Iterable[str], *, skip_unreadable: bool = False

@@ -265,6 +265,11 @@ class Nodes:
         self._look_soon()
         return owner
 
+    def look_again(self, besides: Node | None = None) -> None:
+        """Looks which primary of a cluster has which slots. `besides` has become a replica."""
+        if self.single is None:
+            self._look_soon(besides)
+
     def unavailable(
         self, error: Exception, node: Node | None, *, sent: bool = False
     ) -> RedisUnavailable:
@@ -311,7 +316,7 @@ class Nodes:
         else:
             if "role:master" not in str(role):
                 # A pod without a heartbeat on this node sends no call that would get a `MOVED`.
-                self._look_soon(besides=node)
+                self.look_again(besides=node)
 
     async def _known(self) -> None:
         """Waits until a look has found which servers there are."""

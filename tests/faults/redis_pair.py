@@ -193,7 +193,8 @@ class RedisPair:
         await self._start(server)
 
     async def fail_over(self, seconds: float) -> None:
-        """Promote a replica that lags behind."""
+        """Promote a replica that lags behind. One that was never in sync would not be elected."""
+        await self.await_health()
         await self.leave_behind(min(seconds, 1.0))
         await self.promote()
 

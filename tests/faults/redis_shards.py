@@ -21,6 +21,8 @@ from tests.support import redis_users
 
 NODE_TIMEOUT_MS: Final = "2000"
 """How long a primary must be silent before its replica is elected."""
+FORCE_SECONDS: Final = 6.0
+"""A replica gives up a failover by force after 5 s."""
 ANSWER_SECONDS: Final = 0.5
 PRIMARIES: Final = 3
 MOVED_AT_ONCE: Final = 100
@@ -103,9 +105,15 @@ class RedisShards(RedisPair):
     async def force(self) -> None:
         """Promote the replica, while its primary sells on."""
         await self.await_health()
-        replica = self._replica
-        await ask(replica.port, "CLUSTER", "FAILOVER", "FORCE")
-        await self._elected(replica)
+        replica, deadline = self._replica, time.monotonic() + DEADLINE_SECONDS
+        while True:
+            with contextlib.suppress(ResponseError):  # it may be the primary by now
+                await ask(replica.port, "CLUSTER", "FAILOVER", "FORCE")
+            # A node that still takes the replica for a primary does not vote for it.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FORCE_SECONDS):
+                    return await self._elected(replica)
+            assert time.monotonic() < deadline, "the replica is not elected by force"
 
     async def partition(self, seconds: float) -> None:
         """Cut the primary off from the other nodes until its replica is elected, and longer.

@@ -15,7 +15,7 @@ from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.nodes import Nodes
-from tests.support.eventually import until
+from tests.support.eventually import eventually, until
 
 Deployment: TypeAlias = RedisServer | RedisCluster
 
@@ -49,6 +49,17 @@ def server_of(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisSe
     port = int(inventory.node_of(item).rpartition(":")[2])
     [found] = [server for server in cluster.servers if server.port == port]
     return found
+
+
+def fail_over(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:
+    """Makes the replica of the item's primary the primary, and returns it. Both servers run."""
+    former, count = server_of(cluster, inventory, item), len(cluster.servers)
+    successor = cluster.servers[(cluster.servers.index(former) + count // 2) % count]
+    with blocking.Redis(port=successor.port) as server:
+        eventually(lambda: server.info("replication").get("master_link_status") == "up")
+        server.execute_command("CLUSTER", "FAILOVER")
+        eventually(lambda: server.info("replication")["role"] == "master")
+    return successor
 
 
 class Migration:

@@ -159,9 +159,8 @@ class Batcher(Calls[Request, Decision]):
             self._sold_out[item_id] = until, decision
         else:
             self._sold_out.pop(item_id, None)
-        if Outcome.ENDED in outcomes:
-            self._forget(item_id)
-        else:
+        # An ended sale is not forgotten at once, because a closed one may be applied again.
+        if Outcome.ENDED not in outcomes:
             self._remember(item_id)
 
 

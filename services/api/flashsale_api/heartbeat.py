@@ -34,6 +34,8 @@ class Pulse:
         self._valid_until: dict[str, float] = {}
         self._answering: Collection[str] = ()
         self._refused: Collection[str] = ()
+        self.unheard = False
+        """Whether a request was refused because its server did not answer the last heartbeat."""
 
     def answered(self, names: Collection[str]) -> None:
         """Notes which servers answered when the pod last tried to send a heartbeat."""
@@ -56,7 +58,10 @@ class Pulse:
         name = self._node_of(item_id)
         if asyncio.get_running_loop().time() < self._valid_until.get(name, 0.0):
             return None
-        return Outcome.FENCED if name in self._answering else Failure.REDIS_UNAVAILABLE
+        if name in self._answering:
+            return Outcome.FENCED
+        self.unheard = True
+        return Failure.REDIS_UNAVAILABLE
 
 
 class Heartbeat:
@@ -124,6 +129,10 @@ class Heartbeat:
     async def _beat(self, main: asyncio.AbstractEventLoop) -> None:
         """Writes one heartbeat, in two round trips. Raises `RedisUnavailable`."""
         begun = asyncio.get_running_loop().time()
+        if self._pulse.unheard:
+            # The pod's loop may know a new primary, which no heartbeat would meet.
+            self._inventory.nodes.look_again()
+            self._pulse.unheard = False
         # Read the clocks first, because a heartbeat must not claim to be younger than its count.
         sampled, engine_id = await asyncio.gather(
             self._inventory.clocks(), self._inventory.engine_id(), return_exceptions=True

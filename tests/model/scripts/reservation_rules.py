@@ -103,11 +103,15 @@ class ReservationRules(Machine):
         ),
         hours=st.sampled_from([1, 3]),
         drained=st.booleans(),
+        holding=st.sampled_from([True, True, True, False]),
     )
-    def shop(self, first: int, fates: list[str], hours: int, drained: bool) -> None:
+    def shop(
+        self, first: int, fates: list[str], hours: int, drained: bool, holding: bool
+    ) -> None:
         """Reserves, ends each hold in its way, and offers the units to other users.
 
-        In the end, the first users repeat their requests.
+        In the end, the first users repeat their requests. Without `holding`, the sale then has no
+        more holds, and they want other units.
         """
         self.crowd(first, len(fates))
         requests = self.used[-len(fates) :]
@@ -125,6 +129,10 @@ class ReservationRules(Machine):
             self.drain_outbox()
         self.crowd(first + 2, len(fates))
         self._reserve(requests, OWN_ENGINE)
+        if not holding and self.model.sale is not None:
+            manifest = replace(self.hash.manifest, hold_seconds=0, revision=self.next_revision(1))
+            self.apply_manifest(replace(manifest, may_seed=False, replaces=None))
+            self.crowd(first, len(fates))
 
     @rule(
         verb=st.sampled_from(["confirm", "confirm", "cancel"]),

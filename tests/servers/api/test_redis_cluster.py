@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
+from flashsale.nodes import PROBE_SECONDS
 from flashsale.outbox import Entry, Outbox
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine
@@ -23,6 +25,7 @@ from flashsale_api.publisher import Publisher
 from tests.support.api import problem, reserve
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened
+from tests.support.redis_clusters import fail_over
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +108,35 @@ async def test_a_frozen_node_is_an_outage_of_its_own_sales_only(
             return (await reserve(http, lost, str(uuid.uuid4()))).status_code == 202
 
         await until(sells)
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """Three primaries with a replica each."""
+    with RedisCluster(tmp_path_factory.mktemp("replicated"), replicas=1) as started:
+        yield started
+
+
+async def test_a_pod_without_requests_follows_a_failover(
+    replicated: RedisCluster, tmp_path: Path, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(replicated.url)
+    inventory, item = Inventory(client), new_item()
+    await opened(inventory, a_sale(item))
+    addresses = Addresses(replicated.url, f"127.0.0.1:{free_port()}", "")
+    with ApiServer(tmp_path, addresses) as server:
+        fail_over(replicated, inventory, item)
+        await asyncio.sleep(3 * PROBE_SECONDS)  # so that no request meets the former primary
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+            # The pod asks the new primary only if that one has its heartbeat.
+            await until(lambda: answered(http, item, "fenced"))
+        server.kill()
+    await client.aclose()
+
+
+async def answered(http: httpx.AsyncClient, item: str, kind: str) -> bool:
+    answer = await reserve(http, item, str(uuid.uuid4()))
+    return str(answer.json().get("type")).endswith(f":{kind}")
 
 
 class RecordingOutbox(Outbox):

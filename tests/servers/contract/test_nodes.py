@@ -18,7 +18,7 @@ from flashsale.reservations import Outcome
 from tests.support import redis_users
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, opened, outcome
-from tests.support.redis_clusters import Migration, server_of
+from tests.support.redis_clusters import Migration, fail_over, server_of
 from tests.support.redis_users import OPERATOR, url_of
 
 FIRST, *OTHERS = sorted(redis_binaries(), reverse=True)
@@ -333,14 +333,30 @@ async def test_the_watch_finds_the_successor_of_a_primary_without_any_call(
     inventory, item = Inventory(client), new_item()
     await opened(inventory, a_sale(item))
     former = inventory.node_of(item)
-    shard = replicated.servers.index(server_of(replicated, inventory, item))
     watching = asyncio.create_task(inventory.nodes.watch())
-    with blocking.Redis(port=replicated.servers[shard + 3].port) as successor:
-        successor.execute_command("CLUSTER", "FAILOVER")
-        await until(lambda: inventory.node_of(item) != former)
-        assert inventory.node_of(item) == f"127.0.0.1:{replicated.servers[shard + 3].port}"
+    successor = fail_over(replicated, inventory, item)
+    await until(lambda: inventory.node_of(item) != former)
+    assert inventory.node_of(item) == f"127.0.0.1:{successor.port}"
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+    await client.aclose()
+
+
+@pytest.mark.slow
+async def test_a_former_primary_has_no_clock(
+    replicated: RedisCluster, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(replicated.url)
+    inventory, item = Inventory(client), new_item()
+    await inventory.nodes.all()
+    former = inventory.node_of(item)
+    successor = fail_over(replicated, inventory, item)
+
+    async def followed() -> bool:
+        return f"127.0.0.1:{successor.port}" in await inventory.clocks()
+
+    await until(followed, seconds=10)
+    assert former not in await inventory.clocks()
     await client.aclose()
 
 

@@ -1,5 +1,6 @@
 """`settle.lua` on real servers: an event leaves the outbox once, and a release counts once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import redis as blocking
@@ -7,7 +8,7 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
-from flashsale.inventory import Inventory
+from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Call, Outcome, TransitionReply
@@ -63,6 +64,22 @@ async def test_settle_keeps_an_entry_of_another_version(
         assert await outbox.settle(item, [(entry_id, own_id, other)]) == 0
     assert await released(inventory, item) == 0
     assert await outbox.settle(item, [(entry_id, own_id, version)]) == 1
+
+
+async def test_a_released_unit_above_a_lowered_stock_is_not_sold_again(
+    inventory: Inventory, outbox: Outbox, item: str
+) -> None:
+    spec = await opened(inventory, a_sale(item, 3, hold_seconds=60))
+    requests = [a_request(f"u{n}") for n in range(3)]
+    await answers(inventory, item, requests)
+    assert await inventory.apply(replace(spec, stock=1), 2) is Applied.CHANGED
+    for left, request in zip((2, 1, 0), requests, strict=True):
+        await inventory.cancel(item, [Call(request.reservation_id)], timeout_seconds=5)
+        await drained(outbox, item)
+        sale = (await inventory.sales([item]))[item]
+        assert (sale.taken, sale.allocated) == (left, max(1, left))
+        sold_out = await outcome(inventory, item, a_request()) is Outcome.SOLD_OUT
+        assert sold_out is (left > 0)
 
 
 async def test_settle_reads_no_entry_of_an_acceptance(

@@ -160,7 +160,7 @@ def test_units_of_refused_reservations_end_only_in_redis() -> None:
         )
 
 
-def test_a_finished_sale_needs_neither_keys_nor_the_last_revision() -> None:
+def test_a_finished_sale_needs_neither_keys_nor_the_last_change() -> None:
     closed = a_row(accepted=4, closed=True)
     over = a_row(ENDED, accepted=4, revision=2)
     for row, holder in (
@@ -168,6 +168,7 @@ def test_a_finished_sale_needs_neither_keys_nor_the_last_revision() -> None:
         (closed, a_sale(OTHER)),
         (a_row(ENDED, accepted=4), None),
         (over, a_sale(ENDED, accepted=4)),
+        (closed, a_sale(accepted=4, stored_state="closed", allocated=SPEC.stock + 1)),
     ):
         assert verdict(before=row, holder=holder, after=tally(row=row)) == (Verdict.OK, ())
 
