@@ -48,16 +48,21 @@ class Hash:
     manifest: Manifest
     state: str
     allocated: int
+    stock: int | None
+    """The stock of the last manifest that this version applied, if one did."""
     accepted: int = 0
     released: int = 0
     held: int = 0
     rebuilt: int = 0
     last_hour: int = 0
     run: str = THIS_RUN
-    stock: int | None = None
-    """The stock of the last manifest that this version applied, if one did."""
     leased: bool | None = None
     """Whether the lease of the rebuild lasts. None if the hash has no lease."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Hash":
+        """Returns the hash of a sale that has sold nothing."""
+        return cls(manifest, manifest.state, manifest.stock, manifest.stock)
 
     def foreign(self, engine: str) -> bool:
         return bool(engine and self.manifest.engine) and engine != self.manifest.engine

@@ -25,7 +25,7 @@ def fence(  # noqa: PLR0911 - a list of rules
         return Fenced.OTHER_ENGINE
     if not same_run or (step != "fence" and (sale is None or sale.run != mine)):
         return Fenced.SUPERSEDED
-    marker = Hash(replace(manifest, revision=claim), manifest.state, manifest.stock, stock=manifest.stock)
+    marker = Hash.of(replace(manifest, revision=claim))
     marker.run, marker.leased, marker.rebuilt = mine, leased, claim
     if closed:
         marker.state = "closed"

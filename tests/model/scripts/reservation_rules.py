@@ -105,9 +105,7 @@ class ReservationRules(Machine):
         drained=st.booleans(),
         holding=st.sampled_from([True, True, True, False]),
     )
-    def shop(
-        self, first: int, fates: list[str], hours: int, drained: bool, holding: bool
-    ) -> None:
+    def shop(self, first: int, fates: list[str], hours: int, drained: bool, holding: bool) -> None:
         """Reserves, ends each hold in its way, and offers the units to other users.
 
         In the end, the first users repeat their requests. Without `holding`, the sale then has no

@@ -43,7 +43,7 @@ def apply(item: Item, manifest: Manifest) -> Applied:  # noqa: PLR0911 - a list 
 
 def _seed(item: Item, manifest: Manifest) -> Applied:
     item.clear()
-    item.sale = Hash(manifest, manifest.state, manifest.stock, stock=manifest.stock)
+    item.sale = Hash.of(manifest)
     item.ledger, item.recorded_sale, item.forgotten = {}, manifest.sale_id, False
     return Applied.SEEDED
 

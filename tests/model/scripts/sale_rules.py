@@ -13,7 +13,6 @@ from tests.model.scripts.item import Manifest
 from tests.model.scripts.machine import (
     OWN_ENGINE,
     SALES,
-    Machine,
     chances,
     engines,
     expired_holds,
@@ -23,12 +22,13 @@ from tests.model.scripts.machine import (
     revisions,
     stocks,
 )
+from tests.model.scripts.reservation_rules import ReservationRules
 
 differences = st.tuples(st.sampled_from([0, 0, 0, 1]), st.sampled_from([0, 0, 0, -1, 1]))
 """Differences between a caller's ledger and Redis, in accepted and in released units."""
 
 
-class SaleRules(Machine):
+class SaleRules(ReservationRules):
     """Applies, closes, replaces, frees and reads the sale."""
 
     @initialize(stock=stocks, limit=limits, paused=pauses, hold=holds, most=expired_holds,

@@ -24,7 +24,6 @@ from flashsale_operator.sales.recovery import Fenced, Recovery
 from tests.model.scripts.item import Item
 from tests.model.scripts.mutations import FAULTS
 from tests.model.scripts.rebuild_rules import RebuildRules
-from tests.model.scripts.reservation_rules import ReservationRules
 from tests.model.scripts.sale_rules import SaleRules
 from tests.model.scripts.server import Connected, Fault
 
@@ -37,7 +36,7 @@ KINDS = [NEWEST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS
 """The quick tests compare one server with the model."""
 
 
-class Scripts(SaleRules, ReservationRules, RebuildRules):
+class Scripts(SaleRules, RebuildRules):
     """All calls and faults."""
 
 

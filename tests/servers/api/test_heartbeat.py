@@ -67,8 +67,8 @@ async def test_a_heartbeat_meets_a_primary_that_only_the_pods_loop_knows(
     new = next(name for name in own.nodes._primaries if name != of_pod.node_of("phone"))
     item = next(each for each in map(str, range(100)) if of_pod.node_of(each) == new)
     former = own.nodes._primaries[of_pod.node_of("phone")]
-    own.nodes._owners = [former if each.name == new else each for each in own.nodes._owners]
-    del own.nodes._primaries[new]
+    lost = own.nodes._primaries.pop(new)
+    own.nodes._owners = [former if each is lost else each for each in own.nodes._owners]
     pulse = Pulse(of_pod.node_of)
     async with beating(redis_cluster.url, own, pulse):
         await until(lambda: pulse.refusal(item) is None)

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
-import redis as blocking
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
