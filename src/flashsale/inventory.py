@@ -380,13 +380,13 @@ class Inventory:
         found = await self.nodes.of_all(nodes, queue)
         clocks = {}
         for node, (time, info) in found.items():
-            if node.name and info["role"] != "master":
+            if info["role"] == "slave":
                 # Its clock and run are not those of its former sales, and no command would fail.
-                self.nodes.look_again(besides=node)
+                self.nodes.demoted(node)
             else:
                 clocks[node.name] = _server(time, info)
         if found and not clocks:
-            raise RedisUnavailable("Redis is unavailable: its nodes have become replicas")
+            raise RedisUnavailable("Redis is unavailable: the server has become a replica")
         return clocks
 
     async def sales(

@@ -8,7 +8,7 @@ calls to all others (docs/adr/0023-redis-cluster.md).
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -21,6 +21,7 @@ from redis.exceptions import (
     MovedError,
     NoPermissionError,
     NoScriptError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
 )
@@ -265,10 +266,20 @@ class Nodes:
         self._look_soon()
         return owner
 
-    def look_again(self, besides: Node | None = None) -> None:
-        """Looks which primary of a cluster has which slots. `besides` has become a replica."""
+    def look_again(self) -> None:
+        """Looks which primary of a cluster has which slots."""
         if self.single is None:
-            self._look_soon(besides)
+            self._look_soon()
+
+    def demoted(self, node: Node) -> None:
+        """Leaves a server that has become a replica, for the primary that has replaced it.
+
+        The address of a single server leads to that one, but connections can stay open.
+        """
+        if node is self.single:
+            self._finish(node.pool.renew())
+        else:
+            self._look_soon(besides=node)
 
     def unavailable(
         self, error: Exception, node: Node | None, *, sent: bool = False
@@ -279,13 +290,15 @@ class Nodes:
         """
         require_outage(error)
         refused = isinstance(error, ResponseError)
-        if node and (not refused or isinstance(error, ClusterDownError)):
+        if node and isinstance(error, ReadOnlyError):
+            self.demoted(node)
+        elif node and (not refused or isinstance(error, ClusterDownError)):
             self._look_soon(besides=node)
         # A refusal is a reply: the script has changed nothing.
         return RedisUnavailable(describe(error), maybe_executed=sent and not refused)
 
     async def watch(self) -> None:
-        """Calls each primary of a cluster every second on its link, until it is cancelled.
+        """Calls each primary every second on its link, until it is cancelled.
 
         The link of a primary that does not answer is closed. Otherwise a primary that was frozen
         and replaced could execute calls that it got before, when it thaws. The watch also notices
@@ -294,7 +307,8 @@ class Nodes:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             self._look_for_owners()
-            await asyncio.gather(*(self._probe(node) for node in self._primaries.values()))
+            nodes = [self.single] if self.single else [*self._primaries.values()]
+            await asyncio.gather(*map(self._probe, nodes))
 
     async def close(self) -> None:
         """Closes the connections to all nodes except the address."""
@@ -314,9 +328,9 @@ class Nodes:
         except FAILURES as error:
             log.debug("%s: %s", node.name, self.unavailable(error, node))
         else:
-            if "role:master" not in str(role):
+            if "role:slave" in str(role):
                 # A pod without a heartbeat on this node sends no call that would get a `MOVED`.
-                self.look_again(besides=node)
+                self.demoted(node)
 
     async def _known(self) -> None:
         """Waits until a look has found which servers there are."""
@@ -425,9 +439,13 @@ class Nodes:
     def _drop(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             node.pool.close_link()
-            task = asyncio.create_task(self._close_later(node))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._finish(self._close_later(node))
+
+    def _finish(self, closing: Coroutine[Any, Any, None]) -> None:
+        """Closes connections in a task, which `close` waits for."""
+        task = asyncio.create_task(closing)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _close_later(self, node: Node) -> None:
         """Closes the connections of a node after the last call that may use one.

@@ -20,6 +20,7 @@ from redis.exceptions import (
     ClusterDownError,
     MovedError,
     NoScriptError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
 )
@@ -106,6 +107,17 @@ class Pool(BlockingConnectionPool):
         """Closes the link at once, if there is one. Calls in flight fail."""
         if self._link is not None:
             self._link.close()
+
+    async def renew(self) -> None:
+        """Leaves a server that is no primary any more. New connections go where the address leads.
+
+        Calls in flight on the link fail. A connection in use closes after its call.
+        """
+        self.close_link()
+        idle = [*self._available_connections]
+        self._available_connections.clear()
+        await self.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+        await asyncio.gather(*(each.disconnect() for each in idle), return_exceptions=True)
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         self.close_link()
@@ -207,6 +219,8 @@ def _refusal(text: str) -> RedisError:
             return AskError(rest)
         case "MOVED":
             return MovedError(rest)
+        case "READONLY":
+            return ReadOnlyError(rest)
         case "CLUSTERDOWN":
             return ClusterDownError(text)
     return ResponseError(text)

@@ -18,6 +18,7 @@ from starlette.types import ExceptionHandler, Receive, Scope, Send
 from flashsale import redis_client, requirements
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
+from flashsale.nodes import Nodes
 from flashsale.outbox import Outbox
 from flashsale.requirements import Checks
 from flashsale_api import authentication, responses
@@ -167,7 +168,7 @@ def create_app(  # noqa: PLR0915 - the composition root
                 ("sweep", sweeper.run()),
                 ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
-                ("watch Redis", inventory.nodes.watch()),
+                *(("watch Redis", Nodes.of_client(client).watch()) for client in clients),
                 *([("authentication", buyers.run())] if buyers else []),
             )
         ]

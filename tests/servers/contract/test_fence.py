@@ -1,5 +1,7 @@
 """The fence, on servers that lose keys, restart or fail over."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened, outcome
+from tests.support.proxy import Proxy
 
 
 @pytest.mark.parametrize("part", ["buyers", "reservations", "outbox"])
@@ -56,6 +59,76 @@ async def test_a_restarted_server_fences_its_sales(
 async def follows(client: Redis) -> bool:
     """Whether the server has synchronised with its master."""
     return bool((await client.info("replication"))["master_link_status"] == "up")
+
+
+class Endpoint:
+    """An address that leads to one of two servers. A failover closes no connection to it."""
+
+    def __init__(self, one: RedisServer, two: RedisServer) -> None:
+        self.proxy = Proxy(one.port)
+        self._ports = one.port, two.port
+        self.former, self.successor = (redis_client.connect(each.url) for each in (one, two))
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.proxy.port}"
+
+    async def fail_over(self) -> None:
+        former, successor = self._ports
+        await self.successor.replicaof("127.0.0.1", former)
+        await until(lambda: follows(self.successor), "the replica follows")
+        await self.successor.replicaof("NO", "ONE")
+        await self.former.replicaof("127.0.0.1", successor)
+        self.proxy.target_port = successor
+
+
+@pytest.fixture
+async def endpoint(tmp_path: Path) -> AsyncIterator[Endpoint]:
+    with RedisServer(tmp_path / "one") as one, RedisServer(tmp_path / "two") as two:
+        found = Endpoint(one, two)
+        async with found.proxy.serve():
+            yield found
+        await found.former.aclose()
+        await found.successor.aclose()
+
+
+async def test_a_write_leaves_a_server_that_was_demoted(endpoint: Endpoint) -> None:
+    inventory = Inventory(redis_client.connect(endpoint.url))
+    await inventory.index(["phone"])
+    await endpoint.fail_over()
+
+    async def written() -> bool:
+        await inventory.index(["other"])
+        return "other" in await Inventory(endpoint.successor).items()
+
+    await until(written, ignoring=(RedisUnavailable,))
+    await inventory.redis.aclose()
+
+
+async def test_the_watch_leaves_a_server_that_was_demoted(endpoint: Endpoint, item: str) -> None:
+    inventory = Inventory(redis_client.connect(endpoint.url))
+    await opened(inventory, a_sale(item))
+    watching = asyncio.create_task(inventory.nodes.watch())
+    await endpoint.fail_over()
+    await endpoint.successor.delete(*ItemKeys.of(item).sold)
+
+    async def seen() -> bool:
+        unknown = await outcome(inventory, item, a_request()) is Outcome.UNKNOWN
+        return unknown and not await inventory.sales([item])
+
+    await until(seen, ignoring=(RedisUnavailable,))
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    await inventory.redis.aclose()
+
+
+async def test_a_server_that_was_demoted_has_no_clock(endpoint: Endpoint) -> None:
+    inventory = Inventory(redis_client.connect(endpoint.url))
+    before = await inventory.server()
+    await endpoint.fail_over()
+    found = await until(inventory.server, ignoring=(RedisUnavailable,))
+    assert found.run_id != before.run_id
+    await inventory.redis.aclose()
 
 
 async def test_a_server_that_was_demoted_and_promoted_again_fences_its_sales(
