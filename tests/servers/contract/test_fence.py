@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 from redis.asyncio import Redis
@@ -113,8 +112,9 @@ async def test_the_watch_leaves_a_server_that_was_demoted(endpoint: Endpoint) ->
     watching = asyncio.create_task(inventory.nodes.watch())
 
     async def ports() -> set[str]:
-        _, by_link = cast("list[str]", await (await node.pool.link()).ask("CONFIG", "GET", "port"))
-        return {by_link, (await inventory.redis.config_get("port"))["port"]}
+        by_link = str(await (await node.pool.link()).ask("INFO", "server"))
+        by_pool = await inventory.redis.info("server")
+        return {by_link.partition("tcp_port:")[2].split()[0], str(by_pool["tcp_port"])}
 
     assert len(await ports()) == 1
     await endpoint.fail_over()
