@@ -53,7 +53,7 @@ class Scene:
         return found.entries[0].outcome
 
     async def flush(self) -> None:
-        client = redis_client.connect(self.redis.url)
+        client = patient(self.redis.url)  # a flood of connections keeps the machine busy
         await client.flushall()
         await client.aclose()
 

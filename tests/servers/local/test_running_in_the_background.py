@@ -116,8 +116,8 @@ def test_every_sale_continues_after_down_and_up(checkout: Checkout) -> None:
     assert "`make down` stops them" in refused.stderr
     running = set(re.findall(r"\b\d+\b", refused.stderr))
     stopped = re.findall(r"process (\d+), which .local does not name", checkout.run("down").stdout)
-    assert len(running) == 5
-    assert running.issuperset(stopped)  # Kafka may have ended, as its folder moved
+    assert len(running) >= 4  # Kafka may have ended, as its folder moved
+    assert running.issuperset(stopped)
     assert checkout.run("down").stdout == "Nothing is running.\n"
 
 
