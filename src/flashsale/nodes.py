@@ -277,6 +277,7 @@ class Nodes:
         The address of a single server leads to that one, but connections can stay open.
         """
         if node is self.single:
+            node.pool.close_link()  # a call that is repeated at once must not use it
             self._finish(node.pool.renew())
         else:
             self._look_soon(besides=node)
@@ -300,9 +301,9 @@ class Nodes:
     async def watch(self) -> None:
         """Calls each primary every second on its link, until it is cancelled.
 
-        The link of a primary that does not answer is closed. Otherwise a primary that was frozen
-        and replaced could execute calls that it got before, when it thaws. The watch also notices
-        a primary that has become a replica, and the new owner of a slot that had none.
+        In a cluster, the link of a primary that does not answer is closed. Otherwise one that was
+        frozen and replaced could execute calls that it got before, when it thaws. The watch also
+        notices a primary that has become a replica, and the new owner of a slot that had none.
         """
         while True:
             await asyncio.sleep(PROBE_SECONDS)
@@ -323,7 +324,8 @@ class Nodes:
 
     async def _probe(self, node: Node) -> None:
         try:
-            async with asyncio.timeout(PROBE_SECONDS):
+            # The link of a single server has calls that may take longer.
+            async with asyncio.timeout(PROBE_SECONDS if node.name else None):
                 role = await (await node.pool.link()).ask("INFO", "replication")
         except FAILURES as error:
             log.debug("%s: %s", node.name, self.unavailable(error, node))

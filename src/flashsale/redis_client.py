@@ -109,11 +109,10 @@ class Pool(BlockingConnectionPool):
             self._link.close()
 
     async def renew(self) -> None:
-        """Leaves a server that is no primary any more. New connections go where the address leads.
+        """Closes the connections except the link. New ones go where the address leads.
 
-        Calls in flight on the link fail. A connection in use closes after its call.
+        A connection in use closes after its call.
         """
-        self.close_link()
         idle = [*self._available_connections]
         self._available_connections.clear()
         await self.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]

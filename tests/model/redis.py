@@ -215,7 +215,7 @@ class Redis(Server):
         """Makes the units of an ended reservation available again, and gives back the limit."""
         buyers, expired, user = self.keys.buyers, self.keys.expired, event.user
         sale.released += event.quantity
-        if self.world.rules.released_above_stock_withdrawn:
+        if self.world.rules.released_above_stock_withdrawn and sale.state != "closed":
             sale.allocated = max(sale.stock, sale.accepted - sale.released)
         buyers[user] = buyers.get(user, 0) - event.quantity
         if event.state == EXPIRED or not self.world.rules.only_expiry_counts:

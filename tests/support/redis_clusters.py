@@ -8,14 +8,14 @@ from typing import Any, TypeAlias, cast
 import redis as blocking
 from redis.asyncio import Redis
 from redis.crc import key_slot
-from redis.exceptions import MovedError, ResponseError
+from redis.exceptions import MovedError, RedisError, ResponseError
 
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.nodes import Nodes
-from tests.support.eventually import eventually, until
+from tests.support.eventually import until
 
 Deployment: TypeAlias = RedisServer | RedisCluster
 
@@ -51,14 +51,25 @@ def server_of(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisSe
     return found
 
 
-def fail_over(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:
+async def fail_over(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:
     """Makes the replica of the item's primary the primary, and returns it. Both servers run."""
     former, count = server_of(cluster, inventory, item), len(cluster.servers)
     successor = cluster.servers[(cluster.servers.index(former) + count // 2) % count]
-    with blocking.Redis(port=successor.port) as server:
-        eventually(lambda: server.info("replication").get("master_link_status") == "up")
-        server.execute_command("CLUSTER", "FAILOVER")
-        eventually(lambda: server.info("replication")["role"] == "master")
+    client: Any = redis_client.connect(successor.url)
+
+    async def promoted() -> bool:
+        """Asks the replica to take over. It gives up after 5 s without enough votes."""
+        with contextlib.suppress(ResponseError):
+            await client.execute_command("CLUSTER", "FAILOVER")
+        with contextlib.suppress(AssertionError):
+            await until(is_primary, seconds=6)
+        return await is_primary()
+
+    async def is_primary() -> bool:
+        return bool((await client.info("replication"))["role"] == "master")
+
+    await until(promoted, ignoring=(RedisError,))
+    await client.aclose()
     return successor
 
 

@@ -30,9 +30,12 @@ if not revision or not stock or not tonumber(ARGV[4]) or not tonumber(ARGV[9])
   return redis.error_reply('ERR malformed sale')
 end
 
+-- The stock has its revision, because the previous version leaves this field as it is.
+local declared = ARGV[3] .. ',' .. ARGV[2]
+
 local function write(allocated, engine)
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', sale_id, 'run_id', server_run(),
-    'revision', ARGV[2], 'state', ARGV[7], 'stock', ARGV[3], 'allocated', integer(allocated),
+    'revision', ARGV[2], 'state', ARGV[7], 'stock', declared, 'allocated', integer(allocated),
     'max_per_user', ARGV[4], 'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8],
     'hold_ms', ARGV[9], 'max_expired_holds', ARGV[10], 'engine', engine)
 end
@@ -75,7 +78,7 @@ end
 local allocated = math.max(stock, sale.accepted - sale.released)
 local engine = ARGV[15] ~= '' and ARGV[15] or sale.engine
 if revision == sale.revision and ARGV[7] == sale.state and allocated == sale.allocated
-  and engine == sale.engine and redis.call('HGET', KEYS[1], 'stock') == ARGV[3] then
+  and engine == sale.engine and redis.call('HGET', KEYS[1], 'stock') == declared then
   return 'unchanged'
 end
 write(allocated, engine)

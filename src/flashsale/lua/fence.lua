@@ -46,9 +46,9 @@ local mark = { 'run_id', mine, 'rebuild_until_ms', integer(clock_ms() + tonumber
 local function write()
   local state = sale and sale.state == 'ended' and 'ended' or ARGV[7]
   redis.call('HSET', KEYS[1], 'format', FORMAT, 'sale_id', ARGV[1],
-    'revision', ARGV[2], 'state', state, 'stock', ARGV[3], 'allocated', ARGV[3],
-    'accepted', '0', 'released', '0', 'max_per_user', ARGV[4], 'starts_ms', ARGV[5],
-    'ends_ms', ARGV[6], 'display_name', ARGV[8], 'hold_ms', ARGV[9],
+    'revision', ARGV[2], 'state', state, 'stock', ARGV[3] .. ',' .. ARGV[2],
+    'allocated', ARGV[3], 'accepted', '0', 'released', '0', 'max_per_user', ARGV[4],
+    'starts_ms', ARGV[5], 'ends_ms', ARGV[6], 'display_name', ARGV[8], 'hold_ms', ARGV[9],
     'max_expired_holds', ARGV[10], 'held', '0', 'rebuilt', ARGV[2], 'engine', ARGV[18],
     'last_now_ms', integer(sale and sale.now or clock_ms()), unpack(mark))
 end

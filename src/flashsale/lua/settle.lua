@@ -50,8 +50,11 @@ local function settle(keys, item)
     redis.call('HSET', keys[2], user, buyer_text(units - quantity, expired + ended))
     sale.released = sale.released + quantity
   end
-  local stock = tonumber(redis.call('HGET', keys[1], 'stock') or sale.allocated)
-  local allocated = math.min(sale.allocated, math.max(stock, sale.accepted - sale.released))
+  local stock, revision = string.match(redis.call('HGET', keys[1], 'stock') or '', '^(%d+),(%d+)$')
+  local allocated = sale.allocated
+  if tonumber(revision) == sale.revision then
+    allocated = math.min(allocated, math.max(tonumber(stock), sale.accepted - sale.released))
+  end
   redis.call('HSET', keys[1], 'released', integer(sale.released), 'allocated', integer(allocated))
   return deleted
 end

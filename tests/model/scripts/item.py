@@ -40,6 +40,10 @@ class Manifest:
     def state(self) -> str:
         return "paused" if self.paused else "open"
 
+    @property
+    def declared(self) -> tuple[int, int]:
+        return self.stock, self.revision
+
 
 @dataclass(slots=True)
 class Hash:
@@ -48,8 +52,8 @@ class Hash:
     manifest: Manifest
     state: str
     allocated: int
-    stock: int | None
-    """The stock of the last manifest that this version applied, if one did."""
+    stock: tuple[int, int] | None
+    """The stock and revision of the last manifest that this version applied, if one did."""
     accepted: int = 0
     released: int = 0
     held: int = 0
@@ -62,7 +66,7 @@ class Hash:
     @classmethod
     def of(cls, manifest: Manifest) -> "Hash":
         """Returns the hash of a sale that has sold nothing."""
-        return cls(manifest, manifest.state, manifest.stock, manifest.stock)
+        return cls(manifest, manifest.state, manifest.stock, manifest.declared)
 
     def foreign(self, engine: str) -> bool:
         return bool(engine and self.manifest.engine) and engine != self.manifest.engine

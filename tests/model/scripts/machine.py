@@ -250,7 +250,7 @@ class Machine(RuleBasedStateMachine):
             assert (int(until_ms) >= self.zero_ms + LEASE_MS) == sale.leased
         manifest = sale.manifest
         stock = found.pop("stock", None)
-        assert stock == (None if sale.stock is None else str(sale.stock))
+        assert stock == (None if sale.stock is None else "{},{}".format(*sale.stock))
         starts_ms, ends_ms = self.ms(manifest.starts_hour), self.ms(manifest.ends_hour)
         runs = {THIS_RUN: self.server.run_id, OTHER_RUN: OTHER_SERVER}
         assert found == {

@@ -5,8 +5,8 @@ from tests.model.scripts.server import Fault
 _SALES = [
     Fault("apply", "revision < sale.revision", "revision <= sale.revision"),
     Fault("apply", "math.max(stock, sale.accepted - sale.released)", "stock"),
-    Fault("apply", "'stock', ARGV[3], 'allocated'", "'allocated'"),
-    Fault("apply", "and redis.call('HGET', KEYS[1], 'stock') == ARGV[3] then", "then"),
+    Fault("apply", "'stock', declared, 'allocated'", "'allocated'"),
+    Fault("apply", "and redis.call('HGET', KEYS[1], 'stock') == declared then", "then"),
     Fault("apply", "if sale.fenced then", "if sale.torn then"),
     Fault("apply", "redis.call('XLEN', keys[4]) == 0 and", ""),
     Fault("apply", "redis.call('EXISTS', keys[5]) == 0\n    and sale.held == 0 and", ""),
@@ -120,8 +120,8 @@ _SETTLE = [
     Fault("settle", "expired + ended", "expired"),
     Fault("settle", "not sale or sale.fenced then", "not sale then"),
     Fault("settle", "sale.released + quantity", "sale.released + 1"),
-    Fault("settle", "math.min(sale.allocated, math.max(stock,", "(math.max(stock,"),
-    Fault("settle", "math.max(stock, sale.accepted - sale.released)", "stock"),
+    Fault("settle", "tonumber(revision) == sale.revision", "stock"),
+    Fault("settle", "math.max(tonumber(stock), sale.accepted - sale.released)", "stock"),
     Fault("settle", "'allocated', integer(allocated))", "'format', FORMAT)"),
 ]
 _REBUILDS = [
@@ -138,7 +138,7 @@ _REBUILDS = [
     Fault("fence", "redis.call('DEL', KEYS[2], KEYS[3], KEYS[5])\n  write()", "write()"),
     Fault("fence", "'DEL', KEYS[2], KEYS[3], KEYS[5])", "'DEL', KEYS[2], KEYS[3])"),
     Fault("fence", "'rebuilt', ARGV[2]", "'rebuilt', '0'"),
-    Fault("fence", "'stock', ARGV[3], ", ""),
+    Fault("fence", "'stock', ARGV[3] .. ',' .. ARGV[2],", ""),
     Fault("fence", "sale.state == 'ended' and 'ended' or", "false or"),
     Fault("restore", "if #holds > 0 then redis.call('ZADD', KEYS[5], unpack(holds)) end", ""),
     Fault("restore", "/ 10), 30000)", "/ 10), 0)"),

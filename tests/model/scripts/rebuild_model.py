@@ -80,8 +80,8 @@ def rebuild(item: Item, claim: int, ledger: dict[str, Record]) -> None:
     sale.accepted = units(records, *State)
     sale.released = units(records, *FINAL)
     sale.held = units(records, State.HELD)
-    sale.stock = sale.manifest.stock
-    sale.allocated = max(sale.stock, sale.accepted - sale.released)
+    sale.stock = sale.manifest.declared
+    sale.allocated = max(sale.manifest.stock, sale.accepted - sale.released)
     sale.run, sale.leased = THIS_RUN, None
     item.reservations = dict(ledger) or None
     item.buyers = buyers_of(records) or None

@@ -172,7 +172,7 @@ def settle(item: Item, acknowledged: Sequence[tuple[str, str, int]]) -> int:
         counted = (taken - record.quantity, expired + (record.state is State.EXPIRED))
         item.buyers = (item.buyers or {}) | {record.user_id: counted}
         sale.released += record.quantity
-        if sale.stock is not None:
-            least = max(sale.stock, sale.accepted - sale.released)
+        if sale.stock == sale.manifest.declared:
+            least = max(sale.manifest.stock, sale.accepted - sale.released)
             sale.allocated = min(sale.allocated, least)
     return deleted

@@ -28,7 +28,7 @@ def apply(item: Item, manifest: Manifest) -> Applied:  # noqa: PLR0911 - a list 
         return Applied.ENDED
     allocated = max(manifest.stock, sale.accepted - sale.released)
     engine = manifest.engine or sale.manifest.engine
-    if (manifest.revision, manifest.state, manifest.stock, allocated, engine) == (
+    if (manifest.revision, manifest.state, manifest.declared, allocated, engine) == (
         sale.manifest.revision,
         sale.state,
         sale.stock,
@@ -37,7 +37,7 @@ def apply(item: Item, manifest: Manifest) -> Applied:  # noqa: PLR0911 - a list 
     ):
         return Applied.UNCHANGED
     sale.manifest = replace(manifest, engine=engine)
-    sale.state, sale.stock, sale.allocated = manifest.state, manifest.stock, allocated
+    sale.state, sale.stock, sale.allocated = manifest.state, manifest.declared, allocated
     return Applied.CHANGED
 
 

@@ -130,10 +130,11 @@ async def test_the_watch_leaves_a_server_that_was_demoted(endpoint: Endpoint) ->
 
 async def test_a_server_that_was_demoted_has_no_clock(endpoint: Endpoint) -> None:
     inventory = Inventory(redis_client.connect(endpoint.url))
-    before = await inventory.server()
+    await inventory.server()
     await endpoint.fail_over()
+    expected = await Inventory(endpoint.successor).server()
     found = await until(inventory.server, ignoring=(RedisUnavailable,))
-    assert found.run_id != before.run_id
+    assert found.run_id == expected.run_id
     await inventory.redis.aclose()
 
 

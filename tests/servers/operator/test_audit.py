@@ -169,6 +169,7 @@ def test_a_finished_sale_needs_neither_keys_nor_the_last_change() -> None:
         (a_row(ENDED, accepted=4), None),
         (over, a_sale(ENDED, accepted=4)),
         (closed, a_sale(accepted=4, stored_state="closed", allocated=SPEC.stock + 1)),
+        (closed, a_sale(accepted=4, stored_state="ended", allocated=SPEC.stock - 1)),
     ):
         assert verdict(before=row, holder=holder, after=tally(row=row)) == (Verdict.OK, ())
 
