@@ -133,7 +133,7 @@ class Rules:
     """holds: only `settle` gives a released unit back to the sale and to the buyer's limit, because
     until then Kafka may not have the event."""
     released_above_stock_withdrawn: bool = True
-    """holds: while buyers have more units than a lowered stock, nobody else gets a released one."""
+    """holds: while buyers have more units than a lowered stock, no released one is sold again."""
     settle_matches_version: bool = True
     """holds: `settle` deletes an entry only if it has the acknowledged event's version."""
     void_before_fold: bool = True

@@ -20,7 +20,7 @@
 --         ended        the sale has reached its end, and an ended sale stays ended
 --         unsupported  this version does not support the sale's format
 --         other_engine another engine has the item
--- Invariants: allocated is never lowered below the units that buyers hold. Applying a manifest
+-- Invariants: allocated is never lowered below the units that buyers have. Applying a manifest
 --       again changes nothing. A sale that may lack data is not opened.
 
 local sale_id, revision, stock = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])

@@ -10,9 +10,8 @@
 --       entry has a mark to match, and any other entry is read. A unit is released once, and only
 --       after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
 --       ledger, so they are not touched here. While buyers have more units than a lowered stock,
---       a released unit is allocated no longer, so nobody else gets it. The first write is the
---       deletion, which Redis permits when it is out of memory. It then permits the other writes
---       too.
+--       released units are not sold again. The first write is the deletion, which Redis permits
+--       when it is out of memory. It then permits the other writes too.
 
 local function settle(keys, item)
   local acknowledged, releases, seen = {}, {}, {}

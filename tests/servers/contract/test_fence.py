@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from dev.stack.servers import RedisServer
 from flashsale import heartbeat, redis_client
@@ -103,6 +103,21 @@ async def test_a_write_leaves_a_server_that_was_demoted(endpoint: Endpoint) -> N
         return "other" in await Inventory(endpoint.successor).items()
 
     await until(written, ignoring=(RedisUnavailable,))
+    await inventory.redis.aclose()
+
+
+async def test_a_refused_call_leaves_the_link_at_once(endpoint: Endpoint) -> None:
+    inventory = Inventory(redis_client.connect(endpoint.url))
+    [node] = await inventory.nodes.all()
+    link = await node.pool.link()
+    assert await link.ask("SET", "key", "before") == "OK"
+    await endpoint.fail_over()
+    with pytest.raises(ReadOnlyError) as refused:
+        await link.ask("SET", "key", "after")
+    inventory.nodes.unavailable(refused.value, node)
+    # The call is repeated in the same turn of the loop.
+    assert await (await node.pool.link()).ask("SET", "key", "after") == "OK"
+    assert await endpoint.successor.get("key") == "after"
     await inventory.redis.aclose()
 
 

@@ -324,13 +324,21 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluste
         yield started
 
 
+@pytest.fixture
+async def of_replicated(replicated: RedisCluster) -> AsyncIterator[Inventory]:
+    """Knows the primaries."""
+    client = redis_client.connect(replicated.url)
+    found = Inventory(client)
+    await found.nodes.all()
+    yield found
+    await client.aclose()
+
+
 @pytest.mark.slow
 async def test_the_watch_finds_the_successor_of_a_primary_without_any_call(
-    replicated: RedisCluster, new_item: Callable[[], str]
+    replicated: RedisCluster, of_replicated: Inventory, new_item: Callable[[], str]
 ) -> None:
-    client = redis_client.connect(replicated.url)
-    inventory, item = Inventory(client), new_item()
-    await opened(inventory, a_sale(item))
+    inventory, item = of_replicated, new_item()
     former = inventory.node_of(item)
     watching = asyncio.create_task(inventory.nodes.watch())
     successor = await fail_over(replicated, inventory, item)
@@ -338,33 +346,28 @@ async def test_the_watch_finds_the_successor_of_a_primary_without_any_call(
     assert inventory.node_of(item) == f"127.0.0.1:{successor.port}"
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
-    await client.aclose()
 
 
 @pytest.mark.slow
 async def test_a_former_primary_has_no_clock(
-    replicated: RedisCluster, new_item: Callable[[], str]
+    replicated: RedisCluster, of_replicated: Inventory, new_item: Callable[[], str]
 ) -> None:
-    client = redis_client.connect(replicated.url)
-    inventory, item = Inventory(client), new_item()
-    await inventory.nodes.all()
-    former = inventory.node_of(item)
-    successor = await fail_over(replicated, inventory, item)
+    item = new_item()
+    former = of_replicated.node_of(item)
+    successor = await fail_over(replicated, of_replicated, item)
 
     async def followed() -> bool:
-        return f"127.0.0.1:{successor.port}" in await inventory.clocks()
+        return f"127.0.0.1:{successor.port}" in await of_replicated.clocks()
 
     await until(followed, ignoring=(RedisUnavailable,))
-    assert former not in await inventory.clocks()
-    await client.aclose()
+    assert former not in await of_replicated.clocks()
 
 
 @pytest.mark.slow
 async def test_a_failover_fences_the_sales_of_its_node_only(
-    replicated: RedisCluster, new_item: Callable[[], str]
+    replicated: RedisCluster, of_replicated: Inventory, new_item: Callable[[], str]
 ) -> None:
-    client = redis_client.connect(replicated.url)
-    inventory = Inventory(client)
+    inventory = of_replicated
     items = [new_item() for _ in range(12)]
     for item in items:
         await opened(inventory, a_sale(item, stock=1_000_000))
@@ -378,7 +381,6 @@ async def test_a_failover_fences_the_sales_of_its_node_only(
 
     await until(fenced, ignoring=(RedisUnavailable,))
     assert inventory.node_of(lost) != node
-    await client.aclose()
 
 
 async def test_a_user_without_the_command_for_slots_is_a_mistake_and_no_outage(
