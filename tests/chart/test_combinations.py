@@ -141,7 +141,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         (
             "shop-flashsale-consumer",
             {
-                "bootstrapServersFromEnv": "FLASHSALE_KAFKA_BOOTSTRAP",
+                "bootstrapServers": "kafka.sales.svc:9092",
                 "consumerGroup": "shop-flashsale-ledger",
                 "topic": "shop-flashsale.reservations",
                 "lagThreshold": "5000",
@@ -150,13 +150,26 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ),
     ),
     (
-        "KEDA reads the brokers from the container's environment",
-        BY_LAG,
+        "KEDA, in another namespace, needs the namespace of a Service that the release names shortly",
+        merged(
+            BY_LAG, at("kafka.bootstrap", "kafka:9092,kafka.x:9092,[fd00::1]:9092,10.0.0.1:9092")
+        ),
+        lambda r: r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"][
+            "bootstrapServers"
+        ],
+        "kafka.sales.svc:9092,kafka.x:9092,[fd00::1]:9092,10.0.0.1:9092",
+    ),
+    (
+        "KEDA reads the brokers of a Secret from the container's environment",
+        merged(BY_LAG, at("kafka.existingSecret.name", "brokers"), at("kafka.bootstrap", "")),
         lambda r: (
             r.one("ScaledObject", "consumer")["spec"]["scaleTargetRef"]["envSourceContainerName"],
+            r.one("ScaledObject", "consumer")["spec"]["triggers"][0]["metadata"][
+                "bootstrapServersFromEnv"
+            ],
             "FLASHSALE_KAFKA_BOOTSTRAP" in r.environment("consumer"),
         ),
-        ("consumer", True),
+        ("consumer", "FLASHSALE_KAFKA_BOOTSTRAP", True),
     ),
     (
         "an engine's name is the prefix of its topics and its consumer group",
