@@ -35,13 +35,20 @@ API: Final = "Secret-of.the_api~3"
 class RedisOfManifest(RedisServer):
     """The real server, started by the script of a manifest's ConfigMap on another folder and port.
 
-    No wheel has redis-cli, so a script replaces it. It names this node as the primary.
+    No wheel has redis-cli, so a script replaces it. It names `primary`, by default this node as a
+    Sentinel of an earlier manifest names it.
     """
 
     def __init__(
-        self, data: Path, files: dict[str, str], password: str, engine_password: str = ENGINE
+        self,
+        data: Path,
+        files: dict[str, str],
+        password: str,
+        engine_password: str = ENGINE,
+        primary: str = "node.redis-nodes",
     ) -> None:
         super().__init__(data)
+        self.primary = primary
         self.files = files
         self.password = password
         self.engine_password = engine_password
@@ -51,7 +58,7 @@ class RedisOfManifest(RedisServer):
         return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
 
     def _prepare(self) -> None:
-        programs = {"redis-cli": "echo node.redis-nodes", "hostname": "echo node"}
+        programs = {"redis-cli": f"echo {self.primary}", "hostname": "echo node"}
         programs["getent"] = "echo 127.0.0.1 $2"
         programs["redis-server"] = f'exec {default_binary()} "$@"'
         for name, line in programs.items():
@@ -62,7 +69,9 @@ class RedisOfManifest(RedisServer):
         own = f"dir {self.data}\nport {self.port}\ncluster-port {self.bus_port}\nbind 127.0.0.1\n"
         for name, text in self.files.items():
             moved = text.replace("/etc/redis", str(self.data)).replace("dir /data\n", own)
+            moved = moved.replace("/etc/resolv.conf", str(self.data / "resolv.conf"))
             (self.data / name).write_text(moved)
+        (self.data / "resolv.conf").write_text("search shop.svc.cluster.local\n")
 
     def _command(self) -> list[str]:
         return ["sh", "redis.sh"]
@@ -195,10 +204,40 @@ def test_the_redis_service_leads_to_the_proxy_and_the_proxy_to_every_node() -> N
     headless = by_kind["Service"][nodes["serviceName"]]["spec"]
     assert headless["publishNotReadyAddresses"]
     proxied = by_kind["ConfigMap"]["redis"]["data"]["haproxy.cfg"]
-    servers = re.findall(r'^ *server \S+ "([^.]+)\.([^.]+)\.', proxied, re.MULTILINE)
-    assert servers == [(f"redis-{n}", nodes["serviceName"]) for n in range(nodes["replicas"])]
-    watched = by_kind["ConfigMap"]["redis"]["data"]["sentinel.conf"]
-    assert f"sentinel monitor flashsale redis-0.{nodes['serviceName']} 6379 2" in watched
+    servers = re.findall(r'^ *server \S+ "([^.]+)\.\$\{DOMAIN\}:6379"', proxied, re.MULTILINE)
+    assert servers == [f"redis-{n}" for n in range(nodes["replicas"])]
+    mounted = proxy["spec"]["volumes"][0]["configMap"]["items"]
+    assert {each["key"] for each in mounted} == {"domain.sh", "haproxy.cfg", "haproxy.sh"}
+
+
+def test_no_name_of_a_redis_is_looked_up_outside_the_cluster(tmp_path: Path) -> None:
+    """A complete name ends with a dot. HAProxy takes every name for a complete one."""
+    files = scripts(Path("k8s/redis/highly-available.yaml"))
+    complete = "node.redis-nodes.shop.svc.cluster.local."
+    with (
+        RedisOfManifest(tmp_path / "redis", files, PASSWORD) as server,
+        Redis.from_url(server.url, decode_responses=True) as redis,
+    ):
+        assert redis.config_get("replica-announce-ip")["replica-announce-ip"] == complete
+        assert redis.info("replication")["role"] == "master"
+        started = server.data / "sentinel.sh"
+        moved = started.read_text().replace("/data/", f"{tmp_path}/").replace("exec ", ": ")
+        environment = {**os.environ, **server._environment()}
+        subprocess.run(["sh", "-c", moved], env=environment, cwd=server.data, check=True)
+    written = (tmp_path / "sentinel.conf").read_text()
+    assert f"sentinel announce-ip {complete}\n" in written
+    assert f"sentinel monitor flashsale redis-0{complete.removeprefix('node')} 6379 2\n" in written
+
+
+def test_a_volume_of_an_earlier_manifest_has_short_names(tmp_path: Path) -> None:
+    """The Sentinel of such a volume names this node without its domain."""
+    files = scripts(Path("k8s/redis/highly-available.yaml"))
+    with (
+        RedisOfManifest(tmp_path / "redis", files, PASSWORD, primary="other.redis-nodes") as server,
+        Redis.from_url(server.url, decode_responses=True) as redis,
+    ):
+        primary = redis.info("replication")["master_host"]
+        assert primary == "other.redis-nodes.shop.svc.cluster.local."
 
 
 def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:
@@ -213,13 +252,15 @@ def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:
 
 def test_the_proxy_finds_the_clusters_domain(tmp_path: Path) -> None:
     """Run its script with other files and without HAProxy, which prints its environment instead."""
-    script = scripts(Path("k8s/redis/highly-available.yaml"))["haproxy.sh"]
-    found = tmp_path / "resolv.conf"
-    moved = script.replace("/etc/resolv.conf", str(found))
+    files = scripts(Path("k8s/redis/highly-available.yaml"))
+    found, shared = tmp_path / "resolv.conf", tmp_path / "domain.sh"
+    shared.write_text(files["domain.sh"].replace("/etc/resolv.conf", str(found)))
+    moved = files["haproxy.sh"].replace("/etc/haproxy", str(tmp_path))
     moved = moved.replace("exec haproxy", "printenv DOMAIN; : haproxy")
+    nodes = "redis-nodes.shop.svc"
     for text, domain in (
-        ("search shop.svc.example.org svc.example.org example.org\n", "shop.svc.example.org"),
-        ("nameserver 10.96.0.10\nsearch shop.svc.other\noptions ndots:5\n", "shop.svc.other"),
+        ("search shop.svc.example.org svc.example.org example.org\n", f"{nodes}.example.org"),
+        ("nameserver 10.96.0.10\nsearch shop.svc.other\noptions ndots:5\n", f"{nodes}.other"),
         ("nameserver 10.96.0.10\n", ""),
     ):
         found.write_text(text)
@@ -230,9 +271,9 @@ def test_the_proxy_finds_the_clusters_domain(tmp_path: Path) -> None:
 
 def test_the_proxy_listens_on_ipv6_where_the_machine_has_it(tmp_path: Path) -> None:
     files = scripts(Path("k8s/redis/highly-available.yaml"))
-    resolvers, ipv6 = tmp_path / "resolv.conf", tmp_path / "if_inet6"
-    resolvers.write_text("search shop.svc.cluster.local\n")
-    moved = files["haproxy.sh"].replace("/etc/resolv.conf", str(resolvers))
+    ipv6 = tmp_path / "if_inet6"
+    (tmp_path / "domain.sh").write_text("DOMAIN=redis-nodes.shop.svc.cluster.local\n")
+    moved = files["haproxy.sh"].replace("/etc/haproxy/domain", str(tmp_path / "domain"))
     moved = moved.replace("/proc/net/if_inet6", str(ipv6))
     moved = moved.replace("exec haproxy", "printenv ADDRESS; : haproxy")
     for address in ("", "::"):
