@@ -35,8 +35,7 @@ API: Final = "Secret-of.the_api~3"
 class RedisOfManifest(RedisServer):
     """The real server, started by the script of a manifest's ConfigMap on another folder and port.
 
-    No wheel has redis-cli, so a script replaces it. It names `primary`, by default this node as a
-    Sentinel of an earlier manifest names it.
+    No wheel has redis-cli, so a script replaces it. It names `primary`, by default this node.
     """
 
     def __init__(
@@ -215,11 +214,10 @@ def test_no_name_of_a_redis_is_looked_up_outside_the_cluster(tmp_path: Path) -> 
     files = scripts(Path("k8s/redis/highly-available.yaml"))
     complete = "node.redis-nodes.shop.svc.cluster.local."
     with (
-        RedisOfManifest(tmp_path / "redis", files, PASSWORD) as server,
+        RedisOfManifest(tmp_path / "redis", files, PASSWORD, primary=complete) as server,
         Redis.from_url(server.url, decode_responses=True) as redis,
     ):
         assert redis.config_get("replica-announce-ip")["replica-announce-ip"] == complete
-        assert redis.info("replication")["role"] == "master"
         started = server.data / "sentinel.sh"
         moved = started.read_text().replace("/data/", f"{tmp_path}/").replace("exec ", ": ")
         environment = {**os.environ, **server._environment()}
@@ -229,15 +227,23 @@ def test_no_name_of_a_redis_is_looked_up_outside_the_cluster(tmp_path: Path) -> 
     assert f"sentinel monitor flashsale redis-0{complete.removeprefix('node')} 6379 2\n" in written
 
 
-def test_a_volume_of_an_earlier_manifest_has_short_names(tmp_path: Path) -> None:
-    """The Sentinel of such a volume names this node without its domain."""
+@pytest.mark.parametrize("domain", ["", ".shop.svc.cluster.local."])
+@pytest.mark.parametrize("primary", ["node", "other"])
+def test_a_volume_of_an_earlier_manifest_keeps_its_short_names(
+    tmp_path: Path, primary: str, domain: str
+) -> None:
+    """The Sentinel of such a volume names the primary without its domain."""
     files = scripts(Path("k8s/redis/highly-available.yaml"))
+    named = f"{primary}.redis-nodes{domain}"
     with (
-        RedisOfManifest(tmp_path / "redis", files, PASSWORD, primary="other.redis-nodes") as server,
+        RedisOfManifest(tmp_path / "redis", files, PASSWORD, primary=named) as server,
         Redis.from_url(server.url, decode_responses=True) as redis,
     ):
-        primary = redis.info("replication")["master_host"]
-        assert primary == "other.redis-nodes.shop.svc.cluster.local."
+        own = redis.config_get("replica-announce-ip")["replica-announce-ip"]
+        assert own == f"node.redis-nodes{domain}"
+        assert redis.info("replication").get("master_host") == (
+            named if primary == "other" else None
+        )
 
 
 def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:
