@@ -110,7 +110,7 @@ class _AcceptingInventory(Inventory):
         await asyncio.sleep(0)
         answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
         return [
-            BatchReply(1795561067887, _SALE, 50, 0, 0, 1, 0, 0, [answer] * len(requests))
+            BatchReply(1795561067887, _SALE, 50, 0, 1, 0, 0, [answer] * len(requests))
             for _, requests in batches
         ]
 

@@ -146,8 +146,7 @@ class Answer(NamedTuple):
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchReply:
+class BatchReply(NamedTuple):
     """A decided batch: the answers in the order of the requests, and the sale after the batch.
 
     A reservation that the batch accepted has `version`, and is a hold of `hold_ms` if that is not
@@ -157,7 +156,6 @@ class BatchReply:
     now_ms: int
     snapshot: Snapshot
     available: int
-    outbox_length: int
     starts_ms: int
     version: int
     hold_ms: int
@@ -226,12 +224,11 @@ def parse_reply(reply: str) -> BatchReply | Outcome:
     if not answers:
         return Outcome(head)
     now_ms, sale_id, allocated, capacity, revision, *counts, engine = head.split(",")
-    available, outbox, starts_ms, version, hold_ms, held = map(int, counts)
+    available, starts_ms, version, hold_ms, held = map(int, counts)
     return BatchReply(
         now_ms=int(now_ms),
         snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
         available=available,
-        outbox_length=outbox,
         starts_ms=starts_ms,
         version=version,
         hold_ms=hold_ms,

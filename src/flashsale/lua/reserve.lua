@@ -8,7 +8,7 @@
 -- Returns one string for each item, or the error that its part ended with. If no request of the
 --       item can be decided, the string is one word: unknown, unsupported, fenced or other_engine.
 --       Otherwise the first line describes the sale: now_ms,sale_id,allocated,capacity,revision,
---       available,outbox length,starts_ms,version,hold_ms,held,engine. A reservation that was
+--       available,starts_ms,version,hold_ms,held,engine. A reservation that was
 --       accepted now has this version, and is held for hold_ms or confirmed if that is 0. `held`
 --       are the units of all holds. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
@@ -102,7 +102,7 @@ local function decide(keys, item)
       local id, user = ids[n], users[n]
       local record, mark = records[id], entry_mark(id, first_version)
       local entry = mark and redis.pcall('XADD', keys[4],
-        string.format('%s-%d%014d', now, 128 * sale.micros + i, mark), 'id', id,
+        format('%s-%d%014d', now, 128 * sale.micros + i, mark), 'id', id,
         'record', record, 'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
       if type(entry) ~= 'string' then
         entry = redis.call('XADD', keys[4], '*', 'id', id, 'record', record, 'sale', snapshot,
@@ -115,19 +115,19 @@ local function decide(keys, item)
     end
     redis.call('HSET', keys[3], unpack(new_records))
     redis.call('HSET', keys[2], unpack(new_buyers))
-    redis.call('HSET', keys[1], 'accepted', integer(sale.accepted + units), 'last_now_ms', now)
     if holds then
       sale.held = sale.held + units
       redis.call('ZADD', keys[5], unpack(new_holds))
-      redis.call('HSET', keys[1], 'held', integer(sale.held))
     end
+    redis.call('HSET', keys[1], 'accepted', integer(sale.accepted + units), 'last_now_ms', now,
+      'held', integer(sale.held))
   elseif sale.state ~= 'ended' and sale.state ~= 'closed' and sale.finished then
     -- Latch the end, so that a clock that jumps back does not open the sale again.
     redis.call('HSET', keys[1], 'state', 'ended', 'last_now_ms', now)
   end
 
   return table.concat({ now, sale.id, integer(sale.allocated), capacity, integer(sale.revision),
-    integer(available), integer(outbox_length), integer(sale.starts_ms), version,
+    integer(available), integer(sale.starts_ms), version,
     integer(sale.hold_ms), integer(sale.held), sale.engine }, ',')
     .. '\n' .. table.concat(answers, '\n')
 end

@@ -25,8 +25,10 @@
 local FORMAT = '1'
 local STATES = { open = true, paused = true, ended = true, closed = true }
 
+local format = string.format
+
 local function integer(n)
-  return string.format('%.0f', n)
+  return format('%d', n)
 end
 
 -- A server that was demoted and promoted again keeps its run_id, but its master_replid2 changes to
@@ -45,10 +47,14 @@ local function server_run()
 end
 
 -- Returns the time in ms, and the microseconds since then.
+local own_ms, own_micros -- a call reads them once, for all its items
 local function clock_ms()
-  local time = redis.call('TIME')
-  local micros = tonumber(time[2])
-  return tonumber(time[1]) * 1000 + math.floor(micros / 1000), micros % 1000
+  if not own_ms then
+    local time = redis.call('TIME')
+    own_micros = time[2] % 1000
+    own_ms = time[1] * 1000 + (time[2] - own_micros) / 1000
+  end
+  return own_ms, own_micros
 end
 
 -- The last 14 digits of the id of an acceptance's outbox entry: the last digit of the version, the
