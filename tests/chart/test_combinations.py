@@ -150,7 +150,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ),
     ),
     (
-        "KEDA, in another namespace, needs the namespace of a Service that the release names shortly",
+        "KEDA is in another namespace, so it gets names of Services with their namespace",
         merged(
             BY_LAG, at("kafka.bootstrap", "kafka:9092,kafka.x:9092,[fd00::1]:9092,10.0.0.1:9092")
         ),
