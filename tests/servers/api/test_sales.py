@@ -188,14 +188,18 @@ async def test_metrics_are_served_on_their_own_port(
 ) -> None:
     await open_sale(item, 1)
     await reserve(http, item)
-    async with httpx.AsyncClient() as scraper:
-        text = (await scraper.get(api.metrics_url)).text
+
+    async def swept() -> str:
+        async with httpx.AsyncClient() as scraper:
+            text = (await scraper.get(api.metrics_url)).text
+        return text if f'flashsale_api_outbox_entries{{item="{item}"}} 1.0' in text else ""
+
+    text = await until(swept)
     for name in (
         f'flashsale_api_requests_total{{item="{item}",outcome="accepted"}} 1.0',
         "flashsale_api_request_seconds_bucket",
         "flashsale_api_batch_size_count",
         "flashsale_api_script_seconds_count",
-        f'flashsale_api_outbox_entries{{item="{item}"}} 1.0',
         "flashsale_api_unacknowledged_events",
         "flashsale_api_events_published_total",
     ):
