@@ -43,6 +43,7 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import events, redis_client
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
+from flashsale_operator.ctl import doctor
 from flashsale_operator.sales import offsets
 from tests.support import redis_users
 from tests.support.engine import flashsalectl, manifest
@@ -279,6 +280,15 @@ def client(
 ) -> KafkaSettings:
     variables = as_user(component, bootstrap, authority) | {"FLASHSALE_KAFKA_PASSWORD": password}
     return load(KafkaSettings, variables)
+
+
+async def test_the_operators_user_may_read_the_settings_that_doctor_checks(
+    authority: Authority, kafka: str
+) -> None:
+    settings = client("operator", kafka, authority)
+    found = await doctor._within(doctor.KAFKA, doctor._kafka(settings))
+    assert len(found) > 2
+    assert not [each for each in found if "this user may not" in each.text]
 
 
 async def test_each_user_can_do_its_own_work_and_nothing_else(
