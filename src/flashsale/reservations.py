@@ -149,6 +149,7 @@ class Answer(NamedTuple):
 class BatchReply(NamedTuple):
     """A decided batch: the answers in the order of the requests, and the sale after the batch.
 
+    It is a tuple, because each item of a call has one, and a frozen dataclass takes longer to make.
     A reservation that the batch accepted has `version`, and is a hold of `hold_ms` if that is not
     0. `held` counts the units of open holds.
     """

@@ -43,7 +43,6 @@ class HeldInventory(Inventory):
         ]
 
     def _reply(self, requests: Sequence[Request]) -> BatchReply:
-        detail = "1-1" if self.outcome is Outcome.ACCEPTED else ""
         return BatchReply(
             now_ms=1,
             snapshot=Snapshot("default/x", 1, 1, 1),
@@ -52,7 +51,7 @@ class HeldInventory(Inventory):
             version=1,
             hold_ms=0,
             held=0,
-            answers=[Answer(self.outcome, detail) for _ in requests],
+            answers=[Answer(self.outcome, "1-1") for _ in requests],
         )
 
 

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
-from flashsale.reservations import (
-    Answer,
-    BatchReply,
-    Outcome,
-    Record,
-    Request,
-    State,
-    Transition,
-)
+from flashsale.reservations import BatchReply, Outcome, Record, Request, State, Transition
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -159,14 +151,15 @@ class Batcher(Calls[Request, Decision]):
 
     def _learn(self, item_id: str, reply: BatchReply) -> None:
         """Caches that the sale is sold out, and that it exists and has not ended."""
-        if reply.available == 0 and _SOLD_OUT in reply.answers:
+        outcomes = {answer.outcome for answer in reply.answers}
+        if reply.available == 0 and Outcome.SOLD_OUT in outcomes:
             decision = Decision(Outcome.SOLD_OUT, held=_held(reply))
             until = asyncio.get_running_loop().time() + SOLD_OUT_SECONDS
             self._sold_out[item_id] = until, decision
         else:
             self._sold_out.pop(item_id, None)
         # An ended sale is not forgotten at once, because a closed one may be applied again.
-        if _ENDED not in reply.answers:
+        if Outcome.ENDED not in outcomes:
             self._remember(item_id)
 
 
@@ -213,9 +206,6 @@ def _read(
 def _held(reply: BatchReply) -> int | None:
     return reply.held if reply.hold_ms or reply.held else None
 
-
-_SOLD_OUT: Final = Answer(Outcome.SOLD_OUT)
-_ENDED: Final = Answer(Outcome.ENDED)
 
 _ENDINGS: Final = {
     State.EXPIRED: Transition.HOLD_EXPIRED,

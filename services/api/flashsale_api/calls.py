@@ -209,7 +209,7 @@ class Calls(ABC, Generic[R, D]):
         for _ in range(2):
             started = loop.time()
             for item_id in item_ids:
-                if started < self._known_until.get(item_id, 0.0):
+                if self.knows(item_id):
                     self._called[item_id] = started
             try:
                 replies = await send()

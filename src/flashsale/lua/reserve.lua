@@ -8,9 +8,9 @@
 -- Returns one string for each item, or the error that its part ended with. If no request of the
 --       item can be decided, the string is one word: unknown, unsupported, fenced or other_engine.
 --       Otherwise the first line describes the sale: now_ms,sale_id,allocated,capacity,revision,
---       available,starts_ms,version,hold_ms,held,engine. A reservation that was
---       accepted now has this version, and is held for hold_ms or confirmed if that is 0. `held`
---       are the units of all holds. Then follows one line per request, in order:
+--       available,starts_ms,version,hold_ms,held,engine. A reservation that was accepted now has
+--       this version, and is held for hold_ms or confirmed if that is 0. `held` are the units of all
+--       holds. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
 --         limit_reached UNITS MAX_PER_USER | too_many_holds | sold_out | not_enough_left |
 --         outbox_full

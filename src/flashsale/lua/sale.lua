@@ -27,6 +27,7 @@ local STATES = { open = true, paused = true, ended = true, closed = true }
 
 local format = string.format
 
+-- tostring would round a number of more than 14 digits.
 local function integer(n)
   return format('%d', n)
 end
