@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 from redis.asyncio import Redis
 
-from bench import machine, page
+from bench import figures, machine, page
 from bench.holds import HOLD_SECONDS, expire, hold
 from bench.recording import Progress, publish
 from bench.requests import OPEN_CONNECTIONS, QUICK, WHOLE, Scale
@@ -306,7 +306,7 @@ def main() -> None:
         found = Measuring(rig, scale, api, rate).run(names)
     run = f"{run}, commit {machine.describe(python)['commit']}"
     shutil.rmtree(folder)
-    print(page.backlogs(Backlogs(run=run, found=found)))
+    print(figures.backlogs(Backlogs(run=run, found=found)))
     if arguments.write:
         docs = ROOT / "docs"
         known = msgspec.json.decode((docs / "performance.json").read_bytes(), type=Findings)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from bench import machine, page
+from bench import figures, machine
 from bench.requests import QUICK, WHOLE, Scale, show
 from bench.results import Bounds
 from bench.rig import Api, Rig
@@ -50,7 +50,7 @@ def main() -> None:
         found = compare(rig, scale, rig.api(), run)
     shutil.rmtree(folder)
     print(msgspec.json.encode(found).decode())
-    print(page.bounds(found))
+    print(figures.bounds(found))
 
 
 if __name__ == "__main__":

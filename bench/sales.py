@@ -8,7 +8,7 @@ import shutil
 import time
 from functools import partial
 
-from bench import machine, page
+from bench import figures, machine
 from bench.requests import QUICK, WHOLE, Scale, in_turn
 from bench.results import Round
 from bench.rig import Api, Rig
@@ -45,7 +45,7 @@ def main() -> None:
         rig.consumer(rig.cores.rest).stop()  # creates the topic and the ledger
         found, _ = sales(rig, scale, rig.api())
     shutil.rmtree(folder)
-    print(page.of_rounds(found))
+    print(figures.of_rounds(found))
 
 
 if __name__ == "__main__":
