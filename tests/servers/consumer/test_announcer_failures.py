@@ -1,4 +1,4 @@
-"""Recorded reservations are announced, whichever server or consumer fails in between."""
+"""The announcer while its topic, the ledger or the consumer fails. Needs PostgreSQL and Kafka."""
 
 import asyncio
 import gc
@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -16,194 +15,18 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
 from flashsale.events import Event
-from flashsale.ledger import migrate
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import offsets as stored_offsets
 from flashsale_consumer import worker
 from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorded import Source
-from tests.support.consumer import (
-    Ledger,
-    Log,
-    accepted,
-    changed,
-    held,
-    migrate_to,
-    opened,
-    running,
-)
+from tests.support.announced import offsets, until_announced, until_offsets
+from tests.support.consumer import Ledger, Log, accepted, changed, held, running
 from tests.support.eventually import until
-from tests.support.recorded import Receiver, received
+from tests.support.recorded import received
 
 KILLS = 200
-
-
-async def until_announced(ledger: Ledger, log: Log, count: int) -> Receiver:
-    """Wait until the receiver knows exactly the ledger's reservations, and return its view."""
-    found = Receiver()
-
-    async def look() -> bool:
-        nonlocal found
-        found = await received(log.bootstrap, log.engine)
-        return len(found.reservations) == count and await found.agrees(ledger.pool)
-
-    await until(look, lambda: f"{len(found.reservations)} reservations are announced")
-    return found
-
-
-async def offsets(ledger: Ledger) -> tuple[int, int]:
-    """Return how many events are recorded, and how many of them are announced."""
-    row = await ledger.pool.fetchrow(
-        "SELECT sum(next_offset)::int, sum(announced_offset)::int FROM kafka_offsets"
-    )
-    assert row is not None
-    return row[0] or 0, row[1] or 0
-
-
-async def until_offsets(ledger: Ledger, recorded: int, announced: int) -> None:
-    found = (0, 0)
-
-    async def look() -> bool:
-        nonlocal found
-        found = await offsets(ledger)
-        return found == (recorded, announced)
-
-    await until(look, lambda: f"recorded and announced are {found}")
-
-
-async def test_every_recorded_change_of_a_reservation_is_announced(
-    ledger: Ledger, log: Log
-) -> None:
-    hold = held(quantity=2, user_id="ann")
-    confirmed = changed(hold, "confirmed")
-    async with running(ledger.url, log):
-        for number, event in enumerate((hold, confirmed, changed(confirmed, "cancelled")), 1):
-            await log.write(event)
-            view = await until_announced(ledger, log, 1)
-            [message] = view.reservations.values()
-            assert (message["state"], message["version"]) == (event.state, number)
-            assert message["verdict"] == "recorded"
-        await until_offsets(ledger, 3, 3)
-    key = f"{hold.sale_id}/{hold.reservation_id}"
-    assert view.ids == {f"{key}/{version}": 1 for version in (1, 2, 3)}
-    assert len(view.partitions[key]) == 1
-    assert message == {
-        "saleId": "default/phones",
-        "itemId": "phone",
-        "reservationId": hold.reservation_id,
-        "userId": "ann",
-        "quantity": 2,
-        "state": "cancelled",
-        "version": 3,
-        "verdict": "recorded",
-        "orderRef": "order-1",
-        "acceptedAt": "2026-11-27T12:00:00Z",
-        "expiresAt": "2026-11-27T12:10:00Z",
-        "confirmedAt": "2026-11-27T12:10:00Z",
-        "recordedAt": message["recordedAt"],
-    }
-
-
-async def test_a_refused_reservation_is_announced_as_the_ledger_has_it(
-    ledger: Ledger, log: Log
-) -> None:
-    oversold = [accepted(number, allocated=2, capacity=2) for number in range(3)]
-    async with running(ledger.url, log):
-        await log.write(*oversold, partition=0)
-        view = await until_announced(ledger, log, 3)
-        refused = view.reservations[f"default/phones/{oversold[2].reservation_id}"]
-        assert (refused["verdict"], refused["state"]) == ("refused", "refused")
-        assert [each["verdict"] for each in view.reservations.values()].count("recorded") == 2
-        # More units are found, and the buyer's request is repeated. The version is the same.
-        again = msgspec.structs.replace(oversold[2], allocated=3, capacity=3, revision=2)
-        await log.write(again)
-        await until_offsets(ledger, 4, 4)
-        view = await until_announced(ledger, log, 3)
-    identity = f"default/phones/{again.reservation_id}/1"
-    assert view.reservations[identity[:-2]]["verdict"] == "recorded"
-    assert set(view.ids) >= {identity, f"{identity}/refused"}
-
-
-async def test_a_change_that_a_rebuild_did_not_find_is_not_announced(
-    ledger: Ledger, log: Log
-) -> None:
-    hold = held()
-    async with running(ledger.url, log):
-        await log.write(hold)
-        await until_announced(ledger, log, 1)
-        await ledger.pool.execute("UPDATE sales SET rebuilt_revision = 2, revision = 2")
-        await log.write(changed(hold, "confirmed"), held(1))
-        view = await until_announced(ledger, log, 2)
-        await until_offsets(ledger, 3, 3)
-    assert [each["state"] for each in view.reservations.values()].count("refused") == 1
-    assert view.reservations[f"default/phones/{hold.reservation_id}"]["state"] == "held"
-
-
-async def test_units_that_a_rebuild_lost_are_announced_on_the_sale(
-    ledger: Ledger, log: Log
-) -> None:
-    async with running(ledger.url, log):
-        await log.write(accepted())
-        await until_announced(ledger, log, 1)
-        for revision, lost in ((7, 3), (9, 5)):
-            await ledger.pool.execute(
-                "UPDATE sales SET rebuilt_revision = $1, lost = $2", revision, lost
-            )
-
-            async def announced() -> bool:
-                found: int = await ledger.pool.fetchval("SELECT announced_revision FROM sales")
-                return found == revision  # noqa: B023 - of this step
-
-            await until(announced, "the rebuild is announced")
-    view = await received(log.bootstrap, log.engine)
-    assert view.rebuilds == [
-        {"saleId": "default/phones", "itemId": "phone", "revision": revision, "lost": lost}
-        for revision, lost in ((7, 3), (9, 5))
-    ]
-    assert view.ids["default/phones/rebuilt/9"] == 1
-
-
-async def test_a_restarted_consumer_announces_what_was_recorded_before(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first consumer is like one of the previous version, which announces nothing."""
-    first, second = ([accepted(number) for number in range(500)] for _ in range(2))
-
-    async def never(*_: object) -> None:
-        await asyncio.Event().wait()
-
-    await log.write(*first)
-    with monkeypatch.context() as patch:
-        patch.setattr(Announcer, "run", never)
-        async with running(ledger.url, log):
-            await ledger.until_has(*first)
-    assert await offsets(ledger) == (500, 0)
-    async with running(ledger.url, log):
-        await log.write(*second)
-        await until_announced(ledger, log, 1_000)
-        await until_offsets(ledger, 1_000, 1_000)
-
-
-async def test_reservations_of_before_the_first_announcing_version_are_not_announced(
-    database_url: str, log: Log
-) -> None:
-    former, new = accepted(), accepted(1)
-    async with opened(database_url) as ledger:
-        await migrate_to(ledger.pool, 5)
-        await log.write(former, partition=0)
-        await ledger.pool.execute("INSERT INTO kafka_offsets VALUES ($1, 0, 1)", log.topic)
-        await migrate(ledger.pool)
-        # A consumer of the previous version, which is still running, begins with a partition.
-        await log.write(accepted(2), partition=1)
-        await ledger.pool.execute(
-            "INSERT INTO kafka_offsets (topic, partition, next_offset) VALUES ($1, 1, 0)",
-            log.topic,
-        )
-        async with running(ledger.url, log):
-            await log.write(new, partition=0)
-            view = await until_announced(ledger, log, 2)
-    assert f"{former.sale_id}/{former.reservation_id}" not in view.reservations
 
 
 @pytest.mark.slow
@@ -276,18 +99,6 @@ async def test_a_missing_topic_is_created_again(ledger: Ledger, log: Log) -> Non
             return f"{second.sale_id}/{second.reservation_id}" in view.reservations
 
         await until(announced, "the second reservation is announced")
-
-
-async def test_two_consumers_announce_all_that_they_record(ledger: Ledger, log: Log) -> None:
-    sold = [accepted(number) for number in range(3_000)]
-    async with running(ledger.url, log) as one:
-        await log.write(*sold[:1_000])
-        async with running(ledger.url, log) as other:
-            await log.write(*sold[1_000:2_000])
-            await until(lambda: one.partitions() == other.partitions() == 6)
-            await log.write(*sold[2_000:])
-            await until_announced(ledger, log, len(sold))
-            await until_offsets(ledger, 3_000, 3_000)
 
 
 @pytest.mark.slow
