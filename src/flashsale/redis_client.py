@@ -197,14 +197,14 @@ class Link(asyncio.Protocol):
     def _deliver(self, reply: object) -> None:
         """Hands a reply to its call. Raises `TypeError` for a type that no script returns."""
         parts = reply if isinstance(reply, list) and reply else [reply]
-        if not all(isinstance(part, (str, int, RedisError)) for part in parts):
+        kinds = set(map(type, parts))
+        if not all(issubclass(kind, (str, int, RedisError)) for kind in kinds):
             raise TypeError(f"type {type(reply).__name__}")
         answer = self._asked.popleft()
         if answer.done():
             return  # cancelled: the link is closing
-        errors = [part for part in parts if isinstance(part, RedisError)]
-        if len(errors) == len(parts):
-            answer.set_exception(errors[0])
+        if all(issubclass(kind, RedisError) for kind in kinds):
+            answer.set_exception(parts[0])
         else:
             answer.set_result(cast("Reply", reply))
 

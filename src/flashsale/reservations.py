@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from flashsale.errors import ContractViolation
@@ -224,17 +225,17 @@ def parse_reply(reply: str) -> BatchReply | Outcome:
     head, *answers = reply.split("\n")
     if not answers:
         return Outcome(head)
-    now_ms, sale_id, allocated, capacity, revision, *counts, engine = head.split(",")
-    available, starts_ms, version, hold_ms, held = map(int, counts)
+    *counts, snapshot = head.split(",", 6)
+    now_ms, available, starts_ms, version, hold_ms, held = map(int, counts)
     return BatchReply(
-        now_ms=int(now_ms),
-        snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
-        available=available,
-        starts_ms=starts_ms,
-        version=version,
-        hold_ms=hold_ms,
-        held=held,
-        answers=[_ANSWERS.get(answer) or _answer(answer) for answer in answers],
+        now_ms,
+        _snapshot(snapshot),
+        available,
+        starts_ms,
+        version,
+        hold_ms,
+        held,
+        [_ANSWERS.get(answer) or _answer(answer) for answer in answers],
     )
 
 
@@ -260,8 +261,14 @@ def parse_expired(reply: str) -> Expired | Transition:
 
 
 def _sale(head: str) -> tuple[int, Snapshot]:
-    now_ms, sale_id, allocated, capacity, revision, engine = head.split(",")
-    return int(now_ms), Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine)
+    now_ms, _, snapshot = head.partition(",")
+    return int(now_ms), _snapshot(snapshot)
+
+
+@lru_cache(maxsize=10_000)  # a sale's snapshot stays the same until units are released
+def _snapshot(text: str) -> Snapshot:
+    sale_id, allocated, capacity, revision, engine = text.split(",")
+    return Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine)
 
 
 def _transition(line: str) -> TransitionAnswer:

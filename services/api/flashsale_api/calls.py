@@ -209,7 +209,7 @@ class Calls(ABC, Generic[R, D]):
         for _ in range(2):
             started = loop.time()
             for item_id in item_ids:
-                if self.knows(item_id):
+                if started < self._known_until.get(item_id, 0.0):
                     self._called[item_id] = started
             try:
                 replies = await send()
@@ -273,8 +273,8 @@ class Calls(ABC, Generic[R, D]):
     def _next_batches(self, share: _Share[R, D]) -> list[_Batch[R, D]]:
         """Takes the requests of a call from the queues that are ready."""
         batches: list[_Batch[R, D]] = []
-        left = BATCH_LIMIT
-        while share.ready and left and len(batches) < self.items_per_call:
+        left, limit = BATCH_LIMIT, self.items_per_call
+        while share.ready and left and len(batches) < limit:
             queue = share.ready.popleft()
             if queue.share is not share:  # the item is known meanwhile, and is ready there
                 continue

@@ -68,7 +68,7 @@ if sale.id ~= sale_id then
 end
 
 if revision < sale.revision then return 'stale' end
-if sale.fenced then return 'fenced' end
+if reason then return reason end
 if sale.state == 'ended' then return 'ended' end
 if sale.state ~= 'closed' and sale.finished then
   redis.call('HSET', KEYS[1], 'state', 'ended', 'last_now_ms', integer(sale.now))

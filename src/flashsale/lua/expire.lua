@@ -8,8 +8,7 @@
 -- Invariant: only a held reservation expires, and only when it is due.
 
 local sale, reason = read_sale(KEYS)
-if not sale then return reason end
-if sale.fenced then return 'fenced' end
+if reason then return reason end
 if foreign(sale, ARGV[2]) then return 'other_engine' end
 local limit = tonumber(ARGV[1])
 if not limit or limit < 1 then return redis.error_reply('ERR limit below 1') end

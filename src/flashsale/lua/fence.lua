@@ -76,7 +76,7 @@ if not sale then
   return 'fenced'
 end
 local accepted, held = tonumber(ARGV[16]), tonumber(ARGV[17])
-if not sale.fenced and sale.accepted >= accepted
+if not reason and sale.accepted >= accepted
   and sale.accepted - sale.held >= accepted - held then
   return 'trusted'
 end

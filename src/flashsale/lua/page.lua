@@ -8,8 +8,7 @@
 -- Invariant: the records of an untrusted sale are not read, because they may be an older copy.
 
 local sale, reason = read_sale(KEYS)
-if not sale then return reason end
-if sale.fenced then return 'fenced' end
+if reason then return reason end
 local scanned = redis.call('HSCAN', KEYS[3], ARGV[1], 'COUNT', ARGV[2])
 local page = { scanned[1], sale.id, integer(sale.allocated),
   integer(sale.allocated + sale.released), integer(sale.revision), sale.engine }

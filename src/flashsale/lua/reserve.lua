@@ -7,8 +7,8 @@
 --         comma or a newline.
 -- Returns one string for each item, or the error that its part ended with. If no request of the
 --       item can be decided, the string is one word: unknown, unsupported, fenced or other_engine.
---       Otherwise the first line describes the sale: now_ms,sale_id,allocated,capacity,revision,
---       available,starts_ms,version,hold_ms,held,engine. A reservation that was accepted now has
+--       Otherwise the first line describes the sale: now_ms,available,starts_ms,version,hold_ms,
+--       held,sale_id,allocated,capacity,revision,engine. A reservation that was accepted now has
 --       this version, and is held for hold_ms or confirmed if that is 0. `held` are the units of all
 --       holds. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
@@ -23,36 +23,35 @@
 --       an entry has its mark, so that `settle` need not read it. If the clock ran backwards, or
 --       the reservation's id has no mark, Redis makes the id of the entry.
 
-local function decide(keys, item)
-  local sale, reason = read_sale(keys)
-  if not sale then return reason end
-  if sale.fenced then return 'fenced' end
-  if foreign(sale, ARGV[2]) then return 'other_engine' end
+-- The lists are used again for each item, because a new list takes as long as a small command.
+local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
+local answers, new_records, new_buyers, new_holds = {}, {}, {}, {}
 
-  -- Parallel lists: a table per request would cost more than the rest of the parsing.
-  local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
-  local count, expected, lines = 0, tonumber(ARGV[2 * item + 1]), ARGV[2 * item + 2]
-  local parsed = 0 -- bytes: gmatch skips text that does not match, and none may be left
-  for id, user, quantity, key, traceparent in string.gmatch(lines,
-    '([^,\n]+),([^,\n]+),(%d+),([^,\n]*),([^,\n]*)\n') do
-    count = count + 1
-    parsed = parsed + #id + #user + #quantity + #key + #traceparent + 5
+-- Reads the requests of an item into the lists. Returns their number, or nil if they are malformed.
+local function parse(lines)
+  local count, position = 0, 1
+  while position <= #lines do
+    local _, last, id, user, quantity, key, traceparent = string.find(lines,
+      '^([^,\n]+),([^,\n]+),(%d+),([^,\n]*),([^,\n]*)\n', position)
+    if not last or tonumber(quantity) < 1 then return nil end
+    count, position = count + 1, last + 1
     ids[count], users[count], quantities[count] = id, user, tonumber(quantity)
     request_keys[count], traceparents[count] = key, traceparent
-    if quantities[count] < 1 then return redis.error_reply('ERR quantity below 1') end
   end
-  local outbox_limit = tonumber(ARGV[1])
-  if count == 0 or count ~= expected or parsed ~= #lines or not outbox_limit then
+  return count
+end
+
+local function decide(keys, item)
+  local sale, reason = read_sale(keys)
+  if reason then return reason end
+  if foreign(sale, ARGV[2]) then return 'other_engine' end
+  local outbox_limit, count = tonumber(ARGV[1]), parse(ARGV[2 * item + 2])
+  if count == 0 or count ~= tonumber(ARGV[2 * item + 1]) or not outbox_limit then
     return redis.error_reply('ERR malformed batch')
   end
 
-  local records, units_of, expired_of = {}, {}, {}
-  local known = redis.call('HMGET', keys[3], unpack(ids))
-  local bought = redis.call('HMGET', keys[2], unpack(users))
-  for n = 1, count do
-    records[ids[n]] = known[n] or nil
-    units_of[users[n]], expired_of[users[n]] = buyer(bought[n])
-  end
+  local known = redis.call('HMGET', keys[3], unpack(ids, 1, count))
+  local bought = redis.call('HMGET', keys[2], unpack(users, 1, count))
   local outbox_length = redis.call('XLEN', keys[4])
 
   -- The answer to every request that is not a replay, if the sale accepts nothing.
@@ -62,62 +61,56 @@ local function decide(keys, item)
   elseif sale.now < sale.starts_ms then refusal = 'not_open'
   end
 
-  local now = integer(sale.now)
-  local available, units = sale.available, 0
-  local first_version = next_version(sale, 0)
+  local now, first_version = integer(sale.now), next_version(sale, 0)
   local holds, version = sale.hold_ms > 0, integer(first_version)
-  local state = holds and 'held' or 'confirmed'
-  local expires = integer(sale.now + sale.hold_ms)
-  local due = integer(due_ms(sale.now, sale.now + sale.hold_ms))
-  local ending = holds and ',' .. expires .. ',,' or ''
-  local answers, accepted = {}, {}
+  local expires_ms = sale.now + sale.hold_ms
+  local state = holds and 'held,' or 'confirmed,'
+  local ending = holds and ',' .. integer(expires_ms) .. ',,' or ''
+  local due = holds and integer(due_ms(sale.now, expires_ms))
+  local snapshot, _, micros = snapshot_of(sale), clock_ms()
+  local available = sale.allocated - sale.accepted + sale.released
+  local accepted, units = 0, 0
+  local records, owned = {}, {} -- what the batch has changed, by id and by user
   for n = 1, count do
     local id, user, quantity = ids[n], users[n], quantities[n]
-    local record = records[id]
+    local record = records[id] or known[n]
+    local user_units, user_expired = buyer(owned[user] or bought[n])
     if record then
       local same = tonumber(string.match(record, '^%a+,%d+,(%d+),')) == quantity
-      answers[n] = same and ('replayed ' .. record) or 'key_reused'
+      answers[n] = same and 'replayed ' .. record or 'key_reused'
     elseif refusal then answers[n] = refusal
-    elseif units_of[user] + quantity > sale.max_per_user then
-      answers[n] = 'limit_reached ' .. integer(units_of[user]) .. ' ' .. integer(sale.max_per_user)
-    elseif holds and expired_of[user] >= sale.max_expired_holds then answers[n] = 'too_many_holds'
+    elseif user_units + quantity > sale.max_per_user then
+      answers[n] = 'limit_reached ' .. integer(user_units) .. ' ' .. integer(sale.max_per_user)
+    elseif holds and user_expired >= sale.max_expired_holds then answers[n] = 'too_many_holds'
     elseif available <= 0 then answers[n] = 'sold_out'
     elseif quantity > available then answers[n] = 'not_enough_left'
-    elseif outbox_length >= outbox_limit then answers[n] = 'outbox_full'
+    elseif outbox_length + accepted >= outbox_limit then answers[n] = 'outbox_full'
     else
-      records[id] = state .. ',' .. version .. ',' .. quantity .. ',' .. now .. ',' .. user .. ','
+      record = state .. version .. ',' .. quantity .. ',' .. now .. ',' .. user .. ','
         .. request_keys[n] .. ending
-      units_of[user] = units_of[user] + quantity
-      available, units = available - quantity, units + quantity
-      outbox_length = outbox_length + 1
-      accepted[#accepted + 1] = n
-    end
-  end
-
-  local capacity = integer(sale.allocated + sale.released)
-  if #accepted > 0 then
-    local snapshot = snapshot_of(sale)
-    local new_records, new_buyers, new_holds = {}, {}, {}
-    for i, n in ipairs(accepted) do
-      local id, user = ids[n], users[n]
-      local record, mark = records[id], entry_mark(id, first_version)
+      accepted, units, available = accepted + 1, units + quantity, available - quantity
+      local mark = entry_mark(id, first_version)
       local entry = mark and redis.pcall('XADD', keys[4],
-        format('%s-%d%014d', now, 128 * sale.micros + i, mark), 'id', id,
+        format('%s-%d%014d', now, 128 * micros + accepted, mark), 'id', id,
         'record', record, 'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
       if type(entry) ~= 'string' then
         entry = redis.call('XADD', keys[4], '*', 'id', id, 'record', record, 'sale', snapshot,
           'traceparent', traceparents[n], 'engine', sale.engine)
       end
       answers[n] = 'accepted ' .. entry
-      new_records[2 * i - 1], new_records[2 * i] = id, record
-      new_buyers[2 * i - 1], new_buyers[2 * i] = user, buyer_text(units_of[user], expired_of[user])
-      if holds then new_holds[2 * i - 1], new_holds[2 * i] = due, id end
+      records[id], owned[user] = record, buyer_text(user_units + quantity, user_expired)
+      new_records[2 * accepted - 1], new_records[2 * accepted] = id, record
+      new_buyers[2 * accepted - 1], new_buyers[2 * accepted] = user, owned[user]
+      new_holds[2 * accepted - 1], new_holds[2 * accepted] = due, id
     end
-    redis.call('HSET', keys[3], unpack(new_records))
-    redis.call('HSET', keys[2], unpack(new_buyers))
+  end
+
+  if accepted > 0 then
+    redis.call('HSET', keys[3], unpack(new_records, 1, 2 * accepted))
+    redis.call('HSET', keys[2], unpack(new_buyers, 1, 2 * accepted))
     if holds then
       sale.held = sale.held + units
-      redis.call('ZADD', keys[5], unpack(new_holds))
+      redis.call('ZADD', keys[5], unpack(new_holds, 1, 2 * accepted))
     end
     redis.call('HSET', keys[1], 'accepted', integer(sale.accepted + units), 'last_now_ms', now,
       'held', integer(sale.held))
@@ -126,10 +119,8 @@ local function decide(keys, item)
     redis.call('HSET', keys[1], 'state', 'ended', 'last_now_ms', now)
   end
 
-  return table.concat({ now, sale.id, integer(sale.allocated), capacity, integer(sale.revision),
-    integer(available), integer(sale.starts_ms), version,
-    integer(sale.hold_ms), integer(sale.held), sale.engine }, ',')
-    .. '\n' .. table.concat(answers, '\n')
+  return format('%s,%d,%d,%s,%d,%d,%s,%s\n', now, available, sale.starts_ms, version,
+    sale.hold_ms, sale.held, snapshot, sale.engine) .. table.concat(answers, '\n', 1, count)
 end
 
 return of_each_item(decide)

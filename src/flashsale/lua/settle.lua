@@ -41,7 +41,7 @@ local function settle(keys, item)
   -- A pod of a version that supports the sale can still give the units back.
   if reason == 'unsupported' then return 0 end
   local deleted = redis.call('XDEL', keys[4], unpack(acknowledged))
-  if not sale or sale.fenced then return deleted end
+  if not sale or reason then return deleted end
 
   for _, release in ipairs(releases) do
     local user, quantity, ended = unpack(release)

@@ -61,8 +61,7 @@ end
 --   changed ENTRY-ID RECORD | replayed RECORD | unknown_reservation | a refusal
 local function change_all(decide)
   local sale, reason = read_sale(KEYS)
-  if not sale then return reason end
-  if sale.fenced then return 'fenced' end
+  if reason then return reason end
   if foreign(sale, ARGV[3]) then return 'other_engine' end
   local ids, order_refs, traceparents, parsed = {}, {}, {}, 0
   for id, order_ref, traceparent in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]*),([^,\n]*)\n') do

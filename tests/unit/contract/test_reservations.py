@@ -112,7 +112,7 @@ def test_an_outbox_entry_has_the_whole_event(
     ],
 )
 def test_each_answer_to_a_request_is_read(line: str, answer: Answer) -> None:
-    reply = parse_reply(f"1000,default/phone,7,9,3,5,0,3001,60000,4,e-1\nsold_out\n{line}")
+    reply = parse_reply(f"1000,5,0,3001,60000,4,default/phone,7,9,3,e-1\nsold_out\n{line}")
     assert reply == BatchReply(
         now_ms=1_000,
         snapshot=Snapshot("default/phone", 7, 9, 3, "e-1"),
