@@ -14,7 +14,7 @@ VERSION ?= $(shell sed -n 's/^appVersion: *//p' charts/flashsale/Chart.yaml)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down clean control-plane cluster cluster-images cluster-down e2e load soak bench test test-rest test-all faults faults-table check-locks \
   images push check lint lint-workflows lock release-target release-check \
-  release-notes release-digests release-chart release-push
+  release-notes release-digests release-verify release-chart release-push
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -135,6 +135,15 @@ release-chart: $(READY) ## Package the chart of VERSION with the images of IMAGE
 
 release-digests: $(READY) ## Write the digests of the pushed images of VERSION to DIGESTS=FILE (needs Go)
 	@$(BIN)/python -m dev.release digests "$(VERSION)" --images "$(IMAGES)" > "$(DIGESTS)"
+
+release-verify: ## Verify that the release of VERSION at SOURCE signed the images of DIGESTS=FILE (needs cosign)
+	@test -n "$(IMAGES)" && test -n "$(SOURCE)" && test -s "$(DIGESTS)" || { echo "Name the release: make release-verify IMAGES=registry.example/shop SOURCE=https://github.com/OWNER/flashsale DIGESTS=FILE" >&2; exit 2; }
+	@set -eu; while read -r name digest || test -n "$$name"; do \
+	  image="$(IMAGES)/flashsale/$$name"; \
+	  cosign verify "$$image@$$digest" --annotations "image=$$image" \
+	    --certificate-identity "$(SOURCE)/.github/workflows/release.yml@refs/tags/v$(VERSION)" \
+	    --certificate-oidc-issuer https://token.actions.githubusercontent.com > /dev/null; \
+	done < "$(DIGESTS)"
 
 release-push: $(READY) ## Push CHART=FILE to IMAGES/charts, and print its name with digest (needs Go)
 	@$(BIN)/python -m dev.release push "$(CHART)" --images "$(IMAGES)" $(PUSH_FLAGS)

@@ -157,3 +157,46 @@ def test_a_push_without_a_registry_explains_itself() -> None:
     )
     assert done.returncode == 2
     assert "make push IMAGES=registry.example/shop" in done.stderr
+
+
+def verify(digests: Path, source: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs `make release-verify`, with `path` before the PATH."""
+    return subprocess.run(
+        ["make", "release-verify", "IMAGES=r/shop", f"SOURCE={source}", f"DIGESTS={digests}"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_verification_without_a_source_or_digests_explains_itself(tmp_path: Path) -> None:
+    digests = tmp_path / "digests"
+    digests.touch()
+    for done in (verify(digests, SOURCE), verify(tmp_path / "none", SOURCE), verify(digests, "")):
+        assert done.returncode == 2
+        assert "make release-verify IMAGES=registry.example/shop SOURCE=" in done.stderr
+
+
+def test_one_image_without_the_release_s_signature_fails_the_verification(tmp_path: Path) -> None:
+    """cosign is a stand-in, because the real one needs the public service of Sigstore."""
+    cosign, digests = tmp_path / "cosign", tmp_path / "digests"
+    cosign.write_text('#!/bin/sh\necho "$@" >&2\ncase "$2" in *unsigned) exit 10;; esac\n')
+    cosign.chmod(0o755)
+
+    digests.write_text("".join(f"{name} sha256:0\n" for name in DEPLOYABLES))
+    done = verify(digests, SOURCE, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(
+        r"^verify (\S+)@sha256:0 --annotations image=(\S+) --certificate-identity (\S+) ",
+        done.stderr,
+        re.MULTILINE,
+    ) == [
+        (image, image, f"{SOURCE}/.github/workflows/release.yml@refs/tags/v{VERSION}")
+        for image in (f"r/shop/flashsale/{name}" for name in DEPLOYABLES)
+    ]
+
+    names = list(DEPLOYABLES)
+    digests.write_text(f"{names[0]} sha256:0\n{names[1]} sha256:unsigned\n{names[2]} sha256:0")
+    assert verify(digests, SOURCE, str(tmp_path)).returncode != 0
