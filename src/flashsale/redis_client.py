@@ -196,7 +196,7 @@ class Link(asyncio.Protocol):
 
     def _deliver(self, reply: object) -> None:
         """Hands a reply to its call. Raises `TypeError` for a type that no script returns."""
-        parts = reply if isinstance(reply, list) and reply else [reply]
+        parts: list[Any] = reply if isinstance(reply, list) and reply else [reply]
         kinds = set(map(type, parts))
         if not all(issubclass(kind, (str, int, RedisError)) for kind in kinds):
             raise TypeError(f"type {type(reply).__name__}")
