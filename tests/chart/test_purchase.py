@@ -107,8 +107,12 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
             )
             (doctor,) = pod["spec"]["initContainers"]
             examined = subprocess.run(
-                [Path(sys.executable).with_name(doctor["command"][0]), *doctor["command"][1:]],
-                env={"PATH": "/usr/bin", "HOME": str(tmp_path), **addresses.environment()},
+                doctor["command"],
+                env={
+                    "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+                    "HOME": str(tmp_path),
+                    **addresses.environment(),
+                },
                 capture_output=True,
                 text=True,
                 check=False,
