@@ -47,6 +47,25 @@ async def test_each_item_is_decided_as_if_it_were_alone(
     assert set((await outbox.lengths(items)).values()) == {0}
 
 
+async def test_an_item_gets_nothing_of_the_item_before_it(
+    inventory: Inventory, redis: Redis, redis_server: RedisServer, item: str
+) -> None:
+    """The script uses its lists again for each item of a call."""
+    del redis_server
+    many, few = f"{item}-many", f"{item}-few"
+    for each in (many, few):
+        await opened(inventory, a_sale(each, 5, hold_seconds=60))
+    last = a_request("dan")
+    buyers = [a_request(user) for user in ("ann", "bob", "eve")]
+    first, second = await inventory.reserve_all([(many, buyers), (few, [last])], timeout_seconds=5)
+    assert (_outcomes(first), _outcomes(second)) == (["accepted"] * 3, ["accepted"])
+    keys = ItemKeys.of(few)
+    assert await redis.hkeys(keys.reservations) == [last.reservation_id]
+    assert await redis.hgetall(keys.buyers) == {"dan": "1"}
+    assert await redis.zrange(keys.holds, 0, -1) == [last.reservation_id]
+    assert await redis.xlen(keys.outbox) == 1
+
+
 async def test_an_item_that_redis_refuses_disturbs_no_other(
     inventory: Inventory, outbox: Outbox, redis: Redis, redis_server: RedisServer, item: str
 ) -> None:
