@@ -1,11 +1,13 @@
 """Requests that arrive while a script call is in flight form the next call.
 
-There is no timer and no added delay. A lone request is sent at once, and batches grow with the
-load. A call has at most `BATCH_LIMIT` requests, of several items if the server permits it. At most
-`CALLS_IN_FLIGHT` calls per item are in flight. The items that the pod knows have a share of the
-calls and of the waiting places, and all other names have another one. So requests for made-up items
-delay no sale. In a Redis Cluster each node has two shares of its own. So a silent node delays no
-sale of another one.
+There is no timer. A lone request is sent at once, and batches grow with the load. A call has at
+most `BATCH_LIMIT` requests, of several items if the server permits it. While a call of an item is
+in flight, further requests of the item wait for its reply, or until they are `ENOUGH` for a call.
+So with many sales, each has several requests in a call, which cost Redis hardly more than one.
+
+The items that the pod knows have a share of the calls and of the waiting places, and all other
+names have another one. So requests for made-up items delay no sale. In a Redis Cluster each node
+has two shares of its own. So a silent node delays no sale of another one.
 """
 
 import asyncio
@@ -28,6 +30,9 @@ from flashsale_api.metrics import Metrics
 log = logging.getLogger(__name__)
 
 CALLS_IN_FLIGHT: Final = 3
+"""Calls of an item in flight."""
+ENOUGH: Final = 32
+"""With this many requests, an item has another call while one is in flight."""
 MAX_CALLS: Final = 64
 """Calls in flight of a share, however many items the requests name."""
 MAX_WAITING: Final = 8192
@@ -168,8 +173,7 @@ class Calls(ABC, Generic[R, D]):
         queue.waiting.append(_Waiting(request, decided, monotonic()))
         share.waiting += 1
         self._waiting += 1
-        if queue.calls < CALLS_IN_FLIGHT and not queue.ready:
-            self._make_ready(queue)
+        self._make_ready(queue)
         if self._expiry is None:
             self._expiry = asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._expire)
 
@@ -238,7 +242,7 @@ class Calls(ABC, Generic[R, D]):
             share.waiting += len(queue.waiting)
             queue.share = share
             if queue.ready:
-                self._make_ready(queue)
+                self._enter(queue)
 
     def _share(self, item_id: str) -> _Share[R, D]:
         key = self._node_of(item_id), self.knows(item_id)
@@ -250,7 +254,12 @@ class Calls(ABC, Generic[R, D]):
         self._known_until.pop(item_id, None)
 
     def _make_ready(self, queue: _Queue[R, D]) -> None:
-        """Lets the next call of the share take the queue's requests."""
+        """Lets the next call of the share take the queue's requests, if they may be sent."""
+        enough = len(queue.waiting) >= ENOUGH and queue.calls < CALLS_IN_FLIGHT
+        if not queue.ready and (enough or not queue.calls):
+            self._enter(queue)
+
+    def _enter(self, queue: _Queue[R, D]) -> None:
         queue.ready = True
         queue.share.ready.append(queue)
         self._start_soon(queue.share)
@@ -292,8 +301,7 @@ class Calls(ABC, Generic[R, D]):
     def _go_on(self, queue: _Queue[R, D]) -> None:
         """Keeps a queue that has requests or calls, and makes it ready for a call if it may be."""
         if queue.waiting:
-            if queue.calls < CALLS_IN_FLIGHT and not queue.ready:
-                self._make_ready(queue)
+            self._make_ready(queue)
         elif not queue.calls:
             self._queues.pop(queue.item_id, None)
 

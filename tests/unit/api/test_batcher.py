@@ -7,7 +7,7 @@ import pytest
 from flashsale.reservations import BATCH_LIMIT, Outcome, Request
 from flashsale_api import calls as calls_module
 from flashsale_api.batcher import Batcher, Decision
-from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_CALLS, MAX_WAITING, Failure
+from flashsale_api.calls import ENOUGH, MAX_CALLS, MAX_WAITING, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from tests.support.batcher import HeldInventory, RecordingPublisher
@@ -50,31 +50,44 @@ async def turns(number: int = 5) -> None:
 async def test_requests_that_arrive_during_calls_form_the_next_call() -> None:
     inventory, publisher = HeldInventory(), RecordingPublisher()
     batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
-    waiting = []
-    for number in range(3):
-        waiting.append(decide(batcher, "x", a_request(number)))
+    waiting: list[asyncio.Future[Decision]] = []
+    for size in (1, ENOUGH, ENOUGH, 200):
+        waiting += [decide(batcher, "x", a_request(len(waiting) + n)) for n in range(size)]
         await turns()
-    assert [len(call) for call in inventory.calls] == [1, 1, 1]
-    waiting += [decide(batcher, "x", a_request(n)) for n in range(3, 203)]
-    await turns()
-    assert len(inventory.calls) == 3
+    assert [len(call) for call in inventory.calls] == [1, ENOUGH, ENOUGH]
     for _ in range(5):
         inventory.go.release()
     await asyncio.gather(*waiting)
-    assert [len(call) for call in inventory.calls] == [1, 1, 1, 128, 72]
+    assert [len(call) for call in inventory.calls] == [1, ENOUGH, ENOUGH, 128, 72]
     sent = [request.reservation_id for call in inventory.calls for request in call]
-    assert sent == [f"id-{number}" for number in range(203)]
+    assert sent == [f"id-{number}" for number in range(len(waiting))]
     assert [accepted.reservation_id for accepted in publisher.added] == sent
+
+
+async def test_few_requests_wait_for_the_reply_to_the_call_before_them() -> None:
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    waiting = [decide(batcher, "x", a_request())]
+    await turns()
+    waiting += [decide(batcher, "x", a_request(n)) for n in range(1, ENOUGH)]
+    await turns()
+    assert [len(call) for call in inventory.calls] == [1]
+    inventory.go.release()
+    await waiting[0]
+    await turns()
+    assert [len(call) for call in inventory.calls] == [1, ENOUGH - 1]
+    inventory.go.release()
+    await asyncio.gather(*waiting)
 
 
 async def test_a_scrape_counts_the_requests_that_wait_for_a_call() -> None:
     inventory, metrics = HeldInventory(), Metrics()
     batcher = Batcher(inventory, RecordingPublisher(), metrics, Engine("flashsale"))
-    for number in range(CALLS_IN_FLIGHT + 2):
+    for number in range(3):
         decide(batcher, "x", a_request(number))
         await turns()
     assert b"\nflashsale_api_waiting_requests 2.0\n" in metrics.text()
-    for _ in range(CALLS_IN_FLIGHT + 1):
+    for _ in range(2):
         inventory.go.release()
     await batcher.close()
     assert b"\nflashsale_api_waiting_requests 0.0\n" in metrics.text()
@@ -119,7 +132,7 @@ async def test_a_shared_call_has_no_more_requests_than_another_and_items_take_tu
     inventory = HeldInventory()
     inventory.items_per_call = 4
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
-    sizes = {"busy": 2 * BATCH_LIMIT, "quiet": 1, "other": 5}
+    sizes = {"busy": 2 * BATCH_LIMIT + ENOUGH, "quiet": 1, "other": 5}
     waiting = [
         decide(batcher, item_id, a_request(n))
         for item_id, size in sizes.items()
@@ -127,7 +140,7 @@ async def test_a_shared_call_has_no_more_requests_than_another_and_items_take_tu
     ]
     await turns()
     assert inventory.items_of_calls == [["busy"], ["quiet", "other", "busy"], ["busy"]]
-    assert [len(call) for call in inventory.calls] == [BATCH_LIMIT, BATCH_LIMIT, 6]
+    assert [len(call) for call in inventory.calls] == [BATCH_LIMIT, BATCH_LIMIT, ENOUGH + 6]
     for _ in range(3):
         inventory.go.release()
     await asyncio.gather(*waiting)
@@ -268,10 +281,8 @@ async def test_a_request_that_waited_too_long_is_refused_and_never_sent(
     monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", 0.1)
     inventory = HeldInventory()
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
-    in_flight = []
-    for number in range(CALLS_IN_FLIGHT):
-        in_flight.append(decide(batcher, "x", a_request(number)))
-        await turns()
+    in_flight = [decide(batcher, "x", a_request())]
+    await turns()
     late = await decide(batcher, "x", a_request(99))
     assert late.outcome is Failure.TOO_MANY_WAITING
     for _ in range(10):
