@@ -2,24 +2,24 @@
 -- its keys can be trusted.
 --
 -- read_sale(keys) takes the item's keys (sale, buyers, reservations, outbox, holds). It returns the
--- sale, a table of numbers and strings, if the sale can be trusted. Otherwise it also returns a
--- reason. The first two have nil in place of the sale:
+-- sale, which is a table of numbers and strings. If the sale cannot be used, it also returns the
+-- reason. With the first two reasons, the sale is nil:
 --   unknown      the item has no sale
 --   unsupported  this version does not support the sale's format, or a field is invalid
---   fenced       The keys were written under another run of the Redis server (it restarted, failed
+--   fenced       the keys were written under another run of the Redis server (it restarted, failed
 --                over or was restored), or they wait for a rebuild, or the sale is torn: it has
---                accepted units and one of its keys is missing, or it has held units and no holds.
---                An emptied stream still is a key.
+--                accepted units and one of its keys is missing, or it has held units and no holds
+--                (an emptied stream still is a key)
 -- Invariant: a sale whose keys may lack data that the ledger has is never trusted.
 --
--- Some fields of the table:
---   sale.now      Redis' clock in ms. It never runs backwards for a sale, even if the machine's
---                 clock does.
---   sale.engine   The id of the engine that applied the sale, or '' if the previous version did.
---   sale.held     Units of reservations that are not confirmed yet.
---   sale.hold_ms  How long a new reservation is held, or 0 if it is confirmed at once.
---   sale.rebuilt  The revision of the sale's last rebuild, or 0.
---   sale.finished Whether the sale accepts nothing any more: it is closed or ended.
+-- Some fields of the sale:
+--   now          Redis' clock in ms. It never runs backwards for a sale, even if the machine's clock
+--                does.
+--   engine       the id of the engine that applied the sale, or '' if the previous version did
+--   held         units of reservations that are not confirmed yet
+--   hold_ms      how long a new reservation is held, or 0 if it is confirmed at once
+--   rebuilt      the revision of the sale's last rebuild, or 0
+--   finished     whether the sale is closed or ended, and so accepts nothing any more
 --
 -- Under another run the fence is latched: read_sale writes a run_id that no server has. Otherwise a
 -- server that forgets its master_replid2 could have the run again under which it lost writes. The
