@@ -254,12 +254,13 @@ class Calls(ABC, Generic[R, D]):
         self._known_until.pop(item_id, None)
 
     def _make_ready(self, queue: _Queue[R, D]) -> None:
-        """Lets the next call of the share take the queue's requests, if they may be sent."""
+        """Lets the next call take the queue's requests, if the item may have another call."""
         enough = len(queue.waiting) >= ENOUGH and queue.calls < CALLS_IN_FLIGHT
         if not queue.ready and (enough or not queue.calls):
             self._enter(queue)
 
     def _enter(self, queue: _Queue[R, D]) -> None:
+        """Puts the queue at the end of those that the share's next call takes."""
         queue.ready = True
         queue.share.ready.append(queue)
         self._start_soon(queue.share)
