@@ -70,7 +70,6 @@ _RESERVATIONS = [
     Fault("reserve", "tonumber(ARGV[2 * item + 1])", "tonumber(ARGV[3])"),
     Fault("reserve", "ARGV[2 * item + 2]", "ARGV[4]"),
     Fault("reserve", "= pcall(decide, keys, n)", "= true, decide(keys, n)"),
-    Fault("reserve", "table.concat(answers, '\\n', 1, count)", "table.concat(answers, '\\n')"),
 ]
 _TRANSITIONS = [
     Fault("confirm", "(other_run or torn)", "torn"),
