@@ -25,7 +25,7 @@
 
 -- The lists are used again for each item, because a new list takes as long as a small command.
 local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
-local answers, new_records, new_buyers, new_holds = {}, {}, {}, {}
+local answers, accepting, new_records, new_buyers, new_holds = {}, {}, {}, {}, {}
 
 -- Reads the requests of an item into the lists. Returns their number, or nil if they are malformed.
 local function parse(lines)
@@ -89,15 +89,7 @@ local function decide(keys, item)
       record = state .. version .. ',' .. quantity .. ',' .. now .. ',' .. user .. ','
         .. request_keys[n] .. ending
       accepted, units, available = accepted + 1, units + quantity, available - quantity
-      local mark = entry_mark(id, first_version)
-      local entry = mark and redis.pcall('XADD', keys[4],
-        format('%s-%d%014d', now, 128 * micros + accepted, mark), 'id', id,
-        'record', record, 'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
-      if type(entry) ~= 'string' then
-        entry = redis.call('XADD', keys[4], '*', 'id', id, 'record', record, 'sale', snapshot,
-          'traceparent', traceparents[n], 'engine', sale.engine)
-      end
-      answers[n] = 'accepted ' .. entry
+      accepting[accepted] = n
       records[id], owned[user] = record, buyer_text(user_units + quantity, user_expired)
       new_records[2 * accepted - 1], new_records[2 * accepted] = id, record
       new_buyers[2 * accepted - 1], new_buyers[2 * accepted] = user, owned[user]
@@ -106,6 +98,18 @@ local function decide(keys, item)
   end
 
   if accepted > 0 then
+    for i = 1, accepted do
+      local n, id, record = accepting[i], new_records[2 * i - 1], new_records[2 * i]
+      local mark = entry_mark(id, first_version)
+      local entry = mark and redis.pcall('XADD', keys[4],
+        format('%s-%d%014d', now, 128 * micros + i, mark), 'id', id,
+        'record', record, 'sale', snapshot, 'traceparent', traceparents[n], 'engine', sale.engine)
+      if type(entry) ~= 'string' then
+        entry = redis.call('XADD', keys[4], '*', 'id', id, 'record', record, 'sale', snapshot,
+          'traceparent', traceparents[n], 'engine', sale.engine)
+      end
+      answers[n] = 'accepted ' .. entry
+    end
     redis.call('HSET', keys[3], unpack(new_records, 1, 2 * accepted))
     redis.call('HSET', keys[2], unpack(new_buyers, 1, 2 * accepted))
     if holds then
