@@ -7,7 +7,7 @@ import pytest
 
 from flashsale import requirements
 from flashsale_consumer import topics
-from tests.support.chart import NAMESPACE, Helm, Rendered, at, merged
+from tests.support.chart import NAMESPACE, Helm, Rendered, at, each_combination, merged
 from tests.support.chart_options import (
     API_SCALES,
     BY_CPU,
@@ -167,11 +167,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
 ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "actual", "expected"),
-    [each[1:] for each in EXPECTATIONS],
-    ids=[each[0] for each in EXPECTATIONS],
-)
+@each_combination(EXPECTATIONS)
 def test_a_combination_of_values_renders_as_expected(
     chart: Helm, changes: dict[str, Any], actual: Callable[[Rendered], Any], expected: object
 ) -> None:

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-import pytest
-
-from tests.support.chart import COMPONENTS, NAMESPACE, Helm, Rendered, at, merged
+from tests.support.chart import COMPONENTS, NAMESPACE, Helm, Rendered, at, each_combination, merged
 from tests.support.chart_options import API_SCALES, BY_CPU, BY_LAG, EVERYWHERE
 
 
@@ -208,11 +206,7 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
 ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "actual", "expected"),
-    [each[1:] for each in EXPECTATIONS],
-    ids=[each[0] for each in EXPECTATIONS],
-)
+@each_combination(EXPECTATIONS)
 def test_a_combination_of_values_renders_as_expected(
     chart: Helm, changes: dict[str, Any], actual: Callable[[Rendered], Any], expected: object
 ) -> None:

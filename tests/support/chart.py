@@ -3,10 +3,12 @@
 import json
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
+import pytest
 import yaml
 
 from tests.support.paths import CHART
@@ -126,3 +128,14 @@ def merged(*layers: Manifest) -> Manifest:
             both = isinstance(old, dict) and isinstance(value, dict)
             result[key] = merged(old, value) if both else value  # type: ignore[arg-type] # both are
     return result
+
+
+def each_combination(
+    expectations: Sequence[tuple[str, dict[str, Any], Callable[[Rendered], Any], object]],
+) -> pytest.MarkDecorator:
+    """Run a test with each name, changes of values, part of the manifests, and expected part."""
+    return pytest.mark.parametrize(
+        ("changes", "actual", "expected"),
+        [each[1:] for each in expectations],
+        ids=[each[0] for each in expectations],
+    )
