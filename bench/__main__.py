@@ -98,9 +98,10 @@ def run(scale: requests.Scale, folder: Path, command: str, background: str) -> F
         drains = recording.drains(rig, scale)
         together = recording.together(rig, scale, api, capacity)
         _say("Outages of PostgreSQL and of Kafka")
-        away = outages.outages(rig, scale, api, capacity / 2)
+        half = backlogs.capacity(rig, scale, api) / 2
+        away = outages.outages(rig, scale, api, half)
         _say("Backlogs after an outage, in a rebuild and in an expiry")
-        worked_off = backlogs.backlogs(rig, scale, api, capacity / 2, run_as)
+        worked_off = backlogs.backlogs(rig, scale, api, half, run_as)
         _say("Holds: accepted, confirmed and expired")
         held = holds.holds(rig, scale, api, capacity, run_as)
         _say("Growth of processes, sales and stock")

@@ -276,10 +276,14 @@ def backlogs(rig: Rig, scale: Scale, api: Api, rate: float, run: str) -> Backlog
     return Backlogs(run=run, found=measuring.run(list(measuring.kinds)))
 
 
-def _capacity(rig: Rig, scale: Scale, api: Api) -> float:
-    items = rig.sales()
+def capacity(rig: Rig, scale: Scale, api: Api) -> float:
+    """Return the accepted requests per second of a closed loop while a consumer records them."""
+    items, consumer = rig.sales(ITEMS), rig.consumer(rig.cores.rest)
     rounds = [rig.round([api], items, scale.seconds).tally.rps for _ in range(scale.rounds)]
-    print(f"    capacity {', '.join(f'{one:,.0f}' for one in rounds)}/s", flush=True)
+    print(
+        f"    recorded: {', '.join(f'{one:,.0f}' for one in rounds)}/s", flush=True
+    )
+    consumer.stop()
     return median(rounds)
 
 
@@ -302,7 +306,7 @@ def main() -> None:
     with Rig(folder, python := machine.python()) as rig:
         rig.consumer(rig.cores.rest).stop()  # creates the topics and the ledger
         api = rig.api()
-        rate = arguments.rate or _capacity(rig, scale, api) / 2
+        rate = arguments.rate or capacity(rig, scale, api) / 2
         found = Measuring(rig, scale, api, rate).run(names)
     run = f"{run}, commit {machine.describe(python)['commit']}"
     shutil.rmtree(folder)

@@ -120,7 +120,7 @@ def _tickets(addresses: Addresses, api: ApiServer, data: Path, token_of: TokenOf
     metadata = {"name": TICKET}
     sale = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
     manifest.write_text(json.dumps(sale))  # JSON is YAML
-    print(f"\n{GUESTS:,} guests want {TICKETS} tickets. A third of them never pays …", flush=True)
+    print(f"\n{GUESTS:,} guests want {TICKETS} tickets. A third of them never pay …", flush=True)
     flashsalectl(addresses, "apply", "-f", str(manifest))
     begun = time.perf_counter()
     made = uvloop.run(

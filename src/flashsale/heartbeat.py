@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 import msgspec
 from redis.asyncio import Redis
 
-from flashsale import keys
+from flashsale import keys, pipelines
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import ServerTime
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.nodes import Nodes, translated
+from flashsale.nodes import Nodes
+from flashsale.redis_errors import translated
 
 if TYPE_CHECKING:
     from redis.asyncio.client import Pipeline
@@ -103,8 +104,8 @@ async def beat(
     names = {item_id: nodes.name_of(key(item_id)) for item_id in unacknowledged}
     wanted = [item_id for item_id, name in names.items() if name in sampled]
     try:
-        written = await nodes.each(
-            [*wanted, _OVERALL] if nodes.single else wanted, key, queue, partial=True
+        written = await pipelines.each(
+            nodes, [*wanted, _OVERALL] if nodes.single else wanted, key, queue, partial=True
         )
     except RedisUnavailable:
         if nodes.single:

@@ -3,21 +3,17 @@
 Only this module and `outbox.py` use an item's keys. The operator's rebuild is the one exception.
 """
 
-import asyncio
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError
 
-from flashsale import keys, redis_client
-from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable, UnmetRequirement
+from flashsale import keys, pipelines, redis_client
+from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.nodes import FAILURES, NODE_SECONDS, Node, Nodes
-from flashsale.requirements import ClusterFacts, RedisFacts
+from flashsale.nodes import Node, Nodes
 from flashsale.reservations import (
     BatchReply,
     Call,
@@ -32,7 +28,7 @@ from flashsale.reservations import (
     parse_reply,
     parse_transitions,
 )
-from flashsale.sale import Predecessor, Sale, SaleSpec
+from flashsale.sale import Predecessor, Sale, SaleSpec, parse_sale
 from flashsale.scripts import Script, Scripts, leased
 
 if TYPE_CHECKING:
@@ -269,7 +265,7 @@ class Inventory:
             pipeline.zcount(key, "-inf", now_ms[item_id])
             pipeline.zrange(key, 0, 0, withscores=True)
 
-        found = await self.nodes.each(now_ms, self._sale_key, queue, partial=True)
+        found = await pipelines.each(self.nodes, now_ms, self._sale_key, queue, partial=True)
         return {
             item_id: Holds(total, overdue, int(first[0][1]) if first else 0)
             for item_id, (total, overdue, first) in found.items()
@@ -377,7 +373,7 @@ class Inventory:
             pipeline.time()
             pipeline.info("server", "replication")
 
-        found = await self.nodes.of_all(nodes, queue)
+        found = await pipelines.of_servers(self.nodes, nodes, queue)
         clocks = {}
         for node, (time, info) in found.items():
             if info["role"] == "slave":
@@ -432,7 +428,7 @@ class Inventory:
             pipeline.exists(item.buyers, item.reservations, item.outbox)
             pipeline.zcard(item.holds)
 
-        return await self.nodes.each(item_ids, self._sale_key, queue, partial=partial)
+        return await pipelines.each(self.nodes, item_ids, self._sale_key, queue, partial=partial)
 
     async def look(self, item_id: str, reservation_id: str = "") -> Look:
         """Reads an item's sale, and one of its reservations, in one quick round trip.
@@ -448,7 +444,9 @@ class Inventory:
             raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
         found = dict(zip(fields[::2], fields[1::2], strict=True))
         return Look(
-            _sale(item_id, found, int(outbox_length), int(parts), int(holds)) if found else None,
+            parse_sale(item_id, found, int(outbox_length), int(parts), int(holds))
+            if found
+            else None,
             Record.parse(record) if record else None,
             ServerTime(int(now_ms), run_id),
         )
@@ -524,71 +522,6 @@ class Inventory:
         """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
         await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
 
-    async def facts(self) -> list[RedisFacts]:
-        """Returns each server's version and settings, to compare with `requirements.REDIS`.
-
-        Primaries of a cluster that are away are left out, unless all are. Raises
-        `UnmetRequirement` if the database of the address does not exist, or if the user may not
-        read the slots of a cluster.
-        """
-        try:
-            nodes = await self.nodes.all()
-        except RedisUnavailable as error:
-            if isinstance(error.__cause__, NoPermissionError):
-                raise UnmetRequirement(
-                    "Redis is a cluster, whose user needs the command CLUSTER SLOTS: allow it"
-                ) from error
-            if re.search("SELECT is not allowed|DB index is out of range", str(error)):
-                database = redis_client.location(self.redis)[2]
-                raise UnmetRequirement(
-                    f"FLASHSALE_REDIS_URL names database {database}, which Redis does not have: "
-                    "a Redis Cluster has only database 0"
-                ) from error
-            raise
-        found = await asyncio.gather(*map(self._facts, nodes), return_exceptions=True)
-        facts = [each for each in found if isinstance(each, RedisFacts)]
-        for each in found:
-            if isinstance(each, BaseException) and not (
-                facts and isinstance(each, RedisUnavailable)
-            ):
-                raise each
-        return facts
-
-    async def _facts(self, node: Node) -> RedisFacts:
-        pipeline = node.redis.pipeline(transaction=False)
-        pipeline.info()
-        pipeline.config_get("repl-backlog-ttl", "cluster-*", "min-replicas-to-write")
-        if node.name:
-            # A key would have to be in one of the node's own slots.
-            pipeline.eval(_TRY_INFO, 0)
-        else:
-            pipeline.eval(_TRY_INFO, 1, keys.engine_id(self.engine))
-        try:
-            async with asyncio.timeout(NODE_SECONDS if node.name else None):
-                info, config, script = await pipeline.execute(raise_on_error=False)
-                covered = await self.nodes.covered(node) if node.name else 0
-        except FAILURES as error:
-            raise self.nodes.unavailable(error, node) from error
-        for reply in (info, script):
-            if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
-                raise self.nodes.unavailable(reply, node)
-        if isinstance(info, NoPermissionError):
-            info = {}
-            script = "this user may not call it"
-        if isinstance(config, RedisError):
-            config = {}
-        return RedisFacts(
-            version=info.get("redis_version"),
-            policy=info.get("maxmemory_policy"),
-            backlog_ttl=config.get("repl-backlog-ttl"),
-            appendonly=bool(info.get("aof_enabled", True)),
-            script_error=" ".join(str(script).split()),
-            node=node.name,
-            cluster=ClusterFacts(covered, config, info.get("connected_slaves", 0))
-            if node.name
-            else None,
-        )
-
     async def _try(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T | None:
         """Calls a key that no item needs. Its server may be away while the others work."""
         try:
@@ -597,15 +530,6 @@ class Inventory:
             if self.nodes.single:
                 raise
             return None
-
-
-_TRY_INFO: Final = """
-local info = redis.pcall('INFO', 'server', 'replication')
-if type(info) == 'table' then return info.err end
-if not string.match(info, 'run_id:%x+') then return 'INFO has no run_id' end
-if not string.match(info, 'master_replid2:%x+') then return 'INFO has no master_replid2' end
-return ''
-"""
 
 
 _texts = msgspec.json.Decoder(list[str]).decode
@@ -625,34 +549,4 @@ def _server(time: tuple[int, int], info: Mapping[str, Any]) -> ServerTime:
 
 def _sale_of(item_id: str, reply: Sequence[Any]) -> Sale | None:
     fields, *counts = reply
-    return _sale(item_id, fields, *counts) if fields else None
-
-
-def _sale(item_id: str, fields: dict[str, str], outbox_length: int, parts: int, holds: int) -> Sale:
-    if fields.get("format") != "1":
-        raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not supported")
-    try:
-        accepted, held = int(fields["accepted"]), int(fields.get("held") or 0)
-        return Sale(
-            item_id=item_id,
-            sale_id=fields["sale_id"],
-            run_id=fields["run_id"],
-            revision=int(fields["revision"]),
-            stored_state=fields["state"],
-            allocated=int(fields["allocated"]),
-            accepted=accepted,
-            released=int(fields["released"]),
-            max_per_user=int(fields["max_per_user"]),
-            display_name=fields.get("display_name") or None,
-            starts_ms=int(fields["starts_ms"]) if fields["starts_ms"] else None,
-            ends_ms=int(fields["ends_ms"]) if fields["ends_ms"] else None,
-            last_now_ms=int(fields["last_now_ms"]),
-            outbox_length=outbox_length,
-            torn=(accepted > 0 and parts < 3) or (held > 0 and not holds),
-            engine=fields.get("engine", ""),
-            held=held,
-            hold_ms=int(fields.get("hold_ms") or 0),
-            max_expired_holds=int(fields.get("max_expired_holds") or 3),
-        )
-    except (KeyError, ValueError) as error:
-        raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
+    return parse_sale(item_id, fields, *counts) if fields else None

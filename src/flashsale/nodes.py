@@ -8,32 +8,29 @@ calls to all others (docs/adr/0023-redis-cluster.md).
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 from redis.crc import key_slot
 from redis.exceptions import (
-    AskError,
     ClusterDownError,
     MovedError,
     NoPermissionError,
     NoScriptError,
     ReadOnlyError,
-    RedisError,
     ResponseError,
 )
 from redis.exceptions import ConnectionError as Disconnected
 
 from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
+from flashsale.redis_errors import FAILURES, describe, require_outage
 from flashsale.requirements import SLOTS
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
-    from redis.asyncio.client import Pipeline
 
     from flashsale.redis_client import Pool
 
@@ -52,8 +49,6 @@ PROBE_SECONDS: Final = 1.0
 
 ITEMS_PER_CALL: Final = 32
 """Items of one script call. So many with `BATCH_LIMIT` requests block Redis for about 2 ms."""
-FAILURES: Final = (RedisError, OSError, TimeoutError, RuntimeError)
-"""The errors of a call. A `RuntimeError` may also be a mistake: `require_outage` tells."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,87 +163,6 @@ class Nodes:
         except FAILURES as error:
             raise self.unavailable(error, None) from error
         return groups
-
-    async def each(
-        self,
-        items: Iterable[T],
-        key: Callable[[T], str],
-        queue: Callable[["Pipeline", T], object],
-        *,
-        partial: bool = False,
-    ) -> dict[T, list[Any]]:
-        """Returns the replies to the commands that `queue` adds to a pipeline for each item.
-
-        With `partial`, items are left out whose call fails, for example because their server is
-        away. Raises `RedisUnavailable` otherwise, and if the calls for all items fail.
-        """
-        wanted = list(items)
-        found: dict[T, list[Any]] = {}
-        failure: RedisUnavailable | None = None
-        asked = wanted
-        for last in (False, True):
-            moved: list[T] = []
-            groups = await self.split(asked, key) if asked else {}
-            results = await asyncio.gather(
-                *(self._pipelined(node, some, queue) for node, some in groups.items())
-            )
-            for (node, some), replies in zip(groups.items(), results, strict=True):
-                for item, reply in zip(some, replies, strict=True):
-                    if isinstance(reply, MovedError) and not last:
-                        await self.moved(reply, node)
-                        moved.append(item)
-                    elif isinstance(reply, Exception):
-                        failure = self.unavailable(reply, node)
-                    else:
-                        found[item] = reply
-            asked = moved
-        if len(found) < len(wanted) and not (partial and found):
-            raise failure or RedisUnavailable("Redis is unavailable: no node has the item's slot")
-        return found
-
-    async def of_all(
-        self, nodes: Iterable[Node], queue: Callable[["Pipeline"], object]
-    ) -> dict[Node, list[Any]]:
-        """Returns the replies of each server to the commands that `queue` adds to a pipeline.
-
-        Servers that are away are left out. Raises `RedisUnavailable` if all are.
-        """
-        asked = list(nodes)
-        found: dict[Node, list[Any]] = {}
-        failure: RedisUnavailable | None = None
-        for node, [reply] in zip(
-            asked,
-            await asyncio.gather(
-                *(self._pipelined(node, [node], lambda p, _: queue(p)) for node in asked)
-            ),
-            strict=True,
-        ):
-            if isinstance(reply, Exception):
-                failure = self.unavailable(reply, node)
-            else:
-                found[node] = reply
-        if failure and not found:
-            raise failure
-        return found
-
-    async def _pipelined(
-        self, node: Node, items: Sequence[T], queue: Callable[["Pipeline", T], object]
-    ) -> list[list[Any] | Exception]:
-        """Returns for each item its replies, or the first error."""
-        pipeline = node.redis.pipeline(transaction=False)
-        ends = [0]
-        for item in items:
-            queue(pipeline, item)
-            ends.append(len(pipeline))
-        try:
-            async with asyncio.timeout(NODE_SECONDS if node.name else None):
-                replies = await pipeline.execute(raise_on_error=False)
-        except FAILURES as error:
-            return [error] * len(items)
-        return [
-            next((reply for reply in own if isinstance(reply, RedisError)), own)
-            for own in (replies[begin:end] for begin, end in pairwise(ends))
-        ]
 
     async def covered(self, node: Node) -> int:
         """Returns how many slots have a primary by a node's view. Raises redis-py's errors."""
@@ -477,29 +391,3 @@ def _covered(slots: _Slots) -> int:
 def _log_failure(look: "asyncio.Task[None]") -> None:
     if not look.cancelled() and (error := look.exception()):
         log.debug("cannot read the slots of the cluster: %s", error)
-
-
-async def translated(call: Awaitable[T]) -> T:
-    """Awaits a call of redis-py and raises `RedisUnavailable` if it fails."""
-    try:
-        return await call
-    except FAILURES as error:
-        require_outage(error)
-        raise RedisUnavailable(describe(error)) from error
-
-
-def require_outage(error: Exception) -> None:
-    """Raises an error that is no outage.
-
-    uvloop raises a `RuntimeError` for a write to a connection that the server has just closed.
-    """
-    if isinstance(error, RuntimeError) and "the handler is closed" not in str(error):
-        raise error
-
-
-def describe(error: Exception) -> str:
-    """Returns the text of a `RedisUnavailable`."""
-    if isinstance(error, AskError):  # or MOVED, once more
-        return "Redis is unavailable: the item's slot moves to another node"
-    problem = "refused the call" if isinstance(error, ResponseError) else "is unavailable"
-    return f"Redis {problem}: {str(error) or 'no reply in time'}"

@@ -5,6 +5,7 @@ from typing import Final, TypeAlias, cast
 
 from redis.asyncio import Redis
 
+from flashsale import pipelines
 from flashsale.errors import RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
@@ -81,7 +82,8 @@ class Outbox:
 
         With `partial`, items whose server is away are left out, unless all are.
         """
-        found = await self._nodes.each(
+        found = await pipelines.each(
+            self._nodes,
             item_ids,
             self._outbox,
             lambda pipeline, item_id: pipeline.xlen(self._outbox(item_id)),
@@ -94,7 +96,8 @@ class Outbox:
 
         Items with an empty outbox are left out, and items whose server is away, unless all are.
         """
-        found = await self._nodes.each(
+        found = await pipelines.each(
+            self._nodes,
             item_ids,
             self._outbox,
             lambda pipeline, item_id: pipeline.xrange(self._outbox(item_id), count=1),

@@ -1,10 +1,13 @@
 """A sale: the manifest's values, the record in Redis, and the state derived from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
 from typing import NamedTuple
+
+from flashsale.errors import ContractViolation
 
 
 class SaleState(StrEnum):
@@ -137,6 +140,43 @@ class Sale:
         return self.stored_state in ("closed", "ended") or (
             self.ends_ms is not None and max(now_ms, self.last_now_ms) >= self.ends_ms
         )
+
+
+def parse_sale(
+    item_id: str, fields: Mapping[str, str], outbox_length: int, parts: int, holds: int
+) -> Sale:
+    """Returns a sale from the fields of its hash.
+
+    `parts` of its three other keys exist, and `holds` reservations are open. Raises
+    `ContractViolation` if a field is missing or wrong.
+    """
+    if fields.get("format") != "1":
+        raise ContractViolation(f"{item_id}: format {fields.get('format')!r} is not supported")
+    try:
+        accepted, held = int(fields["accepted"]), int(fields.get("held") or 0)
+        return Sale(
+            item_id=item_id,
+            sale_id=fields["sale_id"],
+            run_id=fields["run_id"],
+            revision=int(fields["revision"]),
+            stored_state=fields["state"],
+            allocated=int(fields["allocated"]),
+            accepted=accepted,
+            released=int(fields["released"]),
+            max_per_user=int(fields["max_per_user"]),
+            display_name=fields.get("display_name") or None,
+            starts_ms=int(fields["starts_ms"]) if fields["starts_ms"] else None,
+            ends_ms=int(fields["ends_ms"]) if fields["ends_ms"] else None,
+            last_now_ms=int(fields["last_now_ms"]),
+            outbox_length=outbox_length,
+            torn=(accepted > 0 and parts < 3) or (held > 0 and not holds),
+            engine=fields.get("engine", ""),
+            held=held,
+            hold_ms=int(fields.get("hold_ms") or 0),
+            max_expired_holds=int(fields.get("max_expired_holds") or 3),
+        )
+    except (KeyError, ValueError) as error:
+        raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
 
 
 @lru_cache(maxsize=1024)  # all reservations of a batch have the same time

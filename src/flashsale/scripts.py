@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from redis.exceptions import MovedError, NoScriptError, RedisError
 
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.nodes import FAILURES, Node, Nodes, describe
+from flashsale.nodes import Node, Nodes
 from flashsale.redis_client import Reply
+from flashsale.redis_errors import FAILURES, describe
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

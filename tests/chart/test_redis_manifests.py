@@ -14,7 +14,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 
 from dev.stack.errors import StackError
 from dev.stack.redis import RedisServer, default_binary
-from flashsale import redis_client, requirements
+from flashsale import redis_client, redis_facts, requirements
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
 from flashsale.requirements import SLOTS, Checks
@@ -163,7 +163,7 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
         for user, password in (("flashsale", ENGINE), ("flashsale-api", API))
     ]
     for client in (operator, api):
-        Checks().require(requirements.REDIS, *await Inventory(client, "shop").facts())
+        Checks().require(requirements.REDIS, *await redis_facts.read(client, "shop"))
     seeding = Inventory(operator, "shop")
     await seeding.claim("e-1")
     spec = SaleSpec("default/phone", "phone", 10)

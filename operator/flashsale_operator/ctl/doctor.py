@@ -25,10 +25,11 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
 
-from flashsale import events, ledger, redis_client, requirements
+from flashsale import events, ledger, redis_client, redis_facts, requirements
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
-from flashsale.nodes import Nodes, translated
+from flashsale.nodes import Nodes
+from flashsale.redis_errors import translated
 from flashsale.requirements import Finding, Requirement, TopicFacts
 from flashsale.settings import KafkaSettings
 
@@ -93,7 +94,7 @@ async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
     redis = redis_client.connect(url)
     try:
         inventory = Inventory(redis, engine)
-        facts = await inventory.facts()
+        facts = await redis_facts.read(redis, engine)
         for each in facts:
             name = each.node or f"the address {inventory.address}"
             yield Finding(REDIS, f"{name} answers, version {each.version or 'unknown'}", "ok")

@@ -12,7 +12,7 @@ from typing import Final
 import click
 import msgspec
 
-from flashsale import __version__, ledger, settings
+from flashsale import __version__, ledger, redis_facts, settings
 from flashsale.errors import FlashsaleError, LedgerUnavailable, RedisUnavailable
 from flashsale_operator.ctl import doctor as examination
 from flashsale_operator.ctl import files, sales, tables
@@ -169,7 +169,9 @@ async def _audited(
     findings, failure = {}, ""
     faults: list[str] = []
     try:
-        versions["redis"] = (await clients.inventory.facts())[0].version or "unknown"
+        inventory = clients.inventory
+        facts = await redis_facts.read(inventory.redis, inventory.engine)
+        versions["redis"] = facts[0].version or "unknown"
         spans = partial(offsets.spans, addresses)
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
         findings = {finding.sale_id: finding for finding in found.findings}

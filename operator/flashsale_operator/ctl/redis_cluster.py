@@ -184,7 +184,7 @@ async def form_redis_cluster(environ: Environ, hosts: Sequence[str]) -> int:
     """Make a Redis Cluster of new nodes. A repeat changes nothing.
 
     The first three hosts become primaries. The fourth one is a replica of the first one, and so on.
-    FLASHSALE_REDIS_URL names the nodes' port, user and password, who is an administrator.
+    FLASHSALE_REDIS_URL has the nodes' port, and the user and password of an administrator.
     """
     url = settings.load(_Redis, environ).redis_url
     first = connect(url)

@@ -1,6 +1,6 @@
 """Check that the ledger and Redis belong to this engine before a sale is touched."""
 
-from flashsale import ledger, requirements
+from flashsale import ledger, redis_facts, requirements
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
 
@@ -27,7 +27,7 @@ async def require_servers(checks: Checks, inventory: Inventory, pool: ledger.Poo
 
 async def require_redis(checks: Checks, inventory: Inventory) -> None:
     """Raises `UnmetRequirement` if Redis lacks a requirement, and `RedisUnavailable`."""
-    checks.require(requirements.REDIS, *await inventory.facts())
+    checks.require(requirements.REDIS, *await redis_facts.read(inventory.redis, inventory.engine))
 
 
 def in_redis(item_id: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
+from flashsale import pipelines
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.reservations import Record
@@ -70,7 +71,7 @@ class Recovery:
             pipeline.time()
             pipeline.hmget(key, "run_id", "rebuild_until_ms")
 
-        found = await self._nodes.each([key], str, queue)
+        found = await pipelines.each(self._nodes, [key], str, queue)
         (seconds, microseconds), (run_id, until_ms) = found[key]
         return (
             str(run_id).startswith("rebuild:")

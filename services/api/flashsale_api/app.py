@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
-from flashsale import redis_client, requirements
+from flashsale import redis_client, redis_facts, requirements
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.nodes import Nodes
@@ -164,7 +164,7 @@ def create_app(  # noqa: PLR0915 - the composition root
             for name, work in (
                 ("check Redis", redis_check.run()),
                 ("publish", publisher.run()),
-                ("settle", publisher.settle()),
+                ("settle", publisher.settler.run()),
                 ("sweep", sweeper.run()),
                 ("expire holds", expiry.run()),
                 ("heartbeat", heartbeat.run()),
@@ -252,7 +252,8 @@ class RedisCheck:
         checks = Checks(log)
         while True:
             try:
-                checks.require(requirements.REDIS, *await self._inventory.facts())
+                facts = await redis_facts.read(self._inventory.redis, self._inventory.engine)
+                checks.require(requirements.REDIS, *facts)
                 await self._inventory.load()
                 await self._outbox.load()
             except UnmetRequirement as error:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import httptools
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
-from flashsale_api import descriptors, responses
+from flashsale_api import asgi, descriptors, responses
 from flashsale_api.reserve import MAX_BODY_BYTES
 from flashsale_api.responses import Handler, Headers, Problem, Respond
 
@@ -223,7 +223,21 @@ class HttpProtocol(asyncio.Protocol):
         keep_alive = version != "1.0" and parser.should_keep_alive()
         exchange = Exchange(self, self._direct(method, path), self._headers, keep_alive)
         if exchange.handler is None:
-            exchange.handler = self._through_asgi(method, path, query, version)
+            exchange.handler = asgi.handler(
+                self._app,
+                {
+                    "http_version": version,
+                    "server": self._transport.get_extra_info("sockname"),
+                    "client": self._transport.get_extra_info("peername"),
+                    "method": method.decode("ascii"),
+                    "path": path.decode("latin-1"),
+                    "raw_path": path,
+                    "query_string": query,
+                    "headers": self._headers,
+                    "state": self._app_state.copy(),
+                },
+                self._server.tasks,
+            )
         exchange.is_head = method == b"HEAD"
         self._receiving = exchange
         if expects_100:
@@ -432,41 +446,6 @@ class HttpProtocol(asyncio.Protocol):
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._transport.abort()
 
-    # ASGI.
-
-    def _through_asgi(self, method: bytes, path: bytes, query: bytes, version: str) -> Handler:
-        """Returns a handler that calls the ASGI application."""
-        transport = self._transport
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": version,
-            "server": transport.get_extra_info("sockname"),
-            "client": transport.get_extra_info("peername"),
-            "scheme": "http",
-            "method": method.decode("ascii"),
-            "root_path": "",
-            "path": path.decode("latin-1"),
-            "raw_path": path,
-            "query_string": query,
-            "headers": self._headers,
-            "state": self._app_state.copy(),
-        }
-
-        def handle(
-            headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - the scope has them
-            body: bytes | bytearray,
-            respond: Respond,
-        ) -> None:
-            if len(body) > MAX_BODY_BYTES:
-                respond(*responses.plain(Problem.BODY_TOO_LARGE))
-                return
-            task = self._loop.create_task(_call(self._app, scope, bytes(body), respond))
-            self._server.tasks.add(task)
-            task.add_done_callback(self._server.tasks.discard)
-
-        return handle
-
 
 class Exchange:
     """A request and its answer."""
@@ -526,31 +505,6 @@ class Exchange:
     def drop(self) -> None:
         """Forgets the connection, whose client is gone."""
         self._connection = self.handler = None
-
-
-async def _call(app: ASGIApp, scope: dict[str, Any], body: bytes, respond: Respond) -> None:
-    """Calls an ASGI application whose answer is sent as a whole."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    status, headers, parts = 500, list[tuple[bytes, bytes]](), list[bytes]()
-
-    async def receive() -> Message:
-        return messages.pop() if messages else {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        nonlocal status, headers
-        if message["type"] == "http.response.start":
-            status, headers = message["status"], list(message.get("headers", []))
-            return
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            kept = tuple(each for each in headers if each[0].lower() != b"content-length")
-            respond(status, kept, b"".join(parts))
-
-    try:
-        await app(scope, receive, send)
-    except Exception:  # after any error, the client needs an answer
-        log.exception("the application failed")
-    respond(*responses.plain(Problem.INTERNAL_ERROR))  # has no effect after an answer
 
 
 def _plain(status: int, text: str) -> Handler:

@@ -24,14 +24,15 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
-from flashsale.errors import OtherEngine, RedisUnavailable
+from flashsale.errors import OtherEngine
 from flashsale.events import Event
-from flashsale.outbox import Entry, Outbox
+from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
 from flashsale_api.metrics import Metrics
+from flashsale_api.settler import Settler
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -50,7 +51,6 @@ LINGER_SECONDS: Final = 0.01
 
 A batch costs the API 0.16 ms of CPU, as much as a hundred events. Buyers do not wait for it.
 """
-SETTLE_BATCH: Final = 256
 REQUEST_TIMEOUT_SECONDS: Final = 10
 ACKNOWLEDGED_SECONDS: Final = 12.0
 """How long to wait for the acknowledgement of a batch before the producer is discarded."""
@@ -82,7 +82,7 @@ _Key: TypeAlias = tuple[str, str] | _Version
 
 
 class Publisher:
-    """Publishes events to `topic` and settles their outbox entries. A process has one."""
+    """Publishes events, and lets `settler` delete their outbox entries. A process has one."""
 
     def __init__(
         self,
@@ -95,7 +95,6 @@ class Publisher:
     ) -> None:
         self._kafka = kafka
         self._spans = spans
-        self._outbox = outbox
         self._metrics = metrics
         self._engine = engine
         self._owner = GroupOwner(kafka)
@@ -103,9 +102,8 @@ class Publisher:
         self._pending: deque[Accepted] = deque()
         self._work = asyncio.Event()
         self._by_item: Counter[str] = Counter()
-        self._acknowledged: dict[str, list[Entry]] = {}
-        self._to_settle = asyncio.Event()
         self._held: set[_Key] = set()
+        self.settler = Settler(outbox, self._forget)
         self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
         self._recent: dict[_Version, int] = {}
         """The revisions of the sales in which Kafka has acknowledged replays."""
@@ -223,63 +221,6 @@ class Publisher:
                 await _discard(producer)
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
-    async def settle(self) -> None:
-        """Deletes the outbox entries of acknowledged events until it is cancelled.
-
-        Each node of a cluster has a task, so that none waits for another node.
-        """
-        running: set[str] = set()
-        async with asyncio.TaskGroup() as tasks:
-            while True:
-                await self._to_settle.wait()
-                self._to_settle.clear()
-                for node in set(map(self._outbox.node_of, self._acknowledged)) - running:
-                    running.add(node)
-                    tasks.create_task(self._settle(node, running))
-
-    async def _settle(self, node: str, running: set[str]) -> None:
-        """Settles the items of a node until none is left, and takes the node out of `running`."""
-        away = False
-        while pages := self._next_pages(node):
-            try:
-                results = await self._outbox.settle_all(pages)
-            except RedisUnavailable as error:
-                results = [error] * len(pages)
-            failed = None
-            for (item_id, page), result in zip(pages, results, strict=True):
-                if isinstance(result, RedisUnavailable):
-                    failed = result
-                    self._acknowledged[item_id] = page + self._acknowledged.pop(item_id, [])
-                else:
-                    self._forget((item_id, entry_id) for entry_id, _, _ in page)
-            if failed is not None:
-                if not away:
-                    log.warning("cannot settle outbox entries yet: %s", failed)
-                await asyncio.sleep(BACKOFF_SECONDS[-1])
-            away = failed is not None
-        running.discard(node)
-        if self._acknowledged:  # an item may be on another node now
-            self._to_settle.set()
-
-    def _next_pages(self, node: str) -> list[tuple[str, list[Entry]]]:
-        """Takes at most `SETTLE_BATCH` entries of the items of a node.
-
-        The items take turns. A waiting item may have a full outbox and sell nothing.
-        """
-        items = (each for each in self._acknowledged if self._outbox.node_of(each) == node)
-        pages: list[tuple[str, list[Entry]]] = []
-        room = SETTLE_BATCH
-        for item_id in list(itertools.islice(items, self._outbox.items_per_call)):
-            waiting = self._acknowledged.pop(item_id)
-            page, left = waiting[:room], waiting[room:]
-            pages.append((item_id, page))
-            if left:
-                self._acknowledged[item_id] = left
-            room -= len(page)
-            if not room:
-                break
-        return pages
-
     async def flush(self, timeout_seconds: float) -> int:
         """Waits until no event is held. Returns how many are left after `timeout_seconds`."""
         with contextlib.suppress(TimeoutError):
@@ -380,9 +321,7 @@ class Publisher:
             self._by_item[item_id] -= 1
             version = item_id, reservation_id, record.version
             if entry_id:
-                self._acknowledged.setdefault(item_id, []).append(
-                    (entry_id, reservation_id, record.version)
-                )
+                self.settler.add(item_id, (entry_id, reservation_id, record.version))
             else:
                 self._forget([version])
                 self._remember(version, snapshot.revision)
@@ -390,7 +329,6 @@ class Publisher:
                 for future in self._awaited.pop(version, ()):
                     if not future.done():
                         future.set_result(None)
-        self._to_settle.set()
 
     def _remember(self, version: _Version, revision: int) -> None:
         self._recent[version] = revision

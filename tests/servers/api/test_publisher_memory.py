@@ -1,20 +1,17 @@
-"""The events in a publisher's memory: replays, acknowledged events and a backlog.
+"""The events in a publisher's memory: replays, and a backlog that stops the sweep.
 
 Kafka is absent. Needs Redis.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
-from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
-from flashsale.keys import ItemKeys
-from flashsale.outbox import Entry, Outbox
+from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_api import publisher as publisher_module
@@ -25,29 +22,14 @@ from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.sweeper import Sweeper
 from tests.support import redis_users
 from tests.support.api import OWN_SALE, UNKNOWN_ID
-from tests.support.eventually import until
 
 ITEM = OWN_SALE.item_id
 
 
-class RecordingOutbox(Outbox):
-    """Records the calls that settle items: each item with the number of entries."""
-
-    def __init__(self, redis: Redis) -> None:
-        super().__init__(redis)
-        self.settled: list[list[tuple[str, int]]] = []
-
-    async def settle_all(
-        self, pages: Sequence[tuple[str, Sequence[Entry]]]
-    ) -> list[int | RedisUnavailable]:
-        self.settled.append([(item_id, len(entries)) for item_id, entries in pages])
-        return await super().settle_all(pages)
-
-
 @pytest.fixture
-async def outbox(own_redis: RedisServer) -> AsyncIterator[RecordingOutbox]:
+async def outbox(own_redis: RedisServer) -> AsyncIterator[Outbox]:
     client = redis_client.connect(redis_users.url_of(own_redis, redis_users.API))
-    yield RecordingOutbox(client)
+    yield Outbox(client)
     await client.aclose()
 
 
@@ -57,7 +39,7 @@ def accepted(item_id: str, number: int) -> Accepted:
 
 
 async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
-    outbox: RecordingOutbox,
+    outbox: Outbox,
 ) -> None:
     """The acknowledgement of a reservation must not pass for that of its confirmation."""
     publisher = Publisher(
@@ -77,7 +59,7 @@ async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(
 
 
 @pytest.fixture
-def forgetful(outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch) -> Publisher:
+def forgetful(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> Publisher:
     """A publisher without Kafka that remembers at least two published replays."""
     monkeypatch.setattr(publisher_module, "REMEMBERED", 2)
     return Publisher(
@@ -139,102 +121,8 @@ async def test_an_acceptance_takes_no_memory_and_its_replay_is_published_once(
     assert not forgetful.acknowledgement(others[0]).done()
 
 
-async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
-    publisher = Publisher(
-        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
-    )
-    for item_id, number in (("many", 600), ("few", 300), ("one", 1)):
-        publisher._acknowledged[item_id] = [(f"{n}-1", f"id-{n}", 1) for n in range(number)]
-    publisher._to_settle.set()
-    task = asyncio.create_task(publisher.settle())
-    async with asyncio.timeout(10):
-        while publisher._acknowledged:
-            await asyncio.sleep(0.01)
-    task.cancel()
-    assert outbox.settled == [
-        [("many", 256)],
-        [("few", 256)],
-        [("one", 1), ("many", 255)],
-        [("few", 44), ("many", 89)],
-    ]
-
-
-async def test_an_item_that_cannot_be_settled_waits_and_delays_no_other(
-    own_redis: RedisServer, own_inventory: Inventory, outbox: RecordingOutbox
-) -> None:
-    """Its outbox has another type, so Redis refuses to read it."""
-    await own_inventory.server()
-    key = ItemKeys.of("broken").outbox
-    admin = redis_client.connect(own_redis.url)
-    await admin.set(key, "text")
-    request = Request(UNKNOWN_ID, "ann", 1)
-    await own_inventory.reserve(ITEM, [request], timeout_seconds=5)
-    [entry] = await outbox.page(ITEM, until_ms=2**50, count=10)
-    publisher = Publisher(
-        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
-    )
-    publisher._acknowledged["broken"] = [("1-1", "no-id", 1)]
-    publisher._acknowledged[ITEM] = [(entry.entry_id, UNKNOWN_ID, 1)]
-    publisher._to_settle.set()
-    task = asyncio.create_task(publisher.settle())
-
-    async def settled() -> bool:
-        return await outbox.lengths([ITEM]) == {ITEM: 0}
-
-    await until(settled)
-    assert outbox.settled == [[("broken", 1), (ITEM, 1)]]
-    assert publisher._acknowledged == {"broken": [("1-1", "no-id", 1)]}
-    await admin.delete(key)
-    await until(lambda: not publisher._acknowledged)
-    await until(lambda: outbox.settled[1:] == [[("broken", 1)]])
-    task.cancel()
-    await admin.aclose()
-
-
-class MovingOutbox(RecordingOutbox):
-    """The item moves from node A to node B during the first call, which then goes on."""
-
-    def __init__(self, redis: Redis) -> None:
-        super().__init__(redis)
-        self.node = "A"
-        self.moved = asyncio.Event()
-
-    def node_of(self, _: str) -> str:
-        return self.node
-
-    async def settle_all(
-        self, pages: Sequence[tuple[str, Sequence[Entry]]]
-    ) -> list[int | RedisUnavailable]:
-        if self.node == "A":
-            self.node = "B"
-            await self.moved.wait()
-        return await super().settle_all(pages)
-
-
-async def test_an_item_that_moves_during_its_settlement_is_settled_once(
-    own_redis: RedisServer,
-) -> None:
-    client = redis_client.connect(redis_users.url_of(own_redis, redis_users.API))
-    outbox = MovingOutbox(client)
-    publisher = Publisher(
-        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
-    )
-    task = asyncio.create_task(publisher.settle())
-    for first, count in ((0, 300), (300, 200)):
-        entries = [(f"{n}-1", f"id-{n}", 1) for n in range(first, first + count)]
-        publisher._acknowledged.setdefault(ITEM, []).extend(entries)
-        publisher._to_settle.set()
-        await until(lambda: outbox.node == "B")
-    await until(lambda: outbox.settled == [[(ITEM, 244)]])
-    outbox.moved.set()
-    await until(lambda: outbox.settled == [[(ITEM, 244)], [(ITEM, 256)]])
-    assert not task.done()
-    task.cancel()
-    await client.aclose()
-
-
 async def test_a_pod_with_a_backlog_does_not_sweep(
-    own_inventory: Inventory, outbox: RecordingOutbox, monkeypatch: pytest.MonkeyPatch
+    own_inventory: Inventory, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an outage of Kafka, it would mostly read its own entries, again and again."""
     monkeypatch.setattr(sweeper_module, "BACKLOG", 10)

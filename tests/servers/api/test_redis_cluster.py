@@ -18,10 +18,7 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.nodes import PROBE_SECONDS
 from flashsale.outbox import Entry, Outbox
-from flashsale.settings import KafkaSettings
-from flashsale_api.engine import Engine
-from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Publisher
+from flashsale_api.settler import Settler
 from tests.support.api import problem, reserve
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened
@@ -164,18 +161,13 @@ async def test_a_frozen_node_delays_no_settlement_of_the_others(
 ) -> None:
     lost, other = items
     outbox = RecordingOutbox(inventory.redis)
-    publisher = Publisher(
-        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
-    )
+    settler = Settler(outbox, lambda _: None)
     for item in items:
         await answers(inventory, item, [a_request()])
         [entry] = await outbox.page(item, until_ms=2**50, count=10)
-        publisher._acknowledged[item] = [
-            (entry.entry_id, entry.reservation_id, entry.record.version)
-        ]
-    publisher._to_settle.set()
+        settler.add(item, (entry.entry_id, entry.reservation_id, entry.record.version))
     async with frozen(redis_cluster, inventory, lost):
-        settling = asyncio.create_task(publisher.settle())
+        settling = asyncio.create_task(settler.run())
         await until(lambda: outbox.finished)
         assert outbox.finished == [other]
 

@@ -56,7 +56,7 @@ async def publishing(bootstrap: str, engine: str, redis: Redis) -> AsyncIterator
         metrics,
         Engine(engine),
     )
-    tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(publisher.settle())]
+    tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(publisher.settler.run())]
     yield Publishing(publisher, metrics)
     for task in tasks:
         task.cancel()

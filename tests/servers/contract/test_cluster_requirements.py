@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisCluster
-from flashsale import redis_client, requirements
+from flashsale import redis_client, redis_facts, requirements
 from flashsale.errors import UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks, ClusterFacts, RedisFacts, findings
@@ -43,7 +43,7 @@ def named(redis_cluster: RedisCluster) -> str:
 
 
 async def test_a_cluster_of_the_stack_meets_all_requirements(inventory: Inventory) -> None:
-    facts = await inventory.facts()
+    facts = await redis_facts.read(inventory.redis)
     assert len(facts) == 3
     found = findings(requirements.REDIS, *facts)
     assert {finding.verdict for finding in found} == {"ok"}, found
@@ -65,7 +65,7 @@ async def test_a_setting_of_one_primary_that_endangers_sales_is_named(
     before = str((await last.config_get(setting))[setting])
     await last.config_set(setting, value)
     try:
-        facts = await inventory.facts()
+        facts = await redis_facts.read(inventory.redis)
     finally:
         await last.config_set(setting, before)
     with pytest.raises(UnmetRequirement) as unmet:
@@ -80,7 +80,7 @@ async def test_a_primary_that_knows_no_owner_of_a_slot_is_named(
     slot = requirements.SLOTS - 1
     await last.cluster("DELSLOTS", slot)
     try:
-        facts = await inventory.facts()
+        facts = await redis_facts.read(inventory.redis)
     finally:
         await last.cluster("ADDSLOTS", slot)
     with pytest.raises(UnmetRequirement) as unmet:

@@ -9,7 +9,7 @@ import pytest
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
-from flashsale import heartbeat, redis_client
+from flashsale import heartbeat, redis_client, redis_facts
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
@@ -114,7 +114,7 @@ async def test_a_dead_node_takes_only_its_own_sales_with_it(
         assert set(await inventory.servers(items)) == set(others)
         assert set(await outbox.lengths(items, partial=True)) == set(others)
         assert set(await outbox.oldest_ms(items)) == set(others)
-        assert len(await inventory.facts()) == len(others)
+        assert len(await redis_facts.read(inventory.redis)) == len(others)
     assert (await inventory.sales([lost]))[lost].run_id != (await inventory.server(lost)).run_id
     assert await outcome(inventory, lost, a_request()) is Outcome.FENCED
     assert [await sells(inventory, item) for item in others] == [True] * len(others)
@@ -388,12 +388,12 @@ async def test_a_user_without_the_command_for_slots_is_a_mistake_and_no_outage(
 ) -> None:
     client = redis_client.connect(url_of(cluster.servers[0], OPERATOR))
     with pytest.raises(UnmetRequirement, match="needs the command CLUSTER SLOTS"):
-        await Inventory(client).facts()
+        await redis_facts.read(client)
     await client.aclose()
 
 
 async def test_a_database_besides_0_is_a_mistake_and_no_outage(cluster: RedisCluster) -> None:
     client = redis_client.connect(cluster.url.replace("/0", "/3"))
     with pytest.raises(UnmetRequirement, match="names database 3"):
-        await Inventory(client).facts()
+        await redis_facts.read(client)
     await client.aclose()

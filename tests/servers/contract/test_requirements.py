@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer, RedisServer
-from flashsale import ledger, redis_client, requirements
+from flashsale import ledger, redis_client, redis_facts, requirements
 from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.requirements import (
@@ -50,7 +50,7 @@ async def test_a_server_of_the_stack_meets_all_requirements(
     inventory: Inventory, pool: asyncpg.Pool
 ) -> None:
     for found in (
-        requirements.findings(requirements.REDIS, *await inventory.facts()),
+        requirements.findings(requirements.REDIS, *await redis_facts.read(inventory.redis)),
         requirements.findings(requirements.LEDGER, await ledger.facts(pool)),
     ):
         assert {finding.verdict for finding in found} == {"ok"}, found
@@ -66,7 +66,7 @@ async def test_a_setting_of_redis_that_endangers_sales_is_named(
     before = str((await redis.config_get(setting))[setting])
     await redis.config_set(setting, value)
     try:
-        facts = await inventory.facts()
+        facts = await redis_facts.read(inventory.redis)
     finally:
         await redis.config_set(setting, before)
     with pytest.raises(UnmetRequirement) as unmet:
@@ -96,15 +96,15 @@ async def test_a_redis_user_without_info_is_a_mistake_and_no_outage(
 ) -> None:
     async with redis_user(redis_server, "+@all", "-@dangerous") as client:
         with pytest.raises(UnmetRequirement, match="but needs INFO in scripts"):
-            require_redis(*await Inventory(client).facts())
+            require_redis(*await redis_facts.read(client))
     async with redis_user(redis_server, "+@all", "-@dangerous", "+info") as client:
-        require_redis(*await Inventory(client).facts())
+        require_redis(*await redis_facts.read(client))
 
 
 async def test_a_redis_that_is_away_is_an_outage() -> None:
     client = redis_client.connect("redis://127.0.0.1:1/0")
     with pytest.raises(RedisUnavailable):
-        await Inventory(client).facts()
+        await redis_facts.read(client)
     await client.aclose()
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import asyncpg
 import pytest
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import events, ledger, requirements
+from flashsale import events, ledger, redis_facts, requirements
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import RedisFacts
@@ -141,16 +142,16 @@ def test_a_requirement_that_a_server_lacks_is_a_failure_with_its_remedy(
 def test_a_server_that_is_too_old_for_the_other_checks_is_one_failure(
     examined: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = Inventory.facts
+    read = redis_facts.read
 
-    async def old(inventory: Inventory) -> list[RedisFacts]:
-        [found] = await facts(inventory)
+    async def old(client: AsyncRedis, engine: str) -> list[RedisFacts]:
+        [found] = await read(client, engine)
         return [replace(found, version="6.2.14", script_error="")]
 
     async def refuse(_: Inventory) -> None:
         raise RedisUnavailable("Redis refused the call: syntax error")
 
-    monkeypatch.setattr(Inventory, "facts", old)
+    monkeypatch.setattr(redis_facts, "read", old)
     monkeypatch.setattr(Inventory, "server", refuse)
     code, verdicts = examined()
     assert code == 1

@@ -3,7 +3,7 @@
 import pytest
 
 from flashsale.errors import RedisUnavailable
-from flashsale.nodes import translated
+from flashsale.redis_errors import translated
 
 
 async def failing(error: Exception) -> None:

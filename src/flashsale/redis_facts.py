@@ -1,0 +1,93 @@
+"""Reads the facts of Redis' servers that `requirements.REDIS` checks."""
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Final
+
+from redis.exceptions import NoPermissionError, RedisError
+
+from flashsale import keys, redis_client
+from flashsale.errors import RedisUnavailable, UnmetRequirement
+from flashsale.keys import DEFAULT_ENGINE
+from flashsale.nodes import NODE_SECONDS, Node, Nodes
+from flashsale.redis_errors import FAILURES
+from flashsale.requirements import ClusterFacts, RedisFacts
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+_TRY_INFO: Final = """
+local info = redis.pcall('INFO', 'server', 'replication')
+if type(info) == 'table' then return info.err end
+if not string.match(info, 'run_id:%x+') then return 'INFO has no run_id' end
+if not string.match(info, 'master_replid2:%x+') then return 'INFO has no master_replid2' end
+return ''
+"""
+
+
+async def read(redis: "Redis", engine: str = DEFAULT_ENGINE) -> list[RedisFacts]:
+    """Returns each server's version and settings, to compare with `requirements.REDIS`.
+
+    Primaries of a cluster that are away are left out, unless all are. Raises
+    `UnmetRequirement` if the database of the address does not exist, or if the user may not
+    read the slots of a cluster.
+    """
+    nodes = Nodes.of_client(redis)
+    try:
+        servers = await nodes.all()
+    except RedisUnavailable as error:
+        if isinstance(error.__cause__, NoPermissionError):
+            raise UnmetRequirement(
+                "Redis is a cluster, whose user needs the command CLUSTER SLOTS: allow it"
+            ) from error
+        if re.search("SELECT is not allowed|DB index is out of range", str(error)):
+            database = redis_client.location(redis)[2]
+            raise UnmetRequirement(
+                f"FLASHSALE_REDIS_URL names database {database}, which Redis does not have: "
+                "a Redis Cluster has only database 0"
+            ) from error
+        raise
+    found = await asyncio.gather(
+        *(_of_server(nodes, server, engine) for server in servers), return_exceptions=True
+    )
+    facts = [each for each in found if isinstance(each, RedisFacts)]
+    for each in found:
+        if isinstance(each, BaseException) and not (facts and isinstance(each, RedisUnavailable)):
+            raise each
+    return facts
+
+
+async def _of_server(nodes: Nodes, node: Node, engine: str) -> RedisFacts:
+    pipeline = node.redis.pipeline(transaction=False)
+    pipeline.info()
+    pipeline.config_get("repl-backlog-ttl", "cluster-*", "min-replicas-to-write")
+    if node.name:
+        # A key would have to be in one of the node's own slots.
+        pipeline.eval(_TRY_INFO, 0)
+    else:
+        pipeline.eval(_TRY_INFO, 1, keys.engine_id(engine))
+    try:
+        async with asyncio.timeout(NODE_SECONDS if node.name else None):
+            info, config, script = await pipeline.execute(raise_on_error=False)
+            covered = await nodes.covered(node) if node.name else 0
+    except FAILURES as error:
+        raise nodes.unavailable(error, node) from error
+    for reply in (info, script):
+        if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
+            raise nodes.unavailable(reply, node)
+    if isinstance(info, NoPermissionError):
+        info = {}
+        script = "this user may not call it"
+    if isinstance(config, RedisError):
+        config = {}
+    return RedisFacts(
+        version=info.get("redis_version"),
+        policy=info.get("maxmemory_policy"),
+        backlog_ttl=config.get("repl-backlog-ttl"),
+        appendonly=bool(info.get("aof_enabled", True)),
+        script_error=" ".join(str(script).split()),
+        node=node.name,
+        cluster=ClusterFacts(covered, config, info.get("connected_slaves", 0))
+        if node.name
+        else None,
+    )
