@@ -280,9 +280,7 @@ def capacity(rig: Rig, scale: Scale, api: Api) -> float:
     """Return the accepted requests per second of a closed loop while a consumer records them."""
     items, consumer = rig.sales(ITEMS), rig.consumer(rig.cores.rest)
     rounds = [rig.round([api], items, scale.seconds).tally.rps for _ in range(scale.rounds)]
-    print(
-        f"    recorded: {', '.join(f'{one:,.0f}' for one in rounds)}/s", flush=True
-    )
+    print(f"    recorded: {', '.join(f'{one:,.0f}' for one in rounds)}/s", flush=True)
     consumer.stop()
     return median(rounds)
 
