@@ -5,10 +5,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Final, Self
 
@@ -132,7 +131,7 @@ def kept(path: Path) -> list[Outcome]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return the sum as Markdown: the table, the answers, the seeds per commit, and failures."""
+    """Return the sum as Markdown: the faults, the answers, the commits and the failures."""
     lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
     for row in _ROWS:
         if counted := [outcome for outcome in outcomes if row in outcome.rows]:
@@ -154,26 +153,16 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines += ["", "| answer | count |", "|---|---|"]
     lines += [f"| {kind} | {count:,} |" for kind, count in answers.most_common()]
     lines += [f"| all | {sum(answers.values()):,} |", ""]
+    lines += ["| commit | schedules | between the seeds | hours, added up |", "|---|---|---|---|"]
     for name in dict.fromkeys(outcome.commit for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.commit == name]
-        spans = ", ".join(_spans({outcome.seed for outcome in own}))
+        seeds = [outcome.seed for outcome in own]
         hours = sum(outcome.seconds for outcome in own) / 3600
-        lines.append(
-            f"Commit {name}: {len(own)} schedule{'s' * (len(own) > 1)}, seeds {spans}. They took "
-            f"{hours:.2f} hours together, of which several passed at the same time."
-        )
-    for outcome in outcomes:
-        if outcome.failure:
-            lines.append(f"FAILED at commit {outcome.commit}: `{outcome.command}`")
+        lines.append(f"| {name} | {len(own)} | {min(seeds)} and {max(seeds)} | {hours:.2f} |")
+    if failed := [outcome for outcome in outcomes if outcome.failure]:
+        lines += ["", "| failed at commit | command |", "|---|---|"]
+        lines += [f"| {outcome.commit} | `{outcome.command}` |" for outcome in failed]
     return "\n".join(lines)
-
-
-def _spans(seeds: Iterable[int]) -> Iterator[str]:
-    """Return the seeds as spans such as `0 to 39`."""
-    numbered = enumerate(sorted(seeds))
-    for _, group in groupby(numbered, key=lambda pair: pair[1] - pair[0]):
-        span = [seed for _, seed in group]
-        yield str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
 
 
 def publish() -> None:
