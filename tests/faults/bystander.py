@@ -10,7 +10,7 @@ from typing import Final
 from dev.crowd import Client, percentile
 from dev.journal import Attempt, Entry
 from tests.faults.check import Broken
-from tests.faults.redis_shards import shard_of
+from tests.faults.redis_shards import shard_of, spared
 from tests.faults.schedule import OF_BUYERS, Kind, Schedule
 from tests.faults.world import Sale
 
@@ -20,8 +20,8 @@ _number = itertools.count()
 
 
 def bystander_of(item: str) -> Sale:
-    """Return a sale of an item in another third of the slots."""
-    while shard_of(name := f"bystander-{next(_number)}") == shard_of(item):
+    """Return a sale of an item on a node that no fault of the given item's sale hits."""
+    while shard_of(name := f"bystander-{next(_number)}") != spared(shard_of(item)):
         pass
     return Sale(name, max_per_user=1, stock=STOCK, highest_stock=STOCK)
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,11 @@ MOVED_AT_ONCE: Final = 100
 def shard_of(item: str) -> int:
     """Return which third of the slots an item is in. Each third has a primary of its own."""
     return key_slot(ItemKeys.of(item).sale.encode()) * PRIMARIES // SLOTS
+
+
+def spared(shard: int) -> int:
+    """Return the third of the slots whose primary no fault of an item in `shard` hits."""
+    return (shard + 1) % PRIMARIES
 
 
 class RedisShards(RedisPair):
@@ -140,9 +145,11 @@ class RedisShards(RedisPair):
             await asyncio.sleep(0.1)
 
     async def move_slot(self) -> None:
-        """Move the item's slot to another primary, while calls arrive."""
+        """Move the item's slot to another primary, while calls arrive. Later faults hit that one."""
         await self.await_health()
-        source, target = self._following, await self._other_primary()
+        bystander = self.servers[spared(self._slot * PRIMARIES // SLOTS)]
+        pair = bystander, self._partner(bystander)
+        source, target = self._following, await self._other_primary(besides=pair)
         ids = {each: await ask(each.port, "CLUSTER", "MYID") for each in (source, target)}
         setting = "CLUSTER", "SETSLOT", str(self._slot)
         await ask(target.port, *setting, "IMPORTING", ids[source])
@@ -155,9 +162,9 @@ class RedisShards(RedisPair):
         for server in (target, source):
             await ask(server.port, *setting, "NODE", ids[target])
 
-    async def _other_primary(self) -> RedisServer:
+    async def _other_primary(self, besides: Sequence[RedisServer] = ()) -> RedisServer:
         for server in self.servers:
-            if server not in (self._following, self._replica):
+            if server not in (self._following, self._replica, *besides):
                 info = await ask(server.port, "INFO", "replication")
                 if info["role"] == "master":
                     return server
