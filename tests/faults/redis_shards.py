@@ -145,7 +145,7 @@ class RedisShards(RedisPair):
             await asyncio.sleep(0.1)
 
     async def move_slot(self) -> None:
-        """Move the item's slot to another primary, while calls arrive. Later faults hit that one."""
+        """Move the item's slot to another primary, while calls arrive. Further faults hit it."""
         await self.await_health()
         bystander = self.servers[spared(self._slot * PRIMARIES // SLOTS)]
         pair = bystander, self._partner(bystander)
