@@ -170,7 +170,7 @@ def _app(
     decided = batcher(_AcceptingInventory(), _Nowhere(), metrics, engine, spans=spans)
     reserve = Reserve(decided, metrics, spans, authentication)
 
-    return Application(reserve, Sales(_AcceptingInventory()), Starlette())
+    return Application(reserve, Sales(_AcceptingInventory(), Engine("flashsale")), Starlette())
 
 
 async def _path(

@@ -60,6 +60,7 @@ class RecordingPublisher(Publisher):
 
     def __init__(self) -> None:
         self.added: list[Accepted] = []
+        self._held = set()
 
     def add(self, accepted: Accepted) -> None:
         self.added.append(accepted)

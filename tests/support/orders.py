@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import events
+from flashsale import events, redis_client
 from flashsale.events import Event
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
@@ -39,6 +39,9 @@ def order_engine(redis_server: RedisServer, kafka_server: KafkaServer) -> Addres
         await admin.start()
         await admin.create_topics([NewTopic(events.topic(name), 3, 1)])
         await admin.close()
+        client = redis_client.connect(redis_server.url)
+        await Inventory(client, name).claim(str(uuid.uuid4()))
+        await client.aclose()
 
     asyncio.run(create())
     return Addresses(url_of(redis_server, API), kafka_server.bootstrap, "", name)

@@ -118,7 +118,6 @@ def create_app(  # noqa: PLR0915 - the composition root
         metrics,
         engine,
         verb="confirm",
-        seen=batcher.knows,
         node_of=inventory.node_of,
     )
     cancellations = Transitions(
@@ -127,7 +126,6 @@ def create_app(  # noqa: PLR0915 - the composition root
         metrics,
         engine,
         verb="cancel",
-        seen=batcher.knows,
         node_of=inventory.node_of,
     )
     callers = batcher, confirmations, cancellations
@@ -145,16 +143,16 @@ def create_app(  # noqa: PLR0915 - the composition root
         pulse=pulse,
     )
     background = Inventory(redis_of_outbox, settings.engine)
-    sweeper = Sweeper(background, outbox, publisher, metrics, pod_id)
+    sweeper = Sweeper(background, outbox, publisher, metrics, known=engine.items, pod_id=pod_id)
     expiry = Expiry(background, publisher, metrics, engine, pod_id=pod_id)
     orders = order_app(
-        Orders(inventory, confirmations, cancellations, metrics),
+        Orders(inventory, confirmations, cancellations, metrics, engine),
         settings.order_tokens.split(","),
         metrics,
         _HANDLERS,
     )
     buyers = authentication.of_settings(settings, metrics)
-    sales = Sales(Inventory(redis_of_reads, settings.engine), buyers)
+    sales = Sales(Inventory(redis_of_reads, settings.engine), engine, buyers)
     redis_check = RedisCheck(inventory, outbox)
 
     @contextlib.asynccontextmanager

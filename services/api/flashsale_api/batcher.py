@@ -1,10 +1,11 @@
 """Decides POST /reserve through batched script calls."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from flashsale.errors import RedisUnavailable
+from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import BatchReply, Outcome, Record, Request, State, Transition
@@ -16,8 +17,15 @@ from flashsale_api.publisher import Accepted, Publisher
 if TYPE_CHECKING:
     from flashsale_api.spans import Spans
 
+log = logging.getLogger(__name__)
+
 SOLD_OUT_SECONDS: Final = 0.1
 """How long a pod caches "sold out". A restock can take this long to become visible."""
+MOST_HELD: Final = 400_000
+"""A pod that holds this many events refuses new requests as if the outbox were full.
+
+They take 320 MB. Without Kafka, many items can have more events than a pod has memory.
+"""
 
 
 class Decision(NamedTuple):
@@ -89,11 +97,14 @@ class Batcher(Calls[Request, Decision]):
     async def _decisions(
         self, batches: Sequence[tuple[str, Sequence[Request]]]
     ) -> Sequence[Sequence[Decision]]:
-        refusals = [self._refusal(item_id) for item_id, _ in batches]
+        full = Outcome.OUTBOX_FULL if self._publisher.held >= MOST_HELD else None
+        refusals = [full or self._refusal(item_id) for item_id, _ in batches]
         asked = [batch for batch, refusal in zip(batches, refusals, strict=True) if not refusal]
         replies = iter(await self._reserve(asked) if asked else ())
         return [
-            self._decide(item_id, requests, refusal or next(replies))
+            [Decision(refusal)] * len(requests)
+            if refusal
+            else self._decide(item_id, requests, next(replies))
             for (item_id, requests), refusal in zip(batches, refusals, strict=True)
         ]
 
@@ -130,6 +141,11 @@ class Batcher(Calls[Request, Decision]):
             seconds = asyncio.get_running_loop().time() - reply.started
             for _, requests in batches:
                 self._spans.called(requests, seconds)
+        if reply.repeated:  # a refusal does not say whether the first call took units
+            return [
+                each if isinstance(each, BatchReply) else Failure.OUTCOME_UNKNOWN
+                for each in reply.value
+            ]
         return [
             Failure.REDIS_UNAVAILABLE if isinstance(each, RedisUnavailable) else each
             for each in reply.value
@@ -138,19 +154,17 @@ class Batcher(Calls[Request, Decision]):
     def _of_all(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
         """Returns the outcome of a batch that was not decided per request.
 
-        An unknown item that had a sale until recently is answered as fenced.
+        An unknown item that had keys until recently is answered as fenced.
         """
         self._sold_out.pop(item_id, None)
         if outcome is Outcome.FENCED:
             self._remember(item_id)
-        elif outcome is Outcome.UNKNOWN:
-            if self.knows(item_id):
-                return Outcome.FENCED
-            self._forget(item_id)
+        elif outcome is Outcome.UNKNOWN and item_id in self._engine.items:
+            return Outcome.FENCED
         return outcome
 
     def _learn(self, item_id: str, reply: BatchReply) -> None:
-        """Caches that the sale is sold out, and that it exists and has not ended."""
+        """Caches that the sale is sold out, and that it exists."""
         outcomes = {answer.outcome for answer in reply.answers}
         if reply.available == 0 and Outcome.SOLD_OUT in outcomes:
             decision = Decision(Outcome.SOLD_OUT, held=_held(reply))
@@ -158,9 +172,7 @@ class Batcher(Calls[Request, Decision]):
             self._sold_out[item_id] = until, decision
         else:
             self._sold_out.pop(item_id, None)
-        # An ended sale is not forgotten at once, because a closed one may be applied again.
-        if Outcome.ENDED not in outcomes:
-            self._remember(item_id)
+        self._remember(item_id)
 
 
 def _read(
@@ -187,7 +199,13 @@ def _read(
                 state, version, quantity, now_ms, user_id, request_key, expires_ms, confirmed_ms
             )
         elif outcome is Outcome.REPLAYED:
-            entry_id, record = "", Record.parse(detail)
+            entry_id = ""
+            try:
+                record = Record.parse(detail)
+            except ContractViolation:
+                log.exception("the reservation %s of %s is damaged", identity, item_id)
+                decisions.append(Decision(Failure.INTERNAL_ERROR, identity, sale_id))
+                continue
         else:
             decisions.append(
                 Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held, detail)

@@ -43,13 +43,6 @@ places to others.
 """
 MAX_WAIT_SECONDS: Final = 0.5
 """How long a request waits for a call before it is refused."""
-KNOWN_SECONDS: Final = 60.0
-"""How long a pod remembers that an item had an unfinished sale.
-
-If Redis has no keys of such an item, it has lost them. The sale is then answered as fenced, not as
-unknown.
-"""
-
 R = TypeVar("R")
 D = TypeVar("D")
 T = TypeVar("T")
@@ -68,10 +61,14 @@ class Failure(Word):
 
 
 class Reply(NamedTuple, Generic[T]):
-    """The reply to a script call that `started` then, by the loop's clock."""
+    """The reply to a script call that `started` then, by the loop's clock.
+
+    `repeated` means that the call before it may have been executed.
+    """
 
     value: T
     started: float
+    repeated: bool = False
 
 
 class _Waiting(NamedTuple, Generic[R, D]):
@@ -136,7 +133,6 @@ class Calls(ABC, Generic[R, D]):
         self._calls: set[asyncio.Task[None]] = set()
         self._closed = False
         self._expiry: asyncio.TimerHandle | None = None
-        self._known_until: dict[str, float] = {}
 
     @abstractmethod
     def _undecided(self, failure: Failure) -> D:
@@ -187,10 +183,6 @@ class Calls(ABC, Generic[R, D]):
         self._called = {item: since for item, since in self._called.items() if since > oldest}
         return list(self._called)
 
-    def knows(self, item_id: str) -> bool:
-        """Whether this pod saw an unfinished sale of the item within the last `KNOWN_SECONDS`."""
-        return asyncio.get_running_loop().time() < self._known_until.get(item_id, 0.0)
-
     async def close(self) -> None:
         """Refuses new requests, and returns once all waiting requests are decided."""
         self._closed = True
@@ -213,7 +205,7 @@ class Calls(ABC, Generic[R, D]):
         for _ in range(2):
             started = loop.time()
             for item_id in item_ids:
-                if started < self._known_until.get(item_id, 0.0):
+                if item_id in self._engine.items:
                     self._called[item_id] = started
             try:
                 replies = await send()
@@ -228,13 +220,13 @@ class Calls(ABC, Generic[R, D]):
                 if reply != Outcome.UNKNOWN:
                     self._called[item_id] = started
             if seconds < CALL_DEADLINE_SECONDS:
-                return Reply(replies, started)
+                return Reply(replies, started, maybe_executed)
             maybe_executed = True
         return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
 
     def _remember(self, item_id: str) -> None:
-        """Remembers that the item has an unfinished sale."""
-        self._known_until[item_id] = asyncio.get_running_loop().time() + KNOWN_SECONDS
+        """Remembers that the item has a sale."""
+        self._engine.items.note(item_id)
         queue = self._queues.get(item_id)
         if queue is not None and not queue.share.known:
             share = self._share(item_id)
@@ -245,13 +237,10 @@ class Calls(ABC, Generic[R, D]):
                 self._enter(queue)
 
     def _share(self, item_id: str) -> _Share[R, D]:
-        key = self._node_of(item_id), self.knows(item_id)
+        key = self._node_of(item_id), item_id in self._engine.items
         if key not in self._shares:
             self._shares[key] = _Share(known=key[1])
         return self._shares[key]
-
-    def _forget(self, item_id: str) -> None:
-        self._known_until.pop(item_id, None)
 
     def _make_ready(self, queue: _Queue[R, D]) -> None:
         """Lets the next call take the queue's requests, if the item may have another call."""

@@ -13,8 +13,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError
 
 from flashsale import events
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import KafkaSettings
+from flashsale_api.known_items import KnownItems
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,18 @@ TIMEOUT_SECONDS: Final = 5
 
 
 class Engine:
-    """This pod's engine. While `conflict` is not empty, the pod accepts and publishes nothing."""
+    """This pod's engine, and the items that it has in Redis.
+
+    While `conflict` is not empty, the pod accepts and publishes nothing.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.id = ""
         """The id that Redis had first. Empty until the operator has claimed Redis."""
+        self.items = KnownItems()
+        self.claimed = False
+        """Whether Redis had an id at the last look. Redis without one is new, or has lost it."""
         self._in_redis = ""
         self._in_kafka = ""
 
@@ -38,9 +45,17 @@ class Engine:
         """One line that names the two engines that meet, or nothing."""
         return self._in_redis or self._in_kafka
 
+    def may_have_lost(self, item_id: str) -> bool:
+        """Whether Redis may have lost the keys of an item that has none.
+
+        A caller that is told "unknown" gives up, and may ship nothing or void a payment.
+        """
+        return item_id in self.items or not self.claimed
+
     def found_in_redis(self, engine_id: str) -> None:
         """Compares the id in Redis with the first one. Redis without an id has lost it."""
         self.id = self.id or engine_id
+        self.claimed = bool(engine_id)
         self._in_redis = self._compare(
             self._in_redis,
             engine_id,
@@ -83,9 +98,11 @@ class GroupOwner:
 
     async def read(self) -> str | None:
         """Returns the engine's id, or None if no consumer has named one. Raises `OwnerUnknown`."""
-        admin = AIOKafkaAdminClient(
-            **self._kafka.kafka_client(), request_timeout_ms=TIMEOUT_SECONDS * 1000
-        )
+        try:
+            client = self._kafka.kafka_client()
+        except SettingsError as error:  # a renewed certificate can be wrong
+            raise OwnerUnknown(str(error)) from error
+        admin = AIOKafkaAdminClient(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 await admin.start()

@@ -21,6 +21,7 @@ from flashsale.inventory import Inventory
 from flashsale.reservations import Call, Record, Transition
 from flashsale.sale import SaleState
 from flashsale_api.calls import Failure
+from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.reserve import MAX_BODY_BYTES, TRACEPARENT, JsonBody, Refused
 from flashsale_api.responses import (
@@ -107,8 +108,10 @@ class Orders:
         confirmations: Transitions,
         cancellations: Transitions,
         metrics: Metrics,
+        engine: Engine,
     ) -> None:
         self._inventory = inventory
+        self._engine = engine
         self._confirmations = confirmations
         self._cancellations = cancellations
         self._metrics = metrics
@@ -132,8 +135,8 @@ class Orders:
         except ContractViolation as error:
             return problem_response(Problem.FENCED, str(error))
         if sale is None:
-            known = self._confirmations.sees(item_id) or self._cancellations.sees(item_id)
-            return problem_response(Problem.FENCED if known else Problem.UNKNOWN_ITEM)
+            lost = self._engine.may_have_lost(item_id)
+            return problem_response(Problem.FENCED if lost else Problem.UNKNOWN_ITEM)
         if sale.state(*server) is SaleState.FENCED:
             # Redis may have an older copy, or may have lost the reservation.
             return problem_response(Problem.FENCED)

@@ -91,7 +91,8 @@ class HttpProtocol(asyncio.Protocol):
 
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._trailers = 0
+        self._fields = 0
+        """Header and trailer fields of the request that is being received."""
         self._overhead = 0
         """Bytes of the request that is being received, without its body."""
         self._receiving: Exchange | None = None
@@ -186,20 +187,18 @@ class HttpProtocol(asyncio.Protocol):
     # Called by the parser.
 
     def on_message_begin(self) -> None:
-        self._url, self._headers, self._trailers = b"", [], 0
+        self._url, self._headers, self._fields = b"", [], 0
         self._partial = True
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        headers = self._headers
         if self._receiving is None:
             # The parser leaves the blanks behind a value.
-            headers.append((name.lower(), value.rstrip(b" \t")))
-        else:
-            self._trailers += 1
-        if len(headers) + self._trailers > MAX_FIELDS:
+            self._headers.append((name.lower(), value.rstrip(b" \t")))
+        self._fields += 1
+        if self._fields > MAX_FIELDS:
             self._stop(431, "The request has too many header fields.")
 
     def on_headers_complete(self) -> None:
@@ -240,6 +239,8 @@ class HttpProtocol(asyncio.Protocol):
             )
         exchange.is_head = method == b"HEAD"
         self._receiving = exchange
+        # An idle connection must not keep the head of its last request.
+        self._url, self._headers = b"", []
         if expects_100:
             exchange.expects_100 = True
             self._continue()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
@@ -24,7 +25,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
-from flashsale.errors import OtherEngine
+from flashsale.errors import OtherEngine, SettingsError
 from flashsale.events import Event
 from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Snapshot
@@ -79,6 +80,8 @@ class Accepted(NamedTuple):
 _Version: TypeAlias = tuple[str, str, int]
 """A version of a reservation: item id, reservation id, version."""
 _Key: TypeAlias = tuple[str, str] | _Version
+_Sale: TypeAlias = tuple[str, int]
+"""A revision of a sale: sale id, revision."""
 
 
 class Publisher:
@@ -105,9 +108,9 @@ class Publisher:
         self._held: set[_Key] = set()
         self.settler = Settler(outbox, self._forget)
         self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
-        self._recent: dict[_Version, int] = {}
-        """The revisions of the sales in which Kafka has acknowledged replays."""
-        self._older: dict[_Version, int] = {}
+        self._recent: dict[_Version, _Sale] = {}
+        """The sales, with their revisions, in which Kafka has acknowledged replays."""
+        self._older: dict[_Version, _Sale] = {}
         """The same of the replays before. To forget one replay at a time would cost more."""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -153,7 +156,7 @@ class Publisher:
             key: _Key = item_id, entry_id
         else:
             key = version = item_id, reservation_id, record.version
-            if self._remembered(version) == snapshot.revision:
+            if self._remembered(version) == _sale(snapshot):
                 return
         if key in self._held:
             return
@@ -171,7 +174,7 @@ class Publisher:
         """
         key = _version(accepted)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._remembered(key) == accepted.snapshot.revision:
+        if self._remembered(key) == _sale(accepted.snapshot):
             future.set_result(None)
             return future
         self._awaited.setdefault(key, []).append(future)
@@ -190,13 +193,14 @@ class Publisher:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
         while True:
             self._batch_bytes = BATCH_BYTES
-            producer = AIOKafkaProducer(
-                **self._kafka.kafka_client(),
-                acks="all",
-                max_batch_size=BATCH_BYTES,
-                request_timeout_ms=REQUEST_TIMEOUT_SECONDS * 1000,
-            )
+            producer = None
             try:
+                producer = AIOKafkaProducer(
+                    **self._kafka.kafka_client(),
+                    acks="all",
+                    max_batch_size=BATCH_BYTES,
+                    request_timeout_ms=REQUEST_TIMEOUT_SECONDS * 1000,
+                )
                 await producer.start()
                 await self._require_topic(producer)
                 await self._check_owner()
@@ -208,7 +212,8 @@ class Publisher:
                 await asyncio.create_task(self._send(producer))
             except* OtherEngine:
                 self._failures = len(BACKOFF_SECONDS)
-            except* (KafkaError, OSError) as group:
+            except* (KafkaError, OSError, SettingsError) as group:
+                # A certificate that was renewed wrongly is like an outage: sales go on meanwhile.
                 self._metrics.publish_failures.inc()
                 if not self._failures:
                     log.warning(
@@ -218,7 +223,8 @@ class Publisher:
                 self._failures += 1
             finally:
                 self.connected = False
-                await _discard(producer)
+                if producer is not None:
+                    await _discard(producer)
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
     async def flush(self, timeout_seconds: float) -> int:
@@ -324,20 +330,19 @@ class Publisher:
                 self.settler.add(item_id, (entry_id, reservation_id, record.version))
             else:
                 self._forget([version])
-                self._remember(version, snapshot.revision)
+                self._remember(version, _sale(snapshot))
             if self._awaited:
                 for future in self._awaited.pop(version, ()):
                     if not future.done():
                         future.set_result(None)
 
-    def _remember(self, version: _Version, revision: int) -> None:
-        self._recent[version] = revision
+    def _remember(self, version: _Version, sale: _Sale) -> None:
+        self._recent[version] = sale
         if len(self._recent) >= REMEMBERED:
             self._recent, self._older = {}, self._recent
 
-    def _remembered(self, version: _Version) -> int | None:
-        revision = self._recent.get(version)
-        return self._older.get(version) if revision is None else revision
+    def _remembered(self, version: _Version) -> _Sale | None:
+        return self._recent.get(version) or self._older.get(version)
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
         """Moves pending events into a batch until it is full.
@@ -346,6 +351,9 @@ class Publisher:
         """
         batch: list[Accepted] = []
         spans: list[Span] = []
+        # Kafka deletes records by their age. Those of old reservations must not be deleted unread,
+        # and it refuses a time ahead of its clock.
+        now_ms = int(time.time() * 1000)
         while self._pending and (not batch or builder.size() < self._batch_bytes):
             item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]
             span = None
@@ -353,7 +361,7 @@ class Publisher:
                 span = self._spans.sending(self._topic, reservation_id, traceparent)
                 traceparent = traceparent_of(span)
             fits = builder.append(
-                timestamp=record.accepted_ms,
+                timestamp=now_ms,
                 key=reservation_id.encode(),
                 value=events.encode(Event.of(item_id, reservation_id, record, snapshot)),
                 headers=events.headers(traceparent),
@@ -395,6 +403,11 @@ def _key(accepted: Accepted) -> _Key:
 
 def _version(accepted: Accepted) -> _Version:
     return accepted.item_id, accepted.reservation_id, accepted.record.version
+
+
+def _sale(snapshot: Snapshot) -> _Sale:
+    """Returns the revision of the sale. A later sale of the item can have the same versions."""
+    return snapshot.sale_id, snapshot.revision
 
 
 async def _discard(producer: AIOKafkaProducer) -> None:

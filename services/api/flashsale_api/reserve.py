@@ -288,7 +288,7 @@ def _repeated_member(raw: bytes | bytearray) -> str | None:
     """Returns the name of a member that a JSON object has twice. Raises `ValueError`."""
     # Numbers stay strings, because Python limits the digits of an integer.
     members: list[tuple[str, Any]] = json.loads(
-        raw, object_pairs_hook=list, parse_int=str, parse_float=str
+        raw.decode(), object_pairs_hook=list, parse_int=str, parse_float=str
     )
     seen: set[str] = set()
     for name, _ in members:

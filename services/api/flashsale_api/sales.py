@@ -16,6 +16,7 @@ from flashsale.inventory import Inventory, ServerTime
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
 from flashsale_api.authentication import Authentication
+from flashsale_api.engine import Engine
 from flashsale_api.responses import Handler, Headers, Problem, Reservation, Respond
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,11 @@ class Sales:
     its id can read it, without the user.
     """
 
-    def __init__(self, inventory: Inventory, authentication: Authentication | None = None) -> None:
+    def __init__(
+        self, inventory: Inventory, engine: Engine, authentication: Authentication | None = None
+    ) -> None:
         self._inventory = inventory
+        self._engine = engine
         self._authentication = authentication
         self._encoded: dict[str, Encoded] = {}
         """The answers by item, and under "" that for all sales. An unknown item has none."""
@@ -185,7 +189,7 @@ class Sales:
         known = _UUID.match(reservation_id) is not None
         sale, record, server = await self._inventory.look(item_id, reservation_id if known else "")
         if sale is None:
-            respond(*responses.plain(Problem.UNKNOWN_ITEM))
+            respond(*responses.plain(self._without_keys(item_id)))
         elif record is not None and user_id in (record.user_id, ""):
             shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
             body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
@@ -201,9 +205,13 @@ class Sales:
     ) -> None:
         encoded = await asyncio.shield(self._read(item_id))
         if encoded is None:
-            respond(*responses.plain(Problem.UNKNOWN_ITEM))
+            respond(*responses.plain(self._without_keys(item_id)))
         else:
             encoded.respond(headers, respond)
+
+    def _without_keys(self, item_id: str) -> Problem:
+        """Returns the problem of an item that has no keys in Redis."""
+        return Problem.FENCED if item_id in self._engine.items else Problem.UNKNOWN_ITEM
 
     def _read(self, item_id: str) -> "asyncio.Task[Encoded | None]":
         """Returns the task that encodes the next answer. There is one at a time."""

@@ -26,12 +26,20 @@ class Settler:
         self._outbox = outbox
         self._settled = settled
         self._waiting: dict[str, list[Entry]] = {}
+        self._aside: dict[str, list[Entry]] = {}
+        """The entries of items that failed. They must not delay other items."""
+        self._failing: set[str] = set()
+        """The items whose last call failed."""
         self._work = asyncio.Event()
 
     def add(self, item_id: str, entry: Entry) -> None:
         """Takes an entry to settle. Never waits."""
-        self._waiting.setdefault(item_id, []).append(entry)
-        self._work.set()
+        aside = self._aside.get(item_id)
+        if aside is None:
+            self._waiting.setdefault(item_id, []).append(entry)
+            self._work.set()
+        else:
+            aside.append(entry)
 
     async def run(self) -> None:
         """Settles until it is cancelled."""
@@ -46,27 +54,33 @@ class Settler:
 
     async def _settle(self, node: str, running: set[str]) -> None:
         """Settles the items of a node until none is left, and takes the node out of `running`."""
-        away = False
         while pages := self._next_pages(node):
             try:
                 results = await self._outbox.settle_all(pages)
             except RedisUnavailable as error:
                 results = [error] * len(pages)
-            failed = None
             for (item_id, page), result in zip(pages, results, strict=True):
                 if isinstance(result, RedisUnavailable):
-                    failed = result
-                    self._waiting[item_id] = page + self._waiting.pop(item_id, [])
+                    self._set_aside(item_id, page, result)
                 else:
+                    self._failing.discard(item_id)
                     self._settled((item_id, entry_id) for entry_id, _, _ in page)
-            if failed is not None:
-                if not away:
-                    log.warning("cannot settle outbox entries yet: %s", failed)
-                await asyncio.sleep(RETRY_SECONDS)
-            away = failed is not None
         running.discard(node)
         if self._waiting:  # an item may be on another node now
             self._work.set()
+
+    def _set_aside(self, item_id: str, page: list[Entry], error: RedisUnavailable) -> None:
+        if not self._failing:
+            log.warning("cannot settle outbox entries yet: %s", error)
+        self._failing.add(item_id)
+        if item_id not in self._aside:
+            self._aside[item_id] = []
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._try_again, item_id)
+        self._aside[item_id] += page + self._waiting.pop(item_id, [])
+
+    def _try_again(self, item_id: str) -> None:
+        self._waiting[item_id] = self._aside.pop(item_id)
+        self._work.set()
 
     def _next_pages(self, node: str) -> list[tuple[str, list[Entry]]]:
         """Takes at most `BATCH` entries of the items of a node.

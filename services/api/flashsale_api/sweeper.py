@@ -11,6 +11,7 @@ from typing import Final
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale_api.known_items import KnownItems
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 
@@ -19,6 +20,12 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS: Final = 1.0
 SWEEP_AGE_MS: Final = 3_000
 """Age at which another pod's entry is swept."""
+AHEAD_MS: Final = 60_000
+"""An entry this far ahead of the server's clock is swept at once.
+
+The clock was ahead when it was written, so its age is unknown.
+"""
+FOREVER_MS: Final = 2**53
 SWEEP_LEASE_MS: Final = 10_000
 SWEEP_PAGE: Final = 500
 BACKLOG: Final = 10_000
@@ -31,14 +38,17 @@ After an outage of Kafka, most of the entries that it would read are its own.
 class Sweeper:
     """Publishes the outbox entries of dead pods. A lease lets one pod sweep an item at a time."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it reads and tells
         self,
         inventory: Inventory,
         outbox: Outbox,
         publisher: Publisher,
         metrics: Metrics,
+        *,
+        known: KnownItems,
         pod_id: str,
     ) -> None:
+        self._known = known
         self._inventory = inventory
         self._outbox = outbox
         self._publisher = publisher
@@ -58,12 +68,14 @@ class Sweeper:
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
         items = await self._inventory.items()
+        self._known.looked(items)
         servers = await self._inventory.servers(items)
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
         for item_id in await self._measure(now_ms):
             try:
-                await self._sweep_item(item_id, now_ms[item_id] - SWEEP_AGE_MS)
+                await self._sweep_item(item_id, "-", now_ms[item_id] - SWEEP_AGE_MS)
+                await self._sweep_item(item_id, f"{now_ms[item_id] + AHEAD_MS}", FOREVER_MS)
             except RedisUnavailable as error:
                 log.debug("no sweep of %s: %s", item_id, error)
             except ContractViolation:
@@ -85,8 +97,8 @@ class Sweeper:
             self._metrics.outbox_age.labels(item_id).set(max(age_ms, 0) / 1000)
         return filled
 
-    async def _sweep_item(self, item_id: str, until_ms: int) -> None:
-        publisher, after = self._publisher, "-"
+    async def _sweep_item(self, item_id: str, after: str, until_ms: int) -> None:
+        publisher = self._publisher
         while publisher.sweepable and publisher.held < BACKLOG:
             page = await self._outbox.page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE

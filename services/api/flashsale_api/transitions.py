@@ -54,18 +54,13 @@ class Transitions(Calls[Call, Decided]):
         engine: Engine,
         *,
         verb: str,
-        seen: Callable[[str], bool],
         node_of: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """`node_of` returns the name of an item's server.
-
-        `seen` says whether another part of the pod knows an unfinished sale of an item.
-        """
+        """`node_of` returns the name of an item's server."""
         super().__init__(metrics, engine, metrics.waiting_order_calls.labels(verb), node_of)
         self._script = script
         self._publisher = publisher
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
-        self._seen = seen
 
     def change(self, item_id: str, call: Call, answered: Answered) -> None:
         """Calls `answered` exactly once, immediately or later.
@@ -97,10 +92,6 @@ class Transitions(Calls[Call, Decided]):
         in_time = asyncio.get_running_loop().time() < decision.until
         answered(decision, in_time and not acknowledgement.cancelled())
 
-    def sees(self, item_id: str) -> bool:
-        """Whether the item had an unfinished sale lately. If it has no keys, Redis lost them."""
-        return self.knows(item_id) or self._seen(item_id)
-
     def _undecided(self, failure: Failure) -> Decided:
         return Decided(failure)
 
@@ -127,7 +118,7 @@ class Transitions(Calls[Call, Decided]):
         if not isinstance(value, TransitionReply):
             if value is Transition.FENCED:
                 self._remember(item_id)
-            elif value is Transition.UNKNOWN and self.sees(item_id):
+            elif value is Transition.UNKNOWN and self._engine.may_have_lost(item_id):
                 value = Transition.FENCED  # Redis has lost the sale, and the ledger has it
             return [Decided(value)] * len(calls)
         self._remember(item_id)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from dev.stack.ports import free_port
+from flashsale import keys
 from flashsale.inventory import Applied
 from flashsale.reservations import Call, TransitionReply
 from tests.support.api import problem, reserve
@@ -394,3 +395,20 @@ async def test_metrics_count_the_calls_by_verb_and_outcome(shop: Shop) -> None:
     )
     assert 'flashsale_api_unacknowledged_order_calls{verb="confirm"} 0.0' in text
     assert 'flashsale_api_waiting_order_calls{verb="confirm"} 0.0' in text
+
+
+async def test_a_new_pod_takes_no_lost_reservation_for_an_unknown_one(
+    shop: Shop, new_order_api: NewApi
+) -> None:
+    """A 404 is final, and the shop would void a payment that the ledger has."""
+    await shop.open()
+    path = await shop.hold()
+    assert (await shop.confirm(path)).status_code == 200
+    engine_id = await shop.inventory.engine_id()
+    await shop.redis.delete(*shop.keys.sold, keys.engine_id(shop.inventory.engine))
+    try:
+        async with order_client(new_order_api(",".join(TOKENS))) as orders:
+            problem(await orders.post(f"{path}/confirm", json={"orderRef": "o1"}), 503, "fenced")
+            problem(await orders.get(path), 503, "fenced")
+    finally:
+        await shop.inventory.claim(engine_id)

@@ -69,7 +69,7 @@ async def connected(
     batcher = Batcher(inventory, RecordingPublisher(), metrics, Engine("flashsale"))
     reserve = Reserve(batcher, metrics)
     config = uvicorn.Config(
-        Application(reserve, Sales(inventory), Starlette()),
+        Application(reserve, Sales(inventory, Engine("flashsale")), Starlette()),
         http=HttpProtocol,
         ws="none",
         log_config=None,

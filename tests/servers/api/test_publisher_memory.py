@@ -5,23 +5,28 @@ Kafka is absent. Needs Redis.
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+import trustme
 
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
+from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_api import publisher as publisher_module
 from flashsale_api import sweeper as sweeper_module
-from flashsale_api.engine import Engine
+from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
+from flashsale_api.known_items import KnownItems
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 from flashsale_api.sweeper import Sweeper
 from tests.support import redis_users
 from tests.support.api import OWN_SALE, UNKNOWN_ID
+from tests.support.eventually import until
 
 ITEM = OWN_SALE.item_id
 
@@ -100,6 +105,19 @@ async def test_a_replay_is_published_again_in_another_revision_of_its_sale(
         assert forgetful.acknowledgement(event).done()
 
 
+async def test_a_replay_is_published_again_in_a_later_sale_of_the_item(
+    forgetful: Publisher,
+) -> None:
+    """A user who uses the same key again has the same reservation id, version and revision."""
+    replay = accepted(ITEM, 1)._replace(entry_id="")
+    later = replay._replace(snapshot=replay.snapshot._replace(sale_id="another"))
+    forgetful.add(replay)
+    forgetful._acknowledge([replay])
+    forgetful.add(later)
+    assert forgetful.held == 1
+    assert not forgetful.acknowledgement(later).done()
+
+
 async def test_the_memory_of_replays_is_bounded(forgetful: Publisher) -> None:
     for number in range(100):
         replay = accepted(ITEM, number)._replace(entry_id="")
@@ -136,10 +154,47 @@ async def test_a_pod_with_a_backlog_does_not_sweep(
         publisher.add(each)
     others = Request(UNKNOWN_ID, "ann", 1)
     await own_inventory.reserve(ITEM, [others], timeout_seconds=5)
-    sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), "pod")
+    sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id="pod")
     await sweeper.sweep()
     assert publisher.held == 10
     publisher._forget([(ITEM, own[0].entry_id)])
     await sweeper.sweep()
     assert publisher.held == 10
     assert publisher._pending[-1].reservation_id == others.reservation_id
+
+
+async def test_an_entry_of_a_clock_that_was_ahead_is_swept(
+    own_redis: RedisServer, own_inventory: Inventory, outbox: Outbox
+) -> None:
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    publisher.connected = True
+    ahead = (await own_inventory.server(ITEM)).now_ms + 600_000
+    admin = redis_client.connect(own_redis.url)
+    await admin.hset(ItemKeys.of(ITEM).sale, "last_now_ms", str(ahead))
+    await admin.aclose()
+    request = Request(UNKNOWN_ID, "ann", 1)
+    await own_inventory.reserve(ITEM, [request], timeout_seconds=5)
+    sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id="pod")
+    await sweeper.sweep()
+    assert publisher.held == 1
+
+
+async def test_a_wrong_certificate_is_an_outage_of_kafka(outbox: Outbox, tmp_path: Path) -> None:
+    """A Secret that was renewed wrongly must not end the pods: sales go on meanwhile."""
+    renewed = tmp_path / "ca.crt"
+    trustme.CA().cert_pem.write_to_path(str(renewed))
+    settings = KafkaSettings(
+        kafka_bootstrap="127.0.0.1:1", kafka_tls=True, kafka_ca_file=str(renewed)
+    )
+    renewed.write_text("no certificate")
+    metrics = Metrics()
+    publisher = Publisher(settings, outbox, metrics, Engine("flashsale"))
+    task = asyncio.create_task(publisher.run())
+    name = "flashsale_api_publish_failures_total"
+    await until(lambda: (metrics.registry.get_sample_value(name) or 0) >= 2)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(OwnerUnknown, match="KAFKA_CA_FILE"):
+        await GroupOwner(settings).read()

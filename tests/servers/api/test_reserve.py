@@ -16,6 +16,7 @@ from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.sale import rfc3339_of_ms
 from tests.support.api import UNKNOWN_ID, OpenSale, accepted, problem, reserve
+from tests.support.eventually import until
 
 TOO_DEEP = b'{"userId":"ann","itemId":"x","quantity":1,"more":' + b"[" * 8_000
 
@@ -119,10 +120,26 @@ async def test_a_sale_whose_keys_are_lost_is_fenced_and_not_unknown(
     http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
 ) -> None:
     await open_sale(item)
-    assert (await reserve(http, item)).status_code == 202
+    bought = await reserve(http, item)
+    assert bought.status_code == 202
     await redis.delete(*ItemKeys.of(item).sold)
     problem(await reserve(http, item, "bob"), 503, "fenced")
+    problem(await http.get(bought.headers["location"]), 503, "fenced")
+    problem(await http.get(f"/sales/{item}"), 503, "fenced")
     problem(await reserve(http, f"{item}-2"), 404, "unknown-item")
+
+
+async def test_a_pod_that_has_not_been_called_yet_knows_the_sale_too(
+    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
+) -> None:
+    await open_sale(item)
+    await redis.delete(*ItemKeys.of(item).sold)
+
+    async def fenced() -> bool:
+        return (await reserve(http, item)).status_code == 503
+
+    await until(fenced)
+    problem(await reserve(http, item), 503, "fenced")
 
 
 async def test_a_closed_sale_whose_keys_are_lost_may_have_been_applied_again(
@@ -259,6 +276,16 @@ async def test_a_repeated_member_is_refused_and_takes_no_unit(
     answer = await http.post("/reserve", content=body, headers=headers)
     assert problem(answer, 400, "malformed-json")["detail"] == f"the member {name} is repeated"
     assert await accepted(inventory, item) == 0
+
+
+async def test_a_repeated_member_that_is_no_text_is_refused(
+    http: httpx.AsyncClient, open_sale: OpenSale, item: str
+) -> None:
+    await open_sale(item)
+    half = b'"\xed\xa0\x80":1'  # half of a surrogate pair
+    body = b'{"userId":"ann","itemId":"%b","quantity":1,%b,%b}' % (item.encode(), half, half)
+    answer = await http.post("/reserve", content=body, headers={"Content-Type": "application/json"})
+    problem(answer, 400, "malformed-json")
 
 
 async def test_further_members_are_ignored(

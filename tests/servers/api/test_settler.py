@@ -78,9 +78,13 @@ async def test_an_item_that_cannot_be_settled_waits_and_delays_no_other(
         return await outbox.lengths([ITEM]) == {ITEM: 0}
 
     await until(settled)
-    assert outbox.settled == [[("broken", 1), (ITEM, 1)]]
+    settler.add("broken", ("2-1", "no-id", 1))
+    for n in range(3):
+        settler.add(ITEM, (f"{n}-1", UNKNOWN_ID, 1))
+        await until(lambda n=n: len(outbox.settled) == n + 2)  # type: ignore[misc]
+    assert outbox.settled == [[("broken", 1), (ITEM, 1)], *[[(ITEM, 1)]] * 3]
     await admin.delete(key)
-    await until(lambda: outbox.settled[1:] == [[("broken", 1)]])
+    await until(lambda: outbox.settled[4:] == [[("broken", 2)]])
     task.cancel()
     await admin.aclose()
 

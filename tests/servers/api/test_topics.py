@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
@@ -29,9 +31,9 @@ class Publishing:
     publisher: Publisher
     metrics: Metrics
 
-    def add(self, number: int, user_id: str = "ann") -> None:
+    def add(self, number: int, user_id: str = "ann", accepted_ms: int = 1_795_561_067_887) -> None:
         for n in range(number):
-            record = Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, user_id, "")
+            record = Record(State.CONFIRMED, 1, 1, accepted_ms, user_id, "")
             snapshot = Snapshot("default/phone", 9, 9, 1)
             self.publisher.add(
                 Accepted("phone", "", f"01a208bd-5117-7f0d-b8d8-{n:012}", record, snapshot, "")
@@ -131,3 +133,23 @@ async def test_the_api_leaves_the_topic_to_the_consumer(tmp_path: Path, redis: R
             await until(lambda: own.published() == 10, own.published)
             [described] = await admin.describe_topics([events.topic("shop")])
             assert len(described["partitions"]) == 3
+
+
+@pytest.mark.parametrize("hours", [-8 * 24, 2])
+async def test_an_event_of_another_time_is_published_like_any_other(
+    kafka_server: KafkaServer, redis: Redis, new_item: Callable[[], str], hours: int
+) -> None:
+    """Kafka deletes records by their time, and refuses one that is an hour ahead."""
+    engine, begun = new_item(), time.time()
+    async with administering(kafka_server.bootstrap) as admin:
+        await admin.create_topics([topic(engine, 1_000_000)])
+    async with publishing(kafka_server.bootstrap, engine, redis) as own:
+        own.add(1, accepted_ms=int((begun + hours * 3600) * 1000))
+        await until(lambda: own.published() == 1, own.failures)
+    async with AIOKafkaConsumer(
+        events.topic(engine),
+        bootstrap_servers=kafka_server.bootstrap,
+        auto_offset_reset="earliest",
+    ) as reader:
+        record = await asyncio.wait_for(reader.getone(), 30)
+    assert begun <= record.timestamp / 1000 + 1 <= time.time() + 2

@@ -349,3 +349,14 @@ async def test_a_client_that_does_not_read_does_not_delay_the_end_of_a_pod(
     log = stopping.log.read_text("utf-8")
     assert "Traceback" not in log
     assert "Cancel" not in log
+
+
+async def test_an_idle_connection_keeps_no_head(api: ApiServer) -> None:
+    head = b"GET /sales/bad:item HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 60_000 + b"\r\n\r\n"
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connection(api)) for _ in range(1_500)]
+        before = resident(api)
+        for wire in wires:
+            wire.send(head)
+            await wire.reader.readuntil(b"\r\n\r\n")
+        assert resident(api) - before < GROWTH_BYTES / 2

@@ -1,10 +1,12 @@
 """How requests form batches, and which requests are refused. Redis is a fake."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
-from flashsale.reservations import BATCH_LIMIT, Outcome, Request
+from flashsale.reservations import BATCH_LIMIT, Answer, BatchReply, Outcome, Request
+from flashsale_api import batcher as batcher_module
 from flashsale_api import calls as calls_module
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import ENOUGH, MAX_CALLS, MAX_WAITING, Failure
@@ -24,6 +26,16 @@ def no_request_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", NEVER_SECONDS)
     monkeypatch.setattr(calls_module, "CALL_DEADLINE_SECONDS", NEVER_SECONDS)
+
+
+class DamagedInventory(HeldInventory):
+    """The second request of each call finds a reservation that cannot be read."""
+
+    def _reply(self, requests: Sequence[Request]) -> BatchReply:
+        reply = super()._reply(requests)
+        answers = [*reply.answers]
+        answers[1] = Answer(Outcome.REPLAYED, "damaged")
+        return reply._replace(answers=answers)
 
 
 def a_request(number: int = 0) -> Request:
@@ -302,6 +314,57 @@ async def test_a_failed_call_is_repeated_once_with_the_same_ids() -> None:
     assert (decision.outcome, decision.reservation_id) == (Failure.OUTCOME_UNKNOWN, "id-0")
     assert len(inventory.calls) == 2
     assert inventory.calls[0] == inventory.calls[1]
+
+
+async def test_a_refusal_of_the_repetition_does_not_say_that_nothing_was_taken() -> None:
+    inventory = HeldInventory()
+    inventory.fail, inventory.refused = True, {"x"}
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    deciding = decide(batcher, "x", a_request())
+    await turns()
+    inventory.go.release()
+    await turns()
+    inventory.fail = False
+    inventory.go.release()
+    assert (await deciding).outcome is Failure.OUTCOME_UNKNOWN
+
+
+async def test_a_damaged_reservation_fails_only_its_own_request() -> None:
+    inventory, publisher = DamagedInventory(), RecordingPublisher()
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
+    inventory.go.release()
+    decisions = await asyncio.gather(*(decide(batcher, "x", a_request(n)) for n in range(3)))
+    assert [decision.outcome for decision in decisions] == [
+        Outcome.ACCEPTED,
+        Failure.INTERNAL_ERROR,
+        Outcome.ACCEPTED,
+    ]
+    assert [each.reservation_id for each in publisher.added] == ["id-0", "id-2"]
+
+
+async def test_a_pod_without_a_heartbeat_remembers_no_made_up_names() -> None:
+    engine = Engine("flashsale")
+    batcher = Batcher(
+        HeldInventory(),
+        RecordingPublisher(),
+        Metrics(),
+        engine,
+        refusal=lambda _: Outcome.FENCED,
+    )
+    for name in map("made-up-{}".format, range(100)):
+        assert (await decide(batcher, name, a_request())).outcome is Outcome.FENCED
+        assert name not in engine.items
+    assert batcher.called_items() == []
+
+
+async def test_a_pod_that_holds_too_many_events_refuses_without_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batcher_module, "MOST_HELD", 0)
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    assert (await decide(batcher, "x", a_request())).outcome is Outcome.OUTBOX_FULL
+    assert inventory.calls == []
 
 
 async def test_a_reply_from_before_a_suspension_is_ignored() -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 
 from flashsale.inventory import Inventory, Look
+from flashsale_api.engine import Engine
 from flashsale_api.sales import MAX_READS, Sales
 
 IDENTITY = "01a208bd-5117-7f0d-b8d8-000000000001"
@@ -28,7 +29,7 @@ class SilentInventory(Inventory):
 
 async def test_reads_above_the_limit_are_refused_at_once_and_never_sent() -> None:
     inventory = SilentInventory()
-    sales = Sales(inventory)
+    sales = Sales(inventory, Engine("flashsale"))
     answers: Counter[int] = Counter()
     handler = sales.handler(f"/sales/phone/reservations/{IDENTITY}".encode())
     assert handler is not None

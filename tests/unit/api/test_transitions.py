@@ -65,15 +65,14 @@ class HeldPublisher(RecordingPublisher):
         return self.awaited[-1]
 
 
-def transitions(script: HeldScript, publisher: HeldPublisher, *, seen: bool = False) -> Transitions:
-    return Transitions(
-        script,
-        publisher,
-        Metrics(),
-        Engine("flashsale"),
-        verb="confirm",
-        seen=lambda _: seen,
-    )
+def transitions(
+    script: HeldScript, publisher: HeldPublisher, *, seen: bool = False, claimed: bool = True
+) -> Transitions:
+    engine = Engine("flashsale")
+    engine.found_in_redis("e-1" if claimed else "")
+    if seen:
+        engine.items.note("x")
+    return Transitions(script, publisher, Metrics(), engine, verb="confirm")
 
 
 def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decided, bool]]":
@@ -171,13 +170,19 @@ async def test_calls_that_arrive_during_calls_form_the_next_call() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seen", "outcome"), [(False, Transition.UNKNOWN), (True, Transition.FENCED)]
+    ("seen", "claimed", "outcome"),
+    [
+        (False, True, Transition.UNKNOWN),
+        (True, True, Transition.FENCED),
+        (False, False, Transition.FENCED),
+    ],
 )
-async def test_an_item_that_buyers_saw_lately_is_not_unknown(
-    seen: bool, outcome: Transition
+async def test_an_item_whose_keys_may_be_lost_is_not_unknown(
+    seen: bool, claimed: bool, outcome: Transition
 ) -> None:
+    """Redis without the engine's id has lost it, or is new."""
     script = HeldScript()
     script.word = Transition.UNKNOWN
     script.go.release()
-    own = transitions(script, HeldPublisher(), seen=seen)
+    own = transitions(script, HeldPublisher(), seen=seen, claimed=claimed)
     assert (await change(own, Call("id-1", "o")))[0].outcome is outcome
