@@ -252,7 +252,7 @@ class Reconciler:
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
             return
-        server = await self._inventory.server()
+        server = await self._inventory.server(row.item_id)
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
         if sale is None or sale.sale_id != sale_id or sale.run_id != server.run_id:
             return

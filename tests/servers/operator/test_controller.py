@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from dev.stack.redis_cluster import RedisCluster
 from dev.stack.servers import RedisServer
 from flashsale import ledger, redis_client
 from flashsale.errors import (
@@ -273,6 +274,28 @@ async def test_a_redis_that_the_sales_have_left_sells_no_unit_again(
             Outcome.LIMIT_REACHED,
             Outcome.ACCEPTED,
         ]
+    finally:
+        await client.aclose()
+
+
+async def test_every_node_of_a_cluster_that_the_sales_have_left_is_fenced(
+    redis_cluster: RedisCluster, pool: ledger.Pool, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(redis_cluster.url)
+    shop, left = SimulatedShop(client, pool), set[str]()
+    try:
+        await shop.inventory.nodes.all()
+        while len(left) < 2:
+            item = new_item()
+            if (node := shop.inventory.node_of(item)) in left:
+                continue
+            spec = SaleSpec(f"default/{item}", item, 10)
+            await shop.apply(spec)
+            # Three units were sold at another Redis.
+            await pool.execute("UPDATE sales SET accepted = 3 WHERE sale_id = $1", spec.sale_id)
+            await shop.reconciler.fence_outdated(spec.sale_id, "")
+            assert await shop.buy(item, "z") == [Outcome.FENCED], node
+            left.add(node)
     finally:
         await client.aclose()
 
