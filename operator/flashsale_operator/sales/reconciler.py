@@ -38,6 +38,7 @@ _CHANGED_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
 # One writer per item at a time, so that of two new sales of an item one sees the other's row.
 _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended($1 || ':' || $2, 0))"
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
+# A closed sale that flashsalectl continues loses the uid, because its FlashSale was deleted.
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
                         ends_at, paused, revision, capacity, resource_uid, hold_seconds,
@@ -50,7 +51,9 @@ ON CONFLICT (sale_id) DO UPDATE SET
   hold_seconds = excluded.hold_seconds, max_expired_holds = excluded.max_expired_holds,
   revision = greatest(s.revision, $9) + 1,
   capacity = greatest(s.capacity, excluded.allocated + s.released),
-  resource_uid = coalesce(excluded.resource_uid, s.resource_uid), updated_at = now()
+  resource_uid = CASE WHEN s.closed THEN excluded.resource_uid
+                      ELSE coalesce(excluded.resource_uid, s.resource_uid) END,
+  updated_at = now()
 WHERE s.item_id = excluded.item_id
   AND (s.revision < $9
        OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed,

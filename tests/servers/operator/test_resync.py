@@ -233,6 +233,23 @@ async def test_the_row_of_a_sale_has_the_uid_of_its_flashsale(
     assert (await shop.row(spec.sale_id)).revision == 1
 
 
+async def test_a_sale_that_flashsalectl_continues_has_no_flashsale_any_more(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Otherwise the operator would close it again, because its FlashSale was deleted."""
+    await shop.reconciler.reconcile(spec, "uid-1")
+    kube, queue = FakeKube(), Queue()
+    own = resync_of(shop, kube, queue)
+    await own._controller.reconcile(Key.of(spec.sale_id))
+    assert (await shop.row(spec.sale_id)).closed
+    await shop.apply(spec)
+    await own.resync()
+    assert Key.of(spec.sale_id) not in queue
+    await own._controller.reconcile(Key.of(spec.sale_id))
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+    assert kube.events == ["Closed"]
+
+
 async def test_a_flashsale_adopts_a_sale_of_flashsalectl(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
