@@ -129,10 +129,11 @@ def decide(spec: SaleSpec, observed: Observed) -> Action:
     """Returns the next step towards `spec`."""
     row = observed.row
     if row is not None and row.item_id != spec.item_id:
+        sells = "sold" if row.closed else "sells"
         return Done(
             SaleState.UNKNOWN,
             Reason.ITEM_CHANGED,
-            f"spec.itemId is immutable: {row.sale_id} sells {row.item_id}, "
+            f"spec.itemId is immutable: {row.sale_id} {sells} {row.item_id}, "
             "and another item needs a FlashSale of another name",
         )
     sale = observed.sale

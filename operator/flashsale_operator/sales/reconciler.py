@@ -188,7 +188,7 @@ class Reconciler:
                     if answer in _CHANGED_REDIS and applied is not Applied.SEEDED:
                         applied = answer
                 case Done() as done:
-                    await self._adopt(observed.row, resource_uid)
+                    await self._adopt(spec.item_id, observed.row, resource_uid)
                     break
         else:
             why = "other writers keep changing the sale: apply it again"
@@ -331,11 +331,19 @@ class Reconciler:
             raise UnknownSale(f"{sale_id}: the ledger has no such sale: apply its manifest first")
         return row
 
-    async def _adopt(self, row: SaleRow | None, resource_uid: str | None) -> None:
-        """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made."""
-        if row is not None and resource_uid is not None and row.resource_uid != resource_uid:
+    async def _adopt(self, item_id: str, row: SaleRow | None, resource_uid: str | None) -> None:
+        """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made.
+
+        A FlashSale of another item gets no row. It closes the sale of the earlier FlashSale, which
+        nothing else closes, because a FlashSale of its name exists.
+        """
+        if row is None or resource_uid is None or row.resource_uid == resource_uid:
+            return
+        if row.item_id == item_id:
             async with ledger.translated():
                 await self._pool.execute(_ADOPT, row.sale_id, resource_uid)
+        elif row.resource_uid is not None and not row.closed:
+            await self.close(row.sale_id)
 
     async def _write_row(
         self, spec: SaleSpec, step: WriteRow, resource_uid: str | None

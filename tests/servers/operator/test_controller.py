@@ -220,6 +220,41 @@ async def test_a_sale_whose_flashsale_another_engine_has_taken_is_closed(
     assert kube.patches == patches
 
 
+async def test_a_flashsale_that_returns_with_another_item_closes_the_former_sale(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    kube.live["metadata"] |= {"uid": "uid-2"}
+    kube.live["spec"] |= {"itemId": f"{spec.item_id}-b"}
+    del kube.live["status"]
+    for _ in range(2):
+        await own.reconcile(key)
+        assert kube.reasons()["Ready"] == "ItemChanged"
+        row = await shop.row(spec.sale_id)
+        assert (row.closed, row.revision, row.resource_uid) == (True, 2, "uid-1")
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ENDED]
+    kube.live["metadata"] |= {"uid": "uid-3"}
+    kube.live["spec"] |= {"itemId": spec.item_id}
+    await own.reconcile(key)
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+
+
+@pytest.mark.parametrize("uid", ["uid-1", None])
+async def test_a_sale_continues_if_no_other_flashsale_declared_it(
+    shop: SimulatedShop, spec: SaleSpec, uid: str | None
+) -> None:
+    """Its own FlashSale has a mistake, or the sale belongs to flashsalectl."""
+    await shop.reconciler.reconcile(spec, uid)
+    kube = FakeKube(spec)
+    kube.live["spec"] |= {"itemId": f"{spec.item_id}-b"}
+    await controller(shop, kube).reconcile(Key.of(spec.sale_id))
+    assert kube.reasons()["Ready"] == "ItemChanged"
+    assert (await shop.row(spec.sale_id)).resource_uid == uid
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+
+
 async def test_without_ledger_and_redis_a_flashsale_of_any_engine_is_left_alone(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
