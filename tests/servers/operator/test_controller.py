@@ -18,6 +18,7 @@ from flashsale.errors import (
     RedisUnavailable,
     UnmetRequirement,
 )
+from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator.kubernetes.client import Kube
@@ -29,6 +30,7 @@ from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Counts, Status
 from flashsale_operator.sales.decision import Reason
 from tests.support.bad_manifests import manifest
+from tests.support.eventually import until
 from tests.support.observations import SPEC
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -71,6 +73,7 @@ class FakeKube:
         self.live["spec"] = {"itemId": spec.item_id, "stock": spec.stock}
         self.events: list[str] = []
         self.messages: list[str] = []
+        self.names: list[str] = []
         self.patches = 0
 
     async def flash_sale(self, *_key: str) -> dict[str, Any] | None:
@@ -93,9 +96,10 @@ class FakeKube:
         }
         return self.live
 
-    async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
+    async def create_event(self, _namespace: str, event: Mapping[str, Any]) -> bool:
         self.events.append(event["reason"])
         self.messages.append(event["message"])
+        self.names.append(event["metadata"]["name"])
         return True
 
     @property
@@ -160,6 +164,27 @@ async def test_the_first_expired_hold_and_units_that_come_back_are_events(
     assert kube.status.hold_expired
     assert kube.status.counts is not None
     assert kube.status.counts.released == 2
+
+
+async def test_each_failover_of_a_sale_that_does_not_sell_has_its_own_events(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Its condition Open stays False, so lastTransitionTime does not change."""
+    kube = FakeKube(spec)
+    kube.live["spec"]["startsAt"] = "2999-01-01T00:00:00Z"
+    own, key, sale = controller(shop, kube), Key.of(spec.sale_id), ItemKeys.of(spec.item_id).sale
+    await own.reconcile(key)
+    for number in (1, 2):
+        # Redis has a unit that never reached the ledger.
+        await shop.redis.hset(sale, mapping={"run_id": "fenced", "accepted": 1})
+
+        async def rebuilt(number: int = number) -> bool:
+            await own.reconcile(key)
+            return kube.events.count("Rebuilt") == number
+
+        await until(rebuilt, "the sale is rebuilt")
+    assert kube.events == ["Fenced", "Rebuilt"] * 2
+    assert len(set(kube.names)) == 4
 
 
 async def test_the_status_names_the_engine_before_anything_else_is_written(
