@@ -19,7 +19,7 @@ from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.reconciler import UnknownSale
+from flashsale_operator.sales.reconciler import _HOLD_EXPIRED, _REFUSED, UnknownSale
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -337,3 +337,22 @@ async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:
             await require_redis(Checks(), shop.inventory)
     finally:
         await shop.redis.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize("query", [_REFUSED, _HOLD_EXPIRED], ids=["refused", "expired"])
+async def test_rare_states_are_found_without_reading_all_reservations(
+    shop: SimulatedShop, spec: SaleSpec, query: str
+) -> None:
+    """Each reconcile asks for them."""
+    await shop.pool.execute(
+        """
+        INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version,
+                                  accepted_at)
+        SELECT $1, gen_random_uuid(), 'user' || n, 1, 'confirmed', 1, now()
+        FROM generate_series(1, 20000) n
+        """,
+        spec.sale_id,
+    )
+    await shop.pool.execute("ANALYZE reservations")
+    plan = [line for (line,) in await shop.pool.fetch(f"EXPLAIN {query}", spec.sale_id)]
+    assert "reservations_refused_or_expired" in "\n".join(plan)
