@@ -166,6 +166,23 @@ async def test_the_first_expired_hold_and_units_that_come_back_are_events(
     assert kube.status.counts.released == 2
 
 
+async def test_an_expired_hold_is_an_event_even_if_new_reservations_are_not_held_any_more(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    kube.live["spec"]["holdSeconds"] = 600
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    await shop.buy(spec.item_id, "a")
+    del kube.live["spec"]["holdSeconds"]
+    await own.reconcile(key)
+    await shop.expire(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    await own.reconcile(key)
+    assert kube.status.hold_expired
+    assert kube.events == ["Opened", "HoldExpired"]
+
+
 async def test_each_failover_of_a_sale_that_does_not_sell_has_its_own_events(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
