@@ -214,8 +214,11 @@ def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     """Redis has the sale."""
     row, server = observed.row, observed.server
     state = sale.state(server.now_ms, server.run_id)
-    over = ended(sale, server.now_ms)
     behind = row is None or row.revision < sale.revision
+    over = ended(sale, server.now_ms) or (
+        # A rebuild gives a closed sale the state closed, whether it had ended before or not.
+        row is not None and row.closed and not behind and row.ended(utc_of_ms(server.now_ms))
+    )
     fenced = untrusted(observed.before, sale, server)
     if over and (row is None or not fenced or (behind and not row.held)):
         return _ended(row, spec, sale.ends_ms)
@@ -246,7 +249,7 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     row, sale = observed.row, observed.sale
     now = utc_of_ms(observed.server.now_ms)
     inserted = row is not None and observed.written == row.revision == 1
-    over = row is not None and not row.closed and not inserted and row.finished(now)
+    over = row is not None and not inserted and row.ended(now)
     if row is not None and over and not row.held:
         return _ended(row, spec, _ms(row.ends_at))
     if obstacle := _obstacle(spec, observed, now):

@@ -47,7 +47,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10, $11, $12)
 ON CONFLICT (sale_id) DO UPDATE SET
   display_name = excluded.display_name, allocated = excluded.allocated,
   max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
-  ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
+  ends_at = excluded.ends_at, paused = excluded.paused, closed = false, closed_at = NULL,
   hold_seconds = excluded.hold_seconds, max_expired_holds = excluded.max_expired_holds,
   revision = greatest(s.revision, $9) + 1,
   capacity = greatest(s.capacity, excluded.allocated + s.released),
@@ -66,7 +66,8 @@ RETURNING revision
 """
 _ADOPT: Final = "UPDATE sales SET resource_uid = $2 WHERE sale_id = $1"
 _CLOSE: Final = """
-UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
+UPDATE sales SET closed = true, closed_at = CASE WHEN closed THEN closed_at ELSE now() END,
+  revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
 _HOLD_EXPIRED: Final = (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
 from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.sales.decision import (
     SEED_MS,
@@ -146,6 +146,20 @@ def test_an_ended_sale_stays_ended(stored_state: str) -> None:
 def test_an_ended_sale_that_was_also_closed_stays_ended() -> None:
     seen = observed(row=a_row(PAST, closed=True), sale=a_sale(PAST, stored_state="ended"))
     assert outcome(decide(SPEC, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
+
+
+def test_a_sale_that_was_closed_after_its_end_stays_ended_without_keys_and_in_a_rebuild() -> None:
+    longer = replace(SPEC, ends_ms=NOW_MS + 60_000)
+    row = a_row(PAST, closed=True, closed_at=utc_of_ms(NOW_MS))
+    for sale in (None, a_sale(PAST, stored_state="closed")):
+        seen = observed(row=row, sale=sale)
+        assert outcome(decide(longer, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
+        assert outcome(decide(PAST, seen)) == (SaleState.ENDED, Reason.APPLIED)
+        for closed_at in (None, utc_of_ms(NOW_MS - 2)):
+            earlier = replace(seen, row=replace(row, closed_at=closed_at))
+            assert isinstance(decide(longer, earlier), WriteRow), "it was closed before its end"
+    held = observed(row=replace(row, accepted=1, held=1))
+    assert decide(longer, held) == Rebuild(replace(row, accepted=1, held=1))
 
 
 def test_a_closed_sale_can_be_continued() -> None:
@@ -348,7 +362,13 @@ def with_counts(record: Any, units: tuple[int, int, int]) -> Any:  # noqa: ANN40
 
 rows = st.builds(
     with_counts,
-    st.builds(a_row, specs, closed=st.booleans(), revision=st.integers(1, 3)),
+    st.builds(
+        a_row,
+        specs,
+        closed=st.booleans(),
+        revision=st.integers(1, 3),
+        closed_at=st.none() | st.integers(NOW_MS - 3, NOW_MS).map(utc_of_ms),
+    ),
     counts,
 )
 sales = st.builds(
@@ -415,6 +435,8 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                     assert spec_of(row) == spec
         case WriteRow():
             assert action.others == seen.others
+            if row is not None and row.closed and not (own and own.revision > row.revision):
+                assert not row.ended(utc_of_ms(NOW_MS)), "an ended sale stays ended"
             if own is not None:
                 assert own.stored_state == "closed" or not own.finished(NOW_MS), (
                     "an ended sale stays ended"
