@@ -22,6 +22,7 @@ from flashsale_operator.sales.decision import (
     StillFenced,
     WriteRow,
     decide,
+    needs_rebuild,
     spec_of,
     state_of,
     untrusted,
@@ -269,6 +270,41 @@ def test_a_finished_sale_is_fenced_only_with_open_holds(
     assert state_of(row, sale, SERVER) is state
 
 
+def test_a_finished_sale_that_lost_its_open_holds_needs_a_rebuild() -> None:
+    for row in (a_row(closed=True, accepted=3, held=1), a_row(PAST, accepted=3, held=1)):
+        assert needs_rebuild(row, None, SERVER)
+        assert needs_rebuild(row, a_sale(accepted=3, held=1, run_id="run-0"), SERVER)
+        assert needs_rebuild(row, a_sale(accepted=3, held=1, torn=True), SERVER)
+        assert needs_rebuild(row, a_sale(accepted=2, held=1), SERVER)
+        assert not needs_rebuild(row, a_sale(accepted=3, held=1), SERVER)
+        assert not needs_rebuild(row, a_sale(OTHER), SERVER), "it waits until that one is freed"
+        assert not needs_rebuild(replace(row, held=0), None, SERVER)
+
+
+def test_a_closed_sale_without_holds_needs_a_rebuild_if_it_could_not_be_freed() -> None:
+    row = a_row(closed=True, accepted=3, released=1)
+    whole = a_sale(stored_state="closed", accepted=3, released=1, run_id="run-0")
+    assert not needs_rebuild(row, whole, SERVER)
+    for other in (
+        replace(whole, accepted=0),
+        replace(whole, accepted=4),
+        replace(whole, released=0),
+        replace(whole, held=1),
+    ):
+        assert needs_rebuild(row, other, SERVER)
+    unrecorded = replace(whole, accepted=4, run_id=SERVER.run_id)
+    assert not needs_rebuild(row, unrecorded, SERVER), "its event is in flight"
+
+
+def test_an_open_sale_needs_a_rebuild_if_redis_lacks_units_in_the_same_run() -> None:
+    row = a_row(accepted=3)
+    assert needs_rebuild(row, a_sale(accepted=2), SERVER)
+    assert needs_rebuild(row, a_sale(accepted=3, run_id="run-0"), SERVER)
+    assert needs_rebuild(row, None, SERVER)
+    assert not needs_rebuild(row, a_sale(accepted=4), SERVER)
+    assert not needs_rebuild(row, a_sale(OTHER), SERVER)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -281,6 +317,10 @@ def test_a_finished_sale_is_fenced_only_with_open_holds(
         (
             {"stored_state": "closed", "accepted": 6},
             f"{NOT_RECORDED}: 5 of 6 accepted units",
+        ),
+        (
+            {"stored_state": "closed", "accepted": 4},
+            "default/older sold iphone_15 before and waits for its rebuild: Redis lost 1 unit",
         ),
         (
             {"stored_state": "closed", "accepted": 5, "released": 1},
