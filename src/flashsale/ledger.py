@@ -101,6 +101,7 @@ class SaleRow:
     hold_seconds: int | None = None
     max_expired_holds: int = 3
     held: int = 0
+    closed_at: datetime | None = None
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:
@@ -109,6 +110,14 @@ class SaleRow:
     def finished(self, now: datetime) -> bool:
         """Whether the sale accepts nothing more unless its manifest is applied again."""
         return self.closed or (self.ends_at is not None and self.ends_at <= now)
+
+    def ended(self, now: datetime) -> bool:
+        """Whether the sale has reached its end, which is final.
+
+        A sale that was closed before its end can be continued, also after that time.
+        """
+        last = self.closed_at if self.closed else now
+        return self.ends_at is not None and last is not None and self.ends_at <= last
 
 
 SALE_COLUMNS: Final = tuple(field.name for field in fields(SaleRow))

@@ -14,7 +14,6 @@ from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
 from flashsale.reservations import Call
-from flashsale.sale import SaleState
 from flashsale_operator.ctl import tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -27,7 +26,7 @@ from flashsale_operator.ctl.cli import (
     no_such,
 )
 from flashsale_operator.sales import engine, offsets, transitions
-from flashsale_operator.sales.decision import counted, state_of
+from flashsale_operator.sales.decision import counted, needs_rebuild
 from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import UnknownSale
@@ -49,8 +48,9 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
         if item is not None:
             if not rows:
                 raise UnknownSale(no_such(item))
-            # Prefer the sale that is not closed, because it has the item. Then one with open holds.
-            row = min(rows, key=lambda row: (row.closed, not row.held))
+            # Of several, prefer the one that is not closed, because it has the item. Then one with
+            # open holds.
+            row = min(rows, key=lambda row: (row not in chosen, row.closed, not row.held))
             if row not in chosen:
                 print(tables.line_of_rebuild(row.sale_id, Rebuilt(row.accepted)))
                 return 0
@@ -67,7 +67,7 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
 
 
 async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleRow], str]:
-    """Returns the fenced sales of rows that are not closed, or closed with open holds.
+    """Returns the rows whose sales need a rebuild.
 
     The second value is a sentence about the items that Redis does not answer for.
     """
@@ -75,9 +75,8 @@ async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleR
     fenced = [
         row
         for row in rows
-        if (not row.closed or row.held)
-        and (server := servers.get(row.item_id))
-        and state_of(row, held.get(row.item_id), server) is SaleState.FENCED
+        if (server := servers.get(row.item_id))
+        and needs_rebuild(row, held.get(row.item_id), server)
     ]
     return fenced, tables.line_of_away(away)
 

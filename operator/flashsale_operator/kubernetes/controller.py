@@ -267,7 +267,8 @@ class Controller:
                 return await self._reconciler.close(spec.sale_id)
             result = await self._reconciler.reconcile(spec, metadata["uid"])
             sale = result.own_sale
-            if sale and sale.hold_ms and sale.released and not before.hold_expired:
+            # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.
+            if sale and sale.released and not before.hold_expired:
                 expired = await self._reconciler.hold_expired(spec.sale_id)
                 result = replace(result, hold_expired=expired)
         except (*REPORTED, UnknownSale) as error:

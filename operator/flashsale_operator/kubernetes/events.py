@@ -104,7 +104,8 @@ def _changes(before: Known, result: Result) -> list[SaleEvent]:
     found: list[SaleEvent] = []
     rebuilt = result.rebuilt
     if rebuilt is not None and rebuilt.changed:
-        found.append(SaleEvent("Rebuilt", str(rebuilt), warning=rebuilt.lost > 0))
+        occasion = f"revision {rebuilt.revision}"
+        found.append(SaleEvent("Rebuilt", str(rebuilt), rebuilt.lost > 0, occasion))
     sale, allocated = result.own_sale, before.allocated
     if sale is not None and allocated is not None and sale.allocated > allocated:
         raised = f"allocated units raised from {allocated} to {sale.allocated}"
@@ -145,9 +146,21 @@ def _of_state(before: Known, result: Result) -> list[SaleEvent]:
             found.append(SaleEvent(state.value, message))
         case SaleState.CLOSING:
             found.append(SaleEvent("Closed", message))
-        case SaleState.ITEM_CONFLICT | SaleState.FENCED:
-            found.append(SaleEvent(state.value, message, warning=True))
+        case SaleState.FENCED:
+            found.append(SaleEvent("Fenced", message, warning=True, occasion=_fence_of(result)))
+        case SaleState.ITEM_CONFLICT:
+            found.append(SaleEvent("ItemConflict", message, warning=True))
     return found
+
+
+def _fence_of(result: Result) -> str:
+    """Returns the sale's revision, which every rebuild raises.
+
+    The time of the last change does not distinguish two failovers of a sale that does not sell: its
+    condition Open stays False.
+    """
+    stored = result.own_sale or result.row
+    return "" if stored is None else f"revision {stored.revision}"
 
 
 def _never_sold(was: SaleState | None, result: Result) -> bool:

@@ -86,11 +86,15 @@ class Rebuilds:
                 del self._cases[row.sale_id]
                 raise error
 
-    def forget(self, sale_id: str) -> Rebuilt | None:
-        """Cancels the rebuild of a sale that needs none any more, and returns its outcome."""
-        case = self._cases.pop(sale_id, None)
-        if case is None:
+    def forget(self, sale_id: str, *, wakes: bool | None = None) -> Rebuilt | None:
+        """Cancels the rebuild of a sale that needs none any more, and returns its outcome.
+
+        With `wakes`, leaves a rebuild alone that was started with another value.
+        """
+        case = self._cases.get(sale_id)
+        if case is None or wakes not in (None, case.wakes):
             return None
+        del self._cases[sale_id]
         case.task.cancel()
         return case.result if isinstance(case.result, Rebuilt) else None
 

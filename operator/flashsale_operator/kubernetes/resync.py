@@ -2,7 +2,8 @@
 
 - FlashSales that were deleted while no operator ran.
 - Closed sales that are still open in Redis.
-- Open holds that Redis lost, of sales that no FlashSale declares any more.
+- Finished sales that no FlashSale declares any more, and that Redis lost with open holds or before
+  the ledger had all their units.
 - Keys of closed sales, which can be freed.
 """
 
@@ -16,7 +17,7 @@ from typing import Final, TypeAlias
 
 from flashsale import ledger
 from flashsale.errors import FlashsaleError
-from flashsale.inventory import Freed, ServerTime
+from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, utc_of_ms
 from flashsale_operator.kubernetes.client import KubeForbidden
@@ -25,7 +26,7 @@ from flashsale_operator.kubernetes.failures import MISTAKES, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales import engine as engines
-from flashsale_operator.sales.decision import untrusted
+from flashsale_operator.sales.decision import needs_rebuild
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,12 @@ _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
 _Objects: TypeAlias = dict[str | None, list[Key]]
-# No reconcile of a FlashSale finds the holds of these sales.
-_OPEN_HOLDS: Final = """
-SELECT * FROM sales WHERE held > 0 AND (closed OR resource_uid IS NULL) ORDER BY sale_id
+# No reconcile of a FlashSale rebuilds these sales. Without open holds, only keys that are left can
+# keep an item.
+_UNDECLARED: Final = """
+SELECT * FROM sales
+WHERE (closed OR resource_uid IS NULL) AND (held > 0 OR item_id = ANY($1::text[]))
+ORDER BY sale_id
 """
 _HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
 
@@ -63,16 +67,6 @@ def unclosed(row: SaleRow, sale: Sale) -> bool:
     """Whether the sale is closed in the ledger but not in Redis."""
     closed = sale.stored_state in ("closed", "ended") and sale.revision >= row.revision
     return row.closed and not closed
-
-
-def holds_lost(row: SaleRow, sale: Sale | None, server: ServerTime) -> bool:
-    """Whether Redis lost the open holds of a finished sale, which nothing ends then.
-
-    `sale` is Redis' sale of the item. If it is another one, the holds wait until it is freed.
-    """
-    if not row.held or not row.finished(utc_of_ms(server.now_ms)):
-        return False
-    return sale is None or (sale.sale_id == row.sale_id and untrusted(row, sale, server))
 
 
 def may_be_freed(row: SaleRow, sale: Sale, closed_for: timedelta, keep: timedelta) -> bool:
@@ -155,7 +149,7 @@ class Resync:
                 log.info("%s: its FlashSale was deleted", key.sale_id)
                 await self._controller.close_deleted(key)
         await self._inventory.index([row.item_id for row in declared])
-        await self._rebuild_holds()
+        await self._rebuild_finished()
         await self._resync_redis(engine_id)
 
     async def _objects(self, declared: Sequence[SaleRow]) -> tuple[_Objects, _Objects]:
@@ -190,10 +184,11 @@ class Resync:
             ]
         return found
 
-    async def _rebuild_holds(self) -> None:
-        """Rebuilds finished sales whose open holds Redis lost."""
+    async def _rebuild_finished(self) -> None:
+        """Rebuilds finished sales that would otherwise keep their holds or their item."""
+        items = await self._inventory.items()
         async with ledger.translated():
-            rows = [SaleRow.of(record) for record in await self._pool.fetch(_OPEN_HOLDS)]
+            rows = [SaleRow.of(record) for record in await self._pool.fetch(_UNDECLARED, items)]
         if not rows:
             return
         servers = await self._inventory.servers({row.item_id for row in rows})
@@ -201,13 +196,15 @@ class Resync:
         for row in rows:
             if (server := servers.get(row.item_id)) is None:
                 continue  # the item's node is away
-            if holds_lost(row, sales.get(row.item_id), server):
+            if not row.finished(utc_of_ms(server.now_ms)):
+                continue
+            if needs_rebuild(row, sales.get(row.item_id), server):
                 try:
                     await self._rebuilds.rebuild(row, wakes=False)
                 except FlashsaleError as error:
                     self._metrics.failures.labels(server_of(error)).inc()
-                    log.warning("%s: its holds are not rebuilt yet: %s", row.sale_id, error)
-            elif (done := self._rebuilds.forget(row.sale_id)) is not None:
+                    log.warning("%s: not rebuilt yet: %s", row.sale_id, error)
+            elif (done := self._rebuilds.forget(row.sale_id, wakes=False)) is not None:
                 self._metrics.rebuilds.inc()
                 self._metrics.lost.inc(done.lost)
 

@@ -129,10 +129,11 @@ def decide(spec: SaleSpec, observed: Observed) -> Action:
     """Returns the next step towards `spec`."""
     row = observed.row
     if row is not None and row.item_id != spec.item_id:
+        sells = "sold" if row.closed else "sells"
         return Done(
             SaleState.UNKNOWN,
             Reason.ITEM_CHANGED,
-            f"spec.itemId is immutable: {row.sale_id} sells {row.item_id}, "
+            f"spec.itemId is immutable: {row.sale_id} {sells} {row.item_id}, "
             "and another item needs a FlashSale of another name",
         )
     sale = observed.sale
@@ -204,6 +205,22 @@ def untrusted(row: SaleRow | None, sale: Sale, server: ServerTime) -> bool:
     return row is not None and lost_units(row, sale) > 0
 
 
+def needs_rebuild(row: SaleRow, sale: Sale | None, server: ServerTime) -> bool:
+    """Whether a sale must be rebuilt from the ledger. The row was read before Redis.
+
+    `sale` is Redis' sale of the item. If it is another one, the row's sale waits until it is freed.
+    A closed sale accepts nothing, so a restart of Redis alone does not matter. But its open holds
+    must end. If its counts differ from the ledger's, it also keeps its item, because it is neither
+    freed nor replaced.
+    """
+    if sale is None:
+        return row.held > 0 or not row.finished(utc_of_ms(server.now_ms))
+    if sale.sale_id != row.sale_id or not untrusted(row, sale, server):
+        return False
+    recorded = (sale.accepted, sale.released, sale.held) == (row.accepted, row.released, row.held)
+    return row.held > 0 or not row.closed or not recorded
+
+
 def counted(number: int, noun: str) -> str:
     """Returns the number with its noun: `1 unit`, `2 units`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -213,8 +230,11 @@ def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     """Redis has the sale."""
     row, server = observed.row, observed.server
     state = sale.state(server.now_ms, server.run_id)
-    over = ended(sale, server.now_ms)
     behind = row is None or row.revision < sale.revision
+    over = ended(sale, server.now_ms) or (
+        # A rebuild gives a closed sale the state closed, whether it had ended before or not.
+        row is not None and row.closed and not behind and row.ended(utc_of_ms(server.now_ms))
+    )
     fenced = untrusted(observed.before, sale, server)
     if over and (row is None or not fenced or (behind and not row.held)):
         return _ended(row, spec, sale.ends_ms)
@@ -245,7 +265,7 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     row, sale = observed.row, observed.sale
     now = utc_of_ms(observed.server.now_ms)
     inserted = row is not None and observed.written == row.revision == 1
-    over = row is not None and not row.closed and not inserted and row.finished(now)
+    over = row is not None and not inserted and row.ended(now)
     if row is not None and over and not row.held:
         return _ended(row, spec, _ms(row.ends_at))
     if obstacle := _obstacle(spec, observed, now):
@@ -283,23 +303,22 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
 
 def _kept(sale_id: str, sale: Sale, others: tuple[SaleRow, ...]) -> str | None:
     """Returns why a finished sale keeps its item, or None if the sale `sale_id` may replace it."""
+    before = f"{sale.sale_id} sold {sale.item_id} before"
     if _namespace(sale.sale_id) != _namespace(sale_id):
-        return (
-            f"{sale.sale_id} sold {sale.item_id} before: another namespace may sell it once the "
-            "keys of that sale are freed"
-        )
-    waits = f"{sale.sale_id} sold {sale.item_id} before and is not fully recorded yet"
-    if sale.outbox_length:
-        return f"{waits}: its outbox has {counted(sale.outbox_length, 'event')}"
-    if sale.held:
-        return f"{waits}: it has open holds of {counted(sale.held, 'unit')}"
+        return f"{before}: another namespace may sell it once the keys of that sale are freed"
     own = next((other for other in others if other.sale_id == sale.sale_id), None)
     accepted, released = (0, 0) if own is None else (own.accepted, own.released)
-    if accepted != sale.accepted:
-        return f"{waits}: {accepted} of {sale.accepted} accepted units"
-    if released != sale.released:
-        return f"{waits}: {released} of {sale.released} released units"
-    return None
+    if accepted > sale.accepted:
+        lost = counted(accepted - sale.accepted, "unit")
+        return f"{before} and waits for its rebuild: Redis lost {lost}"
+    causes = (
+        (sale.outbox_length, f"its outbox has {counted(sale.outbox_length, 'event')}"),
+        (sale.held, f"it has open holds of {counted(sale.held, 'unit')}"),
+        (accepted != sale.accepted, f"{accepted} of {sale.accepted} accepted units"),
+        (released != sale.released, f"{released} of {sale.released} released units"),
+    )
+    cause = next((words for found, words in causes if found), None)
+    return cause and f"{before} and is not fully recorded yet: {cause}"
 
 
 def _namespace(sale_id: str) -> str:

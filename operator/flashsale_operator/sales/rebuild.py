@@ -95,6 +95,7 @@ class Rebuilt:
     - `lost` had been accepted by Redis and are not in the ledger: their events are lost, or the
       ledger refused them.
     - `seconds` is the time of the writing, without the wait for events in flight.
+    - `revision` is the name of the rebuild.
     """
 
     accepted: int
@@ -102,6 +103,7 @@ class Rebuilt:
     redis_lacked: int = 0
     lost: int = 0
     seconds: float = 0.0
+    revision: int = 0
 
     @property
     def changed(self) -> bool:
@@ -238,6 +240,7 @@ class Rebuilder:
             redis_lacked=max(0, accepted - redis_had),
             lost=max(0, redis_had - accepted),
             seconds=time.monotonic() - began,
+            revision=claim,
         )
 
     async def _claim(self, sale_id: str, *, above: int) -> SaleRow:

@@ -38,6 +38,7 @@ _CHANGED_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
 # One writer per item at a time, so that of two new sales of an item one sees the other's row.
 _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended($1 || ':' || $2, 0))"
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
+# A closed sale that flashsalectl continues loses the uid, because its FlashSale was deleted.
 _WRITE: Final = """
 INSERT INTO sales AS s (sale_id, item_id, display_name, allocated, max_per_user, starts_at,
                         ends_at, paused, revision, capacity, resource_uid, hold_seconds,
@@ -46,11 +47,13 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::bigint + 1, $4, $10, $11, $12)
 ON CONFLICT (sale_id) DO UPDATE SET
   display_name = excluded.display_name, allocated = excluded.allocated,
   max_per_user = excluded.max_per_user, starts_at = excluded.starts_at,
-  ends_at = excluded.ends_at, paused = excluded.paused, closed = false,
+  ends_at = excluded.ends_at, paused = excluded.paused, closed = false, closed_at = NULL,
   hold_seconds = excluded.hold_seconds, max_expired_holds = excluded.max_expired_holds,
   revision = greatest(s.revision, $9) + 1,
   capacity = greatest(s.capacity, excluded.allocated + s.released),
-  resource_uid = coalesce(excluded.resource_uid, s.resource_uid), updated_at = now()
+  resource_uid = CASE WHEN s.closed THEN excluded.resource_uid
+                      ELSE coalesce(excluded.resource_uid, s.resource_uid) END,
+  updated_at = now()
 WHERE s.item_id = excluded.item_id
   AND (s.revision < $9
        OR (s.display_name, s.allocated, s.max_per_user, s.starts_at, s.ends_at, s.paused, s.closed,
@@ -63,7 +66,8 @@ RETURNING revision
 """
 _ADOPT: Final = "UPDATE sales SET resource_uid = $2 WHERE sale_id = $1"
 _CLOSE: Final = """
-UPDATE sales SET closed = true, revision = greatest(revision, $2) + 1, updated_at = now()
+UPDATE sales SET closed = true, closed_at = CASE WHEN closed THEN closed_at ELSE now() END,
+  revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 AND (NOT closed OR revision < $2)
 """
 _HOLD_EXPIRED: Final = (
@@ -185,7 +189,7 @@ class Reconciler:
                     if answer in _CHANGED_REDIS and applied is not Applied.SEEDED:
                         applied = answer
                 case Done() as done:
-                    await self._adopt(observed.row, resource_uid)
+                    await self._adopt(spec.item_id, observed.row, resource_uid)
                     break
         else:
             why = "other writers keep changing the sale: apply it again"
@@ -252,7 +256,7 @@ class Reconciler:
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
             return
-        server = await self._inventory.server()
+        server = await self._inventory.server(row.item_id)
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
         if sale is None or sale.sale_id != sale_id or sale.run_id != server.run_id:
             return
@@ -328,11 +332,19 @@ class Reconciler:
             raise UnknownSale(f"{sale_id}: the ledger has no such sale: apply its manifest first")
         return row
 
-    async def _adopt(self, row: SaleRow | None, resource_uid: str | None) -> None:
-        """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made."""
-        if row is not None and resource_uid is not None and row.resource_uid != resource_uid:
+    async def _adopt(self, item_id: str, row: SaleRow | None, resource_uid: str | None) -> None:
+        """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made.
+
+        A FlashSale of another item gets no row. It closes the sale of the earlier FlashSale, which
+        nothing else closes, because a FlashSale of its name exists.
+        """
+        if row is None or resource_uid is None or row.resource_uid == resource_uid:
+            return
+        if row.item_id == item_id:
             async with ledger.translated():
                 await self._pool.execute(_ADOPT, row.sale_id, resource_uid)
+        elif row.resource_uid is not None and not row.closed:
+            await self.close(row.sale_id)
 
     async def _write_row(
         self, spec: SaleSpec, step: WriteRow, resource_uid: str | None

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from dev.stack.redis_cluster import RedisCluster
 from dev.stack.servers import RedisServer
 from flashsale import ledger, redis_client
 from flashsale.errors import (
@@ -17,6 +18,7 @@ from flashsale.errors import (
     RedisUnavailable,
     UnmetRequirement,
 )
+from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator.kubernetes.client import Kube
@@ -28,6 +30,7 @@ from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Counts, Status
 from flashsale_operator.sales.decision import Reason
 from tests.support.bad_manifests import manifest
+from tests.support.eventually import until
 from tests.support.observations import SPEC
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -70,6 +73,7 @@ class FakeKube:
         self.live["spec"] = {"itemId": spec.item_id, "stock": spec.stock}
         self.events: list[str] = []
         self.messages: list[str] = []
+        self.names: list[str] = []
         self.patches = 0
 
     async def flash_sale(self, *_key: str) -> dict[str, Any] | None:
@@ -92,9 +96,10 @@ class FakeKube:
         }
         return self.live
 
-    async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
+    async def create_event(self, _namespace: str, event: Mapping[str, Any]) -> bool:
         self.events.append(event["reason"])
         self.messages.append(event["message"])
+        self.names.append(event["metadata"]["name"])
         return True
 
     @property
@@ -161,6 +166,44 @@ async def test_the_first_expired_hold_and_units_that_come_back_are_events(
     assert kube.status.counts.released == 2
 
 
+async def test_an_expired_hold_is_an_event_even_if_new_reservations_are_not_held_any_more(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    kube.live["spec"]["holdSeconds"] = 600
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    await shop.buy(spec.item_id, "a")
+    del kube.live["spec"]["holdSeconds"]
+    await own.reconcile(key)
+    await shop.expire(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    await own.reconcile(key)
+    assert kube.status.hold_expired
+    assert kube.events == ["Opened", "HoldExpired"]
+
+
+async def test_each_failover_of_a_sale_that_does_not_sell_has_its_own_events(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Its condition Open stays False, so lastTransitionTime does not change."""
+    kube = FakeKube(spec)
+    kube.live["spec"]["startsAt"] = "2999-01-01T00:00:00Z"
+    own, key, sale = controller(shop, kube), Key.of(spec.sale_id), ItemKeys.of(spec.item_id).sale
+    await own.reconcile(key)
+    for number in (1, 2):
+        # Redis has a unit that never reached the ledger.
+        await shop.redis.hset(sale, mapping={"run_id": "fenced", "accepted": 1})
+
+        async def rebuilt(number: int = number) -> bool:
+            await own.reconcile(key)
+            return kube.events.count("Rebuilt") == number
+
+        await until(rebuilt, "the sale is rebuilt")
+    assert kube.events == ["Fenced", "Rebuilt"] * 2
+    assert len(set(kube.names)) == 4
+
+
 async def test_the_status_names_the_engine_before_anything_else_is_written(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
@@ -219,6 +262,41 @@ async def test_a_sale_whose_flashsale_another_engine_has_taken_is_closed(
     assert kube.patches == patches
 
 
+async def test_a_flashsale_that_returns_with_another_item_closes_the_former_sale(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    kube.live["metadata"] |= {"uid": "uid-2"}
+    kube.live["spec"] |= {"itemId": f"{spec.item_id}-b"}
+    del kube.live["status"]
+    for _ in range(2):
+        await own.reconcile(key)
+        assert kube.reasons()["Ready"] == "ItemChanged"
+        row = await shop.row(spec.sale_id)
+        assert (row.closed, row.revision, row.resource_uid) == (True, 2, "uid-1")
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ENDED]
+    kube.live["metadata"] |= {"uid": "uid-3"}
+    kube.live["spec"] |= {"itemId": spec.item_id}
+    await own.reconcile(key)
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+
+
+@pytest.mark.parametrize("uid", ["uid-1", None])
+async def test_a_sale_continues_if_no_other_flashsale_declared_it(
+    shop: SimulatedShop, spec: SaleSpec, uid: str | None
+) -> None:
+    """Its own FlashSale has a mistake, or the sale belongs to flashsalectl."""
+    await shop.reconciler.reconcile(spec, uid)
+    kube = FakeKube(spec)
+    kube.live["spec"] |= {"itemId": f"{spec.item_id}-b"}
+    await controller(shop, kube).reconcile(Key.of(spec.sale_id))
+    assert kube.reasons()["Ready"] == "ItemChanged"
+    assert (await shop.row(spec.sale_id)).resource_uid == uid
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+
+
 async def test_without_ledger_and_redis_a_flashsale_of_any_engine_is_left_alone(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
@@ -273,6 +351,28 @@ async def test_a_redis_that_the_sales_have_left_sells_no_unit_again(
             Outcome.LIMIT_REACHED,
             Outcome.ACCEPTED,
         ]
+    finally:
+        await client.aclose()
+
+
+async def test_every_node_of_a_cluster_that_the_sales_have_left_is_fenced(
+    redis_cluster: RedisCluster, pool: ledger.Pool, new_item: Callable[[], str]
+) -> None:
+    client = redis_client.connect(redis_cluster.url)
+    shop, left = SimulatedShop(client, pool), set[str]()
+    try:
+        await shop.inventory.nodes.all()
+        while len(left) < 2:
+            item = new_item()
+            if (node := shop.inventory.node_of(item)) in left:
+                continue
+            spec = SaleSpec(f"default/{item}", item, 10)
+            await shop.apply(spec)
+            # Three units were sold at another Redis.
+            await pool.execute("UPDATE sales SET accepted = 3 WHERE sale_id = $1", spec.sale_id)
+            await shop.reconciler.fence_outdated(spec.sale_id, "")
+            assert await shop.buy(item, "z") == [Outcome.FENCED], node
+            left.add(node)
     finally:
         await client.aclose()
 

@@ -20,6 +20,7 @@ from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events
 from flashsale.events import Event
 from flashsale.keys import ItemKeys
+from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import parse
@@ -194,6 +195,49 @@ def test_a_rebuild_leaves_a_whole_sale_alone(ctl: Ctl) -> None:
     assert ctl("apply", "-f", str(SAMPLE))[1] == [
         "sale default/iphone-15 unchanged: Selling, 100 of 100 available"
     ]
+
+
+@pytest.mark.parametrize("names", [["iphone_15"], ["--all"]])
+def test_a_sale_that_lost_units_in_the_same_run_is_rebuilt(
+    ctl: Ctl, within: Within, names: list[str]
+) -> None:
+    """Without Kafka the rebuild stops, but it has begun: the sale is fenced."""
+
+    async def sell_and_lose_a_unit(shop: SimulatedShop) -> None:
+        await shop.buy("iphone_15", "ann", "bob")
+        await shop.record("iphone_15")
+        keys = ItemKeys.of("iphone_15")
+        await shop.redis.hdel(keys.buyers, "bob")
+        await shop.redis.hset(keys.sale, "accepted", "1")
+
+    ctl("apply", "-f", str(SAMPLE))
+    within(sell_and_lose_a_unit)
+    code, printed, [error] = ctl("rebuild", *names)
+    assert (code, printed) == (1, [])
+    assert error.startswith("sale default/iphone-15 stays fenced: Kafka is away")
+
+
+@pytest.mark.parametrize("names", [["iphone_15"], ["--all"]])
+def test_a_sale_that_was_closed_while_it_was_fenced_is_rebuilt(
+    ctl: Ctl, redis_server: RedisServer, within: Within, names: list[str]
+) -> None:
+    """Without Kafka the rebuild stops. An older sale of the item needs none."""
+
+    async def sell(shop: SimulatedShop) -> None:
+        older = SaleSpec("default/iphone-14", "iphone_15", 5)
+        await shop.apply(older)
+        await shop.reconciler.close(older.sale_id)
+        await shop.apply(parse(SAMPLE.read_text())[0])
+        await shop.buy("iphone_15", "ann")
+        await shop.record("iphone_15")
+
+    within(sell)
+    Redis.from_url(redis_server.url).flushall()
+    assert ctl("apply", "-f", str(SAMPLE))[0] == 1
+    assert ctl("close", "iphone_15")[0] == 0
+    code, printed, [error] = ctl("rebuild", *names)
+    assert (code, printed) == (1, [])
+    assert error.startswith("sale default/iphone-15 stays fenced: Kafka is away")
 
 
 @pytest.mark.parametrize(("output", "head"), [("table", 1), ("json", 0), ("yaml", 0)])

@@ -24,13 +24,13 @@ from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.kubernetes.resync import Resync, holds_lost
-from flashsale_operator.sales.decision import Reason, StillFenced, spec_of
+from flashsale_operator.kubernetes.resync import Resync
+from flashsale_operator.sales.decision import Reason, StillFenced, needs_rebuild, spec_of
 from flashsale_operator.sales.rebuild import HOLD_MS, Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
 from tests.support.eventually import until
 from tests.support.fake_kube import FakeKube
-from tests.support.observations import NOW_MS, SERVER, SPEC, a_row, a_sale
+from tests.support.observations import NOW_MS, SPEC
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 ENDED = replace(SPEC, ends_ms=NOW_MS - 1)
@@ -288,7 +288,7 @@ async def test_a_closed_sale_that_lost_its_open_holds_is_rebuilt_and_they_expire
     async def trusted() -> bool:
         await resync.resync()
         row, sale = await shop.row(mixed.sale_id), await shop.sale(mixed.item_id)
-        return not holds_lost(row, sale, await shop.inventory.server())
+        return not needs_rebuild(row, sale, await shop.inventory.server())
 
     await until(trusted, "the sale is rebuilt")
     sale = await shop.sale(mixed.item_id)
@@ -413,16 +413,3 @@ async def test_an_ended_sale_that_lost_its_open_holds_is_rebuilt_by_its_manifest
     report = await shop.apply(ended)
     assert (report.state, report.rebuilt) == (SaleState.ENDED, None)
     assert await shop.sale(spec.item_id) is None
-
-
-def test_lost_holds_of_a_finished_sale_are_found() -> None:
-    closed, over = a_row(closed=True, accepted=3, held=1), a_row(ENDED, accepted=3, held=1)
-    for row in (closed, over):
-        assert holds_lost(row, None, SERVER)
-        assert holds_lost(row, a_sale(accepted=3, held=1, run_id="run-0"), SERVER)
-        assert holds_lost(row, a_sale(accepted=3, held=1, torn=True), SERVER)
-        assert holds_lost(row, a_sale(accepted=2, held=1), SERVER)
-        assert not holds_lost(row, a_sale(accepted=3, held=1), SERVER)
-        assert not holds_lost(row, a_sale(replace(SPEC, sale_id="default/x")), SERVER)
-        assert not holds_lost(replace(row, held=0), None, SERVER)
-    assert not holds_lost(a_row(LATER, accepted=3, held=1), None, SERVER)

@@ -50,6 +50,7 @@ async def test_a_rebuild_wakes_its_flashsale_and_returns_its_result_once(
     row = await shop.row(fenced.sale_id)
     assert str(await own.rebuild(row)).startswith("being rebuilt from the ledger: ")
     assert await woken(queue) == fenced.sale_id
+    assert own.forget(fenced.sale_id, wakes=False) is None, "its FlashSale reports the result"
     done = own.forget(fenced.sale_id)
     assert done is not None
     assert (done.accepted, done.reservations) == (1, 1)

@@ -19,7 +19,7 @@ from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.reconciler import UnknownSale
+from flashsale_operator.sales.reconciler import _HOLD_EXPIRED, _REFUSED, UnknownSale
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -125,6 +125,47 @@ async def test_an_ended_sale_stays_ended(shop: SimulatedShop, spec: SaleSpec) ->
     await shop.reconciler.close(spec.sale_id)
     assert (await shop.apply(spec)).reason is Reason.SALE_ENDED
     assert await shop.buy(spec.item_id, "ann") == [Outcome.ENDED]
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_an_ended_sale_that_was_closed_stays_ended_without_its_keys(
+    shop: SimulatedShop, spec: SaleSpec, held: bool
+) -> None:
+    now_ms = (await shop.inventory.server()).now_ms
+    spec = replace(spec, ends_ms=now_ms + 60_000, hold_seconds=600 if held else None)
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "ann")
+    await shop.record(spec.item_id)
+    # The end has passed meanwhile.
+    await shop.pool.execute(
+        "UPDATE sales SET ends_at = to_timestamp($1::float8)", (now_ms - 1_000) / 1000
+    )
+    await shop.reconciler.close(spec.sale_id)
+    await shop.redis.flushall()
+    for _ in range(2):
+        result = await shop.apply(spec)
+        assert (result.state, result.reason) == (SaleState.ENDED, Reason.SALE_ENDED)
+        assert await shop.buy(spec.item_id, "bob") != [Outcome.ACCEPTED]
+    assert (await shop.row(spec.sale_id)).closed
+    assert (await shop.sale(spec.item_id) is not None) is held, "its hold can be confirmed"
+
+
+async def test_a_sale_that_was_closed_before_its_end_continues_without_its_keys(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    now_ms = (await shop.inventory.server()).now_ms
+    await shop.apply(replace(spec, ends_ms=now_ms + 60_000))
+    await shop.reconciler.close(spec.sale_id)
+    await shop.redis.flushall()
+    # An hour has passed meanwhile, and the end with it.
+    await shop.pool.execute(
+        "UPDATE sales "
+        "SET ends_at = to_timestamp($1::float8), closed_at = closed_at - interval '1 hour'",
+        (now_ms - 1_000) / 1000,
+    )
+    assert (await shop.apply(spec)).state is SaleState.SELLING
+    assert (await shop.row(spec.sale_id)).closed_at is None
+    assert await shop.buy(spec.item_id, "bob") == [Outcome.ACCEPTED]
 
 
 async def test_the_item_of_a_sale_cannot_be_changed(shop: SimulatedShop, spec: SaleSpec) -> None:
@@ -337,3 +378,22 @@ async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:
             await require_redis(Checks(), shop.inventory)
     finally:
         await shop.redis.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize("query", [_REFUSED, _HOLD_EXPIRED], ids=["refused", "expired"])
+async def test_rare_states_are_found_without_reading_all_reservations(
+    shop: SimulatedShop, spec: SaleSpec, query: str
+) -> None:
+    """Each reconcile asks for them."""
+    await shop.pool.execute(
+        """
+        INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version,
+                                  accepted_at)
+        SELECT $1, gen_random_uuid(), 'user' || n, 1, 'confirmed', 1, now()
+        FROM generate_series(1, 20000) n
+        """,
+        spec.sale_id,
+    )
+    await shop.pool.execute("ANALYZE reservations")
+    plan = [line for (line,) in await shop.pool.fetch(f"EXPLAIN {query}", spec.sale_id)]
+    assert "reservations_refused_or_expired" in "\n".join(plan)

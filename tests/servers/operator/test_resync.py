@@ -12,13 +12,15 @@ from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Outcome
-from flashsale.sale import Sale, SaleSpec
+from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.kubernetes.client import Kube, KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync, left_behind, may_be_freed, unclosed
+from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.offsets import Span
 from tests.support.eventually import until
 from tests.support.fake_kube import FakeKube
 from tests.support.observations import a_row, a_sale
@@ -221,6 +223,32 @@ async def test_keys_are_not_freed_while_the_outbox_has_events(
     assert await shop.redis.xlen(ItemKeys.of(spec.item_id).outbox) == 1
 
 
+async def test_a_sale_that_was_closed_while_it_waited_for_its_rebuild_gives_its_item_back(
+    shop: SimulatedShop, sold: SaleSpec, other: SaleSpec
+) -> None:
+    """Redis lost its keys, and its FlashSale was deleted before the ledger had all its events."""
+    await shop.redis.flushall()
+    shop.topic = {0: Span(0, 5)}
+    assert (await shop.apply(sold)).state is SaleState.FENCED
+    await shop.reconciler.close(sold.sale_id)
+    waits = resync_of(shop, FakeKube(), Queue())
+    await waits.resync()
+    await asyncio.sleep(3 * QUICK.recorded)
+    await waits.resync()
+    conflict = await shop.apply(other)
+    assert conflict.reason is Reason.ITEM_CONFLICT, "the topic may have more events of the sale"
+    assert "waits for its rebuild: Redis lost 3 units" in conflict.message
+    await shop.read_to(0, 5)
+    own = resync_of(shop, FakeKube(), Queue())
+
+    async def sells() -> bool:
+        await own.resync()
+        return (await shop.apply(other)).state is SaleState.SELLING
+
+    await until(sells, "the other sale has the item")
+    assert await shop.buy(sold.item_id, "a") == [Outcome.ACCEPTED]
+
+
 async def test_the_row_of_a_sale_has_the_uid_of_its_flashsale(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
@@ -231,6 +259,23 @@ async def test_the_row_of_a_sale_has_the_uid_of_its_flashsale(
     await shop.reconciler.reconcile(spec, "uid-2")
     assert (await shop.row(spec.sale_id)).resource_uid == "uid-2"
     assert (await shop.row(spec.sale_id)).revision == 1
+
+
+async def test_a_sale_that_flashsalectl_continues_has_no_flashsale_any_more(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Otherwise the operator would close it again, because its FlashSale was deleted."""
+    await shop.reconciler.reconcile(spec, "uid-1")
+    kube, queue = FakeKube(), Queue()
+    own = resync_of(shop, kube, queue)
+    await own._controller.reconcile(Key.of(spec.sale_id))
+    assert (await shop.row(spec.sale_id)).closed
+    await shop.apply(spec)
+    await own.resync()
+    assert Key.of(spec.sale_id) not in queue
+    await own._controller.reconcile(Key.of(spec.sale_id))
+    assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+    assert kube.events == ["Closed"]
 
 
 async def test_a_flashsale_adopts_a_sale_of_flashsalectl(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashsale.inventory import ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
 from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.sales.decision import (
     SEED_MS,
@@ -22,6 +22,7 @@ from flashsale_operator.sales.decision import (
     StillFenced,
     WriteRow,
     decide,
+    needs_rebuild,
     spec_of,
     state_of,
     untrusted,
@@ -148,6 +149,20 @@ def test_an_ended_sale_that_was_also_closed_stays_ended() -> None:
     assert outcome(decide(SPEC, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
 
 
+def test_a_sale_that_was_closed_after_its_end_stays_ended_without_keys_and_in_a_rebuild() -> None:
+    longer = replace(SPEC, ends_ms=NOW_MS + 60_000)
+    row = a_row(PAST, closed=True, closed_at=utc_of_ms(NOW_MS))
+    for sale in (None, a_sale(PAST, stored_state="closed")):
+        seen = observed(row=row, sale=sale)
+        assert outcome(decide(longer, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
+        assert outcome(decide(PAST, seen)) == (SaleState.ENDED, Reason.APPLIED)
+        for closed_at in (None, utc_of_ms(NOW_MS - 2)):
+            earlier = replace(seen, row=replace(row, closed_at=closed_at))
+            assert isinstance(decide(longer, earlier), WriteRow), "it was closed before its end"
+    held = observed(row=replace(row, accepted=1, held=1))
+    assert decide(longer, held) == Rebuild(replace(row, accepted=1, held=1))
+
+
 def test_a_closed_sale_can_be_continued() -> None:
     seen = observed(
         row=a_row(closed=True, revision=2),
@@ -255,6 +270,41 @@ def test_a_finished_sale_is_fenced_only_with_open_holds(
     assert state_of(row, sale, SERVER) is state
 
 
+def test_a_finished_sale_that_lost_its_open_holds_needs_a_rebuild() -> None:
+    for row in (a_row(closed=True, accepted=3, held=1), a_row(PAST, accepted=3, held=1)):
+        assert needs_rebuild(row, None, SERVER)
+        assert needs_rebuild(row, a_sale(accepted=3, held=1, run_id="run-0"), SERVER)
+        assert needs_rebuild(row, a_sale(accepted=3, held=1, torn=True), SERVER)
+        assert needs_rebuild(row, a_sale(accepted=2, held=1), SERVER)
+        assert not needs_rebuild(row, a_sale(accepted=3, held=1), SERVER)
+        assert not needs_rebuild(row, a_sale(OTHER), SERVER), "it waits until that one is freed"
+        assert not needs_rebuild(replace(row, held=0), None, SERVER)
+
+
+def test_a_closed_sale_without_holds_needs_a_rebuild_if_it_could_not_be_freed() -> None:
+    row = a_row(closed=True, accepted=3, released=1)
+    whole = a_sale(stored_state="closed", accepted=3, released=1, run_id="run-0")
+    assert not needs_rebuild(row, whole, SERVER)
+    for other in (
+        replace(whole, accepted=0),
+        replace(whole, accepted=4),
+        replace(whole, released=0),
+        replace(whole, held=1),
+    ):
+        assert needs_rebuild(row, other, SERVER)
+    unrecorded = replace(whole, accepted=4, run_id=SERVER.run_id)
+    assert not needs_rebuild(row, unrecorded, SERVER), "its event is in flight"
+
+
+def test_an_open_sale_needs_a_rebuild_if_redis_lacks_units_in_the_same_run() -> None:
+    row = a_row(accepted=3)
+    assert needs_rebuild(row, a_sale(accepted=2), SERVER)
+    assert needs_rebuild(row, a_sale(accepted=3, run_id="run-0"), SERVER)
+    assert needs_rebuild(row, None, SERVER)
+    assert not needs_rebuild(row, a_sale(accepted=4), SERVER)
+    assert not needs_rebuild(row, a_sale(OTHER), SERVER)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -267,6 +317,10 @@ def test_a_finished_sale_is_fenced_only_with_open_holds(
         (
             {"stored_state": "closed", "accepted": 6},
             f"{NOT_RECORDED}: 5 of 6 accepted units",
+        ),
+        (
+            {"stored_state": "closed", "accepted": 4},
+            "default/older sold iphone_15 before and waits for its rebuild: Redis lost 1 unit",
         ),
         (
             {"stored_state": "closed", "accepted": 5, "released": 1},
@@ -348,7 +402,13 @@ def with_counts(record: Any, units: tuple[int, int, int]) -> Any:  # noqa: ANN40
 
 rows = st.builds(
     with_counts,
-    st.builds(a_row, specs, closed=st.booleans(), revision=st.integers(1, 3)),
+    st.builds(
+        a_row,
+        specs,
+        closed=st.booleans(),
+        revision=st.integers(1, 3),
+        closed_at=st.none() | st.integers(NOW_MS - 3, NOW_MS).map(utc_of_ms),
+    ),
     counts,
 )
 sales = st.builds(
@@ -415,6 +475,8 @@ def test_no_observation_leads_to_selling_a_unit_twice(situation: tuple[SaleSpec,
                     assert spec_of(row) == spec
         case WriteRow():
             assert action.others == seen.others
+            if row is not None and row.closed and not (own and own.revision > row.revision):
+                assert not row.ended(utc_of_ms(NOW_MS)), "an ended sale stays ended"
             if own is not None:
                 assert own.stored_state == "closed" or not own.finished(NOW_MS), (
                     "an ended sale stays ended"

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flashsale.inventory import Applied, ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState
+from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
 from flashsale_operator.sales.decision import (
     Apply,
     Done,
@@ -79,7 +79,12 @@ class World(RuleBasedStateMachine):
         if row is None:
             return
         if not row.closed:
-            row = self.rows[sale_id] = replace(row, closed=True, revision=row.revision + 1)
+            row = self.rows[sale_id] = replace(
+                row,
+                closed=True,
+                closed_at=utc_of_ms(self.server.now_ms),
+                revision=row.revision + 1,
+            )
         sale = self.sale
         if reaches_redis and sale is not None and sale.sale_id == sale_id:
             over = sale.stored_state != "closed" and sale.finished(self.server.now_ms)
