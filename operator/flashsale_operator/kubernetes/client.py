@@ -66,6 +66,7 @@ class Kube:
 
     def __init__(self, login: Login) -> None:
         self._login = login
+        self._server = ""
         self._session: aiohttp.ClientSession | None = None
 
     async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
@@ -138,7 +139,8 @@ class Kube:
                 _translated(),
                 session.request(
                     method,
-                    path,
+                    # aiohttp would drop the path of a base URL, such as that of a gateway.
+                    f"{self._server}{path}",
                     json=body,
                     params=parameters,
                     headers={"Content-Type": content_type},
@@ -159,8 +161,8 @@ class Kube:
             info = self._login()
         except SettingsError as error:
             raise KubeUnavailable(f"no login to the kube-apiserver: {error}") from error
+        self._server = info.server.rstrip("/")
         return aiohttp.ClientSession(
-            info.server,
             headers={**info.as_http_headers(), "Accept": "application/json"},
             connector=aiohttp.TCPConnector(limit=32, ssl=info.as_ssl_context()),
             timeout=TIMEOUT,

@@ -13,8 +13,11 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def serving(answer: Answer) -> AsyncIterator[Kube]:
-    """Yields a client of a server with this answer. Its logins have the tokens 1, 2, …"""
+async def serving(answer: Answer, path: str = "") -> AsyncIterator[Kube]:
+    """Yields a client of a server with this answer. Its logins have the tokens 1, 2, …
+
+    The client's address of the server ends in `path`.
+    """
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
     runner = web.AppRunner(app)
@@ -27,7 +30,7 @@ async def serving(answer: Answer) -> AsyncIterator[Kube]:
     def log_in() -> kopf.ConnectionInfo:
         nonlocal logins
         logins += 1
-        return kopf.ConnectionInfo(server=f"http://{host}:{port}", token=str(logins))
+        return kopf.ConnectionInfo(server=f"http://{host}:{port}{path}", token=str(logins))
 
     kube = Kube(log_in)
     yield kube
@@ -74,6 +77,21 @@ async def test_only_a_404_that_names_the_object_means_that_it_is_deleted() -> No
             await kube.flash_sale("shop", "phone")
         with pytest.raises(KubeUnavailable, match="404 page not found"):
             await kube.flash_sales(None)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/k8s/clusters/c-1", "/k8s/clusters/c-1/"])
+async def test_a_server_can_be_below_a_path(path: str) -> None:
+    seen = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.path_qs)
+        return web.json_response({"metadata": {}})
+
+    async with serving(answer, path) as kube:
+        await kube.flash_sale("shop", "phone")
+        await kube.flash_sales("shop")
+    sales = f"{path.rstrip('/')}/apis/flashsale.dev/v1alpha1/namespaces/shop/flashsales"
+    assert seen == [f"{sales}/phone", f"{sales}?limit=500"]
 
 
 async def test_a_status_based_on_an_older_object_is_not_written() -> None:
