@@ -108,7 +108,7 @@ def _is_no_retry(record: logging.LogRecord) -> bool:
 
 
 async def _run(settings: Settings) -> None:
-    log_in().as_ssl_context()  # reports a wrong KUBECONFIG now
+    log_in()  # reports a wrong KUBECONFIG now
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = redis_client.connect(settings.redis_url)

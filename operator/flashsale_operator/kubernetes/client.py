@@ -7,6 +7,7 @@ from typing import Any, Final
 import aiohttp
 import kopf
 import yaml
+from yarl import URL
 
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
@@ -19,6 +20,7 @@ FIELD_MANAGER: Final = {"fieldManager": "flashsale-operator"}
 _WRONG: Final = (
     kopf.LoginError,
     yaml.YAMLError,
+    RecursionError,  # of yaml
     OSError,
     LookupError,
     ValueError,
@@ -51,7 +53,44 @@ def log_in() -> kopf.ConnectionInfo:
         raise SettingsError(
             "KUBECONFIG is not set: outside a pod expected the path of a kubeconfig file"
         )
+    _check(found)
     return found
+
+
+def _check(info: kopf.ConnectionInfo) -> None:
+    """Raises `SettingsError` for a wrong address, user, certificate or key.
+
+    kopf reads them only when it connects, and their errors would end the process with a traceback.
+    """
+    for name, address in (("server", info.server), ("proxy-url", info.proxy_url or info.server)):
+        try:
+            url = URL(address)
+        except _WRONG:
+            url = URL()
+        if url.scheme not in ("http", "https") or not url.host:
+            raise SettingsError(f"KUBECONFIG is wrong: expected https://host:port as the {name}")
+    try:
+        info.as_http_headers()
+    except _WRONG as error:
+        raise SettingsError(
+            f"KUBECONFIG is wrong: expected a username without : and a password: {error}"
+        ) from error
+    try:
+        info.as_ssl_context()
+    except _WRONG as error:
+        given = {
+            "certificate-authority": info.ca_path,
+            "certificate-authority-data": info.ca_data,
+            "client-certificate": info.certificate_path,
+            "client-certificate-data": info.certificate_data,
+            "client-key": info.private_key_path,
+            "client-key-data": info.private_key_data,
+        }
+        names = ", ".join(name for name, value in given.items() if value)
+        why = " ".join(str(error).split())
+        raise SettingsError(
+            f"KUBECONFIG is wrong: expected PEM, in base64 if it is data, in {names}: {why}"
+        ) from error
 
 
 class KubeForbidden(KubeUnavailable):
