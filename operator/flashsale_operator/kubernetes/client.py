@@ -97,6 +97,15 @@ class KubeForbidden(KubeUnavailable):
     """The operator's account has no right to make the request."""
 
 
+class NoFlashSales(KubeUnavailable):
+    """The cluster does not serve FlashSales. A person must install the resource."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
+        )
+
+
 class Kube:
     """Calls about FlashSales and Events over one HTTP session.
 
@@ -108,6 +117,19 @@ class Kube:
         self._server = ""
         self._session: aiohttp.ClientSession | None = None
 
+    async def serves_flash_sales(self) -> bool:
+        """Whether the cluster lists the FlashSale resource. kopf looks in the same two lists."""
+        code, body = await self._call("GET", "/apis")
+        _expect_success(code, body)
+        versions = [each for group in body.get("groups", []) for each in group["versions"]]
+        if API_VERSION not in {each["groupVersion"] for each in versions}:
+            return False
+        code, body = await self._call("GET", f"/apis/{API_VERSION}")
+        if code == 404:
+            return False
+        _expect_success(code, body)
+        return PLURAL in {each["name"] for each in body.get("resources", [])}
+
     async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
         """Returns the live object, or None if it does not exist."""
         status, body = await self._call("GET", f"{_sales_path(namespace)}/{name}")
@@ -117,11 +139,13 @@ class Kube:
         return body
 
     async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
-        """Returns the objects of a namespace, or of all namespaces."""
+        """Returns the objects of a namespace, or of all namespaces. Raises `NoFlashSales`."""
         found: list[dict[str, Any]] = []
         parameters = {"limit": str(LIST_PAGE)}
         while True:
             status, body = await self._call("GET", _sales_path(namespace), parameters=parameters)
+            if status == 404:  # a namespace that does not exist has an empty list
+                raise NoFlashSales
             _expect_success(status, body)
             found += body.get("items", [])
             token = body.get("metadata", {}).get("continue")
