@@ -7,13 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from functools import partial
 from textwrap import dedent
 from typing import Any, Final
 
 import kopf
+from kopf._cogs.clients.errors import APINotFoundError  # kopf has no public name for it
 
 from flashsale import ledger, logs, monitoring, redis_client
 from flashsale.errors import SettingsError
@@ -21,14 +22,16 @@ from flashsale.inventory import Inventory
 from flashsale.settings import load
 from flashsale.sockets import bound
 from flashsale_operator.kubernetes import handlers
-from flashsale_operator.kubernetes.client import Kube, log_in
+from flashsale_operator.kubernetes.client import Kube, KubeUnavailable, log_in
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.kubernetes.resync import Resync
+from flashsale_operator.kubernetes.resync import RETRY_SECONDS, Resync
 from flashsale_operator.sales import offsets
 from flashsale_operator.settings import Settings
+
+log = logging.getLogger(__name__)
 
 STUCK_SECONDS: Final = 180.0
 """A resync ends within seconds, also during outages. After this long without one, the process is
@@ -85,14 +88,13 @@ def main() -> int:
     try:
         settings = load(Settings, os.environ)
         _configure_logs(settings)
-        asyncio.run(_run(settings))
+        return asyncio.run(_run(settings))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
-    return 0
 
 
 def _configure_logs(settings: Settings) -> None:
@@ -100,15 +102,20 @@ def _configure_logs(settings: Settings) -> None:
     # kopf logs every retry during an outage. The operator logs each change once.
     logging.getLogger("kopf").setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_no_retry)
+        handler.addFilter(_is_no_repetition)
 
 
-def _is_no_retry(record: logging.LogRecord) -> bool:
-    return not (record.name.startswith("kopf") and "will retry" in record.getMessage())
+def _is_no_repetition(record: logging.LogRecord) -> bool:
+    """Whether a line is not one of kopf's about a retry, or about the error that ends kopf."""
+    if not record.name.startswith("kopf"):
+        return True
+    error = record.exc_info and record.exc_info[1]
+    return "will retry" not in record.getMessage() and not isinstance(error, APINotFoundError)
 
 
-async def _run(settings: Settings) -> None:
-    log_in().as_ssl_context()  # reports a wrong KUBECONFIG now
+async def _run(settings: Settings) -> int:
+    """Runs the operator until a signal. Returns the exit code of the process."""
+    log_in()  # reports a wrong KUBECONFIG now
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = redis_client.connect(settings.redis_url)
@@ -144,15 +151,34 @@ async def _run(settings: Settings) -> None:
                 await rebuilds.close()
 
             registry = kopf.OperatorRegistry()
-            handlers.register(registry, queue, log_in, close)
-            await kopf.operator(
-                registry=registry,
-                settings=_kopf_settings(settings),
-                standalone=True,
-                identity=_IDENTITY,
-                clusterwide=not settings.served,
-                namespaces=settings.served,
-            )
+            handlers.register(registry, queue, log_in, partial(_until_served, kube), close)
+            try:
+                await kopf.operator(
+                    registry=registry,
+                    settings=_kopf_settings(settings),
+                    standalone=True,
+                    identity=_IDENTITY,
+                    clusterwide=not settings.served,
+                    namespaces=settings.served,
+                )
+            except APINotFoundError:
+                log.error(  # noqa: TRY400 - kopf's traceback explains nothing
+                    "the operator ends, because the FlashSale resource was deleted: install the "
+                    "chart's CRD (crds.enabled), for which a restarted operator waits"
+                )
+                return 1
+            finally:
+                await close()  # kopf cleans up only after a complete start
+    return 0
+
+
+async def _until_served(kube: Kube) -> None:
+    """Waits until the cluster serves FlashSales. Meanwhile the resync reports the reason."""
+    while True:
+        with suppress(KubeUnavailable):
+            if await kube.serves_flash_sales():
+                return
+        await asyncio.sleep(RETRY_SECONDS)
 
 
 class _Backoffs:

@@ -8,7 +8,7 @@ import re
 import ssl
 from ipaddress import IPv6Address
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 PORT: Final = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 HOST: Final = r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/@?#,\[\]]+)"
@@ -89,13 +89,20 @@ _DATABASE_DEFAULTS: Final = {
 """Values with which a refused option asks for nothing."""
 
 
-def bracketed(text: str) -> str:
-    """Returns the text, whose hosts in brackets are IPv6 addresses."""
+def with_hosts(text: str) -> str:
+    """Returns the text, whose hosts are separated by commas and can be looked up."""
     for host in re.findall(r"\[([^\]]*)\]", text):
         try:
             IPv6Address(host)
         except ValueError:
             raise ValueError("a host in brackets is no IPv6 address") from None
+    for each in text.rpartition("@")[2].split(","):
+        host = unquote(each.partition(":")[0])
+        try:
+            if not host.startswith("/"):  # a socket of PostgreSQL
+                host.encode("idna")  # as a look-up does
+        except UnicodeError:
+            raise ValueError("each part of a host's name has 1 to 63 characters") from None
     return text
 
 
@@ -145,6 +152,7 @@ def database_url(url: str) -> str:
     _, hosts, options = _parts(url, ("postgres", "postgresql"))
     if not hosts and not options.get("host"):
         raise ValueError("the host is missing")
+    with_hosts(options.get("host", ""))
     if options.get("sslrootcert") == "system":
         raise ValueError(
             "asyncpg does not know sslrootcert=system: name the system's file, such as "
@@ -208,7 +216,7 @@ def _parts(url: str, schemes: tuple[str, ...]) -> tuple[str, str, dict[str, str]
     user = network.rpartition("@")[0]
     if found is None or set("[]") & set(user):
         raise ValueError("a host or a port is wrong" if not user else _ENCODE)
-    bracketed(network)
+    with_hosts(network)
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:

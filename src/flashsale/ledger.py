@@ -155,11 +155,15 @@ async def _connection(
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Connects. PgBouncer refuses the setting synchronous_commit, so there it must be the default.
 
-    Raises `UnmetRequirement` if it is not.
+    Raises `UnmetRequirement` if it is not, and `LedgerUnavailable` if the server refuses the value
+    of an option, such as a `statement_timeout` of the address.
     """
     connection: asyncpg.Connection[asyncpg.Record]
     try:
         connection = await asyncpg.connect(*arguments, server_settings=server_settings, **options)
+    except asyncpg.DataError as error:
+        why = " ".join(str(error).split())
+        raise LedgerUnavailable(f"the ledger refused an option of its address: {why}") from error
     except asyncpg.ProtocolViolationError as error:
         if "synchronous_commit" not in str(error):
             raise

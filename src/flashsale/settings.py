@@ -20,7 +20,7 @@ KafkaBootstrap = Annotated[
     Meta(
         pattern=rf"^{HOST}:{PORT}(,{HOST}:{PORT})*\Z",
         description="host:port[,host:port...], with an IPv6 address in brackets",
-        extra={"read": addresses.bracketed},
+        extra={"read": addresses.with_hosts},
     ),
 ]
 DatabaseUrl = Annotated[
@@ -31,7 +31,7 @@ Listen = Annotated[
     Meta(
         pattern=rf"^{HOST}:(0|{PORT})\Z",
         description="host:port; [::] is every address of IPv4 and IPv6",
-        extra={"read": addresses.bracketed},
+        extra={"read": addresses.with_hosts},
     ),
 ]
 
@@ -143,8 +143,11 @@ def load(kind: type[S], environ: Mapping[str, str]) -> S:
         if field.name in values:
             wrong = f"{variable} is wrong: expected {_rule(field.type)}"
             try:
+                values[field.name].encode()  # clients would fail to do it later
                 msgspec.convert(values[field.name], field.type, strict=False)
                 values[field.name] = _read(field.type, values[field.name])
+            except UnicodeEncodeError:
+                raise SettingsError(f"{wrong}, in UTF-8") from None
             except msgspec.ValidationError:
                 raise SettingsError(wrong) from None
             except ValueError as error:

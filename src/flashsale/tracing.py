@@ -105,9 +105,25 @@ def wanted(environ: MutableMapping[str, str]) -> bool:
 
 
 class Tracing:
-    """A process' tracer, exporter and sampler. Imports the SDK, so make it only if needed."""
+    """A process' tracer, exporter and sampler. Imports the SDK, so make it only if needed.
+
+    Raises `SettingsError` for a value that the SDK refuses.
+    """
 
     def __init__(self, service: str, environ: Mapping[str, str]) -> None:
+        self.samples = Sampling.of(environ)
+        attributes = {"service.version": __version__}
+        if not environ.get("OTEL_SERVICE_NAME") and "service.name=" not in environ.get(
+            "OTEL_RESOURCE_ATTRIBUTES", ""
+        ):
+            attributes["service.name"] = service
+        try:
+            self._start(attributes)
+        except (ValueError, RuntimeError) as error:  # the SDK reads some variables on import
+            why = " ".join(str(error).split())
+            raise SettingsError(f"a variable OTEL_* is wrong: {why}") from error
+
+    def _start(self, attributes: Mapping[str, str]) -> None:
         # SDK and exporter take 0.25 s and 10 MB, so processes without tracing do not import them.
         from opentelemetry import trace  # noqa: PLC0415
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
@@ -121,12 +137,6 @@ class Tracing:
             TraceContextTextMapPropagator,
         )
 
-        self.samples = Sampling.of(environ)
-        attributes = {"service.version": __version__}
-        if not environ.get("OTEL_SERVICE_NAME") and "service.name=" not in environ.get(
-            "OTEL_RESOURCE_ATTRIBUTES", ""
-        ):
-            attributes["service.name"] = service
         resource = Resource.create(attributes)
         # `samples` has already decided: only sampled requests reach the SDK.
         self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)

@@ -19,6 +19,7 @@ from tests.support.chart import (
     at,
     merged,
 )
+from tests.support.chart_options import BY_CPU, BY_LAG, TLS
 from tests.support.manifests import flash_sale
 from tests.support.paths import CHART, CRD
 
@@ -103,7 +104,8 @@ EVERYTHING: Final[Manifest] = {
 VARIANTS: Final = {
     "addresses only": {},
     "everything": EVERYTHING,
-    "consumer scaled by cpu": at("consumer.autoscaling.by", "cpu"),
+    "consumer scaled by cpu": BY_CPU,
+    "consumer scaled by lag over TLS without credentials": merged(BY_LAG, TLS),
 }
 
 each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)

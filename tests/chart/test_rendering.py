@@ -279,8 +279,8 @@ def test_each_component_has_its_own_kafka_user_and_trusts_kafkas_certificates(
 @pytest.mark.parametrize(
     ("changes", "sasl", "secrets"),
     [
-        (TLS, None, []),
         (USERS, "scram_sha512", []),
+        (merged(TLS, USERS), "scram_sha512", []),
         (merged(USERS, at("kafka.sasl.mechanism", "SCRAM-SHA-256")), "scram_sha256", []),
         (
             at("kafka.sasl", {"mechanism": "PLAIN", "existingSecret": {"name": "a"}}),
@@ -311,7 +311,7 @@ def test_keda_connects_to_kafka_with_the_consumers_credentials(
     has_tls = merged(TLS, changes) == changes
     assert trigger["metadata"].get("tls") == ("enable" if has_tls else None)
     assert trigger["metadata"].get("sasl") == sasl
-    given = authentication["spec"] or {}
+    given = authentication["spec"]
     parameters = [each["parameter"] for each in given.get("env", [])]
     assert parameters == (["username", "password"] if sasl else [])
     known = rendered.environment("consumer")
@@ -320,7 +320,12 @@ def test_keda_connects_to_kafka_with_the_consumers_credentials(
     assert [(each["parameter"], each["name"], each["key"]) for each in found] == secrets
 
 
-def test_keda_has_no_authentication_if_kafka_needs_none(chart: Helm) -> None:
-    rendered = chart.render(BY_LAG)
+@pytest.mark.parametrize(("changes", "tls"), [({}, None), (TLS, "enable"), (AUTHORITY, None)])
+def test_keda_has_no_authentication_if_kafka_needs_no_credentials(
+    chart: Helm, changes: dict[str, Any], tls: str | None
+) -> None:
+    rendered = chart.render(BY_LAG, changes)
     assert not rendered.all("TriggerAuthentication")
-    assert "authenticationRef" not in rendered.all("ScaledObject")[0]["spec"]["triggers"][0]
+    (trigger,) = rendered.all("ScaledObject")[0]["spec"]["triggers"]
+    assert "authenticationRef" not in trigger
+    assert trigger["metadata"].get("tls") == tls

@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 
 import click
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from flashsale import redis_client, settings
 from flashsale.errors import FlashsaleError
@@ -42,10 +42,10 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
     if len(nodes) < PRIMARIES:
         raise NotFormed(f"a Redis Cluster needs {PRIMARIES} nodes or more, but {len(nodes)} given")
     await _until("every node answers", lambda: _all(nodes, _answers))
-    ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
-    if await _formed(nodes):
-        return False
     try:
+        ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
+        if await _formed(nodes):
+            return False
         for number, node in enumerate(nodes, start=1):
             await _unless_done(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
         for host, port, bus_port in addresses[1:]:
@@ -72,8 +72,17 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
 
         await _until("every node knows all slots and its primary", complete)
     except (RedisError, OSError) as error:
-        raise NotFormed(f"a node refused a step: {error}") from error
+        raise NotFormed(f"a node refused a step: {error}{_remedy(error)}") from error
     return True
+
+
+def _remedy(error: Exception) -> str:
+    """Returns the remedy of a refusal, after a colon, or nothing if it is unknown."""
+    if isinstance(error, NoPermissionError):
+        return ": FLASHSALE_REDIS_URL needs the user and password of an administrator"
+    if "cluster support disabled" in str(error):
+        return ": start each node with cluster-enabled yes"
+    return ""
 
 
 async def _give_part(
@@ -204,6 +213,6 @@ async def form_redis_cluster(environ: Environ, hosts: Sequence[str]) -> int:
 async def _address(host: str) -> str:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a label of more than 63 characters
         raise NotFormed(f"the host {host} is not known: {error}") from error
     return str(found[0][4][0])

@@ -7,6 +7,7 @@ from typing import Any, Final
 import aiohttp
 import kopf
 import yaml
+from yarl import URL
 
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
@@ -19,6 +20,7 @@ FIELD_MANAGER: Final = {"fieldManager": "flashsale-operator"}
 _WRONG: Final = (
     kopf.LoginError,
     yaml.YAMLError,
+    RecursionError,  # of yaml
     OSError,
     LookupError,
     ValueError,
@@ -51,11 +53,57 @@ def log_in() -> kopf.ConnectionInfo:
         raise SettingsError(
             "KUBECONFIG is not set: outside a pod expected the path of a kubeconfig file"
         )
+    _check(found)
     return found
+
+
+def _check(info: kopf.ConnectionInfo) -> None:
+    """Raises `SettingsError` for a wrong address, user, certificate or key.
+
+    kopf reads them only when it connects, and their errors would end the process with a traceback.
+    """
+    for name, address in (("server", info.server), ("proxy-url", info.proxy_url or info.server)):
+        try:
+            url = URL(address)
+        except _WRONG:
+            url = URL()
+        if url.scheme not in ("http", "https") or not url.host:
+            raise SettingsError(f"KUBECONFIG is wrong: expected https://host:port as the {name}")
+    try:
+        info.as_http_headers()
+    except _WRONG as error:
+        raise SettingsError(
+            f"KUBECONFIG is wrong: expected a username without : and a password: {error}"
+        ) from error
+    try:
+        info.as_ssl_context()
+    except _WRONG as error:
+        given = {
+            "certificate-authority": info.ca_path,
+            "certificate-authority-data": info.ca_data,
+            "client-certificate": info.certificate_path,
+            "client-certificate-data": info.certificate_data,
+            "client-key": info.private_key_path,
+            "client-key-data": info.private_key_data,
+        }
+        names = ", ".join(name for name, value in given.items() if value)
+        why = " ".join(str(error).split())
+        raise SettingsError(
+            f"KUBECONFIG is wrong: expected PEM, in base64 if it is data, in {names}: {why}"
+        ) from error
 
 
 class KubeForbidden(KubeUnavailable):
     """The operator's account has no right to make the request."""
+
+
+class NoFlashSales(KubeUnavailable):
+    """The cluster does not serve FlashSales. A person must install the resource."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
+        )
 
 
 class Kube:
@@ -66,7 +114,21 @@ class Kube:
 
     def __init__(self, login: Login) -> None:
         self._login = login
+        self._server = ""
         self._session: aiohttp.ClientSession | None = None
+
+    async def serves_flash_sales(self) -> bool:
+        """Whether the cluster lists the FlashSale resource. kopf looks in the same two lists."""
+        code, body = await self._call("GET", "/apis")
+        _expect_success(code, body)
+        versions = [each for group in body.get("groups", []) for each in group["versions"]]
+        if API_VERSION not in {each["groupVersion"] for each in versions}:
+            return False
+        code, body = await self._call("GET", f"/apis/{API_VERSION}")
+        if code == 404:
+            return False
+        _expect_success(code, body)
+        return PLURAL in {each["name"] for each in body.get("resources", [])}
 
     async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
         """Returns the live object, or None if it does not exist."""
@@ -77,11 +139,13 @@ class Kube:
         return body
 
     async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
-        """Returns the objects of a namespace, or of all namespaces."""
+        """Returns the objects of a namespace, or of all namespaces. Raises `NoFlashSales`."""
         found: list[dict[str, Any]] = []
         parameters = {"limit": str(LIST_PAGE)}
         while True:
             status, body = await self._call("GET", _sales_path(namespace), parameters=parameters)
+            if status == 404:  # a namespace that does not exist has an empty list
+                raise NoFlashSales
             _expect_success(status, body)
             found += body.get("items", [])
             token = body.get("metadata", {}).get("continue")
@@ -138,7 +202,8 @@ class Kube:
                 _translated(),
                 session.request(
                     method,
-                    path,
+                    # aiohttp would drop the path of a base URL, such as that of a gateway.
+                    f"{self._server}{path}",
                     json=body,
                     params=parameters,
                     headers={"Content-Type": content_type},
@@ -159,8 +224,8 @@ class Kube:
             info = self._login()
         except SettingsError as error:
             raise KubeUnavailable(f"no login to the kube-apiserver: {error}") from error
+        self._server = info.server.rstrip("/")
         return aiohttp.ClientSession(
-            info.server,
             headers={**info.as_http_headers(), "Accept": "application/json"},
             connector=aiohttp.TCPConnector(limit=32, ssl=info.as_ssl_context()),
             timeout=TIMEOUT,

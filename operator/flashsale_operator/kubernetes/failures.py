@@ -12,7 +12,7 @@ from flashsale.errors import (
     UnmetRequirement,
 )
 from flashsale.sale import SaleSpec, SaleState
-from flashsale_operator.kubernetes.client import KubeUnavailable
+from flashsale_operator.kubernetes.client import KubeUnavailable, NoFlashSales
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.offsets import KafkaUnavailable
 from flashsale_operator.sales.reconciler import Result
@@ -32,7 +32,7 @@ REPORTED: Final = (
     UnmetRequirement,
 )
 """Errors of a reconcile that the FlashSale's status reports."""
-MISTAKES: Final = (OtherEngine, RedisMoved, UnmetRequirement)
+MISTAKES: Final = (OtherEngine, RedisMoved, UnmetRequirement, NoFlashSales)
 """Errors that last until a person acts."""
 RETRIED: Final = frozenset(
     {

@@ -18,17 +18,24 @@ def register(
     registry: kopf.OperatorRegistry,
     queue: Queue,
     login: Callable[[], kopf.ConnectionInfo],
+    served: Callable[[], Awaitable[None]],
     close: Callable[[], Awaitable[None]],
 ) -> None:
     """Wakes each FlashSale that exists, is created, changed or deleted.
 
-    `close` cancels the tasks that were created since kopf started. Otherwise kopf waits for them.
+    `served` waits until the cluster serves FlashSales, because kopf looks for them only once if it
+    may not watch the CRD. `close` cancels the tasks that were created since kopf started. Otherwise
+    kopf waits for them.
     """
     seen: dict[Key, tuple[object, ...]] = {}
 
     @kopf.on.login(registry=registry)
     def log_in(**_: Any) -> kopf.ConnectionInfo:  # noqa: ANN401 - kopf's keywords
         return login()
+
+    @kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
+    async def wait_for_resource(**_: Any) -> None:  # noqa: ANN401 - kopf's keywords
+        await served()
 
     @kopf.on.cleanup(registry=registry)
     async def clean_up(**_: Any) -> None:  # noqa: ANN401 - kopf's keywords

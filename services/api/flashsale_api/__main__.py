@@ -87,14 +87,17 @@ def main() -> int:
             "the API stops: %s", error, exc_info=None if known else error
         )
 
-    spans = _spans() if traced else None
     metrics = Metrics()
     order_server = None
     try:
+        spans = _spans() if traced else None
         listening = bound("LISTEN", settings.listen)
         metrics_listeners = bound("METRICS_LISTEN", settings.metrics_listen)
         if settings.order_tokens:
             order_server = OrderServer(settings.orders_listen, lambda: server.should_exit)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
     except OSError as error:
         print(error, file=sys.stderr)
         return 1

@@ -105,7 +105,11 @@ def main() -> int:
         # Import the SDK only if it is needed. It takes a third of a second and 10 MB.
         from flashsale_consumer.spans import Spans  # noqa: PLC0415
 
-        spans = Spans(tracing.Tracing("flashsale-consumer", os.environ))
+        try:
+            spans = Spans(tracing.Tracing("flashsale-consumer", os.environ))
+        except SettingsError as error:
+            print(error, file=sys.stderr)
+            return 2
     try:
         return uvloop.run(_run(Worker(own, Metrics(), spans=spans), listening))
     finally:

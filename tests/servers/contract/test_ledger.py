@@ -89,6 +89,18 @@ async def test_an_unreachable_server_is_reported_without_the_password(pool: Pool
     await unreachable.close()
 
 
+@pytest.mark.parametrize(
+    "option", ["statement_timeout=soon", "lock_timeout=-5", "search_path=%22", "options=-c%20x"]
+)
+async def test_an_option_that_the_server_refuses_is_reported_in_one_line(
+    database_url: str, option: str
+) -> None:
+    pool = await ledger.connect(f"{database_url}?{option}")
+    with pytest.raises(LedgerUnavailable, match=r"^the ledger refused [^\n]*$"):
+        await ledger.sales(pool)
+    await pool.close()
+
+
 async def test_a_ledger_that_is_not_migrated_is_unavailable(
     postgres_server: PostgresServer,
 ) -> None:

@@ -57,6 +57,8 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
         ({"KUBECONFIG": "broken"}, "KUBECONFIG is wrong"),
         ({"KUBECONFIG": "empty"}, "KUBECONFIG is wrong"),
         ({"KUBECONFIG": "elsewhere"}, "KUBECONFIG is wrong"),
+        ({"KUBECONFIG": "."}, "KUBECONFIG is wrong"),
+        ({"KUBECONFIG": "deep"}, "KUBECONFIG is wrong"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(
@@ -64,12 +66,62 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "broken").write_text("{")
     (tmp_path / "empty").write_text("")
+    (tmp_path / "deep").write_text("[" * 3000)
     (tmp_path / "elsewhere").write_text("current-context: gone\n")
     if (name := environment.get("KUBECONFIG")) is not None:
         environment["KUBECONFIG"] = str(tmp_path / name)
     done = run(tmp_path, **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cluster", "user", "named"),
+    [
+        ({"certificate-authority-data": "abc"}, {}, "certificate-authority-data: "),
+        ({"certificate-authority-data": "bm90IFBFTQ=="}, {}, "certificate-authority-data: "),
+        ({"certificate-authority-data": "//8="}, {}, "certificate-authority-data: "),
+        ({"certificate-authority-data": 5}, {}, "certificate-authority-data: "),
+        ({"certificate-authority": "/nowhere"}, {}, "certificate-authority: "),
+        ({"certificate-authority": "/dev/null"}, {}, "certificate-authority: "),
+        ({"certificate-authority": "/"}, {}, "certificate-authority: "),
+        (
+            {},
+            {"client-certificate-data": "abc", "client-key-data": "bm90IFBFTQ=="},
+            "client-certificate-data, client-key-data: ",
+        ),
+        (
+            {},
+            {"client-certificate": "/nowhere", "client-key": "/dev/null"},
+            "client-certificate, client-key: ",
+        ),
+        ({"server": None}, {}, "expected https://host:port as the server"),
+        ({"server": "kubernetes:6443"}, {}, "expected https://host:port as the server"),
+        ({"server": "https://kubernetes:port"}, {}, "expected https://host:port as the server"),
+        ({"server": "https:///k8s"}, {}, "expected https://host:port as the server"),
+        ({"proxy-url": 5}, {}, "expected https://host:port as the proxy-url"),
+        ({"proxy-url": "proxy"}, {}, "expected https://host:port as the proxy-url"),
+        ({}, {"username": "a:b", "password": "c"}, "expected a username without : "),
+        ({}, {"username": 5, "password": "c"}, "expected a username without : "),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_a_kubeconfig_is_named_in_one_line(
+    tmp_path: Path, cluster: dict[str, object], user: dict[str, object], named: str
+) -> None:
+    kubeconfig = {
+        "current-context": "a",
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+        "clusters": [{"name": "a", "cluster": {"server": "https://127.0.0.1:1", **cluster}}],
+        "users": [{"name": "a", "user": user}],
+    }
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(kubeconfig))
+    done = run(tmp_path, KUBECONFIG=str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("KUBECONFIG is wrong: expected")
+    assert named in done.stderr
     assert done.stderr.count("\n") == 1
 
 

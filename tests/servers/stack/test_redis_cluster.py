@@ -9,8 +9,9 @@ import pytest
 import redis
 
 from dev.stack.packages import redis_binaries
-from dev.stack.servers import RedisCluster
+from dev.stack.servers import RedisCluster, RedisServer
 from flashsale_operator.ctl.commands import run
+from tests.support import redis_users
 from tests.support.eventually import eventually
 
 
@@ -103,3 +104,23 @@ def test_a_cluster_needs_three_nodes(capsys: pytest.CaptureFixture[str]) -> None
     assert "needs 3 nodes or more, but 1 given" in capsys.readouterr().err
     assert run(["form-redis-cluster", "no-such.invalid", "a.invalid", "b.invalid"], environ) == 1
     assert "the host no-such.invalid is not known" in capsys.readouterr().err
+    assert run(["form-redis-cluster", "a" * 64, "b", "c"], environ) == 1
+    assert f"the host {'a' * 64} is not known" in capsys.readouterr().err
+
+
+def test_a_server_that_is_no_node_or_refuses_the_user_gets_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["form-redis-cluster", *["127.0.0.1"] * 3]
+    with RedisServer(tmp_path / "alone") as server:
+        assert run(command, {"FLASHSALE_REDIS_URL": server.url}) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flashsalectl: a node refused a step: ")
+    assert error.endswith(": start each node with cluster-enabled yes\n")
+    options = redis_users.options(clustered=True)
+    with RedisServer(tmp_path / "node", options=options, clustered=True) as server:
+        url = redis_users.url_of(server, redis_users.API)
+        assert run(command, {"FLASHSALE_REDIS_URL": url}) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flashsalectl: a node refused a step: ")
+    assert error.endswith("FLASHSALE_REDIS_URL needs the user and password of an administrator\n")

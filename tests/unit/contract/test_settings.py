@@ -57,6 +57,8 @@ def test_unset_variables_have_defaults_and_unknown_variables_are_ignored() -> No
         ("FLASHSALE_DATABASE_URL", "postgresql:///flashsale?host=%2Frun%2Fpostgresql"),
         ("FLASHSALE_DATABASE_URL", "postgresql://u:p@[::1]:5432/db?options=-c+search_path%3Dshop"),
         ("FLASHSALE_DATABASE_URL", "postgresql://u:p@a:5432,b:5433/db"),
+        ("FLASHSALE_DATABASE_URL", f"postgresql://u:p@%2F{'a' * 64}/db"),
+        ("FLASHSALE_DATABASE_URL", f"postgresql:///db?host=%2F{'a' * 64}"),
         ("FLASHSALE_LISTEN", "[::]:80"),
         ("FLASHSALE_LISTEN", "localhost:65535"),
     ],
@@ -83,6 +85,12 @@ def test_a_valid_value_is_accepted(variable: str, value: str) -> None:
         ("FLASHSALE_LISTEN", "8080"),
         ("FLASHSALE_LISTEN", "0.0.0.0:"),
         ("FLASHSALE_LISTEN", "::1:80"),
+        ("FLASHSALE_LISTEN", f"{'a' * 64}:80"),
+        ("FLASHSALE_KAFKA_BOOTSTRAP", "a:9092,b..c:9092"),
+        ("FLASHSALE_REDIS_URL", f"redis://u:secret@{'a' * 64}/0"),
+        ("FLASHSALE_DATABASE_URL", "postgresql://u:secret@a,b..c/db"),
+        ("FLASHSALE_DATABASE_URL", "postgresql://u:secret@/db?host=b..c"),
+        ("FLASHSALE_DATABASE_URL", "postgresql://u:secret\udcff@h/db"),
     ],
 )
 def test_an_error_names_the_wrong_variable_without_its_value(variable: str, value: str) -> None:

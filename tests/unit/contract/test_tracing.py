@@ -1,5 +1,10 @@
 """The standard OTEL_* variables select the requests to trace."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -76,6 +81,38 @@ def test_one_request_in_a_hundred_is_traced_by_default(
 def test_an_error_names_the_wrong_variable(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{variable} is wrong: "):
         wanted({**ENDPOINT, variable: value})
+
+
+@pytest.mark.parametrize("module", ["flashsale_api", "flashsale_consumer"])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("OTEL_BSP_MAX_QUEUE_SIZE", "0"), ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")],
+)
+def test_a_value_that_the_sdk_refuses_ends_a_process_with_one_line(
+    tmp_path: Path, module: str, variable: str, value: str
+) -> None:
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
+        "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1",
+        "FLASHSALE_DATABASE_URL": "postgresql://u:p@127.0.0.1:1/db",
+        "FLASHSALE_LISTEN": "127.0.0.1:0",
+        "FLASHSALE_METRICS_LISTEN": "127.0.0.1:0",
+        **ENDPOINT,
+        variable: value,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("a variable OTEL_* is wrong: ")
+    assert done.stderr.count("\n") == 1
 
 
 @given(

@@ -7,14 +7,17 @@ import kopf
 import pytest
 from aiohttp import web
 
-from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
+from flashsale_operator.kubernetes.client import Kube, KubeUnavailable, NoFlashSales
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def serving(answer: Answer) -> AsyncIterator[Kube]:
-    """Yields a client of a server with this answer. Its logins have the tokens 1, 2, …"""
+async def serving(answer: Answer, path: str = "") -> AsyncIterator[Kube]:
+    """Yields a client of a server with this answer. Its logins have the tokens 1, 2, …
+
+    The client's address of the server ends in `path`.
+    """
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
     runner = web.AppRunner(app)
@@ -27,7 +30,7 @@ async def serving(answer: Answer) -> AsyncIterator[Kube]:
     def log_in() -> kopf.ConnectionInfo:
         nonlocal logins
         logins += 1
-        return kopf.ConnectionInfo(server=f"http://{host}:{port}", token=str(logins))
+        return kopf.ConnectionInfo(server=f"http://{host}:{port}{path}", token=str(logins))
 
     kube = Kube(log_in)
     yield kube
@@ -72,8 +75,57 @@ async def test_only_a_404_that_names_the_object_means_that_it_is_deleted() -> No
     async with serving(no_such_path) as kube:
         with pytest.raises(KubeUnavailable, match="404 page not found"):
             await kube.flash_sale("shop", "phone")
-        with pytest.raises(KubeUnavailable, match="404 page not found"):
+        with pytest.raises(NoFlashSales, match="install the chart's CRD"):
             await kube.flash_sales(None)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/k8s/clusters/c-1", "/k8s/clusters/c-1/"])
+async def test_a_server_can_be_below_a_path(path: str) -> None:
+    seen = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.path_qs)
+        return web.json_response({"metadata": {}})
+
+    async with serving(answer, path) as kube:
+        await kube.flash_sale("shop", "phone")
+        await kube.flash_sales("shop")
+    sales = f"{path.rstrip('/')}/apis/flashsale.dev/v1alpha1/namespaces/shop/flashsales"
+    assert seen == [f"{sales}/phone", f"{sales}?limit=500"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "resources", "served"),
+    [
+        ([], [], False),
+        (["flashsale.dev/v1alpha1"], None, False),
+        (["flashsale.dev/v1alpha1"], ["flashsales/status"], False),
+        (["flashsale.dev/v1"], ["flashsales"], False),
+        (["apps/v1", "flashsale.dev/v1alpha1"], ["flashsales", "flashsales/status"], True),
+    ],
+)
+async def test_flashsales_are_served_once_both_lists_of_the_server_have_them(
+    versions: list[str], resources: list[str] | None, served: bool
+) -> None:
+    """The lists are not updated at the same moment."""
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/apis":
+            groups = [{"versions": [{"groupVersion": version}]} for version in versions]
+            return web.json_response({"groups": groups})
+        assert request.path == "/apis/flashsale.dev/v1alpha1"
+        if resources is None:
+            return web.Response(status=404, text="404 page not found")
+        return web.json_response({"resources": [{"name": name} for name in resources]})
+
+    async with serving(answer) as kube:
+        assert await kube.serves_flash_sales() is served
+
+
+async def test_a_server_that_refuses_its_lists_is_away() -> None:
+    async with serving(answers(503, message="starting")) as kube:
+        with pytest.raises(KubeUnavailable, match="503 starting"):
+            await kube.serves_flash_sales()
 
 
 async def test_a_status_based_on_an_older_object_is_not_written() -> None:
