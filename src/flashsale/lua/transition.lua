@@ -32,6 +32,8 @@ local function commit(sale, changes)
   local snapshot = snapshot_of(sale)
   for n, change in ipairs(changes) do
     local id, record, quantity, was_held, traceparent = unpack(change)
+  -- The holds are written after the outbox. A key of another type must fail here, not there.
+  redis.call('ZCARD', KEYS[5])
     entries[n] = redis.call('XADD', KEYS[4], '*', 'id', id, 'record', record, 'sale', snapshot,
       'traceparent', traceparent, 'engine', sale.engine)
     records[2 * n - 1], records[2 * n] = id, record

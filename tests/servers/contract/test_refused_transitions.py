@@ -128,6 +128,21 @@ async def test_a_sale_that_lost_its_holds_is_fenced(
     assert reply is Transition.FENCED
 
 
+@pytest.mark.parametrize("verb", ["confirm", "cancel"])
+async def test_holds_of_the_wrong_type_let_no_hold_end(
+    inventory: Inventory, redis: Redis, item: str, verb: Verb
+) -> None:
+    """Otherwise the hold ends, and the sale counts its units as held for ever."""
+    await opened(inventory, a_sale(item, hold_seconds=60))
+    own_id, keys = await hold(inventory, item), ItemKeys.of(item)
+    await redis.set(keys.holds, "text")
+    with pytest.raises(RedisUnavailable, match="WRONGTYPE"):
+        await change(inventory, verb, item, own_id, "order-1")
+    assert await redis.xlen(keys.outbox) == 1
+    assert str(await redis.hget(keys.reservations, own_id)).startswith("held,1,")
+    assert await redis.hget(keys.sale, "held") == "1"
+
+
 async def test_a_full_outbox_refuses_buyers_but_no_transition(redis: Redis, item: str) -> None:
     inventory = Inventory(redis, outbox_limit=3)
     await opened(inventory, a_sale(item, hold_seconds=60))
