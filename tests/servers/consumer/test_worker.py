@@ -73,6 +73,24 @@ async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
     await log.create(largest_dead_letter=1_000)
     good = accepted()
     await log.write(b"x" * 5_000, good, partition=0)
+@pytest.mark.parametrize(
+    "value",
+    [None, b"", b"\xff\xfe", b"\0\n" + b"1" * 300_000],
+    ids=["null", "empty", "not text", "long"],
+)
+async def test_any_header_of_another_producer_is_read(
+    ledger: Ledger, log: Log, value: bytes | None
+) -> None:
+    foreign, good = [("traceparent", value), ("", value)], accepted()
+    await log.write(b"bad", partition=0, headers=foreign)
+    async with running(ledger.url, log) as worker:
+        await until(lambda: worker.events("dead_lettered") == 1)
+        await log.write(good, partition=0)
+        await ledger.until_has(good)
+        (letter,) = await log.dead_letters(1)
+    assert list(letter.headers[:2]) == foreign
+
+
     async with running(ledger.url, log):
         await ledger.until_has(good)
         (letter,) = await log.dead_letters(1)
