@@ -231,15 +231,19 @@ class Worker:
             sources[id(event)] = record
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
+        # Before the transaction, because it locks rows that others need, and Kafka can be slow. A
+        # batch that is read again publishes them again.
+        await self._publisher.publish(letters)
         begun = time.monotonic()
         with self._partitions.storing() as announced:
             async with transaction(pool) as connection:
                 outcome = await recorder.record(
                     connection, self._topic, positions, read, batch, announced=announced
                 )
-                letters += [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
-                # Before the offsets move past these events, and only if the rest was written.
-                await self._publisher.publish(letters)
+                broken = [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
+                # Before the offsets move past these events. Only PostgreSQL can find them.
+                await self._publisher.publish(broken)
+        letters += broken
         if letters:
             self._dead_letters.back()
         self._partitions.record(positions, read, outcome.written, _unknown(batch, outcome))

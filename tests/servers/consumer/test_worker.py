@@ -2,8 +2,9 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
 
@@ -12,6 +13,7 @@ from flashsale import events
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
+from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
     Ledger,
@@ -24,6 +26,7 @@ from tests.support.consumer import (
 )
 from tests.support.eventually import until
 from tests.support.recorded import received
+from tests.support.recording import record
 
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
@@ -66,13 +69,6 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
     assert len(await ledger.rows()) == len(good)
 
 
-async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
-    ledger: Ledger, kafka_server: KafkaServer
-) -> None:
-    log = Log(kafka_server.bootstrap)
-    await log.create(largest_dead_letter=1_000)
-    good = accepted()
-    await log.write(b"x" * 5_000, good, partition=0)
 @pytest.mark.parametrize(
     "value",
     [None, b"", b"\xff\xfe", b"\0\n" + b"1" * 300_000],
@@ -91,6 +87,13 @@ async def test_any_header_of_another_producer_is_read(
     assert list(letter.headers[:2]) == foreign
 
 
+async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
+    ledger: Ledger, kafka_server: KafkaServer
+) -> None:
+    log = Log(kafka_server.bootstrap)
+    await log.create(largest_dead_letter=1_000)
+    good = accepted()
+    await log.write(b"x" * 5_000, good, partition=0)
     async with running(ledger.url, log):
         await ledger.until_has(good)
         (letter,) = await log.dead_letters(1)
@@ -115,6 +118,34 @@ async def test_the_offset_waits_until_dead_letters_are_written(
         assert worker.events("dead_lettered") == 1
     (letter,) = await log.dead_letters(1)
     assert letter.value == b"bad"
+
+
+async def test_no_row_is_locked_while_kafka_takes_undecodable_and_foreign_records(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator and the consumers of other partitions need the rows of the sales."""
+    published: list[int] = []
+    publish = DeadLetters.publish
+
+    async def look_and_publish(self: DeadLetters, letters: Sequence[DeadLetter]) -> None:
+        if letters:
+            await ledger.pool.execute("SELECT FROM sales FOR UPDATE NOWAIT")
+            await ledger.pool.execute("SELECT FROM kafka_offsets FOR UPDATE NOWAIT")
+            published.append(len(letters))
+        await publish(self, letters)
+
+    monkeypatch.setattr(DeadLetters, "publish", look_and_publish)
+    good, foreign = accepted(), accepted(engine=str(uuid4()))
+    await record(ledger, [accepted()])
+    await log.write(good, b"bad", foreign, partition=0)
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(good)
+        await until(lambda: worker.events("dead_lettered") == 2)
+    assert sum(published) == 2
+    assert {letter.value for letter in await log.dead_letters(2)} == {
+        b"bad",
+        events.encode(foreign),
+    }
 
 
 async def test_reservations_over_capacity_are_refused_counted_and_logged(
