@@ -4,6 +4,8 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -12,8 +14,10 @@ from dev.stack.servers import KafkaServer
 from flashsale import events
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
-from flashsale_consumer import topics
+from flashsale_consumer import recorder, topics
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
+from flashsale_consumer.partitions import BATCH_LIMIT, Partitions, Records
+from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
     Ledger,
@@ -146,6 +150,36 @@ async def test_no_row_is_locked_while_kafka_takes_undecodable_and_foreign_record
         b"bad",
         events.encode(foreign),
     }
+
+
+async def test_a_batch_that_takes_too_long_is_divided(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction of a whole batch would end at its deadline each time."""
+    poll, limits = Partitions.poll, [BATCH_LIMIT]
+
+    async def look_and_poll(self: Partitions, seconds: float) -> Records:
+        limits.append(self._limit)
+        return await poll(self, seconds)
+
+    async def slow(*arguments: Any, **options: Any) -> BatchOutcome:  # noqa: ANN401
+        if len(arguments[-1]) > 1_000:
+            raise TimeoutError
+        return await recorder.record(*arguments, **options)
+
+    monkeypatch.setattr(Partitions, "poll", look_and_poll)
+    monkeypatch.setattr("flashsale_consumer.worker.recorder", SimpleNamespace(record=slow))
+    sold = [accepted(number) for number in range(2_000)]
+    await log.write(*sold, partition=0)
+    async with running(ledger.url, log):
+        await ledger.until_has(*sold)
+        assert min(limits) <= 1_000
+
+        async def large() -> bool:
+            await log.write(accepted(), partition=0)
+            return limits[-1] == BATCH_LIMIT
+
+        await until(large, "small batches, which are quick, become large again")
 
 
 async def test_reservations_over_capacity_are_refused_counted_and_logged(
