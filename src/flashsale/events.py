@@ -142,11 +142,14 @@ def decode(value: bytes | None) -> Event:
     return event
 
 
-def traceparent(headers: Iterable[tuple[str, bytes]]) -> str:
-    """Returns the traceparent in a record's headers, or an empty string."""
+def traceparent(headers: Iterable[tuple[str, bytes | None]]) -> str:
+    """Returns the traceparent in a record's headers, or an empty string.
+
+    Other producers can write a header without a value, or with any bytes.
+    """
     for name, value in headers:
         if name == "traceparent":
-            return value.decode("ascii", "replace")
+            return (value or b"").decode("ascii", "replace")
     return ""
 
 

@@ -80,6 +80,8 @@ class Sale:
     `torn` means that units were accepted or held and one of the sale's other keys is missing.
     `engine` is the id of the sale's engine, or empty if the previous version applied the sale.
     `held` are the units of reservations that are not confirmed yet.
+    `rebuilt` is the revision of the last rebuild that wrote the keys, or 0. It is None if the
+    previous version wrote them.
     """
 
     item_id: str
@@ -101,6 +103,7 @@ class Sale:
     held: int = 0
     hold_ms: int = 0
     max_expired_holds: int = 3
+    rebuilt: int | None = None
 
     @property
     def taken(self) -> int:
@@ -174,6 +177,7 @@ def parse_sale(
             held=held,
             hold_ms=int(fields.get("hold_ms") or 0),
             max_expired_holds=int(fields.get("max_expired_holds") or 3),
+            rebuilt=int(fields["rebuilt"]) if fields.get("rebuilt") else None,
         )
     except (KeyError, ValueError) as error:
         raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error

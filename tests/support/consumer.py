@@ -234,8 +234,16 @@ class Log:
 
             await until(gone, f"{topic} is deleted")
 
-    async def write(self, *written: Event | bytes | None, partition: int | None = None) -> None:
-        """Produce events and raw values. Within a partition their order is kept."""
+    async def write(
+        self,
+        *written: Event | bytes | None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+    ) -> None:
+        """Produce events and raw values. Within a partition their order is kept.
+
+        `headers` are more headers of the raw values.
+        """
         producer = AIOKafkaProducer(
             bootstrap_servers=self.bootstrap, acks="all", max_request_size=4_000_000
         )
@@ -252,7 +260,11 @@ class Log:
                     )
                 else:
                     await producer.send(
-                        self.topic, value, b"a key", partition, headers=[("schema", b"1")]
+                        self.topic,
+                        value,
+                        b"a key",
+                        partition,
+                        headers=[*headers, ("schema", b"1")],
                     )
             await producer.flush()
         finally:

@@ -26,7 +26,7 @@ from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Record, State
-from flashsale.sale import Predecessor
+from flashsale.sale import Predecessor, Sale
 from flashsale_operator.sales import engine
 from flashsale_operator.sales.decision import StillFenced, counted, spec_of
 from flashsale_operator.sales.drain import Drain, NotDrained
@@ -44,9 +44,11 @@ _CLAIM: Final = """
 UPDATE sales SET revision = greatest(revision, $2) + 1, updated_at = now()
 WHERE sale_id = $1 RETURNING *
 """
+# If the keys are older than the last noted rebuild, that rebuild has counted their lost units.
 _NOTE: Final = """
-UPDATE sales SET rebuilt_revision = $2, lost = lost + greatest(0, $3::bigint - accepted),
-  updated_at = now()
+UPDATE sales SET rebuilt_revision = $2, updated_at = now(),
+  lost = lost + CASE WHEN rebuilt_revision > $4::bigint THEN 0
+                     ELSE greatest(0, $3::bigint - accepted) END
 WHERE sale_id = $1 AND revision = $2
 RETURNING accepted, released, held
 """
@@ -217,7 +219,7 @@ class Rebuilder:
             raise
         began = time.monotonic()
         redis_had = 0 if had is None else had.accepted
-        accepted, released, held = await self._note(sale_id, claim, offsets, redis_had)
+        accepted, released, held = await self._note(sale_id, claim, offsets, had)
         await fence("begin")
         now_ms = (await self._inventory.server(item_id)).now_ms
         written = await self._write(
@@ -252,10 +254,11 @@ class Rebuilder:
         return SaleRow.of(record)
 
     async def _note(
-        self, sale_id: str, claim: int, offsets: Mapping[int, int], redis_had: int
+        self, sale_id: str, claim: int, offsets: Mapping[int, int], had: Sale | None
     ) -> tuple[int, int, int]:
         """Makes the ledger refuse events from before the rebuild that it does not have yet.
 
+        The ledger also counts the units that it lacks of `had`, which is the sale in Redis.
         Returns the accepted, released and held units, which are now final for the rebuild. Raises
         `_Interrupted` if the sale was changed or claimed since, or if the ledger was replaced by an
         older copy.
@@ -265,7 +268,8 @@ class Rebuilder:
             self._pool.acquire() as connection,
             connection.transaction(),
         ):
-            counts = await connection.fetchrow(_NOTE, sale_id, claim, redis_had)
+            accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
+            counts = await connection.fetchrow(_NOTE, sale_id, claim, accepted, rebuilt)
             stored = {
                 record["partition"]: record["next_offset"]
                 for record in await connection.fetch(_OFFSETS, self._topic)

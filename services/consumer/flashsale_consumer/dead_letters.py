@@ -13,6 +13,8 @@ from flashsale_consumer.clients import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
 
 REASON_CHARACTERS: Final = 1_000
+PUBLISH_SECONDS: Final = 30.0
+"""How long Kafka may take to acknowledge all letters of a batch."""
 _REQUEST_TIMEOUT_MS: Final = 10_000
 
 
@@ -55,15 +57,17 @@ class DeadLetters:
         if not letters:
             return
         try:
-            producer = await self._started()
-            acknowledged = await asyncio.gather(
-                *(_publish(producer, self._topic, letter) for letter in letters),
-                return_exceptions=True,
-            )
+            # aiokafka retries without a limit if a broker was killed.
+            async with asyncio.timeout(PUBLISH_SECONDS):
+                producer = await self._started()
+                acknowledged = await asyncio.gather(
+                    *(_publish(producer, self._topic, letter) for letter in letters),
+                    return_exceptions=True,
+                )
             for failure in acknowledged:
                 if isinstance(failure, BaseException):
                     raise failure
-        except KafkaError as error:
+        except (KafkaError, TimeoutError) as error:
             # A producer never gives up its pending records, so the next call starts another one.
             await self.close()
             raise DeadLettersUnavailable(f"{self._topic}: {error!r}") from error

@@ -27,7 +27,7 @@ from flashsale_consumer.recorder import Written
 log = logging.getLogger(__name__)
 
 BATCH_LIMIT: Final = 5_000
-"""Events in one transaction."""
+"""The most events in one transaction."""
 
 RECENT_BATCHES: Final = 4
 """Recorded batches in memory, from which the announcer takes its next one."""
@@ -66,6 +66,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         """Next offset by partition. Everything before it is announced."""
         self._stored: dict[int, int] = {}
         self._recent: deque[Recorded] = deque(maxlen=RECENT_BATCHES)
+        self._limit = BATCH_LIMIT
         self._moved = asyncio.Event()
         self._mark: dict[int, int] = {}
         self._marked_at = time.monotonic()
@@ -191,11 +192,19 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         stored.update(announced)
 
     async def poll(self, seconds: float) -> Records:
-        """Return the events that arrive, at most `BATCH_LIMIT`. This keeps the membership."""
+        """Return the events that arrive, at most one batch. This keeps the membership."""
         records: Records = await self._consumer.getmany(
-            timeout_ms=int(seconds * 1000), max_records=BATCH_LIMIT
+            timeout_ms=int(seconds * 1000), max_records=self._limit
         )
         return records
+
+    def shrink(self) -> None:
+        """Halve the next batch. A batch that takes too long would otherwise fail again."""
+        self._limit = max(1, self._limit // 2)
+
+    def grow(self) -> None:
+        """Double the next batch, up to `BATCH_LIMIT` events."""
+        self._limit = min(2 * self._limit, BATCH_LIMIT)
 
     async def suspend(self, seconds: float) -> None:
         """Read nothing for a while, but keep the membership."""

@@ -39,10 +39,15 @@ _REBUILDS: Final = """
     ORDER BY sale_id
     LIMIT 1000
 """
+# It locks the rows in the order of the recorder, because an UPDATE locks them in any order.
 _ANNOUNCED: Final = """
+    WITH locked AS (
+        SELECT sale_id FROM sales WHERE sale_id = ANY($1::text[]) ORDER BY sale_id FOR UPDATE
+    )
     UPDATE sales SET announced_revision = rebuilt.revision
-    FROM unnest($1::text[], $2::bigint[]) AS rebuilt (sale_id, revision)
-    WHERE sales.sale_id = rebuilt.sale_id AND announced_revision < rebuilt.revision
+    FROM locked JOIN unnest($1::text[], $2::bigint[]) AS rebuilt (sale_id, revision)
+        USING (sale_id)
+    WHERE sales.sale_id = locked.sale_id AND announced_revision < rebuilt.revision
 """
 
 

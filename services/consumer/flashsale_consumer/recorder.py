@@ -90,12 +90,32 @@ _WRITE: Final = """
 """
 _REFUSE: Final = """
     INSERT INTO reservations (
-        sale_id, reservation_id, user_id, quantity, state, version, request_key, accepted_at,
-        expires_at, confirmed_at, order_ref
+        sale_id, reservation_id, user_id, quantity, state, version, request_key, order_ref,
+        accepted_at, expires_at, confirmed_at
     )
-    VALUES ($1, $2, $3, $4, 'refused', $5, $6, $7, $8, $9, $10)
+    SELECT * FROM unnest(
+        string_to_array($1, ','), string_to_array($2, ',')::uuid[], string_to_array($3, ','),
+        string_to_array($4, ',')::int[], string_to_array($5, ','),
+        string_to_array($6, ',')::bigint[], string_to_array($7, ',', ''),
+        string_to_array($8, ',', ''), $9::timestamptz[], $10::timestamptz[], $11::timestamptz[]
+    )
     ON CONFLICT DO NOTHING
-    RETURNING true
+    RETURNING sale_id, reservation_id::text
+"""
+_ROOM: Final = """
+    SELECT sale_id, capacity - accepted AS room FROM sales WHERE sale_id = ANY($1::text[])
+"""
+# An event adds no units if its reservation is accepted, or is refused with a newer version.
+_COUNTED: Final = """
+    SELECT known.sale_id, known.reservation_id::text
+    FROM unnest($1::text[], $2::uuid[], $3::bigint[]) AS event (sale_id, reservation_id, version)
+    CROSS JOIN LATERAL (
+        SELECT * FROM reservations
+        WHERE reservations.sale_id = event.sale_id
+            AND reservations.reservation_id = event.reservation_id
+        OFFSET 0
+    ) AS known
+    WHERE known.state <> 'refused' OR known.version > event.version
 """
 _VERSIONS: Final = """
     SELECT sale_id, reservation_id::text AS id, version FROM reservations
@@ -166,7 +186,7 @@ async def record(  # noqa: PLR0913 - the batch and three kinds of offsets
         unknown = await _void(connection, late, outcome)
         await _write(connection, fold(valid), outcome)
         # Last, because a valid event may have recorded the reservation.
-        await _refuse_late(connection, fold(unknown), outcome)
+        await _refuse(connection, fold(unknown), _TOO_LATE, outcome)
     await offsets.advance(connection, topic, stored, read, announced)
     return outcome
 
@@ -223,37 +243,31 @@ async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
 
 
 async def _write(connection: Connection, events: Sequence[Event], outcome: BatchOutcome) -> None:
-    """Write the events together. If that fails, write each half of them.
+    """Write the events together. Refuse those that do not fit the capacity of their sale.
 
-    This isolates a few bad events in few steps. Earlier events come first, so the result is the
-    same as writing the events one by one in the order in which Redis accepted them.
+    If PostgreSQL rejects the events, write each half of them. This isolates a few bad events in few
+    steps. Earlier events come first, so the result is the same as writing the events one by one in
+    the order in which Redis accepted them.
     """
     if not events:
         return
     try:
         async with connection.transaction():
             changes = await connection.fetch(
-                _WRITE,
-                ",".join([event.sale_id for event in events]),
-                ",".join([event.reservation_id for event in events]),
-                ",".join([event.user_id for event in events]),
-                ",".join([str(event.quantity) for event in events]),
-                ",".join([event.state for event in events]),
-                ",".join([str(event.version) for event in events]),
-                ",".join([event.request_key or "" for event in events]),
-                ",".join([event.order_ref or "" for event in events]),
-                [event.accepted_at for event in events],
-                [event.expires_at for event in events],
-                [event.confirmed_at for event in events],
+                _WRITE, *_columns(events, [event.state for event in events])
             )
     except _REJECTED as error:
-        if len(events) > 1:
-            ordered = sorted(events, key=lambda event: (event.accepted_at, event.reservation_id))
+        ordered = sorted(events, key=lambda event: (event.accepted_at, event.reservation_id))
+        over: list[Event] = []
+        if isinstance(error, CheckViolationError) and error.constraint_name == _CAPACITY_CHECK:
+            ordered, over = await _divide(connection, ordered)
+        if over:
+            await _write(connection, ordered, outcome)
+            await _refuse(connection, over, _TOO_MANY, outcome)
+        elif len(events) > 1:
             middle = len(ordered) // 2
             await _write(connection, ordered[:middle], outcome)
             await _write(connection, ordered[middle:], outcome)
-        elif isinstance(error, CheckViolationError) and error.constraint_name == _CAPACITY_CHECK:
-            await _refuse(connection, events[0], _TOO_MANY, outcome)
         else:
             outcome.broken.append((events[0], str(error)))
     else:
@@ -261,6 +275,48 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Batch
         outcome.recorded += recorded
         if recorded == len(events):
             outcome.written.append(Written(changes[0]["recorded_at"], _known(events, changes)))
+
+
+def _columns(events: Sequence[Event], states: Sequence[str]) -> tuple[object, ...]:
+    """Return the arguments of `_WRITE` and `_REFUSE`."""
+    return (
+        ",".join([event.sale_id for event in events]),
+        ",".join([event.reservation_id for event in events]),
+        ",".join([event.user_id for event in events]),
+        ",".join([str(event.quantity) for event in events]),
+        ",".join(states),
+        ",".join([str(event.version) for event in events]),
+        ",".join([event.request_key or "" for event in events]),
+        ",".join([event.order_ref or "" for event in events]),
+        [event.accepted_at for event in events],
+        [event.expires_at for event in events],
+        [event.confirmed_at for event in events],
+    )
+
+
+async def _divide(
+    connection: Connection, events: Sequence[Event]
+) -> tuple[list[Event], list[Event]]:
+    """Divide events, one per reservation, into those that fit and those over the capacity.
+
+    The caller has locked the sales, so no other transaction changes their counts and reservations.
+    """
+    sale_ids = [event.sale_id for event in events]
+    reservation_ids = [event.reservation_id for event in events]
+    versions = [event.version for event in events]
+    rows = await connection.fetch(_ROOM, list(set(sale_ids)))
+    room = {row["sale_id"]: row["room"] for row in rows}
+    rows = await connection.fetch(_COUNTED, sale_ids, reservation_ids, versions)
+    counted = {tuple(row) for row in rows}
+    fitting, over = [], []
+    for event in events:
+        added = 0 if (event.sale_id, event.reservation_id) in counted else event.quantity
+        if added > room[event.sale_id]:
+            over.append(event)
+        else:
+            room[event.sale_id] -= added
+            fitting.append(event)
+    return fitting, over
 
 
 def _known(events: Sequence[Event], changes: Sequence[asyncpg.Record]) -> list[Event]:
@@ -314,32 +370,24 @@ async def _void(
     return unknown
 
 
-async def _refuse_late(
-    connection: Connection, late: Sequence[Event], outcome: BatchOutcome
+async def _refuse(
+    connection: Connection, events: Sequence[Event], why: str, outcome: BatchOutcome
 ) -> None:
-    """Refuse events of reservations that their sale's last rebuild did not find."""
-    for event in late:
-        try:
-            async with connection.transaction():
-                await _refuse(connection, event, _TOO_LATE, outcome)
-        except _REJECTED as error:
-            outcome.broken.append((event, str(error)))
-
-
-async def _refuse(connection: Connection, event: Event, why: str, outcome: BatchOutcome) -> None:
-    """Record an event as refused, unless its reservation has a row."""
-    added = await connection.fetchval(
-        _REFUSE,
-        event.sale_id,
-        event.reservation_id,
-        event.user_id,
-        event.quantity,
-        event.version,
-        event.request_key,
-        event.accepted_at,
-        event.expires_at,
-        event.confirmed_at,
-        event.order_ref,
-    )
-    if added:
-        outcome.refused.append((event, why))
+    """Record events as refused, unless their reservation has a row. There is one event of each."""
+    if not events:
+        return
+    try:
+        async with connection.transaction():
+            rows = await connection.fetch(_REFUSE, *_columns(events, ["refused"] * len(events)))
+    except _REJECTED as error:
+        if len(events) > 1:
+            middle = len(events) // 2
+            await _refuse(connection, events[:middle], why, outcome)
+            await _refuse(connection, events[middle:], why, outcome)
+        else:
+            outcome.broken.append((events[0], str(error)))
+    else:
+        added = {tuple(row) for row in rows}
+        outcome.refused += [
+            (event, why) for event in events if (event.sale_id, event.reservation_id) in added
+        ]

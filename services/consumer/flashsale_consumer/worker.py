@@ -47,6 +47,8 @@ REPORT_SECONDS: Final = 1.0
 REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
 """How often an idle worker checks that the ledger has not been rolled back."""
+QUICK_SECONDS: Final = clients.TRANSACTION_SECONDS / 4
+"""After a batch that took less time, the next one can be twice as large."""
 REFUSED_SECONDS: Final = 10.0
 """How often a worker checks again after it met another engine or an unmet requirement."""
 _KAFKA_MISTAKE: Final = (
@@ -202,9 +204,11 @@ class Worker:
                     self._ledger.back()
             except LedgerUnavailable as error:
                 self._ledger.away(error)
+                partitions.shrink()
                 await partitions.suspend(self._ledger.delay())
             except DeadLettersUnavailable as error:
                 self._dead_letters.away(error)
+                partitions.shrink()
                 await partitions.suspend(self._dead_letters.delay())
             except LedgerRewound as rewound:
                 log.error("the ledger lost events, reading them again: %s", rewound)  # noqa: TRY400 - a traceback adds nothing
@@ -231,19 +235,25 @@ class Worker:
             sources[id(event)] = record
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
+        # Before the transaction, because it locks rows that others need, and Kafka can be slow. A
+        # batch that is read again publishes them again.
+        await self._publisher.publish(letters)
         begun = time.monotonic()
         with self._partitions.storing() as announced:
             async with transaction(pool) as connection:
                 outcome = await recorder.record(
                     connection, self._topic, positions, read, batch, announced=announced
                 )
-                letters += [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
-                # Before the offsets move past these events, and only if the rest was written.
-                await self._publisher.publish(letters)
+                broken = [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
+                # Before the offsets move past these events. Only PostgreSQL can find them.
+                await self._publisher.publish(broken)
+        letters += broken
         if letters:
             self._dead_letters.back()
         self._partitions.record(positions, read, outcome.written, _unknown(batch, outcome))
         seconds = time.monotonic() - begun
+        if seconds < QUICK_SECONDS:
+            self._partitions.grow()
         self._measure(size, len(letters), batch, outcome, seconds)
         refused = [(sources[id(event)], event, why) for event, why in outcome.refused]
         voided = [(sources[id(event)], event) for event in outcome.voided]

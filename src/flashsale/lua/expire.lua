@@ -5,7 +5,12 @@
 -- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
 --       (now_ms,sale_id,allocated,capacity,revision,engine) and one line per expired hold:
 --         ID ENTRY-ID RECORD
--- Invariant: only a held reservation expires, and only when it is due.
+-- Invariants: only a held reservation expires, and only when it is due. A due hold whose record is
+--       missing or cannot be read stays, so that it is reported as overdue. It does not stop the
+--       holds behind it.
+
+-- The most pages that a call reads. It bounds the time that unreadable records can take.
+local PAGES = 16
 
 local sale, reason = read_sale(KEYS)
 if reason then return reason end
@@ -13,15 +18,20 @@ if foreign(sale, ARGV[2]) then return 'other_engine' end
 local limit = tonumber(ARGV[1])
 if not limit or limit < 1 then return redis.error_reply('ERR limit below 1') end
 
-local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', integer(sale.now), 'LIMIT', '0',
-  integer(limit))
-local texts = #due > 0 and redis.call('HMGET', KEYS[3], unpack(due)) or {}
-local changes = {}
-for n, id in ipairs(due) do
-  local record = texts[n] and parse(texts[n])
-  if record and record.state == 'held' then
-    changes[#changes + 1] = { id, text_of(sale, record, 'expired'), record.quantity, true, '' }
+local changes, seen = {}, 0
+for _ = 1, PAGES do
+  local wanted = limit - #changes
+  local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', integer(sale.now), 'LIMIT',
+    integer(seen), integer(wanted))
+  local texts = #due > 0 and redis.call('HMGET', KEYS[3], unpack(due)) or {}
+  for n, id in ipairs(due) do
+    local record = texts[n] and parse(texts[n])
+    if record and record.state == 'held' then
+      changes[#changes + 1] = { id, text_of(sale, record, 'expired'), record.quantity, true, '' }
+    end
   end
+  seen = seen + #due
+  if #due < wanted or #changes == limit then break end
 end
 local lines = { table.concat({ integer(sale.now), sale.id, integer(sale.allocated),
   integer(sale.allocated + sale.released), integer(sale.revision), sale.engine }, ',') }

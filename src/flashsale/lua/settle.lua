@@ -11,7 +11,8 @@
 --       after Kafka has the release. A rebuild reads the counts of an untrusted sale from the
 --       ledger, so they are not touched here. While buyers have more units than a lowered stock,
 --       released units are not sold again. The first write is the deletion, which Redis permits
---       when it is out of memory. It then permits the other writes too.
+--       when it is out of memory. It then permits the other writes too. Everything is read before
+--       it, because Redis does not roll back. The entry of a buyer that cannot be read stays.
 
 local function settle(keys, item)
   local acknowledged, releases, seen = {}, {}, {}
@@ -25,30 +26,39 @@ local function settle(keys, item)
       acknowledged[#acknowledged + 1] = entry_id
     elseif entry and entry[2][1] == 'id' and entry[2][2] == reservation_id then
       local state, own_version, quantity, user =
-        string.match(entry[2][4], '^(%a+),(%d+),(%d+),%d+,([^,]+),')
+        string.match(entry[2][4] or '', '^(%a+),(%d+),(%d+),%d+,([^,]+),')
       if own_version == version then
         seen[entry_id] = true
-        acknowledged[#acknowledged + 1] = entry_id
         if state == 'expired' or state == 'cancelled' then
-          releases[#releases + 1] = { user, tonumber(quantity), state == 'expired' and 1 or 0 }
+          releases[#releases + 1] =
+            { entry_id, user, tonumber(quantity), state == 'expired' and 1 or 0 }
+        else
+          acknowledged[#acknowledged + 1] = entry_id
         end
       end
     end
   end
-  if #acknowledged == 0 then return 0 end
   local sale, reason
   if #releases > 0 then sale, reason = read_sale(keys) end
   -- A pod of a version that supports the sale can still give the units back.
   if reason == 'unsupported' then return 0 end
-  local deleted = redis.call('XDEL', keys[4], unpack(acknowledged))
-  if not sale or reason then return deleted end
-
+  local trusted = sale and not reason
+  local buyers = {}
   for _, release in ipairs(releases) do
-    local user, quantity, ended = unpack(release)
-    local units, expired = buyer(redis.call('HGET', keys[2], user))
-    redis.call('HSET', keys[2], user, buyer_text(units - quantity, expired + ended))
-    sale.released = sale.released + quantity
+    local entry_id, user, quantity, ended = unpack(release)
+    local units, expired
+    if trusted then units, expired = buyer(buyers[user] or redis.call('HGET', keys[2], user)) end
+    if units then
+      buyers[user] = buyer_text(units - quantity, expired + ended)
+      sale.released = sale.released + quantity
+    end
+    if units or not trusted then acknowledged[#acknowledged + 1] = entry_id end
   end
+  if #acknowledged == 0 then return 0 end
+  local deleted = redis.call('XDEL', keys[4], unpack(acknowledged))
+  if not next(buyers) then return deleted end
+
+  for user, text in pairs(buyers) do redis.call('HSET', keys[2], user, text) end
   local stock, revision = string.match(redis.call('HGET', keys[1], 'stock') or '', '^(%d+),(%d+)$')
   local allocated = sale.allocated
   if tonumber(revision) == sale.revision then

@@ -4,13 +4,15 @@
 -- A change gets the next version, an outbox entry with the whole record, and leaves the holds. Its
 -- units stay taken until `settle` finds that Kafka has the event.
 
--- parse(text) returns a record of the key reservations:
+-- parse(text) returns a record of the key reservations, or nil if the text is none:
 --   state,version,quantity,accepted_ms,user,key[,expires_ms,confirmed_ms,order reference]
 -- A record without the last three was confirmed at once. The previous version called it accepted.
 local function parse(text)
   local state, version, quantity, accepted_ms, user, key, rest =
     string.match(text, '^(%a+),(%d+),(%d+),(%d+),([^,]*),([^,]*)(.*)$')
+  if not state then return nil end
   local expires_ms, confirmed_ms, order_ref = string.match(rest, '^,(%d*),(%d*),([^,]*)$')
+  if rest ~= '' and not expires_ms then return nil end
   return {
     state = state == 'accepted' and 'confirmed' or state,
     version = tonumber(version),
@@ -30,6 +32,8 @@ local function commit(sale, changes)
   if #changes == 0 then return {} end
   local entries, records, ended, units = {}, {}, {}, 0
   local snapshot = snapshot_of(sale)
+  -- The holds are written after the outbox. A key of another type must fail here, not there.
+  redis.call('ZCARD', KEYS[5])
   for n, change in ipairs(changes) do
     local id, record, quantity, was_held, traceparent = unpack(change)
     entries[n] = redis.call('XADD', KEYS[4], '*', 'id', id, 'record', record, 'sale', snapshot,
@@ -59,6 +63,7 @@ end
 -- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
 -- (now_ms,sale_id,allocated,capacity,revision,engine) and one line per call, in order:
 --   changed ENTRY-ID RECORD | replayed RECORD | unknown_reservation | a refusal
+-- A reservation whose record cannot be read is unknown too, so that it fails no other call.
 local function change_all(decide)
   local sale, reason = read_sale(KEYS)
   if reason then return reason end
@@ -77,10 +82,10 @@ local function change_all(decide)
   local answers, changes, changed = {}, {}, {}
   local now = integer(sale.now)
   for n, id in ipairs(ids) do
-    if not texts[id] then
+    local record = texts[id] and parse(texts[id])
+    if not record then
       answers[n] = 'unknown_reservation'
     else
-      local record = parse(texts[id])
       local state, answer = decide(record, order_refs[n], now)
       if state then
         texts[id] = text_of(sale, record, state)

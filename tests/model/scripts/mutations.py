@@ -74,7 +74,7 @@ _RESERVATIONS = [
 _TRANSITIONS = [
     Fault("confirm", "(other_run or torn)", "torn"),
     Fault("confirm", "if foreign(sale, ARGV[3]) then", "if false then"),
-    Fault("confirm", "local record = parse(texts[id])", "local record = parse(known[n])"),
+    Fault("confirm", "and parse(texts[id])", "and parse(known[n])"),
     Fault("confirm", "record.state == 'held', traceparents[n]", "true, traceparents[n]"),
     Fault("confirm", "record.state == 'held', traceparents[n]", "false, traceparents[n]"),
     Fault("confirm", "'traceparent', traceparent,", "'traceparent', '',"),
@@ -97,7 +97,7 @@ _TRANSITIONS = [
     Fault("expire", "if foreign(sale, ARGV[2]) then", "if false then"),
     Fault("expire", "integer(sale.now), 'LIMIT'", "'+inf', 'LIMIT'"),
     Fault("expire", "integer(sale.now), 'LIMIT'", "integer(clock_ms()), 'LIMIT'"),
-    Fault("expire", "integer(limit))", "'-1')"),
+    Fault("expire", "integer(wanted))", "'-1')"),
     Fault("expire", "record.quantity, true, ''", "record.quantity, false, ''"),
 ]
 _SETTLE = [
@@ -114,7 +114,8 @@ _SETTLE = [
     Fault("settle", "state == 'expired' and 1 or 0", "1"),
     Fault("settle", "units - quantity", "units"),
     Fault("settle", "expired + ended", "expired"),
-    Fault("settle", "not sale or reason then", "not sale then"),
+    Fault("settle", "trusted = sale and not reason", "trusted = sale"),
+    Fault("settle", "buyers[user] or redis", "redis"),
     Fault("settle", "sale.released + quantity", "sale.released + 1"),
     Fault("settle", "tonumber(revision) == sale.revision", "stock"),
     Fault("settle", "math.max(tonumber(stock), sale.accepted - sale.released)", "stock"),

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from typing import Any
+from uuid import UUID
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -25,6 +26,7 @@ from tests.support.announced import offsets, until_announced, until_offsets
 from tests.support.consumer import Ledger, Log, accepted, changed, held, running
 from tests.support.eventually import until
 from tests.support.recorded import received
+from tests.support.recording import rebuild, record
 
 KILLS = 200
 
@@ -82,6 +84,39 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(
     assert max(sizes) > 4_000
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+async def test_announcing_rebuilds_locks_the_sales_in_the_order_of_the_recorder(
+    ledger: Ledger,
+) -> None:
+    """Otherwise both wait for each other, and PostgreSQL ends one of them."""
+    names = ["default/z", "default/m", "default/a"]  # the order of the rows in the table
+    for name in names:
+        await record(ledger, [accepted(sale_id=name)])
+    await rebuild(ledger, 2)
+    source = Source(ledger.pool, str(UUID(int=0)))
+    rebuilds = await source.rebuilds()
+
+    async def waiting(count: int) -> bool:
+        found: int = await ledger.pool.fetchval(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        return found == count
+
+    async with ledger.pool.acquire() as blocker:
+        lock = blocker.transaction()
+        await lock.start()
+        await blocker.execute("SELECT FROM sales WHERE sale_id = 'default/m' FOR UPDATE")
+        batch = [accepted(sale_id=name, revision=2) for name in names]
+        recording = asyncio.create_task(record(ledger, batch))
+        await until(lambda: waiting(1))
+        announcing = asyncio.create_task(source.announced(rebuilds))
+        await until(lambda: waiting(2))
+        await lock.rollback()
+    outcome, _ = await asyncio.gather(recording, announcing)
+    assert outcome.recorded == len(names)
+    assert await source.rebuilds() == []
 
 
 @pytest.mark.slow

@@ -1,10 +1,16 @@
 """Events that do not fit the capacity, or come after a rebuild that did not find them."""
 
 from datetime import timedelta
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from flashsale.events import Event
+from flashsale_consumer import recorder
+from flashsale_consumer.clients import transaction
 from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import BEYOND_POSTGRESQL, NOON, Ledger, accepted, changed, held
 from tests.support.recording import check, counts, rebuild, record
@@ -26,6 +32,64 @@ async def test_events_over_the_capacity_are_refused_and_the_others_recorded(ledg
         for number, event in enumerate(oversold)
     }
     assert await ledger.has(*other)
+
+
+@pytest.mark.parametrize("kind", ["over the capacity", "late"])
+async def test_many_events_are_refused_in_few_statements(ledger: Ledger, kind: str) -> None:
+    """Otherwise a large batch would not end before its deadline, and would be read for ever."""
+    if kind == "late":
+        await record(ledger, [accepted(revision=4)])
+        await rebuild(ledger, 5)
+        refused = [accepted(number, revision=4) for number in range(2_000)]
+    else:
+        refused = [accepted(number, allocated=0, capacity=0) for number in range(2_000)]
+    statements: list[object] = []
+    async with transaction(ledger.pool) as connection:
+        connection.add_query_logger(statements.append)
+        outcome = await recorder.record(connection, "reservations", {}, {}, refused)
+        connection.remove_query_logger(statements.append)
+    assert [event for event, _ in outcome.refused] == refused
+    assert len(statements) < 50
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[Event], list[Event]]:
+    """Draw two batches of events of the same few reservations, whatever their versions."""
+    batches: tuple[list[Event], list[Event]] = ([], [])
+    for number in range(draw(st.integers(1, 7))):
+        first = held(number, quantity=draw(st.integers(1, 3)), reservation_id=str(UUID(int=number)))
+        for batch in batches:
+            state = draw(st.sampled_from(["", "held", "confirmed", "cancelled", "expired"]))
+            if state:
+                version = draw(st.integers(1, 4))
+                batch.append(msgspec.structs.replace(first, state=state, version=version))
+    return batches
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(history=histories(), capacities=st.tuples(st.integers(0, 9), st.integers(0, 4)))
+async def test_a_batch_is_refused_as_if_its_events_came_one_by_one(
+    ledger: Ledger, history: tuple[list[Event], list[Event]], capacities: tuple[int, int]
+) -> None:
+    """The first batch leaves reservations of all states, and refused ones."""
+    together, apart = f"default/{uuid4()}", f"default/{uuid4()}"
+    capacity = 0
+    for events, more in zip(history, capacities, strict=True):
+        capacity += more
+        same = [msgspec.structs.replace(each, capacity=capacity) for each in events]
+        whole = await record(ledger, [msgspec.structs.replace(e, sale_id=together) for e in same])
+        single = [
+            await record(ledger, [msgspec.structs.replace(event, sale_id=apart)]) for event in same
+        ]
+        assert [event.reservation_id for event, _ in whole.refused] == [
+            event.reservation_id for outcome in single for event, _ in outcome.refused
+        ]
+        assert whole.recorded == sum(outcome.recorded for outcome in single)
+        assert await ledger.rows(together) == await ledger.rows(apart)
+        if same:
+            assert await counts(ledger, together) == await counts(ledger, apart)
 
 
 async def test_a_refused_reservation_stays_refused_while_it_does_not_fit(ledger: Ledger) -> None:

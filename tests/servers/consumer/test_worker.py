@@ -2,8 +2,11 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -11,7 +14,10 @@ from dev.stack.servers import KafkaServer
 from flashsale import events
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
-from flashsale_consumer import topics
+from flashsale_consumer import recorder, topics
+from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
+from flashsale_consumer.partitions import BATCH_LIMIT, Partitions, Records
+from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
     Ledger,
@@ -24,6 +30,7 @@ from tests.support.consumer import (
 )
 from tests.support.eventually import until
 from tests.support.recorded import received
+from tests.support.recording import record
 
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
@@ -66,6 +73,24 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
     assert len(await ledger.rows()) == len(good)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, b"", b"\xff\xfe", b"\0\n" + b"1" * 300_000],
+    ids=["null", "empty", "not text", "long"],
+)
+async def test_any_header_of_another_producer_is_read(
+    ledger: Ledger, log: Log, value: bytes | None
+) -> None:
+    foreign, good = [("traceparent", value), ("", value)], accepted()
+    await log.write(b"bad", partition=0, headers=foreign)
+    async with running(ledger.url, log) as worker:
+        await until(lambda: worker.events("dead_lettered") == 1)
+        await log.write(good, partition=0)
+        await ledger.until_has(good)
+        (letter,) = await log.dead_letters(1)
+    assert list(letter.headers[:2]) == foreign
+
+
 async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
     ledger: Ledger, kafka_server: KafkaServer
 ) -> None:
@@ -97,6 +122,64 @@ async def test_the_offset_waits_until_dead_letters_are_written(
         assert worker.events("dead_lettered") == 1
     (letter,) = await log.dead_letters(1)
     assert letter.value == b"bad"
+
+
+async def test_no_row_is_locked_while_kafka_takes_undecodable_and_foreign_records(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator and the consumers of other partitions need the rows of the sales."""
+    published: list[int] = []
+    publish = DeadLetters.publish
+
+    async def look_and_publish(self: DeadLetters, letters: Sequence[DeadLetter]) -> None:
+        if letters:
+            await ledger.pool.execute("SELECT FROM sales FOR UPDATE NOWAIT")
+            await ledger.pool.execute("SELECT FROM kafka_offsets FOR UPDATE NOWAIT")
+            published.append(len(letters))
+        await publish(self, letters)
+
+    monkeypatch.setattr(DeadLetters, "publish", look_and_publish)
+    good, foreign = accepted(), accepted(engine=str(uuid4()))
+    await record(ledger, [accepted()])
+    await log.write(good, b"bad", foreign, partition=0)
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(good)
+        await until(lambda: worker.events("dead_lettered") == 2)
+    assert sum(published) == 2
+    assert {letter.value for letter in await log.dead_letters(2)} == {
+        b"bad",
+        events.encode(foreign),
+    }
+
+
+async def test_a_batch_that_takes_too_long_is_divided(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction of a whole batch would end at its deadline each time."""
+    poll, limits = Partitions.poll, [BATCH_LIMIT]
+
+    async def look_and_poll(self: Partitions, seconds: float) -> Records:
+        limits.append(self._limit)
+        return await poll(self, seconds)
+
+    async def slow(*arguments: Any, **options: Any) -> BatchOutcome:  # noqa: ANN401
+        if len(arguments[-1]) > 1_000:
+            raise TimeoutError
+        return await recorder.record(*arguments, **options)
+
+    monkeypatch.setattr(Partitions, "poll", look_and_poll)
+    monkeypatch.setattr("flashsale_consumer.worker.recorder", SimpleNamespace(record=slow))
+    sold = [accepted(number) for number in range(2_000)]
+    await log.write(*sold, partition=0)
+    async with running(ledger.url, log):
+        await ledger.until_has(*sold)
+        assert min(limits) <= 1_000
+
+        async def large() -> bool:
+            await log.write(accepted(), partition=0)
+            return limits[-1] == BATCH_LIMIT
+
+        await until(large, "small batches, which are quick, become large again")
 
 
 async def test_reservations_over_capacity_are_refused_counted_and_logged(

@@ -14,6 +14,7 @@ from flashsale.reservations import (
     Call,
     Outcome,
     Transition,
+    TransitionAnswer,
 )
 from tests.support.inventory import a_request, a_sale, opened, outcome
 from tests.support.transitions import TRACE, Verb, change, changes, contents, expire, hold, make_due
@@ -126,6 +127,57 @@ async def test_a_sale_that_lost_its_holds_is_fenced(
     assert await inventory.apply(spec, 2) is Applied.FENCED
     reply = await inventory.confirm(item, [Call(own_id, "order-1")], timeout_seconds=5)
     assert reply is Transition.FENCED
+
+
+@pytest.mark.parametrize("verb", ["confirm", "cancel"])
+async def test_holds_of_the_wrong_type_let_no_hold_end(
+    inventory: Inventory, redis: Redis, item: str, verb: Verb
+) -> None:
+    """Otherwise the hold ends, and the sale counts its units as held for ever."""
+    await opened(inventory, a_sale(item, hold_seconds=60))
+    own_id, keys = await hold(inventory, item), ItemKeys.of(item)
+    await redis.set(keys.holds, "text")
+    with pytest.raises(RedisUnavailable, match="WRONGTYPE"):
+        await change(inventory, verb, item, own_id, "order-1")
+    assert await redis.xlen(keys.outbox) == 1
+    assert str(await redis.hget(keys.reservations, own_id)).startswith("held,1,")
+    assert await redis.hget(keys.sale, "held") == "1"
+
+
+@pytest.mark.parametrize("record", ["text", "held,1,1,1,ann,,text", ""])
+@pytest.mark.parametrize("verb", ["confirm", "cancel"])
+async def test_a_damaged_record_fails_no_other_call_of_its_batch(
+    inventory: Inventory, redis: Redis, item: str, verb: Verb, record: str
+) -> None:
+    await opened(inventory, a_sale(item, hold_seconds=60))
+    damaged, good = await hold(inventory, item), await hold(inventory, item, "bob")
+    await redis.hset(ItemKeys.of(item).reservations, damaged, record)
+    calls = [Call(damaged, "order-1"), Call(good, "order-2")]
+    first, second = await changes(inventory, verb, item, *calls)
+    assert first == TransitionAnswer(Transition.UNKNOWN_RESERVATION)
+    assert second.outcome is Transition.CHANGED
+    assert await redis.hget(ItemKeys.of(item).reservations, damaged) == record
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+async def test_damaged_records_do_not_stop_the_expiry_of_other_holds(
+    inventory: Inventory, redis: Redis, item: str, limit: int
+) -> None:
+    """Their ids stay first among the holds that are due."""
+    await opened(inventory, a_sale(item, hold_seconds=60))
+    own_ids = sorted([await hold(inventory, item, f"user-{n}") for n in range(9)])
+    *damaged, missing, first, second, third = own_ids
+    keys = ItemKeys.of(item)
+    await redis.hset(keys.reservations, mapping=dict.fromkeys(damaged, "text"))
+    await redis.hdel(keys.reservations, missing)
+    await make_due(redis, item, *own_ids)
+    ended: list[str] = []
+    while batch := await expire(inventory, item, limit):
+        assert len(batch) <= limit
+        ended += batch
+    assert ended == [first, second, third]
+    assert await redis.zrange(keys.holds, 0, -1) == [*damaged, missing]
+    assert await redis.hget(keys.sale, "held") == "6"
 
 
 async def test_a_full_outbox_refuses_buyers_but_no_transition(redis: Redis, item: str) -> None:

@@ -227,6 +227,21 @@ async def test_a_key_of_the_wrong_type_sells_nothing(
     assert (sale.accepted, sale.outbox_length) == (0, 0)
 
 
+@pytest.mark.parametrize("part", ["buyers", "outbox", "holds"])
+async def test_a_key_of_the_wrong_type_takes_no_hold(
+    inventory: Inventory, redis: Redis, item: str, part: str
+) -> None:
+    """A part of a hold would be sold again, because the sale has not counted it."""
+    await opened(inventory, a_sale(item, hold_seconds=60))
+    keys = ItemKeys.of(item)
+    await redis.set(getattr(keys, part), "text")
+    with pytest.raises(RedisUnavailable, match="WRONGTYPE"):
+        await outcome(inventory, item, a_request())
+    others = {keys.buyers, keys.reservations, keys.outbox, keys.holds} - {getattr(keys, part)}
+    assert await redis.exists(*others) == 0
+    assert await redis.hget(keys.sale, "accepted") == "0"
+
+
 async def test_a_server_out_of_memory_sells_nothing(
     tmp_path: Path, redis_server: RedisServer, item: str
 ) -> None:

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import redis as blocking
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
@@ -128,6 +130,67 @@ async def test_a_release_that_is_settled_again_counts_once(
     assert await outbox.settle(item, [entry]) == 0
     assert await released(inventory, item) == 1
     assert await redis.hgetall(ItemKeys.of(item).buyers) == {"ann": "0"}
+
+
+async def cancelled(inventory: Inventory, outbox: Outbox, item: str, *users: str) -> list[Named]:
+    """Sells a unit to each user, cancels all, and returns the entries of the cancellations."""
+    requests = [a_request(user) for user in users]
+    await opened(inventory, a_sale(item, len(users), max_per_user=2, hold_seconds=60))
+    await answers(inventory, item, requests)
+    await drained(outbox, item)
+    calls = [Call(request.reservation_id) for request in requests]
+    reply = await inventory.cancel(item, calls, timeout_seconds=5)
+    assert isinstance(reply, TransitionReply)
+    return [
+        (answer.entry_id, call.reservation_id, 2)
+        for call, answer in zip(calls, reply.answers, strict=True)
+    ]
+
+
+async def test_releases_of_one_buyer_in_one_call_all_count(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    entries = await cancelled(inventory, outbox, item, "ann", "bob", "ann")
+    assert await outbox.settle(item, entries) == 3
+    assert await released(inventory, item) == 3
+    assert await redis.hgetall(ItemKeys.of(item).buyers) == {"ann": "0", "bob": "0"}
+
+
+@pytest.mark.parametrize("text", ["text", "1,", ""])
+async def test_a_damaged_buyer_keeps_its_entry_and_no_other(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str, text: str
+) -> None:
+    entries = await cancelled(inventory, outbox, item, "ann", "bob", "eve")
+    buyers = ItemKeys.of(item).buyers
+    await redis.hset(buyers, "bob", text)
+    assert await outbox.settle(item, entries) == 2
+    assert await released(inventory, item) == 2
+    assert await redis.hgetall(buyers) == {"ann": "0", "bob": text, "eve": "0"}
+    page = await outbox.page(item, until_ms=2**50, count=9)
+    assert [entry.entry_id for entry in page] == [entries[1][0]]
+    # A repair gives the unit back.
+    await redis.hset(buyers, "bob", "1")
+    assert await outbox.settle(item, entries) == 1
+    assert await released(inventory, item) == 3
+
+
+async def test_a_damaged_buyer_does_not_keep_a_fenced_sale_from_its_rebuild(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    entries = await cancelled(inventory, outbox, item, "ann")
+    await redis.hset(ItemKeys.of(item).buyers, "ann", "text")
+    await redis.hset(ItemKeys.of(item).sale, "run_id", "rebuild:2")
+    assert await outbox.settle(item, entries) == 1
+
+
+async def test_buyers_of_the_wrong_type_keep_all_entries(
+    inventory: Inventory, outbox: Outbox, redis: Redis, item: str
+) -> None:
+    entries = await cancelled(inventory, outbox, item, "ann", "bob")
+    await redis.set(ItemKeys.of(item).buyers, "text")
+    with pytest.raises(RedisUnavailable, match="WRONGTYPE"):
+        await outbox.settle(item, entries)
+    assert await redis.xlen(ItemKeys.of(item).outbox) == 2
 
 
 async def test_a_fenced_sale_releases_nothing(

@@ -5,10 +5,12 @@ import os
 import random
 import uuid
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
 from flashsale import heartbeat
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Closed, Inventory, ServerTime
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
@@ -332,6 +334,58 @@ async def test_lost_units_are_counted_once(shop: SimulatedShop, spec: SaleSpec) 
     for _ in range(2):
         await restart(shop, spec)
         await rebuild(shop, spec)
+    assert (await shop.row(spec.sale_id)).lost == 1
+
+
+@pytest.mark.parametrize("fault", ["not sent", "no reply", "failover"])
+async def test_lost_units_are_counted_once_if_redis_fails_during_the_rebuild(
+    shop: SimulatedShop, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Redis fails when the ledger has counted them and the keys are about to be emptied."""
+    sale = ItemKeys.of(spec.item_id).sale
+    fence = Recovery.fence
+
+    async def fail(self: Recovery, *arguments: Any, **options: Any) -> Fenced:  # noqa: ANN401
+        if options["step"] == "begin":
+            before = await shop.redis.hgetall(sale)
+            if fault != "not sent":
+                assert await fence(self, *arguments, **options) is Fenced.BEGUN
+            if fault == "failover":  # to a replica that lagged
+                await shop.redis.hset(sale, mapping=before)
+            raise RedisUnavailable(fault)
+        return await fence(self, *arguments, **options)
+
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    await restart(shop, spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, "fence", fail)
+        for _ in range(2):
+            with pytest.raises(RedisUnavailable, match=fault):
+                await rebuild(shop, spec)
+            await end_lease(shop, spec)
+    assert isinstance(await rebuild(shop, spec), Rebuilt)
+    assert (await shop.row(spec.sale_id)).lost == 1
+    # The next loss counts again.
+    assert await shop.buy(spec.item_id, "d", "e") == [Outcome.ACCEPTED] * 2
+    await shop.record(spec.item_id, lose=1)
+    await restart(shop, spec)
+    assert isinstance(await rebuild(shop, spec), Rebuilt)
+    assert (await shop.row(spec.sale_id)).lost == 2
+
+
+async def test_units_lost_by_a_sale_of_the_previous_version_are_counted(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Its hash does not name the last rebuild, which that version has made."""
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    await shop.redis.hdel(ItemKeys.of(spec.item_id).sale, "rebuilt")
+    await shop.pool.execute("UPDATE sales SET rebuilt_revision = revision")
+    await restart(shop, spec)
+    assert isinstance(await rebuild(shop, spec), Rebuilt)
     assert (await shop.row(spec.sale_id)).lost == 1
 
 

@@ -129,6 +129,15 @@ def test_an_invalid_event_is_refused_with_the_reason(changes: dict[str, object])
     assert next(iter(changes)) in str(refused.value) or "schema" in changes
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (b"", ""), (b"00-1", "00-1"), (b"0\xff", "0\ufffd"), (b"1" * 9_999, "1" * 9_999)],
+)
+def test_a_traceparent_is_text_whatever_its_header_has(value: bytes | None, text: str) -> None:
+    assert events.traceparent([("schema", b"1"), ("traceparent", value)]) == text
+    assert events.traceparent([("schema", value)]) == ""
+
+
 @pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_a_value_that_is_not_json_is_refused(value: bytes | None) -> None:
     with pytest.raises(ContractViolation):
