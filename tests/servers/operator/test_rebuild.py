@@ -347,7 +347,7 @@ async def test_lost_units_are_counted_once_if_redis_fails_during_the_rebuild(
 
     async def fail(self: Recovery, *arguments: Any, **options: Any) -> Fenced:  # noqa: ANN401
         if options["step"] == "begin":
-            before = await shop.redis.hgetall(sale)
+            before: Any = await shop.redis.hgetall(sale)
             if fault != "not sent":
                 assert await fence(self, *arguments, **options) is Fenced.BEGUN
             if fault == "failover":  # to a replica that lagged
