@@ -110,7 +110,12 @@ def main() -> int:
     """Serve until Ctrl-C. Print the settings of an API and of the k6 scripts."""
     parser = argparse.ArgumentParser(prog="python -m dev.issuer", description=__doc__)
     parser.add_argument("--port", type=int, default=8090, help="default: 8090")
-    with Issuer(parser.parse_args().port) as issuer:
+    port = parser.parse_args().port
+    try:
+        serving = Issuer(port)
+    except (OSError, OverflowError) as error:
+        parser.error(f"port {port} cannot be served: {error}")
+    with serving as issuer:
         for name, value in (issuer.settings | {"TOKEN_URL": f"{issuer.url}/token"}).items():
             print(f"export {name}={value}", flush=True)
         threading.Event().wait()

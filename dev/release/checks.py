@@ -43,6 +43,8 @@ def read_digests(path: Path) -> dict[str, str]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise StackError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise StackError(f"{path}: not UTF-8") from None
     found: dict[str, str] = {}
     for line in filter(str.strip, lines):
         name, _, digest = line.strip().partition(" ")

@@ -69,6 +69,15 @@ def issuer_process() -> Iterator[dict[str, str]]:
         running.terminate()
 
 
+@pytest.mark.parametrize("port", ["99999", "taken"])
+def test_an_issuer_whose_port_cannot_be_served_says_so(issuer: Issuer, port: str) -> None:
+    number = str(issuer.port) if port == "taken" else port
+    command = (sys.executable, "-m", "dev.issuer", "--port", number)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: port {number} cannot be served: " in done.stderr
+
+
 def client(api: ApiServer) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=api.url, timeout=30)
 

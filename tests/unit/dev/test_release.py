@@ -193,11 +193,12 @@ def test_a_release_candidate_is_written_in_the_format_of_python(tree: Tree) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["api sha256:1\n", f"gateway sha256:{0:064x}\n", f"api sha256:{0:064x}\n", ""]
+    "text",
+    ["api sha256:1\n", f"gateway sha256:{0:064x}\n", f"api sha256:{0:064x}\n", "", "api \udcff\n"],
 )
 def test_a_bad_list_of_digests_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "digests"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(StackError, match=r"digests: "):
         read_digests(path)
 
