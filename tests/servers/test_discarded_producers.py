@@ -4,7 +4,7 @@ import gc
 from collections.abc import Awaitable, Callable
 
 import pytest
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from dev.stack.servers import KafkaServer
@@ -13,12 +13,15 @@ from flashsale_consumer import clients
 from tests.support.consumer import Log
 
 
+@pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("discard", [publisher._discard, clients.discard])
 async def test_a_discarded_producer_logs_nothing(
     discard: Callable[[AIOKafkaProducer], Awaitable[None]],
+    repeated: bool,
     kafka_server: KafkaServer,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A repeated batch was sent once, failed, and waits to be sent again."""
     log = Log(kafka_server.bootstrap)
     await log.create()
     producer = AIOKafkaProducer(bootstrap_servers=kafka_server.bootstrap)
@@ -28,6 +31,9 @@ async def test_a_discarded_producer_logs_nothing(
     batch = producer.create_batch()
     batch.append(key=None, value=b"{}", timestamp=None)
     waiting = await producer.send_batch(batch, log.topic, partition=0)
+    if repeated:
+        accumulator = producer._message_accumulator
+        accumulator.reenqueue(accumulator._pop_batch(TopicPartition(log.topic, 0)))
     await discard(producer)
     with pytest.raises(KafkaError, match="discarded"):
         await waiting

@@ -416,6 +416,8 @@ async def _discard(producer: AIOKafkaProducer) -> None:
     accumulator = producer._message_accumulator
     for batch in itertools.chain.from_iterable(accumulator._batches.values()):
         batch._drain_waiter.add_done_callback(_retrieve)
+        # When its future fails, a batch that is sent again is removed from this set a second time.
+        accumulator._pending_batches.add(batch)
     accumulator.fail_all(KafkaError("the producer was discarded"))
     try:
         await asyncio.wait_for(producer.stop(), STOP_SECONDS)

@@ -85,6 +85,8 @@ async def discard(producer: AIOKafkaProducer) -> None:
     accumulator = producer._message_accumulator
     for batch in chain.from_iterable(accumulator._batches.values()):
         batch._drain_waiter.add_done_callback(retrieve)
+        # When its future fails, a batch that is sent again is removed from this set a second time.
+        accumulator._pending_batches.add(batch)
     accumulator.fail_all(KafkaError("the producer was discarded"))
     await close("a producer", producer.stop())
     await producer.client.close()  # stop() did not close it if it failed
