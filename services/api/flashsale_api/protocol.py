@@ -38,6 +38,13 @@ The requests of a connection that wait for an earlier answer have this limit tog
 """
 MAX_FIELDS: Final = 100
 """Limit for the header and trailer fields of a request."""
+MAX_UNFINISHED_BYTES: Final = 64 * 1024 * 1024
+"""Limit for the bytes of all requests of the process that are not complete or wait.
+
+A client that exceeds it is reset. Requests that arrive in one piece do not count.
+"""
+FIELD_BYTES: Final = 150
+"""What a header field costs besides its bytes."""
 MAX_PIPELINED: Final = 16
 """Requests of a connection that wait for the answer to an earlier one."""
 SOCKET_BYTES: Final = 128 * 1024
@@ -65,8 +72,12 @@ class HttpProtocol(asyncio.Protocol):
       first request.
     - A client that exceeds a limit is answered 400, 413, 431 or 501, after the answers to its
       earlier requests. A client that is too slow is reset.
-    - A client is reset if more of them would take the descriptors of the process' own connections.
+    - A client is reset if more of them would take the descriptors of the process' own connections,
+      or if the unfinished requests of all clients take too much memory.
     """
+
+    unfinished = 0
+    """The bytes of the unfinished requests of all connections."""
 
     def __init__(
         self,
@@ -103,6 +114,8 @@ class HttpProtocol(asyncio.Protocol):
         """The request that is being answered."""
         self._waiting: deque[Exchange] = deque()
         self._waiting_bytes = 0
+        self._unfinished = 0
+        """This connection's share of `unfinished`."""
         self._last = False
         """Whether the connection ends with the answers to the requests received so far."""
         self._unread = False
@@ -140,6 +153,8 @@ class HttpProtocol(asyncio.Protocol):
             exchange.drop()
         self._waiting.clear()
         self._current = self._receiving = self._parser = None
+        HttpProtocol.unfinished -= self._unfinished
+        self._unfinished = 0
 
     def data_received(self, data: bytes) -> None:
         if self._last:
@@ -153,6 +168,8 @@ class HttpProtocol(asyncio.Protocol):
             self._refuse()
         if self._overhead > MAX_HEAD_BYTES:
             self._refuse(431, "The request's head is too large.")
+        if self._partial or self._waiting or self._unfinished:
+            self._count()
 
     def eof_received(self) -> bool:
         """Answers the complete requests of a client that sends nothing more."""
@@ -323,9 +340,22 @@ class HttpProtocol(asyncio.Protocol):
         if self._waiting and self._current is None and not self._unread:
             exchange = self._waiting.popleft()
             self._waiting_bytes -= exchange.size()
+            self._count()
             if not self._waiting and not self._last:
                 self._transport.resume_reading()
             self._begin(exchange)
+
+    def _count(self) -> None:
+        """Counts the memory of this connection's unfinished requests."""
+        size = self._waiting_bytes
+        if self._partial:
+            body = self._receiving.body if self._receiving is not None else b""
+            size += self._overhead + len(body) + FIELD_BYTES * self._fields
+        HttpProtocol.unfinished += size - self._unfinished
+        self._unfinished = size
+        if HttpProtocol.unfinished > MAX_UNFINISHED_BYTES:
+            log.warning("reset a client: the unfinished requests of all clients are too large")
+            self._abort()
 
     def _begin(self, exchange: "Exchange") -> None:
         self._current = exchange

@@ -88,6 +88,26 @@ async def test_four_hundred_half_requests_cost_little_memory(
         assert resident(api) - before < GROWTH_BYTES + 400 * 100_000
 
 
+async def test_half_requests_of_thousands_of_clients_take_bounded_memory(api: ApiServer) -> None:
+    """Without the bound they take 257 MB. Those above it are reset, and others are served."""
+    half = b"GET / HTTP/1.1\r\na: " + b"b" * 60_000
+    before = resident(api)
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connection(api)) for _ in range(4_000)]
+        for wire in wires:
+            wire.send(half)
+            await asyncio.sleep(0)
+        async with connection(api) as other:
+            other.send(GET)
+            assert await other.status() == 200
+        await until(lambda: any(wire.reader.at_eof() or wire.reader.exception() for wire in wires))
+        assert resident(api) - before < 2 * GROWTH_BYTES
+    async with connection(api) as later:
+        later.send(half[:1_000])
+        later.send(b"\r\nHost: x\r\n\r\n")
+        assert await later.status() == 200
+
+
 @pytest.mark.slow
 async def test_clients_that_do_not_read_are_reset(api: ApiServer, untouched: Sale) -> None:
     """Takes 20 s, which is the longest time that the API waits for a reader."""
