@@ -106,7 +106,10 @@ def _configure_logs(settings: Settings) -> None:
 
 
 def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """Whether a line is not one of kopf's about a retry, or about the error that ends kopf."""
+    """Returns False for kopf's lines about retries and about the deleted resource.
+
+    The operator logs both itself.
+    """
     if not record.name.startswith("kopf"):
         return True
     error = record.exc_info and record.exc_info[1]
@@ -164,7 +167,7 @@ async def _run(settings: Settings) -> int:
             except APINotFoundError:
                 log.error(  # noqa: TRY400 - kopf's traceback explains nothing
                     "the operator ends, because the FlashSale resource was deleted: install the "
-                    "chart's CRD (crds.enabled), for which a restarted operator waits"
+                    "chart's CRD (crds.enabled). A restarted operator waits for it"
                 )
                 return 1
             finally:

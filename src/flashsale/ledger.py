@@ -155,22 +155,23 @@ async def _connection(
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Connects. PgBouncer refuses the setting synchronous_commit, so there it must be the default.
 
-    Raises `UnmetRequirement` if it is not, and `LedgerUnavailable` if the server refuses the value
-    of an option, such as a `statement_timeout` of the address.
+    Raises `UnmetRequirement` if it is not, and if the server refuses the value of an option, such
+    as a `statement_timeout` of the address.
     """
     connection: asyncpg.Connection[asyncpg.Record]
+    rest = {name: value for name, value in server_settings.items() if name != "synchronous_commit"}
     try:
-        connection = await asyncpg.connect(*arguments, server_settings=server_settings, **options)
+        try:
+            return await asyncpg.connect(*arguments, server_settings=server_settings, **options)
+        except asyncpg.ProtocolViolationError as error:
+            if "synchronous_commit" not in str(error):
+                raise
+        connection = await asyncpg.connect(*arguments, server_settings=rest, **options)
     except asyncpg.DataError as error:
         why = " ".join(str(error).split())
-        raise LedgerUnavailable(f"the ledger refused an option of its address: {why}") from error
-    except asyncpg.ProtocolViolationError as error:
-        if "synchronous_commit" not in str(error):
-            raise
-    else:
-        return connection
-    rest = {name: value for name, value in server_settings.items() if name != "synchronous_commit"}
-    connection = await asyncpg.connect(*arguments, server_settings=rest, **options)
+        raise UnmetRequirement(
+            f"the ledger refused an option of its address, so change it: {why}"
+        ) from error
     if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
         await connection.close()
         raise UnmetRequirement(_ASYNCHRONOUS)

@@ -44,6 +44,7 @@ class Transition(Word):
     CHANGED = "changed"
     REPLAYED = "replayed"
     UNKNOWN_RESERVATION = "unknown_reservation"
+    UNREADABLE = "unreadable"
     HOLD_EXPIRED = "hold_expired"
     CANCELLED = "cancelled"
     OTHER_ORDER = "other_order"

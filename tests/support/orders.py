@@ -53,6 +53,14 @@ def order_api(
 ) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("orders")
     with ApiServer(folder, order_engine, order_tokens=",".join(TOKENS)) as server:
+
+        async def knows_its_items() -> bool:
+            """Until then, the API takes an unknown item for a lost one."""
+            async with order_client(server) as orders:
+                answer = await orders.get(f"/sales/unknown/reservations/{uuid.uuid4()}")
+            return answer.status_code == 404
+
+        asyncio.run(until(knows_its_items))
         yield server
 
 

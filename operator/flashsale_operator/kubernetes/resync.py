@@ -38,8 +38,8 @@ _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
 _Objects: TypeAlias = dict[str | None, list[Key]]
-# No reconcile of a FlashSale rebuilds these sales. Without open holds, only keys that are left can
-# keep an item.
+# No reconcile of a FlashSale rebuilds these sales. Without open holds, a sale can keep its item
+# only if some of its keys still exist.
 _UNDECLARED: Final = """
 SELECT * FROM sales
 WHERE (closed OR resource_uid IS NULL) AND (held > 0 OR item_id = ANY($1::text[]))

@@ -97,7 +97,7 @@ class Rebuilt:
     - `lost` had been accepted by Redis and are not in the ledger: their events are lost, or the
       ledger refused them.
     - `seconds` is the time of the writing, without the wait for events in flight.
-    - `revision` is the name of the rebuild.
+    - `revision` is the ledger revision that this rebuild took. It identifies the rebuild.
     """
 
     accepted: int

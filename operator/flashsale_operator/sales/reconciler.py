@@ -335,8 +335,8 @@ class Reconciler:
     async def _adopt(self, item_id: str, row: SaleRow | None, resource_uid: str | None) -> None:
         """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made.
 
-        A FlashSale of another item gets no row. It closes the sale of the earlier FlashSale, which
-        nothing else closes, because a FlashSale of its name exists.
+        A FlashSale of another item gets no row. It closes the earlier FlashSale's sale. The resync
+        does not, because a FlashSale of that name exists.
         """
         if row is None or resource_uid is None or row.resource_uid == resource_uid:
             return

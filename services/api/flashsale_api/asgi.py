@@ -1,4 +1,4 @@
-"""Requests that the ASGI application answers. `POST /reserve` and orders bypass it."""
+"""Calls the ASGI application for the requests without a handler, such as health checks."""
 
 import asyncio
 import logging

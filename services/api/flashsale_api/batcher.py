@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 SOLD_OUT_SECONDS: Final = 0.1
 """How long a pod caches "sold out". A restock can take this long to become visible."""
-MOST_HELD: Final = 400_000
+MOST_HELD: Final = 300_000
 """A pod that holds this many events refuses new requests as if the outbox were full.
 
-They take 320 MB. Without Kafka, many items can have more events than a pod has memory.
+They take 190 to 320 MB. Otherwise the events of many items could exceed the pod's memory while
+Kafka is away.
 """
 
 

@@ -48,9 +48,9 @@ class Engine:
     def may_have_lost(self, item_id: str) -> bool:
         """Whether Redis may have lost the keys of an item that has none.
 
-        A caller that is told "unknown" gives up, and may ship nothing or void a payment.
+        After "unknown", the order service gives up: it voids the payment and ships nothing.
         """
-        return item_id in self.items or not self.claimed
+        return item_id in self.items or not (self.items.complete and self.claimed)
 
     def found_in_redis(self, engine_id: str) -> None:
         """Compares the id in Redis with the first one. Redis without an id has lost it."""

@@ -1,20 +1,20 @@
-"""The items that had keys in Redis lately. If one has none now, Redis may have lost them."""
+"""The items that had a sale in Redis lately. If one has none now, Redis may have lost it."""
 
 from collections.abc import Iterable
 from typing import Final
 
 LOOKS: Final = 60
-"""How many looks at the index of items a pod remembers an item that is no longer in it.
+"""How many looks at Redis a pod remembers an item that has no sale any more.
 
 There is a look per second while Redis answers. Looks are counted instead of seconds, because Redis
-can come back empty after a long outage.
+can come back empty after a long outage. A sale that was freed is remembered as long.
 """
 
 
 class KnownItems:
-    """The sweep notes all items at each look, and a call notes an item whose sale has answered.
+    """The sweep notes all items with a sale once per second. A script call notes its own item.
 
-    Only items that have keys are noted, so made-up names take no memory.
+    Made-up names are never noted, so they take no memory.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,17 @@ class KnownItems:
     def __contains__(self, item_id: str) -> bool:
         return item_id in self._seen
 
+    @property
+    def complete(self) -> bool:
+        """Whether there was a look since the start of the pod."""
+        return self._looks > 0
+
     def note(self, item_id: str) -> None:
-        """Notes an item that has keys."""
+        """Notes an item that has a sale."""
         self._seen[item_id] = self._looks
 
     def looked(self, item_ids: Iterable[str]) -> None:
-        """Notes all items that have keys, and forgets those that the last `LOOKS` looks missed."""
+        """Notes all items with a sale, and forgets those that the last `LOOKS` looks missed."""
         self._looks += 1
         oldest = self._looks - LOOKS
         self._seen = {item_id: seen for item_id, seen in self._seen.items() if seen > oldest}

@@ -51,6 +51,7 @@ _RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
 
 _PROBLEMS: Final = {
     Transition.UNKNOWN_RESERVATION: Problem.UNKNOWN_RESERVATION,
+    Transition.UNREADABLE: Problem.FENCED,
     Transition.HOLD_EXPIRED: Problem.HOLD_EXPIRED,
     Transition.CANCELLED: Problem.CANCELLED,
     Transition.OTHER_ORDER: Problem.OTHER_ORDER,

@@ -60,7 +60,7 @@ BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 SET_ASIDE_SECONDS: Final = 60.0
 """How long an event rests that is too large for the topic. A sweep then publishes it again."""
 REMEMBERED: Final = 50_000
-"""Published replays that a pod remembers at least, in at most 30 MB."""
+"""Published replays that a pod remembers at least, in at most 45 MB."""
 
 
 class Accepted(NamedTuple):
@@ -213,7 +213,7 @@ class Publisher:
             except* OtherEngine:
                 self._failures = len(BACKOFF_SECONDS)
             except* (KafkaError, OSError, SettingsError) as group:
-                # A certificate that was renewed wrongly is like an outage: sales go on meanwhile.
+                # A wrong certificate after a renewal counts as an outage, so sales continue.
                 self._metrics.publish_failures.inc()
                 if not self._failures:
                     log.warning(

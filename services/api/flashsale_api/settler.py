@@ -22,7 +22,7 @@ class Settler:
     def __init__(
         self, outbox: Outbox, settled: Callable[[Iterable[tuple[str, str]]], None]
     ) -> None:
-        """`settled` is called with the item id and the entry id of each settled entry."""
+        """`settled` takes the pairs (item id, entry id) of a settled page."""
         self._outbox = outbox
         self._settled = settled
         self._waiting: dict[str, list[Entry]] = {}

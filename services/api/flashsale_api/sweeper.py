@@ -59,16 +59,16 @@ class Sweeper:
     async def run(self) -> None:
         """Sweeps all outboxes every `INTERVAL_SECONDS` until it is cancelled."""
         while True:
-            await asyncio.sleep(INTERVAL_SECONDS)
             try:
                 await self.sweep()
             except RedisUnavailable as error:
                 log.debug("no sweep: %s", error)
+            await asyncio.sleep(INTERVAL_SECONDS)
 
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
         items = await self._inventory.items()
-        self._known.looked(items)
+        self._known.looked(await self._inventory.present(items))
         servers = await self._inventory.servers(items)
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)

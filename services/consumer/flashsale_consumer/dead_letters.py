@@ -13,8 +13,8 @@ from flashsale_consumer.clients import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
 
 REASON_CHARACTERS: Final = 1_000
-PUBLISH_SECONDS: Final = 30.0
-"""How long Kafka may take to acknowledge all letters of a batch."""
+PUBLISH_SECONDS: Final = 20.0
+"""How long Kafka may take to acknowledge all letters of a batch. A transaction may take longer."""
 _REQUEST_TIMEOUT_MS: Final = 10_000
 
 

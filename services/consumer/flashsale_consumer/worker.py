@@ -235,8 +235,8 @@ class Worker:
             sources[id(event)] = record
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
-        # Before the transaction, because it locks rows that others need, and Kafka can be slow. A
-        # batch that is read again publishes them again.
+        # Before the transaction, which locks rows that other processes need, because Kafka can be
+        # slow. A batch that is read again publishes them again.
         await self._publisher.publish(letters)
         begun = time.monotonic()
         with self._partitions.storing() as announced:
@@ -245,7 +245,8 @@ class Worker:
                     connection, self._topic, positions, read, batch, announced=announced
                 )
                 broken = [DeadLetter(sources[id(event)], why) for event, why in outcome.broken]
-                # Before the offsets move past these events. Only PostgreSQL can find them.
+                # PostgreSQL has just rejected these events. Publish them before the offsets move
+                # past them.
                 await self._publisher.publish(broken)
         letters += broken
         if letters:

@@ -12,7 +12,7 @@
 --       ledger, so they are not touched here. While buyers have more units than a lowered stock,
 --       released units are not sold again. The first write is the deletion, which Redis permits
 --       when it is out of memory. It then permits the other writes too. Everything is read before
---       it, because Redis does not roll back. The entry of a buyer that cannot be read stays.
+--       it, because Redis does not roll back. If a buyer cannot be read, the entry stays.
 
 local function settle(keys, item)
   local acknowledged, releases, seen = {}, {}, {}

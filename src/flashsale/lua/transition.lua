@@ -62,8 +62,8 @@ end
 -- order_ref, now) returns the next state and may change the record, or it returns nil and an answer.
 -- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
 -- (now_ms,sale_id,allocated,capacity,revision,engine) and one line per call, in order:
---   changed ENTRY-ID RECORD | replayed RECORD | unknown_reservation | a refusal
--- A reservation whose record cannot be read is unknown too, so that it fails no other call.
+--   changed ENTRY-ID RECORD | replayed RECORD | unknown_reservation | unreadable | a refusal
+-- An unreadable record is answered for its own call only. The other calls are decided.
 local function change_all(decide)
   local sale, reason = read_sale(KEYS)
   if reason then return reason end
@@ -84,7 +84,7 @@ local function change_all(decide)
   for n, id in ipairs(ids) do
     local record = texts[id] and parse(texts[id])
     if not record then
-      answers[n] = 'unknown_reservation'
+      answers[n] = texts[id] and 'unreadable' or 'unknown_reservation'
     else
       local state, answer = decide(record, order_refs[n], now)
       if state then

@@ -130,15 +130,15 @@ async def test_a_sale_whose_keys_are_lost_is_fenced_and_not_unknown(
 
 
 async def test_a_pod_that_has_not_been_called_yet_knows_the_sale_too(
-    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
+    api: ApiServer, http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
 ) -> None:
     await open_sale(item)
+
+    async def swept() -> bool:
+        return f'item="{item}"' in (await http.get(api.metrics_url)).text
+
+    await until(swept)
     await redis.delete(*ItemKeys.of(item).sold)
-
-    async def fenced() -> bool:
-        return (await reserve(http, item)).status_code == 503
-
-    await until(fenced)
     problem(await reserve(http, item), 503, "fenced")
 
 

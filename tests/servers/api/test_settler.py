@@ -13,6 +13,7 @@ from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Entry, Outbox
 from flashsale.reservations import Request
+from flashsale_api import settler as settler_module
 from flashsale_api.settler import Settler
 from tests.support import redis_users
 from tests.support.api import OWN_SALE, UNKNOWN_ID
@@ -59,9 +60,13 @@ async def test_items_are_settled_in_turn(outbox: RecordingOutbox) -> None:
 
 
 async def test_an_item_that_cannot_be_settled_waits_and_delays_no_other(
-    own_redis: RedisServer, own_inventory: Inventory, outbox: RecordingOutbox
+    own_redis: RedisServer,
+    own_inventory: Inventory,
+    outbox: RecordingOutbox,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its outbox has another type, so Redis refuses to read it."""
+    monkeypatch.setattr(settler_module, "RETRY_SECONDS", 3600.0)
     await own_inventory.server()
     key = ItemKeys.of("broken").outbox
     admin = redis_client.connect(own_redis.url)
@@ -79,11 +84,12 @@ async def test_an_item_that_cannot_be_settled_waits_and_delays_no_other(
 
     await until(settled)
     settler.add("broken", ("2-1", "no-id", 1))
-    for n in range(3):
+    for n in range(3):  # "broken" is not tried again meanwhile
         settler.add(ITEM, (f"{n}-1", UNKNOWN_ID, 1))
         await until(lambda n=n: len(outbox.settled) == n + 2)  # type: ignore[misc]
     assert outbox.settled == [[("broken", 1), (ITEM, 1)], *[[(ITEM, 1)]] * 3]
     await admin.delete(key)
+    settler._try_again("broken")
     await until(lambda: outbox.settled[4:] == [[("broken", 2)]])
     task.cancel()
     await admin.aclose()

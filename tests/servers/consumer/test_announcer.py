@@ -30,6 +30,7 @@ async def test_every_recorded_change_of_a_reservation_is_announced(
     async with running(ledger.url, log):
         for number, event in enumerate((hold, confirmed, changed(confirmed, "cancelled")), 1):
             await log.write(event)
+            await until_offsets(ledger, number, number)
             view = await until_announced(ledger, log, 1)
             [message] = view.reservations.values()
             assert (message["state"], message["version"]) == (event.state, number)

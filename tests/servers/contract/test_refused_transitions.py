@@ -154,7 +154,7 @@ async def test_a_damaged_record_fails_no_other_call_of_its_batch(
     await redis.hset(ItemKeys.of(item).reservations, damaged, record)
     calls = [Call(damaged, "order-1"), Call(good, "order-2")]
     first, second = await changes(inventory, verb, item, *calls)
-    assert first == TransitionAnswer(Transition.UNKNOWN_RESERVATION)
+    assert first == TransitionAnswer(Transition.UNREADABLE)
     assert second.outcome is Transition.CHANGED
     assert await redis.hget(ItemKeys.of(item).reservations, damaged) == record
 

@@ -70,8 +70,7 @@ def transitions(
 ) -> Transitions:
     engine = Engine("flashsale")
     engine.found_in_redis("e-1" if claimed else "")
-    if seen:
-        engine.items.note("x")
+    engine.items.looked(["x"] if seen else [])
     return Transitions(script, publisher, Metrics(), engine, verb="confirm")
 
 
