@@ -118,6 +118,7 @@ class _AcceptingInventory(Inventory):
 class _Nowhere(Publisher):
     def __init__(self) -> None:
         """Has no producer."""
+        self._held = set()
 
     def add(self, accepted: Accepted) -> None:
         """Publishes nothing."""
