@@ -336,14 +336,14 @@ class Inventory:
             self._last_items = sorted(members)
         return sorted(found.union(self._last_items))
 
-    async def present(self, item_ids: Iterable[str]) -> list[str]:
-        """Returns the items that have a sale. Those whose server is away are left out."""
+    async def present(self, item_ids: Iterable[str]) -> dict[str, bool]:
+        """Returns whether each item has a sale. Items whose server is away are left out."""
 
         def queue(pipeline: "Pipeline", item_id: str) -> None:
             pipeline.exists(self._sale_key(item_id))
 
         found = await pipelines.each(self.nodes, item_ids, self._sale_key, queue, partial=True)
-        return [item_id for item_id, (exists,) in found.items() if exists]
+        return {item_id: bool(exists) for item_id, (exists,) in found.items()}
 
     async def server(self, item_id: str = "") -> ServerTime:
         """Returns the clock and run of an item's server. A sale of another run is fenced.

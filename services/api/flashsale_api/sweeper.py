@@ -68,7 +68,9 @@ class Sweeper:
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
         items = await self._inventory.items()
-        self._known.looked(await self._inventory.present(items))
+        present = await self._inventory.present(items)
+        # If an item's server is away, the look does not count for the item.
+        self._known.looked([each for each in items if present.get(each, each in self._known)])
         servers = await self._inventory.servers(items)
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
