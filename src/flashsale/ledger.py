@@ -167,7 +167,7 @@ async def _connection(
             if "synchronous_commit" not in str(error):
                 raise
         connection = await asyncpg.connect(*arguments, server_settings=rest, **options)
-    except asyncpg.DataError as error:
+    except (asyncpg.DataError, asyncpg.PostgresSyntaxError) as error:
         why = " ".join(str(error).split())
         raise UnmetRequirement(
             f"the ledger refused an option of its address, so change it: {why}"

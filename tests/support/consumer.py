@@ -276,7 +276,7 @@ class Log:
         return sum(int(place.offset) for place in committed.values()) >= offset
 
     async def committed(self) -> dict[int, OffsetAndMetadata]:
-        """Return what the group has committed to Kafka, by partition."""
+        """Return the group's committed offsets by partition."""
         async with self._admin() as admin:
             committed = await admin.list_consumer_group_offsets(self.group_id)
         return {place.partition: offset for place, offset in committed.items()}

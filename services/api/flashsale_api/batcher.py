@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SOLD_OUT_SECONDS: Final = 0.1
 """How long a pod caches "sold out". A restock can take this long to become visible."""
 MOST_HELD: Final = 300_000
-"""A pod that holds this many events refuses new requests as if the outbox were full.
+"""A pod that holds this many events refuses all requests of buyers, repeated ones too.
 
 They take 190 to 320 MB. Otherwise the events of many items could exceed the pod's memory while
 Kafka is away.
@@ -155,7 +155,7 @@ class Batcher(Calls[Request, Decision]):
     def _of_all(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
         """Returns the outcome of a batch that was not decided per request.
 
-        An unknown item that had keys until recently is answered as fenced.
+        An unknown item that had a sale until recently is answered as fenced.
         """
         self._sold_out.pop(item_id, None)
         if outcome is Outcome.FENCED:

@@ -43,6 +43,7 @@ places to others.
 """
 MAX_WAIT_SECONDS: Final = 0.5
 """How long a request waits for a call before it is refused."""
+
 R = TypeVar("R")
 D = TypeVar("D")
 T = TypeVar("T")

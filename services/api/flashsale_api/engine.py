@@ -46,7 +46,7 @@ class Engine:
         return self._in_redis or self._in_kafka
 
     def may_have_lost(self, item_id: str) -> bool:
-        """Whether Redis may have lost the keys of an item that has none.
+        """Whether Redis may have lost the sale of an item that has none.
 
         After "unknown", the order service gives up: it voids the payment and ships nothing.
         """

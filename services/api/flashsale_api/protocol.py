@@ -39,12 +39,12 @@ The requests of a connection that wait for an earlier answer have this limit tog
 MAX_FIELDS: Final = 100
 """Limit for the header and trailer fields of a request."""
 MAX_UNFINISHED_BYTES: Final = 64 * 1024 * 1024
-"""Limit for the bytes of all requests of the process that are not complete or wait.
+"""Limit for the bytes of all requests of the process that are incomplete or wait for an answer.
 
 A client that exceeds it is reset. Requests that arrive in one piece do not count.
 """
 FIELD_BYTES: Final = 150
-"""What a header field costs besides its bytes."""
+"""The memory that a header field takes besides its bytes."""
 MAX_PIPELINED: Final = 16
 """Requests of a connection that wait for the answer to an earlier one."""
 SOCKET_BYTES: Final = 128 * 1024

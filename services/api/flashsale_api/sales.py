@@ -210,7 +210,7 @@ class Sales:
             encoded.respond(headers, respond)
 
     def _without_keys(self, item_id: str) -> Problem:
-        """Returns the problem of an item that has no keys in Redis."""
+        """Returns the problem of an item that has no sale in Redis."""
         return Problem.FENCED if item_id in self._engine.items else Problem.UNKNOWN_ITEM
 
     def _read(self, item_id: str) -> "asyncio.Task[Encoded | None]":

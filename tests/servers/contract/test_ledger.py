@@ -96,7 +96,7 @@ async def test_an_option_that_the_server_refuses_is_reported_in_one_line(
     database_url: str, option: str
 ) -> None:
     pool = await ledger.connect(f"{database_url}?{option}")
-    with pytest.raises((UnmetRequirement, LedgerUnavailable), match=r"^the ledger refused [^\n]*$"):
+    with pytest.raises(UnmetRequirement, match=r"^the ledger refused an option [^\n]*$"):
         await ledger.sales(pool)
     await pool.close()
 

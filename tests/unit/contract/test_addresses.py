@@ -1,6 +1,5 @@
 """Addresses are read once, by the libraries that use them, and no error shows a part of one."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from flashsale import redis_client
 from flashsale.errors import SettingsError
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl, load
 from flashsale_api.settings import Settings as ApiSettings
+from tests.support.environments import without_servers
 from tests.support.paths import ROOT
 
 SECRETS: Final = ("s3cretA", "s3cretB", "987654")
@@ -266,13 +266,7 @@ def test_a_wrong_address_ends_a_process_with_one_line(
         ("flashsale_consumer", "FLASHSALE_REDIS_URL"),
     }:
         return  # the process does not read this variable
-    environ = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
-        "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1",
-        "FLASHSALE_DATABASE_URL": "postgresql://u:p@127.0.0.1:1/db",
-    }
+    environ = without_servers(tmp_path)
     scheme = environ[variable].partition(":")[0]
     environ[variable] = f"{scheme}://u:s3cretA#s3cretB@h/0"
     program = [str(Path(sys.executable).with_name(module)), "get"]

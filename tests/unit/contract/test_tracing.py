@@ -1,6 +1,5 @@
 """The standard OTEL_* variables select the requests to trace."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from flashsale.errors import SettingsError
 from flashsale.tracing import Sampling, fields, sampled, wanted
+from tests.support.environments import without_servers
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
@@ -92,11 +92,7 @@ def test_a_value_that_the_sdk_refuses_ends_a_process_with_one_line(
     tmp_path: Path, module: str, variable: str, value: str
 ) -> None:
     environ = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1",
-        "FLASHSALE_REDIS_URL": "redis://127.0.0.1:1",
-        "FLASHSALE_DATABASE_URL": "postgresql://u:p@127.0.0.1:1/db",
+        **without_servers(tmp_path),
         "FLASHSALE_LISTEN": "127.0.0.1:0",
         "FLASHSALE_METRICS_LISTEN": "127.0.0.1:0",
         **ENDPOINT,

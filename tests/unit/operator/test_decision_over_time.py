@@ -64,7 +64,7 @@ class World(RuleBasedStateMachine):
         """Units of ended holds whose events are in the outbox."""
         self.copies: list[tuple[Sale | None, int]] = [(None, 0)]
         self.events = dict.fromkeys(SALE_IDS, NOTHING)
-        """What all events of a sale say, also those that only living pods have."""
+        """The counts of all events of a sale, with those that only living pods have."""
         self.allocated = dict.fromkeys(SALE_IDS, 0)
 
     @rule(spec=specs, lives=st.sampled_from([MAX_STEPS, MAX_STEPS, 1, 2, 3, 4]))
