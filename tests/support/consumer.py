@@ -19,7 +19,6 @@ import asyncpg
 import httpx
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.structs import OffsetAndMetadata
 
 from dev.stack.ports import free_port
@@ -34,6 +33,7 @@ from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
 from tests.support.eventually import until
+from tests.support.topics import administering, create_topic
 
 DEADLINE_SECONDS = 60.0
 NOON = datetime(2026, 11, 27, 12, tzinfo=UTC)
@@ -217,16 +217,13 @@ class Log:
     async def create(self, *, largest_dead_letter: int | None = None) -> None:
         """Create the topics as the consumer does. `largest_dead_letter` is a limit in bytes."""
         if largest_dead_letter is not None:
-            async with self._admin() as admin:
-                limit = {"max.message.bytes": str(largest_dead_letter)}
-                await admin.create_topics(
-                    [NewTopic(self.dead_letter_topic, 1, 1, topic_configs=limit)]
-                )
+            limit = {"max.message.bytes": str(largest_dead_letter)}
+            await create_topic(self.bootstrap, self.dead_letter_topic, 1, limit)
         kafka = KafkaSettings(kafka_bootstrap=self.bootstrap)
         await topics.create(kafka, self.topic, self.dead_letter_topic)
 
     async def delete(self, topic: str) -> None:
-        async with self._admin() as admin:
+        async with administering(self.bootstrap) as admin:
             await admin.delete_topics([topic])
 
             async def gone() -> bool:
@@ -277,7 +274,7 @@ class Log:
 
     async def committed(self) -> dict[int, OffsetAndMetadata]:
         """Return the group's committed offsets by partition."""
-        async with self._admin() as admin:
+        async with administering(self.bootstrap) as admin:
             committed = await admin.list_consumer_group_offsets(self.group_id)
         return {place.partition: offset for place, offset in committed.items()}
 
@@ -300,15 +297,6 @@ class Log:
                 return [await consumer.getone() for _ in range(count)]
         finally:
             await consumer.stop()
-
-    @asynccontextmanager
-    async def _admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
-        await admin.start()
-        try:
-            yield admin
-        finally:
-            await admin.close()
 
 
 class Running:

@@ -10,7 +10,6 @@ from typing import Any, Final
 import httpx
 import pytest
 from aiokafka import AIOKafkaConsumer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
 from dev.services import Addresses, ApiServer
@@ -24,6 +23,7 @@ from flashsale.sale import Sale, SaleSpec
 from tests.support.api import reserve
 from tests.support.eventually import until
 from tests.support.redis_users import API, url_of
+from tests.support.topics import create_topic
 
 TOKENS: Final = "first-" + "a" * 40, "second-" + "b" * 40
 NewApi = Callable[..., ApiServer]
@@ -35,10 +35,7 @@ def order_engine(redis_server: RedisServer, kafka_server: KafkaServer) -> Addres
     name = f"shop-{uuid.uuid4().hex[:8]}"
 
     async def create() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=kafka_server.bootstrap)
-        await admin.start()
-        await admin.create_topics([NewTopic(events.topic(name), 3, 1)])
-        await admin.close()
+        await create_topic(kafka_server.bootstrap, events.topic(name), 3)
         client = redis_client.connect(redis_server.url)
         await Inventory(client, name).claim(str(uuid.uuid4()))
         await client.aclose()

@@ -7,7 +7,6 @@ from pathlib import Path
 import httpx
 import pytest
 from aiokafka import AIOKafkaConsumer, OffsetAndMetadata, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
 from dev.services import Addresses, ApiServer
@@ -20,6 +19,7 @@ from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
 from tests.support.eventually import until
 from tests.support.inventory import a_sale, opened
 from tests.support.redis_users import API, url_of
+from tests.support.topics import create_topic
 
 OWN = "11111111-1111-1111-1111-111111111111"
 OTHER = "22222222-2222-2222-2222-222222222222"
@@ -111,10 +111,7 @@ async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
     redis: Redis, kafka_server: KafkaServer, name: str, item: str, new_api: Callable[[], ApiServer]
 ) -> None:
     topic = events.topic(name)
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_server.bootstrap)
-    await admin.start()
-    await admin.create_topics([NewTopic(topic, 1, 1)])
-    await admin.close()
+    await create_topic(kafka_server.bootstrap, topic, 1)
     partition = TopicPartition(topic, 0)
     consumer = AIOKafkaConsumer(
         bootstrap_servers=kafka_server.bootstrap,

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from dev.crowd import stampede
 from dev.journal import Attempt, Journal
@@ -21,6 +20,7 @@ from flashsale.sale import SaleSpec
 from tests.support import redis_users
 from tests.support.api import UNKNOWN_ID, reserve
 from tests.support.eventually import until
+from tests.support.topics import create_topic
 
 ITEM = "phone"
 SPEC = SaleSpec("default/phone", ITEM, 100_000, max_per_user=10)
@@ -68,13 +68,7 @@ def new_api(
 
 async def start_kafka(kafka: KafkaServer) -> None:
     await asyncio.to_thread(kafka.start)
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    await admin.start()
-    try:
-        if events.topic() not in await admin.list_topics():
-            await admin.create_topics([NewTopic(events.topic(), 3, 1)])
-    finally:
-        await admin.close()
+    await create_topic(kafka.bootstrap, events.topic(), 3)
 
 
 async def published(kafka: KafkaServer) -> list[ConsumerRecord[bytes, bytes]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
 from dev.stack.servers import KafkaServer
@@ -22,6 +21,7 @@ from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Accepted, Publisher
 from tests.support.eventually import until
+from tests.support.topics import administering, create_topic
 
 
 @dataclass
@@ -65,25 +65,16 @@ async def publishing(bootstrap: str, engine: str, redis: Redis) -> AsyncIterator
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@asynccontextmanager
-async def administering(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    await admin.start()
-    yield admin
-    await admin.close()
-
-
-def topic(engine: str, max_message_bytes: int) -> NewTopic:
-    config = {"max.message.bytes": str(max_message_bytes)}
-    return NewTopic(events.topic(engine), 3, 1, topic_configs=config)
+async def create(bootstrap: str, engine: str, *, max_message_bytes: int) -> None:
+    limit = {"max.message.bytes": str(max_message_bytes)}
+    await create_topic(bootstrap, events.topic(engine), 3, limit)
 
 
 async def test_a_batch_that_is_too_large_for_the_topic_is_split(
     kafka_server: KafkaServer, redis: Redis, new_item: Callable[[], str]
 ) -> None:
     engine = new_item()
-    async with administering(kafka_server.bootstrap) as admin:
-        await admin.create_topics([topic(engine, 8_000)])
+    await create(kafka_server.bootstrap, engine, max_message_bytes=8_000)
     async with publishing(kafka_server.bootstrap, engine, redis) as own:
         own.add(2_000)
         await until(lambda: own.published() == 2_000, own.published)
@@ -97,8 +88,7 @@ async def test_only_an_event_that_is_too_large_waits_for_a_larger_limit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = new_item()
-    async with administering(kafka_server.bootstrap) as admin:
-        await admin.create_topics([topic(engine, 550)])
+    await create(kafka_server.bootstrap, engine, max_message_bytes=550)
     async with publishing(kafka_server.bootstrap, engine, redis) as own:
         own.publisher.add(
             Accepted(
@@ -129,7 +119,7 @@ async def test_the_api_leaves_the_topic_to_the_consumer(tmp_path: Path, redis: R
             own.add(10)
             await until(lambda: own.failures() > 2, own.failures)
             assert events.topic("shop") not in await admin.list_topics()
-            await admin.create_topics([topic("shop", 1_000_000)])
+            await create(kafka.bootstrap, "shop", max_message_bytes=1_000_000)
             await until(lambda: own.published() == 10, own.published)
             [described] = await admin.describe_topics([events.topic("shop")])
             assert len(described["partitions"]) == 3
@@ -141,8 +131,7 @@ async def test_an_event_of_another_time_is_published_like_any_other(
 ) -> None:
     """Kafka deletes records by their time, and refuses one that is an hour ahead."""
     engine, begun = new_item(), time.time()
-    async with administering(kafka_server.bootstrap) as admin:
-        await admin.create_topics([topic(engine, 1_000_000)])
+    await create(kafka_server.bootstrap, engine, max_message_bytes=1_000_000)
     async with publishing(kafka_server.bootstrap, engine, redis) as own:
         own.add(1, accepted_ms=int((begun + hours * 3600) * 1000))
         await until(lambda: own.published() == 1, own.failures)

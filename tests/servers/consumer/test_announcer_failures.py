@@ -3,14 +3,12 @@
 import asyncio
 import gc
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 from uuid import UUID
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.producer.message_accumulator import BatchBuilder
 
@@ -27,6 +25,7 @@ from tests.support.consumer import Ledger, Log, accepted, changed, held, running
 from tests.support.eventually import until
 from tests.support.recorded import received
 from tests.support.recording import rebuild, record
+from tests.support.topics import administering, create_topic
 
 KILLS = 200
 
@@ -36,7 +35,7 @@ async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
     ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = events.recorded_topic(log.engine)
-    await create(log, topic, {"max.message.bytes": "10"})
+    await create_topic(log.bootstrap, topic, 12, {"max.message.bytes": "10"})
     sold = [accepted(number) for number in range(12_000)]
     async with running(ledger.url, log) as member:
         await log.write(*sold[:6_000])
@@ -61,7 +60,7 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(
     ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = events.recorded_topic(log.engine)
-    await create(log, topic, {"max.message.bytes": "4000"})
+    await create_topic(log.bootstrap, topic, 12, {"max.message.bytes": "4000"})
     send_batch = AIOKafkaProducer.send_batch
     sizes: list[int] = []
 
@@ -273,21 +272,6 @@ class _Steps:
                 failure = error
 
 
-async def create(log: Log, topic: str, configs: dict[str, str]) -> None:
-    async with admin(log) as client:
-        await client.create_topics([NewTopic(topic, 12, 1, topic_configs=configs)])
-
-
 async def configure(log: Log, topic: str, configs: dict[str, str]) -> None:
-    async with admin(log) as client:
+    async with administering(log.bootstrap) as client:
         await client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs)])
-
-
-@asynccontextmanager
-async def admin(log: Log) -> AsyncIterator[AIOKafkaAdminClient]:
-    client = AIOKafkaAdminClient(bootstrap_servers=log.bootstrap)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.close()

@@ -7,7 +7,6 @@ import aiokafka.codec
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer
-from aiokafka.admin import NewTopic
 from aiokafka.cluster import ClusterMetadata
 
 from dev.stack.servers import KafkaServer, PostgresServer
@@ -15,12 +14,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients, worker
 from tests.support.consumer import Ledger, Log, accepted, running
 from tests.support.eventually import until
-
-
-async def topic(log: Log, partitions: int, config: dict[str, str]) -> None:
-    """Create the topic before the consumer does."""
-    async with log._admin() as admin:
-        await admin.create_topics([NewTopic(log.topic, partitions, 1, topic_configs=config)])
+from tests.support.topics import create_topic
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
@@ -28,7 +22,7 @@ async def test_a_compressed_topic_is_read(
     ledger: Ledger, kafka_server: KafkaServer, codec: str
 ) -> None:
     log = Log(kafka_server.bootstrap)
-    await topic(log, 1, {"compression.type": codec})
+    await create_topic(log.bootstrap, log.topic, 1, {"compression.type": codec})
     sold = [accepted(number) for number in range(100)]
     await log.write(*sold)
     async with running(ledger.url, log) as member:
@@ -44,7 +38,7 @@ async def test_a_codec_that_is_not_installed_is_a_mistake_and_no_outage(
 ) -> None:
     monkeypatch.setattr(worker, "REFUSED_SECONDS", 0.1)
     log = Log(kafka_server.bootstrap)
-    await topic(log, 1, {"compression.type": "zstd"})
+    await create_topic(log.bootstrap, log.topic, 1, {"compression.type": "zstd"})
     sold = accepted()
     await log.write(sold)
     joins = clients.group_member
@@ -71,7 +65,7 @@ async def test_the_consumer_warns_of_a_topic_with_few_partitions_and_a_short_ret
     ledger: Ledger, kafka_server: KafkaServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = Log(kafka_server.bootstrap)
-    await topic(log, 1, {"retention.ms": "3600000"})
+    await create_topic(log.bootstrap, log.topic, 1, {"retention.ms": "3600000"})
     sold = accepted()
     await log.write(sold)
     async with running(ledger.url, log):

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
@@ -27,6 +26,7 @@ from flashsale_operator.sales.manifest import parse
 from tests.support.ctl import HEAD, SAMPLE, Ctl, Within, a_file
 from tests.support.manifests import flash_sale
 from tests.support.simulated_shop import SimulatedShop
+from tests.support.topics import create_topic
 
 
 def test_the_sample_has_one_sale() -> None:
@@ -281,11 +281,7 @@ def test_an_audit_and_a_rebuild_with_kafka(
             await shop.read_to(partition, span.end)
 
     async def prepare(shop: SimulatedShop) -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-        await admin.start()
-        if events.topic() not in await admin.list_topics():
-            await admin.create_topics([NewTopic(events.topic(), 3, 1)])
-        await admin.close()
+        await create_topic(kafka, events.topic(), 3)
         await read_all(shop)
 
     async def sell_and_publish(shop: SimulatedShop) -> None:

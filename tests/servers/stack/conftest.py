@@ -8,11 +8,11 @@ from typing import Any, Generic, TypeVar
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis.asyncio import Redis
 
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from tests.support.topics import create_topic
 
 S = TypeVar("S", bound=Server)
 
@@ -77,12 +77,7 @@ class KafkaKind(Kind[KafkaServer]):
     server = KafkaServer
 
     async def write(self, server: KafkaServer, text: str) -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=server.bootstrap)
-        await admin.start()
-        try:
-            await admin.create_topics([NewTopic("texts", 1, 1)])
-        finally:
-            await admin.close()
+        await create_topic(server.bootstrap, "texts", 1)
         producer = AIOKafkaProducer(bootstrap_servers=server.bootstrap, acks="all")
         await producer.start()
         try:
