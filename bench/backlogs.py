@@ -95,7 +95,7 @@ class Measuring:
         asyncio.run(self._rewriting(percent=0))
         found = []
         for name in names:
-            asyncio.run(self._quiet())
+            asyncio.run(_quiet(self._rig))
             found.append(self.kinds[name](name))
         asyncio.run(self._rewriting(percent=100))
         consumer.stop()
@@ -111,12 +111,6 @@ class Measuring:
         while (await client.info("persistence"))["aof_rewrite_in_progress"]:
             await asyncio.sleep(LOOK_SECONDS)
         await client.aclose()
-
-    async def _quiet(self) -> None:
-        """Wait until the consumer has announced the events of earlier measurements."""
-        async with Progress(self._rig) as progress, asyncio.timeout(RECORDED_SECONDS):
-            while await progress.announced() < await progress.published():
-                await asyncio.sleep(LOOK_SECONDS)
 
     def _outage(self, name: str, server: Server) -> Backlog:
         """Stop a server for a while. The backlog are the events that are not recorded."""
@@ -281,8 +275,16 @@ def capacity(rig: Rig, scale: Scale, api: Api) -> float:
     items, consumer = rig.sales(ITEMS), rig.consumer(rig.cores.rest)
     rounds = [rig.round([api], items, scale.seconds).tally.rps for _ in range(scale.rounds)]
     print(f"    recorded: {', '.join(f'{one:,.0f}' for one in rounds)}/s", flush=True)
+    asyncio.run(_quiet(rig))
     consumer.stop()
     return median(rounds)
+
+
+async def _quiet(rig: Rig) -> None:
+    """Wait until the consumer has announced the events of earlier measurements."""
+    async with Progress(rig) as progress, asyncio.timeout(RECORDED_SECONDS):
+        while await progress.announced() < await progress.published():
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def main() -> None:
