@@ -229,6 +229,7 @@ class Kube:
             headers={**info.as_http_headers(), "Accept": "application/json"},
             connector=aiohttp.TCPConnector(limit=32, ssl=info.as_ssl_context()),
             timeout=TIMEOUT,
+            proxy=info.proxy_url,
         )
 
 

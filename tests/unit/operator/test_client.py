@@ -59,6 +59,22 @@ async def test_an_expired_token_is_renewed() -> None:
     assert seen == ["Bearer 1", "Bearer 2", "Bearer 2"]
 
 
+async def test_calls_go_through_the_proxy_of_the_kubeconfig() -> None:
+    """kopf's own calls do, too."""
+    seen = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(str(request.url))
+        return web.json_response({"metadata": {}})
+
+    async with serving(answer) as proxy:
+        address = proxy._login().server
+        kube = Kube(lambda: kopf.ConnectionInfo(server="http://kube.invalid", proxy_url=address))
+        assert await kube.flash_sale("shop", "phone") == {"metadata": {}}
+        await kube.close()
+    assert [url.partition("/apis/")[0] for url in seen] == ["http://kube.invalid"]
+
+
 async def test_an_unknown_account_does_not_log_in_endlessly() -> None:
     async with serving(answers(401, message="Unauthorized")) as kube:
         with pytest.raises(KubeUnavailable, match="401 Unauthorized"):
