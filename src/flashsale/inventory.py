@@ -303,11 +303,7 @@ class Inventory:
         arguments = (sale_id, revision, accepted, released, engine_id)
         freed = Freed(await self._scripts.call(self._free, item_keys, arguments))
         if freed is Freed.FREED:
-            await self._try(self._items, lambda redis: redis.srem(self._items, item_id))
-            left = await self.nodes.call(item_keys[0], lambda redis: redis.exists(*item_keys))
-            if left:
-                # Another sale of the item was seeded in the meantime.
-                await self.index([item_id])
+            await self.unindex(item_id)
         return freed
 
     async def index(self, item_ids: Iterable[str]) -> None:
@@ -318,10 +314,19 @@ class Inventory:
         if items := list(item_ids):
             await self._try(self._items, lambda redis: redis.sadd(self._items, *items))
 
-    async def items(self, known: Iterable[str] = ()) -> list[str]:
-        """Returns the items that have keys and the `known` ones, sorted.
+    async def unindex(self, item_id: str) -> None:
+        """Removes an item from the index, unless it has keys."""
+        await self._try(self._items, lambda redis: redis.srem(self._items, item_id))
+        item_keys = self._keys(item_id).sold
+        if await self.nodes.call(item_keys[0], lambda redis: redis.exists(*item_keys)):
+            # A sale of the item was seeded in the meantime.
+            await self.index([item_id])
 
-        While the index is away, these are the known ones, and those that this object has read last.
+    async def items(self, known: Iterable[str] = ()) -> list[str]:
+        """Returns the items of the index and the `known` ones, sorted.
+
+        If an item of the index has no keys, Redis has lost them, or a sale is about to be seeded.
+        While the index is away, its items are those that this object has read last.
         """
         found = set(known)
         try:
@@ -336,14 +341,14 @@ class Inventory:
             self._last_items = sorted(members)
         return sorted(found.union(self._last_items))
 
-    async def present(self, item_ids: Iterable[str]) -> dict[str, bool]:
-        """Returns whether each item has a sale. Items whose server is away are left out."""
+    async def without_keys(self, item_ids: Iterable[str]) -> list[str]:
+        """Returns the items that have no keys. Items whose server is away are left out."""
 
         def queue(pipeline: "Pipeline", item_id: str) -> None:
-            pipeline.exists(self._sale_key(item_id))
+            pipeline.exists(*self._keys(item_id).sold)
 
         found = await pipelines.each(self.nodes, item_ids, self._sale_key, queue, partial=True)
-        return {item_id: bool(exists) for item_id, (exists,) in found.items()}
+        return [item_id for item_id, (existing,) in found.items() if not existing]
 
     async def server(self, item_id: str = "") -> ServerTime:
         """Returns the clock and run of an item's server. A sale of another run is fenced.
@@ -498,6 +503,11 @@ class Inventory:
             await self.nodes.call(key, lambda redis: cast("Awaitable[str | None]", redis.get(key)))
             or ""
         )
+
+    async def claimed(self) -> bool:
+        """Whether an engine has claimed this Redis. False while the claim's node is away."""
+        key = keys.engine_id(self.engine)
+        return bool(await self._try(key, lambda redis: redis.exists(key)))
 
     async def claim(self, engine_id: str) -> None:
         """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it.

@@ -18,7 +18,10 @@ def engine_id(engine: str) -> str:
 
 
 def items(engine: str) -> str:
-    """Returns the key of the set of items that have keys. The sweeper and the operator walk it."""
+    """Returns the key of the set of items that should have keys.
+
+    The sweeper and the operator walk it.
+    """
     return f"{engine}:items"
 
 

@@ -278,7 +278,7 @@ def _expected(answer: Answer, history: History) -> bool:
         return answer.status in (0, 401, 403, 409, 503)
     if answer.status == 404:
         # A pod that started after Redis lost the keys has never seen the sale. It answers 404 until
-        # the operator has fenced the sale in Redis.
+        # the operator has indexed the sale in Redis again.
         started = any(api == answer.api and at <= answer.received for api, at, _ in history.killed)
         return started and any(began <= answer.received for began, _ in history.lost_in_redis)
     return answer.status in (0, 202, 409, 503)

@@ -33,6 +33,7 @@ from flashsale_operator.ctl.report_html import html_of
 from flashsale_operator.ctl.report_text import text_of
 from flashsale_operator.sales import audit as auditing
 from flashsale_operator.sales import offsets
+from flashsale_operator.sales.decision import last_of_items
 from flashsale_operator.sales.reconciler import UnknownSale
 
 WATCH_SECONDS: Final = 1.0
@@ -98,10 +99,11 @@ async def _sales(
     recorded = {row.item_id for row in rows}
     items = [item] if item else await clients.inventory.items(recorded)
     held, servers, away = await clients.inventory.survey(items)
+    last = last_of_items(rows)
     if item is None and not every:
         present = {sale.sale_id for sale in held.values()}
         rows = [row for row in rows if not row.closed or row.sale_id in present]
-    return sales.views(rows, held, servers), tables.line_of_away(away)
+    return sales.views(rows, held, servers, last), tables.line_of_away(away)
 
 
 @command("audit", "audit iphone_15")

@@ -25,8 +25,8 @@ from flashsale_operator.ctl.cli import (
     item_argument,
     no_such,
 )
-from flashsale_operator.sales import engine, offsets, transitions
-from flashsale_operator.sales.decision import counted, needs_rebuild
+from flashsale_operator.sales import engine, index, offsets, transitions
+from flashsale_operator.sales.decision import counted, last_of_items, needs_rebuild
 from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import UnknownSale
@@ -72,11 +72,12 @@ async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleR
     The second value is a sentence about the items that Redis does not answer for.
     """
     held, servers, away = await clients.inventory.survey({row.item_id for row in rows})
+    last = last_of_items(rows)
     fenced = [
         row
         for row in rows
         if (server := servers.get(row.item_id))
-        and needs_rebuild(row, held.get(row.item_id), server)
+        and needs_rebuild(row, held.get(row.item_id), server, last=row.sale_id in last)
     ]
     return fenced, tables.line_of_away(away)
 
@@ -164,6 +165,7 @@ async def adopt_redis(environ: Environ) -> int:
         await ledger.migrate(clients.pool)
         await clients.inventory.clocks()  # raises RedisUnavailable for a wrong address
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
+        await index.add(clients.inventory, clients.pool)
         await clients.inventory.claim(own)
         address = clients.inventory.address
         former = await ledger.adopt_redis(clients.pool, address)

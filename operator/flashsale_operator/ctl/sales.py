@@ -1,6 +1,6 @@
 """Show the sales in the ledger and in Redis, as a table, JSON, YAML or a description."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -43,17 +43,25 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 def views(
-    rows: Sequence[SaleRow], held: Mapping[str, Sale], servers: Mapping[str, ServerTime]
+    rows: Sequence[SaleRow],
+    held: Mapping[str, Sale],
+    servers: Mapping[str, ServerTime],
+    last: Container[str],
 ) -> list[SaleView]:
     """Returns the sales of the ledger, then those that only Redis has, sorted by item.
 
     `held` and `servers` have the sale and the server of each item in Redis. Items without a server
-    cannot be read now.
+    cannot be read now. `last` has the ids of the sales that had their item last.
     """
     recorded = {row.sale_id for row in rows}
     return [
         *(
-            _view(row, held.get(row.item_id), servers.get(row.item_id))
+            _view(
+                row,
+                held.get(row.item_id),
+                servers.get(row.item_id),
+                last=row.sale_id in last,
+            )
             for row in sorted(rows, key=lambda row: (row.item_id, row.sale_id))
         ),
         *(
@@ -64,7 +72,9 @@ def views(
     ]
 
 
-def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime | None) -> SaleView:
+def _view(
+    row: SaleRow | None, holder: Sale | None, server: ServerTime | None, *, last: bool = False
+) -> SaleView:
     sale = None if holder and row and holder.sale_id != row.sale_id else holder
     known: Sale | SaleSpec | None = sale or (spec_of(row) if row else None)
     stored = sale or row
@@ -78,7 +88,7 @@ def _view(row: SaleRow | None, holder: Sale | None, server: ServerTime | None) -
         item_id=known.item_id,
         sale_id=known.sale_id,
         display_name=known.display_name,
-        state=state_of(row, holder, server) if server else SaleState.UNKNOWN,
+        state=state_of(row, holder, server, last=last) if server else SaleState.UNKNOWN,
         allocated=stored.allocated,
         available=sale.available if sale else None,
         held=stored.held,

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from flashsale import ledger
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 REBUILDS_AT_ONCE: Final = 32
 """Rebuilds that run at the same time. A restart of Redis fences every sale."""
+FINISHED_AT_ONCE: Final = 16
+"""Rebuilds of finished sales that run at the same time. They delay no sale that sells or holds."""
 PATIENCE: Final = Patience(between=0.5)
 REBUILD_RETRY_SECONDS: Final = 10.0
 """Delay before the retry of a rebuild that could not finish."""
@@ -60,6 +63,7 @@ class Rebuilds:
         self._queue = queue
         self._patience = patience
         self._turns = asyncio.Semaphore(REBUILDS_AT_ONCE)
+        self._finished_turns = asyncio.Semaphore(FINISHED_AT_ONCE)
         self._cases: dict[str, _Case] = {}
 
     async def rebuild(
@@ -128,8 +132,10 @@ class Rebuilds:
                 case.status = _rebuilding(line.removeprefix(f"{sale_id}: "))
 
         result: Rebuilt | StillFenced | FlashsaleError
+        finished = row.finished(datetime.now(UTC)) and not row.held
+        turns = self._finished_turns if finished else self._turns
         try:
-            async with self._turns:
+            async with turns:
                 drain = Drain(
                     self._inventory,
                     self._pool,

@@ -2,9 +2,10 @@
 
 - FlashSales that were deleted while no operator ran.
 - Closed sales that are still open in Redis.
-- Finished sales that no FlashSale declares any more, and that Redis lost with open holds or before
-  the ledger had all their units.
+- Finished sales that no FlashSale declares, and that Redis lost after their end, with open holds,
+  or before the ledger had all their units.
 - Keys of closed sales, which can be freed.
+- Items that Redis' index lacks, or should not have.
 """
 
 import asyncio
@@ -26,7 +27,8 @@ from flashsale_operator.kubernetes.failures import MISTAKES, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales import engine as engines
-from flashsale_operator.sales.decision import needs_rebuild
+from flashsale_operator.sales import index
+from flashsale_operator.sales.decision import last_of_items, needs_rebuild
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +40,6 @@ _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
 _Objects: TypeAlias = dict[str | None, list[Key]]
-# No reconcile of a FlashSale rebuilds these sales. Without open holds, a sale can keep its item
-# only if some of its keys still exist.
-_UNDECLARED: Final = """
-SELECT * FROM sales
-WHERE (closed OR resource_uid IS NULL) AND (held > 0 OR item_id = ANY($1::text[]))
-ORDER BY sale_id
-"""
 _HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
 
 
@@ -135,6 +130,7 @@ class Resync:
         """Resyncs once."""
         await self._controller.prepare()
         engine_id = await engines.engine_id(self._inventory, self._pool)
+        rows = await index.refresh(self._inventory, self._pool, keep_closed=self._keep_closed)
         async with ledger.translated():
             declared = [SaleRow.of(record) for record in await self._pool.fetch(_DECLARED)]
         served, others = await self._objects(declared)
@@ -148,8 +144,7 @@ class Resync:
             if await self._kube.flash_sale(*key) is None:
                 log.info("%s: its FlashSale was deleted", key.sale_id)
                 await self._controller.close_deleted(key)
-        await self._inventory.index([row.item_id for row in declared])
-        await self._rebuild_finished()
+        await self._rebuild_finished(rows)
         await self._resync_redis(engine_id)
 
     async def _objects(self, declared: Sequence[SaleRow]) -> tuple[_Objects, _Objects]:
@@ -184,21 +179,23 @@ class Resync:
             ]
         return found
 
-    async def _rebuild_finished(self) -> None:
-        """Rebuilds finished sales that would otherwise keep their holds or their item."""
-        items = await self._inventory.items()
-        async with ledger.translated():
-            rows = [SaleRow.of(record) for record in await self._pool.fetch(_UNDECLARED, items)]
-        if not rows:
+    async def _rebuild_finished(self, rows: Sequence[SaleRow]) -> None:
+        """Rebuilds finished sales that no reconcile rebuilds, because no FlashSale declares them.
+
+        They would otherwise keep their holds or their item, or answer no order.
+        """
+        last = last_of_items(rows)
+        undeclared = [row for row in rows if row.closed or row.resource_uid is None]
+        if not undeclared:
             return
-        servers = await self._inventory.servers({row.item_id for row in rows})
+        servers = await self._inventory.servers({row.item_id for row in undeclared})
         sales = await self._inventory.sales(servers, skip_unreadable=True)
-        for row in rows:
+        for row in undeclared:
             if (server := servers.get(row.item_id)) is None:
                 continue  # the item's node is away
             if not row.finished(utc_of_ms(server.now_ms)):
                 continue
-            if needs_rebuild(row, sales.get(row.item_id), server):
+            if needs_rebuild(row, sales.get(row.item_id), server, last=row.sale_id in last):
                 try:
                     await self._rebuilds.rebuild(row, wakes=False)
                 except FlashsaleError as error:

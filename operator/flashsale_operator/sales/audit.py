@@ -23,7 +23,7 @@ from flashsale.inventory import Inventory, ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales import offsets
-from flashsale_operator.sales.decision import counted, ended, lost_units, state_of
+from flashsale_operator.sales.decision import counted, ended, last_of_items, lost_units, state_of
 from flashsale_operator.sales.offsets import Span
 
 LOOKS: Final = 5
@@ -83,7 +83,7 @@ class Facts:
     """The records of one sale in all stores, in the order of the reads.
 
     `holder` is Redis' sale of the item, which may be another sale. `lag` counts the topic's records
-    that the ledger has not read.
+    that the ledger has not read. `last`: the sale had its item last.
     """
 
     before: SaleRow | None
@@ -91,6 +91,7 @@ class Facts:
     server: ServerTime
     lag: int
     after: Tally | None
+    last: bool = False
 
     @property
     def sale(self) -> Sale | None:
@@ -171,7 +172,7 @@ def compare(facts: Facts) -> Finding:
     return Finding(
         sale_id=known.sale_id,
         item_id=known.item_id,
-        state=state_of(row or facts.before, facts.holder, facts.server),
+        state=state_of(row or facts.before, facts.holder, facts.server, last=facts.last),
         allocated=sale.allocated if sale is not None else known.allocated,
         accepted=None if sale is None else sale.accepted,
         held=None if sale is None else sale.held,
@@ -215,7 +216,7 @@ def _within_redis(facts: Facts) -> list[str]:
     sale, server = facts.sale, facts.server
     row = facts.before
     if sale is None:
-        state = state_of(row, facts.holder, server)
+        state = state_of(row, facts.holder, server, last=facts.last)
         if state is SaleState.FENCED:
             return ["Redis has no keys of the sale"]
         return ["another sale has the item"] if state is SaleState.ITEM_CONFLICT else []
@@ -297,6 +298,7 @@ async def _look(
     after = {tally.row.sale_id: tally for tally in await _tallies(pool, item_id)}
 
     lag = offsets.behind(ends, stored)
+    last = last_of_items(tally.row for tally in after.values())
     found = [
         compare(
             Facts(
@@ -305,6 +307,7 @@ async def _look(
                 server=servers[after[sale_id].row.item_id],
                 lag=lag,
                 after=after[sale_id],
+                last=sale_id in last,
             )
         )
         for sale_id in after

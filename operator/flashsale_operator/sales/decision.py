@@ -8,8 +8,9 @@ order of the steps keeps units from being created twice:
 - A row without keys otherwise means that Redis lost them. The sale is rebuilt from the ledger.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
@@ -23,6 +24,9 @@ SEED_MS: Final = 5_000
 A rebuild of the same sale by another process takes longer, because it waits until a heartbeat
 expires. So the seeding cannot follow such a rebuild.
 """
+
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+_ALWAYS: Final = datetime.max.replace(tzinfo=UTC)
 
 
 class Reason(StrEnum):
@@ -164,12 +168,25 @@ def spec_of(row: SaleRow) -> SaleSpec:
     )
 
 
-def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> SaleState:
+def last_of_items(rows: Iterable[SaleRow]) -> frozenset[str]:
+    """Returns the ids of the sales that had their item last. No other sale has its keys since."""
+    last: dict[str, SaleRow] = {}
+    for row in rows:
+        before = last.get(row.item_id)
+        if before is None or _left_at(before) < _left_at(row):
+            last[row.item_id] = row
+    return frozenset(row.sale_id for row in last.values())
+
+
+def state_of(
+    row: SaleRow | None, sale: Sale | None, server: ServerTime, *, last: bool = False
+) -> SaleState:
     """Returns the state of a sale from its ledger row and Redis' sale of the item.
 
     A sale that both have closed is not fenced by a restart of Redis: it accepts nothing anyway, and
-    is rebuilt when its manifest is applied again. Without keys, a finished sale counts as freed.
-    Neither is so if a hold is open in the ledger.
+    is rebuilt when its manifest is applied again. Without keys, a closed sale counts as freed, and
+    an ended one as replaced, unless it was the `last` sale of its item. A sale with open holds in
+    the ledger is neither freed nor replaced.
     """
     if sale is not None and (row is None or sale.sale_id == row.sale_id):
         closed = row is not None and row.closed and not row.held
@@ -178,9 +195,11 @@ def state_of(row: SaleRow | None, sale: Sale | None, server: ServerTime) -> Sale
         return sale.state(server.now_ms, server.run_id)
     if row is None:
         return SaleState.UNKNOWN
+    if sale is None and has_keys(row, utc_of_ms(server.now_ms), last=last):
+        return SaleState.FENCED
     if row.finished(utc_of_ms(server.now_ms)) and not row.held:
         return SaleState.CLOSING if row.closed else SaleState.ENDED
-    return SaleState.FENCED if sale is None else SaleState.ITEM_CONFLICT
+    return SaleState.ITEM_CONFLICT
 
 
 def ended(sale: Sale, now_ms: int) -> bool:
@@ -205,7 +224,18 @@ def untrusted(row: SaleRow | None, sale: Sale, server: ServerTime) -> bool:
     return row is not None and lost_units(row, sale) > 0
 
 
-def needs_rebuild(row: SaleRow, sale: Sale | None, server: ServerTime) -> bool:
+def has_keys(row: SaleRow, now: datetime, *, last: bool) -> bool:
+    """Whether Redis should have the keys of a sale, unless another sale of the item has them.
+
+    An ended sale keeps its keys as the `last` sale of its item. Its buyers ask for their
+    reservations, and orders are confirmed again or refunded.
+    """
+    return row.held > 0 or not row.finished(now) or (last and not row.closed)
+
+
+def needs_rebuild(
+    row: SaleRow, sale: Sale | None, server: ServerTime, *, last: bool = False
+) -> bool:
     """Whether a sale must be rebuilt from the ledger. The row was read before Redis.
 
     `sale` is Redis' sale of the item. If it is another one, the row's sale waits until it is freed.
@@ -214,7 +244,7 @@ def needs_rebuild(row: SaleRow, sale: Sale | None, server: ServerTime) -> bool:
     freed nor replaced.
     """
     if sale is None:
-        return row.held > 0 or not row.finished(utc_of_ms(server.now_ms))
+        return has_keys(row, utc_of_ms(server.now_ms), last=last)
     if sale.sale_id != row.sale_id or not untrusted(row, sale, server):
         return False
     recorded = (sale.accepted, sale.released, sale.held) == (row.accepted, row.released, row.held)
@@ -236,7 +266,7 @@ def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
         row is not None and row.closed and not behind and row.ended(utc_of_ms(server.now_ms))
     )
     fenced = untrusted(observed.before, sale, server)
-    if over and (row is None or not fenced or (behind and not row.held)):
+    if over and (row is None or not fenced):
         return _ended(row, spec, sale.ends_ms)
     if row is None or (not over and (behind or row.closed or _differs(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
@@ -267,7 +297,9 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     inserted = row is not None and observed.written == row.revision == 1
     over = row is not None and not inserted and row.ended(now)
     if row is not None and over and not row.held:
-        return _ended(row, spec, _ms(row.ends_at))
+        last = row.sale_id in last_of_items((row, *observed.others))
+        if not needs_rebuild(row, sale, observed.server, last=last):
+            return _ended(row, spec, _ms(row.ends_at))
     if obstacle := _obstacle(spec, observed, now):
         return Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
     if row is None or (not over and (row.closed or _differs(row, spec))):
@@ -289,10 +321,15 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
     if rivals:
         return f"{spec.item_id} is sold by {' and '.join(rivals)}"
     if observed.row is None or observed.row.closed:
+        own = () if observed.row is None else (observed.row,)
+        last = last_of_items((*own, *observed.others))
         for other in observed.others:
             if other.held:
                 holds = counted(other.held, "unit")
                 return f"{other.sale_id} sold {spec.item_id} before and has open holds: {holds}"
+            lost = sale is None and other.sale_id in last and not other.closed
+            if lost and (kept := _kept_from(spec.sale_id, other.sale_id, spec.item_id)):
+                return kept
     if sale is None:
         return None
     if not sale.finished(server.now_ms):
@@ -303,9 +340,9 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
 
 def _kept(sale_id: str, sale: Sale, others: tuple[SaleRow, ...]) -> str | None:
     """Returns why a finished sale keeps its item, or None if the sale `sale_id` may replace it."""
+    if kept := _kept_from(sale_id, sale.sale_id, sale.item_id):
+        return kept
     before = f"{sale.sale_id} sold {sale.item_id} before"
-    if _namespace(sale.sale_id) != _namespace(sale_id):
-        return f"{before}: another namespace may sell it once the keys of that sale are freed"
     own = next((other for other in others if other.sale_id == sale.sale_id), None)
     accepted, released = (0, 0) if own is None else (own.accepted, own.released)
     if accepted > sale.accepted:
@@ -321,8 +358,27 @@ def _kept(sale_id: str, sale: Sale, others: tuple[SaleRow, ...]) -> str | None:
     return cause and f"{before} and is not fully recorded yet: {cause}"
 
 
+def _left_at(row: SaleRow) -> datetime:
+    """Returns when a sale leaves its item to the next one.
+
+    The previous version did not record when it closed a sale.
+    """
+    closed_at = row.closed_at or _NEVER if row.closed else _ALWAYS
+    return min(row.ends_at or _ALWAYS, closed_at)
+
+
 def _namespace(sale_id: str) -> str:
     return sale_id.partition("/")[0]
+
+
+def _kept_from(sale_id: str, former_id: str, item_id: str) -> str | None:
+    """Returns why a finished sale keeps its item from a sale of another namespace, or None."""
+    if _namespace(former_id) == _namespace(sale_id):
+        return None
+    return (
+        f"{former_id} sold {item_id} before: another namespace may sell it once the keys of that "
+        "sale are freed"
+    )
 
 
 def _differs(row: SaleRow, spec: SaleSpec) -> bool:

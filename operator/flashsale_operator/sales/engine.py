@@ -3,6 +3,7 @@
 from flashsale import ledger, redis_facts, requirements
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
+from flashsale_operator.sales import index
 
 
 async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
@@ -12,6 +13,9 @@ async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
     are in the Redis at another address, `LedgerUnavailable` and `RedisUnavailable`.
     """
     own = await ledger.engine_id(pool, inventory.engine, inventory.address)
+    if not await inventory.claimed():
+        # To an API pod, an item is unknown if a claimed Redis does not index it.
+        await index.add(inventory, pool)
     await inventory.claim(own)
     return own
 

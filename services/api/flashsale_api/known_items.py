@@ -1,10 +1,10 @@
-"""The items that had a sale in Redis lately. If one has none now, Redis may have lost it."""
+"""The items that Redis' index had lately. If one has no sale now, Redis may have lost it."""
 
 from collections.abc import Iterable
 from typing import Final
 
 LOOKS: Final = 60
-"""How many looks at Redis a pod remembers an item that has no sale any more.
+"""How many looks at the index a pod remembers an item that is not in it any more.
 
 There is a look per second while Redis answers. Looks are counted instead of seconds, because Redis
 can come back empty after a long outage. A sale that was freed is remembered as long.
@@ -12,7 +12,7 @@ can come back empty after a long outage. A sale that was freed is remembered as 
 
 
 class KnownItems:
-    """The sweep notes all items with a sale once per second. A script call notes its own item.
+    """The sweep notes all items of the index once per second. A script call notes its own item.
 
     Made-up names are never noted, so they take no memory.
     """
@@ -34,7 +34,7 @@ class KnownItems:
         self._seen[item_id] = self._looks
 
     def looked(self, item_ids: Iterable[str]) -> None:
-        """Notes all items with a sale, and forgets those that the last `LOOKS` looks missed."""
+        """Notes the items of the index, and forgets those that the last `LOOKS` looks missed."""
         self._looks += 1
         oldest = self._looks - LOOKS
         self._seen = {item_id: seen for item_id, seen in self._seen.items() if seen > oldest}

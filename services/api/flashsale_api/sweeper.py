@@ -68,10 +68,8 @@ class Sweeper:
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
         items = await self._inventory.items()
-        present = await self._inventory.present(items)
-        # If an item's server is away, the look does not count for the item.
-        self._known.looked([each for each in items if present.get(each, each in self._known)])
         servers = await self._inventory.servers(items)
+        self._known.looked(items)  # not while Redis is away
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
         for item_id in await self._measure(now_ms):

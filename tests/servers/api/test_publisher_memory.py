@@ -17,6 +17,7 @@ from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Record, Request, Snapshot, State
 from flashsale.settings import KafkaSettings
+from flashsale_api import known_items
 from flashsale_api import publisher as publisher_module
 from flashsale_api import sweeper as sweeper_module
 from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
@@ -179,6 +180,30 @@ async def test_an_entry_of_a_clock_that_was_ahead_is_swept(
     sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id="pod")
     await sweeper.sweep()
     assert publisher.held == 1
+
+
+async def test_an_item_of_the_index_is_known_however_long_its_keys_are_lost(
+    own_redis: RedisServer,
+    own_inventory: Inventory,
+    outbox: Outbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its sale cannot be rebuilt while PostgreSQL is away. A 404 would void payments meanwhile."""
+    monkeypatch.setattr(known_items, "LOOKS", 1)
+    known = KnownItems()
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=known, pod_id="pod")
+    admin = redis_client.connect(own_redis.url)
+    await admin.delete(*ItemKeys.of(ITEM).sold)
+    for _ in range(2):
+        await sweeper.sweep()
+        assert ITEM in known
+    await own_inventory.unindex(ITEM)
+    await sweeper.sweep()
+    assert ITEM not in known, "its sale was freed"
+    await admin.aclose()
 
 
 async def test_a_wrong_certificate_is_an_outage_of_kafka(outbox: Outbox, tmp_path: Path) -> None:

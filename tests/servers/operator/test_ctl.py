@@ -18,6 +18,7 @@ from redis import Redis
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events
 from flashsale.events import Event
+from flashsale.inventory import Freed
 from flashsale.keys import ItemKeys
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
@@ -266,6 +267,35 @@ def test_a_watch_shows_each_change_until_it_is_interrupted(
         assert watching.stderr.read() == ""
     assert len(re.findall("ITEM ", shown)) == head
     assert shown.count("default/iphone-15") == 2
+
+
+def test_an_ended_sale_is_fenced_if_redis_lost_it_and_ended_if_another_had_its_item_since(
+    ctl: Ctl, within: Within
+) -> None:
+    ended = SaleSpec("default/ended", "iphone_15", 5, ends_ms=1)
+    later = SaleSpec("default/later", "iphone_15", 5)
+
+    async def lose(shop: SimulatedShop) -> None:
+        await shop.apply(ended)
+        await shop.redis.delete(*ItemKeys.of(ended.item_id).sold)
+
+    async def sell_again(shop: SimulatedShop) -> None:
+        await shop.apply(ended)
+        assert (await shop.apply(later)).ready
+        row = (await shop.reconciler.close(later.sale_id)).row
+        assert row is not None
+        freed = await shop.inventory.free(
+            later.item_id, later.sale_id, row.revision, accepted=0, released=0
+        )
+        assert freed is Freed.FREED
+
+    within(lose)
+    for command in (("get",), ("get", "--all"), ("get", "iphone_15")):
+        assert ctl(*command)[1][1].split()[2] == "Fenced"
+    within(sell_again)
+    for command in (("get",), ("get", "--all"), ("get", "iphone_15")):
+        lines = [line.split() for line in ctl(*command)[1]]
+        assert [line[2] for line in lines if "default/ended" in line] == ["Ended"]
 
 
 @pytest.mark.slow

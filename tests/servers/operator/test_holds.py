@@ -391,7 +391,7 @@ async def end(shop: SimulatedShop, spec: SaleSpec, user: str) -> None:
             await shop.inventory.cancel(spec.item_id, [call], timeout_seconds=5)
 
 
-async def test_an_ended_sale_that_lost_its_open_holds_is_rebuilt_by_its_manifest(
+async def test_an_ended_sale_that_redis_lost_is_rebuilt_by_its_manifest(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
     now_ms = (await shop.inventory.server()).now_ms
@@ -411,5 +411,7 @@ async def test_an_ended_sale_that_lost_its_open_holds_is_rebuilt_by_its_manifest
     await shop.record(spec.item_id)
     await shop.redis.flushall()
     report = await shop.apply(ended)
-    assert (report.state, report.rebuilt) == (SaleState.ENDED, None)
-    assert await shop.sale(spec.item_id) is None
+    assert (report.state, report.ready) == (SaleState.ENDED, True)
+    assert report.rebuilt is not None
+    assert await shop.confirm(spec.item_id, "a") is Transition.REPLAYED
+    assert await shop.cancel(spec.item_id, "a", "order-1") is Transition.CHANGED, "a refund"

@@ -19,7 +19,7 @@ from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync, left_behind, may_be_freed, unclosed
-from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.decision import Reason, needs_rebuild
 from flashsale_operator.sales.offsets import Span
 from tests.support.eventually import until
 from tests.support.fake_kube import FakeKube
@@ -221,6 +221,63 @@ async def test_keys_are_not_freed_while_the_outbox_has_events(
         is Freed.UNRECORDED
     )
     assert await shop.redis.xlen(ItemKeys.of(spec.item_id).outbox) == 1
+
+
+async def test_the_index_has_the_items_that_have_keys_or_should_have_them(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """An API pod takes an item of the index that has no keys for a lost one."""
+    index, own = keys.items(DEFAULT_ENGINE), resync_of(shop, FakeKube(), Queue())
+    await shop.apply(spec)
+    await shop.redis.delete(index)
+    await own.resync()
+    assert await shop.redis.smembers(index) == {spec.item_id}
+    await shop.redis.flushall()
+    await own.resync()
+    assert await shop.redis.smembers(index) == {spec.item_id}, "the sale is lost"
+    await shop.apply(spec)
+    await shop.reconciler.close(spec.sale_id)
+    await shop.redis.delete(index)
+    await own.resync()
+    assert await shop.redis.smembers(index) == {spec.item_id}, "its keys are not freed yet"
+    await shop.redis.delete(*ItemKeys.of(spec.item_id).sold)
+    await own.resync()
+    assert await shop.redis.smembers(index) == set()
+
+
+async def test_redis_is_not_claimed_before_lost_items_are_in_its_index(
+    shop: SimulatedShop, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod that starts in between would take a lost item for an unknown one."""
+    await shop.apply(spec)
+    await shop.redis.flushall()
+    indexed = []
+    claim = shop.inventory.claim
+
+    async def look(engine_id: str) -> None:
+        indexed.append(await shop.redis.smembers(keys.items(DEFAULT_ENGINE)))
+        await claim(engine_id)
+
+    monkeypatch.setattr(shop.inventory, "claim", look)
+    other = SaleSpec("default/other", f"{spec.item_id}-2", 5)
+    await shop.apply(other)
+    assert indexed[0] == {spec.item_id}
+
+
+async def test_an_ended_sale_of_flashsalectl_is_rebuilt_without_a_flashsale(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    await shop.pool.execute("UPDATE sales SET ends_at = now() - interval '1 hour'")
+    await shop.redis.flushall()
+    own = resync_of(shop, FakeKube(), Queue())
+
+    async def rebuilt() -> bool:
+        await own.resync()
+        row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
+        return not needs_rebuild(row, sale, await shop.inventory.server(), last=True)
+
+    await until(rebuilt)
+    assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
 
 
 async def test_a_sale_that_was_closed_while_it_waited_for_its_rebuild_gives_its_item_back(

@@ -22,6 +22,7 @@ from flashsale_operator.sales.decision import (
     StillFenced,
     WriteRow,
     decide,
+    last_of_items,
     needs_rebuild,
     spec_of,
     state_of,
@@ -138,10 +139,6 @@ def test_an_ended_sale_stays_ended(stored_state: str) -> None:
     assert outcome(decide(PAST, seen)) == (SaleState.ENDED, Reason.APPLIED)
     longer = replace(SPEC, ends_ms=NOW_MS + 60_000)
     assert outcome(decide(longer, seen)) == (SaleState.ENDED, Reason.SALE_ENDED)
-    assert outcome(decide(longer, observed(row=a_row(PAST)))) == (
-        SaleState.ENDED,
-        Reason.SALE_ENDED,
-    )
 
 
 def test_an_ended_sale_that_was_also_closed_stays_ended() -> None:
@@ -229,18 +226,50 @@ def test_a_fenced_sale_that_ended_is_rebuilt_without_a_new_row() -> None:
     assert decide(PAST, seen) == Rebuild(row)
 
 
-def test_an_ended_sale_without_keys_is_rebuilt_only_for_open_holds() -> None:
-    row = a_row(PAST, accepted=4, held=1)
-    for sale in (None, a_sale(PAST, run_id="run-0", accepted=4, revision=2)):
-        for spec in (PAST, replace(SPEC, ends_ms=NOW_MS + 60_000)):
-            seen = observed(row=row, sale=sale)
-            assert decide(spec, seen) == Rebuild(row)
-            assert outcome(decide(spec, replace(seen, still_fenced=STILL_FENCED))) == (
-                SaleState.FENCED,
-                Reason.FENCED,
-            )
-            confirmed = replace(seen, row=replace(row, held=0))
-            assert outcome(decide(spec, confirmed))[0] is SaleState.ENDED
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("sale", [None, a_sale(PAST, run_id="run-0", accepted=4, revision=2)])
+def test_an_ended_sale_that_redis_lost_is_rebuilt(held: int, sale: Sale | None) -> None:
+    """Orders are still confirmed again and refunded."""
+    row = a_row(PAST, accepted=4, held=held)
+    for spec in (PAST, replace(SPEC, ends_ms=NOW_MS + 60_000)):
+        seen = observed(row=row, sale=sale)
+        assert decide(spec, seen) == Rebuild(row)
+        assert outcome(decide(spec, replace(seen, still_fenced=STILL_FENCED))) == (
+            SaleState.FENCED,
+            Reason.FENCED,
+        )
+
+
+def test_an_ended_sale_whose_item_another_sale_has_had_since_is_not_rebuilt() -> None:
+    row, now = a_row(PAST, accepted=4), utc_of_ms(NOW_MS)
+    seen = observed(row=row, others=(a_row(OTHER, closed=True, closed_at=now),))
+    assert outcome(decide(PAST, seen)) == (SaleState.ENDED, Reason.APPLIED)
+    assert decide(PAST, replace(seen, row=replace(row, held=1))) == Rebuild(replace(row, held=1))
+    before = utc_of_ms(NOW_MS - 2)
+    for older in (
+        a_row(OTHER, closed=True, closed_at=before),
+        a_row(OTHER, ends_at=before, closed=True, closed_at=now),
+        a_row(OTHER, ends_at=before),
+        a_row(OTHER, closed=True),
+    ):
+        assert decide(PAST, replace(seen, others=(older,))) == Rebuild(row), older
+
+
+def test_a_lost_sale_keeps_its_item_from_another_namespace() -> None:
+    other = replace(OTHER, sale_id="yard/older", ends_ms=NOW_MS - 1)
+    seen = observed(others=(a_row(other),))
+    assert outcome(decide(SPEC, seen)) == (SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT)
+    assert decide(SPEC, observed(others=(a_row(other, closed=True),))) == WriteRow(
+        (a_row(other, closed=True),)
+    )
+    assert isinstance(
+        decide(SPEC, observed(others=(a_row(PAST, sale_id=OTHER.sale_id),))), WriteRow
+    )
+
+
+def test_a_sale_that_was_closed_after_its_end_was_freed() -> None:
+    row = a_row(PAST, accepted=4, closed=True, closed_at=utc_of_ms(NOW_MS))
+    assert outcome(decide(PAST, observed(row=row))) == (SaleState.ENDED, Reason.APPLIED)
 
 
 def test_an_ended_sale_that_lacks_an_ended_hold_is_rebuilt() -> None:
@@ -262,12 +291,27 @@ def test_an_ended_sale_that_lacks_an_ended_hold_is_rebuilt() -> None:
             SaleState.FENCED,
         ),
         (a_row(closed=True), a_sale(stored_state="closed", run_id="run-0"), SaleState.CLOSING),
+        (a_row(PAST), None, SaleState.FENCED),
+        (a_row(PAST), a_sale(OTHER), SaleState.ENDED),
     ],
 )
-def test_a_finished_sale_is_fenced_only_with_open_holds(
+def test_a_finished_sale_is_fenced_with_open_holds_or_if_redis_lost_its_end(
     row: SaleRow, sale: Sale | None, state: SaleState
 ) -> None:
-    assert state_of(row, sale, SERVER) is state
+    assert state_of(row, sale, SERVER, last=True) is state
+    if not row.held and sale is None:
+        assert state_of(row, sale, SERVER) in (SaleState.CLOSING, SaleState.ENDED)
+
+
+def test_the_last_sale_of_an_item_left_it_last_or_has_it_still() -> None:
+    times = [utc_of_ms(NOW_MS + number) for number in range(3)]
+    first = a_row(sale_id="a/first", ends_at=times[0], closed=True, closed_at=times[2])
+    second = a_row(sale_id="a/second", closed=True, closed_at=times[1])
+    third = a_row(sale_id="a/third")
+    elsewhere = a_row(sale_id="a/elsewhere", item_id="pixel_8")
+    assert last_of_items([second, elsewhere, first]) == {"a/second", "a/elsewhere"}
+    assert last_of_items([first, third, second]) == {"a/third"}
+    assert last_of_items([]) == frozenset()
 
 
 def test_a_finished_sale_that_lost_its_open_holds_needs_a_rebuild() -> None:
