@@ -11,7 +11,7 @@ from dev.crowd import Client, percentile
 from dev.journal import Attempt, Entry
 from tests.faults.check import Broken
 from tests.faults.redis_shards import shard_of, spared
-from tests.faults.schedule import OF_BUYERS, Kind, Schedule
+from tests.faults.schedule import ON_TOP, Kind, Schedule
 from tests.faults.world import Sale
 
 STOCK: Final = 1_000_000
@@ -63,7 +63,7 @@ class Bystander:
         """
         kinds = {step.kind for step in schedule.steps}
         if Kind.REDIS_TWO_LOST not in kinds and all(
-            kind.name.startswith("REDIS_") or kind in OF_BUYERS for kind in kinds
+            kind.name.startswith("REDIS_") or kind in ON_TOP for kind in kinds
         ):
             refused = Counter(entry.outcome for entry in self.journal if entry.status != 202)
             if refused:

@@ -114,8 +114,8 @@ async def await_ready(world: World, sale: Sale) -> None:
             for condition in live.get("status", {}).get("conditions", [])
             if condition["type"] == "Ready" and condition["observedGeneration"] == generation
         }
-        # The only possible error is a stock below the units that buyers already hold.
-        if reasons & {"Applied", "StockBelowHeld"}:
+        # The stock can be below the units that buyers already hold, or change after the end.
+        if reasons & {"Applied", "StockBelowHeld", "SaleEnded"}:
             return
         if time.monotonic() > deadline:
             raise Broken(f"the FlashSale is not ready: {await _flash_sales(world)}")

@@ -87,8 +87,7 @@ class Shop:
         while True:
             tries += 1
             status, kind = await self._send(request)
-            final = status in (200, 409) or (status == 404 and self._repaired(0.0))
-            if final or self._repaired(REPAIRED_SECONDS):
+            if status in (200, 404, 409) or self._repaired(REPAIRED_SECONDS):
                 break
             await asyncio.sleep(self._chance.uniform(0.05, 0.5))
         self.journal.append(

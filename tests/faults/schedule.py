@@ -53,6 +53,7 @@ class Kind(StrEnum):
     SHORTEN = "less stock"
     PAUSE = "the sale paused"
     DELETE_AND_APPLY = "the sale deleted and applied again"
+    END = "the sale ended"
     FLOOD = "a flood of buyers"
     ISSUER_AWAY = "the issuer's keys unreachable"
 
@@ -79,7 +80,7 @@ CLUSTER_ONLY: Final = frozenset(
 """These faults need a Redis Cluster."""
 REPLICA_ONLY: Final = frozenset({Kind.REDIS_FAILOVER, Kind.REDIS_AND_BACK})
 """These faults need a replica."""
-OF_BUYERS: Final = frozenset({Kind.FLOOD, Kind.ISSUER_AWAY})
+ON_TOP: Final = frozenset({Kind.FLOOD, Kind.ISSUER_AWAY, Kind.END})
 """These faults come on top of the others. A second sequence of random numbers selects them."""
 _FREEZES: Final = {
     # Some are longer than the life of a heartbeat (5 s), so that a rebuild must go on without the
@@ -163,19 +164,21 @@ def kinds(redis: Redis) -> list[Kind]:
 
 def schedule(seed: int, redis: Redis | None = None) -> Schedule:
     """Return the schedule of a seed, which also selects the kind of Redis unless it is given."""
-    chance, of_buyers = random.Random(seed), random.Random(f"buyers {seed}")
-    selected = of_buyers.choices(list(Redis), weights=(1, 2, 2))[0]
+    chance, on_top = random.Random(seed), random.Random(f"buyers {seed}")
+    selected = on_top.choices(list(Redis), weights=(1, 2, 2))[0]
     redis = redis or selected
-    tokens = of_buyers.random() < 0.5
-    every = [kind for kind in kinds(redis) if kind not in OF_BUYERS]
+    tokens = on_top.random() < 0.5
+    every = [kind for kind in kinds(redis) if kind not in ON_TOP]
     of_redis = [kind for kind in every if kind.name.startswith("REDIS_")]
     steps = [_step(chance, kind) for kind in chance.sample(every, chance.randint(2, 5))]
     if not any(step.kind in of_redis for step in steps) and chance.random() < 0.5:
         steps.append(_step(chance, chance.choice(of_redis)))
-    if of_buyers.random() < 0.4:
-        steps.append(_step(of_buyers, Kind.FLOOD))
-    if tokens and of_buyers.random() < 0.4:
-        steps.append(_step(of_buyers, Kind.ISSUER_AWAY))
+    if on_top.random() < 0.4:
+        steps.append(_step(on_top, Kind.FLOOD))
+    if tokens and on_top.random() < 0.4:
+        steps.append(_step(on_top, Kind.ISSUER_AWAY))
+    if on_top.random() < 0.2 and all(step.kind is not Kind.DELETE_AND_APPLY for step in steps):
+        steps.append(_step(on_top, Kind.END))
     return Schedule(
         seed=seed,
         redis=redis,

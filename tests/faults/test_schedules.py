@@ -6,7 +6,7 @@ import pytest
 
 from dev.cluster.binaries import Binaries
 from tests.faults.__main__ import WORKERS, run
-from tests.faults.schedule import OF_BUYERS, Kind, Redis, kinds, schedule
+from tests.faults.schedule import ON_TOP, Kind, Redis, kinds, schedule
 from tests.faults.table import PAGE, PUBLISHED, Outcome, commit, keep, kept, publish, table
 
 # Together these seeds have every kind of fault and every kind of Redis.
@@ -32,7 +32,7 @@ def test_a_thousand_seeds_combine_every_redis_with_every_fault_identity_and_hold
         assert {(made.tokens, made.hold_seconds is None) for made in own} == {
             (tokens, held) for tokens in (True, False) for held in (True, False)
         }
-    assert {kind for kind in OF_BUYERS if kind in kinds(Redis.ONE)} == OF_BUYERS
+    assert {kind for kind in ON_TOP if kind in kinds(Redis.ONE)} == ON_TOP
 
 
 def test_parts_of_a_run_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

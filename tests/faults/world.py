@@ -21,6 +21,7 @@ from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events, heartbeat
+from flashsale.sale import rfc3339_of_ms
 from tests.faults.crowd import Crowd
 from tests.faults.redis_alone import RedisAlone
 from tests.faults.redis_pair import RedisPair
@@ -63,6 +64,7 @@ class Sale:
     highest_stock: int
     hold_seconds: int | None = None
     paused: bool = False
+    ends_ms: int | None = None
     declared_at: float = field(default_factory=time.time)
 
     @property
@@ -79,6 +81,8 @@ class Sale:
         )
         if self.hold_seconds is not None:
             sale["spec"]["holdSeconds"] = self.hold_seconds
+        if self.ends_ms is not None:
+            sale["spec"]["endsAt"] = rfc3339_of_ms(self.ends_ms)
         return json.dumps(sale)
 
 
@@ -157,7 +161,7 @@ class World:
         match step.kind.name.partition("_")[0]:
             case "API" | "CONSUMER" as kind:
                 return kind, step.which
-            case "RESTOCK" | "SHORTEN" | "PAUSE" | "DELETE":
+            case "RESTOCK" | "SHORTEN" | "PAUSE" | "DELETE" | "END":
                 return "sale"
             case kind:
                 return kind
@@ -276,6 +280,8 @@ class World:
                 await self.apply(sale)
                 await asyncio.sleep(step.seconds)
                 sale.paused = False
+            case Kind.END:
+                sale.ends_ms = int((time.time() + step.seconds) * 1000)
             case Kind.DELETE_AND_APPLY:
                 await self.delete(sale)
                 await asyncio.sleep(step.seconds)
