@@ -18,7 +18,7 @@ def test_kubectl_alone_controls_a_whole_sale(
     operator: OperatorServer,  # noqa: ARG001 - it runs
 ) -> None:
     api = world.api()
-    assert reserve(api, "phone") == (404, "unknown-item")
+    reserve_until(api, "phone", (404, "unknown-item"))
 
     world.apply("phone", stock=2)
     live = world.until("phone", state="Selling", ready="Applied")

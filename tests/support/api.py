@@ -5,6 +5,7 @@ that a test may stop, behind a proxy that can cut replies.
 """
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Applied, Inventory
+from flashsale.keys import DEFAULT_ENGINE
 from flashsale.sale import SaleSpec
 from tests.support import redis_users
+from tests.support.eventually import eventually
 from tests.support.proxy import Proxy
 from tests.support.redis_users import API, url_of
 
@@ -55,14 +58,28 @@ async def accepted(inventory: Inventory, item: str) -> int:
     return (await inventory.sales([item]))[item].accepted
 
 
+async def claim(redis_url: str, engine: str = DEFAULT_ENGINE) -> None:
+    """Claim Redis, as the operator does. Until then, an API takes unknown items for lost ones."""
+    client = redis_client.connect(redis_url)
+    await Inventory(client, engine).claim(str(uuid.uuid4()))
+    await client.aclose()
+
+
+def until_known(api: ApiServer) -> None:
+    """Wait until the API has seen that Redis is claimed."""
+    eventually(lambda: httpx.get(f"{api.url}/sales/unknown-{uuid.uuid4()}").status_code == 404)
+
+
 @pytest.fixture(scope="session")
 def without_kafka(redis_server: RedisServer) -> Addresses:
+    asyncio.run(claim(redis_server.url))
     return Addresses(url_of(redis_server, API), f"127.0.0.1:{free_port()}", "")
 
 
 @pytest.fixture(scope="module")
 def api(without_kafka: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with ApiServer(tmp_path_factory.mktemp("api"), without_kafka) as server:
+        until_known(server)
         yield server
         server.kill()  # a graceful stop would wait for Kafka
 
@@ -96,6 +113,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 async def own_inventory(own_redis: RedisServer) -> AsyncIterator[Inventory]:
     client = redis_client.connect(own_redis.url)
     inventory = Inventory(client)
+    await inventory.claim(str(uuid.uuid4()))
     assert await inventory.apply(OWN_SALE, 1, seed_until_ms=2**53) is Applied.SEEDED
     yield inventory
     await client.aclose()

@@ -14,13 +14,13 @@ from redis.asyncio import Redis
 
 from dev.services import Addresses, ApiServer
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import events, redis_client
+from flashsale import events
 from flashsale.events import Event
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Record
 from flashsale.sale import Sale, SaleSpec
-from tests.support.api import reserve
+from tests.support.api import claim, reserve, until_known
 from tests.support.eventually import until
 from tests.support.redis_users import API, url_of
 from tests.support.topics import create_topic
@@ -36,9 +36,7 @@ def order_engine(redis_server: RedisServer, kafka_server: KafkaServer) -> Addres
 
     async def create() -> None:
         await create_topic(kafka_server.bootstrap, events.topic(name), 3)
-        client = redis_client.connect(redis_server.url)
-        await Inventory(client, name).claim(str(uuid.uuid4()))
-        await client.aclose()
+        await claim(redis_server.url, name)
 
     asyncio.run(create())
     return Addresses(url_of(redis_server, API), kafka_server.bootstrap, "", name)
@@ -50,14 +48,7 @@ def order_api(
 ) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("orders")
     with ApiServer(folder, order_engine, order_tokens=",".join(TOKENS)) as server:
-
-        async def knows_its_items() -> bool:
-            """Until then, the API takes an unknown item for a lost one."""
-            async with order_client(server) as orders:
-                answer = await orders.get(f"/sales/unknown/reservations/{uuid.uuid4()}")
-            return answer.status_code == 404
-
-        asyncio.run(until(knows_its_items))
+        until_known(server)
         yield server
 
 

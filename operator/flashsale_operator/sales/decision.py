@@ -25,8 +25,8 @@ A rebuild of the same sale by another process takes longer, because it waits unt
 expires. So the seeding cannot follow such a rebuild.
 """
 
-_NEVER: Final = datetime.min.replace(tzinfo=UTC)
-_ALWAYS: Final = datetime.max.replace(tzinfo=UTC)
+_LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
+_NOT_YET: Final = datetime.max.replace(tzinfo=UTC)
 
 
 class Reason(StrEnum):
@@ -169,7 +169,7 @@ def spec_of(row: SaleRow) -> SaleSpec:
 
 
 def last_of_items(rows: Iterable[SaleRow]) -> frozenset[str]:
-    """Returns the ids of the sales that had their item last. No other sale has its keys since."""
+    """Returns the ids of the sales that had their item last, of all sales of some items."""
     last: dict[str, SaleRow] = {}
     for row in rows:
         before = last.get(row.item_id)
@@ -363,8 +363,8 @@ def _left_at(row: SaleRow) -> datetime:
 
     The previous version did not record when it closed a sale.
     """
-    closed_at = row.closed_at or _NEVER if row.closed else _ALWAYS
-    return min(row.ends_at or _ALWAYS, closed_at)
+    closed_at = row.closed_at or _LONG_AGO if row.closed else _NOT_YET
+    return min(row.ends_at or _NOT_YET, closed_at)
 
 
 def _namespace(sale_id: str) -> str:

@@ -155,12 +155,12 @@ class Batcher(Calls[Request, Decision]):
     def _of_all(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
         """Returns the outcome of a batch that was not decided per request.
 
-        An unknown item that had a sale until recently is answered as fenced.
+        An unknown item whose sale Redis may have lost is answered as fenced.
         """
         self._sold_out.pop(item_id, None)
         if outcome is Outcome.FENCED:
             self._remember(item_id)
-        elif outcome is Outcome.UNKNOWN and item_id in self._engine.items:
+        elif outcome is Outcome.UNKNOWN and self._engine.may_have_lost(item_id):
             return Outcome.FENCED
         return outcome
 

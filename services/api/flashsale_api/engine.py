@@ -48,7 +48,7 @@ class Engine:
     def may_have_lost(self, item_id: str) -> bool:
         """Whether Redis may have lost the sale of an item that has none.
 
-        After "unknown", the order service gives up: it voids the payment and ships nothing.
+        After "unknown", a buyer goes away, and an order service voids the payment.
         """
         return item_id in self.items or not (self.items.complete and self.claimed)
 

@@ -211,7 +211,8 @@ class Sales:
 
     def _without_keys(self, item_id: str) -> Problem:
         """Returns the problem of an item that has no sale in Redis."""
-        return Problem.FENCED if item_id in self._engine.items else Problem.UNKNOWN_ITEM
+        lost = self._engine.may_have_lost(item_id)
+        return Problem.FENCED if lost else Problem.UNKNOWN_ITEM
 
     def _read(self, item_id: str) -> "asyncio.Task[Encoded | None]":
         """Returns the task that encodes the next answer. There is one at a time."""
