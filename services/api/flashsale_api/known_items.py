@@ -1,4 +1,7 @@
-"""The items that Redis' index had lately. If one has no sale now, Redis may have lost it."""
+"""The items that Redis' index had lately. If one has no sale now, Redis may have lost it.
+
+See docs/adr/0026-the-index-tells-lost-from-unknown.md.
+"""
 
 from collections.abc import Iterable
 from typing import Final
