@@ -59,9 +59,14 @@ async def accepted(inventory: Inventory, item: str) -> int:
 
 
 async def claim(redis_url: str, engine: str = DEFAULT_ENGINE) -> None:
-    """Claim Redis, as the operator does. Until then, an API takes unknown items for lost ones."""
+    """Claim Redis, as the operator does. Until then, an API takes unknown items for lost ones.
+
+    Another test may have claimed it already, or may have wiped it since.
+    """
     client = redis_client.connect(redis_url)
-    await Inventory(client, engine).claim(str(uuid.uuid4()))
+    inventory = Inventory(client, engine)
+    if not await inventory.claimed():
+        await inventory.claim(str(uuid.uuid4()))
     await client.aclose()
 
 
@@ -72,12 +77,14 @@ def until_known(api: ApiServer) -> None:
 
 @pytest.fixture(scope="session")
 def without_kafka(redis_server: RedisServer) -> Addresses:
-    asyncio.run(claim(redis_server.url))
     return Addresses(url_of(redis_server, API), f"127.0.0.1:{free_port()}", "")
 
 
 @pytest.fixture(scope="module")
-def api(without_kafka: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+def api(
+    redis_server: RedisServer, without_kafka: Addresses, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ApiServer]:
+    asyncio.run(claim(redis_server.url))
     with ApiServer(tmp_path_factory.mktemp("api"), without_kafka) as server:
         until_known(server)
         yield server
