@@ -52,6 +52,8 @@ class History:
     killed: list[tuple[int, float, float]] = field(default_factory=list)
     orphaned: list[tuple[int, float, float]] = field(default_factory=list)
     without_kafka: list[tuple[float, float]] = field(default_factory=list)
+    deleted: list[float] = field(default_factory=list)
+    """When the FlashSale was deleted."""
 
 
 @dataclass
@@ -283,6 +285,7 @@ class World:
             case Kind.END:
                 sale.ends_ms = int((time.time() + step.seconds) * 1000)
             case Kind.DELETE_AND_APPLY:
+                self.history.deleted.append(time.time())
                 await self.delete(sale)
                 await asyncio.sleep(step.seconds)
             case kind:
