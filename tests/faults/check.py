@@ -231,9 +231,9 @@ def _compare(
 def _orders(book: _Book, journal: Sequence[Call], history: History, result: Result) -> list[str]:
     """Check the shop's calls against the ledger. A change that was answered 200 is never lost.
 
-    After 404 no order has the reservation. If the sale was deleted, its hold may expire instead.
+    After 404 the ledger does not have the reservation. If the sale was deleted, it may have it, but
+    not as confirmed for this order.
     """
-    unknown = {"refused", "held", "expired"} if history.deleted else {"refused"}
     wrong = []
     states = Counter(row["state"] for row in book.rows.values())
     result.confirmed, result.cancelled = states["confirmed"], states["cancelled"]
@@ -253,7 +253,8 @@ def _orders(book: _Book, journal: Sequence[Call], history: History, result: Resu
             case _, 409:
                 kept = True
             case _, 404:
-                kept = state in unknown
+                own = row is not None and row["order_ref"] == call.order_ref
+                kept = state == "refused" or (bool(history.deleted) and not own)
             case _:
                 kept = False
         if not kept:
