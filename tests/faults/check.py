@@ -231,8 +231,7 @@ def _compare(
 def _orders(book: _Book, journal: Sequence[Call], history: History, result: Result) -> list[str]:
     """Check the shop's calls against the ledger. A change that was answered 200 is never lost.
 
-    After 404 the ledger does not have the reservation. If the sale was deleted, it may have it, but
-    not as confirmed for this order.
+    After 404 the ledger does not have the reservation, unless the sale was deleted (ADR 18).
     """
     wrong = []
     states = Counter(row["state"] for row in book.rows.values())
@@ -253,8 +252,7 @@ def _orders(book: _Book, journal: Sequence[Call], history: History, result: Resu
             case _, 409:
                 kept = True
             case _, 404:
-                own = row is not None and row["order_ref"] == call.order_ref
-                kept = state == "refused" or (bool(history.deleted) and not own)
+                kept = state == "refused" or bool(history.deleted)
             case _:
                 kept = False
         if not kept:
