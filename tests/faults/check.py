@@ -139,7 +139,7 @@ async def check(world: World, crowd: Crowd, shop: Shop, sale: Sale) -> Result:
     book = await _book(world, sale)
     wrong += _compare(book, journal, sale, world.history, result)
     if sale.hold_seconds:
-        wrong += _orders(book, shop.journal, world.history, result)
+        wrong += _orders(book, shop.journal, result)
     wrong += await _in_redis(world, sale, book)
     wrong += await _announced(world, sale)
     wrong += await _retries(crowd, book)
@@ -228,11 +228,8 @@ def _compare(
     return wrong
 
 
-def _orders(book: _Book, journal: Sequence[Call], history: History, result: Result) -> list[str]:
-    """Check the shop's calls against the ledger. A change that was answered 200 is never lost.
-
-    After 404 the ledger does not have the reservation, unless the sale was deleted (ADR 18).
-    """
+def _orders(book: _Book, journal: Sequence[Call], result: Result) -> list[str]:
+    """Check the shop's calls against the ledger. A change that was answered 200 is never lost."""
     wrong = []
     states = Counter(row["state"] for row in book.rows.values())
     result.confirmed, result.cancelled = states["confirmed"], states["cancelled"]
@@ -252,7 +249,7 @@ def _orders(book: _Book, journal: Sequence[Call], history: History, result: Resu
             case _, 409:
                 kept = True
             case _, 404:
-                kept = state == "refused" or bool(history.deleted)
+                kept = state == "refused"
             case _:
                 kept = False
         if not kept:

@@ -48,7 +48,11 @@ class Call:
 class Shop:
     """Decides about each reservation, and insists until its calls are answered."""
 
-    def __init__(self, urls: Sequence[str], token: str, item: str, *, seed: int) -> None:
+    def __init__(
+        self, urls: Sequence[str], token: str, item: str, *, seed: int, deleted: bool
+    ) -> None:
+        """`deleted`: the sale is deleted and applied again. It can be unknown in between."""
+        self._deleted = deleted
         self._urls = urls
         self._token = token
         self._item = item
@@ -87,7 +91,8 @@ class Shop:
         while True:
             tries += 1
             status, kind = await self._send(request)
-            if status in (200, 404, 409) or self._repaired(REPAIRED_SECONDS):
+            unknown = status == 404 and (not self._deleted or self._repaired(0.0))
+            if status in (200, 409) or unknown or self._repaired(REPAIRED_SECONDS):
                 break
             await asyncio.sleep(self._chance.uniform(0.05, 0.5))
         self.journal.append(

@@ -43,7 +43,13 @@ async def run(world: World, schedule: Schedule) -> Result:
     item = f"phone-{schedule.seed}-{next(_number)}"
     stock, limit = schedule.stock, schedule.max_per_user
     sale = Sale(item, limit, stock, highest_stock=stock, hold_seconds=schedule.hold_seconds)
-    shop = Shop([api.orders_url for api in world.apis], TOKEN, item, seed=schedule.seed)
+    shop = Shop(
+        [api.orders_url for api in world.apis],
+        TOKEN,
+        item,
+        seed=schedule.seed,
+        deleted=schedule.deletes,
+    )
     token_of = functools.cache(world.issuer.token) if schedule.tokens else None
     crowd = Crowd(
         [api.url for api in world.apis],

@@ -151,6 +151,11 @@ class Schedule:
         """The kind of Redis, and `tokens` or `userId`."""
         return f"{self.redis}, {'tokens' if self.tokens else 'userId'}"
 
+    @property
+    def deletes(self) -> bool:
+        """Whether the sale is deleted and applied again."""
+        return any(step.kind is Kind.DELETE_AND_APPLY for step in self.steps)
+
 
 def kinds(redis: Redis) -> list[Kind]:
     """Return the kinds of faults, which depend on the kind of Redis."""

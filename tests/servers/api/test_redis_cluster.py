@@ -18,7 +18,14 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.nodes import PROBE_SECONDS
 from flashsale.outbox import Entry, Outbox
+from flashsale.settings import KafkaSettings
+from flashsale_api import known_items
+from flashsale_api.engine import Engine
+from flashsale_api.known_items import KnownItems
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Publisher
 from flashsale_api.settler import Settler
+from flashsale_api.sweeper import Sweeper
 from tests.support.api import problem, reserve
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, answers, opened
@@ -177,3 +184,27 @@ async def test_a_frozen_node_delays_no_settlement_of_the_others(
     await until(settled)
     settling.cancel()
     await asyncio.gather(settling, return_exceptions=True)
+
+
+async def test_an_item_whose_node_is_away_is_not_forgotten(
+    redis_cluster: RedisCluster,
+    inventory: Inventory,
+    items: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The node can come back without its keys."""
+    monkeypatch.setattr(known_items, "LOOKS", 1)
+    lost, other = items
+    outbox, known = Outbox(inventory.redis), KnownItems()
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    sweeper = Sweeper(inventory, outbox, publisher, Metrics(), known=known, pod_id="pod")
+    await sweeper.sweep()
+    assert lost in known
+    async with frozen(redis_cluster, inventory, lost):
+        for _ in range(2):
+            with contextlib.suppress(RedisUnavailable):
+                await sweeper.sweep()
+        assert lost in known
+    assert other in known
