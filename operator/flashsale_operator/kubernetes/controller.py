@@ -275,7 +275,7 @@ class Controller:
             self._failed(error)
             return await self._failed_result(spec, error)
         if result.state is not SaleState.FENCED:
-            result = replace(result, rebuilt=self._rebuilds.forget(spec.sale_id))
+            result = replace(result, rebuilt=self._rebuilds.outcome(spec.sale_id))
             if result.rebuilt is not None:
                 self._metrics.lost.inc(result.rebuilt.lost)
             memory.keys_missing = False

@@ -34,13 +34,15 @@ REBUILD_RETRY_SECONDS: Final = 10.0
 class _Case:
     """The last rebuild of a sale.
 
-    `status` is reported until the rebuild has a `result`. `ended` is on the monotonic clock. A case
-    that `wakes` has a FlashSale, which is woken when the rebuild ends.
+    `status` is reported until the rebuild has a `result`. `begun` tells whether it has had its
+    turn. `ended` is on the monotonic clock. A case that `wakes` has a FlashSale, which is woken
+    when the rebuild ends.
     """
 
     task: "asyncio.Task[None]"
     status: StillFenced
     wakes: bool
+    begun: bool = False
     result: Rebuilt | StillFenced | FlashsaleError | None = None
     ended: float = 0.0
 
@@ -65,6 +67,7 @@ class Rebuilds:
         self._turns = asyncio.Semaphore(REBUILDS_AT_ONCE)
         self._finished_turns = asyncio.Semaphore(FINISHED_AT_ONCE)
         self._cases: dict[str, _Case] = {}
+        self._unreported: dict[str, Rebuilt] = {}
 
     async def rebuild(
         self, row: SaleRow, replaces: Predecessor | None = None, *, wakes: bool = True
@@ -84,23 +87,31 @@ class Rebuilds:
                 if time.monotonic() - case.ended >= REBUILD_RETRY_SECONDS:
                     self._begin(row, replaces, case.result, wakes=wakes)
                 return case.result
-            case Rebuilt():  # The sale was fenced again since.
+            case Rebuilt():  # The sale was fenced again since, or it was read before that rebuild.
                 return self._begin(row, replaces, wakes=wakes).status
             case error:
                 del self._cases[row.sale_id]
                 raise error
 
-    def forget(self, sale_id: str, *, wakes: bool | None = None) -> Rebuilt | None:
-        """Cancels the rebuild of a sale that needs none any more, and returns its outcome.
+    def outcome(self, sale_id: str, *, wakes: bool | None = None) -> Rebuilt | None:
+        """Returns the outcome of a sale's rebuilds once the sale needs none any more.
 
-        With `wakes`, leaves a rebuild alone that was started with another value.
+        Each outcome is returned once. A rebuild that waits for its turn is cancelled. One that runs
+        ends by itself: perhaps it has just made the sale trusted. Then it has no outcome yet, and
+        wakes the FlashSale when it has. With `wakes`, a rebuild that was started with another value
+        is left alone.
         """
         case = self._cases.get(sale_id)
-        if case is None or wakes not in (None, case.wakes):
-            return None
-        del self._cases[sale_id]
-        case.task.cancel()
-        return case.result if isinstance(case.result, Rebuilt) else None
+        if case is not None:
+            if wakes not in (None, case.wakes) or (case.begun and case.result is None):
+                return None
+            self._cancel(sale_id)
+        return self._unreported.pop(sale_id, None)
+
+    def forget(self, sale_id: str) -> None:
+        """Cancels the rebuild of a sale that is closed, or that another engine has."""
+        self._cancel(sale_id)
+        self._unreported.pop(sale_id, None)
 
     async def close(self) -> None:
         """Cancels all rebuilds."""
@@ -108,6 +119,10 @@ class Rebuilds:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _cancel(self, sale_id: str) -> None:
+        if (case := self._cases.pop(sale_id, None)) is not None:
+            case.task.cancel()
 
     def _begin(
         self,
@@ -136,6 +151,7 @@ class Rebuilds:
         turns = self._finished_turns if finished else self._turns
         try:
             async with turns:
+                case.begun = True
                 drain = Drain(
                     self._inventory,
                     self._pool,
@@ -154,6 +170,8 @@ class Rebuilds:
         if result != case.status:
             log.info("%s: rebuild: %s", sale_id, result)
         case.result, case.ended = result, time.monotonic()
+        if isinstance(result, Rebuilt):
+            self._unreported[sale_id] = result.after(self._unreported.get(sale_id))
         if case.wakes:
             self._queue.wake(Key.of(sale_id))
 

@@ -201,7 +201,7 @@ class Resync:
                 except FlashsaleError as error:
                     self._metrics.failures.labels(server_of(error)).inc()
                     log.warning("%s: not rebuilt yet: %s", row.sale_id, error)
-            elif (done := self._rebuilds.forget(row.sale_id, wakes=False)) is not None:
+            elif (done := self._rebuilds.outcome(row.sale_id, wakes=False)) is not None:
                 self._metrics.rebuilds.inc()
                 self._metrics.lost.inc(done.lost)
 

@@ -16,7 +16,7 @@ If PostgreSQL or Kafka cannot confirm a step, the sale stays fenced.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import asyncpg
@@ -111,6 +111,15 @@ class Rebuilt:
     def changed(self) -> bool:
         """Whether the rebuild restored or missed anything."""
         return bool(self.reservations or self.redis_lacked or self.lost)
+
+    def after(self, former: "Rebuilt | None") -> "Rebuilt":
+        """Returns the outcome of this rebuild and of a former one that was not reported yet."""
+        if former is None or not former.changed:
+            return self
+        if not self.changed:
+            return former
+        redis_lacked = former.redis_lacked + self.redis_lacked
+        return replace(self, redis_lacked=redis_lacked, lost=former.lost + self.lost)
 
     def __str__(self) -> str:
         return (

@@ -169,8 +169,8 @@ class Reconciler:
                     written = await self._write_row(spec, step, resource_uid) or written
                 case Rebuild(row, replaces):
                     match await self._rebuild(row, replaces):
-                        case Rebuilt() as rebuilt:
-                            pass
+                        case Rebuilt() as restored:
+                            rebuilt = restored.after(rebuilt)
                         case StillFenced() as still_fenced:
                             pass
                 case Apply() as step:

@@ -1,19 +1,23 @@
 """Rebuilds in the background of the reconciles."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
 from flashsale import ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.keys import ItemKeys
-from flashsale.sale import SaleSpec, SaleState
-from flashsale_operator.kubernetes.queue import Queue
+from flashsale.ledger import SaleRow
+from flashsale.sale import Predecessor, SaleSpec, SaleState
+from flashsale_operator.kubernetes import rebuilds
+from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds, SharedSpans
 from flashsale_operator.sales.decision import Reason, StillFenced
 from flashsale_operator.sales.offsets import KafkaUnavailable, Span
+from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler
+from flashsale_operator.sales.recovery import Recovery, Trusted
 from tests.support.eventually import until
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -50,12 +54,93 @@ async def test_a_rebuild_wakes_its_flashsale_and_returns_its_result_once(
     row = await shop.row(fenced.sale_id)
     assert str(await own.rebuild(row)).startswith("being rebuilt from the ledger: ")
     assert await woken(queue) == fenced.sale_id
-    assert own.forget(fenced.sale_id, wakes=False) is None, "its FlashSale reports the result"
-    done = own.forget(fenced.sale_id)
+    assert own.outcome(fenced.sale_id, wakes=False) is None, "its FlashSale reports the result"
+    done = own.outcome(fenced.sale_id)
     assert done is not None
     assert (done.accepted, done.reservations) == (1, 1)
-    assert own.forget(fenced.sale_id) is None
+    assert own.outcome(fenced.sale_id) is None
     await own.close()
+
+
+async def test_a_reconcile_that_read_redis_before_the_end_of_a_rebuild_loses_no_outcome(
+    shop: SimulatedShop, fenced: SaleSpec
+) -> None:
+    queue = Queue()
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    row = await shop.row(fenced.sale_id)
+    for _ in range(2):
+        # To the second call the sale is still fenced.
+        await own.rebuild(row)
+        assert await woken(queue) == fenced.sale_id
+        queue.give_back(Key.of(fenced.sale_id), Requeue())
+    done = own.outcome(fenced.sale_id)
+    assert done is not None
+    assert (done.accepted, done.reservations) == (1, 1)
+    assert own.outcome(fenced.sale_id) is None
+    await own.close()
+
+
+async def test_a_reconcile_that_sees_a_trusted_sale_before_its_rebuild_does_loses_no_outcome(
+    shop: SimulatedShop, fenced: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust: Callable[..., Awaitable[Trusted]] = Recovery.trust
+    trusted, answer = asyncio.Event(), asyncio.Event()
+
+    async def late(*arguments: object, **counts: object) -> Trusted:
+        found = await trust(*arguments, **counts)
+        trusted.set()
+        await answer.wait()
+        return found
+
+    monkeypatch.setattr(Recovery, "trust", late)
+    queue = Queue()
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    await own.rebuild(await shop.row(fenced.sale_id))
+    await trusted.wait()
+    assert own.outcome(fenced.sale_id) is None
+    answer.set()
+    assert await woken(queue) == fenced.sale_id, "so that the outcome is reported"
+    done = own.outcome(fenced.sale_id)
+    assert done is not None
+    assert (done.accepted, done.reservations) == (1, 1)
+    await own.close()
+
+
+async def test_a_sale_that_is_fenced_again_during_a_reconcile_has_the_outcome_of_both_rebuilds(
+    shop: SimulatedShop, fenced: SaleSpec
+) -> None:
+    sale = ItemKeys.of(fenced.item_id).sale
+    calls = 0
+
+    async def rebuild(row: SaleRow, replaces: Predecessor | None) -> Rebuilt | StillFenced:
+        nonlocal calls
+        done = await shop.rebuilder.rebuild(row, replaces)
+        calls += 1
+        if calls <= 2:
+            # Redis fails over, and has units that never reached the ledger.
+            await shop.redis.hincrby(sale, "accepted", calls)
+            await shop.redis.hset(sale, "run_id", "0" * 40)
+        return done
+
+    result = await Reconciler(shop.inventory, shop.pool, rebuild).reconcile(fenced)
+    assert (result.state, calls) == (SaleState.SELLING, 3)
+    assert result.rebuilt is not None
+    assert result.rebuilt.lost == 1 + 2
+    assert (await shop.row(fenced.sale_id)).lost == 1 + 2
+
+
+async def test_a_sale_that_needs_no_rebuild_any_more_gives_up_its_turn(
+    shop: SimulatedShop, fenced: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process rebuilt it, or it was closed."""
+    monkeypatch.setattr(rebuilds, "REBUILDS_AT_ONCE", 0)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, Queue(), patience=QUICK)
+    row, before = await shop.row(fenced.sale_id), asyncio.all_tasks()
+    await own.rebuild(row)
+    assert str(await own.rebuild(row)).endswith("waiting for its turn")
+    assert asyncio.all_tasks() > before
+    assert own.outcome(fenced.sale_id) is None
+    await until(lambda: asyncio.all_tasks() == before, "the rebuild is gone")
 
 
 async def test_the_cause_of_a_failed_rebuild_is_reported_until_the_retry(
@@ -110,7 +195,7 @@ async def test_a_reconcile_does_not_wait_for_the_rebuild_of_its_sale(
     assert (result.state, result.reason) == (SaleState.FENCED, Reason.FENCED)
     await woken(queue)
     assert (await reconciler.reconcile(fenced)).state is SaleState.SELLING
-    assert own.forget(fenced.sale_id) is not None
+    assert own.outcome(fenced.sale_id) is not None
     await own.close()
 
 
