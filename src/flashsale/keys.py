@@ -13,8 +13,11 @@ DEFAULT_ENGINE: Final = "flashsale"
 
 
 def engine_id(engine: str) -> str:
-    """Returns the key of the id of the engine that this Redis serves."""
-    return f"{engine}:engine"
+    """Returns the key of the id of the engine that this Redis serves.
+
+    It is in the slot of the items, so that a Redis Cluster loses both or neither.
+    """
+    return f"{engine}:{{{items(engine)}}}:engine"
 
 
 def items(engine: str) -> str:

@@ -142,6 +142,38 @@ async def test_a_pod_without_requests_follows_a_failover(
     await client.aclose()
 
 
+async def test_a_new_pod_takes_no_lost_sale_for_an_unknown_one(
+    redis_cluster: RedisCluster, tmp_path: Path, new_item: Callable[[], str]
+) -> None:
+    """The node of the sale and of the index came back empty, and the operator is away."""
+    engine = f"lost-{uuid.uuid4().hex[:8]}"
+    client = redis_client.connect(redis_cluster.url)
+    inventory, item = Inventory(client, engine), new_item()
+    await inventory.nodes.all()
+    name = inventory.nodes.name_of(keys.items(engine))
+    while inventory.node_of(item) != name:
+        item = new_item()
+    await opened(inventory, a_sale(item))
+    await inventory.claim("e-1")
+    addresses = Addresses(redis_cluster.url, f"127.0.0.1:{free_port()}", "", engine)
+    async with httpx.AsyncClient(timeout=30) as http:
+        with ApiServer(tmp_path / "before", addresses) as server:
+            http.base_url = httpx.URL(server.url)
+            await until(lambda: answered(http, new_item(), "unknown-item"))
+            server.kill()
+        [node] = [each for each in redis_cluster.servers if name.endswith(f":{each.port}")]
+        async with Redis.from_url(node.url) as redis:
+            await redis.flushall()
+        with ApiServer(tmp_path / "after", addresses) as server:
+            http.base_url = httpx.URL(server.url)
+            await until(lambda: answered(http, item, "fenced"))
+            await asyncio.sleep(3)  # looks at the index
+            assert await answered(http, item, "fenced")
+            assert await answered(http, new_item(), "fenced"), "it cannot know that either"
+            server.kill()
+    await client.aclose()
+
+
 async def answered(http: httpx.AsyncClient, item: str, kind: str) -> bool:
     answer = await reserve(http, item, str(uuid.uuid4()))
     return str(answer.json().get("type")).endswith(f":{kind}")

@@ -20,7 +20,7 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from dev.verdict import judge, quiet
 from flashsale import events, redis_client
 from flashsale.inventory import Applied, Inventory
-from flashsale.keys import ItemKeys
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys, engine_id
 from flashsale.outbox import Outbox
 from flashsale.reservations import BatchReply, OutboxEntry, Request
 from flashsale.sale import SaleSpec
@@ -227,7 +227,7 @@ async def old_sale(inventory: Inventory, item: str, stock: int, buyers: int) -> 
         await redis.execute_command(  # type: ignore[no-untyped-call] # redis-py has no type for it
             "XADD", own.outbox, entry_id, *pairs
         )
-    assert await redis.exists("flashsale:engine") == 0
+    assert await redis.exists(engine_id(DEFAULT_ENGINE)) == 0
     return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
 
 

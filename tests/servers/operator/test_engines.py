@@ -7,10 +7,10 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
-from flashsale import heartbeat, ledger, redis_client
+from flashsale import heartbeat, keys, ledger, redis_client
 from flashsale.errors import OtherEngine, RedisMoved
 from flashsale.inventory import Applied, Closed, Freed
-from flashsale.keys import ItemKeys
+from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.reservations import Outcome, Request
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.ctl.commands import run
@@ -120,7 +120,7 @@ async def test_a_sale_of_the_previous_version_is_adopted(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:
     """It has no engine, and Redis and the ledger's address have no owner yet."""
-    await shop.redis.delete("flashsale:engine")
+    await shop.redis.delete(keys.engine_id(DEFAULT_ENGINE))
     await shop.redis.hdel(ItemKeys.of(sold.item_id).sale, "engine")
     await shop.pool.execute("UPDATE engine SET redis_address = NULL")
     report = await shop.apply(sold)
