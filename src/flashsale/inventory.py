@@ -259,17 +259,27 @@ class Inventory:
         Items whose server is away are left out, unless all are.
         """
 
+        def count(pipeline: "Pipeline", item_id: str) -> None:
+            pipeline.zcard(self._keys(item_id).holds)
+
         def queue(pipeline: "Pipeline", item_id: str) -> None:
             key = self._keys(item_id).holds
             pipeline.zcard(key)
             pipeline.zcount(key, "-inf", now_ms[item_id])
             pipeline.zrange(key, 0, 0, withscores=True)
 
-        found = await pipelines.each(self.nodes, now_ms, self._sale_key, queue, partial=True)
-        return {
-            item_id: Holds(total, overdue, int(first[0][1]) if first else 0)
-            for item_id, (total, overdue, first) in found.items()
-        }
+        # Most sales have no hold at most times, and pods ask once per second.
+        counts = await pipelines.each(self.nodes, now_ms, self._sale_key, count, partial=True)
+        holding = [item_id for item_id, (total,) in counts.items() if total]
+        found = await pipelines.each(self.nodes, holding, self._sale_key, queue, partial=True)
+        holds = dict.fromkeys(counts, Holds(0, 0, 0))
+        for item_id in holding:
+            if item_id in found:
+                total, overdue, first = found[item_id]
+                holds[item_id] = Holds(total, overdue, int(first[0][1]) if first else 0)
+            else:
+                del holds[item_id]
+        return holds
 
     async def _change(
         self,
