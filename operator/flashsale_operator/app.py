@@ -130,7 +130,7 @@ async def _run(settings: Settings) -> int:
 
         queue = Queue()
         inventory = Inventory(redis, settings.engine)
-        rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue)
+        rebuilds = Rebuilds(inventory, pool, partial(offsets.spans, settings), queue, metrics)
         clients = Clients(kube, inventory, pool, metrics)
         controller = Controller(clients, queue, rebuilds, prefixes=settings.prefixes)
         resync = Resync(

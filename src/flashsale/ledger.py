@@ -3,6 +3,7 @@
 Every function raises `LedgerUnavailable` if PostgreSQL cannot serve the call.
 """
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
@@ -23,6 +24,8 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 _MIGRATION_LOCK: Final = 0x666C617368
 """Key of the advisory lock that serializes migrations: "flash" in ASCII."""
 COMMAND_TIMEOUT_SECONDS: Final = 10.0
+SUM_SECONDS: Final = 300.0
+"""For a query over all reservations. PostgreSQL sums up ten million in 10 to 20 seconds."""
 _MIGRATION_TIMEOUT_SECONDS: Final = 3600.0
 """A migration can rewrite a table, which takes about two seconds per million rows."""
 _CREATE_MIGRATIONS: Final = """
@@ -187,6 +190,8 @@ async def translated() -> AsyncIterator[None]:
     """
     try:
         yield
+    except ssl.SSLError as error:  # some are also a ValueError
+        raise LedgerUnavailable(f"the ledger is unavailable: {error}") from error
     except ValueError:
         raise
     except asyncpg.PostgresError as error:

@@ -179,10 +179,10 @@ async def adopt_redis(environ: Environ) -> int:
 def rebuilder_of(clients: Clients, addresses: Servers) -> Rebuilder:
     """Returns a rebuilder that reports its progress to a terminal."""
     spans = partial(offsets.spans, addresses)
-    drain = Drain(clients.inventory, clients.pool, spans, progress=_progress)
+    drain = Drain(clients.inventory, clients.pool, spans)
     return Rebuilder(clients.inventory, clients.pool, drain, _progress)
 
 
-def _progress(line: str) -> None:
+def _progress(sale_id: str, step: str) -> None:
     if sys.stderr.isatty():
-        print(f"sale {line}", file=sys.stderr)
+        print(f"sale {sale_id}: {step}", file=sys.stderr)

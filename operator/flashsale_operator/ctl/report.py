@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import asyncpg
     from asyncpg.pool import PoolConnectionProxy
 
-TIMEOUT_SECONDS: Final = 300.0
-"""For one query. A sale of a million reservations takes a few seconds."""
 FIRST_SECONDS: Final = 60
 """The report counts each second of the first minute, and then each minute."""
 MAX_BARS: Final = 120
@@ -162,7 +160,7 @@ async def _report(
     versions: Mapping[str, str],
 ) -> Report:
     async def query(sql: str, *arguments: object) -> "list[asyncpg.Record]":
-        return await connection.fetch(sql, row.sale_id, *arguments, timeout=TIMEOUT_SECONDS)
+        return await connection.fetch(sql, row.sale_id, *arguments, timeout=ledger.SUM_SECONDS)
 
     states = {record["state"]: record for record in await query(_STATES)}
     [people] = await query(_BUYERS)

@@ -124,7 +124,7 @@ class Controller:
             # If a FlashSale is deleted and applied again at once, its sale was never closed.
             memory = self._memories[key] = _Memory(live["metadata"]["uid"])
         try:
-            return await self._reconcile(key, memory, live)
+            requeue = await self._reconcile(key, memory, live)
         except KubeUnavailable:
             raise
         except Exception as error:
@@ -135,8 +135,11 @@ class Controller:
             if memory.bug != result.message:
                 log.exception("%s: the reconcile failed", key.sale_id)
             memory.bug = result.message
+            self._metrics.sales.update(key, result)
             await self._report(key, memory, live, result)
             return Requeue(failed=True)
+        memory.bug = ""
+        return requeue
 
     async def prepare(self) -> None:
         """Migrates the ledger and checks the servers, at the start and after each outage.
@@ -276,8 +279,6 @@ class Controller:
             return await self._failed_result(spec, error)
         if result.state is not SaleState.FENCED:
             result = replace(result, rebuilt=self._rebuilds.outcome(spec.sale_id))
-            if result.rebuilt is not None:
-                self._metrics.lost.inc(result.rebuilt.lost)
             memory.keys_missing = False
         elif result.sale is None and not memory.keys_missing:
             # Another process may have inserted the row just now and be about to seed the keys.
@@ -336,6 +337,8 @@ class Controller:
             log.info("%s: %s: %s", key.sale_id, event.reason, event.message)
             body = events.event_object(event, metadata, known.mark, now)
             await self._kube.create_event(key.namespace, body)
+        if result.rebuilt is not None:
+            self._rebuilds.reported(key.sale_id, result.rebuilt)
         after = status.next_status(before, result, generation=metadata["generation"], now=now)
         since = time.monotonic() - memory.written
         if status.worth_writing(before, after, since):

@@ -106,7 +106,7 @@ def _changes(before: Known, result: Result) -> list[SaleEvent]:
     if rebuilt is not None and rebuilt.changed:
         occasion = f"revision {rebuilt.revision}"
         found.append(SaleEvent("Rebuilt", str(rebuilt), rebuilt.lost > 0, occasion))
-    sale, allocated = result.own_sale, before.allocated
+    sale, allocated = result.trusted_sale, before.allocated
     if sale is not None and allocated is not None and sale.allocated > allocated:
         raised = f"allocated units raised from {allocated} to {sale.allocated}"
         found.append(SaleEvent("Restocked", raised))

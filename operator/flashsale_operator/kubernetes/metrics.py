@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flashsale import telemetry
-from flashsale.sale import SaleState
+from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales.reconciler import Result
 
 
@@ -42,6 +42,7 @@ class Backlog:
 @dataclass(slots=True)
 class _Entry:
     result: Result
+    sale: Sale | None = None
     backlog: Backlog = field(default_factory=Backlog)
 
 
@@ -55,8 +56,10 @@ class SaleMetrics(Collector):
     def update(self, key: tuple[str, str], result: Result) -> None:
         entry = self._entries.setdefault(key, _Entry(result))
         entry.result = result
-        if (sale := result.own_sale) is not None:
-            entry.backlog.sample(self._clock(), sale.accepted, result.recorded)
+        if result.state is not SaleState.FENCED:  # A fenced sale can lack any unit.
+            entry.sale = result.own_sale
+        if entry.sale is not None:
+            entry.backlog.sample(self._clock(), entry.sale.accepted, result.recorded)
 
     def forget(self, key: tuple[str, str]) -> None:
         self._entries.pop(key, None)
@@ -95,7 +98,7 @@ class SaleMetrics(Collector):
             ready.add_metric(labels, result.ready)
             if result.recorded is not None:
                 recorded.add_metric(labels, result.recorded)
-            if (sale := result.own_sale) is not None:
+            if (sale := entry.sale) is not None:
                 waiting.add_metric(labels, entry.backlog.seconds(now))
                 allocated.add_metric(labels, sale.allocated)
                 accepted.add_metric(labels, sale.accepted)

@@ -13,6 +13,7 @@ from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor
+from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales.decision import StillFenced
 from flashsale_operator.sales.drain import Drain, Patience, Spans
@@ -34,14 +35,15 @@ REBUILD_RETRY_SECONDS: Final = 10.0
 class _Case:
     """The last rebuild of a sale.
 
-    `status` is reported until the rebuild has a `result`. `begun` tells whether it has had its
-    turn. `ended` is on the monotonic clock. A case that `wakes` has a FlashSale, which is woken
-    when the rebuild ends.
+    `status` is reported until the rebuild has a `result`. A retry keeps the cause that stopped the
+    rebuild before. `begun` tells whether it has had its turn. `ended` is on the monotonic clock. A
+    case that `wakes` has a FlashSale, which is woken when the rebuild ends.
     """
 
     task: "asyncio.Task[None]"
     status: StillFenced
     wakes: bool
+    retry: bool
     begun: bool = False
     result: Rebuilt | StillFenced | FlashsaleError | None = None
     ended: float = 0.0
@@ -50,20 +52,20 @@ class _Case:
 class Rebuilds:
     """The rebuilds of all sales."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of the process that it works with
         self,
         inventory: Inventory,
         pool: ledger.Pool,
         spans: Spans,
         queue: Queue,
+        metrics: Metrics,
         *,
         patience: Patience = PATIENCE,
     ) -> None:
-        self._inventory = inventory
-        self._pool = pool
-        self._spans = SharedSpans(spans)
+        drain = Drain(inventory, pool, SharedSpans(spans), patience=patience)
+        self._rebuilder = Rebuilder(inventory, pool, drain, self._progress)
         self._queue = queue
-        self._patience = patience
+        self._metrics = metrics
         self._turns = asyncio.Semaphore(REBUILDS_AT_ONCE)
         self._finished_turns = asyncio.Semaphore(FINISHED_AT_ONCE)
         self._cases: dict[str, _Case] = {}
@@ -78,6 +80,12 @@ class Rebuilds:
         error of the last rebuild, once.
         """
         case = self._cases.get(row.sale_id)
+        if case is not None and wakes and not case.wakes:
+            # The FlashSale of a finished sale was applied again.
+            case.wakes = True
+            if not case.begun:
+                self._cancel(row.sale_id)
+                case = None
         if case is None:
             case = self._begin(row, replaces, wakes=wakes)
         match case.result:
@@ -96,17 +104,22 @@ class Rebuilds:
     def outcome(self, sale_id: str, *, wakes: bool | None = None) -> Rebuilt | None:
         """Returns the outcome of a sale's rebuilds once the sale needs none any more.
 
-        Each outcome is returned once. A rebuild that waits for its turn is cancelled. One that runs
-        ends by itself: perhaps it has just made the sale trusted. Then it has no outcome yet, and
-        wakes the FlashSale when it has. With `wakes`, a rebuild that was started with another value
-        is left alone.
+        It is returned until it is `reported`. A rebuild that waits for its turn is cancelled. One
+        that runs ends by itself: perhaps it has just made the sale trusted. Then it has no outcome
+        yet, and wakes the FlashSale when it has. With `wakes`, a rebuild that was started with
+        another value is left alone.
         """
         case = self._cases.get(sale_id)
         if case is not None:
             if wakes not in (None, case.wakes) or (case.begun and case.result is None):
                 return None
             self._cancel(sale_id)
-        return self._unreported.pop(sale_id, None)
+        return self._unreported.get(sale_id)
+
+    def reported(self, sale_id: str, outcome: Rebuilt) -> None:
+        """Forgets an outcome, unless another rebuild has ended since."""
+        if self._unreported.get(sale_id) is outcome:
+            del self._unreported[sale_id]
 
     def forget(self, sale_id: str) -> None:
         """Cancels the rebuild of a sale that is closed, or that another engine has."""
@@ -132,35 +145,26 @@ class Rebuilds:
         *,
         wakes: bool,
     ) -> _Case:
-        task = asyncio.create_task(self._rebuild(row, replaces, first=before is None))
+        task = asyncio.create_task(self._rebuild(row, replaces))
         status = before or _rebuilding("waiting for its turn")
-        case = self._cases[row.sale_id] = _Case(task, status, wakes)
+        case = self._cases[row.sale_id] = _Case(task, status, wakes, retry=before is not None)
         return case
 
-    async def _rebuild(self, row: SaleRow, replaces: Predecessor | None, *, first: bool) -> None:
+    def _progress(self, sale_id: str, step: str) -> None:
+        case = self._cases.get(sale_id)
+        if case is not None and not case.retry:
+            case.status = _rebuilding(step)
+
+    async def _rebuild(self, row: SaleRow, replaces: Predecessor | None) -> None:
         sale_id = row.sale_id
         case = self._cases[sale_id]
-
-        def progress(line: str) -> None:
-            # A retry keeps the cause that stopped the rebuild before.
-            if first:
-                case.status = _rebuilding(line.removeprefix(f"{sale_id}: "))
-
         result: Rebuilt | StillFenced | FlashsaleError
         finished = row.finished(datetime.now(UTC)) and not row.held
         turns = self._finished_turns if finished else self._turns
         try:
             async with turns:
                 case.begun = True
-                drain = Drain(
-                    self._inventory,
-                    self._pool,
-                    self._spans,
-                    patience=self._patience,
-                    progress=progress,
-                )
-                rebuilder = Rebuilder(self._inventory, self._pool, drain, progress)
-                result = await rebuilder.rebuild(row, replaces)
+                result = await self._rebuilder.rebuild(row, replaces)
         except FlashsaleError as error:
             result = error
         except Exception:
@@ -171,6 +175,7 @@ class Rebuilds:
             log.info("%s: rebuild: %s", sale_id, result)
         case.result, case.ended = result, time.monotonic()
         if isinstance(result, Rebuilt):
+            self._metrics.lost.inc(result.lost)
             self._unreported[sale_id] = result.after(self._unreported.get(sale_id))
         if case.wakes:
             self._queue.wake(Key.of(sale_id))

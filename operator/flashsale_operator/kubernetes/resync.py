@@ -114,15 +114,17 @@ class Resync:
                 await self.resync()
                 self._metrics.last_success.set_to_current_time()
                 failing, self.unready = "", None
-            except FlashsaleError as error:
+            except Exception as error:
                 self._metrics.failures.labels(server_of(error)).inc()
+                bug = not isinstance(error, FlashsaleError)
                 mistake = isinstance(error, MISTAKES)
-                if failing != str(error):
-                    level = logging.ERROR if mistake else logging.WARNING
-                    log.log(level, "resync failed: %s", error)
-                failing = str(error)
+                said = f"{type(error).__name__}: {error}" if bug else str(error)
+                if failing != said:
+                    level = logging.ERROR if bug or mistake else logging.WARNING
+                    log.log(level, "resync failed: %s", said, exc_info=error if bug else None)
+                failing = said
                 if self.unready is not None or mistake:
-                    self.unready = " ".join(failing.split())
+                    self.unready = " ".join(said.split())
             self.ended = time.monotonic()
             await asyncio.sleep(RESYNC_SECONDS if self.unready is None else RETRY_SECONDS)
 
@@ -203,7 +205,7 @@ class Resync:
                     log.warning("%s: not rebuilt yet: %s", row.sale_id, error)
             elif (done := self._rebuilds.outcome(row.sale_id, wakes=False)) is not None:
                 self._metrics.rebuilds.inc()
-                self._metrics.lost.inc(done.lost)
+                self._rebuilds.reported(row.sale_id, done)
 
     async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""

@@ -122,14 +122,14 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
     """Returns the status after `result`.
 
     A lastTransitionTime changes only with the status of its condition. Counts that are not known
-    now stay as they were.
+    now, or that a fenced sale may lack, stay as they were.
     """
-    sale = result.own_sale
+    sale = result.trusted_sale
     message = "the ledger and Redis match the spec" if result.ready else result.message
     conditions = {
         "Ready": (str(result.ready), result.reason, message),
         "Open": _open(result),
-        "SoldOut": _sold_out(sale),
+        "SoldOut": _sold_out(before, result),
         "Refused": _refused(before, result),
     }
     at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -169,7 +169,10 @@ def _open(result: Result) -> tuple[str, str, str]:
     return status, result.state, open_message(result)
 
 
-def _sold_out(sale: Sale | None) -> tuple[str, str, str]:
+def _sold_out(before: Status, result: Result) -> tuple[str, str, str]:
+    sale, old = result.trusted_sale, before.condition("SoldOut")
+    if result.state is SaleState.FENCED and old is not None:
+        return old.status, old.reason, old.message
     if sale is None:
         return "Unknown", "Unknown", "Redis has no counts of this sale"
     if sale.available <= 0:

@@ -55,7 +55,7 @@ class Patience:
 
 
 class Drain:
-    """Waits until no event of a sale is in flight, and reports the wait's cause to `progress`."""
+    """Waits until no event of a sale is in flight."""
 
     def __init__(
         self,
@@ -64,23 +64,25 @@ class Drain:
         spans: Spans,
         *,
         patience: Patience = Patience(),
-        progress: Progress = lambda _: None,
     ) -> None:
         self._inventory = inventory
         self._topic = events.topic(inventory.engine)
         self._pool = pool
         self._spans = spans
         self.patience = patience
-        self._progress = progress
 
     async def wait(
-        self, sale_id: str, item_id: str, keep_fenced: Callable[[], Awaitable[None]]
+        self,
+        item_id: str,
+        keep_fenced: Callable[[], Awaitable[None]],
+        progress: Progress = lambda _: None,
     ) -> dict[int, int]:
         """Waits until no event is in flight. Returns the topic's end offsets, which the ledger has
         reached.
 
-        Calls `keep_fenced` at each look. Raises `NotDrained` at the deadline, `RedisUnavailable`,
-        `LedgerUnavailable`, `KafkaUnavailable`, and the errors of `keep_fenced`.
+        Calls `keep_fenced` at each look, and `progress` with each new cause. Raises `NotDrained` at
+        the deadline, `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable`, and the errors of
+        `keep_fenced`.
         """
         sampled_from_ms = (await self._inventory.server(item_id)).now_ms + CALL_DEADLINE_MS
 
@@ -89,7 +91,7 @@ class Drain:
             return await self._unpublished(item_id, sampled_from_ms)
 
         patience = self.patience
-        await self._until(sale_id, unpublished, patience.quiet, at_least=patience.unseen)
+        await self._until(unpublished, progress, patience.quiet, at_least=patience.unseen)
         topic = await self._spans()
 
         async def unread() -> tuple[str, ...]:
@@ -103,7 +105,7 @@ class Drain:
                 return faults(await self._spans(), stored)
             return faults(topic, stored)
 
-        await self._until(sale_id, unread, patience.recorded)
+        await self._until(unread, progress, patience.recorded)
         return {number: span.end for number, span in topic.items()}
 
     async def _unpublished(self, item_id: str, sampled_from_ms: int) -> tuple[str, ...]:
@@ -125,8 +127,8 @@ class Drain:
 
     async def _until(
         self,
-        sale_id: str,
         look: Callable[[], Awaitable[tuple[str, ...]]],
+        progress: Progress,
         seconds: float,
         *,
         at_least: float = 0.0,
@@ -145,7 +147,7 @@ class Drain:
                 raise NotDrained(*found)
             cause = found[0] if found else "waiting for heartbeats of API pods"
             if cause != reported:
-                self._progress(f"{sale_id}: {cause}")
+                progress(cause)
                 reported = cause
             await asyncio.sleep(self.patience.between)
 

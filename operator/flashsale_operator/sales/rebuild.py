@@ -15,8 +15,10 @@ If PostgreSQL or Kafka cannot confirm a step, the sale stays fenced.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple
 
 import asyncpg
@@ -50,7 +52,7 @@ UPDATE sales SET rebuilt_revision = $2, updated_at = now(),
   lost = lost + CASE WHEN rebuilt_revision > $4::bigint THEN 0
                      ELSE greatest(0, $3::bigint - accepted) END
 WHERE sale_id = $1 AND revision = $2
-RETURNING accepted, released, held
+RETURNING accepted, released, held, lost
 """
 _OFFSETS: Final = "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1"
 HOLD_MS: Final = 60_000
@@ -78,6 +80,9 @@ SELECT user_id,
        count(*) FILTER (WHERE state = 'expired') AS expired
 FROM reservations WHERE sale_id = $1 AND state <> 'refused' GROUP BY user_id
 """
+WRITES_AT_ONCE: Final = 4
+"""Rebuilds that write to Redis at the same time. Each keeps a connection to the ledger meanwhile,
+and reconciles need some, too."""
 _INTERRUPTED: Final = {
     Fenced.REBUILDING: "another operator or flashsalectl is rebuilding it",
     Fenced.SUPERSEDED: "another process changed or rebuilt it: the rebuild starts again",
@@ -145,14 +150,18 @@ class _Interrupted(FlashsaleError):
 
 
 class Rebuilder:
-    """Rebuilds sales. Any number may work at once: one of them rebuilds a sale."""
+    """Rebuilds sales. Any number may work at once: one of them rebuilds a sale.
+
+    It calls `progress` with a sale's id and each new step. It remembers the lost units that an
+    interrupted rebuild has noted, because the next one cannot see them any more.
+    """
 
     def __init__(
         self,
         inventory: Inventory,
         pool: ledger.Pool,
         drain: Drain,
-        progress: Callable[[str], None] = lambda _: None,
+        progress: Callable[[str, str], None] = lambda _sale_id, _step: None,
     ) -> None:
         self._inventory = inventory
         self._recovery = Recovery(inventory.redis, inventory.engine)
@@ -160,6 +169,8 @@ class Rebuilder:
         self._pool = pool
         self._drain = drain
         self._progress = progress
+        self._writes = asyncio.Semaphore(WRITES_AT_ONCE)
+        self._lost: dict[str, int] = {}
 
     async def rebuild(
         self, row: SaleRow, replaces: Predecessor | None = None
@@ -220,39 +231,49 @@ class Rebuilder:
 
         await self._inventory.index([item_id])
         if await fence("fence") is Fenced.TRUSTED:
-            return Rebuilt(row.accepted)
+            return Rebuilt(row.accepted, lost=self._lost.pop(sale_id, 0), revision=claim)
         try:
-            offsets = await self._drain.wait(sale_id, item_id, keep_fenced)
+            offsets = await self._drain.wait(item_id, keep_fenced, partial(self._progress, sale_id))
         except (NotDrained, KafkaUnavailable):
             await fence("wait", lease_ms=0)  # so that the next rebuild need not wait for this one
             raise
-        began = time.monotonic()
-        redis_had = 0 if had is None else had.accepted
-        accepted, released, held = await self._note(sale_id, claim, offsets, had)
-        await fence("begin")
-        now_ms = (await self._inventory.server(item_id)).now_ms
-        written = await self._write(
-            row, claim, now_ms if had is None else max(now_ms, had.last_now_ms)
-        )
-        ended = await self._recovery.trust(
-            item_id,
-            claim,
-            run_id,
-            accepted=accepted,
-            released=released,
-            held=held,
-            **written._asdict(),
-        )
+        async with self._turn_to_write(keep_fenced):
+            began = time.monotonic()
+            accepted, released, held = await self._note(row, offsets, had)
+            await fence("begin")
+            now_ms = (await self._inventory.server(item_id)).now_ms
+            written = await self._write(
+                row, now_ms if had is None else max(now_ms, had.last_now_ms)
+            )
+            ended = await self._recovery.trust(
+                item_id,
+                claim,
+                run_id,
+                accepted=accepted,
+                released=released,
+                held=held,
+                **written._asdict(),
+            )
         if ended is not Trusted.TRUSTED:
             raise _Interrupted(ended)
         return Rebuilt(
             accepted=accepted,
             reservations=written.reservations,
-            redis_lacked=max(0, accepted - redis_had),
-            lost=max(0, redis_had - accepted),
+            redis_lacked=max(0, accepted - (0 if had is None else had.accepted)),
+            lost=self._lost.pop(sale_id, 0),
             seconds=time.monotonic() - began,
             revision=claim,
         )
+
+    @asynccontextmanager
+    async def _turn_to_write(
+        self, keep_fenced: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        while self._writes.locked():
+            await keep_fenced()
+            await asyncio.sleep(self._drain.patience.between)
+        async with self._writes:
+            yield
 
     async def _claim(self, sale_id: str, *, above: int) -> SaleRow:
         """Takes the sale's next revision for this rebuild."""
@@ -263,7 +284,7 @@ class Rebuilder:
         return SaleRow.of(record)
 
     async def _note(
-        self, sale_id: str, claim: int, offsets: Mapping[int, int], had: Sale | None
+        self, row: SaleRow, offsets: Mapping[int, int], had: Sale | None
     ) -> tuple[int, int, int]:
         """Makes the ledger refuse events from before the rebuild that it does not have yet.
 
@@ -278,7 +299,7 @@ class Rebuilder:
             connection.transaction(),
         ):
             accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
-            counts = await connection.fetchrow(_NOTE, sale_id, claim, accepted, rebuilt)
+            counts = await connection.fetchrow(_NOTE, row.sale_id, row.revision, accepted, rebuilt)
             stored = {
                 record["partition"]: record["next_offset"]
                 for record in await connection.fetch(_OFFSETS, self._topic)
@@ -287,9 +308,11 @@ class Rebuilder:
                 stored.get(number, 0) < offset for number, offset in offsets.items()
             ):
                 raise _Interrupted(Fenced.SUPERSEDED)
-            return counts["accepted"], counts["released"], counts["held"]
+        lost = self._lost.get(row.sale_id, 0)
+        self._lost[row.sale_id] = lost + counts["lost"] - row.lost
+        return counts["accepted"], counts["released"], counts["held"]
 
-    async def _write(self, row: SaleRow, claim: int, now_ms: int) -> _Written:
+    async def _write(self, row: SaleRow, now_ms: int) -> _Written:
         """Writes the ledger's records. `now_ms` is the time of the sale by Redis' clock."""
         buyers = reservations = holds = 0
         async with (
@@ -299,17 +322,21 @@ class Rebuilder:
         ):
             async for page in _pages(connection, _BUYERS, row.sale_id):
                 found = {record["user_id"]: (record["units"], record["expired"]) for record in page}
-                _expect_restored(await self._recovery.restore(row.item_id, claim, buyers=found))
+                _expect_restored(
+                    await self._recovery.restore(row.item_id, row.revision, buyers=found)
+                )
                 buyers += len(page)
             async for page in _pages(connection, _RESERVATIONS, row.sale_id, now_ms, HOLD_MS):
                 records = [
                     (record["id"], Record._make(record[name] for name in Record._fields))
                     for record in page
                 ]
-                _expect_restored(await self._recovery.restore(row.item_id, claim, records=records))
+                _expect_restored(
+                    await self._recovery.restore(row.item_id, row.revision, records=records)
+                )
                 reservations += len(page)
                 holds += sum(record.state == State.HELD for _, record in records)
-                self._progress(f"{row.sale_id}: {counted(reservations, 'reservation')} written")
+                self._progress(row.sale_id, f"{counted(reservations, 'reservation')} written")
         return _Written(reservations, buyers, holds)
 
 
@@ -322,7 +349,8 @@ async def _pages(
     connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", query: str, *arguments: object
 ) -> AsyncIterator[list[asyncpg.Record]]:
     page: list[asyncpg.Record] = []
-    async for record in connection.cursor(query, *arguments, prefetch=RESTORE_PAGE):
+    rows = connection.cursor(query, *arguments, prefetch=RESTORE_PAGE, timeout=ledger.SUM_SECONDS)
+    async for record in rows:
         page.append(record)
         if len(page) == RESTORE_PAGE:
             yield page

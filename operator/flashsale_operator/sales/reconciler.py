@@ -126,6 +126,11 @@ class Result:
         return self.sale if self.sale and self.sale.sale_id == self.sale_id else None
 
     @property
+    def trusted_sale(self) -> Sale | None:
+        """Redis' sale, unless it is another sale or fenced. A fenced one can lack any unit."""
+        return None if self.state is SaleState.FENCED else self.own_sale
+
+    @property
     def recorded(self) -> int | None:
         """Accepted units in the ledger, or None if they are not known."""
         return None if self.row is None else self.row.accepted

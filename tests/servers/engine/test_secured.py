@@ -40,7 +40,8 @@ from cryptography.hazmat.primitives.serialization import (
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale import events, redis_client
+from flashsale import events, ledger, redis_client
+from flashsale.errors import LedgerUnavailable
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
 from flashsale_operator.ctl import doctor
@@ -202,6 +203,24 @@ def as_user(component: str, bootstrap: str, authority: Authority) -> dict[str, s
         "SSL_CERT_FILE": str(authority.trusted),
         "PGSSLROOTCERT": str(authority.trusted),
     }
+
+
+async def test_a_certificate_of_another_authority_is_an_outage_of_the_ledger(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    authority: Authority,
+    postgres_server: PostgresServer,
+    database_url: str,
+) -> None:
+    """It can be renewed, so a process waits for it as for any other outage."""
+    other = Authority.make(tmp_path / "other")
+    monkeypatch.setenv("PGSSLROOTCERT", str(other.trusted))
+    async with relay(postgres_server.port, authority.server, asked=True) as port:
+        address = database_url.replace(f":{postgres_server.port}/", f":{port}/")
+        pool = await ledger.connect(f"{address}?sslmode=verify-full")
+        with pytest.raises(LedgerUnavailable, match="certificate verify failed"):
+            await ledger.facts(pool)
+        pool.terminate()
 
 
 async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_users(

@@ -1,7 +1,9 @@
 """The controller's reports during outages and about wrong manifests, on real Redis and ledger."""
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -20,8 +22,8 @@ from flashsale.errors import (
 )
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
-from flashsale.sale import SaleSpec
-from flashsale_operator.kubernetes.client import Kube
+from flashsale.sale import SaleSpec, SaleState
+from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.failures import result_of_error
 from flashsale_operator.kubernetes.metrics import Metrics
@@ -29,6 +31,7 @@ from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Counts, Status
 from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.offsets import Span
 from tests.support.bad_manifests import manifest
 from tests.support.eventually import until
 from tests.support.observations import SPEC
@@ -41,7 +44,8 @@ class FakeKube:
     """A kube-apiserver with one FlashSale, which keeps its status.
 
     `fields` are the fields of the status that its CRD has. `before_patch` is called before the
-    first write. `changed`: the object has always changed since it was read.
+    first write. `changed`: the object has always changed since it was read. `away`: it creates no
+    Event.
     """
 
     fields = frozenset(
@@ -59,6 +63,7 @@ class FakeKube:
         ]
     )
     changed = False
+    away = False
     before_patch: Callable[[], Awaitable[None]] | None = None
 
     def __init__(self, spec: SaleSpec) -> None:
@@ -97,6 +102,8 @@ class FakeKube:
         return self.live
 
     async def create_event(self, _namespace: str, event: Mapping[str, Any]) -> bool:
+        if self.away:
+            raise KubeUnavailable("the kube-apiserver is away")
         self.events.append(event["reason"])
         self.messages.append(event["message"])
         self.names.append(event["metadata"]["name"])
@@ -111,11 +118,14 @@ class FakeKube:
 
 
 def controller(
-    shop: SimulatedShop, kube: FakeKube, prefixes: Mapping[str, str] | None = None
+    shop: SimulatedShop,
+    kube: FakeKube,
+    prefixes: Mapping[str, str] | None = None,
+    metrics: Metrics | None = None,
 ) -> Controller:
-    queue = Queue()
-    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
+    queue, metrics = Queue(), metrics or Metrics()
+    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, metrics)
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, metrics, patience=QUICK)
     return Controller(clients, queue, rebuilds, prefixes=prefixes or {})
 
 
@@ -202,6 +212,70 @@ async def test_each_failover_of_a_sale_that_does_not_sell_has_its_own_events(
         await until(rebuilt, "the sale is rebuilt")
     assert kube.events == ["Fenced", "Rebuilt"] * 2
     assert len(set(kube.names)) == 4
+
+
+async def test_a_rebuild_has_its_event_if_the_kube_apiserver_was_away_at_its_end(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    kube.away = True
+    await shop.redis.hset(
+        ItemKeys.of(spec.item_id).sale, mapping={"run_id": "fenced", "accepted": 1}
+    )
+
+    async def refused() -> bool:
+        with suppress(KubeUnavailable):
+            await own.reconcile(key)
+        return (await shop.row(spec.sale_id)).lost == 1 and await sells(shop, spec)
+
+    await until(refused)
+    for _ in range(3):
+        with suppress(KubeUnavailable):
+            await own.reconcile(key)
+    kube.away = False
+    await own.reconcile(key)
+    assert kube.events.count("Rebuilt") == 1
+    assert kube.messages[kube.events.index("Rebuilt")].endswith("lost: 1")
+
+
+async def sells(shop: SimulatedShop, spec: SaleSpec) -> bool:
+    sale = await shop.sale(spec.item_id)
+    server = await shop.inventory.server()
+    return sale is not None and sale.state(server.now_ms, server.run_id) is SaleState.SELLING
+
+
+async def test_a_lost_sale_keeps_its_counts_in_the_status_until_it_is_rebuilt(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Meanwhile Redis has a mark of the rebuild, with the whole stock and without units."""
+    kube = FakeKube(spec)
+    kube.live["spec"]["stock"] = 3
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id)
+    kube.live["spec"]["stock"] = 2
+    await own.reconcile(key)
+    before = kube.status.counts, kube.status.condition("SoldOut")
+    assert before[0] == Counts(3, 3, 0, confirmed=3)
+    await shop.redis.flushall()
+    shop.topic = {0: Span(0, 5)}  # the ledger has not read it, so the sale stays fenced
+    for _ in range(10):
+        own._memories[key].written = float("-inf")
+        await own.reconcile(key)
+        await asyncio.sleep(QUICK.recorded / 5)
+    assert kube.reasons()["Open"] == "Fenced"
+    assert (kube.status.counts, kube.status.condition("SoldOut")) == before
+    await shop.read_to(0, 5)
+
+    async def rebuilt() -> bool:
+        await own.reconcile(key)
+        return kube.reasons()["Open"] == "SoldOut"
+
+    await until(rebuilt)
+    assert kube.events == ["Opened", "SoldOut", "Fenced", "Rebuilt"]
 
 
 async def test_the_status_names_the_engine_before_anything_else_is_written(
@@ -398,12 +472,13 @@ async def test_an_unexpected_error_is_reported_and_retried(
     async def fail(*_: object) -> None:
         raise ZeroDivisionError("no\nunits")
 
-    kube = FakeKube(spec)
-    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    kube, metrics = FakeKube(spec), Metrics()
+    own, key = controller(shop, kube, metrics=metrics), Key.of(spec.sale_id)
     with monkeypatch.context() as patch:
         patch.setattr(own if ended == "prepare" else own._reconciler, ended, fail)
         for _ in range(2):
             assert (await own.reconcile(key)).failed
+    assert f'flashsale_sale_ready{{item="",sale="{spec.sale_id}"}} 0.0' in metrics.text().decode()
     ready = kube.status.condition("Ready")
     assert ready is not None
     assert (ready.status, ready.reason) == ("False", "Failed")

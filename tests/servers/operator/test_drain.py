@@ -9,19 +9,21 @@ import pytest
 from flashsale import heartbeat, ledger
 from flashsale.inventory import ServerTime
 from flashsale.sale import SaleSpec
-from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience
+from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience, Progress
 from flashsale_operator.sales.offsets import KafkaUnavailable, Span
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
-async def not_drained(shop: SimulatedShop, spec: SaleSpec) -> tuple[str, ...]:
+async def not_drained(
+    shop: SimulatedShop, spec: SaleSpec, progress: Progress = lambda _: None
+) -> tuple[str, ...]:
     """Return the causes that the drain reports at its deadline, or none."""
 
     async def keep_fenced() -> None:
         pass
 
     try:
-        await shop.drain.wait(spec.sale_id, spec.item_id, keep_fenced)
+        await shop.drain.wait(spec.item_id, keep_fenced, progress)
     except NotDrained as error:
         return error.why
     return ()
@@ -48,7 +50,7 @@ async def test_a_fully_recorded_sale_is_drained(shop: SimulatedShop, sold: SaleS
         nonlocal looks
         looks += 1
 
-    offsets = await shop.drain.wait(sold.sale_id, sold.item_id, keep_fenced)
+    offsets = await shop.drain.wait(sold.item_id, keep_fenced)
     assert offsets == {0: 5, 1: 0}
     assert looks >= 2
 
@@ -121,20 +123,14 @@ async def test_the_drain_waits_until_the_ledger_has_read_the_topic(
         "the ledger has read partition 1 to offset 0 of 2",
     )
     reported: list[str] = []
-    shop.drain = Drain(
-        shop.inventory,
-        shop.pool,
-        shop.spans,
-        patience=replace(QUICK, recorded=30),
-        progress=reported.append,
-    )
-    waiting = asyncio.create_task(not_drained(shop, sold))
+    shop.drain = Drain(shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, recorded=30))
+    waiting = asyncio.create_task(not_drained(shop, sold, reported.append))
     while not any("partition" in line for line in reported):
         await asyncio.sleep(0.01)
     await shop.read_to(0, 5)
     await shop.read_to(1, 2)
     assert not await waiting
-    assert reported[0] == f"{sold.sale_id}: waiting for heartbeats of API pods"
+    assert reported[0] == "waiting for heartbeats of API pods"
 
 
 async def test_another_sale_that_goes_on_selling_is_no_loss(

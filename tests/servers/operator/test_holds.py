@@ -268,7 +268,7 @@ async def test_a_sale_with_open_holds_is_not_replaced(
 def resync_of(shop: SimulatedShop) -> Resync:
     queue = Queue()
     clients = Clients(cast("Kube", FakeKube()), shop.inventory, shop.pool, Metrics())
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, Metrics(), patience=QUICK)
     own = Controller(clients, queue, rebuilds)
     return Resync(clients, own, queue, rebuilds, served=(), keep_closed=timedelta(hours=1))
 

@@ -212,18 +212,16 @@ async def test_a_wipe_of_redis_during_the_wait_ends_the_rebuild(
     server = await shop.inventory.server()
     sampled = ServerTime(server.now_ms + 60_000, server.run_id)
     await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: 1}, {"": sampled})
-    waiting: list[str] = []
-    drain = Drain(
-        shop.inventory,
-        shop.pool,
-        shop.spans,
-        patience=Patience(unseen=0.5),
-        progress=waiting.append,
+    waiting: list[tuple[str, str]] = []
+    drain = Drain(shop.inventory, shop.pool, shop.spans, patience=Patience(unseen=0.5))
+    rebuilder = Rebuilder(
+        shop.inventory, shop.pool, drain, lambda sale_id, step: waiting.append((sale_id, step))
     )
     await shop.redis.delete(*ItemKeys.of(sold.item_id).sold)
     row = await shop.row(sold.sale_id)
-    rebuilding = asyncio.create_task(Rebuilder(shop.inventory, shop.pool, drain).rebuild(row))
+    rebuilding = asyncio.create_task(rebuilder.rebuild(row))
     await until(lambda: waiting)
+    assert waiting == [(sold.sale_id, "pod pod-1 has 1 unacknowledged event")]
     await shop.redis.flushall()
     assert await rebuilding == StillFenced(
         ("another process changed or rebuilt it: the rebuild starts again",)
@@ -337,6 +335,12 @@ async def test_lost_units_are_counted_once(shop: SimulatedShop, spec: SaleSpec) 
     assert (await shop.row(spec.sale_id)).lost == 1
 
 
+async def lost_in_rebuild(shop: SimulatedShop, spec: SaleSpec) -> int:
+    done = await rebuild(shop, spec)
+    assert isinstance(done, Rebuilt)
+    return done.lost
+
+
 @pytest.mark.parametrize("fault", ["not sent", "no reply", "failover"])
 async def test_lost_units_are_counted_once_if_redis_fails_during_the_rebuild(
     shop: SimulatedShop, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -365,13 +369,13 @@ async def test_lost_units_are_counted_once_if_redis_fails_during_the_rebuild(
             with pytest.raises(RedisUnavailable, match=fault):
                 await rebuild(shop, spec)
             await end_lease(shop, spec)
-    assert isinstance(await rebuild(shop, spec), Rebuilt)
+    assert await lost_in_rebuild(shop, spec) == 1
     assert (await shop.row(spec.sale_id)).lost == 1
     # The next loss counts again.
     assert await shop.buy(spec.item_id, "d", "e") == [Outcome.ACCEPTED] * 2
     await shop.record(spec.item_id, lose=1)
     await restart(shop, spec)
-    assert isinstance(await rebuild(shop, spec), Rebuilt)
+    assert await lost_in_rebuild(shop, spec) == 1
     assert (await shop.row(spec.sale_id)).lost == 2
 
 

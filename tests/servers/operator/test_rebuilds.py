@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,9 @@ from flashsale.errors import LedgerUnavailable
 from flashsale.keys import ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, SaleSpec, SaleState
+from flashsale_operator.app import CONNECTIONS
 from flashsale_operator.kubernetes import rebuilds
+from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds, SharedSpans
 from flashsale_operator.sales.decision import Reason, StillFenced
@@ -50,7 +53,7 @@ async def test_a_rebuild_wakes_its_flashsale_and_returns_its_result_once(
     shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     queue = Queue()
-    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
     row = await shop.row(fenced.sale_id)
     assert str(await own.rebuild(row)).startswith("being rebuilt from the ledger: ")
     assert await woken(queue) == fenced.sale_id
@@ -58,6 +61,8 @@ async def test_a_rebuild_wakes_its_flashsale_and_returns_its_result_once(
     done = own.outcome(fenced.sale_id)
     assert done is not None
     assert (done.accepted, done.reservations) == (1, 1)
+    assert own.outcome(fenced.sale_id) is done, "until it is reported"
+    own.reported(fenced.sale_id, done)
     assert own.outcome(fenced.sale_id) is None
     await own.close()
 
@@ -66,7 +71,7 @@ async def test_a_reconcile_that_read_redis_before_the_end_of_a_rebuild_loses_no_
     shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     queue = Queue()
-    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
     row = await shop.row(fenced.sale_id)
     for _ in range(2):
         # To the second call the sale is still fenced.
@@ -76,7 +81,6 @@ async def test_a_reconcile_that_read_redis_before_the_end_of_a_rebuild_loses_no_
     done = own.outcome(fenced.sale_id)
     assert done is not None
     assert (done.accepted, done.reservations) == (1, 1)
-    assert own.outcome(fenced.sale_id) is None
     await own.close()
 
 
@@ -94,7 +98,7 @@ async def test_a_reconcile_that_sees_a_trusted_sale_before_its_rebuild_does_lose
 
     monkeypatch.setattr(Recovery, "trust", late)
     queue = Queue()
-    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
     await own.rebuild(await shop.row(fenced.sale_id))
     await trusted.wait()
     assert own.outcome(fenced.sale_id) is None
@@ -134,7 +138,7 @@ async def test_a_sale_that_needs_no_rebuild_any_more_gives_up_its_turn(
 ) -> None:
     """Another process rebuilt it, or it was closed."""
     monkeypatch.setattr(rebuilds, "REBUILDS_AT_ONCE", 0)
-    own = Rebuilds(shop.inventory, shop.pool, nothing, Queue(), patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, Queue(), Metrics(), patience=QUICK)
     row, before = await shop.row(fenced.sale_id), asyncio.all_tasks()
     await own.rebuild(row)
     assert str(await own.rebuild(row)).endswith("waiting for its turn")
@@ -143,12 +147,63 @@ async def test_a_sale_that_needs_no_rebuild_any_more_gives_up_its_turn(
     await until(lambda: asyncio.all_tasks() == before, "the rebuild is gone")
 
 
+async def test_a_finished_sale_that_is_applied_again_does_not_wait_for_finished_sales(
+    shop: SimulatedShop, fenced: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuilds, "FINISHED_AT_ONCE", 0)
+    queue = Queue()
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
+    row = await shop.row(fenced.sale_id)
+    await own.rebuild(replace(row, closed=True), wakes=False)
+    await own.rebuild(row)
+    assert await woken(queue) == fenced.sale_id
+    assert own.outcome(fenced.sale_id) is not None
+    await own.close()
+
+
+async def test_rebuilds_leave_connections_to_the_ledger_for_reconciles(
+    shop: SimulatedShop, spec: SaleSpec, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart of Redis, many large sales are written at once."""
+    specs = [
+        replace(spec, sale_id=f"{spec.sale_id}-{n}", item_id=f"{spec.item_id}-{n}")
+        for n in range(12)
+    ]
+    for each in specs:
+        await shop.apply(each)
+        await shop.buy(each.item_id, "ada")
+        await shop.record(each.item_id)
+        await shop.redis.hset(ItemKeys.of(each.item_id).sale, "run_id", "0" * 40)
+    restore: Callable[..., Awaitable[Trusted]] = Recovery.restore
+    writing, done = 0, asyncio.Event()
+
+    async def slow(*arguments: object, **records: object) -> Trusted:
+        nonlocal writing
+        writing += 1
+        await done.wait()
+        return await restore(*arguments, **records)
+
+    monkeypatch.setattr(Recovery, "restore", slow)
+    pool = await ledger.connect(database_url, max_connections=CONNECTIONS)
+    own = Rebuilds(shop.inventory, pool, nothing, Queue(), Metrics(), patience=QUICK)
+    for each in specs:
+        await own.rebuild(await shop.row(each.sale_id))
+    await until(lambda: writing)
+    await asyncio.sleep(2 * QUICK.quiet)
+    async with asyncio.timeout(30):
+        assert await ledger.sale(pool, spec.sale_id) is None
+    done.set()
+    await until(lambda: all(own.outcome(each.sale_id) for each in specs))
+    await own.close()
+    pool.terminate()
+
+
 async def test_the_cause_of_a_failed_rebuild_is_reported_until_the_retry(
     shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     await shop.redis.xadd(ItemKeys.of(fenced.item_id).outbox, {"id": "x"})
     queue = Queue()
-    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
     await woken(queue)
@@ -161,7 +216,7 @@ async def test_the_cause_of_a_failed_rebuild_is_reported_until_the_retry(
 
 async def test_a_rebuild_without_kafka_reports_kafka(shop: SimulatedShop, fenced: SaleSpec) -> None:
     queue = Queue()
-    own = Rebuilds(shop.inventory, shop.pool, without_kafka, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, without_kafka, queue, Metrics(), patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
     await woken(queue)
@@ -176,7 +231,7 @@ async def test_an_outage_during_a_rebuild_is_raised_by_the_next_call(
 ) -> None:
     pool = await ledger.connect("postgresql://nobody@127.0.0.1:1/none")
     queue = Queue()
-    own = Rebuilds(shop.inventory, pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, pool, nothing, queue, Metrics(), patience=QUICK)
     row = await shop.row(fenced.sale_id)
     await own.rebuild(row)
     await woken(queue)
@@ -189,7 +244,7 @@ async def test_a_reconcile_does_not_wait_for_the_rebuild_of_its_sale(
     shop: SimulatedShop, fenced: SaleSpec
 ) -> None:
     queue = Queue()
-    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, patience=QUICK)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
     reconciler = Reconciler(shop.inventory, shop.pool, own.rebuild)
     result = await reconciler.reconcile(fenced)
     assert (result.state, result.reason) == (SaleState.FENCED, Reason.FENCED)

@@ -74,7 +74,7 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
 
 def resync_of(shop: SimulatedShop, kube: FakeKube, queue: Queue, *served: str) -> Resync:
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, patience=QUICK)
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, Metrics(), patience=QUICK)
     own = Controller(clients, queue, rebuilds)
     return Resync(clients, own, queue, rebuilds, served=served, keep_closed=HOUR)
 
@@ -159,6 +159,19 @@ async def test_the_operator_is_ready_after_a_resync_and_during_later_outages(
     await unready(shop, "", own)
     await shop.pool.execute("ALTER TABLE sales RENAME TO away")
     await unready(shop, "", own)
+
+
+async def test_an_unexpected_error_does_not_end_the_resyncs(
+    shop: SimulatedShop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = resync_of(shop, FakeKube(), Queue())
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeKube, "flash_sales", None)
+        running = asyncio.create_task(own.run())
+        await until(lambda: "TypeError" in str(own.unready))
+    await until(lambda: own.unready is None)
+    running.cancel()
+    assert "Traceback" in caplog.text
 
 
 async def test_the_operator_is_not_ready_while_two_engines_meet(shop: SimulatedShop) -> None:

@@ -47,6 +47,19 @@ def test_units_that_redis_lost_do_not_count() -> None:
     assert backlog.seconds(70) == 10
 
 
+def test_a_fenced_sale_keeps_its_counts() -> None:
+    """Redis may have a mark of its rebuild, with the whole stock and without units."""
+    metrics, sale = Metrics(), replace(a_sale(), accepted=7)
+    selling = Result(sale.sale_id, sale.item_id, SaleState.SELLING, Reason.APPLIED, "", sale=sale)
+    mark = replace(sale, accepted=0)
+    metrics.sales.update(("shop", "phones"), selling)
+    metrics.sales.update(("shop", "phones"), replace(selling, state=SaleState.FENCED, sale=mark))
+    labels = f'{{item="{sale.item_id}",sale="shop/phones"}}'
+    assert f"flashsale_sale_accepted_units{labels} 7.0" in metrics.text().decode()
+    metrics.sales.update(("shop", "phones"), replace(selling, sale=mark))
+    assert f"flashsale_sale_accepted_units{labels} 0.0" in metrics.text().decode()
+
+
 def test_two_thousand_sales_are_a_scrape_below_2_mb() -> None:
     metrics = Metrics()
     for number in range(2_000):
