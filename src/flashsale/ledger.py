@@ -37,6 +37,8 @@ CREATE TABLE IF NOT EXISTS flashsale_migrations (
 _ADOPT_MIGRATIONS: Final = """
 INSERT INTO flashsale_migrations SELECT generate_series(1, $1) ON CONFLICT DO NOTHING
 """
+# In the order of the consumer, or a working consumer and the migration deadlock.
+_LOCK_TABLES: Final = "LOCK TABLE kafka_offsets, sales, reservations IN ACCESS EXCLUSIVE MODE"
 _ADD_MIGRATION: Final = "INSERT INTO flashsale_migrations VALUES ($1)"
 _VERSION: Final = "SELECT coalesce(max(version), 0) FROM flashsale_migrations"
 _FORMER_VERSION: Final = "SELECT coalesce(max(version), 0) FROM schema_migrations"
@@ -241,6 +243,8 @@ async def migrate(pool: Pool) -> int:
         done = await _version(connection)
         await connection.execute(_CREATE_MIGRATIONS)
         await connection.execute(_ADOPT_MIGRATIONS, done)
+        if 0 < done < scripts[-1][0]:
+            await connection.execute(_LOCK_TABLES)
         for version, script in scripts:
             if version > done:
                 try:

@@ -191,6 +191,16 @@ async def connected(url: str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
+async def waits(connection: Connection) -> bool:
+    """Whether another session waits for a lock of this connection."""
+    return bool(
+        await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+        )
+    )
+
+
 @dataclass
 class Log:
     """The topics and the consumer group of one engine."""

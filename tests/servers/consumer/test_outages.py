@@ -25,6 +25,7 @@ from tests.support.consumer import (
     database,
     opened,
     running,
+    waits,
 )
 from tests.support.eventually import until
 
@@ -253,16 +254,6 @@ async def test_kafka_may_start_later_and_go_away(
         assert len(consumer.output.splitlines()) < 50
         consumer.signal(signal.SIGTERM)
         assert await consumer.ended() == 0
-
-
-async def waits(connection: Connection) -> bool:
-    """Whether another session waits for a lock of this connection."""
-    return bool(
-        await connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
-        )
-    )
 
 
 async def terminate(admin: Connection, database: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 from dev.stack.servers import PostgresServer
 from flashsale import ledger
 from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
-from tests.support.consumer import migrate_to
+from tests.support.consumer import connected, migrate_to, waits
+from tests.support.eventually import until
 
 Pool = asyncpg.Pool
 
@@ -31,6 +32,11 @@ INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, ver
                           occurred_at)
 VALUES ('default/a', gen_random_uuid(), 'ann', 1, 'accepted', 1, null, now())
 ON CONFLICT DO NOTHING
+"""
+_SLOW_UPDATES = """
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
+AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END';
+CREATE TRIGGER slow AFTER UPDATE ON sales FOR EACH STATEMENT EXECUTE FUNCTION wait()
 """
 _FORMER_READ = """
 SELECT state, version, quantity, (extract(epoch FROM occurred_at) * 1000)::bigint, user_id
@@ -203,13 +209,28 @@ async def test_a_migration_may_take_longer_than_a_command(
     monkeypatch.setattr(ledger, "COMMAND_TIMEOUT_SECONDS", 1.0)
     own = await ledger.connect(database_url)
     await migrate_to(own, 4)
-    blocking = await asyncpg.connect(database_url)
-    async with blocking.transaction():
-        await blocking.execute("LOCK TABLE reservations")
-        migration = asyncio.create_task(ledger.migrate(own))
-        await asyncio.wait([migration], timeout=2)
-    assert await migration == LATEST
-    await blocking.close()
+    await own.execute(_SLOW_UPDATES)
+    assert await ledger.migrate(own) == LATEST
+    await own.close()
+
+
+async def test_a_migration_waits_for_a_working_consumer_of_the_previous_version(
+    database_url: str,
+) -> None:
+    own = await ledger.connect(database_url)
+    await migrate_to(own, 4)
+    await own.execute(_SALE)
+    async with connected(database_url) as consumer:
+        async with consumer.transaction():
+            await consumer.execute("SELECT FROM kafka_offsets FOR UPDATE")
+            migration = asyncio.create_task(ledger.migrate(own))
+            await until(lambda: waits(consumer), "the migration waits for the consumer")
+            await consumer.execute("SELECT FROM sales FOR UPDATE")
+            await consumer.execute(_FORMER_WRITE)
+        assert await migration == LATEST
+        async with consumer.transaction():
+            await consumer.execute("LOCK TABLE kafka_offsets, sales, reservations")
+            assert await ledger.migrate(own) == LATEST
     await own.close()
 
 
