@@ -37,8 +37,12 @@ CREATE TABLE IF NOT EXISTS flashsale_migrations (
 _ADOPT_MIGRATIONS: Final = """
 INSERT INTO flashsale_migrations SELECT generate_series(1, $1) ON CONFLICT DO NOTHING
 """
+# A request for a table's lock blocks all later users of the table, so a migration soon gives up.
+# The waits for the three tables together are shorter than COMMAND_TIMEOUT_SECONDS.
+_SET_TIMEOUTS: Final = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = 0"
 # In the order of the consumer, or a working consumer and the migration deadlock.
 _LOCK_TABLES: Final = "LOCK TABLE kafka_offsets, sales, reservations IN ACCESS EXCLUSIVE MODE"
+_IN_USE: Final = "the migration waits for a user of the ledger's tables, such as a backup"
 _ADD_MIGRATION: Final = "INSERT INTO flashsale_migrations VALUES ($1)"
 _VERSION: Final = "SELECT coalesce(max(version), 0) FROM flashsale_migrations"
 _FORMER_VERSION: Final = "SELECT coalesce(max(version), 0) FROM schema_migrations"
@@ -243,8 +247,12 @@ async def migrate(pool: Pool) -> int:
         done = await _version(connection)
         await connection.execute(_CREATE_MIGRATIONS)
         await connection.execute(_ADOPT_MIGRATIONS, done)
+        await connection.execute(_SET_TIMEOUTS)
         if 0 < done < scripts[-1][0]:
-            await connection.execute(_LOCK_TABLES)
+            try:
+                await connection.execute(_LOCK_TABLES)
+            except asyncpg.LockNotAvailableError as error:
+                raise LedgerUnavailable(_IN_USE) from error
         for version, script in scripts:
             if version > done:
                 try:

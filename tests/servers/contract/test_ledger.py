@@ -207,7 +207,7 @@ async def test_a_migration_may_take_longer_than_a_command(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "COMMAND_TIMEOUT_SECONDS", 1.0)
-    own = await ledger.connect(database_url)
+    own = await ledger.connect(f"{database_url}?statement_timeout=1000")
     await migrate_to(own, 4)
     await own.execute(_SLOW_UPDATES)
     assert await ledger.migrate(own) == LATEST
@@ -231,6 +231,23 @@ async def test_a_migration_waits_for_a_working_consumer_of_the_previous_version(
         async with consumer.transaction():
             await consumer.execute("LOCK TABLE kafka_offsets, sales, reservations")
             assert await ledger.migrate(own) == LATEST
+    await own.close()
+
+
+async def test_recording_does_not_wait_for_a_migration_that_waits_for_a_backup(
+    database_url: str,
+) -> None:
+    own = await ledger.connect(database_url)
+    await migrate_to(own, 4)
+    async with connected(database_url) as backup, backup.transaction():
+        await backup.execute("LOCK TABLE kafka_offsets, sales, reservations IN ACCESS SHARE MODE")
+        migrations = [ledger.migrate(own) for _ in range(2)]
+        refused = await asyncio.gather(*migrations, return_exceptions=True)
+        for each in refused:
+            assert isinstance(each, LedgerUnavailable)
+            assert "such as a backup" in str(each)
+        await own.execute(_FORMER_WRITE)
+    assert await ledger.migrate(own) == LATEST
     await own.close()
 
 
