@@ -5,12 +5,12 @@ Only this module uses private parts of aiokafka.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
@@ -32,6 +32,8 @@ TRANSACTION_SECONDS: Final = 30.0
 _REQUEST_TIMEOUT_MS: Final = 15_000
 _METADATA_AGE_MS: Final = 5_000
 """The client notices added partitions and recreated topics within this time."""
+_NO_LEADER: Final = -1
+"""The leader in Kafka's answer for a partition without one."""
 
 
 def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
@@ -55,6 +57,14 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClien
     except asyncio.CancelledError:
         await asyncio.wait([task], timeout=CLOSE_SECONDS)
         raise
+
+
+def leaderless(
+    consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition]
+) -> frozenset[TopicPartition]:
+    """Return the partitions that have no leader, as far as the client knows."""
+    leader = consumer._client.cluster.leader_for_partition
+    return frozenset(tp for tp in partitions if leader(tp) == _NO_LEADER)
 
 
 async def leave(consumer: AIOKafkaConsumer) -> None:

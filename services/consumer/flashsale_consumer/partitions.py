@@ -4,7 +4,7 @@ A partition is *placed* once the client reads from the offset that the ledger st
 loses its place if it is assigned again, if a batch could not be recorded, or if the ledger has less
 than was recorded. No event is read until all partitions are placed again. So the consumer holds no
 events during an outage. After a rebalance, a failover or a recreated topic it continues at the
-ledger's offset.
+ledger's offset. A partition without a leader is paused until it has one, and the others are read.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError, LeaderNotAvailableError
 
 from flashsale.ledger import Pool
-from flashsale_consumer import offsets
+from flashsale_consumer import clients, offsets
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import Stored
 from flashsale_consumer.recorder import Written
@@ -58,6 +58,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._metrics = metrics
         self._metadata = metadata
         self._unplaced: frozenset[TopicPartition] = frozenset()
+        self._leaderless: frozenset[TopicPartition] = frozenset()
         self._revoked_at: float | None = None
         self._committed: dict[int, int] = {}
         self.positions: dict[int, int] = {}
@@ -73,7 +74,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     @property
     def placed(self) -> bool:
-        """Whether all assigned partitions are placed."""
+        """Whether all assigned partitions that have a leader are placed."""
         return not self._unplaced
 
     def unassigned_seconds(self) -> float:
@@ -85,23 +86,33 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._at({})
         self._unplaced = frozenset()
         self._revoked_at = self._revoked_at or time.monotonic()
-        self._metrics.lag.clear()
-        self._metrics.unannounced.clear()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Pause the partitions until they are placed.
 
         This must not wait, because the client sends no heartbeat meanwhile.
         """
-        self._unplaced = frozenset(assigned)
+        partitions = frozenset(assigned)
         self._at({})
         self._revoked_at = None
-        self._consumer.pause(*self._unplaced)
-        log.info("assigned partitions %s", sorted(tp.partition for tp in self._unplaced))
+        self._consumer.pause(*partitions)
+        log.info("assigned partitions %s", _numbers(partitions))
+        self.displace()
 
     def displace(self) -> None:
-        """Take all partitions' places away."""
-        self._unplaced = frozenset(self._consumer.assignment())
+        """Take all partitions' places away. Pauses those without a leader."""
+        assigned = frozenset(self._consumer.assignment())
+        leaderless = clients.leaderless(self._consumer, assigned)
+        if lost := leaderless - self._leaderless:
+            text = "%s: partitions %s have no leader, reading the others"
+            log.warning(text, self._topic, _numbers(lost))
+        if found := assigned & (self._leaderless - leaderless):
+            log.info("%s: partitions %s have a leader again", self._topic, _numbers(found))
+        self._leaderless = leaderless
+        self._consumer.pause(*leaderless)
+        self._unplaced = assigned - leaderless
+        if not self._unplaced:
+            self._at({})
 
     async def place(self, pool: Pool) -> None:
         """Set the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`."""
@@ -120,6 +131,9 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     def _at(self, placed: Mapping[int, Stored]) -> None:
         """Replace the offsets. An unfinished batch keeps the former objects."""
+        if placed.keys() != self.positions.keys():
+            self._metrics.lag.clear()
+            self._metrics.unannounced.clear()
         self.positions = {number: stored.recorded for number, stored in placed.items()}
         self.announced = {number: stored.announced for number, stored in placed.items()}
         self._stored = self.announced.copy()
@@ -216,8 +230,11 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         """Measure the lag and commit the ledger's offsets to Kafka.
 
         Tools read the offsets, and other engines read the metadata. If the group is not `owned`
-        yet, offsets that have not changed are committed too.
+        yet, offsets that have not changed are committed too. Raises `KafkaError`, also if a
+        partition has no leader.
         """
+        if clients.leaderless(self._consumer, self._consumer.assignment()) != self._leaderless:
+            self.displace()
         self._measure_announcing()
         positions = dict(self.positions)
         assigned = {TopicPartition(self._topic, number): number for number in positions}
@@ -231,6 +248,9 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
                     {tp: (positions[number], self._metadata) for tp, number in assigned.items()}
                 )
                 self._committed = positions
+        if self._leaderless:
+            numbers = _numbers(self._leaderless)
+            raise LeaderNotAvailableError(f"partitions {numbers} of {self._topic} have no leader")
 
     def _measure_announcing(self) -> None:
         """Measure how far the announcing is behind the recording.
@@ -247,3 +267,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
             self._mark, self._marked_at = self.positions.copy(), now
         behind = self.announced != self.positions
         self._metrics.unannounced_seconds.set(now - self._marked_at if behind else 0)
+
+
+def _numbers(partitions: Iterable[TopicPartition]) -> list[int]:
+    return sorted(tp.partition for tp in partitions)

@@ -3,17 +3,20 @@
 import asyncio
 import signal
 from asyncio import Transport
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from random import Random
 
 import asyncpg
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.metadata import MetadataRequest
 from asyncpg.pool import Pool
 
 from dev.stack.servers import KafkaServer, PostgresServer
+from flashsale.events import Event
 from flashsale_consumer import worker
 from tests.support.consumer import (
     Connection,
@@ -177,6 +180,44 @@ async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
         second = accepted()
         await log.write(second)
         await ledger.until_has(first, second)
+
+
+@pytest.mark.slow
+async def test_a_partition_without_a_leader_does_not_stop_the_others(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flashsale_consumer")
+    leader, sold = ClusterMetadata.leader_for_partition, [accepted(number) for number in range(24)]
+
+    def known(cluster: ClusterMetadata, tp: TopicPartition) -> int | None:
+        """Return the leader as the client learns it from Kafka while a broker is away."""
+        return -1 if tp == (log.topic, 3) else leader(cluster, tp)
+
+    async def write(events: Sequence[Event]) -> None:
+        for partition, event in enumerate(events):
+            if partition != 3:
+                await log.write(event, partition=partition)
+
+    async with running(ledger.url, log) as one:
+        await until(lambda: one.partitions() == 12)
+        monkeypatch.setattr(ClusterMetadata, "leader_for_partition", known)
+        monkeypatch.setattr(worker, "CHECK_SECONDS", 0.1)
+        await until(lambda: one.value('flashsale_consumer_server_up{server="kafka"}') == 0)
+        await write(sold[:12])
+        await ledger.until_has(*sold[:3], *sold[4:12])
+        await until(lambda: one.partitions() == 11)
+        async with running(ledger.url, log) as other:
+            await until(lambda: one.partitions() + other.partitions() == 11)
+            await write(sold[12:24])
+            await ledger.until_has(*sold[12:15], *sold[16:24])
+        await until(lambda: one.partitions() == 11)
+        assert f"{log.topic}: partitions [3] have no leader" in caplog.text
+        monkeypatch.undo()
+        await log.write(sold[3], partition=3)
+        await ledger.until_has(sold[3])
+        await until(lambda: one.partitions() == 12)
+        assert f"{log.topic}: partitions [3] have a leader again" in caplog.text
+        await until(lambda: one.value('flashsale_consumer_server_up{server="kafka"}') == 1)
 
 
 @pytest.mark.slow
