@@ -1,6 +1,7 @@
 """`flashsalectl`: apply, inspect and repair sales, with or without Kubernetes."""
 
 import asyncio
+import errno
 import logging
 import os
 import sys
@@ -44,6 +45,11 @@ DELETE_LOOKS: Final = 100
 DELETE_BETWEEN_SECONDS: Final = 0.2
 """How often `delete` looks whether the ledger has recorded the sale: for 20 seconds."""
 
+_WRITE_ERRORS: Final = frozenset(
+    {errno.EAGAIN, errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPIPE}
+)
+"""Errors of a write to a file or a pipe. Errors of a network have other numbers."""
+
 
 class HasFlashSale(FlashsaleError):
     """The sale is declared by a FlashSale, and is changed with kubectl."""
@@ -51,6 +57,9 @@ class HasFlashSale(FlashsaleError):
 
 def main() -> None:
     """Runs the command line of the process and exits with its code."""
+    if sys.stdout is None:  # after `>&-`
+        print("flashsalectl: the output cannot be written: it is closed", file=sys.stderr)
+        sys.exit(1)
     try:
         folder = Path.cwd()
     except OSError:  # it was removed
@@ -63,6 +72,21 @@ def run(arguments: Sequence[str], environ: Mapping[str, str], servers: str = "")
 
     `servers` is a sentence about the origin of the addresses, for errors.
     """
+    try:
+        code = _run(arguments, environ, servers)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS:
+            raise
+        # Python must not flush the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # of a reader, such as `head`, that has enough
+            print(f"flashsalectl: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _run(arguments: Sequence[str], environ: Mapping[str, str], servers: str) -> int:
     # The clients also raise the errors that they log. Each error is printed once, below.
     for name in ("aiokafka", "asyncio", "asyncpg", "redis"):
         logging.getLogger(name).addHandler(logging.NullHandler())
@@ -81,10 +105,6 @@ def run(arguments: Sequence[str], environ: Mapping[str, str], servers: str = "")
         for line in lines:
             print(f"flashsalectl: {line}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
-    except BrokenPipeError:
-        # The reader, such as `head`, has read enough. Python must not flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (KeyboardInterrupt, click.Abort):
         return 130
 

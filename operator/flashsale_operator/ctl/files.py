@@ -75,6 +75,8 @@ def _files(names: Sequence[str], mistakes: list[str]) -> Iterator[str]:
 def _read(name: str) -> str:
     try:
         if name == _STDIN:
+            if sys.stdin is None:  # after `<&-`
+                raise ManifestError(["cannot be read: it is closed"])
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
         else:
             with Path(name).open("rb") as file:

@@ -246,3 +246,42 @@ def test_an_unknown_item_gets_the_nearest_item(ctl: Ctl, command: str, wanted: s
         [],
         [f"flashsalectl: {wanted}: there is no sale of this item; did you mean iphone_15?"],
     )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command", ["size --buyers 9 --stock 9", "completion bash", "--help", "--version"]
+)
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">/dev/full", "the output cannot be written: No space left on device"),
+        (">&-", "the output cannot be written: it is closed"),
+        ("1</dev/null", "the output cannot be written: Bad file descriptor"),
+        ("| true", ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_at_most_one_line(
+    command: str, redirection: str, message: str, unbuffered: str
+) -> None:
+    done = _in_a_shell(f"{command} {redirection}", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert done.stderr == (message and f"flashsalectl: {message}\n")
+
+
+def test_a_closed_input_is_one_line() -> None:
+    done = _in_a_shell("apply -f - <&-")
+    assert done.returncode == 1
+    assert done.stderr == "flashsalectl: standard input: cannot be read: it is closed\n"
+
+
+def _in_a_shell(command: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line with redirections. A pipe has the exit code of its first program."""
+    program = Path(sys.executable).with_name("flashsalectl")
+    return subprocess.run(
+        ["bash", "-c", f'{program} {command}; exit "${{PIPESTATUS[0]}}"'],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

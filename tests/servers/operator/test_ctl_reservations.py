@@ -144,15 +144,22 @@ def test_many_reservations_are_printed_once_each_and_a_reader_may_stop(
     assert (code, len(lines)) == (0, number + around[output])
     assert len(set(lines)) == len(lines)
     program = Path(sys.executable).with_name("flashsalectl")
-    done = subprocess.run(
-        f"{program} reservations {spec.item_id} -o {output} | head -n 2",
-        shell=True,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def in_a_shell(redirection: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            f"{program} reservations {spec.item_id} -o {output} {redirection}",
+            shell=True,
+            env=os.environ | environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = in_a_shell("| head -n 2")
     assert (done.stdout.splitlines(), done.stderr) == (lines[:2], "")
+    done = in_a_shell("> /dev/full")
+    full = "flashsalectl: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, full)
 
 
 def test_without_kafka_nothing_is_changed(
