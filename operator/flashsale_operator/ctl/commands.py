@@ -207,18 +207,19 @@ async def _free(clients: Clients, sale_id: str, engine_id: str) -> Freed:
         row = await ledger.sale(clients.pool, sale_id)
         if row is None:
             return Freed.UNKNOWN
-        freed = await clients.inventory.free(
-            row.item_id,
-            sale_id,
-            row.revision,
-            accepted=row.accepted,
-            released=row.released,
-            engine_id=engine_id,
-        )
-        if freed is not Freed.UNRECORDED:
-            return freed
+        if not row.held:  # free.lua compares the other two counts
+            freed = await clients.inventory.free(
+                row.item_id,
+                sale_id,
+                row.revision,
+                accepted=row.accepted,
+                released=row.released,
+                engine_id=engine_id,
+            )
+            if freed is not Freed.UNRECORDED:
+                return freed
         await asyncio.sleep(DELETE_BETWEEN_SECONDS)
-    return freed
+    return Freed.UNRECORDED
 
 
 @flashsalectl.command(

@@ -13,10 +13,11 @@ import pytest
 
 from dev.stack.servers import KafkaServer
 from flashsale.keys import ItemKeys
-from flashsale.reservations import Transition
+from flashsale.reservations import OutboxEntry, Transition
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
+from flashsale_operator.ctl import commands
 from flashsale_operator.ctl.reservations import PAGE
 from tests.support.ctl import Ctl, Within
 from tests.support.simulated_shop import SimulatedShop
@@ -160,6 +161,29 @@ def test_many_reservations_are_printed_once_each_and_a_reader_may_stop(
     done = in_a_shell("> /dev/full")
     full = "flashsalectl: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, full)
+
+
+def test_a_delete_frees_the_keys_only_after_the_ledger_has_the_end_of_each_hold(
+    ctl: Ctl, within: Within, spec: SaleSpec, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ids["ann"]
+    unrecorded: list[OutboxEntry] = []
+
+    async def confirm(shop: SimulatedShop) -> None:
+        assert await shop.confirm(spec.item_id, "ann") is Transition.CHANGED
+        unrecorded.extend(await shop.outbox.page(spec.item_id, until_ms=2**50, count=10))
+        await shop.record(spec.item_id, lose=1)
+
+    async def record(shop: SimulatedShop) -> None:
+        await shop.write(unrecorded[0])
+
+    within(confirm)
+    monkeypatch.setattr(commands, "DELETE_LOOKS", 2)
+    stays = f"sale {spec.sale_id} closed: its keys stay until the ledger has all its events"
+    assert ctl("delete", spec.item_id) == (1, [], [stays])
+    within(record)
+    freed = f"sale {spec.sale_id} deleted: its keys are freed, and the ledger keeps its rows"
+    assert ctl("delete", spec.item_id) == (0, [freed], [])
 
 
 def test_without_kafka_nothing_is_changed(
