@@ -128,11 +128,16 @@ BAD_MANIFESTS = {
     "name_absent": Bad(("metadata.name: is required",), metadata={"name": ABSENT}),
     "name_ends_with_a_newline": Bad((NAME,), metadata={"name": "iphone\n"}),
     "namespace_with_a_dot": Bad((NAMESPACE,), metadata={"namespace": "a.b"}),
-    # Every kind of object may have generateName, which a name overrides.
+    # The kube-apiserver makes a name. Without it, repeated applies would start more sales.
     "name_generated": Bad(
-        ("metadata.generateName: unknown field",),
-        metadata={"generateName": "iphone-"},
+        ("metadata.name: is required",),
+        metadata={"name": ABSENT, "generateName": "iphone-"},
         server=Server.ACCEPTS,
+    ),
+    "metadata_field_misspelt": Bad(
+        ("metadata.lables: unknown field",),
+        metadata={"lables": {"team": "phones"}},
+        server=Server.REFUSES_OR_PRUNES,
     ),
     "another_kind": Bad(("kind: must be FlashSale",), top={"kind": "FlashSail"}),
     "another_version": Bad(

@@ -146,7 +146,7 @@ IGNORED_TOP: Final = frozenset({"status"})
 IGNORED_METADATA: Final = frozenset(
     {
         "annotations", "creationTimestamp", "deletionGracePeriodSeconds", "deletionTimestamp",
-        "finalizers", "generation", "labels", "managedFields", "ownerReferences",
+        "finalizers", "generateName", "generation", "labels", "managedFields", "ownerReferences",
         "resourceVersion", "selfLink", "uid",
     }
 )  # fmt: skip
@@ -200,17 +200,23 @@ def _items(document: object) -> list[tuple[str, object]]:
 
 
 def sale_spec(document: object) -> SaleSpec:
-    """Returns the sale of one parsed manifest. Raises `ManifestError`."""
+    """Returns the sale of one parsed manifest. Raises `ManifestError`.
+
+    The metadata of an object of the kube-apiserver can have fields of a later Kubernetes. Such an
+    object has a uid.
+    """
     if not isinstance(document, dict):
         raise ManifestError(["must be a mapping: a FlashSale"])
     mistakes: list[str] = []
     top = _read("", document, TOP_FIELDS, IGNORED_TOP, mistakes)
+    given = top.get("metadata", {})
+    ignored_metadata = frozenset(given) if "uid" in given else IGNORED_METADATA
     metadata, spec = (
         _read(part, cast("dict[object, object]", top[part]), fields, ignored, mistakes)
         if part in top
         else {}
         for part, fields, ignored in (
-            ("metadata", METADATA_FIELDS, IGNORED_METADATA),
+            ("metadata", METADATA_FIELDS, ignored_metadata),
             ("spec", SPEC_FIELDS, frozenset[str]()),
         )
     )

@@ -81,6 +81,20 @@ def test_absent_and_null_fields_get_defaults() -> None:
     assert sale_spec(manifest(nulls)) == SaleSpec("default/iphone-15", "iphone_15", 100)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"generateName": "iphone-"},
+        {"generateName": "iphone-", "uid": "00000000-0000-0000-0000-000000000001"},
+        {"fieldOfALaterKubernetes": {}, "uid": "00000000-0000-0000-0000-000000000001"},
+    ],
+)
+def test_an_object_of_the_kube_apiserver_is_a_sale(metadata: dict[str, Any]) -> None:
+    given = manifest(Bad((), metadata=metadata))
+    assert sale_spec(given) == sale_spec(manifest())
+    assert parse(json.dumps(given)) == [sale_spec(manifest())]
+
+
 @pytest.mark.parametrize("case", BAD_MANIFESTS)
 def test_every_mistake_names_its_field_and_rule(case: str) -> None:
     bad = BAD_MANIFESTS[case]
