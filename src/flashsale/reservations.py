@@ -32,6 +32,7 @@ class Outcome(Word):
     SOLD_OUT = "sold_out"
     NOT_ENOUGH_LEFT = "not_enough_left"
     OUTBOX_FULL = "outbox_full"
+    UNREADABLE = "unreadable"
     UNKNOWN = "unknown"
     UNSUPPORTED = "unsupported"
     FENCED = "fenced"

@@ -207,6 +207,10 @@ def _read(
                 log.exception("the reservation %s of %s is damaged", identity, item_id)
                 decisions.append(Decision(Failure.INTERNAL_ERROR, identity, sale_id))
                 continue
+        elif outcome is Outcome.UNREADABLE:
+            log.error("%s: the reservation %s or its buyer is damaged in Redis", item_id, identity)
+            decisions.append(Decision(Failure.INTERNAL_ERROR, identity, sale_id))
+            continue
         else:
             decisions.append(
                 Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held, detail)

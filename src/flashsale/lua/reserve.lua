@@ -13,8 +13,9 @@
 --       holds. Then follows one line per request, in order:
 --         accepted ENTRY-ID | replayed RECORD | key_reused | ended | paused | not_open |
 --         limit_reached UNITS MAX_PER_USER | too_many_holds | sold_out | not_enough_left |
---         outbox_full
---       UNITS are those that the user has.
+--         outbox_full | unreadable
+--       UNITS are those that the user has. With `unreadable`, Redis has a damaged record of the
+--       reservation, or a damaged entry of the user. The other requests are decided.
 -- Invariants: accepted - released <= allocated. A user never has more than max_per_user units. An
 --       id has one reservation, also after that has ended. Nothing is accepted outside the sale's
 --       window, or while the sale is paused, closed or fenced. For each item the script reads and
@@ -76,9 +77,10 @@ local function decide(keys, item)
     local record = records[id] or known[n]
     local user_units, user_expired = buyer(owned[user] or bought[n])
     if record then
-      local same = tonumber(string.match(record, '^%a+,%d+,(%d+),')) == quantity
-      answers[n] = same and 'replayed ' .. record or 'key_reused'
+      local own = tonumber(string.match(record, '^%a+,%d+,(%d+),'))
+      answers[n] = own == quantity and 'replayed ' .. record or own and 'key_reused' or 'unreadable'
     elseif refusal then answers[n] = refusal
+    elseif not user_units then answers[n] = 'unreadable'
     elseif user_units + quantity > sale.max_per_user then
       answers[n] = 'limit_reached ' .. integer(user_units) .. ' ' .. integer(sale.max_per_user)
     elseif holds and user_expired >= sale.max_expired_holds then answers[n] = 'too_many_holds'

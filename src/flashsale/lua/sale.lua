@@ -80,7 +80,8 @@ local function next_version(sale, version)
   return math.max(version, 1000 * sale.rebuilt) + 1
 end
 
--- A buyer's units and expired holds, as in the key buyers: UNITS, or UNITS,EXPIRED-HOLDS.
+-- A buyer's units and expired holds, as in the key buyers: UNITS, or UNITS,EXPIRED-HOLDS. Two nils
+-- if the text is neither.
 local function buyer(text)
   if not text then return 0, 0 end
   local units = tonumber(text)

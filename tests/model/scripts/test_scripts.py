@@ -93,7 +93,7 @@ def _expected() -> set[str]:
         "replayed": {*State},
     }
     others = {"expired", "sold again", "rebuilt", "rebuilt with holds", "aged"}
-    decided = {*Outcome} - {Outcome.UNSUPPORTED}
+    decided = {*Outcome} - {Outcome.UNSUPPORTED, Outcome.UNREADABLE}
     return {f"{name}: {word}" for name, words in of_scripts.items() for word in words} | {
         *others,
         *decided,

@@ -94,22 +94,6 @@ async def test_an_item_that_redis_refuses_disturbs_no_other(
     assert deleted == 1
 
 
-async def test_a_request_that_cannot_be_decided_leaves_nothing_of_its_batch(
-    inventory: Inventory, redis: Redis, redis_server: RedisServer, item: str
-) -> None:
-    """An outbox entry without its reservation would be published, and its unit sold again."""
-    del redis_server
-    await opened(inventory, a_sale(item))
-    keys = ItemKeys.of(item)
-    first = await inventory.reserve(item, [a_request("ann")], timeout_seconds=5)
-    await redis.hset(keys.buyers, "eve", "not a number")
-    with pytest.raises(RedisUnavailable, match="ERR"):
-        await inventory.reserve(item, [a_request("bob"), a_request("eve")], timeout_seconds=5)
-    assert _outcomes(first) == ["accepted"]
-    assert await redis.xlen(keys.outbox) == await redis.hlen(keys.reservations) == 1
-    assert not await redis.hexists(keys.buyers, "bob")
-
-
 async def test_the_largest_call_is_decided(
     inventory: Inventory, redis_server: RedisServer, item: str
 ) -> None:

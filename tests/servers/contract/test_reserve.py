@@ -227,6 +227,40 @@ async def test_a_key_of_the_wrong_type_sells_nothing(
     assert (sale.accepted, sale.outbox_length) == (0, 0)
 
 
+@pytest.mark.parametrize("text", ["text", "1,", ""])
+async def test_a_damaged_buyer_fails_no_other_request_of_its_batch(
+    inventory: Inventory, redis: Redis, item: str, text: str
+) -> None:
+    await opened(inventory, a_sale(item, max_per_user=2))
+    keys, [first, again, other] = ItemKeys.of(item), [a_request("eve") for _ in range(3)]
+    assert await outcome(inventory, item, first) is Outcome.ACCEPTED
+    await redis.hset(keys.buyers, "eve", text)
+    batch = [a_request("ann"), again, other, first, a_request("bob")]
+    assert [answer.outcome for answer in await answers(inventory, item, batch)] == [
+        Outcome.ACCEPTED,
+        Outcome.UNREADABLE,
+        Outcome.UNREADABLE,
+        Outcome.REPLAYED,
+        Outcome.ACCEPTED,
+    ]
+    sold = {first.reservation_id, batch[0].reservation_id, batch[-1].reservation_id}
+    assert set(await redis.hkeys(keys.reservations)) == sold
+    assert await redis.hgetall(keys.buyers) == {"ann": "1", "bob": "1", "eve": text}
+    assert await redis.hget(keys.sale, "accepted") == "3"
+    assert await redis.xlen(keys.outbox) == 3
+
+
+async def test_a_damaged_record_fails_no_other_request_of_its_batch(
+    inventory: Inventory, redis: Redis, item: str
+) -> None:
+    await opened(inventory, a_sale(item))
+    keys, damaged = ItemKeys.of(item), a_request("eve")
+    await redis.hset(keys.reservations, damaged.reservation_id, "text")
+    first, second = await answers(inventory, item, [damaged, a_request("ann")])
+    assert (first.outcome, second.outcome) == (Outcome.UNREADABLE, Outcome.ACCEPTED)
+    assert await redis.hget(keys.reservations, damaged.reservation_id) == "text"
+
+
 @pytest.mark.parametrize("part", ["buyers", "outbox", "holds"])
 async def test_a_key_of_the_wrong_type_takes_no_hold(
     inventory: Inventory, redis: Redis, item: str, part: str

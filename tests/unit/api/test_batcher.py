@@ -29,12 +29,16 @@ def no_request_expires(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class DamagedInventory(HeldInventory):
-    """The second request of each call finds a reservation that cannot be read."""
+    """The second request of each call gets `answer`."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
 
     def _reply(self, requests: Sequence[Request]) -> BatchReply:
         reply = super()._reply(requests)
         answers = [*reply.answers]
-        answers[1] = Answer(Outcome.REPLAYED, "damaged")
+        answers[1] = self.answer
         return reply._replace(answers=answers)
 
 
@@ -329,8 +333,11 @@ async def test_a_refusal_of_the_repetition_does_not_say_that_nothing_was_taken()
     assert (await deciding).outcome is Failure.OUTCOME_UNKNOWN
 
 
-async def test_a_damaged_reservation_fails_only_its_own_request() -> None:
-    inventory, publisher = DamagedInventory(), RecordingPublisher()
+@pytest.mark.parametrize(
+    "answer", [Answer(Outcome.REPLAYED, "damaged"), Answer(Outcome.UNREADABLE)]
+)
+async def test_damaged_data_fails_only_its_own_request(answer: Answer) -> None:
+    inventory, publisher = DamagedInventory(answer), RecordingPublisher()
     batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
     inventory.go.release()
     decisions = await asyncio.gather(*(decide(batcher, "x", a_request(n)) for n in range(3)))
