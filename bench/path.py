@@ -26,9 +26,8 @@ from bench.results import Parts
 from bench.unbounded import UnboundedBatcher, UnboundedProtocol
 from dev.issuer import AUDIENCE, Issuer
 from flashsale import events, redis_client
-from flashsale.errors import RedisUnavailable
 from flashsale.events import Event
-from flashsale.inventory import Inventory
+from flashsale.inventory import Inventory, ItemReply
 from flashsale.outbox import Outbox
 from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot, State
 from flashsale.tracing import Tracing
@@ -106,7 +105,7 @@ class _AcceptingInventory(Inventory):
 
     async def reserve_all(
         self, batches: Sequence[tuple[str, Sequence[Request]]], **_: object
-    ) -> list[BatchReply | Outcome | RedisUnavailable]:
+    ) -> list[ItemReply]:
         await asyncio.sleep(0)
         answer = Answer(Outcome.ACCEPTED, "1795561067887-0")
         return [

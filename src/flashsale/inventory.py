@@ -5,7 +5,7 @@ Only this module and `outbox.py` use an item's keys. The operator's rebuild is t
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from redis.asyncio.client import Pipeline
 
 T = TypeVar("T")
+
+ItemReply: TypeAlias = BatchReply | Outcome | RedisUnavailable | ContractViolation
+"""The reply of `reserve.lua` for one item, or the error of its part."""
 
 LOOK_SECONDS: Final = 1.0
 OUTBOX_LIMIT: Final = 100_000
@@ -153,7 +156,7 @@ class Inventory:
         [reply] = await self.reserve_all(
             [(item_id, requests)], timeout_seconds=timeout_seconds, engine_id=engine_id
         )
-        if isinstance(reply, RedisUnavailable):
+        if isinstance(reply, Exception):
             raise reply
         return reply
 
@@ -163,15 +166,15 @@ class Inventory:
         *,
         timeout_seconds: float,
         engine_id: str = "",
-    ) -> list[BatchReply | Outcome | RedisUnavailable]:
+    ) -> list[ItemReply]:
         """Decides a batch of requests for each item, in one call. Returns the replies in order.
 
         The batches have at most `BATCH_LIMIT` requests together, for at most `items_per_call`
         different items. A single `Outcome` (unknown, unsupported, fenced, other_engine) applies to
-        every request of its item. An item that Redis refuses has the error as its reply, unless it
-        refuses all. After a failure the caller can send the same requests again, because their ids
-        make the second call a replay. `engine_id` is the pod's engine, or empty if the pod does not
-        know it.
+        every request of its item. An item whose reply cannot be read, or that Redis refuses, has
+        the error as its reply. If Redis refuses all items, the call fails. After a failure the
+        caller can send the same requests again, because their ids make the second call a replay.
+        `engine_id` is the pod's engine, or empty if the pod does not know it.
         """
         item_keys: list[str] = []
         arguments: list[str | int] = [self._outbox_limit, engine_id]
@@ -182,10 +185,7 @@ class Inventory:
         replies = await self._scripts.call_of_items(
             self._reserve, item_keys, arguments, timeout_seconds
         )
-        return [
-            each if isinstance(each, RedisUnavailable) else parse_reply(str(each))
-            for each in replies
-        ]
+        return [_batch_reply(each) for each in replies]
 
     async def apply(
         self,
@@ -574,6 +574,15 @@ def _server(time: tuple[int, int], info: Mapping[str, Any]) -> ServerTime:
     # redis-py converts an id of digits only, such as 40 zeros, to a number.
     ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
     return ServerTime(time[0] * 1000 + time[1] // 1000, ":".join(ids))
+
+
+def _batch_reply(reply: str | int | RedisUnavailable) -> ItemReply:
+    if isinstance(reply, RedisUnavailable):
+        return reply
+    try:
+        return parse_reply(str(reply))
+    except ContractViolation as error:
+        return error
 
 
 def _sale_of(item_id: str, reply: Sequence[Any]) -> Sale | None:

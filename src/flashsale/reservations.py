@@ -223,22 +223,28 @@ class OutboxEntry:
 
 
 def parse_reply(reply: str) -> BatchReply | Outcome:
-    """Parses the reply of `reserve.lua`. A single `Outcome` applies to the whole batch."""
+    """Parses the reply of `reserve.lua`. A single `Outcome` applies to the whole batch.
+
+    Raises `ContractViolation` if the fields of the sale are damaged.
+    """
     head, *answers = reply.split("\n")
-    if not answers:
-        return Outcome(head)
-    *counts, snapshot = head.split(",", 6)
-    now_ms, available, starts_ms, version, hold_ms, held = map(int, counts)
-    return BatchReply(
-        now_ms,
-        _snapshot(snapshot),
-        available,
-        starts_ms,
-        version,
-        hold_ms,
-        held,
-        [_ANSWERS.get(answer) or _answer(answer) for answer in answers],
-    )
+    try:
+        if not answers:
+            return Outcome(head)
+        *counts, snapshot = head.split(",", 6)
+        now_ms, available, starts_ms, version, hold_ms, held = map(int, counts)
+        return BatchReply(
+            now_ms,
+            _snapshot(snapshot),
+            available,
+            starts_ms,
+            version,
+            hold_ms,
+            held,
+            [_ANSWERS.get(answer) or _answer(answer) for answer in answers],
+        )
+    except (KeyError, ValueError) as error:
+        raise ContractViolation(f"a reply of reserve.lua cannot be read: {error}") from error
 
 
 def parse_transitions(reply: str) -> TransitionReply | Transition:

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
-from flashsale.errors import RedisUnavailable
-from flashsale.inventory import Inventory
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.inventory import Inventory, ItemReply
 from flashsale.reservations import Answer, BatchReply, Outcome, Request, Snapshot
 from flashsale_api.publisher import Accepted, Publisher
 
@@ -12,7 +12,7 @@ from flashsale_api.publisher import Accepted, Publisher
 class HeldInventory(Inventory):
     """Records the script calls, and answers one call per `go.release()`.
 
-    Each request of a call gets `outcome`, but the items in `refused` an error. If `fail` is set,
+    Each request of a call gets `outcome`, but the items in `errors` an error. If `fail` is set,
     the reply is lost.
     """
 
@@ -20,7 +20,7 @@ class HeldInventory(Inventory):
 
     def __init__(self) -> None:
         self.items_of_calls: list[list[str]] = []
-        self.refused: set[str] = set()
+        self.errors: dict[str, RedisUnavailable | ContractViolation] = {}
         self.calls: list[Sequence[Request]] = []
         self.answered = 0
         self.go = asyncio.Semaphore(0)
@@ -30,17 +30,14 @@ class HeldInventory(Inventory):
 
     async def reserve_all(
         self, batches: Sequence[tuple[str, Sequence[Request]]], **_: object
-    ) -> list[BatchReply | Outcome | RedisUnavailable]:
+    ) -> list[ItemReply]:
         self.calls.append([request for _, requests in batches for request in requests])
         self.items_of_calls.append([item_id for item_id, _ in batches])
         await self.go.acquire()
         self.answered += 1
         if self.fail:
             raise RedisUnavailable("cut", maybe_executed=True)
-        return [
-            RedisUnavailable("refused") if item_id in self.refused else self._reply(requests)
-            for item_id, requests in batches
-        ]
+        return [self.errors.get(item_id) or self._reply(requests) for item_id, requests in batches]
 
     def _reply(self, requests: Sequence[Request]) -> BatchReply:
         return BatchReply(

@@ -50,6 +50,7 @@ class Decision(NamedTuple):
 
 Decided: TypeAlias = Callable[[Decision], None]
 """Takes the decision on a request. Must not raise."""
+_ItemReply: TypeAlias = BatchReply | Outcome | Failure | ContractViolation
 
 
 class Batcher(Calls[Request, Decision]):
@@ -105,14 +106,26 @@ class Batcher(Calls[Request, Decision]):
         return [
             [Decision(refusal)] * len(requests)
             if refusal
-            else self._decide(item_id, requests, next(replies))
+            else self._decide_apart(item_id, requests, next(replies))
             for (item_id, requests), refusal in zip(batches, refusals, strict=True)
         ]
 
+    def _decide_apart(
+        self, item_id: str, requests: Sequence[Request], reply: _ItemReply
+    ) -> list[Decision]:
+        """Decides as `_decide` does. An error fails no other item of the call."""
+        try:
+            return self._decide(item_id, requests, reply)
+        except Exception:  # after any error, every request needs an answer
+            log.exception("could not decide a batch for %s", item_id)
+            return [Decision(Failure.INTERNAL_ERROR)] * len(requests)
+
     def _decide(
-        self, item_id: str, requests: Sequence[Request], reply: BatchReply | Outcome | Failure
+        self, item_id: str, requests: Sequence[Request], reply: _ItemReply
     ) -> list[Decision]:
         """Returns the decisions on an item's requests, and has the accepted ones published."""
+        if isinstance(reply, ContractViolation):
+            raise reply
         if not isinstance(reply, BatchReply):
             outcome = self._of_all(item_id, reply)
             return [Decision(outcome, request.reservation_id) for request in requests]
@@ -126,7 +139,7 @@ class Batcher(Calls[Request, Decision]):
 
     async def _reserve(
         self, batches: Sequence[tuple[str, Sequence[Request]]]
-    ) -> Sequence[BatchReply | Outcome | Failure]:
+    ) -> Sequence[_ItemReply]:
         """Calls the script. The ids make a repetition a replay."""
         reply = await self._ask(
             [item_id for item_id, _ in batches],
@@ -144,7 +157,7 @@ class Batcher(Calls[Request, Decision]):
                 self._spans.called(requests, seconds)
         if reply.repeated:  # a refusal does not say whether the first call took units
             return [
-                each if isinstance(each, BatchReply) else Failure.OUTCOME_UNKNOWN
+                Failure.OUTCOME_UNKNOWN if isinstance(each, Outcome | RedisUnavailable) else each
                 for each in reply.value
             ]
         return [

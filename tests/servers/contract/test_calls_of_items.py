@@ -7,8 +7,8 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import redis_client
-from flashsale.errors import RedisUnavailable
-from flashsale.inventory import Inventory
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.inventory import Inventory, ItemReply
 from flashsale.keys import ItemKeys
 from flashsale.nodes import ITEMS_PER_CALL
 from flashsale.outbox import Outbox
@@ -94,6 +94,21 @@ async def test_an_item_that_redis_refuses_disturbs_no_other(
     assert deleted == 1
 
 
+@pytest.mark.parametrize("field", ["sale_id", "engine"])
+async def test_an_item_whose_reply_cannot_be_read_disturbs_no_other(
+    inventory: Inventory, redis: Redis, redis_server: RedisServer, item: str, field: str
+) -> None:
+    del redis_server
+    damaged, other = f"{item}-damaged", f"{item}-other"
+    for each in (damaged, other):
+        await opened(inventory, a_sale(each))
+    await redis.hset(ItemKeys.of(damaged).sale, field, "a,b")
+    batches = [(damaged, [a_request()]), (other, [a_request()])]
+    first, second = await inventory.reserve_all(batches, timeout_seconds=5)
+    assert isinstance(first, ContractViolation)
+    assert _outcomes(second) == ["accepted"]
+
+
 async def test_the_largest_call_is_decided(
     inventory: Inventory, redis_server: RedisServer, item: str
 ) -> None:
@@ -116,7 +131,7 @@ async def test_a_call_in_a_cluster_has_one_item(deployment: Deployment) -> None:
     await client.aclose()
 
 
-def _outcomes(reply: BatchReply | Outcome | RedisUnavailable) -> list[str] | str:
+def _outcomes(reply: ItemReply) -> list[str] | str:
     if isinstance(reply, BatchReply):
         return [answer.outcome for answer in reply.answers]
     return str(reply)

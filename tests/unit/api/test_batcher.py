@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.reservations import BATCH_LIMIT, Answer, BatchReply, Outcome, Request
 from flashsale_api import batcher as batcher_module
 from flashsale_api import calls as calls_module
@@ -12,6 +13,7 @@ from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import ENOUGH, MAX_CALLS, MAX_WAITING, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Accepted
 from tests.support.batcher import HeldInventory, RecordingPublisher
 from tests.support.eventually import until
 
@@ -40,6 +42,19 @@ class DamagedInventory(HeldInventory):
         answers = [*reply.answers]
         answers[1] = self.answer
         return reply._replace(answers=answers)
+
+
+class FailingPublisher(RecordingPublisher):
+    """Fails for the reservations of an item."""
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__()
+        self._item_id = item_id
+
+    def add(self, accepted: Accepted) -> None:
+        if accepted.item_id == self._item_id:
+            raise ValueError(self._item_id)
+        super().add(accepted)
 
 
 def a_request(number: int = 0) -> Request:
@@ -165,7 +180,7 @@ async def test_a_shared_call_has_no_more_requests_than_another_and_items_take_tu
 async def test_an_item_that_redis_refuses_leaves_its_call_to_the_others() -> None:
     inventory, publisher = HeldInventory(), RecordingPublisher()
     inventory.items_per_call = 4
-    inventory.refused = {"x1"}
+    inventory.errors = {"x1": RedisUnavailable("refused")}
     batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
     waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
     inventory.go.release()
@@ -322,7 +337,7 @@ async def test_a_failed_call_is_repeated_once_with_the_same_ids() -> None:
 
 async def test_a_refusal_of_the_repetition_does_not_say_that_nothing_was_taken() -> None:
     inventory = HeldInventory()
-    inventory.fail, inventory.refused = True, {"x"}
+    inventory.fail, inventory.errors = True, {"x": RedisUnavailable("refused")}
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
     deciding = decide(batcher, "x", a_request())
     await turns()
@@ -347,6 +362,29 @@ async def test_damaged_data_fails_only_its_own_request(answer: Answer) -> None:
         Outcome.ACCEPTED,
     ]
     assert [each.reservation_id for each in publisher.added] == ["id-0", "id-2"]
+
+
+async def test_an_item_whose_reply_cannot_be_read_leaves_its_call_to_the_others() -> None:
+    inventory, publisher = HeldInventory(), RecordingPublisher()
+    inventory.items_per_call = 4
+    inventory.errors = {"x1": ContractViolation("damaged")}
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
+    waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
+    inventory.go.release()
+    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    assert outcomes == [Outcome.ACCEPTED, Failure.INTERNAL_ERROR, Outcome.ACCEPTED]
+    assert [accepted.item_id for accepted in publisher.added] == ["x0", "x2"]
+
+
+async def test_an_item_that_cannot_be_decided_leaves_its_call_to_the_others() -> None:
+    """The script has decided the other items already."""
+    inventory, publisher = HeldInventory(), FailingPublisher("x1")
+    inventory.items_per_call = 4
+    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
+    waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
+    inventory.go.release()
+    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    assert outcomes == [Outcome.ACCEPTED, Failure.INTERNAL_ERROR, Outcome.ACCEPTED]
 
 
 async def test_a_pod_without_a_heartbeat_remembers_no_made_up_names() -> None:
