@@ -108,6 +108,16 @@ class Look(NamedTuple):
     server: ServerTime
 
 
+class Index(NamedTuple):
+    """The items of the index, sorted, and whether Redis had the engine's id at that moment.
+
+    `claimed` is None while the index is away. The items are then those that were read last.
+    """
+
+    items: list[str]
+    claimed: bool | None
+
+
 class Survey(NamedTuple):
     """The sales and the servers of some items. `away` are the items that cannot be read now."""
 
@@ -340,16 +350,32 @@ class Inventory:
         """
         found = set(known)
         try:
-            members = await self.nodes.call(
-                self._items,
-                lambda redis: cast("Awaitable[set[str]]", redis.smembers(self._items)),
-            )
+            await self.look_at_index()
         except RedisUnavailable:
-            if not (found or self._last_items):
+            if not found:
                 raise
-        else:
-            self._last_items = sorted(members)
         return sorted(found.union(self._last_items))
+
+    async def look_at_index(self) -> Index:
+        """Returns the index and whether Redis has the engine's id, in one round trip.
+
+        Without the id, Redis is new or has lost it, so the index may lack items.
+        """
+
+        def queue(pipeline: "Pipeline", index: str) -> None:
+            # The id comes last, because a loss between the two must not leave it with no items.
+            pipeline.smembers(index)
+            pipeline.exists(keys.engine_id(self.engine))
+
+        try:
+            found = await pipelines.each(self.nodes, [self._items], str, queue)
+        except RedisUnavailable:
+            if not self._last_items:
+                raise
+            return Index(self._last_items, None)
+        members, claimed = found[self._items]
+        self._last_items = sorted(members)
+        return Index(self._last_items, bool(claimed))
 
     async def without_keys(self, item_ids: Iterable[str]) -> list[str]:
         """Returns the items that have no keys. Items whose server is away are left out."""

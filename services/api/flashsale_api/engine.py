@@ -35,8 +35,6 @@ class Engine:
         self.id = ""
         """The id that Redis had first. Empty until the operator has claimed Redis."""
         self.items = KnownItems()
-        self.claimed = False
-        """Whether Redis had an id at the last look. Redis without one is new, or has lost it."""
         self._in_redis = ""
         self._in_kafka = ""
 
@@ -50,12 +48,11 @@ class Engine:
 
         After "unknown", a buyer goes away, and an order service voids the payment.
         """
-        return item_id in self.items or not (self.items.complete and self.claimed)
+        return item_id in self.items or not self.items.complete
 
     def found_in_redis(self, engine_id: str) -> None:
-        """Compares the id in Redis with the first one. Redis without an id has lost it."""
+        """Compares the id in Redis with the first one. It is empty if Redis has none."""
         self.id = self.id or engine_id
-        self.claimed = bool(engine_id)
         self._in_redis = self._compare(
             self._in_redis,
             engine_id,

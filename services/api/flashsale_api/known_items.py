@@ -9,8 +9,9 @@ from typing import Final
 LOOKS: Final = 60
 """How many looks at the index a pod remembers an item that is not in it any more.
 
-There is a look per second while Redis answers. Looks are counted instead of seconds, because Redis
-can come back empty after a long outage. A sale that was freed is remembered as long.
+There is a look per second while Redis answers and has the engine's id. Looks are counted instead of
+seconds, because Redis can come back empty after a long outage. A sale that was freed is remembered
+as long.
 """
 
 
@@ -21,24 +22,27 @@ class KnownItems:
     """
 
     def __init__(self) -> None:
+        self.complete = False
+        """Whether Redis had the engine's id at the last look. Without it, the index lacks items."""
         self._looks = 0
         self._seen: dict[str, int] = {}
 
     def __contains__(self, item_id: str) -> bool:
         return item_id in self._seen
 
-    @property
-    def complete(self) -> bool:
-        """Whether there was a look since the start of the pod."""
-        return self._looks > 0
-
     def note(self, item_id: str) -> None:
         """Notes an item that has a sale."""
         self._seen[item_id] = self._looks
 
-    def looked(self, item_ids: Iterable[str]) -> None:
-        """Notes the items of the index, and forgets those that the last `LOOKS` looks missed."""
-        self._looks += 1
-        oldest = self._looks - LOOKS
-        self._seen = {item_id: seen for item_id, seen in self._seen.items() if seen > oldest}
+    def looked(self, item_ids: Iterable[str], *, claimed: bool) -> None:
+        """Notes the items of the index, and forgets those that the last `LOOKS` looks missed.
+
+        `claimed` says whether Redis had the engine's id at that moment. Otherwise the look does not
+        count, and no item is forgotten.
+        """
+        self.complete = claimed
+        if claimed:
+            self._looks += 1
+            oldest = self._looks - LOOKS
+            self._seen = {item_id: seen for item_id, seen in self._seen.items() if seen > oldest}
         self._seen |= dict.fromkeys(item_ids, self._looks)

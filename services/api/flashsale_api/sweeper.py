@@ -67,9 +67,10 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
-        items = await self._inventory.items()
+        items, claimed = await self._inventory.look_at_index()
+        if claimed is not None:
+            self._known.looked(items, claimed=claimed)
         servers = await self._inventory.servers(items)
-        self._known.looked(items)  # not while Redis is away
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
         for item_id in await self._measure(now_ms):

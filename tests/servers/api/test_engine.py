@@ -14,8 +14,12 @@ from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, keys
 from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
+from flashsale_api.metrics import Metrics
+from flashsale_api.publisher import Publisher
+from flashsale_api.sweeper import Sweeper
 from tests.support.eventually import until
 from tests.support.inventory import a_sale, opened
 from tests.support.redis_users import API, url_of
@@ -85,6 +89,29 @@ async def test_a_redis_that_changes_its_engine_stops_the_pod_until_it_is_back(
 
     await until(accepted, "the pod accepts again")
     assert (await ready(api))[0] == 200
+
+
+async def test_a_redis_that_lost_all_keys_makes_no_sale_unknown(
+    redis: Redis, name: str, item: str
+) -> None:
+    """The heartbeat saw the engine's id before the loss, and the first sweep is after it."""
+    inventory, engine = Inventory(redis, name), Engine(name)
+    outbox = Outbox(redis, name)
+    kafka = KafkaSettings(kafka_bootstrap=f"127.0.0.1:{free_port()}", engine=name)
+    publisher = Publisher(kafka, outbox, Metrics(), engine)
+    sweeper = Sweeper(inventory, outbox, publisher, Metrics(), known=engine.items, pod_id="pod")
+    await inventory.claim(OWN)
+    await opened(inventory, a_sale(item))
+    engine.found_in_redis(await inventory.engine_id())
+    await redis.delete(keys.engine_id(name), keys.items(name), *keys.ItemKeys.of(item, name).sold)
+    await sweeper.sweep()
+    assert engine.may_have_lost(item)
+    # The operator claims Redis after it has added all items.
+    await inventory.index([item])
+    await inventory.claim(OWN)
+    await sweeper.sweep()
+    assert engine.may_have_lost(item)
+    assert not engine.may_have_lost(f"{item}-unknown")
 
 
 async def test_an_outage_of_kafka_does_not_end_a_conflict(

@@ -69,8 +69,7 @@ def transitions(
     script: HeldScript, publisher: HeldPublisher, *, seen: bool = False, claimed: bool = True
 ) -> Transitions:
     engine = Engine("flashsale")
-    engine.found_in_redis("e-1" if claimed else "")
-    engine.items.looked(["x"] if seen else [])
+    engine.items.looked(["x"] if seen else [], claimed=claimed)
     return Transitions(script, publisher, Metrics(), engine, verb="confirm")
 
 
