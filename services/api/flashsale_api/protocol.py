@@ -43,6 +43,12 @@ MAX_UNFINISHED_BYTES: Final = 64 * 1024 * 1024
 
 A client that exceeds it is reset. Requests that arrive in one piece do not count.
 """
+PIECE_BYTES: Final = 4 * 1024
+"""The parser gets a longer read in pieces of this size.
+
+It does not say where a request begins. So a request that begins behind another one counts all of
+its first piece.
+"""
 FIELD_BYTES: Final = 150
 """The memory that a header field takes besides its bytes."""
 MAX_PIPELINED: Final = 16
@@ -106,6 +112,8 @@ class HttpProtocol(asyncio.Protocol):
         """Header and trailer fields of the request that is being received."""
         self._overhead = 0
         """Bytes of the request that is being received, without its body."""
+        self._piece = 0
+        """Bytes of the piece that is being parsed."""
         self._receiving: Exchange | None = None
         """The request whose head is complete and whose body is not."""
         self._partial = True
@@ -157,17 +165,12 @@ class HttpProtocol(asyncio.Protocol):
         self._unfinished = 0
 
     def data_received(self, data: bytes) -> None:
-        if self._last:
-            return
-        self._overhead += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(memoryview(data)[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse()
-        if self._overhead > MAX_HEAD_BYTES:
-            self._refuse(431, "The request's head is too large.")
+        if len(data) <= PIECE_BYTES:
+            self._parse(data)
+        else:
+            whole = memoryview(data)
+            for start in range(0, len(data), PIECE_BYTES):
+                self._parse(whole[start : start + PIECE_BYTES])
         if self._partial or self._waiting or self._unfinished:
             self._count()
 
@@ -206,6 +209,8 @@ class HttpProtocol(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._url, self._headers, self._fields = b"", [], 0
         self._partial = True
+        # It is 0 if another request ended in this piece.
+        self._overhead = max(self._overhead, self._piece)
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -283,6 +288,20 @@ class HttpProtocol(asyncio.Protocol):
             self._enqueue(exchange)
 
     # Requests and answers.
+
+    def _parse(self, piece: bytes | memoryview) -> None:
+        if self._last:
+            return
+        self._piece = len(piece)
+        self._overhead += self._piece
+        try:
+            self._parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse()
+        if self._overhead > MAX_HEAD_BYTES:
+            self._refuse(431, "The request's head is too large.")
 
     def answer(self, exchange: "Exchange", status: int, headers: Headers, body: bytes) -> None:
         """Writes the answer to the current request."""

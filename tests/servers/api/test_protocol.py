@@ -21,7 +21,7 @@ from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import HttpProtocol
+from flashsale_api.protocol import PIECE_BYTES, HttpProtocol
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
 from flashsale_api.sales import Sales
 from tests.support.batcher import HeldInventory, RecordingPublisher
@@ -120,6 +120,38 @@ async def test_a_body_that_is_too_large_is_dropped_and_the_keep_alive_timer_rest
         await client.send(b"a" * 5)
         assert await client.answers() == [413]
         assert await until(client.answers) == [0]
+
+
+LONG = b"GET /reserve HTTP/1.1\r\nHost: x\r\nA: "
+
+
+@pytest.mark.parametrize("before", [b"", BAD, BAD * 3], ids=["alone", "second", "fourth"])
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["without an end", "complete"])
+async def test_the_limit_of_a_head_holds_behind_other_requests(before: bytes, end: bytes) -> None:
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(before + LONG + b"y" * 60_000 + end)
+        assert await client.answers() == [422] * before.count(BAD) + [405] * bool(end)
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(before + LONG + b"y" * 100_000 + end)
+        assert await client.answers() == [422] * before.count(BAD) + [431, 0]
+
+
+@pytest.mark.parametrize("before", [b"", BAD], ids=["alone", "second"])
+async def test_a_half_head_counts_also_behind_another_request(before: bytes) -> None:
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(before + LONG + b"y" * 60_000)
+        assert 60_000 < HttpProtocol.unfinished < 60_000 + 2 * PIECE_BYTES
+    assert HttpProtocol.unfinished == 0
+
+
+async def test_a_body_behind_another_request_lowers_no_count() -> None:
+    head = GOOD.removesuffix(BODY).replace(b"Length: %d" % len(BODY), b"Length: 1000000")
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(BAD + head + b"z" * 200_000)
+        assert 0 <= HttpProtocol.unfinished < 2 * PIECE_BYTES
+        client.connection.data_received(b"z" * 200_000)
+        assert 0 <= HttpProtocol.unfinished < 2 * PIECE_BYTES
+        assert await client.answers() == [422, 413]
 
 
 async def test_requests_after_the_last_answer_of_a_connection_are_ignored() -> None:
