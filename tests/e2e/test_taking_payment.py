@@ -69,7 +69,7 @@ def test_a_crowd_of_whom_a_part_pays_confirms_every_unit(shop: Shop) -> None:
 
 
 def test_the_holds_of_a_killed_pod_expire_and_their_units_are_for_sale_again(shop: Shop) -> None:
-    shop.apply(flash_sale("left", stock=2 * LEFT, holdSeconds=20))
+    shop.apply(flash_sale("left", stock=2 * LEFT, holdSeconds=45))
     shop.until_sale("left", "Selling")
     shop.start_load("leaving", "persistent.js", ITEM_ID="left", RATE=LEFT, DURATION="1s")
     promises = {each.reservation for each in shop.end_load("leaving")}
