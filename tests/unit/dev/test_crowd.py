@@ -6,6 +6,7 @@ import pytest
 
 from dev.crowd import Client, percentile, stampede
 from dev.journal import Attempt
+from tests.support.eventually import until
 from tests.support.fake_api import STALL_SECONDS, FakeApi
 
 ATTEMPT = Attempt("user", {"userId": "user", "itemId": "item", "quantity": 1})
@@ -23,9 +24,10 @@ async def test_a_broken_connection_is_an_entry_without_status_and_is_opened_agai
 async def test_a_buyer_who_stops_waiting_does_not_get_that_answer_later() -> None:
     async with FakeApi(stalled=1).serve() as api:
         client = Client(api.url)
+        sending = asyncio.create_task(client.send(ATTEMPT))
+        await until(lambda: api.bodies, "the request has arrived")
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(STALL_SECONDS / 10):
-                await client.send(ATTEMPT)
+            await asyncio.wait_for(sending, STALL_SECONDS / 10)
         again = await client.send(ATTEMPT)
         client.close()
     assert again.answer == {"reservationId": "2"}
