@@ -11,7 +11,7 @@ from typing import Final
 from dev.stack.errors import StackError
 
 _PARTS: Final = 8
-"""Parts of the range. The id of a process selects its part."""
+"""Parts of the range. The number of pytest's worker selects its part, otherwise the process id."""
 _given: Final[deque[int]] = deque(maxlen=500)
 """The ports that this process got last. Their servers may start later."""
 
@@ -20,7 +20,8 @@ def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that is free.
 
     Nothing listens on it until its server starts, so this function does not return it again soon.
-    Processes that run side by side mostly choose from different parts of the range.
+    Up to eight workers of one pytest choose from different parts of the range. Other processes that
+    run side by side mostly do, too.
 
     The port lies below the range of outgoing ports if there is room. Otherwise a client that keeps
     calling a stopped server could get the server's own port as its outgoing port. It would then be
@@ -31,7 +32,8 @@ def free_port() -> int:
     except FileNotFoundError:
         first = 49152  # the start of the dynamic range of IANA and of macOS
     below = range(max(first - 12_000, 10_000), first)
-    own = below[os.getpid() % _PARTS :: _PARTS]
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    own = below[int(worker or os.getpid()) % _PARTS :: _PARTS]
     # Tests seed the generator of the module `random`.
     candidates = random.SystemRandom().sample(own, 100) if len(below) > 1000 else [0] * 100
     for candidate in candidates:
