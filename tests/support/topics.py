@@ -22,9 +22,10 @@ async def administering(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
 async def create_topic(
     bootstrap: str, name: str, partitions: int, configs: Mapping[str, str] | None = None
 ) -> None:
-    """Create a topic unless it exists, and wait until the broker names it to its clients.
+    """Create a topic unless it exists, and wait until the broker names a leader of each partition.
 
-    Kafka answers when the controller has the topic. The broker learns of it a moment later.
+    Kafka answers when the controller has the topic. The broker learns of it and of the leaders a
+    moment later.
     """
     async with administering(bootstrap) as admin:
         new = NewTopic(name, partitions, 1, topic_configs=dict(configs or {}))
@@ -32,7 +33,10 @@ async def create_topic(
         [(_, code, message)] = reply.topic_errors
         assert code in (NoError.errno, TopicAlreadyExistsError.errno), message
 
-        async def named() -> bool:
-            return name in await admin.list_topics()
+        async def led() -> bool:
+            # A broker that does not know the topic names no partition.
+            [topic] = await admin.describe_topics([name])
+            leaders = [partition["leader"] for partition in topic["partitions"]]
+            return bool(leaders) and min(leaders) >= 0
 
-        await until(named, f"the broker names {name}")
+        await until(led, f"the broker names the leaders of {name}")
