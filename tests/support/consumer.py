@@ -343,6 +343,19 @@ class Running:
         return self.metrics.text().decode().count("flashsale_consumer_lag{")
 
 
+async def until_recorded(count: int, *members: Running) -> None:
+    """Wait until workers have counted `count` recorded events together. Check that it is no more.
+
+    A worker counts after its commit, so the ledger has the events a moment earlier.
+    """
+
+    def counted() -> float:
+        return sum(member.events("recorded") for member in members)
+
+    await until(lambda: counted() >= count, lambda: f"{counted():.0f} of {count} are counted")
+    assert counted() == count
+
+
 @asynccontextmanager
 async def running(url: str, log: Log, *, group_id: str | None = None) -> AsyncIterator[Running]:
     """Run a worker during the body. A worker that died fails the test."""

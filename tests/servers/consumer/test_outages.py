@@ -28,6 +28,7 @@ from tests.support.consumer import (
     database,
     opened,
     running,
+    until_recorded,
     waits,
 )
 from tests.support.eventually import until
@@ -136,7 +137,7 @@ async def test_a_rebalance_in_the_middle_of_a_transaction_loses_nothing(
             await until(lambda: one.partitions() == 0, "the partitions are revoked")
         await log.write(*sold[800:])
         await ledger.until_has(*sold)
-        assert one.events("recorded") + other.events("recorded") == len(sold)
+        await until_recorded(len(sold), one, other)
 
 
 async def test_rebalances_at_any_moment_lose_nothing(
@@ -160,7 +161,7 @@ async def test_rebalances_at_any_moment_lose_nothing(
         for number in range(0, len(sold), 100):
             await log.write(*sold[number : number + 100])
         await ledger.until_has(*sold)
-        assert member.events("recorded") == len(sold)
+        await until_recorded(len(sold), member)
 
 
 async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
