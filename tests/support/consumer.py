@@ -19,6 +19,7 @@ import asyncpg
 import httpx
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
+from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
 from dev.stack.ports import free_port
@@ -292,6 +293,10 @@ class Log:
         """Return the engine id that the group names in Kafka."""
         first = (await self.committed()).get(0)
         return first and events.owner(first.metadata)
+
+    async def until_owned(self) -> None:
+        """Wait until the group names an engine, even if Kafka has no coordinator for it yet."""
+        await until(self.owner, "the group has an owner", ignoring=(KafkaError,))
 
     async def dead_letters(self, count: int) -> Sequence[ConsumerRecord]:
         """Return the first `count` dead letters."""

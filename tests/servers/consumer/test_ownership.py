@@ -67,7 +67,7 @@ async def test_events_of_another_engine_become_dead_letters(ledger: Ledger, log:
 
 async def test_a_group_is_claimed_before_any_event_arrives(ledger: Ledger, log: Log) -> None:
     async with running(ledger.url, log):
-        await until(log.owner, "the group has an owner")
+        await log.until_owned()
     assert await log.owner() == await ledger.engine_id()
 
 
@@ -85,7 +85,7 @@ async def test_a_group_of_the_previous_version_is_adopted(ledger: Ledger, log: L
     await commit_without_metadata(log)
     assert await log.owner() is None
     async with running(ledger.url, log):
-        await until(log.owner, "the group has an owner")
+        await log.until_owned()
         event = accepted()
         await log.write(event)
         await ledger.until_has(event)
@@ -95,10 +95,10 @@ async def test_a_group_of_the_previous_version_is_adopted(ledger: Ledger, log: L
 async def test_a_claim_that_was_lost_is_repeated(ledger: Ledger, log: Log) -> None:
     """A consumer of the previous version commits the same offsets without an owner."""
     async with running(ledger.url, log) as member:
-        await until(log.owner, "the group has an owner")
+        await log.until_owned()
         consumer = member.worker._partitions._consumer
         await consumer.commit({TopicPartition(log.topic, 0): 0})
-        await until(log.owner, "the group has an owner again")
+        await log.until_owned()
 
 
 @pytest.mark.usefixtures("looks_often")
@@ -110,7 +110,7 @@ async def test_the_group_of_another_engine_is_left_alone_until_it_is_deleted(
     async with running(other_ledger.url, log) as refused:
         await until(lambda: refused.worker.joined)
         await log.write(accepted(engine=own))
-        await until(log.owner, "the group has an owner")
+        await log.until_owned()
     async with running(ledger.url, log) as member:
         await until(lambda: member.worker.conflict)
         assert not member.worker.joined
@@ -123,7 +123,7 @@ async def test_the_group_of_another_engine_is_left_alone_until_it_is_deleted(
         await log.write(*second)
         await ledger.until_has(*first, *second)
         assert member.worker.conflict == ""
-        await until(log.owner, "the group has an owner")
+        await log.until_owned()
         assert await log.owner() == foreign
     told = [record for record in caplog.records if "belongs to engine" in record.getMessage()]
     assert [record.levelno for record in told if record.name.endswith("worker")].count(
