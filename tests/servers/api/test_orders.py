@@ -200,7 +200,7 @@ async def test_a_hold_that_is_confirmed_while_it_expires_does_one_of_both(shop: 
 
 
 async def test_a_hold_can_be_confirmed_after_its_time_until_it_is_expired(shop: Shop) -> None:
-    await shop.open(hold_seconds=1)
+    await shop.open(hold_seconds=4)
     path = await shop.hold()
     expires_ms = (await shop.record(path)).expires_ms
     assert expires_ms is not None

@@ -70,7 +70,7 @@ async def test_cancellations_and_the_end_of_a_hold_give_its_unit_back_once(shop:
 async def test_a_confirmed_reservation_outlives_its_hold_until_its_order_gives_it_back(
     shop: Shop,
 ) -> None:
-    await shop.open(2, hold_seconds=1)
+    await shop.open(2, hold_seconds=4)
     reviewed, left = await shop.hold("ann"), await shop.hold("bob")
     assert (await shop.confirm(reviewed, "review-1")).status_code == 200
 
