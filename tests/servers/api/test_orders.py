@@ -344,9 +344,16 @@ async def test_the_sweep_publishes_the_cancellation_of_a_dead_pod(
     nowhere = f"127.0.0.1:{free_port()}"
     victim = await asyncio.to_thread(new_order_api, TOKENS[0], kafka_bootstrap=nowhere)
     async with order_client(victim) as orders:
-        answer = await orders.post(f"{path}/cancel")
+        calling = asyncio.create_task(orders.post(f"{path}/cancel"))
+
+        async def cancelled() -> bool:
+            return (await shop.record(path)).state == "cancelled"
+
+        await until(cancelled)
+        # The other pod leaves the entry alone until it is 3 seconds old.
+        assert (await shop.sale()).available == 0
+        answer = await calling
     assert (answer.status_code, answer.json()["state"]) == (202, "cancelled")
-    assert (await shop.sale()).available == 0
     victim.kill()
     await shop.settled()
     assert (await shop.sale()).available == 1
