@@ -61,6 +61,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._leaderless: frozenset[TopicPartition] = frozenset()
         self._revoked_at: float | None = None
         self._committed: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
         self.positions: dict[int, int] = {}
         """Next offset by partition. The ledger has everything before it."""
         self.announced: dict[int, int] = {}
@@ -127,7 +128,13 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
             self._consumer.seek(tp, placed[tp.partition].recorded)
         self._consumer.resume(*placing)
         self._at(placed)
+        self._ends = {number: kept.stop for number, kept in logs.items()}
         self._unplaced = frozenset()
+
+    def reached_ends(self) -> bool:
+        """Whether the ledger has all events that Kafka had when the partitions were placed."""
+        ends = self._ends.items()
+        return all(self.positions.get(number, end) >= end for number, end in ends)
 
     def _at(self, placed: Mapping[int, Stored]) -> None:
         """Replace the offsets. An unfinished batch keeps the former objects."""

@@ -190,7 +190,8 @@ class Worker:
                     self._checked = time.monotonic()
                     continue
                 records = await partitions.poll(POLL_SECONDS)
-                self.conflict = ""  # not before the records can be read
+                if records or partitions.reached_ends():
+                    self.conflict = ""  # not before the records can be read
                 if records:
                     await self._record(pool, records)
                     self._checked = time.monotonic()
