@@ -34,10 +34,8 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 """Twice the broker's default, because a dead letter is a record plus explaining headers."""
 
 
-async def create(
-    kafka: KafkaSettings, topic: str, dead_letter_topic: str
-) -> tuple[frozenset[str], TopicFacts | None]:
-    """Create the missing topics. Return their names and the settings of `topic`.
+async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> frozenset[str]:
+    """Create the missing topics, and return their names.
 
     A consumer that may not create topics waits until they exist. Raises `KafkaError`.
     """
@@ -55,7 +53,13 @@ async def create(
         )
         if missing:
             log.warning("not allowed to create %s, waiting for them", ", ".join(sorted(missing)))
-        return created, await facts(admin, topic)
+        return created
+
+
+async def read_facts(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
+    """Return the topic's settings, or None if it does not exist. Raises `KafkaError`."""
+    async with _admin(kafka) as admin:
+        return await facts(admin, topic)
 
 
 async def create_recorded(kafka: KafkaSettings, topic: str) -> TopicFacts | None:

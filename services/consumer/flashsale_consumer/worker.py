@@ -145,11 +145,13 @@ class Worker:
         """
         name = self._settings.engine
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
-        created, facts = await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        created = await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        if self._topic in created:
+            # Before any other call can fail, because after it the topic is not a new one any more.
+            await self._when_served(lambda: offsets.forget(pool, self._topic))
+        facts = await topics.read_facts(self._settings, self._topic)
         if facts is not None:
             self._checks.require(requirements.TOPIC, facts)
-        if self._topic in created:
-            await self._when_served(lambda: offsets.forget(pool, self._topic))
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:
             await owner.check()
             await self._join(pool, owner)

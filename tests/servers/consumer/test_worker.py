@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from dev.stack.servers import KafkaServer
 from flashsale import events
@@ -317,16 +317,22 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     async with running(ledger.url, log):
         await ledger.until_has(*first)
     await log.delete(log.topic)
-    create = topics.create
+    create, read_facts = topics.create, topics.read_facts
+    failures = [KafkaConnectionError("no reply")]
 
-    async def create_and_publish(
-        kafka: KafkaSettings, *names: str
-    ) -> tuple[frozenset[str], TopicFacts | None]:
+    async def create_and_publish(kafka: KafkaSettings, *names: str) -> frozenset[str]:
         created = await create(kafka, *names)
-        await log.write(*second, partition=0)  # before the consumer reads the end offset
+        if created:
+            await log.write(*second, partition=0)  # before the consumer reads the end offset
         return created
 
+    async def fail_once(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
+        if failures:
+            raise failures.pop()
+        return await read_facts(kafka, topic)
+
     monkeypatch.setattr(topics, "create", create_and_publish)
+    monkeypatch.setattr(topics, "read_facts", fail_once)
     async with running(ledger.url, log):
         await ledger.until_has(*first, *second)
     assert await ledger.pool.fetchval("SELECT max(next_offset) FROM kafka_offsets") == 5
