@@ -20,6 +20,7 @@ import httpx
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError
+from aiokafka.record._crecords.cutil import crc32c_cython as crc32c
 from aiokafka.structs import OffsetAndMetadata
 
 from dev.stack.ports import free_port
@@ -40,6 +41,9 @@ DEADLINE_SECONDS = 60.0
 NOON = datetime(2026, 11, 27, 12, tzinfo=UTC)
 # A valid RFC 3339 time that is in the year 0 in UTC.
 BEYOND_POSTGRESQL = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))
+
+_CRC = slice(17, 21)
+"""Where a batch has its checksum, which is of the bytes behind it."""
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -275,6 +279,22 @@ class Log:
                         headers=[*headers, ("schema", b"1")],
                     )
             await producer.flush()
+        finally:
+            await producer.stop()
+
+    async def write_undecodable(self, partition: int) -> None:
+        """Produce a batch of three records. A header of the second has a name that is not UTF-8."""
+        producer = AIOKafkaProducer(bootstrap_servers=self.bootstrap)
+        await producer.start()
+        try:
+            batch = producer.create_batch()
+            for name in ("schema", "broken", "schema"):
+                batch.append(key=b"a key", value=b"bad", timestamp=None, headers=[(name, b"1")])
+            batch.close()
+            content = bytearray(batch._build().replace(b"broken", b"\xff" * 6))
+            content[_CRC] = crc32c(content[_CRC.stop :]).to_bytes(4, "big")
+            batch._build = lambda: content
+            await (await producer.send_batch(batch, self.topic, partition=partition))
         finally:
             await producer.stop()
 

@@ -35,14 +35,14 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients, topics
 from flashsale_consumer.availability import Availability
 from flashsale_consumer.metrics import Metrics
-from flashsale_consumer.partitions import Partitions, Records
+from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorded import Message, Source
 
 log = logging.getLogger(__name__)
 
 PAGE: Final = 5_000
 """Events that are announced together."""
-POLL_MS: Final = 500
+POLL_SECONDS: Final = 0.5
 REBUILDS_SECONDS: Final = 1.0
 """How often the announcer looks for rebuilt sales."""
 ACKNOWLEDGED_SECONDS: Final = 12.0
@@ -148,7 +148,7 @@ class Announcer:
         """Read a page of events from Kafka. Return it once the ledger has it."""
         announced = partitions.announced
         self._seek(reader, announced)
-        page: Records = await reader.getmany(timeout_ms=POLL_MS, max_records=PAGE)
+        page = await clients.poll(reader, self._reading, seconds=POLL_SECONDS, limit=PAGE)
         end = {tp.partition: records[-1].offset + 1 for tp, records in page.items()}
         self._reading |= end
         if not await partitions.recorded(announced, end):

@@ -1,16 +1,17 @@
-"""Makes the Kafka client, opens ledger transactions, and closes clients within a bounded time.
+"""Makes and reads Kafka clients, opens ledger transactions, and closes clients in bounded time.
 
 Only this module uses private parts of aiokafka.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
+from inspect import GEN_CLOSED, getgeneratorstate
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 
 CLOSE_SECONDS: Final = 3.0
 TRANSACTION_SECONDS: Final = 30.0
@@ -86,6 +88,51 @@ def reader(kafka: KafkaSettings) -> AIOKafkaConsumer:
         max_partition_fetch_bytes=EVENT_BYTES,  # it reads ahead this much of each partition
         request_timeout_ms=_REQUEST_TIMEOUT_MS,
         metadata_max_age_ms=_METADATA_AGE_MS,
+    )
+
+
+class Undecodable(ConsumerRecord):  # type: ignore[misc] # aiokafka has no types
+    """A record in whose batch a header's name is not UTF-8. Only its place is known."""
+
+    def __init__(self, partition: TopicPartition, offset: int) -> None:
+        headers = [("omitted", b"cannot be decoded")]
+        super().__init__(*partition, offset, 0, 0, None, None, None, -1, -1, headers)
+
+
+async def poll(
+    consumer: AIOKafkaConsumer, offsets: Mapping[int, int], *, seconds: float, limit: int
+) -> Records:
+    """Return the records that arrive, at most `limit`. `offsets` are the next ones by partition.
+
+    If aiokafka cannot decode a record, it cannot decode the rest of the batch either. A batch is of
+    one producer, so it has no events. This returns the records before it, then each of the rest as
+    `Undecodable`.
+    """
+    records: Records
+    timeout_ms = int(seconds * 1000)
+    try:
+        records = await consumer.getmany(timeout_ms=timeout_ms, max_records=limit)
+    except UnicodeDecodeError:
+        tp, offset = _undecoded(consumer)
+        for number, position in offsets.items():  # aiokafka has dropped other records, too
+            consumer.seek(TopicPartition(tp.topic, number), position)
+        if before := offset - offsets[tp.partition]:
+            limit = min(limit, before)
+            records = await consumer.getmany(tp, timeout_ms=timeout_ms, max_records=limit)
+        else:
+            consumer.seek(tp, offset + 1)
+            records = {tp: [Undecodable(tp, offset)]}
+    return records
+
+
+def _undecoded(consumer: AIOKafkaConsumer) -> tuple[TopicPartition, int]:
+    """Return the place of the record on which `getmany` has just failed."""
+    fetched = consumer._fetcher._records.items()
+    unpacking = {tp: each._partition_records for tp, each in fetched if hasattr(each, "getall")}
+    return next(
+        (tp, each.next_fetch_offset)
+        for tp, each in unpacking.items()
+        if getgeneratorstate(each._records_iterator) == GEN_CLOSED
     )
 
 

@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, LeaderNotAvailableError
 
 from flashsale.ledger import Pool
 from flashsale_consumer import clients, offsets
+from flashsale_consumer.clients import Records
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import Stored
 from flashsale_consumer.recorder import Written
@@ -31,8 +32,6 @@ BATCH_LIMIT: Final = 5_000
 
 RECENT_BATCHES: Final = 4
 """Recorded batches in memory, from which the announcer takes its next one."""
-
-Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 
 
 class Recorded(NamedTuple):
@@ -214,10 +213,9 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     async def poll(self, seconds: float) -> Records:
         """Return the events that arrive, at most one batch. This keeps the membership."""
-        records: Records = await self._consumer.getmany(
-            timeout_ms=int(seconds * 1000), max_records=self._limit
+        return await clients.poll(
+            self._consumer, self.positions, seconds=seconds, limit=self._limit
         )
-        return records
 
     def shrink(self) -> None:
         """Halve the next batch. A batch that takes too long would otherwise fail again."""

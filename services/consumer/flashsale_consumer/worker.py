@@ -25,12 +25,12 @@ from flashsale.requirements import Checks
 from flashsale_consumer import clients, offsets, recorder, topics
 from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.availability import Availability
-from flashsale_consumer.clients import transaction
+from flashsale_consumer.clients import Records, Undecodable, transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import LedgerRewound
 from flashsale_consumer.ownership import Ownership, ownership
-from flashsale_consumer.partitions import Partitions, Records
+from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorder import BatchOutcome
 from flashsale_consumer.settings import Settings
 
@@ -55,6 +55,7 @@ _KAFKA_MISTAKE: Final = (
     "Kafka has records or a version that this consumer cannot read ({!r}), but needs Kafka 2.4 or "
     "newer and the package cramjam for compressed topics: install the consumer's requirements.txt"
 )
+_UNDECODABLE: Final = "a header in the record's batch has a name that is not UTF-8"
 _FOREIGN: Final = "the event is of engine {}, but this ledger belongs to engine {}"
 
 
@@ -226,6 +227,9 @@ class Worker:
         sources: dict[int, ConsumerRecord] = {}  # by the id() of the event
         letters: list[DeadLetter] = []
         for record in chain.from_iterable(records.values()):
+            if isinstance(record, Undecodable):
+                letters.append(DeadLetter(record, _UNDECODABLE))
+                continue
             try:
                 event = events.decode(record.value)
             except ContractViolation as violation:

@@ -16,8 +16,9 @@ from flashsale import events
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import recorder, topics
+from flashsale_consumer.clients import Records
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
-from flashsale_consumer.partitions import BATCH_LIMIT, Partitions, Records
+from flashsale_consumer.partitions import BATCH_LIMIT, Partitions
 from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     BEYOND_POSTGRESQL,
@@ -91,6 +92,30 @@ async def test_any_header_of_another_producer_is_read(
         await ledger.until_has(good)
         (letter,) = await log.dead_letters(1)
     assert list(letter.headers[:2]) == foreign
+
+
+async def test_a_header_name_that_is_not_text_stops_no_partition(ledger: Ledger, log: Log) -> None:
+    first, between, last, other = sold = [accepted(number) for number in range(4)]
+    await log.write(first, partition=0)
+    await log.write_undecodable(partition=0)
+    await log.write(between, partition=0)
+    await log.write_undecodable(partition=0)
+    await log.write(last, partition=0)
+    await log.write(other, partition=1)
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(*sold)
+        letters = await log.dead_letters(6)
+        assert (worker.events("recorded"), worker.events("dead_lettered")) == (4, 6)
+        await until(lambda: worker.value("flashsale_consumer_announced_total") == 4)
+    await ledger.pool.execute("UPDATE kafka_offsets SET announced_offset = 0")
+    async with running(ledger.url, log) as worker:
+        await until(lambda: worker.value("flashsale_consumer_announced_total") == 4)
+    await log.delete(log.topic)  # other clients cannot read it
+
+    headers = [dict(letter.headers) for letter in letters]
+    omitted = [each for each in headers if each.get("omitted") == b"cannot be decoded"]
+    assert sorted(int(each["original-offset"]) for each in omitted) == [2, 3, 6, 7]
+    assert all(b"not UTF-8" in each["reason"] for each in omitted)
 
 
 async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
