@@ -1,13 +1,16 @@
 """Bearer tokens of buyers (RFC 7519), verified with the keys of their issuer (RFC 7517)."""
 
 import asyncio
+import contextlib
 import logging
 import re
+import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from hashlib import blake2b
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, Final, NamedTuple
 
 import jwt
@@ -36,6 +39,7 @@ _RETRY_SECONDS: Final = 1.0
 _DEFAULT_AGE: Final = 300.0
 _LONGEST_AGE: Final = 86_400.0
 _FETCH_SECONDS: Final = 5.0
+"""How long a connection to the issuer may last, and how long it may be silent."""
 _MAX_JWKS_BYTES: Final = 1024 * 1024
 _UNREADABLE: Final = (OSError, HTTPException, ValueError, msgspec.DecodeError)
 _SMALLEST_RSA_BITS: Final = 2048
@@ -206,7 +210,37 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_open: Final = urllib.request.build_opener(_NoRedirects).open
+class _Connection(HTTPConnection):
+    """Ends after `_FETCH_SECONDS`. A timeout of urllib ends only a silent connection."""
+
+    def connect(self) -> None:
+        super().connect()
+        # A copy, because TLS takes the socket itself.
+        ending = threading.Timer(_FETCH_SECONDS, _end, (self.sock.dup(),))
+        ending.daemon = True
+        ending.start()
+
+
+class _SecureConnection(HTTPSConnection, _Connection):
+    """The same with TLS."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, request)
+
+
+def _end(connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+_open: Final = urllib.request.build_opener(_NoRedirects, _Http, _Https).open
 
 
 class _Jwks(msgspec.Struct):

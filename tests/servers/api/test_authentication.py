@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -330,6 +331,44 @@ async def test_keys_rotate_and_survive_that_their_address_is_away(
         assert await identified(named, new) == ("bob", "")
         assert named.problem == ""
         running.cancel()
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"]
+)
+async def test_a_slow_answer_with_keys_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    """Tokens with unknown keys wait for the answer."""
+    monkeypatch.setattr(tokens, "_FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
+
+    async def trickle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            writer.write(head)
+            while not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    with Issuer() as issuer:
+        slow = await asyncio.start_server(trickle, "127.0.0.1", 0)
+        metrics = Metrics()
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
+        named = Tokens(keys, issuer.url, "flashsale")
+        running = asyncio.create_task(named.run())
+        assert await identified(named, issuer.token("ann")) == ("ann", "")
+        keys._url = f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}"
+        unknown = jwt.encode({}, generate_private_key(SECP256R1()), "ES256", headers={"kid": "x"})
+
+        async def given_up() -> bool:
+            assert await identified(named, unknown) == ("", "the issuer has no such key")
+            return b"flashsale_api_jwks_up 0.0" in metrics.text()
+
+        await until(given_up)
+        assert await identified(named, issuer.token("bob")) == ("bob", "")
+        running.cancel()
+        slow.close()
 
 
 async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
