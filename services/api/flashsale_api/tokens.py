@@ -41,7 +41,7 @@ _LONGEST_AGE: Final = 86_400.0
 _FETCH_SECONDS: Final = 5.0
 """How long a connection to the issuer may last, and how long it may be silent."""
 _MAX_JWKS_BYTES: Final = 1024 * 1024
-_UNREADABLE: Final = (OSError, HTTPException, ValueError, msgspec.DecodeError)
+_UNREADABLE: Final = (OSError, HTTPException, ValueError, RecursionError, msgspec.DecodeError)
 _SMALLEST_RSA_BITS: Final = 2048
 _MAX_AGE: Final = re.compile(r"(?:^|,)\s*max-age=(\d{1,9})\s*(?:,|\Z)", re.IGNORECASE)
 
@@ -266,15 +266,16 @@ def _usable(jwks: list[dict[str, Any]]) -> dict[str | None, jwt.PyJWK]:
         if data.get("use", "sig") != "sig":
             continue
         try:
+            key_id = msgspec.convert(data.get("kid"), str | None) or ""
             key = jwt.PyJWK(data)
-        except (PyJWTError, ValueError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - PyJWT checks no types, and the pod must go on
             log.warning("the JWKS has a key that cannot be read: %s", error)
             continue
         weak = isinstance(key.key, RSAPublicKey) and key.key.key_size < _SMALLEST_RSA_BITS
         if key.algorithm_name not in ALGORITHMS or weak or "d" in data:
             log.warning("the JWKS has a key that is no public key for %s", ", ".join(ALGORITHMS))
         else:
-            found[key.key_id or ""] = key
+            found[key_id] = key
     if not found:
         raise ValueError(f"the JWKS has no key for {', '.join(ALGORITHMS)}")
     if len(found) == 1:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import httpx
 import jwt
@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as generate_rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from jwt.algorithms import ECAlgorithm
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer
@@ -369,6 +369,69 @@ async def test_a_slow_answer_with_keys_is_given_up(
         assert await identified(named, issuer.token("bob")) == ("bob", "")
         running.cancel()
         slow.close()
+
+
+_ODD: Final[tuple[object, ...]] = (
+    None,
+    7,
+    True,
+    -1.5,
+    "",
+    "é",
+    "A" * 100_000,
+    [],
+    ["a"],
+    {},
+    {"a": []},
+    10**30,
+)
+
+
+@pytest.mark.parametrize("name", ["kid", "kty", "crv", "n", "e", "x", "y", "alg", "use", "key_ops"])
+def test_a_malformed_key_takes_no_other_key_away(name: str) -> None:
+    rsa = RSAAlgorithm.to_jwk(generate_rsa(65537, 2048).public_key(), as_dict=True)
+    curve = ECAlgorithm.to_jwk(generate_private_key(SECP256R1()).public_key(), as_dict=True)
+    for key in (rsa, curve):
+        for odd in _ODD:
+            found = tokens._usable([{**key, "kid": "odd", name: odd}, {**curve, "kid": "good"}])
+            assert "good" in found
+            assert {type(key_id) for key_id in found} <= {str, type(None)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"{}",
+        b'{"keys": {}}',
+        b'{"keys": null}',
+        b'{"keys": ["a"]}',
+        b'{"keys": [[]]}',
+        b'{"keys": [{}]}',
+        b'{"keys": [' + b"[" * 100_000,
+        b'{"keys": [{"kid": ' + b'{"a":' * 100_000,
+        b'{"keys": [{"kid": ' + b"9" * 100_000 + b"}]}",
+        b'{"keys": [{"kid": 1e999}]}',
+        b'{"keys": [{"kid": ["a"], "kty": "oct", "k": "AAAA"}]}',
+    ],
+)
+async def test_a_malformed_document_leaves_the_known_keys(
+    monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
+    with Issuer(max_age=0) as issuer:
+        metrics = Metrics()
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
+        named = Tokens(keys, issuer.url, "flashsale")
+        running = asyncio.create_task(named.run())
+        assert await identified(named, issuer.token("ann")) == ("ann", "")
+        monkeypatch.setattr(issuer, "_answer", lambda: text)
+        await until(lambda: running.done() or b"flashsale_api_jwks_up 0.0" in metrics.text())
+        assert not running.done()
+        assert await identified(named, issuer.token("bob")) == ("bob", "")
+        running.cancel()
 
 
 async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
