@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Literal
 
 import uvicorn
@@ -17,7 +19,19 @@ log = logging.getLogger(__name__)
 
 def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     """Returns the server for buyers. Benchmarks start other apps with it."""
-    return uvicorn.Server(_config(app, host, port, "on"))
+    return _Server(_config(app, host, port, "on"))
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Stops the server, and at a second Ctrl-C at once.
+
+        uvicorn would also raise the signal again at the end. The process would not send its last
+        spans, and would not exit with 0.
+        """
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 class OrderServer:

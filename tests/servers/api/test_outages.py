@@ -1,7 +1,9 @@
 """The API while Redis is stopped, slow, restarted, or loses the connection during a call."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,8 +22,9 @@ from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api import app
 from tests.support.api import OWN_SALE, accepted, problem, reserve
-from tests.support.eventually import until
+from tests.support.eventually import eventually, until
 from tests.support.proxy import Proxy
+from tests.support.trace_collector import collecting
 
 ITEM = OWN_SALE.item_id
 
@@ -268,6 +271,31 @@ def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: s
     assert done.stderr.startswith(variable)
     assert done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_api_sends_its_last_spans_and_exits_with_0(number: signal.Signals) -> None:
+    with collecting() as collector:
+        environment = good_environment() | {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_TRACES_SAMPLER": "always_on",
+            "OTEL_BSP_SCHEDULE_DELAY": "600000",
+        }
+        url = f"http://{environment['FLASHSALE_LISTEN']}"
+        command = (sys.executable, "-m", "flashsale_api")
+        with subprocess.Popen(command, env={**os.environ, **environment}) as running:
+            eventually(lambda: _serves(url))
+            body = {"userId": "ann", "itemId": "phone", "quantity": 1}
+            assert httpx.post(f"{url}/reserve", json=body).status_code == 503
+            running.send_signal(number)
+            assert running.wait(60) == 0
+        assert [span.name for span in collector.spans] == ["POST /reserve"]
+
+
+def _serves(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/healthz").status_code == 200
+    return False
 
 
 @pytest.mark.parametrize("variable", ["FLASHSALE_METRICS_LISTEN", "FLASHSALE_ORDERS_LISTEN"])
