@@ -15,13 +15,20 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
-from flashsale_api import descriptors
+from flashsale_api import descriptors, protocol
 from flashsale_api import reserve as reserve_module
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import PIECE_BYTES, HttpProtocol
+from flashsale_api.protocol import (
+    FIELD_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_PIPELINED,
+    PIECE_BYTES,
+    REQUEST_BYTES,
+    HttpProtocol,
+)
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
 from flashsale_api.sales import Sales
 from tests.support.batcher import HeldInventory, RecordingPublisher
@@ -152,6 +159,30 @@ async def test_a_body_behind_another_request_lowers_no_count() -> None:
         client.connection.data_received(b"z" * 200_000)
         assert 0 <= HttpProtocol.unfinished < 2 * PIECE_BYTES
         assert await client.answers() == [422, 413]
+
+
+async def test_the_objects_of_waiting_requests_count_until_they_are_answered() -> None:
+    request = BAD.replace(b"Host", b"A: b\r\n" * 50 + b"Host")
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        client.connection.data_received(GOOD)
+        assert HttpProtocol.unfinished == 0
+        client.connection.data_received(request * MAX_PIPELINED)
+        objects = REQUEST_BYTES + 53 * FIELD_BYTES
+        assert 0 < HttpProtocol.unfinished - MAX_PIPELINED * objects < MAX_HEAD_BYTES
+        inventory.go.release()
+        assert await client.answers() == [202] + [422] * MAX_PIPELINED
+        assert HttpProtocol.unfinished == 0
+
+
+async def test_a_client_too_large_is_forgotten_before_the_loop_reads_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_UNFINISHED_BYTES", 10_000)
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(GOOD + BAD * MAX_PIPELINED)
+        assert HttpProtocol.unfinished == 0
+        assert await client.answers() == [0]
 
 
 async def test_requests_after_the_last_answer_of_a_connection_are_ignored() -> None:
