@@ -88,7 +88,10 @@ async def _check_decisions(seen: Seen, shop: Shop) -> None:
     pending = await shop.hold("dan")
     shop.kafka.pause()
     try:
-        found = await shop.confirm(pending), await shop.cancel(pending, "o1")
+        found = (
+            await shop.confirm(pending, repeat=False),
+            await shop.cancel(pending, "o1", repeat=False),
+        )
     finally:
         shop.kafka.resume()
     for label, answer in zip((CONFIRM, CANCEL), found, strict=True):
