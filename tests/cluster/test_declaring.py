@@ -67,13 +67,15 @@ def test_a_window_opens_and_ends_automatically(
     world: World,
     operator: OperatorServer,  # noqa: ARG001 - it runs
 ) -> None:
-    world.apply("soon", startsAt=in_seconds(4), endsAt=in_seconds(9))
+    world.apply("soon", startsAt=in_seconds(3600), endsAt=in_seconds(7200))
     scheduled = world.until("soon", state="Scheduled", ready="Applied")
     open_since = world.condition("soon", "Open")["lastTransitionTime"]
     assert world.events("soon") == []
+    world.patch("soon", startsAt=in_seconds(3), endsAt=in_seconds(3600))
     world.until("soon", state="Selling")
     assert world.condition("soon", "Open")["lastTransitionTime"] > open_since
     ready = {c["type"]: c["lastTransitionTime"] for c in scheduled["status"]["conditions"]}["Ready"]
+    world.patch("soon", endsAt=in_seconds(3))
     ended = world.until("soon", state="Ended", ready="Applied")
     since = {c["type"]: c["lastTransitionTime"] for c in ended["status"]["conditions"]}
     assert since["Ready"] == ready

@@ -93,6 +93,11 @@ class World:
         """Make a FlashSale of the namespace, of ten units unless `spec` has another stock."""
         return flash_sale(name, item, namespace=self.namespace, **{"stock": 10, **spec})
 
+    def patch(self, name: str, **spec: object) -> None:
+        """Change fields of one FlashSale's spec."""
+        patch = json.dumps({"spec": spec})
+        self.kubectl("patch", "fs", name, "--type=merge", "--patch", patch)
+
     def delete(self, name: str) -> None:
         """Run `kubectl delete`, which waits until the object is gone."""
         self.kubectl("delete", "fs", name, "--timeout=30s")
