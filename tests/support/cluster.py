@@ -152,6 +152,13 @@ class World:
         with client:
             return cast("dict[str, str]", client.hgetall(keys.sale))
 
+    def until_published(self, item: str) -> None:
+        """Wait until Kafka has every event of the item, so that the outbox is empty."""
+        outbox = ItemKeys.of(item, self.addresses.engine).outbox
+        client = redis_client.Redis.from_url(self.redis.url)
+        with client:
+            eventually(lambda: client.xlen(outbox) == 0)
+
     def on_ledger(self, query: str, *arguments: object) -> Any:  # noqa: ANN401 - any value
         """Return the single value of a query."""
 
