@@ -9,7 +9,7 @@ import pytest
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
-from flashsale import heartbeat, keys, redis_client, redis_facts
+from flashsale import heartbeat, keys, nodes, redis_client, redis_facts
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
@@ -156,11 +156,16 @@ async def test_a_frozen_node_delays_no_other(
 
 
 async def test_the_link_of_a_silent_node_is_closed(
-    cluster: RedisCluster, inventory: Inventory, items: list[str]
+    cluster: RedisCluster,
+    inventory: Inventory,
+    items: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A replaced primary that thaws could otherwise execute a call that it got before."""
-    nodes = {node.name: node for node in await inventory.nodes.all()}
-    links = {item: await nodes[inventory.node_of(item)].pool.link() for item in items}
+    # The nodes that are not frozen always answer within this time.
+    monkeypatch.setattr(nodes, "PROBE_SECONDS", 3.0)
+    by_name = {node.name: node for node in await inventory.nodes.all()}
+    links = {item: await by_name[inventory.node_of(item)].pool.link() for item in items}
     watching = asyncio.create_task(inventory.nodes.watch())
     frozen, *others = items
     server = server_of(cluster, inventory, frozen)
