@@ -13,7 +13,7 @@ from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys, items
 from flashsale.sale import rfc3339_of_ms
 from flashsale_api.sales import MAX_READS
-from tests.support.api import UNKNOWN_ID, OpenSale, problem, reserve
+from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, problem, reserve
 from tests.support.eventually import until
 from tests.support.flood import open_connections
 
@@ -51,34 +51,34 @@ async def test_a_sale_shows_its_window_and_available_units(
 
 @pytest.mark.parametrize("of_all", [False, True], ids=["one sale", "all sales"])
 async def test_a_client_that_has_the_answer_gets_304(
-    http: httpx.AsyncClient, open_sale: OpenSale, item: str, of_all: bool
+    own_http: httpx.AsyncClient, of_all: bool
 ) -> None:
-    await open_sale(item, 7)
-    path = "/sales" if of_all else f"/sales/{item}"
+    """The engine is the test's own, because no other sale may change the list."""
+    path = "/sales" if of_all else f"/sales/{OWN_SALE.item_id}"
 
     async def shown() -> httpx.Response | None:
-        answer = await http.get(path)
-        return answer if item in answer.text else None
+        answer = await own_http.get(path)
+        return answer if f'"itemId":"{OWN_SALE.item_id}"' in answer.text else None
 
     answer = await until(shown)
     etag = answer.headers["etag"]
     for matching in (etag, f'"other", {etag}', f"W/{etag}", "*"):
-        again = await http.get(path, headers={"If-None-Match": matching})
+        again = await own_http.get(path, headers={"If-None-Match": matching})
         assert (again.status_code, again.content) == (304, b"")
         assert again.headers["etag"] == etag
         assert again.headers["cache-control"] == answer.headers["cache-control"]
         assert "content-type" not in again.headers
-    other = await http.get(path, headers={"If-None-Match": '"other"'})
+    other = await own_http.get(path, headers={"If-None-Match": '"other"'})
     assert (other.status_code, other.content) == (200, answer.content)
-    await reserve(http, item)
+    await reserve(own_http, OWN_SALE.item_id)
 
     async def changed() -> httpx.Response | None:
-        answer = await http.get(path, headers={"If-None-Match": etag})
+        answer = await own_http.get(path, headers={"If-None-Match": etag})
         return answer if answer.status_code == 200 else None
 
     after = await until(changed)
     assert after.headers["etag"] != etag
-    assert '"available":6' in after.text
+    assert f'"available":{OWN_SALE.stock - 1}' in after.text
 
 
 async def calls_of_scripts(redis: Redis) -> int:
@@ -88,13 +88,14 @@ async def calls_of_scripts(redis: Redis) -> int:
 
 
 async def test_a_reservation_is_looked_up_in_one_call(
-    http: httpx.AsyncClient, redis: Redis, open_sale: OpenSale, item: str
+    own_http: httpx.AsyncClient, own_inventory: Inventory
 ) -> None:
-    await open_sale(item, 7)
-    reservation = (await reserve(http, item)).headers["location"]
+    """Redis is the test's own, because holds of other tests would expire by a script call."""
+    redis = own_inventory.redis
+    reservation = (await reserve(own_http, OWN_SALE.item_id)).headers["location"]
     before = await calls_of_scripts(redis)
     for _ in range(20):
-        assert (await http.get(reservation)).status_code == 200
+        assert (await own_http.get(reservation)).status_code == 200
     assert await calls_of_scripts(redis) - before == 20
 
 
