@@ -118,6 +118,8 @@ def redis_url(url: str) -> str:
         raise ValueError("the path is the number of a database, such as /0")
     if not re.fullmatch(r"\d*", options.get("db", ""), re.ASCII):
         raise ValueError("the option db is the number of a database, such as 0")
+    if path.strip("/") and "db" in options:
+        raise ValueError("the path and the option db both name a database: remove one")
     if options.pop("ssl_cert_reqs", "required").lower() not in ("required", "cert_required"):
         raise ValueError(
             "certificates are always verified: remove ssl_cert_reqs, and name the server's own "
@@ -150,6 +152,7 @@ def _check_certificates(options: dict[str, str]) -> None:
 def database_url(url: str) -> str:
     """Returns the URL without the options that have no effect on asyncpg."""
     _, hosts, options = _parts(url, ("postgres", "postgresql"))
+    _refuse_hidden(url, options)
     if not hosts and not options.get("host"):
         raise ValueError("the host is missing")
     with_hosts(options.get("host", ""))
@@ -166,6 +169,27 @@ def database_url(url: str) -> str:
     clean = url.partition("?")[0] + (f"?{urlencode(kept)}" if kept else "")
     _parse_database(clean, kept)
     return clean
+
+
+def _refuse_hidden(url: str, options: dict[str, str]) -> None:
+    """Raises `ValueError` for an option that libpq would use and asyncpg ignores.
+
+    libpq prefers the option, and asyncpg the part of the address in front of the question mark.
+    """
+    network, slash, _ = url.partition("://")[2].partition("?")[0].partition("/")
+    login, _, hosts = network.rpartition("@")
+    user, _, password = login.partition(":")
+    front = {"host": hosts, "port": hosts, "user": user, "password": password}
+    # asyncpg reads a database without a name from a path without one.
+    for name, given in (front | dict.fromkeys(("dbname", "database"), slash)).items():
+        if given and name in options:
+            raise ValueError(
+                f"asyncpg ignores the option {name} here: write it in front of the question mark"
+            )
+    if options.keys() >= {"dbname", "database"}:
+        raise ValueError("the options dbname and database are the same: remove one")
+    if "port" in options and re.search(r":\d+(,|$)", options.get("host", "")):
+        raise ValueError("the option host has a port, too: remove one")
 
 
 def _parse_database(url: str, options: dict[str, str]) -> None:

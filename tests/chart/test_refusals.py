@@ -158,6 +158,19 @@ from tests.support.paths import CHART
             ),
             "database.url contains a password",
         ),
+        *(
+            (
+                at("database.url", f"postgresql://{address}"),
+                f"database.url: asyncpg ignores the option {option} here",
+            )
+            for address, option in (
+                ("u@h/d?port=6432", "port"),
+                ("h:5432?sslmode=require&host=a", "host"),
+                ("u@h/d?user=v", "user"),
+                ("u@h/?dbname=e", "dbname"),
+                ("u@h/d?sslmode=require&database=e", "database"),
+            )
+        ),
         (at("redis.url", ""), "redis.url or redis.existingSecret.name is required"),
         (
             at("redis.existingSecret.name", "redis"),
@@ -208,6 +221,11 @@ def test_one_consumer_per_partition_is_allowed(chart: Helm) -> None:
     assert chart.render(at("consumer.replicas", 24), at("kafka.partitions", 24))
     # The limits of autoscaling do not matter while it is off.
     assert chart.render(at("consumer.autoscaling.maxReplicas", 100))
+
+
+def test_an_option_of_the_database_that_nothing_hides_is_allowed(chart: Helm) -> None:
+    url = "postgresql://db.example:6432?user=u&dbname=d&application_name=port"
+    assert chart.render(at("database", {"url": url, "existingSecret": {"name": ""}}))
 
 
 def test_a_kubernetes_older_than_1_30_is_refused(chart: Helm) -> None:

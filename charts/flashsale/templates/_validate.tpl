@@ -13,6 +13,11 @@
 {{- $wrong = append $wrong (printf "%s.%s contains a password: put the address into a Secret and set %s.existingSecret.name" $section $key $section) }}
 {{- end }}
 {{- end }}
+{{- range $option, $front := dict "host" "//" "port" "//" "user" "//[^/?@]+@" "dbname" "//[^/?]*/" "database" "//[^/?]*/" }}
+{{- if regexMatch (printf "%s[^?]*[?](.*&)?%s=" $front $option) (toString $.Values.database.url) }}
+{{- $wrong = append $wrong (printf "database.url: asyncpg ignores the option %s here: write it in front of the question mark" $option) }}
+{{- end }}
+{{- end }}
 {{- $labels := dict "commonLabels" .Values.commonLabels "podMonitors.labels" .Values.podMonitors.labels "prometheusRules.labels" .Values.prometheusRules.labels "dashboard.labels" .Values.dashboard.labels }}
 {{- range list "api" "consumer" "operator" }}
 {{- $_ := set $labels (printf "%s.podLabels" .) (index $.Values .).podLabels }}

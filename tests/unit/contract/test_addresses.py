@@ -205,6 +205,49 @@ def test_a_wrong_option_of_postgresql_is_explained(url: str, words: str) -> None
     assert words in refused(database, url)
 
 
+@pytest.mark.parametrize(
+    ("url", "option"),
+    [
+        ("postgresql://u:p@h/db?port=6432", "port"),
+        ("postgresql://u:p@h:5432/db?host=s3cretA", "host"),
+        ("postgresql://u:p@a,b/db?host=s3cretA", "host"),
+        ("postgresql://u@h/db?user=s3cretA", "user"),
+        ("postgresql://u:p@h/db?sslmode=require&password=s3cretA", "password"),
+        ("postgresql://u:p@h/db?dbname=s3cretA", "dbname"),
+        ("postgresql://u:p@h/?dbname=s3cretA", "dbname"),
+        ("postgresql://u:p@h/db?database=s3cretA", "database"),
+    ],
+)
+def test_an_option_of_postgresql_that_the_front_hides_is_refused(url: str, option: str) -> None:
+    assert f"asyncpg ignores the option {option} here" in refused(database, url)
+
+
+@pytest.mark.parametrize(
+    ("read", "url"),
+    [
+        (database, "postgresql://u:p@?host=h&dbname=a&database=s3cretA"),
+        (database, "postgresql://u:p@/db?host=h:5432&port=6432"),
+        (redis, "redis://h/3?db=4"),
+    ],
+)
+def test_two_options_for_one_part_are_refused(read: Callable[[str], str], url: str) -> None:
+    assert "remove one" in refused(read, url)
+
+
+def test_every_part_of_a_database_address_can_be_an_option() -> None:
+    clean = database("postgresql://?host=h&port=6432&user=ann&password=s3cretA&dbname=shop")
+    parse = vars(connect_utils)["_parse_connect_dsn_and_args"]
+    names = list(signature(parse).parameters)
+    hosts, found = parse(**{name: None for name in names if name != "dsn"}, dsn=clean)
+    assert (hosts, found.user, found.password, found.database) == (
+        [("h", 6432)],
+        "ann",
+        "s3cretA",
+        "shop",
+    )
+    assert database("postgresql://u@/db?host=/run/postgresql&port=6432").endswith("port=6432")
+
+
 @pytest.mark.parametrize("option", LIBPQ.split())
 def test_every_option_of_libpq_is_accepted_or_explained(option: str) -> None:
     try:
