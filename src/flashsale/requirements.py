@@ -258,16 +258,23 @@ LEDGER: Final = (
         "grant them to this user",
     ),
 )
-TOPIC: Final = (
-    Requirement[TopicFacts](
+
+
+def topic(partitions: int = PARTITIONS) -> tuple[Requirement[TopicFacts], ...]:
+    """Returns the rules of the topic of reservations. It needs this number of partitions."""
+    enough = Requirement[TopicFacts](
         "Kafka",
-        f"{PARTITIONS} or more partitions of the topic",
+        f"{partitions} or more partitions of the topic",
         lambda facts: (
-            f"only {facts.partitions} of the topic" if facts.partitions < PARTITIONS else None
+            f"only {facts.partitions} of the topic" if facts.partitions < partitions else None
         ),
         "add partitions, because each is read by one consumer",
         fatal=False,
-    ),
+    )
+    return (enough, *_TOPIC)
+
+
+_TOPIC: Final = (
     Requirement[TopicFacts](
         "Kafka",
         "retention.ms of 7 days or more",

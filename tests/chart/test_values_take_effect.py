@@ -97,7 +97,7 @@ CHANGES: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "kafka.sasl.mechanism": ("PLAIN", USERS),
     "kafka.sasl.existingSecret.name": ("login", {}),
     **{f"kafka.users.{component}": ("other", USERS) for component in COMPONENTS},
-    "kafka.partitions": (24, TOPICS),
+    "kafka.partitions": (24, {}),
     "kafka.topics.enabled": (True, at("kafka.topics.cluster", "main")),
     "kafka.topics.cluster": ("other", TOPICS),
     "kafka.topics.namespace": ("other", TOPICS),

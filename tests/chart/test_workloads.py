@@ -101,6 +101,12 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         "a,b",
     ),
     (
+        "the consumer creates its topics with the partitions that limit its pods",
+        merged(at("kafka.partitions", 24), at("consumer.replicas", 20)),
+        env("FLASHSALE_KAFKA_PARTITIONS", "consumer"),
+        "24",
+    ),
+    (
         "closed sales keep their keys",
         {},
         env("FLASHSALE_KEEP_CLOSED_SECONDS", "operator"),

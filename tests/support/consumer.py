@@ -29,6 +29,7 @@ from flashsale import events, ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
 from flashsale.ledger import Pool, SaleRow
+from flashsale.requirements import PARTITIONS
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_consumer.metrics import Metrics
@@ -337,10 +338,15 @@ class Log:
 class Running:
     """A worker in this process."""
 
-    def __init__(self, url: str, log: Log, group_id: str | None) -> None:
+    def __init__(self, url: str, log: Log, group_id: str | None, partitions: int) -> None:
         self.metrics = Metrics()
         self.worker = Worker(
-            Settings(kafka_bootstrap=log.bootstrap, database_url=url, engine=log.engine),
+            Settings(
+                kafka_bootstrap=log.bootstrap,
+                database_url=url,
+                engine=log.engine,
+                kafka_partitions=partitions,
+            ),
             self.metrics,
             group_id=group_id,
         )
@@ -382,9 +388,11 @@ async def until_recorded(count: int, *members: Running) -> None:
 
 
 @asynccontextmanager
-async def running(url: str, log: Log, *, group_id: str | None = None) -> AsyncIterator[Running]:
+async def running(
+    url: str, log: Log, *, group_id: str | None = None, partitions: int = PARTITIONS
+) -> AsyncIterator[Running]:
     """Run a worker during the body. A worker that died fails the test."""
-    member = Running(url, log, group_id)
+    member = Running(url, log, group_id, partitions)
     task = asyncio.create_task(member.worker.run())
     try:
         yield member

@@ -17,6 +17,10 @@
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_REDIS_URL" "of" $redis "key" "url") }}
 {{- end }}
 {{ include "flashsale.environment.kafka" . }}
+{{- if eq .component "consumer" }}
+- name: FLASHSALE_KAFKA_PARTITIONS
+  value: {{ $values.kafka.partitions | int | quote }}
+{{- end }}
 {{- if ne .component "api" }}
 {{ include "flashsale.address" (dict "variable" "FLASHSALE_DATABASE_URL" "of" $values.database "key" "url") }}
 {{- end }}

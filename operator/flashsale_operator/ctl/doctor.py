@@ -187,7 +187,7 @@ async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
         brokers = len((await admin.describe_cluster())["brokers"])
         yield Finding(KAFKA, f"the address answers, brokers: {brokers}", "ok")
         for topic, table in (
-            (events.topic(settings.engine), requirements.TOPIC),
+            (events.topic(settings.engine), requirements.topic()),
             (events.recorded_topic(settings.engine), requirements.RECORDED),
         ):
             for finding in await _topic(admin, topic, table):

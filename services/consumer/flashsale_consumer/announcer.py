@@ -30,7 +30,7 @@ from flashsale import events, requirements
 from flashsale.errors import LedgerUnavailable
 from flashsale.fields import ReservationId, SaleId
 from flashsale.ledger import Pool
-from flashsale.requirements import EVENT_BYTES, Checks
+from flashsale.requirements import EVENT_BYTES, PARTITIONS, Checks
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients, topics
 from flashsale_consumer.availability import Availability
@@ -66,8 +66,11 @@ _decoder = msgspec.json.Decoder(_Name)
 class Announcer:
     """The announcements of one consumer process."""
 
-    def __init__(self, kafka: KafkaSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, metrics: Metrics, partitions: int = PARTITIONS
+    ) -> None:
         self._kafka = kafka
+        self._new_partitions = partitions
         self._metrics = metrics
         self._read_topic = events.topic(kafka.engine)
         self._topic = events.recorded_topic(kafka.engine)
@@ -94,7 +97,7 @@ class Announcer:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[tuple[AIOKafkaConsumer, AIOKafkaProducer]]:
         """Make the topic and the clients."""
-        facts = await topics.create_recorded(self._kafka, self._topic)
+        facts = await topics.create_recorded(self._kafka, self._topic, self._new_partitions)
         if facts is not None:
             self._checks.require(requirements.RECORDED, facts)
         self._batch_bytes = EVENT_BYTES

@@ -55,6 +55,7 @@ ENVIRONMENT: Final = """\
       FLASHSALE_KAFKA_PASSWORD   that user's password
       FLASHSALE_KAFKA_SASL_MECHANISM
                                  SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
+      FLASHSALE_KAFKA_PARTITIONS partitions of the topics that it creates (default 12)
       FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
       FLASHSALE_LISTEN           address to serve HTTP on (default [::]:8081)
       FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)

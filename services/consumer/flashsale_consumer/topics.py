@@ -34,7 +34,9 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 """Twice the broker's default, because a dead letter is a record plus explaining headers."""
 
 
-async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> frozenset[str]:
+async def create(
+    kafka: KafkaSettings, topic: str, dead_letter_topic: str, partitions: int = PARTITIONS
+) -> frozenset[str]:
     """Create the missing topics, and return their names.
 
     A consumer that may not create topics waits until they exist. Raises `KafkaError`.
@@ -42,9 +44,10 @@ async def create(kafka: KafkaSettings, topic: str, dead_letter_topic: str) -> fr
     async with _admin(kafka) as admin:
         created, missing = await _create(
             admin,
-            _topic(topic, {"retention.ms": str(EVENT_RETENTION_MS)}),
+            _topic(topic, partitions, {"retention.ms": str(EVENT_RETENTION_MS)}),
             _topic(
                 dead_letter_topic,
+                partitions,
                 {
                     "retention.ms": str(DEAD_LETTER_RETENTION_MS),
                     "max.message.bytes": str(DEAD_LETTER_BYTES),
@@ -62,7 +65,9 @@ async def read_facts(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
         return await facts(admin, topic)
 
 
-async def create_recorded(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
+async def create_recorded(
+    kafka: KafkaSettings, topic: str, partitions: int = PARTITIONS
+) -> TopicFacts | None:
     """Create the topic of recorded reservations if it is missing. Return its settings.
 
     Raises `UnknownTopicOrPartitionError` if it is missing and the consumer may not create it, and
@@ -70,7 +75,7 @@ async def create_recorded(kafka: KafkaSettings, topic: str) -> TopicFacts | None
     """
     async with _admin(kafka) as admin:
         retention = {"retention.ms": str(EVENT_RETENTION_MS)}
-        _, missing = await _create(admin, _topic(topic, retention))
+        _, missing = await _create(admin, _topic(topic, partitions, retention))
         if missing:
             raise UnknownTopicOrPartitionError(
                 f"the topic {topic} does not exist, and the consumer may not create it"
@@ -123,7 +128,7 @@ async def facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
     return TopicFacts(len(described[0]["partitions"]), settings)
 
 
-def _topic(name: str, configs: dict[str, str]) -> NewTopic:
+def _topic(name: str, partitions: int, configs: dict[str, str]) -> NewTopic:
     # -1 means the broker's default. NewTopic accepts it only together with assignments.
     limits = {"retention.bytes": str(PARTITION_BYTES), "segment.bytes": str(SEGMENT_BYTES)}
-    return NewTopic(name, PARTITIONS, -1, replica_assignments={}, topic_configs=limits | configs)
+    return NewTopic(name, partitions, -1, replica_assignments={}, topic_configs=limits | configs)

@@ -85,7 +85,7 @@ class Worker:
         self._kafka = Availability("Kafka", up("kafka"))
         self._dead_letters = Availability(self._dead_letter_topic, up("dead_letters"), there=True)
         self._publisher = DeadLetters(settings, self._dead_letter_topic)
-        self._announcer = Announcer(settings, metrics)
+        self._announcer = Announcer(settings, metrics, settings.kafka_partitions)
         self._engine_id = ""
         self._checked = 0.0
         self._checks = Checks(log)
@@ -146,13 +146,16 @@ class Worker:
         """
         name = self._settings.engine
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
-        created = await topics.create(self._settings, self._topic, self._dead_letter_topic)
+        partitions = self._settings.kafka_partitions
+        created = await topics.create(
+            self._settings, self._topic, self._dead_letter_topic, partitions
+        )
         if self._topic in created:
             # Before any other call can fail, because after it the topic is not a new one any more.
             await self._when_served(lambda: offsets.forget(pool, self._topic))
         facts = await topics.read_facts(self._settings, self._topic)
         if facts is not None:
-            self._checks.require(requirements.TOPIC, facts)
+            self._checks.require(requirements.topic(partitions), facts)
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:
             await owner.check()
             await self._join(pool, owner)

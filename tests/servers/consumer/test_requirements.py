@@ -10,11 +10,12 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.cluster import ClusterMetadata
 
 from dev.stack.servers import KafkaServer, PostgresServer
+from flashsale import events
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients, worker
 from tests.support.consumer import Ledger, Log, accepted, running
 from tests.support.eventually import until
-from tests.support.topics import create_topic
+from tests.support.topics import administering, create_topic
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
@@ -75,6 +76,32 @@ async def test_the_consumer_warns_of_a_topic_with_few_partitions_and_a_short_ret
     assert [line for line in warnings if "only 1 of the topic, but needs 12" in line]
     assert [line for line in warnings if "retention.ms=3600000" in line]
     assert [line for line in warnings if "retention.bytes=-1" in line]
+
+
+async def test_the_consumer_creates_its_topics_with_the_given_number_of_partitions(
+    ledger: Ledger, kafka_server: KafkaServer
+) -> None:
+    log = Log(kafka_server.bootstrap)
+    names = {log.topic, log.dead_letter_topic, events.recorded_topic(log.engine)}
+    async with running(ledger.url, log, partitions=3), administering(log.bootstrap) as admin:
+
+        async def created() -> bool:
+            return names <= set(await admin.list_topics())
+
+        await until(created, "the topics are created")
+        described = await admin.describe_topics(sorted(names))
+    assert [len(each["partitions"]) for each in described] == [3, 3, 3]
+
+
+async def test_the_consumer_warns_of_a_topic_with_fewer_partitions_than_its_setting(
+    ledger: Ledger, kafka_server: KafkaServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = Log(kafka_server.bootstrap)
+    await log.create()
+    async with running(ledger.url, log, partitions=24) as member:
+        await until(lambda: member.worker.joined)
+    warnings = [each.message for each in caplog.records if "partitions" in each.message]
+    assert [line for line in warnings if "only 12 of the topic, but needs 24" in line]
 
 
 async def test_the_consumer_does_not_warn_of_its_own_topics(

@@ -345,8 +345,10 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     create, read_facts = topics.create, topics.read_facts
     failures = [KafkaConnectionError("no reply")]
 
-    async def create_and_publish(kafka: KafkaSettings, *names: str) -> frozenset[str]:
-        created = await create(kafka, *names)
+    async def create_and_publish(
+        kafka: KafkaSettings, topic: str, dead_letter_topic: str, partitions: int
+    ) -> frozenset[str]:
+        created = await create(kafka, topic, dead_letter_topic, partitions)
         if created:
             await log.write(*second, partition=0)  # before the consumer reads the end offset
         return created

@@ -191,7 +191,7 @@ def test_a_topic_with_other_settings_is_warned_of_once(
 ) -> None:
     checks = Checks(logging.getLogger("test"))
     for _ in range(3):
-        checks.require(requirements.TOPIC, facts)
+        checks.require(requirements.topic(), facts)
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert words in record.message
@@ -207,7 +207,7 @@ def test_a_topic_with_more_than_the_requirements_is_accepted(
         "max.message.bytes": "1048588",
         "compression.type": "zstd",
     }
-    Checks(logging.getLogger("test")).require(requirements.TOPIC, TopicFacts(64, config))
+    Checks(logging.getLogger("test")).require(requirements.topic(), TopicFacts(64, config))
     assert not caplog.records
 
 
@@ -244,7 +244,7 @@ def broken() -> list[tuple[str, Finding]]:
             ],
         ),
         (
-            requirements.TOPIC,
+            requirements.topic(),
             [
                 TopicFacts(11, {}),
                 TopicFacts(12, {"retention.ms": "604799999"}),

@@ -95,7 +95,7 @@ def test_healthy_servers_pass_every_check_and_keep_nothing(
     for table in (
         requirements.REDIS,
         requirements.LEDGER,
-        requirements.TOPIC,
+        requirements.topic(),
         requirements.RECORDED,
     ):
         for requirement in table:
