@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final
 
 from flashsale import __version__
@@ -24,6 +25,14 @@ _SAMPLER: Final = "OTEL_TRACES_SAMPLER"
 _ARGUMENT: Final = "OTEL_TRACES_SAMPLER_ARG"
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_CONTEXT: Final = "OTEL_PYTHON_CONTEXT"
+_DETECTORS: Final = "OTEL_EXPERIMENTAL_RESOURCE_DETECTORS"
+_NUMBERS: Final = (
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_BSP_EXPORT_TIMEOUT",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+)
 # Last digits of flags with the sampled bit, which is the lowest bit.
 _ODD: Final = frozenset("13579bdf")
 # Per sampler: whether it follows the caller, and its ratio. None means OTEL_TRACES_SAMPLER_ARG.
@@ -84,11 +93,13 @@ class Sampling:
 def wanted(environ: MutableMapping[str, str]) -> bool:
     """Whether tracing is on. Raises `SettingsError` for an unsupported setting.
 
-    Removes newlines at the end of OTEL_* variables, which many Secrets have. The SDK reads these
-    variables itself.
+    Removes newlines at the end of OTEL_* variables, which many Secrets have, and empty variables,
+    which count as unset. The SDK reads these variables itself.
     """
-    given = [item for item in environ.items() if item[0].startswith("OTEL_")]
-    environ.update((name, value.rstrip("\r\n")) for name, value in given)
+    for name in [name for name in environ if name.startswith("OTEL_")]:
+        environ[name] = environ[name].rstrip("\r\n")
+        if not environ[name]:
+            del environ[name]
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     named = any(environ.get(name) for name in _ENDPOINTS)
@@ -101,7 +112,21 @@ def wanted(environ: MutableMapping[str, str]) -> bool:
         if environ.get(name, "http/protobuf") != "http/protobuf":
             raise SettingsError(f"{name} is wrong: only http/protobuf is supported")
     Sampling.of(environ)
+    _check_values(environ)
     return True
+
+
+def _check_values(environ: Mapping[str, str]) -> None:
+    """Raises `SettingsError` for values that the SDK would replace, and log with a traceback."""
+    for name in _NUMBERS:
+        if not environ.get(name, "1").isdecimal():
+            raise SettingsError(f"{name} is wrong: expected an integer of 0 or more")
+    if environ.get(_CONTEXT, "contextvars_context") != "contextvars_context":
+        raise SettingsError(f"{_CONTEXT} is wrong: only contextvars_context is supported")
+    if given := environ.get(_DETECTORS):
+        known = {"*", *entry_points(group="opentelemetry_resource_detector").names}
+        if {name.strip() for name in given.split(",")} - known - {""}:
+            raise SettingsError(f"{_DETECTORS} is wrong: expected {', '.join(sorted(known))}")
 
 
 class Tracing:

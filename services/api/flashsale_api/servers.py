@@ -73,6 +73,7 @@ def _config(app: ASGIApp, host: str, port: int, lifespan: Literal["on", "off"]) 
         app,
         host=host,
         port=port,
+        workers=1,  # otherwise uvicorn reads WEB_CONCURRENCY
         loop="uvloop",
         http=HttpProtocol,
         ws="none",

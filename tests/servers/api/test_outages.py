@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 
 from dev.crowd import stampede
 from dev.journal import Attempt, Journal
@@ -21,6 +22,7 @@ from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api import app
+from flashsale_api.servers import server_of
 from tests.support.api import OWN_SALE, accepted, problem, reserve
 from tests.support.eventually import eventually, until
 from tests.support.proxy import Proxy
@@ -271,6 +273,12 @@ def test_a_wrong_setting_stops_the_process_with_one_line(variable: str, value: s
     assert done.stderr.startswith(variable)
     assert done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
+
+
+def test_a_variable_of_other_servers_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Platforms set it for Gunicorn and uvicorn."""
+    monkeypatch.setenv("WEB_CONCURRENCY", "auto")
+    assert server_of(Starlette(), "127.0.0.1", 0).config.workers == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -51,6 +51,16 @@ def test_the_sdk_reads_no_newline_at_the_end_of_a_secret() -> None:
     assert environ == {**ENDPOINT, **headers, "OTEL_TRACES_EXPORTER": "otlp"}
 
 
+def test_an_empty_variable_counts_as_unset() -> None:
+    environ = {**ENDPOINT, "OTEL_BSP_SCHEDULE_DELAY": "", "OTEL_PYTHON_CONTEXT": "\n"}
+    assert wanted(environ)
+    assert environ == ENDPOINT
+
+
+def test_the_detectors_of_the_sdk_are_accepted() -> None:
+    assert wanted({**ENDPOINT, "OTEL_EXPERIMENTAL_RESOURCE_DETECTORS": "otel, process,*,"})
+
+
 @pytest.mark.parametrize(
     ("environ", "sampling"),
     [
@@ -76,6 +86,12 @@ def test_one_request_in_a_hundred_is_traced_by_default(
         ("OTEL_TRACES_SAMPLER_ARG", "nan"),
         ("OTEL_TRACES_EXPORTER", "zipkin"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "5s"),
+        ("OTEL_BSP_EXPORT_TIMEOUT", "1.5"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "many"),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "-1"),
+        ("OTEL_PYTHON_CONTEXT", "nope"),
+        ("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "otel,nope"),
     ],
 )
 def test_an_error_names_the_wrong_variable(variable: str, value: str) -> None:
