@@ -9,7 +9,7 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, cast
 
 import httptools
@@ -163,12 +163,19 @@ class HttpProtocol(asyncio.Protocol):
         self._parser = None  # it refers to this connection
 
     def data_received(self, data: bytes) -> None:
-        if len(data) <= PIECE_BYTES:
-            self._parse(data)
-        else:
-            whole = memoryview(data)
-            for start in range(0, len(data), PIECE_BYTES):
-                self._parse(whole[start : start + PIECE_BYTES])
+        for piece in (data,) if len(data) <= PIECE_BYTES else _pieces(data):
+            if self._last:
+                break
+            self._piece = len(piece)
+            self._overhead += self._piece
+            try:
+                self._parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self._refuse()
+            if self._overhead > MAX_HEAD_BYTES:
+                self._refuse(431, "The request's head is too large.")
         if self._partial or self._waiting or self._unfinished:
             self._count()
 
@@ -207,8 +214,8 @@ class HttpProtocol(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._url, self._headers, self._fields = b"", [], 0
         self._partial = True
-        # It is 0 if another request ended in this piece.
-        self._overhead = max(self._overhead, self._piece)
+        if not self._overhead:  # another request ended in this piece
+            self._overhead = self._piece
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -286,20 +293,6 @@ class HttpProtocol(asyncio.Protocol):
             self._enqueue(exchange)
 
     # Requests and answers.
-
-    def _parse(self, piece: bytes | memoryview) -> None:
-        if self._last:
-            return
-        self._piece = len(piece)
-        self._overhead += self._piece
-        try:
-            self._parser.feed_data(piece)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse()
-        if self._overhead > MAX_HEAD_BYTES:
-            self._refuse(431, "The request's head is too large.")
 
     def answer(self, exchange: "Exchange", status: int, headers: Headers, body: bytes) -> None:
         """Writes the answer to the current request."""
@@ -569,6 +562,11 @@ class Exchange:
     def drop(self) -> None:
         """Forgets the connection, whose client is gone."""
         self._connection = self.handler = None
+
+
+def _pieces(data: bytes) -> Iterator[memoryview]:
+    whole = memoryview(data)
+    return (whole[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
 
 
 def _plain(status: int, text: str) -> Handler:
