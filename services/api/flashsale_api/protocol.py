@@ -59,8 +59,13 @@ Measured with 16,000 waiting requests of the ASGI path, which takes more than th
 """
 MAX_PIPELINED: Final = 16
 """Requests of a connection that wait for the answer to an earlier one."""
-SOCKET_BYTES: Final = 128 * 1024
+SOCKET_BYTES: Final = 32 * 1024
 """Size of each of the kernel's buffers of a connection. A pod's memory limit counts them."""
+UNREAD_BYTES: Final = 3 * SOCKET_BYTES
+"""The memory that a full buffer of answers takes in the kernel.
+
+The kernel doubles the buffer's size for its own use, and exceeds it by a part of a segment.
+"""
 SHARED_BYTES: Final = 16 * 1024
 """A body from this size on is not copied behind its head, because connections share it."""
 
@@ -133,7 +138,7 @@ class HttpProtocol(asyncio.Protocol):
         self._last = False
         """Whether the connection ends with the answers to the requests received so far."""
         self._unread = False
-        """Whether the client leaves so many bytes unread that no further request is begun."""
+        """Whether the kernel takes no more bytes for the client. No further request is begun."""
         self._refusal = _INVALID
         self._completed = 0
         """Requests received and answers given."""
@@ -152,6 +157,7 @@ class HttpProtocol(asyncio.Protocol):
         if connected is not None:
             for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 connected.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
+            self._transport.set_write_buffer_limits(0)
         self._check = self._loop.call_later(self._check_seconds, self._check_client)
         if full:
             self._abort()
@@ -190,9 +196,11 @@ class HttpProtocol(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._unread = True
+        self._count()
 
     def resume_writing(self) -> None:
         self._unread = False
+        self._count()
         self._go_on()
 
     # Called by uvicorn.
@@ -356,8 +364,8 @@ class HttpProtocol(asyncio.Protocol):
             self._begin(exchange)
 
     def _count(self) -> None:
-        """Counts the memory of this connection's unfinished requests."""
-        size = self._waiting_bytes
+        """Counts the memory of this connection's unfinished requests and unread answers."""
+        size = self._waiting_bytes + UNREAD_BYTES * self._unread
         for exchange in self._waiting:
             size += REQUEST_BYTES + FIELD_BYTES * len(exchange.headers)
         if self._partial:

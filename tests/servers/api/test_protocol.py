@@ -27,6 +27,7 @@ from flashsale_api.protocol import (
     MAX_PIPELINED,
     PIECE_BYTES,
     REQUEST_BYTES,
+    UNREAD_BYTES,
     HttpProtocol,
 )
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
@@ -183,6 +184,17 @@ async def test_a_client_too_large_is_forgotten_before_the_loop_reads_on(
         client.connection.data_received(GOOD + BAD * MAX_PIPELINED)
         assert HttpProtocol.unfinished == 0
         assert await client.answers() == [0]
+
+
+async def test_unread_answers_count_until_they_are_read() -> None:
+    async with connected(HeldInventory()) as client:
+        sent = 0
+        while HttpProtocol.unfinished == 0:
+            client.connection.data_received(BAD)
+            sent += 1
+        assert HttpProtocol.unfinished >= UNREAD_BYTES
+        assert await client.answers() == [422] * sent
+        assert HttpProtocol.unfinished == 0
 
 
 async def test_requests_after_the_last_answer_of_a_connection_are_ignored() -> None:

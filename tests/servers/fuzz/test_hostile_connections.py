@@ -18,7 +18,12 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from flashsale_api.protocol import MAX_PIPELINED, REQUEST_SECONDS, SOCKET_BYTES
+from flashsale_api.protocol import (
+    MAX_PIPELINED,
+    MAX_UNFINISHED_BYTES,
+    REQUEST_SECONDS,
+    UNREAD_BYTES,
+)
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, accepted
 from tests.support.eventually import until
 from tests.support.wire import GET, POST, TE, Wire, connection, reserve, resident
@@ -136,7 +141,7 @@ async def test_clients_that_do_not_read_are_reset(api: ApiServer, untouched: Sal
 async def test_unread_answers_cost_little_memory_of_the_kernel(
     api: ApiServer, untouched: Sale
 ) -> None:
-    """The kernel doubles a buffer's size, for its own use. Without a limit it grows to 4 MB."""
+    """Without a limit, a buffer of the kernel grows to 4 MB."""
     del untouched
     description = GET.replace(b"/healthz", b"/openapi.json")
     async with AsyncExitStack() as stack:
@@ -146,7 +151,26 @@ async def test_unread_answers_cost_little_memory_of_the_kernel(
             wire.send(description * MAX_PIPELINED)
         await until(lambda: sum(size > 0 for size in unread_bytes(api)) == len(wires))
         await asyncio.sleep(0.5)
-        assert max(unread_bytes(api)) <= 2 * SOCKET_BYTES
+        assert max(unread_bytes(api)) <= UNREAD_BYTES
+
+
+async def test_unread_answers_of_many_clients_take_bounded_memory(
+    api: ApiServer, untouched: Sale
+) -> None:
+    """Clients above the bound are reset, and others are served."""
+    del untouched
+    description = GET.replace(b"/healthz", b"/openapi.json")
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connection(api)) for _ in range(1_500)]
+        for wire in wires:
+            wire.stop_reading()
+            wire.send(description * MAX_PIPELINED)
+            await asyncio.sleep(0)
+        await until(lambda: len(unread_bytes(api)) < MAX_UNFINISHED_BYTES / UNREAD_BYTES + 100)
+        assert sum(unread_bytes(api)) < MAX_UNFINISHED_BYTES
+        async with connection(api) as other:
+            other.send(GET)
+            assert await other.status() == 200
 
 
 def unread_bytes(api: ApiServer) -> list[int]:
