@@ -171,6 +171,16 @@ def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: st
         assert f'"{path}"' in inspect.getsource(APPS[component])
 
 
+@each_component
+def test_probes_use_the_port_of_the_metrics(chart: Helm, component: str) -> None:
+    """Buyers can use up the connections of the API's port for them."""
+    rendered = chart.render({"podMonitors": {"enabled": True}})
+    (scrape,) = rendered.one("PodMonitor", component)["spec"]["podMetricsEndpoints"]
+    container = rendered.container(component)
+    for name in ("startup", "liveness", "readiness"):
+        assert container[f"{name}Probe"]["httpGet"]["port"] == scrape["port"]
+
+
 def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     found = re.search(r"timeout_graceful_shutdown=(\d+)", inspect.getsource(api_servers))
     assert found is not None
