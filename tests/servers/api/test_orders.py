@@ -20,7 +20,7 @@ from tests.support.orders import TOKENS, NewApi, Shop, identity, order_client
 
 @asynccontextmanager
 async def kafka_away(shop: Shop) -> AsyncIterator[None]:
-    """Kafka answers nothing for as long. Afterwards it acknowledges what it missed."""
+    """Kafka answers nothing for as long. Afterwards it has acknowledged every event."""
     shop.kafka.pause()
     try:
         yield
