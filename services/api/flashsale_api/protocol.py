@@ -41,8 +41,8 @@ MAX_FIELDS: Final = 100
 MAX_UNFINISHED_BYTES: Final = 64 * 1024 * 1024
 """Limit for the memory of all requests of the process that are incomplete or wait for another.
 
-A client that exceeds it is reset. A request that arrives in one piece does not count while it is
-answered.
+Unread answers count, too. A client that exceeds the limit is reset. A request that arrives in one
+piece does not count while it is answered.
 """
 PIECE_BYTES: Final = 4 * 1024
 """The parser gets a longer read in pieces of this size.
@@ -90,11 +90,11 @@ class HttpProtocol(asyncio.Protocol):
     - A client that exceeds a limit is answered 400, 413, 431 or 501, after the answers to its
       earlier requests. A client that is too slow is reset.
     - A client is reset if more of them would take the descriptors of the process' own connections,
-      or if the unfinished requests of all clients take too much memory.
+      or if the unfinished requests and unread answers of all clients take too much memory.
     """
 
     unfinished = 0
-    """The memory of the unfinished requests of all connections, in bytes."""
+    """The memory of all unfinished requests and unread answers, in bytes."""
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ class HttpProtocol(asyncio.Protocol):
         HttpProtocol.unfinished += size - self._unfinished
         self._unfinished = size
         if HttpProtocol.unfinished > MAX_UNFINISHED_BYTES:
-            log.warning("reset a client: the unfinished requests of all clients are too large")
+            log.warning("reset a client: unfinished requests and unread answers are too large")
             self._abort()
             self._drop()  # before the loop reads from further clients
 
