@@ -152,7 +152,7 @@ async def test_a_second_engine_of_the_same_name_is_refused(
         await apply(first, item, 100)
         api, _ = await asyncio.to_thread(start, first)
         log = Log(kafka_server.bootstrap, name)
-        await until(log.owner, "the first engine owns the group")
+        await log.until_owned()
         await apply(second, item, 20)
         ids = [str(await ledger_value(each, "SELECT id FROM engine")) for each in (first, second)]
         refused = Process(tmp_path / "refused.log", **second.environment())
