@@ -163,22 +163,13 @@ def test_probes_use_paths_that_the_process_serves(plain: Rendered, component: st
     container = plain.container(component)
     probes = [container[f"{name}Probe"] for name in ("startup", "liveness")]
     ready = container["readinessProbe"]
-    assert {each["httpGet"]["path"] for each in probes} == {"/healthz"}
+    live = ("/metrics", "metrics") if component == "api" else ("/healthz", "http")
+    assert {(each["httpGet"]["path"], each["httpGet"]["port"]) for each in probes} == {live}
     assert ready["httpGet"]["path"] == "/readyz"
     names = {each["name"] for each in container["ports"]}
     assert {each["httpGet"]["port"] for each in [*probes, ready]} <= names
     for path in ("/healthz", "/readyz"):
         assert f'"{path}"' in inspect.getsource(APPS[component])
-
-
-@each_component
-def test_probes_use_the_port_of_the_metrics(chart: Helm, component: str) -> None:
-    """Buyers can use up the connections of the API's port for them."""
-    rendered = chart.render({"podMonitors": {"enabled": True}})
-    (scrape,) = rendered.one("PodMonitor", component)["spec"]["podMetricsEndpoints"]
-    container = rendered.container(component)
-    for name in ("startup", "liveness", "readiness"):
-        assert container[f"{name}Probe"]["httpGet"]["port"] == scrape["port"]
 
 
 def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:

@@ -114,14 +114,14 @@ kafka-client-certificate: {name: {{ .clientCertificate.existingSecret.name | quo
 {{- end }}
 {{- end }}
 
-{{/* The probes take (dict "port" "http"). Their timeouts are long, because a busy pod answers late. */}}
+{{/* The probes take (dict "port" "http" "path" "/healthz"), or only the port. Their timeouts are long, because a busy pod answers late. */}}
 {{- define "flashsale.probes.live" -}}
 startupProbe:
-  httpGet: {path: /healthz, port: {{ .port }}}
+  httpGet: {path: {{ .path }}, port: {{ .port }}}
   periodSeconds: 1
   failureThreshold: 60
 livenessProbe:
-  httpGet: {path: /healthz, port: {{ .port }}}
+  httpGet: {path: {{ .path }}, port: {{ .port }}}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6

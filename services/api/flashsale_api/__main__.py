@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
@@ -14,7 +13,7 @@ import uvloop
 
 from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
-from flashsale.monitoring import Handler, Scrapes, serving
+from flashsale.monitoring import Scrapes, serving
 from flashsale.settings import host_and_port, load
 from flashsale.sockets import bound
 from flashsale_api import descriptors
@@ -52,8 +51,7 @@ environment:
                              none)
   FLASHSALE_JWT_ISSUER       iss of these tokens, required with FLASHSALE_JWKS_URL
   FLASHSALE_JWT_AUDIENCE     aud of these tokens, required with FLASHSALE_JWKS_URL
-  FLASHSALE_METRICS_LISTEN   address to serve /metrics, /healthz and /readyz on (default
-                             [::]:9090)
+  FLASHSALE_METRICS_LISTEN   address to serve metrics on (default [::]:9090)
   FLASHSALE_TRUST_TRACEPARENT
                              true if a gateway sets the header traceparent of buyers: then the
                              caller decides whether a request is traced (default false)
@@ -103,15 +101,14 @@ def main() -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
-    app, probes = create_app(settings, metrics, on_failure, spans, order_server)
+    app = create_app(settings, metrics, on_failure, spans, order_server)
     server = server_of(app, *host_and_port(settings.listen))
-    handlers = {**probes, "/metrics": Scrapes(metrics.text).answer}
     # Objects made so far live as long as the process, and requests create no reference cycles.
     # Freezing the former and collecting rarely saves about 10 % of the CPU time.
     gc.freeze()
     gc.set_threshold(50_000)
     try:
-        uvloop.run(_serve(server, listening, handlers, metrics_listeners))
+        uvloop.run(_serve(server, listening, metrics, metrics_listeners))
     finally:
         if spans is not None:
             spans.close()
@@ -121,10 +118,10 @@ def main() -> int:
 async def _serve(
     server: uvicorn.Server,
     listeners: list[socket.socket],
-    handlers: Mapping[str, Handler],
+    metrics: Metrics,
     metrics_listeners: list[socket.socket],
 ) -> None:
-    async with serving(metrics_listeners, handlers):
+    async with serving(metrics_listeners, {"/metrics": Scrapes(metrics.text).answer}):
         await server.serve(listeners)
 
 

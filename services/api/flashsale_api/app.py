@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
-from flashsale import monitoring, redis_client, redis_facts, requirements
+from flashsale import redis_client, redis_facts, requirements
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.nodes import Nodes
@@ -88,11 +88,10 @@ def create_app(  # noqa: PLR0915 - the composition root
     on_failure: Callable[[BaseException], None],
     spans: "Spans | None" = None,
     order_server: "OrderServer | None" = None,
-) -> tuple[Application, dict[str, monitoring.Handler]]:
-    """Makes the application, and the answers to probes by their path.
+) -> Application:
+    """Makes the application. Calls `on_failure` if a background task dies: the process must end.
 
-    Calls `on_failure` if a background task dies: the process must end. The application also runs
-    `order_server`, if there is one.
+    The application also runs `order_server`, if there is one.
     """
     pod_id = str(uuid.uuid4())
     # Reads cannot delay reservations, and no request delays the heartbeat, sweep or settle.
@@ -201,21 +200,21 @@ def create_app(  # noqa: PLR0915 - the composition root
             for client in clients:
                 await client.aclose()
 
-    async def healthz() -> monitoring.Answer:
-        return monitoring.line("ok")
+    async def healthz(_: Request) -> Response:
+        return Response("ok\n", media_type="text/plain")
 
-    async def readyz() -> monitoring.Answer:
+    async def readyz(_: Request) -> Response:
         if engine.conflict:
-            return monitoring.line(engine.conflict, 503)
+            return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
         if redis_check.problem:
-            return monitoring.line(redis_check.problem, 503)
+            return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
         if buyers and buyers.problem:
-            return monitoring.line(buyers.problem, 503)
+            return Response(f"{buyers.problem}\n", 503, media_type="text/plain")
         if not pulse.begun:
-            return monitoring.line("Redis has no heartbeat of this pod yet", 503)
-        return monitoring.line("ready")
-
-    probes: dict[str, monitoring.Handler] = {"/healthz": healthz, "/readyz": readyz}
+            return Response(
+                "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
+            )
+        return Response("ready\n", media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()
 
@@ -225,7 +224,8 @@ def create_app(  # noqa: PLR0915 - the composition root
     reserve = Reserve(batcher, metrics, spans, buyers, trust_traceparent=settings.trust_traceparent)
     rest = Starlette(
         routes=[
-            *(Route(path, _endpoint(handler)) for path, handler in probes.items()),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
             Route("/openapi.json", openapi),
         ],
         exception_handlers=_HANDLERS,
@@ -233,7 +233,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     )
     # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
     rest.router.redirect_slashes = False
-    return Application(reserve, sales, rest), probes
+    return Application(reserve, sales, rest)
 
 
 class RedisCheck:
@@ -265,14 +265,6 @@ class RedisCheck:
             else:
                 self.problem = ""
                 return
-
-
-def _endpoint(handler: monitoring.Handler) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(_: Request) -> Response:
-        answer = await handler()
-        return Response(answer.body, answer.status, media_type=answer.content_type)
-
-    return endpoint
 
 
 async def _http_problem(_: Request, error: Exception) -> Response:

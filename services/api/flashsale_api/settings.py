@@ -39,7 +39,7 @@ Claim = Annotated[
 
 
 class Settings(KafkaSettings, frozen=True):
-    """`listen` is for buyers, `orders_listen` for the shop, `metrics_listen` for monitoring.
+    """`listen` is for buyers, `orders_listen` for the shop, and `metrics_listen` for Prometheus.
 
     Without `order_tokens` the port for the shop is closed. Users are named by `user_header`, or by
     tokens if the three settings of the issuer are set, or otherwise by the body.
