@@ -29,7 +29,6 @@ from flashsale_api.identity import reservation_id
 from flashsale_consumer import topics
 from tests.support.consumer import Log, Process
 from tests.support.engine import flashsalectl, manifest
-from tests.support.eventually import until
 from tests.support.redis_users import OPERATOR, of_api, url_of
 from tests.support.servers import database
 
