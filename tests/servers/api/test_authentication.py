@@ -25,10 +25,11 @@ from dev.services import Addresses, ApiServer
 from dev.stack import process
 from dev.stack.errors import StackError
 from dev.stack.ports import free_port
+from dev.stack.servers import RedisServer
 from flashsale_api import tokens
 from flashsale_api.metrics import Metrics
 from flashsale_api.tokens import Keys, Tokens
-from tests.support.api import OpenSale, problem
+from tests.support.api import OpenSale, claim, problem, until_known
 from tests.support.eventually import until
 from tests.support.paths import ROOT
 
@@ -270,10 +271,16 @@ async def test_a_pod_without_keys_is_not_ready(
 
 
 async def test_the_k6_scripts_send_tokens_of_an_issuer(
-    new_api: NewApi, open_sale: OpenSale, item: str, issuer_process: dict[str, str]
+    redis_server: RedisServer,
+    new_api: NewApi,
+    open_sale: OpenSale,
+    item: str,
+    issuer_process: dict[str, str],
 ) -> None:
     token_url = issuer_process.pop("TOKEN_URL")
+    await claim(redis_server.url)
     api = new_api(**issuer_process)
+    until_known(api)
     await open_sale(f"{item}-soak", 100)
     await open_sale(item, 3, max_per_user=2)
     await open_sale(f"{item}-later", starts_ms=2**43)
