@@ -7,6 +7,7 @@ redis-py's pool a call costs twice as much, mostly for taking a connection and g
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
@@ -122,7 +123,9 @@ class Pool(BlockingConnectionPool):
         self.close_link()
         if self.nodes is not None:
             await self.nodes.close()
-        await super().disconnect(inuse_connections)
+        # A busy process can see the end of a connection too late, which is closed nevertheless.
+        with contextlib.suppress(RedisError):
+            await super().disconnect(inuse_connections)
 
     async def _new_link(self) -> "Link":
         connection: Any = self.make_connection()  # type: ignore[no-untyped-call]

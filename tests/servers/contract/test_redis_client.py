@@ -8,8 +8,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from redis.asyncio import Connection
 from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from dev.stack.redis import RedisServer
 from flashsale import redis_client
@@ -143,3 +145,21 @@ async def test_a_server_crash_fails_all_calls_and_the_next_call_reconnects(
             links = await asyncio.gather(*(pool.link() for _ in range(5)))
             assert len({id(each) for each in links}) == 1
             assert await links[0].ask("PING") == "PONG"
+
+
+async def test_a_connection_that_ends_late_is_closed_without_an_error(
+    redis_server: RedisServer,
+) -> None:
+    client = redis_client.connect(redis_server.url)
+    closing: list[Connection] = []
+
+    async def late(self: Connection, *_: object, **__: object) -> None:
+        closing.append(self)
+        raise RedisTimeout("Timed out closing connection after 1")
+
+    await client.ping()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "disconnect", late)
+        await client.aclose()
+    assert closing
+    await closing[0].disconnect()

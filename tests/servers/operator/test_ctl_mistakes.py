@@ -248,9 +248,15 @@ def test_an_unknown_item_gets_the_nearest_item(ctl: Ctl, command: str, wanted: s
     )
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "command", ["size --buyers 9 --stock 9", "completion bash", "--help", "--version"]
+    "command",
+    [
+        "size --buyers 9 --stock 9",
+        "--help",
+        pytest.param("completion bash", marks=pytest.mark.slow),
+        pytest.param("--version", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("redirection", "message"),
