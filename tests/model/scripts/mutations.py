@@ -146,4 +146,7 @@ _REBUILDS = [
     Fault("trust", "or redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[7])", ""),
     Fault("trust", "or redis.call('ZCARD', KEYS[5]) ~= tonumber(ARGV[8])", ""),
 ]
-FAULTS = [*_SALES, *_RESERVATIONS, *_TRANSITIONS, *_SETTLE, *_REBUILDS]
+OF_OPERATORS = [*_SALES, *_REBUILDS]
+"""In the scripts that the operator calls."""
+OF_PODS = [*_RESERVATIONS, *_TRANSITIONS, *_SETTLE]
+"""In the scripts that API pods call."""

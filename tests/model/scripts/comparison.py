@@ -1,0 +1,65 @@
+"""Compare the Lua scripts on a real server with their model, in random sequences of calls."""
+
+import asyncio
+import itertools
+import os
+from collections import Counter
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from dev.stack.servers import RedisServer
+from flashsale import redis_client
+from flashsale.inventory import Inventory
+from flashsale.outbox import Outbox
+from flashsale_operator.sales.recovery import Recovery
+from tests.model.scripts.item import Item
+from tests.model.scripts.rebuild_rules import RebuildRules
+from tests.model.scripts.sale_rules import SaleRules
+from tests.model.scripts.server import Connected, Fault
+
+STEPS = 50
+SEARCH = 4_000
+"""Sequences among which one must show a mistake. Most mistakes show within the first hundred."""
+
+
+class Scripts(SaleRules, RebuildRules):
+    """All calls and faults."""
+
+
+def compared(
+    server: RedisServer, *phases: Phase, examples: int, fault: Fault | None
+) -> Counter[str]:
+    """Runs sequences on a server and returns counts of the results."""
+    with asyncio.Runner() as runner:
+        client = redis_client.connect(server.url)
+        inventory = Inventory(client, outbox_limit=Item().outbox_limit)
+        outbox, recovery = Outbox(client), Recovery(client)
+        if fault is not None:
+            fault.into(inventory, outbox, recovery)
+        run_id = runner.run(inventory.server()).run_id
+        connected = Connected(
+            runner, client, inventory, outbox, recovery, run_id, itertools.count(), Counter()
+        )
+        machine = type("OnServer", (Scripts,), {"server": connected})
+        try:
+            run_state_machine_as_test(
+                machine,
+                settings=settings(
+                    max_examples=examples,
+                    stateful_step_count=STEPS,
+                    phases=phases,
+                    derandomize=os.environ.get("FLASHSALE_MODEL_RANDOM") != "1",
+                    database=None,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            runner.run(client.aclose())
+    return connected.seen
+
+
+def find(fault: Fault, server: RedisServer) -> None:
+    """Runs sequences on a server until one shows the mistake. Raises the error of the check."""
+    compared(server, Phase.generate, examples=SEARCH, fault=fault)
