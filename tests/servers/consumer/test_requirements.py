@@ -55,7 +55,7 @@ async def test_a_codec_that_is_not_installed_is_a_mistake_and_no_outage(
         with monkeypatch.context() as patch:
             patch.setattr(aiokafka.codec, "has_zstd", lambda: False)
             await until(lambda: "the package cramjam" in member.worker.conflict)
-            await until(lambda: len(attempts) > 4)
+            await until(lambda: len(attempts) > 3)
             assert member.worker.conflict
         await ledger.until_has(sold)
         assert not member.worker.conflict

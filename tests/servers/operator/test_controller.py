@@ -23,6 +23,7 @@ from flashsale.errors import (
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
+from flashsale_operator.kubernetes import rebuilds
 from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.failures import result_of_error
@@ -125,8 +126,8 @@ def controller(
 ) -> Controller:
     queue, metrics = Queue(), metrics or Metrics()
     clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, metrics)
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, metrics, patience=QUICK)
-    return Controller(clients, queue, rebuilds, prefixes=prefixes or {})
+    background = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, metrics, patience=QUICK)
+    return Controller(clients, queue, background, prefixes=prefixes or {})
 
 
 async def test_redis_counts_are_reported_while_the_ledger_is_away(
@@ -247,9 +248,10 @@ async def sells(shop: SimulatedShop, spec: SaleSpec) -> bool:
 
 
 async def test_a_lost_sale_keeps_its_counts_in_the_status_until_it_is_rebuilt(
-    shop: SimulatedShop, spec: SaleSpec
+    shop: SimulatedShop, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Meanwhile Redis has a mark of the rebuild, with the whole stock and without units."""
+    monkeypatch.setattr(rebuilds, "REBUILD_RETRY_SECONDS", 0.1)
     kube = FakeKube(spec)
     kube.live["spec"]["stock"] = 3
     own, key = controller(shop, kube), Key.of(spec.sale_id)
