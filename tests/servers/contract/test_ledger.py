@@ -234,6 +234,7 @@ async def test_a_migration_waits_for_a_working_consumer_of_the_previous_version(
     await own.close()
 
 
+@pytest.mark.slow
 async def test_recording_does_not_wait_for_a_migration_that_waits_for_a_backup(
     database_url: str,
 ) -> None:
