@@ -104,10 +104,10 @@ class Rebuilds:
     def outcome(self, sale_id: str, *, wakes: bool | None = None) -> Rebuilt | None:
         """Returns the outcome of a sale's rebuilds once the sale needs none any more.
 
-        It is returned until it is `reported`. A rebuild that waits for its turn is cancelled. One
-        that runs ends by itself: perhaps it has just made the sale trusted. Then it has no outcome
-        yet, and wakes the FlashSale when it has. With `wakes`, a rebuild that was started with
-        another value is left alone.
+        It is returned until it is `reported`. A rebuild that waits for its turn is cancelled. A
+        rebuild that runs is left alone, because it may have just made the sale trusted. It wakes
+        the FlashSale when it has its outcome. With `wakes`, a rebuild that was started with another
+        value is left alone, too.
         """
         case = self._cases.get(sale_id)
         if case is not None:

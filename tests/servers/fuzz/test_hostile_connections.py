@@ -138,17 +138,24 @@ async def test_clients_that_do_not_read_are_reset(api: ApiServer, untouched: Sal
         await asyncio.gather(*floods)
 
 
+async def reading_nothing(stack: AsyncExitStack, api: ApiServer, clients: int) -> list[Wire]:
+    """Connect clients that send a full pipeline of requests and read no answer."""
+    description = GET.replace(b"/healthz", b"/openapi.json")
+    wires = [await stack.enter_async_context(connection(api)) for _ in range(clients)]
+    for wire in wires:
+        wire.stop_reading()
+        wire.send(description * MAX_PIPELINED)
+        await asyncio.sleep(0)
+    return wires
+
+
 async def test_unread_answers_cost_little_memory_of_the_kernel(
     api: ApiServer, untouched: Sale
 ) -> None:
     """Without a limit, a buffer of the kernel grows to 4 MB."""
     del untouched
-    description = GET.replace(b"/healthz", b"/openapi.json")
     async with AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(connection(api)) for _ in range(10)]
-        for wire in wires:
-            wire.stop_reading()
-            wire.send(description * MAX_PIPELINED)
+        wires = await reading_nothing(stack, api, 10)
         await until(lambda: sum(size > 0 for size in unread_bytes(api)) == len(wires))
         await asyncio.sleep(0.5)
         assert max(unread_bytes(api)) <= UNREAD_BYTES
@@ -159,13 +166,8 @@ async def test_unread_answers_of_many_clients_take_bounded_memory(
 ) -> None:
     """Clients above the bound are reset, and others are served."""
     del untouched
-    description = GET.replace(b"/healthz", b"/openapi.json")
     async with AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(connection(api)) for _ in range(1_500)]
-        for wire in wires:
-            wire.stop_reading()
-            wire.send(description * MAX_PIPELINED)
-            await asyncio.sleep(0)
+        await reading_nothing(stack, api, 1_500)
         await until(lambda: len(unread_bytes(api)) < MAX_UNFINISHED_BYTES / UNREAD_BYTES + 100)
         assert sum(unread_bytes(api)) < MAX_UNFINISHED_BYTES
         async with connection(api) as other:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.reservations import BATCH_LIMIT, Answer, BatchReply, Outcome, Request
+from flashsale.reservations import BATCH_LIMIT, Answer, BatchReply, Outcome, Request, Transition
 from flashsale_api import batcher as batcher_module
 from flashsale_api import calls as calls_module
 from flashsale_api.batcher import Batcher, Decision
@@ -177,14 +177,21 @@ async def test_a_shared_call_has_no_more_requests_than_another_and_items_take_tu
     await asyncio.gather(*waiting)
 
 
-async def test_an_item_that_redis_refuses_leaves_its_call_to_the_others() -> None:
-    inventory, publisher = HeldInventory(), RecordingPublisher()
+async def outcomes_of_three_items(
+    inventory: HeldInventory, publisher: RecordingPublisher
+) -> list[Outcome | Failure | Transition]:
+    """Decide a request for each of x0, x1 and x2 in one call."""
     inventory.items_per_call = 4
-    inventory.errors = {"x1": RedisUnavailable("refused")}
     batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
     waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
     inventory.go.release()
-    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    return [decision.outcome for decision in await asyncio.gather(*waiting)]
+
+
+async def test_an_item_that_redis_refuses_leaves_its_call_to_the_others() -> None:
+    inventory, publisher = HeldInventory(), RecordingPublisher()
+    inventory.errors = {"x1": RedisUnavailable("refused")}
+    outcomes = await outcomes_of_three_items(inventory, publisher)
     assert outcomes == [Outcome.ACCEPTED, Failure.REDIS_UNAVAILABLE, Outcome.ACCEPTED]
     assert [accepted.item_id for accepted in publisher.added] == ["x0", "x2"]
     assert len(inventory.calls) == 1
@@ -366,24 +373,15 @@ async def test_damaged_data_fails_only_its_own_request(answer: Answer) -> None:
 
 async def test_an_item_whose_reply_cannot_be_read_leaves_its_call_to_the_others() -> None:
     inventory, publisher = HeldInventory(), RecordingPublisher()
-    inventory.items_per_call = 4
     inventory.errors = {"x1": ContractViolation("damaged")}
-    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
-    waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
-    inventory.go.release()
-    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    outcomes = await outcomes_of_three_items(inventory, publisher)
     assert outcomes == [Outcome.ACCEPTED, Failure.INTERNAL_ERROR, Outcome.ACCEPTED]
     assert [accepted.item_id for accepted in publisher.added] == ["x0", "x2"]
 
 
 async def test_an_item_that_cannot_be_decided_leaves_its_call_to_the_others() -> None:
     """The script has decided the other items already."""
-    inventory, publisher = HeldInventory(), FailingPublisher("x1")
-    inventory.items_per_call = 4
-    batcher = Batcher(inventory, publisher, Metrics(), Engine("flashsale"))
-    waiting = [decide(batcher, f"x{n}", a_request(n)) for n in range(3)]
-    inventory.go.release()
-    outcomes = [decision.outcome for decision in await asyncio.gather(*waiting)]
+    outcomes = await outcomes_of_three_items(HeldInventory(), FailingPublisher("x1"))
     assert outcomes == [Outcome.ACCEPTED, Failure.INTERNAL_ERROR, Outcome.ACCEPTED]
 
 
