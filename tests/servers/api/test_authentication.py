@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
 import subprocess
@@ -10,15 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as generate_rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer
@@ -27,8 +24,6 @@ from dev.stack.errors import StackError
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
 from flashsale_api import tokens
-from flashsale_api.metrics import Metrics
-from flashsale_api.tokens import Keys, Tokens
 from tests.support.api import OpenSale, claim, problem, until_known
 from tests.support.eventually import until
 from tests.support.paths import ROOT
@@ -297,224 +292,3 @@ async def test_the_k6_scripts_send_tokens_of_an_issuer(
         )
         output, _ = await k6.communicate()
         assert k6.returncode == 0, output.decode()
-
-
-async def test_keys_rotate_and_survive_that_their_address_is_away(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.2)
-    with Issuer() as issuer:
-        metrics = Metrics()
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
-        named = Tokens(keys, issuer.url, "flashsale")
-        running = asyncio.create_task(named.run())
-        assert await identified(named, issuer.token("ann")) == ("ann", "")
-        assert issuer.requests == 1
-
-        fresh = generate_private_key(SECP256R1())
-        issuer.published["new"] = ECAlgorithm.to_jwk(fresh.public_key(), as_dict=True)
-        claims = {"sub": "bob", "iss": issuer.url, "aud": "flashsale", "exp": time.time() + 60}
-        new = jwt.encode(claims, fresh, "ES256", headers={"kid": "new"})
-        await until(lambda: _is(named, new, "bob"))
-
-        del issuer.published["ES256"]  # withdrawn: its remembered tokens are refused too
-        unknown = jwt.encode(claims, fresh, "ES256", headers={"kid": "unknown"})
-        old = issuer.token("ann")
-
-        async def withdrawn() -> bool:
-            await identified(named, unknown)
-            return await _is(named, old, "")
-
-        await until(withdrawn)
-
-        assert b"flashsale_api_jwks_up 1.0" in metrics.text()
-        issuer.stop()
-
-        async def away() -> bool:
-            assert await identified(named, unknown) == ("", "the issuer has no such key")
-            return b"flashsale_api_jwks_up 0.0" in metrics.text()
-
-        await until(away)
-        assert await identified(named, new) == ("bob", "")
-        assert named.problem == ""
-        running.cancel()
-
-
-@pytest.mark.parametrize(
-    "head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"]
-)
-async def test_a_slow_answer_with_keys_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, head: bytes
-) -> None:
-    """Tokens with unknown keys wait for the answer."""
-    monkeypatch.setattr(tokens, "_FETCH_SECONDS", 0.5)
-    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
-
-    async def trickle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
-            writer.write(head)
-            while not writer.is_closing():
-                writer.write(b" ")
-                await writer.drain()
-                await asyncio.sleep(0.05)
-
-    with Issuer() as issuer:
-        slow = await asyncio.start_server(trickle, "127.0.0.1", 0)
-        metrics = Metrics()
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
-        named = Tokens(keys, issuer.url, "flashsale")
-        running = asyncio.create_task(named.run())
-        assert await identified(named, issuer.token("ann")) == ("ann", "")
-        keys._url = f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}"
-        unknown = jwt.encode({}, generate_private_key(SECP256R1()), "ES256", headers={"kid": "x"})
-
-        async def given_up() -> bool:
-            assert await identified(named, unknown) == ("", "the issuer has no such key")
-            return b"flashsale_api_jwks_up 0.0" in metrics.text()
-
-        await until(given_up)
-        assert await identified(named, issuer.token("bob")) == ("bob", "")
-        running.cancel()
-        slow.close()
-
-
-_ODD: Final[tuple[object, ...]] = (
-    None,
-    7,
-    True,
-    -1.5,
-    "",
-    "é",
-    "A" * 100_000,
-    [],
-    ["a"],
-    {},
-    {"a": []},
-    10**30,
-)
-
-
-@pytest.mark.parametrize("name", ["kid", "kty", "crv", "n", "e", "x", "y", "alg", "use", "key_ops"])
-def test_a_malformed_key_takes_no_other_key_away(name: str) -> None:
-    rsa = RSAAlgorithm.to_jwk(generate_rsa(65537, 2048).public_key(), as_dict=True)
-    curve = ECAlgorithm.to_jwk(generate_private_key(SECP256R1()).public_key(), as_dict=True)
-    for key in (rsa, curve):
-        for odd in _ODD:
-            found = tokens._usable([{**key, "kid": "odd", name: odd}, {**curve, "kid": "good"}])
-            assert "good" in found
-            assert {type(key_id) for key_id in found} <= {str, type(None)}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"\xff",
-        b"[]",
-        b"{}",
-        b'{"keys": {}}',
-        b'{"keys": null}',
-        b'{"keys": ["a"]}',
-        b'{"keys": [[]]}',
-        b'{"keys": [{}]}',
-        b'{"keys": [' + b"[" * 100_000,
-        b'{"keys": [{"kid": ' + b'{"a":' * 100_000,
-        b'{"keys": [{"kid": ' + b"9" * 100_000 + b"}]}",
-        b'{"keys": [{"kid": 1e999}]}',
-        b'{"keys": [{"kid": ["a"], "kty": "oct", "k": "AAAA"}]}',
-    ],
-)
-async def test_a_malformed_document_leaves_the_known_keys(
-    monkeypatch: pytest.MonkeyPatch, text: bytes
-) -> None:
-    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
-    with Issuer(max_age=0) as issuer:
-        metrics = Metrics()
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
-        named = Tokens(keys, issuer.url, "flashsale")
-        running = asyncio.create_task(named.run())
-        assert await identified(named, issuer.token("ann")) == ("ann", "")
-        monkeypatch.setattr(issuer, "_answer", lambda: text)
-        await until(lambda: running.done() or b"flashsale_api_jwks_up 0.0" in metrics.text())
-        assert not running.done()
-        assert await identified(named, issuer.token("bob")) == ("bob", "")
-        running.cancel()
-
-
-async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
-    with Issuer(max_age=0) as issuer:
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
-        running = asyncio.create_task(keys.run())
-        await until(lambda: issuer.requests >= 3)
-        version = keys.version
-        del issuer.published["RS256"]
-        await until(lambda: keys.version > version)
-        running.cancel()
-
-
-async def test_unknown_keys_are_looked_for_at_most_once_per_interval() -> None:
-    with Issuer() as issuer:
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
-        named = Tokens(keys, issuer.url, "flashsale")
-        running = asyncio.create_task(named.run())
-        assert await identified(named, issuer.token("ann")) == ("ann", "")
-        other = generate_rsa(65537, 2048)
-        for number in range(100):
-            token = jwt.encode({"sub": "a"}, other, "RS256", headers={"kid": str(number)})
-            assert await identified(named, token) == ("", "the issuer has no such key")
-        assert issuer.requests == 1
-        running.cancel()
-
-
-async def test_a_remembered_token_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified: list[bytes] = []
-    decode = jwt.decode
-
-    def noted(token: bytes, *given: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
-        verified.append(token)
-        return decode(token, *given, **options)
-
-    monkeypatch.setattr(jwt, "decode", noted)
-    with Issuer() as issuer:
-        named = Tokens(
-            Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics()), issuer.url, "flashsale"
-        )
-        running = asyncio.create_task(named.run())
-        assert await identified(named, issuer.token("first")) == ("first", "")
-        verified.clear()  # the arrival of the keys made the pod forget the first token
-        ann, bob = issuer.token("ann"), issuer.token("bob")
-        for token, user in ((ann, "ann"), (bob, "bob"), (ann, "ann"), (bob, "bob")):
-            assert await identified(named, token) == (user, "")
-        assert verified == [ann.encode(), bob.encode()]
-        running.cancel()
-
-
-async def test_remembered_tokens_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "MAX_USERS", 10)
-    with Issuer() as issuer:
-        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
-        named = Tokens(keys, issuer.url, "flashsale")
-        running = asyncio.create_task(named.run())
-        for number in range(30):
-            token = issuer.token(f"user-{number}")
-            assert await identified(named, token) == (f"user-{number}", "")
-        assert len(named._users) == 10
-        short = issuer.token("ann", exp=int(time.time()) + 2 - tokens.LEEWAY_SECONDS)
-        assert await identified(named, short) == ("ann", "")
-        await until(lambda: _is(named, short, ""))
-        running.cancel()
-
-
-async def identified(named: Tokens, token: str) -> tuple[str, str]:
-    """Return the user of a token and the reason why there is none."""
-    found: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-    named.identify(
-        [(b"authorization", f"Bearer {token}".encode())],
-        lambda user, reason: found.set_result((user, reason)),
-    )
-    return await found
-
-
-async def _is(named: Tokens, token: str, user: str) -> bool:
-    return (await identified(named, token))[0] == user
