@@ -74,8 +74,21 @@ async def connection(server: ApiServer | int) -> AsyncIterator[Wire]:
 
 def resident(api: ApiServer) -> int:
     """Return the resident memory of the process, in bytes."""
+    return _memory(api, "VmRSS:")
+
+
+def peak(api: ApiServer) -> int:
+    """Return the largest resident memory that the process had since `forget_peak`, in bytes."""
+    return _memory(api, "VmHWM:")
+
+
+def forget_peak(api: ApiServer) -> None:
+    Path(f"/proc/{api.pid}/clear_refs").write_text("5", "ascii")
+
+
+def _memory(api: ApiServer, field: str) -> int:
     status = Path(f"/proc/{api.pid}/status").read_text("ascii")
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+    return int(status.partition(field)[2].split()[0]) * 1024
 
 
 def body_for(item: str) -> bytes:

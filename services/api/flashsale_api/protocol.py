@@ -166,7 +166,6 @@ class HttpProtocol(asyncio.Protocol):
         self._check.cancel()
         self._server.connections.discard(self)
         self._drop()
-        self._parser = None  # it refers to this connection
 
     def data_received(self, data: bytes) -> None:
         for piece in (data,) if len(data) <= PIECE_BYTES else _pieces(data):
@@ -237,11 +236,11 @@ class HttpProtocol(asyncio.Protocol):
             self._stop(431, "The request has too many header fields.")
 
     def on_headers_complete(self) -> None:
+        if self._last:
+            raise _Stop
         parser, url = self._parser, self._url
         if parser.should_upgrade():
             return
-        if self._last:
-            raise _Stop
         expects_100, hosts = self._check_headers()
         version = parser.get_http_version()
         if hosts > 1 or (hosts == 0 and version != "1.0"):
@@ -291,7 +290,7 @@ class HttpProtocol(asyncio.Protocol):
             self._enqueue(exchange)  # its handler answers 413
 
     def on_message_complete(self) -> None:
-        if self._parser.should_upgrade():
+        if self._parser is None or self._parser.should_upgrade():
             return
         self._overhead = 0
         self._partial = False
@@ -379,8 +378,10 @@ class HttpProtocol(asyncio.Protocol):
             self._drop()  # before the loop reads from further clients
 
     def _drop(self) -> None:
-        """Forgets the requests, which refer to this connection."""
+        """Frees the memory of all requests. They and the parser refer to this connection."""
         self._last = True
+        self._parser = None
+        self._url, self._headers = b"", []
         if self._current is not None:
             self._current.drop()
         for exchange in self._waiting:
