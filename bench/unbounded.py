@@ -35,7 +35,7 @@ class UnboundedProtocol(HttpProtocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
-            self._refuse()
+            self._refuse(400, "Invalid HTTP request received.")
 
     def pause_writing(self) -> None:
         """Begins the next request however many bytes are unread."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dev.services import ApiServer
-from flashsale_api.protocol import REQUEST_SECONDS
+from flashsale_api.limits import REQUEST_SECONDS
 
 DEADLINE_SECONDS: Final = 9 * REQUEST_SECONDS
 TE: Final = b"Transfer-Encoding: chunked\r\n"

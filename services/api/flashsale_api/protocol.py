@@ -9,73 +9,41 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
 import httptools
 from starlette.types import ASGIApp
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
-from flashsale_api import asgi, descriptors, responses
+from flashsale_api import asgi, descriptors, heads
+from flashsale_api.exchanges import Exchange
+from flashsale_api.heads import Refused
+from flashsale_api.limits import (
+    CLOSE_SECONDS,
+    FIELD_BYTES,
+    MAX_FIELDS,
+    MAX_HEAD_BYTES,
+    MAX_PIPELINED,
+    MAX_UNFINISHED_BYTES,
+    PIECE_BYTES,
+    REQUEST_BYTES,
+    REQUEST_SECONDS,
+    SOCKET_BYTES,
+    UNREAD_BYTES,
+)
 from flashsale_api.reserve import MAX_BODY_BYTES
-from flashsale_api.responses import Handler, Headers, Problem, Respond
+from flashsale_api.responses import Handler, Headers
 
 log = logging.getLogger(__name__)
 
-REQUEST_SECONDS: Final = 10.0
-"""Time to send a whole request, and to read an answer.
-
-The check runs once per this interval, so a connection is closed after at most twice this time.
-"""
-CLOSE_SECONDS: Final = 2.0
-"""Time to read the last answers of a server that stops."""
-MAX_HEAD_BYTES: Final = 64 * 1024
-"""Limit for all bytes of a request except its body: head, trailers and the framing of chunks.
-
-The requests of a connection that wait for an earlier answer have this limit together.
-"""
-MAX_FIELDS: Final = 100
-"""Limit for the header and trailer fields of a request."""
-MAX_UNFINISHED_BYTES: Final = 64 * 1024 * 1024
-"""Limit for the memory of all requests of the process that are incomplete or wait for another.
-
-Unread answers count, too. A client that exceeds the limit is reset. A request that arrives in one
-piece does not count while it is answered.
-"""
-PIECE_BYTES: Final = 4 * 1024
-"""The parser gets a longer read in pieces of this size.
-
-It does not say where a request begins. So a request that begins behind another one counts all of
-its first piece.
-"""
-FIELD_BYTES: Final = 150
-"""The memory that a header field takes besides its bytes."""
-REQUEST_BYTES: Final = 2_300
-"""The memory that a waiting request takes besides its bytes and header fields.
-
-Measured with 16,000 waiting requests of the ASGI path, which takes more than the direct one.
-"""
-MAX_PIPELINED: Final = 16
-"""Requests of a connection that wait for the answer to an earlier one."""
-SOCKET_BYTES: Final = 32 * 1024
-"""Size of each of the kernel's buffers of a connection. A pod's memory limit counts them."""
-UNREAD_BYTES: Final = 3 * SOCKET_BYTES
-"""The memory that a full buffer of answers takes in the kernel.
-
-The kernel doubles the buffer's size for its own use, and exceeds it by a part of a segment.
-"""
 SHARED_BYTES: Final = 16 * 1024
 """A body from this size on is not copied behind its head, because connections share it."""
 
-_OF_AN_UPGRADE: Final = (b"upgrade", b"http2-settings")
 _RESET: Final = struct.pack("ii", 1, 0)
 _INVALID: Final = 400, "Invalid HTTP request received."
-
-
-class _Stop(Exception):
-    """Ends the parsing of the bytes that were read."""
+_LARGE_HEAD: Final = 431, "The request's head is too large."
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -139,7 +107,6 @@ class HttpProtocol(asyncio.Protocol):
         """Whether the connection ends with the answers to the requests received so far."""
         self._unread = False
         """Whether the kernel takes no more bytes for the client. No further request is begun."""
-        self._refusal = _INVALID
         self._completed = 0
         """Requests received and answers given."""
         self._checked = (0, False, False)
@@ -177,10 +144,10 @@ class HttpProtocol(asyncio.Protocol):
                 self._parser.feed_data(piece)
             except httptools.HttpParserUpgrade as upgrade:
                 self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
-            except httptools.HttpParserError:
-                self._refuse()
+            except httptools.HttpParserError as error:
+                self._refuse(*_refusal(error))
             if self._overhead > MAX_HEAD_BYTES:
-                self._refuse(431, "The request's head is too large.")
+                self._refuse(*_LARGE_HEAD)
         if self._partial or self._waiting or self._unfinished:
             self._count()
 
@@ -233,28 +200,22 @@ class HttpProtocol(asyncio.Protocol):
             self._headers.append((name.lower(), value.rstrip(b" \t")))
         self._fields += 1
         if self._fields > MAX_FIELDS:
-            self._stop(431, "The request has too many header fields.")
+            raise Refused(431, "The request has too many header fields.")
 
     def on_headers_complete(self) -> None:
         if self._last:
-            raise _Stop
+            raise Refused(400, "The connection ends with an earlier request.")
         parser, url = self._parser, self._url
         if parser.should_upgrade():
             return
-        expects_100, hosts = self._check_headers()
         version = parser.get_http_version()
-        if hosts > 1 or (hosts == 0 and version != "1.0"):
-            self._stop(400, "The request needs one Host.")
-        if self._overhead > MAX_HEAD_BYTES and self._head_bytes() > MAX_HEAD_BYTES:
-            self._stop(431, "The request's head is too large.")
+        expects_100 = heads.check(self._headers, version)
+        if self._overhead > MAX_HEAD_BYTES and heads.size(url, self._headers) > MAX_HEAD_BYTES:
+            raise Refused(*_LARGE_HEAD)
         method = parser.get_method()
-        path, _, query = url.partition(b"?")
-        if not path.startswith(b"/"):
-            path = self._path_of_url()
-        if b"#" in url:
-            self._stop(400, "A request has no fragment.")
+        path, query = heads.path_and_query(url)
         keep_alive = version != "1.0" and parser.should_keep_alive()
-        exchange = Exchange(self, self._direct(method, path), self._headers, keep_alive)
+        exchange = Exchange(self.answer, self._direct(method, path), self._headers, keep_alive)
         if exchange.handler is None:
             exchange.handler = asgi.handler(
                 self._app,
@@ -301,30 +262,19 @@ class HttpProtocol(asyncio.Protocol):
 
     # Requests and answers.
 
-    def answer(self, exchange: "Exchange", status: int, headers: Headers, body: bytes) -> None:
+    def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes) -> None:
         """Writes the answer to the current request."""
         self._current = None
         self._completed += 1
         self._server.total_requests += 1
         transport = self._transport
-        lines = [STATUS_LINE[status]]
-        for name, value in self._server.default_headers:
-            lines += (name, b": ", value, b"\r\n")
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
-        if not exchange.keep_alive:
-            lines.append(b"connection: close\r\n")
-        if status == 304:
-            lines.append(b"\r\n")
+        head = exchange.response_head(status, headers, self._server.default_headers, len(body))
+        if exchange.is_head or status == 304:
+            transport.write(head)
+        elif len(body) < SHARED_BYTES:
+            transport.write(head + body)
         else:
-            lines.append(b"content-length: %d\r\n\r\n" % len(body))
-            if exchange.is_head:
-                body = b""
-        if len(body) < SHARED_BYTES:
-            lines.append(body)
-            transport.write(b"".join(lines))
-        else:
-            transport.write(b"".join(lines))
+            transport.write(head)
             transport.write(body)
         if not exchange.keep_alive:
             self._last = True
@@ -335,7 +285,7 @@ class HttpProtocol(asyncio.Protocol):
         elif self._receiving is not None:
             self._continue()
 
-    def _enqueue(self, exchange: "Exchange") -> None:
+    def _enqueue(self, exchange: Exchange) -> None:
         """Takes a request whose body is complete or too large, and begins it if it is its turn."""
         exchange.complete = True
         if self._current is None and not self._waiting and not self._unread:
@@ -346,7 +296,7 @@ class HttpProtocol(asyncio.Protocol):
         if not exchange.is_refusal and (
             len(self._waiting) >= MAX_PIPELINED or self._waiting_bytes + size > MAX_HEAD_BYTES
         ):
-            self._stop(400, "Too many requests wait for an answer.")
+            raise Refused(400, "Too many requests wait for an answer.")
         self._last = self._last or not exchange.keep_alive
         self._waiting.append(exchange)
         self._waiting_bytes += size
@@ -392,7 +342,7 @@ class HttpProtocol(asyncio.Protocol):
         HttpProtocol.unfinished -= self._unfinished
         self._unfinished = 0
 
-    def _begin(self, exchange: "Exchange") -> None:
+    def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
         exchange.begin()
 
@@ -404,45 +354,13 @@ class HttpProtocol(asyncio.Protocol):
             exchange.expects_100 = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _refuse(self, status: int | None = None, reason: str = "") -> None:
+    def _refuse(self, status: int, reason: str) -> None:
         """Answers a client that broke a rule, after its earlier requests, and then closes."""
         if self._last:
             return
-        refused, why = self._refusal if status is None else (status, reason)
-        log.warning("refused a client with %d: %s", refused, why)
+        log.warning("refused a client with %d: %s", status, reason)
         self._receiving = None
-        refusal = Exchange(self, _plain(refused, why), [], keep_alive=False)
-        refusal.is_refusal = True
-        self._enqueue(refusal)
-
-    def _stop(self, status: int, reason: str) -> None:
-        """Stops the parser, which then has the client refused."""
-        self._refusal = status, reason
-        raise _Stop
-
-    # Parts of a head.
-
-    def _check_headers(self) -> tuple[bool, int]:
-        """Returns whether the client waits for 100 Continue, and the number of its Hosts."""
-        expects_100, hosts = False, 0
-        for name, value in self._headers:
-            if name == b"host":
-                hosts += 1
-            elif name == b"transfer-encoding" and value.lower() != b"chunked":
-                self._stop(501, "The only supported Transfer-Encoding is chunked.")
-            elif name == b"expect" and value.lower() == b"100-continue":
-                expects_100 = True
-        return expects_100, hosts
-
-    def _head_bytes(self) -> int:
-        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
-
-    def _path_of_url(self) -> bytes:
-        try:
-            return bytes(httptools.parse_url(self._url).path or b"/")
-        except httptools.HttpParserInvalidURLError:
-            self._stop(*_INVALID)
-            raise
+        self._enqueue(Exchange.refusal(self.answer, status, reason))
 
     def _go_on_without_upgrade(self, rest: memoryview) -> None:
         """Parses a request again without its Upgrade, and then the rest of the bytes."""
@@ -454,8 +372,8 @@ class HttpProtocol(asyncio.Protocol):
             except httptools.HttpParserUpgrade as upgrade:
                 # A slice of a memoryview is no copy, so many upgrades in one read stay cheap.
                 pieces += [memoryview(piece)[upgrade.args[0] :], self._head_without_upgrade()]
-            except httptools.HttpParserError:
-                self._refuse()
+            except httptools.HttpParserError as error:
+                self._refuse(*_refusal(error))
 
     def _head_without_upgrade(self) -> bytes:
         """Returns the head without Upgrade, for a new parser. Refuses CONNECT."""
@@ -464,19 +382,8 @@ class HttpProtocol(asyncio.Protocol):
         if method == b"CONNECT":
             self._refuse(*_INVALID)
             return b""
-        lines = [b"%b %b HTTP/%b" % (method, self._url, version.encode())]
-        for name, value in self._headers:
-            kept = value
-            if name in _OF_AN_UPGRADE:
-                continue
-            if name == b"connection":
-                options = [option.strip() for option in value.split(b",")]
-                kept = b", ".join(
-                    option for option in options if option.lower() not in _OF_AN_UPGRADE
-                )
-            lines.append(b"%b: %b" % (name, kept))
         self._parser = httptools.HttpRequestParser(self)
-        return b"\r\n".join([*lines, b"", b""])
+        return heads.without_upgrade(method, self._url, version, self._headers)
 
     # Time limits.
 
@@ -513,80 +420,15 @@ class HttpProtocol(asyncio.Protocol):
         self._transport.abort()
 
 
-class Exchange:
-    """A request and its answer."""
-
-    __slots__ = (
-        "_connection",
-        "body",
-        "complete",
-        "expects_100",
-        "handler",
-        "headers",
-        "is_head",
-        "is_refusal",
-        "keep_alive",
-    )
-
-    def __init__(
-        self,
-        connection: HttpProtocol,
-        handler: Handler | None,
-        headers: Sequence[tuple[bytes, bytes]],
-        keep_alive: bool,
-    ) -> None:
-        self._connection: HttpProtocol | None = connection
-        self.handler = handler
-        self.headers = headers
-        self.keep_alive = keep_alive
-        self.body = bytearray()
-        self.complete = self.expects_100 = self.is_head = self.is_refusal = False
-
-    @property
-    def answered(self) -> bool:
-        """Whether the answer was written, or the client is gone."""
-        return self._connection is None
-
-    def size(self) -> int:
-        """Returns the bytes of this request, without the objects that keep them."""
-        return len(self.body) + sum(len(name) + len(value) for name, value in self.headers)
-
-    def begin(self) -> None:
-        """Decides the request. The answer follows immediately or later."""
-        handler, self.handler = self.handler, None
-        try:
-            if handler is not None:
-                handler(self.headers, self.body, self.respond)
-        except Exception:  # after any error, the client needs an answer
-            log.exception("could not decide a request")
-            self.respond(*responses.plain(Problem.INTERNAL_ERROR))
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answers the request, unless the client is gone."""
-        connection, self._connection = self._connection, None
-        self.body = bytearray()
-        if connection is not None:
-            connection.answer(self, status, headers, body)
-
-    def drop(self) -> None:
-        """Forgets the connection, whose client is gone."""
-        self._connection = self.handler = None
-
-
 def _pieces(data: bytes) -> Iterator[memoryview]:
     whole = memoryview(data)
     return (whole[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
 
 
-def _plain(status: int, text: str) -> Handler:
-    def handle(
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
-        body: bytes | bytearray,  # noqa: ARG001
-        respond: Respond,
-    ) -> None:
-        respond(status, ((b"content-type", b"text/plain; charset=utf-8"),), text.encode())
-
-    return handle
+def _refusal(error: httptools.HttpParserError) -> tuple[int, str]:
+    """Returns the status and the reason of the answer to a request that cannot be parsed."""
+    cause = error.__context__
+    return (cause.status, cause.reason) if isinstance(cause, Refused) else _INVALID
 
 
 def _no_handler(method: bytes, path: bytes) -> Handler | None:  # noqa: ARG001 - as `direct`

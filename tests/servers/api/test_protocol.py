@@ -20,16 +20,16 @@ from flashsale_api import reserve as reserve_module
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
-from flashsale_api.metrics import Metrics
-from flashsale_api.protocol import (
+from flashsale_api.limits import (
     FIELD_BYTES,
     MAX_HEAD_BYTES,
     MAX_PIPELINED,
     PIECE_BYTES,
     REQUEST_BYTES,
     UNREAD_BYTES,
-    HttpProtocol,
 )
+from flashsale_api.metrics import Metrics
+from flashsale_api.protocol import HttpProtocol
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
 from flashsale_api.sales import Sales
 from tests.support.batcher import HeldInventory, RecordingPublisher

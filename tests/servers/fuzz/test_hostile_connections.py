@@ -20,7 +20,7 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from flashsale_api.protocol import (
+from flashsale_api.limits import (
     MAX_PIPELINED,
     MAX_UNFINISHED_BYTES,
     REQUEST_SECONDS,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
-from flashsale_api.protocol import MAX_HEAD_BYTES
+from flashsale_api.limits import MAX_HEAD_BYTES
 from flashsale_api.reserve import MAX_BODY_BYTES
 from tests.support.api import OpenSale, accepted
 from tests.support.wire import (
