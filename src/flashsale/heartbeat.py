@@ -13,8 +13,8 @@ import msgspec
 from redis.asyncio import Redis
 
 from flashsale import keys, pipelines
+from flashsale.clocks import ServerTime
 from flashsale.errors import RedisUnavailable
-from flashsale.inventory import ServerTime
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.redis_errors import translated

@@ -1,19 +1,22 @@
 """Sales and reservations in Redis: typed calls of the Lua scripts, and reads.
 
-Only this module and `outbox.py` use an item's keys. The operator's rebuild is the one exception.
+Only this module and `outbox.py` use an item's keys, and `index.py` looks whether they exist. The
+operator's rebuild is the one exception.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from redis.asyncio import Redis
 
-from flashsale import keys, pipelines, redis_client
-from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
+from flashsale import clocks, pipelines, redis_client
+from flashsale.clocks import ServerTime
+from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.index import Index
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
-from flashsale.nodes import Node, Nodes
+from flashsale.nodes import Nodes
 from flashsale.reservations import (
     BatchReply,
     Call,
@@ -81,17 +84,6 @@ class Freed(StrEnum):
     UNRECORDED = "unrecorded"
 
 
-class ServerTime(NamedTuple):
-    """Redis' clock in Unix milliseconds, and the server's run as `read_sale` compares it.
-
-    `run_id` is the server's run_id and its `master_replid2`, joined by a colon. The latter is the
-    replication id of the master that this server followed before it became a master itself.
-    """
-
-    now_ms: int
-    run_id: str
-
-
 class Holds(NamedTuple):
     """An item's open holds. `overdue` of them can be expired, the first since `first_due_ms`."""
 
@@ -106,16 +98,6 @@ class Look(NamedTuple):
     sale: Sale | None
     record: Record | None
     server: ServerTime
-
-
-class Index(NamedTuple):
-    """The items of the index, sorted, and whether Redis had the engine's id at that moment.
-
-    `claimed` is None while the index is away. The items are then those that were read last.
-    """
-
-    items: list[str]
-    claimed: bool | None
 
 
 class Survey(NamedTuple):
@@ -135,8 +117,7 @@ class Inventory:
         self.redis = redis
         self.engine = engine
         self.nodes = Nodes.of_client(redis)
-        self._items = keys.items(engine)
-        self._last_items: list[str] = []
+        self.index = Index(self.nodes, engine)
         self._scripts = Scripts(self.nodes)
         self._outbox_limit = outbox_limit
         self._reserve = Script("reserve")
@@ -212,7 +193,7 @@ class Inventory:
         just seen that no data of this sale can be lost, so missing keys mean a new sale.
         `replaces` is the finished sale of the item that this one may replace.
         """
-        await self.index([spec.item_id])
+        await self.index.add([spec.item_id])
         other_id, other_accepted, other_released = replaces or ("", 0, 0)
         arguments = (
             *spec.arguments(revision),
@@ -323,59 +304,8 @@ class Inventory:
         arguments = (sale_id, revision, accepted, released, engine_id)
         freed = Freed(await self._scripts.call(self._free, item_keys, arguments))
         if freed is Freed.FREED:
-            await self.unindex(item_id)
+            await self.index.remove(item_id)
         return freed
-
-    async def index(self, item_ids: Iterable[str]) -> None:
-        """Adds items to the index that the sweeper and the operator walk. Idempotent.
-
-        If only the index is away, the operator's next resync adds all items of the ledger.
-        """
-        if items := list(item_ids):
-            await self._try(self._items, lambda redis: redis.sadd(self._items, *items))
-
-    async def unindex(self, item_id: str) -> None:
-        """Removes an item from the index, unless it has keys."""
-        await self._try(self._items, lambda redis: redis.srem(self._items, item_id))
-        item_keys = self._keys(item_id).sold
-        if await self.nodes.call(item_keys[0], lambda redis: redis.exists(*item_keys)):
-            # A sale of the item was seeded in the meantime.
-            await self.index([item_id])
-
-    async def items(self, known: Iterable[str] = ()) -> list[str]:
-        """Returns the items of the index and the `known` ones, sorted.
-
-        If an item of the index has no keys, Redis has lost them, or a sale is about to be seeded.
-        While the index is away, its items are those that this object has read last.
-        """
-        found = set(known)
-        try:
-            await self.look_at_index()
-        except RedisUnavailable:
-            if not found:
-                raise
-        return sorted(found.union(self._last_items))
-
-    async def look_at_index(self) -> Index:
-        """Returns the index and whether Redis has the engine's id, in one round trip.
-
-        Without the id, Redis is new or has lost it, so the index may lack items.
-        """
-
-        def queue(pipeline: "Pipeline", index: str) -> None:
-            # The id comes last, because a loss between the two must not leave it with no items.
-            pipeline.smembers(index)
-            pipeline.exists(keys.engine_id(self.engine))
-
-        try:
-            found = await pipelines.each(self.nodes, [self._items], str, queue)
-        except RedisUnavailable:
-            if not self._last_items:
-                raise
-            return Index(self._last_items, None)
-        members, claimed = found[self._items]
-        self._last_items = sorted(members)
-        return Index(self._last_items, bool(claimed))
 
     async def without_keys(self, item_ids: Iterable[str]) -> list[str]:
         """Returns the items that have no keys. Items whose server is away are left out."""
@@ -403,11 +333,11 @@ class Inventory:
         groups = await self.nodes.split(wanted, self._sale_key)
         if wanted and not groups:
             raise RedisUnavailable("Redis is unavailable: no node has the item's slot")
-        clocks = await self._clocks(groups)
+        found = await clocks.read(self.nodes, groups)
         return {
-            item_id: clocks[node.name]
+            item_id: found[node.name]
             for node, items in groups.items()
-            if node.name in clocks
+            if node.name in found
             for item_id in items
         }
 
@@ -416,24 +346,7 @@ class Inventory:
 
         Servers that are away, or have become replicas, are left out, unless all are.
         """
-        return await self._clocks(await self.nodes.all())
-
-    async def _clocks(self, nodes: Iterable[Node]) -> dict[str, ServerTime]:
-        def queue(pipeline: "Pipeline") -> None:
-            pipeline.time()
-            pipeline.info("server", "replication")
-
-        found = await pipelines.of_servers(self.nodes, nodes, queue)
-        clocks = {}
-        for node, (time, info) in found.items():
-            if info["role"] == "slave":
-                # Its clock and run are not those of its former sales, and no command would fail.
-                self.nodes.demoted(node)
-            else:
-                clocks[node.name] = _server(time, info)
-        if found and not clocks:
-            raise RedisUnavailable("Redis is unavailable: the server has become a replica")
-        return clocks
+        return await clocks.read(self.nodes, await self.nodes.all())
 
     async def sales(
         self, item_ids: Iterable[str], *, skip_unreadable: bool = False
@@ -532,37 +445,6 @@ class Inventory:
         """The server's address, host:port/db."""
         return redis_client.address(self.redis)
 
-    async def engine_id(self) -> str:
-        """Returns the id of the engine that this Redis serves, or "" if none has claimed it."""
-        key = keys.engine_id(self.engine)
-        return (
-            await self.nodes.call(key, lambda redis: cast("Awaitable[str | None]", redis.get(key)))
-            or ""
-        )
-
-    async def claimed(self) -> bool:
-        """Whether an engine has claimed this Redis. False while the claim's node is away."""
-        key = keys.engine_id(self.engine)
-        return bool(await self._try(key, lambda redis: redis.exists(key)))
-
-    async def claim(self, engine_id: str) -> None:
-        """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it.
-
-        If only the claim's node is away, each sale still names its engine.
-        """
-        key = keys.engine_id(self.engine)
-        owner = await self._try(
-            key,
-            lambda redis: cast(
-                "Awaitable[str | None]", redis.set(key, engine_id, nx=True, get=True)
-            ),
-        )
-        if owner not in (None, engine_id):
-            raise OtherEngine(
-                f"this Redis belongs to engine {owner}, and the ledger to engine {engine_id}, both "
-                f"named {self.engine}: use a Redis of its own, or another FLASHSALE_ENGINE"
-            )
-
     def node_of(self, item_id: str) -> str:
         """Returns the name of an item's server in a cluster, as far as it is known."""
         return self.nodes.name_of(item_id)
@@ -577,15 +459,6 @@ class Inventory:
         """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
         await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
 
-    async def _try(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T | None:
-        """Calls a key that no item needs. Its server may be away while the others work."""
-        try:
-            return await self.nodes.call(key, command)
-        except RedisUnavailable:
-            if self.nodes.single:
-                raise
-            return None
-
 
 _texts = msgspec.json.Decoder(list[str]).decode
 
@@ -594,12 +467,6 @@ _UNREADABLE: Final = {
     "unsupported": "this version cannot read the sale",
     "fenced": "the sale is fenced: rebuild it first",
 }
-
-
-def _server(time: tuple[int, int], info: Mapping[str, Any]) -> ServerTime:
-    # redis-py converts an id of digits only, such as 40 zeros, to a number.
-    ids = (str(info[name]).zfill(40) for name in ("run_id", "master_replid2"))
-    return ServerTime(time[0] * 1000 + time[1] // 1000, ":".join(ids))
 
 
 def _batch_reply(reply: str | int | RedisUnavailable) -> ItemReply:

@@ -165,7 +165,7 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
     for client in (operator, api):
         Checks().require(requirements.REDIS, *await redis_facts.read(client, "shop"))
     seeding = Inventory(operator, "shop")
-    await seeding.claim("e-1")
+    await seeding.index.claim("e-1")
     spec = SaleSpec("default/phone", "phone", 10)
     assert await seeding.apply(spec, 1, engine_id="e-1", seed_until_ms=2**53) is Applied.SEEDED
     inventory, outbox = Inventory(api, "shop"), Outbox(api, "shop")
@@ -173,7 +173,7 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
     await outbox.load()
     request = Request(str(uuid.uuid4()), "ann", 1)
     await inventory.reserve("phone", [request], timeout_seconds=5, engine_id="e-1")
-    assert (await inventory.sales(await inventory.items()))["phone"].accepted == 1
+    assert (await inventory.sales(await inventory.index.items()))["phone"].accepted == 1
     [entry] = await outbox.page("phone", after="-", until_ms=2**53, count=10)
     assert await outbox.take_lease("phone", "pod", 1_000)
     assert await outbox.settle("phone", [(entry.entry_id, entry.reservation_id, 1)]) == 1

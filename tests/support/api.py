@@ -65,8 +65,8 @@ async def claim(redis_url: str, engine: str = DEFAULT_ENGINE) -> None:
     """
     client = redis_client.connect(redis_url)
     inventory = Inventory(client, engine)
-    if not await inventory.claimed():
-        await inventory.claim(str(uuid.uuid4()))
+    if not await inventory.index.claimed():
+        await inventory.index.claim(str(uuid.uuid4()))
     await client.aclose()
 
 
@@ -120,7 +120,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 async def own_inventory(own_redis: RedisServer) -> AsyncIterator[Inventory]:
     client = redis_client.connect(own_redis.url)
     inventory = Inventory(client)
-    await inventory.claim(str(uuid.uuid4()))
+    await inventory.index.claim(str(uuid.uuid4()))
     assert await inventory.apply(OWN_SALE, 1, seed_until_ms=2**53) is Applied.SEEDED
     yield inventory
     await client.aclose()

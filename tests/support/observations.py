@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from flashsale.inventory import ServerTime
+from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, utc_of_ms
 

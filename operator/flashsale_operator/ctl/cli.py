@@ -156,7 +156,7 @@ async def _nearest(clients: Clients, wanted: str) -> str | None:
     """Returns the item that a person may have meant by an item or by the name of a sale."""
     try:
         rows = await ledger.sales(clients.pool)
-        items = {item.lower(): item for item in await clients.inventory.items()}
+        items = {item.lower(): item for item in await clients.inventory.index.items()}
     except FlashsaleError:
         return None  # an outage must not hide the error that needs a hint
     items |= {row.item_id.lower(): row.item_id for row in rows}

@@ -97,7 +97,7 @@ async def _sales(
     """Returns the sales, and a sentence about the items that Redis does not answer for."""
     rows = await ledger.sales(clients.pool, item)
     recorded = {row.item_id for row in rows}
-    items = [item] if item else await clients.inventory.items(recorded)
+    items = [item] if item else await clients.inventory.index.items(recorded)
     held, servers, away = await clients.inventory.survey(items)
     last = last_of_items(rows)
     if item is None and not every:

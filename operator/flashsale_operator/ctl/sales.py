@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 import yaml
 
-from flashsale.inventory import ServerTime
+from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, SaleState, rfc3339_of_ms
 from flashsale_operator.ctl.tables import table

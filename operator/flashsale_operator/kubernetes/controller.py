@@ -228,7 +228,7 @@ class Controller:
         if self._engine_id is not None:
             return self._engine_id
         try:
-            return await self._inventory.engine_id() or None
+            return await self._inventory.index.engine_id() or None
         except RedisUnavailable:
             return None
 

@@ -209,7 +209,9 @@ class Resync:
 
     async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""
-        held = await self._inventory.sales(await self._inventory.items(), skip_unreadable=True)
+        held = await self._inventory.sales(
+            await self._inventory.index.items(), skip_unreadable=True
+        )
         rows = await self._rows([sale.sale_id for sale in held.values()])
         for sale in held.values():
             if sale.sale_id not in rows:

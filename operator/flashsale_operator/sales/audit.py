@@ -19,7 +19,8 @@ from enum import StrEnum
 from typing import Final
 
 from flashsale import events, ledger
-from flashsale.inventory import Inventory, ServerTime
+from flashsale.clocks import ServerTime
+from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales import offsets
@@ -290,7 +291,7 @@ async def _look(
 ) -> Audit:
     before = {row.sale_id: row for row in await ledger.sales(pool, item_id)}
     recorded = {row.item_id for row in before.values()}
-    items = await inventory.items(recorded) if item_id is None else [item_id]
+    items = await inventory.index.items(recorded) if item_id is None else [item_id]
     holders, servers, away = await inventory.survey(items)
     ends = await spans()
     topic = events.topic(inventory.engine)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
-from flashsale.inventory import ServerTime
+from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
 

@@ -13,10 +13,10 @@ async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
     are in the Redis at another address, `LedgerUnavailable` and `RedisUnavailable`.
     """
     own = await ledger.engine_id(pool, inventory.engine, inventory.address)
-    if not await inventory.claimed():
+    if not await inventory.index.claimed():
         # To an API pod, an item is unknown if a claimed Redis does not index it.
         await index.add(inventory, pool)
-    await inventory.claim(own)
+    await inventory.index.claim(own)
     return own
 
 

@@ -22,7 +22,7 @@ ORDER BY sale_id
 
 async def add(inventory: Inventory, pool: ledger.Pool) -> None:
     """Adds the items that should have keys."""
-    await inventory.index(_wanted(await _rows(pool, ())))
+    await inventory.index.add(_wanted(await _rows(pool, ())))
 
 
 async def refresh(
@@ -33,15 +33,15 @@ async def refresh(
     `keep_closed` is how long the keys of a closed sale are kept. Returns the rows of all sales of
     these items.
     """
-    indexed = set(await inventory.items())
+    indexed = set(await inventory.index.items())
     rows = await _rows(pool, indexed, keep_closed + MARGIN)
     wanted = _wanted(rows)
-    await inventory.index(wanted)
+    await inventory.index.add(wanted)
     others = indexed.union(row.item_id for row in rows) - wanted
     without = set(await inventory.without_keys(others))
-    await inventory.index(others - without)
+    await inventory.index.add(others - without)
     for item_id in without & indexed:
-        await inventory.unindex(item_id)
+        await inventory.index.remove(item_id)
     return rows
 
 

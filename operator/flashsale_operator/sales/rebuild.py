@@ -229,7 +229,7 @@ class Rebuilder:
         async def keep_fenced() -> None:
             await fence("wait")
 
-        await self._inventory.index([item_id])
+        await self._inventory.index.add([item_id])
         if await fence("fence") is Fenced.TRUSTED:
             return Rebuilt(row.accepted, lost=self._lost.pop(sale_id, 0), revision=claim)
         try:

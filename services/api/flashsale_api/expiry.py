@@ -60,7 +60,7 @@ class Expiry:
 
         Raises `RedisUnavailable`.
         """
-        servers = await self._inventory.servers(await self._inventory.items())
+        servers = await self._inventory.servers(await self._inventory.index.items())
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         holds = await self._inventory.holds(now_ms)
         self._metrics.set_holds(holds, now_ms)

@@ -135,7 +135,7 @@ class Heartbeat:
             self._pulse.unheard = False
         # Read the clocks first, because a heartbeat must not claim to be younger than its count.
         sampled, engine_id = await asyncio.gather(
-            self._inventory.clocks(), self._inventory.engine_id(), return_exceptions=True
+            self._inventory.clocks(), self._inventory.index.engine_id(), return_exceptions=True
         )
         if isinstance(sampled, BaseException):
             self._pulse.answered(())

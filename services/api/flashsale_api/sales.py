@@ -10,9 +10,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from flashsale.clocks import ServerTime
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
-from flashsale.inventory import Inventory, ServerTime
+from flashsale.inventory import Inventory
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
 from flashsale_api.authentication import Authentication
@@ -243,7 +244,7 @@ class Sales:
         return Encoded.of(_encode(view))
 
     async def _all(self) -> Encoded:
-        items = await self._inventory.items()
+        items = await self._inventory.index.items()
         servers = await self._inventory.servers(items)
         found = list(servers)
         views = []

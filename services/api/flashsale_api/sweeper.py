@@ -67,7 +67,7 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Sweeps the outboxes of all items once. Raises `RedisUnavailable`."""
-        items, claimed = await self._inventory.look_at_index()
+        items, claimed = await self._inventory.index.read()
         if claimed is not None:
             self._known.looked(items, claimed=claimed)
         servers = await self._inventory.servers(items)

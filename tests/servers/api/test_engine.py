@@ -70,7 +70,7 @@ async def test_a_redis_that_changes_its_engine_stops_the_pod_until_it_is_back(
     redis: Redis, name: str, item: str, new_api: Callable[[], ApiServer]
 ) -> None:
     inventory = Inventory(redis, name)
-    await inventory.claim(OWN)
+    await inventory.index.claim(OWN)
     await opened(inventory, a_sale(item))
     api = new_api()
     assert await reserve(api, item) == (202, "")
@@ -100,15 +100,15 @@ async def test_a_redis_that_lost_all_keys_makes_no_sale_unknown(
     kafka = KafkaSettings(kafka_bootstrap=f"127.0.0.1:{free_port()}", engine=name)
     publisher = Publisher(kafka, outbox, Metrics(), engine)
     sweeper = Sweeper(inventory, outbox, publisher, Metrics(), known=engine.items, pod_id="pod")
-    await inventory.claim(OWN)
+    await inventory.index.claim(OWN)
     await opened(inventory, a_sale(item))
-    engine.found_in_redis(await inventory.engine_id())
+    engine.found_in_redis(await inventory.index.engine_id())
     await redis.delete(keys.engine_id(name), keys.items(name), *keys.ItemKeys.of(item, name).sold)
     await sweeper.sweep()
     assert engine.may_have_lost(item)
     # The operator claims Redis after it has added all items.
-    await inventory.index([item])
-    await inventory.claim(OWN)
+    await inventory.index.add([item])
+    await inventory.index.claim(OWN)
     await sweeper.sweep()
     assert engine.may_have_lost(item)
     assert not engine.may_have_lost(f"{item}-unknown")
@@ -150,7 +150,7 @@ async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
     await consumer.commit({partition: OffsetAndMetadata(0, events.owner_metadata(OTHER))})
     api = new_api()
     inventory = Inventory(redis, name)
-    await inventory.claim(OWN)
+    await inventory.index.claim(OWN)
     await opened(inventory, a_sale(item))
 
     async def refused() -> bool:

@@ -411,11 +411,11 @@ async def test_a_new_pod_takes_no_lost_reservation_for_an_unknown_one(
     await shop.open()
     path = await shop.hold()
     assert (await shop.confirm(path)).status_code == 200
-    engine_id = await shop.inventory.engine_id()
+    engine_id = await shop.inventory.index.engine_id()
     await shop.redis.delete(*shop.keys.sold, keys.engine_id(shop.inventory.engine))
     try:
         async with order_client(new_order_api(",".join(TOKENS))) as orders:
             problem(await orders.post(f"{path}/confirm", json={"orderRef": "o1"}), 503, "fenced")
             problem(await orders.get(path), 503, "fenced")
     finally:
-        await shop.inventory.claim(engine_id)
+        await shop.inventory.index.claim(engine_id)

@@ -200,7 +200,7 @@ async def test_an_item_of_the_index_is_known_however_long_its_keys_are_lost(
     for _ in range(2):
         await sweeper.sweep()
         assert ITEM in known
-    await own_inventory.unindex(ITEM)
+    await own_inventory.index.remove(ITEM)
     await sweeper.sweep()
     assert ITEM not in known, "its sale was freed"
     await admin.aclose()

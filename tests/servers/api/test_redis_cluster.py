@@ -154,7 +154,7 @@ async def test_a_new_pod_takes_no_lost_sale_for_an_unknown_one(
     while inventory.node_of(item) != name:
         item = new_item()
     await opened(inventory, a_sale(item))
-    await inventory.claim("e-1")
+    await inventory.index.claim("e-1")
     addresses = Addresses(redis_cluster.url, f"127.0.0.1:{free_port()}", "", engine)
     async with httpx.AsyncClient(timeout=30) as http:
         with ApiServer(tmp_path / "before", addresses) as server:

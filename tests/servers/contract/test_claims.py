@@ -18,7 +18,7 @@ from tests.support.inventory import a_request, a_sale, opened, outcome
 async def test_every_key_of_an_engine_begins_with_its_name(redis: Redis, item: str) -> None:
     name = f"brand-{uuid.uuid4().hex[:8]}"
     inventory = Inventory(redis, name)
-    await inventory.claim("e-1")
+    await inventory.index.claim("e-1")
     await opened(inventory, a_sale(item))
     assert await outcome(inventory, item, a_request()) is Outcome.ACCEPTED
     assert await Outbox(redis, name).take_lease(item, "pod", 1_000)
@@ -73,9 +73,9 @@ async def test_a_caller_without_an_engine_leaves_the_sale_its_engine(
 
 async def test_a_redis_that_an_engine_has_claimed_is_refused_to_another(redis: Redis) -> None:
     inventory = Inventory(redis, f"brand-{uuid.uuid4().hex[:8]}")
-    assert await inventory.engine_id() == ""
-    await inventory.claim("one")
-    await inventory.claim("one")
+    assert await inventory.index.engine_id() == ""
+    await inventory.index.claim("one")
+    await inventory.index.claim("one")
     with pytest.raises(OtherEngine, match="engine one, and the ledger to engine two"):
-        await inventory.claim("two")
-    assert await inventory.engine_id() == "one"
+        await inventory.index.claim("two")
+    assert await inventory.index.engine_id() == "one"

@@ -10,8 +10,9 @@ from redis.exceptions import ReadOnlyError, RedisError
 
 from dev.stack.servers import RedisServer
 from flashsale import heartbeat, redis_client
+from flashsale.clocks import ServerTime
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.inventory import Applied, Inventory, ServerTime
+from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
@@ -95,12 +96,12 @@ async def endpoint(tmp_path: Path) -> AsyncIterator[Endpoint]:
 
 async def test_a_write_leaves_a_server_that_was_demoted(endpoint: Endpoint) -> None:
     inventory = Inventory(redis_client.connect(endpoint.url))
-    await inventory.index(["phone"])
+    await inventory.index.add(["phone"])
     await endpoint.fail_over()
 
     async def written() -> bool:
-        await inventory.index(["other"])
-        return "other" in await Inventory(endpoint.successor).items()
+        await inventory.index.add(["other"])
+        return "other" in await Inventory(endpoint.successor).index.items()
 
     await until(written, ignoring=(RedisUnavailable,))
     await inventory.redis.aclose()

@@ -123,7 +123,7 @@ async def test_a_dead_node_takes_only_its_own_sales_with_it(
 async def test_the_node_of_the_index_and_of_the_engine_id_may_be_away(
     cluster: RedisCluster, inventory: Inventory, items: list[str], new_item: Callable[[], str]
 ) -> None:
-    listed = await inventory.items()
+    listed = await inventory.index.items()
     name = inventory.nodes.name_of(keys.items(inventory.engine))
     assert inventory.nodes.name_of(keys.engine_id(inventory.engine)) == name
     [server] = [each for each in cluster.servers if name.endswith(f":{each.port}")]
@@ -131,10 +131,10 @@ async def test_the_node_of_the_index_and_of_the_engine_id_may_be_away(
         item = new_item()
         while inventory.node_of(item) == name:
             item = new_item()
-        await inventory.claim("e-1")
+        await inventory.index.claim("e-1")
         assert await inventory.apply(a_sale(item), 1, seed_until_ms=2**53) is Applied.SEEDED
         assert await sells(inventory, item)
-        assert set(items) <= set(listed) <= set(await inventory.items())
+        assert set(items) <= set(listed) <= set(await inventory.index.items())
 
 
 async def test_a_frozen_node_delays_no_other(

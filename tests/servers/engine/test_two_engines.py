@@ -306,7 +306,7 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
 
             own = str(await ledger_value(addresses, "SELECT id FROM engine"))
             sale = (await inventory.sales([item]))[item]
-            assert (sale.engine, await inventory.engine_id()) == (own, own)
+            assert (sale.engine, await inventory.index.engine_id()) == (own, own)
             assert await Log(kafka.bootstrap, "flashsale").owner() == own
         finally:
             await client.aclose()

@@ -30,7 +30,7 @@ async def test_the_status_names_the_engine_before_anything_else_is_written(
     await controller(shop, kube).reconcile(Key.of(spec.sale_id))
     assert kube.before_patch is None
     assert kube.reasons()["Open"] == "Selling"
-    assert kube.status.engine == await shop.inventory.engine_id()
+    assert kube.status.engine == await shop.inventory.index.engine_id()
 
 
 async def test_a_flashsale_that_changed_before_the_engine_is_named_is_read_again(
@@ -57,7 +57,7 @@ async def test_a_flashsale_of_another_engine_is_left_alone_with_one_event(
     assert await shop.sale(spec.item_id) is None
     assert kube.events == ["OtherEngine"]
     assert OTHER_ID in kube.messages[0]
-    assert await shop.inventory.engine_id() in kube.messages[0]
+    assert await shop.inventory.index.engine_id() in kube.messages[0]
 
 
 async def test_a_sale_whose_flashsale_another_engine_has_taken_is_closed(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flashsale import heartbeat, ledger
-from flashsale.inventory import ServerTime
+from flashsale.clocks import ServerTime
 from flashsale.sale import SaleSpec
 from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience, Progress
 from flashsale_operator.sales.offsets import KafkaUnavailable, Span

@@ -128,7 +128,7 @@ async def test_a_sale_of_the_previous_version_is_adopted(
     sale = await shop.sale(sold.item_id)
     assert sale is not None
     assert (sale.engine, sale.accepted) == (await id_of(shop.pool), 3)
-    assert await shop.inventory.engine_id() == sale.engine
+    assert await shop.inventory.index.engine_id() == sale.engine
 
 
 @pytest.fixture

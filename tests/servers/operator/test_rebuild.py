@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from flashsale import heartbeat
+from flashsale.clocks import ServerTime
 from flashsale.errors import RedisUnavailable
-from flashsale.inventory import Closed, Inventory, ServerTime
+from flashsale.inventory import Closed, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
 from flashsale.sale import Sale, SaleSpec, SaleState

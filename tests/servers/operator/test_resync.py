@@ -212,7 +212,7 @@ async def test_keys_are_freed_after_everything_is_recorded(
         await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=0, released=0)
         is Freed.UNRECORDED
     )
-    assert spec.item_id in await shop.inventory.items()
+    assert spec.item_id in await shop.inventory.index.items()
     assert await free() is Freed.FREED
     assert await shop.redis.exists(*ItemKeys.of(spec.item_id).sold) == 0
     assert not await shop.redis.sismember(keys.items(DEFAULT_ENGINE), spec.item_id)
@@ -265,13 +265,13 @@ async def test_redis_is_not_claimed_before_lost_items_are_in_its_index(
     await shop.apply(spec)
     await shop.redis.flushall()
     indexed = []
-    claim = shop.inventory.claim
+    claim = shop.inventory.index.claim
 
     async def look(engine_id: str) -> None:
         indexed.append(await shop.redis.smembers(keys.items(DEFAULT_ENGINE)))
         await claim(engine_id)
 
-    monkeypatch.setattr(shop.inventory, "claim", look)
+    monkeypatch.setattr(shop.inventory.index, "claim", look)
     other = SaleSpec("default/other", f"{spec.item_id}-2", 5)
     await shop.apply(other)
     assert indexed[0] == {spec.item_id}

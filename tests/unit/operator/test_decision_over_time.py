@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flashsale.inventory import Applied, ServerTime
+from flashsale.clocks import ServerTime
+from flashsale.inventory import Applied
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
 from flashsale_operator.sales.decision import (

@@ -1,0 +1,127 @@
+"""The index of an engine's items in Redis, and the engine's id. Both keys have one slot."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+
+from flashsale import keys, pipelines
+from flashsale.errors import OtherEngine, RedisUnavailable
+from flashsale.keys import ItemKeys
+from flashsale.nodes import Nodes
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
+
+T = TypeVar("T")
+
+
+class Indexed(NamedTuple):
+    """The items of the index, sorted, and whether Redis had the engine's id at that moment.
+
+    `claimed` is None while the index is away. The items are then those that were read last.
+    """
+
+    items: list[str]
+    claimed: bool | None
+
+
+class Index:
+    """An engine's index and id. Every method raises `RedisUnavailable` if the call fails.
+
+    In a cluster, the node of these keys can be away while the items of other nodes sell.
+    """
+
+    def __init__(self, nodes: Nodes, engine: str) -> None:
+        self._nodes = nodes
+        self._engine = engine
+        self._items = keys.items(engine)
+        self._id = keys.engine_id(engine)
+        self._last_items: list[str] = []
+
+    async def add(self, item_ids: Iterable[str]) -> None:
+        """Adds items to the index that the sweeper and the operator walk. Idempotent.
+
+        If only the index is away, the operator's next resync adds all items of the ledger.
+        """
+        if items := list(item_ids):
+            await self._try(self._items, lambda redis: redis.sadd(self._items, *items))
+
+    async def remove(self, item_id: str) -> None:
+        """Removes an item from the index, unless it has keys."""
+        await self._try(self._items, lambda redis: redis.srem(self._items, item_id))
+        item_keys = ItemKeys.of(item_id, self._engine).sold
+        if await self._nodes.call(item_keys[0], lambda redis: redis.exists(*item_keys)):
+            # A sale of the item was seeded in the meantime.
+            await self.add([item_id])
+
+    async def items(self, known: Iterable[str] = ()) -> list[str]:
+        """Returns the items of the index and the `known` ones, sorted.
+
+        If an item of the index has no keys, Redis has lost them, or a sale is about to be seeded.
+        While the index is away, its items are those that this object has read last.
+        """
+        found = set(known)
+        try:
+            await self.read()
+        except RedisUnavailable:
+            if not found:
+                raise
+        return sorted(found.union(self._last_items))
+
+    async def read(self) -> Indexed:
+        """Returns the index and whether Redis has the engine's id, in one round trip.
+
+        Without the id, Redis is new or has lost it, so the index may lack items.
+        """
+
+        def queue(pipeline: "Pipeline", index: str) -> None:
+            # The id comes last, because a loss between the two must not leave it with no items.
+            pipeline.smembers(index)
+            pipeline.exists(self._id)
+
+        try:
+            found = await pipelines.each(self._nodes, [self._items], str, queue)
+        except RedisUnavailable:
+            if not self._last_items:
+                raise
+            return Indexed(self._last_items, None)
+        members, claimed = found[self._items]
+        self._last_items = sorted(members)
+        return Indexed(self._last_items, bool(claimed))
+
+    async def engine_id(self) -> str:
+        """Returns the id of the engine that this Redis serves, or "" if none has claimed it."""
+        found = await self._nodes.call(
+            self._id, lambda redis: cast("Awaitable[str | None]", redis.get(self._id))
+        )
+        return found or ""
+
+    async def claimed(self) -> bool:
+        """Whether an engine has claimed this Redis. False while the claim's node is away."""
+        return bool(await self._try(self._id, lambda redis: redis.exists(self._id)))
+
+    async def claim(self, engine_id: str) -> None:
+        """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it.
+
+        If only the claim's node is away, each sale still names its engine.
+        """
+        owner = await self._try(
+            self._id,
+            lambda redis: cast(
+                "Awaitable[str | None]", redis.set(self._id, engine_id, nx=True, get=True)
+            ),
+        )
+        if owner not in (None, engine_id):
+            raise OtherEngine(
+                f"this Redis belongs to engine {owner}, and the ledger to engine {engine_id}, both "
+                f"named {self._engine}: use a Redis of its own, or another FLASHSALE_ENGINE"
+            )
+
+    async def _try(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T | None:
+        """Calls a key that no item needs. Its server may be away while the others work."""
+        try:
+            return await self._nodes.call(key, command)
+        except RedisUnavailable:
+            if self._nodes.single:
+                raise
+            return None
