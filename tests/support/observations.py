@@ -5,12 +5,15 @@ from typing import Any
 
 from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleSpec, utc_of_ms
+from flashsale.sale import Sale, SaleSpec, SaleState, utc_of_ms
+from flashsale_operator.sales.decision import Action, Done, Observed, Reason, StillFenced
 
 NOW_MS = 1_795_770_000_000
 SERVER = ServerTime(NOW_MS, "run-1")
 SPEC = SaleSpec("default/iphone-15", "iphone_15", 100)
+PAST = replace(SPEC, ends_ms=NOW_MS - 1)
 OTHER = SaleSpec("default/older", "iphone_15", 50)
+STILL_FENCED = StillFenced(("one", "two"))
 
 
 def a_row(spec: SaleSpec = SPEC, **changes: Any) -> SaleRow:  # noqa: ANN401 - any field
@@ -55,3 +58,12 @@ def a_sale(spec: SaleSpec = SPEC, **changes: Any) -> Sale:  # noqa: ANN401 - any
         max_expired_holds=spec.max_expired_holds,
     )
     return replace(sale, **changes)
+
+
+def observed(**changes: Any) -> Observed:  # noqa: ANN401 - any field
+    return Observed(server=SERVER, **changes)
+
+
+def outcome(action: Action) -> tuple[SaleState, Reason]:
+    assert isinstance(action, Done), action
+    return action.state, action.reason
