@@ -1,12 +1,17 @@
-"""Fakes of the batcher's neighbours."""
+"""Fakes of the batcher's neighbours, and requests to it."""
 
 import asyncio
 from collections.abc import Sequence
+from typing import Final
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.inventory import Inventory, ItemReply
 from flashsale.reservations import Answer, BatchReply, Outcome, Request, Snapshot
+from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.publisher import Accepted, Publisher
+
+NEVER_SECONDS: Final = 600.0
+"""A time that no test waits."""
 
 
 class HeldInventory(Inventory):
@@ -61,3 +66,24 @@ class RecordingPublisher(Publisher):
 
     def add(self, accepted: Accepted) -> None:
         self.added.append(accepted)
+
+
+def a_request(number: int = 0) -> Request:
+    return Request(f"id-{number}", f"user-{number}", 1)
+
+
+def decide(batcher: Batcher, item_id: str, request: Request) -> "asyncio.Future[Decision]":
+    future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+
+    def decided(decision: Decision) -> None:
+        if not future.done():  # the buyer has disconnected
+            future.set_result(decision)
+
+    batcher.decide(item_id, request, decided)
+    return future
+
+
+async def turns(number: int = 5) -> None:
+    """Let the event loop run for a few turns."""
+    for _ in range(number):
+        await asyncio.sleep(0)
