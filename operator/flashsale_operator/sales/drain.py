@@ -139,8 +139,10 @@ class Drain:
         """
         began, reported = time.monotonic(), ""
         while True:
-            found = await look()
+            # Read before the look. A process can stand still after it has read the heartbeats, and
+            # a pod that beats meanwhile is found by the next look only.
             waited = time.monotonic() - began
+            found = await look()
             if not found and waited >= at_least:
                 return
             if waited >= max(seconds, at_least):

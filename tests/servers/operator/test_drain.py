@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 
 import pytest
+from redis.asyncio import Redis
 
 from flashsale import heartbeat, ledger
 from flashsale.clocks import ServerTime
@@ -111,6 +113,28 @@ async def test_the_drain_waits_for_pods_that_have_not_beaten_yet(
     await asyncio.sleep(0.05)
     await beat(shop, sold.item_id, unacknowledged=1)
     assert await waiting == ("pod pod-1 has 1 unacknowledged event",)
+
+
+async def test_an_operator_that_stands_still_after_a_look_waits_for_the_pods_of_that_time(
+    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a flush of Redis it reads no heartbeat. Then the whole wait passes at once."""
+    shop.drain = Drain(
+        shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, unseen=0.5, quiet=0.5)
+    )
+    living = heartbeat.living
+
+    async def then_stands_still(
+        redis: "Redis", item_id: str, server: ServerTime, engine: str
+    ) -> list[heartbeat.Report]:
+        monkeypatch.undo()
+        found = await living(redis, item_id, server, engine)
+        time.sleep(0.6)  # noqa: ASYNC251 - no task runs
+        await beat(shop, item_id, unacknowledged=1)
+        return found
+
+    monkeypatch.setattr(heartbeat, "living", then_stands_still)
+    assert await not_drained(shop, sold) == ("pod pod-1 has 1 unacknowledged event",)
 
 
 async def test_the_drain_waits_until_the_ledger_has_read_the_topic(
