@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 _MIGRATION_LOCK: Final = 0x666C617368
 """Key of the advisory lock that serializes migrations: "flash" in ASCII."""
 COMMAND_TIMEOUT_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 30.0
+"""How long a transaction may wait for its process. The longest such wait is for dead letters."""
 SUM_SECONDS: Final = 300.0
 """For a query over all reservations. PostgreSQL sums up ten million in 10 to 20 seconds."""
 _MIGRATION_TIMEOUT_SECONDS: Final = 3600.0
 """A migration can rewrite a table, which takes about two seconds per million rows."""
+# Not an option of the connection, because PgBouncer refuses it.
+_END_IDLE: Final = "SET LOCAL idle_in_transaction_session_timeout = '{:.3f}s'"
 _CREATE_MIGRATIONS: Final = """
 CREATE TABLE IF NOT EXISTS flashsale_migrations (
     version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now()
@@ -188,6 +193,24 @@ async def _connection(
 
 
 @asynccontextmanager
+async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Connection]:
+    """Opens a transaction. With `snapshot` it only reads, and always the same state.
+
+    PostgreSQL ends it if its process stands still or is cut off for `IDLE_SECONDS`. Otherwise its
+    locks would stop all other processes, for hours if the process' machine is gone.
+    """
+    async with (
+        translated(),
+        pool.acquire() as connection,
+        connection.transaction(
+            isolation="repeatable_read" if snapshot else None, readonly=snapshot
+        ),
+    ):
+        await connection.execute(_END_IDLE.format(IDLE_SECONDS))
+        yield connection
+
+
+@asynccontextmanager
 async def translated() -> AsyncIterator[None]:
     """Raises `LedgerUnavailable` in place of asyncpg's errors for an outage or a refusal.
 
@@ -239,7 +262,7 @@ async def migrate(pool: Pool) -> int:
     application has a table with a name of the engine's.
     """
     scripts = _scripts()
-    async with translated(), pool.acquire() as connection, connection.transaction():
+    async with transaction(pool) as connection:
         done = await _version(connection)
         if done >= scripts[-1][0]:
             return done
@@ -269,7 +292,7 @@ def _scripts() -> list[tuple[int, Traversable]]:
     return sorted((int(path.name[:4]), path) for path in paths if path.name[:4].isdigit())
 
 
-async def _version(connection: "PoolConnectionProxy[asyncpg.Record]") -> int:
+async def _version(connection: Connection) -> int:
     """Returns the number of the last migration, or 0 for an empty database.
 
     Other applications also have a table schema_migrations, with other columns.
@@ -346,7 +369,7 @@ async def adopt_redis(pool: Pool, address: str) -> str | None:
 
     Call it only when no API pod uses the former address any more.
     """
-    async with translated(), pool.acquire() as connection, connection.transaction():
+    async with transaction(pool) as connection:
         former: str | None = await connection.fetchval(
             "SELECT redis_address FROM engine FOR UPDATE"
         )

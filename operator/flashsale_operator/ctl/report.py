@@ -17,7 +17,6 @@ from flashsale_operator.ctl.tables import rfc3339
 
 if TYPE_CHECKING:
     import asyncpg
-    from asyncpg.pool import PoolConnectionProxy
 
 FIRST_SECONDS: Final = 60
 """The report counts each second of the first minute, and then each minute."""
@@ -144,17 +143,12 @@ async def report(
     pool: ledger.Pool, row: SaleRow, audit: Verdict, versions: Mapping[str, str]
 ) -> Report:
     """Reports one sale. Raises `LedgerUnavailable`. `versions` names those of other servers."""
-    async with (
-        ledger.translated(),
-        pool.acquire() as connection,
-        # All queries see the same moment.
-        connection.transaction(isolation="repeatable_read", readonly=True),
-    ):
+    async with ledger.transaction(pool, snapshot=True) as connection:
         return await _report(connection, row, audit, versions)
 
 
 async def _report(
-    connection: "PoolConnectionProxy[asyncpg.Record]",
+    connection: ledger.Connection,
     row: SaleRow,
     audit: Verdict,
     versions: Mapping[str, str],

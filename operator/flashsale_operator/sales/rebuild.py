@@ -26,7 +26,7 @@ import asyncpg
 from flashsale import events, ledger
 from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
-from flashsale.ledger import SaleRow
+from flashsale.ledger import Connection, SaleRow
 from flashsale.reservations import Record, State
 from flashsale.sale import Predecessor, Sale
 from flashsale_operator.sales import engine
@@ -293,11 +293,7 @@ class Rebuilder:
         `_Interrupted` if the sale was changed or claimed since, or if the ledger was replaced by an
         older copy.
         """
-        async with (
-            ledger.translated(),
-            self._pool.acquire() as connection,
-            connection.transaction(),
-        ):
+        async with ledger.transaction(self._pool) as connection:
             accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
             counts = await connection.fetchrow(_NOTE, row.sale_id, row.revision, accepted, rebuilt)
             stored = {
@@ -315,11 +311,7 @@ class Rebuilder:
     async def _write(self, row: SaleRow, now_ms: int) -> _Written:
         """Writes the ledger's records. `now_ms` is the time of the sale by Redis' clock."""
         buyers = reservations = holds = 0
-        async with (
-            ledger.translated(),
-            self._pool.acquire() as connection,
-            connection.transaction(isolation="repeatable_read", readonly=True),
-        ):
+        async with ledger.transaction(self._pool, snapshot=True) as connection:
             async for page in _pages(connection, _BUYERS, row.sale_id):
                 found = {record["user_id"]: (record["units"], record["expired"]) for record in page}
                 _expect_restored(
@@ -346,7 +338,7 @@ def _expect_restored(answer: Trusted) -> None:
 
 
 async def _pages(
-    connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", query: str, *arguments: object
+    connection: Connection, query: str, *arguments: object
 ) -> AsyncIterator[list[asyncpg.Record]]:
     page: list[asyncpg.Record] = []
     rows = connection.cursor(query, *arguments, prefetch=RESTORE_PAGE, timeout=ledger.SUM_SECONDS)

@@ -359,11 +359,7 @@ class Reconciler:
         Returns None if the row matches already, or if the item's other rows have changed since
         they were observed.
         """
-        async with (
-            ledger.translated(),
-            self._pool.acquire() as connection,
-            connection.transaction(),
-        ):
+        async with ledger.transaction(self._pool) as connection:
             await connection.execute(_LOCK_ITEM, self._inventory.engine, spec.item_id)
             others = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
             if {(r["sale_id"], r["revision"]) for r in others} != {

@@ -9,24 +9,19 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from inspect import GEN_CLOSED, getgeneratorstate
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from flashsale import ledger
-from flashsale.ledger import Pool
+from flashsale.ledger import Connection, Pool
 from flashsale.requirements import EVENT_BYTES
 from flashsale.settings import KafkaSettings
 
-if TYPE_CHECKING:
-    import asyncpg
-    from asyncpg.pool import PoolConnectionProxy
-
 log = logging.getLogger(__name__)
 
-Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 
 CLOSE_SECONDS: Final = 3.0
@@ -161,8 +156,7 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
     async with (
         ledger.translated(),
         asyncio.timeout(TRANSACTION_SECONDS),
-        pool.acquire() as connection,
-        connection.transaction(),
+        ledger.transaction(pool) as connection,
     ):
         yield connection
 

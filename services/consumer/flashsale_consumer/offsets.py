@@ -8,8 +8,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from flashsale.ledger import Pool
-from flashsale_consumer.clients import Connection, transaction
+from flashsale.ledger import Connection, Pool
+from flashsale_consumer.clients import transaction
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import asyncpg
 from asyncpg import CheckViolationError, DataError, IntegrityConstraintViolationError
 
 from flashsale.events import Event
+from flashsale.ledger import Connection
 from flashsale_consumer import offsets
-from flashsale_consumer.clients import Connection
 
 log = logging.getLogger(__name__)
 

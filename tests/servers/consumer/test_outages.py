@@ -16,8 +16,10 @@ from aiokafka.protocol.metadata import MetadataRequest
 from asyncpg.pool import Pool
 
 from dev.stack.servers import KafkaServer, PostgresServer
+from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
-from flashsale_consumer import worker
+from flashsale_consumer import recorder, worker
+from flashsale_consumer.clients import transaction
 from tests.support.consumer import (
     Connection,
     Ledger,
@@ -138,6 +140,30 @@ async def test_a_rebalance_in_the_middle_of_a_transaction_loses_nothing(
         await log.write(*sold[800:])
         await ledger.until_has(*sold)
         await until_recorded(len(sold), one, other)
+
+
+async def test_a_consumer_that_stands_still_in_a_transaction_does_not_stop_the_others(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL ends its transaction, which would lock the offsets and the sale."""
+    monkeypatch.setattr("flashsale.ledger.IDLE_SECONDS", 3.0)
+    sold, lost = [accepted(number) for number in range(200)], accepted()
+
+    async def stand_still() -> None:
+        beginning = dict.fromkeys(range(12), 0)
+        async with transaction(ledger.pool) as connection:
+            await recorder.record(connection, log.topic, beginning, beginning, [lost])
+            await log.write(*sold[100:])
+            await ledger.until_has(*sold)
+
+    async with running(ledger.url, log) as other:
+        await log.write(*sold[:100])
+        await ledger.until_has(*sold[:100])
+        await until(lambda: other.partitions() == 12)
+        with pytest.raises(LedgerUnavailable):
+            await stand_still()
+        assert not await ledger.has(lost)
+        await until_recorded(len(sold), other)
 
 
 async def test_rebalances_at_any_moment_lose_nothing(
