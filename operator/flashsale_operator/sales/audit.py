@@ -293,12 +293,14 @@ async def _look(
     recorded = {row.item_id for row in before.values()}
     items = await inventory.index.items(recorded) if item_id is None else [item_id]
     holders, servers, away = await inventory.survey(items)
-    ends = await spans()
     topic = events.topic(inventory.engine)
+    # Only ends that were read after the ledger's offsets can prove that records are missing.
     stored = await ledger.stored_offsets(pool, topic)
+    ends = await spans()
+    recorded_to = await ledger.stored_offsets(pool, topic)
     after = {tally.row.sale_id: tally for tally in await _tallies(pool, item_id)}
 
-    lag = offsets.behind(ends, stored)
+    lag = offsets.behind(ends, recorded_to)
     last = last_of_items(tally.row for tally in after.values())
     found = [
         compare(

@@ -8,6 +8,9 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+import asyncpg
+
+from flashsale import ledger
 from flashsale.ledger import Connection, Pool
 from flashsale_consumer.clients import transaction
 
@@ -20,12 +23,12 @@ _ADD: Final = """
     ORDER BY partition
     ON CONFLICT DO NOTHING
 """
-_LOCK: Final = """
+_READ: Final = """
     SELECT partition, next_offset, announced_offset FROM kafka_offsets
     WHERE topic = $1 AND partition = ANY($2::int[])
     ORDER BY partition
-    FOR UPDATE
 """
+_LOCK: Final = f"{_READ} FOR UPDATE"
 _MOVE: Final = """
     UPDATE kafka_offsets
     SET next_offset = batch.next_offset, announced_offset = batch.announced_offset
@@ -61,11 +64,21 @@ async def forget(pool: Pool, topic: str) -> None:
         await connection.execute(_FORGET, topic)
 
 
-async def place(pool: Pool, topic: str, logs: Mapping[int, range]) -> dict[int, Stored]:
+async def read(pool: Pool, topic: str, partitions: Iterable[int]) -> dict[int, Stored]:
+    """Return the stored offsets of the partitions that have some."""
+    async with ledger.translated():
+        return _stored(await pool.fetch(_READ, topic, list(partitions)))
+
+
+async def place(
+    pool: Pool, topic: str, logs: Mapping[int, range], *, before: Mapping[int, Stored]
+) -> dict[int, Stored]:
     """Return the offsets to read each partition from, and store them.
 
     `logs` has the offsets of the events that Kafka keeps, by partition. A stored offset outside
-    them is replaced by the earliest one.
+    them is replaced by the earliest one. `before` are the stored offsets from before `logs` was
+    read. If one has changed since, another consumer has recorded events that `logs` may lack, so
+    it stays.
     """
     earliest = {partition: kept.start for partition, kept in logs.items()}
     moved: dict[int, Stored] = {}
@@ -73,6 +86,8 @@ async def place(pool: Pool, topic: str, logs: Mapping[int, range]) -> dict[int, 
         await connection.execute(_ADD, topic, list(earliest), list(earliest.values()))
         stored = await _lock(connection, topic, logs)
         for partition, (offset, announced) in stored.items():
+            if before.get(partition) != (offset, announced):
+                continue
             name, kept = f"{topic}/{partition}", logs[partition]
             moved[partition] = Stored(kept.start, kept.start)
             if offset > kept.stop:
@@ -155,5 +170,8 @@ async def _move(connection: Connection, topic: str, offsets: Mapping[int, Stored
 
 
 async def _lock(connection: Connection, topic: str, partitions: Iterable[int]) -> dict[int, Stored]:
-    rows = await connection.fetch(_LOCK, topic, list(partitions))
+    return _stored(await connection.fetch(_LOCK, topic, list(partitions)))
+
+
+def _stored(rows: Iterable[asyncpg.Record]) -> dict[int, Stored]:
     return {row["partition"]: Stored(row["next_offset"], row["announced_offset"]) for row in rows}

@@ -117,10 +117,12 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
     async def place(self, pool: Pool) -> None:
         """Set the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`."""
         placing = self._unplaced
+        numbers = [tp.partition for tp in placing]
+        before = await offsets.read(pool, self._topic, numbers)
         earliest = await self._consumer.beginning_offsets(placing)
         ends = await self._consumer.end_offsets(placing)
         logs = {tp.partition: range(earliest[tp], ends[tp]) for tp in placing}
-        placed = await offsets.place(pool, self._topic, logs)
+        placed = await offsets.place(pool, self._topic, logs, before=before)
         if self._unplaced is not placing:
             return  # Kafka assigned partitions again in the meantime.
         for tp in placing:

@@ -199,7 +199,8 @@ async def test_the_receiver_misses_no_change_if_the_announcer_dies_at_any_step(
                 await ledger.until_has(*batch)
                 for step in itertools.count():
                     cut = Cut(step)
-                    partitions._at(await stored_offsets.place(pool, log.topic, logs))
+                    stored = await stored_offsets.read(pool, log.topic, logs)
+                    partitions._at(await stored_offsets.place(pool, log.topic, logs, before=stored))
                     dying = Announcer(kafka, member.metrics)._announce(partitions, source, *clients)
                     task = asyncio.create_task(cut.run(dying))
                     await cut.reached(lambda: is_announced(ledger))

@@ -16,7 +16,8 @@ FOREVER = range(1_000_000)
 
 async def place(ledger: Ledger, logs: dict[int, range]) -> dict[int, int]:
     """Return the next offsets to record."""
-    placed = await offsets.place(ledger.pool, TOPIC, logs)
+    before = await offsets.read(ledger.pool, TOPIC, logs)
+    placed = await offsets.place(ledger.pool, TOPIC, logs, before=before)
     return {partition: stored.recorded for partition, stored in placed.items()}
 
 

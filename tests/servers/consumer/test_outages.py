@@ -18,7 +18,7 @@ from asyncpg.pool import Pool
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
-from flashsale_consumer import recorder, worker
+from flashsale_consumer import offsets, recorder, worker
 from flashsale_consumer.clients import transaction
 from tests.support.consumer import (
     Connection,
@@ -164,6 +164,36 @@ async def test_a_consumer_that_stands_still_in_a_transaction_does_not_stop_the_o
             await stand_still()
         assert not await ledger.has(lost)
         await until_recorded(len(sold), other)
+
+
+async def test_a_consumer_that_stands_still_while_another_records_reads_nothing_again(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has read the topic's end, which is before the ledger's offset when it continues."""
+    first, second = ([accepted(number) for number in range(count)] for count in (20, 30))
+    await log.write(*first, partition=0)
+    async with running(ledger.url, log):
+        await ledger.until_has(*first)
+    place = offsets.place
+
+    async def stand_still(
+        pool: "Pool[asyncpg.Record]", topic: str, *known: object, **more: object
+    ) -> object:
+        monkeypatch.undo()
+        await log.write(*second, partition=0)
+        async with transaction(pool) as connection:
+            await recorder.record(connection, topic, {0: 20}, {0: 50}, second)
+        return await place(pool, topic, *known, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(offsets, "place", stand_still)
+    third = accepted()
+    async with running(ledger.url, log) as member:
+        await until(lambda: member.partitions() == 12)
+        await log.write(third, partition=0)
+        await ledger.until_has(*first, *second, third)
+        await until_recorded(1, member)
+        assert member.events("duplicate") == 0
+    assert "recreated" not in caplog.text
 
 
 async def test_rebalances_at_any_moment_lose_nothing(

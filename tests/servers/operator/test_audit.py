@@ -1,6 +1,7 @@
 """The audit reports real differences between the stores, and no others."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -251,6 +252,25 @@ async def test_holds_agree_before_during_and_after_their_changes(
         "released: 2, but releases add up to 3",
         "held: 1, but holds add up to 0",
     )
+
+
+async def test_records_that_arrive_during_the_audit_are_no_fault_of_the_topic(
+    shop: SimulatedShop,
+) -> None:
+    async def then_others_go_on() -> Mapping[int, Span]:
+        found = dict(shop.topic)
+        shop.topic[0] = Span(0, shop.topic[0].end + 10)
+        await shop.read_to(0, shop.topic[0].end)
+        return found
+
+    shop.topic[0] = Span(0, 5)
+    await shop.read_to(0, 5)
+    assert (await audit(shop.inventory, shop.pool, then_others_go_on)).agrees
+    shop.topic[0] = Span(0, 4)
+    found = await audited(shop)
+    assert [fault.split(":")[0] for fault in found.topic_faults] == [
+        "partition 0 ends at offset 4, but the ledger has read to 15"
+    ]
 
 
 async def test_a_lost_unit_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
