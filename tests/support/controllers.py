@@ -19,7 +19,7 @@ class FakeKube:
 
     `fields` are the fields of the status that its CRD has. `before_patch` is called before the
     first write. `changed`: the object has always changed since it was read. `away`: it creates no
-    Event.
+    Event. `former` are the answers to the next reads, which are outdated.
     """
 
     fields = frozenset(
@@ -54,9 +54,10 @@ class FakeKube:
         self.messages: list[str] = []
         self.names: list[str] = []
         self.patches = 0
+        self.former: list[dict[str, Any] | None] = []
 
     async def flash_sale(self, *_key: str) -> dict[str, Any] | None:
-        return self.live
+        return self.former.pop(0) if self.former else self.live
 
     async def patch_status(
         self, _namespace: str, _name: str, status: Mapping[str, object], _version: str

@@ -37,7 +37,13 @@ from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import engine, manifest
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.manifest import ManifestError
-from flashsale_operator.sales.reconciler import Reconciler, Result, UnknownSale
+from flashsale_operator.sales.reconciler import (
+    Current,
+    Outdated,
+    Reconciler,
+    Result,
+    UnknownSale,
+)
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +216,7 @@ class Controller:
             bounds = (spec.starts_ms, spec.ends_ms)
             if unprepared is not None:
                 made = await self._failed_result(spec, unprepared)
-            elif (found := await self._make(spec, memory, live)) is not None:
+            elif (found := await self._make(key, spec, memory, live)) is not None:
                 made = found
             else:
                 return Requeue(failed=True)
@@ -248,7 +254,9 @@ class Controller:
         try:
             row = await ledger.sale(self._pool, key.sale_id)
             if row is not None and row.resource_uid is not None and not row.closed:
-                await self._reconciler.close(key.sale_id)
+                await self._reconciler.close(key.sale_id, self._current(key, metadata))
+        except Outdated:
+            return Requeue(failed=True)
         except REPORTED as error:
             self._failed(error)
             log.warning("%s: left to engine %s, but not closed: %s", key.sale_id, owner, error)
@@ -261,19 +269,36 @@ class Controller:
             memory.left_to = owner
         return Requeue()
 
-    async def _make(self, spec: SaleSpec, memory: _Memory, live: dict[str, Any]) -> Result | None:
+    def _current(self, key: Key, metadata: Mapping[str, Any] | None) -> Current:
+        """Returns a call that tells whether a FlashSale is still as it was read.
+
+        `metadata` is None if it was deleted.
+        """
+
+        async def unchanged() -> bool:
+            live = await self._kube.flash_sale(*key)
+            return _mark(metadata) == _mark(None if live is None else live["metadata"])
+
+        return unchanged
+
+    async def _make(
+        self, key: Key, spec: SaleSpec, memory: _Memory, live: dict[str, Any]
+    ) -> Result | None:
         """Makes the ledger and Redis match the spec. None means: look again before a report."""
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
+        current = self._current(key, metadata)
         try:
             if metadata.get("deletionTimestamp"):
                 # Another party's finalizer keeps the object. The sale is closed without it.
-                return await self._reconciler.close(spec.sale_id)
-            result = await self._reconciler.reconcile(spec, metadata["uid"])
+                return await self._reconciler.close(spec.sale_id, current)
+            result = await self._reconciler.reconcile(spec, metadata["uid"], current)
             sale = result.own_sale
             # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.
             if sale and sale.released and not before.hold_expired:
                 expired = await self._reconciler.hold_expired(spec.sale_id)
                 result = replace(result, hold_expired=expired)
+        except Outdated:
+            return None
         except (*REPORTED, UnknownSale) as error:
             self._failed(error)
             return await self._failed_result(spec, error)
@@ -359,10 +384,12 @@ class Controller:
                 await ledger.migrate(self._pool)  # Redis may be away
             row = await ledger.sale(self._pool, key.sale_id)
             if row is not None and row.resource_uid is not None:
-                await self._reconciler.close(key.sale_id)
+                await self._reconciler.close(key.sale_id, self._current(key, None))
                 metadata = {**key._asdict(), "uid": row.resource_uid}
                 body = events.event_object(events.CLOSED, metadata, "", self._clock())
                 await self._kube.create_event(key.namespace, body)
+        except Outdated:
+            return Requeue(failed=True)
         except REPORTED as error:
             self._failed(error)
             log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
@@ -374,3 +401,10 @@ class Controller:
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
         self._metrics.failures.labels(server_of(error)).inc()
+
+
+def _mark(metadata: Mapping[str, Any] | None) -> tuple[object, ...] | None:
+    """Returns the part of an object's metadata that changes with its spec and its deletion."""
+    if metadata is None:
+        return None
+    return tuple(metadata.get(name) for name in ("uid", "generation", "deletionTimestamp"))

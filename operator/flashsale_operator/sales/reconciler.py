@@ -37,6 +37,7 @@ _CHANGED_REDIS: Final = frozenset({Applied.SEEDED, Applied.CHANGED})
 
 # One writer per item at a time, so that of two new sales of an item one sees the other's row.
 _LOCK_ITEM: Final = "SELECT pg_advisory_xact_lock(hashtextextended($1 || ':' || $2, 0))"
+_ITEM: Final = "SELECT item_id FROM sales WHERE sale_id = $1"
 _OTHERS: Final = "SELECT sale_id, revision FROM sales WHERE item_id = $1 AND sale_id <> $2"
 # A closed sale that flashsalectl continues loses the uid, because its FlashSale was deleted.
 _WRITE: Final = """
@@ -82,6 +83,19 @@ _UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 class UnknownSale(FlashsaleError):
     """There is no such sale, or no sale of the item."""
+
+
+class Outdated(FlashsaleError):
+    """The manifest has changed since the caller read it. Nothing was written."""
+
+
+Current = Callable[[], Awaitable[bool]]
+"""Whether the manifest, or its absence, is still as the caller has read it."""
+
+
+async def _given() -> bool:
+    """A person's manifest is not read from anywhere."""
+    return True
 
 
 class Refused(NamedTuple):
@@ -153,11 +167,13 @@ class Reconciler:
         self._pool = pool
         self._rebuild = rebuild
 
-    async def reconcile(self, spec: SaleSpec, resource_uid: str | None = None) -> Result:
+    async def reconcile(
+        self, spec: SaleSpec, resource_uid: str | None = None, current: Current = _given
+    ) -> Result:
         """Carries out decisions until nothing is left to do now.
 
         `resource_uid` is the UID of the FlashSale. The operator closes the sale when that object
-        is deleted.
+        is deleted. Raises `Outdated` if the ledger needs a change and the spec is not `current`.
         """
         written: int | None = None
         seeded = False
@@ -171,7 +187,8 @@ class Reconciler:
             )
             match decide(spec, observed):
                 case WriteRow() as step:
-                    written = await self._write_row(spec, step, resource_uid) or written
+                    wrote = await self._write_row(spec, step, resource_uid, current)
+                    written = wrote or written
                 case Rebuild(row, replaces):
                     match await self._rebuild(row, replaces):
                         case Rebuilt() as restored:
@@ -194,7 +211,7 @@ class Reconciler:
                     if answer in _CHANGED_REDIS and applied is not Applied.SEEDED:
                         applied = answer
                 case Done() as done:
-                    await self._adopt(spec.item_id, observed.row, resource_uid)
+                    await self._adopt(spec.item_id, observed.row, resource_uid, current)
                     break
         else:
             why = "other writers keep changing the sale: apply it again"
@@ -214,15 +231,16 @@ class Reconciler:
             refused=await self._refused(spec.sale_id),
         )
 
-    async def close(self, sale_id: str) -> Result:
+    async def close(self, sale_id: str, current: Current = _given) -> Result:
         """Closes a sale in the ledger and then in Redis, which may have lost its keys.
 
-        Raises `UnknownSale` if the ledger has no row of the sale.
+        Raises `UnknownSale` if the ledger has no row of the sale, and `Outdated` if the manifest's
+        absence is not `current`.
         """
         inventory = self._inventory
         engine_id = await ledger.engine_id(self._pool, inventory.engine, inventory.address)
         # While Redis is away, the ledger notes the close. A resync then closes the sale in Redis.
-        row = await self._close_row(sale_id)
+        row = await self._close_row(sale_id, current)
         await inventory.index.claim(engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         server = await self._inventory.server(row.item_id)
@@ -231,7 +249,7 @@ class Reconciler:
             row = await ledger.sale(self._pool, sale_id) or row
             if row.closed:
                 # The ledger is an older copy: its revision is below Redis' revision.
-                row = await self._close_row(sale_id, above=sale.revision)
+                row = await self._close_row(sale_id, current, above=sale.revision)
                 closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
                 sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
         if closed is Closed.OTHER_ENGINE:
@@ -329,15 +347,29 @@ class Reconciler:
             count, units = await self._pool.fetchrow(_REFUSED, sale_id) or (0, 0)
         return Refused(count, units)
 
-    async def _close_row(self, sale_id: str, *, above: int = 0) -> SaleRow:
-        async with ledger.translated():
-            await self._pool.execute(_CLOSE, sale_id, above)
+    async def _close_row(self, sale_id: str, current: Current, *, above: int = 0) -> SaleRow:
+        async with ledger.transaction(self._pool) as connection:
+            item_id = await connection.fetchval(_ITEM, sale_id)
+            await self._lock(connection, item_id or "", current)
+            await connection.execute(_CLOSE, sale_id, above)
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
             raise UnknownSale(f"{sale_id}: the ledger has no such sale: apply its manifest first")
         return row
 
-    async def _adopt(self, item_id: str, row: SaleRow | None, resource_uid: str | None) -> None:
+    async def _lock(self, connection: ledger.Connection, item_id: str, current: Current) -> None:
+        """Locks the item for a change of its rows. Raises `Outdated`.
+
+        A process can stand still after it has read a manifest. Meanwhile another one can make a
+        newer one, which the change would undo. After the lock, no other process can.
+        """
+        await connection.execute(_LOCK_ITEM, self._inventory.engine, item_id)
+        if not await current():
+            raise Outdated(f"{item_id}: the manifest has changed since it was read")
+
+    async def _adopt(
+        self, item_id: str, row: SaleRow | None, resource_uid: str | None, current: Current
+    ) -> None:
         """Notes the FlashSale of a row that flashsalectl or an earlier FlashSale made.
 
         A FlashSale of another item gets no row. It closes the earlier FlashSale's sale. The resync
@@ -349,10 +381,10 @@ class Reconciler:
             async with ledger.translated():
                 await self._pool.execute(_ADOPT, row.sale_id, resource_uid)
         elif row.resource_uid is not None and not row.closed:
-            await self.close(row.sale_id)
+            await self.close(row.sale_id, current)
 
     async def _write_row(
-        self, spec: SaleSpec, step: WriteRow, resource_uid: str | None
+        self, spec: SaleSpec, step: WriteRow, resource_uid: str | None, current: Current
     ) -> int | None:
         """Writes the manifest into the ledger and returns the new revision.
 
@@ -360,7 +392,7 @@ class Reconciler:
         they were observed.
         """
         async with ledger.transaction(self._pool) as connection:
-            await connection.execute(_LOCK_ITEM, self._inventory.engine, spec.item_id)
+            await self._lock(connection, spec.item_id, current)
             others = await connection.fetch(_OTHERS, spec.item_id, spec.sale_id)
             if {(r["sale_id"], r["revision"]) for r in others} != {
                 (other.sale_id, other.revision) for other in step.others

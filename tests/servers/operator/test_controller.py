@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from copy import deepcopy
 
 import pytest
 
@@ -16,7 +17,8 @@ from flashsale.errors import (
     UnmetRequirement,
 )
 from flashsale.keys import ItemKeys
-from flashsale.sale import SaleSpec, SaleState
+from flashsale.reservations import Outcome
+from flashsale.sale import SaleSpec, SaleState, rfc3339_of_ms
 from flashsale_operator.kubernetes import rebuilds
 from flashsale_operator.kubernetes.client import KubeUnavailable
 from flashsale_operator.kubernetes.failures import result_of_error
@@ -47,6 +49,39 @@ async def test_redis_counts_are_reported_while_the_ledger_is_away(
         "Refused": "NoneRefused",
     }
     assert kube.status.counts == Counts(10, 3, 7, 0, 3)
+    assert kube.events == ["Opened"]
+
+
+async def test_an_operator_that_stood_still_does_not_end_a_sale_that_goes_on(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """The owner has put off the end since, and another operator has made the change."""
+    kube = FakeKube(spec)
+    other, key = controller(shop, kube), Key.of(spec.sale_id)
+    now_ms = (await shop.inventory.server()).now_ms
+    former = deepcopy(kube.live)
+    former["spec"]["endsAt"] = rfc3339_of_ms(now_ms - 1)
+    kube.live["spec"]["endsAt"] = rfc3339_of_ms(now_ms + 3_600_000)
+    kube.live["metadata"]["generation"] += 1
+    await other.reconcile(key)
+    former["status"] = kube.live["status"]
+    kube.former = [former]
+    assert (await controller(shop, kube).reconcile(key)).failed
+    await other.reconcile(key)
+    assert kube.reasons()["Open"] == "Selling"
+    assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED]
+
+
+async def test_an_operator_that_stood_still_does_not_close_a_sale_that_was_applied_again(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """It has read that the FlashSale was deleted."""
+    kube = FakeKube(spec)
+    key = Key.of(spec.sale_id)
+    await controller(shop, kube).reconcile(key)
+    kube.former = [None]
+    assert (await controller(shop, kube).reconcile(key)).failed
+    assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED]
     assert kube.events == ["Opened"]
 
 
