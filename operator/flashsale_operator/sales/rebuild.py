@@ -171,6 +171,8 @@ class Rebuilder:
         self._progress = progress
         self._writes = asyncio.Semaphore(WRITES_AT_ONCE)
         self._lost: dict[str, int] = {}
+        self._noting: dict[str, SaleRow] = {}
+        """Rows of rebuilds whose last note may be committed or not."""
 
     async def rebuild(
         self, row: SaleRow, replaces: Predecessor | None = None
@@ -281,6 +283,7 @@ class Rebuilder:
             record = await self._pool.fetchrow(_CLAIM, sale_id, above)
         if record is None:
             raise ContractViolation(f"{sale_id}: the ledger has lost its row")
+        self._noted(sale_id, record["rebuilt_revision"], record["lost"])
         return SaleRow.of(record)
 
     async def _note(
@@ -293,6 +296,7 @@ class Rebuilder:
         `_Interrupted` if the sale was changed or claimed since, or if the ledger was replaced by an
         older copy.
         """
+        self._noting[row.sale_id] = row
         async with ledger.transaction(self._pool) as connection:
             accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
             counts = await connection.fetchrow(_NOTE, row.sale_id, row.revision, accepted, rebuilt)
@@ -304,9 +308,18 @@ class Rebuilder:
                 stored.get(number, 0) < offset for number, offset in offsets.items()
             ):
                 raise _Interrupted(Fenced.SUPERSEDED)
-        lost = self._lost.get(row.sale_id, 0)
-        self._lost[row.sale_id] = lost + counts["lost"] - row.lost
+        self._noted(row.sale_id, row.revision, counts["lost"])
         return counts["accepted"], counts["released"], counts["held"]
+
+    def _noted(self, sale_id: str, revision: int, lost: int) -> None:
+        """Remembers the units that the last note added, if the ledger has it.
+
+        `revision` is that of the ledger's last note, and `lost` are the units of all notes. If the
+        reply to a commit is lost, only the next rebuild sees them.
+        """
+        row = self._noting.pop(sale_id, None)
+        if row is not None and row.revision == revision:
+            self._lost[sale_id] = self._lost.get(sale_id, 0) + lost - row.lost
 
     async def _write(self, row: SaleRow, now_ms: int) -> _Written:
         """Writes the ledger's records. `now_ms` is the time of the sale by Redis' clock."""

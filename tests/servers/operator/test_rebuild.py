@@ -6,12 +6,13 @@ import random
 import uuid
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from flashsale import heartbeat
+from flashsale import heartbeat, ledger
 from flashsale.clocks import ServerTime
-from flashsale.errors import RedisUnavailable
+from flashsale.errors import LedgerUnavailable, RedisUnavailable
 from flashsale.inventory import Closed, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
@@ -23,6 +24,7 @@ from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler
 from flashsale_operator.sales.recovery import Fenced, Recovery, Step, Trusted
 from tests.support.eventually import until
+from tests.support.proxy import Proxy
 from tests.support.simulated_shop import SimulatedShop
 
 
@@ -378,6 +380,29 @@ async def test_lost_units_are_counted_once_if_redis_fails_during_the_rebuild(
     await restart(shop, spec)
     assert await lost_in_rebuild(shop, spec) == 1
     assert (await shop.row(spec.sale_id)).lost == 2
+
+
+async def test_lost_units_are_reported_if_the_reply_to_their_commit_is_lost(
+    shop: SimulatedShop, spec: SaleSpec, database_url: str
+) -> None:
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    await restart(shop, spec)
+    url = urlsplit(database_url)
+    async with Proxy(url.port or 5432).serve() as proxy:
+        host = url.netloc.rpartition(":")[0]
+        pool = await ledger.connect(url._replace(netloc=f"{host}:{proxy.port}").geturl())
+        rebuilder = Rebuilder(shop.inventory, pool, shop.drain)
+        proxy.cut_replies(b"COMMIT", 1)
+        with pytest.raises(LedgerUnavailable):
+            await rebuilder.rebuild(await shop.row(spec.sale_id))
+        assert (await shop.row(spec.sale_id)).lost == 1
+        await end_lease(shop, spec)
+        done = await rebuilder.rebuild(await shop.row(spec.sale_id))
+        await pool.close()
+    assert isinstance(done, Rebuilt)
+    assert done.lost == 1
 
 
 async def test_units_lost_by_a_sale_of_the_previous_version_are_counted(
