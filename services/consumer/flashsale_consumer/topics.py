@@ -35,15 +35,23 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 
 
 async def create(
-    kafka: KafkaSettings, topic: str, dead_letter_topic: str, partitions: int = PARTITIONS
+    kafka: KafkaSettings,
+    topic: str,
+    dead_letter_topic: str,
+    partitions: int = PARTITIONS,
+    *,
+    unsure: set[str] | None = None,
 ) -> frozenset[str]:
     """Create the missing topics, and return their names.
 
-    A consumer that may not create topics waits until they exist. Raises `KafkaError`.
+    Kafka can create a topic although the call fails. `unsure` keeps the names of such topics until
+    the next call, which returns those that exist. A consumer that may not create topics waits until
+    they exist. Raises `KafkaError`.
     """
     async with _admin(kafka) as admin:
         created, missing = await _create(
             admin,
+            set() if unsure is None else unsure,
             _topic(topic, partitions, {"retention.ms": str(EVENT_RETENTION_MS)}),
             _topic(
                 dead_letter_topic,
@@ -75,7 +83,7 @@ async def create_recorded(
     """
     async with _admin(kafka) as admin:
         retention = {"retention.ms": str(EVENT_RETENTION_MS)}
-        _, missing = await _create(admin, _topic(topic, partitions, retention))
+        _, missing = await _create(admin, set(), _topic(topic, partitions, retention))
         if missing:
             raise UnknownTopicOrPartitionError(
                 f"the topic {topic} does not exist, and the consumer may not create it"
@@ -94,12 +102,18 @@ async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
 
 
 async def _create(
-    admin: AIOKafkaAdminClient, *topics: NewTopic
+    admin: AIOKafkaAdminClient, unsure: set[str], *topics: NewTopic
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Create topics. Return the created ones, and those that are missing and not allowed."""
-    created, refused = set(), set()
+    existing, attempted = set(await admin.list_topics()), frozenset(unsure)
+    created, refused = unsure & existing, set[str]()
+    wanted = [topic for topic in topics if topic.name not in existing]
+    if not wanted:
+        unsure.clear()
+        return frozenset(created), frozenset()
+    unsure |= {topic.name for topic in wanted}
     try:
-        reply = await admin.create_topics(topics)
+        reply = await admin.create_topics(wanted)
     except AttributeError:  # aiokafka reads the id of a controller that Kafka does not name
         raise NotControllerError("Kafka has no controller at the moment") from None
     for name, code, message in reply.topic_errors:
@@ -111,6 +125,9 @@ async def _create(
             created.add(name)
         elif error is not TopicAlreadyExistsError:
             raise error(f"{name}: {message}")
+        elif name in attempted:
+            created.add(name)
+    unsure.clear()
     if refused:
         refused -= set(await admin.list_topics())
     return frozenset(created), frozenset(refused)

@@ -87,6 +87,7 @@ class Worker:
         self._publisher = DeadLetters(settings, self._dead_letter_topic)
         self._announcer = Announcer(settings, metrics, settings.kafka_partitions)
         self._engine_id = ""
+        self._unsure: set[str] = set()
         self._checked = 0.0
         self._checks = Checks(log)
         self.joined = False
@@ -148,7 +149,11 @@ class Worker:
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
         partitions = self._settings.kafka_partitions
         created = await topics.create(
-            self._settings, self._topic, self._dead_letter_topic, partitions
+            self._settings,
+            self._topic,
+            self._dead_letter_topic,
+            partitions,
+            unsure=self._unsure,
         )
         if self._topic in created:
             # Before any other call can fail, because after it the topic is not a new one any more.

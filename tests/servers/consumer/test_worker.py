@@ -9,7 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaConnectionError, KafkaError, RequestTimedOutError
 
 from dev.stack.servers import KafkaServer
 from flashsale import events
@@ -333,8 +334,12 @@ async def test_a_topic_recreated_under_a_running_consumer_is_read(ledger: Ledger
         await ledger.until_has(*first, *second)
 
 
+@pytest.mark.parametrize("reply_is_lost", [False, True])
 async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_longer(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    reply_is_lost: bool,
 ) -> None:
     """Kafka came back without its data, and the API published its outbox at once."""
     first, second = ([accepted(number) for number in range(*span)] for span in ((3,), (3, 8)))
@@ -342,23 +347,24 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     async with running(ledger.url, log):
         await ledger.until_has(*first)
     await log.delete(log.topic)
-    create, read_facts = topics.create, topics.read_facts
+    create, read_facts = AIOKafkaAdminClient.create_topics, topics.read_facts
     failures = [KafkaConnectionError("no reply")]
 
-    async def create_and_publish(
-        kafka: KafkaSettings, topic: str, dead_letter_topic: str, partitions: int
-    ) -> frozenset[str]:
-        created = await create(kafka, topic, dead_letter_topic, partitions)
-        if created:
+    async def create_and_publish(admin: AIOKafkaAdminClient, wanted: list[NewTopic]) -> object:
+        reply = await create(admin, wanted)
+        if log.topic in [topic.name for topic in wanted]:
+            monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", create)
             await log.write(*second, partition=0)  # before the consumer reads the end offset
-        return created
+            if reply_is_lost:
+                raise RequestTimedOutError
+        return reply
 
     async def fail_once(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
         if failures:
             raise failures.pop()
         return await read_facts(kafka, topic)
 
-    monkeypatch.setattr(topics, "create", create_and_publish)
+    monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", create_and_publish)
     monkeypatch.setattr(topics, "read_facts", fail_once)
     async with running(ledger.url, log):
         await ledger.until_has(*first, *second)
