@@ -17,11 +17,11 @@ from tests.model.rules import ACKNOWLEDGED_WITHIN, CALL_DEADLINE, EXPIRY, SILENT
 from tests.model.schedules import SCHEDULES
 from tests.model.world import Violation
 
-SEEDS = int(os.environ.get("FLASHSALE_MODEL_SEEDS", "4000"))
+SEEDS = int(os.environ.get("FLASHSALE_MODEL_SEEDS", "3000"))
 WITHOUT_FENCE = replace(Rules(), fence=False)
 FIRST_SEED = int(os.environ.get("FLASHSALE_MODEL_FIRST_SEED", "0"))
 SHARDS = 4
-MORE_SEEDS = 16_000
+MORE_SEEDS = 17_000
 SEARCH = 20_000
 """Number of seeds among which a run must fail if a part is left out."""
 
@@ -46,7 +46,7 @@ SEEN = {
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_nothing_is_oversold_or_lost_and_all_servers_agree(shard: int) -> None:
     seen = run_all(range(FIRST_SEED + shard, FIRST_SEED + SEEDS, SHARDS))
-    if SEEDS >= 4_000:
+    if SEEDS >= 3_000:
         for count in EVERY_RUN_TOGETHER:
             assert seen[count] > 0, count
 
