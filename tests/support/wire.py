@@ -1,8 +1,10 @@
 """Raw connections, and the bytes of requests to the API."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -70,6 +72,17 @@ async def connection(server: ApiServer | int) -> AsyncIterator[Wire]:
         yield Wire(reader, writer)
     finally:
         writer.transport.abort()
+
+
+@contextmanager
+def stopped(api: ApiServer) -> Iterator[None]:
+    """Let the process stand still. Afterwards, it finds all events in one turn of its loop."""
+    assert api.pid is not None
+    os.kill(api.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(api.pid, signal.SIGCONT)
 
 
 def resident(api: ApiServer) -> int:

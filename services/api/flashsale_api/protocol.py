@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from flashsale_api import asgi, descriptors, heads
+from flashsale_api import asgi, descriptors, heads, turns
 from flashsale_api.exchanges import Exchange
 from flashsale_api.heads import Refused
 from flashsale_api.limits import (
@@ -55,6 +55,7 @@ class HttpProtocol(asyncio.Protocol):
       gateway compares the same bytes.
     - Upgrade is ignored, which RFC 9110, section 7.8 allows. Java's HttpClient offers h2c in its
       first request.
+    - A turn of the loop parses for a limited time. Further bytes wait for the next turns.
     - A client that exceeds a limit is answered 400, 413, 431 or 501, after the answers to its
       earlier requests. A client that is too slow is reset.
     - A client is reset if more of them would take the descriptors of the process' own connections,
@@ -82,9 +83,12 @@ class HttpProtocol(asyncio.Protocol):
         self._loop = _loop or asyncio.get_event_loop()
         self._check_seconds = min(REQUEST_SECONDS, config.timeout_keep_alive)
         self._idle_checks = round(config.timeout_keep_alive / self._check_seconds)
+        self._turns = turns.of_loop(self._loop)
         self._parser: Any = httptools.HttpRequestParser(self)
         self._transport = cast("asyncio.Transport", None)
 
+        self._unparsed = bytearray()
+        """The bytes that wait for a later turn. Meanwhile, nothing more is read."""
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._fields = 0
@@ -135,21 +139,13 @@ class HttpProtocol(asyncio.Protocol):
         self._drop()
 
     def data_received(self, data: bytes) -> None:
-        for piece in (data,) if len(data) <= PIECE_BYTES else _pieces(data):
-            if self._last:
-                break
-            self._piece = len(piece)
-            self._overhead += self._piece
-            try:
-                self._parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
-            except httptools.HttpParserError as error:
-                self._refuse(*_refusal(error))
-            if self._overhead > MAX_HEAD_BYTES:
-                self._refuse(*_LARGE_HEAD)
-        if self._partial or self._waiting or self._unfinished:
-            self._count()
+        if self._turns.has_time():
+            self._parse(data)
+            return
+        self._unparsed += data
+        self._transport.pause_reading()
+        self._turns.postpone(self._parse_later)
+        self._count()
 
     def eof_received(self) -> bool:
         """Answers the complete requests of a client that sends nothing more."""
@@ -173,6 +169,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Closes the connection after the answers to the requests received so far."""
+        if self._unparsed:
+            self._parse_later()
         self._last = True
         last = self._waiting[-1] if self._waiting else self._current or self._receiving
         if last is None or last.answered:
@@ -260,6 +258,30 @@ class HttpProtocol(asyncio.Protocol):
         if exchange is not None and not exchange.complete:
             self._enqueue(exchange)
 
+    def _parse_later(self) -> None:
+        """Parses the bytes that waited for this turn."""
+        data, self._unparsed = bytes(self._unparsed), bytearray()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        for piece in (data,) if len(data) <= PIECE_BYTES else _pieces(data):
+            if self._last:
+                break
+            self._piece = len(piece)
+            self._overhead += self._piece
+            try:
+                self._parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
+            except httptools.HttpParserError as error:
+                self._refuse(*_refusal(error))
+            if self._overhead > MAX_HEAD_BYTES:
+                self._refuse(*_LARGE_HEAD)
+        if self._partial or self._waiting or self._unfinished:
+            self._count()
+
     # Requests and answers.
 
     def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes) -> None:
@@ -314,7 +336,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def _count(self) -> None:
         """Counts the memory of this connection's unfinished requests and unread answers."""
-        size = self._waiting_bytes + UNREAD_BYTES * self._unread
+        size = self._waiting_bytes + len(self._unparsed) + UNREAD_BYTES * self._unread
         for exchange in self._waiting:
             size += REQUEST_BYTES + FIELD_BYTES * len(exchange.headers)
         if self._partial:
@@ -330,7 +352,7 @@ class HttpProtocol(asyncio.Protocol):
     def _drop(self) -> None:
         """Frees the memory of all requests. They and the parser refer to this connection."""
         self._last = True
-        self._parser = None
+        self._parser, self._unparsed = None, bytearray()
         self._url, self._headers = b"", []
         if self._current is not None:
             self._current.drop()
@@ -398,7 +420,8 @@ class HttpProtocol(asyncio.Protocol):
         ):
             self._abort()
             return
-        idle = stuck and not (unread or self._partial or self._current or self._waiting)
+        busy = self._partial or self._current or self._waiting or self._unparsed
+        idle = stuck and not (unread or busy)
         self._idle = self._idle + 1 if idle else 0
         if self._idle >= self._idle_checks:
             transport.close()

@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from flashsale_api import descriptors, protocol
 from flashsale_api import reserve as reserve_module
+from flashsale_api import turns as turns_module
 from flashsale_api.app import Application
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
@@ -128,6 +129,43 @@ async def test_a_body_that_is_too_large_is_dropped_and_the_keep_alive_timer_rest
         await client.send(b"a" * 5)
         assert await client.answers() == [413]
         assert await until(client.answers) == [0]
+
+
+@pytest.fixture
+def turns_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "TURN_SECONDS", 0)
+
+
+@pytest.mark.usefixtures("turns_without_time")
+async def test_bytes_that_wait_for_a_later_turn_count_and_are_parsed_in_their_order() -> None:
+    async with connected(HeldInventory()) as client, connected(HeldInventory()) as other:
+        for each, size in ((client, 100), (other, 200)):
+            each.connection.data_received(BAD + LONG + b"y" * size)
+        assert HttpProtocol.unfinished == 2 * len(BAD + LONG) + 300
+        assert not client.connection._completed
+        assert await client.answers() == [422]
+        await client.send(b"\r\n\r\n" + BAD)
+        assert await client.answers() == [405, 422]
+        assert await other.answers() == [422]
+    assert HttpProtocol.unfinished == 0
+
+
+@pytest.mark.usefixtures("turns_without_time")
+async def test_a_server_that_stops_answers_requests_that_wait_for_a_later_turn() -> None:
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(BAD)
+        client.connection.shutdown()
+        assert await client.answers() == [422, 0]
+
+
+@pytest.mark.usefixtures("turns_without_time")
+async def test_a_client_that_goes_while_its_bytes_wait_is_forgotten() -> None:
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(GOOD)
+        client.connection._abort()
+        await asyncio.sleep(0.01)
+        assert not client.connection._completed
+    assert HttpProtocol.unfinished == 0
 
 
 LONG = b"GET /reserve HTTP/1.1\r\nHost: x\r\nA: "

@@ -1,6 +1,6 @@
 """Floods of requests that try to starve other buyers or the pod itself. Needs Redis.
 
-They need 10,000 descriptors in a process (`ulimit -n`), which the tests set if they may.
+They need 17,000 descriptors in a process (`ulimit -n`), which the tests set if they may.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from flashsale.inventory import Applied, Inventory
 from flashsale.reservations import BATCH_LIMIT
 from flashsale.sale import SaleSpec
 from flashsale_api.calls import CALLS_IN_FLIGHT, MAX_WAITING
-from tests.support.api import OWN_SALE, accepted
+from tests.support.api import OWN_SALE, OpenSale, accepted
 from tests.support.eventually import until
 from tests.support.flood import (
     Flood,
@@ -30,6 +30,7 @@ from tests.support.flood import (
     request_of,
 )
 from tests.support.redis_users import API, url_of
+from tests.support.wire import stopped
 
 FLOOD_CONNECTIONS = 3_000
 FLOOD_SECONDS = 20.0
@@ -39,7 +40,7 @@ POD_BYTES = 512 * 1024 * 1024
 
 @pytest.fixture(autouse=True, scope="module")
 def many_connections() -> None:
-    allow_connections(9_500)
+    allow_connections(16_500)
 
 
 async def test_a_busy_item_leaves_waiting_places_to_others(
@@ -73,6 +74,26 @@ async def test_a_busy_item_leaves_waiting_places_to_others(
     await until(lambda: others.total() == len(calm))
     assert not others["too-many-waiting"]
     for connection in (*busy, *calm):
+        connection.close()
+
+
+async def test_thousands_of_requests_after_a_standstill_take_several_turns_of_calls(
+    open_sale: OpenSale, item: str, api: ApiServer
+) -> None:
+    """One turn has calls and waiting places for a part of them. Many would expire before a call."""
+    await open_sale(item, 100_000)
+    answers: Counter[str] = Counter()
+
+    def count(_: object, __: object, body: bytes) -> None:
+        answers[json.loads(body).get("type", "accepted").rpartition(":")[2]] += 1
+
+    connections = await open_connections(api.url, 15_000, count)
+    with stopped(api):
+        for user, connection in enumerate(connections):
+            connection.send(request_of(item, str(user)))
+    await until(lambda: answers.total() == len(connections))
+    assert answers["accepted"] > MAX_WAITING // 2 + CALLS_IN_FLIGHT * BATCH_LIMIT, answers
+    for connection in connections:
         connection.close()
 
 

@@ -4,11 +4,9 @@ Each attack is sent as raw bytes. A pod's resident memory is read from /proc whi
 """
 
 import asyncio
-import os
 import resource
-import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,7 +26,18 @@ from flashsale_api.limits import (
 )
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, accepted
 from tests.support.eventually import until
-from tests.support.wire import GET, POST, TE, Wire, connection, forget_peak, peak, reserve, resident
+from tests.support.wire import (
+    GET,
+    POST,
+    TE,
+    Wire,
+    connection,
+    forget_peak,
+    peak,
+    reserve,
+    resident,
+    stopped,
+)
 
 GROWTH_BYTES = 64 * 1024 * 1024
 """Growth of resident memory that an attack may cause. Without limits each causes 100 MB to 1 GB."""
@@ -121,16 +130,6 @@ async def test_half_requests_of_thousands_of_clients_take_bounded_memory(
         later.send(half[:1_000])
         later.send(b"\r\nHost: x\r\n\r\n")
         assert await later.status() == 200
-
-
-@contextmanager
-def stopped(api: ApiServer) -> Iterator[None]:
-    assert api.pid is not None
-    os.kill(api.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(api.pid, signal.SIGCONT)
 
 
 @pytest.mark.slow
