@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal
+from typing import Final, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,13 +17,29 @@ from flashsale_api.protocol import HttpProtocol
 
 log = logging.getLogger(__name__)
 
+ACCEPTED: Final = 8
+"""Clients that a turn of the event loop accepts per address.
+
+libuv accepts one per descriptor of a listening socket. A busy process has only tens of turns per
+second, so a crowd of new clients, and a health check behind it, would wait for many seconds. A turn
+reads up to 48 times, so more clients could take the `descriptors.SPARE` before they are counted.
+"""
+
 
 def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     """Returns the server for buyers. Benchmarks start other apps with it."""
     return _Server(_config(app, host, port, "on"))
 
 
-class _Server(uvicorn.Server):
+class _AcceptingServer(uvicorn.Server):
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves on `sockets`, which it closes at the end."""
+        if sockets is not None:
+            sockets = sockets + [each.dup() for each in sockets for _ in range(ACCEPTED - 1)]
+        await super().serve(sockets)
+
+
+class _Server(_AcceptingServer):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Stops the server, and at a second Ctrl-C at once.
 
@@ -54,7 +71,7 @@ class OrderServer:
         self._stopped = True
 
 
-class _Attached(uvicorn.Server):
+class _Attached(_AcceptingServer):
     def __init__(self, config: uvicorn.Config, stopping: Callable[[], bool]) -> None:
         super().__init__(config)
         self._stopping = stopping

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
@@ -33,6 +34,7 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
 from flashsale_api.reserve import MAX_BODY_BYTES, Reserve
 from flashsale_api.sales import Sales
+from flashsale_api.servers import server_of
 from tests.support.batcher import HeldInventory, RecordingPublisher
 from tests.support.eventually import until
 
@@ -285,3 +287,27 @@ async def test_a_failure_is_answered_500_and_the_connection_stays_open(
         inventory.go.release()
         await client.send(GOOD)
         assert await client.answers() == [202]
+
+
+def test_a_turn_accepts_several_clients() -> None:
+    clients = 40
+
+    async def serve() -> int:
+        """Return the turns of the loop until all clients are connected."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=clients)
+        server = server_of(Starlette(), *listener.getsockname())
+        serving = asyncio.create_task(server.serve([listener]))
+        await until(lambda: server.started)
+        ends = [socket.create_connection(listener.getsockname()) for _ in range(clients)]
+        turns = 0
+        while len(server.server_state.connections) < clients:
+            await asyncio.sleep(0)
+            turns += 1
+        for end in ends:
+            end.close()
+        server.should_exit = True
+        await serving
+        return turns
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(serve()) < clients / 2
