@@ -64,7 +64,7 @@ class UnboundedBatcher(Batcher):
         if queue is None or self._closed or self._engine.conflict:
             super().decide(item_id, request, decided)
             return
-        queue.waiting.append(_Waiting(request, decided, 0.0))
+        queue.waiting.append(_Waiting(request, decided, 0))
         if queue.calls < CALLS_IN_FLIGHT and not queue.ready:
             self._make_ready(queue)
 

@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from prometheus_client import Gauge
@@ -43,6 +42,11 @@ places to others.
 """
 MAX_WAIT_SECONDS: Final = 0.5
 """How long a request waits for a call before it is refused."""
+MAX_CHECKS: Final = 5
+"""The checks of a wait. They are counted, because a process that stood still makes only one.
+
+Its waiting requests then have their calls, and are not refused for the time of the standstill.
+"""
 
 R = TypeVar("R")
 D = TypeVar("D")
@@ -75,7 +79,8 @@ class Reply(NamedTuple, Generic[T]):
 class _Waiting(NamedTuple, Generic[R, D]):
     request: R
     decided: Callable[[D], None]
-    since: float
+    since: int
+    """The number of checks before this request came."""
 
 
 @dataclass(slots=True)
@@ -133,7 +138,9 @@ class Calls(ABC, Generic[R, D]):
         """The shares of each node: that of known items, and that of other names."""
         self._calls: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._expiry: asyncio.TimerHandle | None = None
+        self._checks = 0
+        self._check: asyncio.TimerHandle | None = None
+        """The timer of the next check. None while no request waits."""
 
     @abstractmethod
     def _undecided(self, failure: Failure) -> D:
@@ -167,12 +174,12 @@ class Calls(ABC, Generic[R, D]):
             return
         if queue is None:
             queue = self._queues[item_id] = _Queue(item_id, share)
-        queue.waiting.append(_Waiting(request, decided, monotonic()))
+        queue.waiting.append(_Waiting(request, decided, self._checks))
         share.waiting += 1
         self._waiting += 1
         self._make_ready(queue)
-        if self._expiry is None:
-            self._expiry = asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._expire)
+        if self._check is None:
+            self._check_soon()
 
     def called_items(self) -> list[str]:
         """Returns the items with a sale that were called within the lifetime of a heartbeat.
@@ -305,23 +312,21 @@ class Calls(ABC, Generic[R, D]):
         if share.ready:
             self._start_soon(share)
 
+    def _check_soon(self) -> None:
+        seconds = MAX_WAIT_SECONDS / MAX_CHECKS
+        self._check = asyncio.get_running_loop().call_later(seconds, self._expire)
+
     def _expire(self) -> None:
         """Refuses the requests that have waited too long. They were never sent to Redis."""
-        oldest_allowed = monotonic() - MAX_WAIT_SECONDS
-        next_since = None
+        self._checks += 1
         for queue in self._queues.values():
-            while queue.waiting and queue.waiting[0].since <= oldest_allowed:
+            while queue.waiting and self._checks - queue.waiting[0].since >= MAX_CHECKS:
                 queue.waiting.popleft().decided(self._undecided(Failure.TOO_MANY_WAITING))
                 queue.share.waiting -= 1
                 self._waiting -= 1
-            if queue.waiting:
-                since = queue.waiting[0].since
-                next_since = since if next_since is None else min(since, next_since)
-        self._expiry = (
-            None
-            if next_since is None
-            else asyncio.get_running_loop().call_later(next_since - oldest_allowed, self._expire)
-        )
+        self._check = None
+        if self._waiting:
+            self._check_soon()
 
     async def _call(self, share: _Share[R, D], batches: Sequence[_Batch[R, D]]) -> None:
         asked = [(queue.item_id, [each.request for each in waiting]) for queue, waiting in batches]

@@ -1,6 +1,7 @@
 """How requests form calls, and which of them wait or are refused. Redis is a fake."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -245,6 +246,22 @@ async def test_a_request_that_waited_too_long_is_refused_and_never_sent(
     decisions = await asyncio.gather(*in_flight)
     assert {decision.outcome for decision in decisions} == {Outcome.ACCEPTED}
     assert "id-99" not in {request.reservation_id for call in inventory.calls for request in call}
+
+
+async def test_a_request_that_waited_while_the_process_stood_still_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calls_module, "MAX_WAIT_SECONDS", 0.1)
+    inventory = HeldInventory()
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    waiting = [decide(batcher, "x", a_request())]
+    await turns()
+    waiting.append(decide(batcher, "x", a_request(1)))
+    time.sleep(0.2)  # noqa: ASYNC251 - the process stands still
+    for _ in waiting:
+        inventory.go.release()
+    decisions = await asyncio.gather(*waiting)
+    assert [decision.outcome for decision in decisions] == [Outcome.ACCEPTED] * 2
 
 
 async def test_calls_in_flight_are_limited_across_items() -> None:
