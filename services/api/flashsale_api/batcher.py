@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
-from flashsale.inventory import Inventory
+from flashsale.inventory import Inventory, ItemReply
 from flashsale.reservations import BatchReply, Outcome, Record, Request, State, Transition
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
@@ -141,14 +141,19 @@ class Batcher(Calls[Request, Decision]):
         self, batches: Sequence[tuple[str, Sequence[Request]]]
     ) -> Sequence[_ItemReply]:
         """Calls the script. The ids make a repetition a replay."""
-        reply = await self._ask(
-            [item_id for item_id, _ in batches],
-            lambda: self._inventory.reserve_all(
+        item_ids = [item_id for item_id, _ in batches]
+
+        async def send() -> Sequence[ItemReply]:
+            # During a standstill, both the first call and the heartbeat can end.
+            if any(map(self._refusal, item_ids)):
+                raise RedisUnavailable("this pod may not call Redis now")
+            return await self._inventory.reserve_all(
                 batches,
                 timeout_seconds=CALL_DEADLINE_SECONDS / 2,
                 engine_id=self._engine.id,
-            ),
-        )
+            )
+
+        reply = await self._ask(item_ids, send)
         if isinstance(reply, Failure):
             return [reply] * len(batches)
         if self._spans is not None and self._spans.open:

@@ -202,3 +202,21 @@ async def test_a_buyer_who_disconnects_does_not_cancel_the_batch() -> None:
     inventory.go.release()
     assert (await connected).outcome is Outcome.ACCEPTED
     assert len(publisher.added) == 2
+
+
+async def test_a_pod_whose_heartbeat_has_expired_does_not_repeat_a_call() -> None:
+    """A standstill can end both. A rebuild does not wait for the events of such a pod."""
+    inventory = HeldInventory()
+    inventory.fail = True
+    batcher = Batcher(
+        inventory,
+        RecordingPublisher(),
+        Metrics(),
+        Engine("flashsale"),
+        refusal=lambda _: Outcome.FENCED if inventory.answered else None,
+    )
+    for _ in range(2):
+        inventory.go.release()
+    decision = await decide(batcher, "x", a_request())
+    assert decision.outcome is Failure.OUTCOME_UNKNOWN
+    assert len(inventory.calls) == 1
