@@ -4,8 +4,8 @@ import contextlib
 import resource
 from typing import Final
 
-SPARE: Final = 512
-"""Descriptors that connections of clients leave to Redis, Kafka, metrics and the order port."""
+SPARE: Final = 2_048
+"""Descriptors that buyers leave. Half are for the order port, half for Redis, Kafka and metrics."""
 MOST: Final = 65_536
 """Descriptors that a process asks for. Many container runtimes start it with 1,024."""
 
@@ -19,6 +19,16 @@ def raise_limit() -> None:
 
 
 def most_connections() -> int:
-    """Returns how many clients may be connected to a port."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Returns how many buyers may be connected."""
+    limit = _limit()
     return max(limit - SPARE, limit // 2)
+
+
+def most_order_connections() -> int:
+    """Returns how many clients may be connected to the order port, however many buyers are."""
+    return (_limit() - most_connections()) // 2
+
+
+def _limit() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit

@@ -122,7 +122,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        full = len(self._server.connections) >= descriptors.most_connections()
+        full = len(self._server.connections) >= self._most_connections()
         self._server.connections.add(self)  # type: ignore[arg-type] # uvicorn calls only shutdown()
         connected = transport.get_extra_info("socket")
         if connected is not None:
@@ -281,6 +281,9 @@ class HttpProtocol(asyncio.Protocol):
                 self._refuse(*_LARGE_HEAD)
         if self._partial or self._waiting or self._unfinished:
             self._count()
+
+    def _most_connections(self) -> int:
+        return descriptors.most_connections()
 
     # Requests and answers.
 
@@ -441,6 +444,13 @@ class HttpProtocol(asyncio.Protocol):
         if connected is not None:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._transport.abort()
+
+
+class OrderProtocol(HttpProtocol):
+    """A connection of the order port. Its clients have descriptors of their own."""
+
+    def _most_connections(self) -> int:
+        return descriptors.most_order_connections()
 
 
 def _pieces(data: bytes) -> Iterator[memoryview]:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from flashsale.settings import host_and_port
 from flashsale.sockets import BACKLOG, bound
-from flashsale_api.protocol import HttpProtocol
+from flashsale_api.protocol import HttpProtocol, OrderProtocol
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ reads up to 48 times, so more clients could take the `descriptors.SPARE` before 
 
 def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     """Returns the server for buyers. Benchmarks start other apps with it."""
-    return _Server(_config(app, host, port, "on"))
+    return _Server(_config(app, host, port, "on", HttpProtocol))
 
 
 class _AcceptingServer(uvicorn.Server):
@@ -64,7 +64,7 @@ class OrderServer:
     async def serve(self, app: ASGIApp) -> None:
         """Returns after `stop`, or when the buyers' server stops, and calls are answered."""
         log.info("the order port listens on %s:%d", *self._address)
-        config = _config(app, *self._address, "off")
+        config = _config(app, *self._address, "off", OrderProtocol)
         await _Attached(config, lambda: self._stopped or self._stopping()).serve(self._listeners)
 
     def stop(self) -> None:
@@ -85,14 +85,20 @@ class _Attached(_AcceptingServer):
         return self._stopping() or await super().on_tick(counter)
 
 
-def _config(app: ASGIApp, host: str, port: int, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+def _config(
+    app: ASGIApp,
+    host: str,
+    port: int,
+    lifespan: Literal["on", "off"],
+    protocol: type[HttpProtocol],
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         host=host,
         port=port,
         workers=1,  # otherwise uvicorn reads WEB_CONCURRENCY
         loop="uvloop",
-        http=HttpProtocol,
+        http=protocol,
         ws="none",
         lifespan=lifespan,
         log_config=None,

@@ -266,12 +266,15 @@ async def test_a_client_too_many_is_reset(monkeypatch: pytest.MonkeyPatch) -> No
         assert await client.answers() == [422]
 
 
-@pytest.mark.parametrize(("limit", "most"), [(65_536, 65_024), (1_024, 512), (256, 128)])
+@pytest.mark.parametrize(
+    ("limit", "buyers", "orders"), [(65_536, 63_488, 1_024), (1_024, 512, 256), (256, 128, 64)]
+)
 def test_clients_leave_descriptors_to_the_process(
-    monkeypatch: pytest.MonkeyPatch, limit: int, most: int
+    monkeypatch: pytest.MonkeyPatch, limit: int, buyers: int, orders: int
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-    assert descriptors.most_connections() == most
+    assert descriptors.most_connections() == buyers
+    assert descriptors.most_order_connections() == orders
 
 
 async def test_a_failure_is_answered_500_and_the_connection_stays_open(

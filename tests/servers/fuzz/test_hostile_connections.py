@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from dev.services import ApiServer
+from dev.services import Addresses, ApiServer
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
@@ -388,6 +388,28 @@ async def test_connections_leave_descriptors_to_the_process(
                 return await wire.status() == 200
 
         await until(healthy, ignoring=(ConnectionError,))
+
+
+async def test_clients_of_both_ports_leave_descriptors_to_the_process(
+    tmp_path: Path, without_kafka: Addresses
+) -> None:
+    limit = 300
+    with ApiServer(tmp_path, without_kafka, order_tokens="t" * 32) as server:
+        assert server.pid is not None
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        ports = [urlsplit(url).port or 0 for url in (server.url, server.orders_url)]
+        async with AsyncExitStack() as stack:
+            for port in [each for each in ports for _ in range(limit)]:
+                with suppress(ConnectionError):  # the API resets a client too many
+                    wire = await stack.enter_async_context(connection(port))
+                    wire.send(GET)
+                    await wire.status()
+            scrape = await stack.enter_async_context(
+                connection(urlsplit(server.metrics_url).port or 0)
+            )
+            scrape.send(GET.replace(b"/healthz", b"/metrics"))
+            assert await scrape.status() == 200
+        server.kill()  # a graceful stop would wait for Kafka
 
 
 @pytest.fixture
