@@ -7,6 +7,7 @@ from flashsale import keys, pipelines
 from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.keys import ItemKeys
 from flashsale.nodes import Nodes
+from flashsale.scripts import Script, Scripts
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -36,6 +37,8 @@ class Index:
         self._engine = engine
         self._items = keys.items(engine)
         self._id = keys.engine_id(engine)
+        self._scripts = Scripts(nodes)
+        self._claim = Script("claim")
         self._last_items: list[str] = []
 
     async def add(self, item_ids: Iterable[str]) -> None:
@@ -96,22 +99,37 @@ class Index:
         )
         return found or ""
 
-    async def claimed(self) -> bool:
-        """Whether an engine has claimed this Redis. False while the claim's node is away."""
-        return bool(await self._try(self._id, lambda redis: redis.exists(self._id)))
+    async def claimed(self, engine_id: str) -> bool:
+        """Whether the engine has claimed this Redis. False while the claim's node is away.
 
-    async def claim(self, engine_id: str) -> None:
-        """Claims this Redis for an engine. Raises `OtherEngine` if another engine has it.
-
-        If only the claim's node is away, each sale still names its engine.
+        Raises `OtherEngine` if another engine has claimed it.
         """
         owner = await self._try(
-            self._id,
-            lambda redis: cast(
-                "Awaitable[str | None]", redis.set(self._id, engine_id, nx=True, get=True)
-            ),
+            self._id, lambda redis: cast("Awaitable[str | None]", redis.get(self._id))
         )
-        if owner not in (None, engine_id):
+        self._require(owner or "", engine_id)
+        return bool(owner)
+
+    async def claim(self, engine_id: str, item_ids: Iterable[str] = ()) -> None:
+        """Claims this Redis for an engine, and adds items to the index at the same moment.
+
+        In a claimed Redis, the index has all items that should have keys. If only the claim's node
+        is away, each sale still names its engine. Raises `OtherEngine` if another engine has
+        claimed this Redis.
+        """
+        try:
+            owner = await self._scripts.call(
+                self._claim, (self._id, self._items), (engine_id, *item_ids)
+            )
+        except RedisUnavailable:
+            if self._nodes.single:
+                raise
+        else:
+            self._require(str(owner), engine_id)
+
+    def _require(self, owner: str, engine_id: str) -> None:
+        """Raises `OtherEngine` if the owner of this Redis is another engine."""
+        if owner not in ("", engine_id):
             raise OtherEngine(
                 f"this Redis belongs to engine {owner}, and the ledger to engine {engine_id}, both "
                 f"named {self._engine}: use a Redis of its own, or another FLASHSALE_ENGINE"

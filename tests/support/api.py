@@ -65,7 +65,7 @@ async def claim(redis_url: str, engine: str = DEFAULT_ENGINE) -> None:
     """
     client = redis_client.connect(redis_url)
     inventory = Inventory(client, engine)
-    if not await inventory.index.claimed():
+    if not await inventory.index.engine_id():
         await inventory.index.claim(str(uuid.uuid4()))
     await client.aclose()
 

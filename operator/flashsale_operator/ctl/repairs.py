@@ -165,8 +165,7 @@ async def adopt_redis(environ: Environ) -> int:
         await ledger.migrate(clients.pool)
         await clients.inventory.clocks()  # raises RedisUnavailable for a wrong address
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
-        await index.add(clients.inventory, clients.pool)
-        await clients.inventory.index.claim(own)
+        await clients.inventory.index.claim(own, await index.wanted(clients.pool))
         address = clients.inventory.address
         former = await ledger.adopt_redis(clients.pool, address)
     if former in (None, address):

@@ -13,11 +13,19 @@ async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
     are in the Redis at another address, `LedgerUnavailable` and `RedisUnavailable`.
     """
     own = await ledger.engine_id(pool, inventory.engine, inventory.address)
-    if not await inventory.index.claimed():
-        # To an API pod, an item is unknown if a claimed Redis does not index it.
-        await index.add(inventory, pool)
-    await inventory.index.claim(own)
+    await claim(inventory, pool, own)
     return own
+
+
+async def claim(inventory: Inventory, pool: ledger.Pool, own: str) -> None:
+    """Claims Redis for the engine with the id `own`, unless it is claimed.
+
+    To an API pod, an item is unknown if a claimed Redis does not index it. So all items of the
+    ledger are added at the moment of the claim. Raises `OtherEngine` if another engine has claimed
+    Redis, `LedgerUnavailable` and `RedisUnavailable`.
+    """
+    if not await inventory.index.claimed(own):
+        await inventory.index.claim(own, await index.wanted(pool))
 
 
 async def require_servers(checks: Checks, inventory: Inventory, pool: ledger.Pool) -> None:

@@ -20,9 +20,9 @@ ORDER BY sale_id
 """
 
 
-async def add(inventory: Inventory, pool: ledger.Pool) -> None:
-    """Adds the items that should have keys."""
-    await inventory.index.add(_wanted(await _rows(pool, ())))
+async def wanted(pool: ledger.Pool) -> set[str]:
+    """Returns the items that should have keys."""
+    return _wanted(await _rows(pool, ()))
 
 
 async def refresh(
@@ -35,9 +35,9 @@ async def refresh(
     """
     indexed = set(await inventory.index.items())
     rows = await _rows(pool, indexed, keep_closed + MARGIN)
-    wanted = _wanted(rows)
-    await inventory.index.add(wanted)
-    others = indexed.union(row.item_id for row in rows) - wanted
+    needed = _wanted(rows)
+    await inventory.index.add(needed)
+    others = indexed.union(row.item_id for row in rows) - needed
     without = set(await inventory.without_keys(others))
     await inventory.index.add(others - without)
     for item_id in without & indexed:

@@ -241,7 +241,7 @@ class Reconciler:
         engine_id = await ledger.engine_id(self._pool, inventory.engine, inventory.address)
         # While Redis is away, the ledger notes the close. A resync then closes the sale in Redis.
         row = await self._close_row(sale_id, current)
-        await inventory.index.claim(engine_id)
+        await engine.claim(inventory, self._pool, engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         server = await self._inventory.server(row.item_id)
         sale = (await self._inventory.sales([row.item_id])).get(row.item_id)

@@ -1,6 +1,7 @@
 """The decisions of a resync, and the script that frees the keys of a closed sale."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from typing import cast
@@ -258,23 +259,40 @@ async def test_the_index_has_the_items_that_have_keys_or_should_have_them(
     assert await shop.redis.smembers(index) == set()
 
 
+@pytest.mark.parametrize("lost", ["before", "after the look at the claim", "before the claim"])
+@pytest.mark.parametrize("closes", [False, True])
 async def test_redis_is_not_claimed_before_lost_items_are_in_its_index(
-    shop: SimulatedShop, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch
+    shop: SimulatedShop,
+    spec: SaleSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+    closes: bool,
 ) -> None:
     """A pod that starts in between would take a lost item for an unknown one."""
-    await shop.apply(spec)
-    await shop.redis.flushall()
-    indexed = []
-    claim = shop.inventory.index.claim
+    second = SaleSpec("default/other", f"{spec.item_id}-2", 5)
+    for each in (spec, second):
+        await shop.apply(each)
+    index = shop.inventory.index
+    claimed, claim = index.claimed, index.claim
 
-    async def look(engine_id: str) -> None:
-        indexed.append(await shop.redis.smembers(keys.items(DEFAULT_ENGINE)))
-        await claim(engine_id)
+    async def lose_after_look(engine_id: str) -> bool:
+        found = await claimed(engine_id)
+        await shop.redis.flushall()
+        return found
 
-    monkeypatch.setattr(shop.inventory.index, "claim", look)
-    other = SaleSpec("default/other", f"{spec.item_id}-2", 5)
-    await shop.apply(other)
-    assert indexed[0] == {spec.item_id}
+    async def lose_before_claim(engine_id: str, item_ids: Iterable[str] = ()) -> None:
+        await shop.redis.flushall()
+        await claim(engine_id, item_ids)
+
+    if lost == "after the look at the claim":
+        monkeypatch.setattr(index, "claimed", lose_after_look)
+    else:
+        await shop.redis.flushall()
+    if lost == "before the claim":
+        monkeypatch.setattr(index, "claim", lose_before_claim)
+    await (shop.reconciler.close(second.sale_id) if closes else shop.apply(second))
+    items, is_claimed = await index.read()
+    assert spec.item_id in items or not is_claimed
 
 
 async def test_an_ended_sale_of_flashsalectl_is_rebuilt_without_a_flashsale(
