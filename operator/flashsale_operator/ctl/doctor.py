@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -110,8 +110,9 @@ async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
             yield Finding(REDIS, text, "warning")
         yield await _written(inventory.nodes, engine)
         yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
+        asked = time.time()
         for clock in (await inventory.clocks()).values():
-            yield _clock(REDIS, clock.now_ms / 1000)
+            yield _clock(REDIS, clock.now_ms / 1000, asked)
     finally:
         await redis.aclose()
 
@@ -146,9 +147,10 @@ async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
             yield await _owned(pool, engine)
         async with ledger.translated():
             seconds = await _measured(lambda: pool.fetchval("SELECT 1"))
+            asked = time.time()
             now: datetime = await pool.fetchval("SELECT clock_timestamp()")
         yield _round_trip(POSTGRESQL, seconds)
-        yield _clock(POSTGRESQL, now.timestamp())
+        yield _clock(POSTGRESQL, now.timestamp(), asked)
     finally:
         pool.terminate()
 
@@ -228,7 +230,7 @@ async def _kubernetes(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
     else:
         yield Finding(KUBERNETES, "there is no cluster here, which is no mistake", "ok")
         return
-    began = time.monotonic()
+    asked, began = time.time(), time.monotonic()
     resource, date = await asyncio.to_thread(look, environ)
     seconds = time.monotonic() - began
     kinds = {each["kind"] for each in resource.get("resources", [])}
@@ -238,7 +240,7 @@ async def _kubernetes(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
         return
     yield Finding(KUBERNETES, f"FlashSales are served, {seconds * 1000:.0f} ms", "ok")
     if date:
-        yield _clock(KUBERNETES, parsedate_to_datetime(date).timestamp() + 0.5)
+        yield _clock(KUBERNETES, parsedate_to_datetime(date).timestamp() + 0.5, asked)
 
 
 def _has_kubeconfig(environ: Mapping[str, str]) -> bool:
@@ -296,8 +298,12 @@ def _round_trip(server: str, seconds: float, *, buyers: bool = True) -> Finding:
     return Finding(server, f"{text}: place the engine close to the server", "warning")
 
 
-def _clock(server: str, timestamp: float) -> Finding:
-    difference = timestamp - datetime.now(UTC).timestamp()
+def _clock(server: str, timestamp: float, asked: float) -> Finding:
+    """Compares a server's time with this machine's. The server read it at some time since `asked`.
+
+    A reply can take seconds, which are no difference of the clocks.
+    """
+    difference = timestamp - min(max(timestamp, asked), time.time())
     text = f"its clock differs by {abs(difference):.1f} s"
     if abs(difference) <= CLOCK_SECONDS:
         return Finding(server, text, "ok")

@@ -203,6 +203,29 @@ def test_a_clock_that_differs_and_a_slow_server_are_warnings(
 
 
 @pytest.mark.usefixtures("prepared")
+def test_a_late_reply_does_not_count_as_a_clock_that_differs(
+    examined: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CLOCK_SECONDS", 0.2)
+
+    def delay(owner: type, name: str) -> None:
+        call = getattr(owner, name)
+
+        async def late(*arguments: object) -> object:
+            reply = await call(*arguments)
+            await asyncio.sleep(0.3)
+            return reply
+
+        monkeypatch.setattr(owner, name, late)
+
+    delay(Inventory, "clocks")
+    delay(asyncpg.Pool, "fetchval")
+    code, verdicts = examined()
+    assert code == 0
+    assert bad(verdicts, "warning") == []
+
+
+@pytest.mark.usefixtures("prepared")
 def test_a_ledger_of_another_engine_is_a_failure(examined: Doctor, environ: dict[str, str]) -> None:
     async def claim() -> None:
         pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
