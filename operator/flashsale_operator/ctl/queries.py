@@ -150,7 +150,7 @@ async def report(
                 raise UnknownSale(no_such(item))
             verdict, versions = await _audited(clients, addresses, item)
             reports += [
-                await summary.report(clients.pool, row, verdict(row.sale_id), versions)
+                await summary.report(clients.pool, row.sale_id, verdict(row.sale_id), versions)
                 for row in rows
             ]
     if html is not None:

@@ -14,6 +14,7 @@ import msgspec
 from flashsale import ledger
 from flashsale.ledger import SaleRow
 from flashsale_operator.ctl.tables import rfc3339
+from flashsale_operator.sales.reconciler import UnknownSale
 
 if TYPE_CHECKING:
     import asyncpg
@@ -24,6 +25,7 @@ MAX_BARS: Final = 120
 """A longer sale has bars of several minutes."""
 STATES: Final = ("confirmed", "held", "expired", "cancelled", "refused")
 
+_SALE: Final = "SELECT * FROM sales WHERE sale_id = $1"
 _STATES: Final = """
 SELECT state, count(*) AS reservations, sum(quantity)::bigint AS units,
        min(accepted_at) AS first, max(accepted_at) AS last
@@ -140,11 +142,17 @@ class Report(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 async def report(
-    pool: ledger.Pool, row: SaleRow, audit: Verdict, versions: Mapping[str, str]
+    pool: ledger.Pool, sale_id: str, audit: Verdict, versions: Mapping[str, str]
 ) -> Report:
-    """Reports one sale. Raises `LedgerUnavailable`. `versions` names those of other servers."""
+    """Reports one sale. `versions` names those of other servers.
+
+    Raises `UnknownSale` if the ledger has no row of the sale, and `LedgerUnavailable`.
+    """
     async with ledger.transaction(pool, snapshot=True) as connection:
-        return await _report(connection, row, audit, versions)
+        record = await connection.fetchrow(_SALE, sale_id)
+        if record is None:
+            raise UnknownSale(f"{sale_id}: the ledger has no such sale")
+        return await _report(connection, SaleRow.of(record), audit, versions)
 
 
 async def _report(

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from redis import Redis
 
@@ -118,6 +119,27 @@ def test_the_times_and_rates_are_those_of_the_reservations(
         "p99Ms": 100.0,
         "maxMs": 100.0,
     }
+
+
+def test_a_restock_during_the_audit_is_reported_with_its_reservations(
+    within: Within,
+    reported: Callable[[str], dict[str, Any]],
+    spec: SaleSpec,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = replace(spec, stock=1)
+    within(lambda shop: reserve(shop, small, 1))
+
+    async def restock(_: object) -> dict[int, offsets.Span]:
+        connection = await asyncpg.connect(database_url)
+        await connection.execute("UPDATE sales SET allocated = 2, capacity = 2")
+        await connection.close()
+        return {}
+
+    monkeypatch.setattr(offsets, "spans", restock)
+    found = reported(spec.item_id)
+    assert (found["stock"], found["allReservedSeconds"]) == (2, None)
 
 
 def test_without_a_start_the_first_reservation_opens_the_sale(
