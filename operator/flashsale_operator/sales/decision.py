@@ -67,10 +67,12 @@ class StillFenced:
 class Observed:
     """The records of one sale in the ledger and Redis.
 
-    Redis is read first. So its revision is above the row's only if the ledger lost something.
+    Redis is read before the row. So its revision is above the row's only if the ledger lost
+    something.
 
     - `sale` is Redis' sale of the item. It may be another sale.
-    - `row` is the sale's own row, and `others` are the other rows of the item.
+    - `row` is the sale's own row.
+    - `others` are the other rows of the item, as they were read before Redis.
     - `written` is the revision that this reconcile wrote. 1 means that it inserted the row.
     - `seeded`: this reconcile has tried to seed the keys of that row.
     - `still_fenced` tells why this reconcile could not get the sale rebuilt.
@@ -256,7 +258,9 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
+def _decide_present(  # noqa: PLR0911 - one per state of the sale
+    spec: SaleSpec, observed: Observed, sale: Sale
+) -> Action:
     """Redis has the sale."""
     row, server = observed.row, observed.server
     state = sale.state(server.now_ms, server.run_id)
@@ -268,6 +272,8 @@ def _decide_present(spec: SaleSpec, observed: Observed, sale: Sale) -> Action:
     fenced = untrusted(observed.before, sale, server)
     if over and (row is None or not fenced):
         return _ended(row, spec, sale.ends_ms)
+    if row is not None and row.closed and (rivals := _rivals(spec, observed)):
+        return Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, rivals)
     if row is None or (not over and (behind or row.closed or _differs(row, spec))):
         return WriteRow(observed.others, above=sale.revision)
     if fenced:
@@ -300,7 +306,7 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
         last = row.sale_id in last_of_items((row, *observed.others))
         if not needs_rebuild(row, sale, observed.server, last=last):
             return _ended(row, spec, _ms(row.ends_at))
-    if obstacle := _obstacle(spec, observed, now):
+    if obstacle := _obstacle(spec, observed):
         return Done(SaleState.ITEM_CONFLICT, Reason.ITEM_CONFLICT, obstacle)
     if row is None or (not over and (row.closed or _differs(row, spec))):
         return WriteRow(observed.others)
@@ -310,16 +316,11 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row, replaces)
 
 
-def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
+def _obstacle(spec: SaleSpec, observed: Observed) -> str | None:
     """Returns why the sale cannot have its item, or None."""
     sale, server = observed.sale, observed.server
-    rivals = [
-        other.sale_id
-        for other in observed.others
-        if not other.finished(now) and not (sale and sale.sale_id == other.sale_id)
-    ]
-    if rivals:
-        return f"{spec.item_id} is sold by {' and '.join(rivals)}"
+    if rivals := _rivals(spec, observed):
+        return rivals
     if observed.row is None or observed.row.closed:
         own = () if observed.row is None else (observed.row,)
         last = last_of_items((*own, *observed.others))
@@ -336,6 +337,17 @@ def _obstacle(spec: SaleSpec, observed: Observed, now: datetime) -> str | None:
         state = sale.state(server.now_ms, server.run_id)
         return f"{spec.item_id} is sold by {sale.sale_id}, which is {state}"
     return _kept(spec.sale_id, sale, observed.others)
+
+
+def _rivals(spec: SaleSpec, observed: Observed) -> str | None:
+    """Returns which sales have the item by the ledger, apart from Redis' sale, or None."""
+    sale, now = observed.sale, utc_of_ms(observed.server.now_ms)
+    rivals = [
+        other.sale_id
+        for other in observed.others
+        if not other.finished(now) and not (sale and sale.sale_id == other.sale_id)
+    ]
+    return f"{spec.item_id} is sold by {' and '.join(rivals)}" if rivals else None
 
 
 def _kept(sale_id: str, sale: Sale, others: tuple[SaleRow, ...]) -> str | None:

@@ -326,10 +326,12 @@ class Reconciler:
     ) -> Observed:
         # Read before Redis: a sale in Redis has all changes of this row, or it has lost some.
         before = await ledger.sale(self._pool, spec.sale_id)
+        # `_write_row` compares them. So if another sale is applied again after this read, Redis has
+        # it open, or its row has changed.
+        others = await ledger.sales(self._pool, spec.item_id)
         server = await self._inventory.server(spec.item_id)
         held = await self._inventory.sales([spec.item_id])
         row = await ledger.sale(self._pool, spec.sale_id)
-        others = await ledger.sales(self._pool, spec.item_id)
         return Observed(
             server=server,
             sale=held.get(spec.item_id),

@@ -4,6 +4,7 @@ import asyncio
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -15,7 +16,7 @@ from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
 from flashsale.requirements import Checks
 from flashsale.reservations import Outcome
-from flashsale.sale import SaleSpec, SaleState
+from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
@@ -212,6 +213,39 @@ async def test_of_two_new_sales_only_one_gets_the_item(
     results = await asyncio.gather(shop.apply(spec), shop.apply(other))
     assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
     assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
+
+
+@pytest.mark.parametrize("again", ["before the row", "before the keys"])
+async def test_of_a_new_sale_and_one_that_is_applied_again_only_one_gets_the_item(
+    shop: SimulatedShop,
+    sold: SaleSpec,
+    other: SaleSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    again: str,
+) -> None:
+    """With two unfinished sales in the ledger, neither could be rebuilt after a loss."""
+    await shop.reconciler.close(sold.sale_id)
+    late = SimulatedShop(shop.redis, shop.pool)
+    read, apply = late.inventory.sales, late.inventory.apply
+
+    async def apply_again_after_the_look(item_ids: list[str]) -> dict[str, Sale]:
+        monkeypatch.setattr(late.inventory, "sales", read)
+        found = await read(item_ids)
+        await shop.apply(sold)
+        return found
+
+    async def apply_again_before_the_keys(*row: Any, **options: Any) -> Applied:  # noqa: ANN401
+        await shop.apply(sold)
+        return await apply(*row, **options)
+
+    if again == "before the row":
+        monkeypatch.setattr(late.inventory, "sales", apply_again_after_the_look)
+    else:
+        monkeypatch.setattr(late.inventory, "apply", apply_again_before_the_keys)
+    await late.apply(other)
+    await shop.redis.flushall()
+    results = [await shop.apply(each) for each in (sold, other)]
+    assert sorted(result.ready for result in results) == [False, True]
 
 
 async def test_a_reconciler_that_dies_before_seeding_leads_to_a_rebuild(
