@@ -374,14 +374,20 @@ class Inventory:
         Raises `ContractViolation` if a sale cannot be read, and `RedisUnavailable` if no item can.
         """
         wanted = set(item_ids)
-        servers = await self.servers(wanted)
-        replies = await self._read(servers, partial=True)
-        sales = {item_id: _sale_of(item_id, reply) for item_id, reply in replies.items()}
+        replies = await self._read(wanted, partial=True)
+        # Last, because the sales of a server that has restarted since they were read are fenced.
+        servers = await self.servers(replies)
+        sales = {item_id: _sale_of(item_id, replies[item_id]) for item_id in servers}
         return Survey(
             {item_id: sale for item_id, sale in sales.items() if sale},
-            {item_id: servers[item_id] for item_id in sales},
-            sorted(wanted.difference(sales)),
+            servers,
+            sorted(wanted.difference(servers)),
         )
+
+    async def observe(self, item_id: str) -> tuple[Sale | None, ServerTime]:
+        """Returns the sale and the server of an item, as `survey` does."""
+        sales, servers, _ = await self.survey([item_id])
+        return sales.get(item_id), servers[item_id]
 
     async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
         def queue(pipeline: "Pipeline", item_id: str) -> None:

@@ -328,8 +328,7 @@ class Controller:
         if not isinstance(error, LedgerUnavailable):
             return result
         try:
-            server = await self._inventory.server(spec.item_id)
-            sale = (await self._inventory.sales([spec.item_id])).get(spec.item_id)
+            sale, server = await self._inventory.observe(spec.item_id)
         except (RedisUnavailable, ContractViolation):
             return result
         if sale is None or sale.sale_id != spec.sale_id:

@@ -243,15 +243,14 @@ class Reconciler:
         row = await self._close_row(sale_id, current)
         await engine.claim(inventory, self._pool, engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
-        server = await self._inventory.server(row.item_id)
-        sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        sale, server = await self._inventory.observe(row.item_id)
         if closed is Closed.STALE and sale is not None:
             row = await ledger.sale(self._pool, sale_id) or row
             if row.closed:
                 # The ledger is an older copy: its revision is below Redis' revision.
                 row = await self._close_row(sale_id, current, above=sale.revision)
                 closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
-                sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+                sale, server = await self._inventory.observe(row.item_id)
         if closed is Closed.OTHER_ENGINE:
             raise OtherEngine(engine.in_redis(row.item_id))
         if closed is Closed.UNSUPPORTED:
@@ -279,8 +278,7 @@ class Reconciler:
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
             return
-        server = await self._inventory.server(row.item_id)
-        sale = (await self._inventory.sales([row.item_id])).get(row.item_id)
+        sale, server = await self._inventory.observe(row.item_id)
         if sale is None or sale.sale_id != sale_id or sale.run_id != server.run_id:
             return
         await self._recovery.fence(
@@ -304,8 +302,7 @@ class Reconciler:
         These are Redis' sale of the item and all unfinished sales. If there are none, the finished
         sales are returned, which may be closed again. Raises `UnknownSale` if the item has no sale.
         """
-        server = await self._inventory.server(item_id)
-        held = (await self._inventory.sales([item_id])).get(item_id)
+        held, server = await self._inventory.observe(item_id)
         rows = await ledger.sales(self._pool, item_id)
         now = utc_of_ms(server.now_ms)
         unfinished = {row.sale_id for row in rows if not row.finished(now)}
@@ -329,12 +326,11 @@ class Reconciler:
         # `_write_row` compares them. So if another sale is applied again after this read, Redis has
         # it open, or its row has changed.
         others = await ledger.sales(self._pool, spec.item_id)
-        server = await self._inventory.server(spec.item_id)
-        held = await self._inventory.sales([spec.item_id])
+        sale, server = await self._inventory.observe(spec.item_id)
         row = await ledger.sale(self._pool, spec.sale_id)
         return Observed(
             server=server,
-            sale=held.get(spec.item_id),
+            sale=sale,
             row=row,
             others=tuple(other for other in others if other.sale_id != spec.sale_id),
             written=written,

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import ledger, redis_client
+from flashsale.clocks import ServerTime
 from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
@@ -226,11 +228,11 @@ async def test_of_a_new_sale_and_one_that_is_applied_again_only_one_gets_the_ite
     """With two unfinished sales in the ledger, neither could be rebuilt after a loss."""
     await shop.reconciler.close(sold.sale_id)
     late = SimulatedShop(shop.redis, shop.pool)
-    read, apply = late.inventory.sales, late.inventory.apply
+    observe, apply = late.inventory.observe, late.inventory.apply
 
-    async def apply_again_after_the_look(item_ids: list[str]) -> dict[str, Sale]:
-        monkeypatch.setattr(late.inventory, "sales", read)
-        found = await read(item_ids)
+    async def apply_again_after_the_look(item_id: str) -> tuple[Sale | None, ServerTime]:
+        monkeypatch.setattr(late.inventory, "observe", observe)
+        found = await observe(item_id)
         await shop.apply(sold)
         return found
 
@@ -239,7 +241,7 @@ async def test_of_a_new_sale_and_one_that_is_applied_again_only_one_gets_the_ite
         return await apply(*row, **options)
 
     if again == "before the row":
-        monkeypatch.setattr(late.inventory, "sales", apply_again_after_the_look)
+        monkeypatch.setattr(late.inventory, "observe", apply_again_after_the_look)
     else:
         monkeypatch.setattr(late.inventory, "apply", apply_again_before_the_keys)
     await late.apply(other)
@@ -318,6 +320,34 @@ async def test_after_a_restart_a_sale_is_rebuilt_when_its_outbox_is_empty(
         assert result.rebuilt is not None
         assert (result.rebuilt.accepted, result.rebuilt.lost) == (3 - lose, lose)
         assert (await shop.buy(spec.item_id, "b", "c", "d")).count(Outcome.LIMIT_REACHED) == 2
+        await redis.aclose()
+
+
+async def test_a_sale_is_fenced_if_redis_restarts_while_it_is_observed(
+    tmp_path: Path, pool: ledger.Pool, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisServer(tmp_path, appendfsync="always") as server:
+        redis = redis_client.connect(server.url)
+        shop = SimulatedShop(redis, pool)
+        await shop.apply(spec)
+        reads = {name: getattr(shop.inventory, name) for name in ("servers", "_read")}
+
+        async def restart_after(name: str, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+            found = await reads[name](*arguments, **options)
+            for each, read in reads.items():
+                monkeypatch.setattr(shop.inventory, each, read)
+            server.kill()
+            server.start()
+            with pytest.raises(RedisUnavailable):
+                await shop.sale(spec.item_id)
+            assert await shop.sale(spec.item_id)  # another reconcile has connected again
+            return found
+
+        for name in reads:
+            monkeypatch.setattr(shop.inventory, name, partial(restart_after, name))
+        result = await shop.apply(spec)
+        assert result.rebuilt is not None
+        assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED]
         await redis.aclose()
 
 
