@@ -87,7 +87,7 @@ class HttpProtocol(asyncio.Protocol):
         self._parser: Any = httptools.HttpRequestParser(self)
         self._transport = cast("asyncio.Transport", None)
 
-        self._unparsed = bytearray()
+        self._unparsed = b""
         """The bytes that wait for a later turn. Meanwhile, nothing more is read."""
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -142,7 +142,7 @@ class HttpProtocol(asyncio.Protocol):
         if self._turns.has_time():
             self._parse(data)
             return
-        self._unparsed += data
+        self._unparsed = data
         self._transport.pause_reading()
         self._turns.postpone(self._parse_later)
         self._count()
@@ -169,8 +169,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Closes the connection after the answers to the requests received so far."""
-        if self._unparsed:
-            self._parse_later()
+        self._parse_later()
         self._last = True
         last = self._waiting[-1] if self._waiting else self._current or self._receiving
         if last is None or last.answered:
@@ -180,6 +179,32 @@ class HttpProtocol(asyncio.Protocol):
             self._last = last is not self._receiving
         self._check.cancel()
         self._check = self._loop.call_later(CLOSE_SECONDS, self._check_reader)
+
+    # Parsing.
+
+    def _parse_later(self) -> None:
+        """Parses the bytes that waited for this turn."""
+        data, self._unparsed = self._unparsed, b""
+        if data and not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        for piece in (data,) if len(data) <= PIECE_BYTES else _pieces(data):
+            if self._last:
+                break
+            self._piece = len(piece)
+            self._overhead += self._piece
+            try:
+                self._parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
+            except httptools.HttpParserError as error:
+                self._refuse(*_refusal(error))
+            if self._overhead > MAX_HEAD_BYTES:
+                self._refuse(*_LARGE_HEAD)
+        if self._partial or self._waiting or self._unfinished:
+            self._count()
 
     # Called by the parser.
 
@@ -258,33 +283,6 @@ class HttpProtocol(asyncio.Protocol):
         if exchange is not None and not exchange.complete:
             self._enqueue(exchange)
 
-    def _parse_later(self) -> None:
-        """Parses the bytes that waited for this turn."""
-        data, self._unparsed = bytes(self._unparsed), bytearray()
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
-            self._parse(data)
-
-    def _parse(self, data: bytes) -> None:
-        for piece in (data,) if len(data) <= PIECE_BYTES else _pieces(data):
-            if self._last:
-                break
-            self._piece = len(piece)
-            self._overhead += self._piece
-            try:
-                self._parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._go_on_without_upgrade(memoryview(piece)[upgrade.args[0] :])
-            except httptools.HttpParserError as error:
-                self._refuse(*_refusal(error))
-            if self._overhead > MAX_HEAD_BYTES:
-                self._refuse(*_LARGE_HEAD)
-        if self._partial or self._waiting or self._unfinished:
-            self._count()
-
-    def _most_connections(self) -> int:
-        return descriptors.most_connections()
-
     # Requests and answers.
 
     def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes) -> None:
@@ -355,7 +353,7 @@ class HttpProtocol(asyncio.Protocol):
     def _drop(self) -> None:
         """Frees the memory of all requests. They and the parser refer to this connection."""
         self._last = True
-        self._parser, self._unparsed = None, bytearray()
+        self._parser, self._unparsed = None, b""
         self._url, self._headers = b"", []
         if self._current is not None:
             self._current.drop()
@@ -437,6 +435,9 @@ class HttpProtocol(asyncio.Protocol):
             self._abort()
         else:
             self._check = self._loop.call_later(CLOSE_SECONDS, self._check_reader)
+
+    def _most_connections(self) -> int:
+        return descriptors.most_connections()
 
     def _abort(self) -> None:
         """Resets the connection, so that neither process nor kernel keeps the unread bytes."""
