@@ -27,7 +27,7 @@ ALGORITHMS: Final = ("RS256", "ES256", "EdDSA")
 LEEWAY_SECONDS: Final = 10
 """Tolerated difference between the issuer's clock and the pod's."""
 REFRESH_SECONDS: Final = 30.0
-"""Shortest time between two requests for the issuer's keys."""
+"""Shortest time between two requests for the issuer's keys, if the first succeeded."""
 MAX_TOKEN_BYTES: Final = 8 * 1024
 MAX_USERS: Final = 50_000
 """Verified tokens in memory. Each needs about 250 bytes."""
@@ -35,7 +35,7 @@ MAX_WAITING: Final = 256
 """Requests that wait for a key that the pod does not have yet."""
 
 _RETRY_SECONDS: Final = 1.0
-"""Time between two requests for the keys while the pod has none."""
+"""Shortest time after a failed request, and the time between two while the pod has no keys."""
 _DEFAULT_AGE: Final = 300.0
 _LONGEST_AGE: Final = 86_400.0
 _FETCH_SECONDS: Final = 5.0
@@ -103,7 +103,7 @@ class Tokens(Authentication):
 
         def verify(key: jwt.PyJWK | None) -> None:
             if key is None:
-                then("", "" if self.problem else "the issuer has no such key")
+                then("", "the issuer has no such key" if self._keys.current else "")
                 return
             try:
                 user = self._verified(token, key)
@@ -148,23 +148,30 @@ class Keys:
         self._waiting: list[tuple[str | None, Callable[[jwt.PyJWK | None], None]]] = []
         self._wanted = asyncio.Event()
         self._may_refresh_at = 0.0
+        self._failed = True
+        """Whether the last look at the address failed, or none was made."""
         self.version = 0
         """Changes whenever the keys change."""
         self.problem = "the keys at FLASHSALE_JWKS_URL have not been read yet"
         """Why there are no keys, or nothing."""
 
+    @property
+    def current(self) -> bool:
+        """Whether the issuer has no other keys, by a look that succeeded."""
+        return not (self._failed or self._wanted.is_set())
+
     def find(self, key_id: str | None, then: Callable[[jwt.PyJWK | None], None]) -> None:
-        """Calls `then` with a key, immediately or after the next look at the address.
+        """Calls `then` with a key or None, immediately or after the next look at the address.
 
         A token without a key id is verified with the issuer's only key.
         """
         key = self._keys.get(key_id)
-        fetching_soon = self._wanted.is_set() or _now() >= self._may_refresh_at
-        if key is not None or not fetching_soon or len(self._waiting) >= MAX_WAITING:
-            then(key)
-            return
-        self._waiting.append((key_id, then))
-        self._wanted.set()
+        if key is None and (self._wanted.is_set() or _now() >= self._may_refresh_at):
+            self._wanted.set()
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting.append((key_id, then))
+                return
+        then(key)
 
     async def run(self) -> None:
         """Reads the keys at once, when they expire, and when a token names an unknown one."""
@@ -173,16 +180,18 @@ class Keys:
             try:
                 age = await self._refresh()
             except _UNREADABLE as error:
+                self._failed = True
                 age = REFRESH_SECONDS if self._keys else _RETRY_SECONDS
                 self._metrics.jwks_up.set(0)
                 log.warning("cannot read the keys at FLASHSALE_JWKS_URL: %s", error)
                 if not self._keys:
                     self.problem = f"no keys from FLASHSALE_JWKS_URL: {error}"
             else:
+                self._failed = False
                 self._metrics.jwks_up.set(1)
                 self.problem = ""
             self._wanted.clear()
-            self._may_refresh_at = _now() + (REFRESH_SECONDS if self._keys else _RETRY_SECONDS)
+            self._may_refresh_at = _now() + (_RETRY_SECONDS if self._failed else REFRESH_SECONDS)
             waiting, self._waiting = self._waiting, []
             for key_id, then in waiting:
                 then(self._keys.get(key_id))
