@@ -236,6 +236,8 @@ def _parts(url: str, schemes: tuple[str, ...]) -> tuple[str, str, dict[str, str]
     network, _, path = before_query.partition("/")
     if "#" in rest or "@" in path or "@" in query or network.count("@") > 1:
         raise ValueError(_ENCODE)
+    if "+" in query:  # a space to asyncpg and redis-py, and a plus sign to libpq
+        raise ValueError("write + in an option as %2B, and a space as %20")
     found = _NETWORK_PART.fullmatch(network)
     user = network.rpartition("@")[0]
     if found is None or set("[]") & set(user):

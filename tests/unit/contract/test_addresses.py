@@ -147,6 +147,7 @@ def test_harmless_options_of_redis_are_accepted(url: str, address: str) -> None:
         ("redis://h/s3cretA", "the path is the number of a database"),
         ("redis://h/0?db=s3cretA", "the option db is the number of a database"),
         ("redis://h/0?db", "options are written ?name=value"),
+        ("rediss://h/0?ssl_ca_certs=a+b", "a space as %20"),
         ("redis://:6379", "a host or a port is wrong"),
         ("redis://u:s3cretA@", "the host is missing"),
         ("redis://a,b", "name one host"),
@@ -185,6 +186,7 @@ def test_harmless_options_of_libpq_are_accepted(options: str) -> None:
         ("postgresql://u:p@h/db?sslmode=verify-ca&sslrootcert=/missing", "cannot be read: sslroot"),
         ("postgresql://u:p@h/db?sslmode=verify-full&sslrootcert=system", "ca-certificates.crt"),
         ("postgresql://u:p@h/db?s3cretA=1", "an unknown option"),
+        ("postgresql://u@h/db?password=s3cretA+s3cretB", "write + in an option as %2B"),
         ("postgresql:///db", "the host is missing"),
         ("postgresql://u:s3cretA@[s3cretB]/db", "a host in brackets is no IPv6 address"),
         ("postgresql://u:p@h/db?gssencmode=require", "remove gssencmode=require"),
@@ -235,14 +237,14 @@ def test_two_options_for_one_part_are_refused(read: Callable[[str], str], url: s
 
 
 def test_every_part_of_a_database_address_can_be_an_option() -> None:
-    clean = database("postgresql://?host=h&port=6432&user=ann&password=s3cretA&dbname=shop")
+    clean = database("postgresql://?host=h&port=6432&user=ann&password=a%2Bb%20c&dbname=shop")
     parse = vars(connect_utils)["_parse_connect_dsn_and_args"]
     names = list(signature(parse).parameters)
     hosts, found = parse(**{name: None for name in names if name != "dsn"}, dsn=clean)
     assert (hosts, found.user, found.password, found.database) == (
         [("h", 6432)],
         "ann",
-        "s3cretA",
+        "a+b c",
         "shop",
     )
     assert database("postgresql://u@/db?host=/run/postgresql&port=6432").endswith("port=6432")
