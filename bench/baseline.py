@@ -10,6 +10,7 @@ from typing import Final
 from starlette.types import Receive, Scope, Send
 
 from flashsale.settings import host_and_port
+from flashsale.sockets import bound
 from flashsale_api.servers import server_of
 
 _BODY: Final = b'{"reservationId":"' + b"x" * 180 + b'"}'
@@ -34,5 +35,6 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 if __name__ == "__main__":
-    server_of(app, *host_and_port(os.environ["FLASHSALE_LISTEN"])).run()
+    listen = os.environ["FLASHSALE_LISTEN"]
+    server_of(app, *host_and_port(listen)).run(bound("LISTEN", listen))
     sys.exit()

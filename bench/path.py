@@ -88,6 +88,15 @@ class _Transport(asyncio.Transport):
     def close(self) -> None:
         """Does nothing."""
 
+    def pause_reading(self) -> None:
+        """Does nothing."""
+
+    def resume_reading(self) -> None:
+        """Does nothing."""
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Does nothing."""
+
     def get_write_buffer_size(self) -> int:
         return 0
 

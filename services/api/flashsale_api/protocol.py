@@ -30,7 +30,6 @@ from flashsale_api.limits import (
     PIECE_BYTES,
     REQUEST_BYTES,
     REQUEST_SECONDS,
-    SOCKET_BYTES,
     UNREAD_BYTES,
 )
 from flashsale_api.reserve import MAX_BODY_BYTES
@@ -124,11 +123,7 @@ class HttpProtocol(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         full = len(self._server.connections) >= self._most_connections()
         self._server.connections.add(self)  # type: ignore[arg-type] # uvicorn calls only shutdown()
-        connected = transport.get_extra_info("socket")
-        if connected is not None:
-            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                connected.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
-            self._transport.set_write_buffer_limits(0)
+        self._transport.set_write_buffer_limits(0)
         self._check = self._loop.call_later(self._check_seconds, self._check_client)
         if full:
             self._abort()

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from flashsale.settings import host_and_port
 from flashsale.sockets import BACKLOG, bound
+from flashsale_api.limits import SOCKET_BYTES
 from flashsale_api.protocol import HttpProtocol, OrderProtocol
 
 log = logging.getLogger(__name__)
@@ -31,15 +32,18 @@ def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     return _Server(_config(app, host, port, "on", HttpProtocol))
 
 
-class _AcceptingServer(uvicorn.Server):
+class _ListeningServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves on `sockets`, which it closes at the end."""
-        if sockets is not None:
-            sockets = sockets + [each.dup() for each in sockets for _ in range(ACCEPTED - 1)]
-        await super().serve(sockets)
+        listeners = list(sockets or ())
+        for listener in listeners:
+            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                # A connection has them before it is accepted.
+                listener.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
+        await super().serve([each.dup() for each in listeners * (ACCEPTED - 1)] + listeners)
 
 
-class _Server(_AcceptingServer):
+class _Server(_ListeningServer):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Stops the server, and at a second Ctrl-C at once.
 
@@ -71,7 +75,7 @@ class OrderServer:
         self._stopped = True
 
 
-class _Attached(_AcceptingServer):
+class _Attached(_ListeningServer):
     def __init__(self, config: uvicorn.Config, stopping: Callable[[], bool]) -> None:
         super().__init__(config)
         self._stopping = stopping

@@ -5,6 +5,7 @@ Each attack is sent as raw bytes. A pod's resident memory is read from /proc whi
 
 import asyncio
 import resource
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, nullcontext, suppress
 from pathlib import Path
@@ -130,6 +131,19 @@ async def test_half_requests_of_thousands_of_clients_take_bounded_memory(
         later.send(half[:1_000])
         later.send(b"\r\nHost: x\r\n\r\n")
         assert await later.status() == 200
+
+
+async def test_a_client_that_is_not_accepted_keeps_few_bytes_in_the_kernel(api: ApiServer) -> None:
+    address = urlsplit(api.url)
+    sent = 0
+    with stopped(api), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel's least
+        client.settimeout(0.5)
+        client.connect((address.hostname, address.port))
+        with suppress(TimeoutError):
+            while sent <= UNREAD_BYTES:
+                sent += client.send(bytes(1024))
+    assert 0 < sent <= UNREAD_BYTES
 
 
 @pytest.mark.slow
