@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import uuid
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -312,10 +311,8 @@ async def test_a_sale_that_is_recorded_during_the_look_is_not_fenced(
     class Selling(Inventory):
         """Sells and records a unit after each read of Redis."""
 
-        async def sales(
-            self, item_ids: Iterable[str], *, skip_unreadable: bool = False
-        ) -> dict[str, Sale]:
-            found = await super().sales(item_ids, skip_unreadable=skip_unreadable)
+        async def observe(self, item_id: str) -> tuple[Sale | None, ServerTime]:
+            found = await super().observe(item_id)
             await shop.buy(sold.item_id, str(uuid.uuid4()))
             await shop.record(sold.item_id)
             return found
