@@ -7,6 +7,7 @@ from collections import Counter
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from redis import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
@@ -38,8 +39,16 @@ def compared(
         if fault is not None:
             fault.into(inventory, outbox, recovery)
         run_id = runner.run(inventory.server()).run_id
+        redis = Redis.from_url(server.url, decode_responses=True)
         connected = Connected(
-            runner, client, inventory, outbox, recovery, run_id, itertools.count(), Counter()
+            runner.get_loop(),
+            redis,
+            inventory,
+            outbox,
+            recovery,
+            run_id,
+            itertools.count(),
+            Counter(),
         )
         machine = type("OnServer", (Scripts,), {"server": connected})
         try:
@@ -56,6 +65,7 @@ def compared(
                 ),
             )
         finally:
+            redis.close()
             runner.run(client.aclose())
     return connected.seen
 

@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
         self.broken = f"{self.item}-broken"
         """An item of which Redis refuses each call, because its keys have other types."""
         for key in (ItemKeys.of(self.broken).sale, ItemKeys.of(self.broken).outbox):
-            self.server.command(self.server.redis.set(key, "text"))
+            self.server.redis.set(key, "text")
         self.model = Item()
         self.zero_ms = self.server.run(self.server.inventory.server()).now_ms
         self.revision = 1
@@ -156,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         self.model.outbox = (self.model.outbox or {}) | {entry_id: (own_id, record)}
 
     def set_field(self, field: str, value: str) -> None:
-        self.server.command(self.server.redis.hset(self.keys.sale, field, value))
+        self.server.redis.hset(self.keys.sale, field, value)
 
     def settle_entries(self, named: Sequence[Entry], place: int = 0) -> None:
         """Settles entries in a call of three items. `place` is that of the tested one."""
@@ -216,14 +216,14 @@ class Machine(RuleBasedStateMachine):
 
     def lose_part(self, part: str) -> None:
         setattr(self.model, part, {} if part == "holds" else None)
-        self.server.command(self.server.redis.delete(getattr(self.keys, part)))
+        self.server.redis.delete(getattr(self.keys, part))
 
     # Checks after each call.
 
     @invariant()
     def the_server_has_the_state_of_the_model(self) -> None:
         model = self.model
-        sale, buyers, texts, entries, holds, *there = self.server.run(self._state())
+        sale, buyers, texts, entries, holds, *there = self._state()
         assert [bool(one) for one in there] == [
             part is not None for part in (model.buyers, model.reservations, model.outbox)
         ]
@@ -300,7 +300,7 @@ class Machine(RuleBasedStateMachine):
         for own_id, record in (self.model.outbox or {}).values():
             assert records[own_id] == record or records[own_id].version > record.version
 
-    async def _state(self) -> list[Any]:
+    def _state(self) -> list[Any]:
         pipeline = self.server.redis.pipeline(transaction=False)
         for key in (self.keys.sale, self.keys.buyers, self.keys.reservations):
             pipeline.hgetall(key)
@@ -308,12 +308,12 @@ class Machine(RuleBasedStateMachine):
         pipeline.zrange(self.keys.holds, 0, -1, withscores=True)
         for key in (self.keys.buyers, self.keys.reservations, self.keys.outbox):
             pipeline.exists(key)
-        state: list[Any] = await pipeline.execute()
+        state: list[Any] = pipeline.execute()
         return state
 
     def teardown(self) -> None:
         broken = ItemKeys.of(self.broken).sold
-        self.server.command(self.server.redis.delete(*self.keys.sold, *broken))
+        self.server.redis.delete(*self.keys.sold, *broken)
 
 
 def _buyer(text: str) -> Buyer:

@@ -1,6 +1,7 @@
 """Faults, and calls that rebuild a sale, for both the server and the model."""
 
 from dataclasses import replace
+from typing import cast
 
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
@@ -214,14 +215,14 @@ class RebuildRules(Machine):
         if chance > 20:
             return
         redis, keys = self.server.redis, self.keys
-        fields = self.server.command(redis.hgetall(keys.sale))
+        fields = cast("dict[str, str]", redis.hgetall(keys.sale))
         old = [name for name, value in FORMER.items() if fields.get(name) == value]
-        self.server.command(redis.hdel(keys.sale, "stock", *old))
+        redis.hdel(keys.sale, "stock", *old)
         self.hash.stock = None
         for own_id, record in (self.model.reservations or {}).items():
             if record.version == 1 and record.expires_ms is None:
                 text = ",".join(map(str, ("accepted", *record[1:6])))
-                self.server.command(redis.hset(keys.reservations, own_id, text))
+                redis.hset(keys.reservations, own_id, text)
                 self.seen("aged")
 
     @rule(stock=stocks, chance=chances)

@@ -121,7 +121,8 @@ class ReservationRules(Machine):
             if ended:
                 self.change_records(verb, ended, OWN_ENGINE)
         self.pass_hours(hours)
-        self.expire(128, OWN_ENGINE)
+        for limit in (1, 128):
+            self.expire(limit, OWN_ENGINE)
         if drained:
             self.drain_outbox()
         self.crowd(first + 2, len(fates))
