@@ -139,6 +139,9 @@ class KafkaServer(Server):
             "-Xms256m",
             "-Xmx256m",
             "-XX:+UseSerialGC",
+            # The optimizing compiler pays off only after minutes of load. Without it, a broker
+            # starts with half of the CPU time, and also takes half for 400,000 records.
+            "-XX:TieredStopAtLevel=1",
             "-XX:+ExitOnOutOfMemoryError",
             "-Djava.awt.headless=true",
             # Java's warnings (an archive that fits only in part, an old method of Kafka's) would
