@@ -152,7 +152,7 @@ def _check_certificates(options: dict[str, str]) -> None:
 def database_url(url: str) -> str:
     """Returns the URL without the options that have no effect on asyncpg."""
     _, hosts, options = _parts(url, ("postgres", "postgresql"))
-    _refuse_hidden(url, options)
+    _refuse_other_readings(url, options)
     if not hosts and not options.get("host"):
         raise ValueError("the host is missing")
     with_hosts(options.get("host", ""))
@@ -171,8 +171,8 @@ def database_url(url: str) -> str:
     return clean
 
 
-def _refuse_hidden(url: str, options: dict[str, str]) -> None:
-    """Raises `ValueError` for an option that libpq would use and asyncpg ignores.
+def _refuse_other_readings(url: str, options: dict[str, str]) -> None:
+    """Raises `ValueError` for an option that asyncpg ignores, or does not read as libpq does.
 
     libpq prefers the option, and asyncpg the part of the address in front of the question mark.
     """
@@ -186,6 +186,8 @@ def _refuse_hidden(url: str, options: dict[str, str]) -> None:
             raise ValueError(
                 f"asyncpg ignores the option {name} here: write it in front of the question mark"
             )
+    if re.search(r"[?&]password=[^&]*\+", url):  # a space to asyncpg, and a plus sign to libpq
+        raise ValueError("write + in the option password as %2B, and a space as %20")
     if options.keys() >= {"dbname", "database"}:
         raise ValueError("the options dbname and database are the same: remove one")
     if "port" in options and re.search(r":\d+(,|$)", options.get("host", "")):
@@ -236,8 +238,6 @@ def _parts(url: str, schemes: tuple[str, ...]) -> tuple[str, str, dict[str, str]
     network, _, path = before_query.partition("/")
     if "#" in rest or "@" in path or "@" in query or network.count("@") > 1:
         raise ValueError(_ENCODE)
-    if "+" in query:  # a space to asyncpg and redis-py, and a plus sign to libpq
-        raise ValueError("write + in an option as %2B, and a space as %20")
     found = _NETWORK_PART.fullmatch(network)
     user = network.rpartition("@")[0]
     if found is None or set("[]") & set(user):
