@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from flashsale.settings import host_and_port
 from flashsale.sockets import bound
+from flashsale_api.limits import SOCKET_BYTES
 from flashsale_api.servers import server_of
 
 _BODY: Final = b'{"reservationId":"' + b"x" * 180 + b'"}'
@@ -36,5 +37,5 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 if __name__ == "__main__":
     listen = os.environ["FLASHSALE_LISTEN"]
-    server_of(app, *host_and_port(listen)).run(bound("LISTEN", listen))
+    server_of(app, *host_and_port(listen)).run(bound("LISTEN", listen, SOCKET_BYTES))
     sys.exit()

@@ -186,8 +186,9 @@ def _refuse_other_readings(url: str, options: dict[str, str]) -> None:
             raise ValueError(
                 f"asyncpg ignores the option {name} here: write it in front of the question mark"
             )
-    if re.search(r"[?&]password=[^&]*\+", url):  # a space to asyncpg, and a plus sign to libpq
-        raise ValueError("write + in the option password as %2B, and a space as %20")
+    # A plus sign is a space to asyncpg, as it often is meant in `options`.
+    if plus := re.search(r"[?&](user|password|dbname|database)=[^&]*\+", url):
+        raise ValueError(f"write + in the option {plus[1]} as %2B, and a space as %20")
     if options.keys() >= {"dbname", "database"}:
         raise ValueError("the options dbname and database are the same: remove one")
     if "port" in options and re.search(r":\d+(,|$)", options.get("host", "")):

@@ -24,8 +24,6 @@ MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 8 * 1024
 PIECE_BYTES: Final = 64 * 1024
 """Bytes of an answer that wait for a client at a time."""
-SOCKET_BYTES: Final = 128 * 1024
-"""Size of each of the kernel's buffers of a connection. A pod's memory limit counts them."""
 IDLE_SHARE: Final = 4
 """Time without generating metrics after each generation, as a multiple of the time it took."""
 MAX_IDLE_SECONDS: Final = 1.0
@@ -84,15 +82,12 @@ class Scrapes:
 async def serving(
     listeners: Sequence[socket.socket], handlers: Mapping[str, Handler]
 ) -> AsyncIterator[None]:
-    """Serves the paths of `handlers` on listening sockets, which it closes at the end."""
+    """Serves the paths of `handlers` on sockets of `bound`, which it closes at the end."""
     connections = _Connections(handlers)
-    servers = []
-    for listener in listeners:
-        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            listener.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
-        servers.append(
-            await asyncio.start_server(connections.add, sock=listener, limit=MAX_HEAD_BYTES)
-        )
+    servers = [
+        await asyncio.start_server(connections.add, sock=listener, limit=MAX_HEAD_BYTES)
+        for listener in listeners
+    ]
     try:
         yield
     finally:

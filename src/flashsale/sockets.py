@@ -7,19 +7,27 @@ from typing import Final
 from flashsale.settings import PREFIX, host_and_port
 
 BACKLOG: Final = 4096
+BUFFER_BYTES: Final = 128 * 1024
+"""Usual size of each of the kernel's buffers of a connection. A pod's memory limit counts them."""
 _NO_IPV6: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
-def bound(variable: str, listen: str) -> list[socket.socket]:
+def bound(variable: str, listen: str, buffer_bytes: int = BUFFER_BYTES) -> list[socket.socket]:
     """Returns a listening socket per address of the `Listen` setting of a variable.
+
+    A connection has buffers of `buffer_bytes` in the kernel, also before it is accepted.
 
     A machine without IPv6 listens on IPv4 alone if the address is `[::]`. Raises `OSError` with a
     line that names the variable.
     """
     try:
-        return _bound(*host_and_port(listen))
+        listeners = _bound(*host_and_port(listen))
     except OSError as error:
         raise OSError(f"{PREFIX}{variable} cannot be served: {error}") from error
+    for listener in listeners:
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            listener.setsockopt(socket.SOL_SOCKET, buffer, buffer_bytes)
+    return listeners
 
 
 def _bound(host: str, port: int) -> list[socket.socket]:

@@ -323,8 +323,8 @@ class Reconciler:
     ) -> Observed:
         # Read before Redis: a sale in Redis has all changes of this row, or it has lost some.
         before = await ledger.sale(self._pool, spec.sale_id)
-        # `_write_row` compares them. So if another sale is applied again after this read, Redis has
-        # it open, or its row has changed.
+        # Read before Redis, too. If another sale is applied again later, Redis has it open, or
+        # `_write_row` finds its new revision and writes nothing.
         others = await ledger.sales(self._pool, spec.item_id)
         sale, server = await self._inventory.observe(spec.item_id)
         row = await ledger.sale(self._pool, spec.sale_id)

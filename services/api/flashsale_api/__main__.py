@@ -18,6 +18,7 @@ from flashsale.settings import host_and_port, load
 from flashsale.sockets import bound
 from flashsale_api import descriptors
 from flashsale_api.app import create_app
+from flashsale_api.limits import SOCKET_BYTES
 from flashsale_api.metrics import Metrics
 from flashsale_api.servers import OrderServer, server_of
 from flashsale_api.settings import Settings
@@ -91,7 +92,7 @@ def main() -> int:
     order_server = None
     try:
         spans = _spans() if traced else None
-        listening = bound("LISTEN", settings.listen)
+        listening = bound("LISTEN", settings.listen, SOCKET_BYTES)
         metrics_listeners = bound("METRICS_LISTEN", settings.metrics_listen)
         if settings.order_tokens:
             order_server = OrderServer(settings.orders_listen, lambda: server.should_exit)

@@ -19,7 +19,7 @@ RequestHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
 Identified: TypeAlias = Callable[[str, str], None]
 """Takes the user and "", or "" and the reason why the user is unknown.
 
-Both are empty if this pod cannot name users yet.
+Both are empty if this pod cannot tell now.
 """
 
 

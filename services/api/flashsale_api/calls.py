@@ -41,11 +41,11 @@ An item has at most as many waiting requests as places are free. So a busy item 
 places to others.
 """
 MAX_WAIT_SECONDS: Final = 0.5
-"""How long a request waits for a call before it is refused."""
+"""About how long a request waits for a call before it is refused."""
 MAX_CHECKS: Final = 5
-"""The checks of a wait. They are counted, because a process that stood still makes only one.
+"""A waiting request is refused at so many checks. Checks are counted instead of seconds.
 
-Its waiting requests then have their calls, and are not refused for the time of the standstill.
+A standstill of the process, however long, makes only one. Afterwards, the requests are sent.
 """
 
 R = TypeVar("R")
@@ -157,9 +157,9 @@ class Calls(ABC, Generic[R, D]):
     def decide(self, item_id: str, request: R, decided: Callable[[D], None]) -> None:
         """Calls `decided` exactly once, immediately or later. `decided` must not raise.
 
-        The request waits at most `MAX_WAIT_SECONDS` for a call. The call and its one repetition
-        take at most `CALL_DEADLINE_SECONDS` together. The request is not cancelled if the caller
-        disconnects, because it is part of a batch.
+        The request waits at most about `MAX_WAIT_SECONDS` for a call. The call and its one
+        repetition take at most `CALL_DEADLINE_SECONDS` together. The request is not cancelled if
+        the caller disconnects, because it is part of a batch.
         """
         queue = self._queues.get(item_id)
         if queue is not None:

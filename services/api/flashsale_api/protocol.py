@@ -134,7 +134,9 @@ class HttpProtocol(asyncio.Protocol):
         self._drop()
 
     def data_received(self, data: bytes) -> None:
-        if self._turns.has_time():
+        # Bytes that wait count. A long turn is better than a client that is reset for its turn.
+        full = HttpProtocol.unfinished + len(data) > MAX_UNFINISHED_BYTES
+        if full or self._turns.has_time():
             self._parse(data)
             return
         self._unparsed = data
@@ -158,7 +160,7 @@ class HttpProtocol(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._unread = False
         self._count()
-        self._go_on()
+        self._turns.postpone(self._go_on)
 
     # Called by uvicorn.
 
@@ -298,8 +300,7 @@ class HttpProtocol(asyncio.Protocol):
             self._last = True
             transport.close()
         elif self._waiting:
-            # In the next turn of the loop: one connection must not delay the others.
-            self._loop.call_soon(self._go_on)
+            self._turns.postpone(self._go_on)  # one connection must not delay the others
         elif self._receiving is not None:
             self._continue()
 

@@ -74,7 +74,7 @@ class Problem(Enum):
     OTHER_ENGINE = Kind("other-engine", 503, "This pod meets the parts of another engine", 5)
     TOO_MANY_WAITING = Kind("too-many-waiting", 503, "Too many requests are waiting", 1)
     REDIS_UNAVAILABLE = Kind("redis-unavailable", 503, "Redis does not answer", 1)
-    KEYS_UNAVAILABLE = Kind("keys-unavailable", 503, "This pod has no keys of the issuer yet", 1)
+    KEYS_UNAVAILABLE = Kind("keys-unavailable", 503, "The issuer's keys cannot be read now", 1)
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
 
 

@@ -23,7 +23,8 @@ ACCEPTED: Final = 8
 
 libuv accepts one per descriptor of a listening socket. A busy process has only tens of turns per
 second, so a crowd of new clients, and a health check behind it, would wait for many seconds. A turn
-reads up to 48 times, so more clients could take the `descriptors.SPARE` before they are counted.
+reads up to 48 times, so a higher number could use up `descriptors.SPARE` before the clients are
+counted.
 """
 
 
@@ -35,12 +36,9 @@ def server_of(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
 class _ListeningServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves on `sockets`, which it closes at the end."""
-        listeners = list(sockets or ())
-        for listener in listeners:
-            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                # A connection has them before it is accepted.
-                listener.setsockopt(socket.SOL_SOCKET, buffer, SOCKET_BYTES)
-        await super().serve([each.dup() for each in listeners * (ACCEPTED - 1)] + listeners)
+        if sockets is not None:
+            sockets = [each.dup() for each in sockets * (ACCEPTED - 1)] + sockets
+        await super().serve(sockets)
 
 
 class _Server(_ListeningServer):
@@ -60,7 +58,7 @@ class OrderServer:
 
     def __init__(self, listen: str, stopping: Callable[[], bool]) -> None:
         """Listens at once. `stopping` says whether the buyers' server stops. Raises `OSError`."""
-        self._listeners = bound("ORDERS_LISTEN", listen)
+        self._listeners = bound("ORDERS_LISTEN", listen, SOCKET_BYTES)
         self._address = host_and_port(listen)
         self._stopping = stopping
         self._stopped = False

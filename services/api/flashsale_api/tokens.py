@@ -157,7 +157,7 @@ class Keys:
 
     @property
     def current(self) -> bool:
-        """Whether the issuer has no other keys, by a look that succeeded."""
+        """Whether the last look succeeded, and no other is due. An unknown key then is wrong."""
         return not (self._failed or self._wanted.is_set())
 
     def find(self, key_id: str | None, then: Callable[[jwt.PyJWK | None], None]) -> None:

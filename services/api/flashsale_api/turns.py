@@ -37,15 +37,18 @@ class Turns:
         return monotonic() < self._until
 
     def postpone(self, work: Callable[[], None]) -> None:
-        """Does `work` in a later turn. Must not be called while this turn has time."""
+        """Does `work` after all that was postponed before, in a later turn."""
+        self.has_time()  # has the next turn begun
         self._postponed.append(work)
 
     def _next(self) -> None:
         self._until = None
-        while self._postponed:
+        has_time = True
+        while self._postponed and has_time:
+            has_time = (
+                self.has_time()
+            )  # before the work, so that the next turn also follows an error
             self._postponed.popleft()()
-            if not self.has_time():
-                break
 
 
 _of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()

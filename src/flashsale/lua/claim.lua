@@ -4,8 +4,8 @@
 -- ARGV  1 the id of the caller's engine, 2... the items that should have keys
 -- Returns the id of the engine that has claimed Redis.
 -- Invariants: an engine's claim is never taken by another one. The items are added at the moment of
---       the claim. If Redis lost its keys between the two, an API pod would take a lost item for an
---       unknown one.
+--       the claim. With two calls, Redis could lose its keys in between. Then an API pod would take
+--       a lost item for an unknown one.
 
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return owner end

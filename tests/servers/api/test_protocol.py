@@ -9,6 +9,7 @@ import socket
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 import uvicorn
@@ -156,6 +157,33 @@ async def test_bytes_that_wait_for_a_later_turn_count_and_are_parsed_in_their_or
         assert await client.answers() == [405, 422]
         assert await other.answers() == [422]
     assert HttpProtocol.unfinished == 0
+
+
+@pytest.mark.usefixtures("turns_without_time")
+async def test_bytes_that_may_not_wait_are_parsed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crowd of whole requests would otherwise be reset because it waits."""
+    monkeypatch.setattr(protocol, "MAX_UNFINISHED_BYTES", len(BAD) - 1)
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(BAD)
+        assert await client.answers() == [422]
+
+
+async def test_pipelined_requests_share_the_time_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory = HeldInventory()
+    async with connected(inventory) as client, connected(inventory) as other:
+        clients = (client, other)
+        for each in clients:
+            each.connection.data_received(GOOD + BAD * 3)
+        monkeypatch.setattr(turns_module, "TURN_SECONDS", 0)
+        inventory.go.release()
+        inventory.go.release()
+        waiting = [6]
+        while waiting[-1]:
+            await asyncio.sleep(0)
+            waiting.append(sum(len(each.connection._waiting) for each in clients))
+        assert {before - after for before, after in pairwise(waiting)} == {0, 1}
+        for each in clients:
+            assert await each.answers() == [202, 422, 422, 422]
 
 
 @pytest.mark.usefixtures("turns_without_time")

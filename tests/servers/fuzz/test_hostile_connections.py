@@ -412,12 +412,14 @@ async def test_clients_of_both_ports_leave_descriptors_to_the_process(
         assert server.pid is not None
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, limit))
         ports = [urlsplit(url).port or 0 for url in (server.url, server.orders_url)]
+        served = dict.fromkeys(ports, 0)
         async with AsyncExitStack() as stack:
             for port in [each for each in ports for _ in range(limit)]:
                 with suppress(ConnectionError):  # the API resets a client too many
                     wire = await stack.enter_async_context(connection(port))
                     wire.send(GET)
-                    await wire.status()
+                    served[port] += await wire.status() > 0
+            assert list(served.values()) == [limit // 2, limit // 4]
             scrape = await stack.enter_async_context(
                 connection(urlsplit(server.metrics_url).port or 0)
             )

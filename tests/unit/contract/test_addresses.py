@@ -186,6 +186,7 @@ def test_harmless_options_of_libpq_are_accepted(options: str) -> None:
         ("postgresql://u:p@h/db?sslmode=verify-full&sslrootcert=system", "ca-certificates.crt"),
         ("postgresql://u:p@h/db?s3cretA=1", "an unknown option"),
         ("postgresql://u@h/db?password=s3cretA+s3cretB", "write + in the option password as %2B"),
+        ("postgresql://h?user=s3cretA+s3cretB&dbname=shop", "write + in the option user as %2B"),
         ("postgresql:///db", "the host is missing"),
         ("postgresql://u:s3cretA@[s3cretB]/db", "a host in brackets is no IPv6 address"),
         ("postgresql://u:p@h/db?gssencmode=require", "remove gssencmode=require"),
