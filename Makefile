@@ -68,8 +68,8 @@ soak: $(READY) ## Let buyers arrive for MINUTES (60) at RATE (2000) per second, 
 bench: $(READY) ## Measure the engine in under half an hour, and write docs/performance.md
 	@$(BIN)/python -m bench --write
 
-test: $(READY) ## The quick tests, on real servers: three to five minutes on two cores
-	@echo "Running the quick tests: three to five minutes on two cores."
+test: $(READY) ## The quick tests, on real servers: about five minutes on two cores
+	@echo "Running the quick tests: about five minutes on two cores."
 	$(BIN)/pytest --quick $(PARALLEL)
 
 test-all: test test-rest ## All tests: about 25 minutes, after 10 for building Kubernetes once (needs Go)

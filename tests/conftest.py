@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick",
         action="store_true",
-        help="only the quick tests: no Go, no build, at most five minutes",
+        help="only the quick tests: no Go, no build, about five minutes",
     )
     parser.addoption(
         "--rest",
