@@ -135,8 +135,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Bytes that wait count. A long turn is better than a client that is reset for its turn.
-        full = HttpProtocol.unfinished + len(data) > MAX_UNFINISHED_BYTES
-        if full or self._turns.has_time():
+        if self._turns.has_time() or HttpProtocol.unfinished + len(data) > MAX_UNFINISHED_BYTES:
             self._parse(data)
             return
         self._unparsed = data
