@@ -139,8 +139,8 @@ class KafkaServer(Server):
             "-Xms256m",
             "-Xmx256m",
             "-XX:+UseSerialGC",
-            # The optimizing compiler pays off only after minutes of load. Without it, a broker
-            # starts with half of the CPU time, and also takes half for 400,000 records.
+            # Without the optimizing compiler, a broker needs half of the CPU time to start, and
+            # half of it for 400,000 records.
             "-XX:TieredStopAtLevel=1",
             "-XX:+ExitOnOutOfMemoryError",
             "-Djava.awt.headless=true",

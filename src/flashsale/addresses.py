@@ -186,7 +186,7 @@ def _refuse_other_readings(url: str, options: dict[str, str]) -> None:
             raise ValueError(
                 f"asyncpg ignores the option {name} here: write it in front of the question mark"
             )
-    # A plus sign is a space to asyncpg, as it often is meant in `options`.
+    # asyncpg reads a plus sign as a space. In `options`, that is often meant.
     if plus := re.search(r"[?&](user|password|dbname|database)=[^&]*\+", url):
         raise ValueError(f"write + in the option {plus[1]} as %2B, and a space as %20")
     if options.keys() >= {"dbname", "database"}:

@@ -310,10 +310,10 @@ async def _version(connection: Connection) -> int:
     return version
 
 
-async def sale(pool: Pool, sale_id: str) -> SaleRow | None:
+async def sale(ledger: "Pool | Connection", sale_id: str) -> SaleRow | None:
     """Returns a sale's row, or None."""
     async with translated():
-        record = await pool.fetchrow("SELECT * FROM sales WHERE sale_id = $1", sale_id)
+        record = await ledger.fetchrow("SELECT * FROM sales WHERE sale_id = $1", sale_id)
     return None if record is None else SaleRow.of(record)
 
 

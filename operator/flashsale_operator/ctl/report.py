@@ -25,7 +25,6 @@ MAX_BARS: Final = 120
 """A longer sale has bars of several minutes."""
 STATES: Final = ("confirmed", "held", "expired", "cancelled", "refused")
 
-_SALE: Final = "SELECT * FROM sales WHERE sale_id = $1"
 _STATES: Final = """
 SELECT state, count(*) AS reservations, sum(quantity)::bigint AS units,
        min(accepted_at) AS first, max(accepted_at) AS last
@@ -149,10 +148,10 @@ async def report(
     Raises `UnknownSale` if the ledger has no row of the sale, and `LedgerUnavailable`.
     """
     async with ledger.transaction(pool, snapshot=True) as connection:
-        record = await connection.fetchrow(_SALE, sale_id)
-        if record is None:
+        row = await ledger.sale(connection, sale_id)
+        if row is None:
             raise UnknownSale(f"{sale_id}: the ledger has no such sale")
-        return await _report(connection, SaleRow.of(record), audit, versions)
+        return await _report(connection, row, audit, versions)
 
 
 async def _report(

@@ -157,7 +157,7 @@ class Keys:
 
     @property
     def current(self) -> bool:
-        """Whether the last look succeeded, and no other is due. An unknown key then is wrong."""
+        """Whether the last look succeeded, and no other is due. If so, an unknown key is wrong."""
         return not (self._failed or self._wanted.is_set())
 
     def find(self, key_id: str | None, then: Callable[[jwt.PyJWK | None], None]) -> None:

@@ -2,8 +2,8 @@
 
 In one turn, uvloop reads from all clients that have sent something, and again from those that were
 answered meanwhile. With thousands of busy clients, or after the process stood still, such a turn
-takes seconds. Until it ends, requests wait for no call of Redis, replies of Redis are too late, and
-nobody can connect.
+takes seconds. Until it ends, no call is sent to Redis, no reply of Redis is read in time, and no
+client can connect.
 """
 
 import asyncio
@@ -38,16 +38,15 @@ class Turns:
 
     def postpone(self, work: Callable[[], None]) -> None:
         """Does `work` after all that was postponed before, in a later turn."""
-        self.has_time()  # has the next turn begun
+        self.has_time()  # schedules the next turn
         self._postponed.append(work)
 
     def _next(self) -> None:
         self._until = None
         has_time = True
         while self._postponed and has_time:
-            has_time = (
-                self.has_time()
-            )  # before the work, so that the next turn also follows an error
+            # Before the work, so that a further turn follows even if the work fails.
+            has_time = self.has_time()
             self._postponed.popleft()()
 
 

@@ -73,6 +73,17 @@ class Client:
         return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", heads)] + closed
 
 
+@pytest.fixture(autouse=True)
+def turns_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the bytes that a test hands over parsed at once, on a slow machine, too."""
+    monkeypatch.setattr(turns_module, "TURN_SECONDS", float("inf"))
+
+
+@pytest.fixture
+def turns_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "TURN_SECONDS", 0)
+
+
 @asynccontextmanager
 async def connected(
     inventory: HeldInventory, timeout_keep_alive: int = 75
@@ -134,17 +145,6 @@ async def test_a_body_that_is_too_large_is_dropped_and_the_keep_alive_timer_rest
         assert await until(client.answers) == [0]
 
 
-@pytest.fixture(autouse=True)
-def turns_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the bytes that a test hands over parsed at once, on a slow machine, too."""
-    monkeypatch.setattr(turns_module, "TURN_SECONDS", float("inf"))
-
-
-@pytest.fixture
-def turns_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns_module, "TURN_SECONDS", 0)
-
-
 @pytest.mark.usefixtures("turns_without_time")
 async def test_bytes_that_wait_for_a_later_turn_count_and_are_parsed_in_their_order() -> None:
     async with connected(HeldInventory()) as client, connected(HeldInventory()) as other:
@@ -178,9 +178,10 @@ async def test_pipelined_requests_share_the_time_of_a_turn(monkeypatch: pytest.M
         inventory.go.release()
         inventory.go.release()
         waiting = [6]
-        while waiting[-1]:
-            await asyncio.sleep(0)
-            waiting.append(sum(len(each.connection._waiting) for each in clients))
+        async with asyncio.timeout(60):
+            while waiting[-1]:
+                await asyncio.sleep(0)
+                waiting.append(sum(len(each.connection._waiting) for each in clients))
         assert {before - after for before, after in pairwise(waiting)} == {0, 1}
         for each in clients:
             assert await each.answers() == [202, 422, 422, 422]
@@ -337,9 +338,10 @@ def test_a_turn_accepts_several_clients() -> None:
         await until(lambda: server.started)
         ends = [socket.create_connection(listener.getsockname()) for _ in range(clients)]
         turns = 0
-        while len(server.server_state.connections) < clients:
-            await asyncio.sleep(0)
-            turns += 1
+        async with asyncio.timeout(60):
+            while len(server.server_state.connections) < clients:
+                await asyncio.sleep(0)
+                turns += 1
         for end in ends:
             end.close()
         server.should_exit = True
