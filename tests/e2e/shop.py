@@ -26,10 +26,8 @@ SECONDS: Final = 120.0
 """How long a rollout may take, or a load test may take to begin. A test that meets it fails."""
 PAUSE_SECONDS: Final = 0.5
 """How often kubectl asks for a state."""
-LOAD_SECONDS: Final = 200.0
-"""How long a load test may take to end. The longest sends requests for `OUTLASTS`."""
-OUTLASTS: Final = "130s"
-"""The duration of a load test that must outlast a rollout, which may take two minutes."""
+MORE: Final = 20
+"""How many buyers must get a unit before a load test ends."""
 
 WAIT: Final = ("--wait", "--timeout=2m")
 
@@ -135,7 +133,7 @@ class Shop:
 
     def declare(self, name: str, stock: int) -> None:
         """Apply a sale of an item of the same name and wait until it sells."""
-        self.apply(flash_sale(name, stock=stock))
+        self.apply(flash_sale(name, stock=stock, paused=False))
         self.until_sale(name, "Selling")
 
     def until(self, look: Callable[[], object], expected: str, seconds: float = SECONDS) -> None:
@@ -173,13 +171,23 @@ class Shop:
         container["resources"]["requests"]["cpu"] = "50m"
         self.apply(manifest)
 
-    def selling(self, job: str) -> None:
-        """Wait until a load test has got its first 202."""
-        self.until(lambda: self.promises(job), f"{job} gets a 202")
+    def start_buyers(self, sale: str, until: str = "paused", **variables: object) -> None:
+        """Send persistent buyers to a sale until it refuses them so, and wait for the first 202."""
+        variables = {"ITEM_ID": sale, "UNTIL": until, **variables}
+        self.start_load(sale, "persistent.js", **variables)
+        self.sell_more(sale)
 
-    def still_selling(self, job: str) -> None:
-        """Fail if the load test has ended too early to cover the test's actions."""
-        assert self.get("job", job)["status"].get("ready") == 1, f"{job} ended too early"
+    def sell_more(self, sale: str) -> None:
+        """Wait until more of the buyers that were sent to a sale get a unit."""
+        count = len(self.promises(sale)) + MORE
+        self.until(lambda: len(self.promises(sale)) >= count, f"{sale} sells {MORE} units more")
+
+    def end_buyers(self, sale: str) -> list[Promise]:
+        """Pause a sale once more buyers have got a unit, and return the journal of its buyers."""
+        self.sell_more(sale)
+        paused = json.dumps({"spec": {"paused": True}})
+        self.kubectl("patch", f"flashsale/{sale}", "--type=merge", f"--patch={paused}")
+        return self.end_load(sale)
 
     def end_load(self, job: str) -> list[Promise]:
         """Wait until a load test ends and return its journal. Its thresholds must have passed."""
@@ -190,7 +198,7 @@ class Shop:
             kinds[:] = [each["type"] for each in conditions]
             return "Complete" in kinds or "Failed" in kinds
 
-        self.until(ended, f"{job} ends", LOAD_SECONDS)
+        self.until(ended, f"{job} ends")
         print(self.summary(job))
         assert "Complete" in kinds, self.summary(job)
         return self.promises(job)

@@ -80,9 +80,9 @@ def sell(shop: Shop, job: str, rate: int) -> int:
 def test_while_the_rollout_of_the_api_is_stuck_nothing_is_sold_at_a_new_redis(
     shop: Shop, other_redis: Shop
 ) -> None:
-    shop.declare("stuck", STOCK)
-    shop.start_load("stuck", "stampede.js", ITEM_ID="stuck", STOCK=STOCK, RATE=10, DURATION="60s")
-    shop.selling("stuck")
+    stock = 1_000
+    shop.declare("stuck", stock)
+    shop.start_buyers("stuck", until="sold-out", RATE=10)
     change = ("--set=redis.existingSecret.name=new-redis", "--set=api.image.tag=9.9.9")
     shop.helm("upgrade", RELEASE, str(CHART), "--reuse-values", *change)
 
@@ -91,12 +91,13 @@ def test_while_the_rollout_of_the_api_is_stuck_nothing_is_sold_at_a_new_redis(
         return "flashsalectl adopt-redis" in shop.kubectl("logs", newest, check=False)
 
     shop.until(refused, "the new operator refuses the new address")
-    shop.still_selling("stuck")
-    promises = shop.end_load("stuck")
-    assert len(promises) == STOCK
+    shop.sell_more("stuck")
+    shop.start_load("rest", "persistent.js", ITEM_ID="stuck", UNTIL="sold-out", RATE=100)
+    promises = shop.end_load("rest") + shop.end_load("stuck")
+    assert len(promises) == stock
     assert other_redis.kubectl("exec", "redis-0", "--", "redis-cli", "dbsize").strip() == "0"
     shop.helm("rollback", RELEASE, *WAIT)
-    shop.check("stuck", STOCK, promises)
+    shop.check("stuck", stock, promises)
     shop.until_sale("stuck", "SoldOut")
     shop.agrees()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.shop import CHANGED, COMPONENTS, OUTLASTS, WAIT, Shop, block
+from tests.e2e.shop import CHANGED, COMPONENTS, WAIT, Shop, block
 from tests.support.manifests import flash_sale
 from tests.support.paths import CHART
 
@@ -49,14 +49,12 @@ def test_a_restricted_release_passes_helm_test(brand: Shop) -> None:
 
 def test_a_rollout_ends_in_a_full_quota(brand: Shop) -> None:
     brand.declare("full", 1_000_000)
-    brand.start_load("filling", "persistent.js", ITEM_ID="full", RATE=10, DURATION=OUTLASTS)
-    brand.selling("filling")
+    brand.start_buyers("full", RATE=10)
     pods = brand.get("resourcequota", "tenant")["status"]
     assert pods["used"]["pods"] == pods["hard"]["pods"]
     changed = [f"--set={component}.image.tag={CHANGED}" for component in COMPONENTS]
     brand.helm("upgrade", BRAND, str(CHART), "--reuse-values", *changed, *WAIT)
-    brand.still_selling("filling")
-    brand.check("full", 1_000_000, brand.end_load("filling"))
+    brand.check("full", 1_000_000, brand.end_buyers("full"))
 
 
 def test_a_quota_limits_the_flashsales_of_a_namespace(brand: Shop) -> None:

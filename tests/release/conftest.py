@@ -21,18 +21,19 @@ def release_tools(request: pytest.FixtureRequest) -> Path:
         return release()
 
 
-@pytest.fixture
-def registry(release_tools: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of an empty registry on loopback."""
+@pytest.fixture(scope="module")
+def registry(release_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a registry on loopback, which starts empty."""
     address = f"127.0.0.1:{free_port()}"
-    with (tmp_path / "registry.log").open("w") as log:
+    path = tmp_path_factory.mktemp("registry") / "log"
+    with path.open("w") as log:
         process = subprocess.Popen(
             [release_tools / "crane", "registry", "serve", "--address", address],
             stdout=log,
             stderr=log,
         )
     try:
-        eventually(lambda: _answers(address), (tmp_path / "registry.log").read_text)
+        eventually(lambda: _answers(address), path.read_text)
         yield address
     finally:
         process.terminate()

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import pytest
 import yaml
@@ -48,8 +48,17 @@ def documented_push() -> str:
     return str(command)
 
 
-def push_images(builder: Buildah, images: str) -> str:
-    """Run the documented command for another registry. Returns its output."""
+class Published(NamedTuple):
+    """Where the images are, and the output of the command that pushed them."""
+
+    images: str
+    output: str
+
+
+@pytest.fixture(scope="module")
+def published(builder: Buildah, registry: str) -> Published:
+    """The images, pushed with the documented command to the registry on loopback."""
+    images = f"{registry}/shop"
     environment = {
         **os.environ,
         "BUILDER": f"buildah --root {builder.folder}/store --runroot {builder.folder}/run",
@@ -70,15 +79,13 @@ def push_images(builder: Buildah, images: str) -> str:
         for name in DEPLOYABLES:  # the registry has them now
             builder.ask("rmi", "--force", f"{images}/flashsale/{name}:{VERSION}")
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return Published(images, done.stdout)
 
 
 def test_the_documented_command_pushes_images_that_the_chart_installs(
-    builder: Buildah, registry: str, release_tools: Path, tmp_path: Path
+    published: Published, release_tools: Path, tmp_path: Path
 ) -> None:
-    images = f"{registry}/shop"
-    output = push_images(builder, images)
-    flag = re.search(r"--set image\.registry=\S+", output)
+    flag = re.search(r"--set image\.registry=\S+", published.output)
     assert flag is not None
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(ADDRESSES))
     rendered = subprocess.run(
@@ -89,7 +96,7 @@ def test_the_documented_command_pushes_images_that_the_chart_installs(
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     wanted = set(re.findall(r'image: "(.+)"', rendered))
-    assert wanted == {f"{images}/flashsale/{name}:{VERSION}" for name in DEPLOYABLES}
+    assert wanted == {f"{published.images}/flashsale/{name}:{VERSION}" for name in DEPLOYABLES}
     for image in wanted:
         config = subprocess.run(
             [release_tools / "crane", "config", image], capture_output=True, text=True, check=True
@@ -100,10 +107,9 @@ def test_the_documented_command_pushes_images_that_the_chart_installs(
 
 
 def test_a_released_chart_installs_the_pushed_images_by_digest(
-    builder: Buildah, registry: str, tmp_path: Path
+    published: Published, tmp_path: Path
 ) -> None:
-    images = f"{registry}/shop"
-    push_images(builder, images)
+    images = published.images
     digests = dict(pushed(images, VERSION))
     listed = tmp_path / "digests"
     listed.write_text("".join(f"{name} {digest}\n" for name, digest in digests.items()))
@@ -147,8 +153,8 @@ def test_a_released_chart_installs_the_pushed_images_by_digest(
 
 
 def test_the_digests_of_images_that_are_not_pushed_are_an_error(registry: str) -> None:
-    with pytest.raises(StackError, match=r"shop/flashsale/api:0\.1\.0 has no digest"):
-        dict(pushed(f"{registry}/shop", VERSION))
+    with pytest.raises(StackError, match=r"other/flashsale/api:0\.1\.0 has no digest"):
+        dict(pushed(f"{registry}/other", VERSION))
 
 
 def test_a_push_without_a_registry_explains_itself() -> None:
