@@ -3,10 +3,10 @@
 import asyncio
 import itertools
 import os
+import secrets
 from collections import Counter
 
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import Phase
 from redis import Redis
 
 from dev.stack.servers import RedisServer
@@ -15,17 +15,13 @@ from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_operator.sales.recovery import Recovery
 from tests.model.scripts.item import Item
-from tests.model.scripts.rebuild_rules import RebuildRules
-from tests.model.scripts.sale_rules import SaleRules
 from tests.model.scripts.server import Connected, Fault
+from tests.model.scripts.stories import Stories
+from tests.support.sequences import run_sequences
 
 STEPS = 50
 SEARCH = 4_000
 """Sequences among which one must show a mistake. Most mistakes show within the first hundred."""
-
-
-class Scripts(SaleRules, RebuildRules):
-    """All calls and faults."""
 
 
 def compared(
@@ -50,20 +46,10 @@ def compared(
             itertools.count(),
             Counter(),
         )
-        machine = type("OnServer", (Scripts,), {"server": connected})
+        machine = type("OnServer", (Stories,), {"server": connected})
+        first = secrets.randbits(64) if os.environ.get("FLASHSALE_MODEL_RANDOM") == "1" else 0
         try:
-            run_state_machine_as_test(
-                machine,
-                settings=settings(
-                    max_examples=examples,
-                    stateful_step_count=STEPS,
-                    phases=phases,
-                    derandomize=os.environ.get("FLASHSALE_MODEL_RANDOM") != "1",
-                    database=None,
-                    deadline=None,
-                    suppress_health_check=list(HealthCheck),
-                ),
-            )
+            run_sequences(machine, examples, STEPS, first=first, phases=phases)
         finally:
             redis.close()
             runner.run(client.aclose())

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -50,8 +51,8 @@ FORMER = {"hold_ms": "0", "max_expired_holds": "3", "held": "0", "rebuilt": "0"}
 """Fields of the hash that the previous version does not write, and their meaning."""
 
 chances = st.sampled_from(range(100))
-stocks = st.sampled_from([8, 5, 12, 3, 4, 1, 0])
-limits = st.sampled_from([2, 3, 4, 1])
+stocks = st.sampled_from([20, 12, 40, 8, 5, 3, 1, 0])
+limits = st.sampled_from([3, 2, 4, 8, 1])
 pauses = st.sampled_from([False] * 10 + [True])
 holds = st.sampled_from([3_600, 290, 290, 0, 7_200])
 """Seconds of a hold. The grace of 290 s is a tenth of it, and that of an hour is 30 s."""
@@ -115,6 +116,19 @@ class Machine(RuleBasedStateMachine):
         self.revision = max(self.revision, manifest.revision)
         if expected in {Applied.SEEDED, Applied.CHANGED}:
             self.highest_limit = max(self.highest_limit, manifest.max_per_user)
+
+    def edit_sale(self, **changes: int) -> None:
+        """Applies the sale again, if there is one, with other numbers and a new revision."""
+        if self.model.sale is not None:
+            changes["revision"] = self.next_revision(1)
+            former = replace(self.hash.manifest, may_seed=False, replaces=None)
+            self.apply_manifest(replace(former, **changes))  # type: ignore[arg-type]
+
+    def close_sale(self, sale_id: str, revision: int, engine: str) -> None:
+        expected = sale_model.close(self.model, sale_id, revision, engine)
+        call = self.server.inventory.close(self.item, sale_id, revision, engine)
+        assert self.server.run(call) is expected
+        self.seen(f"close: {expected}")
 
     def spec(self, manifest: Manifest) -> SaleSpec:
         return SaleSpec(

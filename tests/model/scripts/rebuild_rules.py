@@ -19,24 +19,29 @@ from tests.model.scripts.machine import (
     OWN_ENGINE,
     PARTS,
     SALES,
-    Machine,
     chances,
     engines,
-    holds,
-    limits,
     stocks,
 )
+from tests.model.scripts.reservation_rules import ReservationRules
+
+miscounts = st.sampled_from(["", "reservations", "buyers", "holds"])
+"""What a first `trust` of a rebuild counts wrong."""
+interruptions = st.sampled_from(["", "", "undrained", "closed"])
+"""Why a rebuild before it cannot begin."""
 
 
-class RebuildRules(Machine):
+class RebuildRules(ReservationRules):
     """Restarts the server, loses keys, lets time pass, and rebuilds."""
 
     @rule(chance=chances)
     @precondition(lambda self: self.model.sale is not None and self.model.sale.run == THIS_RUN)
     def restart(self, chance: int) -> None:
         """Makes the hash look as if it was written under another run of the server."""
-        if chance > 40:
-            return
+        if chance < 40:
+            self.change_run()
+
+    def change_run(self) -> None:
         self.hash.run = OTHER_RUN
         self.set_field("run_id", OTHER_SERVER)
 
@@ -123,18 +128,21 @@ class RebuildRules(Machine):
         assert self.server.run(call) is expected
         self.seen(f"fence: {expected}")
 
-    @rule(wrong=st.sampled_from(["", "reservations", "buyers", "holds"]), early=st.booleans())
+    @rule(wrong=miscounts, early=interruptions)
     @precondition(lambda self: self.model.fenced)
-    def rebuild(self, wrong: str, early: bool) -> None:
+    def rebuild(self, wrong: str, early: str) -> None:
         """Rebuilds from a ledger that has recorded everything and whose row matches the hash.
 
-        An `early` rebuild before it does not wait for Kafka.
+        A rebuild before it is too `early`, because it does not wait for Kafka, or because the sale
+        is closed meanwhile.
         """
         if early:
-            steps: tuple[Step, ...] = ("fence", "begin")
-            for above, step in zip((1, 0), steps, strict=True):
-                sale = self.hash.manifest
-                self._fence(sale.sale_id, sale.engine, step, above, (0, 0), False, 50)
+            sale = self.hash.manifest
+            self._fence(sale.sale_id, sale.engine, "fence", 1, (0, 0), False, 50)
+            if early == "closed":
+                self.close_sale(sale.sale_id, self.next_revision(1), OWN_ENGINE)
+                self.drain_outbox()
+            self._fence(sale.sale_id, sale.engine, "begin", 0, (0, 0), False, 50)
         self.drain_outbox()
         manifest, closed = self.hash.manifest, self.hash.state == "closed"
         claim = self.revision = max(self.revision, manifest.revision) + 1
@@ -170,6 +178,8 @@ class RebuildRules(Machine):
                 spec, claim, step=step, engine_id=manifest.engine, closed=closed
             )
             assert answer is expected
+        own = self.keys
+        assert not self.server.redis.exists(own.buyers, own.reservations, own.holds)
         records = ledger.values()
         buyers = buyers_of(records)
         if ledger:
@@ -207,6 +217,7 @@ class RebuildRules(Machine):
     def lose(self, part: str, chance: int) -> None:
         if chance < 20:  # rare, because most calls after a loss do nothing
             self.lose_part(part)
+            self.crowd(chance % 6, 2)
 
     @rule(chance=chances)
     @precondition(lambda self: self.model.sale is not None)
@@ -237,24 +248,6 @@ class RebuildRules(Machine):
         sale.allocated = max(stock, sale.accepted - sale.released)
         self.set_field("revision", str(self.revision))
         self.set_field("allocated", str(sale.allocated))
-
-    @rule(stock=stocks, limit=limits, hold=holds)
-    @precondition(lambda self: self.model.useless(OWN_ENGINE))
-    def start_over(self, stock: int, limit: int, hold: int) -> None:
-        """Deletes all keys and seeds a sale, so that the rest of the sequence does something."""
-        manifest = Manifest(
-            SALES[0],
-            self.next_revision(1),
-            stock,
-            limit,
-            hold_seconds=hold,
-            may_seed=True,
-            engine=OWN_ENGINE,
-        )
-        self.apply_manifest(manifest)  # must not repair a lost sale
-        for part in PARTS:
-            self.lose_part(part)
-        self.apply_manifest(manifest)
 
 
 _STEPS: tuple[tuple[Step, Fenced], ...] = (

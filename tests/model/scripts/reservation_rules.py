@@ -26,8 +26,6 @@ from tests.model.scripts.machine import (
     places,
 )
 
-VERBS: tuple[reservation_model.Verb, ...] = ("confirm", "cancel")
-
 
 class ReservationRules(Machine):
     """Reserves, confirms, cancels, expires and settles."""
@@ -44,9 +42,9 @@ class ReservationRules(Machine):
     def reserve(
         self, wanted: list[tuple[int, int, int]], engine: str = OWN_ENGINE, place: int = 0
     ) -> None:
-        self._reserve([self._request(*one) for one in wanted], engine, place)
+        self.send([self._request(*one) for one in wanted], engine, place)
 
-    def _reserve(self, batch: list[Request], engine: str, place: int = 0) -> None:
+    def send(self, batch: list[Request], engine: str = OWN_ENGINE, place: int = 0) -> None:
         before = self.model.sale and replace(self.model.sale)
         fenced = self.model.fenced
         others = [Request("id", "user", 1)]
@@ -96,43 +94,6 @@ class ReservationRules(Machine):
         self.reserve([((first + n) % 6, 1, 99) for n in range(size)])
 
     @rule(
-        first=st.integers(0, 5),
-        fates=st.lists(
-            st.sampled_from(["confirm", "cancel", "expire", "expire"]), min_size=2, max_size=6
-        ),
-        hours=st.sampled_from([1, 3]),
-        drained=st.booleans(),
-        holding=st.sampled_from([True, True, True, False]),
-    )
-    def shop(self, first: int, fates: list[str], hours: int, drained: bool, holding: bool) -> None:
-        """Reserves, ends each hold in its way, and offers the units to other users.
-
-        In the end, the first users repeat their requests. Without `holding`, the sale then has no
-        more holds, and they want other units.
-        """
-        self.crowd(first, len(fates))
-        requests = self.used[-len(fates) :]
-        for verb in VERBS:
-            ended = [
-                Call(request.reservation_id, "a", TRACE)
-                for request, fate in zip(requests, fates, strict=True)
-                if fate == verb
-            ]
-            if ended:
-                self.change_records(verb, ended, OWN_ENGINE)
-        self.pass_hours(hours)
-        for limit in (1, 128):
-            self.expire(limit, OWN_ENGINE)
-        if drained:
-            self.drain_outbox()
-        self.crowd(first + 2, len(fates))
-        self._reserve(requests, OWN_ENGINE)
-        if not holding and self.model.sale is not None:
-            manifest = replace(self.hash.manifest, hold_seconds=0, revision=self.next_revision(1))
-            self.apply_manifest(replace(manifest, may_seed=False, replaces=None))
-            self.crowd(first, len(fates))
-
-    @rule(
         verb=st.sampled_from(["confirm", "confirm", "cancel"]),
         picks=st.lists(
             st.tuples(st.integers(0, 9), st.sampled_from(["a", "a", "a", "b", ""]), chances),
@@ -177,6 +138,8 @@ class ReservationRules(Machine):
     )
     def settle(self, picks: list[tuple[int, int]], place: int) -> None:
         """Settles entries. Some calls are wrong in an id or version, or settle an entry again."""
+        if not self.model.outbox:
+            self.crowd(picks[0][0] % 6, len(picks))
         outbox = [
             (entry_id, own_id, record.version)
             for entry_id, (own_id, record) in (self.model.outbox or {}).items()

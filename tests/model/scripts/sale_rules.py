@@ -13,6 +13,7 @@ from tests.model.scripts.item import Manifest
 from tests.model.scripts.machine import (
     OWN_ENGINE,
     SALES,
+    callers,
     chances,
     engines,
     expired_holds,
@@ -87,7 +88,7 @@ class SaleRules(ReservationRules):
                 paused=paused,
                 hold_seconds=hold,
                 may_seed=may_seed,
-                replaces=None if replaces is None else self._predecessor(other, *replaces),
+                replaces=None if replaces is None else self.predecessor(other, *replaces),
                 engine=engine,
             )
         )
@@ -113,65 +114,21 @@ class SaleRules(ReservationRules):
         self.apply_manifest(manifest)
 
     @rule(sale_id=st.sampled_from([SALES[0], *SALES]), above=revisions, chance=chances,
-          engine=engines)  # fmt: skip
+          engine=callers)  # fmt: skip
     def close(self, sale_id: str, above: int, chance: int, engine: str) -> None:
         if chance > 30 and above >= 0 and engine == OWN_ENGINE:
             return  # rare, because a closed sale accepts nothing more
         revision = self.next_revision(above)
-        self._close(sale_id, revision, engine)
+        self.close_sale(sale_id, revision, engine)
         if chance % 2:
-            self._close(sale_id, revision, engine)
-
-    def _close(self, sale_id: str, revision: int, engine: str) -> None:
-        expected = sale_model.close(self.model, sale_id, revision, engine)
-        call = self.server.inventory.close(self.item, sale_id, revision, engine)
-        assert self.server.run(call) is expected
-        self.seen(f"close: {expected}")
-
-    @rule(stock=stocks, limit=limits, hold=holds, freed=st.booleans(), chance=chances,
-          obstacle=st.sampled_from(["", "", "hold", "entry", "accepted", "released"]))  # fmt: skip
-    @precondition(lambda self: self.model.sale is not None)
-    def succeed(
-        self, stock: int, limit: int, hold: int, freed: bool, chance: int, obstacle: str
-    ) -> None:
-        """Closes the sale, and frees its keys or applies another sale in its place.
-
-        At most one thing stands against that: holds, entries in the outbox, or a ledger that has
-        another count of accepted or of released units.
-        """
-        if chance > 20:
-            return
-        if obstacle in {"hold", "entry"}:
-            self.reserve([(chance % 6, 1, 99)])
-        if obstacle != "hold":
-            self.confirm_holds()
-        former, revision = self.hash.manifest.sale_id, self.next_revision(1)
-        self._close(former, revision, OWN_ENGINE)
-        if obstacle != "entry":
-            self.drain_outbox()
-        difference = (obstacle == "accepted", (obstacle == "released") * (1 - chance % 2 * 2))
-        if freed:
-            self.free(former, 0, difference, OWN_ENGINE)
-            return
-        self.apply_manifest(
-            Manifest(
-                SALES[1 - SALES.index(former)],
-                self.next_revision(1),
-                stock,
-                limit,
-                hold_seconds=hold,
-                may_seed=True,
-                replaces=self._predecessor(former, *difference),
-                engine=OWN_ENGINE,
-            )
-        )
+            self.close_sale(sale_id, revision, engine)
 
     @rule(sale_id=st.sampled_from([SALES[0], *SALES]), above=st.sampled_from([0, 0, 0, -1]),
-          difference=differences, engine=engines)  # fmt: skip
+          difference=differences, engine=callers)  # fmt: skip
     def free(self, sale_id: str, above: int, difference: tuple[int, int], engine: str) -> None:
         sale = self.model.sale
         revision = above + (sale.manifest.revision if sale else self.revision)
-        _, accepted, released = self._predecessor(sale_id, *difference)
+        _, accepted, released = self.predecessor(sale_id, *difference)
         expected = sale_model.free(self.model, sale_id, revision, accepted, released, engine)
         call = self.server.inventory.free(
             self.item, sale_id, revision, accepted=accepted, released=released, engine_id=engine
@@ -198,7 +155,7 @@ class SaleRules(ReservationRules):
             found |= {reservation_id for reservation_id, _ in page}
         return found
 
-    def _predecessor(self, sale_id: str, accepted: int, released: int) -> Predecessor:
+    def predecessor(self, sale_id: str, accepted: int, released: int) -> Predecessor:
         """Returns the row of a sale with differences between the ledger and Redis."""
         sale = self.model.sale
         if sale is not None:

@@ -20,7 +20,7 @@ from flashsale_operator.sales.recovery import Fenced, Recovery
 from tests.model.scripts.comparison import compared
 from tests.model.scripts.mutations import OF_OPERATORS, OF_PODS
 
-EXAMPLES = int(os.environ.get("FLASHSALE_MODEL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("FLASHSALE_MODEL_EXAMPLES", "100"))
 NEWEST, *OTHERS = sorted(redis_binaries(), reverse=True)
 KINDS = [NEWEST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)]
 """The quick tests compare one server with the model."""

@@ -9,7 +9,6 @@ themselves.
 from dataclasses import replace
 from typing import NamedTuple
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -30,6 +29,7 @@ from flashsale_operator.sales.decision import (
 )
 from flashsale_operator.sales.reconciler import MAX_STEPS
 from tests.support.observations import NOW_MS, OTHER, SPEC, a_row, a_sale
+from tests.support.sequences import run_sequences
 
 SALE_IDS = (SPEC.sale_id, OTHER.sale_id)
 specs = st.builds(
@@ -283,5 +283,5 @@ class World(RuleBasedStateMachine):
         return Applied.CHANGED
 
 
-TestWorld = World.TestCase
-TestWorld.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+def test_no_sale_sells_more_units_than_it_was_allocated() -> None:
+    run_sequences(World, 300, steps=30)
