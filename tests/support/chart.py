@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import pytest
-import yaml
 
+from tests.support.manifests import parsed
 from tests.support.paths import CHART
 
 Manifest = dict[str, Any]
@@ -39,7 +39,7 @@ class Rendered:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        found = [each for each in yaml.safe_load_all(text) if each]
+        found = parsed(text)
         hooks = [each for each in found if "helm.sh/hook" in str(each["metadata"])]
         return cls([each for each in found if each not in hooks], hooks)
 

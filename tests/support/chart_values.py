@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any, Final
 
-import yaml
-
+from tests.support.manifests import documents
 from tests.support.paths import CHART
 
 README: Final = CHART / "README.md"
@@ -32,12 +33,13 @@ class Value:
 
 def defaults() -> dict[str, Any]:
     """Return the chart's default values."""
-    loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    (loaded,) = documents(CHART / "values.yaml")
     return loaded
 
 
 def values() -> Iterator[Value]:
     """Yield each value with the comment above it, in the order of values.yaml."""
+    nested = defaults()
     parents: list[tuple[int, str]] = []
     comment: list[str] = []
     for line in (CHART / "values.yaml").read_text().splitlines():
@@ -49,7 +51,7 @@ def values() -> Iterator[Value]:
                 parents.pop()
             path = ".".join([*(name for _, name in parents), key])
             if rest:
-                yield Value(path, _at(path), " ".join(comment))
+                yield Value(path, reduce(getitem, path.split("."), nested), " ".join(comment))
             else:
                 parents.append((indent, key))
             comment = []
@@ -79,13 +81,6 @@ def readme() -> str:
     before, rest = README.read_text().split(_MARKS[0])
     after = rest.split(_MARKS[1])[1]
     return f"{before}{_MARKS[0]}{tables()}{_MARKS[1]}{after}"
-
-
-def _at(path: str) -> object:
-    found: Any = defaults()
-    for key in path.split("."):
-        found = found[key]
-    return found
 
 
 if __name__ == "__main__":

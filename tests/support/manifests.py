@@ -23,9 +23,14 @@ def flash_sale(
     }
 
 
+def parsed(text: str) -> list[dict[str, Any]]:
+    """Return the manifests of a text. The parser in C is ten times as fast as `safe_load`."""
+    return [each for each in yaml.load_all(text, Loader=yaml.CSafeLoader) if each]
+
+
 def documents(file: Path) -> list[dict[str, Any]]:
     """Return the manifests of a file of the repository."""
-    return [each for each in yaml.safe_load_all((ROOT / file).read_text()) if each]
+    return parsed((ROOT / file).read_text())
 
 
 def with_stand_ins(file: Path) -> list[dict[str, Any]]:
@@ -34,7 +39,7 @@ def with_stand_ins(file: Path) -> list[dict[str, Any]]:
     Their containers request little CPU, because the node is small.
     """
     text = re.sub("@sha256:[0-9a-f]{64}", "", (ROOT / file).read_text())
-    found = [each for each in yaml.safe_load_all(text) if each]
+    found = parsed(text)
     for each in found:
         if each["kind"] in ("StatefulSet", "Job"):
             (container,) = each["spec"]["template"]["spec"]["containers"]
