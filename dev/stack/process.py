@@ -59,6 +59,7 @@ class Server(ABC):
     # The signal that ends it at once after this process has died.
     orphan_signal: ClassVar[signal.Signals] = signal.SIGKILL
     stop_seconds: ClassVar[float] = 30.0
+    stop_tries: ClassVar[int] = 1
 
     def __init__(self, data: Path, port: int | None = None, *, detached: bool = False) -> None:
         """`data` is created if it is missing. Without `port`, a free port is chosen and kept."""
@@ -126,11 +127,12 @@ class Server(ABC):
         if self.pid is None or self._process is None:
             return
         lifeline.send(lifeline.family(self._process.pid), signal.SIGCONT)
-        lifeline.send([self._process.pid], self.stop_signal)
-        if self._process.wait(self.stop_seconds):
-            self._forget()
-        else:
-            self.kill()
+        for _ in range(self.stop_tries):
+            lifeline.send([self._process.pid], self.stop_signal)
+            if self._process.wait(self.stop_seconds / self.stop_tries):
+                self._forget()
+                return
+        self.kill()
 
     def kill(self) -> None:
         """Kill the server and its children, and return when they are dead."""

@@ -15,6 +15,8 @@ class RedisServer(Server):
     """A server with an append-only file that never evicts keys."""
 
     name: ClassVar[str] = "redis"
+    # It does not stop while it writes its first append-only file, so it is asked again.
+    stop_tries: ClassVar[int] = 60
 
     def __init__(  # noqa: PLR0913 - each is a setting with a default
         self,
@@ -65,6 +67,8 @@ class RedisServer(Server):
             # A server that forgets its former replication id would be trusted after a failover
             # and back.
             "repl-backlog-ttl": "0",
+            # A new replica need not wait for others to copy the data with it.
+            "repl-diskless-sync-delay": "0",
             # A title would overwrite the environment in /proc, by which `make down` finds it.
             "set-proc-title": "no",
         }
@@ -75,8 +79,6 @@ class RedisServer(Server):
                 "cluster-node-timeout": "5000",
                 # The loss of one shard must not stop the others.
                 "cluster-require-full-coverage": "no",
-                # A new replica need not wait for others to copy the data with it.
-                "repl-diskless-sync-delay": "0",
             }
         arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return [str(self.binary or default_binary()), *arguments, *self.options]
