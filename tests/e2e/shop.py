@@ -23,7 +23,7 @@ CHANGED: Final = "changed"
 """The tag of a second image of each deployable, for upgrades."""
 COMPONENTS: Final = ("api", "consumer", "operator")
 SECONDS: Final = 120.0
-"""How long a rollout may take, or a load test may take to begin. A test that meets it fails."""
+"""How long a rollout may take, or a load test to begin or to end. A test that meets it fails."""
 PAUSE_SECONDS: Final = 0.5
 """How often kubectl asks for a state."""
 MORE: Final = 20
