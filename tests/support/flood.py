@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 from dev.crowd import Answered, Connection, reserve_request
 from dev.services import ApiServer
 from flashsale import keys
-from tests.support.wire import resident
+from tests.support.eventually import until
+from tests.support.wire import GET, resident
 
 OPENING: Final = 200
 """Connections that are opened at a time, so that the listening socket's queue does not overflow."""
@@ -31,13 +32,31 @@ def allow_connections(number: int) -> None:
 
 
 async def open_connections(url: str, number: int, answered: Answered) -> Sequence[Connection]:
-    """Open keep-alive connections."""
+    """Open keep-alive connections. `answered` does not get the first answer of each.
+
+    A new connection without a request is reset after 10 to 20 s, before a slow machine opens all.
+    """
+    fresh: set[Connection] = set()
+
+    def answered_again(connection: Connection, status: int, body: bytes) -> None:
+        if connection in fresh:
+            fresh.discard(connection)
+        else:
+            answered(connection, status, body)
+
     opened: list[Connection] = []
     while len(opened) < number:
-        some = min(OPENING, number - len(opened))
-        opened += await asyncio.gather(
-            *(Connection.open(url, answered, lambda _, __: None) for _ in range(some))
+        some = await asyncio.gather(
+            *(
+                Connection.open(url, answered_again, lambda _, __: None)
+                for _ in range(min(OPENING, number - len(opened)))
+            )
         )
+        fresh.update(some)
+        for connection in some:
+            connection.send(GET)
+        await until(lambda: not fresh)
+        opened += some
     return opened
 
 
