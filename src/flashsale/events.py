@@ -5,7 +5,7 @@ not matter. Of two events of a reservation, the one with the higher `version` is
 """
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -34,6 +34,9 @@ CONTENT_TYPE: Final = b"application/json"
 
 
 Time = Annotated[datetime, Meta(tz=True)]
+_FIRST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_END: Final = datetime(9999, 1, 1, tzinfo=UTC)
+"""A rebuild writes times to Redis in Unix milliseconds, which the scripts read without a sign."""
 
 
 class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -136,6 +139,15 @@ def decode(value: bytes | None) -> Event:
         event = _decoder.decode(value.replace(_FORMER_STATE, b'"state":"confirmed"'))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractViolation(f"not a reservation event: {error}") from error
+    for name, time in (
+        ("occurredAt", event.accepted_at),
+        ("expiresAt", event.expires_at),
+        ("confirmedAt", event.confirmed_at),
+    ):
+        if time is not None and not _FIRST <= time < _END:
+            raise ContractViolation(
+                f"not a reservation event: {name} must be in the years 1970 to 9998"
+            )
     if event.state == "confirmed" and event.confirmed_at is None:
         # A pod of the previous version published it. That version had no holds.
         return msgspec.structs.replace(event, confirmed_at=event.accepted_at)

@@ -38,7 +38,7 @@ from tests.support.recording import record
 
 
 async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
-    good = [accepted(number) for number in range(40)]
+    good = [accepted(number) for number in range(50)]
     valid = events.encode(accepted())
     bad: list[bytes | None] = [
         b"not JSON",
@@ -54,7 +54,14 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
         b"",
         None,
         events.encode(accepted(accepted_at=BEYOND_POSTGRESQL)),
+        events.encode(held(accepted_at=datetime(1969, 12, 31, tzinfo=UTC))),
+        events.encode(held(expires_at=datetime.max.replace(tzinfo=UTC))),
+        events.encode(accepted(user_id="refused-by-postgresql")),
     ]
+    # The rules for events are stricter than the ledger's own, so give it another one.
+    await ledger.pool.execute(
+        "ALTER TABLE reservations ADD CHECK (user_id <> 'refused-by-postgresql')"
+    )
     async with running(ledger.url, log) as worker:
         for number, value in enumerate(bad):
             await log.write(*good[3 * number : 3 * number + 3], value, partition=0)

@@ -121,6 +121,11 @@ def test_a_pod_of_the_previous_version_publishes_no_time_of_confirmation() -> No
         {"orderRef": ""},
         {"expiresAt": "2026-11-23T14:09:14"},
         {"confirmedAt": 1},
+        {"occurredAt": "1969-12-31T23:59:59.999Z"},
+        {"occurredAt": "1970-01-01T00:00:00+00:01"},
+        {"occurredAt": "0001-01-01T00:00:00+14:00"},
+        {"expiresAt": "9999-01-01T00:00:00Z"},
+        {"confirmedAt": "9999-12-31T23:59:59.999999-14:00"},
     ],
 )
 def test_an_invalid_event_is_refused_with_the_reason(changes: dict[str, object]) -> None:
