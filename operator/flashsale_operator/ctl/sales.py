@@ -4,12 +4,12 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
-import yaml
 
 from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, SaleState, rfc3339_of_ms
 from flashsale_operator.ctl.tables import table
+from flashsale_operator.sales import documents
 from flashsale_operator.sales.decision import counted, spec_of, state_of
 
 
@@ -149,8 +149,7 @@ def json_of(sales: Sequence[SaleView]) -> str:
 
 def yaml_of(sales: Sequence[SaleView]) -> str:
     """Returns a YAML sequence, also of one sale."""
-    found: str = yaml.safe_dump(msgspec.to_builtins(sales), sort_keys=False, allow_unicode=True)
-    return found.rstrip("\n")
+    return documents.yaml_of(msgspec.to_builtins(sales))
 
 
 FORMATS: Final[dict[str, Callable[[Sequence[SaleView]], str]]] = {
@@ -194,8 +193,7 @@ class Changes:
     def _document(self, sale: SaleView) -> str:
         if self._output == "json":
             return msgspec.json.encode(sale).decode()
-        document = yaml.safe_dump(msgspec.to_builtins(sale), sort_keys=False, allow_unicode=True)
-        return f"---\n{document}".rstrip("\n")
+        return f"---\n{documents.yaml_of(msgspec.to_builtins(sale))}"
 
 
 def description(sale: SaleView, reservations: Mapping[str, int]) -> str:

@@ -1,6 +1,7 @@
 """Read the documents of YAML and JSON texts as kubectl reads them, but more strictly.
 
-kubectl reads YAML 1.1 with Go's number formats. A test compares both on the same scalars.
+YAML is written so that kubectl and `documents_of` read the same values. kubectl reads YAML 1.1 with
+Go's number formats. A test compares both on the same scalars.
 """
 
 import json
@@ -37,6 +38,12 @@ def documents_of(text: str) -> list[Any]:
         raise UnreadableText(f"not YAML: {_one_line(error)}") from None
     except RecursionError:
         raise UnreadableText("not YAML: nested too deeply") from None
+
+
+def yaml_of(document: object) -> str:
+    """Returns a document as YAML."""
+    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text.rstrip("\n")
 
 
 def _json(text: str) -> Iterator[Any]:
@@ -121,6 +128,10 @@ class _Loader(yaml.SafeLoader):
                 yield key_node.value
 
 
+class _Dumper(yaml.SafeDumper):
+    """Also quotes a text that only kubectl would read as a number or a boolean: 5e10, 0o17, y."""
+
+
 _BOOLEANS: Final = {
     **dict.fromkeys(("y", "Y", "yes", "Yes", "YES", "on", "On", "ON"), True),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -163,6 +174,7 @@ for _tag, _pattern, _first in (
     ("merge", r"^<<\Z", "<"),
     ("null", r"^(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
 ):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.ASCII), list(_first)
-    )
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.ASCII), list(_first)
+        )

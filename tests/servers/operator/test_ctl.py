@@ -23,6 +23,7 @@ from flashsale.keys import ItemKeys
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
+from flashsale_operator.sales.documents import documents_of
 from flashsale_operator.sales.manifest import parse
 from tests.support.ctl import HEAD, SAMPLE, Ctl, Within, a_file
 from tests.support.manifests import flash_sale
@@ -141,6 +142,23 @@ def test_the_sales_are_json_and_yaml_with_the_same_fields(ctl: Ctl) -> None:
     assert ctl("get", "-o", "json") == (0, ["[]"], [])
     assert ctl("get", "-o", "yaml") == (0, ["[]"], [])
     assert ctl("get") == (1, [], ["flashsalectl: there are no sales"])
+
+
+def test_a_text_that_kubectl_reads_as_another_value_is_quoted_in_yaml(
+    ctl: Ctl, tmp_path: Path
+) -> None:
+    names = {"5e10": "y", "0o17": "1.5e3", "n": "No", "1e3": "08", "ticket": "null"}
+    file = tmp_path / "sales.json"
+    sales = [
+        flash_sale(f"sale-{number}", item, stock=1, displayName=name)
+        for number, (item, name) in enumerate(names.items())
+    ]
+    file.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": sales}))
+    assert ctl("apply", "-f", str(file))[0] == 0
+    text = "\n".join(ctl("get", "-o", "yaml")[1])
+    [listed] = documents_of(text)
+    assert {sale["itemId"]: sale["displayName"] for sale in listed} == names
+    assert yaml.safe_load(text) == listed == json.loads("\n".join(ctl("get", "-o", "json")[1]))
 
 
 def test_the_wide_table_has_more_columns(ctl: Ctl) -> None:
