@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import click
 from click.shell_completion import get_completion_class
@@ -60,6 +61,8 @@ def main() -> None:
     if sys.stdout is None:  # after `>&-`
         print("flashsalectl: the output cannot be written: it is closed", file=sys.stderr)
         sys.exit(1)
+    # As kubectl, whatever the locale is. The name of a file can have bytes that are not UTF-8.
+    cast("TextIOWrapper", sys.stdout).reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         folder = Path.cwd()
     except OSError:  # it was removed

@@ -161,6 +161,27 @@ def test_a_text_that_kubectl_reads_as_another_value_is_quoted_in_yaml(
     assert yaml.safe_load(text) == listed == json.loads("\n".join(ctl("get", "-o", "json")[1]))
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8"])
+def test_the_output_is_utf_8_in_every_locale(
+    ctl: Ctl, environ: dict[str, str], tmp_path: Path, encoding: str
+) -> None:
+    ctl("apply", "-f", a_file(tmp_path, displayName="Écouteurs 🎧"))
+    program = Path(sys.executable).with_name("flashsalectl")
+    file = os.fsencode(tmp_path) + b"/r\xe9sum\xe9.html"
+    for arguments, expected in (
+        (("describe", "iphone_15"), "Écouteurs 🎧".encode()),
+        (("report", "iphone_15", "--html", file), b"the report is in " + file),
+    ):
+        done = subprocess.run(
+            [program, *arguments],
+            env=os.environ | environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert expected in done.stdout
+
+
 def test_the_wide_table_has_more_columns(ctl: Ctl) -> None:
     ctl("apply", "-f", str(SAMPLE))
     _, [head, line], _ = ctl("get")
