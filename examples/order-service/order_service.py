@@ -19,7 +19,8 @@ newest: dict[str, tuple[int, bool]] = {}  # in a real shop, two columns of its o
 
 async def receive(data: dict, options: argparse.Namespace) -> None:
     """Act on a message, unless the same or a newer one was received before."""
-    identity, rank = data["reservationId"], (data["version"], data["verdict"] == "recorded")
+    identity = f"{data['saleId']}/{data['reservationId']}"
+    rank = (data["version"], data["verdict"] == "recorded")
     if rank > newest.get(identity, (0, False)):
         held = data["state"] == "held"
         decision = await charge(data, options) if held else DECISIONS[data["state"]]

@@ -1,12 +1,14 @@
 """The example of an order service, on a whole engine. Its decisions must agree with the ledger."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.support.api import reserve
 from tests.support.consumer import opened
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
+from tests.support.manifests import flash_sale
 from tests.support.paths import ROOT
 from tests.support.recorded import in_ledger, read_all, received
 from tests.support.redis_users import OPERATOR, of_api, url_of
@@ -157,3 +160,34 @@ async def test_the_example_decides_on_every_hold_as_the_ledger_has_it(
     assert len(written) >= 2 * statuses[202]
     for record in written:
         asyncapi.check("event", asyncapi.headers_of(record), msgspec.json.decode(record.value))
+
+
+async def test_the_example_ships_an_order_of_a_later_sale_with_the_same_key(
+    addresses: Addresses,
+    api: ApiServer,
+    consumer: ConsumerServer,  # noqa: ARG001 - it runs
+    service: OrderService,
+    item: str,
+) -> None:
+    """The reservation has the same id. The versions of the later sale begin at 1 again."""
+    for sale_id in (f"default/{item}", f"default/{item}-2"):
+        manifest = flash_sale(sale_id.partition("/")[2], item, stock=1)
+        applied = await flashsalectl(addresses, "apply", "-f", "-", stdin=json.dumps(manifest))
+        assert applied.returncode == 0, applied.stderr
+        async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
+
+            async def accepted() -> bool:
+                return (await reserve(buyer, item, "ann", 1, "k" * 32)).status_code == 202
+
+            await until(accepted)
+        await until(partial(_shipped, service, sale_id), service.decisions)
+        deleted = await flashsalectl(addresses, "delete", item)
+        assert deleted.returncode == 0, deleted.stderr
+    ids = {each["reservationId"] for each in service.decisions() if each["itemId"] == item}
+    assert len(ids) == 1
+
+
+def _shipped(service: OrderService, sale_id: str) -> bool:
+    return any(
+        (each["saleId"], each["decision"]) == (sale_id, "ship") for each in service.decisions()
+    )
