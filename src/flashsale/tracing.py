@@ -5,11 +5,13 @@ The API decides once per request whether to trace it. The decision travels in th
 """
 
 import random
+import re
 import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from flashsale import __version__
 from flashsale.errors import SettingsError
@@ -33,6 +35,11 @@ _NUMBERS: Final = (
     "OTEL_BSP_MAX_QUEUE_SIZE",
     "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
 )
+_HEADERS: Final = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
+_HEADER: Final = re.compile(
+    r"[!\x23-\x27*+.0-9A-Z\x5e-\x7a|~-]+[ \t]*=[ \t]*[ !\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]*"
+)
+"""A header as the SDK accepts it."""
 # Last digits of flags with the sampled bit, which is the lowest bit.
 _ODD: Final = frozenset("13579bdf")
 # Per sampler: whether it follows the caller, and its ratio. None means OTEL_TRACES_SAMPLER_ARG.
@@ -121,6 +128,18 @@ def _check_values(environ: Mapping[str, str]) -> None:
     for name in _NUMBERS:
         if not environ.get(name, "1").isdecimal():
             raise SettingsError(f"{name} is wrong: expected an integer of 0 or more")
+    for name in _HEADERS:
+        # The SDK and requests log a wrong header with its value, which is often a secret.
+        headers = [header.strip() for header in environ.get(name, "").split(",")]
+        if any(
+            not _HEADER.fullmatch(header) or re.search(r"[\r\n]", unquote(header))
+            for header in headers
+            if header
+        ):
+            raise SettingsError(
+                f"{name} is wrong: expected name=value[,name=value...], with special characters in "
+                "percent-encoding"
+            )
     if environ.get(_CONTEXT, "contextvars_context") != "contextvars_context":
         raise SettingsError(f"{_CONTEXT} is wrong: only contextvars_context is supported")
     if given := environ.get(_DETECTORS):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.sampling import (
     TraceIdRatioBased,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util import re as headers_of_sdk
 
 from flashsale.errors import SettingsError
 from flashsale.tracing import Sampling, fields, sampled, wanted
@@ -92,11 +94,33 @@ def test_one_request_in_a_hundred_is_traced_by_default(
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "-1"),
         ("OTEL_PYTHON_CONTEXT", "nope"),
         ("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "otel,nope"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api-key: secret"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,secret"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", 'api-key="secret"'),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "api-key=sec%0Aret"),
     ],
 )
 def test_an_error_names_the_wrong_variable(variable: str, value: str) -> None:
-    with pytest.raises(SettingsError, match=f"^{variable} is wrong: "):
+    with pytest.raises(SettingsError, match=f"^{variable} is wrong: ") as refused:
         wanted({**ENDPOINT, variable: value})
+    assert "secret" not in str(refused.value)
+
+
+@given(st.text(st.sampled_from('aZ~-%_=,;:"\\/ \t\n(é')))
+@example("Authorization=Bearer a b, X-Scope = 1,,")
+@example("a=b\n,c=d")
+def test_headers_are_refused_if_the_sdk_would_log_their_values(headers: str) -> None:
+    own = {**ENDPOINT, "OTEL_EXPORTER_OTLP_HEADERS": headers}
+    try:
+        wanted(own)
+    except SettingsError:
+        refused = True
+    else:
+        refused = False
+    with patch.object(headers_of_sdk, "_logger") as log:
+        headers_of_sdk.parse_env_headers(headers.rstrip("\r\n"), liberal=True)
+    logged = [call.args[1] for call in log.warning.call_args_list]
+    assert refused == any(header.strip() for header in logged)
 
 
 @pytest.mark.parametrize("module", ["flashsale_api", "flashsale_consumer"])
@@ -107,6 +131,24 @@ def test_an_error_names_the_wrong_variable(variable: str, value: str) -> None:
 def test_a_value_that_the_sdk_refuses_ends_a_process_with_one_line(
     tmp_path: Path, module: str, variable: str, value: str
 ) -> None:
+    done = ended(tmp_path, module, variable, value)
+    assert done.returncode == 2
+    assert done.stderr.startswith("a variable OTEL_* is wrong: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["flashsale_api", "flashsale_consumer"])
+def test_the_value_of_a_wrong_header_is_not_logged(tmp_path: Path, module: str) -> None:
+    done = ended(tmp_path, module, "OTEL_EXPORTER_OTLP_HEADERS", "api-key: secret")
+    assert done.returncode == 2
+    assert done.stderr.startswith("OTEL_EXPORTER_OTLP_HEADERS is wrong: expected name=value")
+    assert "secret" not in done.stderr
+
+
+def ended(
+    tmp_path: Path, module: str, variable: str, value: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a process with a variable until it ends."""
     environ = {
         **without_servers(tmp_path),
         "FLASHSALE_LISTEN": "127.0.0.1:0",
@@ -114,7 +156,7 @@ def test_a_value_that_the_sdk_refuses_ends_a_process_with_one_line(
         **ENDPOINT,
         variable: value,
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", module],
         env=environ,
         capture_output=True,
@@ -122,9 +164,6 @@ def test_a_value_that_the_sdk_refuses_ends_a_process_with_one_line(
         timeout=60,
         check=False,
     )
-    assert done.returncode == 2
-    assert done.stderr.startswith("a variable OTEL_* is wrong: ")
-    assert done.stderr.count("\n") == 1
 
 
 @given(
