@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, cast
 
 import asyncpg
 
@@ -196,15 +196,19 @@ async def _connection(
 async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Connection]:
     """Opens a transaction. With `snapshot` it only reads, and always the same state.
 
+    Otherwise each statement sees the commits before it, whatever the database's default. A
+    statement after the wait for a lock must see the changes of the lock's last holder.
+
     PostgreSQL ends it if its process stands still or is cut off for `IDLE_SECONDS`. Otherwise its
     locks would stop all other processes, for hours if the process' machine is gone.
     """
+    isolation: Literal["repeatable_read", "read_committed"] = (
+        "repeatable_read" if snapshot else "read_committed"
+    )
     async with (
         translated(),
         pool.acquire() as connection,
-        connection.transaction(
-            isolation="repeatable_read" if snapshot else None, readonly=snapshot
-        ),
+        connection.transaction(isolation=isolation, readonly=snapshot),
     ):
         await connection.execute(_END_IDLE.format(IDLE_SECONDS))
         yield connection

@@ -265,7 +265,7 @@ class World:
             case Kind.CUT_REDIS:
                 await self.redis.cut(step.amount)
             case Kind.CUT_POSTGRES:
-                self.postgres_proxy.cut_replies(b"COMMIT", step.amount)
+                self.postgres_proxy.cut_replies(b"COMMIT;", step.amount)
             case _:
                 self.kafka_proxy.cut_all()
 

@@ -197,14 +197,13 @@ async def connected(url: str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
-async def waits(connection: Connection) -> bool:
-    """Whether another session waits for a lock of this connection."""
-    return bool(
-        await connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
-        )
+async def waits(connection: Connection, least: int = 1) -> bool:
+    """Whether other sessions wait for a lock of this connection, at least this many."""
+    waiting: int = await connection.fetchval(
+        "SELECT count(*) FROM pg_locks"
+        " WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
     )
+    return waiting >= least
 
 
 @dataclass

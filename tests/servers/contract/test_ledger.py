@@ -234,6 +234,24 @@ async def test_a_migration_waits_for_a_working_consumer_of_the_previous_version(
     await own.close()
 
 
+async def test_a_migration_that_waited_for_another_process_sees_its_tables(
+    database_url: str,
+) -> None:
+    """Also if each transaction of the database sees only its beginning by default."""
+    async with connected(database_url) as other:
+        name = await other.fetchval("SELECT current_database()")
+        await other.execute(
+            f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'"
+        )
+        own = await ledger.connect(database_url)
+        async with other.transaction():
+            await other.execute("SELECT pg_advisory_xact_lock($1)", ledger._MIGRATION_LOCK)
+            migrations = [asyncio.create_task(ledger.migrate(own)) for _ in range(2)]
+            await until(lambda: waits(other, 2), "both migrations wait")
+        assert await asyncio.gather(*migrations) == [LATEST, LATEST]
+    await own.close()
+
+
 @pytest.mark.slow
 async def test_recording_does_not_wait_for_a_migration_that_waits_for_a_backup(
     database_url: str,

@@ -391,7 +391,7 @@ async def test_lost_units_are_reported_if_the_reply_to_their_commit_is_lost(
         host = url.netloc.rpartition(":")[0]
         pool = await ledger.connect(url._replace(netloc=f"{host}:{proxy.port}").geturl())
         rebuilder = Rebuilder(shop.inventory, pool, shop.drain)
-        proxy.cut_replies(b"COMMIT", 1)
+        proxy.cut_replies(b"COMMIT;", 1)
         with pytest.raises(LedgerUnavailable):
             await rebuilder.rebuild(await shop.row(spec.sale_id))
         assert (await shop.row(spec.sale_id)).lost == 1

@@ -22,7 +22,14 @@ from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.reconciler import _HOLD_EXPIRED, _REFUSED, UnknownSale
+from flashsale_operator.sales.reconciler import (
+    _HOLD_EXPIRED,
+    _LOCK_ITEM,
+    _REFUSED,
+    UnknownSale,
+)
+from tests.support.consumer import connected, waits
+from tests.support.eventually import until
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -213,6 +220,25 @@ async def test_of_two_new_sales_only_one_gets_the_item(
     shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
 ) -> None:
     results = await asyncio.gather(shop.apply(spec), shop.apply(other))
+    assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
+    assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
+
+
+async def test_a_sale_that_waited_for_the_items_lock_sees_the_other_sale(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec, database_url: str
+) -> None:
+    """Also if each transaction of the database sees only its beginning by default."""
+    async with connected(database_url) as holder:
+        name = await holder.fetchval("SELECT current_database()")
+        await holder.execute(
+            f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'"
+        )
+        await shop.pool.expire_connections()
+        async with holder.transaction():
+            await holder.execute(_LOCK_ITEM, shop.engine, spec.item_id)
+            applied = [asyncio.create_task(shop.apply(each)) for each in (spec, other)]
+            await until(lambda: waits(holder, 2), "both sales wait for the lock")
+        results = await asyncio.gather(*applied)
     assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
     assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
 
