@@ -1,5 +1,6 @@
 """Servers that fail and return without help, and operators that die or run twice."""
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 
 from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer
+from flashsale import events
 from tests.support.cluster import World, reserve, reserve_until
 from tests.support.eventually import eventually
+from tests.support.topics import create_topic
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +113,8 @@ def test_a_fenced_sale_names_a_missing_kafka_and_is_rebuilt_when_it_returns(
     world.redis.restart()
     world.until("quiet", state="Fenced", ready="KafkaUnavailable")
     with kafka:
+        topic = events.topic(world.addresses.engine)
+        asyncio.run(create_topic(kafka.bootstrap, topic, 1))
         world.until("quiet", state="Selling", ready="Applied")
     assert world.events("quiet") == ["Opened", "Fenced", "Opened"]
 

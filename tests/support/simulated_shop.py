@@ -55,7 +55,7 @@ class SimulatedShop:
 
     redis: "Redis"
     pool: ledger.Pool
-    topic: dict[int, Span] = field(default_factory=dict)
+    topic: dict[int, Span] = field(default_factory=lambda: {0: Span(0, 0)})
     patience: Patience = QUICK
     engine: str = DEFAULT_ENGINE
 

@@ -18,7 +18,7 @@ from flashsale import events, heartbeat, ledger
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
 from flashsale_operator.sales.decision import counted
-from flashsale_operator.sales.offsets import Span, faults
+from flashsale_operator.sales.offsets import UNSEEN, Span, faults
 
 CALL_DEADLINE_MS: Final = 1_500
 """Longer than an API pod waits for a script. A heartbeat that is sampled this long after the sale
@@ -93,6 +93,9 @@ class Drain:
         patience = self.patience
         await self._until(unpublished, progress, patience.quiet, at_least=patience.unseen)
         topic = await self._spans()
+        if not topic:
+            # It may have events that the ledger has not read. It would refuse them later.
+            raise NotDrained(UNSEEN)
 
         async def unread() -> tuple[str, ...]:
             await keep_fenced()

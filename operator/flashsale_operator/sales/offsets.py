@@ -13,6 +13,10 @@ from flashsale.errors import FlashsaleError
 from flashsale.settings import KafkaSettings
 
 TIMEOUT_SECONDS: Final = 10
+UNSEEN: Final = (
+    "Kafka does not show the topic of reservations: a consumer creates it, and this user needs "
+    "Describe on it"
+)
 
 
 class KafkaUnavailable(FlashsaleError):
@@ -27,7 +31,9 @@ class Span(NamedTuple):
 
 
 async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
-    """Returns the span of each partition of the engine's topic, or none if it does not exist.
+    """Returns the span of each partition of the engine's topic.
+
+    Returns none if the topic does not exist, and if the user may not describe it.
 
     Raises `KafkaUnavailable`.
     """
@@ -71,6 +77,8 @@ def behind(topic: Mapping[int, Span], stored: Mapping[int, int]) -> int:
 
 def faults(topic: Mapping[int, Span], stored: Mapping[int, int]) -> tuple[str, ...]:
     """Describes records that are missing from the topic. To read on cannot fix these faults."""
+    if stored and not topic:
+        return (UNSEEN,)
     found = []
     for number in sorted({*topic, *stored}):
         next_offset, (first, end) = stored.get(number, 0), topic.get(number, Span(0, 0))

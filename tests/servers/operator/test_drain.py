@@ -12,7 +12,7 @@ from flashsale import heartbeat, ledger
 from flashsale.clocks import ServerTime
 from flashsale.sale import SaleSpec
 from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience, Progress
-from flashsale_operator.sales.offsets import KafkaUnavailable, Span
+from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, Span
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -185,6 +185,14 @@ async def test_a_topic_that_lost_records_is_never_drained(
     shop.topic[0] = Span(0, 5)
     found = await not_drained(shop, sold)
     assert found[0].startswith("partition 0 ends at offset 5, but the ledger has read to 9")
+
+
+async def test_a_topic_that_kafka_does_not_show_is_never_drained(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """It hides a topic that the user may not describe, and the ledger can lack its events."""
+    shop.topic.clear()
+    assert await not_drained(shop, sold) == (UNSEEN,)
 
 
 async def test_without_kafka_the_drain_fails(
