@@ -35,6 +35,7 @@ from flashsale_consumer import topics
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
+from flashsale_operator.sales.offsets import spans
 from tests.support.eventually import until
 from tests.support.topics import administering, create_topic
 
@@ -282,6 +283,17 @@ class Log:
         finally:
             await producer.stop()
 
+    async def write_in_transaction(self, *written: bytes, partition: int) -> None:
+        """Produce records in a transaction. Its end is a record that no consumer is given."""
+        producer = AIOKafkaProducer(bootstrap_servers=self.bootstrap, transactional_id=self.engine)
+        await producer.start()
+        try:
+            async with producer.transaction():
+                for value in written:
+                    await producer.send(self.topic, value, b"a key", partition)
+        finally:
+            await producer.stop()
+
     async def write_undecodable(self, partition: int) -> None:
         """Produce a batch of three records. A header of the second has a name that is not UTF-8."""
         producer = AIOKafkaProducer(bootstrap_servers=self.bootstrap)
@@ -297,6 +309,11 @@ class Log:
             await (await producer.send_batch(batch, self.topic, partition=partition))
         finally:
             await producer.stop()
+
+    async def ends(self) -> dict[int, int]:
+        """Return the end offset of each partition of the topic."""
+        kafka = KafkaSettings(kafka_bootstrap=self.bootstrap, engine=self.engine)
+        return {number: span.end for number, span in (await spans(kafka)).items()}
 
     async def is_committed(self, offset: int) -> bool:
         """Whether the group has committed this many events to Kafka."""

@@ -152,6 +152,7 @@ class Announcer:
         announced = partitions.announced
         self._seek(reader, announced)
         page = await clients.poll(reader, self._reading, seconds=POLL_SECONDS, limit=PAGE)
+        page = clients.with_skipped(reader, page, self._reading)
         end = {tp.partition: records[-1].offset + 1 for tp, records in page.items()}
         self._reading |= end
         if not await partitions.recorded(announced, end):
@@ -241,7 +242,7 @@ def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
         try:
             name = _decoder.decode(record.value or b"")
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue  # a dead letter
+            continue  # a dead letter, or skipped offsets
         names[name.sale_id, name.reservation_id] = None
     return list(names)
 

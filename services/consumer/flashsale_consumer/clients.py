@@ -6,7 +6,7 @@ Only this module uses private parts of aiokafka.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from inspect import GEN_CLOSED, getgeneratorstate
 from itertools import chain
 from typing import Any, Final, TypeAlias
@@ -94,6 +94,13 @@ class Undecodable(ConsumerRecord):  # type: ignore[misc] # aiokafka has no types
         super().__init__(*partition, offset, 0, 0, None, None, None, -1, -1, headers)
 
 
+class Skipped(ConsumerRecord):  # type: ignore[misc] # aiokafka has no types
+    """The last of some offsets without a record, such as the end of another's transaction."""
+
+    def __init__(self, partition: TopicPartition, offset: int) -> None:
+        super().__init__(*partition, offset, 0, 0, None, None, None, -1, -1, [])
+
+
 async def poll(
     consumer: AIOKafkaConsumer, offsets: Mapping[int, int], *, seconds: float, limit: int
 ) -> Records:
@@ -111,13 +118,36 @@ async def poll(
         tp, offset = _undecoded(consumer)
         for number, position in offsets.items():  # aiokafka has dropped other records, too
             consumer.seek(TopicPartition(tp.topic, number), position)
-        if before := offset - offsets[tp.partition]:
-            limit = min(limit, before)
-            records = await consumer.getmany(tp, timeout_ms=timeout_ms, max_records=limit)
+        # Some offsets can have no record, so there can be fewer records before it.
+        before = min(limit, offset - offsets[tp.partition])
+        while before:
+            with suppress(UnicodeDecodeError):
+                records = await consumer.getmany(tp, timeout_ms=timeout_ms, max_records=before)
+                break
+            consumer.seek(tp, offsets[tp.partition])
+            before //= 2
         else:
             consumer.seek(tp, offset + 1)
             records = {tp: [Undecodable(tp, offset)]}
     return records
+
+
+def with_skipped(
+    consumer: AIOKafkaConsumer, records: Records, offsets: Mapping[int, int]
+) -> Records:
+    """Return the polled records, each partition's up to the offset where the client reads on.
+
+    Kafka's own records, such as the ends of other producers' transactions, are not returned. Behind
+    the last event they would count as unread for ever.
+    """
+    found = dict(records)
+    for tp in consumer.assignment():
+        if tp.partition in offsets:
+            position = consumer._subscription._assigned_state(tp).position
+            read = found.get(tp, [])
+            if position > (read[-1].offset + 1 if read else offsets[tp.partition]):
+                found[tp] = [*read, Skipped(tp, position - 1)]
+    return found
 
 
 def _undecoded(consumer: AIOKafkaConsumer) -> tuple[TopicPartition, int]:

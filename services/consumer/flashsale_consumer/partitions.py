@@ -215,9 +215,11 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     async def poll(self, seconds: float) -> Records:
         """Return the events that arrive, at most one batch. This keeps the membership."""
-        return await clients.poll(
+        records = await clients.poll(
             self._consumer, self.positions, seconds=seconds, limit=self._limit
         )
+        # Kafka can have revoked partitions in the meantime, so the positions can be others.
+        return clients.with_skipped(self._consumer, records, self.positions)
 
     def shrink(self) -> None:
         """Halve the next batch. A batch that takes too long would otherwise fail again."""

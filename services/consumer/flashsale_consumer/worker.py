@@ -25,7 +25,7 @@ from flashsale.requirements import Checks
 from flashsale_consumer import clients, offsets, recorder, topics
 from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.availability import Availability
-from flashsale_consumer.clients import Records, Undecodable, transaction
+from flashsale_consumer.clients import Records, Skipped, Undecodable, transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import LedgerRewound
@@ -235,6 +235,8 @@ class Worker:
         sources: dict[int, ConsumerRecord] = {}  # by the id() of the event
         letters: list[DeadLetter] = []
         for record in chain.from_iterable(records.values()):
+            if isinstance(record, Skipped):
+                continue
             if isinstance(record, Undecodable):
                 letters.append(DeadLetter(record, _UNDECODABLE))
                 continue

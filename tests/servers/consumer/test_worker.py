@@ -16,7 +16,7 @@ from dev.stack.servers import KafkaServer
 from flashsale import events
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
-from flashsale_consumer import recorder, topics
+from flashsale_consumer import offsets, recorder, topics
 from flashsale_consumer.clients import Records
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
 from flashsale_consumer.partitions import BATCH_LIMIT, Partitions
@@ -124,6 +124,39 @@ async def test_a_header_name_that_is_not_text_stops_no_partition(ledger: Ledger,
     omitted = [each for each in headers if each.get("omitted") == b"cannot be decoded"]
     assert sorted(int(each["original-offset"]) for each in omitted) == [2, 3, 6, 7]
     assert all(b"not UTF-8" in each["reason"] for each in omitted)
+
+
+async def test_the_end_of_another_producers_transaction_is_read(ledger: Ledger, log: Log) -> None:
+    """A rebuild waits until the ledger has read the topic to its end."""
+    sold = accepted()
+
+    async def reached_ends() -> bool:
+        stored = await offsets.read(ledger.pool, log.topic, range(12))
+        ends = (await log.ends()).items()
+        return all(stored[number] == (end, end) for number, end in ends)
+
+    async with running(ledger.url, log) as worker:
+        await until(lambda: worker.partitions() == 12)
+        await log.write_in_transaction(events.encode(sold), partition=0)
+        await ledger.until_has(sold)
+        await until(reached_ends, "the ledger has read all")
+        await until(lambda: worker.total("flashsale_consumer_lag") == 0)
+    await ledger.pool.execute("UPDATE kafka_offsets SET announced_offset = 0")
+    async with running(ledger.url, log):
+        await until(reached_ends, "all is announced again")
+
+
+async def test_a_header_name_that_is_not_text_after_a_transaction_stops_no_partition(
+    ledger: Ledger, log: Log
+) -> None:
+    await log.write_in_transaction(b"bad", partition=0)
+    await log.write_undecodable(partition=0)
+    sold = accepted()
+    await log.write(sold, partition=0)
+    async with running(ledger.url, log) as worker:
+        await ledger.until_has(sold)
+        assert worker.events("dead_lettered") == 4
+    await log.delete(log.topic)  # other clients cannot read it
 
 
 async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
