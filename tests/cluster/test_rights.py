@@ -8,6 +8,7 @@ import pytest
 
 from dev.cluster.control_plane import ControlPlane
 from tests.support.cluster import World, rules
+from tests.support.eventually import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -100,3 +101,19 @@ def test_one_operator_serves_all_namespaces(world: World, cluster_account: Path)
     assert elsewhere.sale("item-0")["state"] == "open"
     assert 'flashsale_operator_sales{state="Unknown"} 0.0' in operator.get("/metrics")
     assert "Forbidden" not in operator.log.read_text()
+
+
+def test_a_sale_is_reported_by_an_account_that_may_create_no_events(world: World) -> None:
+    without = [rule for rule in rules()["namespaced"] if rule["resources"] != ["events"]]
+    patch = json.dumps({"rules": without})
+    world.kubectl("patch", "role", "flashsale-operator", "--type=merge", "--patch", patch)
+    operator = world.operator()
+    world.apply("silent")
+    world.until("silent", state="Selling", ready="Applied")
+    world.patch("silent", paused=True)
+    world.until("silent", state="Paused", ready="Applied")
+    assert world.events("silent") == []
+    world.delete("silent")
+    eventually(lambda: world.sale("silent")["state"] == "closed")
+    eventually(lambda: 'flashsale_operator_sales{state="Paused"} 0.0' in operator.get("/metrics"))
+    assert "no Event Opened" in operator.log.read_text()

@@ -17,6 +17,9 @@ TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
 FIELD_MANAGER: Final = {"fieldManager": "flashsale-operator"}
 """Parameter of every write. `metadata.managedFields` shows this name."""
 
+_LATER: Final = (401, 408, 409, 410, 429)
+"""Refusals that a repeated request may not get: no login, too slow, conflict, gone, too many."""
+
 _WRONG: Final = (
     kopf.LoginError,
     yaml.YAMLError,
@@ -93,8 +96,12 @@ def _check(info: kopf.ConnectionInfo) -> None:
         ) from error
 
 
-class KubeForbidden(KubeUnavailable):
-    """The operator's account has no right to make the request."""
+class KubeRefused(KubeUnavailable):
+    """The kube-apiserver refused the request, and would refuse it again."""
+
+
+class KubeForbidden(KubeRefused):
+    """The operator's account has no right to make the request, or a policy forbids it."""
 
 
 class NoFlashSales(KubeUnavailable):
@@ -248,10 +255,15 @@ def _sales_path(namespace: str | None) -> str:
 
 
 def _expect_success(code: int, body: Mapping[str, Any]) -> None:
-    if code >= 400:
-        message = " ".join(str(body.get("message", "")).split())[:500]
-        kind = KubeForbidden if code == 403 else KubeUnavailable
-        raise kind(f"the kube-apiserver refused: {code} {message}")
+    if code < 400:
+        return
+    message = " ".join(str(body.get("message", "")).split())[:500]
+    kind = KubeUnavailable
+    if code == 403:
+        kind = KubeForbidden
+    elif code < 500 and code not in _LATER:
+        kind = KubeRefused
+    raise kind(f"the kube-apiserver refused: {code} {message}")
 
 
 def _terminating(body: Mapping[str, Any]) -> bool:

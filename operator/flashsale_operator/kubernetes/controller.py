@@ -21,8 +21,8 @@ from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
-from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
-from flashsale_operator.kubernetes.events import Known
+from flashsale_operator.kubernetes.client import Kube, KubeRefused, KubeUnavailable
+from flashsale_operator.kubernetes.events import Known, SaleEvent
 from flashsale_operator.kubernetes.failures import (
     REPORTED,
     RETRIED,
@@ -264,8 +264,7 @@ class Controller:
         if memory.left_to != owner:
             event = events.other_engine(owner, own)
             log.warning("%s: %s", key.sale_id, event.message)
-            body = events.event_object(event, metadata, f"{owner} {own}", self._clock())
-            await self._kube.create_event(key.namespace, body)
+            await self._create_event(key, event, metadata, f"{owner} {own}")
             memory.left_to = owner
         return Requeue()
 
@@ -359,8 +358,7 @@ class Controller:
             memory.known = known
         for event in events.sale_events(known, result):
             log.info("%s: %s: %s", key.sale_id, event.reason, event.message)
-            body = events.event_object(event, metadata, known.mark, now)
-            await self._kube.create_event(key.namespace, body)
+            await self._create_event(key, event, metadata, known.mark)
         if result.rebuilt is not None:
             self._rebuilds.reported(key.sale_id, result.rebuilt)
         after = status.next_status(before, result, generation=metadata["generation"], now=now)
@@ -385,8 +383,7 @@ class Controller:
             if row is not None and row.resource_uid is not None:
                 await self._reconciler.close(key.sale_id, self._current(key, None))
                 metadata = {**key._asdict(), "uid": row.resource_uid}
-                body = events.event_object(events.CLOSED, metadata, "", self._clock())
-                await self._kube.create_event(key.namespace, body)
+                await self._create_event(key, events.CLOSED, metadata, "")
         except Outdated:
             return Requeue(failed=True)
         except REPORTED as error:
@@ -396,6 +393,19 @@ class Controller:
         self._memories.pop(key, None)
         self._metrics.sales.forget(key)
         return Requeue(gone=True)
+
+    async def _create_event(
+        self, key: Key, event: SaleEvent, metadata: Mapping[str, Any], mark: str
+    ) -> None:
+        """Creates an Event, unless the account or a policy does not permit it.
+
+        The status tells the same, and must not wait for it.
+        """
+        body = events.event_object(event, metadata, mark, self._clock())
+        try:
+            await self._kube.create_event(key.namespace, body)
+        except KubeRefused as error:
+            log.warning("%s: no Event %s: %s", key.sale_id, event.reason, error)
 
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
