@@ -84,6 +84,40 @@ def test_a_foreign_finalizer_does_not_delay_closing_the_sale(
     eventually(lambda: world.events("bound") == ["Opened", "Closed"])
 
 
+def delete_slowly(world: World, name: str) -> None:
+    """Run `kubectl delete` for an object that a foreign finalizer keeps."""
+    finalizer = json.dumps({"metadata": {"finalizers": ["example.test/hold"]}})
+    world.kubectl("patch", "fs", name, "--type=merge", "-p", finalizer)
+    world.kubectl("delete", "fs", name, "--wait=false")
+
+
+def test_a_foreign_finalizer_does_not_delay_closing_a_sale_with_a_wrong_spec(
+    world: World, operator: OperatorServer
+) -> None:
+    """Since the sale was opened, the item has become another namespace's."""
+    world.apply("moved")
+    world.until("moved", state="Selling")
+    operator.stop()
+    world.operator(FLASHSALE_ITEMS=f"{world.namespace}=own-")
+    world.until("moved", ready="InvalidSpec")
+    delete_slowly(world, "moved")
+    world.until("moved", state="Closing", ready="Closed")
+    assert closed_in_redis(world, "moved")
+
+
+def test_a_deleted_flashsale_that_never_had_its_item_is_closed(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - it runs
+) -> None:
+    world.apply("first", item="one")
+    world.until("first", state="Selling")
+    world.apply("second", item="one")
+    world.until("second", state="ItemConflict")
+    delete_slowly(world, "second")
+    world.until("second", state="Closing", ready="Closed")
+    world.until("first", state="Selling", ready="Applied")
+
+
 def test_keys_of_a_closed_sale_are_freed_once_the_ledger_has_everything(
     kafka_server: KafkaServer,  # noqa: ARG001 - the API and the consumer need it
     world: World,

@@ -42,7 +42,6 @@ from flashsale_operator.sales.reconciler import (
     Outdated,
     Reconciler,
     Result,
-    UnknownSale,
 )
 
 log = logging.getLogger(__name__)
@@ -206,21 +205,24 @@ class Controller:
                     "the CustomResourceDefinition has no status.engine: install the one of this "
                     "version"
                 )
-        try:
-            spec = manifest.sale_spec(live)
-            manifest.check_item(spec, self._prefixes)
-        except ManifestError as error:
-            message = "; ".join(error.mistakes)
-            result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)
+        result: Result | None
+        if unprepared is None and live["metadata"].get("deletionTimestamp"):
+            result = await self._close_terminating(key, live["metadata"])
         else:
-            bounds = (spec.starts_ms, spec.ends_ms)
-            if unprepared is not None:
-                made = await self._failed_result(spec, unprepared)
-            elif (found := await self._make(key, spec, memory, live)) is not None:
-                made = found
+            try:
+                spec = manifest.sale_spec(live)
+                manifest.check_item(spec, self._prefixes)
+            except ManifestError as error:
+                message = "; ".join(error.mistakes)
+                result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)
             else:
-                return Requeue(failed=True)
-            result = made
+                bounds = (spec.starts_ms, spec.ends_ms)
+                if unprepared is not None:
+                    result = await self._failed_result(spec, unprepared)
+                else:
+                    result = await self._make(key, spec, memory, live)
+        if result is None:
+            return Requeue(failed=True)
         self._metrics.sales.update(key, result)
         self._count_fences(memory, result.state)
         written = await self._report(key, memory, live, result)
@@ -287,9 +289,6 @@ class Controller:
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         current = self._current(key, metadata)
         try:
-            if metadata.get("deletionTimestamp"):
-                # Another party's finalizer keeps the object. The sale is closed without it.
-                return await self._reconciler.close(spec.sale_id, current)
             result = await self._reconciler.reconcile(spec, metadata["uid"], current)
             sale = result.own_sale
             # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.
@@ -298,7 +297,7 @@ class Controller:
                 result = replace(result, hold_expired=expired)
         except Outdated:
             return None
-        except (*REPORTED, UnknownSale) as error:
+        except REPORTED as error:
             self._failed(error)
             return await self._failed_result(spec, error)
         if result.state is not SaleState.FENCED:
@@ -369,6 +368,24 @@ class Controller:
                 return False
             memory.written = time.monotonic()
         return True
+
+    async def _close_terminating(self, key: Key, metadata: Mapping[str, Any]) -> Result | None:
+        """Closes the sale of a deleted FlashSale that another party's finalizer keeps.
+
+        Its spec does not matter any more. None means: look again before a report.
+        """
+        try:
+            row = await ledger.sale(self._pool, key.sale_id)
+            if row is not None and row.resource_uid is not None:
+                return await self._reconciler.close(key.sale_id, self._current(key, metadata))
+        except Outdated:
+            return None
+        except REPORTED as error:
+            self._failed(error)
+            log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
+            return None
+        message = "the FlashSale was deleted before it had a sale"
+        return Result(key.sale_id, "", SaleState.CLOSING, Reason.CLOSED, message)
 
     async def close_deleted(self, key: Key) -> Requeue:
         """Closes the sale of a deleted FlashSale: in the ledger, then in Redis.

@@ -291,6 +291,20 @@ async def test_a_flashsale_outside_the_prefix_of_its_namespace_starts_no_sale(
     assert await shop.sale(spec.item_id) is None
 
 
+async def test_a_terminating_flashsale_does_not_close_a_sale_of_flashsalectl(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    await shop.reconciler.reconcile(spec)
+    kube = FakeKube(spec)
+    kube.live["metadata"]["deletionTimestamp"] = "2026-11-27T09:00:00Z"
+    own = controller(shop, kube)
+    assert await own.reconcile(Key.of(spec.sale_id)) == Requeue()
+    assert kube.reasons()["Ready"] == "Closed"
+    assert await own.close_deleted(Key.of(spec.sale_id)) == Requeue(gone=True)
+    assert not (await shop.row(spec.sale_id)).closed
+    assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED]
+
+
 async def test_reservations_that_the_ledger_refused_are_reported(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
