@@ -146,6 +146,38 @@ def test_the_notes_warn_of_autoscaling_and_of_uninstalling(
     assert f"kubectl delete flashsales --all -n {NAMESPACE}" in notes()
 
 
+def test_the_notes_delete_the_flashsales_of_every_served_namespace(
+    notes: Callable[..., str],
+) -> None:
+    def commands(operator: dict[str, Any]) -> list[str]:
+        lines = notes({"operator": operator}).splitlines()
+        return [line.strip() for line in lines if "kubectl delete" in line]
+
+    delete = "kubectl delete flashsales --all"
+    assert commands({}) == [f"{delete} -n {NAMESPACE}"]
+    assert commands({"namespaces": ["a", "b"]}) == [f"{delete} -n a", f"{delete} -n b"]
+    assert commands({"allNamespaces": True}) == [f"{delete} --all-namespaces"]
+
+
+TOKENS: Final = {"jwksUrl": "https://login.example/keys", "issuer": "a", "audience": "b"}
+
+
+@pytest.mark.parametrize(
+    ("identity", "header", "body"),
+    [
+        ({}, "", '"userId":"user1",'),
+        ({"userHeader": "x-user"}, " -H 'x-user: user1'", '"userId":"user1",'),
+        (TOKENS, " -H 'Authorization: Bearer TOKEN'", ""),
+    ],
+)
+def test_the_notes_name_the_buyer_as_the_api_expects_it(
+    notes: Callable[..., str], identity: dict[str, str], header: str, body: str
+) -> None:
+    data = f'{{{body}"itemId":"iphone_15","quantity":1}}'
+    expected = f"'Content-Type: application/json'{header} -d '{data}'"
+    assert expected in notes({"identity": identity})
+
+
 # YAML reads each of these as a number, a boolean or null unless it is quoted.
 ODD_NAMES: Final = ("1e3", "007", "10", "1.5", "0x1f", "true", "no", "null", "1-1")
 
