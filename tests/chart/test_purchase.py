@@ -10,11 +10,13 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import asyncpg
 import pytest
 
 from dev.cluster.control_plane import ControlPlane
+from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from tests.support.chart import ADDRESSES, CRD_RESOURCE, Helm, Rendered, at, merged
@@ -32,11 +34,26 @@ async def database(postgres_server: PostgresServer) -> str:
     return f"{postgres_server.url.rpartition('/')[0]}/{name}"
 
 
+@pytest.fixture(params=["body", "header", "token"])
+def identity(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """The values of `identity`, for each way in which the API knows a buyer."""
+    if request.param == "token":
+        with Issuer() as issuer:
+            keys, names = issuer.settings["FLASHSALE_JWKS_URL"], ("issuer", "audience")
+            yield {"jwksUrl": keys} | {
+                name: issuer.settings[f"FLASHSALE_JWT_{name.upper()}"] for name in names
+            }
+    else:
+        yield {"userHeader": "x-user-id"} if request.param == "header" else {}
+
+
 @pytest.fixture
-def release(chart: Helm, cluster: ControlPlane, namespace: str) -> Iterator[Rendered]:
+def release(
+    chart: Helm, cluster: ControlPlane, namespace: str, identity: dict[str, str]
+) -> Iterator[Rendered]:
     """An installed release with the accounts that `helm test` creates for its pod."""
     tenants = at("operator", {"namespaces": [namespace], "items": {namespace: "shop."}})
-    values = merged(ADDRESSES, tenants)
+    values = merged(ADDRESSES, tenants, {"identity": identity})
     command = ("shop", str(CHART), "-n", namespace)
     chart.run("install", *command, values=values, kubeconfig=cluster.kubeconfig)
     cluster.kubectl("wait", "--for=condition=Established", CRD_RESOURCE, check=True)
@@ -63,8 +80,13 @@ def account(
     return tmp_path
 
 
+SOLD: Final = ["201", "202", "409", "confirmed", "200"]
+WITHOUT_A_TOKEN: Final = ["201", "Selling", "401", "200"]
+
+
 def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
     cluster: ControlPlane,
+    identity: dict[str, str],
     release: Rendered,
     account: Path,
     namespace: str,
@@ -77,8 +99,12 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
     given = {each["name"]: each.get("value", "") for each in container["env"]}
     kubeconfig = cluster.kubeconfig_for_service_account(namespace, "shop-flashsale-operator")
     tenants = release.environment("operator")
+    about = ("FLASHSALE_USER_HEADER", "FLASHSALE_JWKS_URL", "FLASHSALE_JWT_")
+    named = {
+        name: value for name, value in release.environment("api").items() if name.startswith(about)
+    }
     with RedisServer(tmp_path / "redis") as redis:
-        addresses = Addresses(redis.url, kafka_server.bootstrap, database, "purchase")
+        addresses = Addresses(redis.url, kafka_server.bootstrap, database, namespace)
         environment = {
             **addresses.environment(),
             "KUBECONFIG": str(kubeconfig),
@@ -87,7 +113,7 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
         }
         with (
             OperatorServer(tmp_path / "operator", environment),
-            ApiServer(tmp_path / "api", addresses) as api,
+            ApiServer(tmp_path / "api", addresses, settings=named) as api,
             ConsumerServer(tmp_path / "consumer", addresses),
         ):
             done = subprocess.run(
@@ -119,12 +145,7 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
             )
     assert (examined.returncode, examined.stderr) == (0, ""), examined.stdout
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == [
-        "201",
-        "202",
-        "409",
-        "confirmed",
-        "200",
-    ]
+    steps = [line.rpartition(": ")[2] for line in done.stdout.splitlines()]
+    assert steps == (WITHOUT_A_TOKEN if "jwksUrl" in identity else SOLD)
     assert cluster.kubectl("get", "fs", "-n", namespace, "-o", "name").stdout == ""
     assert given["API"] == "http://shop-flashsale-api:80"

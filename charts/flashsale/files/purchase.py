@@ -2,7 +2,8 @@
 """Buy the only unit of a temporary sale and find it in the ledger.
 
 This needs every component: the operator opens the sale, the API sells the unit and the consumer
-records it.
+records it. An API that verifies tokens sells nothing to the test, which has no token. Then the test
+ends once the sale is open and the API has refused a buyer without a token.
 """
 
 import asyncio
@@ -25,12 +26,15 @@ ACCOUNT = Path(os.environ.get("ACCOUNT", "/var/run/secrets/kubernetes.io/service
 NAMESPACE = os.environ["NAMESPACE"]
 NAME = f"helm-test-{uuid.uuid4().hex[:8]}"
 ITEM = os.environ.get("ITEM_PREFIX", "") + NAME
+USER_HEADER = os.environ.get("USER_HEADER")
+NEEDS_TOKEN = "NEEDS_TOKEN" in os.environ
 
 
 def call(method: str, url: str, body: object = None, **headers: str) -> tuple[int, Any]:
     """Send a request and return the status and JSON of the response.
 
-    An error status is returned like any other. The status is 0 if there was no response.
+    An error status is returned like any other. The status is 0 if there was no response. A proxy
+    can answer with a text that is no JSON, which is returned as it is.
     """
     request = urllib.request.Request(  # noqa: S310 - the cluster's own addresses
         url,
@@ -42,12 +46,19 @@ def call(method: str, url: str, body: object = None, **headers: str) -> tuple[in
     context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")) if secure else None
     try:
         with urllib.request.urlopen(request, timeout=10, context=context) as response:  # noqa: S310
-            return response.status, json.load(response)
+            return response.status, content(response.read())
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, json.load(error)
+            return error.code, content(error.read())
     except OSError as error:
         return 0, str(error)
+
+
+def content(body: bytes) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")
 
 
 def flash_sales(method: str, path: str = "", body: object = None) -> tuple[int, Any]:
@@ -61,7 +72,13 @@ def flash_sales(method: str, path: str = "", body: object = None) -> tuple[int, 
 
 def buy(user: str) -> tuple[int, Any]:
     body = {"userId": user, "itemId": ITEM, "quantity": 1}
-    return call("POST", f"{os.environ['API']}/reserve", body, **{"Idempotency-Key": NAME})
+    headers = {"Idempotency-Key": NAME} | ({USER_HEADER: user} if USER_HEADER else {})
+    return call("POST", f"{os.environ['API']}/reserve", body, **headers)
+
+
+def state() -> tuple[object, Any]:
+    status, sale = call("GET", f"{os.environ['API']}/sales/{ITEM}")
+    return sale["state"] if status == 200 else status, sale
 
 
 def recorded(reservation: str) -> str | None:
@@ -107,8 +124,16 @@ sale = {
 }
 until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST", body=sale))
 try:
-    bought = until("buy one unit", 202, lambda: buy("first"))
-    until("refuse a second buyer", 409, lambda: buy("second"))
-    until("record in the ledger", "confirmed", lambda: (recorded(bought["reservationId"]), bought))
+    if NEEDS_TOKEN:
+        until("open the sale", "Selling", state)
+        until("refuse a buyer without a token", 401, lambda: buy("first"))
+    else:
+        bought = until("buy one unit", 202, lambda: buy("first"))
+        until("refuse a second buyer", 409, lambda: buy("second"))
+        until(
+            "record in the ledger",
+            "confirmed",
+            lambda: (recorded(bought["reservationId"]), bought),
+        )
 finally:
     until("delete the FlashSale", 200, lambda: flash_sales("DELETE", f"/{NAME}"))
