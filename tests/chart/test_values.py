@@ -45,6 +45,8 @@ def test_the_schema_refuses_unknown_properties() -> None:
     assert open_ones == []
 
 
+FROM_A_PARENT: Final = ("global", "enabled")
+"""Values that Helm passes on if another chart has this one as a dependency."""
 NEEDED: Final = ("", "image", "secret", "wholeSecret", "strategy", "destination", "server")
 
 
@@ -57,7 +59,7 @@ def test_a_section_that_is_null_is_refused() -> None:
         or path.rpartition("/")[2] in NEEDED
         if (missing := set(schema.get("properties", {})) - set(schema.get("required", [])))
     }
-    assert optional == {"": {"global"}}
+    assert optional == {"": set(FROM_A_PARENT)}
 
 
 @pytest.mark.parametrize("value", list(values()), ids=lambda value: value.path)
@@ -81,4 +83,4 @@ def test_every_value_of_the_schema_has_a_default() -> None:
         for component in ("api", "consumer", "operator")
         for kind in ("nodeAffinity", "podAffinity", "podAntiAffinity")
     ]
-    assert list(missing(SCHEMA, defaults())) == ["global", *affinity]
+    assert list(missing(SCHEMA, defaults())) == [*FROM_A_PARENT, *affinity]
