@@ -6,7 +6,7 @@ import pytest
 
 from dev.cluster.control_plane import ControlPlane
 from flashsale_operator.sales import manifest as manifests
-from tests.support.bad_manifests import BAD_MANIFESTS, Server, manifest
+from tests.support.bad_manifests import BAD_MANIFESTS, Bad, Server, manifest
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +72,14 @@ def test_the_server_accepts_manifests_that_flashsalectl_accepts(
     assert accepted, answer
     stored = json.loads(answer)
     assert manifests.sale_spec(stored) == spec
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 64, "a" * 253, "0." * 126 + "a", "a--b.c"])
+def test_both_accept_the_same_names(plane: ControlPlane, name: str) -> None:
+    given = manifest(Bad((), metadata={"name": name}))
+    assert manifests.sale_spec(given).sale_id == f"default/{name}"
+    accepted, answer = ask(plane, given)
+    assert accepted, answer
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ KIND: Final = "FlashSale"
 PLURAL: Final = "flashsales"
 DEFAULT_NAMESPACE: Final = "default"
 
-_LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-NAME_PATTERN: Final = rf"^(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\Z"
-NAMESPACE_PATTERN: Final = rf"^{_LABEL}\Z"
+_PART: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+# As in the kube-apiserver, only the whole name has a limit. DNS also limits each part of it.
+NAME_PATTERN: Final = rf"^(?=.{{1,253}}\Z){_PART}(\.{_PART})*\Z"
+NAMESPACE_PATTERN: Final = rf"^(?=.{{1,63}}\Z){_PART}\Z"
 DISPLAY_NAME_PATTERN: Final = rf"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{{1,{MAX_DISPLAY_NAME}}}\Z"
 # Years from 2000 to 2999: with any offset, such a time stays in the range of a datetime.
 TIME_PATTERN: Final = r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)\Z"
