@@ -34,6 +34,11 @@
 {{- $wrong = append $wrong (printf "commonAnnotations: the chart sets the annotation %s" $key) }}
 {{- end }}
 {{- end }}
+{{- if .Chart.IsRoot }}
+{{- range $key, $_ := .Values.global }}
+{{- $wrong = append $wrong (printf "'/global': additional properties '%s' not allowed, except of a parent chart" $key) }}
+{{- end }}
+{{- end }}
 {{- if not (regexMatch "^[a-z][a-z0-9-]*$" (include "flashsale.fullname" .)) }}
 {{- $wrong = append $wrong (printf "fullnameOverride is required: the release's full name %s cannot name a Service, which takes a-z, 0-9 and -, with a letter first" (include "flashsale.fullname" .)) }}
 {{- end }}
