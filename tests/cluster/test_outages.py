@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer
@@ -203,6 +205,37 @@ def test_sales_and_the_operator_survive_an_outage_of_the_kube_apiserver(
     world.until("later", state="Selling", ready="Applied")
     assert operator.pid == pid
     assert world.events("calm") == ["Opened", "Restocked"]
+
+
+def test_the_operator_survives_a_time_in_which_its_token_is_refused(
+    world: World, operator: OperatorServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kube-apiserver restarts with another key for tokens, and then with the right one."""
+    world.apply("calm", stock=5)
+    world.until("calm", state="Selling")
+    pid, plane = operator.pid, world.plane
+    pem = generate_private_key(65537, 2048).private_bytes(
+        Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()
+    )
+    (tmp_path / "other.key").write_bytes(pem)
+    other = [
+        f"--service-account-key-file={tmp_path}/other.key"
+        if argument.startswith("--service-account-key-file=")
+        else argument
+        for argument in plane._command()
+    ]
+    plane.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(plane, "_command", lambda: other)
+        plane.start()
+    refused = "refused: 401 Unauthorized"
+    eventually(lambda: operator.log.read_text().count(refused) >= 4)
+    plane.stop()
+    plane.start()
+    world.apply("later", stock=1)
+    world.until("later", state="Selling", ready="Applied")
+    assert operator.pid == pid
+    assert '"exception"' not in operator.log.read_text()
 
 
 def test_an_operator_restart_during_a_sale_neither_creates_nor_loses_units(

@@ -5,13 +5,19 @@ object. Its timers put a finalizer on the object, which would block the deletion
 together with its operator (docs/adr/0007-status-and-conditions.md).
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from dataclasses import replace
+from itertools import count
+from typing import Any, Final
 
 import kopf
 
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.sales.manifest import GROUP, PLURAL, VERSION
+
+LOGIN_SECONDS: Final = 2.0
+"""Delay before a login after a refused one."""
 
 
 def register(
@@ -28,10 +34,15 @@ def register(
     kopf waits for them.
     """
     seen: dict[Key, tuple[object, ...]] = {}
+    logins = count()
 
     @kopf.on.login(registry=registry)
-    def log_in(**_: Any) -> kopf.ConnectionInfo:  # noqa: ANN401 - kopf's keywords
-        return login()
+    async def log_in(**_: Any) -> kopf.ConnectionInfo:  # noqa: ANN401 - kopf's keywords
+        # kopf asks again after each refused login, and ends if it gets an equal one. But a server
+        # can refuse a good token for a while, so each login has a priority of its own.
+        if number := next(logins):
+            await asyncio.sleep(LOGIN_SECONDS)
+        return replace(login(), priority=number)
 
     @kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
     async def wait_for_resource(**_: Any) -> None:  # noqa: ANN401 - kopf's keywords
