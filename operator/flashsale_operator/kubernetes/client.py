@@ -22,7 +22,6 @@ _LATER: Final = (401, 408, 409, 410, 429)
 
 _WRONG: Final = (
     kopf.LoginError,
-    yaml.YAMLError,
     RecursionError,  # of yaml
     OSError,
     LookupError,
@@ -49,6 +48,10 @@ def log_in() -> kopf.ConnectionInfo:
         found = kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(
             settings=settings
         )
+    except yaml.YAMLError as error:  # its text has a part of the file, which can be a token
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        raise SettingsError(f"KUBECONFIG is wrong: not YAML{where}") from None
     except _WRONG as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise SettingsError(f"KUBECONFIG is wrong: {why}") from error

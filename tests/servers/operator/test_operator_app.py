@@ -1,6 +1,7 @@
 """The operator's process: wrong settings, and the single name of the API group."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("token", ["secret: x", '"secret', "*secret", "@secret"])
+def test_a_line_about_a_kubeconfig_shows_no_part_of_it(tmp_path: Path, token: str) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text(f"users:\n- name: a\n  user:\n    token: {token}\n")
+    done = run(tmp_path, KUBECONFIG=str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"KUBECONFIG is wrong: not YAML in line [45]\n", done.stderr)
 
 
 @pytest.mark.parametrize(
