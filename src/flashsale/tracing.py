@@ -126,8 +126,9 @@ def wanted(environ: MutableMapping[str, str]) -> bool:
 def _check_values(environ: Mapping[str, str]) -> None:
     """Raises `SettingsError` for values that the SDK would replace, and log with a traceback."""
     for name in _NUMBERS:
-        if not environ.get(name, "1").isdecimal():
-            raise SettingsError(f"{name} is wrong: expected an integer of 0 or more")
+        # Far larger numbers end the SDK's thread or the process with a traceback.
+        if not re.fullmatch("[0-9]{1,9}", environ.get(name, "1")):
+            raise SettingsError(f"{name} is wrong: expected an integer from 0 to 999999999")
     for name in _HEADERS:
         # The SDK and requests log a wrong header with its value, which is often a secret.
         headers = [header.strip() for header in environ.get(name, "").split(",")]

@@ -92,6 +92,8 @@ def test_one_request_in_a_hundred_is_traced_by_default(
         ("OTEL_BSP_EXPORT_TIMEOUT", "1.5"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "many"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "-1"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "9999999999999"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "9223372036854775808"),
         ("OTEL_PYTHON_CONTEXT", "nope"),
         ("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "otel,nope"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "api-key: secret"),
