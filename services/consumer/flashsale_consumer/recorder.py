@@ -269,7 +269,7 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Batch
             await _write(connection, ordered[:middle], outcome)
             await _write(connection, ordered[middle:], outcome)
         else:
-            outcome.broken.append((events[0], str(error)))
+            outcome.broken.append((events[0], _reason(error)))
     else:
         recorded = sum(change["events"] for change in changes)
         outcome.recorded += recorded
@@ -385,9 +385,14 @@ async def _refuse(
             await _refuse(connection, events[:middle], why, outcome)
             await _refuse(connection, events[middle:], why, outcome)
         else:
-            outcome.broken.append((events[0], str(error)))
+            outcome.broken.append((events[0], _reason(error)))
     else:
         added = {tuple(row) for row in rows}
         outcome.refused += [
             (event, why) for event in events if (event.sale_id, event.reservation_id) in added
         ]
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line. PostgreSQL's next line has the whole row, with the user."""
+    return str(error).partition("\n")[0]

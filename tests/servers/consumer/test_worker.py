@@ -37,7 +37,9 @@ from tests.support.recorded import received
 from tests.support.recording import record
 
 
-async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, log: Log) -> None:
+async def test_bad_records_between_events_become_dead_letters(
+    ledger: Ledger, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
     good = [accepted(number) for number in range(50)]
     valid = events.encode(accepted())
     bad: list[bytes | None] = [
@@ -71,6 +73,7 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
         await until_recorded(len(good), worker)
         assert worker.events("dead_lettered") == len(bad)
 
+    assert "refused-by-postgresql" not in caplog.text
     assert sorted(letter.value or b"" for letter in letters) == sorted(v or b"" for v in bad)
     assert all(letter.key is not None for letter in letters)
     offsets = {4 * number + 3 for number in range(len(bad))}
@@ -78,6 +81,7 @@ async def test_bad_records_between_events_become_dead_letters(ledger: Ledger, lo
         headers = dict(letter.headers)
         assert headers["schema"] == b"1"
         assert headers["reason"]
+        assert b"refused-by-postgresql" not in headers["reason"]
         assert headers["original-topic"] == log.topic.encode()
         assert headers["original-partition"] == b"0"
         offsets.remove(int(headers["original-offset"]))
