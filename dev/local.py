@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -113,7 +114,7 @@ def running_engine() -> tuple[Addresses, dict[str, str]]:
     """
     if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
         raise StackError("the engine is not running; start it with `make up`")
-    written = _written()
+    written = read_variables(_ENV)
     addresses = Addresses(
         written["FLASHSALE_REDIS_URL"],
         written["FLASHSALE_KAFKA_BOOTSTRAP"],
@@ -144,7 +145,7 @@ def up(port: int, redis: str = "") -> None:
 
         addresses = start_stack(LOCAL, os.environ, started, clustered=clustered, detached=True)
         # The API may be running already, with the token that the file has.
-        token = _written().get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
+        token = read_variables(_ENV).get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
         api = ApiServer(
             LOCAL / "api",
             addresses,
@@ -168,9 +169,7 @@ def up(port: int, redis: str = "") -> None:
             "FLASHSALE_ORDERS_URL": f"http://localhost:{port + ORDERS_OFFSET}",
             "FLASHSALE_ORDER_TOKENS": token,
         }
-        _ENV.touch()
-        _ENV.chmod(0o600)
-        _ENV.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+        write_variables(_ENV, variables)
         declared = asyncio.run(_declared(addresses))
         for manifest in FIRST_SALES:
             # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
@@ -193,10 +192,18 @@ The logs are in .local/*/*.log. `make down` stops everything, and `make up` cont
 sales. `make clean` also removes them.""")
 
 
-def _written() -> dict[str, str]:
+def write_variables(file: Path, variables: Mapping[str, str]) -> None:
+    """Write variables for a shell. An address can have an ampersand, and a password any sign."""
+    file.touch()
+    file.chmod(0o600)
+    file.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items()))
+
+
+def read_variables(file: Path) -> dict[str, str]:
     """Return the variables that the last `make up` wrote."""
-    lines = _ENV.read_text().splitlines() if _ENV.exists() else []
-    return dict(line.split("=", 1) for line in lines)
+    lines = file.read_text().splitlines() if file.exists() else []
+    pairs = (line.split("=", 1) for line in lines)
+    return {name: "".join(shlex.split(value)) for name, value in pairs}
 
 
 def control_plane() -> None:

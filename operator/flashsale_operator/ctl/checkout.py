@@ -1,5 +1,6 @@
 """Finds the servers of `make up` through the file .local/env of a checkout."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -39,5 +40,13 @@ def environment(environ: Mapping[str, str], folder: Path) -> tuple[Mapping[str, 
     except OSError as error:
         return environ, f"{path} cannot be read: {error.strerror}"
     pairs = (line.partition("=") for line in lines if line.startswith(PREFIX))
-    variables = {name: value for name, _, value in pairs}
+    variables = {name: _unquoted(value) for name, _, value in pairs}
     return variables | dict(environ), f"the servers that the environment lacks are those of {path}"
+
+
+def _unquoted(value: str) -> str:
+    """Return a value as a shell reads it."""
+    try:
+        return "".join(shlex.split(value))
+    except ValueError:  # a quotation mark without another one
+        return value
