@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from flashsale.errors import ContractViolation
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 class SaleState(StrEnum):
@@ -184,10 +187,15 @@ def parse_sale(
 
 
 @lru_cache(maxsize=1024)  # all reservations of a batch have the same time
-@lru_cache(maxsize=1024)
 def utc_of_ms(ms: int) -> datetime:
     """Returns Unix milliseconds as an aware UTC time."""
-    return datetime.fromtimestamp(ms / 1000, UTC)
+    # A float of seconds has no exact milliseconds after the year 2242.
+    return _EPOCH + ms * _MILLISECOND
+
+
+def ms_of_time(time: datetime) -> int:
+    """Returns an aware time in Unix milliseconds, rounded down."""
+    return (time - _EPOCH) // _MILLISECOND
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,15 @@ from typing import Final
 
 from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
-from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, rfc3339_of_ms, utc_of_ms
+from flashsale.sale import (
+    Predecessor,
+    Sale,
+    SaleSpec,
+    SaleState,
+    ms_of_time,
+    rfc3339_of_ms,
+    utc_of_ms,
+)
 
 SEED_MS: Final = 5_000
 """Maximum age of the observation when keys are seeded for a new row, in milliseconds.
@@ -414,4 +422,4 @@ def _fenced(still_fenced: StillFenced) -> Done:
 
 
 def _ms(time: datetime | None) -> int | None:
-    return None if time is None else round(time.timestamp() * 1000)
+    return None if time is None else ms_of_time(time)

@@ -18,7 +18,7 @@ from flashsale.fields import (
     MAX_PER_USER,
     MAX_STOCK,
 )
-from flashsale.sale import SaleSpec
+from flashsale.sale import SaleSpec, ms_of_time
 from flashsale_operator.sales.documents import UnreadableText, documents_of, shown
 
 GROUP: Final = "flashsale.dev"
@@ -298,4 +298,4 @@ def _read(
 
 
 def _ms(time: str) -> int:
-    return int(datetime.fromisoformat(time).timestamp() * 1000)
+    return ms_of_time(datetime.fromisoformat(time))
