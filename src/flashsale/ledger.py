@@ -206,7 +206,7 @@ async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Co
         "repeatable_read" if snapshot else "read_committed"
     )
     async with (
-        translated(),
+        translated(pool),
         pool.acquire() as connection,
         connection.transaction(isolation=isolation, readonly=snapshot),
     ):
@@ -215,8 +215,11 @@ async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Co
 
 
 @asynccontextmanager
-async def translated() -> AsyncIterator[None]:
+async def translated(writes: "Pool | None" = None) -> AsyncIterator[None]:
     """Raises `LedgerUnavailable` in place of asyncpg's errors for an outage or a refusal.
+
+    If a server of the pool `writes` is read-only, the pool connects again. After a failover, the
+    address leads to another server, and the connections to the former one can stay open.
 
     Errors in the data itself pass through. The server reports them with SQLSTATE classes 22 and
     23. asyncpg reports them before it sends anything, as an InterfaceError that is a ValueError.
@@ -230,6 +233,8 @@ async def translated() -> AsyncIterator[None]:
     except asyncpg.PostgresError as error:
         if (error.sqlstate or "")[:2] in ("22", "23"):
             raise
+        if writes is not None and isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+            await writes.expire_connections()
         raise LedgerUnavailable(f"the ledger refused the call: {error}") from error
     except (
         asyncpg.InterfaceError,
@@ -346,7 +351,7 @@ async def engine_id(pool: Pool, name: str, redis_address: str | None = None) -> 
     process brings. Raises `OtherEngine` if the ledger belongs to an engine of another name, and
     `RedisMoved` if its sales were seeded in another Redis.
     """
-    async with translated():
+    async with translated(pool):
         found = await pool.fetchrow(_ENGINE)
         if found is not None and (
             found["name"] is None or (redis_address and found["redis_address"] is None)

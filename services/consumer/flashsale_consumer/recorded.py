@@ -179,7 +179,7 @@ class Source:
 
     async def announced(self, rebuilds: Sequence[Rebuild]) -> None:
         """Note that rebuilds are announced. Raises `LedgerUnavailable`."""
-        async with ledger.translated():
+        async with ledger.translated(self._pool):
             await self._pool.execute(
                 _ANNOUNCED,
                 [rebuild.sale_id for rebuild in rebuilds],

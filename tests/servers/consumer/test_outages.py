@@ -18,6 +18,7 @@ from asyncpg.pool import Pool
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
+from flashsale.ledger import engine_id
 from flashsale_consumer import offsets, recorder, worker
 from flashsale_consumer.clients import transaction
 from tests.support.consumer import (
@@ -62,6 +63,24 @@ async def test_a_read_only_ledger_loses_nothing(
     assert await consumer.status("/healthz") == 200
     assert consumer.output.count("waiting for the ledger") == 1
     assert len(await log.dead_letters(1)) == 1
+
+
+async def test_a_consumer_leaves_a_read_only_server_that_the_address_no_longer_names(
+    ledger: Ledger, log: Log
+) -> None:
+    """After a failover, the address can lead to the former primary for a while."""
+    name = ledger.url.rpartition("/")[2]
+    await engine_id(ledger.pool, log.engine)
+    async with connected(ledger.url) as admin:
+        await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        async with running(ledger.url, log) as member:
+            await until(lambda: member.worker.joined, "the group is joined")
+            await until(lambda: member.value('flashsale_consumer_server_up{server="ledger"}') == 0)
+            # A session keeps the settings it started with, as one to the former primary would.
+            await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+            sold = accepted()
+            await log.write(sold)
+            await ledger.until_has(sold)
 
 
 @pytest.mark.slow

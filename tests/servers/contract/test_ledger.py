@@ -1,6 +1,7 @@
 """The ledger's migrations, constraints and errors on a real PostgreSQL."""
 
 import asyncio
+from contextlib import suppress
 from importlib.resources import files
 
 import asyncpg
@@ -125,6 +126,24 @@ async def test_a_read_only_ledger_that_is_up_to_date_counts_as_migrated(pool: Po
     with pytest.raises(LedgerUnavailable, match="read-only"):
         async with ledger.translated():
             await pool.execute("DELETE FROM sales")
+
+
+async def test_a_pool_leaves_a_read_only_server_that_the_address_no_longer_names(
+    pool: Pool,
+) -> None:
+    """After a failover, the address can lead to the former primary for a while."""
+    name = await pool.fetchval("SELECT current_database()")
+    await pool.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    await pool.expire_connections()
+    with pytest.raises(LedgerUnavailable, match="read-only"):
+        await ledger.engine_id(pool, "shop")
+    async with pool.acquire() as admin, admin.transaction(readonly=False):
+        # A session keeps the settings it started with, as one to the former primary would.
+        await admin.execute("SET TRANSACTION READ WRITE")
+        await admin.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+    with suppress(LedgerUnavailable):
+        await ledger.engine_id(pool, "shop")
+    assert await ledger.engine_id(pool, "shop")
 
 
 async def test_commits_of_an_operator_wait_for_the_standby_whatever_the_databases_default(
