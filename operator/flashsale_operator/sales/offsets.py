@@ -9,7 +9,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from flashsale import events
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import KafkaSettings
 
 TIMEOUT_SECONDS: Final = 10
@@ -38,7 +38,10 @@ async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
     Raises `KafkaUnavailable`.
     """
     topic = events.topic(kafka.engine)
-    client = kafka.kafka_client()
+    try:
+        client = kafka.kafka_client()
+    except SettingsError as error:  # a renewed certificate can be wrong
+        raise KafkaUnavailable(str(error)) from error
     admin = AIOKafkaAdminClient(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
     consumer = AIOKafkaConsumer(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
     try:

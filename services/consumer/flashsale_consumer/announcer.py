@@ -27,7 +27,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events, requirements
-from flashsale.errors import LedgerUnavailable
+from flashsale.errors import LedgerUnavailable, SettingsError
 from flashsale.fields import ReservationId, SaleId
 from flashsale.ledger import Pool
 from flashsale.requirements import EVENT_BYTES, PARTITIONS, Checks
@@ -90,7 +90,7 @@ class Announcer:
                     await self._announce(partitions, source, reader, producer)
             except (OffsetOutOfRangeError, NoOffsetForPartitionError):
                 partitions.displace()
-            except (KafkaError, LedgerUnavailable, TimeoutError) as error:
+            except (KafkaError, LedgerUnavailable, SettingsError, TimeoutError) as error:
                 self._availability.away(error)
             await asyncio.sleep(self._availability.delay())
 

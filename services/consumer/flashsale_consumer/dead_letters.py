@@ -8,6 +8,7 @@ from typing import Final
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from flashsale.errors import SettingsError
 from flashsale.settings import KafkaSettings
 from flashsale_consumer.clients import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
@@ -67,7 +68,7 @@ class DeadLetters:
             for failure in acknowledged:
                 if isinstance(failure, BaseException):
                     raise failure
-        except (KafkaError, TimeoutError) as error:
+        except (KafkaError, SettingsError, TimeoutError) as error:
             # A producer never gives up its pending records, so the next call starts another one.
             await self.close()
             raise DeadLettersUnavailable(f"{self._topic}: {error!r}") from error

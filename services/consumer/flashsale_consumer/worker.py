@@ -18,7 +18,13 @@ from aiokafka.errors import (
 )
 
 from flashsale import events, ledger, requirements, tracing
-from flashsale.errors import ContractViolation, LedgerUnavailable, OtherEngine, UnmetRequirement
+from flashsale.errors import (
+    ContractViolation,
+    LedgerUnavailable,
+    OtherEngine,
+    SettingsError,
+    UnmetRequirement,
+)
 from flashsale.events import Event
 from flashsale.ledger import Pool
 from flashsale.requirements import Checks
@@ -115,7 +121,8 @@ class Worker:
                     self._refuse(str(errors.exceptions[0]))
                 except* (UnsupportedCodecError, IncompatibleBrokerVersion) as errors:
                     self._refuse(_KAFKA_MISTAKE.format(errors.exceptions[0]))
-                except* (KafkaError, TimeoutError) as errors:
+                except* (KafkaError, SettingsError, TimeoutError) as errors:
+                    # A wrong certificate after a renewal counts as an outage.
                     self._kafka.away(errors.exceptions[0])
                 await asyncio.sleep(REFUSED_SECONDS if self.conflict else self._kafka.delay())
         finally:

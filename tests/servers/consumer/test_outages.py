@@ -4,11 +4,13 @@ import asyncio
 import signal
 from asyncio import Transport
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from random import Random
 
 import asyncpg
 import pytest
+import trustme
 from aiokafka import TopicPartition
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection
@@ -19,8 +21,11 @@ from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
 from flashsale.ledger import engine_id
+from flashsale.settings import KafkaSettings
 from flashsale_consumer import offsets, recorder, worker
 from flashsale_consumer.clients import transaction
+from flashsale_consumer.metrics import Metrics
+from flashsale_consumer.settings import Settings
 from tests.support.consumer import (
     Connection,
     Ledger,
@@ -343,6 +348,35 @@ async def test_a_worker_stopped_while_a_client_starts_leaves_no_connection_open(
         await first.wait()
     assert len(transports) == started + 1
     await until(lambda: all(transport.is_closing() for transport in transports))
+
+
+async def test_a_certificate_that_is_wrong_after_its_renewal_is_an_outage(
+    ledger: Ledger, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted, refused = tmp_path / "ca.pem", 0
+    trustme.CA().cert_pem.write_to_path(trusted)
+    settings = Settings(
+        kafka_bootstrap=log.bootstrap,
+        kafka_tls=True,
+        kafka_ca_file=str(trusted),
+        database_url=ledger.url,
+        engine=log.engine,
+    )
+    trusted.write_text("half a certificate")
+    made = KafkaSettings.kafka_client
+
+    def counted(own: KafkaSettings) -> dict[str, object]:
+        nonlocal refused
+        refused += 1
+        return made(own)
+
+    monkeypatch.setattr(KafkaSettings, "kafka_client", counted)
+    working = asyncio.create_task(worker.Worker(settings, Metrics()).run())
+    await until(lambda: refused >= 2 or working.done(), "the worker tries again")
+    assert not working.done()
+    working.cancel()
+    with suppress(asyncio.CancelledError):
+        await working
 
 
 @pytest.mark.slow

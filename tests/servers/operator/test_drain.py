@@ -4,15 +4,18 @@ import asyncio
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import trustme
 from redis.asyncio import Redis
 
 from flashsale import heartbeat, ledger
 from flashsale.clocks import ServerTime
 from flashsale.sale import SaleSpec
+from flashsale.settings import KafkaSettings
 from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience, Progress
-from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, Span
+from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, Span, spans
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -204,6 +207,15 @@ async def test_without_kafka_the_drain_fails(
     shop.drain = Drain(shop.inventory, pool, away, patience=QUICK)
     with pytest.raises(KafkaUnavailable):
         await not_drained(shop, sold)
+
+
+async def test_a_certificate_that_is_wrong_after_its_renewal_is_an_outage(tmp_path: Path) -> None:
+    trusted = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(trusted)
+    kafka = KafkaSettings(kafka_bootstrap="127.0.0.1:1", kafka_tls=True, kafka_ca_file=str(trusted))
+    trusted.write_text("half a certificate")
+    with pytest.raises(KafkaUnavailable, match="KAFKA_CA_FILE is wrong"):
+        await spans(kafka)
 
 
 @pytest.mark.slow
