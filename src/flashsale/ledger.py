@@ -33,6 +33,12 @@ _MIGRATION_TIMEOUT_SECONDS: Final = 3600.0
 """A migration can rewrite a table, which takes about two seconds per million rows."""
 # Not an option of the connection, because PgBouncer refuses it.
 _END_IDLE: Final = "SET LOCAL idle_in_transaction_session_timeout = '{:.3f}s'"
+# An administrator's limit is for short statements. A rebuild that reads all reservations of a large
+# sale would never end. Only newer servers have transaction_timeout.
+_END_LIMITS: Final = """
+SELECT set_config(name, '0', true) FROM pg_settings
+WHERE name IN ('statement_timeout', 'transaction_timeout')
+"""
 _CREATE_MIGRATIONS: Final = """
 CREATE TABLE IF NOT EXISTS flashsale_migrations (
     version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now()
@@ -194,7 +200,7 @@ async def _connection(
 
 @asynccontextmanager
 async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Connection]:
-    """Opens a transaction. With `snapshot` it only reads, and always the same state.
+    """Opens a transaction. With `snapshot` it only reads, always the same state and without limit.
 
     Otherwise each statement sees the commits before it, whatever the database's default. A
     statement after the wait for a lock must see the changes of the lock's last holder.
@@ -211,6 +217,8 @@ async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Co
         connection.transaction(isolation=isolation, readonly=snapshot),
     ):
         await connection.execute(_END_IDLE.format(IDLE_SECONDS))
+        if snapshot:
+            await connection.execute(_END_LIMITS)
         yield connection
 
 

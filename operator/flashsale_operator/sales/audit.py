@@ -325,8 +325,8 @@ async def _look(
 
 
 async def _tallies(pool: ledger.Pool, item_id: str | None) -> list[Tally]:
-    async with ledger.translated():
-        records = await pool.fetch(_TALLIES, item_id, timeout=ledger.SUM_SECONDS)
+    async with ledger.transaction(pool, snapshot=True) as connection:
+        records = await connection.fetch(_TALLIES, item_id, timeout=ledger.SUM_SECONDS)
     return [
         Tally(
             row=SaleRow.of(record),

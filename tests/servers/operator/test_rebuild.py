@@ -16,6 +16,7 @@ from flashsale.inventory import Closed, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request
 from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale_operator.sales.audit import audit
 from flashsale_operator.sales.decision import StillFenced, spec_of
 from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
@@ -400,6 +401,24 @@ async def test_lost_units_are_reported_if_the_reply_to_their_commit_is_lost(
         await pool.close()
     assert isinstance(done, Rebuilt)
     assert done.lost == 1
+
+
+@pytest.mark.parametrize("limit", ["statement_timeout", "transaction_timeout"])
+async def test_a_large_sale_is_rebuilt_and_audited_in_spite_of_a_limit_for_short_statements(
+    shop: SimulatedShop, sold: SaleSpec, limit: str
+) -> None:
+    await shop.pool.execute(
+        "ALTER TABLE reservations RENAME TO stored;"
+        "CREATE VIEW reservations AS SELECT stored.* FROM stored CROSS JOIN pg_sleep(0.6)"
+    )
+    name = await shop.pool.fetchval("SELECT current_database()")
+    await shop.pool.execute(f'ALTER DATABASE "{name}" SET {limit} = 500')
+    await shop.pool.expire_connections()
+    await restart(shop, sold)
+    done = await rebuild(shop, sold)
+    assert isinstance(done, Rebuilt)
+    assert done.accepted == 3
+    assert (await audit(shop.inventory, shop.pool, shop.spans)).agrees
 
 
 async def test_units_lost_by_a_sale_of_the_previous_version_are_counted(
