@@ -15,7 +15,7 @@ from flashsale import events
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.settings import KafkaSettings
-from flashsale_operator.sales.offsets import KafkaUnavailable
+from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, spans
 from flashsale_operator.sales.reconciler import UnknownSale
 
 ACKNOWLEDGED_SECONDS: Final = 30.0
@@ -37,6 +37,8 @@ async def republish(inventory: Inventory, kafka: KafkaSettings, item_id: str) ->
     try:
         async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
             await producer.start()
+        if not await spans(kafka):
+            raise KafkaUnavailable(UNSEEN)  # to send to it by name could create it
         async for snapshot, page in inventory.reservation_pages(item_id):
             async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
                 sent = [

@@ -20,7 +20,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import Call, Transition, TransitionReply
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import engine
-from flashsale_operator.sales.offsets import KafkaUnavailable
+from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, spans
 from flashsale_operator.sales.reconciler import UnknownSale
 
 Verb = Literal["confirm", "cancel"]
@@ -54,6 +54,8 @@ async def change(  # noqa: PLR0913 - the call, and the servers
         except (KafkaError, OSError, TimeoutError) as error:
             why = str(error) or "no answer in time"
             raise KafkaUnavailable(f"Kafka is away, and nothing is changed: {why}") from error
+        if not await spans(kafka):
+            raise KafkaUnavailable(UNSEEN)  # to send to it by name could create it
         began = time.monotonic()
         does = inventory.confirm if verb == "confirm" else inventory.cancel
         reply = await does(

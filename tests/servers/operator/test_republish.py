@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -20,6 +21,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl.commands import run
 from tests.support.redis_users import OPERATOR, url_of
+from tests.support.topics import administering
 
 PAGE = 500
 """Reservations per page of `Inventory.reservation_pages`."""
@@ -51,6 +53,26 @@ async def published(kafka: KafkaServer, item: str) -> list[Event]:
     finally:
         await consumer.stop()
     return [event for event in found if event.item_id == item]
+
+
+@pytest.mark.slow
+async def test_a_missing_topic_is_left_to_the_consumer(
+    tmp_path: Path,
+    redis: Redis,
+    redis_server: RedisServer,
+    item: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A broker that creates it by itself gives it one partition and its own retention."""
+    inventory = Inventory(redis)
+    await inventory.apply(SaleSpec(f"default/{item}", item, 5), 3, seed_until_ms=2**53)
+    await inventory.reserve(item, [Request(str(uuid.uuid4()), "ann", 1)], timeout_seconds=10)
+    with KafkaServer(tmp_path / "kafka", options={"auto.create.topics.enable": "true"}) as kafka:
+        variables = environ(redis_server, kafka.bootstrap)
+        assert await asyncio.to_thread(run, ["republish", item], variables) == 1
+        assert "Kafka does not show the topic" in capsys.readouterr().err
+        async with administering(kafka.bootstrap) as admin:
+            assert events.topic() not in await admin.list_topics()
 
 
 @pytest.mark.slow
