@@ -5,7 +5,7 @@ not matter. Of two events of a reservation, the one with the higher `version` is
 """
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -34,8 +34,7 @@ CONTENT_TYPE: Final = b"application/json"
 
 
 Time = Annotated[datetime, Meta(tz=True)]
-_FIRST: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_END: Final = datetime(9999, 1, 1, tzinfo=UTC)
+_YEARS: Final = range(1971, 9999)
 """A rebuild writes times to Redis in Unix milliseconds, which the scripts read without a sign."""
 
 
@@ -144,9 +143,9 @@ def decode(value: bytes | None) -> Event:
         ("expiresAt", event.expires_at),
         ("confirmedAt", event.confirmed_at),
     ):
-        if time is not None and not _FIRST <= time < _END:
+        if time is not None and time.year not in _YEARS:
             raise ContractViolation(
-                f"not a reservation event: {name} must be in the years 1970 to 9998"
+                f"not a reservation event: {name} must be in the years 1971 to 9998"
             )
     if event.state == "confirmed" and event.confirmed_at is None:
         # A pod of the previous version published it. That version had no holds.
