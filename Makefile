@@ -72,10 +72,10 @@ test: $(READY) ## The quick tests, on real servers: about five minutes on two co
 	@echo "Running the quick tests: about five minutes on two cores."
 	$(BIN)/pytest --quick $(PARALLEL)
 
-test-all: test test-rest ## All tests: about 30 minutes, after 10 for building Kubernetes once (needs Go)
+test-all: test test-rest ## All tests: about 25 minutes, after 10 for building Kubernetes once (needs Go)
 
 test-rest: $(READY) ## The tests that `make test` leaves out (needs Go)
-	@echo "Running the slow tests: about 25 minutes on two cores. The first run also builds Kubernetes"
+	@echo "Running the slow tests: about 20 minutes on two cores. The first run also builds Kubernetes"
 	@echo "and Helm with Go, which takes about ten minutes. Without Go their tests are skipped."
 	@if command -v go >/dev/null; then $(BIN)/python -m dev.cluster build kubernetes helm; fi
 	$(BIN)/pytest --rest $(PARALLEL) --ignore tests/faults
