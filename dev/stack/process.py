@@ -59,6 +59,7 @@ class Server(ABC):
     # The signal that ends it at once after this process has died.
     orphan_signal: ClassVar[signal.Signals] = signal.SIGKILL
     stop_seconds: ClassVar[float] = 30.0
+    # How often it is asked to stop in that time.
     stop_tries: ClassVar[int] = 1
 
     def __init__(self, data: Path, port: int | None = None, *, detached: bool = False) -> None:

@@ -8,18 +8,16 @@ import pytest
 import yaml
 
 from tests.support.chart import ADDRESSES, NAMESPACE, RELEASE, Helm, Refused, Rendered
+from tests.support.manifests import documents
 from tests.support.paths import CHART
 
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Path:
-    dependency = {"name": "flashsale", "alias": "sales", "condition": "sales.enabled"}
-    chart = {
-        "apiVersion": "v2",
-        "name": "shop",
-        "version": "0.1.0",
-        "dependencies": [{**dependency, "version": "0.1.0"}],
-    }
+    (own,) = documents(CHART / "Chart.yaml")
+    dependency = {name: own[name] for name in ("name", "version")}
+    dependency |= {"alias": "sales", "condition": "sales.enabled"}
+    chart = {"apiVersion": "v2", "name": "shop", "version": "1.0.0", "dependencies": [dependency]}
     (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(chart))
     shutil.copytree(CHART, tmp_path / "charts" / "flashsale")
     return tmp_path

@@ -3,10 +3,10 @@
 // allowed only with CUT=allowed. With AWAY=allowed a 503 is repeated, as Retry-After asks.
 //
 //   ITEM_ID, API_URL, RUN   as in loadtest/stampede.js
-//   RATE       buyers per second; if buyers of four seconds wait, others arrive later
+//   RATE       buyers per second. If the buyers of four seconds wait, the next ones arrive later.
 //   DURATION   how long buyers arrive
-//   UNTIL      a refusal that ends the run, such as `paused` or `sold-out`; without it, the stock must
-//              be enough for all buyers
+//   UNTIL      a refusal that ends the run, such as `paused` or `sold-out`. Without it, the stock must
+//              be enough for all buyers.
 
 import { check, sleep } from 'k6';
 import exec from 'k6/execution';

@@ -1,7 +1,7 @@
 """Finds the servers of `make up` through the file .local/env of a checkout."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -39,13 +39,17 @@ def environment(environ: Mapping[str, str], folder: Path) -> tuple[Mapping[str, 
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         return environ, f"{path} cannot be read: {error.strerror}"
-    pairs = (line.partition("=") for line in lines if line.startswith(PREFIX))
-    variables = {name: _unquoted(value) for name, _, value in pairs}
-    return variables | dict(environ), f"the servers that the environment lacks are those of {path}"
+    found = {name: value for name, value in variables(lines).items() if name.startswith(PREFIX)}
+    return found | dict(environ), f"the servers that the environment lacks are those of {path}"
+
+
+def variables(lines: Iterable[str]) -> dict[str, str]:
+    """Returns the variables that a shell would set."""
+    pairs = (line.partition("=") for line in lines)
+    return {name: _unquoted(value) for name, _, value in pairs}
 
 
 def _unquoted(value: str) -> str:
-    """Return a value as a shell reads it."""
     try:
         return "".join(shlex.split(value))
     except ValueError:  # a quotation mark without another one

@@ -384,7 +384,7 @@ class Controller:
             self._failed(error)
             log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
             return None
-        message = "the FlashSale was deleted before it had a sale"
+        message = "the FlashSale was deleted, and it has no sale"
         return Result(key.sale_id, "", SaleState.CLOSING, Reason.CLOSED, message)
 
     async def close_deleted(self, key: Key) -> Requeue:

@@ -26,7 +26,7 @@ from tests.model.scripts.machine import (
 from tests.model.scripts.reservation_rules import ReservationRules
 
 miscounts = st.sampled_from(["", "reservations", "buyers", "holds"])
-"""What a first `trust` of a rebuild counts wrong."""
+"""The part that the first `trust` of a rebuild counts wrong."""
 interruptions = st.sampled_from(["", "", "undrained", "closed"])
 """Why a rebuild before it cannot begin."""
 
@@ -37,11 +37,11 @@ class RebuildRules(ReservationRules):
     @rule(chance=chances)
     @precondition(lambda self: self.model.sale is not None and self.model.sale.run == THIS_RUN)
     def restart(self, chance: int) -> None:
-        """Makes the hash look as if it was written under another run of the server."""
         if chance < 40:
             self.change_run()
 
     def change_run(self) -> None:
+        """Makes the hash look as if it was written under another run of the server."""
         self.hash.run = OTHER_RUN
         self.set_field("run_id", OTHER_SERVER)
 
