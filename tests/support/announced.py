@@ -1,7 +1,8 @@
 """Waits until the consumer has announced recorded reservations."""
 
-from tests.support.consumer import Ledger, Log
+from tests.support.consumer import Log
 from tests.support.eventually import until
+from tests.support.ledgers import Ledger
 from tests.support.recorded import Receiver, received
 
 

@@ -8,7 +8,7 @@ from flashsale_consumer import recorder
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.recorded import Source
 from flashsale_consumer.recorder import BatchOutcome
-from tests.support.consumer import Ledger
+from tests.support.ledgers import Ledger
 
 
 async def record(ledger: Ledger, events: Sequence[Event]) -> BatchOutcome:

@@ -25,9 +25,10 @@ from flashsale.reservations import (
     TransitionReply,
 )
 from flashsale.sale import Sale, SaleSpec, utc_of_ms
+from flashsale_operator.sales.decision import StillFenced
 from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.offsets import Span
-from flashsale_operator.sales.rebuild import Rebuilder
+from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler, Result
 
 _FORMER = "SELECT state, version FROM reservations WHERE sale_id = $1 AND reservation_id = $2"
@@ -71,6 +72,13 @@ class SimulatedShop:
 
     async def apply(self, spec: SaleSpec) -> Result:
         return await self.reconciler.reconcile(spec)
+
+    async def rebuild(self, spec: SaleSpec) -> Rebuilt | StillFenced:
+        return await self.rebuilder.rebuild(await self.row(spec.sale_id))
+
+    async def change_run(self, item_id: str) -> None:
+        """Make the sale look as after a restart of Redis, with another run id than the server's."""
+        await self.redis.hset(ItemKeys.of(item_id, self.engine).sale, "run_id", "an earlier run")
 
     async def sale(self, item_id: str) -> Sale | None:
         return (await self.inventory.sales([item_id])).get(item_id)

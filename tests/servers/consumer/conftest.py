@@ -7,7 +7,8 @@ import pytest
 
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.ledger import migrate
-from tests.support.consumer import Ledger, Log, Process, opened
+from tests.support.consumer import Log, Process
+from tests.support.ledgers import Ledger, opened
 
 
 @pytest.fixture

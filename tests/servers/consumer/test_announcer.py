@@ -8,17 +8,9 @@ import pytest
 from flashsale.ledger import migrate
 from flashsale_consumer.announcer import Announcer
 from tests.support.announced import offsets, until_announced, until_offsets
-from tests.support.consumer import (
-    Ledger,
-    Log,
-    accepted,
-    changed,
-    held,
-    migrate_to,
-    opened,
-    running,
-)
+from tests.support.consumer import Log, accepted, changed, held, running
 from tests.support.eventually import until
+from tests.support.ledgers import Ledger, migrate_to, opened
 from tests.support.recorded import received
 
 

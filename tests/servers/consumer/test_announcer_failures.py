@@ -21,8 +21,9 @@ from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorded import Source
 from tests.support.announced import offsets, until_announced, until_offsets
-from tests.support.consumer import Ledger, Log, accepted, changed, held, running
+from tests.support.consumer import Log, accepted, changed, held, running
 from tests.support.eventually import until
+from tests.support.ledgers import Ledger
 from tests.support.recorded import received
 from tests.support.recording import rebuild, record
 from tests.support.topics import administering, create_topic

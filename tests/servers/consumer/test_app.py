@@ -18,7 +18,8 @@ from flashsale_consumer.app import handlers
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
 from flashsale_consumer.worker import Worker
-from tests.support.consumer import Process, opened, run
+from tests.support.consumer import Process, run
+from tests.support.ledgers import opened
 
 KAFKA = {"FLASHSALE_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
 DATABASE = {"FLASHSALE_DATABASE_URL": "postgresql://user:secret@127.0.0.1:1/flashsale"}

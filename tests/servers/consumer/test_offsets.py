@@ -8,7 +8,8 @@ from flashsale.events import Event
 from flashsale_consumer import offsets, recorder
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.offsets import LedgerRewound
-from tests.support.consumer import Ledger, accepted
+from tests.support.consumer import accepted
+from tests.support.ledgers import Ledger
 
 TOPIC = "reservations"
 FOREVER = range(1_000_000)

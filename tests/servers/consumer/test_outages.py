@@ -26,20 +26,9 @@ from flashsale_consumer import offsets, recorder, worker
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
-from tests.support.consumer import (
-    Connection,
-    Ledger,
-    Log,
-    Process,
-    accepted,
-    connected,
-    database,
-    opened,
-    running,
-    until_recorded,
-    waits,
-)
+from tests.support.consumer import Log, Process, accepted, running, until_recorded
 from tests.support.eventually import until
+from tests.support.ledgers import Connection, Ledger, connected, database, opened, waits
 
 
 @pytest.mark.slow

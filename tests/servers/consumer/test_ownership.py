@@ -12,17 +12,9 @@ from confluent_kafka.admin import AdminClient
 from dev.stack.servers import PostgresServer
 from flashsale.ledger import migrate
 from flashsale_consumer import worker
-from tests.support.consumer import (
-    Ledger,
-    Log,
-    Process,
-    accepted,
-    database,
-    opened,
-    running,
-    until_recorded,
-)
+from tests.support.consumer import Log, Process, accepted, running, until_recorded
 from tests.support.eventually import until
+from tests.support.ledgers import Ledger, database, opened
 
 FOREIGN = "11111111-1111-1111-1111-111111111111"
 

@@ -16,16 +16,8 @@ from hypothesis import strategies as st
 from flashsale.events import Event
 from flashsale.ledger import migrate
 from flashsale_consumer.recorder import BatchOutcome
-from tests.support.consumer import (
-    BEYOND_POSTGRESQL,
-    NOON,
-    Ledger,
-    accepted,
-    changed,
-    held,
-    migrate_to,
-    opened,
-)
+from tests.support.consumer import BEYOND_POSTGRESQL, NOON, accepted, changed, held
+from tests.support.ledgers import Ledger, migrate_to, opened
 from tests.support.recording import check, counted, counts, known_events, record
 
 

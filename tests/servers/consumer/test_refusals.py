@@ -12,7 +12,8 @@ from flashsale.events import Event
 from flashsale_consumer import recorder
 from flashsale_consumer.clients import transaction
 from flashsale_consumer.recorder import BatchOutcome
-from tests.support.consumer import BEYOND_POSTGRESQL, NOON, Ledger, accepted, changed, held
+from tests.support.consumer import BEYOND_POSTGRESQL, NOON, accepted, changed, held
+from tests.support.ledgers import Ledger
 from tests.support.recording import check, counts, rebuild, record
 
 

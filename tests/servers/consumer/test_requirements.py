@@ -13,8 +13,9 @@ from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients, worker
-from tests.support.consumer import Ledger, Log, accepted, running
+from tests.support.consumer import Log, accepted, running
 from tests.support.eventually import until
+from tests.support.ledgers import Ledger
 from tests.support.topics import administering, create_topic
 
 

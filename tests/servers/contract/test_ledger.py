@@ -10,8 +10,8 @@ import pytest
 from dev.stack.servers import PostgresServer
 from flashsale import ledger
 from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
-from tests.support.consumer import connected, migrate_to, waits
 from tests.support.eventually import until
+from tests.support.ledgers import connected, migrate_to, waits
 
 Pool = asyncpg.Pool
 

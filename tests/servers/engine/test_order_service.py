@@ -21,9 +21,9 @@ from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import events
 from tests.support import asyncapi
 from tests.support.api import reserve
-from tests.support.consumer import opened
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
+from tests.support.ledgers import opened
 from tests.support.manifests import flash_sale
 from tests.support.paths import ROOT
 from tests.support.recorded import in_ledger, read_all, received

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from dev.stack.servers import KafkaServer
-from flashsale.keys import ItemKeys
 from flashsale.reservations import OutboxEntry, Transition
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
@@ -247,7 +246,7 @@ def test_a_person_confirms_and_cancels(
         assert sale is not None
         assert sale.outbox_length == 0
         assert (sale.accepted, sale.released, sale.held) == (3, 2, 0)
-        await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "run_id", "an earlier run")
+        await shop.change_run(spec.item_id)
 
     within(settled)
     fenced = f"flashsalectl: {spec.item_id}: the sale is fenced: rebuild it first"

@@ -53,7 +53,7 @@ async def test_every_key_begins_with_the_name_of_the_engine(
     await heartbeat.beat(redis, "pod-1", {spec.item_id: 1}, {"": server}, "brand")
     await brand.record(spec.item_id)
     await heartbeat.retire(redis, "pod-1", "brand")
-    await redis.hset(ItemKeys.of(spec.item_id, "brand").sale, "run_id", "an earlier run")
+    await brand.change_run(spec.item_id)
     keys = [str(key) for key in await redis.keys("*")]
     assert len(keys) > 4
     assert [key for key in keys if not key.startswith("brand:")] == []

@@ -25,7 +25,7 @@ from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Queue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync
-from flashsale_operator.sales.decision import Reason, StillFenced, needs_rebuild, spec_of
+from flashsale_operator.sales.decision import Reason, needs_rebuild, spec_of
 from flashsale_operator.sales.rebuild import HOLD_MS, Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
 from tests.support.eventually import until
@@ -60,18 +60,9 @@ async def mixed(shop: SimulatedShop, spec: SaleSpec) -> SaleSpec:
     return spec
 
 
-async def rebuild(shop: SimulatedShop, spec: SaleSpec) -> Rebuilt | StillFenced:
-    return await shop.rebuilder.rebuild(await shop.row(spec.sale_id))
-
-
 async def records(shop: SimulatedShop, spec: SaleSpec) -> dict[str, Record]:
     texts = await shop.redis.hgetall(ItemKeys.of(spec.item_id).reservations)
     return {str(reservation_id): Record.parse(str(text)) for reservation_id, text in texts.items()}
-
-
-async def restart(shop: SimulatedShop, spec: SaleSpec) -> None:
-    """Make the sale look as after a restart of Redis, with another run id than the server's."""
-    await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "run_id", "an earlier run")
 
 
 async def test_a_rebuild_restores_every_state(shop: SimulatedShop, mixed: SaleSpec) -> None:
@@ -82,7 +73,7 @@ async def test_a_rebuild_restores_every_state(shop: SimulatedShop, mixed: SaleSp
     assert sale is not None
     assert (sale.accepted, sale.released, sale.held, sale.confirmed) == (7, 4, 2, 1)
     await shop.redis.flushall()
-    assert isinstance(await rebuild(shop, mixed), Rebuilt)
+    assert isinstance(await shop.rebuild(mixed), Rebuilt)
     after = await shop.sale(mixed.item_id)
     assert after is not None
     assert (after.accepted, after.released, after.held, after.torn) == (7, 4, 2, False)
@@ -100,7 +91,7 @@ async def test_a_rebuilt_hold_can_be_confirmed_and_a_confirmed_one_keeps_its_ord
     shop: SimulatedShop, mixed: SaleSpec
 ) -> None:
     await shop.redis.flushall()
-    await rebuild(shop, mixed)
+    await shop.rebuild(mixed)
     assert await shop.confirm(mixed.item_id, "confirmed", "order-7") is Transition.REPLAYED
     assert await shop.confirm(mixed.item_id, "confirmed", "order-9") is Transition.OTHER_ORDER
     assert await shop.cancel(mixed.item_id, "refunded") is Transition.REPLAYED
@@ -118,7 +109,7 @@ async def test_expired_holds_of_a_buyer_count_after_a_rebuild(
 ) -> None:
     await shop.apply(replace(mixed, max_expired_holds=1))
     await shop.redis.flushall()
-    await rebuild(shop, mixed)
+    await shop.rebuild(mixed)
     assert await shop.buy(mixed.item_id, "expired", "cancelled") == [
         Outcome.TOO_MANY_HOLDS,
         Outcome.ACCEPTED,
@@ -160,7 +151,7 @@ async def test_no_hold_expires_soon_after_a_rebuild(
     )
     await shop.redis.flushall()
     began = (await shop.inventory.server()).now_ms
-    await rebuild(shop, spec)
+    await shop.rebuild(spec)
     ended = (await shop.inventory.server()).now_ms
     restored = (await records(shop, spec)).values()
     assert len(restored) == 2
@@ -183,7 +174,7 @@ async def test_a_hold_that_ends_later_keeps_its_end_in_a_rebuild(
     await shop.record(spec.item_id)
     before = await records(shop, spec)
     await shop.redis.flushall()
-    await rebuild(shop, spec)
+    await shop.rebuild(spec)
     assert await records(shop, spec) == before
 
 
@@ -214,7 +205,7 @@ async def test_a_trusted_sale_with_open_holds_stays_as_it_is(
     shop: SimulatedShop, mixed: SaleSpec
 ) -> None:
     before = await shop.sale(mixed.item_id)
-    assert isinstance(await rebuild(shop, mixed), Rebuilt)
+    assert isinstance(await shop.rebuild(mixed), Rebuilt)
     assert await shop.sale(mixed.item_id) == before
 
 
@@ -258,7 +249,7 @@ async def test_a_sale_with_open_holds_is_not_replaced(
     assert applied is Applied.CONFLICT
     await shop.redis.flushall()
     assert (await shop.apply(other)).state is SaleState.ITEM_CONFLICT, "its holds need the item"
-    await rebuild(shop, spec)
+    await shop.rebuild(spec)
     await shop.expire(spec.item_id, "a")
     await shop.record(spec.item_id)
     report = await shop.apply(other)
@@ -282,7 +273,7 @@ async def test_a_closed_sale_that_lost_its_open_holds_is_rebuilt_and_they_expire
     if loss == "flush":
         await shop.redis.flushall()
     else:
-        await restart(shop, mixed)
+        await shop.change_run(mixed.item_id)
     resync = resync_of(shop)
 
     async def trusted() -> bool:
@@ -362,8 +353,8 @@ async def test_an_ended_sale_that_was_deleted_stays_ended_in_a_rebuild(
     await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "ends_ms", now_ms - 1_000)
     await shop.reconciler.close(spec.sale_id)
     assert (await shop.apply(replace(ended, ends_ms=now_ms + 60_000))).reason is Reason.SALE_ENDED
-    await restart(shop, spec)
-    await rebuild(shop, spec)
+    await shop.change_run(spec.item_id)
+    await shop.rebuild(spec)
     sale = await shop.sale(spec.item_id)
     assert sale is not None
     assert (sale.stored_state, sale.held) == ("ended", 1)

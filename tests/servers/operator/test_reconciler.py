@@ -12,25 +12,21 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import ledger, redis_client
-from flashsale.clocks import ServerTime
 from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Closed
 from flashsale.keys import ItemKeys
 from flashsale.requirements import Checks
 from flashsale.reservations import Outcome
-from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.reconciler import (
     _HOLD_EXPIRED,
-    _LOCK_ITEM,
     _REFUSED,
     UnknownSale,
 )
-from tests.support.consumer import connected, waits
-from tests.support.eventually import until
-from tests.support.simulated_shop import QUICK, SimulatedShop
+from tests.support.simulated_shop import SimulatedShop
 
 
 async def test_a_new_sale_can_be_sold(shop: SimulatedShop, spec: SaleSpec) -> None:
@@ -184,96 +180,6 @@ async def test_the_item_of_a_sale_cannot_be_changed(shop: SimulatedShop, spec: S
     assert result.reason is Reason.ITEM_CHANGED
     assert result.message.startswith("spec.itemId is immutable")
     assert await shop.sale("another") is None
-
-
-async def test_of_concurrent_manifests_one_reaches_both_ledger_and_redis(
-    shop: SimulatedShop, spec: SaleSpec
-) -> None:
-    await shop.apply(spec)
-    for _ in range(10):
-        stocks = random.sample(range(11, 99), 3)
-        results = await asyncio.gather(
-            *(shop.apply(replace(spec, stock=stock)) for stock in stocks)
-        )
-        assert {result.reason for result in results} <= {Reason.APPLIED, Reason.SUPERSEDED}
-        row, sale = await shop.row(spec.sale_id), await shop.sale(spec.item_id)
-        assert sale is not None
-        assert row.allocated in stocks
-        assert (sale.allocated, sale.revision) == (row.allocated, row.revision)
-
-
-async def test_concurrent_reconciles_of_a_new_manifest_seed_it_once(
-    redis: "Redis", pool: ledger.Pool, spec: SaleSpec
-) -> None:
-    # Reconciles that find the row without keys must leave enough time for the seeding.
-    shop = SimulatedShop(redis, pool, patience=replace(QUICK, seeding=1.0))
-    results = await asyncio.gather(*(shop.apply(spec) for _ in range(8)))
-    assert [result.applied for result in results].count(Applied.SEEDED) == 1
-    assert (await shop.apply(spec)).ready
-    assert await shop.buy(spec.item_id, *"abcdefghijkl") == [
-        *[Outcome.ACCEPTED] * 10,
-        *[Outcome.SOLD_OUT] * 2,
-    ]
-
-
-async def test_of_two_new_sales_only_one_gets_the_item(
-    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
-) -> None:
-    results = await asyncio.gather(shop.apply(spec), shop.apply(other))
-    assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
-    assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
-
-
-async def test_a_sale_that_waited_for_the_items_lock_sees_the_other_sale(
-    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec, database_url: str
-) -> None:
-    """Also if each transaction of the database sees only its beginning by default."""
-    async with connected(database_url) as holder:
-        name = await holder.fetchval("SELECT current_database()")
-        await holder.execute(
-            f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'"
-        )
-        await shop.pool.expire_connections()
-        async with holder.transaction():
-            await holder.execute(_LOCK_ITEM, shop.engine, spec.item_id)
-            applied = [asyncio.create_task(shop.apply(each)) for each in (spec, other)]
-            await until(lambda: waits(holder, 2), "both sales wait for the lock")
-        results = await asyncio.gather(*applied)
-    assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
-    assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
-
-
-@pytest.mark.parametrize("again", ["before the row", "before the keys"])
-async def test_of_a_new_sale_and_one_that_is_applied_again_only_one_gets_the_item(
-    shop: SimulatedShop,
-    sold: SaleSpec,
-    other: SaleSpec,
-    monkeypatch: pytest.MonkeyPatch,
-    again: str,
-) -> None:
-    """With two unfinished sales in the ledger, neither could be rebuilt after a loss."""
-    await shop.reconciler.close(sold.sale_id)
-    late = SimulatedShop(shop.redis, shop.pool)
-    observe, apply = late.inventory.observe, late.inventory.apply
-
-    async def apply_again_after_the_look(item_id: str) -> tuple[Sale | None, ServerTime]:
-        monkeypatch.setattr(late.inventory, "observe", observe)
-        found = await observe(item_id)
-        await shop.apply(sold)
-        return found
-
-    async def apply_again_before_the_keys(*row: Any, **options: Any) -> Applied:  # noqa: ANN401
-        await shop.apply(sold)
-        return await apply(*row, **options)
-
-    if again == "before the row":
-        monkeypatch.setattr(late.inventory, "observe", apply_again_after_the_look)
-    else:
-        monkeypatch.setattr(late.inventory, "apply", apply_again_before_the_keys)
-    await late.apply(other)
-    await shop.redis.flushall()
-    results = [await shop.apply(each) for each in (sold, other)]
-    assert sorted(result.ready for result in results) == [False, True]
 
 
 async def test_a_reconciler_that_dies_before_seeding_leads_to_a_rebuild(

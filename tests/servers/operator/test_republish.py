@@ -55,6 +55,12 @@ async def published(kafka: KafkaServer, item: str) -> list[Event]:
     return [event for event in found if event.item_id == item]
 
 
+async def sell_one(redis: Redis, item: str) -> None:
+    inventory = Inventory(redis)
+    await inventory.apply(SaleSpec(f"default/{item}", item, 5), 1, seed_until_ms=2**53)
+    await inventory.reserve(item, [Request(str(uuid.uuid4()), "ann", 1)], timeout_seconds=10)
+
+
 @pytest.mark.slow
 async def test_a_missing_topic_is_left_to_the_consumer(
     tmp_path: Path,
@@ -63,10 +69,8 @@ async def test_a_missing_topic_is_left_to_the_consumer(
     item: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A broker that creates it by itself gives it one partition and its own retention."""
-    inventory = Inventory(redis)
-    await inventory.apply(SaleSpec(f"default/{item}", item, 5), 3, seed_until_ms=2**53)
-    await inventory.reserve(item, [Request(str(uuid.uuid4()), "ann", 1)], timeout_seconds=10)
+    """A broker that creates the topic gives it one partition and a retention of its own."""
+    await sell_one(redis, item)
     with KafkaServer(tmp_path / "kafka", options={"auto.create.topics.enable": "true"}) as kafka:
         variables = environ(redis_server, kafka.bootstrap)
         assert await asyncio.to_thread(run, ["republish", item], variables) == 1
@@ -143,9 +147,7 @@ async def test_a_fenced_sale_is_not_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its keys may be an older copy, with reservations that a rebuild has dropped."""
-    inventory = Inventory(redis)
-    await inventory.apply(SaleSpec(f"default/{item}", item, 5), 1, seed_until_ms=2**53)
-    await inventory.reserve(item, [Request(str(uuid.uuid4()), "ann", 1)], timeout_seconds=10)
+    await sell_one(redis, item)
     await redis.hset(ItemKeys.of(item).sale, "run_id", "an earlier run")
     variables = environ(redis_server, kafka_server.bootstrap)
     assert await asyncio.to_thread(run, ["republish", item], variables) == 1
