@@ -166,7 +166,11 @@ def database_url(url: str) -> str:
         if value is not None and value.lower() not in _DATABASE_DEFAULTS.get(name, ()):
             raise ValueError(why)
     kept = _known(options, _DATABASE_OPTIONS, _DATABASE_IGNORED)
-    clean = url.partition("?")[0] + (f"?{urlencode(kept)}" if kept else "")
+    front = url.partition("?")[0]
+    if "[" in hosts and "," in hosts:
+        # Newer releases of Python refuse such a list in front of the path, and asyncpg uses them.
+        front, kept["host"] = front.replace(hosts, "", 1), unquote(hosts)
+    clean = front + (f"?{urlencode(kept)}" if kept else "")
     _parse_database(clean, kept)
     return clean
 

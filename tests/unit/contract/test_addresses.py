@@ -250,6 +250,23 @@ def test_every_part_of_a_database_address_can_be_an_option() -> None:
     assert database("postgresql://u@/db?host=/run/postgresql&port=6432").endswith("port=6432")
 
 
+@pytest.mark.parametrize(
+    ("address", "hosts"),
+    [
+        ("a:1,[::1]:2", [("a", 1), ("::1", 2)]),
+        ("[::1]:2,a", [("::1", 2), ("a", 5432)]),
+        ("[::1],[::2]", [("::1", 5432), ("::2", 5432)]),
+        ("[fe80::1%25eth0]:1,%2Frun", [("fe80::1%eth0", 1), "/run/.s.PGSQL.5432"]),
+    ],
+)
+def test_an_ipv6_address_can_be_one_of_several_hosts(address: str, hosts: list[object]) -> None:
+    clean = database(f"postgresql://u:p@{address}/db?sslmode=prefer")
+    parse = vars(connect_utils)["_parse_connect_dsn_and_args"]
+    names = list(signature(parse).parameters)
+    found, login = parse(**{name: None for name in names if name != "dsn"}, dsn=clean)
+    assert (found, login.user, login.password, login.database) == (hosts, "u", "p", "db")
+
+
 @pytest.mark.parametrize("option", LIBPQ.split())
 def test_every_option_of_libpq_is_accepted_or_explained(option: str) -> None:
     try:
