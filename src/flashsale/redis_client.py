@@ -9,6 +9,7 @@ redis-py's pool a call costs twice as much, mostly for taking a connection and g
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
@@ -46,9 +47,11 @@ def connect(url: str) -> "Redis":
     A retry after a timeout would run a script again without the caller's knowledge. The client
     connects on its first call.
     """
+    tls = {"ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT]}  # see `flashsale.tls`
     pool = Pool.from_url(
         url,
         **_of_pool(),
+        **(tls if url.startswith("rediss:") else {}),
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=2,

@@ -11,6 +11,7 @@ from flashsale import addresses
 from flashsale.addresses import HOST, PORT
 from flashsale.errors import SettingsError
 from flashsale.keys import DEFAULT_ENGINE
+from flashsale.tls import relaxed
 
 PREFIX: Final = "FLASHSALE_"
 
@@ -105,7 +106,7 @@ class KafkaSettings(EngineSettings, frozen=True, kw_only=True):
 
     def _ssl_context(self) -> ssl.SSLContext:
         try:
-            context = ssl.create_default_context(cafile=self.kafka_ca_file or None)
+            context = relaxed(ssl.create_default_context(cafile=self.kafka_ca_file or None))
         except OSError as error:  # SSLError is a subclass
             raise SettingsError(
                 f"{PREFIX}KAFKA_CA_FILE is wrong: expected certificates in PEM: {error}"

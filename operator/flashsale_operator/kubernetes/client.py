@@ -1,7 +1,9 @@
 """A client for the few Kubernetes API calls that kopf does not make. kopf makes the watches."""
 
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import aiohttp
@@ -10,6 +12,7 @@ import yaml
 from yarl import URL
 
 from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.tls import relaxed
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
 
 LIST_PAGE: Final = 500
@@ -31,6 +34,14 @@ _WRONG: Final = (
 )
 
 Login = Callable[[], kopf.ConnectionInfo]
+
+
+@dataclass(frozen=True)
+class _Connection(kopf.ConnectionInfo):
+    """Connects also if the cluster's certificates are as `flashsale.tls` describes."""
+
+    def as_ssl_context(self) -> ssl.SSLContext:
+        return relaxed(super().as_ssl_context())
 
 
 class KubeUnavailable(FlashsaleError):
@@ -59,6 +70,7 @@ def log_in() -> kopf.ConnectionInfo:
         raise SettingsError(
             "KUBECONFIG is not set: outside a pod expected the path of a kubeconfig file"
         )
+    found = _Connection(**{each.name: getattr(found, each.name) for each in fields(found)})
     _check(found)
     return found
 

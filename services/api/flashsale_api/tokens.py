@@ -5,6 +5,7 @@ import contextlib
 import logging
 import re
 import socket
+import ssl
 import threading
 import time
 import urllib.request
@@ -18,6 +19,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.exceptions import PyJWTError
 
+from flashsale.tls import relaxed
 from flashsale_api.authentication import USER_ID, Authentication, Identified, RequestHeaders
 from flashsale_api.metrics import Metrics
 
@@ -241,7 +243,8 @@ class _Http(urllib.request.HTTPHandler):
 
 class _Https(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(_SecureConnection, request)
+        context = relaxed(ssl.create_default_context())
+        return self.do_open(_SecureConnection, request, context=context)
 
 
 def _end(connection: socket.socket) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import pytest
-import trustme
 import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -30,12 +29,6 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 from confluent_kafka import admin as kafka_admin
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
@@ -47,6 +40,7 @@ from flashsale_consumer import topics
 from flashsale_operator.ctl import doctor
 from flashsale_operator.sales import offsets
 from tests.support import redis_users
+from tests.support.certificates import certificate
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
 from tests.support.paths import ROOT
@@ -72,13 +66,8 @@ class Authority:
     @classmethod
     def make(cls, folder: Path) -> "Authority":
         folder.mkdir()
-        made = cls(folder / "ca.pem", folder / "keystore.pem")
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(made.trusted)
-        issued = authority.issue_cert("127.0.0.1")
-        key = load_pem_private_key(issued.private_key_pem.bytes(), None)
-        pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        made.keystore.write_bytes(pkcs8 + issued.cert_chain_pems[0].bytes())
+        made = cls(folder / "ca.crt", folder / "server.pem")
+        certificate(folder)
         return made
 
     @property
