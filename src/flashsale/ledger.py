@@ -203,7 +203,8 @@ async def transaction(pool: Pool, *, snapshot: bool = False) -> AsyncIterator[Co
     """Opens a transaction. With `snapshot` it only reads, always the same state and without limit.
 
     Otherwise each statement sees the commits before it, whatever the database's default. A
-    statement after the wait for a lock must see the changes of the lock's last holder.
+    statement after the wait for a lock must see the changes of the lock's last holder. Also a
+    single write needs this, or PostgreSQL can refuse it after such a wait.
 
     PostgreSQL ends it if its process stands still or is cut off for `IDLE_SECONDS`. Otherwise its
     locks would stop all other processes, for hours if the process' machine is gone.
@@ -359,12 +360,13 @@ async def engine_id(pool: Pool, name: str, redis_address: str | None = None) -> 
     process brings. Raises `OtherEngine` if the ledger belongs to an engine of another name, and
     `RedisMoved` if its sales were seeded in another Redis.
     """
-    async with translated(pool):
+    async with translated():
         found = await pool.fetchrow(_ENGINE)
-        if found is not None and (
-            found["name"] is None or (redis_address and found["redis_address"] is None)
-        ):
-            found = await pool.fetchrow(_CLAIM_ENGINE, name, redis_address)
+    if found is not None and (
+        found["name"] is None or (redis_address and found["redis_address"] is None)
+    ):
+        async with transaction(pool) as connection:
+            found = await connection.fetchrow(_CLAIM_ENGINE, name, redis_address)
     if found is None:
         raise LedgerUnavailable("the ledger has no row in its table engine: restore the database")
     if found["name"] != name:

@@ -279,8 +279,8 @@ class Rebuilder:
 
     async def _claim(self, sale_id: str, *, above: int) -> SaleRow:
         """Takes the sale's next revision for this rebuild."""
-        async with ledger.translated(self._pool):
-            record = await self._pool.fetchrow(_CLAIM, sale_id, above)
+        async with ledger.transaction(self._pool) as connection:
+            record = await connection.fetchrow(_CLAIM, sale_id, above)
         if record is None:
             raise ContractViolation(f"{sale_id}: the ledger has lost its row")
         self._noted(sale_id, record["rebuilt_revision"], record["lost"])

@@ -376,8 +376,8 @@ class Reconciler:
         if row is None or resource_uid is None or row.resource_uid == resource_uid:
             return
         if row.item_id == item_id:
-            async with ledger.translated(self._pool):
-                await self._pool.execute(_ADOPT, row.sale_id, resource_uid)
+            async with ledger.transaction(self._pool) as connection:
+                await connection.execute(_ADOPT, row.sale_id, resource_uid)
         elif row.resource_uid is not None and not row.closed:
             await self.close(row.sale_id, current)
 

@@ -179,8 +179,8 @@ class Source:
 
     async def announced(self, rebuilds: Sequence[Rebuild]) -> None:
         """Note that rebuilds are announced. Raises `LedgerUnavailable`."""
-        async with ledger.translated(self._pool):
-            await self._pool.execute(
+        async with ledger.transaction(self._pool) as connection:
+            await connection.execute(
                 _ANNOUNCED,
                 [rebuild.sale_id for rebuild in rebuilds],
                 [rebuild.revision for rebuild in rebuilds],

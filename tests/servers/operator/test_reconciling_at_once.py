@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,13 @@ from flashsale.clocks import ServerTime
 from flashsale.inventory import Applied
 from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleSpec
+from flashsale_consumer import recorded
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.reconciler import (
     _LOCK_ITEM,
 )
 from tests.support.eventually import until
-from tests.support.ledgers import connected, waits
+from tests.support.ledgers import Connection, connected, waits
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -60,23 +62,51 @@ async def test_of_two_new_sales_only_one_gets_the_item(
     assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
 
 
-async def test_a_sale_that_waited_for_the_items_lock_sees_the_other_sale(
-    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec, database_url: str
-) -> None:
-    """Also if each transaction of the database sees only its beginning by default."""
-    async with connected(database_url) as holder:
-        name = await holder.fetchval("SELECT current_database()")
-        await holder.execute(
+@pytest.fixture
+async def holder(shop: SimulatedShop, database_url: str) -> AsyncIterator[Connection]:
+    """A session of a database whose transactions see only their beginning by default."""
+    async with connected(database_url) as own:
+        name = await own.fetchval("SELECT current_database()")
+        await own.execute(
             f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'"
         )
         await shop.pool.expire_connections()
-        async with holder.transaction():
-            await holder.execute(_LOCK_ITEM, shop.engine, spec.item_id)
-            applied = [asyncio.create_task(shop.apply(each)) for each in (spec, other)]
-            await until(lambda: waits(holder, 2), "both sales wait for the lock")
-        results = await asyncio.gather(*applied)
+        yield own
+
+
+async def test_a_sale_that_waited_for_the_items_lock_sees_the_other_sale(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec, holder: Connection
+) -> None:
+    async with holder.transaction():
+        await holder.execute(_LOCK_ITEM, shop.engine, spec.item_id)
+        applied = [asyncio.create_task(shop.apply(each)) for each in (spec, other)]
+        await until(lambda: waits(holder, 2), "both sales wait for the lock")
+    results = await asyncio.gather(*applied)
     assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
     assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
+
+
+@pytest.mark.parametrize("write", ["claim", "adoption", "rebuild", "announcement"])
+async def test_a_single_write_that_waited_for_another_change_is_done(
+    shop: SimulatedShop, spec: SaleSpec, holder: Connection, write: str
+) -> None:
+    await shop.apply(spec)
+    row = await shop.row(spec.sale_id)
+    writes: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+        "claim": lambda: ledger.engine_id(shop.pool, shop.engine, "redis:6379/0"),
+        "adoption": lambda: shop.reconciler.reconcile(spec, resource_uid="uid"),
+        "rebuild": lambda: shop.rebuilder.rebuild(row),
+        "announcement": lambda: recorded.Source(shop.pool, "").announced(
+            [recorded.Rebuild(spec.sale_id, spec.item_id, 1, 0)]
+        ),
+    }
+    await holder.execute("UPDATE engine SET redis_address = NULL")
+    async with holder.transaction():
+        await holder.execute("UPDATE engine SET name = name")
+        await holder.execute("UPDATE sales SET updated_at = now()")
+        task = asyncio.create_task(writes[write]())
+        await until(lambda: waits(holder), "the write waits for the change")
+    await task
 
 
 @pytest.mark.parametrize("again", ["before the row", "before the keys"])

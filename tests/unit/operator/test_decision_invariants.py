@@ -58,7 +58,7 @@ rows = st.builds(
         closed=st.booleans(),
         revision=st.integers(1, 3),
         closed_at=st.none() | st.integers(NOW_MS - 3, NOW_MS).map(utc_of_ms),
-    ),
+    ).map(lambda row: replace(row, revision=row.revision + row.closed)),  # a close is a change
     counts,
 )
 sales = st.builds(
