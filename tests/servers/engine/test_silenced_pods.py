@@ -64,6 +64,10 @@ class Scene:
         return done.returncode == 0
 
     async def living(self) -> list[heartbeat.Report]:
+        """Look from another event loop, because a flood keeps this one busy."""
+        return await asyncio.to_thread(asyncio.run, self._living())
+
+    async def _living(self) -> list[heartbeat.Report]:
         client = redis_client.connect(self.addresses.redis_url)
         try:
             server = await Inventory(client).server()
