@@ -34,7 +34,8 @@ _MIGRATION_TIMEOUT_SECONDS: Final = 3600.0
 # Not an option of the connection, because PgBouncer refuses it.
 _END_IDLE: Final = "SET LOCAL idle_in_transaction_session_timeout = '{:.3f}s'"
 # An administrator's limit is for short statements. A rebuild that reads all reservations of a large
-# sale would never end. Only newer servers have transaction_timeout.
+# sale would never end, and neither would a migration of a large ledger. Only newer servers have
+# transaction_timeout.
 _END_LIMITS: Final = """
 SELECT set_config(name, '0', true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'transaction_timeout')
@@ -50,7 +51,7 @@ INSERT INTO flashsale_migrations SELECT generate_series(1, $1) ON CONFLICT DO NO
 """
 # A request for a table's lock blocks all later users of the table, so a migration soon gives up.
 # The waits for the three tables together are shorter than COMMAND_TIMEOUT_SECONDS.
-_SET_TIMEOUTS: Final = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = 0"
+_LIMIT_LOCKS: Final = "SET LOCAL lock_timeout = '3s'"
 # In the order of the consumer, or a working consumer and the migration deadlock.
 _LOCK_TABLES: Final = "LOCK TABLE kafka_offsets, sales, reservations IN ACCESS EXCLUSIVE MODE"
 _IN_USE: Final = "the migration waits for a user of the ledger's tables, such as a backup"
@@ -288,7 +289,8 @@ async def migrate(pool: Pool) -> int:
         done = await _version(connection)
         await connection.execute(_CREATE_MIGRATIONS)
         await connection.execute(_ADOPT_MIGRATIONS, done)
-        await connection.execute(_SET_TIMEOUTS)
+        await connection.execute(_LIMIT_LOCKS)
+        await connection.execute(_END_LIMITS)
         if 0 < done < scripts[-1][0]:
             try:
                 await connection.execute(_LOCK_TABLES)

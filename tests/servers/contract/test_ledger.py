@@ -222,11 +222,12 @@ async def test_processes_of_the_previous_version_wait_for_a_migrated_ledger(
             await pool.execute(statement)
 
 
+@pytest.mark.parametrize("limit", ["statement_timeout", "transaction_timeout"])
 async def test_a_migration_may_take_longer_than_a_command(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    database_url: str, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     monkeypatch.setattr(ledger, "COMMAND_TIMEOUT_SECONDS", 1.0)
-    own = await ledger.connect(f"{database_url}?statement_timeout=1000")
+    own = await ledger.connect(f"{database_url}?{limit}=1000")
     await migrate_to(own, 4)
     await own.execute(_SLOW_UPDATES)
     assert await ledger.migrate(own) == LATEST
