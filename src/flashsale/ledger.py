@@ -55,6 +55,7 @@ _LIMIT_LOCKS: Final = "SET LOCAL lock_timeout = '3s'"
 # In the order of the consumer, or a working consumer and the migration deadlock.
 _LOCK_TABLES: Final = "LOCK TABLE kafka_offsets, sales, reservations IN ACCESS EXCLUSIVE MODE"
 _IN_USE: Final = "the migration waits for a user of the ledger's tables, such as a backup"
+_EMPTY: Final = "the database has lost the ledger's tables: restore the backup"
 _ADD_MIGRATION: Final = "INSERT INTO flashsale_migrations VALUES ($1)"
 _VERSION: Final = "SELECT coalesce(max(version), 0) FROM flashsale_migrations"
 _FORMER_VERSION: Final = "SELECT coalesce(max(version), 0) FROM schema_migrations"
@@ -273,18 +274,23 @@ async def facts(pool: Pool) -> LedgerFacts:
     return LedgerFacts(**dict(database or {}), outdated=outdated, lacking=lacking)
 
 
-async def migrate(pool: Pool) -> int:
+async def migrate(pool: Pool, *, known: bool = False) -> int:
     """Runs the numbered migrations that the database lacks, and returns its version.
 
     Every process can call this at the same time, because an advisory lock serializes the calls. An
     up-to-date database is only read, so it may be read-only. Raises `UnmetRequirement` if another
     application has a table with a name of the engine's.
+
+    A process to which the ledger is `known` makes no new one in an empty database, because a person
+    may be about to restore a backup there.
     """
     scripts = _scripts()
     async with transaction(pool) as connection:
         done = await _version(connection)
         if done >= scripts[-1][0]:
             return done
+        if known and not done:
+            raise LedgerUnavailable(_EMPTY)
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
         done = await _version(connection)
         await connection.execute(_CREATE_MIGRATIONS)

@@ -154,11 +154,14 @@ class Controller:
         """
         if not self._prepared:
             self._checks.require(requirements.LEDGER, await ledger.facts(self._pool))
-            await ledger.migrate(self._pool)
+            await self._migrate()
             self._engine_id = await ledger.engine_id(self._pool, self._inventory.engine)
             await engine.require_redis(self._checks, self._inventory)
             await engine.engine_id(self._inventory, self._pool)
             self._prepared = True
+
+    async def _migrate(self) -> None:
+        await ledger.migrate(self._pool, known=self._engine_id is not None)
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""
@@ -395,7 +398,7 @@ class Controller:
         self._rebuilds.forget(key.sale_id)
         try:
             if not self._prepared:
-                await ledger.migrate(self._pool)  # Redis may be away
+                await self._migrate()  # Redis may be away
             row = await ledger.sale(self._pool, key.sale_id)
             if row is not None and row.resource_uid is not None:
                 await self._reconciler.close(key.sale_id, self._current(key, None))

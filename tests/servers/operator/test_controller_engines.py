@@ -121,6 +121,22 @@ async def test_without_ledger_and_redis_a_flashsale_of_any_engine_is_left_alone(
     assert (kube.patches, kube.events) == (0, [])
 
 
+async def test_an_operator_makes_no_new_ledger_while_a_person_restores_the_backup(
+    shop: SimulatedShop, spec: SaleSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new ledger would be that of another engine, and the backup could not be restored."""
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    await shop.pool.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    for _ in range(3):
+        assert (await own.reconcile(key)).failed
+    assert await own.close_deleted(key) == Requeue(failed=True)
+    assert await shop.pool.fetchval("SELECT to_regclass('engine') IS NULL")
+    assert kube.reasons()["Ready"] == "LedgerUnavailable"
+    assert "the database has lost the ledger's tables: restore the backup" in caplog.text
+
+
 async def test_a_ledger_of_another_name_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.pool.execute("UPDATE engine SET name = 'brand'")
     kube = FakeKube(spec)
