@@ -204,7 +204,7 @@ class Worker:
         while True:
             try:
                 if not partitions.placed:
-                    await partitions.place(pool)
+                    await self._place(pool)
                     self._checked = time.monotonic()
                     continue
                 records = await partitions.poll(POLL_SECONDS)
@@ -234,6 +234,20 @@ class Worker:
                 partitions.displace()
             except (OffsetOutOfRangeError, NoOffsetForPartitionError):
                 partitions.displace()
+
+    async def _place(self, pool: Pool) -> None:
+        """Continue at the offsets of the ledger, which may be a restored backup now.
+
+        Raises `OtherEngine` if it is the ledger of another engine.
+        """
+        await ledger.migrate(pool, known=True)
+        engine_id = await ledger.engine_id(pool, self._settings.engine)
+        if engine_id != self._engine_id:
+            raise OtherEngine(
+                f"the ledger belongs to engine {engine_id}, but this consumer has recorded for "
+                f"engine {self._engine_id}"
+            )
+        await self._partitions.place(pool)
 
     async def _record(self, pool: Pool, records: Records) -> None:
         """Record a batch completely or not at all."""
