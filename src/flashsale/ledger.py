@@ -91,6 +91,13 @@ _RIGHTS: Final = (
     (["kafka_offsets"], ["DELETE"]),
 )
 _ENGINE: Final = "SELECT id::text, name, redis_address FROM engine"
+_NAME: Final = "SELECT name FROM engine"
+_NAMED_SINCE: Final = 4
+"""The migration that adds the table engine."""
+# As that migration names it.
+_FORMER_NAME: Final = """
+SELECT 'flashsale' WHERE EXISTS (SELECT FROM sales) OR EXISTS (SELECT FROM kafka_offsets)
+"""
 _CLAIM_ENGINE: Final = """
 UPDATE engine SET name = coalesce(name, $1), redis_address = coalesce(redis_address, $2)
 RETURNING id::text, name, redis_address
@@ -274,12 +281,15 @@ async def facts(pool: Pool) -> LedgerFacts:
     return LedgerFacts(**dict(database or {}), outdated=outdated, lacking=lacking)
 
 
-async def migrate(pool: Pool, *, known: bool = False) -> int:
+async def migrate(pool: Pool, engine: str | None = None, *, known: bool = False) -> int:
     """Runs the numbered migrations that the database lacks, and returns its version.
 
     Every process can call this at the same time, because an advisory lock serializes the calls. An
     up-to-date database is only read, so it may be read-only. Raises `UnmetRequirement` if another
     application has a table with a name of the engine's.
+
+    Raises `OtherEngine` instead of a migration if the ledger belongs to an engine of another name
+    than `engine`. Its own processes may be of an earlier version, and could not use it any more.
 
     A process to which the ledger is `known` makes no new one in an empty database, because a person
     may be about to restore a backup there.
@@ -293,6 +303,9 @@ async def migrate(pool: Pool, *, known: bool = False) -> int:
             raise LedgerUnavailable(_EMPTY)
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
         done = await _version(connection)
+        if engine is not None and 0 < done < scripts[-1][0]:
+            query = _NAME if done >= _NAMED_SINCE else _FORMER_NAME
+            _require_name(await connection.fetchval(query) or engine, engine)
         await connection.execute(_CREATE_MIGRATIONS)
         await connection.execute(_ADOPT_MIGRATIONS, done)
         await connection.execute(_LIMIT_LOCKS)
@@ -377,11 +390,7 @@ async def engine_id(pool: Pool, name: str, redis_address: str | None = None) -> 
             found = await connection.fetchrow(_CLAIM_ENGINE, name, redis_address)
     if found is None:
         raise LedgerUnavailable("the ledger has no row in its table engine: restore the database")
-    if found["name"] != name:
-        raise OtherEngine(
-            f"the ledger belongs to the engine {found['name']}, but FLASHSALE_ENGINE is {name}: "
-            f"set FLASHSALE_ENGINE={found['name']}, or give this engine a database of its own"
-        )
+    _require_name(found["name"], name)
     if redis_address and found["redis_address"] != redis_address:
         raise RedisMoved(
             f"the sales are in the Redis at {found['redis_address']}, but FLASHSALE_REDIS_URL "
@@ -389,6 +398,14 @@ async def engine_id(pool: Pool, name: str, redis_address: str | None = None) -> 
             "then run `flashsalectl adopt-redis`"
         )
     return str(found["id"])
+
+
+def _require_name(found: str, name: str) -> None:
+    if found != name:
+        raise OtherEngine(
+            f"the ledger belongs to the engine {found}, but FLASHSALE_ENGINE is {name}: "
+            f"set FLASHSALE_ENGINE={found}, or give this engine a database of its own"
+        )
 
 
 async def adopt_redis(pool: Pool, address: str) -> str | None:

@@ -131,7 +131,7 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
     addresses = settings.load(Servers, environ)
     async with connected(addresses) as clients:
         await engine.require_servers(Checks(), clients.inventory, clients.pool)
-        await ledger.migrate(clients.pool)
+        await ledger.migrate(clients.pool, clients.inventory.engine)
         if not force:
             await _refuse_declared(clients, "apply -f FILE", {spec.sale_id for spec in specs})
         reconciler = Reconciler(

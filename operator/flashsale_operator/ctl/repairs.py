@@ -162,7 +162,7 @@ async def _change(
 async def adopt_redis(environ: Environ) -> int:
     """Move the sales to another Redis. First stop the API pods that use the former one."""
     async with connected(settings.load(Stores, environ)) as clients:
-        await ledger.migrate(clients.pool)
+        await ledger.migrate(clients.pool, clients.inventory.engine)
         await clients.inventory.clocks()  # raises RedisUnavailable for a wrong address
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
         await clients.inventory.index.claim(own, await index.wanted(clients.pool))

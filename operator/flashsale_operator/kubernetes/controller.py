@@ -161,7 +161,8 @@ class Controller:
             self._prepared = True
 
     async def _migrate(self) -> None:
-        await ledger.migrate(self._pool, known=self._engine_id is not None)
+        known = self._engine_id is not None
+        await ledger.migrate(self._pool, self._inventory.engine, known=known)
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""

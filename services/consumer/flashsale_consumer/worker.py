@@ -131,7 +131,7 @@ class Worker:
 
     async def _migrate(self, pool: Pool) -> int:
         self._checks.require(requirements.LEDGER, await ledger.facts(pool))
-        return await ledger.migrate(pool)
+        return await ledger.migrate(pool, self._settings.engine)
 
     def _refuse(self, conflict: str) -> None:
         if conflict != self.conflict:
@@ -240,8 +240,9 @@ class Worker:
 
         Raises `OtherEngine` if it is the ledger of another engine.
         """
-        await ledger.migrate(pool, known=True)
-        engine_id = await ledger.engine_id(pool, self._settings.engine)
+        name = self._settings.engine
+        await ledger.migrate(pool, name, known=True)
+        engine_id = await ledger.engine_id(pool, name)
         if engine_id != self._engine_id:
             raise OtherEngine(
                 f"the ledger belongs to engine {engine_id}, but this consumer has recorded for "

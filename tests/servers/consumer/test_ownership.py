@@ -14,7 +14,7 @@ from flashsale.ledger import migrate
 from flashsale_consumer import worker
 from tests.support.consumer import Log, Process, accepted, running, until_recorded
 from tests.support.eventually import until
-from tests.support.ledgers import Ledger, database, opened
+from tests.support.ledgers import Ledger, database, migrate_to, opened
 
 FOREIGN = "11111111-1111-1111-1111-111111111111"
 
@@ -170,3 +170,15 @@ async def test_the_ledger_of_an_engine_of_another_name_is_refused_until_it_is_re
     await consumer.until_serves("/readyz")
     assert consumer.output.count(sentence) == 1
     assert "Traceback" not in consumer.output
+
+
+async def test_the_former_ledger_of_an_engine_of_another_name_is_not_migrated(
+    database_url: str, log: Log
+) -> None:
+    """A new release with a wrong address must not stop the consumers of a former one."""
+    async with opened(database_url) as former:
+        await migrate_to(former.pool, 4)
+        await former.pool.execute("UPDATE engine SET name = 'brand'")
+        async with running(database_url, log) as member:
+            await until(lambda: "belongs to the engine brand" in member.worker.conflict)
+        assert await former.pool.fetchval("SELECT count(occurred_at) FROM reservations") == 0

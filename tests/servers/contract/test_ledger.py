@@ -185,6 +185,23 @@ async def test_a_ledger_of_the_previous_version_has_the_default_name(database_ur
     await own.close()
 
 
+@pytest.mark.parametrize(("version", "name"), [(3, "flashsale"), (LATEST - 1, "brand")])
+async def test_the_ledger_of_an_engine_of_another_name_is_not_migrated(
+    database_url: str, version: int, name: str
+) -> None:
+    """Its own processes may be of that version, and a mistake must not stop them."""
+    own = await ledger.connect(database_url)
+    await migrate_to(own, version)
+    await own.execute(_SALE)
+    if version > 3:
+        await own.execute("UPDATE engine SET name = $1", name)
+    with pytest.raises(OtherEngine, match=f"belongs to the engine {name}, but .* is shop"):
+        await ledger.migrate(own, "shop")
+    assert await own.fetchval("SELECT to_regclass('flashsale_migrations') IS NULL")
+    assert await ledger.migrate(own, name) == LATEST
+    await own.close()
+
+
 async def test_the_reservations_of_the_previous_version_are_migrated(database_url: str) -> None:
     own = await ledger.connect(database_url)
     await migrate_to(own, 4)
