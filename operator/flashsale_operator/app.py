@@ -5,7 +5,6 @@ import asyncio
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
@@ -33,9 +32,6 @@ from flashsale_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
-STUCK_SECONDS: Final = 180.0
-"""A resync ends within seconds, also during outages. After this long without one, the process is
-stuck, and /healthz fails."""
 CONNECTIONS: Final = 8
 # By default, kopf derives the identity from the user name, which a container may not have. Only
 # operators with peering use it.
@@ -209,7 +205,7 @@ def _kopf_settings(settings: Settings) -> kopf.OperatorSettings:
 
 def _handlers(metrics: Metrics, resync: Resync) -> dict[str, monitoring.Handler]:
     async def healthz() -> monitoring.Answer:
-        if time.monotonic() - resync.ended > STUCK_SECONDS:
+        if resync.stuck:
             return monitoring.line("no resync has ended for minutes", 503)
         return monitoring.line("alive")
 

@@ -109,6 +109,8 @@ class Controller:
         self._checks = Checks(log)
         self._prepared = False
         self._engine_id: str | None = None
+        self.migrating = 0
+        """The number of calls that migrate the ledger, or wait for another process to do it."""
 
     async def run(self) -> None:
         """Reconciles until it is cancelled."""
@@ -162,7 +164,11 @@ class Controller:
 
     async def _migrate(self) -> None:
         known = self._engine_id is not None
-        await ledger.migrate(self._pool, self._inventory.engine, known=known)
+        self.migrating += 1
+        try:
+            await ledger.migrate(self._pool, self._inventory.engine, known=known)
+        finally:
+            self.migrating -= 1
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""

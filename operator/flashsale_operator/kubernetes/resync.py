@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 RESYNC_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 2.0
 """Between two resyncs until the operator is ready."""
+STUCK_SECONDS: Final = 180.0
+"""A resync ends within seconds, also during outages, unless it migrates the ledger. After this long
+without one, the process is stuck."""
 
 _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
@@ -105,6 +108,12 @@ class Resync:
         self.unready: str | None = "no resync has ended yet"
         """Why the operator cannot work, or None if a resync succeeded. Later outages do not count,
         but a mistake of a person does."""
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the process does nothing any more. A large ledger is migrated for minutes."""
+        since = time.monotonic() - self.ended
+        return since > STUCK_SECONDS and not self._controller.migrating
 
     async def run(self) -> None:
         """Resyncs until it is cancelled."""

@@ -7,13 +7,16 @@ from datetime import timedelta
 from typing import cast
 
 import pytest
+from redis.asyncio import Redis
 
+from dev.stack.servers import PostgresServer
 from flashsale import keys, redis_client
 from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
 from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale_operator.kubernetes import resync
 from flashsale_operator.kubernetes.client import Kube, KubeForbidden
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.metrics import Metrics
@@ -24,6 +27,7 @@ from flashsale_operator.sales.decision import Reason, needs_rebuild
 from flashsale_operator.sales.offsets import Span
 from tests.support.eventually import until
 from tests.support.fake_kube import FakeKube
+from tests.support.ledgers import connected, database, migrate_to, opened, waits
 from tests.support.observations import a_row, a_sale
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -78,6 +82,24 @@ def resync_of(shop: SimulatedShop, kube: FakeKube, queue: Queue, *served: str) -
     rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, Metrics(), patience=QUICK)
     own = Controller(clients, queue, rebuilds)
     return Resync(clients, own, queue, rebuilds, served=served, keep_closed=HOUR)
+
+
+async def test_an_operator_that_migrates_a_large_ledger_is_not_stuck(
+    redis: "Redis", postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes would end it, and the migration would begin again."""
+    monkeypatch.setattr(resync, "STUCK_SECONDS", 0.0)
+    async with database(postgres_server) as url, opened(url) as former, connected(url) as reader:
+        await migrate_to(former.pool, 4)
+        own = resync_of(SimulatedShop(redis, former.pool), FakeKube(), Queue())
+        assert own.stuck
+        async with reader.transaction():
+            await reader.execute("LOCK TABLE reservations")
+            working = asyncio.create_task(own.resync())
+            await until(lambda: waits(reader), "the ledger is being migrated")
+            assert not own.stuck
+        await working
+        assert own.stuck
 
 
 async def test_a_sale_of_a_deleted_namespace_is_closed_by_an_operator_that_may_list_it(
