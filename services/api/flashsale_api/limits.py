@@ -17,11 +17,13 @@ The requests of a connection that wait for an earlier answer have this limit tog
 MAX_FIELDS: Final = 100
 """Limit for the header and trailer fields of a request."""
 MAX_UNFINISHED_BYTES: Final = 64 * 1024 * 1024
-"""Limit for the memory of all requests of the process that are incomplete or wait for another.
+"""Limit for the memory of all requests of buyers that are incomplete or wait for another.
 
 Unread answers count, too. A client that exceeds the limit is reset. A request that arrives in one
 piece does not count while it is answered.
 """
+MAX_UNFINISHED_ORDER_BYTES: Final = 16 * 1024 * 1024
+"""The same limit for the clients of the order port. So a flood of buyers does not reset them."""
 PIECE_BYTES: Final = 4 * 1024
 """The parser gets a longer read in pieces of this size.
 

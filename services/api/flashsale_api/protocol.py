@@ -27,6 +27,7 @@ from flashsale_api.limits import (
     MAX_HEAD_BYTES,
     MAX_PIPELINED,
     MAX_UNFINISHED_BYTES,
+    MAX_UNFINISHED_ORDER_BYTES,
     PIECE_BYTES,
     REQUEST_BYTES,
     REQUEST_SECONDS,
@@ -58,11 +59,11 @@ class HttpProtocol(asyncio.Protocol):
     - A client that exceeds a limit is answered 400, 413, 431 or 501, after the answers to its
       earlier requests. A client that is too slow is reset.
     - A client is reset if more of them would take the descriptors of the process' own connections,
-      or if the unfinished requests and unread answers of all clients take too much memory.
+      or if the unfinished requests and unread answers of its port's clients take too much memory.
     """
 
     unfinished = 0
-    """The memory of all unfinished requests and unread answers, in bytes."""
+    """The memory of all unfinished requests and unread answers of the port, in bytes."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Bytes that wait count. A long turn is better than a client that is reset for its turn.
-        if self._turns.has_time() or HttpProtocol.unfinished + len(data) > MAX_UNFINISHED_BYTES:
+        if self._turns.has_time() or self.unfinished + len(data) > self._most_unfinished():
             self._parse(data)
             return
         self._unparsed = data
@@ -338,9 +339,9 @@ class HttpProtocol(asyncio.Protocol):
         if self._partial:
             body = self._receiving.body if self._receiving is not None else b""
             size += self._overhead + len(body) + FIELD_BYTES * self._fields
-        HttpProtocol.unfinished += size - self._unfinished
+        type(self).unfinished += size - self._unfinished
         self._unfinished = size
-        if HttpProtocol.unfinished > MAX_UNFINISHED_BYTES:
+        if self.unfinished > self._most_unfinished():
             log.warning("reset a client: unfinished requests and unread answers are too large")
             self._abort()
             self._drop()  # before the loop reads from further clients
@@ -357,7 +358,7 @@ class HttpProtocol(asyncio.Protocol):
         self._waiting.clear()
         self._waiting_bytes = 0
         self._current = self._receiving = None
-        HttpProtocol.unfinished -= self._unfinished
+        type(self).unfinished -= self._unfinished
         self._unfinished = 0
 
     def _begin(self, exchange: Exchange) -> None:
@@ -434,6 +435,9 @@ class HttpProtocol(asyncio.Protocol):
     def _most_connections(self) -> int:
         return descriptors.most_connections()
 
+    def _most_unfinished(self) -> int:
+        return MAX_UNFINISHED_BYTES
+
     def _abort(self) -> None:
         """Resets the connection, so that neither process nor kernel keeps the unread bytes."""
         connected = self._transport.get_extra_info("socket")
@@ -443,10 +447,15 @@ class HttpProtocol(asyncio.Protocol):
 
 
 class OrderProtocol(HttpProtocol):
-    """A connection of the order port. Its clients have descriptors of their own."""
+    """A connection of the order port. Its clients have descriptors and memory of their own."""
+
+    unfinished = 0
 
     def _most_connections(self) -> int:
         return descriptors.most_order_connections()
+
+    def _most_unfinished(self) -> int:
+        return MAX_UNFINISHED_ORDER_BYTES
 
 
 def _pieces(data: bytes) -> Iterator[memoryview]:

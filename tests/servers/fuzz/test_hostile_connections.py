@@ -432,6 +432,34 @@ async def test_clients_of_both_ports_leave_descriptors_to_the_process(
         server.kill()  # a graceful stop would wait for Kafka
 
 
+async def test_buyers_take_no_memory_from_the_order_port(
+    tmp_path: Path, without_kafka: Addresses
+) -> None:
+    """Many HTTP clients send the head and the body of a call apart. In between, the call counts."""
+    token = b"t" * 32
+    call = GET.replace(b"/healthz", b"/openapi.json")[:-2]
+    with ApiServer(tmp_path, without_kafka, order_tokens=token.decode()) as server:
+        port = urlsplit(server.orders_url).port or 0
+        async with AsyncExitStack() as stack:
+            # Ever smaller requests fill the space that each reset leaves.
+            for size, clients in ((60_000, 1_200), (8_000, 50), (1_000, 50), (100, 50), (10, 50)):
+                for _ in range(clients):
+                    wire = await stack.enter_async_context(connection(server))
+                    wire.send(b"GET / HTTP/1.1\r\na: " + b"b" * size)
+                    await asyncio.sleep(0)
+                await asyncio.sleep(0.2)
+            answered = []
+            for _ in range(10):
+                async with connection(port) as wire:
+                    wire.send(call)
+                    await asyncio.sleep(0.02)
+                    with suppress(ConnectionError):  # the API has reset it
+                        wire.send(b"Authorization: Bearer " + token + b"\r\n\r\n")
+                    answered.append(await wire.status())
+            assert answered == [200] * 10
+        server.kill()  # a graceful stop would wait for Kafka
+
+
 @pytest.fixture
 async def stopping(
     api: ApiServer, tmp_path: Path, without_kafka: object
