@@ -14,12 +14,13 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 
 from dev.stack.errors import StackError
 from dev.stack.redis import RedisServer, default_binary
-from flashsale import redis_client, redis_facts, requirements
+from flashsale import heartbeat, redis_client, redis_facts, requirements
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
 from flashsale.requirements import SLOTS, Checks
 from flashsale.reservations import Request
 from flashsale.sale import SaleSpec
+from tests.support import redis_users
 from tests.support.eventually import eventually
 from tests.support.manifests import documents, scripts
 from tests.support.paths import ROOT
@@ -35,6 +36,10 @@ OF_THE_API_NEVER: Final = (
     "CONFIG GET masterauth",
     "DEL shop:{phone}:sale",
     "RENAME shop:{phone}:sale x",
+    "SET shop:{phone}:sale x",
+    "EXPIRE shop:{phone}:sale 0",
+    "PEXPIRE shop:{phone}:sale 0",
+    "SREM shop:items phone",
 )
 """Commands that would give a pod, which buyers can reach, the server or the sales."""
 
@@ -160,11 +165,16 @@ def test_redis_refuses_a_password_that_its_configuration_cannot_hold(
         assert not password or password not in str(refusal.value)
 
 
+@pytest.mark.parametrize("keys", ["~*", "~shop:*"], ids=["a Redis of its own", "a shared Redis"])
 async def test_the_engine_sells_as_users_who_may_not_change_the_server(
-    redis_of_manifest: tuple[str, RedisOfManifest, Redis],
+    redis_of_manifest: tuple[str, RedisOfManifest, Redis], keys: str
 ) -> None:
-    _, server, admin = redis_of_manifest
+    name, server, admin = redis_of_manifest
     admin.config_set("min-replicas-to-write", 0)
+    set_user: Any = admin.execute_command
+    for user, password in (("flashsale", ENGINE), ("flashsale-api", API)):
+        given = [rule.replace("~*", keys) for rule in redis_users.rules(user, name)]
+        set_user("ACL", "SETUSER", user, "reset", "on", f">{password}", *given)
     operator, api = [
         redis_client.connect(f"redis://{user}:{password}@127.0.0.1:{server.port}/0")
         for user, password in (("flashsale", ENGINE), ("flashsale-api", API))
@@ -182,8 +192,13 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
     await inventory.reserve("phone", [request], timeout_seconds=5, engine_id="e-1")
     assert (await inventory.sales(await inventory.index.items()))["phone"].accepted == 1
     [entry] = await outbox.page("phone", after="-", until_ms=2**53, count=10)
-    assert await outbox.take_lease("phone", "pod", 1_000)
     assert await outbox.settle("phone", [(entry.entry_id, entry.reservation_id, 1)]) == 1
+    for _ in ("take", "renew"):
+        assert await outbox.take_lease("phone", "pod", 1_000)
+        assert await inventory.lease_expiry("phone", "pod", 1_000)
+    sent = await heartbeat.beat(api, "pod", {"phone": 0}, await inventory.clocks(), "shop")
+    assert not sent.refused
+    await heartbeat.retire(api, "pod", "shop")
     changing = "FLUSHALL", "KEYS *", "CONFIG SET maxmemory-policy allkeys-lru", "SHUTDOWN"
     for client, commands in (
         (operator, changing),
