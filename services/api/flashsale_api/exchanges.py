@@ -97,11 +97,13 @@ class Exchange:
 
 
 def _plain(status: int, text: str) -> Handler:
+    own = (b"content-type", b"text/plain; charset=utf-8"), responses.NOT_STORED
+
     def handle(
         headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
         body: bytes | bytearray,  # noqa: ARG001
         respond: Respond,
     ) -> None:
-        respond(status, ((b"content-type", b"text/plain; charset=utf-8"),), text.encode())
+        respond(status, own, text.encode())
 
     return handle

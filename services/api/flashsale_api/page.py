@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from flashsale_api.responses import Handler, Headers, Respond
+from flashsale_api.responses import NOT_STORED, Handler, Headers, Respond
 from flashsale_api.sales import Encoded, SaleView
 
 PAGE_PATH: Final = b"/"
@@ -73,7 +73,7 @@ class Page:
             kept = tuple(each for each in sent if each[0] == b"retry-after")
             title = escape(_decode_problem(body).title)
             page = self._page(f"<p>The sales cannot be shown: {title}. Try again in a moment.</p>")
-            respond(status, (*self._headers, *kept, (b"cache-control", b"no-store")), page)
+            respond(status, (*self._headers, *kept, NOT_STORED), page)
             return
         if self._shown is None or self._shown[0] != body:
             page = self._page(_table(_decode_sales(body).sales))

@@ -13,6 +13,12 @@ from flashsale.reservations import Record
 from flashsale.sale import rfc3339_of_ms
 
 CONTENT_TYPE: Final = b"application/problem+json"
+NOT_STORED: Final = (b"cache-control", b"no-store")
+"""The header of an answer that no cache may repeat.
+
+Many CDNs keep a 404 or a 501 without it for minutes. One stranger who asks for an item before its
+sale exists could so hide the sale from all watchers.
+"""
 
 
 class Kind(NamedTuple):
@@ -125,7 +131,7 @@ def render(
     }
     if detail := detail or kind.detail:
         body["detail"] = detail
-    headers: Headers = ((b"content-type", CONTENT_TYPE),)
+    headers: Headers = ((b"content-type", CONTENT_TYPE), NOT_STORED)
     if kind.retry_after is not None:
         headers = (*headers, (b"retry-after", b"%d" % kind.retry_after))
     return kind.status, headers, msgspec.json.encode(body | members)

@@ -39,7 +39,6 @@ _CACHED: Final = (
     b"cache-control",
     b"public, max-age=1, stale-while-revalidate=5, stale-if-error=60",
 )
-_PRIVATE: Final = (b"cache-control", b"no-store")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -194,7 +193,7 @@ class Sales:
         elif record is not None and user_id in (record.user_id, ""):
             shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
             body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
-            respond(200, (_JSON, _PRIVATE), body)
+            respond(200, (_JSON, responses.NOT_STORED), body)
         elif sale.state(*server) is SaleState.FENCED:
             # Redis may have lost the reservation, while the ledger still has it.
             respond(*responses.plain(Problem.FENCED))

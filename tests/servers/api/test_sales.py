@@ -12,10 +12,12 @@ from dev.services import ApiServer
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys, items
 from flashsale.sale import rfc3339_of_ms
+from flashsale_api.limits import MAX_FIELDS
 from flashsale_api.sales import MAX_READS
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, problem, reserve
 from tests.support.eventually import until
 from tests.support.flood import open_connections
+from tests.support.wire import connection
 
 
 async def test_a_sale_shows_its_window_and_available_units(
@@ -47,6 +49,29 @@ async def test_a_sale_shows_its_window_and_available_units(
         return answer.json() in (await http.get("/sales")).json()["sales"]
 
     await until(listed)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "fields", "status"),
+    [
+        ("GET /sales/nothing", b"", 404),
+        (f"GET /sales/nothing/reservations/{UNKNOWN_ID}", b"", 404),
+        ("GET /nothing", b"", 404),
+        ("DELETE /sales", b"", 405),
+        ("GET /sales", b"a:\r\n" * MAX_FIELDS, 431),
+        ("GET /sales", b"Transfer-Encoding: gzip\r\n", 501),
+        ("GET /sales", b"Host: other\r\n", 400),
+    ],
+)
+async def test_no_cache_repeats_an_error(
+    api: ApiServer, request_line: str, fields: bytes, status: int
+) -> None:
+    """A CDN could give the answer to one stranger to all watchers of the sale."""
+    async with connection(api) as wire:
+        wire.send(f"{request_line} HTTP/1.1\r\nHost: x\r\n".encode() + fields + b"\r\n")
+        head = await wire.reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\ncache-control: no-store\r\n" in head
 
 
 @pytest.mark.parametrize("of_all", [False, True], ids=["one sale", "all sales"])
@@ -166,16 +191,16 @@ async def test_as_many_clients_as_may_wait_for_redis_are_never_refused(
     look = f"GET /sales/{item}/reservations/{UNKNOWN_ID} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     statuses: Counter[int] = Counter()
 
-    def answered(connection: Connection, status: int, _: bytes) -> None:
+    def answered(client: Connection, status: int, _: bytes) -> None:
         statuses[status] += 1
-        connection.send(look)
+        client.send(look)
 
     connections = await open_connections(api.url, MAX_READS, answered)
-    for connection in connections:
-        connection.send(look)
+    for client in connections:
+        client.send(look)
     await until(lambda: statuses.total() > 50 * MAX_READS)
-    for connection in connections:
-        connection.close()
+    for client in connections:
+        client.close()
     assert set(statuses) == {404}
 
 
