@@ -311,6 +311,9 @@ def test_only_the_pods_that_use_a_server_may_connect_to_it(
     labels = {name: release.pod(name)["metadata"]["labels"] for name in COMPONENTS}
     (test,) = (each for each in release.hooks if each["kind"] == "Pod")
     labels |= {"test": test["metadata"]["labels"], "stranger": {"app": "shell"}}
+    # These have the label part-of: flashsale, too.
+    [labels["load test"]] = pods_labels("loadtest/job.yaml")
+    [labels["PostgreSQL"]] = pods_labels("k8s/postgres/one-node.yaml")
     if "kafka" in file:
         (listener,) = documents(Path(file))[0]["spec"]["kafka"]["listeners"]
         rules = [{"ports": [{"port": listener["port"]}], "from": listener["networkPolicyPeers"]}]
