@@ -63,9 +63,12 @@ class Exchange:
     def begin(self) -> None:
         """Decides the request. The answer follows immediately or later."""
         handler, self.handler = self.handler, None
+        # Thousands of requests wait while Redis is silent. They must not keep what they have sent.
+        headers, self.headers = self.headers, ()
+        body, self.body = self.body, bytearray()
         try:
             if handler is not None:
-                handler(self.headers, self.body, self.respond)
+                handler(headers, body, self.respond)
         except Exception:  # after any error, the client needs an answer
             log.exception("could not decide a request")
             self.respond(*responses.plain(Problem.INTERNAL_ERROR))
@@ -73,7 +76,6 @@ class Exchange:
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Answers the request, unless the client is gone."""
         answer, self._answer = self._answer, None
-        self.body = bytearray()
         if answer is not None:
             answer(self, status, headers, body)
 

@@ -251,6 +251,19 @@ async def test_the_objects_of_waiting_requests_count_until_they_are_answered() -
         assert HttpProtocol.unfinished == 0
 
 
+async def test_a_request_that_waits_for_redis_keeps_nothing_that_was_sent() -> None:
+    """Clients could otherwise fill the memory of a pod while Redis is silent."""
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        client.connection.data_received(GOOD.replace(b"Host", b"A: %b\r\nHost" % (b"a" * 60_000)))
+        await until(lambda: inventory.calls)
+        waiting = client.connection._current
+        assert waiting is not None
+        assert waiting.size() == 0
+        inventory.go.release()
+        assert await client.answers() == [202]
+
+
 async def test_a_client_too_large_is_forgotten_before_the_loop_reads_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
