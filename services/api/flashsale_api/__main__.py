@@ -75,7 +75,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     logs.configure(settings.log_level)
-    descriptors.raise_limit()
+    descriptors.set_limit()
 
     failed = False
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -323,6 +324,30 @@ def test_clients_leave_descriptors_to_the_process(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     assert descriptors.most_connections() == buyers
     assert descriptors.most_order_connections() == orders
+
+
+@pytest.mark.parametrize(
+    ("files", "buyers"),
+    [
+        ({"memory.max": "max\n"}, 63_488),
+        ({"memory.max": f"{512 * 1024**2}\n"}, 32_768),
+        ({"memory.limit_in_bytes": f"{256 * 1024**2}\n"}, 16_384),
+        ({}, 63_488),
+    ],
+    ids=["no limit", "512 MiB", "256 MiB", "no container"],
+)
+def test_idle_clients_leave_memory_to_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], buyers: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    places = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    limits = [(1_024, resource.RLIM_INFINITY)]
+    monkeypatch.setattr(descriptors, "_MEMORY_LIMITS", places)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.append(wanted))
+    descriptors.set_limit()
+    assert descriptors.most_connections() == buyers
 
 
 async def test_a_failure_is_answered_500_and_the_connection_stays_open(

@@ -19,6 +19,7 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale
+from flashsale_api.descriptors import CLIENT_BYTES
 from flashsale_api.limits import (
     MAX_PIPELINED,
     MAX_UNFINISHED_BYTES,
@@ -365,6 +366,19 @@ async def test_blanks_behind_a_header_do_not_count(
             wire.send(reserve(item, b"Idempotency-Key: k" + blanks + b"\r\n"))
             assert await wire.status() == 202
     assert await accepted(inventory, item) == 1
+
+
+async def test_an_idle_client_takes_as_little_memory_as_the_limit_of_clients_supposes(
+    stopping: ApiServer,
+) -> None:
+    """The other half of `CLIENT_BYTES` is for the kernel."""
+    before, clients = resident(stopping), 2_000
+    async with AsyncExitStack() as stack:
+        for _ in range(clients):
+            wire = await stack.enter_async_context(connection(stopping))
+            wire.send(GET)
+            assert await wire.status() == 200
+        assert resident(stopping) - before < clients * CLIENT_BYTES * 3 / 4
 
 
 async def test_connections_leave_descriptors_to_the_process(
