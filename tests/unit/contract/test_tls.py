@@ -23,6 +23,7 @@ from flashsale_api import tokens
 from flashsale_operator.ctl import doctor
 from flashsale_operator.kubernetes.client import log_in
 from tests.support.certificates import ADDRESS, certificate
+from tests.support.paths import CHART
 
 
 @pytest.fixture
@@ -139,3 +140,17 @@ def test_doctor_asks_a_cluster_with_such_a_certificate(
     pod = {"KUBERNETES_SERVICE_HOST": ADDRESS, "KUBERNETES_SERVICE_PORT": str(port)}
     answer, _ = doctor._by_account(pod)
     assert len(answer["keys"]) == 3
+
+
+def test_helm_test_reaches_a_cluster_with_such_a_certificate(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("t")
+    given = {"ACCOUNT": str(tmp_path), "NAMESPACE": "shop", "KUBERNETES_SERVICE_HOST": ADDRESS}
+    for name, value in {**given, "KUBERNETES_SERVICE_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    functions, _, _ = (CHART / "files/purchase.py").read_text().partition("\nsale = ")
+    script: dict[str, Any] = {}
+    exec(functions, script)
+    status, answer = script["flash_sales"]("GET")
+    assert status == 200, answer
