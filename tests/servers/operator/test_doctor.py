@@ -186,7 +186,25 @@ def test_users_without_the_rights_are_failures(
     assert code == 1
     [script, transaction] = bad(verdicts)
     assert script.startswith("Redis: a script cannot write")
+    assert script.endswith(": allow this user the commands of k8s/redis")
     assert transaction.startswith("PostgreSQL: a transaction cannot write")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_full_redis_is_a_failure_that_no_right_would_end(
+    examined: Doctor, redis_server: RedisServer
+) -> None:
+    client = Redis.from_url(redis_server.url)
+    client.config_set("maxmemory", "1")
+    try:
+        code, verdicts = examined()
+    finally:
+        client.config_set("maxmemory", "0")
+    assert code == 1
+    [failure] = bad(verdicts)
+    assert failure.startswith("Redis: a script cannot write: Redis refused the call: ")
+    assert "memory" in failure
+    assert "allow this user" not in failure
 
 
 @pytest.mark.usefixtures("prepared")
