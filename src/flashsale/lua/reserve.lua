@@ -100,8 +100,9 @@ local function decide(keys, item)
   end
 
   if accepted > 0 then
-    -- The hold is written last. A key of another type must fail here, not there.
-    if holds then redis.call('ZCARD', keys[5]) end
+    -- The hold is written last. A key of another type, or a user who may not write it, must fail
+    -- here, not there. XX adds nothing.
+    if holds then redis.call('ZADD', keys[5], 'XX', 0, '') end
     for i = 1, accepted do
       local n, id, record = accepting[i], new_records[2 * i - 1], new_records[2 * i]
       local mark = entry_mark(id, first_version)

@@ -276,13 +276,36 @@ async def test_a_key_of_the_wrong_type_takes_no_hold(
     assert await redis.hget(keys.sale, "accepted") == "0"
 
 
+async def test_a_user_who_may_not_write_holds_sells_nothing(
+    redis_server: RedisServer, inventory: Inventory, redis: Redis, item: str
+) -> None:
+    """The repetition would find the reservation, which the sale has not counted."""
+    await opened(inventory, a_sale(item, 1, hold_seconds=60))
+    admin, name = redis_client.connect(redis_server.url), f"user-{uuid.uuid4().hex[:8]}"
+    await admin.acl_setuser(
+        name, enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-zadd"]
+    )
+    client = redis_client.connect(f"redis://{name}:secret@127.0.0.1:{redis_server.port}/0")
+    request = a_request()
+    for _ in range(2):
+        with pytest.raises(RedisUnavailable, match=r"permission|can't run") as refused:
+            await outcome(Inventory(client), item, request)
+        assert not refused.value.maybe_executed
+    await client.aclose()
+    await admin.acl_deluser(name)
+    await admin.aclose()
+    keys = ItemKeys.of(item)
+    assert await redis.exists(keys.buyers, keys.reservations, keys.outbox, keys.holds) == 0
+
+
+@pytest.mark.parametrize("hold_seconds", [None, 60])
 async def test_a_server_out_of_memory_sells_nothing(
-    tmp_path: Path, redis_server: RedisServer, item: str
+    tmp_path: Path, redis_server: RedisServer, item: str, hold_seconds: int | None
 ) -> None:
     with RedisServer(tmp_path, binary=redis_server.binary) as server:
         client = redis_client.connect(server.url)
         inventory = Inventory(client)
-        await opened(inventory, a_sale(item))
+        await opened(inventory, a_sale(item, hold_seconds=hold_seconds))
         assert await outcome(inventory, item, a_request("ann")) is Outcome.ACCEPTED
         await client.config_set("maxmemory", "1")
         with pytest.raises(RedisUnavailable) as refused:
