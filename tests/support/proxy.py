@@ -1,4 +1,4 @@
-"""A TCP proxy that can break a connection before a reply, and change its target."""
+"""A TCP proxy that can break a connection before a reply, rename a word, and change its target."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,6 +15,7 @@ class Proxy:
         self._word = b""
         self.left_to_cut = 0
         self._kept_back = b""
+        self._renamed = b"", b""
         self.port = 0
 
     def cut_replies(self, word: bytes, times: int) -> None:
@@ -24,6 +25,10 @@ class Proxy:
     def keep_back(self, word: bytes) -> None:
         """Break the connection at each request with `word`, without forwarding it."""
         self._kept_back = word
+
+    def rename(self, word: bytes, other: bytes) -> None:
+        """Replace a word in requests and replies, by one of the same length."""
+        self._renamed = word, other
 
     def cut_all(self) -> None:
         """Break every connection."""
@@ -70,13 +75,13 @@ class Proxy:
                 if self.left_to_cut and self._word in data:
                     self.left_to_cut -= 1
                     cut.set()
-                up_writer.write(data)
+                up_writer.write(data.replace(*self._renamed))
 
         async def replies() -> None:
             while data := await up_reader.read(65536):
                 if cut.is_set():
                     return
-                writer.write(data)
+                writer.write(data.replace(*self._renamed))
 
         tasks = {asyncio.create_task(requests()), asyncio.create_task(replies())}
         try:

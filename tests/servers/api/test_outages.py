@@ -19,13 +19,16 @@ from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
 from flashsale import redis_client
+from flashsale.heartbeat import INTERVAL_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api import app
 from flashsale_api.servers import server_of
+from tests.support import redis_users
 from tests.support.api import OWN_SALE, accepted, problem, reserve
 from tests.support.eventually import eventually, until
 from tests.support.proxy import Proxy
+from tests.support.redis_users import url_of
 from tests.support.trace_collector import collecting
 
 ITEM = OWN_SALE.item_id
@@ -216,6 +219,33 @@ async def test_a_pod_is_not_ready_while_redis_may_evict_a_sale(
         await client.aclose()
     errors = [each for each in caplog.records if each.levelname == "ERROR"]
     assert len(errors) == 1
+
+
+async def test_a_redis_that_hides_its_run_leaves_the_pod_alive_and_not_ready(
+    own_redis: RedisServer,
+) -> None:
+    """Such as the proxies of some providers, whose INFO has other fields."""
+    async with Proxy(own_redis.port).serve() as proxy:
+        proxy.rename(b"master_replid2:", b"master_replidX:")
+        redis = {"FLASHSALE_REDIS_URL": url_of(own_redis, redis_users.API, proxy.port)}
+        environment = good_environment() | redis
+        ready = f"http://{environment['FLASHSALE_LISTEN']}/readyz"
+        command = (sys.executable, "-m", "flashsale_api")
+        running = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment})
+
+        async def refused() -> bool:
+            async with httpx.AsyncClient() as http:
+                return "(INFO has no master_replid2)" in (await http.get(ready)).text
+
+        try:
+            await until(refused, ignoring=(httpx.TransportError,))
+            await asyncio.sleep(2 * INTERVAL_SECONDS)
+            assert await refused()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                running.terminate()
+            code = await running.wait()
+        assert code == 0
 
 
 def good_environment() -> dict[str, str]:
