@@ -17,7 +17,6 @@ from redis.crc import key_slot
 from redis.exceptions import (
     ClusterDownError,
     MovedError,
-    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     ResponseError,
@@ -26,7 +25,7 @@ from redis.exceptions import ConnectionError as Disconnected
 
 from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
-from flashsale.redis_errors import FAILURES, describe, require_outage
+from flashsale.redis_errors import FAILURES, denies_command, describe, require_outage
 from flashsale.requirements import SLOTS
 
 if TYPE_CHECKING:
@@ -316,8 +315,10 @@ class Nodes:
         if not self._owners:
             try:
                 info = await node.redis.info("cluster")
-            except NoPermissionError:
-                return None  # the check of the requirements names the missing right
+            except ResponseError as error:
+                if denies_command(error):
+                    return None  # the check of the requirements names the missing right
+                raise
             if not info.get("cluster_enabled"):
                 return None
         ask = cast("Callable[..., Awaitable[Any]]", node.redis.execute_command)

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable
 from typing import Final, TypeVar
 
-from redis.exceptions import AskError, RedisError, ResponseError
+from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
 from flashsale.errors import RedisUnavailable
 
@@ -29,6 +29,13 @@ def require_outage(error: Exception) -> None:
     """
     if isinstance(error, RuntimeError) and "the handler is closed" not in str(error):
         raise error
+
+
+def denies_command(error: Exception) -> bool:
+    """Whether the user lacks the right to a command, or the server has renamed or removed it."""
+    return isinstance(error, NoPermissionError) or (
+        isinstance(error, ResponseError) and "unknown command" in str(error).lower()
+    )
 
 
 def describe(error: Exception) -> str:

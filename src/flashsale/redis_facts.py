@@ -4,13 +4,13 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Final
 
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from flashsale import keys, redis_client
 from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.keys import DEFAULT_ENGINE
 from flashsale.nodes import NODE_SECONDS, Node, Nodes
-from flashsale.redis_errors import FAILURES
+from flashsale.redis_errors import FAILURES, denies_command
 from flashsale.requirements import ClusterFacts, RedisFacts
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ async def read(redis: "Redis", engine: str = DEFAULT_ENGINE) -> list[RedisFacts]
     """Returns each server's version and settings, to compare with `requirements.REDIS`.
 
     Primaries of a cluster that are away are left out, unless all are. Raises
-    `UnmetRequirement` if the database of the address does not exist, or if the user may not
-    read the slots of a cluster.
+    `UnmetRequirement` if the database of the address does not exist, or if the server refuses a
+    command without which nothing can be read.
     """
     nodes = Nodes.of_client(redis)
     try:
         servers = await nodes.all()
     except RedisUnavailable as error:
-        if isinstance(error.__cause__, NoPermissionError):
+        if isinstance(error.__cause__, ResponseError) and denies_command(error.__cause__):
             raise UnmetRequirement(
                 "Redis is a cluster, whose user needs the command CLUSTER SLOTS: allow it"
             ) from error
@@ -71,11 +71,16 @@ async def _of_server(nodes: Nodes, node: Node, engine: str) -> RedisFacts:
             info, config, script = await pipeline.execute(raise_on_error=False)
             covered = await nodes.covered(node) if node.name else 0
     except FAILURES as error:
+        if denies_command(error):
+            raise UnmetRequirement(
+                f"Redis refuses a command that connections need ({_without_arguments(error)}): "
+                "allow it, or use another server"
+            ) from error
         raise nodes.unavailable(error, node) from error
     for reply in (info, script):
-        if isinstance(reply, RedisError) and not isinstance(reply, NoPermissionError):
+        if isinstance(reply, RedisError) and not denies_command(reply):
             raise nodes.unavailable(reply, node)
-    if isinstance(info, NoPermissionError):
+    if isinstance(info, RedisError):
         info = {}
         script = "this user may not call it"
     if isinstance(config, RedisError):
@@ -85,9 +90,14 @@ async def _of_server(nodes: Nodes, node: Node, engine: str) -> RedisFacts:
         policy=info.get("maxmemory_policy"),
         backlog_ttl=config.get("repl-backlog-ttl"),
         appendonly=bool(info.get("aof_enabled", True)),
-        script_error=" ".join(str(script).split()),
+        script_error=_without_arguments(script),
         node=node.name,
         cluster=ClusterFacts(covered, config, info.get("connected_slaves", 0))
         if node.name
         else None,
     )
+
+
+def _without_arguments(answer: object) -> str:
+    """Returns an answer as one line. Redis repeats the arguments of an unknown command."""
+    return " ".join(str(answer).split()).partition(", with args")[0]

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ from flashsale.requirements import (
     findings,
 )
 from tests.support.paths import ROOT
+from tests.support.proxy import Proxy
 
 GOOD_REDIS = RedisFacts("7.0.15", "noeviction", "0", appendonly=True, script_error="")
 GOOD_CLUSTER = ClusterFacts(requirements.SLOTS, {}, replicas=1)
@@ -99,6 +101,48 @@ async def test_a_redis_user_without_info_is_a_mistake_and_no_outage(
             require_redis(*await redis_facts.read(client))
     async with redis_user(redis_server, "+@all", "-@dangerous", "+info") as client:
         require_redis(*await redis_facts.read(client))
+
+
+async def test_a_redis_user_without_select_is_a_mistake_and_no_outage(
+    redis_server: RedisServer,
+) -> None:
+    async with redis_user(redis_server, "+@all", "-select") as client:
+        client.connection_pool.connection_kwargs["db"] = 1
+        with pytest.raises(UnmetRequirement, match=r"connections need .* 'select' command"):
+            await redis_facts.read(client)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("INFO", "has no INFO in scripts (this user may not call it), but needs INFO in scripts"),
+        ("EVAL", "has no INFO in scripts (unknown command 'EVAL'), but needs INFO in scripts"),
+        ("HELLO", "refuses a command that connections need (unknown command 'HELLO')"),
+    ],
+)
+async def test_a_command_that_a_provider_has_removed_is_a_mistake_and_no_outage(
+    tmp_path: Path, redis_server: RedisServer, command: str, expected: str
+) -> None:
+    options = ("--rename-command", command, "")
+    with RedisServer(tmp_path, binary=redis_server.binary, options=options) as server:
+        client = redis_client.connect(server.url)
+        with pytest.raises(UnmetRequirement, match=f"^Redis {re.escape(expected)}: "):
+            require_redis(*await redis_facts.read(client))
+        await client.aclose()
+
+
+@pytest.mark.parametrize("name", [b"run_id", b"master_replid2"])
+async def test_a_redis_that_hides_its_run_is_a_mistake_and_has_no_clock(
+    redis_server: RedisServer, name: bytes
+) -> None:
+    async with Proxy(redis_server.port).serve() as proxy:
+        proxy.rename(name + b":", name[:-1] + b"X:")
+        client = redis_client.connect(f"redis://127.0.0.1:{proxy.port}/0")
+        with pytest.raises(UnmetRequirement, match=f"INFO has no {name.decode()}"):
+            require_redis(*await redis_facts.read(client))
+        with pytest.raises(RedisUnavailable, match=f"INFO has no {name.decode()}"):
+            await Inventory(client).clocks()
+        await client.aclose()
 
 
 async def test_a_redis_that_is_away_is_an_outage() -> None:
