@@ -220,7 +220,7 @@ class Calls(ABC, Generic[R, D]):
             except RedisUnavailable as error:
                 self._metrics.script_failures.inc()
                 maybe_executed = maybe_executed or error.maybe_executed
-                log.debug("a script call for %s failed: %s", ", ".join(item_ids), error)
+                log.warning("a script call failed: %s", error)
                 continue
             seconds = loop.time() - started
             self._metrics.script_seconds.observe(seconds)

@@ -115,15 +115,21 @@ class Heartbeat:
 
     async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
         loop = asyncio.get_running_loop()
+        failing = False
         while True:
             begun = loop.time()
             try:
                 async with self._turn:
                     await self._beat(main)
+                if failing:
+                    log.info("Redis takes heartbeats again")
+                failing = False
             except RedisUnavailable as error:
                 self._metrics.redis_up.set(0)
                 await _called_in(main, self._measure)
-                log.debug("no heartbeat: %s", error)
+                if not failing:
+                    log.warning("cannot send a heartbeat: %s", error)
+                failing = True
             await asyncio.sleep(begun + heartbeat.INTERVAL_SECONDS - loop.time())
 
     async def _beat(self, main: asyncio.AbstractEventLoop) -> None:

@@ -46,6 +46,20 @@ async def test_a_call_whose_reply_was_lost_is_repeated_without_a_second_reservat
     assert found.json() == {k: v for k, v in answer.json().items() if k != "userId"}
 
 
+async def test_a_pod_logs_why_redis_refuses_its_calls(
+    own_api: ApiServer, own_http: httpx.AsyncClient, own_redis: RedisServer
+) -> None:
+    client = redis_client.connect(own_redis.url)
+    await client.config_set("maxmemory", "1")
+    problem(await reserve(own_http, ITEM), 503, "redis-unavailable")
+    await until(lambda: "a script call failed: Redis refused" in own_api.log.read_text())
+    await until(lambda: "cannot send a heartbeat: Redis refused" in own_api.log.read_text())
+    await client.config_set("maxmemory", "0")
+    await client.aclose()
+    await until(lambda: "Redis takes heartbeats again" in own_api.log.read_text())
+    assert (await reserve(own_http, ITEM)).status_code == 202
+
+
 async def test_an_unknown_outcome_returns_the_possible_location(
     own_http: httpx.AsyncClient, own_inventory: Inventory, proxy: Proxy
 ) -> None:
