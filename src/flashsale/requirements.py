@@ -77,6 +77,22 @@ class RedisFacts:
     """The name of a primary of a cluster."""
     cluster: "ClusterFacts | None" = None
 
+    @property
+    def unread(self) -> set[str]:
+        """The settings that the server or the user's rights hide."""
+        found = {"maxmemory-policy": self.policy, "repl-backlog-ttl": self.backlog_ttl}
+        if self.cluster:
+            found |= {name: self.cluster.config.get(name) for name in _CLUSTER_SETTINGS}
+        return {name for name, value in found.items() if value is None}
+
+
+_CLUSTER_SETTINGS: Final = (
+    "cluster-node-timeout",
+    "cluster-require-full-coverage",
+    "cluster-allow-reads-when-down",
+    "min-replicas-to-write",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:

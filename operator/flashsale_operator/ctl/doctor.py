@@ -105,11 +105,13 @@ async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
             if node.name not in answered:
                 text = f"{node.name} does not answer, and its sales stop: start it, or promote a"
                 yield Finding(REDIS, f"{text} replica of it", "failure")
+        unread = set[str]().union(*(each.unread for each in facts))
         for finding in requirements.findings(requirements.REDIS, *facts):
-            yield finding
-        if any(each.backlog_ttl is None for each in facts):
-            text = "CONFIG GET is not permitted: ask the provider whether repl-backlog-ttl is 0"
-            yield Finding(REDIS, text, "warning")
+            if finding.verdict == "ok" and finding.text.partition(" ")[0] in unread:
+                text = f"needs {finding.text}, which cannot be read: ask the provider"
+                yield Finding(finding.server, text, "warning")
+            else:
+                yield finding
         yield await _written(inventory.nodes, engine)
         yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
         asked = time.time()

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
-from dev.stack.servers import KafkaServer, RedisServer
+from dev.stack.servers import KafkaServer, RedisCluster, RedisServer
 from flashsale import events, ledger, redis_facts, requirements
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
@@ -188,6 +188,35 @@ def test_users_without_the_rights_are_failures(
     assert script.startswith("Redis: a script cannot write")
     assert script.endswith(": allow this user the commands of k8s/redis")
     assert transaction.startswith("PostgreSQL: a transaction cannot write")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_settings_that_cannot_be_read_are_not_confirmed(
+    examined: Doctor, redis_cluster: RedisCluster
+) -> None:
+    clients = [Redis.from_url(server.url) for server in redis_cluster.servers]
+    for client in clients:
+        client.acl_setuser(
+            "guest", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-config"]
+        )
+    try:
+        url = redis_cluster.url.replace("redis://", "redis://guest:secret@")
+        code, verdicts = examined(FLASHSALE_REDIS_URL=url)
+    finally:
+        for client in clients:
+            client.acl_deluser("guest")
+    assert code == 0
+    hidden = (
+        "repl-backlog-ttl",
+        "cluster-node-timeout",
+        "cluster-require-full-coverage",
+        "cluster-allow-reads-when-down",
+        "min-replicas-to-write",
+    )
+    warnings = bad(verdicts, "warning")
+    assert len(warnings) == len(hidden)
+    for text, name in zip(warnings, hidden, strict=True):
+        assert f": needs {name} " in text
 
 
 @pytest.mark.usefixtures("prepared")
