@@ -10,15 +10,17 @@ import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from flashsale import __version__
 from flashsale.errors import SettingsError
+from flashsale.tls import relaxed
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Span
+    from requests import Session
 
 DEFAULT_RATIO: Final = "0.01"
 CLOSE_SECONDS: Final = 2.0
@@ -185,7 +187,8 @@ class Tracing:
         resource = Resource.create(attributes)
         # `samples` has already decided: only sampled requests reach the SDK.
         self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        exporter = OTLPSpanExporter(session=_session())
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self._provider.get_tracer("flashsale", __version__)
         self._propagator = TraceContextTextMapPropagator()
         self._set_span_in_context = trace.set_span_in_context
@@ -203,6 +206,22 @@ class Tracing:
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
+
+
+def _session() -> "Session":
+    """Returns a client of a collector, which accepts the certificates of `flashsale.tls`."""
+    from requests import Session  # noqa: PLC0415 - only the exporter needs it
+    from requests.adapters import HTTPAdapter  # noqa: PLC0415
+    from urllib3.util.ssl_ import create_urllib3_context  # noqa: PLC0415
+
+    class Adapter(HTTPAdapter):
+        def init_poolmanager(self, *sizes: Any, **options: Any) -> None:  # noqa: ANN401
+            context = relaxed(create_urllib3_context())
+            super().init_poolmanager(*sizes, ssl_context=context, **options)
+
+    session = Session()
+    session.mount("https://", Adapter())
+    return session
 
 
 def traceparent_of(span: "Span") -> str:

@@ -19,6 +19,7 @@ from dev.issuer import Issuer
 from flashsale import redis_client
 from flashsale.addresses import database_url
 from flashsale.settings import KafkaSettings, load
+from flashsale.tracing import Tracing
 from flashsale_api import tokens
 from flashsale_operator.ctl import doctor
 from flashsale_operator.kubernetes.client import log_in
@@ -27,7 +28,13 @@ from tests.support.paths import CHART
 
 
 @pytest.fixture
-def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def posted() -> list[str]:
+    """The paths of the requests with a body that the server of `port` answers."""
+    return []
+
+
+@pytest.fixture
+def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, posted: list[str]) -> Iterator[int]:
     """The port of a server that has such a certificate. Default contexts are as in Python 3.13."""
     certificate(tmp_path)
     with Issuer() as issuer:
@@ -38,6 +45,12 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(keys)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            posted.append(self.path)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
             pass
@@ -53,6 +66,11 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         return context
 
+    class Strict(ssl.SSLContext):
+        def __init__(self, *_: object) -> None:
+            self.verify_flags |= ssl.VERIFY_X509_STRICT
+
+    monkeypatch.setattr("urllib3.util.ssl_.SSLContext", Strict)
     monkeypatch.setattr(ssl, "create_default_context", strict)
     monkeypatch.setattr(ssl, "_create_default_https_context", strict)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
@@ -154,3 +172,16 @@ def test_helm_test_reaches_a_cluster_with_such_a_certificate(
     exec(functions, script)
     status, answer = script["flash_sales"]("GET")
     assert status == 200, answer
+
+
+def test_a_collector_of_traces_can_have_such_a_certificate(
+    tmp_path: Path, port: int, posted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # requests prefers them
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"https://{ADDRESS}:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(tmp_path / "ca.crt"))
+    tracing = Tracing("api", os.environ)
+    tracing.tracer.start_span("a request").end()
+    tracing.close()
+    assert posted == ["/v1/traces"]
