@@ -378,7 +378,8 @@ class Worker:
             except (KafkaError, TimeoutError) as error:
                 self._kafka.away(error)
             else:
-                if partitions.positions:
+                # A consumer to which the group gives no partition is connected, too.
+                if not partitions.unassigned_seconds():
                     self._kafka.back()
             await asyncio.sleep(REPORT_SECONDS)
 

@@ -291,6 +291,26 @@ async def test_a_partition_without_a_leader_does_not_stop_the_others(
 
 
 @pytest.mark.slow
+async def test_a_consumer_without_partitions_is_connected_again_after_an_outage(
+    ledger: Ledger, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    up = 'flashsale_consumer_server_up{server="kafka"}'
+    with KafkaServer(tmp_path_factory.mktemp("spare-kafka")) as kafka:
+        log = Log(kafka.bootstrap)
+        async with (
+            running(ledger.url, log, partitions=1) as one,
+            running(ledger.url, log, partitions=1) as other,
+        ):
+            await until(lambda: one.partitions() + other.partitions() == 1)
+            await until(lambda: one.value(up) == other.value(up) == 1)
+            kafka.stop()
+            await until(lambda: one.value(up) == other.value(up) == 0)
+            kafka.start()
+            await until(lambda: one.partitions() + other.partitions() == 1)
+            await until(lambda: one.value(up) == other.value(up) == 1)
+
+
+@pytest.mark.slow
 async def test_a_client_that_fails_to_close_without_kafka_is_replaced(
     ledger: Ledger,
     tmp_path_factory: pytest.TempPathFactory,
