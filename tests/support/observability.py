@@ -89,11 +89,19 @@ class ObservedEngine:
 
     def order(self, user: str) -> None:
         """Reserve a unit and confirm the reservation as the shop's order service does."""
+        self.confirm(self.reserve(user), f"order-of-{user}")
+
+    def reserve(self, user: str) -> str:
+        """Reserve a unit. Return the path of the reservation."""
         body = {"userId": user, "itemId": self.item, "quantity": 1}
-        path = httpx.post(f"{self.api.url}/reserve", json=body).headers["location"]
+        path: str = httpx.post(f"{self.api.url}/reserve", json=body).headers["location"]
+        return path
+
+    def confirm(self, path: str, order_ref: str) -> None:
+        """Confirm a reservation as the shop's order service does."""
         token = self.api.order_tokens.partition(",")[0]
         httpx.post(
             f"{self.api.orders_url}{path}/confirm",
-            json={"orderRef": f"order-of-{user}"},
+            json={"orderRef": order_ref},
             headers={"Authorization": f"Bearer {token}"},
         ).raise_for_status()
