@@ -115,7 +115,7 @@ def _is_no_repetition(record: logging.LogRecord) -> bool:
 async def _run(settings: Settings) -> int:
     """Runs the operator until a signal. Returns the exit code of the process."""
     log_in()  # reports a wrong KUBECONFIG now
-    metrics = Metrics()
+    metrics = Metrics(settings.engine)
     async with AsyncExitStack() as stack:
         redis = redis_client.connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flashsale import telemetry
+from flashsale.keys import DEFAULT_ENGINE
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales.reconciler import Result
 
@@ -113,8 +114,8 @@ def _of_a_sale(name: str, documentation: str) -> GaugeMetricFamily:
 class Metrics:
     """The operator's metrics, in their own registry."""
 
-    def __init__(self) -> None:
-        self.registry = telemetry.registry("operator")
+    def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
+        self.registry = telemetry.registry("operator", engine)
         self.sales = SaleMetrics()
         self.registry.register(self.sales)
         counter = partial(Counter, registry=self.registry)

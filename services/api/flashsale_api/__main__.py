@@ -88,7 +88,7 @@ def main() -> int:
             "the API stops: %s", error, exc_info=None if known else error
         )
 
-    metrics = Metrics()
+    metrics = Metrics(settings.engine)
     order_server = None
     try:
         spans = _spans() if traced else None

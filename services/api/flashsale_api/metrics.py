@@ -6,6 +6,7 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 from flashsale import telemetry
 from flashsale.inventory import Holds
+from flashsale.keys import DEFAULT_ENGINE
 
 # Fine steps from 1 to 50 ms, because most answers should take that long.
 _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
@@ -32,8 +33,8 @@ class Metrics:
     label, so that clients cannot add time series.
     """
 
-    def __init__(self) -> None:
-        self.registry = telemetry.registry("api")
+    def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
+        self.registry = telemetry.registry("api", engine)
         self._requests = Counter(
             "flashsale_api_requests",
             "POST /reserve requests by outcome.",

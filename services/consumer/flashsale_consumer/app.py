@@ -112,7 +112,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 2
     try:
-        return uvloop.run(_run(Worker(own, Metrics(), spans=spans), listening))
+        return uvloop.run(_run(Worker(own, Metrics(own.engine), spans=spans), listening))
     finally:
         if spans is not None:
             spans.close()

@@ -9,13 +9,14 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from flashsale import telemetry
+from flashsale.keys import DEFAULT_ENGINE
 
 
 class Metrics:
     """The consumer's metrics, in their own registry."""
 
-    def __init__(self) -> None:
-        self._registry = telemetry.registry("consumer")
+    def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
+        self._registry = telemetry.registry("consumer", engine)
         self.batches = Counter(
             "flashsale_consumer_batches_total",
             "Batches that were committed to the ledger.",
