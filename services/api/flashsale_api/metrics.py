@@ -11,6 +11,10 @@ from flashsale.keys import DEFAULT_ENGINE
 # Fine steps from 1 to 50 ms, because most answers should take that long.
 _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
+# These counters exist before their first event. Prometheus finds no increase in a counter that is
+# above 0 at its first scrape, and a sale can sell out, or its holds expire, between two scrapes.
+_OUTCOMES = ("accepted", "sold_out", "limit_reached")
+_VERBS = ("confirm", "cancel", "expire")
 
 
 class _Outcomes(dict[str, Counter]):
@@ -181,7 +185,9 @@ class Metrics:
     def add_item(self, item_id: str) -> None:
         """Makes an item with a sale a label."""
         if item_id not in self._of_item:
-            self._of_item[item_id] = _Outcomes(self._requests, item_id)
+            outcomes = self._of_item[item_id] = _Outcomes(self._requests, item_id)
+            for outcome in _OUTCOMES:
+                outcomes[outcome].inc(0)
 
     def set_holds(self, holds: Mapping[str, Holds], now_ms: Mapping[str, int]) -> None:
         """Sets the gauges of holds, and removes those of the other items.
@@ -193,6 +199,8 @@ class Metrics:
             for gauge in gauges:
                 gauge.remove(item_id)
         for item_id, found in holds.items():
+            for verb in _VERBS if found.open else ():
+                self.transitions.labels(item_id, verb, "changed")
             self.open_holds.labels(item_id).set(found.open)
             self.overdue_holds.labels(item_id).set(found.overdue)
             overdue_ms = max(now_ms[item_id] - found.first_due_ms, 0) if found.overdue else 0

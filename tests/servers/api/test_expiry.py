@@ -65,6 +65,18 @@ async def held(inventory: Inventory, item: str) -> int:
     return (await inventory.sales([item]))[item].held
 
 
+async def test_a_hold_has_counters_before_it_ends(inventory: Inventory, item: str) -> None:
+    """Otherwise Prometheus finds no increase if all holds end between two scrapes."""
+    await opened(inventory, a_sale(item, 1, hold_seconds=60))
+    await inventory.reserve(item, [a_request("u")], timeout_seconds=30)
+    pod = Pod(inventory)
+    await pod.expiry.turn()
+    for verb in ("confirm", "cancel", "expire"):
+        labels = {"item": item, "verb": verb, "outcome": "changed"}
+        sample = pod.metrics.registry.get_sample_value("flashsale_api_transitions_total", labels)
+        assert sample == 0
+
+
 async def test_a_turn_is_bounded_and_says_whether_more_is_due(
     inventory: Inventory, item: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

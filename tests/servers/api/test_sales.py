@@ -232,6 +232,23 @@ async def test_metrics_are_served_on_their_own_port(
         assert name in text
 
 
+async def test_a_sale_has_counters_before_its_first_request(
+    api: ApiServer, open_sale: OpenSale, item: str
+) -> None:
+    """Otherwise Prometheus finds no increase if the sale sells out between two scrapes."""
+    await open_sale(item, 1)
+
+    async def counters() -> str:
+        async with httpx.AsyncClient() as scraper:
+            text = (await scraper.get(api.metrics_url)).text
+        lines = text.splitlines(keepends=True)
+        return "".join(line for line in lines if "requests" in line and f'"{item}"' in line)
+
+    text = await until(counters)
+    for outcome in ("accepted", "sold_out", "limit_reached"):
+        assert f'flashsale_api_requests_total{{item="{item}",outcome="{outcome}"}} 0.0' in text
+
+
 async def test_only_items_with_a_sale_are_labels(
     api: ApiServer, http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, item: str
 ) -> None:
