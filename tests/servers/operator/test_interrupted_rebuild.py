@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -215,7 +216,7 @@ async def test_lost_units_are_counted_once_if_redis_fails_during_the_rebuild(
 
 
 async def test_lost_units_are_reported_if_the_reply_to_their_commit_is_lost(
-    shop: SimulatedShop, spec: SaleSpec, database_url: str
+    shop: SimulatedShop, spec: SaleSpec, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b", "c")
@@ -226,9 +227,17 @@ async def test_lost_units_are_reported_if_the_reply_to_their_commit_is_lost(
         host = url.netloc.rpartition(":")[0]
         pool = await ledger.connect(url._replace(netloc=f"{host}:{proxy.port}").geturl())
         rebuilder = Rebuilder(shop.inventory, pool, shop.drain)
-        proxy.cut_replies(b"COMMIT;", 1)
-        with pytest.raises(LedgerUnavailable):
-            await rebuilder.rebuild(await shop.row(spec.sale_id))
+        wait = shop.drain.wait
+
+        async def cut_the_next_commit(*arguments: Any) -> Mapping[int, int]:  # noqa: ANN401
+            drained = await wait(*arguments)
+            proxy.cut_replies(b"COMMIT;", 1)
+            return drained
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shop.drain, "wait", cut_the_next_commit)
+            with pytest.raises(LedgerUnavailable):
+                await rebuilder.rebuild(await shop.row(spec.sale_id))
         assert (await shop.row(spec.sale_id)).lost == 1
         await end_lease(shop, spec)
         done = await rebuilder.rebuild(await shop.row(spec.sale_id))
