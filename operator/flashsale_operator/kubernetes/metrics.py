@@ -91,20 +91,25 @@ class SaleMetrics(Collector):
         accepted = _of_a_sale("flashsale_sale_accepted_units", "Units ever accepted by the sale.")
         available = _of_a_sale("flashsale_sale_available_units", "Units that are still for sale.")
         recorded = _of_a_sale("flashsale_sale_recorded_units", "Accepted units in the ledger.")
+        lost = _of_a_sale(
+            "flashsale_sale_lost_units",
+            "Units that Redis had accepted and that rebuilds of the sale found nowhere.",
+        )
         now = self._clock()
         for key, entry in entries:
             result = entry.result
             labels = ["/".join(key), result.item_id]
             current.add_metric([*labels, result.state], 1)
             ready.add_metric(labels, result.ready)
-            if result.recorded is not None:
-                recorded.add_metric(labels, result.recorded)
+            if result.row is not None:
+                recorded.add_metric(labels, result.row.accepted)
+                lost.add_metric(labels, result.row.lost)
             if (sale := entry.sale) is not None:
                 waiting.add_metric(labels, entry.backlog.seconds(now))
                 allocated.add_metric(labels, sale.allocated)
                 accepted.add_metric(labels, sale.accepted)
                 available.add_metric(labels, sale.available)
-        yield from (current, ready, allocated, accepted, available, recorded, waiting)
+        yield from (current, ready, allocated, accepted, available, recorded, lost, waiting)
 
 
 def _of_a_sale(name: str, documentation: str) -> GaugeMetricFamily:

@@ -15,6 +15,7 @@ from flashsale.inventory import Closed, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.sales.decision import StillFenced, spec_of
 from flashsale_operator.sales.drain import Drain, Patience
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
@@ -244,6 +245,30 @@ async def test_lost_units_are_reported_if_the_reply_to_their_commit_is_lost(
         await pool.close()
     assert isinstance(done, Rebuilt)
     assert done.lost == 1
+
+
+async def test_lost_units_are_in_the_metrics_if_the_operator_dies_during_the_rebuild(
+    shop: SimulatedShop, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "a", "b", "c")
+    await shop.record(spec.item_id, lose=1)
+    await shop.change_run(spec.item_id)
+
+    async def die(*_: object, **__: object) -> Trusted:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, "restore", die)
+        with pytest.raises(asyncio.CancelledError):
+            await shop.rebuild(spec)
+    await end_lease(shop, spec)
+    result = await SimulatedShop(shop.redis, shop.pool).apply(spec)
+    assert (result.ready, result.rebuilt and result.rebuilt.lost) == (True, 0)
+    metrics = Metrics()
+    metrics.sales.update(("shop", "phones"), result)
+    labels = f'{{item="{spec.item_id}",sale="shop/phones"}}'
+    assert f"flashsale_sale_lost_units{labels} 1.0" in metrics.text().decode()
 
 
 async def test_concurrent_rebuilds_give_one_correct_sale(
