@@ -61,7 +61,8 @@ class Repeats(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         statement = (record.name, str(record.msg))
         window = self._windows.get(statement)
-        if window is not None and record.created - window.began < WINDOW_SECONDS:
+        # After a step back of the clock, a window that began later has ended.
+        if window is not None and 0 <= record.created - window.began < WINDOW_SECONDS:
             window.lines += 1
             return window.lines <= BURST
         if len(self._windows) >= _MAX_STATEMENTS:

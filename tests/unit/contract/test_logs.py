@@ -110,6 +110,13 @@ def test_repeated_lines_are_suppressed_and_their_number_is_reported() -> None:
     assert later.getMessage() == "try 50 failed (40 similar lines suppressed)"
 
 
+def test_a_clock_that_is_set_back_silences_no_statement() -> None:
+    repeats = logs.Repeats()
+    assert [repeats.filter(at(7_200, "refused")) for _ in range(11)] == [True] * 10 + [False]
+    assert repeats.filter(at(3_600, "refused"))
+    assert repeats.filter(at(3_611, "refused"))
+
+
 def test_the_memory_for_different_statements_is_bounded() -> None:
     repeats = logs.Repeats()
     assert all(repeats.filter(at(0, f"message {n}")) for n in range(5_000))
