@@ -177,6 +177,7 @@ class Keys:
 
     async def run(self) -> None:
         """Reads the keys at once, when they expire, and when a token names an unknown one."""
+        said = ""
         while True:
             self._wanted.set()  # tokens with unknown keys wait for the answer
             try:
@@ -185,10 +186,15 @@ class Keys:
                 self._failed = True
                 age = REFRESH_SECONDS if self._keys else _RETRY_SECONDS
                 self._metrics.jwks_up.set(0)
-                log.warning("cannot read the keys at FLASHSALE_JWKS_URL: %s", error)
+                if str(error) != said:
+                    log.warning("cannot read the keys at FLASHSALE_JWKS_URL: %s", error)
+                said = str(error)
                 if not self._keys:
                     self.problem = f"no keys from FLASHSALE_JWKS_URL: {error}"
             else:
+                if said:
+                    log.info("the keys at FLASHSALE_JWKS_URL can be read again")
+                said = ""
                 self._failed = False
                 self._metrics.jwks_up.set(1)
                 self.problem = ""

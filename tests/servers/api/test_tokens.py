@@ -167,6 +167,34 @@ async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPa
         running.cancel()
 
 
+async def test_an_outage_of_the_issuer_is_logged_once_and_its_end_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flashsale_api")
+    monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.1)
+    reads = 0
+    read = tokens._read
+
+    def away(_: str) -> tuple[list[dict[str, Any]], float]:
+        nonlocal reads
+        reads += 1
+        return read("http://127.0.0.1:1")
+
+    with Issuer(max_age=0) as issuer:
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        running = asyncio.create_task(keys.run())
+        await until(lambda: not keys.problem)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "_read", away)
+            await until(lambda: reads > 5)
+        await until(lambda: "can be read again" in caplog.text)
+        requests = issuer.requests
+        await until(lambda: issuer.requests > requests + 3)
+        running.cancel()
+    assert caplog.text.count("cannot read the keys") == 1
+    assert caplog.text.count("can be read again") == 1
+
+
 async def test_unknown_keys_are_looked_for_at_most_once_per_interval() -> None:
     with Issuer() as issuer:
         keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
