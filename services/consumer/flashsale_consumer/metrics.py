@@ -35,6 +35,11 @@ class Metrics:
             "Changes of known reservations that their sale's last rebuild did not find.",
             registry=self._registry,
         )
+        self.deleted = Counter(
+            "flashsale_consumer_deleted_events_total",
+            "Events that Kafka deleted before they were recorded.",
+            registry=self._registry,
+        )
         self.batch_size = Histogram(
             "flashsale_consumer_batch_size",
             "Events in a committed batch.",

@@ -123,6 +123,9 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         ends = await self._consumer.end_offsets(placing)
         logs = {tp.partition: range(earliest[tp], ends[tp]) for tp in placing}
         placed = await offsets.place(pool, self._topic, logs, before=before)
+        for number, stored in before.items():
+            if stored.recorded < placed[number].recorded == logs[number].start:
+                self._metrics.deleted.inc(logs[number].start - stored.recorded)
         if self._unplaced is not placing:
             return  # Kafka assigned partitions again in the meantime.
         for tp in placing:

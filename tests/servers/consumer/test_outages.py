@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 import trustme
 from aiokafka import TopicPartition
+from aiokafka.admin import RecordsToDelete
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.metadata import MetadataRequest
@@ -29,6 +30,7 @@ from flashsale_consumer.settings import Settings
 from tests.support.consumer import Log, Process, accepted, running, until_recorded
 from tests.support.eventually import until
 from tests.support.ledgers import Connection, Ledger, connected, database, opened, waits
+from tests.support.topics import administering
 
 
 @pytest.mark.slow
@@ -288,6 +290,23 @@ async def test_a_partition_without_a_leader_does_not_stop_the_others(
         await until(lambda: one.partitions() == 12)
         assert f"{log.topic}: partitions [3] have a leader again" in caplog.text
         await until(lambda: one.value('flashsale_consumer_server_up{server="kafka"}') == 1)
+
+
+async def test_events_that_kafka_deleted_before_they_were_recorded_are_counted(
+    ledger: Ledger, log: Log
+) -> None:
+    first, *lost, last = [accepted(number) for number in range(4)]
+    await log.create()
+    async with running(ledger.url, log):
+        await log.write(first, partition=0)
+        await ledger.until_has(first)
+    await log.write(*lost, last, partition=0)
+    async with administering(log.bootstrap) as admin:
+        await admin.delete_records({TopicPartition(log.topic, 0): RecordsToDelete(3)})
+    async with running(ledger.url, log) as member:
+        await ledger.until_has(last)
+        assert member.value("flashsale_consumer_deleted_events_total") == 2
+    assert not await ledger.has(lost[0])
 
 
 @pytest.mark.slow
