@@ -19,10 +19,11 @@
 -- Invariants: accepted - released <= allocated. A user never has more than max_per_user units. An
 --       id has one reservation, also after that has ended. Nothing is accepted outside the sale's
 --       window, or while the sale is paused, closed or fenced. For each item the script reads and
---       checks everything before its first write, and the first write is the outbox entry. Redis
---       does not roll back, so a part that fails there (out of memory) has sold nothing. The id of
---       an entry has its mark, so that `settle` need not read it. If the clock ran backwards, or
---       the reservation's id has no mark, Redis makes the id of the entry.
+--       checks everything before its first write. Before the outbox entry it writes only the
+--       sale's clock. Redis does not roll back, so a part that fails up to there (out of memory)
+--       has sold nothing. The id of an entry has its mark, so that `settle` need not read it. If
+--       the clock ran backwards, or the reservation's id has no mark, Redis makes the id of the
+--       entry.
 
 -- The lists are used again for each item, because a new list takes as long as a small command.
 local ids, users, quantities, request_keys, traceparents = {}, {}, {}, {}, {}
@@ -100,8 +101,9 @@ local function decide(keys, item)
   end
 
   if accepted > 0 then
-    -- The hold is written last. A key of another type, or a user who may not write it, must fail
-    -- here, not there. XX adds nothing.
+    -- A user without the right to one of these commands, or holds of another type, must fail here,
+    -- where nothing is sold. XX adds nothing.
+    redis.call('HSET', keys[1], 'last_now_ms', now)
     if holds then redis.call('ZADD', keys[5], 'XX', 0, '') end
     for i = 1, accepted do
       local n, id, record = accepting[i], new_records[2 * i - 1], new_records[2 * i]
@@ -121,7 +123,7 @@ local function decide(keys, item)
       sale.held = sale.held + units
       redis.call('ZADD', keys[5], unpack(new_holds, 1, 2 * accepted))
     end
-    redis.call('HSET', keys[1], 'accepted', integer(sale.accepted + units), 'last_now_ms', now,
+    redis.call('HSET', keys[1], 'accepted', integer(sale.accepted + units),
       'held', integer(sale.held))
   elseif sale.state ~= 'ended' and sale.state ~= 'closed' and sale.finished then
     -- Latch the end, so that a clock that jumps back does not open the sale again.

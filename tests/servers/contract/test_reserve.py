@@ -276,14 +276,15 @@ async def test_a_key_of_the_wrong_type_takes_no_hold(
     assert await redis.hget(keys.sale, "accepted") == "0"
 
 
-async def test_a_user_who_may_not_write_holds_sells_nothing(
-    redis_server: RedisServer, inventory: Inventory, redis: Redis, item: str
+@pytest.mark.parametrize("command", ["hset", "zadd"])
+async def test_a_user_who_lacks_the_right_to_a_write_sells_nothing(
+    redis_server: RedisServer, inventory: Inventory, redis: Redis, item: str, command: str
 ) -> None:
-    """The repetition would find the reservation, which the sale has not counted."""
+    """Of a part of the writes, the ledger or the repetition would make a reservation."""
     await opened(inventory, a_sale(item, 1, hold_seconds=60))
     admin, name = redis_client.connect(redis_server.url), f"user-{uuid.uuid4().hex[:8]}"
     await admin.acl_setuser(
-        name, enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-zadd"]
+        name, enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", f"-{command}"]
     )
     client = redis_client.connect(f"redis://{name}:secret@127.0.0.1:{redis_server.port}/0")
     request = a_request()
