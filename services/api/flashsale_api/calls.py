@@ -138,6 +138,8 @@ class Calls(ABC, Generic[R, D]):
         """The shares of each node: that of known items, and that of other names."""
         self._calls: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._failing = False
+        """Whether the last script call failed."""
         self._checks = 0
         self._check: asyncio.TimerHandle | None = None
         """The timer of the next check. None while no request waits."""
@@ -220,8 +222,11 @@ class Calls(ABC, Generic[R, D]):
             except RedisUnavailable as error:
                 self._metrics.script_failures.inc()
                 maybe_executed = maybe_executed or error.maybe_executed
-                log.warning("a script call failed: %s", error)
+                if not self._failing:  # an outage is logged once
+                    log.warning("a script call failed: %s", error)
+                self._failing = True
                 continue
+            self._failing = False
             seconds = loop.time() - started
             self._metrics.script_seconds.observe(seconds)
             for item_id, reply in zip(item_ids, replies, strict=True):
