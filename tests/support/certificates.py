@@ -1,4 +1,4 @@
-"""Certificates as Strimzi and EKS make them, which Python 3.13 refuses by default."""
+"""Certificates as Strimzi and EKS can make them, which Python 3.13 refuses by default."""
 
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address

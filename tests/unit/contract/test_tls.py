@@ -1,4 +1,4 @@
-"""The clients accept the certificates of Strimzi and EKS, which Python 3.13 refuses by default."""
+"""The clients accept certificates that Python 3.13 refuses by default."""
 
 import json
 import os
