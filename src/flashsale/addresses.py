@@ -168,7 +168,8 @@ def database_url(url: str) -> str:
     kept = _known(options, _DATABASE_OPTIONS, _DATABASE_IGNORED)
     front = url.partition("?")[0]
     if "[" in hosts and "," in hosts:
-        # Newer releases of Python refuse such a list in front of the path, and asyncpg uses them.
+        # asyncpg splits the address with Python's parser. Its newer releases refuse a list of hosts
+        # with an IPv6 address there, and the option `host` can have one.
         front, kept["host"] = front.replace(hosts, "", 1), unquote(hosts)
     clean = front + (f"?{urlencode(kept)}" if kept else "")
     _parse_database(clean, kept)

@@ -16,6 +16,7 @@ DEADLINE_SECONDS: Final = 9 * REQUEST_SECONDS
 TE: Final = b"Transfer-Encoding: chunked\r\n"
 JSON: Final = b"Content-Type: application/json\r\n"
 POST: Final = b"POST /reserve HTTP/1.1\r\nHost: x\r\n" + JSON
+CHUNKED: Final = POST + TE + b"\r\n"
 GET: Final = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 

@@ -63,7 +63,8 @@ class Exchange:
     def begin(self) -> None:
         """Decides the request. The answer follows immediately or later."""
         handler, self.handler = self.handler, None
-        # Thousands of requests wait while Redis is silent. They must not keep what they have sent.
+        # Thousands of requests wait while Redis is silent. Their heads and bodies would take much
+        # memory.
         headers, self.headers = self.headers, ()
         body, self.body = self.body, bytearray()
         try:

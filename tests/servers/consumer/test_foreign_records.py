@@ -1,4 +1,4 @@
-"""Records of other producers in the topic, and what becomes of them."""
+"""Records of other producers in the topic of events."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime

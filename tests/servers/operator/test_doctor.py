@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import asyncpg
@@ -60,6 +61,18 @@ def bad(verdicts: dict[str, str], verdict: str = "failure") -> list[str]:
     """Return the texts with this verdict. A busy machine's slow round trips do not count."""
     slow = "a round trip takes"
     return [text for text, found in verdicts.items() if found == verdict and slow not in text]
+
+
+@contextmanager
+def configured(server: RedisServer, name: str, value: str) -> Iterator[None]:
+    """Give a setting of the server another value for a while."""
+    client = Redis.from_url(server.url)
+    before = str(client.config_get(name)[name])
+    client.config_set(name, value)
+    try:
+        yield
+    finally:
+        client.config_set(name, before)
 
 
 @pytest.fixture
@@ -127,12 +140,8 @@ def test_each_server_that_is_away_is_one_failure(examined: Doctor) -> None:
 def test_a_requirement_that_a_server_lacks_is_a_failure_with_its_remedy(
     examined: Doctor, redis_server: RedisServer
 ) -> None:
-    client = Redis.from_url(redis_server.url)
-    client.config_set("maxmemory-policy", "allkeys-lru")
-    try:
+    with configured(redis_server, "maxmemory-policy", "allkeys-lru"):
         code, verdicts = examined()
-    finally:
-        client.config_set("maxmemory-policy", "noeviction")
     assert code == 1
     [failure] = bad(verdicts)
     assert "run CONFIG SET maxmemory-policy noeviction" in failure
@@ -223,12 +232,8 @@ def test_settings_that_cannot_be_read_are_not_confirmed(
 def test_a_full_redis_is_a_failure_that_no_right_would_end(
     examined: Doctor, redis_server: RedisServer
 ) -> None:
-    client = Redis.from_url(redis_server.url)
-    client.config_set("maxmemory", "1")
-    try:
+    with configured(redis_server, "maxmemory", "1"):
         code, verdicts = examined()
-    finally:
-        client.config_set("maxmemory", "0")
     assert code == 1
     [failure] = bad(verdicts)
     assert failure.startswith("Redis: a script cannot write: Redis refused the call: ")
