@@ -102,14 +102,14 @@ def _configure_logs(settings: Settings) -> None:
 
 
 def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """Returns False for kopf's lines about retries and about the deleted resource.
+    """Returns False for kopf's lines about retries and about the end of its watch.
 
     The operator logs both itself.
     """
-    if not record.name.startswith("kopf"):
-        return True
-    error = record.exc_info and record.exc_info[1]
-    return "will retry" not in record.getMessage() and not isinstance(error, APINotFoundError)
+    message = record.getMessage()
+    return not record.name.startswith("kopf") or not (
+        "will retry" in message or " has failed: " in message
+    )
 
 
 async def _run(settings: Settings) -> int:
@@ -164,6 +164,14 @@ async def _run(settings: Settings) -> int:
                 log.error(  # noqa: TRY400 - kopf's traceback explains nothing
                     "the operator ends, because the FlashSale resource was deleted: install the "
                     "chart's CRD (crds.enabled). A restarted operator waits for it"
+                )
+                return 1
+            except Exception as error:  # noqa: BLE001 - kopf raises what its watch met
+                log.error(  # noqa: TRY400 - kopf's traceback explains nothing
+                    "the operator ends, because it cannot watch the FlashSales: %s: %s. A "
+                    "restarted operator continues",
+                    type(error).__name__,
+                    error,
                 )
                 return 1
             finally:
