@@ -57,10 +57,11 @@ class Condition:
         )
 
     def json(self) -> dict[str, object]:
+        known = self.observed_generation is not None  # of others it need not be
         return {
             "type": self.type,
             "status": self.status,
-            "observedGeneration": self.observed_generation,
+            **({"observedGeneration": self.observed_generation} if known else {}),
             "lastTransitionTime": self.since,
             "reason": self.reason,
             "message": self.message,
@@ -122,7 +123,7 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
     """Returns the status after `result`.
 
     A lastTransitionTime changes only with the status of its condition. Counts that are not known
-    now, or that a fenced sale may lack, stay as they were.
+    now, or that a fenced sale may lack, stay as they were, and so do the conditions of others.
     """
     sale = result.trusted_sale
     message = "the ledger and Redis match the spec" if result.ready else result.message
@@ -138,6 +139,7 @@ def next_status(before: Status, result: Result, *, generation: int, now: datetim
         old = before.condition(kind)
         since = old.since if old is not None and old.status == status and old.since else at
         after.append(Condition(kind, status, str(reason), words[:MAX_MESSAGE], generation, since))
+    after += [each for each in before.conditions if each.type not in conditions]
     counts = before.counts if sale is None else Counts.of(sale)
     hold_expired = before.hold_expired or result.hold_expired
     return Status(generation, result.sale_id, before.engine, tuple(after), counts, hold_expired)

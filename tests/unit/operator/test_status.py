@@ -164,6 +164,22 @@ def test_a_status_survives_the_kube_apiserver() -> None:
     assert Status.parse({}) == Status()
 
 
+def test_conditions_of_others_stay() -> None:
+    other = {
+        "type": "Approved",
+        "status": "True",
+        "lastTransitionTime": "2026-11-26T00:00:00Z",
+        "reason": "ByTheShop",
+        "message": "",
+    }
+    own = [each.json() for each in a_status().conditions]
+    before = Status.parse({"conditions": [other, *own]})
+    after = a_status(AWAY, before, LATER)
+    assert after.conditions[-1].json() == other
+    assert [each.type for each in after.conditions].count("Ready") == 1
+    assert not statuses.worth_writing(after, a_status(AWAY, after, LATER), 1e9)
+
+
 def test_an_unchanged_status_is_not_written() -> None:
     status = a_status()
     assert not statuses.worth_writing(status, a_status(before=status, now=LATER), 1e9)
