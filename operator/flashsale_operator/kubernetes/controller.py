@@ -299,7 +299,9 @@ class Controller:
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         current = self._current(key, metadata)
         try:
-            result = await self._reconciler.reconcile(spec, metadata["uid"], current)
+            result = await self._reconciler.reconcile(
+                spec, metadata["uid"], current, served=before.counts is not None
+            )
             sale = result.own_sale
             # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.
             if sale and sale.released and not before.hold_expired:

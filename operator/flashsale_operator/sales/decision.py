@@ -4,7 +4,8 @@ The reconciler carries out one action, observes again, and asks again until it g
 order of the steps keeps units from being created twice:
 
 - The ledger's row is written before Redis changes, and Redis receives the row's contents.
-- Only the reconcile that inserted the row may seed its keys, and only once.
+- Only the reconcile that inserted the row may seed its keys, and only once. If the sale was served
+  before, the ledger has lost the row, and the reconcile must not.
 - A row without keys otherwise means that Redis lost them. The sale is rebuilt from the ledger.
 """
 
@@ -85,6 +86,7 @@ class Observed:
     - `seeded`: this reconcile has tried to seed the keys of that row.
     - `still_fenced` tells why this reconcile could not get the sale rebuilt.
     - `before` is the row as it was read before Redis. Redis has all its changes, or lost some.
+    - `served`: Redis had the sale of this FlashSale before.
     """
 
     server: ServerTime
@@ -96,6 +98,7 @@ class Observed:
     still_fenced: StillFenced | None = None
     engine_id: str = ""
     before: SaleRow | None = None
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +322,7 @@ def _decide_absent(spec: SaleSpec, observed: Observed) -> Action:
     if row is None or (not over and (row.closed or _differs(row, spec))):
         return WriteRow(observed.others)
     replaces = None if sale is None else Predecessor(sale.sale_id, sale.accepted, sale.released)
-    if inserted and not observed.seeded:
+    if inserted and not observed.seeded and not observed.served:
         return Apply(row, observed.server.now_ms + SEED_MS, replaces)
     return _fenced(observed.still_fenced) if observed.still_fenced else Rebuild(row, replaces)
 

@@ -5,7 +5,7 @@ changes Redis.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from flashsale import ledger
@@ -168,12 +168,19 @@ class Reconciler:
         self._rebuild = rebuild
 
     async def reconcile(
-        self, spec: SaleSpec, resource_uid: str | None = None, current: Current = _given
+        self,
+        spec: SaleSpec,
+        resource_uid: str | None = None,
+        current: Current = _given,
+        *,
+        served: bool = False,
     ) -> Result:
         """Carries out decisions until nothing is left to do now.
 
         `resource_uid` is the UID of the FlashSale. The operator closes the sale when that object
-        is deleted. Raises `Outdated` if the ledger needs a change and the spec is not `current`.
+        is deleted. `served`: Redis had the sale of this FlashSale before. If the ledger and Redis
+        have lost it, Kafka can still have its events, so it is rebuilt instead of seeded. Raises
+        `Outdated` if the ledger needs a change and the spec is not `current`.
         """
         written: int | None = None
         seeded = False
@@ -185,6 +192,7 @@ class Reconciler:
             observed = await self._observe(
                 spec, engine_id, written, seeded=seeded, still_fenced=still_fenced
             )
+            observed = replace(observed, served=served)
             match decide(spec, observed):
                 case WriteRow() as step:
                     wrote = await self._write_row(spec, step, resource_uid, current)

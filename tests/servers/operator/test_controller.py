@@ -224,7 +224,7 @@ async def test_an_unexpected_error_is_reported_and_retried(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no\nunits")
 
     kube, metrics = FakeKube(spec), Metrics()

@@ -11,10 +11,14 @@ from flashsale import ledger, redis_client
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale_operator.kubernetes.queue import Key, Requeue
+from flashsale_operator.kubernetes.status import Counts
+from flashsale_operator.sales.offsets import Span
 from tests.support.controllers import FakeKube, controller
+from tests.support.eventually import until
 from tests.support.simulated_shop import SimulatedShop
 
 OTHER_ID = str(uuid.UUID(int=7))
+_COPIED = ("sale_id", "reservation_id", "user_id", "quantity", "state", "version", "accepted_at")
 
 
 async def test_the_status_names_the_engine_before_anything_else_is_written(
@@ -135,6 +139,42 @@ async def test_an_operator_makes_no_new_ledger_while_a_person_restores_the_backu
     assert await shop.pool.fetchval("SELECT to_regclass('engine') IS NULL")
     assert kube.reasons()["Ready"] == "LedgerUnavailable"
     assert "the database has lost the ledger's tables: restore the backup" in caplog.text
+
+
+async def test_a_sale_that_the_ledger_and_redis_have_lost_is_not_sold_again(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """The backup is older than the sale, whose events Kafka still has."""
+    kube = FakeKube(sold)
+    own, key = controller(shop, kube), Key.of(sold.sale_id)
+    await own.reconcile(key)
+    rows = await shop.pool.fetch("DELETE FROM reservations RETURNING *")
+    await shop.pool.execute("DELETE FROM sales")
+    await shop.redis.flushall()
+    shop.topic = {0: Span(0, 3)}
+
+    async def waits_for_the_ledger() -> bool:
+        await own.reconcile(key)
+        assert Outcome.ACCEPTED not in await shop.buy(sold.item_id, "d")
+        message = kube.status.conditions[0].message
+        return "the ledger has read partition 0 to offset 0 of 3" in message
+
+    async def sells() -> bool:
+        await own.reconcile(key)
+        return kube.reasons()["Open"] == "Selling"
+
+    assert len(rows) == 3
+    await until(waits_for_the_ledger, "the rebuild waits for the events")
+    await shop.pool.executemany(
+        "INSERT INTO reservations (sale_id, reservation_id, user_id, quantity, state, version, "
+        "accepted_at, confirmed_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $7)",
+        [tuple(row[name] for name in _COPIED) for row in rows],
+    )
+    await shop.pool.execute("UPDATE sales SET accepted = 3")
+    await shop.read_to(0, 3)
+    await until(sells, "the sale is rebuilt", seconds=15)
+    assert kube.status.counts == Counts(10, 3, 7, 0, 3)
+    assert await shop.buy(sold.item_id, "a") == [Outcome.LIMIT_REACHED]
 
 
 async def test_a_ledger_of_another_name_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
