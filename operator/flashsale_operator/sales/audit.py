@@ -22,9 +22,16 @@ from flashsale import events, ledger
 from flashsale.clocks import ServerTime
 from flashsale.inventory import Inventory
 from flashsale.ledger import SaleRow
-from flashsale.sale import Sale, SaleState
+from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.sales import offsets
-from flashsale_operator.sales.decision import counted, ended, last_of_items, lost_units, state_of
+from flashsale_operator.sales.decision import (
+    counted,
+    ended,
+    last_of_items,
+    lost_units,
+    spec_of,
+    state_of,
+)
 from flashsale_operator.sales.offsets import Span
 
 LOOKS: Final = 5
@@ -244,7 +251,30 @@ def _within_redis(facts: Facts) -> list[str]:
         and sale.allocated != max(after.allocated, sale.taken)
     ):
         differences.append(f"Redis allocates {sale.allocated}, the ledger {after.allocated}")
+    elif sale.revision == after.revision and not after.closed and _set_otherwise(sale, after):
+        differences.append("the ledger has other settings of the sale than Redis")
     return differences
+
+
+def _set_otherwise(sale: Sale, row: SaleRow) -> bool:
+    """Whether Redis has other settings of the sale than the row. The stock is compared apart.
+
+    This is so if the ledger lost the row. The consumer adds it again from events, which have no
+    settings.
+    """
+    paused = row.paused if sale.stored_state == "ended" else sale.stored_state == "paused"
+    return spec_of(row) != SaleSpec(
+        sale_id=sale.sale_id,
+        item_id=sale.item_id,
+        stock=row.allocated,
+        max_per_user=sale.max_per_user,
+        display_name=sale.display_name,
+        starts_ms=sale.starts_ms,
+        ends_ms=sale.ends_ms,
+        paused=paused,
+        hold_seconds=sale.hold_ms // 1000 or None,
+        max_expired_holds=sale.max_expired_holds,
+    )
 
 
 def _within_ledger(tally: Tally) -> list[str]:

@@ -31,8 +31,8 @@ _LOCK_SALES: Final = """
     FOR UPDATE
 """
 _ADD_SALES: Final = """
-    INSERT INTO sales (sale_id, item_id, allocated, revision, capacity)
-    SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[])
+    INSERT INTO sales (sale_id, item_id, allocated, revision, capacity, paused)
+    SELECT *, true FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[])
     ON CONFLICT DO NOTHING
 """
 _RAISE_CAPACITY: Final = """
@@ -228,7 +228,11 @@ async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> dic
 
 
 async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
-    """Add sales that the ledger has lost, from the newest snapshot in the events."""
+    """Add sales that the ledger has lost, from the newest snapshot in the events.
+
+    Events have neither the window nor the limit nor the holds of a sale. So the sale is paused: a
+    rebuild must not open it until its manifest is applied again.
+    """
     newest = {event.sale_id: event for event in sorted(events, key=lambda event: event.revision)}
     snapshots = [newest[sale_id] for sale_id in sorted(newest)]
     await connection.execute(
@@ -239,7 +243,8 @@ async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
         [event.revision for event in snapshots],
         [event.capacity for event in snapshots],
     )
-    log.warning("added sales that the ledger did not have: %s", ", ".join(sorted(newest)))
+    text = "added sales that the ledger did not have, apply their manifests again: %s"
+    log.warning(text, ", ".join(sorted(newest)))
 
 
 async def _write(connection: Connection, events: Sequence[Event], outcome: BatchOutcome) -> None:

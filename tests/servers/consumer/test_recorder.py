@@ -258,6 +258,7 @@ async def test_a_sale_that_the_ledger_lost_is_added_from_its_newest_event(ledger
     sale = await ledger.sale()
     assert (sale.item_id, sale.allocated, sale.capacity) == ("phone", 9, 9)
     assert (sale.revision, sale.accepted) == (3, 3)
+    assert sale.paused, "the events have no settings of the sale"
 
 
 async def test_an_event_does_not_change_the_settings_of_a_known_sale(ledger: Ledger) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from flashsale.events import Event
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales import audit as module
 from flashsale_operator.sales.audit import Audit, Facts, Finding, Tally, Verdict, audit, compare
 from flashsale_operator.sales.offsets import Span, behind, faults
+from tests.support.ledgers import Ledger
 from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
+from tests.support.recording import record
 from tests.support.simulated_shop import SimulatedShop
 
 
@@ -338,3 +341,29 @@ async def test_a_busy_sale_never_disagrees(shop: SimulatedShop, spec: SaleSpec) 
             done.set()
 
     await asyncio.gather(crowd("a"), crowd("b"), recorder(), auditor())
+
+
+async def test_a_sale_that_the_ledger_knows_from_events_only_waits_for_its_manifest(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """A rebuild would open it without its window and its holds."""
+    now_ms = (await shop.inventory.server()).now_ms
+    spec = replace(spec, ends_ms=now_ms + 3_600_000, hold_seconds=60, max_per_user=2)
+    await shop.apply(spec)
+    await shop.buy(spec.item_id, "ann")
+    [entry] = await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)
+    await shop.pool.execute("DELETE FROM sales")
+    event = Event.of(spec.item_id, entry.reservation_id, entry.record, entry.snapshot)
+    await record(Ledger("", shop.pool), [event])
+    await shop.record(spec.item_id)
+    [finding] = (await audit(shop.inventory, shop.pool, shop.spans)).findings
+    assert finding.verdict is Verdict.DISAGREES
+    assert finding.notes == ("the ledger has other settings of the sale than Redis",)
+
+    await shop.redis.flushall()
+    await shop.rebuild(spec)
+    assert await shop.buy(spec.item_id, "bob") == [Outcome.PAUSED]
+    assert (await shop.apply(spec)).ready
+    assert await shop.buy(spec.item_id, "bob") == [Outcome.ACCEPTED]
+    await shop.record(spec.item_id)
+    assert (await audit(shop.inventory, shop.pool, shop.spans)).agrees
