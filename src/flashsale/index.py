@@ -132,7 +132,8 @@ class Index:
         if owner not in ("", engine_id):
             raise OtherEngine(
                 f"this Redis belongs to engine {owner}, and the ledger to engine {engine_id}, both "
-                f"named {self._engine}: use a Redis of its own, or another FLASHSALE_ENGINE"
+                f"named {self._engine}: use a Redis of its own, or another FLASHSALE_ENGINE, or "
+                f"empty this Redis if engine {owner} is gone"
             )
 
     async def _try(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T | None:

@@ -20,14 +20,15 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
 
 from flashsale import events, ledger, redis_client, redis_facts, requirements
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.nodes import Nodes
 from flashsale.redis_errors import translated
@@ -63,17 +64,39 @@ INSERT INTO kafka_offsets (topic, partition, next_offset) VALUES ($1, 0, 0)
 """
 
 
+class _Home(NamedTuple):
+    """The engine's id in the ledger, and the address of the Redis with its sales."""
+
+    engine_id: str
+    redis_address: str | None
+
+
 async def examine(
     addresses: KafkaSettings, redis_url: str, database_url: str, environ: Mapping[str, str]
 ) -> list[Finding]:
     """Checks all servers at the same time. Returns the findings by server."""
+    home = await _home(database_url)
     found = await asyncio.gather(
-        _within(REDIS, _redis(redis_url, addresses.engine)),
-        _within(KAFKA, _kafka(addresses)),
+        _within(REDIS, _redis(redis_url, addresses.engine, home)),
+        _within(KAFKA, _kafka(addresses, home)),
         _within(POSTGRESQL, _postgresql(database_url, addresses.engine)),
         _within(KUBERNETES, _kubernetes(environ)),
     )
     return [finding for group in found for finding in group]
+
+
+async def _home(database_url: str) -> _Home | None:
+    """Returns the ledger's engine, or None if the ledger has none or cannot be read."""
+    try:
+        pool = await ledger.connect(database_url, max_connections=1)
+        try:
+            async with ledger.translated():
+                row = await pool.fetchrow("SELECT id::text, redis_address FROM engine")
+        finally:
+            pool.terminate()
+    except FlashsaleError:  # the checks of PostgreSQL say why
+        return None
+    return None if row is None else _Home(row["id"], row["redis_address"])
 
 
 async def _within(server: str, checks: AsyncIterator[Finding]) -> list[Finding]:
@@ -92,7 +115,7 @@ async def _within(server: str, checks: AsyncIterator[Finding]) -> list[Finding]:
     return found
 
 
-async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
+async def _redis(url: str, engine: str, home: _Home | None) -> AsyncIterator[Finding]:
     redis = redis_client.connect(url)
     try:
         inventory = Inventory(redis, engine)
@@ -113,12 +136,29 @@ async def _redis(url: str, engine: str) -> AsyncIterator[Finding]:
             else:
                 yield finding
         yield await _written(inventory.nodes, engine)
+        if home is not None:
+            yield await _claimed(inventory, home)
         yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
         asked = time.time()
         for clock in (await inventory.clocks()).values():
             yield _clock(REDIS, clock.now_ms / 1000, asked)
     finally:
         await redis.aclose()
+
+
+async def _claimed(inventory: Inventory, home: _Home) -> Finding:
+    try:
+        claimed = await inventory.index.claimed(home.engine_id)
+    except OtherEngine as error:
+        return Finding(REDIS, str(error), "failure")
+    if home.redis_address not in (None, inventory.address):
+        text = (
+            f"the sales are in the Redis at {home.redis_address}, and not at {inventory.address}: "
+            "move them, or name the former address"
+        )
+        return Finding(REDIS, text, "failure")
+    whose = "belongs to the ledger's engine" if claimed else "belongs to no engine yet"
+    return Finding(REDIS, whose, "ok")
 
 
 async def _written(nodes: Nodes, engine: str) -> Finding:
@@ -186,7 +226,7 @@ async def _owned(pool: ledger.Pool, engine: str) -> Finding:
     return Finding(POSTGRESQL, text, "failure")
 
 
-async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
+async def _kafka(settings: KafkaSettings, home: _Home | None = None) -> AsyncIterator[Finding]:
     admin = AIOKafkaAdminClient(
         **settings.kafka_client(), request_timeout_ms=int(TIMEOUT_SECONDS * 1000)
     )
@@ -200,12 +240,36 @@ async def _kafka(settings: KafkaSettings) -> AsyncIterator[Finding]:
         ):
             for finding in await _topic(admin, topic, table):
                 yield finding
+        if home is not None and (found := await _group(admin, settings.engine, home)):
+            yield found
         seconds = await _measured(admin.describe_cluster)
         yield _round_trip(KAFKA, seconds, buyers=False)
     except IncompatibleBrokerVersion as error:
         yield Finding(KAFKA, f"{error}: upgrade the brokers to Kafka 2.4 or newer", "failure")
     finally:
         await admin.close()
+
+
+async def _group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Finding | None:
+    """Compares the owner of the consumer group.
+
+    None if Kafka does not tell it. The user may lack the right, or Kafka may be new.
+    """
+    group, decisive = events.consumer_group(engine), TopicPartition(events.topic(engine), 0)
+    try:
+        committed = await admin.list_consumer_group_offsets(group, partitions=[decisive])
+    except KafkaError:
+        return None
+    if decisive not in committed:
+        return None
+    owner = events.owner(committed[decisive].metadata)
+    if owner in (None, home.engine_id):
+        return Finding(KAFKA, "the consumer group belongs to no other engine", "ok")
+    text = (
+        f"the consumer group {group} belongs to engine {owner}, and the ledger to engine "
+        f"{home.engine_id}: restore the ledger of engine {owner}, or see Several engines"
+    )
+    return Finding(KAFKA, text, "failure")
 
 
 async def _topic(

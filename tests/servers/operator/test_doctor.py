@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import asyncpg
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from dev.stack.servers import KafkaServer, RedisCluster, RedisServer
-from flashsale import events, ledger, redis_facts, requirements
+from flashsale import events, keys, ledger, redis_facts, requirements
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import RedisFacts
@@ -289,6 +290,55 @@ def test_a_ledger_of_another_engine_is_a_failure(examined: Doctor, environ: dict
     assert code == 1
     [failure] = bad(verdicts)
     assert failure.endswith("belongs to the engine brand: set FLASHSALE_ENGINE=brand")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_new_ledger_next_to_the_former_redis_and_group_is_two_failures(
+    examined: Doctor, environ: dict[str, str], redis_server: RedisServer
+) -> None:
+    """Every process refuses to work, because a pod made the ledger in an empty database."""
+    engine, group = environ["FLASHSALE_ENGINE"], events.consumer_group(environ["FLASHSALE_ENGINE"])
+    topic = TopicPartition(events.topic(engine), 0)
+
+    async def claim() -> None:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=environ["FLASHSALE_KAFKA_BOOTSTRAP"],
+            group_id=group,
+            enable_auto_commit=False,
+        )
+        await consumer.start()
+        consumer.assign([topic])
+        await consumer.commit({topic: (0, events.owner_metadata("former"))})
+        await consumer.stop()
+
+    asyncio.run(claim())
+    client = Redis.from_url(redis_server.url)
+    client.set(keys.engine_id(engine), "former")
+    try:
+        code, verdicts = examined()
+    finally:
+        client.delete(keys.engine_id(engine))
+    assert code == 1
+    in_redis, in_kafka = bad(verdicts)
+    assert "this Redis belongs to engine former, and the ledger to engine" in in_redis
+    assert "empty this Redis if engine former is gone" in in_redis
+    assert f"the consumer group {group} belongs to engine former, and the ledger to" in in_kafka
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_redis_that_the_sales_are_not_in_is_a_failure(
+    examined: Doctor, environ: dict[str, str]
+) -> None:
+    async def move() -> None:
+        pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
+        await ledger.adopt_redis(pool, "former:6379/0")
+        await pool.close()
+
+    asyncio.run(move())
+    code, verdicts = examined()
+    assert code == 1
+    [failure] = bad(verdicts)
+    assert "the sales are in the Redis at former:6379/0, and not at 127.0.0.1:" in failure
 
 
 @pytest.mark.usefixtures("prepared")
