@@ -76,7 +76,7 @@ class Operator(Process):
                     yield world.between(0.01, 0.1)
                     redis.reached()
                     redis.close(row.revision)
-            elif sale is None and inserted and row.accepted == 0:
+            elif sale is None and inserted and row.accepted == 0 and not self._served():
                 world.risk(self, chance=0.2)
                 yield world.between(0.01, 0.1)
                 redis.reached()
@@ -96,6 +96,7 @@ class Operator(Process):
                 redis.reached()
                 world.log(self.name, "applies:", redis.apply(row, seed=False))
             else:
+                self.servers.served = True
                 if row.state == "closed":
                     yield world.between(0.01, 0.1)
                     redis.reached()
@@ -105,6 +106,10 @@ class Operator(Process):
     def _differs_from_manifest(self, row: Row) -> bool:
         servers = self.servers
         return (row.allocated, row.state, row.hold) != (servers.stock, servers.state, servers.hold)
+
+    def _served(self) -> bool:
+        """Whether Redis had the sale of this FlashSale before."""
+        return self.servers.served and self.world.rules.served_not_seeded
 
     def _is_freed(self, row: Row) -> bool:
         """Whether a sale without keys needs none: it is closed, and the ledger has no open hold."""

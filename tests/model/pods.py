@@ -35,7 +35,10 @@ Reply: TypeAlias = Generator[float, None, tuple[T, float] | None]
 
 @dataclass(slots=True)
 class Servers:
-    """The servers, and the owner's manifest: stock, state and the length of holds."""
+    """The servers, and the owner's manifest: stock, state and the length of holds.
+
+    `served`: the FlashSale's status tells that Redis had the sale.
+    """
 
     redis: Redis
     kafka: Kafka
@@ -43,6 +46,7 @@ class Servers:
     stock: int
     state: str = "open"
     hold: float | None = None
+    served: bool = False
 
 
 @dataclass(slots=True)

@@ -69,6 +69,9 @@ class Rules:
     seed_is_fresh: bool = True
     """apply.lua, decision.py: an operator seeds a sale without a rebuild only once, and only soon
     after its observation."""
+    served_not_seeded: bool = True
+    """decision.py: a sale that Redis had before is never seeded. If the ledger lost it too, the
+    events in Kafka are read first."""
     fence_on_replication_id: bool = True
     """sale.lua: the fence compares the replication id as well, because a server that was demoted
     and promoted again keeps its run_id."""

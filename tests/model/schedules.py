@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from tests.model.hold_schedules import HOLD_SCHEDULES
-from tests.model.records import Heartbeat, Keys
+from tests.model.records import Heartbeat, Keys, Tables
 from tests.model.rules import EXPIRY, SILENT, Rules
 from tests.model.scene import LEASE, Scene
 from tests.model.world import Violation
@@ -161,6 +161,26 @@ def redis_is_an_older_copy_in_the_same_run(rules: Rules) -> None:
     scene.judge()
 
 
+def a_backup_is_older_than_the_sale(rules: Rules) -> None:
+    """Redis and the ledger lose the sale. Kafka has its event, which no consumer has read again."""
+    scene = Scene(rules, stock=1)
+    scene.operator.begin()
+    scene.wait(5.0)
+    first = scene.buy("first")
+    if first is None:
+        raise Violation("the first unit is not sold")
+    scene.kafka.append([first])
+    scene.read_kafka()
+    scene.redis.become(Keys())
+    scene.ledger.tables = Tables()
+    scene.wait(EXPIRY + 10.0)
+    second = scene.buy("second")
+    scene.read_kafka()
+    scene.record(second)
+    scene.wait(EXPIRY + 10.0)
+    scene.judge()
+
+
 def a_late_settlement_meets_another_reservation(rules: Rules) -> None:
     """Redis loses an acknowledged entry, and gives its id to another reservation's entry."""
     scene = Scene(rules, stock=2)
@@ -187,6 +207,7 @@ SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("heartbeats_of_this_run", a_pod_used_the_clock_of_the_former_server),
     ("silent_links_closed", a_frozen_primary_thaws_after_it_was_replaced),
     ("ledger_knows_more", redis_is_an_older_copy_in_the_same_run),
+    ("served_not_seeded", a_backup_is_older_than_the_sale),
     ("settle_matches", a_late_settlement_meets_another_reservation),
     *HOLD_SCHEDULES,
 )
