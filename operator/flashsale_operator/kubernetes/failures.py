@@ -23,29 +23,20 @@ SERVERS: Final[tuple[tuple[type[FlashsaleError], str], ...]] = (
     (KafkaUnavailable, "kafka"),
     (KubeUnavailable, "kubernetes"),
 )
-REPORTED: Final = (
-    RedisUnavailable,
-    LedgerUnavailable,
-    ContractViolation,
-    OtherEngine,
-    RedisMoved,
-    UnmetRequirement,
-)
+_REASONS: Final[dict[type[FlashsaleError], Reason]] = {
+    RedisUnavailable: Reason.REDIS_UNAVAILABLE,
+    LedgerUnavailable: Reason.LEDGER_UNAVAILABLE,
+    ContractViolation: Reason.UNREADABLE,
+    OtherEngine: Reason.OTHER_ENGINE,
+    RedisMoved: Reason.REDIS_MOVED,
+    UnmetRequirement: Reason.REQUIREMENT_UNMET,
+}
+REPORTED: Final = tuple(_REASONS)
 """Errors of a reconcile that the FlashSale's status reports."""
 MISTAKES: Final = (OtherEngine, RedisMoved, UnmetRequirement, NoFlashSales)
 """Errors that last until a person acts."""
 RETRIED: Final = frozenset(
-    {
-        Reason.REDIS_UNAVAILABLE,
-        Reason.LEDGER_UNAVAILABLE,
-        Reason.KAFKA_UNAVAILABLE,
-        Reason.UNREADABLE,
-        Reason.INVALID_SPEC,
-        Reason.OTHER_ENGINE,
-        Reason.REDIS_MOVED,
-        Reason.REQUIREMENT_UNMET,
-        Reason.FAILED,
-    }
+    {*_REASONS.values(), Reason.KAFKA_UNAVAILABLE, Reason.INVALID_SPEC, Reason.FAILED}
 )
 """Reasons of a reconcile that did not finish, and is retried with a back-off."""
 
@@ -63,19 +54,6 @@ def result_of_bug(sale_id: str, error: Exception) -> Result:
 
 
 def result_of_error(spec: SaleSpec, error: FlashsaleError) -> Result:
-    """Returns the result of a reconcile that an error ended, if nothing else is known."""
-    match error:
-        case RedisUnavailable():
-            reason = Reason.REDIS_UNAVAILABLE
-        case LedgerUnavailable():
-            reason = Reason.LEDGER_UNAVAILABLE
-        case OtherEngine():
-            reason = Reason.OTHER_ENGINE
-        case RedisMoved():
-            reason = Reason.REDIS_MOVED
-        case UnmetRequirement():
-            reason = Reason.REQUIREMENT_UNMET
-        case _:
-            reason = Reason.UNREADABLE
+    """Returns the result of a reconcile that one of `REPORTED` ended, if nothing else is known."""
     message = " ".join(str(error).split())
-    return Result(spec.sale_id, spec.item_id, SaleState.UNKNOWN, reason, message)
+    return Result(spec.sale_id, spec.item_id, SaleState.UNKNOWN, _REASONS[type(error)], message)
