@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -190,17 +190,16 @@ class SharedSpans:
 
     def __init__(self, call: Spans) -> None:
         self._call = call
-        self._running: asyncio.Task[Mapping[int, Span]] | None = None
+        self._one_at_a_time = asyncio.Lock()
         self._next: asyncio.Task[Mapping[int, Span]] | None = None
 
     async def __call__(self) -> Mapping[int, Span]:
         if self._next is None:
-            self._next = asyncio.create_task(self._after(self._running))
+            self._next = asyncio.create_task(self._call_next())
         # If one caller is cancelled, the others keep waiting.
         return await asyncio.shield(self._next)
 
-    async def _after(self, running: Awaitable[object] | None) -> Mapping[int, Span]:
-        if running is not None:
-            await asyncio.wait([asyncio.ensure_future(running)])
-        self._running, self._next = self._next, None
-        return await self._call()
+    async def _call_next(self) -> Mapping[int, Span]:
+        async with self._one_at_a_time:
+            self._next = None
+            return await self._call()
