@@ -16,8 +16,8 @@ from flashsale.sale import Predecessor
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales.decision import StillFenced
-from flashsale_operator.sales.drain import Drain, Patience, Spans
-from flashsale_operator.sales.offsets import Span
+from flashsale_operator.sales.drain import Drain, Patience
+from flashsale_operator.sales.offsets import Span, Spans
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ meaning: the ledger's rows, Redis, the topic's end offsets, the stored offsets, 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -32,7 +31,7 @@ from flashsale_operator.sales.decision import (
     spec_of,
     state_of,
 )
-from flashsale_operator.sales.offsets import Span
+from flashsale_operator.sales.offsets import Spans
 
 LOOKS: Final = 5
 """Only a difference that every look finds is a disagreement. A change in progress is none."""
@@ -295,10 +294,7 @@ def _within_ledger(tally: Tally) -> list[str]:
 
 
 async def audit(
-    inventory: Inventory,
-    pool: ledger.Pool,
-    spans: Callable[[], Awaitable[Mapping[int, Span]]],
-    item_id: str | None = None,
+    inventory: Inventory, pool: ledger.Pool, spans: Spans, item_id: str | None = None
 ) -> Audit:
     """Audits the sales of one item, or all sales.
 
@@ -314,10 +310,7 @@ async def audit(
 
 
 async def _look(
-    inventory: Inventory,
-    pool: ledger.Pool,
-    spans: Callable[[], Awaitable[Mapping[int, Span]]],
-    item_id: str | None,
+    inventory: Inventory, pool: ledger.Pool, spans: Spans, item_id: str | None
 ) -> Audit:
     before = {row.sale_id: row for row in await ledger.sales(pool, item_id)}
     recorded = {row.item_id for row in before.values()}
@@ -336,15 +329,15 @@ async def _look(
         compare(
             Facts(
                 before=before.get(sale_id),
-                holder=holders.get(after[sale_id].row.item_id),
-                server=servers[after[sale_id].row.item_id],
+                holder=holders.get(tally.row.item_id),
+                server=servers[tally.row.item_id],
                 lag=lag,
-                after=after[sale_id],
+                after=tally,
                 last=sale_id in last,
             )
         )
-        for sale_id in after
-        if after[sale_id].row.item_id in servers
+        for sale_id, tally in after.items()
+        if tally.row.item_id in servers
     ]
     found += [
         compare(Facts(before=None, holder=sale, server=servers[sale.item_id], lag=lag, after=None))

@@ -18,14 +18,13 @@ from flashsale import events, heartbeat, ledger
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
 from flashsale_operator.sales.decision import counted
-from flashsale_operator.sales.offsets import UNSEEN, Span, faults
+from flashsale_operator.sales.offsets import UNSEEN, Span, Spans, faults
 
 CALL_DEADLINE_MS: Final = 1_500
 """Longer than an API pod waits for a script. A heartbeat that is sampled this long after the sale
 was fenced covers every event that the pod accepted before the fence."""
 
 Progress = Callable[[str], None]
-Spans = Callable[[], Awaitable[Mapping[int, Span]]]
 
 
 class NotDrained(FlashsaleError):

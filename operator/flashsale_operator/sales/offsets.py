@@ -1,7 +1,7 @@
 """Read the offsets of the topic of reservation events, and compare them with the ledger's."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -28,6 +28,10 @@ class Span(NamedTuple):
 
     first: int
     end: int
+
+
+Spans = Callable[[], Awaitable[Mapping[int, Span]]]
+"""A call of `spans` for one engine."""
 
 
 async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
