@@ -98,12 +98,12 @@ async def _sales(
     rows = await ledger.sales(clients.pool, item)
     recorded = {row.item_id for row in rows}
     items = [item] if item else await clients.inventory.index.items(recorded)
-    held, servers, away = await clients.inventory.survey(items)
+    holders, servers, away = await clients.inventory.survey(items)
     last = last_of_items(rows)
     if item is None and not every:
-        present = {sale.sale_id for sale in held.values()}
+        present = {sale.sale_id for sale in holders.values()}
         rows = [row for row in rows if not row.closed or row.sale_id in present]
-    return sales.views(rows, held, servers, last), tables.line_of_away(away)
+    return sales.views(rows, holders, servers, last), tables.line_of_away(away)
 
 
 @command("audit", "audit iphone_15")

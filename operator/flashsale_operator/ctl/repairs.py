@@ -71,13 +71,13 @@ async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleR
 
     The second value is a sentence about the items that Redis does not answer for.
     """
-    held, servers, away = await clients.inventory.survey({row.item_id for row in rows})
+    holders, servers, away = await clients.inventory.survey({row.item_id for row in rows})
     last = last_of_items(rows)
     fenced = [
         row
         for row in rows
         if (server := servers.get(row.item_id))
-        and needs_rebuild(row, held.get(row.item_id), server, last=row.sale_id in last)
+        and needs_rebuild(row, holders.get(row.item_id), server, last=row.sale_id in last)
     ]
     return fenced, tables.line_of_away(away)
 

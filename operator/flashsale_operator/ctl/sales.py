@@ -44,21 +44,21 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 def views(
     rows: Sequence[SaleRow],
-    held: Mapping[str, Sale],
+    holders: Mapping[str, Sale],
     servers: Mapping[str, ServerTime],
     last: Container[str],
 ) -> list[SaleView]:
     """Returns the sales of the ledger, then those that only Redis has, sorted by item.
 
-    `held` and `servers` have the sale and the server of each item in Redis. Items without a server
-    cannot be read now. `last` has the ids of the sales that had their item last.
+    `holders` and `servers` have the sale and the server of each item in Redis. Items without a
+    server cannot be read now. `last` has the ids of the sales that had their item last.
     """
     recorded = {row.sale_id for row in rows}
     return [
         *(
             _view(
                 row,
-                held.get(row.item_id),
+                holders.get(row.item_id),
                 servers.get(row.item_id),
                 last=row.sale_id in last,
             )
@@ -66,7 +66,7 @@ def views(
         ),
         *(
             _view(None, sale, servers[item_id])
-            for item_id, sale in sorted(held.items())
+            for item_id, sale in sorted(holders.items())
             if sale.sale_id not in recorded
         ),
     ]

@@ -43,7 +43,7 @@ _DECLARED: Final = """
 SELECT * FROM sales WHERE NOT closed AND resource_uid IS NOT NULL ORDER BY sale_id
 """
 _Objects: TypeAlias = dict[str | None, list[Key]]
-_HELD: Final = "SELECT *, updated_at FROM sales WHERE sale_id = ANY($1::text[])"
+_ROWS: Final = "SELECT * FROM sales WHERE sale_id = ANY($1::text[])"
 
 
 def left_behind(
@@ -218,11 +218,10 @@ class Resync:
 
     async def _resync_redis(self, engine_id: str) -> None:
         """Closes and frees sales in Redis that the ledger has closed."""
-        held = await self._inventory.sales(
-            await self._inventory.index.items(), skip_unreadable=True
-        )
-        rows = await self._rows([sale.sale_id for sale in held.values()])
-        for sale in held.values():
+        items = await self._inventory.index.items()
+        sales = (await self._inventory.sales(items, skip_unreadable=True)).values()
+        rows = await self._rows([sale.sale_id for sale in sales])
+        for sale in sales:
             if sale.sale_id not in rows:
                 continue
             row, updated_at = rows[sale.sale_id]
@@ -252,5 +251,5 @@ class Resync:
 
     async def _rows(self, sale_ids: Sequence[str]) -> Mapping[str, tuple[SaleRow, datetime]]:
         async with ledger.translated():
-            records = await self._pool.fetch(_HELD, list(sale_ids))
+            records = await self._pool.fetch(_ROWS, list(sale_ids))
         return {record["sale_id"]: (SaleRow.of(record), record["updated_at"]) for record in records}

@@ -310,15 +310,15 @@ class Reconciler:
         These are Redis' sale of the item and all unfinished sales. If there are none, the finished
         sales are returned, which may be closed again. Raises `UnknownSale` if the item has no sale.
         """
-        held, server = await self._inventory.observe(item_id)
+        sale, server = await self._inventory.observe(item_id)
         rows = await ledger.sales(self._pool, item_id)
         now = utc_of_ms(server.now_ms)
-        unfinished = {row.sale_id for row in rows if not row.finished(now)}
-        if held is not None:
-            unfinished.add(held.sale_id)
-        if not unfinished and not rows:
+        found = {row.sale_id for row in rows if not row.finished(now)}
+        if sale is not None:
+            found.add(sale.sale_id)
+        if not found and not rows:
             raise UnknownSale(f"{item_id}: there is no sale of this item")
-        return sorted(unfinished or {row.sale_id for row in rows})
+        return sorted(found or {row.sale_id for row in rows})
 
     async def _observe(
         self,
