@@ -151,7 +151,7 @@ async def _change(
             item,
             verb,
             Call(reservation, order_ref or ""),
-            engine_id=await engine.engine_id(clients.inventory, clients.pool),
+            engine_id=await engine.claimed_id(clients.inventory, clients.pool),
         )
     line, success = tables.line_of_change(reservation, verb, outcome, order_ref)
     print(line, file=sys.stdout if success else sys.stderr)

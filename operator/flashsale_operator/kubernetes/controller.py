@@ -159,7 +159,7 @@ class Controller:
             await self._migrate()
             self._engine_id = await ledger.engine_id(self._pool, self._inventory.engine)
             await engine.require_redis(self._checks, self._inventory)
-            await engine.engine_id(self._inventory, self._pool)
+            await engine.claimed_id(self._inventory, self._pool)
             self._prepared = True
 
     async def _migrate(self) -> None:

@@ -26,8 +26,7 @@ from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.failures import MISTAKES, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.sales import engine as engines
-from flashsale_operator.sales import index
+from flashsale_operator.sales import engine, index
 from flashsale_operator.sales.decision import last_of_items, needs_rebuild
 
 log = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ class Resync:
     async def resync(self) -> None:
         """Resyncs once."""
         await self._controller.prepare()
-        engine_id = await engines.engine_id(self._inventory, self._pool)
+        engine_id = await engine.claimed_id(self._inventory, self._pool)
         rows = await index.refresh(self._inventory, self._pool, keep_closed=self._keep_closed)
         async with ledger.translated():
             declared = [SaleRow.of(record) for record in await self._pool.fetch(_DECLARED)]

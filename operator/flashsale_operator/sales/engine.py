@@ -6,8 +6,8 @@ from flashsale.requirements import Checks
 from flashsale_operator.sales import index
 
 
-async def engine_id(inventory: Inventory, pool: ledger.Pool) -> str:
-    """Returns the engine's id, and claims Redis for the engine.
+async def claimed_id(inventory: Inventory, pool: ledger.Pool) -> str:
+    """Returns the engine's id, after Redis is claimed for the engine.
 
     Raises `OtherEngine` if the ledger or Redis belongs to another engine, `RedisMoved` if the sales
     are in the Redis at another address, `LedgerUnavailable` and `RedisUnavailable`.

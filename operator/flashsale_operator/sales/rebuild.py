@@ -192,7 +192,7 @@ class Rebuilder:
             return StillFenced((str(error),))
 
     async def _rebuild(self, sale_id: str, item_id: str, replaces: Predecessor | None) -> Rebuilt:
-        engine_id = await engine.engine_id(self._inventory, self._pool)
+        engine_id = await engine.claimed_id(self._inventory, self._pool)
         run_id = (await self._inventory.server(item_id)).run_id
         had = (await self._inventory.sales([item_id])).get(item_id)
         if had is not None and had.sale_id != sale_id:

@@ -187,7 +187,7 @@ class Reconciler:
         rebuilt: Rebuilt | None = None
         still_fenced: StillFenced | None = None
         applied = answer = Applied.UNCHANGED
-        engine_id = await engine.engine_id(self._inventory, self._pool)
+        engine_id = await engine.claimed_id(self._inventory, self._pool)
         for _ in range(MAX_STEPS):
             observed = await self._observe(
                 spec, engine_id, written, seeded=seeded, still_fenced=still_fenced
