@@ -36,16 +36,33 @@ _WRONG: Final = (
 Login = Callable[[], kopf.ConnectionInfo]
 
 
+class KubeUnavailable(FlashsaleError):
+    """The kube-apiserver did not answer, or refused the request."""
+
+
+class KubeRefused(KubeUnavailable):
+    """The kube-apiserver refused the request, and would refuse it again."""
+
+
+class KubeForbidden(KubeRefused):
+    """The operator's account has no right to make the request, or a policy forbids it."""
+
+
+class NoFlashSales(KubeUnavailable):
+    """The cluster does not serve FlashSales. A person must install the resource."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
+        )
+
+
 @dataclass(frozen=True)
 class _Connection(kopf.ConnectionInfo):
     """Connects also if the cluster's certificates are as `flashsale.tls` describes."""
 
     def as_ssl_context(self) -> ssl.SSLContext:
         return relaxed(super().as_ssl_context())
-
-
-class KubeUnavailable(FlashsaleError):
-    """The kube-apiserver did not answer, or refused the request."""
 
 
 def log_in() -> kopf.ConnectionInfo:
@@ -109,23 +126,6 @@ def _check(info: kopf.ConnectionInfo) -> None:
         raise SettingsError(
             f"KUBECONFIG is wrong: expected PEM, in base64 if it is data, in {names}: {why}"
         ) from error
-
-
-class KubeRefused(KubeUnavailable):
-    """The kube-apiserver refused the request, and would refuse it again."""
-
-
-class KubeForbidden(KubeRefused):
-    """The operator's account has no right to make the request, or a policy forbids it."""
-
-
-class NoFlashSales(KubeUnavailable):
-    """The cluster does not serve FlashSales. A person must install the resource."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
-        )
 
 
 class Kube:
@@ -262,6 +262,14 @@ async def _translated() -> AsyncIterator[None]:
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         why = str(error) or "no answer in time"
         raise KubeUnavailable(f"the kube-apiserver is away: {why}") from error
+
+
+def declared_version(metadata: Mapping[str, Any]) -> tuple[object, ...]:
+    """Returns the part of an object's metadata that changes with its spec and its deletion.
+
+    A change of the status keeps it.
+    """
+    return tuple(metadata.get(name) for name in ("uid", "generation", "deletionTimestamp"))
 
 
 def _sales_path(namespace: str | None) -> str:

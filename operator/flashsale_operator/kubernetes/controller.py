@@ -21,7 +21,12 @@ from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
-from flashsale_operator.kubernetes.client import Kube, KubeRefused, KubeUnavailable
+from flashsale_operator.kubernetes.client import (
+    Kube,
+    KubeRefused,
+    KubeUnavailable,
+    declared_version,
+)
 from flashsale_operator.kubernetes.events import Known, SaleEvent
 from flashsale_operator.kubernetes.failures import (
     REPORTED,
@@ -288,7 +293,9 @@ class Controller:
 
         async def unchanged() -> bool:
             live = await self._kube.flash_sale(*key)
-            return _mark(metadata) == _mark(None if live is None else live["metadata"])
+            if live is None or metadata is None:
+                return live is None and metadata is None
+            return declared_version(live["metadata"]) == declared_version(metadata)
 
         return unchanged
 
@@ -439,10 +446,3 @@ class Controller:
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
         self._metrics.failures.labels(server_of(error)).inc()
-
-
-def _mark(metadata: Mapping[str, Any] | None) -> tuple[object, ...] | None:
-    """Returns the part of an object's metadata that changes with its spec and its deletion."""
-    if metadata is None:
-        return None
-    return tuple(metadata.get(name) for name in ("uid", "generation", "deletionTimestamp"))

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import kopf
 
+from flashsale_operator.kubernetes.client import declared_version
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.sales.manifest import GROUP, PLURAL, VERSION
 
@@ -68,9 +69,8 @@ def register(
         if type == "DELETED":
             seen.pop(key, None)
         else:
-            # Skip the operator's own writes: a change of the status keeps the generation.
-            mark = (meta.get("uid"), meta.get("generation"), meta.get("deletionTimestamp"))
-            if seen.get(key) == mark:
+            version = declared_version(meta)
+            if seen.get(key) == version:  # only the status has changed: the operator wrote it
                 return
-            seen[key] = mark
+            seen[key] = version
         queue.wake(key, urgency)
