@@ -135,9 +135,9 @@ async def _redis(url: str, engine: str, home: _Home | None) -> AsyncIterator[Fin
                 yield Finding(finding.server, text, "warning")
             else:
                 yield finding
-        yield await _written(inventory.nodes, engine)
+        yield await _check_script(inventory.nodes, engine)
         if home is not None:
-            yield await _claimed(inventory, home)
+            yield await _check_claim(inventory, home)
         yield _round_trip(REDIS, await _measured(lambda: translated(redis.ping())))
         asked = time.time()
         for clock in (await inventory.clocks()).values():
@@ -146,7 +146,7 @@ async def _redis(url: str, engine: str, home: _Home | None) -> AsyncIterator[Fin
         await redis.aclose()
 
 
-async def _claimed(inventory: Inventory, home: _Home) -> Finding:
+async def _check_claim(inventory: Inventory, home: _Home) -> Finding:
     try:
         claimed = await inventory.index.claimed(home.engine_id)
     except OtherEngine as error:
@@ -161,7 +161,7 @@ async def _claimed(inventory: Inventory, home: _Home) -> Finding:
     return Finding(REDIS, whose, "ok")
 
 
-async def _written(nodes: Nodes, engine: str) -> Finding:
+async def _check_script(nodes: Nodes, engine: str) -> Finding:
     tag = f"{engine}:{{doctor-{uuid.uuid4().hex}}}"
     keys = (f"{tag}:sale", f"{tag}:outbox", f"{tag}:pods")
     try:
@@ -189,8 +189,8 @@ async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
             text = "the ledger lacks migrations: start a consumer or the operator of this version"
             yield Finding(POSTGRESQL, text, "warning")
         else:
-            yield await _recorded(pool)
-            yield await _owned(pool, engine)
+            yield await _check_transaction(pool)
+            yield await _check_owner(pool, engine)
         async with ledger.translated():
             seconds = await _measured(lambda: pool.fetchval("SELECT 1"))
             asked = time.time()
@@ -201,8 +201,8 @@ async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
         pool.terminate()
 
 
-async def _recorded(pool: ledger.Pool) -> Finding:
-    """Writes into the ledger and rolls back."""
+async def _check_transaction(pool: ledger.Pool) -> Finding:
+    """Writes into the ledger, and rolls back."""
     try:
         async with ledger.translated(), pool.acquire() as connection:
             transaction = connection.transaction()
@@ -217,7 +217,7 @@ async def _recorded(pool: ledger.Pool) -> Finding:
     return Finding(POSTGRESQL, "a transaction can write", "ok")
 
 
-async def _owned(pool: ledger.Pool, engine: str) -> Finding:
+async def _check_owner(pool: ledger.Pool, engine: str) -> Finding:
     async with ledger.translated():
         name = await pool.fetchval("SELECT name FROM engine")
     if name in (None, engine):
@@ -238,9 +238,9 @@ async def _kafka(settings: KafkaSettings, home: _Home | None = None) -> AsyncIte
             (events.topic(settings.engine), requirements.topic()),
             (events.recorded_topic(settings.engine), requirements.RECORDED),
         ):
-            for finding in await _topic(admin, topic, table):
+            for finding in await _check_topic(admin, topic, table):
                 yield finding
-        if home is not None and (found := await _group(admin, settings.engine, home)):
+        if home is not None and (found := await _check_group(admin, settings.engine, home)):
             yield found
         seconds = await _measured(admin.describe_cluster)
         yield _round_trip(KAFKA, seconds, buyers=False)
@@ -250,12 +250,12 @@ async def _kafka(settings: KafkaSettings, home: _Home | None = None) -> AsyncIte
         await admin.close()
 
 
-async def _group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Finding | None:
+async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Finding | None:
     """Compares the owner of the consumer group.
 
     None if Kafka does not tell it. The user may lack the right, or Kafka may be new.
     """
-    group, decisive = events.consumer_group(engine), TopicPartition(events.topic(engine), 0)
+    group, decisive = events.consumer_check_group(engine), TopicPartition(events.topic(engine), 0)
     try:
         committed = await admin.list_consumer_group_offsets(group, partitions=[decisive])
     except KafkaError:
@@ -272,7 +272,7 @@ async def _group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Findin
     return Finding(KAFKA, text, "failure")
 
 
-async def _topic(
+async def _check_topic(
     admin: AIOKafkaAdminClient, topic: str, table: Iterable[Requirement[TopicFacts]]
 ) -> list[Finding]:
     # Describe all topics, because to ask for one by name can create it.

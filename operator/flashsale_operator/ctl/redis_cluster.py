@@ -11,7 +11,6 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from flashsale import redis_client, settings
 from flashsale.errors import FlashsaleError
-from flashsale.redis_client import connect
 from flashsale.requirements import SLOTS
 from flashsale.settings import EngineSettings, RedisUrl
 from flashsale_operator.ctl.cli import Environ, command
@@ -58,8 +57,7 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
         await _until("every node knows all others", lambda: _all(nodes, knows_all))
         for number, node in enumerate(nodes):
             replication: dict[str, Any] = await node.info("replication")
-            [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
-            if replication["role"] == "master" and len(own) <= _SLOTS:
+            if replication["role"] == "master" and not await _has_slots(node):
                 await _give_part(node, number, nodes, ids)
         rounds = itertools.count(1)
 
@@ -105,8 +103,7 @@ async def _reconnect(node: "Redis") -> None:
         replication.get("master_link_status") == "down"
         and not replication["master_sync_in_progress"]
     ):
-        [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
-        await _ask(node, "CLUSTER", "REPLICATE", own[_PRIMARY])
+        await _ask(node, "CLUSTER", "REPLICATE", (await _own_line(node))[_PRIMARY])
 
 
 async def _all(nodes: Sequence["Redis"], check: Callable[["Redis"], Awaitable[bool]]) -> bool:
@@ -178,9 +175,13 @@ def _location(line: Sequence[str]) -> str:
     return line[_ADDRESS].partition(",")[0]
 
 
-async def _has_slots(node: "Redis") -> bool:
+async def _own_line(node: "Redis") -> list[str]:
     [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
-    return len(own) > _SLOTS
+    return own
+
+
+async def _has_slots(node: "Redis") -> bool:
+    return len(await _own_line(node)) > _SLOTS
 
 
 class _Redis(EngineSettings, frozen=True):
@@ -196,7 +197,7 @@ async def form_redis_cluster(environ: Environ, hosts: Sequence[str]) -> int:
     FLASHSALE_REDIS_URL has the nodes' port, and the user and password of an administrator.
     """
     url = settings.load(_Redis, environ).redis_url
-    first = connect(url)
+    first = redis_client.connect(url)
     _, port, _ = redis_client.location(first)
     nodes = [redis_client.neighbour(first, host, port) for host in hosts]
     try:
