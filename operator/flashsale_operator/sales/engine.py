@@ -1,6 +1,7 @@
 """Check that the ledger and Redis belong to this engine before a sale is touched."""
 
 from flashsale import ledger, redis_facts, requirements
+from flashsale.errors import ContractViolation, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
 from flashsale_operator.sales import index
@@ -42,9 +43,16 @@ async def require_redis(checks: Checks, inventory: Inventory) -> None:
     checks.require(requirements.REDIS, *await redis_facts.read(inventory.redis, inventory.engine))
 
 
-def in_redis(item_id: str) -> str:
-    """Returns the sentence about an item that another engine has in Redis."""
-    return (
-        f"{item_id}: another engine of the same name has this item in Redis: give each engine a "
-        "Redis of its own, or another FLASHSALE_ENGINE"
-    )
+def require_own_sale(answer: str, item_id: str) -> None:
+    """Raises an error for a script's answer that it does not touch the sale in Redis.
+
+    Raises `OtherEngine` if another engine has the sale, and `ContractViolation` if this version
+    does not support its format.
+    """
+    if answer == "other_engine":
+        raise OtherEngine(
+            f"{item_id}: another engine of the same name has this item in Redis: give each engine "
+            "a Redis of its own, or another FLASHSALE_ENGINE"
+        )
+    if answer == "unsupported":
+        raise ContractViolation(f"{item_id}: Redis has a sale that this version cannot read")

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from flashsale import events, ledger
-from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
+from flashsale.errors import ContractViolation, FlashsaleError
 from flashsale.inventory import Inventory
 from flashsale.ledger import Connection, SaleRow
 from flashsale.reservations import Record, State
@@ -218,12 +218,7 @@ class Rebuilder:
                 replaces=replaces,
                 lease_ms=lease_ms,
             )
-            if answer is Fenced.OTHER_ENGINE:
-                raise OtherEngine(engine.in_redis(item_id))
-            if answer is Fenced.UNSUPPORTED:
-                raise ContractViolation(
-                    f"{item_id}: Redis has a sale that this version cannot read"
-                )
+            engine.require_own_sale(answer, item_id)
             if answer in _INTERRUPTED:
                 raise _Interrupted(answer)
             return answer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from flashsale import ledger
-from flashsale.errors import ContractViolation, FlashsaleError, OtherEngine
+from flashsale.errors import FlashsaleError
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
@@ -78,7 +78,6 @@ _REFUSED: Final = """
 SELECT count(*), coalesce(sum(quantity), 0)::bigint FROM reservations
 WHERE sale_id = $1 AND state = 'refused'
 """
-_UNREADABLE: Final = "{}: Redis has a sale that this version cannot read"
 
 
 class UnknownSale(FlashsaleError):
@@ -212,10 +211,7 @@ class Reconciler:
                         seed_until_ms=step.seed_until_ms,
                         replaces=step.replaces,
                     )
-                    if answer is Applied.UNSUPPORTED:
-                        raise ContractViolation(_UNREADABLE.format(spec.item_id))
-                    if answer is Applied.OTHER_ENGINE:
-                        raise OtherEngine(engine.in_redis(spec.item_id))
+                    engine.require_own_sale(answer, spec.item_id)
                     if answer in _CHANGED_REDIS and applied is not Applied.SEEDED:
                         applied = answer
                 case Done() as done:
@@ -259,10 +255,7 @@ class Reconciler:
                 row = await self._close_row(sale_id, current, above=sale.revision)
                 closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
                 sale, server = await self._inventory.observe(row.item_id)
-        if closed is Closed.OTHER_ENGINE:
-            raise OtherEngine(engine.in_redis(row.item_id))
-        if closed is Closed.UNSUPPORTED:
-            raise ContractViolation(_UNREADABLE.format(row.item_id))
+        engine.require_own_sale(closed, row.item_id)
         superseded = not row.closed or closed is Closed.STALE
         return Result(
             sale_id=sale_id,

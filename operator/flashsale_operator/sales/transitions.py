@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from flashsale import events
-from flashsale.errors import ContractViolation, OtherEngine
+from flashsale.errors import ContractViolation
 from flashsale.events import Event
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
@@ -62,7 +62,10 @@ async def change(  # noqa: PLR0913 - the call, and the servers
             item_id, [call], timeout_seconds=CALL_DEADLINE_SECONDS, engine_id=engine_id
         )
         if not isinstance(reply, TransitionReply):
-            raise _refusal(item_id, reply)
+            engine.require_own_sale(reply, item_id)
+            if reply is Transition.UNKNOWN:
+                raise UnknownSale(f"{item_id}: Redis has no sale of this item")
+            raise ContractViolation(f"{item_id}: the sale is fenced: rebuild it first")
         [answer] = reply.answers
         if answer.record is None:
             return answer.outcome
@@ -86,15 +89,3 @@ async def change(  # noqa: PLR0913 - the call, and the servers
         entry = (answer.entry_id, call.reservation_id, answer.record.version)
         await Outbox(inventory.redis, inventory.engine).settle(item_id, [entry])
     return answer.outcome
-
-
-def _refusal(item_id: str, reply: Transition) -> Exception:
-    match reply:
-        case Transition.UNKNOWN:
-            return UnknownSale(f"{item_id}: Redis has no sale of this item")
-        case Transition.OTHER_ENGINE:
-            return OtherEngine(engine.in_redis(item_id))
-        case Transition.FENCED:
-            return ContractViolation(f"{item_id}: the sale is fenced: rebuild it first")
-        case _:
-            return ContractViolation(f"{item_id}: this version cannot read the sale")
