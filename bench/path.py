@@ -29,7 +29,16 @@ from flashsale import events, redis_client
 from flashsale.events import Event
 from flashsale.inventory import Inventory, ItemReply
 from flashsale.outbox import Outbox
-from flashsale.reservations import Answer, BatchReply, Outcome, Record, Request, Snapshot, State
+from flashsale.reservations import (
+    Answer,
+    BatchReply,
+    OutboxEntry,
+    Outcome,
+    Record,
+    Request,
+    Snapshot,
+    State,
+)
 from flashsale.tracing import Tracing
 from flashsale_api.app import Application
 from flashsale_api.authentication import Authentication, GatewayHeader
@@ -37,7 +46,7 @@ from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.protocol import HttpProtocol
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import Reserve
 from flashsale_api.sales import Sales
 from flashsale_api.spans import Spans
@@ -128,7 +137,7 @@ class _Nowhere(Publisher):
         """Has no producer."""
         self._held = set()
 
-    def add(self, accepted: Accepted) -> None:
+    def add(self, entry: OutboxEntry) -> None:
         """Publishes nothing."""
 
 

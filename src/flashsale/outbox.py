@@ -75,7 +75,7 @@ class Outbox:
                 "Awaitable[list[tuple[str, dict[str, str]]]]", redis.xrange(key, start, end, count)
             ),
         )
-        return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
+        return [OutboxEntry.parse(item_id, entry_id, fields) for entry_id, fields in entries]
 
     async def lengths(self, item_ids: Iterable[str], *, partial: bool = False) -> dict[str, int]:
         """Returns the number of entries per item.

@@ -196,10 +196,13 @@ class Expired:
     holds: Sequence[tuple[str, str, Record]]
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxEntry:
-    """A reservation event that Kafka has not acknowledged."""
+class OutboxEntry(NamedTuple):
+    """A reservation event that Kafka has not acknowledged, and the id of its entry.
 
+    `entry_id` is empty for a replay, whose entry may be deleted already.
+    """
+
+    item_id: str
     entry_id: str
     reservation_id: str
     record: Record
@@ -207,11 +210,12 @@ class OutboxEntry:
     traceparent: str
 
     @classmethod
-    def parse(cls, entry_id: str, fields: Mapping[str, str]) -> "OutboxEntry":
+    def parse(cls, item_id: str, entry_id: str, fields: Mapping[str, str]) -> "OutboxEntry":
         try:
             sale_id, allocated, capacity, revision = fields["sale"].split(",")
             engine = fields.get("engine", "")
             return cls(
+                item_id=item_id,
                 entry_id=entry_id,
                 reservation_id=fields["id"],
                 record=Record.parse(fields["record"]),

@@ -6,9 +6,9 @@ from typing import Final
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.inventory import Inventory, ItemReply
-from flashsale.reservations import Answer, BatchReply, Outcome, Request, Snapshot
+from flashsale.reservations import Answer, BatchReply, OutboxEntry, Outcome, Request, Snapshot
 from flashsale_api.batcher import Batcher, Decision
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 
 NEVER_SECONDS: Final = 600.0
 """A time that no test waits."""
@@ -61,11 +61,11 @@ class RecordingPublisher(Publisher):
     """Records the reservations that it is given, and publishes nothing."""
 
     def __init__(self) -> None:
-        self.added: list[Accepted] = []
+        self.added: list[OutboxEntry] = []
         self._held = set()
 
-    def add(self, accepted: Accepted) -> None:
-        self.added.append(accepted)
+    def add(self, entry: OutboxEntry) -> None:
+        self.added.append(entry)
 
 
 def a_request(number: int = 0) -> Request:

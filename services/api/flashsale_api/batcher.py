@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory, ItemReply
-from flashsale.reservations import BatchReply, Outcome, Record, Request, State, Transition
+from flashsale.reservations import (
+    BatchReply,
+    OutboxEntry,
+    Outcome,
+    Record,
+    Request,
+    State,
+    Transition,
+)
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 
 if TYPE_CHECKING:
     from flashsale_api.spans import Spans
@@ -48,8 +56,6 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-Decided: TypeAlias = Callable[[Decision], None]
-"""Takes the decision on a request. Must not raise."""
 _ItemReply: TypeAlias = BatchReply | Outcome | Failure | ContractViolation
 
 
@@ -130,10 +136,10 @@ class Batcher(Calls[Request, Decision]):
             outcome = self._of_all(item_id, reply)
             return [Decision(outcome, request.reservation_id) for request in requests]
         self._metrics.add_item(item_id)
-        decisions, accepted = _read(item_id, requests, reply)
+        decisions, entries = _read(item_id, requests, reply)
         # A pod must hold the event before it answers 202.
-        for each in accepted:
-            self._publisher.add(each)
+        for entry in entries:
+            self._publisher.add(entry)
         self._learn(item_id, reply)
         return decisions
 
@@ -196,8 +202,8 @@ class Batcher(Calls[Request, Decision]):
 
 def _read(
     item_id: str, requests: Sequence[Request], reply: BatchReply
-) -> tuple[list[Decision], list[Accepted]]:
-    """Returns the decisions on a batch, and the reservations to publish.
+) -> tuple[list[Decision], list[OutboxEntry]]:
+    """Returns the decisions on a batch, and the events to publish.
 
     A replay is published again. The pod that accepted it may be dead, and Redis may lose the
     outbox entry before a sweep.
@@ -209,7 +215,7 @@ def _read(
     expires_ms = now_ms + reply.hold_ms if reply.hold_ms else None
     confirmed_ms = None if reply.hold_ms else now_ms
     decisions = []
-    accepted = []
+    entries = []
     for request, (outcome, detail) in zip(requests, reply.answers, strict=True):
         identity, user_id, quantity, request_key, traceparent = request
         if outcome is Outcome.ACCEPTED:
@@ -234,14 +240,14 @@ def _read(
                 Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held, detail)
             )
             continue
-        accepted.append(Accepted(item_id, entry_id, identity, record, snapshot, traceparent))
+        entries.append(OutboxEntry(item_id, entry_id, identity, record, snapshot, traceparent))
         ending = _ENDINGS.get(record.state)
         decisions.append(
             Decision(ending, identity, sale_id)
             if ending
             else Decision(outcome, identity, sale_id, record)
         )
-    return decisions, accepted
+    return decisions, entries
 
 
 def _held(reply: BatchReply) -> int | None:

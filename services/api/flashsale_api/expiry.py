@@ -7,10 +7,10 @@ from typing import Final
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
-from flashsale.reservations import Expired
+from flashsale.reservations import Expired, OutboxEntry
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 from flashsale_api.sweeper import BACKLOG
 
 log = logging.getLogger(__name__)
@@ -109,5 +109,5 @@ class Expiry:
         if self._publisher.held >= BACKLOG:
             return
         for reservation_id, entry_id, record in reply.holds:
-            event = Accepted(item_id, entry_id, reservation_id, record, reply.snapshot, "")
-            self._publisher.add(event)
+            entry = OutboxEntry(item_id, entry_id, reservation_id, record, reply.snapshot, "")
+            self._publisher.add(entry)

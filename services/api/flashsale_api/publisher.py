@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -28,7 +28,7 @@ from flashsale import events
 from flashsale.errors import OtherEngine, SettingsError
 from flashsale.events import Event
 from flashsale.outbox import Outbox
-from flashsale.reservations import Record, Snapshot
+from flashsale.reservations import OutboxEntry, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
@@ -63,20 +63,6 @@ REMEMBERED: Final = 50_000
 """Published replays that a pod remembers at least, in at most 45 MB."""
 
 
-class Accepted(NamedTuple):
-    """A reservation that Redis has accepted, and the id of its outbox entry.
-
-    `entry_id` is empty for a replay, whose entry may be deleted already.
-    """
-
-    item_id: str
-    entry_id: str
-    reservation_id: str
-    record: Record
-    snapshot: Snapshot
-    traceparent: str
-
-
 _Version: TypeAlias = tuple[str, str, int]
 """A version of a reservation: item id, reservation id, version."""
 _Key: TypeAlias = tuple[str, str] | _Version
@@ -102,7 +88,7 @@ class Publisher:
         self._engine = engine
         self._owner = GroupOwner(kafka)
         self._topic = events.topic(kafka.engine)
-        self._pending: deque[Accepted] = deque()
+        self._pending: deque[OutboxEntry] = deque()
         self._work = asyncio.Event()
         self._by_item: Counter[str] = Counter()
         self._held: set[_Key] = set()
@@ -144,14 +130,14 @@ class Publisher:
         """Whether this pod is publishing or settling an outbox entry."""
         return (item_id, entry_id) in self._held
 
-    def add(self, accepted: Accepted) -> None:
-        """Takes a reservation to publish, unless the publisher holds it already. Never waits.
+    def add(self, entry: OutboxEntry) -> None:
+        """Takes an event to publish, unless the publisher holds it already. Never waits.
 
         A replay that Kafka has acknowledged to this pod in this revision of the sale is not
         published again. No rebuild has left its event out, because the script found this version
         in a trusted sale: docs/adr/0022-replays-are-published-once.md.
         """
-        item_id, entry_id, reservation_id, record, snapshot, _ = accepted
+        item_id, entry_id, reservation_id, record, snapshot, _ = entry
         if entry_id:
             key: _Key = item_id, entry_id
         else:
@@ -161,20 +147,20 @@ class Publisher:
         if key in self._held:
             return
         self._held.add(key)
-        self._pending.append(accepted)
+        self._pending.append(entry)
         self._by_item[item_id] += 1
         self._idle.clear()
         self._work.set()
 
-    def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
+    def acknowledgement(self, entry: OutboxEntry) -> "asyncio.Future[None]":
         """Returns a future of Kafka's next acknowledgement of a version that was just added.
 
         The future is done if the version is a replay that the pod remembers. Cancel the future to
         give up waiting.
         """
-        key = _version(accepted)
+        key = _version(entry)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._remembered(key) == _sale(accepted.snapshot):
+        if self._remembered(key) == _sale(entry.snapshot):
             future.set_result(None)
             return future
         self._awaited.setdefault(key, []).append(future)
@@ -320,7 +306,7 @@ class Publisher:
             self._works()
             self._acknowledge(batch)
 
-    def _acknowledge(self, batch: Sequence[Accepted]) -> None:
+    def _acknowledge(self, batch: Sequence[OutboxEntry]) -> None:
         """Lets the entries of acknowledged events be settled, and resolves who waits for them."""
         self._metrics.published.inc(len(batch))
         for item_id, entry_id, reservation_id, record, snapshot, _ in batch:
@@ -344,12 +330,12 @@ class Publisher:
     def _remembered(self, version: _Version) -> _Sale | None:
         return self._recent.get(version) or self._older.get(version)
 
-    def _fill(self, builder: BatchBuilder) -> "tuple[list[Accepted], list[Span]]":
+    def _fill(self, builder: BatchBuilder) -> "tuple[list[OutboxEntry], list[Span]]":
         """Moves pending events into a batch until it is full.
 
         Returns the events, and the spans of the sampled ones.
         """
-        batch: list[Accepted] = []
+        batch: list[OutboxEntry] = []
         spans: list[Span] = []
         # Kafka deletes records by their age. Those of old reservations must not be deleted unread,
         # and it refuses a time ahead of its clock.
@@ -374,35 +360,35 @@ class Publisher:
         builder.close()
         return batch, spans
 
-    def _set_aside(self, accepted: Accepted) -> None:
+    def _set_aside(self, entry: OutboxEntry) -> None:
         """Leaves one event that is too large for the topic to a later sweep."""
         self._metrics.publish_failures.inc()
         if not self._told_too_large:
             log.error(
                 "the event of reservation %s is larger than the topic %s accepts: raise its "
                 "max.message.bytes to %d",
-                accepted.reservation_id,
+                entry.reservation_id,
                 self._topic,
                 BATCH_BYTES,
             )
         self._told_too_large = True
 
         def forget() -> None:
-            self._by_item[accepted.item_id] -= 1
-            self._forget([_key(accepted)])
+            self._by_item[entry.item_id] -= 1
+            self._forget([_key(entry)])
 
         asyncio.get_running_loop().call_later(SET_ASIDE_SECONDS, forget)
 
 
-def _key(accepted: Accepted) -> _Key:
+def _key(entry: OutboxEntry) -> _Key:
     """Returns the key of a held event: its outbox entry, or a replayed reservation's version."""
-    if accepted.entry_id:
-        return accepted.item_id, accepted.entry_id
-    return _version(accepted)
+    if entry.entry_id:
+        return entry.item_id, entry.entry_id
+    return _version(entry)
 
 
-def _version(accepted: Accepted) -> _Version:
-    return accepted.item_id, accepted.reservation_id, accepted.record.version
+def _version(entry: OutboxEntry) -> _Version:
+    return entry.item_id, entry.reservation_id, entry.record.version
 
 
 def _sale(snapshot: Snapshot) -> _Sale:

@@ -13,7 +13,7 @@ from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api.known_items import KnownItems
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
@@ -108,16 +108,7 @@ class Sweeper:
             if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
                 return
             for entry in left:
-                publisher.add(
-                    Accepted(
-                        item_id,
-                        entry.entry_id,
-                        entry.reservation_id,
-                        entry.record,
-                        entry.snapshot,
-                        entry.traceparent,
-                    )
-                )
+                publisher.add(entry)
             self._metrics.swept.inc(len(left))
             if len(page) < SWEEP_PAGE:
                 return

@@ -11,11 +11,11 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
-from flashsale.reservations import Call, Record, Transition, TransitionReply
+from flashsale.reservations import Call, OutboxEntry, Record, Transition, TransitionReply
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 
 
 class Script(Protocol):
@@ -127,11 +127,11 @@ class Transitions(Calls[Call, Decided]):
             if record is None:
                 decisions.append(Decided(outcome))
                 continue
-            event = Accepted(
+            entry = OutboxEntry(
                 item_id, entry_id, call.reservation_id, record, value.snapshot, call.traceparent
             )
-            self._publisher.add(event)
-            acknowledgement = self._publisher.acknowledgement(event)
+            self._publisher.add(entry)
+            acknowledgement = self._publisher.acknowledgement(entry)
             decisions.append(
                 Decided(outcome, value.snapshot.sale_id, record, acknowledgement, until)
             )

@@ -166,7 +166,9 @@ class Machine(RuleBasedStateMachine):
 
     def expect_entry(self, entry_id: str, own_id: str, record: Record, trace: str) -> None:
         """Adds an entry that the server has made to the outbox of the model."""
-        self.entries[entry_id] = OutboxEntry(entry_id, own_id, record, self.snapshot(), trace)
+        self.entries[entry_id] = OutboxEntry(
+            self.item, entry_id, own_id, record, self.snapshot(), trace
+        )
         self.model.outbox = (self.model.outbox or {}) | {entry_id: (own_id, record)}
 
     def set_field(self, field: str, value: str) -> None:
@@ -247,7 +249,7 @@ class Machine(RuleBasedStateMachine):
         assert {own_id: int(score) for own_id, score in holds} == model.holds
         assert [entry_id for entry_id, _ in entries] == list(model.outbox or {})
         for entry_id, fields in entries:
-            assert OutboxEntry.parse(entry_id, fields) == self.entries[entry_id]
+            assert OutboxEntry.parse(self.item, entry_id, fields) == self.entries[entry_id]
         if model.sale is None:
             assert not sale
             return

@@ -15,7 +15,7 @@ from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
-from flashsale.reservations import Record, Request, Snapshot, State
+from flashsale.reservations import OutboxEntry, Record, Request, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_api import known_items
 from flashsale_api import publisher as publisher_module
@@ -23,7 +23,7 @@ from flashsale_api import sweeper as sweeper_module
 from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
 from flashsale_api.known_items import KnownItems
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 from flashsale_api.sweeper import Sweeper
 from tests.support import redis_users
 from tests.support.api import OWN_SALE, UNKNOWN_ID
@@ -39,9 +39,9 @@ async def outbox(own_redis: RedisServer) -> AsyncIterator[Outbox]:
     await client.aclose()
 
 
-def accepted(item_id: str, number: int) -> Accepted:
+def accepted(item_id: str, number: int) -> OutboxEntry:
     record = Record(State.CONFIRMED, 1, 1, 1_795_561_067_887, "ann", f"key-{number}")
-    return Accepted(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
+    return OutboxEntry(item_id, f"{number}-1", f"id-{number}", record, Snapshot("s", 9, 9, 1), "")
 
 
 async def test_each_version_of_a_replayed_reservation_is_an_event_of_its_own(

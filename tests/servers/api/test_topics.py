@@ -15,11 +15,11 @@ from redis.asyncio import Redis
 from dev.stack.servers import KafkaServer
 from flashsale import events
 from flashsale.outbox import Outbox
-from flashsale.reservations import Record, Snapshot, State
+from flashsale.reservations import OutboxEntry, Record, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted, Publisher
+from flashsale_api.publisher import Publisher
 from tests.support.eventually import until
 from tests.support.topics import administering, create_topic
 
@@ -36,7 +36,7 @@ class Publishing:
             record = Record(State.CONFIRMED, 1, 1, accepted_ms, user_id, "")
             snapshot = Snapshot("default/phone", 9, 9, 1)
             self.publisher.add(
-                Accepted("phone", "", f"01a208bd-5117-7f0d-b8d8-{n:012}", record, snapshot, "")
+                OutboxEntry("phone", "", f"01a208bd-5117-7f0d-b8d8-{n:012}", record, snapshot, "")
             )
 
     def published(self) -> int:
@@ -91,7 +91,7 @@ async def test_only_an_event_that_is_too_large_waits_for_a_larger_limit(
     await create(kafka_server.bootstrap, engine, max_message_bytes=550)
     async with publishing(kafka_server.bootstrap, engine, redis) as own:
         own.publisher.add(
-            Accepted(
+            OutboxEntry(
                 "phone",
                 "1-1",
                 "01a208bd-5117-7f0d-b8d8-4e8e9760b87e",

@@ -227,7 +227,7 @@ async def old_sale(inventory: Inventory, item: str, stock: int, buyers: int) -> 
             "XADD", own.outbox, entry_id, *pairs
         )
     assert await redis.exists(engine_id(DEFAULT_ENGINE)) == 0
-    return [OutboxEntry.parse(entry_id, fields) for entry_id, fields in entries]
+    return [OutboxEntry.parse(item, entry_id, fields) for entry_id, fields in entries]
 
 
 async def publish(bootstrap: str, item: str, entries: list[OutboxEntry]) -> None:

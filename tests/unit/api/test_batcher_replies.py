@@ -6,13 +6,12 @@ from collections.abc import Sequence
 import pytest
 
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.reservations import Answer, BatchReply, Outcome, Request, Transition
+from flashsale.reservations import Answer, BatchReply, OutboxEntry, Outcome, Request, Transition
 from flashsale_api import batcher as batcher_module
 from flashsale_api.batcher import Batcher
 from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted
 from tests.support.batcher import (
     NEVER_SECONDS,
     HeldInventory,
@@ -47,10 +46,10 @@ class FailingPublisher(RecordingPublisher):
         super().__init__()
         self._item_id = item_id
 
-    def add(self, accepted: Accepted) -> None:
-        if accepted.item_id == self._item_id:
+    def add(self, entry: OutboxEntry) -> None:
+        if entry.item_id == self._item_id:
             raise ValueError(self._item_id)
-        super().add(accepted)
+        super().add(entry)
 
 
 async def test_a_failed_call_is_repeated_once_with_the_same_ids() -> None:

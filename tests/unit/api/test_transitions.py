@@ -9,6 +9,7 @@ from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.reservations import (
     Call,
+    OutboxEntry,
     Record,
     Snapshot,
     State,
@@ -19,7 +20,6 @@ from flashsale.reservations import (
 from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.publisher import Accepted
 from flashsale_api.transitions import Decided, Transitions
 from tests.support.batcher import RecordingPublisher
 
@@ -59,8 +59,8 @@ class HeldPublisher(RecordingPublisher):
         super().__init__()
         self.awaited: list[asyncio.Future[None]] = []
 
-    def acknowledgement(self, accepted: Accepted) -> "asyncio.Future[None]":
-        assert self.added[-1] is accepted
+    def acknowledgement(self, entry: OutboxEntry) -> "asyncio.Future[None]":
+        assert self.added[-1] is entry
         self.awaited.append(asyncio.get_running_loop().create_future())
         return self.awaited[-1]
 

@@ -94,13 +94,13 @@ def test_an_outbox_entry_has_the_whole_event(
         "traceparent": "",
         "engine": engine,
     }
-    entry = OutboxEntry.parse("5-1", fields)
+    entry = OutboxEntry.parse("x", "5-1", fields)
     snapshot = Snapshot(sale_id, 7, 9, revision, engine)
-    assert entry == OutboxEntry("5-1", "r-1", record, snapshot, "")
+    assert entry == OutboxEntry("x", "5-1", "r-1", record, snapshot, "")
     for missing in ("id", "record", "sale", "traceparent"):
         others = {name: text for name, text in fields.items() if name != missing}
         with pytest.raises(ContractViolation, match="outbox entry 5-1"):
-            OutboxEntry.parse("5-1", others)
+            OutboxEntry.parse("x", "5-1", others)
 
 
 @pytest.mark.parametrize(
