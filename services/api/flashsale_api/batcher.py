@@ -217,7 +217,7 @@ def _read(
     decisions = []
     entries = []
     for request, (outcome, detail) in zip(requests, reply.answers, strict=True):
-        identity, user_id, quantity, request_key, traceparent = request
+        reservation_id, user_id, quantity, request_key, traceparent = request
         if outcome is Outcome.ACCEPTED:
             entry_id = detail
             record = Record(
@@ -228,24 +228,28 @@ def _read(
             try:
                 record = Record.parse(detail)
             except ContractViolation:
-                log.exception("the reservation %s of %s is damaged", identity, item_id)
-                decisions.append(Decision(Failure.INTERNAL_ERROR, identity, sale_id))
+                log.exception("the reservation %s of %s is damaged", reservation_id, item_id)
+                decisions.append(Decision(Failure.INTERNAL_ERROR, reservation_id, sale_id))
                 continue
         elif outcome is Outcome.UNREADABLE:
-            log.error("%s: the reservation %s or its buyer is damaged in Redis", item_id, identity)
-            decisions.append(Decision(Failure.INTERNAL_ERROR, identity, sale_id))
+            log.error(
+                "%s: the reservation %s or its buyer is damaged in Redis", item_id, reservation_id
+            )
+            decisions.append(Decision(Failure.INTERNAL_ERROR, reservation_id, sale_id))
             continue
         else:
             decisions.append(
-                Decision(outcome, identity, sale_id, None, starts_ms, now_ms, held, detail)
+                Decision(outcome, reservation_id, sale_id, None, starts_ms, now_ms, held, detail)
             )
             continue
-        entries.append(OutboxEntry(item_id, entry_id, identity, record, snapshot, traceparent))
+        entries.append(
+            OutboxEntry(item_id, entry_id, reservation_id, record, snapshot, traceparent)
+        )
         ending = _ENDINGS.get(record.state)
         decisions.append(
-            Decision(ending, identity, sale_id)
+            Decision(ending, reservation_id, sale_id)
             if ending
-            else Decision(outcome, identity, sale_id, record)
+            else Decision(outcome, reservation_id, sale_id, record)
         )
     return decisions, entries
 

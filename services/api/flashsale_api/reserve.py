@@ -17,8 +17,8 @@ from flashsale_api import responses
 from flashsale_api.authentication import Authentication
 from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
-from flashsale_api.identity import reservation_id
 from flashsale_api.metrics import Metrics
+from flashsale_api.reservation_ids import reservation_id
 from flashsale_api.responses import Headers, Problem, Reservation, Respond
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ class Reserve:
             if order.user_id not in (user_id, ""):
                 pending.end(Decision(Failure.WRONG_USER))
                 return
-            identity = reservation_id(item_id, user_id, request_key)
-            request = Request(identity, user_id, order.quantity, request_key, traceparent)
+            own_id = reservation_id(item_id, user_id, request_key)
+            request = Request(own_id, user_id, order.quantity, request_key, traceparent)
             if self._spans is not None and span is not None:
                 self._spans.deciding(span, request)
             self._batcher.decide(item_id, request, pending.end)

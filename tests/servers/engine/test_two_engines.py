@@ -25,7 +25,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import BatchReply, OutboxEntry, Request
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
-from flashsale_api.identity import reservation_id
+from flashsale_api.reservation_ids import reservation_id
 from flashsale_consumer import topics
 from tests.support.consumer import Log, Process
 from tests.support.engine import flashsalectl, manifest

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsale.fields import USER_ID_PATTERN
-from flashsale_api.identity import reservation_id
+from flashsale_api.reservation_ids import reservation_id
 
 words = st.from_regex(USER_ID_PATTERN)
 triples = st.tuples(words, words, words)
