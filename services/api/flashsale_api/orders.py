@@ -35,7 +35,7 @@ from flashsale_api.responses import (
     problem_response,
     render,
 )
-from flashsale_api.transitions import Decided, Transitions
+from flashsale_api.transitions import Decision, Transitions
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class _Change:
             self._reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
         )
 
-    def _decided(self, decision: Decided, durable: bool) -> None:
+    def _decided(self, decision: Decision, durable: bool) -> None:
         """Answers the call. Never raises."""
         try:
             answer = _answer_to(self._item_id, self._reservation_id, decision, durable=durable)
@@ -222,7 +222,7 @@ _ANSWERS: Final = {2: "durable", 4: "rejected"}
 
 
 def _answer_to(
-    item_id: str, reservation_id: str, decision: Decided, *, durable: bool
+    item_id: str, reservation_id: str, decision: Decision, *, durable: bool
 ) -> tuple[str, int, Headers, bytes]:
     """Returns the outcome for the metrics, and the answer."""
     if decision.record is None:

@@ -26,7 +26,7 @@ class Script(Protocol):
     ) -> Awaitable[TransitionReply | Transition]: ...
 
 
-class Decided(NamedTuple):
+class Decision(NamedTuple):
     """The decision on a call. `record` is the reservation after it, unless the call was refused.
 
     The change is durable if `acknowledgement` is done before `until`, by the loop's clock.
@@ -39,11 +39,11 @@ class Decided(NamedTuple):
     until: float = 0.0
 
 
-Answered: TypeAlias = Callable[[Decided, bool], None]
+Answered: TypeAlias = Callable[[Decision, bool], None]
 """Takes the decision on a call, and whether it is durable. Must not raise."""
 
 
-class Transitions(Calls[Call, Decided]):
+class Transitions(Calls[Call, Decision]):
     """Decides the calls of one verb. A process has one for each verb."""
 
     def __init__(  # noqa: PLR0913 - its neighbours
@@ -70,7 +70,7 @@ class Transitions(Calls[Call, Decided]):
         """
         self.decide(item_id, call, partial(self._decided, answered))
 
-    def _decided(self, answered: Answered, decision: Decided) -> None:
+    def _decided(self, answered: Answered, decision: Decision) -> None:
         acknowledgement = decision.acknowledgement
         if acknowledgement is None:
             answered(decision, False)
@@ -82,7 +82,7 @@ class Transitions(Calls[Call, Decided]):
     def _acknowledged(
         self,
         answered: Answered,
-        decision: Decided,
+        decision: Decision,
         timer: asyncio.TimerHandle,
         acknowledgement: "asyncio.Future[None]",
     ) -> None:
@@ -92,18 +92,18 @@ class Transitions(Calls[Call, Decided]):
         in_time = asyncio.get_running_loop().time() < decision.until
         answered(decision, in_time and not acknowledgement.cancelled())
 
-    def _undecided(self, failure: Failure) -> Decided:
-        return Decided(failure)
+    def _undecided(self, failure: Failure) -> Decision:
+        return Decision(failure)
 
-    def _of_other_engine(self) -> Decided:
-        return Decided(Transition.OTHER_ENGINE)
+    def _of_other_engine(self) -> Decision:
+        return Decision(Transition.OTHER_ENGINE)
 
     async def _decisions(
         self, batches: Sequence[tuple[str, Sequence[Call]]]
-    ) -> Sequence[Sequence[Decided]]:
+    ) -> Sequence[Sequence[Decision]]:
         return [await self._decide(item_id, calls) for item_id, calls in batches]
 
-    async def _decide(self, item_id: str, calls: Sequence[Call]) -> Sequence[Decided]:
+    async def _decide(self, item_id: str, calls: Sequence[Call]) -> Sequence[Decision]:
         async def send() -> Sequence[TransitionReply | Transition]:
             deadline = CALL_DEADLINE_SECONDS / 2
             engine_id = self._engine.id
@@ -113,19 +113,19 @@ class Transitions(Calls[Call, Decided]):
 
         reply = await self._ask([item_id], send)
         if isinstance(reply, Failure):
-            return [Decided(reply)] * len(calls)
+            return [Decision(reply)] * len(calls)
         [value], until = reply.value, reply.started + ACKNOWLEDGED_SECONDS
         if not isinstance(value, TransitionReply):
             if value is Transition.FENCED:
                 self._remember(item_id)
             elif value is Transition.UNKNOWN and self._engine.may_have_lost(item_id):
                 value = Transition.FENCED  # Redis has lost the sale, and the ledger has it
-            return [Decided(value)] * len(calls)
+            return [Decision(value)] * len(calls)
         self._remember(item_id)
         decisions = []
         for call, (outcome, entry_id, record) in zip(calls, value.answers, strict=True):
             if record is None:
-                decisions.append(Decided(outcome))
+                decisions.append(Decision(outcome))
                 continue
             entry = OutboxEntry(
                 item_id, entry_id, call.reservation_id, record, value.snapshot, call.traceparent
@@ -133,6 +133,6 @@ class Transitions(Calls[Call, Decided]):
             self._publisher.add(entry)
             acknowledgement = self._publisher.acknowledgement(entry)
             decisions.append(
-                Decided(outcome, value.snapshot.sale_id, record, acknowledgement, until)
+                Decision(outcome, value.snapshot.sale_id, record, acknowledgement, until)
             )
         return decisions

@@ -20,7 +20,7 @@ from flashsale.reservations import (
 from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
-from flashsale_api.transitions import Decided, Transitions
+from flashsale_api.transitions import Decision, Transitions
 from tests.support.batcher import RecordingPublisher
 
 RECORD = Record(State.CONFIRMED, 2, 1, 1, "ann", "", 2, 1, "o")
@@ -73,9 +73,9 @@ def transitions(
     return Transitions(script, publisher, Metrics(), engine, verb="confirm")
 
 
-def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decided, bool]]":
+def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decision, bool]]":
     """Make a call for the item x. The future has the decision, and whether it is durable."""
-    answer: asyncio.Future[tuple[Decided, bool]] = asyncio.get_running_loop().create_future()
+    answer: asyncio.Future[tuple[Decision, bool]] = asyncio.get_running_loop().create_future()
     own.change("x", call, lambda decision, durable: answer.set_result((decision, durable)))
     return answer
 
