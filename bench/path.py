@@ -121,6 +121,9 @@ class _AcceptingInventory(Inventory):
     def __init__(self) -> None:
         """Has no client."""
 
+    def node_of(self, item_id: str) -> str:  # noqa: ARG002 - there is one node
+        return ""
+
     async def reserve_all(
         self, batches: Sequence[tuple[str, Sequence[Request]]], **_: object
     ) -> list[ItemReply]:

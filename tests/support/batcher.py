@@ -33,6 +33,10 @@ class HeldInventory(Inventory):
         self.available = 1
         self.fail = False
 
+    def node_of(self, item_id: str) -> str:
+        """The part of the item in front of a dot, as in `node.item`."""
+        return item_id.rpartition(".")[0]
+
     async def reserve_all(
         self, batches: Sequence[tuple[str, Sequence[Request]]], **_: object
     ) -> list[ItemReply]:

@@ -103,31 +103,9 @@ def create_app(  # noqa: PLR0915 - the composition root
     engine = Engine(settings.engine)
     pulse = Pulse(inventory.node_of)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
-    batcher = Batcher(
-        inventory,
-        publisher,
-        metrics,
-        engine,
-        refusal=pulse.refusal,
-        node_of=inventory.node_of,
-        spans=spans,
-    )
-    confirmations = Transitions(
-        inventory.confirm,
-        publisher,
-        metrics,
-        engine,
-        verb="confirm",
-        node_of=inventory.node_of,
-    )
-    cancellations = Transitions(
-        inventory.cancel,
-        publisher,
-        metrics,
-        engine,
-        verb="cancel",
-        node_of=inventory.node_of,
-    )
+    batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
+    confirmations = Transitions(inventory, publisher, metrics, engine, "confirm")
+    cancellations = Transitions(inventory, publisher, metrics, engine, "cancel")
     callers = batcher, confirmations, cancellations
 
     def called_items() -> set[str]:

@@ -70,14 +70,10 @@ class Batcher(Calls[Request, Decision]):
         engine: Engine,
         *,
         refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
-        node_of: Callable[[str], str] = lambda _: "",
         spans: "Spans | None" = None,
     ) -> None:
-        """`node_of` returns the name of an item's server.
-
-        `refusal` returns the outcome of an item's requests if the pod may not call Redis now.
-        """
-        super().__init__(metrics, engine, metrics.waiting, node_of)
+        """`refusal` returns the outcome of an item's requests if the pod may not call Redis now."""
+        super().__init__(metrics, engine, metrics.waiting, inventory.node_of)
         self._refusal = refusal
         self._spans = spans
         self._inventory = inventory

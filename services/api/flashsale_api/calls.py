@@ -121,7 +121,7 @@ class Calls(ABC, Generic[R, D]):
         metrics: Metrics,
         engine: Engine,
         waiting: Gauge,
-        node_of: Callable[[str], str] = lambda _: "",
+        node_of: Callable[[str], str],
     ) -> None:
         """`waiting` counts the requests that wait for a script call.
 

@@ -28,7 +28,7 @@ class Pulse:
     therefore accepts nothing, although it may still reach the server.
     """
 
-    def __init__(self, node_of: Callable[[str], str] = lambda _: "") -> None:
+    def __init__(self, node_of: Callable[[str], str]) -> None:
         """`node_of` returns the name of an item's server, as far as it is known."""
         self._node_of = node_of
         self._valid_until: dict[str, float] = {}

@@ -6,24 +6,17 @@ have been rebuilt without the change: see `ACKNOWLEDGED_SECONDS`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
+from flashsale.inventory import Inventory
 from flashsale.reservations import Call, OutboxEntry, Record, Transition, TransitionReply
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
-
-
-class Script(Protocol):
-    """`Inventory.confirm` or `Inventory.cancel`."""
-
-    def __call__(
-        self, item_id: str, calls: Sequence[Call], *, timeout_seconds: float, engine_id: str
-    ) -> Awaitable[TransitionReply | Transition]: ...
 
 
 class Decision(NamedTuple):
@@ -46,19 +39,17 @@ Answered: TypeAlias = Callable[[Decision, bool], None]
 class Transitions(Calls[Call, Decision]):
     """Decides the calls of one verb. A process has one for each verb."""
 
-    def __init__(  # noqa: PLR0913 - its neighbours
+    def __init__(
         self,
-        script: Script,
+        inventory: Inventory,
         publisher: Publisher,
         metrics: Metrics,
         engine: Engine,
-        *,
-        verb: str,
-        node_of: Callable[[str], str] = lambda _: "",
+        verb: Literal["confirm", "cancel"],
     ) -> None:
-        """`node_of` returns the name of an item's server."""
-        super().__init__(metrics, engine, metrics.waiting_order_calls.labels(verb), node_of)
-        self._script = script
+        waiting = metrics.waiting_order_calls.labels(verb)
+        super().__init__(metrics, engine, waiting, inventory.node_of)
+        self._script = inventory.confirm if verb == "confirm" else inventory.cancel
         self._publisher = publisher
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
 

@@ -210,20 +210,14 @@ async def test_a_sale_that_becomes_known_does_not_wait_for_made_up_items() -> No
 
 async def test_a_silent_node_takes_no_place_and_no_call_of_another_one() -> None:
     inventory = HeldInventory()
-    batcher = Batcher(
-        inventory,
-        RecordingPublisher(),
-        Metrics(),
-        Engine("flashsale"),
-        node_of=lambda item_id: item_id.partition("-")[0],
-    )
-    for item_id in ("silent-0", "other-0"):
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    for item_id in ("silent.0", "other.0"):
         inventory.go.release()
         assert (await decide(batcher, item_id, a_request())).outcome is Outcome.ACCEPTED
-    waiting = [decide(batcher, f"silent-{n}", a_request(n)) for n in range(MAX_WAITING)]
+    waiting = [decide(batcher, f"silent.{n}", a_request(n)) for n in range(MAX_WAITING)]
     await turns()
     sent = len(inventory.calls)
-    waiting.append(decide(batcher, "other-0", a_request(1)))
+    waiting.append(decide(batcher, "other.0", a_request(1)))
     await turns()
     assert len(inventory.calls) == sent + 1
     for _ in waiting:

@@ -7,6 +7,7 @@ import pytest
 
 from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
+from flashsale.inventory import Inventory
 from flashsale.reservations import (
     Call,
     OutboxEntry,
@@ -27,7 +28,7 @@ RECORD = Record(State.CONFIRMED, 2, 1, 1, "ann", "", 2, 1, "o")
 SNAPSHOT = Snapshot("default/x", 1, 1, 1)
 
 
-class HeldScript:
+class HeldInventory(Inventory):
     """Records the calls, and answers one call per `go.release()`."""
 
     def __init__(self) -> None:
@@ -36,7 +37,10 @@ class HeldScript:
         self.fail = False
         self.word: Transition | None = None
 
-    async def __call__(
+    def node_of(self, item_id: str) -> str:  # noqa: ARG002 - there is one node
+        return ""
+
+    async def confirm(
         self,
         item_id: str,  # noqa: ARG002 - every item has a sale
         calls: Sequence[Call],
@@ -66,11 +70,11 @@ class HeldPublisher(RecordingPublisher):
 
 
 def transitions(
-    script: HeldScript, publisher: HeldPublisher, *, seen: bool = False, claimed: bool = True
+    inventory: HeldInventory, publisher: HeldPublisher, *, seen: bool = False, claimed: bool = True
 ) -> Transitions:
     engine = Engine("flashsale")
     engine.items.looked(["x"] if seen else [], claimed=claimed)
-    return Transitions(script, publisher, Metrics(), engine, verb="confirm")
+    return Transitions(inventory, publisher, Metrics(), engine, "confirm")
 
 
 def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decision, bool]]":
@@ -99,9 +103,9 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
     monkeypatch: pytest.MonkeyPatch, suspended: float, durable: bool
 ) -> None:
-    script, publisher = HeldScript(), HeldPublisher()
-    script.go.release()
-    call = change(transitions(script, publisher), Call("id-1", "o"))
+    inventory, publisher = HeldInventory(), HeldPublisher()
+    inventory.go.release()
+    call = change(transitions(inventory, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, suspended)
     # The acknowledgement is there when the pod goes on, before the pod's timers run.
@@ -111,11 +115,11 @@ async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
 
 
 async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    script, publisher = HeldScript(), HeldPublisher()
-    call = change(transitions(script, publisher), Call("id-1", "o"))
+    inventory, publisher = HeldInventory(), HeldPublisher()
+    call = change(transitions(inventory, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, CALL_DEADLINE_SECONDS / 2)
-    script.go.release()
+    inventory.go.release()
     await turns()
     later(monkeypatch, ACKNOWLEDGED_SECONDS - CALL_DEADLINE_SECONDS / 4)
     publisher.awaited[0].set_result(None)
@@ -123,9 +127,9 @@ async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.Mon
 
 
 async def test_a_call_without_an_acknowledgement_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    script, publisher = HeldScript(), HeldPublisher()
-    script.go.release()
-    call = change(transitions(script, publisher), Call("id-1", "o"))
+    inventory, publisher = HeldInventory(), HeldPublisher()
+    inventory.go.release()
+    call = change(transitions(inventory, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, ACKNOWLEDGED_SECONDS)
     decision, durable = await call
@@ -136,30 +140,30 @@ async def test_a_call_without_an_acknowledgement_ends(monkeypatch: pytest.Monkey
 async def test_a_reply_from_before_a_suspension_is_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    script, publisher = HeldScript(), HeldPublisher()
-    call = change(transitions(script, publisher), Call("id-1", "o"))
+    inventory, publisher = HeldInventory(), HeldPublisher()
+    call = change(transitions(inventory, publisher), Call("id-1", "o"))
     await turns()
     later(monkeypatch, 2 * CALL_DEADLINE_SECONDS)
-    script.go.release()
+    inventory.go.release()
     await turns()
-    script.fail = True
-    script.go.release()
+    inventory.fail = True
+    inventory.go.release()
     decision, durable = await call
     assert (decision.outcome, durable) == (Failure.OUTCOME_UNKNOWN, False)
     assert publisher.added == []
 
 
 async def test_calls_that_arrive_during_calls_form_the_next_call() -> None:
-    script, publisher = HeldScript(), HeldPublisher()
-    own = transitions(script, publisher)
+    inventory, publisher = HeldInventory(), HeldPublisher()
+    own = transitions(inventory, publisher)
     calls = [change(own, Call("id-0"))]
     await turns()
     calls += [change(own, Call(f"id-{n}")) for n in range(1, 201)]
     await turns()
     for _ in range(3):
-        script.go.release()
+        inventory.go.release()
     await turns(20)
-    assert [len(call) for call in script.calls] == [1, 128, 72]
+    assert [len(call) for call in inventory.calls] == [1, 128, 72]
     assert [each.reservation_id for each in publisher.added] == [f"id-{n}" for n in range(201)]
     assert own.called_items() == ["x"]
     for awaited in publisher.awaited:
@@ -179,8 +183,8 @@ async def test_an_item_whose_keys_may_be_lost_is_not_unknown(
     seen: bool, claimed: bool, outcome: Transition
 ) -> None:
     """Redis without the engine's id has lost it, or is new."""
-    script = HeldScript()
-    script.word = Transition.UNKNOWN
-    script.go.release()
-    own = transitions(script, HeldPublisher(), seen=seen, claimed=claimed)
+    inventory = HeldInventory()
+    inventory.word = Transition.UNKNOWN
+    inventory.go.release()
+    own = transitions(inventory, HeldPublisher(), seen=seen, claimed=claimed)
     assert (await change(own, Call("id-1", "o")))[0].outcome is outcome
