@@ -91,9 +91,6 @@ class Batcher(Calls[Request, Decision]):
     def _undecided(self, failure: Failure) -> Decision:
         return Decision(failure)
 
-    def _of_other_engine(self) -> Decision:
-        return Decision(Outcome.OTHER_ENGINE)
-
     @property
     def items_per_call(self) -> int:  # type: ignore[override] # it depends on the kind of Redis
         return self._inventory.items_per_call

@@ -63,6 +63,8 @@ class Failure(Word):
     UNAUTHORIZED = "unauthorized"
     KEYS_UNAVAILABLE = "keys_unavailable"
     WRONG_USER = "wrong_user"
+    OTHER_ENGINE = "other_engine"
+    """The pod meets another engine. The scripts use the same word if a sale is of another one."""
 
 
 class Reply(NamedTuple, Generic[T]):
@@ -149,10 +151,6 @@ class Calls(ABC, Generic[R, D]):
         """Returns the decision on a request that Redis has not decided."""
 
     @abstractmethod
-    def _of_other_engine(self) -> D:
-        """Returns the decision on a request while the pod meets another engine."""
-
-    @abstractmethod
     async def _decisions(self, batches: Sequence[tuple[str, Sequence[R]]]) -> Sequence[Sequence[D]]:
         """Calls the script with the requests of each item. Returns the decisions in their order."""
 
@@ -172,7 +170,7 @@ class Calls(ABC, Generic[R, D]):
             decided(self._undecided(Failure.TOO_MANY_WAITING))
             return
         if self._engine.conflict:
-            decided(self._of_other_engine())
+            decided(self._undecided(Failure.OTHER_ENGINE))
             return
         if queue is None:
             queue = self._queues[item_id] = _Queue(item_id, share)

@@ -86,9 +86,6 @@ class Transitions(Calls[Call, Decision]):
     def _undecided(self, failure: Failure) -> Decision:
         return Decision(failure)
 
-    def _of_other_engine(self) -> Decision:
-        return Decision(Transition.OTHER_ENGINE)
-
     async def _decisions(
         self, batches: Sequence[tuple[str, Sequence[Call]]]
     ) -> Sequence[Sequence[Decision]]:
