@@ -19,8 +19,8 @@ from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.reservations import (
     BatchReply,
-    Call,
     Expired,
+    OrderCall,
     Outcome,
     Record,
     Request,
@@ -213,7 +213,12 @@ class Inventory:
         return Closed(await self._scripts.call(self._close, item_keys, arguments))
 
     async def confirm(
-        self, item_id: str, calls: Sequence[Call], *, timeout_seconds: float, engine_id: str = ""
+        self,
+        item_id: str,
+        calls: Sequence[OrderCall],
+        *,
+        timeout_seconds: float,
+        engine_id: str = "",
     ) -> TransitionReply | Transition:
         """Confirms at most `BATCH_LIMIT` reservations of an item, each for an order.
 
@@ -223,7 +228,12 @@ class Inventory:
         return await self._change(self._confirm, item_id, calls, timeout_seconds, engine_id)
 
     async def cancel(
-        self, item_id: str, calls: Sequence[Call], *, timeout_seconds: float, engine_id: str = ""
+        self,
+        item_id: str,
+        calls: Sequence[OrderCall],
+        *,
+        timeout_seconds: float,
+        engine_id: str = "",
     ) -> TransitionReply | Transition:
         """Cancels at most `BATCH_LIMIT` reservations of an item, as `confirm` confirms them."""
         return await self._change(self._cancel, item_id, calls, timeout_seconds, engine_id)
@@ -276,7 +286,7 @@ class Inventory:
         self,
         script: Script,
         item_id: str,
-        calls: Sequence[Call],
+        calls: Sequence[OrderCall],
         timeout_seconds: float,
         engine_id: str,
     ) -> TransitionReply | Transition:

@@ -77,7 +77,7 @@ class Request(NamedTuple):
     traceparent: str = ""
 
 
-class Call(NamedTuple):
+class OrderCall(NamedTuple):
     """A call to confirm or cancel a reservation. `cancel` permits an empty `order_ref`."""
 
     reservation_id: str

@@ -15,8 +15,8 @@ from flashsale.reservations import (
     FINAL,
     Answer,
     BatchReply,
-    Call,
     Expired,
+    OrderCall,
     OutboxEntry,
     Outcome,
     Request,
@@ -107,11 +107,11 @@ class SimulatedShop:
         raise LookupError(user)
 
     async def confirm(self, item_id: str, user: str, order_ref: str = "order-1") -> Transition:
-        call = Call(await self.reservation_of(item_id, user), order_ref)
+        call = OrderCall(await self.reservation_of(item_id, user), order_ref)
         return _outcome(await self.inventory.confirm(item_id, [call], timeout_seconds=5))
 
     async def cancel(self, item_id: str, user: str, order_ref: str = "") -> Transition:
-        call = Call(await self.reservation_of(item_id, user), order_ref)
+        call = OrderCall(await self.reservation_of(item_id, user), order_ref)
         return _outcome(await self.inventory.cancel(item_id, [call], timeout_seconds=5))
 
     async def expire(self, item_id: str, user: str) -> None:

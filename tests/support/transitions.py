@@ -7,8 +7,8 @@ from redis.asyncio import Redis
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import (
-    Call,
     Expired,
+    OrderCall,
     Outcome,
     Record,
     Transition,
@@ -22,7 +22,7 @@ TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 
 
 async def changes(
-    inventory: Inventory, verb: Verb, item: str, *calls: Call
+    inventory: Inventory, verb: Verb, item: str, *calls: OrderCall
 ) -> list[TransitionAnswer]:
     method = inventory.confirm if verb == "confirm" else inventory.cancel
     reply = await method(item, calls, timeout_seconds=5)
@@ -33,7 +33,7 @@ async def changes(
 async def change(
     inventory: Inventory, verb: Verb, item: str, reservation_id: str, order_ref: str = ""
 ) -> Transition:
-    [answer] = await changes(inventory, verb, item, Call(reservation_id, order_ref))
+    [answer] = await changes(inventory, verb, item, OrderCall(reservation_id, order_ref))
     return answer.outcome
 
 

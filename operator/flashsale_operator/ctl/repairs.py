@@ -13,7 +13,7 @@ from flashsale import ledger, settings
 from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
-from flashsale.reservations import Call
+from flashsale.reservations import OrderCall
 from flashsale_operator.ctl import tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -150,7 +150,7 @@ async def _change(
             addresses,
             item,
             verb,
-            Call(reservation, order_ref or ""),
+            OrderCall(reservation, order_ref or ""),
             engine_id=await engine.claimed_id(clients.inventory, clients.pool),
         )
     line, success = tables.line_of_change(reservation, verb, outcome, order_ref)

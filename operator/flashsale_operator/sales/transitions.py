@@ -17,7 +17,7 @@ from flashsale.events import Event
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from flashsale.reservations import Call, Transition, TransitionReply
+from flashsale.reservations import OrderCall, Transition, TransitionReply
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import engine
 from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, spans
@@ -34,7 +34,7 @@ async def change(  # noqa: PLR0913 - the call, and the servers
     kafka: KafkaSettings,
     item_id: str,
     verb: Verb,
-    call: Call,
+    call: OrderCall,
     *,
     engine_id: str,
 ) -> Transition:

@@ -18,7 +18,7 @@ from starlette.types import ExceptionHandler, Receive, Scope, Send
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN, OrderRef
 from flashsale.inventory import Inventory
-from flashsale.reservations import Call, Record, Transition
+from flashsale.reservations import OrderCall, Record, Transition
 from flashsale.sale import SaleState
 from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
@@ -188,7 +188,7 @@ class _Change:
         else:
             self._transitions.change(self._item_id, call, self._decided)
 
-    def _call(self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray) -> Call:
+    def _call(self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray) -> OrderCall:
         """Parses the call. Raises `Refused`."""
         order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
         if not _ITEM_ID.match(self._item_id):
@@ -196,7 +196,7 @@ class _Change:
         if not _UUID.match(self._reservation_id):
             raise Refused(Problem.UNKNOWN_RESERVATION, "")
         traceparent = _header(headers, b"traceparent")
-        return Call(
+        return OrderCall(
             self._reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
         )
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
-from flashsale.reservations import Call, OutboxEntry, Record, Transition, TransitionReply
+from flashsale.reservations import OrderCall, OutboxEntry, Record, Transition, TransitionReply
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -36,7 +36,7 @@ Answered: TypeAlias = Callable[[Decision, bool], None]
 """Takes the decision on a call, and whether it is durable. Must not raise."""
 
 
-class Transitions(Calls[Call, Decision]):
+class Transitions(Calls[OrderCall, Decision]):
     """Decides the calls of one verb. A process has one for each verb."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Transitions(Calls[Call, Decision]):
         self._publisher = publisher
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
 
-    def change(self, item_id: str, call: Call, answered: Answered) -> None:
+    def change(self, item_id: str, call: OrderCall, answered: Answered) -> None:
         """Calls `answered` exactly once, immediately or later.
 
         Waits for the script and then for Kafka, but for Kafka at most `ACKNOWLEDGED_SECONDS` after
@@ -87,11 +87,11 @@ class Transitions(Calls[Call, Decision]):
         return Decision(failure)
 
     async def _decisions(
-        self, batches: Sequence[tuple[str, Sequence[Call]]]
+        self, batches: Sequence[tuple[str, Sequence[OrderCall]]]
     ) -> Sequence[Sequence[Decision]]:
         return [await self._decide(item_id, calls) for item_id, calls in batches]
 
-    async def _decide(self, item_id: str, calls: Sequence[Call]) -> Sequence[Decision]:
+    async def _decide(self, item_id: str, calls: Sequence[OrderCall]) -> Sequence[Decision]:
         async def send() -> Sequence[TransitionReply | Transition]:
             deadline = CALL_DEADLINE_SECONDS / 2
             engine_id = self._engine.id

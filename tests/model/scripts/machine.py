@@ -14,7 +14,7 @@ from flashsale.keys import ItemKeys
 from flashsale.outbox import Entry
 from flashsale.reservations import (
     FINAL,
-    Call,
+    OrderCall,
     OutboxEntry,
     Record,
     Request,
@@ -187,7 +187,9 @@ class Machine(RuleBasedStateMachine):
             self.retired += named
             self.server.seen["settled"] += expected
 
-    def change_records(self, verb: reservation_model.Verb, calls: list[Call], engine: str) -> None:
+    def change_records(
+        self, verb: reservation_model.Verb, calls: list[OrderCall], engine: str
+    ) -> None:
         """Confirms or cancels reservations on the server and in the model."""
         inventory = self.server.inventory
         method = inventory.confirm if verb == "confirm" else inventory.cancel
@@ -213,7 +215,9 @@ class Machine(RuleBasedStateMachine):
         """Confirms all reservations that are held."""
         records = (self.model.reservations or {}).items()
         held = [
-            Call(own_id, "a", TRACE) for own_id, record in records if record.state is State.HELD
+            OrderCall(own_id, "a", TRACE)
+            for own_id, record in records
+            if record.state is State.HELD
         ]
         if held:
             self.change_records("confirm", held, OWN_ENGINE)

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from flashsale.reservations import FINAL, Call, Outcome, Record, Request, State, Transition
+from flashsale.reservations import FINAL, OrderCall, Outcome, Record, Request, State, Transition
 from tests.model.scripts.item import Hash, Item
 
 Verb = Literal["confirm", "cancel"]
@@ -82,7 +82,7 @@ def _accept(item: Item, sale: Hash, request: Request, now_ms: int) -> None:
 
 
 def change(
-    item: Item, verb: Verb, calls: Sequence[Call], engine: str, now_ms: int
+    item: Item, verb: Verb, calls: Sequence[OrderCall], engine: str, now_ms: int
 ) -> Transition | list[tuple[Transition, Record | None]]:
     """Returns the answers. The caller adds changes to the outbox."""
     sale = item.read()

@@ -8,8 +8,8 @@ from hypothesis.stateful import precondition, rule
 from flashsale.errors import RedisUnavailable
 from flashsale.reservations import (
     BatchReply,
-    Call,
     Expired,
+    OrderCall,
     Outcome,
     Record,
     Request,
@@ -113,7 +113,7 @@ class ReservationRules(Machine):
             known = known or [request.reservation_id for request in self.used]
             own_id = known[pick % len(known)]
             needed = "a" if verb == "confirm" else ""
-            calls.append(Call(own_id, order_ref or needed, TRACE if chance % 2 else ""))
+            calls.append(OrderCall(own_id, order_ref or needed, TRACE if chance % 2 else ""))
         self.change_records(verb, calls, engine)
 
     @rule(limit=st.sampled_from([128, 128, 1, 2]), engine=callers)

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from flashsale.reservations import Call
+from flashsale.reservations import OrderCall
 from tests.model.scripts import reservation_model
 from tests.model.scripts.item import THIS_RUN, Manifest
 from tests.model.scripts.machine import (
@@ -88,7 +88,7 @@ class Stories(SaleRules, RebuildRules):
         requests = self.used[-len(fates) :]
         for verb in VERBS:
             ended = [
-                Call(request.reservation_id, "a", TRACE)
+                OrderCall(request.reservation_id, "a", TRACE)
                 for request, fate in zip(requests, fates, strict=True)
                 if fate == verb
             ]

@@ -7,12 +7,12 @@ from redis.asyncio import Redis
 
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
-from flashsale.reservations import Call, Transition, TransitionReply
+from flashsale.reservations import OrderCall, Transition, TransitionReply
 from tests.support.api import OpenSale, problem, reserve
 
 
 async def cancel(inventory: Inventory, item: str, answer: httpx.Response) -> None:
-    call = Call(answer.json()["reservationId"])
+    call = OrderCall(answer.json()["reservationId"])
     reply = await inventory.cancel(item, [call], timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     assert [one.outcome for one in reply.answers] == [Transition.CHANGED]

@@ -12,7 +12,7 @@ import pytest
 from dev.stack.ports import free_port
 from flashsale import keys
 from flashsale.inventory import Applied
-from flashsale.reservations import Call, TransitionReply
+from flashsale.reservations import OrderCall, TransitionReply
 from tests.support.api import problem, reserve
 from tests.support.eventually import until
 from tests.support.orders import TOKENS, NewApi, Shop, identity, order_client
@@ -326,7 +326,9 @@ async def test_a_repetition_publishes_the_change_of_a_dead_pod(shop: Shop) -> No
     await shop.open()
     path = await shop.hold()
     await shop.settled()
-    reply = await shop.inventory.confirm(shop.item, [Call(identity(path), "o1")], timeout_seconds=5)
+    reply = await shop.inventory.confirm(
+        shop.item, [OrderCall(identity(path), "o1")], timeout_seconds=5
+    )
     assert isinstance(reply, TransitionReply)
     await shop.redis.xdel(shop.keys.outbox, reply.answers[0].entry_id)
     assert (await shop.confirm(path, "o1")).status_code == 200

@@ -11,7 +11,7 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.reservations import (
-    Call,
+    OrderCall,
     Outcome,
     Transition,
     TransitionAnswer,
@@ -33,20 +33,20 @@ async def test_a_reservation_that_redis_does_not_have_is_unknown(
 @pytest.mark.parametrize(
     "bad",
     [
-        Call("", "order-1"),
-        Call("comma,comma", "order-1"),
-        Call("line\nline", "order-1"),
-        Call("id", "comma,comma"),
-        Call("id", "line\nline"),
-        Call("id", "order-1", "line\nline"),
+        OrderCall("", "order-1"),
+        OrderCall("comma,comma", "order-1"),
+        OrderCall("line\nline", "order-1"),
+        OrderCall("id", "comma,comma"),
+        OrderCall("id", "line\nline"),
+        OrderCall("id", "order-1", "line\nline"),
     ],
 )
 @pytest.mark.parametrize("verb", ["confirm", "cancel"])
 async def test_a_malformed_batch_of_calls_changes_nothing(
-    inventory: Inventory, redis: Redis, item: str, verb: Verb, bad: Call
+    inventory: Inventory, redis: Redis, item: str, verb: Verb, bad: OrderCall
 ) -> None:
     await opened(inventory, a_sale(item, hold_seconds=60))
-    good = Call(await hold(inventory, item), "order-1")
+    good = OrderCall(await hold(inventory, item), "order-1")
     before = await contents(redis, item)
     for batch in ([], [bad], [good, bad], [bad, good]):
         with pytest.raises(RedisUnavailable) as refused:
@@ -62,7 +62,9 @@ async def test_a_confirmation_without_an_order_changes_nothing(
     own_id, other = await hold(inventory, item), await hold(inventory, item, "bob")
     before = await contents(redis, item)
     with pytest.raises(RedisUnavailable, match="no order reference"):
-        await changes(inventory, "confirm", item, Call(other, "order-1"), Call(own_id, "", TRACE))
+        await changes(
+            inventory, "confirm", item, OrderCall(other, "order-1"), OrderCall(own_id, "", TRACE)
+        )
     assert await contents(redis, item) == before
 
 
@@ -97,7 +99,7 @@ async def test_a_sale_that_is_not_the_callers_to_change_is_not_changed(
     for field, value in changed.items():
         await redis.hset(ItemKeys.of(item).sale, field, value)
     before = await contents(redis, item)
-    calls = [Call(own_id, "order-1")]
+    calls = [OrderCall(own_id, "order-1")]
     found = [
         await inventory.confirm(item, calls, timeout_seconds=5, engine_id="two"),
         await inventory.cancel(item, calls, timeout_seconds=5, engine_id="two"),
@@ -110,7 +112,7 @@ async def test_a_sale_that_is_not_the_callers_to_change_is_not_changed(
 async def test_an_item_without_a_sale_has_nothing_to_change(
     inventory: Inventory, item: str
 ) -> None:
-    calls = [Call("id", "order-1")]
+    calls = [OrderCall("id", "order-1")]
     assert await inventory.confirm(item, calls, timeout_seconds=5) is Transition.UNKNOWN
     assert await inventory.cancel(item, calls, timeout_seconds=5) is Transition.UNKNOWN
     assert await inventory.expire(item, 9, timeout_seconds=5) is Transition.UNKNOWN
@@ -125,7 +127,7 @@ async def test_a_sale_that_lost_its_holds_is_fenced(
     assert (await inventory.sales([item]))[item].torn
     assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
     assert await inventory.apply(spec, 2) is Applied.FENCED
-    reply = await inventory.confirm(item, [Call(own_id, "order-1")], timeout_seconds=5)
+    reply = await inventory.confirm(item, [OrderCall(own_id, "order-1")], timeout_seconds=5)
     assert reply is Transition.FENCED
 
 
@@ -152,7 +154,7 @@ async def test_a_damaged_record_fails_no_other_call_of_its_batch(
     await opened(inventory, a_sale(item, hold_seconds=60))
     damaged, good = await hold(inventory, item), await hold(inventory, item, "bob")
     await redis.hset(ItemKeys.of(item).reservations, damaged, record)
-    calls = [Call(damaged, "order-1"), Call(good, "order-2")]
+    calls = [OrderCall(damaged, "order-1"), OrderCall(good, "order-2")]
     first, second = await changes(inventory, verb, item, *calls)
     assert first == TransitionAnswer(Transition.UNREADABLE)
     assert second.outcome is Transition.CHANGED

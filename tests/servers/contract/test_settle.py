@@ -13,7 +13,7 @@ from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Applied, Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
-from flashsale.reservations import Call, Outcome, TransitionReply
+from flashsale.reservations import OrderCall, Outcome, TransitionReply
 from tests.support.inventory import a_request, a_sale, answers, drained, opened, outcome
 from tests.support.redis_clusters import Deployment, servers_of
 
@@ -26,7 +26,7 @@ async def a_cancellation(inventory: Inventory, outbox: Outbox, item: str) -> Nam
     request = a_request()
     assert await outcome(inventory, item, request) is Outcome.ACCEPTED
     await drained(outbox, item)
-    reply = await inventory.cancel(item, [Call(request.reservation_id)], timeout_seconds=5)
+    reply = await inventory.cancel(item, [OrderCall(request.reservation_id)], timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     [answer] = reply.answers
     return answer.entry_id, request.reservation_id, 2
@@ -76,7 +76,7 @@ async def test_a_released_unit_above_a_lowered_stock_is_not_sold_again(
     await answers(inventory, item, requests)
     assert await inventory.apply(replace(spec, stock=1), 2) is Applied.CHANGED
     for left, request in zip((2, 1, 0), requests, strict=True):
-        await inventory.cancel(item, [Call(request.reservation_id)], timeout_seconds=5)
+        await inventory.cancel(item, [OrderCall(request.reservation_id)], timeout_seconds=5)
         await drained(outbox, item)
         sale = (await inventory.sales([item]))[item]
         assert (sale.taken, sale.allocated) == (left, max(1, left))
@@ -138,7 +138,7 @@ async def cancelled(inventory: Inventory, outbox: Outbox, item: str, *users: str
     await opened(inventory, a_sale(item, len(users), max_per_user=2, hold_seconds=60))
     await answers(inventory, item, requests)
     await drained(outbox, item)
-    calls = [Call(request.reservation_id) for request in requests]
+    calls = [OrderCall(request.reservation_id) for request in requests]
     reply = await inventory.cancel(item, calls, timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     return [

@@ -12,7 +12,7 @@ from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.reservations import (
     BatchReply,
-    Call,
+    OrderCall,
     Outcome,
     Record,
     State,
@@ -57,7 +57,7 @@ async def test_a_confirmed_hold_has_its_order_and_keeps_its_times(
     await opened(inventory, a_sale(item, 9, max_per_user=2, hold_seconds=60))
     own_id = await hold(inventory, item, quantity=2)
     before = await record_of(inventory, item, own_id)
-    reply = await inventory.confirm(item, [Call(own_id, "order-1", TRACE)], timeout_seconds=5)
+    reply = await inventory.confirm(item, [OrderCall(own_id, "order-1", TRACE)], timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     [(found, entry_id, record)] = reply.answers
     assert found is Transition.CHANGED
@@ -157,7 +157,7 @@ async def test_a_second_call_is_answered_by_the_state_of_the_reservation(
     else:
         assert await change(inventory, "confirm", item, own_id, "order-1") is Transition.CHANGED
     before = await contents(redis, item)
-    [answer] = await changes(inventory, verb, item, Call(own_id, order_ref))
+    [answer] = await changes(inventory, verb, item, OrderCall(own_id, order_ref))
     assert answer.outcome is expected
     record = await record_of(inventory, item, own_id)
     if expected is Transition.CHANGED:
@@ -188,7 +188,7 @@ async def test_a_reservation_twice_in_a_batch_changes_once(
     await opened(inventory, a_sale(item, hold_seconds=60))
     own_id = await hold(inventory, item)
     other = await hold(inventory, item, "bob")
-    calls = [Call(own_id, refs[0]), Call(other, "c"), Call(own_id, refs[1])]
+    calls = [OrderCall(own_id, refs[0]), OrderCall(other, "c"), OrderCall(own_id, refs[1])]
     found = await changes(inventory, verb, item, *calls)
     changed = Transition.CHANGED
     assert [answer.outcome for answer in found] == [changed, changed, second]
@@ -252,7 +252,7 @@ async def test_a_reservation_of_the_previous_version_can_be_changed(
     old = await record_of(inventory, item, own_id)
     assert old == Record(State.CONFIRMED, 1, 1, accepted_ms, "ann", "k", None, accepted_ms, "")
     order_ref = "order-1" if verb == "confirm" else ""
-    [answer] = await changes(inventory, verb, item, Call(own_id, order_ref))
+    [answer] = await changes(inventory, verb, item, OrderCall(own_id, order_ref))
     state = State.CONFIRMED if verb == "confirm" else State.CANCELLED
     assert answer.outcome is Transition.CHANGED
     assert answer.record == old._replace(state=state, version=2, order_ref=order_ref)

@@ -21,7 +21,7 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys, engine_id
-from flashsale.reservations import Call
+from flashsale.reservations import OrderCall
 from flashsale_api.responses import Problem
 from tests.support.api import OWN_SALE, UNKNOWN_ID, OpenSale, reserve
 from tests.support.description import Description, Seen
@@ -184,7 +184,7 @@ async def _check_holds(
     held = [await reserve(http, item, user, key="k") for user in ("ann", "bob")]
     sold_out = await reserve(http, item, "cid")
     first, second = (answer.json()["reservationId"] for answer in held)
-    await inventory.cancel(item, [Call(first)], timeout_seconds=5)
+    await inventory.cancel(item, [OrderCall(first)], timeout_seconds=5)
     await redis.zadd(ItemKeys.of(item).holds, {second: 1})
     await inventory.expire(item, 1, timeout_seconds=5)
     # Kafka has never acknowledged the end of the hold, so it is counted here.

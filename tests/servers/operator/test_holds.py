@@ -10,8 +10,8 @@ import pytest
 from flashsale.inventory import Applied, Freed
 from flashsale.keys import ItemKeys
 from flashsale.reservations import (
-    Call,
     Expired,
+    OrderCall,
     Outcome,
     Record,
     State,
@@ -311,7 +311,7 @@ async def test_a_hold_that_reaches_the_ledger_after_its_item_was_given_away_ends
     assert (await shop.apply(other)).applied is Applied.SEEDED
     await shop.write(late)
     assert (await shop.row(spec.sale_id)).held == 1
-    call = Call(reservation_id, "order-1")
+    call = OrderCall(reservation_id, "order-1")
     reply = await shop.inventory.confirm(spec.item_id, [call], timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     assert [answer.outcome for answer in reply.answers] == [Transition.UNKNOWN_RESERVATION]
@@ -378,7 +378,7 @@ async def end(shop: SimulatedShop, spec: SaleSpec, user: str) -> None:
     """End all open holds of a user."""
     for reservation_id, record in (await records(shop, spec)).items():
         if record.user_id == user and record.state is State.HELD:
-            call = Call(reservation_id)
+            call = OrderCall(reservation_id)
             await shop.inventory.cancel(spec.item_id, [call], timeout_seconds=5)
 
 

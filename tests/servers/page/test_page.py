@@ -17,7 +17,7 @@ from playwright.async_api import Browser, Locator, Page, Route, async_playwright
 
 from dev import debian
 from flashsale.inventory import Inventory
-from flashsale.reservations import Call
+from flashsale.reservations import OrderCall
 from tests.support.api import reserve
 from tests.support.orders import NewApi, Shop
 
@@ -279,7 +279,7 @@ async def test_the_picture_has_a_history(
             for user in range(round(6 / (1 + step / 8))):
                 held = await reserve(buyers, "phone", f"user-{step}-{user}")
                 if user % 2:
-                    call = Call(held.json()["reservationId"], "o1")
+                    call = OrderCall(held.json()["reservationId"], "o1")
                     await shop.inventory.confirm("phone", [call], timeout_seconds=5)
                 await reserve(buyers, "tickets", f"user-{step}-{user}")
             await asyncio.sleep(1.2)  # until the cached answer is old

@@ -9,7 +9,7 @@ from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.reservations import (
-    Call,
+    OrderCall,
     OutboxEntry,
     Record,
     Snapshot,
@@ -32,7 +32,7 @@ class HeldInventory(Inventory):
     """Records the calls, and answers one call per `go.release()`."""
 
     def __init__(self) -> None:
-        self.calls: list[Sequence[Call]] = []
+        self.calls: list[Sequence[OrderCall]] = []
         self.go = asyncio.Semaphore(0)
         self.fail = False
         self.word: Transition | None = None
@@ -43,7 +43,7 @@ class HeldInventory(Inventory):
     async def confirm(
         self,
         item_id: str,  # noqa: ARG002 - every item has a sale
-        calls: Sequence[Call],
+        calls: Sequence[OrderCall],
         **_: object,
     ) -> TransitionReply | Transition:
         self.calls.append(calls)
@@ -77,7 +77,7 @@ def transitions(
     return Transitions(inventory, publisher, Metrics(), engine, "confirm")
 
 
-def change(own: Transitions, call: Call) -> "asyncio.Future[tuple[Decision, bool]]":
+def change(own: Transitions, call: OrderCall) -> "asyncio.Future[tuple[Decision, bool]]":
     """Make a call for the item x. The future has the decision, and whether it is durable."""
     answer: asyncio.Future[tuple[Decision, bool]] = asyncio.get_running_loop().create_future()
     own.change("x", call, lambda decision, durable: answer.set_result((decision, durable)))
@@ -105,7 +105,7 @@ async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
 ) -> None:
     inventory, publisher = HeldInventory(), HeldPublisher()
     inventory.go.release()
-    call = change(transitions(inventory, publisher), Call("id-1", "o"))
+    call = change(transitions(inventory, publisher), OrderCall("id-1", "o"))
     await turns()
     later(monkeypatch, suspended)
     # The acknowledgement is there when the pod goes on, before the pod's timers run.
@@ -116,7 +116,7 @@ async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
 
 async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.MonkeyPatch) -> None:
     inventory, publisher = HeldInventory(), HeldPublisher()
-    call = change(transitions(inventory, publisher), Call("id-1", "o"))
+    call = change(transitions(inventory, publisher), OrderCall("id-1", "o"))
     await turns()
     later(monkeypatch, CALL_DEADLINE_SECONDS / 2)
     inventory.go.release()
@@ -129,7 +129,7 @@ async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.Mon
 async def test_a_call_without_an_acknowledgement_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     inventory, publisher = HeldInventory(), HeldPublisher()
     inventory.go.release()
-    call = change(transitions(inventory, publisher), Call("id-1", "o"))
+    call = change(transitions(inventory, publisher), OrderCall("id-1", "o"))
     await turns()
     later(monkeypatch, ACKNOWLEDGED_SECONDS)
     decision, durable = await call
@@ -141,7 +141,7 @@ async def test_a_reply_from_before_a_suspension_is_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inventory, publisher = HeldInventory(), HeldPublisher()
-    call = change(transitions(inventory, publisher), Call("id-1", "o"))
+    call = change(transitions(inventory, publisher), OrderCall("id-1", "o"))
     await turns()
     later(monkeypatch, 2 * CALL_DEADLINE_SECONDS)
     inventory.go.release()
@@ -156,9 +156,9 @@ async def test_a_reply_from_before_a_suspension_is_ignored(
 async def test_calls_that_arrive_during_calls_form_the_next_call() -> None:
     inventory, publisher = HeldInventory(), HeldPublisher()
     own = transitions(inventory, publisher)
-    calls = [change(own, Call("id-0"))]
+    calls = [change(own, OrderCall("id-0"))]
     await turns()
-    calls += [change(own, Call(f"id-{n}")) for n in range(1, 201)]
+    calls += [change(own, OrderCall(f"id-{n}")) for n in range(1, 201)]
     await turns()
     for _ in range(3):
         inventory.go.release()
@@ -187,4 +187,4 @@ async def test_an_item_whose_keys_may_be_lost_is_not_unknown(
     inventory.word = Transition.UNKNOWN
     inventory.go.release()
     own = transitions(inventory, HeldPublisher(), seen=seen, claimed=claimed)
-    assert (await change(own, Call("id-1", "o")))[0].outcome is outcome
+    assert (await change(own, OrderCall("id-1", "o")))[0].outcome is outcome
