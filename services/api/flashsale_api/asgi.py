@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message
 
 from flashsale_api import responses
 from flashsale_api.reserve import MAX_BODY_BYTES
-from flashsale_api.responses import Handler, Problem, Respond
+from flashsale_api.responses import Handler, Problem, RequestHeaders, Respond
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ def handler(app: ASGIApp, head: dict[str, Any], tasks: set[asyncio.Task[None]]) 
     }
 
     def handle(
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - the scope has them
+        headers: RequestHeaders,  # noqa: ARG001 - the scope has them
         body: bytes | bytearray,
         respond: Respond,
     ) -> None:

@@ -6,16 +6,16 @@ Without either, the API trusts its callers, and the body names the user.
 import asyncio
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from flashsale.fields import USER_ID_PATTERN
 from flashsale_api.metrics import Metrics
+from flashsale_api.responses import RequestHeaders
 from flashsale_api.settings import Settings
 
 USER_ID: Final = re.compile(USER_ID_PATTERN)
 
-RequestHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
 Identified: TypeAlias = Callable[[str, str], None]
 """Takes the user and "", or "" and the reason why the user is unknown.
 

@@ -1,13 +1,13 @@
 """The requests of a connection, with their answers."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from flashsale_api import responses
-from flashsale_api.responses import Handler, Headers, Problem, Respond
+from flashsale_api.responses import Handler, Headers, Problem, RequestHeaders, Respond
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Exchange:
         self,
         answer: Answer,
         handler: Handler | None,
-        headers: Sequence[tuple[bytes, bytes]],
+        headers: RequestHeaders,
         keep_alive: bool,
     ) -> None:
         self._answer: Answer | None = answer
@@ -103,7 +103,7 @@ def _plain(status: int, text: str) -> Handler:
     own = (b"content-type", b"text/plain; charset=utf-8"), responses.NOT_STORED
 
     def handle(
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
+        headers: RequestHeaders,  # noqa: ARG001 - a handler's signature
         body: bytes | bytearray,  # noqa: ARG001
         respond: Respond,
     ) -> None:

@@ -1,12 +1,10 @@
 """The heads of requests: rules that the parser does not check, and the removal of Upgrade."""
 
-from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import httptools
 
-Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
-"""Names in lower case, with their values."""
+from flashsale_api.responses import RequestHeaders
 
 _OF_AN_UPGRADE: Final = (b"upgrade", b"http2-settings")
 
@@ -19,10 +17,10 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
-def check(fields: Fields, version: str) -> bool:
+def check(headers: RequestHeaders, version: str) -> bool:
     """Returns whether the client waits for 100 Continue. Raises `Refused`."""
     expects_100, hosts = False, 0
-    for name, value in fields:
+    for name, value in headers:
         if name == b"host":
             hosts += 1
         elif name == b"transfer-encoding" and value.lower() != b"chunked":
@@ -44,15 +42,15 @@ def path_and_query(url: bytes) -> tuple[bytes, bytes]:
     return path, query
 
 
-def size(url: bytes, fields: Fields) -> int:
+def size(url: bytes, headers: RequestHeaders) -> int:
     """Returns the bytes of a head, without its first line's method and version."""
-    return len(url) + sum(len(name) + len(value) + 4 for name, value in fields)
+    return len(url) + sum(len(name) + len(value) + 4 for name, value in headers)
 
 
-def without_upgrade(method: bytes, url: bytes, version: str, fields: Fields) -> bytes:
+def without_upgrade(method: bytes, url: bytes, version: str, headers: RequestHeaders) -> bytes:
     """Returns a head without the fields that ask for another protocol."""
     lines = [b"%b %b HTTP/%b" % (method, url, version.encode())]
-    for name, value in fields:
+    for name, value in headers:
         kept = value
         if name in _OF_AN_UPGRADE:
             continue

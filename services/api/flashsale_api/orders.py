@@ -28,6 +28,7 @@ from flashsale_api.responses import (
     Handler,
     Headers,
     Problem,
+    RequestHeaders,
     Reservation,
     Respond,
     not_allowed,
@@ -174,9 +175,7 @@ class _Change:
         self._reservation_id = reservation_id
         self._verb = verb
 
-    def begin(
-        self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
-    ) -> None:
+    def begin(self, headers: RequestHeaders, raw: bytes | bytearray, respond: Respond) -> None:
         """Decides the call, and calls `respond` exactly once, immediately or later."""
         self._started = perf_counter()
         self._respond = respond
@@ -188,7 +187,7 @@ class _Change:
         else:
             self._transitions.change(self._item_id, call, self._decided)
 
-    def _call(self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray) -> OrderCall:
+    def _call(self, headers: RequestHeaders, raw: bytes | bytearray) -> OrderCall:
         """Parses the call. Raises `Refused`."""
         order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
         if not _ITEM_ID.match(self._item_id):
@@ -238,7 +237,7 @@ def _slug(problem: Problem) -> str:
     return problem.value.slug.replace("-", "_")
 
 
-def _header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> str:
+def _header(headers: RequestHeaders, wanted: bytes) -> str:
     """Returns the first header of a name, or ""."""
     for name, value in headers:
         if name == wanted:
@@ -286,9 +285,7 @@ class OrderPort:
         else:
             permitted = not_allowed("POST")
 
-        def handle(
-            headers: Sequence[tuple[bytes, bytes]], body: bytes | bytearray, respond: Respond
-        ) -> None:
+        def handle(headers: RequestHeaders, body: bytes | bytearray, respond: Respond) -> None:
             if len(body) > MAX_BODY_BYTES:
                 respond(*plain(Problem.BODY_TOO_LARGE))
             elif problem := self._problem(headers):
@@ -312,7 +309,7 @@ class OrderPort:
         status, headers, body = render(Problem.UNAUTHORIZED, problem)
         return status, (*headers, (b"www-authenticate", b"Bearer")), body
 
-    def _problem(self, headers: Sequence[tuple[bytes, bytes]]) -> str:
+    def _problem(self, headers: RequestHeaders) -> str:
         """Returns the reason to refuse a request, or "". Takes the same time for any token."""
         sent = [value for name, value in headers if name == b"authorization"]
         if len(sent) != 1:

@@ -6,7 +6,7 @@ these two by their hashes, and no other source.
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from hashlib import sha256
 from html import escape
@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from flashsale_api.responses import NOT_STORED, Handler, Headers, Respond
+from flashsale_api.responses import NOT_STORED, Handler, Headers, RequestHeaders, Respond
 from flashsale_api.sales import Encoded, SaleView
 
 PAGE_PATH: Final = b"/"
@@ -54,16 +54,14 @@ class Page:
         self._shown: tuple[bytes, Encoded] | None = None
         """An answer of GET /sales, and the page that shows it."""
 
-    def handle(
-        self, headers: Sequence[tuple[bytes, bytes]], body: bytes | bytearray, respond: Respond
-    ) -> None:
+    def handle(self, headers: RequestHeaders, body: bytes | bytearray, respond: Respond) -> None:
         """Answers GET and HEAD. The page is rendered again only if the sales have changed."""
         # The condition of the request is about the page, not about the sales.
         self._sales((), body, partial(self._answer, headers, respond))
 
     def _answer(
         self,
-        headers: Sequence[tuple[bytes, bytes]],
+        headers: RequestHeaders,
         respond: Respond,
         status: int,
         sent: Headers,

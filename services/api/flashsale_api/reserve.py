@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -19,7 +18,7 @@ from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
 from flashsale_api.metrics import Metrics
 from flashsale_api.reservation_ids import reservation_id
-from flashsale_api.responses import Headers, Problem, Reservation, Respond
+from flashsale_api.responses import Headers, Problem, RequestHeaders, Reservation, Respond
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -165,9 +164,7 @@ class Reserve:
         )
         self._trust_traceparent = trust_traceparent
 
-    def begin(
-        self, headers: Sequence[tuple[bytes, bytes]], raw: bytes | bytearray, respond: Respond
-    ) -> None:
+    def begin(self, headers: RequestHeaders, raw: bytes | bytearray, respond: Respond) -> None:
         """Decides a request, and calls `respond` exactly once, immediately or later.
 
         `raw` is the whole body, or more than `MAX_BODY_BYTES` of it.
@@ -259,7 +256,7 @@ class _Pending:
 
 
 def _parsed(
-    headers: Sequence[tuple[bytes, bytes]],
+    headers: RequestHeaders,
     raw: bytes | bytearray,
     body: JsonBody[ReserveBody] | JsonBody[AuthenticatedBody],
 ) -> tuple[ReserveBody | AuthenticatedBody, str, str]:

@@ -84,10 +84,13 @@ class Problem(Enum):
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
 
 
-Headers = tuple[tuple[bytes, bytes], ...]
+RequestHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
+"""Names in lower case, with their values."""
+Headers: TypeAlias = tuple[tuple[bytes, bytes], ...]
+"""The headers of an answer."""
 Respond: TypeAlias = Callable[[int, Headers, bytes], None]
 """Takes the status, the headers without a length, and the body."""
-Handler: TypeAlias = Callable[[Sequence[tuple[bytes, bytes]], bytes | bytearray, Respond], None]
+Handler: TypeAlias = Callable[[RequestHeaders, bytes | bytearray, Respond], None]
 """Takes the headers, the body (or a part of one that is too large), and a function.
 
 It calls the function exactly once, immediately or later.
@@ -155,7 +158,7 @@ def not_allowed(methods: str) -> Handler:
     """Returns the handler of a path that supports only `methods`."""
 
     def handle(
-        headers: Sequence[tuple[bytes, bytes]],  # noqa: ARG001 - a handler's signature
+        headers: RequestHeaders,  # noqa: ARG001 - a handler's signature
         body: bytes | bytearray,  # noqa: ARG001
         respond: Respond,
     ) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from functools import partial
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -18,7 +18,7 @@ from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
 from flashsale_api.authentication import Authentication
 from flashsale_api.engine import Engine
-from flashsale_api.responses import Handler, Headers, Problem, Reservation, Respond
+from flashsale_api.responses import Handler, Headers, Problem, RequestHeaders, Reservation, Respond
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Encoded(NamedTuple):
         etag = b'"%b"' % blake2b(body, digest_size=8).hexdigest().encode()
         return cls(_now(), (*headers, _CACHED, (b"etag", etag)), body)
 
-    def respond(self, headers: Sequence[tuple[bytes, bytes]], respond: Respond) -> None:
+    def respond(self, headers: RequestHeaders, respond: Respond) -> None:
         """Answers a request, with 304 if the client has this answer."""
         etag = self.headers[-1]
         for name, value in headers:
@@ -122,7 +122,7 @@ class Sales:
     def _sales(
         self,
         item_id: str,
-        headers: Sequence[tuple[bytes, bytes]],
+        headers: RequestHeaders,
         _: bytes | bytearray,
         respond: Respond,
     ) -> None:
@@ -140,7 +140,7 @@ class Sales:
         self,
         item_id: str,
         reservation_id: str,
-        headers: Sequence[tuple[bytes, bytes]],
+        headers: RequestHeaders,
         _: bytes | bytearray,
         respond: Respond,
     ) -> None:
@@ -200,9 +200,7 @@ class Sales:
         else:
             respond(*responses.plain(Problem.UNKNOWN_RESERVATION))
 
-    async def _wait(
-        self, item_id: str, headers: Sequence[tuple[bytes, bytes]], respond: Respond
-    ) -> None:
+    async def _wait(self, item_id: str, headers: RequestHeaders, respond: Respond) -> None:
         encoded = await asyncio.shield(self._read(item_id))
         if encoded is None:
             respond(*responses.plain(self._without_keys(item_id)))
@@ -271,9 +269,7 @@ class Sales:
         ]
 
 
-def _refuse(
-    problem: Problem, _: Sequence[tuple[bytes, bytes]], __: bytes | bytearray, respond: Respond
-) -> None:
+def _refuse(problem: Problem, _: RequestHeaders, __: bytes | bytearray, respond: Respond) -> None:
     respond(*responses.plain(problem))
 
 

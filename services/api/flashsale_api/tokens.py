@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.exceptions import PyJWTError
 
 from flashsale.tls import relaxed
-from flashsale_api.authentication import USER_ID, Authentication, Identified, RequestHeaders
+from flashsale_api.authentication import USER_ID, Authentication, Identified
 from flashsale_api.metrics import Metrics
+from flashsale_api.responses import RequestHeaders
 
 log = logging.getLogger(__name__)
 
