@@ -248,7 +248,8 @@ class RedisCheck:
 async def _http_problem(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    return problem_response(responses.of_status(error.status_code), headers=error.headers)
+    problem = responses.of_status(error.status_code)
+    return responses.starlette_response(*responses.plain(problem), error.headers)
 
 
 async def _internal_problem(_: Request, __: Exception) -> Response:

@@ -15,6 +15,8 @@ from flashsale_api.responses import RequestHeaders
 from flashsale_api.settings import Settings
 
 USER_ID: Final = re.compile(USER_ID_PATTERN)
+UNAUTHENTICATED: Final = "send one header Authorization: Bearer <token>"
+"""Why a request without a bearer token is refused."""
 
 Identified: TypeAlias = Callable[[str, str], None]
 """Takes the user and "", or "" and the reason why the user is unknown.
@@ -55,6 +57,13 @@ class GatewayHeader(Authentication):
             then(user, "")
         else:
             then("", f"the header {self._name} is not a userId")
+
+
+def bearer_token(headers: RequestHeaders) -> bytes:
+    """Returns the bearer token of a request (RFC 6750), or nothing unless there is exactly one."""
+    found = [value for name, value in headers if name == b"authorization"]
+    scheme, _, token = found[0].partition(b" ") if len(found) == 1 else (b"", b"", b"")
+    return token.strip(b" ") if scheme.lower() == b"bearer" else b""
 
 
 def of_settings(settings: Settings, metrics: Metrics) -> Authentication | None:

@@ -20,11 +20,13 @@ from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN, OrderRef
 from flashsale.inventory import Inventory
 from flashsale.reservations import OrderCall, Record, Transition
 from flashsale.sale import SaleState
+from flashsale_api.authentication import UNAUTHENTICATED, bearer_token
 from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.reserve import MAX_BODY_BYTES, TRACEPARENT, JsonBody, Refused
 from flashsale_api.responses import (
+    JSON,
     Handler,
     Headers,
     Problem,
@@ -35,6 +37,8 @@ from flashsale_api.responses import (
     plain,
     problem_response,
     render,
+    starlette_response,
+    unauthorized,
 )
 from flashsale_api.transitions import Decision, Transitions
 
@@ -47,7 +51,6 @@ _ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
 _UUID: Final = re.compile(UUID_PATTERN)
 _PATH: Final = "/sales/{item_id}/reservations/{reservation_id}"
 _CHANGE: Final = re.compile(rb"/sales/([^/]+)/reservations/([^/]+)/(confirm|cancel)")
-_JSON: Final = (b"content-type", b"application/json")
 _RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
 
 _PROBLEMS: Final = {
@@ -183,7 +186,7 @@ class _Change:
             call = self._call(headers, raw)
         except Refused as refused:
             answer = render(refused.problem, refused.detail, **refused.members)
-            self._answer(_slug(refused.problem), *answer)
+            self._answer(refused.problem.outcome, *answer)
         else:
             self._transitions.change(self._item_id, call, self._decided)
 
@@ -226,15 +229,11 @@ def _answer_to(
     """Returns the outcome for the metrics, and the answer."""
     if decision.record is None:
         problem = _PROBLEMS[decision.outcome]
-        return _slug(problem), *render(problem, _DETAILS.get(problem))
+        return problem.outcome, *render(problem, _DETAILS.get(problem))
     body = _encode(OrderView.of(item_id, decision.sale_id, reservation_id, decision.record))
     if durable:
-        return decision.outcome, 200, (_JSON,), body
-    return "unacknowledged", 202, (_JSON, _RETRY), body
-
-
-def _slug(problem: Problem) -> str:
-    return problem.value.slug.replace("-", "_")
+        return decision.outcome, 200, (JSON,), body
+    return "unacknowledged", 202, (JSON, _RETRY), body
 
 
 def _header(headers: RequestHeaders, wanted: bytes) -> str:
@@ -297,27 +296,19 @@ class OrderPort:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if problem := self._problem(scope["headers"]):
-            status, headers, body = self._unauthorized(problem)
-            answer = Response(body, status)
-            answer.raw_headers.extend(headers)
-            await answer(scope, receive, send)
+            await starlette_response(*self._unauthorized(problem))(scope, receive, send)
         else:
             await self._rest(scope, receive, send)
 
     def _unauthorized(self, problem: str) -> tuple[int, Headers, bytes]:
-        self._metrics.transitions.labels("", "", "unauthorized").inc()
-        status, headers, body = render(Problem.UNAUTHORIZED, problem)
-        return status, (*headers, (b"www-authenticate", b"Bearer")), body
+        self._metrics.transitions.labels("", "", Problem.UNAUTHORIZED.outcome).inc()
+        return unauthorized(problem)
 
     def _problem(self, headers: RequestHeaders) -> str:
         """Returns the reason to refuse a request, or "". Takes the same time for any token."""
-        sent = [value for name, value in headers if name == b"authorization"]
-        if len(sent) != 1:
-            return "send one header Authorization: Bearer <token>"
-        scheme, _, token = sent[0].partition(b" ")
-        if scheme.lower() != b"bearer":
-            return "send the header Authorization: Bearer <token>"
-        token = token.strip(b" ")
+        token = bearer_token(headers)
+        if not token:
+            return UNAUTHENTICATED
         right = [hmac.compare_digest(token, own) for own in self._tokens]
         return "" if any(right) else "the API does not have this token"
 

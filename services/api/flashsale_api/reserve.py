@@ -18,7 +18,7 @@ from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
 from flashsale_api.metrics import Metrics
 from flashsale_api.reservation_ids import reservation_id
-from flashsale_api.responses import Headers, Problem, RequestHeaders, Reservation, Respond
+from flashsale_api.responses import JSON, Headers, Problem, RequestHeaders, Reservation, Respond
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -32,7 +32,6 @@ MAX_BODY_BYTES: Final = 16 * 1024
 
 _KEY: Final = re.compile(USER_ID_PATTERN)
 TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
-_JSON: Final = (b"content-type", b"application/json")
 _FIELD: Final = re.compile(r"^(?P<rule>.*?) - at `\$\.(?P<field>[^`]*)`$", re.DOTALL)
 _UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
@@ -173,7 +172,7 @@ class Reserve:
         try:
             order, request_key, caller = _parsed(headers, raw, self._body)
         except Refused as refused:
-            self._metrics.outcomes("")[refused.problem.value.slug.replace("-", "_")].inc()
+            self._metrics.outcomes("")[refused.problem.outcome].inc()
             answer = responses.render(refused.problem, refused.detail, **refused.members)
             self._metrics.rejected.observe(perf_counter() - started)
             respond(*answer)
@@ -317,7 +316,7 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
     if record is not None:
         body = _encode(Reservation.of(item_id, decision.sale_id, decision.reservation_id, record))
         location = _location(item_id, decision.reservation_id)
-        return 202, (_JSON, (b"location", location)), body
+        return 202, (JSON, (b"location", location)), body
     problem = _PROBLEMS[decision.outcome]
     if problem is Problem.NOT_OPEN:
         status, headers, body = responses.render(

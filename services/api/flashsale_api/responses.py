@@ -13,6 +13,7 @@ from flashsale.reservations import Record
 from flashsale.sale import rfc3339_of_ms
 
 CONTENT_TYPE: Final = b"application/problem+json"
+JSON: Final = (b"content-type", b"application/json")
 NOT_STORED: Final = (b"cache-control", b"no-store")
 """The header of an answer that no cache may repeat.
 
@@ -83,6 +84,11 @@ class Problem(Enum):
     KEYS_UNAVAILABLE = Kind("keys-unavailable", 503, "The issuer's keys cannot be read now", 1)
     OUTCOME_UNKNOWN = Kind("outcome-unknown", 503, "The reservation may or may not exist", 1)
 
+    @property
+    def outcome(self) -> str:
+        """The problem as the metrics name it."""
+        return self.value.slug.replace("-", "_")
+
 
 RequestHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
 """Names in lower case, with their values."""
@@ -140,18 +146,18 @@ def render(
     return kind.status, headers, msgspec.json.encode(body | members)
 
 
-def problem_response(
-    problem: Problem,
-    detail: str | None = None,
-    *,
-    headers: Mapping[str, str] | None = None,
-    members: Mapping[str, object] | None = None,
+def starlette_response(
+    status: int, headers: Headers, body: bytes, more: Mapping[str, str] | None = None
 ) -> Response:
-    """Returns a problem as Starlette's response, with additional `headers` and `members`."""
-    status, own, body = render(problem, detail, **(members or {}))
-    made = Response(body, status, headers)
-    made.raw_headers.extend(own)
+    """Returns an answer as Starlette's response, with `more` headers."""
+    made = Response(body, status, more)
+    made.raw_headers.extend(headers)
     return made
+
+
+def problem_response(problem: Problem, detail: str | None = None) -> Response:
+    """Returns a problem as Starlette's response."""
+    return starlette_response(*render(problem, detail))
 
 
 def not_allowed(methods: str) -> Handler:

@@ -18,7 +18,15 @@ from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
 from flashsale_api.authentication import Authentication
 from flashsale_api.engine import Engine
-from flashsale_api.responses import Handler, Headers, Problem, RequestHeaders, Reservation, Respond
+from flashsale_api.responses import (
+    JSON,
+    Handler,
+    Headers,
+    Problem,
+    RequestHeaders,
+    Reservation,
+    Respond,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +42,6 @@ PAGE: Final = 50
 
 _ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
 _UUID: Final = re.compile(UUID_PATTERN)
-_JSON: Final = (b"content-type", b"application/json")
 _CACHED: Final = (
     b"cache-control",
     b"public, max-age=1, stale-while-revalidate=5, stale-if-error=60",
@@ -71,7 +78,7 @@ class Encoded(NamedTuple):
     body: bytes
 
     @classmethod
-    def of(cls, body: bytes, headers: Headers = (_JSON,)) -> "Encoded":
+    def of(cls, body: bytes, headers: Headers = (JSON,)) -> "Encoded":
         etag = b'"%b"' % blake2b(body, digest_size=8).hexdigest().encode()
         return cls(_now(), (*headers, _CACHED, (b"etag", etag)), body)
 
@@ -193,7 +200,7 @@ class Sales:
         elif record is not None and user_id in (record.user_id, ""):
             shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
             body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
-            respond(200, (_JSON, responses.NOT_STORED), body)
+            respond(200, (JSON, responses.NOT_STORED), body)
         elif sale.state(*server) is SaleState.FENCED:
             # Redis may have lost the reservation, while the ledger still has it.
             respond(*responses.plain(Problem.FENCED))

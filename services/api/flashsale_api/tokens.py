@@ -20,7 +20,13 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.exceptions import PyJWTError
 
 from flashsale.tls import relaxed
-from flashsale_api.authentication import USER_ID, Authentication, Identified
+from flashsale_api.authentication import (
+    UNAUTHENTICATED,
+    USER_ID,
+    Authentication,
+    Identified,
+    bearer_token,
+)
 from flashsale_api.metrics import Metrics
 from flashsale_api.responses import RequestHeaders
 
@@ -81,11 +87,9 @@ class Tokens(Authentication):
         self._users.clear()
 
     def identify(self, headers: RequestHeaders, then: Identified) -> None:
-        found = [value for name, value in headers if name == b"authorization"]
-        scheme, _, token = found[0].partition(b" ") if len(found) == 1 else (b"", b"", b"")
-        token = token.strip(b" ")
-        if scheme.lower() != b"bearer" or not token:
-            then("", "send one header Authorization: Bearer <token>")
+        token = bearer_token(headers)
+        if not token:
+            then("", UNAUTHENTICATED)
             return
         if len(token) > MAX_TOKEN_BYTES:
             then("", f"the token has more than {MAX_TOKEN_BYTES} bytes")
