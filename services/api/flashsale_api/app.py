@@ -182,17 +182,11 @@ def create_app(  # noqa: PLR0915 - the composition root
         return Response("ok\n", media_type="text/plain")
 
     async def readyz(_: Request) -> Response:
-        if engine.conflict:
-            return Response(f"{engine.conflict}\n", 503, media_type="text/plain")
-        if redis_check.problem:
-            return Response(f"{redis_check.problem}\n", 503, media_type="text/plain")
-        if buyers and buyers.problem:
-            return Response(f"{buyers.problem}\n", 503, media_type="text/plain")
-        if not pulse.begun:
-            return Response(
-                "Redis has no heartbeat of this pod yet\n", 503, media_type="text/plain"
-            )
-        return Response("ready\n", media_type="text/plain")
+        problem = engine.conflict or redis_check.problem or (buyers.problem if buyers else "")
+        if not problem and not pulse.begun:
+            problem = "Redis has no heartbeat of this pod yet"
+        status = 503 if problem else 200
+        return Response(f"{problem or 'ready'}\n", status, media_type="text/plain")
 
     description = (files("flashsale_api") / "openapi.json").read_bytes()
 
