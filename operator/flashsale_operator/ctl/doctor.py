@@ -255,7 +255,7 @@ async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> 
 
     None if Kafka does not tell it. The user may lack the right, or Kafka may be new.
     """
-    group, decisive = events.consumer_check_group(engine), TopicPartition(events.topic(engine), 0)
+    group, decisive = events.consumer_group(engine), TopicPartition(events.topic(engine), 0)
     try:
         committed = await admin.list_consumer_group_offsets(group, partitions=[decisive])
     except KafkaError:
