@@ -158,6 +158,8 @@ class _Connections:
 
 async def _send(writer: asyncio.StreamWriter, answer: Answer, *, with_body: bool = True) -> None:
     """Sends an answer in pieces, because a copy of all metrics may wait for each client."""
+    if writer.transport.is_closing():  # uvloop raises a RuntimeError for a write
+        raise ConnectionResetError
     fields = [
         f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
         f"Date: {formatdate(usegmt=True)}",

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import socket
+import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -73,6 +75,13 @@ async def connection(server: ApiServer | int) -> AsyncIterator[Wire]:
         yield Wire(reader, writer)
     finally:
         writer.transport.abort()
+
+
+def reset(wire: Wire) -> None:
+    """Close a connection with a reset, as a process that is killed with unread bytes does."""
+    own = wire.writer.get_extra_info("socket")
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wire.writer.transport.abort()
 
 
 @contextmanager

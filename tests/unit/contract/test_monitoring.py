@@ -1,18 +1,20 @@
 """The HTTP server for health checks and metrics, and clients that misuse it."""
 
 import asyncio
+import gc
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
+import uvloop
 
 from flashsale import monitoring
 from flashsale.monitoring import MAX_CONNECTIONS, Answer, Scrapes, line, serving
 from flashsale.sockets import bound
 from tests.support.eventually import until
-from tests.support.wire import GET, Wire, connection
+from tests.support.wire import GET, Wire, connection, reset
 
 LARGE = b"x" * 16_000_000
 
@@ -155,6 +157,35 @@ async def test_the_end_closes_open_connections() -> None:
         assert await wire.rest() == b""
         with pytest.raises(ConnectionError):
             await exchange(port, GET)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_client_that_resets_while_its_answer_is_made_leaves_no_traceback(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scrape can wait for a second. A closed connection of uvloop raises a RuntimeError."""
+
+    async def leave() -> None:
+        asked, gone = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Answer:
+            asked.set()
+            await gone.wait()
+            return line("text")
+
+        async with served({"/healthz": slow}) as port:
+            async with connection(port) as wire:
+                wire.send(GET)
+                await asked.wait()
+                reset(wire)
+            await asyncio.sleep(0.2)  # the server's loop notices the reset
+            gone.set()
+            await asyncio.sleep(0.1)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(leave())
+    gc.collect()
+    assert not caplog.text
 
 
 async def test_scrapes_at_the_same_time_share_a_text_made_after_they_began() -> None:
