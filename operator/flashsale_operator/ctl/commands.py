@@ -132,8 +132,8 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
     async with connected(addresses) as clients:
         await engine.require_servers(Checks(), clients.inventory, clients.pool)
         await ledger.migrate(clients.pool, clients.inventory.engine)
-        if not force:
-            await _refuse_declared(clients, "apply -f FILE", {spec.sale_id for spec in specs})
+        sale_ids = {spec.sale_id for spec in specs}
+        await _check_declared(clients, "apply -f FILE", sale_ids, force=force)
         reconciler = Reconciler(
             clients.inventory, clients.pool, rebuilder_of(clients, addresses).rebuild
         )
@@ -161,13 +161,17 @@ async def close(environ: Environ, item: str, *, force: bool) -> int:
     async with connected(settings.load(Stores, environ), item) as clients:
         reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
         sale_ids = await reconciler.sales_to_close(item)
-        if not force:
-            await _refuse_declared(clients, "delete flashsale", set(sale_ids))
+        await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)
         return max([_print_result(await reconciler.close(sale_id)) for sale_id in sale_ids])
 
 
-async def _refuse_declared(clients: Clients, kubectl: str, sale_ids: AbstractSet[str]) -> None:
-    """Raises `HasFlashSale` if the operator would undo a change of one of the sales."""
+async def _check_declared(
+    clients: Clients, kubectl: str, sale_ids: AbstractSet[str], *, force: bool
+) -> None:
+    """Raises `HasFlashSale` if the operator would undo a change of one of the sales.
+
+    With `force`, a warning is printed instead.
+    """
     declared = [
         row.sale_id
         for row in await ledger.sales(clients.pool)
@@ -176,10 +180,17 @@ async def _refuse_declared(clients: Clients, kubectl: str, sale_ids: AbstractSet
     if declared:
         namespace, _, name = declared[0].partition("/")
         target = "" if kubectl.startswith("apply") else f" {name}"
-        raise HasFlashSale(
-            f"{' and '.join(declared)}: a FlashSale declares the sale, and the operator would undo "
-            f"this change. Run `kubectl -n {namespace} {kubectl}{target}`, or add --force while no "
-            "operator runs"
+        command = f"kubectl -n {namespace} {kubectl}{target}"
+        sales = " and ".join(declared)
+        if not force:
+            raise HasFlashSale(
+                f"{sales}: a FlashSale declares the sale, and the operator would undo this change. "
+                f"Run `{command}`, or add --force while no operator runs"
+            )
+        print(
+            f"flashsalectl: {sales}: a FlashSale declares the sale, and the next operator undoes "
+            f"this change. Before that, also run `{command}`",
+            file=sys.stderr,
         )
 
 
@@ -193,8 +204,7 @@ async def delete(environ: Environ, item: str, *, force: bool) -> int:
         reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
         engine_id = await ledger.engine_id(clients.pool, addresses.engine)
         sale_ids = await reconciler.sales_to_close(item)
-        if not force:
-            await _refuse_declared(clients, "delete flashsale", set(sale_ids))
+        await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)
         code = 0
         for sale_id in sale_ids:
             await reconciler.close(sale_id)

@@ -20,11 +20,14 @@ from flashsale import events
 from flashsale.events import Event
 from flashsale.inventory import Freed
 from flashsale.keys import ItemKeys
+from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
+from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.documents import documents_of
 from flashsale_operator.sales.manifest import parse
+from tests.support.controllers import FakeKube, controller
 from tests.support.ctl import HEAD, SAMPLE, Ctl, Within, a_file
 from tests.support.manifests import flash_sale
 from tests.support.simulated_shop import SimulatedShop
@@ -65,6 +68,30 @@ def test_a_sale_from_apply_to_close(ctl: Ctl, tmp_path: Path) -> None:
         0,
         ["sale default/iphone-15 unchanged: Closing, 0 units recorded"],
     )
+
+
+def test_a_sale_of_a_flashsale_is_closed_by_force_with_a_warning(
+    ctl: Ctl, within: Within, spec: SaleSpec
+) -> None:
+    """The operator is down. When it comes back, it opens the sale again."""
+    name = spec.sale_id.partition("/")[2]
+
+    async def declare(shop: SimulatedShop) -> None:
+        await shop.reconciler.reconcile(spec, "uid-1")
+
+    async def operator_is_back(shop: SimulatedShop) -> None:
+        await controller(shop, FakeKube(spec)).reconcile(Key.of(spec.sale_id))
+        assert await shop.buy(spec.item_id, "ann") == [Outcome.ACCEPTED]
+
+    within(declare)
+    code, out, [refusal] = ctl("close", spec.item_id)
+    assert (code, out) == (1, [])
+    assert f"Run `kubectl -n default delete flashsale {name}`, or add --force" in refusal
+    code, [closed], [warning] = ctl("close", "--force", spec.item_id)
+    assert (code, closed) == (0, f"sale {spec.sale_id} closed: Closing, 0 units recorded")
+    assert "the next operator undoes this change" in warning
+    assert warning.endswith(f"also run `kubectl -n default delete flashsale {name}`")
+    within(operator_is_back)
 
 
 def test_get_shows_sales_that_only_one_store_has(
