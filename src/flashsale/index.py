@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
-from flashsale import keys, pipelines
+from flashsale import keys
 from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.keys import ItemKeys
 from flashsale.nodes import Nodes
@@ -11,13 +11,12 @@ from flashsale.scripts import Script, Scripts
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
-    from redis.asyncio.client import Pipeline
 
 T = TypeVar("T")
 
 
 class Indexed(NamedTuple):
-    """The items of the index, sorted, and whether Redis had the engine's id at that moment.
+    """The items of the index, sorted, and whether this run of Redis was claimed at that moment.
 
     `claimed` is None while the index is away. The items are then those that were read last.
     """
@@ -38,7 +37,9 @@ class Index:
         self._items = keys.items(engine)
         self._id = keys.engine_id(engine)
         self._scripts = Scripts(nodes)
+        self._run = keys.claimed_run(engine)
         self._claim = Script("claim")
+        self._look = Script("index")
         self._last_items: list[str] = []
 
     async def add(self, item_ids: Iterable[str]) -> None:
@@ -72,25 +73,26 @@ class Index:
         return sorted(found.union(self._last_items))
 
     async def read(self) -> Indexed:
-        """Returns the index and whether Redis has the engine's id, in one round trip.
+        """Returns the index and whether this run of Redis is claimed, in one round trip.
 
-        Without the id, Redis is new or has lost it, so the index may lack items.
+        Without a claim, Redis is new, has lost its keys or is an older copy of itself. So the index
+        may lack items.
         """
-
-        def queue(pipeline: "Pipeline", index: str) -> None:
-            # The id comes last, because a loss between the two must not leave it with no items.
-            pipeline.smembers(index)
-            pipeline.exists(self._id)
-
         try:
-            found = await pipelines.each(self._nodes, [self._items], str, queue)
+            owner, current, members = await self._looked()
         except RedisUnavailable:
             if not self._last_items:
                 raise
             return Indexed(self._last_items, None)
-        members, claimed = found[self._items]
         self._last_items = sorted(members)
-        return Indexed(self._last_items, bool(claimed))
+        return Indexed(self._last_items, bool(owner and current))
+
+    async def _looked(self) -> tuple[str, int, list[str]]:
+        """Returns the answer of `index.lua`."""
+        owner, current, members = await self._scripts.call(
+            self._look, (self._id, self._items, self._run), ()
+        )
+        return owner, current, members
 
     async def engine_id(self) -> str:
         """Returns the id of the engine that this Redis serves, or "" if none has claimed it."""
@@ -100,15 +102,18 @@ class Index:
         return found or ""
 
     async def claimed(self, engine_id: str) -> bool:
-        """Whether the engine has claimed this Redis. False while the claim's node is away.
+        """Whether the engine has claimed this run of Redis. False while the claim's node is away.
 
         Raises `OtherEngine` if another engine has claimed it.
         """
-        owner = await self._try(
-            self._id, lambda redis: cast("Awaitable[str | None]", redis.get(self._id))
-        )
-        self._require(owner or "", engine_id)
-        return bool(owner)
+        try:
+            owner, current, _ = await self._looked()
+        except RedisUnavailable:
+            if self._nodes.single:
+                raise
+            return False
+        self._require(owner, engine_id)
+        return bool(owner and current)
 
     async def claim(self, engine_id: str, item_ids: Iterable[str] = ()) -> None:
         """Claims this Redis for an engine, and adds items to the index at the same moment.
@@ -119,7 +124,7 @@ class Index:
         """
         try:
             owner = await self._scripts.call(
-                self._claim, (self._id, self._items), (engine_id, *item_ids)
+                self._claim, (self._id, self._items, self._run), (engine_id, *item_ids)
             )
         except RedisUnavailable:
             if self._nodes.single:

@@ -28,6 +28,14 @@ def items(engine: str) -> str:
     return f"{engine}:items"
 
 
+def claimed_run(engine: str) -> str:
+    """Returns the key of the server's run in which this Redis was claimed last.
+
+    It is in the slot of the items.
+    """
+    return f"{engine}:{{{items(engine)}}}:run"
+
+
 def pods(engine: str) -> str:
     """Returns the key of the set of API pods. Pods of the previous version look only here."""
     return f"{engine}:pods"

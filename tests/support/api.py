@@ -61,12 +61,11 @@ async def accepted(inventory: Inventory, item: str) -> int:
 async def claim(redis_url: str, engine: str = DEFAULT_ENGINE) -> None:
     """Claim Redis, as the operator does. Until then, an API takes unknown items for lost ones.
 
-    Another test may have claimed it already, or may have wiped it since.
+    Another test may have claimed it already, or may have wiped or restarted it since.
     """
     client = redis_client.connect(redis_url)
     inventory = Inventory(client, engine)
-    if not await inventory.index.engine_id():
-        await inventory.index.claim(str(uuid.uuid4()))
+    await inventory.index.claim(await inventory.index.engine_id() or str(uuid.uuid4()))
     await client.aclose()
 
 

@@ -148,7 +148,7 @@ async def _redis(url: str, engine: str, home: _Home | None) -> AsyncIterator[Fin
 
 async def _check_claim(inventory: Inventory, home: _Home) -> Finding:
     try:
-        claimed = await inventory.index.claimed(home.engine_id)
+        await inventory.index.claimed(home.engine_id)
     except OtherEngine as error:
         return Finding(REDIS, str(error), "failure")
     if home.redis_address not in (None, inventory.address):
@@ -157,6 +157,7 @@ async def _check_claim(inventory: Inventory, home: _Home) -> Finding:
             "move them, or name the former address"
         )
         return Finding(REDIS, text, "failure")
+    claimed = await inventory.index.engine_id()
     whose = "belongs to the ledger's engine" if claimed else "belongs to no engine yet"
     return Finding(REDIS, whose, "ok")
 

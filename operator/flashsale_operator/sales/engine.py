@@ -19,10 +19,11 @@ async def claimed_id(inventory: Inventory, pool: ledger.Pool) -> str:
 
 
 async def claim(inventory: Inventory, pool: ledger.Pool, own: str) -> None:
-    """Claims Redis for the engine with the id `own`, unless it is claimed.
+    """Claims Redis for the engine with the id `own`, unless this run of the server is claimed.
 
     To an API pod, an item is unknown if a claimed Redis does not index it. So all items of the
-    ledger are added at the moment of the claim. Raises `OtherEngine` if another engine has claimed
+    ledger are added at the moment of the claim. A restarted Redis can be an older copy that lacks
+    some, so it is claimed again. Raises `OtherEngine` if another engine has claimed
     Redis, `LedgerUnavailable` and `RedisUnavailable`.
     """
     if not await inventory.index.claimed(own):

@@ -9,7 +9,7 @@ from typing import Final
 LOOKS: Final = 60
 """How many looks at the index a pod remembers an item that is not in it any more.
 
-There is a look per second while Redis answers and has the engine's id. Looks are counted instead of
+There is a look per second while Redis answers and its run is claimed. Looks are counted instead of
 seconds, because Redis can come back empty after a long outage. A sale that was freed is remembered
 as long.
 """
@@ -23,7 +23,7 @@ class KnownItems:
 
     def __init__(self) -> None:
         self.complete = False
-        """Whether Redis had the engine's id at the last look. Without it, the index lacks items."""
+        """Whether the run of Redis was claimed at the last look. If not, the index lacks items."""
         self._looks = 0
         self._seen: dict[str, int] = {}
 
@@ -37,8 +37,8 @@ class KnownItems:
     def looked(self, item_ids: Iterable[str], *, claimed: bool) -> None:
         """Notes the items of the index, and forgets those that the last `LOOKS` looks missed.
 
-        `claimed` says whether Redis had the engine's id at that moment. Otherwise the look does not
-        count, and no item is forgotten.
+        `claimed` says whether the run of Redis was claimed at that moment. Otherwise the look does
+        not count, and no item is forgotten.
         """
         self.complete = claimed
         if claimed:

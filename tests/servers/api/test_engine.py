@@ -1,5 +1,7 @@
 """A pod that meets the parts of another engine, on a real Redis and a real Kafka."""
 
+import asyncio
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,6 +114,35 @@ async def test_a_redis_that_lost_all_keys_makes_no_sale_unknown(
     await sweeper.sweep()
     assert engine.may_have_lost(item)
     assert not engine.may_have_lost(f"{item}-unknown")
+
+
+async def test_a_new_pod_takes_no_sale_for_unknown_that_an_older_copy_of_redis_lacks(
+    own_redis: RedisServer, own_inventory: Inventory, item: str, tmp_path: Path
+) -> None:
+    """The copy has the engine's id, but its index lacks the sale."""
+    files, copy = own_redis.data / "appendonlydir", tmp_path / "copy"
+    engine_id = await own_inventory.index.engine_id()
+    await asyncio.to_thread(own_redis.stop)
+    shutil.copytree(files, copy)
+    await asyncio.to_thread(own_redis.start)
+    await opened(own_inventory, a_sale(item))
+    await own_inventory.index.add([item])
+    await asyncio.to_thread(own_redis.stop)
+    shutil.rmtree(files)
+    shutil.copytree(copy, files)
+    await asyncio.to_thread(own_redis.start)
+    with ApiServer(
+        tmp_path / "api", Addresses(own_redis.url, f"127.0.0.1:{free_port()}", "")
+    ) as api:
+        assert await reserve(api, item) == (503, "fenced")
+        await own_inventory.index.claim(engine_id, [item])  # as the next resync does
+
+        async def known() -> bool:
+            return await reserve(api, f"{item}-unknown") == (404, "unknown-item")
+
+        await until(known, "the index is complete again")
+        assert await reserve(api, item) == (503, "fenced")
+        api.kill()
 
 
 async def test_an_outage_of_kafka_does_not_end_a_conflict(
