@@ -2,8 +2,8 @@
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 the most holds to expire, 2 the id of the pod's engine, or ''
--- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
---       (now_ms,sale_id,allocated,capacity,revision,engine) and one line per expired hold:
+-- Returns one word (unknown, unsupported, fenced or other_engine), or the line of the sale
+--       (transition.lua) and one line per expired hold:
 --         ID ENTRY-ID RECORD
 -- Invariants: only a held reservation expires, and only when it is due. A due hold whose record is
 --       missing or cannot be read stays, so that it is reported as overdue. It does not stop the
@@ -33,8 +33,7 @@ for _ = 1, PAGES do
   seen = seen + #due
   if #due < wanted or #changes == limit then break end
 end
-local lines = { table.concat({ integer(sale.now), sale.id, integer(sale.allocated),
-  integer(sale.allocated + sale.released), integer(sale.revision), sale.engine }, ',') }
+local lines = { line_of(sale) }
 for n, entry in ipairs(commit(sale, changes)) do
   lines[n + 1] = changes[n][1] .. ' ' .. entry .. ' ' .. changes[n][2]
 end

@@ -50,6 +50,12 @@ local function commit(sale, changes)
   return entries
 end
 
+-- line_of(sale) returns the first line of an answer:
+--   now_ms,sale_id,allocated,capacity,revision,engine
+local function line_of(sale)
+  return integer(sale.now) .. ',' .. snapshot_of(sale) .. ',' .. sale.engine
+end
+
 -- text_of(sale, record, state) returns the text of the next version of a record.
 local function text_of(sale, record, state)
   return table.concat({ state, integer(next_version(sale, record.version)),
@@ -60,8 +66,8 @@ end
 -- change_all(decide) decides the calls in ARGV[1], one per line: id,order reference,traceparent.
 -- ARGV[2] is the number of calls, and ARGV[3] the id of the pod's engine or ''. decide(record,
 -- order_ref, now) returns the next state and may change the record, or it returns nil and an answer.
--- Returns one word (unknown, unsupported, fenced or other_engine), or the sale
--- (now_ms,sale_id,allocated,capacity,revision,engine) and one line per call, in order:
+-- Returns one word (unknown, unsupported, fenced or other_engine), or the line of the sale and one
+-- line per call, in order:
 --   changed ENTRY-ID RECORD | replayed RECORD | unknown_reservation | unreadable | a refusal
 -- An unreadable record is answered for its own call only. The other calls are decided.
 local function change_all(decide)
@@ -100,7 +106,5 @@ local function change_all(decide)
   for i, entry in ipairs(commit(sale, changes)) do
     answers[changed[i]] = 'changed ' .. entry .. ' ' .. changes[i][2]
   end
-  return table.concat({ now, sale.id, integer(sale.allocated),
-    integer(sale.allocated + sale.released), integer(sale.revision), sale.engine }, ',')
-    .. '\n' .. table.concat(answers, '\n')
+  return line_of(sale) .. '\n' .. table.concat(answers, '\n')
 end
