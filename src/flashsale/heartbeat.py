@@ -40,10 +40,8 @@ Later, the sale may have been rebuilt without the event.
 assert EXPIRY_SECONDS > CALL_DEADLINE_SECONDS + ACKNOWLEDGED_SECONDS  # noqa: S101 - of constants
 _KEPT_SECONDS: Final = 60
 """How long an item keeps the reports of pods that have stopped. Readers ignore expired ones."""
-
-
 _OVERALL: Final = ""
-"""No item, but all."""
+"""Stands for the previous version's heartbeat over all items, in the place of an item."""
 
 
 class Report(NamedTuple):

@@ -130,6 +130,10 @@ class Inventory:
         self._expire = Script("expire", "transition")
         self._look = Script("look")
 
+    async def load(self) -> None:
+        """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
+        await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
+
     @property
     def items_per_call(self) -> int:
         """The number of items that a call of `reserve_all` may have."""
@@ -282,20 +286,6 @@ class Inventory:
                 del holds[item_id]
         return holds
 
-    async def _change(
-        self,
-        script: Script,
-        item_id: str,
-        calls: Sequence[OrderCall],
-        timeout_seconds: float,
-        engine_id: str,
-    ) -> TransitionReply | Transition:
-        lines = "".join(f"{c[0]},{c[1]},{c[2]}\n" for c in calls)
-        reply = await self._scripts.call_quickly(
-            script, self._keys(item_id).sold, (lines, len(calls), engine_id), timeout_seconds
-        )
-        return parse_transitions(str(reply))
-
     async def free(  # noqa: PLR0913 - the row's numbers
         self,
         item_id: str,
@@ -367,7 +357,6 @@ class Inventory:
         an item is away. With `skip_unreadable` such items are left out, unless every server is
         away.
         """
-
         found = {}
         for item_id, reply in (await self._read(item_ids, partial=skip_unreadable)).items():
             try:
@@ -398,16 +387,6 @@ class Inventory:
         """Returns the sale and the server of an item, as `survey` does."""
         sales, servers, _ = await self.survey([item_id])
         return sales.get(item_id), servers[item_id]
-
-    async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
-        def queue(pipeline: "Pipeline", item_id: str) -> None:
-            item = self._keys(item_id)
-            pipeline.hgetall(item.sale)
-            pipeline.xlen(item.outbox)
-            pipeline.exists(item.buyers, item.reservations, item.outbox)
-            pipeline.zcard(item.holds)
-
-        return await pipelines.each(self.nodes, item_ids, self._sale_key, queue, partial=partial)
 
     async def look(self, item_id: str, reservation_id: str = "") -> Look:
         """Reads an item's sale, and one of its reservations, in one quick round trip.
@@ -465,15 +444,35 @@ class Inventory:
         """Returns the name of an item's server in a cluster, as far as it is known."""
         return self.nodes.name_of(item_id)
 
+    async def _change(
+        self,
+        script: Script,
+        item_id: str,
+        calls: Sequence[OrderCall],
+        timeout_seconds: float,
+        engine_id: str,
+    ) -> TransitionReply | Transition:
+        lines = "".join(f"{c[0]},{c[1]},{c[2]}\n" for c in calls)
+        reply = await self._scripts.call_quickly(
+            script, self._keys(item_id).sold, (lines, len(calls), engine_id), timeout_seconds
+        )
+        return parse_transitions(str(reply))
+
+    async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
+        def queue(pipeline: "Pipeline", item_id: str) -> None:
+            item = self._keys(item_id)
+            pipeline.hgetall(item.sale)
+            pipeline.xlen(item.outbox)
+            pipeline.exists(item.buyers, item.reservations, item.outbox)
+            pipeline.zcard(item.holds)
+
+        return await pipelines.each(self.nodes, item_ids, self._sale_key, queue, partial=partial)
+
     def _keys(self, item_id: str) -> ItemKeys:
         return ItemKeys.of(item_id, self.engine)
 
     def _sale_key(self, item_id: str) -> str:
         return self._keys(item_id).sale
-
-    async def load(self) -> None:
-        """Loads the scripts of buyers and orders, so that the first call does not wait for them."""
-        await self._scripts.load(self._reserve, self._confirm, self._cancel, self._expire)
 
 
 _texts = msgspec.json.Decoder(list[str]).decode

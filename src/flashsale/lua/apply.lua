@@ -3,8 +3,8 @@
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 sale id, 2 revision, 3 stock, 4 max per user, 5 starts_ms or '', 6 ends_ms or '',
---       7 state (open, paused), 8 display name or '', 9 hold_ms or 0, 10 the most expired holds of a
---         buyer,
+--       7 state (open, paused), 8 display name or '', 9 hold_ms or 0,
+--       10 the most expired holds of a buyer,
 --       11 seed: '', or the time of Redis' clock (ms) until which the caller may create the keys.
 --         The caller has just seen in the ledger that no data of this sale can be lost. The limit
 --         stops a caller that was suspended since then.

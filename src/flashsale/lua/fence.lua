@@ -27,11 +27,10 @@
 --         unsupported  this version does not support the sale's format
 --         other_engine another engine has the item
 -- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. An ended sale stays
---       ended, even if it was closed since. A sale with fewer
---       accepted units than the ledger, or fewer units that are no longer held, is never trusted,
---       whatever its run. A rebuild that was overtaken finds another mark and cannot write anything
---       more. A rebuild whose mark was lost ends: Redis then lost the pods' heartbeats too, on which
---       the wait depends.
+--       ended, even if it was closed since. A sale with fewer accepted units than the ledger, or
+--       fewer units that are no longer held, is never trusted, whatever its run. A rebuild that was
+--       overtaken finds another mark and cannot write anything more. A rebuild whose mark was lost
+--       ends: Redis then lost the pods' heartbeats too, on which the wait depends.
 
 local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end

@@ -2,9 +2,10 @@
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
 -- ARGV  1 the id of a reservation, or ''
--- Returns a JSON list of strings: Redis' clock in ms, the server's run, the length of the outbox, the
---       number of keys 2 to 4 that exist, the number of open holds, the reservation's record or
---       '', and then the fields of the sale, each name followed by its value. An item without a sale has no fields.
+-- Returns a JSON list of strings: Redis' clock in ms, the server's run, the length of the outbox,
+--       the number of keys 2 to 4 that exist, the number of open holds, the reservation's record or
+--       '', and then the fields of the sale, each name followed by its value. An item without a sale
+--       has no fields.
 -- Invariant: the sale, the reservation and the clock belong to the same moment of the same server.
 
 local record = ARGV[1] ~= '' and redis.call('HGET', KEYS[3], ARGV[1]) or ''
