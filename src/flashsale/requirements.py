@@ -147,6 +147,10 @@ def _of_cluster(
     return lambda facts: found(facts.cluster) if facts.cluster else None
 
 
+def _cluster_setting(name: str, wanted: str) -> Callable[[RedisFacts], str | None]:
+    return _of_cluster(lambda facts: _differs(name, facts.config.get(name), wanted))
+
+
 def _slow_failover(facts: ClusterFacts) -> str | None:
     timeout = facts.config.get("cluster-node-timeout", "5000")
     return f"cluster-node-timeout {timeout}" if int(timeout) > 5000 else None
@@ -212,26 +216,14 @@ REDIS: Final = (
     Requirement[RedisFacts](
         "Redis Cluster",
         "cluster-require-full-coverage no",
-        _of_cluster(
-            lambda facts: _differs(
-                "cluster-require-full-coverage",
-                facts.config.get("cluster-require-full-coverage"),
-                "no",
-            )
-        ),
+        _cluster_setting("cluster-require-full-coverage", "no"),
         "run CONFIG SET cluster-require-full-coverage no, because the loss of one shard would stop "
         "all sales",
     ),
     Requirement[RedisFacts](
         "Redis Cluster",
         "cluster-allow-reads-when-down no",
-        _of_cluster(
-            lambda facts: _differs(
-                "cluster-allow-reads-when-down",
-                facts.config.get("cluster-allow-reads-when-down"),
-                "no",
-            )
-        ),
+        _cluster_setting("cluster-allow-reads-when-down", "no"),
         "run CONFIG SET cluster-allow-reads-when-down no, because scripts would fail when they "
         "first write",
     ),
