@@ -22,7 +22,7 @@ from bench.rig import Api, Consumer, Rig
 from dev.crowd import percentile
 from dev.paths import LOCAL
 from flashsale import events, ledger
-from flashsale.requirements import EVENT_BYTES
+from flashsale.requirements import BATCH_BYTES
 from flashsale.reservations import Record, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import offsets
@@ -188,7 +188,7 @@ async def publish(rig: Rig, count: int) -> str:
     [item] = await asyncio.to_thread(rig.sales)
     snapshot = Snapshot(f"default/{item}", count, count, 1)
     producer = AIOKafkaProducer(
-        bootstrap_servers=rig.kafka.bootstrap, acks="all", max_batch_size=EVENT_BYTES
+        bootstrap_servers=rig.kafka.bootstrap, acks="all", max_batch_size=BATCH_BYTES
     )
     async with producer:
         partitions = sorted(await producer.partitions_for(events.topic()))

@@ -24,7 +24,7 @@ the retention time. Whatever is sent, its disk stays below 15 GiB per copy.
 """
 SEGMENT_BYTES: Final = PARTITION_BYTES // 4
 """Kafka deletes whole segments, so a partition grows to the sum of both sizes."""
-EVENT_BYTES: Final = 256 * 1024
+BATCH_BYTES: Final = 256 * 1024
 """The size of a batch of events. A topic with a lower limit gets smaller batches."""
 
 
@@ -319,7 +319,7 @@ _TOPIC: Final = (
     Requirement[TopicFacts](
         "Kafka",
         "max.message.bytes of 256 KiB or more",
-        lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
+        lambda facts: _number_below(facts.config, "max.message.bytes", BATCH_BYTES),
         "raise the topic's max.message.bytes, because smaller batches cost more",
         fatal=False,
     ),
@@ -335,7 +335,7 @@ RECORDED: Final = (
     Requirement[TopicFacts](
         "Kafka",
         "max.message.bytes of 256 KiB or more for recorded reservations",
-        lambda facts: _number_below(facts.config, "max.message.bytes", EVENT_BYTES),
+        lambda facts: _number_below(facts.config, "max.message.bytes", BATCH_BYTES),
         "raise the topic's max.message.bytes, because smaller batches cost more",
         fatal=False,
     ),

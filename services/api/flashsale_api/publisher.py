@@ -28,6 +28,7 @@ from flashsale import events
 from flashsale.errors import OtherEngine, SettingsError
 from flashsale.events import Event
 from flashsale.outbox import Outbox
+from flashsale.requirements import BATCH_BYTES
 from flashsale.reservations import OutboxEntry, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES: Final = 256 * 1024
 SENDERS: Final = 3
 """Batches in flight. Meanwhile the next batches fill."""
 ENOUGH: Final = 256

@@ -30,7 +30,7 @@ from flashsale import events, requirements
 from flashsale.errors import LedgerUnavailable, SettingsError
 from flashsale.fields import ReservationId, SaleId
 from flashsale.ledger import Pool
-from flashsale.requirements import EVENT_BYTES, PARTITIONS, Checks
+from flashsale.requirements import BATCH_BYTES, PARTITIONS, Checks
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients, topics
 from flashsale_consumer.availability import Availability
@@ -77,7 +77,7 @@ class Announcer:
         up = metrics.server_up.labels("recorded")
         self._availability = Availability(self._topic, up, there=True)
         self._checks = Checks(log)
-        self._batch_bytes = EVENT_BYTES
+        self._batch_bytes = BATCH_BYTES
         self._reading: dict[int, int] = {}
         """The offsets of the reader, by partition."""
 
@@ -100,12 +100,12 @@ class Announcer:
         facts = await topics.create_recorded(self._kafka, self._topic, self._new_partitions)
         if facts is not None:
             self._checks.require(requirements.RECORDED, facts)
-        self._batch_bytes = EVENT_BYTES
+        self._batch_bytes = BATCH_BYTES
         reader = clients.reader(self._kafka)
         producer = AIOKafkaProducer(
             **self._kafka.kafka_client(),
             acks="all",
-            max_batch_size=EVENT_BYTES,
+            max_batch_size=BATCH_BYTES,
             request_timeout_ms=_REQUEST_TIMEOUT_MS,
         )
         try:
@@ -189,7 +189,7 @@ class Announcer:
                     raise
                 self._batch_bytes //= 4
             else:
-                self._batch_bytes = min(2 * self._batch_bytes, EVENT_BYTES)
+                self._batch_bytes = min(2 * self._batch_bytes, BATCH_BYTES)
                 self._metrics.announced.inc(len(messages))
                 self._availability.back()
                 return

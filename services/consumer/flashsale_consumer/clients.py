@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 
 from flashsale import ledger
 from flashsale.ledger import Connection, Pool
-from flashsale.requirements import EVENT_BYTES
+from flashsale.requirements import BATCH_BYTES
 from flashsale.settings import KafkaSettings
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def reader(kafka: KafkaSettings) -> AIOKafkaConsumer:
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="none",
-        max_partition_fetch_bytes=EVENT_BYTES,  # it reads ahead this much of each partition
+        max_partition_fetch_bytes=BATCH_BYTES,  # it reads ahead this much of each partition
         request_timeout_ms=_REQUEST_TIMEOUT_MS,
         metadata_max_age_ms=_METADATA_AGE_MS,
     )
