@@ -74,13 +74,8 @@ class KafkaSettings(EngineSettings, frozen=True, kw_only=True):
     kafka_password: str = ""
 
     def __post_init__(self) -> None:
-        for pair in (("user", "password"), ("cert_file", "key_file")):
-            for one, other in (pair, pair[::-1]):
-                if getattr(self, f"kafka_{one}") and not getattr(self, f"kafka_{other}"):
-                    raise ValueError(
-                        f"{PREFIX}KAFKA_{one.upper()} is set, "
-                        f"but {PREFIX}KAFKA_{other.upper()} is not"
-                    )
+        require_together(self, "kafka_user", "kafka_password")
+        require_together(self, "kafka_cert_file", "kafka_key_file")
         for name in ("ca_file", "cert_file"):
             if getattr(self, f"kafka_{name}") and not self.kafka_tls:
                 raise ValueError(f"{PREFIX}KAFKA_{name.upper()} needs {PREFIX}KAFKA_TLS=true")
@@ -131,28 +126,13 @@ def load(kind: type[S], environ: Mapping[str, str]) -> S:
     Secrets have one. Variables that `kind` lacks are ignored, because the processes share one
     environment.
     """
-    fields = msgspec.structs.fields(kind)
-    values = {
-        field.name: environ[PREFIX + field.name.upper()].rstrip("\r\n")
-        for field in fields
-        if PREFIX + field.name.upper() in environ
-    }
-    for field in fields:
+    values = {}
+    for field in msgspec.structs.fields(kind):
         variable = PREFIX + field.name.upper()
-        if field.required and field.name not in values:
+        if variable in environ:
+            values[field.name] = _read(variable, field.type, environ[variable].rstrip("\r\n"))
+        elif field.required:
             raise SettingsError(f"{variable} is not set: expected {_rule(field.type)}")
-        if field.name in values:
-            wrong = f"{variable} is wrong: expected {_rule(field.type)}"
-            try:
-                values[field.name].encode()  # clients would fail to do it later
-                msgspec.convert(values[field.name], field.type, strict=False)
-                values[field.name] = _read(field.type, values[field.name])
-            except UnicodeEncodeError:
-                raise SettingsError(f"{wrong}, in UTF-8") from None
-            except msgspec.ValidationError:
-                raise SettingsError(wrong) from None
-            except ValueError as error:
-                raise SettingsError(f"{wrong}; {error}") from None
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:  # raised by __post_init__
@@ -165,18 +145,38 @@ def host_and_port(listen: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def require_together(settings: msgspec.Struct, *names: str) -> None:
+    """Raises `ValueError` if some of these settings are given and others are not."""
+    given = [name for name in names if getattr(settings, name)]
+    for name in names:
+        if given and name not in given:
+            raise ValueError(
+                f"{PREFIX}{given[0].upper()} is set, but {PREFIX}{name.upper()} is not"
+            )
+
+
+def _read(variable: str, kind: object, value: str) -> str:
+    """Returns a value, and an address as its library reads it. Raises `SettingsError`."""
+    wrong = f"{variable} is wrong: expected {_rule(kind)}"
+    meta = _meta(kind)
+    read: Callable[[str], str] | None = ((meta and meta.extra) or {}).get("read")
+    try:
+        value.encode()  # clients would fail to do it later
+        msgspec.convert(value, kind, strict=False)
+        return value if read is None else read(value)
+    except UnicodeEncodeError:
+        raise SettingsError(f"{wrong}, in UTF-8") from None
+    except msgspec.ValidationError:
+        raise SettingsError(wrong) from None
+    except ValueError as error:
+        raise SettingsError(f"{wrong}; {error}") from None
+
+
 def _rule(kind: object) -> str:
     meta = _meta(kind)
     if meta is not None and meta.description:
         return meta.description
     return getattr(kind, "__name__", str(kind))
-
-
-def _read(kind: object, value: str) -> str:
-    """Returns an address as its library reads it. Raises `ValueError`."""
-    meta = _meta(kind)
-    read: Callable[[str], str] | None = ((meta and meta.extra) or {}).get("read")
-    return value if read is None else read(value)
 
 
 def _meta(kind: object) -> Meta | None:

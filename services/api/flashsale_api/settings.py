@@ -6,7 +6,7 @@ from msgspec import Meta
 
 from flashsale.addresses import HOST, PORT
 from flashsale.logs import LogLevel
-from flashsale.settings import PREFIX, Flag, KafkaSettings, Listen, RedisUrl
+from flashsale.settings import PREFIX, Flag, KafkaSettings, Listen, RedisUrl, require_together
 
 OrderTokens = Annotated[
     str,
@@ -16,8 +16,6 @@ OrderTokens = Annotated[
         "characters A-Z a-z 0-9 . _ ~ + / -",
     ),
 ]
-
-
 HeaderName = Annotated[
     str,
     Meta(
@@ -60,14 +58,8 @@ class Settings(KafkaSettings, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("jwks_url", "jwt_issuer", "jwt_audience")
-        given = [name for name in names if getattr(self, name)]
-        for name in names:
-            if given and name not in given:
-                raise ValueError(
-                    f"{PREFIX}{given[0].upper()} is set, but {PREFIX}{name.upper()} is not"
-                )
-        if self.user_header and given:
+        require_together(self, "jwks_url", "jwt_issuer", "jwt_audience")
+        if self.user_header and self.jwks_url:
             raise ValueError(
                 f"{PREFIX}USER_HEADER and {PREFIX}JWKS_URL are set, but only one can name the user"
             )
