@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from functools import partial
-from textwrap import dedent
 from typing import Any, Final
 
 import kopf
@@ -18,7 +17,7 @@ from kopf._cogs.clients.errors import APINotFoundError  # kopf has no public nam
 from flashsale import ledger, logs, monitoring, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
-from flashsale.settings import load
+from flashsale.settings import KAFKA_HELP, load
 from flashsale.sockets import bound
 from flashsale_operator.kubernetes import handlers
 from flashsale_operator.kubernetes.client import Kube, KubeUnavailable, log_in
@@ -37,39 +36,30 @@ CONNECTIONS: Final = 8
 # operators with peering use it.
 _IDENTITY: Final[Any] = "flashsale-operator"
 DESCRIPTION: Final = """\
-    Makes the ledger and Redis match the FlashSale resources of a Kubernetes
-    cluster, and reports each sale in the resource's status and in Events.
+Makes the ledger and Redis match the FlashSale resources of a Kubernetes
+cluster, and reports each sale in the resource's status and in Events.
 
-    In a pod it logs in by its service account, elsewhere by KUBECONFIG. It waits
-    for Redis, Kafka, PostgreSQL and the kube-apiserver if they are down. Two
-    operators at the same time are harmless.
+In a pod it logs in by its service account, elsewhere by KUBECONFIG. It waits
+for Redis, Kafka, PostgreSQL and the kube-apiserver if they are down. Two
+operators at the same time are harmless.
 
-    HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
-    kube-apiserver have answered, belong to this engine and lack no requirement),
-    /metrics (Prometheus).
+HTTP: /healthz (the process is alive), /readyz (Redis, PostgreSQL and the
+kube-apiserver have answered, belong to this engine and lack no requirement),
+/metrics (Prometheus).
 """
-ENVIRONMENT: Final = """\
-    environment:
-      FLASHSALE_ENGINE               name of the engine, the prefix of its topics, consumer
-                                     group and Redis keys (default flashsale)
-      FLASHSALE_REDIS_URL            redis://[user:password@]host:port/db
-      FLASHSALE_KAFKA_BOOTSTRAP      Kafka's brokers, host:port[,host:port...]
-      FLASHSALE_KAFKA_TLS            true or false (default false)
-      FLASHSALE_KAFKA_CA_FILE        trusted certificates in PEM (default: the system's)
-      FLASHSALE_KAFKA_CERT_FILE      the client's certificate in PEM (default: none)
-      FLASHSALE_KAFKA_KEY_FILE       the certificate's key in PEM, without a password
-      FLASHSALE_KAFKA_USER           Kafka user (default: no login)
-      FLASHSALE_KAFKA_PASSWORD       the Kafka user's password
-      FLASHSALE_KAFKA_SASL_MECHANISM SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default
-                                     SCRAM-SHA-512)
-      FLASHSALE_DATABASE_URL         the ledger, postgresql://user:password@host:port/db
-      FLASHSALE_NAMESPACES           namespaces to serve, separated by commas (default: all)
-      FLASHSALE_ITEMS                prefixes of the items that namespaces may sell:
-                                     NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
-      FLASHSALE_LISTEN               HTTP address, host:port (default [::]:8082)
-      FLASHSALE_KEEP_CLOSED_SECONDS  how long a closed sale keeps its keys in Redis, so
-                                     that it can be continued (default 3600)
-      FLASHSALE_LOG_LEVEL            debug, info, warning or error (default info)
+ENVIRONMENT: Final = f"""\
+environment:
+{KAFKA_HELP}\
+  FLASHSALE_REDIS_URL        redis://[user:password@]host:port/db (required)
+  FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db (required)
+  FLASHSALE_NAMESPACES       namespaces to serve, separated by commas (default: all)
+  FLASHSALE_ITEMS            prefixes of the items that namespaces may sell:
+                             NAMESPACE=PREFIX[,NAMESPACE=PREFIX...] (default: no rule)
+  FLASHSALE_LISTEN           address to serve HTTP on (default [::]:8082)
+  FLASHSALE_KEEP_CLOSED_SECONDS
+                             how long a closed sale keeps its keys in Redis, so that it can be
+                             continued (default 3600)
+  FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
 """
 
 
@@ -77,8 +67,8 @@ def main() -> int:
     """Runs the operator until SIGTERM or SIGINT. Returns 2 for a wrong setting, 1 for a failure."""
     argparse.ArgumentParser(
         prog="python -m flashsale_operator",
-        description=dedent(DESCRIPTION),
-        epilog=dedent(ENVIRONMENT),
+        description=DESCRIPTION,
+        epilog=ENVIRONMENT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     try:

@@ -51,6 +51,21 @@ Flag = Annotated[bool, Meta(description="true or false")]
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+KAFKA_HELP: Final = """\
+  FLASHSALE_ENGINE           name of the engine, the prefix of its topics, consumer group and
+                             Redis keys (default flashsale)
+  FLASHSALE_KAFKA_BOOTSTRAP  Kafka's brokers, host:port[,host:port...] (required)
+  FLASHSALE_KAFKA_TLS        true or false (default false)
+  FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
+  FLASHSALE_KAFKA_CERT_FILE  the client's certificate, in PEM (default: none)
+  FLASHSALE_KAFKA_KEY_FILE   the certificate's key, in PEM and without a password
+  FLASHSALE_KAFKA_USER       user (default: no authentication by password)
+  FLASHSALE_KAFKA_PASSWORD   that user's password
+  FLASHSALE_KAFKA_SASL_MECHANISM
+                             SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
+"""
+"""The variables of `KafkaSettings`, for the --help of each process."""
+
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's name, which is the prefix of its topics, consumer group and Redis keys."""

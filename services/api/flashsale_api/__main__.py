@@ -14,7 +14,7 @@ import uvloop
 from flashsale import logs, tracing
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.monitoring import Scrapes, serving
-from flashsale.settings import host_and_port, load
+from flashsale.settings import KAFKA_HELP, host_and_port, load
 from flashsale.sockets import bound
 from flashsale_api import descriptors
 from flashsale_api.app import create_app
@@ -26,22 +26,12 @@ from flashsale_api.settings import Settings
 if TYPE_CHECKING:
     from flashsale_api.spans import Spans
 
-_HELP: Final = """\
+_HELP: Final = f"""\
 Answers POST /reserve from Redis and publishes accepted reservations to Kafka.
 
 environment:
-  FLASHSALE_ENGINE           name of the engine, the prefix of its topics, consumer group and
-                             Redis keys (default flashsale)
+{KAFKA_HELP}\
   FLASHSALE_REDIS_URL        redis://[user:password@]host:port/db (required)
-  FLASHSALE_KAFKA_BOOTSTRAP  host:port[,host:port...] (required)
-  FLASHSALE_KAFKA_TLS        true or false (default false)
-  FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
-  FLASHSALE_KAFKA_CERT_FILE  the client's certificate, in PEM (default: none)
-  FLASHSALE_KAFKA_KEY_FILE   the certificate's key, in PEM and without a password
-  FLASHSALE_KAFKA_USER       user (default: no authentication by password)
-  FLASHSALE_KAFKA_PASSWORD   that user's password
-  FLASHSALE_KAFKA_SASL_MECHANISM
-                             SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
   FLASHSALE_LISTEN           address to serve buyers on (default [::]:8080)
   FLASHSALE_ORDERS_LISTEN    address to serve the shop's order service on (default [::]:8083)
   FLASHSALE_ORDER_TOKENS     the order service's token, or two with a comma between them during a

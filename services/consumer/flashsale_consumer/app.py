@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from textwrap import dedent
 from typing import Final
 
 import uvloop
@@ -24,42 +23,32 @@ from flashsale_consumer.worker import Worker
 log = logging.getLogger(__name__)
 
 DESCRIPTION: Final = """\
-    Records reservation events from Kafka in the ledger (PostgreSQL).
+Records reservation events from Kafka in the ledger (PostgreSQL).
 
-    After each commit it announces the reservations in the topic ENGINE.recorded, which
-    order services read.
+After each commit it announces the reservations in the topic ENGINE.recorded, which
+order services read.
 
-    The consumer migrates the ledger and creates the topics ENGINE.reservations,
-    ENGINE.reservations.dlq and ENGINE.recorded if they are missing. It reads as a member
-    of the consumer group ENGINE-ledger. Each partition has one reader, so consumers beyond
-    the number of partitions are idle. Kafka and PostgreSQL may be down at the start or
-    later.
+The consumer migrates the ledger and creates the topics ENGINE.reservations,
+ENGINE.reservations.dlq and ENGINE.recorded if they are missing. It reads as a member
+of the consumer group ENGINE-ledger. Each partition has one reader, so consumers beyond
+the number of partitions are idle. Kafka and PostgreSQL may be down at the start or
+later.
 
-    The ledger has the id of its engine. The consumer records nothing while the consumer
-    group belongs to an engine with another id.
+The ledger has the id of its engine. The consumer records nothing while the consumer
+group belongs to an engine with another id.
 
-    It serves /healthz (the process is alive), /readyz (the ledger is migrated, the
-    group is joined, both belong to this engine, and no server lacks a requirement)
-    and /metrics (for Prometheus).
+It serves /healthz (the process is alive), /readyz (the ledger is migrated, the
+group is joined, both belong to this engine, and no server lacks a requirement)
+and /metrics (for Prometheus).
 """
-ENVIRONMENT: Final = """\
-    environment:
-      FLASHSALE_ENGINE           name of the engine, the prefix of its topics, consumer
-                                 group and Redis keys (default flashsale)
-      FLASHSALE_KAFKA_BOOTSTRAP  Kafka's brokers, host:port[,host:port…]
-      FLASHSALE_KAFKA_TLS        true or false (default false)
-      FLASHSALE_KAFKA_CA_FILE    certificates to trust, in PEM (default: the system's)
-      FLASHSALE_KAFKA_CERT_FILE  the client's certificate, in PEM (default: none)
-      FLASHSALE_KAFKA_KEY_FILE   the certificate's key, in PEM and without a password
-      FLASHSALE_KAFKA_USER       user (default: no authentication by password)
-      FLASHSALE_KAFKA_PASSWORD   that user's password
-      FLASHSALE_KAFKA_SASL_MECHANISM
-                                 SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN (default SCRAM-SHA-512)
-      FLASHSALE_KAFKA_PARTITIONS partitions of the topics that it creates (default 12)
-      FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db
-      FLASHSALE_LISTEN           address to serve HTTP on (default [::]:8081)
-      FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
-      OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
+ENVIRONMENT: Final = f"""\
+environment:
+{settings.KAFKA_HELP}\
+  FLASHSALE_KAFKA_PARTITIONS partitions of the topics that it creates (default 12)
+  FLASHSALE_DATABASE_URL     the ledger, postgresql://user:password@host:port/db (required)
+  FLASHSALE_LISTEN           address to serve HTTP on (default [::]:8081)
+  FLASHSALE_LOG_LEVEL        debug, info, warning or error (default info)
+  OTEL_EXPORTER_OTLP_ENDPOINT and other OTEL_* variables: traces, see docs/operations.md
 """
 
 
@@ -82,8 +71,8 @@ def main() -> int:
     """Run the consumer until SIGTERM or SIGINT. Returns the exit code of the process."""
     argparse.ArgumentParser(
         prog="flashsale_consumer",
-        description=dedent(DESCRIPTION),
-        epilog=dedent(ENVIRONMENT),
+        description=DESCRIPTION,
+        epilog=ENVIRONMENT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     try:
