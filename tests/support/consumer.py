@@ -113,8 +113,7 @@ class Log:
         if largest_dead_letter is not None:
             limit = {"max.message.bytes": str(largest_dead_letter)}
             await create_topic(self.bootstrap, self.dead_letter_topic, 1, limit)
-        kafka = KafkaSettings(kafka_bootstrap=self.bootstrap)
-        await topics.create(kafka, self.topic, self.dead_letter_topic)
+        await topics.create(KafkaSettings(kafka_bootstrap=self.bootstrap, engine=self.engine))
 
     async def delete(self, topic: str) -> None:
         async with administering(self.bootstrap) as admin:

@@ -97,7 +97,7 @@ class Announcer:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[tuple[AIOKafkaConsumer, AIOKafkaProducer]]:
         """Make the topic and the clients."""
-        facts = await topics.create_recorded(self._kafka, self._topic, self._new_partitions)
+        facts = await topics.create_recorded(self._kafka, self._new_partitions)
         if facts is not None:
             self._checks.require(requirements.RECORDED, facts)
         self._batch_bytes = BATCH_BYTES

@@ -17,6 +17,7 @@ from aiokafka.errors import (
     for_code,
 )
 
+from flashsale import events
 from flashsale.requirements import (
     EVENT_RETENTION_MS,
     PARTITION_BYTES,
@@ -35,14 +36,9 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 
 
 async def create(
-    kafka: KafkaSettings,
-    topic: str,
-    dead_letter_topic: str,
-    partitions: int = PARTITIONS,
-    *,
-    unsure: set[str] | None = None,
+    kafka: KafkaSettings, partitions: int = PARTITIONS, *, unsure: set[str] | None = None
 ) -> frozenset[str]:
-    """Create the missing topics, and return their names.
+    """Create the missing topics of events and dead letters, and return their names.
 
     Kafka can create a topic although the call fails. `unsure` keeps the names of such topics until
     the next call, which returns those that exist. A consumer that may not create topics waits until
@@ -52,9 +48,13 @@ async def create(
         created, missing = await _create(
             admin,
             set() if unsure is None else unsure,
-            _topic(topic, partitions, {"retention.ms": str(EVENT_RETENTION_MS)}),
             _topic(
-                dead_letter_topic,
+                events.topic(kafka.engine),
+                partitions,
+                {"retention.ms": str(EVENT_RETENTION_MS)},
+            ),
+            _topic(
+                events.dead_letter_topic(kafka.engine),
                 partitions,
                 {
                     "retention.ms": str(DEAD_LETTER_RETENTION_MS),
@@ -67,20 +67,22 @@ async def create(
         return created
 
 
-async def read_facts(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
-    """Return the topic's settings, or None if it does not exist. Raises `KafkaError`."""
+async def read_facts(kafka: KafkaSettings) -> TopicFacts | None:
+    """Return the settings of the topic of events, or None if it does not exist.
+
+    Raises `KafkaError`.
+    """
     async with _admin(kafka) as admin:
-        return await facts(admin, topic)
+        return await _facts(admin, events.topic(kafka.engine))
 
 
-async def create_recorded(
-    kafka: KafkaSettings, topic: str, partitions: int = PARTITIONS
-) -> TopicFacts | None:
+async def create_recorded(kafka: KafkaSettings, partitions: int = PARTITIONS) -> TopicFacts | None:
     """Create the topic of recorded reservations if it is missing. Return its settings.
 
     Raises `UnknownTopicOrPartitionError` if it is missing and the consumer may not create it, and
     other kinds of `KafkaError`.
     """
+    topic = events.recorded_topic(kafka.engine)
     async with _admin(kafka) as admin:
         retention = {"retention.ms": str(EVENT_RETENTION_MS)}
         _, missing = await _create(admin, set(), _topic(topic, partitions, retention))
@@ -88,7 +90,7 @@ async def create_recorded(
             raise UnknownTopicOrPartitionError(
                 f"the topic {topic} does not exist, and the consumer may not create it"
             )
-        return await facts(admin, topic)
+        return await _facts(admin, topic)
 
 
 @asynccontextmanager
@@ -133,7 +135,7 @@ async def _create(
     return frozenset(created), frozenset(refused)
 
 
-async def facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
+async def _facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
     """Return the topic's settings, or None if it does not exist. Raises `KafkaError`."""
     # Describe all topics, because to ask for one by name can create it.
     described = [each for each in await admin.describe_topics() if each["topic"] == topic]

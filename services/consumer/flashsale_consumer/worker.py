@@ -155,17 +155,11 @@ class Worker:
         name = self._settings.engine
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
         partitions = self._settings.kafka_partitions
-        created = await topics.create(
-            self._settings,
-            self._topic,
-            self._dead_letter_topic,
-            partitions,
-            unsure=self._unsure,
-        )
+        created = await topics.create(self._settings, partitions, unsure=self._unsure)
         if self._topic in created:
             # Before any other call can fail, because after it the topic is not a new one any more.
             await self._when_served(lambda: offsets.forget(pool, self._topic))
-        facts = await topics.read_facts(self._settings, self._topic)
+        facts = await topics.read_facts(self._settings)
         if facts is not None:
             self._checks.require(requirements.topic(partitions), facts)
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:

@@ -209,10 +209,10 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
                 raise RequestTimedOutError
         return reply
 
-    async def fail_once(kafka: KafkaSettings, topic: str) -> TopicFacts | None:
+    async def fail_once(kafka: KafkaSettings) -> TopicFacts | None:
         if failures:
             raise failures.pop()
-        return await read_facts(kafka, topic)
+        return await read_facts(kafka)
 
     monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", create_and_publish)
     monkeypatch.setattr(topics, "read_facts", fail_once)

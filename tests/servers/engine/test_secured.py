@@ -156,8 +156,8 @@ def kafka(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Ite
             future.result(timeout=30)
         # The users may not create topics. Strimzi's topic operator does that.
         owned = KafkaSettings(kafka_bootstrap=server.bootstrap)
-        asyncio.run(topics.create(owned, events.topic(), events.dead_letter_topic()))
-        asyncio.run(topics.create_recorded(owned, events.recorded_topic()))
+        asyncio.run(topics.create(owned))
+        asyncio.run(topics.create_recorded(owned))
         del owner  # closes its connections
         yield secured
 

@@ -274,11 +274,7 @@ async def test_an_engine_of_the_previous_version_is_upgraded_in_the_middle_of_a_
     """60 reservations are recorded, 20 are only in Kafka, and 20 are only in the outbox."""
     with RedisServer(tmp_path / "redis") as redis, KafkaServer(tmp_path / "kafka") as kafka:
         addresses = Addresses(redis.url, kafka.bootstrap, database_url)
-        await topics.create(
-            KafkaSettings(kafka_bootstrap=kafka.bootstrap),
-            events.topic(),
-            events.dead_letter_topic(),
-        )
+        await topics.create(KafkaSettings(kafka_bootstrap=kafka.bootstrap))
         client = redis_client.connect(redis.url)
         inventory = Inventory(client)
         try:

@@ -211,7 +211,7 @@ def test_a_person_confirms_and_cancels(
 ) -> None:
     environ["FLASHSALE_KAFKA_BOOTSTRAP"] = kafka_server.bootstrap
     kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
-    asyncio.run(topics.create(kafka, "flashsale.reservations", "flashsale.reservations.dlq"))
+    asyncio.run(topics.create(kafka))
     ann, bob, cat = ids["ann"], ids["bob"], ids["cat"]
 
     def call(verb: str, reservation: str, order_ref: str = "") -> tuple[int, str]:

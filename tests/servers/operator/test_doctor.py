@@ -86,9 +86,9 @@ def prepared(environ: dict[str, str]) -> None:
         await pool.close()
         log = Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"])
         await log.create()
-        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap)
+        kafka = KafkaSettings(kafka_bootstrap=log.bootstrap, engine=log.engine)
         # The broker can show a new topic a moment after its creation.
-        await until(lambda: topics.create_recorded(kafka, events.recorded_topic(log.engine)))
+        await until(lambda: topics.create_recorded(kafka))
 
     asyncio.run(prepare())
 

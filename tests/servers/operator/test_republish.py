@@ -89,7 +89,7 @@ async def test_all_reservations_are_published_again_by_each_run(
 ) -> None:
     inventory = Inventory(redis)
     kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)
-    await topics.create(kafka, events.topic(), events.dead_letter_topic())
+    await topics.create(kafka)
     many = PAGE + 7
     await inventory.apply(SaleSpec(f"default/{item}", item, many + 5), 3, seed_until_ms=2**53)
     requests = [
