@@ -247,25 +247,7 @@ class Worker:
     async def _record(self, pool: Pool, records: Records) -> None:
         """Record a batch completely or not at all."""
         positions = self._partitions.positions  # the batch's, even after another assignment
-        batch: list[Event] = []
-        sources: dict[int, ConsumerRecord] = {}  # by the id() of the event
-        letters: list[DeadLetter] = []
-        for record in chain.from_iterable(records.values()):
-            if isinstance(record, Skipped):
-                continue
-            if isinstance(record, Undecodable):
-                letters.append(DeadLetter(record, _UNDECODABLE))
-                continue
-            try:
-                event = events.decode(record.value)
-            except ContractViolation as violation:
-                letters.append(DeadLetter(record, str(violation)))
-                continue
-            if event.engine not in (None, self._engine_id):
-                letters.append(DeadLetter(record, _FOREIGN.format(event.engine, self._engine_id)))
-                continue
-            batch.append(event)
-            sources[id(event)] = record
+        batch, sources, letters = self._decode(records)
         size = len(batch) + len(letters)
         read = {tp.partition: partition[-1].offset + 1 for tp, partition in records.items()}
         # Before the transaction, which locks rows that other processes need, because Kafka can be
@@ -297,6 +279,31 @@ class Worker:
             results |= {id(record): "refused" for record, *_ in refused}
             results |= {id(record): "voided" for record, _ in voided}
             self._spans.recorded(records, results, self._group_id, seconds)
+
+    def _decode(
+        self, records: Records
+    ) -> tuple[list[Event], dict[int, ConsumerRecord], list[DeadLetter]]:
+        """Return the events, their records by the id() of the event, and the dead letters."""
+        batch: list[Event] = []
+        sources: dict[int, ConsumerRecord] = {}
+        letters: list[DeadLetter] = []
+        for record in chain.from_iterable(records.values()):
+            if isinstance(record, Skipped):
+                continue
+            if isinstance(record, Undecodable):
+                letters.append(DeadLetter(record, _UNDECODABLE))
+                continue
+            try:
+                event = events.decode(record.value)
+            except ContractViolation as violation:
+                letters.append(DeadLetter(record, str(violation)))
+                continue
+            if event.engine not in (None, self._engine_id):
+                letters.append(DeadLetter(record, _FOREIGN.format(event.engine, self._engine_id)))
+                continue
+            batch.append(event)
+            sources[id(event)] = record
+        return batch, sources, letters
 
     def _measure(
         self, size: int, dead: int, batch: list[Event], outcome: BatchOutcome, seconds: float
