@@ -34,7 +34,7 @@ RECENT_BATCHES: Final = 4
 """Recorded batches in memory, from which the announcer takes its next one."""
 
 
-class Recorded(NamedTuple):
+class RecordedBatch(NamedTuple):
     """A batch that the ledger has: its reservations, and where it begins and ends."""
 
     begin: Mapping[int, int]
@@ -66,7 +66,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self.announced: dict[int, int] = {}
         """Next offset by partition. Everything before it is announced."""
         self._stored: dict[int, int] = {}
-        self._recent: deque[Recorded] = deque(maxlen=RECENT_BATCHES)
+        self._recent: deque[RecordedBatch] = deque(maxlen=RECENT_BATCHES)
         self._limit = BATCH_LIMIT
         self._moved = asyncio.Event()
         self._mark: dict[int, int] = {}
@@ -165,11 +165,11 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         """Note that the ledger has everything before `read`. `positions` are the batch's."""
         if positions is self.positions:
             begin = {number: positions[number] for number in read}
-            self._recent.append(Recorded(begin, read, written, names))
+            self._recent.append(RecordedBatch(begin, read, written, names))
         positions.update(read)
         self._moved.set()
 
-    def next_batch(self) -> Recorded | None:
+    def next_batch(self) -> RecordedBatch | None:
         """Return the batch that continues the announced offsets, if it is still in memory."""
         announced = self.announced
         while self._recent:
