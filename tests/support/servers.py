@@ -13,7 +13,7 @@ from dev.cluster.binaries import Binaries, binaries
 from dev.cluster.control_plane import ControlPlane
 from dev.services import Addresses
 from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
-from flashsale import ledger, redis_client
+from flashsale import ledger, redis_client, schema
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from tests.support import recorded, redis_users
@@ -111,7 +111,7 @@ def database_url(postgres_server: PostgresServer) -> Iterator[str]:
 async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:
     """A migrated ledger that only this test uses."""
     own = await ledger.connect(database_url)
-    await ledger.migrate(own)
+    await schema.migrate(own)
     yield own
     await own.close()
 

@@ -14,7 +14,7 @@ from typing import Final, cast
 import click
 from click.shell_completion import get_completion_class
 
-from flashsale import ledger, settings
+from flashsale import ledger, schema, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
@@ -131,7 +131,7 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
     addresses = settings.load(Servers, environ)
     async with connected(addresses) as clients:
         await engine.require_servers(Checks(), clients.inventory, clients.pool)
-        await ledger.migrate(clients.pool, clients.inventory.engine)
+        await schema.migrate(clients.pool, clients.inventory.engine)
         sale_ids = {spec.sale_id for spec in specs}
         await _check_declared(clients, "apply -f FILE", sale_ids, force=force)
         reconciler = Reconciler(

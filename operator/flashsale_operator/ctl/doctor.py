@@ -27,7 +27,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
 
-from flashsale import events, ledger, redis_client, redis_facts, requirements
+from flashsale import events, ledger, redis_client, redis_facts, requirements, schema
 from flashsale.errors import FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.nodes import Nodes
@@ -181,7 +181,7 @@ async def _check_script(nodes: Nodes, engine: str) -> Finding:
 async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
     pool = await ledger.connect(url, max_connections=1)
     try:
-        facts = await ledger.facts(pool)
+        facts = await schema.facts(pool)
         version = f"version {facts.version // 10_000}.{facts.version % 10_000}"
         yield Finding(POSTGRESQL, f"the address answers, {version}", "ok")
         for finding in requirements.findings(requirements.LEDGER, facts):

@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from flashsale import ledger, settings
+from flashsale import ledger, schema, settings
 from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
@@ -162,7 +162,7 @@ async def _change(
 async def adopt_redis(environ: Environ) -> int:
     """Move the sales to another Redis. First stop the API pods that use the former one."""
     async with connected(settings.load(Stores, environ)) as clients:
-        await ledger.migrate(clients.pool, clients.inventory.engine)
+        await schema.migrate(clients.pool, clients.inventory.engine)
         await clients.inventory.clocks()  # raises RedisUnavailable for a wrong address
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
         await clients.inventory.index.claim(own, await index.wanted(clients.pool))

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Final
 
-from flashsale import ledger, requirements
+from flashsale import ledger, requirements, schema
 from flashsale.errors import (
     ContractViolation,
     FlashsaleError,
@@ -160,7 +160,7 @@ class Controller:
         `RedisUnavailable`, `OtherEngine` and `RedisMoved`.
         """
         if not self._prepared:
-            self._checks.require(requirements.LEDGER, await ledger.facts(self._pool))
+            self._checks.require(requirements.LEDGER, await schema.facts(self._pool))
             await self._migrate()
             self._engine_id = await ledger.engine_id(self._pool, self._inventory.engine)
             await engine.require_redis(self._checks, self._inventory)
@@ -171,7 +171,7 @@ class Controller:
         known = self._engine_id is not None
         self.migrating += 1
         try:
-            await ledger.migrate(self._pool, self._inventory.engine, known=known)
+            await schema.migrate(self._pool, self._inventory.engine, known=known)
         finally:
             self.migrating -= 1
 

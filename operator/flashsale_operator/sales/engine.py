@@ -1,6 +1,6 @@
 """Check that the ledger and Redis belong to this engine before a sale is touched."""
 
-from flashsale import ledger, redis_facts, requirements
+from flashsale import ledger, redis_facts, requirements, schema
 from flashsale.errors import ContractViolation, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
@@ -35,7 +35,7 @@ async def require_servers(checks: Checks, inventory: Inventory, pool: ledger.Poo
 
     Raises `LedgerUnavailable` and `RedisUnavailable` during an outage.
     """
-    checks.require(requirements.LEDGER, await ledger.facts(pool))
+    checks.require(requirements.LEDGER, await schema.facts(pool))
     await require_redis(checks, inventory)
 
 

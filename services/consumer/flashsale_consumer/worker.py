@@ -17,7 +17,7 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from flashsale import events, ledger, requirements, tracing
+from flashsale import events, ledger, requirements, schema, tracing
 from flashsale.errors import (
     ContractViolation,
     LedgerUnavailable,
@@ -130,8 +130,8 @@ class Worker:
             await clients.close("the ledger's connections", pool.close())
 
     async def _migrate(self, pool: Pool) -> int:
-        self._checks.require(requirements.LEDGER, await ledger.facts(pool))
-        return await ledger.migrate(pool, self._settings.engine)
+        self._checks.require(requirements.LEDGER, await schema.facts(pool))
+        return await schema.migrate(pool, self._settings.engine)
 
     def _refuse(self, conflict: str) -> None:
         if conflict != self.conflict:
@@ -235,7 +235,7 @@ class Worker:
         Raises `OtherEngine` if it is the ledger of another engine.
         """
         name = self._settings.engine
-        await ledger.migrate(pool, name, known=True)
+        await schema.migrate(pool, name, known=True)
         engine_id = await ledger.engine_id(pool, name)
         if engine_id != self._engine_id:
             raise OtherEngine(

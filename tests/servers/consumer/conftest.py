@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dev.stack.servers import KafkaServer, PostgresServer
-from flashsale.ledger import migrate
+from flashsale.schema import migrate
 from tests.support.consumer import Log, Process
 from tests.support.ledgers import Ledger, opened
 

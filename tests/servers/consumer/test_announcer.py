@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from flashsale.ledger import migrate
+from flashsale.schema import migrate
 from flashsale_consumer.announcer import Announcer
 from tests.support.announced import offsets, until_announced, until_offsets
 from tests.support.consumer import Log, accepted, changed, held, running

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from flashsale import ledger
+from flashsale import schema
 from flashsale.monitoring import serving
 from flashsale.sockets import bound
 from flashsale_consumer.app import handlers
@@ -148,7 +148,7 @@ async def test_a_signal_ends_the_process_cleanly_without_any_server(
 
 async def test_repeated_and_concurrent_migrations_run_once(database_url: str) -> None:
     async with opened(database_url) as one, opened(database_url) as other:
-        await asyncio.gather(*(ledger.migrate(each.pool) for each in (one, other, one, other)))
-        await ledger.migrate(one.pool)
+        await asyncio.gather(*(schema.migrate(each.pool) for each in (one, other, one, other)))
+        await schema.migrate(one.pool)
         versions = await one.pool.fetch("SELECT version FROM flashsale_migrations ORDER BY version")
     assert [row["version"] for row in versions] == list(range(1, len(versions) + 1))

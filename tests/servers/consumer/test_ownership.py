@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from dev.stack.servers import PostgresServer
-from flashsale.ledger import migrate
+from flashsale.schema import migrate
 from flashsale_consumer import worker
 from tests.support.consumer import Log, Process, accepted, running, until_recorded
 from tests.support.eventually import until

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashsale.events import Event
-from flashsale.ledger import migrate
+from flashsale.schema import migrate
 from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import BEYOND_POSTGRESQL, NOON, accepted, changed, held
 from tests.support.ledgers import Ledger, migrate_to, opened

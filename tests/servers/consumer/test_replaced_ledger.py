@@ -9,6 +9,7 @@ import pytest
 from dev.stack.packages import postgres_programs
 from dev.stack.servers import PostgresServer
 from flashsale import ledger as contract
+from flashsale import schema
 from flashsale_consumer import worker
 from tests.support.consumer import Log, accepted, running
 from tests.support.eventually import until
@@ -70,7 +71,7 @@ async def test_a_working_consumer_refuses_the_ledger_of_another_engine(
         await ledger.until_has(*sold)
         await log.until_owned()
         async with opened(await create(postgres_server, f"{name}_other")) as other:
-            await contract.migrate(other.pool)
+            await schema.migrate(other.pool)
             foreign = await other.engine_id()
         await rename(postgres_server, f"{name}_other", name)
         await until(lambda: "consumer group" in member.worker.conflict, "the worker is refused")

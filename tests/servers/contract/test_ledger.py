@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from dev.stack.servers import PostgresServer
-from flashsale import ledger
+from flashsale import ledger, schema
 from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
 from tests.support.eventually import until
 from tests.support.ledgers import connected, migrate_to, waits
@@ -46,7 +46,7 @@ FROM reservations WHERE state <> 'refused'
 
 
 async def test_concurrent_migrations_run_once(pool: Pool) -> None:
-    versions = await asyncio.gather(*(ledger.migrate(pool) for _ in range(8)))
+    versions = await asyncio.gather(*(schema.migrate(pool) for _ in range(8)))
     assert set(versions) == {LATEST}
     assert await pool.fetchval("SELECT count(*) FROM flashsale_migrations") == LATEST
 
@@ -59,7 +59,7 @@ async def test_processes_can_migrate_an_empty_database_at_the_same_time(
     await admin.execute(f'CREATE DATABASE "{name}"')
     url = f"{postgres_server.url.rpartition('/')[0]}/{name}"
     pools = await asyncio.gather(*(ledger.connect(url) for _ in range(5)))
-    assert set(await asyncio.gather(*(ledger.migrate(each) for each in pools))) == {LATEST}
+    assert set(await asyncio.gather(*(schema.migrate(each) for each in pools))) == {LATEST}
     assert await ledger.sales(pools[0]) == []
     await asyncio.gather(*(each.close() for each in pools))
     await admin.execute(f'DROP DATABASE "{name}"')
@@ -122,7 +122,7 @@ async def test_a_read_only_ledger_that_is_up_to_date_counts_as_migrated(pool: Po
     name = await pool.fetchval("SELECT current_database()")
     await pool.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     await pool.expire_connections()
-    assert await ledger.migrate(pool) == LATEST
+    assert await schema.migrate(pool) == LATEST
     with pytest.raises(LedgerUnavailable, match="read-only"):
         async with ledger.translated():
             await pool.execute("DELETE FROM sales")
@@ -177,8 +177,8 @@ async def test_a_ledger_of_the_previous_version_has_the_default_name(database_ur
     own = await ledger.connect(database_url)
     await migrate_to(own, 3)
     await own.execute(_SALE)
-    assert await ledger.migrate(own) == LATEST
-    assert await ledger.migrate(own) == LATEST
+    assert await schema.migrate(own) == LATEST
+    assert await schema.migrate(own) == LATEST
     with pytest.raises(OtherEngine, match="set FLASHSALE_ENGINE=flashsale"):
         await ledger.engine_id(own, "shop")
     assert await ledger.engine_id(own, "flashsale")
@@ -196,9 +196,9 @@ async def test_the_ledger_of_an_engine_of_another_name_is_not_migrated(
     if version > 3:
         await own.execute("UPDATE engine SET name = $1", name)
     with pytest.raises(OtherEngine, match=f"belongs to the engine {name}, but .* is shop"):
-        await ledger.migrate(own, "shop")
+        await schema.migrate(own, "shop")
     assert await own.fetchval("SELECT to_regclass('flashsale_migrations') IS NULL")
-    assert await ledger.migrate(own, name) == LATEST
+    assert await schema.migrate(own, name) == LATEST
     await own.close()
 
 
@@ -208,7 +208,7 @@ async def test_the_reservations_of_the_previous_version_are_migrated(database_ur
     await own.execute(_SALE)
     await own.execute(_ROWS)
     before = {row["user_id"]: row for row in await own.fetch("SELECT * FROM reservations")}
-    await ledger.migrate(own)
+    await schema.migrate(own)
     after = {row["user_id"]: row for row in await own.fetch("SELECT * FROM reservations")}
     assert {user: (row["state"], row["version"]) for user, row in after.items()} == {
         "ann": ("confirmed", 1),
@@ -247,7 +247,7 @@ async def test_a_migration_may_take_longer_than_a_command(
     own = await ledger.connect(f"{database_url}?{limit}=1000")
     await migrate_to(own, 4)
     await own.execute(_SLOW_UPDATES)
-    assert await ledger.migrate(own) == LATEST
+    assert await schema.migrate(own) == LATEST
     await own.close()
 
 
@@ -260,14 +260,14 @@ async def test_a_migration_waits_for_a_working_consumer_of_the_previous_version(
     async with connected(database_url) as consumer:
         async with consumer.transaction():
             await consumer.execute("SELECT FROM kafka_offsets FOR UPDATE")
-            migration = asyncio.create_task(ledger.migrate(own))
+            migration = asyncio.create_task(schema.migrate(own))
             await until(lambda: waits(consumer), "the migration waits for the consumer")
             await consumer.execute("SELECT FROM sales FOR UPDATE")
             await consumer.execute(_FORMER_WRITE)
         assert await migration == LATEST
         async with consumer.transaction():
             await consumer.execute("LOCK TABLE kafka_offsets, sales, reservations")
-            assert await ledger.migrate(own) == LATEST
+            assert await schema.migrate(own) == LATEST
     await own.close()
 
 
@@ -282,8 +282,8 @@ async def test_a_migration_that_waited_for_another_process_sees_its_tables(
         )
         own = await ledger.connect(database_url)
         async with other.transaction():
-            await other.execute("SELECT pg_advisory_xact_lock($1)", ledger._MIGRATION_LOCK)
-            migrations = [asyncio.create_task(ledger.migrate(own)) for _ in range(2)]
+            await other.execute("SELECT pg_advisory_xact_lock($1)", schema._MIGRATION_LOCK)
+            migrations = [asyncio.create_task(schema.migrate(own)) for _ in range(2)]
             await until(lambda: waits(other, 2), "both migrations wait")
         assert await asyncio.gather(*migrations) == [LATEST, LATEST]
     await own.close()
@@ -297,13 +297,13 @@ async def test_recording_does_not_wait_for_a_migration_that_waits_for_a_backup(
     await migrate_to(own, 4)
     async with connected(database_url) as backup, backup.transaction():
         await backup.execute("LOCK TABLE kafka_offsets, sales, reservations IN ACCESS SHARE MODE")
-        migrations = [ledger.migrate(own) for _ in range(2)]
+        migrations = [schema.migrate(own) for _ in range(2)]
         refused = await asyncio.gather(*migrations, return_exceptions=True)
         for each in refused:
             assert isinstance(each, LedgerUnavailable)
             assert "such as a backup" in str(each)
         await own.execute(_FORMER_WRITE)
-    assert await ledger.migrate(own) == LATEST
+    assert await schema.migrate(own) == LATEST
     await own.close()
 
 
@@ -320,7 +320,7 @@ async def test_a_migration_table_of_another_application_is_left_alone(
         f"CREATE TABLE schema_migrations ({columns}); "
         "INSERT INTO schema_migrations (version) VALUES ('20240101120000')"
     )
-    assert await ledger.migrate(own) == LATEST
+    assert await schema.migrate(own) == LATEST
     assert await ledger.sales(own) == []
     assert await own.fetchval("SELECT count(*) FROM schema_migrations") == 1
     await own.close()
@@ -331,7 +331,7 @@ async def test_a_table_of_another_application_is_named(database_url: str, name: 
     own = await ledger.connect(database_url)
     await own.execute(f"CREATE TABLE {name} (id text)")
     with pytest.raises(UnmetRequirement, match=f"table of another application .*{name}"):
-        await ledger.migrate(own)
+        await schema.migrate(own)
     await own.close()
 
 

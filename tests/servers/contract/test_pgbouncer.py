@@ -9,7 +9,7 @@ import pytest
 
 from dev.stack.errors import StackError
 from dev.stack.servers import PostgresServer
-from flashsale import ledger
+from flashsale import ledger, schema
 from flashsale.errors import UnmetRequirement
 from tests.support.pgbouncer import PgBouncer, program
 
@@ -34,7 +34,7 @@ def pooled(pooler: PgBouncer, database_url: str) -> str:
 async def test_two_processes_share_a_ledger_behind_a_pooler(pooled: str) -> None:
     pools = [await ledger.connect(pooled, max_connections=8) for _ in range(2)]
     for pool in pools:
-        await ledger.migrate(pool)
+        await schema.migrate(pool)
     own = await ledger.engine_id(pools[0], "shop", "redis:6379/0")
 
     async def work(pool: ledger.Pool) -> None:
@@ -60,8 +60,8 @@ async def test_an_asynchronous_commit_behind_a_pooler_is_refused(
     await admin.close()
     pool = await ledger.connect(pooled)
     with pytest.raises(UnmetRequirement, match="synchronous_commit off, but needs on"):
-        await ledger.migrate(pool)
+        await schema.migrate(pool)
     await pool.close()
     consumer = await ledger.connect(pooled, synchronous=False)
-    await ledger.migrate(consumer)
+    await schema.migrate(consumer)
     await consumer.close()

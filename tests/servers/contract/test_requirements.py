@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer, RedisServer
-from flashsale import ledger, redis_client, redis_facts, requirements
+from flashsale import ledger, redis_client, redis_facts, requirements, schema
 from flashsale.errors import LedgerUnavailable, RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
 from flashsale.requirements import (
@@ -43,7 +43,7 @@ def require_redis(*facts: RedisFacts) -> None:
 async def require_ledger(url: str) -> None:
     pool = await ledger.connect(url)
     try:
-        Checks().require(requirements.LEDGER, await ledger.facts(pool))
+        Checks().require(requirements.LEDGER, await schema.facts(pool))
     finally:
         await pool.close()
 
@@ -53,7 +53,7 @@ async def test_a_server_of_the_stack_meets_all_requirements(
 ) -> None:
     for found in (
         requirements.findings(requirements.REDIS, *await redis_facts.read(inventory.redis)),
-        requirements.findings(requirements.LEDGER, await ledger.facts(pool)),
+        requirements.findings(requirements.LEDGER, await schema.facts(pool)),
     ):
         assert {finding.verdict for finding in found} == {"ok"}, found
 
@@ -204,7 +204,7 @@ async def test_a_role_that_may_only_read_and_write_uses_a_migrated_ledger(
     database_url: str,
 ) -> None:
     pool = await ledger.connect(database_url)
-    await ledger.migrate(pool)
+    await schema.migrate(pool)
     await pool.close()
     grant = "GRANT {} ON ALL TABLES IN SCHEMA public TO {{role}}"
     async with database_user(database_url, grant.format("SELECT, INSERT, UPDATE, DELETE")) as url:

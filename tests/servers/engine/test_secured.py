@@ -33,7 +33,7 @@ from confluent_kafka import admin as kafka_admin
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
-from flashsale import events, ledger, redis_client
+from flashsale import events, ledger, redis_client, schema
 from flashsale.errors import LedgerUnavailable
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
@@ -208,7 +208,7 @@ async def test_a_certificate_of_another_authority_is_an_outage_of_the_ledger(
         address = database_url.replace(f":{postgres_server.port}/", f":{port}/")
         pool = await ledger.connect(f"{address}?sslmode=verify-full")
         with pytest.raises(LedgerUnavailable, match="certificate verify failed"):
-            await ledger.facts(pool)
+            await schema.facts(pool)
         pool.terminate()
 
 

@@ -9,7 +9,7 @@ import redis as blocking
 from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer, RedisServer
-from flashsale import ledger, redis_client
+from flashsale import ledger, redis_client, schema
 from flashsale.sale import SaleSpec
 from flashsale_operator.ctl.commands import run
 from tests.support import redis_users
@@ -62,7 +62,7 @@ def other_database_url(postgres_server: PostgresServer) -> Iterator[str]:
 async def other_pool(other_database_url: str) -> AsyncIterator[ledger.Pool]:
     """The migrated ledger of another engine."""
     own = await ledger.connect(other_database_url)
-    await ledger.migrate(own)
+    await schema.migrate(own)
     yield own
     await own.close()
 
@@ -84,7 +84,7 @@ def within(redis_server: RedisServer, database_url: str) -> Within:
         redis = redis_client.connect(url_of(redis_server, TESTER))
         pool = await ledger.connect(database_url)
         try:
-            await ledger.migrate(pool)
+            await schema.migrate(pool)
             await does(SimulatedShop(redis, pool))
         finally:
             await pool.close()

@@ -13,7 +13,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from dev.stack.servers import KafkaServer, RedisCluster, RedisServer
-from flashsale import events, keys, ledger, redis_facts, requirements
+from flashsale import events, keys, ledger, redis_facts, requirements, schema
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import RedisFacts
@@ -82,7 +82,7 @@ def prepared(environ: dict[str, str]) -> None:
 
     async def prepare() -> None:
         pool = await ledger.connect(environ["FLASHSALE_DATABASE_URL"])
-        await ledger.migrate(pool)
+        await schema.migrate(pool)
         await pool.close()
         log = Log(environ["FLASHSALE_KAFKA_BOOTSTRAP"], environ["FLASHSALE_ENGINE"])
         await log.create()
