@@ -148,9 +148,9 @@ async def report(
             rows = await ledger.sales(clients.pool, item)
             if not rows:
                 raise UnknownSale(no_such(item))
-            verdict, versions = await _audited(clients, addresses, item)
+            result_of, versions = await _audited(clients, addresses, item)
             reports += [
-                await summary.report(clients.pool, row.sale_id, verdict(row.sale_id), versions)
+                await summary.report(clients.pool, row.sale_id, result_of(row.sale_id), versions)
                 for row in rows
             ]
     if html is not None:
@@ -165,8 +165,8 @@ async def report(
 
 async def _audited(
     clients: Clients, addresses: Servers, item: str
-) -> tuple[Callable[[str], summary.Verdict], dict[str, str]]:
-    """Returns the verdict on each sale of an item, and the versions of the engine and Redis."""
+) -> tuple[Callable[[str], summary.AuditResult], dict[str, str]]:
+    """Returns the result of each sale of an item, and the versions of the engine and Redis."""
     versions = {"flashsale": __version__}
     findings, failure = {}, ""
     faults: list[str] = []
@@ -183,14 +183,14 @@ async def _audited(
         failure = str(error)
     at = tables.rfc3339(datetime.now(UTC))
 
-    def verdict(sale_id: str) -> summary.Verdict:
+    def result_of(sale_id: str) -> summary.AuditResult:
         finding = findings.get(sale_id)
         if finding is None:
-            return summary.Verdict("not audited", [failure or "the sale is new"], at)
+            return summary.AuditResult("not audited", [failure or "the sale is new"], at)
         word = auditing.Verdict.DISAGREES if faults else finding.verdict
-        return summary.Verdict(word, [*finding.notes, *faults], at)
+        return summary.AuditResult(word, [*finding.notes, *faults], at)
 
-    return verdict, versions
+    return result_of, versions
 
 
 @command("reservations iphone_15", "reservations iphone_15 -o csv > reservations.csv")

@@ -98,7 +98,7 @@ class ToRow(msgspec.Struct, frozen=True, rename="camel"):
     max_ms: float
 
 
-class Verdict(msgspec.Struct, frozen=True, rename="camel"):
+class AuditResult(msgspec.Struct, frozen=True, rename="camel"):
     """The audit's verdict and the reasons, or `not audited` with the reason."""
 
     verdict: str
@@ -135,13 +135,13 @@ class Report(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     all_confirmed_seconds: float | None
     rate: Rate | None
     to_row: ToRow | None
-    audit: Verdict
+    audit: AuditResult
     versions: dict[str, str]
     made_at: str
 
 
 async def report(
-    pool: ledger.Pool, sale_id: str, audit: Verdict, versions: Mapping[str, str]
+    pool: ledger.Pool, sale_id: str, audit: AuditResult, versions: Mapping[str, str]
 ) -> Report:
     """Reports one sale. `versions` names those of other servers.
 
@@ -157,7 +157,7 @@ async def report(
 async def _report(
     connection: ledger.Connection,
     row: SaleRow,
-    audit: Verdict,
+    audit: AuditResult,
     versions: Mapping[str, str],
 ) -> Report:
     async def query(sql: str, *arguments: object) -> "list[asyncpg.Record]":

@@ -9,7 +9,7 @@ from typing import Final
 from flashsale import requirements
 from flashsale.inventory import Freed
 from flashsale.reservations import Transition
-from flashsale_operator.sales.audit import Audit, Finding
+from flashsale_operator.sales.audit import Audit, SaleFinding
 from flashsale_operator.sales.decision import Reason, StillFenced, counted
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Result
@@ -128,7 +128,7 @@ def json_of(found: Sequence[requirements.Finding]) -> str:
     return json.dumps([asdict(each) for each in found], indent=2)
 
 
-def _verdict(finding: Finding) -> str:
+def _verdict(finding: SaleFinding) -> str:
     return f"{finding.verdict}: {'; '.join(finding.notes)}" if finding.notes else finding.verdict
 
 

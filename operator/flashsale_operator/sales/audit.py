@@ -110,7 +110,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class SaleFinding:
     """An audit's result for one sale. A count is None if its store does not have the sale."""
 
     sale_id: str
@@ -133,7 +133,7 @@ class Audit:
     `away` are the items that are not audited, because Redis does not answer for them.
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[SaleFinding, ...]
     topic: str
     topic_faults: tuple[str, ...]
     away: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ class Audit:
         )
 
 
-def compare(facts: Facts) -> Finding:
+def compare(facts: Facts) -> SaleFinding:
     """Returns the conclusion from the records of one sale."""
     sale, tally = facts.sale, facts.after
     row = None if tally is None else tally.row
@@ -176,7 +176,7 @@ def compare(facts: Facts) -> Finding:
         notes.append(f"above maxPerUser {tally.row.max_per_user}: {buyers}")
     if row is not None and row.lost:
         notes.append(f"lost before a rebuild: {counted(row.lost, 'unit')}")
-    return Finding(
+    return SaleFinding(
         sale_id=known.sale_id,
         item_id=known.item_id,
         state=state_of(row or facts.before, facts.holder, facts.server, last=facts.last),

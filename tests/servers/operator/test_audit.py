@@ -11,7 +11,7 @@ from flashsale.events import Event
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales import audit as module
-from flashsale_operator.sales.audit import Audit, Facts, Finding, Tally, Verdict, audit, compare
+from flashsale_operator.sales.audit import Audit, Facts, SaleFinding, Tally, Verdict, audit, compare
 from flashsale_operator.sales.offsets import Span, behind, faults
 from tests.support.ledgers import Ledger
 from tests.support.observations import NOW_MS, OTHER, SERVER, SPEC, a_row, a_sale
@@ -47,7 +47,7 @@ def verdict(**changes: Any) -> tuple[Verdict, tuple[str, ...]]:  # noqa: ANN401 
 
 
 def test_equal_counts_are_ok() -> None:
-    assert compare(AGREED) == Finding(
+    assert compare(AGREED) == SaleFinding(
         SPEC.sale_id, SPEC.item_id, SaleState.SELLING, 100, 4, 0, 4, 0, 0, Verdict.OK, ()
     )
 
