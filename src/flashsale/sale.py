@@ -198,7 +198,12 @@ def ms_of_time(time: datetime) -> int:
     return (time - _EPOCH) // _MILLISECOND
 
 
+def rfc3339(time: datetime) -> str:
+    """Returns an aware time in RFC 3339, in UTC with milliseconds: `2026-11-27T09:00:00.000Z`."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 @lru_cache(maxsize=1024)
 def rfc3339_of_ms(ms: int) -> str:
-    """Returns Unix milliseconds in RFC 3339, as in HTTP answers: `2026-11-27T09:00:00.000Z`."""
-    return utc_of_ms(ms).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """Returns Unix milliseconds in RFC 3339, as in HTTP answers."""
+    return rfc3339(utc_of_ms(ms))

@@ -14,6 +14,7 @@ import msgspec
 
 from flashsale import __version__, ledger, redis_facts, settings
 from flashsale.errors import FlashsaleError, LedgerUnavailable, RedisUnavailable
+from flashsale.sale import rfc3339
 from flashsale_operator.ctl import doctor as examination
 from flashsale_operator.ctl import files, sales, tables
 from flashsale_operator.ctl import report as summary
@@ -181,7 +182,7 @@ async def _audited(
         failure = tables.line_of_away(found.away)
     except FlashsaleError as error:
         failure = str(error)
-    at = tables.rfc3339(datetime.now(UTC))
+    at = rfc3339(datetime.now(UTC))
 
     def result_of(sale_id: str) -> summary.AuditResult:
         finding = findings.get(sale_id)

@@ -13,7 +13,7 @@ import msgspec
 
 from flashsale import ledger
 from flashsale.ledger import SaleRow
-from flashsale_operator.ctl.tables import rfc3339
+from flashsale.sale import rfc3339
 from flashsale_operator.sales.reconciler import UnknownSale
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import asyncpg
 import msgspec
 
 from flashsale import ledger
-from flashsale_operator.ctl.tables import rfc3339, table
+from flashsale.sale import rfc3339
+from flashsale_operator.ctl.tables import table
 
 PAGE: Final = 1_000
 FORMULA: Final = ("=", "+", "-", "@")

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Final
 
 from flashsale import requirements
@@ -142,8 +141,3 @@ def table(head: str, lines: Iterable[Sequence[object]]) -> str:
         "   ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
         for line in rows
     )
-
-
-def rfc3339(time: datetime) -> str:
-    """Returns a time in RFC 3339, in UTC with milliseconds."""
-    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
