@@ -15,7 +15,7 @@ EXPIRY: Final = float(heartbeat.EXPIRY_SECONDS)
 CALL_DEADLINE: Final = heartbeat.CALL_DEADLINE_SECONDS
 SWEEP_AGE: Final = sweeper.SWEEP_AGE_MS / 1000
 CALLS_IN_FLIGHT: Final = calls.CALLS_IN_FLIGHT
-SETTLED_BEFORE: Final = drain.CALL_DEADLINE_MS / 1000
+SETTLED_BEFORE: Final = drain.SAMPLED_AFTER_MS / 1000
 """A heartbeat sampled this long after a fence counts everything accepted before the fence."""
 
 SILENT: Final = 2 * nodes.PROBE_SECONDS

@@ -20,7 +20,7 @@ from flashsale.inventory import Inventory
 from flashsale_operator.sales.decision import counted
 from flashsale_operator.sales.offsets import UNSEEN, Span, Spans, faults
 
-CALL_DEADLINE_MS: Final = 1_500
+SAMPLED_AFTER_MS: Final = 1_500
 """Longer than an API pod waits for a script. A heartbeat that is sampled this long after the sale
 was fenced covers every event that the pod accepted before the fence."""
 
@@ -83,7 +83,7 @@ class Drain:
         the deadline, `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable`, and the errors of
         `keep_fenced`.
         """
-        sampled_from_ms = (await self._inventory.server(item_id)).now_ms + CALL_DEADLINE_MS
+        sampled_from_ms = (await self._inventory.server(item_id)).now_ms + SAMPLED_AFTER_MS
 
         async def unpublished() -> tuple[str, ...]:
             await keep_fenced()

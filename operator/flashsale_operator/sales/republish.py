@@ -18,7 +18,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, spans
 from flashsale_operator.sales.reconciler import UnknownSale
 
-ACKNOWLEDGED_SECONDS: Final = 30.0
+PAGE_SECONDS: Final = 30.0
 """How long Kafka may take to answer at the start, and to acknowledge a page of events."""
 
 
@@ -35,12 +35,12 @@ async def republish(inventory: Inventory, kafka: KafkaSettings, item_id: str) ->
     producer = AIOKafkaProducer(**kafka.kafka_client(), acks="all")
     published = 0
     try:
-        async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+        async with asyncio.timeout(PAGE_SECONDS):
             await producer.start()
         if not await spans(kafka):
             raise KafkaUnavailable(UNSEEN)  # to send to it by name could create it
         async for snapshot, page in inventory.reservation_pages(item_id):
-            async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+            async with asyncio.timeout(PAGE_SECONDS):
                 sent = [
                     await producer.send(
                         topic,

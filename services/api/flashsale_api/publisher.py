@@ -53,7 +53,7 @@ LINGER_SECONDS: Final = 0.01
 A batch costs the API 0.16 ms of CPU, as much as a hundred events. Buyers do not wait for it.
 """
 REQUEST_TIMEOUT_SECONDS: Final = 10
-ACKNOWLEDGED_SECONDS: Final = 12.0
+BATCH_SECONDS: Final = 12.0
 """How long to wait for the acknowledgement of a batch before the producer is discarded."""
 STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -282,7 +282,7 @@ class Publisher:
             batch, spans = self._fill(builder)
             try:
                 # If a broker was killed, aiokafka retries without a limit.
-                async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+                async with asyncio.timeout(BATCH_SECONDS):
                     partitions = sorted(await producer.partitions_for(self._topic))
                     partition = partitions[next(self._turn) % len(partitions)]
                     sent = await producer.send_batch(builder, self._topic, partition=partition)

@@ -45,7 +45,7 @@ PAGE: Final = 5_000
 POLL_SECONDS: Final = 0.5
 REBUILDS_SECONDS: Final = 1.0
 """How often the announcer looks for rebuilt sales."""
-ACKNOWLEDGED_SECONDS: Final = 12.0
+PAGE_SECONDS: Final = 12.0
 """How long Kafka may take to acknowledge a page before the producer is discarded."""
 _REQUEST_TIMEOUT_MS: Final = 10_000
 _LEAST_BATCH_BYTES: Final = 100
@@ -198,7 +198,7 @@ class Announcer:
         now_ms = int(time.time() * 1000)
         sent: list[asyncio.Future[object]] = []
         # aiokafka retries without a limit if a broker was killed.
-        async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
+        async with asyncio.timeout(PAGE_SECONDS):
             count = len(await producer.partitions_for(self._topic))
             by_partition: dict[int, list[Message]] = {}
             for message in messages:

@@ -14,7 +14,7 @@ from flashsale import heartbeat, ledger
 from flashsale.clocks import ServerTime
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
-from flashsale_operator.sales.drain import CALL_DEADLINE_MS, Drain, NotDrained, Patience, Progress
+from flashsale_operator.sales.drain import SAMPLED_AFTER_MS, Drain, NotDrained, Patience, Progress
 from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, Span, spans
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -38,7 +38,7 @@ async def beat(
     shop: SimulatedShop,
     item_id: str,
     unacknowledged: int,
-    later_ms: int = CALL_DEADLINE_MS + 60_000,
+    later_ms: int = SAMPLED_AFTER_MS + 60_000,
 ) -> None:
     """Beat with a later sample time, so that the test need not wait."""
     server = await shop.inventory.server()
@@ -84,7 +84,7 @@ async def test_the_drain_waits_for_unacknowledged_events_of_a_pod_of_the_previou
     report = {
         "podId": "former",
         "unacknowledged": {sold.item_id: 2},
-        "sampledMs": server.now_ms + CALL_DEADLINE_MS + 60_000,
+        "sampledMs": server.now_ms + SAMPLED_AFTER_MS + 60_000,
     }
     await shop.redis.sadd("flashsale:pods", "former")
     await shop.redis.set("flashsale:pod:former", json.dumps(report), ex=heartbeat.EXPIRY_SECONDS)
@@ -99,7 +99,7 @@ async def test_the_drain_ignores_events_of_other_items(shop: SimulatedShop, sold
 async def test_the_drain_waits_for_a_heartbeat_after_the_fence(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:
-    await beat(shop, sold.item_id, unacknowledged=0, later_ms=CALL_DEADLINE_MS - 100)
+    await beat(shop, sold.item_id, unacknowledged=0, later_ms=SAMPLED_AFTER_MS - 100)
     assert await not_drained(shop, sold) == (
         "pod pod-1 has not reported its unacknowledged events yet",
     )
