@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Final, Self
 
+import msgspec
+
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_operator.sales.decision import counted
 from flashsale_operator.sales.reconciler import Refused, Result
@@ -34,38 +36,18 @@ class Counts:
         return self.accepted + self.available - self.allocated
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """One condition of a status. `since` is its lastTransitionTime."""
+class Condition(msgspec.Struct, frozen=True, rename="camel"):
+    """One condition of a status. `since` is its lastTransitionTime.
 
-    type: str
-    status: str
-    reason: str
-    message: str
-    observed_generation: int | None
-    since: str
+    Another controller's condition can be without `observed_generation`.
+    """
 
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Self:
-        return cls(
-            type=given.get("type", ""),
-            status=given.get("status", ""),
-            reason=given.get("reason", ""),
-            message=given.get("message", ""),
-            observed_generation=given.get("observedGeneration"),
-            since=given.get("lastTransitionTime", ""),
-        )
-
-    def json(self) -> dict[str, object]:
-        known = self.observed_generation is not None  # of others it need not be
-        return {
-            "type": self.type,
-            "status": self.status,
-            **({"observedGeneration": self.observed_generation} if known else {}),
-            "lastTransitionTime": self.since,
-            "reason": self.reason,
-            "message": self.message,
-        }
+    type: str = ""
+    status: str = ""
+    reason: str = ""
+    message: str = ""
+    observed_generation: int | msgspec.UnsetType = msgspec.UNSET
+    since: str = msgspec.field(default="", name="lastTransitionTime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +75,7 @@ class Status:
             observed_generation=given.get("observedGeneration"),
             sale_id=given.get("saleId"),
             engine=given.get("engine"),
-            conditions=tuple(Condition.parse(each) for each in given.get("conditions") or ()),
+            conditions=msgspec.convert(given.get("conditions") or (), tuple[Condition, ...]),
             counts=Counts(*numbers) if len(numbers) == 5 else None,
             hold_expired=given.get("holdExpired") is True,
         )
@@ -105,7 +87,7 @@ class Status:
             "observedGeneration": self.observed_generation,
             "saleId": self.sale_id,
             "engine": self.engine,
-            "conditions": [condition.json() for condition in self.conditions],
+            "conditions": msgspec.to_builtins(self.conditions),
             "allocated": None if counts is None else counts.allocated,
             "accepted": None if counts is None else counts.accepted,
             "available": None if counts is None else counts.available,

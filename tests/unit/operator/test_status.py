@@ -3,6 +3,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 
 from flashsale.sale import SaleState
@@ -172,10 +173,10 @@ def test_conditions_of_others_stay() -> None:
         "reason": "ByTheShop",
         "message": "",
     }
-    own = [each.json() for each in a_status().conditions]
+    own = msgspec.to_builtins(a_status().conditions)
     before = Status.parse({"conditions": [other, *own]})
     after = a_status(AWAY, before, LATER)
-    assert after.conditions[-1].json() == other
+    assert msgspec.to_builtins(after.conditions[-1]) == other
     assert [each.type for each in after.conditions].count("Ready") == 1
     assert not statuses.worth_writing(after, a_status(AWAY, after, LATER), 1e9)
 
