@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -35,6 +35,7 @@ from flashsale.redis_errors import translated
 from flashsale.requirements import Finding, Requirement, TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale.tls import relaxed
+from flashsale_operator.ctl.cli import Environ, Servers
 
 REDIS: Final = "Redis"
 KAFKA: Final = "Kafka"
@@ -71,15 +72,13 @@ class _Home(NamedTuple):
     redis_address: str | None
 
 
-async def examine(
-    addresses: KafkaSettings, redis_url: str, database_url: str, environ: Mapping[str, str]
-) -> list[Finding]:
+async def examine(addresses: Servers, environ: Environ) -> list[Finding]:
     """Checks all servers at the same time. Returns the findings by server."""
-    home = await _home(database_url)
+    home = await _home(addresses.database_url)
     found = await asyncio.gather(
-        _within(REDIS, _redis(redis_url, addresses.engine, home)),
+        _within(REDIS, _redis(addresses.redis_url, addresses.engine, home)),
         _within(KAFKA, _kafka(addresses, home)),
-        _within(POSTGRESQL, _postgresql(database_url, addresses.engine)),
+        _within(POSTGRESQL, _postgresql(addresses.database_url, addresses.engine)),
         _within(KUBERNETES, _kubernetes(environ)),
     )
     return [finding for group in found for finding in group]
@@ -292,7 +291,7 @@ async def _check_topic(
     return found
 
 
-async def _kubernetes(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
+async def _kubernetes(environ: Environ) -> AsyncIterator[Finding]:
     """Asks for the FlashSale resource, by the pod's account or by kubectl. No cluster is ok."""
     if (ACCOUNT / "token").exists() and environ.get("KUBERNETES_SERVICE_HOST"):
         look = _by_account
@@ -314,11 +313,11 @@ async def _kubernetes(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
         yield _clock(KUBERNETES, parsedate_to_datetime(date).timestamp() + 0.5, asked)
 
 
-def _has_kubeconfig(environ: Mapping[str, str]) -> bool:
+def _has_kubeconfig(environ: Environ) -> bool:
     return bool(environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists()
 
 
-def _by_account(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+def _by_account(environ: Environ) -> tuple[dict[str, Any], str]:
     host, port = environ["KUBERNETES_SERVICE_HOST"], environ.get("KUBERNETES_SERVICE_PORT", "443")
     host = f"[{host}]" if ":" in host else host
     request = urllib.request.Request(
@@ -339,7 +338,7 @@ def _by_account(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
             raise OSError(f"the kube-apiserver answered {error.code}") from None
 
 
-def _by_kubectl(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+def _by_kubectl(environ: Environ) -> tuple[dict[str, Any], str]:
     command = ["kubectl", "get", "--raw", _RESOURCE, "--request-timeout=10s"]
     done = subprocess.run(  # noqa: S603 - no argument is from outside
         command, env={**os.environ, **environ}, capture_output=True, text=True, check=False

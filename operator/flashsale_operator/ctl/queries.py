@@ -215,9 +215,6 @@ async def reservations(environ: Environ, item: str, output: str) -> int:
 @output_option("table", "json")
 async def doctor(environ: Environ, output: str) -> int:
     """Check Redis, Kafka, PostgreSQL and the cluster from here. Exits with 1 on a failure."""
-    addresses = settings.load(Servers, environ)
-    found = await examination.examine(
-        addresses, addresses.redis_url, addresses.database_url, environ
-    )
+    found = await examination.examine(settings.load(Servers, environ), environ)
     print(tables.of_findings(found) if output == "table" else tables.json_of(found))
     return 1 if any(finding.verdict == "failure" for finding in found) else 0
