@@ -1,6 +1,7 @@
 """Prometheus metrics of the API. They are served on their own port."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
@@ -39,131 +40,106 @@ class Metrics:
 
     def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
         self.registry = telemetry.registry("api", engine)
-        self._requests = Counter(
-            "flashsale_api_requests",
-            "POST /reserve requests by outcome.",
-            ["item", "outcome"],
-            registry=self.registry,
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self._requests = counter(
+            "flashsale_api_requests", "POST /reserve requests by outcome.", ["item", "outcome"]
         )
-        seconds = Histogram(
+        seconds = histogram(
             "flashsale_api_request_seconds",
             "Time from reading the whole request to passing the answer to the server.",
             ["answer"],
             buckets=_SECONDS,
-            registry=self.registry,
         )
         self.accepted = seconds.labels("accepted")
         self.rejected = seconds.labels("rejected")
         self.failed = seconds.labels("failed")
-        self.batch_size = Histogram(
-            "flashsale_api_batch_size",
-            "Requests in one script call.",
-            buckets=_BATCH,
-            registry=self.registry,
+        self.batch_size = histogram(
+            "flashsale_api_batch_size", "Requests in one script call.", buckets=_BATCH
         )
-        self.script_seconds = Histogram(
+        self.script_seconds = histogram(
             "flashsale_api_script_seconds",
             "Duration of one script call, as measured by the API.",
             buckets=_SECONDS,
-            registry=self.registry,
         )
-        self.script_failures = Counter(
+        self.script_failures = counter(
             "flashsale_api_script_failures",
             "Script calls that Redis refused or did not answer in time.",
-            registry=self.registry,
         )
-        self.waiting = Gauge(
-            "flashsale_api_waiting_requests",
-            "Requests that wait for a script call.",
-            registry=self.registry,
+        self.waiting = gauge(
+            "flashsale_api_waiting_requests", "Requests that wait for a script call."
         )
-        self.outbox_length = Gauge(
+        self.outbox_length = gauge(
             "flashsale_api_outbox_entries",
             "Accepted reservations in the outbox, as last seen by this pod.",
             ["item"],
-            registry=self.registry,
         )
-        self.outbox_age = Gauge(
+        self.outbox_age = gauge(
             "flashsale_api_outbox_age_seconds",
             "Age of the oldest entry in the outbox, as last seen by this pod. 0 if it is empty.",
             ["item"],
-            registry=self.registry,
         )
-        self.unacknowledged = Gauge(
+        self.unacknowledged = gauge(
             "flashsale_api_unacknowledged_events",
             "Events in this pod's memory that Kafka has not acknowledged.",
-            registry=self.registry,
         )
-        self.published = Counter(
-            "flashsale_api_events_published",
-            "Events that Kafka acknowledged to this pod.",
-            registry=self.registry,
+        self.published = counter(
+            "flashsale_api_events_published", "Events that Kafka acknowledged to this pod."
         )
-        self.publish_failures = Counter(
-            "flashsale_api_publish_failures",
-            "Producers that were discarded because Kafka failed.",
-            registry=self.registry,
+        self.publish_failures = counter(
+            "flashsale_api_publish_failures", "Producers that were discarded because Kafka failed."
         )
-        self.swept = Counter(
+        self.swept = counter(
             "flashsale_api_events_swept",
             "Events taken over from the outbox because no pod had published them.",
-            registry=self.registry,
         )
-        up = Gauge(
+        up = gauge(
             "flashsale_api_server_up",
             "1 if the last call to the server succeeded: redis, kafka.",
             ["server"],
-            registry=self.registry,
         )
         self.redis_up, self.kafka_up = up.labels("redis"), up.labels("kafka")
-        self.jwks_up = Gauge(
+        self.jwks_up = gauge(
             "flashsale_api_jwks_up",
             "0 if the last look for the keys of buyers' tokens failed, otherwise 1.",
-            registry=self.registry,
         )
         self.jwks_up.set(1)  # an API without tokens needs no keys
-        self.transitions = Counter(
+        self.transitions = counter(
             "flashsale_api_transitions",
             "Calls to confirm or cancel a reservation, and expired holds, by outcome.",
             ["item", "verb", "outcome"],
-            registry=self.registry,
         )
-        self.order_seconds = Histogram(
+        self.order_seconds = histogram(
             "flashsale_api_order_call_seconds",
             "Time from reading a call to confirm or cancel to its answer.",
             ["verb", "answer"],
             buckets=(*_SECONDS, 2, 3),
-            registry=self.registry,
         )
-        self.waiting_order_calls = Gauge(
+        self.waiting_order_calls = gauge(
             "flashsale_api_waiting_order_calls",
             "Calls to confirm or cancel that wait for a script call.",
             ["verb"],
-            registry=self.registry,
         )
-        self.unacknowledged_order_calls = Gauge(
+        self.unacknowledged_order_calls = gauge(
             "flashsale_api_unacknowledged_order_calls",
             "Calls to confirm or cancel that wait for Kafka's acknowledgement.",
             ["verb"],
-            registry=self.registry,
         )
-        self.open_holds = Gauge(
+        self.open_holds = gauge(
             "flashsale_api_open_holds",
             "Reservations that are held, as last seen by this pod.",
             ["item"],
-            registry=self.registry,
         )
-        self.overdue_holds = Gauge(
+        self.overdue_holds = gauge(
             "flashsale_api_overdue_holds",
             "Holds that can be expired and are not, as last seen by this pod.",
             ["item"],
-            registry=self.registry,
         )
-        self.overdue_seconds = Gauge(
+        self.overdue_seconds = gauge(
             "flashsale_api_overdue_hold_seconds",
             "How long the oldest overdue hold has been one, as last seen by this pod.",
             ["item"],
-            registry=self.registry,
         )
         self._of_no_item = _Outcomes(self._requests, "")
         self._of_item: dict[str, _Outcomes] = {}

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
@@ -17,40 +18,34 @@ class Metrics:
 
     def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
         self._registry = telemetry.registry("consumer", engine)
-        self.batches = Counter(
-            "flashsale_consumer_batches_total",
-            "Batches that were committed to the ledger.",
-            registry=self._registry,
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        self.batches = counter(
+            "flashsale_consumer_batches_total", "Batches that were committed to the ledger."
         )
-        self.events = Counter(
-            "flashsale_consumer_events_total",
-            "Events read, by result.",
-            ["result"],
-            registry=self._registry,
+        self.events = counter(
+            "flashsale_consumer_events_total", "Events read, by result.", ["result"]
         )
         for result in ("recorded", "duplicate", "refused", "dead_lettered"):
             self.events.labels(result)
-        self.voided = Counter(
+        self.voided = counter(
             "flashsale_consumer_voided_total",
             "Changes of known reservations that their sale's last rebuild did not find.",
-            registry=self._registry,
         )
-        self.deleted = Counter(
+        self.deleted = counter(
             "flashsale_consumer_deleted_events_total",
             "Events that Kafka deleted before they were recorded.",
-            registry=self._registry,
         )
-        self.batch_size = Histogram(
+        self.batch_size = histogram(
             "flashsale_consumer_batch_size",
             "Events in a committed batch.",
             buckets=(1, 5, 25, 100, 250, 500, 1_000, 2_500, 5_000),
-            registry=self._registry,
         )
-        self.record_seconds = Histogram(
+        self.record_seconds = histogram(
             "flashsale_consumer_record_seconds",
             "Duration of a batch's transaction.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-            registry=self._registry,
         )
         self.end_to_end = Ages(
             "flashsale_consumer_end_to_end_seconds",
@@ -58,33 +53,28 @@ class Metrics:
             bounds=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
         )
         self._registry.register(self.end_to_end)
-        self.lag = Gauge(
+        self.lag = gauge(
             "flashsale_consumer_lag",
             "Events of an assigned partition that the ledger does not have yet.",
             ["partition"],
-            registry=self._registry,
         )
-        self.unannounced = Gauge(
+        self.unannounced = gauge(
             "flashsale_consumer_unannounced_events",
             "Events of an assigned partition that are recorded and not announced yet.",
             ["partition"],
-            registry=self._registry,
         )
-        self.unannounced_seconds = Gauge(
+        self.unannounced_seconds = gauge(
             "flashsale_consumer_unannounced_seconds",
             "How long the oldest recorded event has waited to be announced, 0 if none waits.",
-            registry=self._registry,
         )
-        self.announced = Counter(
+        self.announced = counter(
             "flashsale_consumer_announced_total",
             "Messages that Kafka acknowledged in the topic of recorded reservations.",
-            registry=self._registry,
         )
-        self.server_up = Gauge(
+        self.server_up = gauge(
             "flashsale_consumer_server_up",
             "1 if the last call to the server succeeded: ledger, kafka, dead_letters, recorded.",
             ["server"],
-            registry=self._registry,
         )
 
     def text(self) -> bytes:
