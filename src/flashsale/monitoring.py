@@ -6,6 +6,7 @@ deadline, and a place among few.
 
 import asyncio
 import logging
+import platform
 import socket
 import struct
 import time
@@ -14,6 +15,10 @@ from contextlib import asynccontextmanager
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, NamedTuple, TypeAlias
+
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics
+
+from flashsale import __version__
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,21 @@ IDLE_SHARE: Final = 4
 MAX_IDLE_SECONDS: Final = 1.0
 
 _RESET: Final = struct.pack("ii", 1, 0)
+
+
+def registry(component: str, engine: str) -> CollectorRegistry:
+    """Returns a registry with `flashsale_build_info` and, on Linux, the process metrics."""
+    # Otherwise every counter gets a second, unused series with its creation time.
+    disable_created_metrics()  # type: ignore[no-untyped-call] # it lacks its "-> None"
+    made = CollectorRegistry()
+    Gauge(
+        "flashsale_build_info",
+        "Always 1. The labels are the component, its engine's name, its version and its Python.",
+        ["component", "engine", "version", "python"],
+        registry=made,
+    ).labels(component, engine, __version__, platform.python_version()).set(1)
+    ProcessCollector(registry=made)
+    return made
 
 
 class Answer(NamedTuple):

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from flashsale import telemetry
+from flashsale import monitoring
 from flashsale.keys import DEFAULT_ENGINE
 from flashsale.sale import Sale, SaleState
 from flashsale_operator.sales.reconciler import Result
@@ -120,7 +120,7 @@ class Metrics:
     """The operator's metrics, in their own registry."""
 
     def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
-        self.registry = telemetry.registry("operator", engine)
+        self.registry = monitoring.registry("operator", engine)
         self.sales = SaleMetrics()
         self.registry.register(self.sales)
         counter = partial(Counter, registry=self.registry)

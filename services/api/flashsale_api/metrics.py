@@ -5,7 +5,7 @@ from functools import partial
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
-from flashsale import telemetry
+from flashsale import monitoring
 from flashsale.inventory import Holds
 from flashsale.keys import DEFAULT_ENGINE
 
@@ -39,7 +39,7 @@ class Metrics:
     """
 
     def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
-        self.registry = telemetry.registry("api", engine)
+        self.registry = monitoring.registry("api", engine)
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry)

@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from flashsale import telemetry
+from flashsale import monitoring
 from flashsale.keys import DEFAULT_ENGINE
 
 
@@ -17,7 +17,7 @@ class Metrics:
     """The consumer's metrics, in their own registry."""
 
     def __init__(self, engine: str = DEFAULT_ENGINE) -> None:
-        self._registry = telemetry.registry("consumer", engine)
+        self._registry = monitoring.registry("consumer", engine)
         counter = partial(Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
