@@ -9,8 +9,8 @@ from flashsale_api.responses import RequestHeaders
 _OF_AN_UPGRADE: Final = (b"upgrade", b"http2-settings")
 
 
-class Refused(Exception):
-    """A head that breaks a rule, with the status and the reason of the answer."""
+class BadRequest(Exception):
+    """A request that breaks a rule of HTTP, with the status and the reason of the answer."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -18,24 +18,24 @@ class Refused(Exception):
 
 
 def check(headers: RequestHeaders, version: str) -> bool:
-    """Returns whether the client waits for 100 Continue. Raises `Refused`."""
+    """Returns whether the client waits for 100 Continue. Raises `BadRequest`."""
     expects_100, hosts = False, 0
     for name, value in headers:
         if name == b"host":
             hosts += 1
         elif name == b"transfer-encoding" and value.lower() != b"chunked":
-            raise Refused(501, "The only supported Transfer-Encoding is chunked.")
+            raise BadRequest(501, "The only supported Transfer-Encoding is chunked.")
         elif name == b"expect" and value.lower() == b"100-continue":
             expects_100 = True
     if hosts > 1 or (hosts == 0 and version != "1.0"):
-        raise Refused(400, "The request needs one Host.")
+        raise BadRequest(400, "The request needs one Host.")
     return expects_100
 
 
 def path_and_query(url: bytes) -> tuple[bytes, bytes]:
-    """Splits the target of a request. Raises `Refused`, or the parser's error."""
+    """Splits the target of a request. Raises `BadRequest`, or the parser's error."""
     if b"#" in url:
-        raise Refused(400, "A request has no fragment.")
+        raise BadRequest(400, "A request has no fragment.")
     path, _, query = url.partition(b"?")
     if not path.startswith(b"/"):
         path = httptools.parse_url(url).path or b"/"

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from flashsale_api import asgi, descriptors, heads, turns
 from flashsale_api.exchanges import Exchange
-from flashsale_api.heads import Refused
+from flashsale_api.heads import BadRequest
 from flashsale_api.limits import (
     CLOSE_SECONDS,
     FIELD_BYTES,
@@ -220,18 +220,18 @@ class HttpProtocol(asyncio.Protocol):
             self._headers.append((name.lower(), value.rstrip(b" \t")))
         self._fields += 1
         if self._fields > MAX_FIELDS:
-            raise Refused(431, "The request has too many header fields.")
+            raise BadRequest(431, "The request has too many header fields.")
 
     def on_headers_complete(self) -> None:
         if self._last:
-            raise Refused(400, "The connection ends with an earlier request.")
+            raise BadRequest(400, "The connection ends with an earlier request.")
         parser, url = self._parser, self._url
         if parser.should_upgrade():
             return
         version = parser.get_http_version()
         expects_100 = heads.check(self._headers, version)
         if self._overhead > MAX_HEAD_BYTES and heads.size(url, self._headers) > MAX_HEAD_BYTES:
-            raise Refused(*_LARGE_HEAD)
+            raise BadRequest(*_LARGE_HEAD)
         method = parser.get_method()
         path, query = heads.path_and_query(url)
         keep_alive = version != "1.0" and parser.should_keep_alive()
@@ -315,7 +315,7 @@ class HttpProtocol(asyncio.Protocol):
         if not exchange.is_refusal and (
             len(self._waiting) >= MAX_PIPELINED or self._waiting_bytes + size > MAX_HEAD_BYTES
         ):
-            raise Refused(400, "Too many requests wait for an answer.")
+            raise BadRequest(400, "Too many requests wait for an answer.")
         self._last = self._last or not exchange.keep_alive
         self._waiting.append(exchange)
         self._waiting_bytes += size
@@ -466,7 +466,7 @@ def _pieces(data: bytes) -> Iterator[memoryview]:
 def _refusal(error: httptools.HttpParserError) -> tuple[int, str]:
     """Returns the status and the reason of the answer to a request that cannot be parsed."""
     cause = error.__context__
-    return (cause.status, cause.reason) if isinstance(cause, Refused) else _INVALID
+    return (cause.status, cause.reason) if isinstance(cause, BadRequest) else _INVALID
 
 
 def _no_handler(method: bytes, path: bytes) -> Handler | None:  # noqa: ARG001 - as `direct`

@@ -235,9 +235,9 @@ class Publisher:
         while True:
             await asyncio.sleep(OWNER_SECONDS)
             await self._check_owner()
-            self._works()
+            self._note_success()
 
-    def _works(self) -> None:
+    def _note_success(self) -> None:
         """Notes an acknowledgement, or a producer that lasted. To connect does not suffice."""
         if self._failures:
             log.info("Kafka is back, %d events are waiting", self.unacknowledged)
@@ -303,7 +303,7 @@ class Publisher:
                 raise
             if self._spans is not None:
                 self._spans.sent(spans, len(batch), partition)
-            self._works()
+            self._note_success()
             self._acknowledge(batch)
 
     def _acknowledge(self, batch: Sequence[OutboxEntry]) -> None:
