@@ -25,7 +25,7 @@ from dev.stack import lifeline
 from dev.stack.errors import StackError
 from dev.stack.process import Server
 from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
-from flashsale_operator.ctl import checkout
+from flashsale_operator.ctl import local_env
 
 SAMPLES: Final = ROOT / "k8s" / "samples"
 SAMPLE: Final = SAMPLES / "iphone-15.yaml"
@@ -202,7 +202,7 @@ def write_variables(file: Path, variables: Mapping[str, str]) -> None:
 
 def read_variables(file: Path) -> dict[str, str]:
     """Return the variables that the last `make up` wrote."""
-    return checkout.variables(file.read_text().splitlines() if file.exists() else [])
+    return local_env.variables(file.read_text().splitlines() if file.exists() else [])
 
 
 def control_plane() -> None:

@@ -21,7 +21,7 @@ from flashsale.ledger import SaleRow
 from flashsale.redis_client import MAX_CONNECTIONS
 from flashsale.requirements import Checks
 from flashsale.sale import Predecessor, SaleSpec
-from flashsale_operator.ctl import checkout, files, queries, redis_cluster, size, tables
+from flashsale_operator.ctl import files, local_env, queries, redis_cluster, size, tables
 from flashsale_operator.ctl.cli import (
     Clients,
     Environ,
@@ -67,7 +67,7 @@ def main() -> None:
         folder = Path.cwd()
     except OSError:  # it was removed
         folder = Path("/")
-    sys.exit(run(sys.argv[1:], *checkout.environment(os.environ, folder)))
+    sys.exit(run(sys.argv[1:], *local_env.environment(os.environ, folder)))
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str], servers: str = "") -> int:

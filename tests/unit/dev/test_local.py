@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from dev.local import read_variables, write_variables
-from flashsale_operator.ctl.checkout import environment
+from flashsale_operator.ctl.local_env import environment
 
 VARIABLES = {
     "FLASHSALE_REDIS_URL": "redis://user:it's$HOME;`id`@127.0.0.1:6379/0",
