@@ -1,4 +1,4 @@
-"""The operator's settings, read from FLASHSALE_REDIS_URL and similar variables."""
+"""The operator's settings, from FLASHSALE_* environment variables."""
 
 from typing import Annotated
 
@@ -53,5 +53,5 @@ class Settings(KafkaSettings, frozen=True):
 
     @property
     def served(self) -> tuple[str, ...]:
-        """The served namespaces, sorted. None means all."""
+        """The served namespaces, sorted. If there are none, all are served."""
         return tuple(sorted({name for name in self.namespaces.split(",") if name}))

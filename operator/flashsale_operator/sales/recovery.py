@@ -99,7 +99,7 @@ class Recovery:
         units in Redis, or fewer that are no longer held, is never trusted. `run_id` is the server's
         run when the rebuild began: the wait for heartbeats counts on one server only.
 
-        `spec`, `closed` and `claim` come from the ledger's row; `claim` is its revision.
+        `spec`, `closed` and `claim` come from the ledger's row. `claim` is its revision.
         `replaces` is the same as for `Inventory.apply`.
         """
         other_id, other_accepted, other_released = replaces or ("", 0, 0)

@@ -67,7 +67,7 @@ def bearer_token(headers: RequestHeaders) -> bytes:
 
 
 def of_settings(settings: Settings, metrics: Metrics) -> Authentication | None:
-    """Returns what names the users, or nothing if the callers are trusted."""
+    """Returns the authentication of the settings, or nothing if the callers are trusted."""
     if settings.user_header:
         return GatewayHeader(settings.user_header)
     if settings.jwks_url:

@@ -1,4 +1,4 @@
-"""The consumer's settings, read from FLASHSALE_* variables."""
+"""The consumer's settings, from FLASHSALE_* environment variables."""
 
 from typing import Annotated
 
