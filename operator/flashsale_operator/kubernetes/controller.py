@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -99,7 +99,6 @@ class Controller:
         rebuilds: Rebuilds,
         *,
         prefixes: Mapping[str, str] = MappingProxyType({}),
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kube = clients.kube
         self._inventory = clients.inventory
@@ -109,7 +108,6 @@ class Controller:
         self._rebuilds = rebuilds
         self._reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
         self._prefixes = prefixes
-        self._clock = clock
         self._memories: dict[Key, _Memory] = {}
         self._checks = Checks(log)
         self._prepared = False
@@ -367,7 +365,7 @@ class Controller:
 
         Returns False if the object has changed since it was read.
         """
-        metadata, now = live["metadata"], self._clock()
+        metadata, now = live["metadata"], datetime.now(UTC)
         before = Status.parse(live.get("status") or {})
         known = Known.of(before)
         if known.state is SaleState.UNKNOWN:
@@ -437,7 +435,7 @@ class Controller:
 
         The status tells the same, and must not wait for it.
         """
-        body = events.event_object(event, metadata, mark, self._clock())
+        body = events.event_object(event, metadata, mark, datetime.now(UTC))
         try:
             await self._kube.create_event(key.namespace, body)
         except KubeRefused as error:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -50,9 +50,8 @@ class _Entry:
 class SaleMetrics(Collector):
     """The gauges of each sale, from its last reconcile."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         self._entries: dict[tuple[str, str], _Entry] = {}
-        self._clock = clock
 
     def update(self, key: tuple[str, str], result: Result) -> None:
         entry = self._entries.setdefault(key, _Entry(result))
@@ -60,7 +59,7 @@ class SaleMetrics(Collector):
         if result.state is not SaleState.FENCED:  # A fenced sale can lack any unit.
             entry.sale = result.own_sale
         if entry.sale is not None:
-            entry.backlog.sample(self._clock(), entry.sale.accepted, result.recorded)
+            entry.backlog.sample(time.monotonic(), entry.sale.accepted, result.recorded)
 
     def forget(self, key: tuple[str, str]) -> None:
         self._entries.pop(key, None)
@@ -95,7 +94,7 @@ class SaleMetrics(Collector):
             "flashsale_sale_lost_units",
             "Units that Redis had accepted and that rebuilds of the sale found nowhere.",
         )
-        now = self._clock()
+        now = time.monotonic()
         for key, entry in entries:
             result = entry.result
             labels = ["/".join(key), result.item_id]
