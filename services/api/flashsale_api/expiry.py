@@ -49,13 +49,13 @@ class Expiry:
         while True:
             more = False
             try:
-                more = await self.turn()
+                more = await self.expire_due()
             except RedisUnavailable as error:
                 log.debug("no expiry: %s", error)
             if not more:
                 await asyncio.sleep(INTERVAL_SECONDS)
 
-    async def turn(self) -> bool:
+    async def expire_due(self) -> bool:
         """Expires at most `BATCHES` batches of each item. Returns whether an item has more.
 
         Raises `RedisUnavailable`.

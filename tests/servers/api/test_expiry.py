@@ -70,7 +70,7 @@ async def test_a_hold_has_counters_before_it_ends(inventory: Inventory, item: st
     await opened(inventory, a_sale(item, 1, hold_seconds=60))
     await inventory.reserve(item, [a_request("u")], timeout_seconds=30)
     pod = Pod(inventory)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     for verb in ("confirm", "cancel", "expire"):
         labels = {"item": item, "verb": verb, "outcome": "changed"}
         sample = pod.metrics.registry.get_sample_value("flashsale_api_transitions_total", labels)
@@ -86,7 +86,7 @@ async def test_a_turn_is_bounded_and_says_whether_more_is_due(
     pod = Pod(inventory)
     found = []
     for _ in range(2):
-        more = await pod.expiry.turn()
+        more = await pod.expiry.expire_due()
         found.append((more, await held(inventory, item)))
     assert found == [(True, 5), (False, 0)]
     assert pod.publisher.held == 11
@@ -102,16 +102,16 @@ async def test_only_due_holds_expire_and_the_gauges_tell(
     await redis.zadd(key, {ids[2]: now_ms - 7_000})
     await redis.zadd(key, dict.fromkeys(ids[3:], now_ms - 1_000))
     pod = Pod(inventory)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     assert (pod.gauge("open_holds", item), pod.gauge("overdue_holds", item)) == (5, 3)
     assert 7 <= (pod.gauge("overdue_hold_seconds", item) or 0) < 60
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     assert (pod.gauge("open_holds", item), pod.gauge("overdue_holds", item)) == (2, 0)
     assert pod.gauge("overdue_hold_seconds", item) == 0
     looks = [await inventory.look(item, one) for one in ids]
     assert [look.record.state for look in looks if look.record] == ["held"] * 2 + ["expired"] * 3
     await redis.srem(f"{inventory.engine}:items", item)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     assert pod.gauge("open_holds", item) is None
 
 
@@ -121,11 +121,11 @@ async def test_one_pod_at_a_time_expires_the_holds_of_an_item(
     await hold(inventory, item, 3)
     assert await inventory.lease_expiry(item, "another", 60_000)
     pod = Pod(inventory)
-    assert not await pod.expiry.turn()
+    assert not await pod.expiry.expire_due()
     assert await held(inventory, item) == 3
     assert pod.gauge("overdue_holds", item) == 3
     await redis.delete(ItemKeys.of(item, inventory.engine).expiry)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     assert await held(inventory, item) == 0
 
 
@@ -137,7 +137,7 @@ async def test_a_pod_with_a_backlog_leaves_the_events_to_the_sweep(
     monkeypatch.setattr(expiry_module, "BATCH", 2)
     await hold(inventory, item, 11)
     pod = Pod(inventory)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     assert (await held(inventory, item), pod.publisher.held) == (0, 4)
     assert (await inventory.sales([item]))[item].outbox_length == 22
 
@@ -151,7 +151,7 @@ async def test_an_unreadable_or_foreign_sale_does_not_stop_the_others(
     await redis.hset(ItemKeys.of(f"{item}-b", inventory.engine).sale, "engine", OTHER)
     pod = Pod(inventory)
     pod.engine.found_in_redis(OWN)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     holds = await inventory.holds({f"{item}-{name}": 2**53 for name in "abc"})
     assert [found.open for found in holds.values()] == [2, 2, 0]
 
@@ -163,7 +163,7 @@ async def test_a_pod_that_meets_another_engine_expires_nothing(
     pod = Pod(inventory)
     pod.engine.found_in_redis(OWN)
     pod.engine.found_in_redis(OTHER)
-    await pod.expiry.turn()
+    await pod.expiry.expire_due()
     assert await held(inventory, item) == 2
 
 
