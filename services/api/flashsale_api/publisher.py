@@ -32,6 +32,7 @@ from flashsale.requirements import BATCH_BYTES
 from flashsale.reservations import OutboxEntry, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
+from flashsale_api.connections import survive_closed_connections
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
 from flashsale_api.metrics import Metrics
 from flashsale_api.settler import Settler
@@ -177,6 +178,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
+        survive_closed_connections()
         while True:
             self._batch_bytes = BATCH_BYTES
             producer = None

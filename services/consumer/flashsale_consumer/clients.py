@@ -11,9 +11,9 @@ from inspect import GEN_CLOSED, getgeneratorstate
 from itertools import chain
 from typing import Any, Final, TypeAlias
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition, conn
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from flashsale import ledger
 from flashsale.ledger import Connection, Pool
@@ -31,6 +31,29 @@ _METADATA_AGE_MS: Final = 5_000
 """The client notices added partitions and recreated topics within this time."""
 _NO_LEADER: Final = -1
 """The leader in Kafka's answer for a partition without one."""
+
+
+class _Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has no types
+    """A connection that may have just closed when a request is sent.
+
+    uvloop raises a `RuntimeError` for such a write, and aiokafka expects only an `OSError`
+    (https://github.com/aio-libs/aiokafka/issues/1038). The error would end aiokafka's tasks that
+    fetch records and read metadata, which nothing starts again.
+    """
+
+    def send(self, request: Any, expect_response: bool = True) -> Any:  # noqa: ANN401 - aiokafka's
+        try:
+            return super().send(request, expect_response)
+        except RuntimeError as error:
+            if "the handler is closed" not in str(error):
+                raise
+            self.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=error)
+            raise KafkaConnectionError(f"{self!r} has just closed") from error
+
+
+def survive_closed_connections() -> None:
+    """Let all later connections of this process report that they have just closed."""
+    conn.AIOKafkaConnection = _Connection
 
 
 def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:

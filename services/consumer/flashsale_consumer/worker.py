@@ -103,6 +103,7 @@ class Worker:
 
     async def run(self) -> None:
         """Record events until cancelled. A cancellation rolls back the unfinished batch."""
+        clients.survive_closed_connections()
         # A commit that a failover of PostgreSQL loses is repeated from Kafka.
         pool = await ledger.connect(
             self._settings.database_url, max_connections=3, synchronous=False
