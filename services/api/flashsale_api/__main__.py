@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import uvicorn
 import uvloop
 
-from flashsale import logs, tracing
+from flashsale import logs, lookups, tracing
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.monitoring import Scrapes, serving
 from flashsale.settings import KAFKA_HELP, host_and_port, load
@@ -66,6 +66,7 @@ def main() -> int:
         return 2
     logs.configure(settings.log_level)
     descriptors.set_limit()
+    lookups.share_threads()
 
     failed = False
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import uvloop
 
-from flashsale import logs, monitoring, settings, tracing
+from flashsale import logs, lookups, monitoring, settings, tracing
 from flashsale.errors import SettingsError
 from flashsale.sockets import bound
 from flashsale_consumer.metrics import Metrics
@@ -87,6 +87,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     logs.configure(own.log_level)
+    lookups.share_threads()
     # Few objects survive a batch. A search per 700 objects would take a tenth of the CPU time.
     gc.freeze()
     gc.set_threshold(50_000)
