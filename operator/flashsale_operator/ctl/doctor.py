@@ -22,7 +22,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
-from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
@@ -36,6 +35,7 @@ from flashsale.requirements import Finding, Requirement, TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale.tls import relaxed
 from flashsale_operator.ctl.cli import Environ, Servers
+from flashsale_operator.sales import offsets
 
 REDIS: Final = "Redis"
 KAFKA: Final = "Kafka"
@@ -251,23 +251,16 @@ async def _kafka(settings: KafkaSettings, home: _Home | None = None) -> AsyncIte
 
 
 async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Finding | None:
-    """Compares the owner of the consumer group.
-
-    None if Kafka does not tell it. The user may lack the right, or Kafka may be new.
-    """
-    group, decisive = events.consumer_group(engine), TopicPartition(events.topic(engine), 0)
-    try:
-        committed = await admin.list_consumer_group_offsets(group, partitions=[decisive])
-    except KafkaError:
+    """Compares the owner of the consumer group, if Kafka tells it."""
+    owner = await offsets.owner(admin, engine)
+    if owner is None:
         return None
-    if decisive not in committed:
-        return None
-    owner = events.owner(committed[decisive].metadata)
-    if owner in (None, home.engine_id):
-        return Finding(KAFKA, "the consumer group belongs to no other engine", "ok")
+    if owner == home.engine_id:
+        return Finding(KAFKA, "the consumer group belongs to the ledger's engine", "ok")
     text = (
-        f"the consumer group {group} belongs to engine {owner}, and the ledger to engine "
-        f"{home.engine_id}: restore the ledger of engine {owner}, or see Several engines"
+        f"the consumer group {events.consumer_group(engine)} belongs to engine {owner}, and the "
+        f"ledger to engine {home.engine_id}: restore the ledger of engine {owner}, or see Several "
+        "engines"
     )
     return Finding(KAFKA, text, "failure")
 

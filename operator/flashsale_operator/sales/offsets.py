@@ -9,7 +9,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from flashsale import events
-from flashsale.errors import FlashsaleError, SettingsError
+from flashsale.errors import FlashsaleError, OtherEngine, SettingsError
 from flashsale.settings import KafkaSettings
 
 TIMEOUT_SECONDS: Final = 10
@@ -73,6 +73,43 @@ async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
     return {
         partition.partition: Span(firsts[partition], ends[partition]) for partition in partitions
     }
+
+
+async def owner(admin: AIOKafkaAdminClient, engine: str) -> str | None:
+    """Returns the id of the engine whose consumers record the topic of `engine`.
+
+    None if Kafka does not tell it: no consumer has committed yet, or the user lacks the right.
+    """
+    decisive = TopicPartition(events.topic(engine), 0)
+    try:
+        committed = await admin.list_consumer_group_offsets(
+            events.consumer_group(engine), partitions=[decisive]
+        )
+    except KafkaError:  # of a new Kafka without any group, too
+        return None
+    return events.owner(committed[decisive].metadata) if decisive in committed else None
+
+
+async def require_own(kafka: KafkaSettings, engine_id: str) -> None:
+    """Raises `OtherEngine` if another engine's consumers would get the events of this engine.
+
+    An outage is left to the calls that follow.
+    """
+    found = None
+    admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=TIMEOUT_SECONDS * 1000)
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await admin.start()
+            found = await owner(admin, kafka.engine)
+    except (KafkaError, OSError, TimeoutError):
+        return
+    finally:
+        await admin.close()
+    if found not in (None, engine_id):
+        raise OtherEngine(
+            f"the consumer group {events.consumer_group(kafka.engine)} in this Kafka belongs to "
+            f"engine {found}, but the sale to engine {engine_id}: nothing is published"
+        )
 
 
 def behind(topic: Mapping[int, Span], stored: Mapping[int, int]) -> int:

@@ -15,7 +15,7 @@ from flashsale import events
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.settings import KafkaSettings
-from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, spans
+from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, require_own, spans
 from flashsale_operator.sales.reconciler import UnknownSale
 
 PAGE_SECONDS: Final = 30.0
@@ -26,11 +26,14 @@ async def republish(inventory: Inventory, kafka: KafkaSettings, item_id: str) ->
     """Publishes all reservations of an item's sale, and returns how many.
 
     Each event carries the sale's current numbers. Raises `UnknownSale` if Redis has no sale of the
-    item, `ContractViolation` if the sale is fenced, `RedisUnavailable`, and `KafkaUnavailable`
-    unless Kafka acknowledges all events.
+    item, `ContractViolation` if the sale is fenced, `OtherEngine` if Kafka is another engine's,
+    `RedisUnavailable`, and `KafkaUnavailable` unless Kafka acknowledges all events.
     """
-    if item_id not in await inventory.sales([item_id]):
+    sale = (await inventory.sales([item_id])).get(item_id)
+    if sale is None:
         raise UnknownSale(f"{item_id}: Redis has no sale of this item, so nothing is published")
+    if sale.engine:
+        await require_own(kafka, sale.engine)
     topic = events.topic(kafka.engine)
     producer = AIOKafkaProducer(**kafka.kafka_client(), acks="all")
     published = 0

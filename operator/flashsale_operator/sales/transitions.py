@@ -20,7 +20,7 @@ from flashsale.outbox import Outbox
 from flashsale.reservations import OrderCall, Transition, TransitionReply
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import engine
-from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, spans
+from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, require_own, spans
 from flashsale_operator.sales.reconciler import UnknownSale
 
 Verb = Literal["confirm", "cancel"]
@@ -41,9 +41,10 @@ async def change(  # noqa: PLR0913 - the call, and the servers
     """Confirms or cancels a reservation, and publishes its event.
 
     Returns `CHANGED` or `REPLAYED` once Kafka has the event, or a refusal. A repeat is harmless.
-    Raises `UnknownSale`, `OtherEngine`, `ContractViolation` if the sale is fenced or cannot be
-    read, `RedisUnavailable`, and `KafkaUnavailable` if Kafka does not acknowledge the event in
-    time. In that case an API pod publishes it.
+    Raises `UnknownSale`, `OtherEngine` if the sale or Kafka is another engine's,
+    `ContractViolation` if the sale is fenced or cannot be read, `RedisUnavailable`, and
+    `KafkaUnavailable` if Kafka does not acknowledge the event in time. In that case an API pod
+    publishes it.
     """
     timeout_ms = 1000 * TIMEOUT_SECONDS
     producer = AIOKafkaProducer(**kafka.kafka_client(), acks="all", request_timeout_ms=timeout_ms)
@@ -54,6 +55,7 @@ async def change(  # noqa: PLR0913 - the call, and the servers
         except (KafkaError, OSError, TimeoutError) as error:
             why = str(error) or "no answer in time"
             raise KafkaUnavailable(f"Kafka is away, and nothing is changed: {why}") from error
+        await require_own(kafka, engine_id)
         if not await spans(kafka):
             raise KafkaUnavailable(UNSEEN)  # to send to it by name could create it
         began = time.monotonic()

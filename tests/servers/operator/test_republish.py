@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from redis.asyncio import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import events
+from flashsale import events, ledger
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
@@ -20,6 +20,7 @@ from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl.commands import run
+from flashsale_operator.sales import engine
 from tests.support.redis_users import OPERATOR, url_of
 from tests.support.topics import administering
 
@@ -161,3 +162,51 @@ def test_a_sale_that_redis_does_not_have_is_not_published(
 ) -> None:
     assert run(["republish", item], environ(redis_server, "127.0.0.1:1")) == 1
     assert f"{item}: Redis has no sale of this item" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+async def test_nothing_is_published_to_the_kafka_of_another_engine(
+    redis: Redis,
+    redis_server: RedisServer,
+    kafka_server: KafkaServer,
+    database_url: str,
+    item: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A shell names the servers of another installation. A confirmation there would be lost."""
+    name = f"shop-{uuid.uuid4().hex[:8]}"
+    settings = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=name)
+    await topics.create(settings, events.topic(name), events.dead_letter_topic(name))
+    decisive = TopicPartition(events.topic(name), 0)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=kafka_server.bootstrap,
+        group_id=events.consumer_group(name),
+        enable_auto_commit=False,
+    )
+    await consumer.start()
+    consumer.assign([decisive])
+    await consumer.commit({decisive: (0, events.owner_metadata("another"))})
+    await consumer.stop()
+    pool = await ledger.connect(database_url)
+    await ledger.migrate(pool)
+    inventory, reservation = Inventory(redis, name), str(uuid.uuid4())
+    own = await engine.engine_id(inventory, pool)
+    await pool.close()
+    spec = SaleSpec(f"default/{item}", item, 5, hold_seconds=60)
+    await inventory.apply(spec, 1, engine_id=own, seed_until_ms=2**53)
+    await inventory.reserve(item, [Request(reservation, "ann", 1)], timeout_seconds=10)
+    variables = environ(redis_server, kafka_server.bootstrap) | {
+        "FLASHSALE_DATABASE_URL": database_url,
+        "FLASHSALE_ENGINE": name,
+    }
+    for command in (
+        ["republish", item],
+        ["confirm", item, reservation, "--order-ref", "order-1"],
+        ["cancel", item, reservation],
+    ):
+        assert await asyncio.to_thread(run, command, variables) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "in this Kafka belongs to engine another, but the sale to engine" in printed.err
+    sale = (await inventory.sales([item]))[item]
+    assert (sale.held, sale.released, sale.outbox_length) == (1, 0, 1)
