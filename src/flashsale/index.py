@@ -79,7 +79,7 @@ class Index:
         may lack items.
         """
         try:
-            owner, current, members = await self._looked()
+            owner, current, members = await self._looked("items")
         except RedisUnavailable:
             if not self._last_items:
                 raise
@@ -87,10 +87,10 @@ class Index:
         self._last_items = sorted(members)
         return Indexed(self._last_items, bool(owner and current))
 
-    async def _looked(self) -> tuple[str, int, list[str]]:
+    async def _looked(self, part: str) -> tuple[str, int, list[str]]:
         """Returns the answer of `index.lua`."""
         owner, current, members = await self._scripts.call(
-            self._look, (self._id, self._items, self._run), ()
+            self._look, (self._id, self._items, self._run), (part,)
         )
         return owner, current, members
 
@@ -107,7 +107,7 @@ class Index:
         Raises `OtherEngine` if another engine has claimed it.
         """
         try:
-            owner, current, _ = await self._looked()
+            owner, current, _ = await self._looked("")
         except RedisUnavailable:
             if self._nodes.single:
                 raise
