@@ -1,4 +1,4 @@
-"""An order service: charges for each hold that the ledger recorded, then confirms or cancels it.
+"""An order service: charges for each reservation that the ledger recorded, and ships it.
 
 It prints its decisions as lines of JSON. docs/events.md explains each step.
 """
@@ -8,50 +8,87 @@ import asyncio
 import json
 import os
 import random
+import sys
+from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+from uuid import UUID, uuid5
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import CommitFailedError, IllegalStateError
 
-DECISIONS = {"confirmed": "ship", "cancelled": "void", "expired": "void", "refused": "apologise"}
-newest: dict[str, tuple[int, bool]] = {}  # in a real shop, two columns of its orders
+DECISIONS = {"cancelled": "void", "expired": "void", "refused": "apologise"}
+TYPES = {f"dev.flashsale.reservation.{state}.v1" for state in ("held", "confirmed", *DECISIONS)}
+REFUSALS = {
+    f"urn:flashsale:problem:{kind}"
+    for kind in ("hold-expired", "cancelled", "other-order", "unknown-item", "unknown-reservation")
+}
+newest: dict[str, tuple[int, bool]] = {}  # in a real shop, columns of its orders
+shipped: set[str] = set()
 
 
 async def receive(data: dict, options: argparse.Namespace) -> None:
     """Act on a message, unless the same or a newer one was received before."""
     identity = f"{data['saleId']}/{data['reservationId']}"
     rank = (data["version"], data["verdict"] == "recorded")
-    if rank > newest.get(identity, (0, False)):
-        held = data["state"] == "held"
-        decision = await charge(data, options) if held else DECISIONS[data["state"]]
-        print(json.dumps({"decision": decision, **data}), flush=True)
-        newest[identity] = rank
+    if rank <= newest.get(identity, (0, False)):
+        return
+    if data["state"] == "held":
+        decide(await charge(data, options), data)
+    elif data["state"] != "confirmed":
+        decide(DECISIONS[data["state"]], data)
+    elif identity not in shipped:  # a later version only has another orderRef
+        if "expiresAt" not in data:  # it was never held, so this is its first message
+            decide("charge", data)
+        decide("ship", data)
+        shipped.add(identity)
+    newest[identity] = rank
+
+
+def decide(decision: str, data: dict) -> None:
+    print(json.dumps({"decision": decision, **data}), flush=True)
 
 
 async def charge(data: dict, options: argparse.Namespace) -> str:
     """Authorise, confirm, and capture. A repeat after a crash gives the same result."""
-    order = f"order-{data['reservationId']}"
-    paid = random.Random(order).random() >= options.decline_rate
+    # A later sale of the item can have a reservation with the same id. It is another order.
+    order = f"order-{uuid5(UUID(data['reservationId']), data['saleId'])}"
     path = f"sales/{data['itemId']}/reservations/{data['reservationId']}"
-    url = f"{options.orders}/{path}/{'confirm' if paid else 'cancel'}"
-    while (answer := await asyncio.to_thread(call, url, order))[0] in (202, 429, 500, 503):
-        await asyncio.sleep(answer[1])
-    return "capture" if paid and answer[0] == 200 else "void"
+    url = f"{options.orders.rstrip('/')}/{path}"
+    if (await ask(url)).get("saleId") != data["saleId"]:
+        return "void"  # the sale is over, and so is its hold
+    paid = random.Random(order).random() >= options.decline_rate
+    answer = await ask(f"{url}/{'confirm' if paid else 'cancel'}", order)
+    return "capture" if paid and answer.get("state") == "confirmed" else "void"
 
 
-def call(url: str, order: str) -> tuple[int, float]:
-    """Call the order port. Returns the status, and the seconds to wait before a repeat."""
+async def ask(url: str, order: str | None = None) -> dict:
+    """Call the order port until it decides. Returns the reservation or the refusal.
+
+    No other answer is a decision: a wrong token or a gateway's error must not void a payment.
+    """
+    while True:
+        status, answer, after = await asyncio.to_thread(call, url, order)
+        if status == 200 or answer.get("type") in REFUSALS:
+            return answer
+        print(f"{url}: {status} {answer.get('title', '')}; trying again", file=sys.stderr)
+        await asyncio.sleep(float(after) if after.isdigit() else 1.0)
+
+
+def call(url: str, order: str | None) -> tuple[int, dict, str]:
+    """Call the order port once. Returns the status, the JSON object, and Retry-After."""
     token = os.environ["FLASHSALE_ORDER_TOKENS"].partition(",")[0]
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    body = None if order is None else json.dumps({"orderRef": order}).encode()
     try:
-        with urlopen(
-            Request(url, json.dumps({"orderRef": order}).encode(), headers), timeout=10
-        ) as answer:
-            return answer.status, float(answer.headers.get("Retry-After", 1))
-    except HTTPError as error:
-        return error.code, float(error.headers.get("Retry-After", 1))
-    except OSError:  # no answer
-        return 503, 1.0
+        try:
+            answer = urlopen(Request(url, body, headers), timeout=10)
+        except HTTPError as error:
+            answer = error
+        with answer:
+            return answer.status, dict(json.load(answer)), answer.headers.get("Retry-After", "")
+    except (OSError, HTTPException, TypeError, ValueError) as error:
+        return 0, {"title": f"{error}"}, ""  # no answer, or not the order port's
 
 
 async def main(options: argparse.Namespace) -> None:
@@ -65,9 +102,13 @@ async def main(options: argparse.Namespace) -> None:
         while True:
             for records in (await consumer.getmany(timeout_ms=500, max_records=100)).values():
                 for record in records:
-                    if dict(record.headers)["ce_type"].startswith(b"dev.flashsale.reservation."):
+                    # Other types are other messages, such as a later version of this one.
+                    if dict(record.headers).get("ce_type", b"").decode("latin-1") in TYPES:
                         await receive(json.loads(record.value), options)
-            await consumer.commit()  # after the work, so that a crash repeats it
+            try:
+                await consumer.commit()  # after the work, so that a crash repeats it
+            except (CommitFailedError, IllegalStateError) as error:
+                print(f"other members repeat the work: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

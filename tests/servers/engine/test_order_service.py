@@ -3,22 +3,30 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import RecordsToDelete
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
 from flashsale import events
+from flashsale.requirements import PARTITIONS
 from tests.support import asyncapi
 from tests.support.api import reserve
 from tests.support.engine import flashsalectl, manifest
@@ -29,6 +37,7 @@ from tests.support.paths import ROOT
 from tests.support.recorded import in_ledger, read_all, received
 from tests.support.redis_users import OPERATOR, of_api, url_of
 from tests.support.servers import database
+from tests.support.topics import administering
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +50,14 @@ STOCK = 50
 class OrderService:
     """The example in a process of its own. Its decisions are in `output`."""
 
-    def __init__(self, output: Path, addresses: Addresses, api: ApiServer) -> None:
+    def __init__(
+        self, output: Path, addresses: Addresses, orders_url: str, decline_rate: float
+    ) -> None:
         self._output = output
         self._command = [
             *(sys.executable, str(EXAMPLE / "order_service.py"), "--engine", addresses.engine),
-            *("--kafka", addresses.kafka_bootstrap, "--orders", api.orders_url),
-            *("--decline-rate", "0.4"),
+            *("--kafka", addresses.kafka_bootstrap, "--orders", orders_url),
+            *("--decline-rate", f"{decline_rate}"),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -60,10 +71,57 @@ class OrderService:
             self._process.kill()
             self._process.wait()
 
+    def pause(self, seconds: float) -> None:
+        """Stop the process for a time, as a suspended machine does."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self._process.send_signal(signal.SIGCONT)
+
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def decisions(self) -> list[dict[str, Any]]:
         """Return the complete lines."""
         lines = self._output.read_bytes().split(b"\n")[:-1]
         return [msgspec.json.decode(line) for line in lines]
+
+
+def order_of(data: dict[str, Any]) -> str:
+    """Return the example's order of a reservation."""
+    return f"order-{uuid.uuid5(uuid.UUID(data['reservationId']), data['saleId'])}"
+
+
+@contextmanager
+def gateway(orders_url: str, faults: list[tuple[int, str]]) -> Iterator[str]:
+    """A gateway in front of the order port. It answers the first calls itself, with faults."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if faults:
+                status, content = faults.pop(0)
+            else:
+                headers = {name: self.headers[name] for name in ("Authorization", "Content-Type")}
+                url = f"{orders_url}{self.path}"
+                found = httpx.request(self.command, url, content=body, headers=headers)
+                status, content = found.status_code, found.text
+            self.send_response(status)
+            self.send_header("Retry-After", "Sat, 28 Nov 2026 12:00:00 GMT")
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        do_GET = do_POST = answer  # noqa: N815 - its parent's names
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its parent's name
+            """Keep stderr free of access logs."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +148,7 @@ def consumer(tmp_path: Path, addresses: Addresses) -> Iterator[ConsumerServer]:
 
 @pytest.fixture
 def service(tmp_path: Path, addresses: Addresses, api: ApiServer) -> Iterator[OrderService]:
-    service = OrderService(tmp_path / "decisions", addresses, api)
+    service = OrderService(tmp_path / "decisions", addresses, api.orders_url, 0.4)
     service.start()
     yield service
     service.kill()
@@ -144,8 +202,7 @@ async def test_the_example_decides_on_every_hold_as_the_ledger_has_it(
     for each in service.decisions():
         decisions[each["reservationId"]].add((each["state"], each["decision"]))
     for identity, each in recorded.items():
-        order = f"order-{identity}"
-        assert each["orderRef"] == order
+        assert each["orderRef"] == order_of(each)
         if each["state"] == "confirmed":
             assert decisions[identity] - {("held", "capture")} == {("confirmed", "ship")}
         else:
@@ -191,3 +248,153 @@ def _shipped(service: OrderService, sale_id: str) -> bool:
     return any(
         (each["saleId"], each["decision"]) == (sale_id, "ship") for each in service.decisions()
     )
+
+
+async def apply(addresses: Addresses, name: str, item: str, **spec: object) -> None:
+    done = await flashsalectl(
+        addresses,
+        "apply",
+        "-f",
+        "-",
+        stdin=json.dumps(flash_sale(name, item, namespace=None, **spec)),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def decided(service: OrderService, name: str) -> list[tuple[str, str]]:
+    """Return the decisions on a sale's reservations, as pairs of state and decision."""
+    return [
+        (each["state"], each["decision"])
+        for each in service.decisions()
+        if each["saleId"] == f"default/{name}"
+    ]
+
+
+async def test_no_answer_but_the_order_port_s_own_decides_on_a_payment(
+    addresses: Addresses,
+    api: ApiServer,
+    consumer: ConsumerServer,  # noqa: ARG001 - it runs
+    tmp_path: Path,
+    item: str,
+) -> None:
+    """A token that is rotated too early and a failing gateway void no payment."""
+    faults = [
+        (401, '{"type":"urn:flashsale:problem:unauthorized"}'),
+        (404, "<html>default backend</html>"),
+        (404, '{"type":"urn:flashsale:problem:not-found"}'),
+        (502, "<html>bad gateway</html>"),
+        (200, "<html>please log in</html>"),
+        (504, ""),
+    ]
+    await apply(addresses, item, item, stock=1, holdSeconds=600)
+    with gateway(api.orders_url, faults) as url:
+        service = OrderService(tmp_path / "decisions", addresses, url, 0)
+        service.start()
+        try:
+            async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
+                assert (await reserve(buyer, item, "ann", 1)).status_code == 202
+            await until(lambda: ("confirmed", "ship") in decided(service, item), service.decisions)
+        finally:
+            service.kill()
+    assert faults == []
+    assert decided(service, item) == [("held", "capture"), ("confirmed", "ship")]
+
+
+async def test_a_late_message_of_a_former_sale_confirms_nothing_of_the_present_one(
+    addresses: Addresses,
+    api: ApiServer,
+    consumer: ConsumerServer,  # noqa: ARG001 - it runs
+    tmp_path: Path,
+    item: str,
+) -> None:
+    """The example was away while a sale ended. A buyer repeats the key in the next sale."""
+    async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
+
+        async def accepted() -> bool:
+            return (await reserve(buyer, item, "ann", 1, "k" * 32)).status_code == 202
+
+        async def available() -> bool:
+            found = (await buyer.get(f"/sales/{item}")).json()
+            return bool(found.get("available"))
+
+        await apply(addresses, f"{item}-1", item, stock=1, holdSeconds=1)
+        await until(accepted)
+        await until(available)  # the hold has expired
+        deleted = await flashsalectl(addresses, "delete", item)
+        assert deleted.returncode == 0, deleted.stderr
+        await apply(addresses, f"{item}-2", item, stock=1, holdSeconds=600)
+        await until(accepted)
+    service = OrderService(tmp_path / "decisions", addresses, api.orders_url, 0)
+    service.start()
+    try:
+        await until(
+            lambda: ("confirmed", "ship") in decided(service, f"{item}-2"), service.decisions
+        )
+        await until(lambda: ("expired", "void") in decided(service, f"{item}-1"), service.decisions)
+    finally:
+        service.kill()
+    assert ("held", "capture") not in decided(service, f"{item}-1")
+    (sold,) = [
+        each
+        for each in service.decisions()
+        if each["saleId"] == f"default/{item}-2" and each["decision"] == "ship"
+    ]
+    assert sold["orderRef"] == order_of(sold)
+
+
+async def test_the_example_charges_without_a_hold_and_ships_once(
+    addresses: Addresses,
+    api: ApiServer,
+    consumer: ConsumerServer,  # noqa: ARG001 - it runs
+    service: OrderService,
+    item: str,
+) -> None:
+    """The second message about the reservation has the order's id."""
+    await apply(addresses, item, item, stock=1)
+    async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
+        location = (await reserve(buyer, item, "ann", 1)).headers["location"]
+    await until(lambda: ("confirmed", "ship") in decided(service, item), service.decisions)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(base_url=api.orders_url, headers=headers, timeout=30) as orders:
+        for verb in ("confirm", "cancel"):
+            answer = await orders.post(f"{location}/{verb}", json={"orderRef": "order-1"})
+            assert answer.status_code == 200, answer.text
+            await asyncio.sleep(2 if verb == "confirm" else 0)  # until its message was received
+    await until(lambda: ("cancelled", "void") in decided(service, item), service.decisions)
+    assert decided(service, item) == [
+        ("confirmed", "charge"),
+        ("confirmed", "ship"),
+        ("cancelled", "void"),
+    ]
+
+
+async def test_the_example_survives_other_messages_and_the_loss_of_its_partitions(
+    addresses: Addresses,
+    api: ApiServer,
+    consumer: ConsumerServer,  # noqa: ARG001 - it runs
+    service: OrderService,
+    item: str,
+) -> None:
+    await apply(addresses, item, item, stock=10)
+    async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
+        assert (await reserve(buyer, item, "ann", 1)).status_code == 202
+        await until(lambda: len(decided(service, item)) == 2, service.decisions)
+        topic = events.recorded_topic(addresses.engine)
+        later = [("ce_type", b"dev.flashsale.reservation.held.v2")]
+        async with AIOKafkaProducer(bootstrap_servers=addresses.kafka_bootstrap) as producer:
+            ends = {}
+            for partition in range(PARTITIONS):
+                await producer.send_and_wait(topic, b"{}", partition=partition)
+                last = await producer.send_and_wait(
+                    topic, b"{}", partition=partition, headers=later
+                )
+                ends[TopicPartition(topic, partition)] = RecordsToDelete(last.offset + 1)
+        await asyncio.to_thread(service.pause, 15)  # its session ends after ten seconds
+        await asyncio.sleep(2)
+        assert (await reserve(buyer, item, "bob", 1)).status_code == 202
+        await until(lambda: len(decided(service, item)) == 4, service.decisions)
+    assert service.runs()
+    async with administering(addresses.kafka_bootstrap) as admin:
+        await admin.delete_records(
+            ends
+        )  # they are not in the contract, which is checked in the end
