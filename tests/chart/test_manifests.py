@@ -420,3 +420,43 @@ def test_the_archive_for_the_k6_operator_is_complete_and_reads_the_pods_settings
         )
     assert "GET /sales/other returned status 0" in done.stderr
     assert done.returncode != 0
+
+
+def test_the_comment_of_the_k6_operators_test_names_the_settings_that_an_archive_fixes(
+    tmp_path: Path,
+) -> None:
+    """k6 takes the options of an archive from the time of its packing."""
+    k6 = str(Path(sys.executable).with_name("k6"))
+    archive = str(tmp_path / "stampede.tar")
+
+    def options(*arguments: str) -> str:
+        done = subprocess.run([k6, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    script = str(LOADTEST / "stampede.js")
+    options("archive", "-e", "ITEM_ID=x", "-O", archive, script)
+    values = {"DURATION": "7s", "API_URL": "http://x", "RUN": "x", "TOKEN_URL": "http://x"}
+    read = set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*\b", _head(script)))
+    known = {"STOCK", "RATE", "DURATION", "VUS", "MAX_VUS", "P95_MS", "API_URL", "RUN", "TOKEN_URL"}
+    assert known <= read
+    fixed = set()
+    for name in known:
+        change = ("-e", f"{name}={values.get(name, '150')}")
+        assert options("inspect", *change, archive) == options("inspect", archive)
+        plain = options("inspect", "-e", "ITEM_ID=x", script)
+        if options("inspect", "-e", "ITEM_ID=x", *change, script) != plain:
+            fixed.add(name)
+    comment = (LOADTEST / "testrun.yaml").read_text().partition("\napiVersion")[0]
+    (sentence,) = re.findall(r"So give (.*?) to `k6 archive`", comment.replace("\n#", ""))
+    assert set(re.split(r", | and ", sentence)) == fixed
+
+
+def _head(script: str) -> str:
+    """Return the comment at the top of a script."""
+    return Path(script).read_text().partition("\nimport")[0]
+
+
+def test_the_k6_operator_keeps_the_result_of_a_run() -> None:
+    """With cleanup it deletes the runner's pod, and its log, as soon as the run has ended."""
+    (manifest,) = documents(Path("loadtest/testrun.yaml"))
+    assert "cleanup" not in manifest["spec"]
