@@ -19,7 +19,7 @@ import exec from 'k6/execution';
 import { Counter } from 'k6/metrics';
 import { change, orders } from './lib/orders.js';
 import { checkAccepted, freshSale, get, journal, outcomeOf, reserve } from './lib/api.js';
-import { RUN, arrivals, seconds, text, thresholds, whole } from './lib/settings.js';
+import { RUN, arrivals, arrived, seconds, text, thresholds, whole } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
 const HOLD = seconds('HOLD', '3s');
@@ -40,7 +40,10 @@ export const options = {
     rest: { ...arrivals(RATE, REST), exec: 'pay', startTime: `${SECONDS}s` },
     watch: { executor: 'constant-vus', vus: 1, duration: `${SECONDS + REST}s`, exec: 'watch' },
   },
-  thresholds: thresholds({ units_confirmed: [`count==${STOCK}`] }),
+  thresholds: thresholds({
+    ...arrived(RATE * (SECONDS + REST)),
+    units_confirmed: [`count==${STOCK}`],
+  }),
 };
 
 export function setup() {

@@ -21,7 +21,7 @@ import {
   reserve,
   reserveRequest,
 } from './lib/api.js';
-import { RUN, arrivals, seconds, text, thresholds, whole } from './lib/settings.js';
+import { RUN, arrivals, arrived, seconds, text, thresholds, whole } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
 const STOCK = whole('STOCK', 100);
@@ -37,11 +37,12 @@ const refused = new Counter('buyers_refused');
 export const options = {
   batchPerHost: COPIES, // k6's default is six parallel requests
   scenarios: { retryStorm: arrivals(RATE, SECONDS) },
-  thresholds: thresholds(
-    DEMAND >= STOCK
+  thresholds: thresholds({
+    ...arrived(DEMAND),
+    ...(DEMAND >= STOCK
       ? { units_accepted: [`count==${STOCK}`] }
-      : { units_accepted: [`count<=${STOCK}`], buyers_refused: ['count==0'] },
-  ),
+      : { units_accepted: [`count<=${STOCK}`], buyers_refused: ['count==0'] }),
+  }),
 };
 
 export function setup() {

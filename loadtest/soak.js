@@ -12,7 +12,7 @@ import { check } from 'k6';
 import exec from 'k6/execution';
 import { Counter } from 'k6/metrics';
 import { checkAccepted, freshSale, get, journal, outcomeOf, reserve } from './lib/api.js';
-import { RUN, arrivals, seconds, text, thresholds, whole } from './lib/settings.js';
+import { RUN, arrivals, arrived, seconds, text, thresholds, whole } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
 const STOCK = whole('STOCK', 1000000);
@@ -32,6 +32,7 @@ if (RATE * SECONDS > STOCK) {
 export const options = {
   scenarios: { soak: arrivals(RATE, SECONDS) },
   thresholds: thresholds({
+    ...arrived(RATE * SECONDS),
     units_accepted: ['count>0', `count<=${STOCK}`],
     buyers_refused: ['count==0'],
   }),

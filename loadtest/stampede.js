@@ -15,7 +15,7 @@ import { check } from 'k6';
 import exec from 'k6/execution';
 import { Counter } from 'k6/metrics';
 import { checkAccepted, freshSale, journal, outcomeOf, reserve } from './lib/api.js';
-import { RUN, arrivals, seconds, text, thresholds, whole } from './lib/settings.js';
+import { RUN, arrivals, arrived, seconds, text, thresholds, whole } from './lib/settings.js';
 
 const ITEM_ID = text('ITEM_ID');
 const STOCK = whole('STOCK', 100);
@@ -28,11 +28,12 @@ const refused = new Counter('buyers_refused');
 
 export const options = {
   scenarios: { stampede: arrivals(RATE, SECONDS) },
-  thresholds: thresholds(
-    DEMAND >= STOCK
+  thresholds: thresholds({
+    ...arrived(DEMAND),
+    ...(DEMAND >= STOCK
       ? { units_accepted: [`count==${STOCK}`] }
-      : { units_accepted: [`count<=${STOCK}`], buyers_refused: ['count==0'] },
-  ),
+      : { units_accepted: [`count<=${STOCK}`], buyers_refused: ['count==0'] }),
+  }),
 };
 
 export function setup() {

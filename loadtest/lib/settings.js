@@ -31,7 +31,7 @@ export const RUN = __ENV.RUN || `${Date.now()}`;
 
 /**
  * Return a scenario in which buyers arrive at a constant rate. A slow answer does not delay the
- * next buyer, so no latency hides in requests that were never sent.
+ * next buyer. If all MAX_VUS connections wait, k6 drops buyers: see `arrived`.
  */
 export function arrivals(rate, durationSeconds) {
   return {
@@ -42,6 +42,11 @@ export function arrivals(rate, durationSeconds) {
     preAllocatedVUs: whole('VUS', 100),
     maxVUs: whole('MAX_VUS', 1000),
   };
+}
+
+/** Return the threshold that 90 % of the buyers arrive. Otherwise late answers reduced the load. */
+export function arrived(buyers) {
+  return { dropped_iterations: [`count<=${Math.floor(buyers / 10)}`] };
 }
 
 /** Return the thresholds of all scripts and a script's own. P95_MS (milliseconds) adds latency. */

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -94,7 +95,7 @@ def run(engine: Engine, script: str, **variables: str) -> subprocess.CompletedPr
             "STOCK": str(STOCK),
             "RATE": "20",
             "DURATION": "1s",
-            "VUS": "5",
+            "VUS": "20",
             **variables,
         },
         capture_output=True,
@@ -162,7 +163,7 @@ def test_a_closed_loop_that_sells_each_user_one_unit_passes(engine: Engine) -> N
 
     engine.answer = once
 
-    done = run(engine, "closed-loop.js")
+    done = run(engine, "closed-loop.js", VUS="5")
 
     assert done.returncode == 0, done.stdout
     assert buyers == {f"user_{number}" for number in range(1, 6)}
@@ -171,10 +172,26 @@ def test_a_closed_loop_that_sells_each_user_one_unit_passes(engine: Engine) -> N
 def test_a_second_unit_for_a_user_fails_a_closed_loop(engine: Engine) -> None:
     engine.answer = sells(6)
 
-    done = run(engine, "closed-loop.js")
+    done = run(engine, "closed-loop.js", VUS="5")
 
     assert done.returncode == 99, done.stdout
     assert "units_accepted" in done.stderr
+
+
+def test_buyers_who_never_arrive_fail_the_run(engine: Engine) -> None:
+    """All connections wait for slow answers, so k6 sends fewer requests than the rate says."""
+    sells_stock = engine.answer
+
+    def slow(number: int, body: dict[str, object]) -> tuple[int, dict[str, object]]:
+        time.sleep(1)
+        return sells_stock(number, body)
+
+    engine.answer = slow
+
+    done = run(engine, "stampede.js", VUS="5", MAX_VUS="5", DURATION="3s")
+
+    assert done.returncode == 99, done.stdout
+    assert "dropped_iterations" in done.stderr
 
 
 def test_an_invalid_setting_is_named(engine: Engine) -> None:
