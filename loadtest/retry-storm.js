@@ -35,7 +35,8 @@ const accepted = new Counter('units_accepted');
 const refused = new Counter('buyers_refused');
 
 export const options = {
-  batchPerHost: COPIES, // k6's default is six parallel requests
+  batch: COPIES, // k6's default is 20 parallel requests, and six per host
+  batchPerHost: COPIES,
   scenarios: { retryStorm: arrivals(RATE, SECONDS) },
   thresholds: thresholds({
     ...arrived(DEMAND),
