@@ -29,6 +29,8 @@ const SECONDS = seconds('DURATION', '20s');
 /** A hold, its grace, and the sweep that ends it. */
 const EXPIRY = HOLD + Math.min(HOLD / 10, 30) + 3;
 const REST = Math.ceil(EXPIRY) + Math.ceil((2 * STOCK) / RATE) + 5;
+/** k6 ends a buyer 30 s after the scenario by default, which can be before the second look. */
+const LOOKS_AGAIN = { gracefulStop: `${Math.ceil(EXPIRY) + 60}s` };
 
 const confirmed = new Counter('units_confirmed');
 const cancelled = new Counter('units_cancelled');
@@ -36,8 +38,8 @@ const left = new Counter('units_left');
 
 export const options = {
   scenarios: {
-    checkout: { ...arrivals(RATE, SECONDS), exec: 'checkout' },
-    rest: { ...arrivals(RATE, REST), exec: 'pay', startTime: `${SECONDS}s` },
+    checkout: { ...arrivals(RATE, SECONDS), exec: 'checkout', ...LOOKS_AGAIN },
+    rest: { ...arrivals(RATE, REST), exec: 'pay', startTime: `${SECONDS}s`, ...LOOKS_AGAIN },
     watch: { executor: 'constant-vus', vus: 1, duration: `${SECONDS + REST}s`, exec: 'watch' },
   },
   thresholds: thresholds({

@@ -5,6 +5,7 @@ A stand-in for the engine gives the wrong answers.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.paths import ROOT
 
+K6 = Path(sys.executable).with_name("k6")
 STOCK = 10
 
 Answer = Callable[[int, dict[str, object]], tuple[int, dict[str, object]]]
@@ -84,10 +87,9 @@ def engine() -> Iterator[Engine]:
 
 
 def run(engine: Engine, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    k6 = Path(sys.executable).with_name("k6")
-    options = ("--no-usage-report", "--quiet", "--log-format", "raw")
+    flags = ("--no-usage-report", "--quiet", "--log-format", "raw")
     return subprocess.run(
-        [k6, "run", *options, ROOT / "loadtest" / script],
+        [K6, "run", *flags, ROOT / "loadtest" / script],
         env={
             **os.environ,
             "API_URL": f"http://127.0.0.1:{engine.server_port}",
@@ -192,6 +194,33 @@ def test_buyers_who_never_arrive_fail_the_run(engine: Engine) -> None:
 
     assert done.returncode == 99, done.stdout
     assert "dropped_iterations" in done.stderr
+
+
+def options(script: str, **variables: str) -> dict[str, Any]:
+    """Return the options that k6 takes from a script."""
+    done = subprocess.run(
+        [K6, "inspect", "--include-system-env-vars", ROOT / "loadtest" / script],
+        env={**os.environ, "ITEM_ID": "item", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_checkout_waits_for_the_second_look_of_its_last_buyer() -> None:
+    """Otherwise k6 ends all buyers before the check that a confirmed reservation stays."""
+    scenarios = options("checkout.js", HOLD="10m", ORDER_TOKEN="x")["scenarios"]
+    for name in ("checkout", "rest"):
+        stop = re.fullmatch(r"(?:(\d+)m)?(\d+)s", scenarios[name]["gracefulStop"] or "30s")
+        assert stop is not None
+        assert 60 * int(stop[1] or 0) + int(stop[2]) > 600 + 30  # a hold and its grace
+
+
+def test_all_copies_of_a_retry_storm_are_parallel() -> None:
+    found = options("retry-storm.js", COPIES="50")
+    assert (found["batch"], found["batchPerHost"]) == (50, 50)
 
 
 def test_an_invalid_setting_is_named(engine: Engine) -> None:
