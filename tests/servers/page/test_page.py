@@ -179,6 +179,40 @@ async def test_an_order_whose_answer_was_lost_is_not_counted_twice(
     assert (await shop.sale()).accepted == 1
 
 
+async def test_an_order_whose_answer_was_lost_survives_a_reload(shop: Shop, visit: Visit) -> None:
+    await shop.open(10, hold_seconds=None, display_name="Phone I")
+    page = await visit()
+    status = card_of(page, "Phone I").get_by_role("status")
+
+    async def lose(route: Route) -> None:
+        await route.fetch()
+        await route.abort()
+
+    await page.route("**/reserve", lose)
+    await button_of(page, "Phone I").click()
+    await expect(status).to_contain_text("The answer got lost, so you may have a reservation.")
+    await page.unroute("**/reserve")
+    await page.reload()
+    await expect(status).to_contain_text("The answer got lost, so you may have a reservation.")
+    await button_of(page, "Phone I").click()
+    await expect(status).to_have_text("Confirmed. One unit is yours.")
+    assert (await shop.sale()).accepted == 1
+
+
+async def test_two_tabs_remember_the_reservations_of_both(shop: Shop, visit: Visit) -> None:
+    await shop.open(10, hold_seconds=None, display_name="Phone J")
+    first = await visit()
+    second = await first.context.new_page()
+    await second.goto(str(shop.buyers.base_url))
+    for page in (first, second):
+        await button_of(page, "Phone J").click()
+        await expect(card_of(page, "Phone J").get_by_role("status")).to_have_text(
+            "Confirmed. One unit is yours."
+        )
+    await first.reload()
+    await expect(card_of(first, "Phone J").get_by_role("listitem")).to_have_count(2)
+
+
 async def test_the_page_recovers_from_an_outage(
     shop: Shop, visit: Visit, new_order_api: NewApi
 ) -> None:
