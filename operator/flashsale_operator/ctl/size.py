@@ -74,7 +74,7 @@ class Size(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def size_of(buyers: int, stock: int, hold_seconds: int | None) -> Size:
-    """Return the need of a sale of `stock` units with `buyers` requests in its first second.
+    """Returns the need of a sale of `stock` units with `buyers` requests in its first second.
 
     Each buyer reserves one unit, and the confirmations are spread evenly over the time of a hold.
     """
@@ -83,7 +83,7 @@ def size_of(buyers: int, stock: int, hold_seconds: int | None) -> Size:
     confirmed = accepted / hold_seconds if hold_seconds else 0
 
     def tenths(process: str) -> int:
-        """Return the CPU time of the first second, or of a later one that needs more.
+        """Returns the CPU time of the first second, or of a later one that needs more.
 
         It is in tenths of a second, because the figures are no more exact.
         """
@@ -116,7 +116,7 @@ def size_of(buyers: int, stock: int, hold_seconds: int | None) -> Size:
 
 
 def text_of(size: Size) -> str:
-    """Return a table with a line per server, and a line about a Redis that is too slow."""
+    """Returns a table with a line per server, and a line about a Redis that is too slow."""
     rows = [
         ("API", f"{size.api_pods} pods", "1 core each, one of them spare"),
         ("consumer", f"{size.consumer_pods} pods", "1 core each"),
@@ -137,7 +137,7 @@ def text_of(size: Size) -> str:
 
 
 def _bytes(number: int) -> str:
-    """Return a size in MB, or in GB from 1 GB on, rounded up."""
+    """Returns a size in MB, or in GB from 1 GB on, rounded up."""
     if number < 1_000_000_000:
         return f"{ceil(number / 1_000_000):,} MB"
     return f"{ceil(number / 100_000_000) / 10:,.1f} GB"

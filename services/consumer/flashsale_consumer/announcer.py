@@ -82,7 +82,7 @@ class Announcer:
         """The offsets of the reader, by partition."""
 
     async def run(self, pool: Pool, partitions: Partitions, engine_id: str) -> None:
-        """Announce the events of `partitions` until cancelled. Outages are only logged."""
+        """Announces the events of `partitions` until cancelled. Outages are only logged."""
         source = Source(pool, engine_id)
         while True:
             try:
@@ -96,7 +96,7 @@ class Announcer:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[tuple[AIOKafkaConsumer, AIOKafkaProducer]]:
-        """Make the topic and the clients."""
+        """Makes the topic and the clients."""
         facts = await topics.create_recorded(self._kafka, self._new_partitions)
         if facts is not None:
             self._checks.require(requirements.RECORDED, facts)
@@ -148,7 +148,7 @@ class Announcer:
     async def _read(
         self, partitions: Partitions, reader: AIOKafkaConsumer
     ) -> tuple[Sequence[tuple[str, str]], Mapping[int, int]]:
-        """Read a page of events from Kafka. Return it once the ledger has it."""
+        """Reads a page of events from Kafka. Returns it once the ledger has it."""
         announced = partitions.announced
         self._seek(reader, announced)
         page = await clients.poll(reader, self._reading, seconds=POLL_SECONDS, limit=PAGE)
@@ -160,7 +160,7 @@ class Announcer:
         return _names(chain.from_iterable(page.values())), end
 
     def _seek(self, reader: AIOKafkaConsumer, offsets: Mapping[int, int]) -> None:
-        """Set the reader to offsets. Without offsets it fetches nothing."""
+        """Sets the reader to offsets. Without offsets it fetches nothing."""
         if self._reading == offsets:
             return
         if self._reading.keys() != offsets.keys():
@@ -176,7 +176,7 @@ class Announcer:
             await source.announced(rebuilds)
 
     async def _publish(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
-        """Return once all in-sync replicas have all messages.
+        """Returns once all in-sync replicas have all messages.
 
         Raises `KafkaError` and TimeoutError. Some messages can be published then.
         """
@@ -219,7 +219,7 @@ class Announcer:
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int
     ) -> "Iterable[BatchBuilder]":
-        """Divide messages of a partition into batches of at most `_batch_bytes`."""
+        """Divides messages of a partition into batches of at most `_batch_bytes`."""
         builder = producer.create_batch()
         for key, value, headers in messages:
             if builder.record_count() and builder.size() > self._batch_bytes:
@@ -236,7 +236,7 @@ class Announcer:
 
 
 def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
-    """Return the sale id and reservation id of each reservation. Ignores other records."""
+    """Returns the sale id and reservation id of each reservation. Ignores other records."""
     names: dict[tuple[str, str], None] = {}
     for record in records:
         try:
@@ -248,7 +248,7 @@ def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
 
 
 def _acknowledged(sent: "asyncio.Future[object]") -> bool:
-    """Return whether Kafka has acknowledged a batch. Raises `KafkaError` if it was refused."""
+    """Returns whether Kafka has acknowledged a batch. Raises `KafkaError` if it was refused."""
     if not sent.done():
         return False
     sent.result()

@@ -53,7 +53,7 @@ environment:
 
 
 def handlers(worker: Worker) -> dict[str, monitoring.Handler]:
-    """Return the answers of the HTTP server by path."""
+    """Returns the answers of the HTTP server by path."""
 
     async def healthz() -> monitoring.Answer:
         return monitoring.line("alive")
@@ -68,7 +68,7 @@ def handlers(worker: Worker) -> dict[str, monitoring.Handler]:
 
 
 def main() -> int:
-    """Run the consumer until SIGTERM or SIGINT. Returns the exit code of the process."""
+    """Runs the consumer until SIGTERM or SIGINT. Returns the exit code of the process."""
     argparse.ArgumentParser(
         prog="flashsale_consumer",
         description=DESCRIPTION,
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 async def _run(worker: Worker, listeners: Sequence[socket.socket]) -> int:
-    """Run the worker until a signal. Return the exit code of the process."""
+    """Runs the worker until a signal. Returns the exit code of the process."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

@@ -23,14 +23,14 @@ class Availability:
         up.set(there or 0)
 
     def away(self, error: Exception) -> None:
-        """Note that a call failed."""
+        """Notes that a call failed."""
         if self._there is not False:
             log.warning("waiting for %s: %s", self._server, str(error) or type(error).__name__)
         self._there = False
         self._up.set(0)
 
     def back(self) -> None:
-        """Note that a call succeeded."""
+        """Notes that a call succeeded."""
         if not self._there:
             log.info("%s is %s", self._server, "there" if self._there is None else "back")
         self._there = True
@@ -38,7 +38,7 @@ class Availability:
         self._up.set(1)
 
     def delay(self) -> float:
-        """Return the seconds to wait before the next attempt: from 0.2 to 5, doubled each time."""
+        """Returns the seconds to wait before the next attempt: from 0.2 to 5, doubled each time."""
         delay = self._delay_seconds
         self._delay_seconds = min(2 * delay, LAST_DELAY_SECONDS)
         return delay

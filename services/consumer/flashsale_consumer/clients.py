@@ -57,7 +57,7 @@ def survive_closed_connections() -> None:
 
 
 def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
-    """Make a client that can join a consumer group. It is not connected yet."""
+    """Makes a client that can join a consumer group. It is not connected yet."""
     return AIOKafkaConsumer(
         **kafka.kafka_client(),
         group_id=group_id,
@@ -70,7 +70,7 @@ def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
 
 
 async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient) -> None:
-    """Connect a client. A cancellation waits up to 3 s for the connections, so that they close."""
+    """Connects a client. A cancellation waits up to 3 s for the connections, so that they close."""
     task = asyncio.create_task(client.start())
     try:
         await asyncio.shield(task)
@@ -82,13 +82,13 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClien
 def leaderless(
     consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition]
 ) -> frozenset[TopicPartition]:
-    """Return the partitions that have no leader, as far as the client knows."""
+    """Returns the partitions that have no leader, as far as the client knows."""
     leader = consumer._client.cluster.leader_for_partition
     return frozenset(tp for tp in partitions if leader(tp) == _NO_LEADER)
 
 
 async def leave(consumer: AIOKafkaConsumer) -> None:
-    """Leave the group and close the connections, even if leaving fails."""
+    """Leaves the group and closes the connections, even if leaving fails."""
     try:
         await consumer.stop()
     finally:
@@ -97,7 +97,7 @@ async def leave(consumer: AIOKafkaConsumer) -> None:
 
 
 def reader(kafka: KafkaSettings) -> AIOKafkaConsumer:
-    """Make a client that reads partitions outside of a group. It is not connected yet."""
+    """Makes a client that reads partitions outside of a group. It is not connected yet."""
     return AIOKafkaConsumer(
         **kafka.kafka_client(),
         group_id=None,
@@ -127,7 +127,7 @@ class Skipped(ConsumerRecord):  # type: ignore[misc] # aiokafka has no types
 async def poll(
     consumer: AIOKafkaConsumer, offsets: Mapping[int, int], *, seconds: float, limit: int
 ) -> Records:
-    """Return the records that arrive, at most `limit`. `offsets` are the next ones by partition.
+    """Returns the records that arrive, at most `limit`. `offsets` are the next ones by partition.
 
     If aiokafka cannot decode a record, it cannot decode the rest of the batch either. A batch is of
     one producer, so it has no events. This returns the records before it, then each of the rest as
@@ -158,7 +158,7 @@ async def poll(
 def with_skipped(
     consumer: AIOKafkaConsumer, records: Records, offsets: Mapping[int, int]
 ) -> Records:
-    """Return the polled records, each partition's up to the offset where the client reads on.
+    """Returns the polled records, each partition's up to the offset where the client reads on.
 
     Kafka's own records, such as the ends of other producers' transactions, are not returned. Behind
     the last event they would count as unread for ever.
@@ -174,7 +174,7 @@ def with_skipped(
 
 
 def _undecoded(consumer: AIOKafkaConsumer) -> tuple[TopicPartition, int]:
-    """Return the place of the record on which `getmany` has just failed."""
+    """Returns the place of the record on which `getmany` has just failed."""
     fetched = consumer._fetcher._records.items()
     unpacking = {tp: each._partition_records for tp, each in fetched if hasattr(each, "getall")}
     return next(
@@ -185,7 +185,7 @@ def _undecoded(consumer: AIOKafkaConsumer) -> tuple[TopicPartition, int]:
 
 
 async def discard(producer: AIOKafkaProducer) -> None:
-    """Stop a producer at once. Drops its unsent records."""
+    """Stops a producer at once. Drops its unsent records."""
     # stop() would wait for them, for as long as Kafka is away.
     accumulator = producer._message_accumulator
     for batch in chain.from_iterable(accumulator._batches.values()):
@@ -198,14 +198,14 @@ async def discard(producer: AIOKafkaProducer) -> None:
 
 
 def retrieve(future: "asyncio.Future[object]") -> None:
-    """Retrieve the exception of an abandoned future, or asyncio would log it."""
+    """Retrieves the exception of an abandoned future, or asyncio would log it."""
     if not future.cancelled():
         future.exception()
 
 
 @asynccontextmanager
 async def transaction(pool: Pool) -> AsyncIterator[Connection]:
-    """Open a transaction for at most 30 s. Raises `LedgerUnavailable`."""
+    """Opens a transaction for at most 30 s. Raises `LedgerUnavailable`."""
     async with (
         ledger.translated(),
         asyncio.timeout(TRANSACTION_SECONDS),
@@ -215,7 +215,7 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
 
 
 async def close(client: str, closing: Coroutine[Any, Any, object]) -> None:
-    """Wait up to 3 s for `closing`. A slower one continues in the background."""
+    """Waits up to 3 s for `closing`. A slower one continues in the background."""
     task = asyncio.create_task(closing)
     done, _ = await asyncio.wait([task], timeout=CLOSE_SECONDS)
     if not done:

@@ -27,7 +27,7 @@ class DeadLetter:
     reason: str
 
     def headers(self) -> list[tuple[str, bytes]]:
-        """Return the record's own headers, the reason, and the place in the original topic."""
+        """Returns the record's own headers, the reason, and the place in the original topic."""
         return [
             *self.record.headers,
             ("reason", self.reason[:REASON_CHARACTERS].encode(errors="replace")),
@@ -50,7 +50,7 @@ class DeadLetters:
         self._producer: AIOKafkaProducer | None = None
 
     async def publish(self, letters: Sequence[DeadLetter]) -> None:
-        """Return once all in-sync replicas have all letters.
+        """Returns once all in-sync replicas have all letters.
 
         Raises `DeadLettersUnavailable` if they do not. Some letters may then be published already,
         and a repeated call publishes them again.
@@ -74,7 +74,7 @@ class DeadLetters:
             raise DeadLettersUnavailable(f"{self._topic}: {error!r}") from error
 
     async def close(self) -> None:
-        """Close the producer, if there is one, within seconds."""
+        """Closes the producer, if there is one, within seconds."""
         producer, self._producer = self._producer, None
         if producer is not None:
             await close(self._topic, producer.stop())

@@ -55,7 +55,7 @@ class LedgerRewound(Exception):
 
 
 async def forget(pool: Pool, topic: str) -> None:
-    """Delete the stored offsets of a topic that was just created.
+    """Deletes the stored offsets of a topic that was just created.
 
     They belong to a deleted topic of the same name. `place` cannot tell this if the new topic is
     already as long as the old one.
@@ -65,7 +65,7 @@ async def forget(pool: Pool, topic: str) -> None:
 
 
 async def read(pool: Pool, topic: str, partitions: Iterable[int]) -> dict[int, Stored]:
-    """Return the stored offsets of the partitions that have some."""
+    """Returns the stored offsets of the partitions that have some."""
     async with ledger.translated():
         return _stored(await pool.fetch(_READ, topic, list(partitions)))
 
@@ -73,7 +73,7 @@ async def read(pool: Pool, topic: str, partitions: Iterable[int]) -> dict[int, S
 async def place(
     pool: Pool, topic: str, logs: Mapping[int, range], *, before: Mapping[int, Stored]
 ) -> dict[int, Stored]:
-    """Return the offsets to read each partition from, and store them.
+    """Returns the offsets to read each partition from, and stores them.
 
     `logs` has the offsets of the events that Kafka keeps, by partition. A stored offset outside
     them is replaced by the earliest one. `before` are the stored offsets from before `logs` was
@@ -112,7 +112,7 @@ async def place(
 async def lock(
     connection: Connection, topic: str, positions: Mapping[int, int]
 ) -> dict[int, Stored]:
-    """Lock stored offsets in the caller's transaction, and return them.
+    """Locks stored offsets in the caller's transaction, and returns them.
 
     Raises `LedgerRewound` if one of them is below its position.
     """
@@ -134,7 +134,7 @@ async def advance(
     recorded: Mapping[int, int],
     announced: Mapping[int, int],
 ) -> None:
-    """Store the offsets that are higher than the `stored` ones, which the caller has locked.
+    """Stores the offsets that are higher than the `stored` ones, which the caller has locked.
 
     A consumer that lost its partitions can be behind the one that reads them now. If the ledger
     went back, it can have announced more than the ledger has.
@@ -153,7 +153,7 @@ async def advance(
 async def announce(
     pool: Pool, topic: str, positions: Mapping[int, int], announced: Mapping[int, int]
 ) -> None:
-    """Store announced offsets while nothing is recorded.
+    """Stores announced offsets while nothing is recorded.
 
     Raises `LedgerRewound` if the ledger has less than `positions`.
     """
@@ -163,7 +163,7 @@ async def announce(
 
 
 async def _move(connection: Connection, topic: str, offsets: Mapping[int, Stored]) -> None:
-    """Store offsets whose rows the caller's transaction has locked."""
+    """Stores offsets whose rows the caller's transaction has locked."""
     if offsets:
         recorded, announced = zip(*offsets.values(), strict=True)
         await connection.execute(_MOVE, topic, list(offsets), recorded, announced)

@@ -35,7 +35,7 @@ class Ownership:
         self._decisive = TopicPartition(events.topic(engine), 0)
 
     async def check(self) -> bool:
-        """Return whether the group names this engine. A group without a name can be claimed.
+        """Returns whether the group names this engine. A group without a name can be claimed.
 
         Raises `OtherEngine` if the group names another engine, and `KafkaError`.
         """
@@ -62,7 +62,7 @@ class Ownership:
 async def ownership(
     kafka: KafkaSettings, group_id: str, engine_id: str
 ) -> AsyncIterator[Ownership]:
-    """Connect to Kafka. Raises `KafkaError`."""
+    """Connects to Kafka. Raises `KafkaError`."""
     admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=_REQUEST_TIMEOUT_MS)
     try:
         await clients.start(admin)

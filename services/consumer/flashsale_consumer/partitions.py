@@ -82,13 +82,13 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         return 0.0 if self._revoked_at is None else time.monotonic() - self._revoked_at
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002
-        """Forget all partitions. The next assignment includes those that stay."""
+        """Forgets all partitions. The next assignment includes those that stay."""
         self._at({})
         self._unplaced = frozenset()
         self._revoked_at = self._revoked_at or time.monotonic()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Pause the partitions until they are placed.
+        """Pauses the partitions until they are placed.
 
         This must not wait, because the client sends no heartbeat meanwhile.
         """
@@ -100,7 +100,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self.displace()
 
     def displace(self) -> None:
-        """Take all partitions' places away. Pauses those without a leader."""
+        """Takes all partitions' places away. Pauses those without a leader."""
         assigned = frozenset(self._consumer.assignment())
         leaderless = clients.leaderless(self._consumer, assigned)
         if lost := leaderless - self._leaderless:
@@ -115,7 +115,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
             self._at({})
 
     async def place(self, pool: Pool) -> None:
-        """Set the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`."""
+        """Sets the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`."""
         placing = self._unplaced
         numbers = [tp.partition for tp in placing]
         before = await offsets.read(pool, self._topic, numbers)
@@ -141,7 +141,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         return all(self.positions.get(number, end) >= end for number, end in ends)
 
     def _at(self, placed: Mapping[int, Stored]) -> None:
-        """Replace the offsets. An unfinished batch keeps the former objects."""
+        """Replaces the offsets. An unfinished batch keeps the former objects."""
         if placed.keys() != self.positions.keys():
             self._metrics.lag.clear()
             self._metrics.unannounced.clear()
@@ -162,7 +162,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         written: Sequence[Written],
         names: Sequence[tuple[str, str]],
     ) -> None:
-        """Note that the ledger has everything before `read`. `positions` are the batch's."""
+        """Notes that the ledger has everything before `read`. `positions` are the batch's."""
         if positions is self.positions:
             begin = {number: positions[number] for number in read}
             self._recent.append(RecordedBatch(begin, read, written, names))
@@ -170,7 +170,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._moved.set()
 
     def next_batch(self) -> RecordedBatch | None:
-        """Return the batch that continues the announced offsets, if it is still in memory."""
+        """Returns the batch that continues the announced offsets, if it is still in memory."""
         announced = self.announced
         while self._recent:
             batch = self._recent[0]
@@ -182,14 +182,14 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         return None
 
     async def moved(self, seconds: float) -> None:
-        """Wait until an offset changes, for some seconds at most."""
+        """Waits until an offset changes, for some seconds at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._moved.wait()
         self._moved.clear()
 
     async def recorded(self, announced: Mapping[int, int], read: Mapping[int, int]) -> bool:
-        """Wait until the ledger has everything before `read`.
+        """Waits until the ledger has everything before `read`.
 
         Returns False if the partitions were placed again meanwhile. `announced` is of the former
         placement then.
@@ -202,7 +202,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         return False
 
     def unstored(self) -> dict[int, int]:
-        """Return the announced offsets that the ledger does not have yet."""
+        """Returns the announced offsets that the ledger does not have yet."""
         return {
             number: offset
             for number, offset in self.announced.items()
@@ -211,13 +211,13 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     @contextmanager
     def storing(self) -> Iterator[dict[int, int]]:
-        """Give the `unstored` offsets to a transaction. They count as stored if it succeeds."""
+        """Gives the `unstored` offsets to a transaction. They count as stored if it succeeds."""
         stored, announced = self._stored, self.unstored()
         yield announced
         stored.update(announced)
 
     async def poll(self, seconds: float) -> Records:
-        """Return the events that arrive, at most one batch. This keeps the membership."""
+        """Returns the events that arrive, at most one batch. This keeps the membership."""
         records = await clients.poll(
             self._consumer, self.positions, seconds=seconds, limit=self._limit
         )
@@ -225,21 +225,21 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         return clients.with_skipped(self._consumer, records, self.positions)
 
     def shrink(self) -> None:
-        """Halve the next batch. A batch that takes too long would otherwise fail again."""
+        """Halves the next batch. A batch that takes too long would otherwise fail again."""
         self._limit = max(1, self._limit // 2)
 
     def grow(self) -> None:
-        """Double the next batch, up to `BATCH_LIMIT` events."""
+        """Doubles the next batch, up to `BATCH_LIMIT` events."""
         self._limit = min(2 * self._limit, BATCH_LIMIT)
 
     async def suspend(self, seconds: float) -> None:
-        """Read nothing for a while, but keep the membership."""
+        """Reads nothing for a while, but keeps the membership."""
         self.displace()
         self._consumer.pause(*self._unplaced)
         await self.poll(seconds)
 
     async def report(self, *, owned: bool) -> None:
-        """Measure the lag and commit the ledger's offsets to Kafka.
+        """Measures the lag and commits the ledger's offsets to Kafka.
 
         Tools read the offsets, and other engines read the metadata. If the group is not `owned`
         yet, offsets that have not changed are committed too. Raises `KafkaError`, also if a
@@ -265,7 +265,7 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
             raise LeaderNotAvailableError(f"partitions {numbers} of {self._topic} have no leader")
 
     def _measure_announcing(self) -> None:
-        """Measure how far the announcing is behind the recording.
+        """Measures how far the announcing is behind the recording.
 
         The mark is a state of the recording. Its age is the age of the oldest event that is not
         announced, to within the time between two reports.

@@ -103,7 +103,7 @@ class Source:
         }
 
     async def reservations(self, names: Sequence[tuple[str, str]]) -> list[Message]:
-        """Return the messages of reservations, by sale id and reservation id.
+        """Returns the messages of reservations, by sale id and reservation id.
 
         Ignores unknown reservations. Raises `LedgerUnavailable`.
         """
@@ -117,7 +117,7 @@ class Source:
         return [self._reservation(data, _time(data.recorded_at)) for data in found]
 
     def written(self, batch: Iterable[Written]) -> list[Message]:
-        """Return the messages of rows that are known from the events that wrote them."""
+        """Returns the messages of rows that are known from the events that wrote them."""
         return [
             self._reservation(
                 Reservation(
@@ -158,7 +158,7 @@ class Source:
         return Message(key, self._encoder.encode(data), headers)
 
     async def rebuilds(self) -> "list[Rebuild]":
-        """Return the last rebuild of each sale where it is not announced, at most 1,000.
+        """Returns the last rebuild of each sale where it is not announced, at most 1,000.
 
         Raises `LedgerUnavailable`.
         """
@@ -166,7 +166,7 @@ class Source:
             return [Rebuild(*row) for row in await self._pool.fetch(_REBUILDS)]
 
     def rebuilt(self, rebuild: Rebuild) -> Message:
-        """Return the message of a rebuild."""
+        """Returns the message of a rebuild."""
         key = rebuild.sale_id.encode()
         headers = [
             *self._constant,
@@ -178,7 +178,7 @@ class Source:
         return Message(key, self._encoder.encode(rebuild), headers)
 
     async def announced(self, rebuilds: Sequence[Rebuild]) -> None:
-        """Note that rebuilds are announced. Raises `LedgerUnavailable`."""
+        """Notes that rebuilds are announced. Raises `LedgerUnavailable`."""
         async with ledger.transaction(self._pool) as connection:
             await connection.execute(
                 _ANNOUNCED,

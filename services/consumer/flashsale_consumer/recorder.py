@@ -170,7 +170,7 @@ async def record(  # noqa: PLR0913 - the batch and three kinds of offsets
     *,
     announced: Mapping[int, int] = MappingProxyType({}),
 ) -> BatchOutcome:
-    """Record the events between `positions` and `read`, and store `read` and `announced`.
+    """Records the events between `positions` and `read`, and stores `read` and `announced`.
 
     `positions` has all partitions of this consumer. Raises `LedgerRewound` if the ledger has less
     of one of them. Before the caller commits, it must save the events in `BatchOutcome.broken`
@@ -192,7 +192,7 @@ async def record(  # noqa: PLR0913 - the batch and three kinds of offsets
 
 
 def fold(events: Iterable[Event]) -> list[Event]:
-    """Keep one event per reservation, the one with the highest version."""
+    """Keeps one event per reservation, the one with the highest version."""
     latest: dict[tuple[str, str], Event] = {}
     for event in events:
         known = latest.setdefault((event.sale_id, event.reservation_id), event)
@@ -202,7 +202,7 @@ def fold(events: Iterable[Event]) -> list[Event]:
 
 
 async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> dict[str, int]:
-    """Lock the sales, add missing ones, and raise their capacity to the highest of the events.
+    """Locks the sales, adds missing ones, and raises their capacity to the highest of the events.
 
     Returns the revision of each sale's last rebuild. The capacities of all events count before any
     event is accepted, including those of duplicates. So the split into batches does not affect
@@ -228,7 +228,7 @@ async def _prepare_sales(connection: Connection, events: Sequence[Event]) -> dic
 
 
 async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
-    """Add sales that the ledger has lost, from the newest snapshot in the events.
+    """Adds sales that the ledger has lost, from the newest snapshot in the events.
 
     Events have neither the window nor the limit nor the holds of a sale. So the sale is paused: a
     rebuild must not open it until its manifest is applied again.
@@ -248,7 +248,7 @@ async def _add_sales(connection: Connection, events: Iterable[Event]) -> None:
 
 
 async def _write(connection: Connection, events: Sequence[Event], outcome: BatchOutcome) -> None:
-    """Write the events together. Refuse those that do not fit the capacity of their sale.
+    """Writes the events together. Refuses those that do not fit the capacity of their sale.
 
     If PostgreSQL rejects the events, write each half of them. This isolates a few bad events in few
     steps. Earlier events come first, so the result is the same as writing the events one by one in
@@ -283,7 +283,7 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Batch
 
 
 def _columns(events: Sequence[Event], states: Sequence[str]) -> tuple[object, ...]:
-    """Return the arguments of `_WRITE` and `_REFUSE`."""
+    """Returns the arguments of `_WRITE` and `_REFUSE`."""
     return (
         ",".join([event.sale_id for event in events]),
         ",".join([event.reservation_id for event in events]),
@@ -302,7 +302,7 @@ def _columns(events: Sequence[Event], states: Sequence[str]) -> tuple[object, ..
 async def _divide(
     connection: Connection, events: Sequence[Event]
 ) -> tuple[list[Event], list[Event]]:
-    """Divide events, one per reservation, into those that fit and those over the capacity.
+    """Divides events, one per reservation, into those that fit and those over the capacity.
 
     The caller has locked the sales, so no other transaction changes their counts and reservations.
     """
@@ -325,7 +325,7 @@ async def _divide(
 
 
 def _known(events: Sequence[Event], changes: Sequence[asyncpg.Record]) -> list[Event]:
-    """Return the events that equal their rows, if all events were written.
+    """Returns the events that equal their rows, if all events were written.
 
     A row keeps its user and its quantity, and its sale's item, whatever a later event has.
     """
@@ -351,7 +351,7 @@ def _known(events: Sequence[Event], changes: Sequence[asyncpg.Record]) -> list[E
 async def _void(
     connection: Connection, late: Sequence[Event], outcome: BatchOutcome
 ) -> list[Event]:
-    """Count the changes that are older than their sale's last rebuild and newer than the ledger.
+    """Counts the changes that are older than their sale's last rebuild and newer than the ledger.
 
     The rebuild restored these reservations without the changes. Returns the events of reservations
     that the ledger does not have.
@@ -378,7 +378,7 @@ async def _void(
 async def _refuse(
     connection: Connection, events: Sequence[Event], why: str, outcome: BatchOutcome
 ) -> None:
-    """Record events as refused, unless their reservation has a row. There is one event of each."""
+    """Records events as refused, unless their reservation has a row. There is one event of each."""
     if not events:
         return
     try:
@@ -399,5 +399,5 @@ async def _refuse(
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line. PostgreSQL's next line has the whole row, with the user."""
+    """Returns the first line. PostgreSQL's next line has the whole row, with the user."""
     return str(error).partition("\n")[0]

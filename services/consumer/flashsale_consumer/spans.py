@@ -40,7 +40,7 @@ class Spans:
         group_id: str,
         seconds: float,
     ) -> None:
-        """Make the spans of a batch that was just committed, after a transaction of `seconds`.
+        """Makes the spans of a batch that was just committed, after a transaction of `seconds`.
 
         `results` has the result of each record that was not recorded, by the record's `id()`.
         """
@@ -80,5 +80,5 @@ class Spans:
             span.end(ended_ns)
 
     def close(self) -> None:
-        """Send the remaining spans, for at most 2 s."""
+        """Sends the remaining spans, for at most 2 s."""
         self._tracing.close()

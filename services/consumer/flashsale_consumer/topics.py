@@ -38,7 +38,7 @@ DEAD_LETTER_BYTES: Final = 2 * 1024 * 1024
 async def create(
     kafka: KafkaSettings, partitions: int = PARTITIONS, *, unsure: set[str] | None = None
 ) -> frozenset[str]:
-    """Create the missing topics of events and dead letters, and return their names.
+    """Creates the missing topics of events and dead letters, and returns their names.
 
     Kafka can create a topic although the call fails. `unsure` keeps the names of such topics until
     the next call, which returns those that exist. A consumer that may not create topics waits until
@@ -68,7 +68,7 @@ async def create(
 
 
 async def read_facts(kafka: KafkaSettings) -> TopicFacts | None:
-    """Return the settings of the topic of events, or None if it does not exist.
+    """Returns the settings of the topic of events, or None if it does not exist.
 
     Raises `KafkaError`.
     """
@@ -77,7 +77,7 @@ async def read_facts(kafka: KafkaSettings) -> TopicFacts | None:
 
 
 async def create_recorded(kafka: KafkaSettings, partitions: int = PARTITIONS) -> TopicFacts | None:
-    """Create the topic of recorded reservations if it is missing. Return its settings.
+    """Creates the topic of recorded reservations if it is missing. Returns its settings.
 
     Raises `UnknownTopicOrPartitionError` if it is missing and the consumer may not create it, and
     other kinds of `KafkaError`.
@@ -106,7 +106,7 @@ async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
 async def _create(
     admin: AIOKafkaAdminClient, unsure: set[str], *topics: NewTopic
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Create topics. Return the created ones, and those that are missing and not allowed."""
+    """Creates topics. Returns the created ones, and those that are missing and not allowed."""
     existing, attempted = set(await admin.list_topics()), frozenset(unsure)
     created, refused = unsure & existing, set[str]()
     wanted = [topic for topic in topics if topic.name not in existing]
@@ -136,7 +136,7 @@ async def _create(
 
 
 async def _facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
-    """Return the topic's settings, or None if it does not exist. Raises `KafkaError`."""
+    """Returns the topic's settings, or None if it does not exist. Raises `KafkaError`."""
     # Describe all topics, because to ask for one by name can create it.
     described = [each for each in await admin.describe_topics() if each["topic"] == topic]
     if not described:

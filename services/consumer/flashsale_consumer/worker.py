@@ -102,7 +102,7 @@ class Worker:
         """One line that names two engines that meet, or an unmet requirement, or nothing."""
 
     async def run(self) -> None:
-        """Record events until cancelled. A cancellation rolls back the unfinished batch."""
+        """Records events until cancelled. A cancellation rolls back the unfinished batch."""
         clients.survive_closed_connections()
         # A commit that a failover of PostgreSQL loses is repeated from Kafka.
         pool = await ledger.connect(
@@ -140,7 +140,7 @@ class Worker:
         self.conflict = conflict
 
     async def _when_served(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a call until the ledger serves it."""
+        """Repeats a call until the ledger serves it."""
         while True:
             try:
                 return await call()
@@ -149,7 +149,7 @@ class Worker:
                 await asyncio.sleep(self._ledger.delay())
 
     async def _consume(self, pool: Pool) -> None:
-        """Read as a member of the group, until an error from which the client cannot recover.
+        """Reads as a member of the group, until an error from which the client cannot recover.
 
         Raises `OtherEngine` if the ledger or the group belongs to another engine.
         """
@@ -231,7 +231,7 @@ class Worker:
                 partitions.displace()
 
     async def _place(self, pool: Pool) -> None:
-        """Continue at the offsets of the ledger, which may be a restored backup now.
+        """Continues at the offsets of the ledger, which may be a restored backup now.
 
         Raises `OtherEngine` if it is the ledger of another engine.
         """
@@ -246,7 +246,7 @@ class Worker:
         await self._partitions.place(pool)
 
     async def _record(self, pool: Pool, records: Records) -> None:
-        """Record a batch completely or not at all."""
+        """Records a batch completely or not at all."""
         positions = self._partitions.positions  # the batch's, even after another assignment
         batch, sources, letters = self._decode(records)
         size = len(batch) + len(letters)
@@ -284,7 +284,7 @@ class Worker:
     def _decode(
         self, records: Records
     ) -> tuple[list[Event], dict[int, ConsumerRecord], list[DeadLetter]]:
-        """Return the events, their records by the id() of the event, and the dead letters."""
+        """Returns the events, their records by the id() of the event, and the dead letters."""
         batch: list[Event] = []
         sources: dict[int, ConsumerRecord] = {}
         letters: list[DeadLetter] = []
@@ -363,7 +363,7 @@ class Worker:
             )
 
     async def _report(self, owner: Ownership) -> None:
-        """Report to Prometheus and Kafka every second.
+        """Reports to Prometheus and Kafka every second.
 
         Raises TimeoutError if the client lost its partitions and has not rejoined the group within
         `JOIN_SECONDS`. The worker then replaces the client. Raises `OtherEngine` if the group
@@ -387,7 +387,7 @@ class Worker:
 
 
 def _unknown(batch: Sequence[Event], outcome: BatchOutcome) -> list[tuple[str, str]]:
-    """Return the names of the reservations whose rows have to be read to know them."""
+    """Returns the names of the reservations whose rows have to be read to know them."""
     if len(batch) == sum(len(written.events) for written in outcome.written):
         return []
     names = dict.fromkeys((event.sale_id, event.reservation_id) for event in batch)
@@ -398,7 +398,7 @@ def _unknown(batch: Sequence[Event], outcome: BatchOutcome) -> list[tuple[str, s
 
 
 def _changed_at(batch: Iterable[Event]) -> Iterator[datetime]:
-    """Return the times at which Redis made the changes. The events of some changes have none."""
+    """Returns the times at which Redis made the changes. The events of some changes have none."""
     for event in batch:
         if event.state == "held":
             yield event.accepted_at
