@@ -35,6 +35,11 @@ MOST_HELD: Final = 300_000
 They take 190 to 320 MB. Otherwise the events of many items could exceed the pod's memory while
 Kafka is away.
 """
+_ENDINGS: Final = {
+    State.EXPIRED: Transition.HOLD_EXPIRED,
+    State.CANCELLED: Transition.CANCELLED,
+}
+"""The outcome of a replay whose reservation has ended."""
 
 
 class Decision(NamedTuple):
@@ -249,9 +254,3 @@ def _read(
 
 def _held(reply: BatchReply) -> int | None:
     return reply.held if reply.hold_ms or reply.held else None
-
-
-_ENDINGS: Final = {
-    State.EXPIRED: Transition.HOLD_EXPIRED,
-    State.CANCELLED: Transition.CANCELLED,
-}

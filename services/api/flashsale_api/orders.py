@@ -74,6 +74,9 @@ _DETAILS: Final = {
     Problem.OTHER_ORDER: "it is confirmed, and only calls with its own orderRef are accepted",
     Problem.OUTCOME_UNKNOWN: "the change may have been made: repeat the call",
 }
+_ANSWERS: Final = {2: "durable", 4: "rejected"}
+"""An answer's kind in the metrics, by the first digit of its status."""
+_encode = msgspec.json.Encoder().encode
 
 
 class ConfirmBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -86,6 +89,10 @@ class CancelBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fie
     """The body of a cancellation. It may be empty."""
 
     order_ref: OrderRef | msgspec.UnsetType = msgspec.UNSET
+
+
+_CONFIRM: Final = JsonBody(ConfirmBody, quotes=4)
+_CANCEL: Final = JsonBody(CancelBody, quotes=4)
 
 
 class OrderView(Reservation, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
@@ -220,9 +227,6 @@ class _Change:
         self._respond(status, headers, body)
 
 
-_ANSWERS: Final = {2: "durable", 4: "rejected"}
-
-
 def _answer_to(
     item_id: str, reservation_id: str, decision: Decision, *, durable: bool
 ) -> tuple[str, int, Headers, bytes]:
@@ -252,13 +256,6 @@ def _order_ref(content_type: str, raw: bytes | bytearray, verb: str) -> str:
         return ""
     order_ref = _CANCEL.read(content_type, raw).order_ref
     return "" if isinstance(order_ref, msgspec.UnsetType) else order_ref
-
-
-_CONFIRM: Final = JsonBody(ConfirmBody, quotes=4)
-_CANCEL: Final = JsonBody(CancelBody, quotes=4)
-
-
-_encode = msgspec.json.Encoder().encode
 
 
 class OrderPort:
