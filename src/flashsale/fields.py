@@ -4,6 +4,7 @@ The patterns end in `\\Z`, because `$` would accept a trailing newline. No field
 or a newline, because these separate the fields and lines that the Lua scripts receive.
 """
 
+import re
 from typing import Annotated, Final
 
 from msgspec import Meta
@@ -19,6 +20,11 @@ ITEM_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z"
 USER_ID_PATTERN: Final = r"^[A-Za-z0-9._~@:|+=-]{1,128}\Z"
 SALE_ID_PATTERN: Final = r"^[a-z0-9][a-z0-9.-]{0,252}/[a-z0-9][a-z0-9.-]{0,252}\Z"
 UUID_PATTERN: Final = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z"
+
+# For values that are no part of a body.
+ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
+USER_ID: Final = re.compile(USER_ID_PATTERN)
+RESERVATION_ID: Final = re.compile(UUID_PATTERN)
 
 ItemId = Annotated[str, Meta(pattern=ITEM_ID_PATTERN)]
 UserId = Annotated[str, Meta(pattern=USER_ID_PATTERN)]

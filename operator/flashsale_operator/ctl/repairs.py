@@ -1,7 +1,6 @@
 """The commands of `flashsalectl` for people in trouble."""
 
 import asyncio
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Final
 import click
 
 from flashsale import ledger, schema, settings
-from flashsale.fields import USER_ID_PATTERN, UUID_PATTERN
+from flashsale.fields import RESERVATION_ID, USER_ID
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
 from flashsale.reservations import OrderCall
@@ -98,13 +97,13 @@ async def republish(environ: Environ, item: str) -> int:
 
 
 def _reservation_id(_: click.Context, __: click.Parameter, text: str) -> str:
-    if re.match(UUID_PATTERN, text) is None:
+    if RESERVATION_ID.match(text) is None:
         raise click.BadParameter("must be a UUID in lower case")
     return text
 
 
 def _order_ref(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
-    if text is not None and re.match(USER_ID_PATTERN, text) is None:
+    if text is not None and USER_ID.match(text) is None:
         raise click.BadParameter("must be 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -")
     return text
 

@@ -4,17 +4,15 @@ Without either, the API trusts its callers, and the body names the user.
 """
 
 import asyncio
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-from flashsale.fields import USER_ID_PATTERN
+from flashsale.fields import USER_ID
 from flashsale_api.metrics import Metrics
 from flashsale_api.responses import RequestHeaders
 from flashsale_api.settings import Settings
 
-USER_ID: Final = re.compile(USER_ID_PATTERN)
 UNAUTHENTICATED: Final = "send one header Authorization: Bearer <token>"
 """Why a request without a bearer token is refused."""
 

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN, OrderRef
+from flashsale.fields import ITEM_ID, RESERVATION_ID, OrderRef
 from flashsale.inventory import Inventory
 from flashsale.reservations import OrderCall, Record, Transition
 from flashsale.sale import SaleState
@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS: Final = 1
 """`Retry-After` of a change that Kafka has not acknowledged yet."""
 
-_ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
-_UUID: Final = re.compile(UUID_PATTERN)
 _PATH: Final = "/sales/{item_id}/reservations/{reservation_id}"
 _CHANGE: Final = re.compile(rb"/sales/([^/]+)/reservations/([^/]+)/(confirm|cancel)")
 _RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
@@ -136,9 +134,9 @@ class Orders:
     async def reservation(self, request: Request) -> Response:  # noqa: PLR0911 - one per problem
         item_id = request.path_params["item_id"]
         reservation_id = request.path_params["reservation_id"]
-        if not _ITEM_ID.match(item_id):
+        if not ITEM_ID.match(item_id):
             return problem_response(Problem.UNKNOWN_ITEM)
-        if not _UUID.match(reservation_id):
+        if not RESERVATION_ID.match(reservation_id):
             reservation_id = ""
         try:
             sale, record, server = await self._inventory.look(item_id, reservation_id)
@@ -200,9 +198,9 @@ class _Change:
     def _call(self, headers: RequestHeaders, raw: bytes | bytearray) -> OrderCall:
         """Parses the call. Raises `Refused`."""
         order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
-        if not _ITEM_ID.match(self._item_id):
+        if not ITEM_ID.match(self._item_id):
             raise Refused(Problem.UNKNOWN_ITEM, "")
-        if not _UUID.match(self._reservation_id):
+        if not RESERVATION_ID.match(self._reservation_id):
             raise Refused(Problem.UNKNOWN_RESERVATION, "")
         traceparent = _header(headers, b"traceparent")
         return OrderCall(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
 
-from flashsale.fields import USER_ID_PATTERN, ItemId, Quantity, UserId
+from flashsale.fields import USER_ID, ItemId, Quantity, UserId
 from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 RESERVE_PATH: Final = b"/reserve"
 MAX_BODY_BYTES: Final = 16 * 1024
 
-_KEY: Final = re.compile(USER_ID_PATTERN)
 TRACEPARENT: Final = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _FIELD: Final = re.compile(r"^(?P<rule>.*?) - at `\$\.(?P<field>[^`]*)`$", re.DOTALL)
 _UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
@@ -271,7 +270,7 @@ def _parsed(
             if request_key:
                 raise _invalid("Idempotency-Key")
             request_key = value.decode("latin-1")
-            if not _KEY.match(request_key):
+            if not USER_ID.match(request_key):
                 raise _invalid("Idempotency-Key")
         elif name == b"traceparent":
             traceparent = value.decode("latin-1")

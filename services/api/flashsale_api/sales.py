@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 from collections.abc import Coroutine, Mapping
 from functools import partial
 from hashlib import blake2b
@@ -12,7 +11,7 @@ import msgspec
 
 from flashsale.clocks import ServerTime
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.fields import ITEM_ID_PATTERN, UUID_PATTERN
+from flashsale.fields import ITEM_ID, RESERVATION_ID
 from flashsale.inventory import Inventory
 from flashsale.sale import Sale, SaleState, rfc3339_of_ms
 from flashsale_api import responses
@@ -40,8 +39,6 @@ MAX_READS: Final = 64
 PAGE: Final = 50
 """Sales in one read of all sales. Larger pages would delay buyers."""
 
-_ITEM_ID: Final = re.compile(ITEM_ID_PATTERN)
-_UUID: Final = re.compile(UUID_PATTERN)
 _CACHED: Final = (
     b"cache-control",
     b"public, max-age=1, stale-while-revalidate=5, stale-if-error=60",
@@ -119,9 +116,9 @@ class Sales:
             case ["", "sales"]:
                 return self.all_sales
             case ["", "sales", item_id]:
-                return partial(self._sales, item_id) if _ITEM_ID.match(item_id) else _UNKNOWN_ITEM
+                return partial(self._sales, item_id) if ITEM_ID.match(item_id) else _UNKNOWN_ITEM
             case ["", "sales", item_id, "reservations", reservation_id] if reservation_id:
-                if _ITEM_ID.match(item_id):
+                if ITEM_ID.match(item_id):
                     return partial(self._reservation, item_id, reservation_id)
                 return _UNKNOWN_ITEM
         return None
@@ -193,7 +190,7 @@ class Sales:
         self, item_id: str, reservation_id: str, user_id: str, respond: Respond
     ) -> None:
         """Answers with a reservation. An empty `user_id` is an unknown caller."""
-        known = _UUID.match(reservation_id) is not None
+        known = RESERVATION_ID.match(reservation_id) is not None
         sale, record, server = await self._inventory.look(item_id, reservation_id if known else "")
         if sale is None:
             respond(*responses.plain(self._without_keys(item_id)))

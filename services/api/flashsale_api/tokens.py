@@ -19,10 +19,10 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.exceptions import PyJWTError
 
+from flashsale.fields import USER_ID
 from flashsale.tls import relaxed
 from flashsale_api.authentication import (
     UNAUTHENTICATED,
-    USER_ID,
     Authentication,
     Identified,
     bearer_token,
