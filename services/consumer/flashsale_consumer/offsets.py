@@ -81,32 +81,41 @@ async def place(
     it stays.
     """
     earliest = {partition: kept.start for partition, kept in logs.items()}
-    moved: dict[int, Stored] = {}
     async with transaction(pool) as connection:
         await connection.execute(_ADD, topic, list(earliest), list(earliest.values()))
         stored = await _lock(connection, topic, logs)
-        for partition, (offset, announced) in stored.items():
-            if before.get(partition) != (offset, announced):
-                continue
-            name, kept = f"{topic}/{partition}", logs[partition]
-            moved[partition] = Stored(kept.start, kept.start)
-            if offset > kept.stop:
-                text = "%s ends at %d, before the stored offset %d: recreated, reading all of it"
-                log.warning(text, name, kept.stop, offset)
-            elif offset < kept.start:
-                text = "%s begins at %d: Kafka deleted %d events before they were recorded"
-                log.error(text, name, kept.start, kept.start - offset)
-            elif announced < kept.start:
-                moved[partition] = Stored(offset, kept.start)
-                text = "%s begins at %d: Kafka deleted %d events before they were announced"
-                log.error(text, name, kept.start, kept.start - announced)
-            elif announced > offset:
-                # A consumer of the previous version found the topic recreated.
-                moved[partition] = Stored(offset, kept.start)
-            else:
-                del moved[partition]
-        await _move(connection, topic, moved)
+        moved = {
+            partition: _within(logs[partition], found, f"{topic}/{partition}")
+            for partition, found in stored.items()
+            if before.get(partition) == found
+        }
+        await _move(
+            connection,
+            topic,
+            {partition: now for partition, now in moved.items() if now != stored[partition]},
+        )
     return stored | moved
+
+
+def _within(kept: range, stored: Stored, name: str) -> Stored:
+    """Returns the stored offsets of a partition, moved to the events that Kafka keeps."""
+    recorded, announced = stored
+    if recorded > kept.stop:
+        text = "%s ends at %d, before the stored offset %d: recreated, reading all of it"
+        log.warning(text, name, kept.stop, recorded)
+        return Stored(kept.start, kept.start)
+    if recorded < kept.start:
+        text = "%s begins at %d: Kafka deleted %d events before they were recorded"
+        log.error(text, name, kept.start, kept.start - recorded)
+        return Stored(kept.start, kept.start)
+    if announced < kept.start:
+        text = "%s begins at %d: Kafka deleted %d events before they were announced"
+        log.error(text, name, kept.start, kept.start - announced)
+        return Stored(recorded, kept.start)
+    if announced > recorded:
+        # A consumer of the previous version found the topic recreated.
+        return Stored(recorded, kept.start)
+    return stored
 
 
 async def lock(
