@@ -18,15 +18,15 @@ from starlette.types import ExceptionHandler, Receive, Scope, Send
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID, RESERVATION_ID, OrderRef
 from flashsale.inventory import Inventory
-from flashsale.reservations import OrderCall, Record, Transition
+from flashsale.reservations import OrderCall, Record
 from flashsale.sale import SaleState
 from flashsale_api.authentication import UNAUTHENTICATED, bearer_token
-from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.reserve import MAX_BODY_BYTES, TRACEPARENT, JsonBody, Refused
 from flashsale_api.responses import (
     JSON,
+    PROBLEMS,
     Handler,
     Headers,
     Problem,
@@ -51,21 +51,6 @@ _PATH: Final = "/sales/{item_id}/reservations/{reservation_id}"
 _CHANGE: Final = re.compile(rb"/sales/([^/]+)/reservations/([^/]+)/(confirm|cancel)")
 _RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
 
-_PROBLEMS: Final = {
-    Transition.UNKNOWN_RESERVATION: Problem.UNKNOWN_RESERVATION,
-    Transition.UNREADABLE: Problem.FENCED,
-    Transition.HOLD_EXPIRED: Problem.HOLD_EXPIRED,
-    Transition.CANCELLED: Problem.CANCELLED,
-    Transition.OTHER_ORDER: Problem.OTHER_ORDER,
-    Transition.UNKNOWN: Problem.UNKNOWN_ITEM,
-    Transition.UNSUPPORTED: Problem.FENCED,
-    Transition.FENCED: Problem.FENCED,
-    Transition.OTHER_ENGINE: Problem.OTHER_ENGINE,
-    Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
-    Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
-    Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
-    Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
-}
 _DETAILS: Final = {
     Problem.HOLD_EXPIRED: "void the payment; the buyer can reserve again",
     Problem.CANCELLED: "void the payment",
@@ -230,7 +215,7 @@ def _answer_to(
 ) -> tuple[str, int, Headers, bytes]:
     """Returns the outcome for the metrics, and the answer."""
     if decision.record is None:
-        problem = _PROBLEMS[decision.outcome]
+        problem = PROBLEMS[decision.outcome]
         return problem.outcome, *render(problem, _DETAILS.get(problem))
     body = _encode(OrderView.of(item_id, decision.sale_id, reservation_id, decision.record))
     if durable:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import msgspec
 
 from flashsale.fields import USER_ID, ItemId, Quantity, UserId
-from flashsale.reservations import Outcome, Request, Transition
+from flashsale.reservations import Request
 from flashsale.sale import rfc3339_of_ms
 from flashsale.tracing import traceparent_of
 from flashsale_api import responses
@@ -18,7 +18,15 @@ from flashsale_api.batcher import Batcher, Decision
 from flashsale_api.calls import Failure
 from flashsale_api.metrics import Metrics
 from flashsale_api.reservation_ids import reservation_id
-from flashsale_api.responses import JSON, Headers, Problem, RequestHeaders, Reservation, Respond
+from flashsale_api.responses import (
+    JSON,
+    PROBLEMS,
+    Headers,
+    Problem,
+    RequestHeaders,
+    Reservation,
+    Respond,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -44,31 +52,6 @@ _RULES: Final = {
     "quantity": "an integer from 1 to 1000",
     "orderRef": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
     "Idempotency-Key": "1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
-}
-
-_PROBLEMS: Final = {
-    Outcome.KEY_REUSED: Problem.KEY_REUSED,
-    Outcome.ENDED: Problem.ENDED,
-    Outcome.PAUSED: Problem.PAUSED,
-    Outcome.NOT_OPEN: Problem.NOT_OPEN,
-    Outcome.LIMIT_REACHED: Problem.LIMIT_REACHED,
-    Outcome.TOO_MANY_HOLDS: Problem.TOO_MANY_HOLDS,
-    Outcome.SOLD_OUT: Problem.SOLD_OUT,
-    Outcome.NOT_ENOUGH_LEFT: Problem.NOT_ENOUGH_LEFT,
-    Outcome.OUTBOX_FULL: Problem.OUTBOX_FULL,
-    Outcome.UNKNOWN: Problem.UNKNOWN_ITEM,
-    Outcome.UNSUPPORTED: Problem.FENCED,
-    Outcome.FENCED: Problem.FENCED,
-    Outcome.OTHER_ENGINE: Problem.OTHER_ENGINE,
-    Transition.HOLD_EXPIRED: Problem.HOLD_EXPIRED,
-    Transition.CANCELLED: Problem.CANCELLED,
-    Failure.TOO_MANY_WAITING: Problem.TOO_MANY_WAITING,
-    Failure.REDIS_UNAVAILABLE: Problem.REDIS_UNAVAILABLE,
-    Failure.OUTCOME_UNKNOWN: Problem.OUTCOME_UNKNOWN,
-    Failure.INTERNAL_ERROR: Problem.INTERNAL_ERROR,
-    Failure.UNAUTHORIZED: Problem.UNAUTHORIZED,
-    Failure.KEYS_UNAVAILABLE: Problem.KEYS_UNAVAILABLE,
-    Failure.WRONG_USER: Problem.WRONG_USER,
 }
 
 
@@ -316,7 +299,7 @@ def _answer(item_id: str, decision: Decision) -> tuple[int, Headers, bytes]:
         body = _encode(Reservation.of(item_id, decision.sale_id, decision.reservation_id, record))
         location = _location(item_id, decision.reservation_id)
         return 202, (JSON, (b"location", location)), body
-    problem = _PROBLEMS[decision.outcome]
+    problem = PROBLEMS[decision.outcome]
     if problem is Problem.NOT_OPEN:
         status, headers, body = responses.render(
             problem, startsAt=rfc3339_of_ms(decision.starts_ms)

@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
+from itertools import chain
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 from starlette.responses import Response
 
-from flashsale.reservations import Record
+from flashsale.reservations import Outcome, Record, Transition, Word
 from flashsale.sale import rfc3339_of_ms
+from flashsale_api.calls import Failure
 
 CONTENT_TYPE: Final = b"application/problem+json"
 JSON: Final = (b"content-type", b"application/json")
@@ -90,6 +92,16 @@ class Problem(Enum):
         return self.value.slug.replace("-", "_")
 
 
+_BY_WORD: Final = {
+    **{problem.outcome: problem for problem in Problem},
+    "unknown": Problem.UNKNOWN_ITEM,
+    "unsupported": Problem.FENCED,
+    "unreadable": Problem.FENCED,
+}
+PROBLEMS: Final[Mapping[Word, Problem]] = {
+    word: _BY_WORD[word] for word in chain(Outcome, Transition, Failure) if word in _BY_WORD
+}
+"""The problem of each refusal of a script, and of each `Failure`. Most have the same name."""
 RequestHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
 """Names in lower case, with their values."""
 Headers: TypeAlias = tuple[tuple[bytes, bytes], ...]
