@@ -126,7 +126,7 @@ class Pool(BlockingConnectionPool):
         self.close_link()
         if self.nodes is not None:
             await self.nodes.close()
-        # A busy process can see the end of a connection too late, which is closed nevertheless.
+        # A busy process can notice the end of a connection too late. It is closed nevertheless.
         with contextlib.suppress(RedisError):
             await super().disconnect(inuse_connections)
 

@@ -40,7 +40,7 @@ def denies_command(error: Exception) -> bool:
 
 def describe(error: Exception) -> str:
     """Returns the text of a `RedisUnavailable`."""
-    if isinstance(error, AskError):  # or MOVED, once more
+    if isinstance(error, AskError):  # or a second MOVED, which redis-py derives from it
         return "Redis is unavailable: the item's slot moves to another node"
     problem = "refused the call" if isinstance(error, ResponseError) else "is unavailable"
     return f"Redis {problem}: {str(error) or 'no reply in time'}"

@@ -351,7 +351,7 @@ def _obstacle(spec: SaleSpec, observed: Observed) -> str | None:
 
 
 def _rivals(spec: SaleSpec, observed: Observed) -> str | None:
-    """Names the unfinished sales of the item in the ledger but Redis' sale, or returns None."""
+    """Names the item's unfinished sales in the ledger except Redis' sale, or returns None."""
     sale, now = observed.sale, utc_of_ms(observed.server.now_ms)
     rivals = [
         other.sale_id

@@ -76,12 +76,11 @@ class Drain:
         keep_fenced: Callable[[], Awaitable[None]],
         progress: Progress = lambda _: None,
     ) -> dict[int, int]:
-        """Waits until no event is in flight. Returns the topic's end offsets, which the ledger has
-        reached.
+        """Waits until no event is in flight. Returns the topic's end offsets.
 
-        Calls `keep_fenced` at each look, and `progress` with each new cause. Raises `NotDrained` at
-        the deadline, `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable`, and the errors of
-        `keep_fenced`.
+        The ledger has reached these offsets. Calls `keep_fenced` at each look, and `progress` with
+        each new cause. Raises `NotDrained` at the deadline, `RedisUnavailable`,
+        `LedgerUnavailable`, `KafkaUnavailable`, and the errors of `keep_fenced`.
         """
         sampled_from_ms = (await self._inventory.server(item_id)).now_ms + SAMPLED_AFTER_MS
 
@@ -141,8 +140,8 @@ class Drain:
         """
         began, reported = time.monotonic(), ""
         while True:
-            # Read before the look. A process can stand still after it has read the heartbeats, and
-            # a pod that beats meanwhile is found by the next look only.
+            # Read before the look. A process can stand still after it has read the heartbeats. If
+            # a pod sends one meanwhile, only the next look finds it.
             waited = time.monotonic() - began
             found = await look()
             if not found and waited >= at_least:

@@ -309,7 +309,7 @@ class Publisher:
             self._acknowledge(batch)
 
     def _acknowledge(self, batch: Sequence[OutboxEntry]) -> None:
-        """Lets the entries of acknowledged events be settled, and resolves who waits for them."""
+        """Lets the entries of acknowledged events be settled, and ends the waits for them."""
         self._metrics.published.inc(len(batch))
         for item_id, entry_id, reservation_id, record, snapshot, _ in batch:
             self._by_item[item_id] -= 1
