@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from redis.asyncio import Redis
 
 from dev.stack.servers import KafkaServer, RedisServer
-from flashsale import events, ledger
+from flashsale import events, ledger, schema
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
@@ -176,7 +176,7 @@ async def test_nothing_is_published_to_the_kafka_of_another_engine(
     """A shell names the servers of another installation. A confirmation there would be lost."""
     name = f"shop-{uuid.uuid4().hex[:8]}"
     settings = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=name)
-    await topics.create(settings, events.topic(name), events.dead_letter_topic(name))
+    await topics.create(settings)
     decisive = TopicPartition(events.topic(name), 0)
     consumer = AIOKafkaConsumer(
         bootstrap_servers=kafka_server.bootstrap,
@@ -188,9 +188,9 @@ async def test_nothing_is_published_to_the_kafka_of_another_engine(
     await consumer.commit({decisive: (0, events.owner_metadata("another"))})
     await consumer.stop()
     pool = await ledger.connect(database_url)
-    await ledger.migrate(pool)
+    await schema.migrate(pool)
     inventory, reservation = Inventory(redis, name), str(uuid.uuid4())
-    own = await engine.engine_id(inventory, pool)
+    own = await engine.claimed_id(inventory, pool)
     await pool.close()
     spec = SaleSpec(f"default/{item}", item, 5, hold_seconds=60)
     await inventory.apply(spec, 1, engine_id=own, seed_until_ms=2**53)
