@@ -45,7 +45,7 @@ async def require_redis(checks: Checks, inventory: Inventory) -> None:
 
 
 def require_own_sale(answer: str, item_id: str) -> None:
-    """Raises an error for a script's answer that it does not touch the sale in Redis.
+    """Raises an error if a script has refused the item's sale in Redis, by its answer.
 
     Raises `OtherEngine` if another engine has the sale, and `ContractViolation` if this version
     does not support its format.
