@@ -209,8 +209,10 @@ async def delete(environ: Environ, item: str, *, force: bool) -> int:
         for sale_id in sale_ids:
             await reconciler.close(sale_id)
             freed = await _free(clients, sale_id, engine_id)
-            code |= freed is Freed.UNRECORDED
-            print(tables.line_of_delete(sale_id, freed), file=sys.stderr if code else sys.stdout)
+            unrecorded = freed is Freed.UNRECORDED
+            line = tables.line_of_delete(sale_id, freed)
+            print(line, file=sys.stderr if unrecorded else sys.stdout)
+            code |= unrecorded
     return code
 
 
