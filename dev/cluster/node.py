@@ -109,16 +109,15 @@ class Cluster:
 
     def _clear(self) -> None:
         """Stop everything, and remove everything but the logs."""
-        groups = self._groups()
         deadline = time.monotonic() + 30
-        while left := [pid for group in groups for pid in _members(group)]:
-            lifeline.send(left, signal.SIGKILL)
+        # The first process of a start that was killed can still be about to join the groups.
+        while left := [group for group in self._groups() if not _removed(group)]:
+            members = sorted({pid for group in left for pid in _members(group)})
+            lifeline.send(members, signal.SIGKILL)
             if time.monotonic() > deadline:
-                raise StackError(f"these processes did not end: {sorted(set(left))}")
-            time.sleep(0.05)
-        while left_groups := [group for group in groups if not _removed(group)]:
-            if time.monotonic() > deadline:
-                raise StackError(f"these control groups cannot be removed: {left_groups}")
+                raise StackError(
+                    f"these control groups cannot be removed: {left}. Their processes: {members}"
+                )
             time.sleep(0.05)
         for path in self.state.glob("*"):
             if path.is_dir() and path != self._log.parent:
