@@ -8,6 +8,8 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -157,6 +159,25 @@ async def test_a_sale_that_is_not_open_says_when(shop: Shop, visit: Visit) -> No
     await expect(page.locator("#news")).to_have_text("Phone D: Paused")
     await button_of(page, "Phone D").click()
     await expect(status).to_have_text("The sale is paused. Nothing was reserved.")
+
+
+async def test_an_old_answer_of_a_cdn_does_not_set_the_clock_back(shop: Shop, visit: Visit) -> None:
+    spec = await shop.open(display_name="Phone K", starts_ms=None)
+    now_ms = (await shop.inventory.server()).now_ms
+    await shop.inventory.apply(replace(spec, starts_ms=now_ms + 3_600_000), 2)
+
+    async def cached(route: Route) -> None:
+        answer = await route.fetch()
+        sent = parsedate_to_datetime(answer.headers["date"]) - timedelta(seconds=300)
+        headers = answer.headers | {"date": format_datetime(sent, usegmt=True), "age": "300"}
+        await route.fulfill(response=answer, headers=headers)
+
+    page = await visit("about:blank")
+    await page.route("**/sales", cached)
+    await page.goto(str(shop.buyers.base_url))
+    await expect(page.locator("#connection")).to_have_text("Live, updated once per second.")
+    clock = card_of(page, "Phone K").get_by_role("timer")
+    await expect(clock).to_contain_text("Opens in 59:")
 
 
 async def test_an_order_whose_answer_was_lost_is_not_counted_twice(
