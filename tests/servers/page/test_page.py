@@ -180,6 +180,24 @@ async def test_an_old_answer_of_a_cdn_does_not_set_the_clock_back(shop: Shop, vi
     await expect(clock).to_contain_text("Opens in 59:")
 
 
+async def test_a_gateway_s_404_does_not_forget_a_reservation(shop: Shop, visit: Visit) -> None:
+    await shop.open(10, hold_seconds=600, display_name="Phone L")
+    page = await visit()
+    own = card_of(page, "Phone L").get_by_role("listitem")
+    await button_of(page, "Phone L").click()
+    await expect(own).to_contain_text("1 unit held")
+
+    async def lost(route: Route) -> None:
+        await route.fulfill(status=404, content_type="text/html", body="default backend")
+
+    await page.route("**/reservations/*", lost)
+    async with page.expect_response("**/reservations/*"):
+        pass
+    await page.unroute("**/reservations/*")
+    await page.reload()
+    await expect(own).to_contain_text("1 unit held")
+
+
 async def test_an_order_whose_answer_was_lost_is_not_counted_twice(
     shop: Shop, visit: Visit
 ) -> None:
