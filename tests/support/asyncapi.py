@@ -1,5 +1,6 @@
 """The description of both topics' messages, and the comparison of it with real messages."""
 
+from copy import deepcopy
 from functools import cache
 from typing import Any, Final
 
@@ -11,6 +12,8 @@ from tests.support.paths import DOCS
 
 DOCUMENT: Final = DOCS / "asyncapi.yaml"
 RECORDED: Final = ("reservation", "rebuilt")
+OPEN: Final = ("CloudEvent", "Reservation", "Rebuild")
+"""The schemas to which a later version can add fields."""
 EVENT: Final = "event"
 
 
@@ -22,10 +25,17 @@ def document() -> dict[str, Any]:
 
 
 @cache
-def validator(message: str, part: str) -> Draft7Validator:
-    """Return the validator of a message's `headers` or `payload`."""
+def validator(message: str, part: str, *, closed: bool = True) -> Draft7Validator:
+    """Return the validator of a message's `headers` or `payload`.
+
+    It is as strict as a reader's, or, if `closed`, refuses what the document does not name.
+    """
+    components = deepcopy(document()["components"])
+    if closed:
+        for name in OPEN:
+            components["schemas"][name]["additionalProperties"] = False
     reference = {"$ref": f"#/components/messages/{message}/{part}"}
-    schema = {"components": document()["components"], "allOf": [reference]}
+    schema = {"components": components, "allOf": [reference]}
     return Draft7Validator(schema, validate_formats=True)
 
 

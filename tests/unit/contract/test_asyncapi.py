@@ -92,6 +92,18 @@ def test_a_message_that_the_consumer_never_makes_is_not_described(change: dict[s
     assert not asyncapi.describes("reservation", EXAMPLE["headers"], EXAMPLE["payload"] | change)
 
 
+def test_a_reader_of_this_version_accepts_the_fields_and_headers_of_a_later_one() -> None:
+    rebuild = {"saleId": "shop/phone", "itemId": "phone", "revision": 1, "lost": 0}
+    headers = EXAMPLE["headers"] | {"ce_type": "dev.flashsale.sale.rebuilt.v1"}
+    for message, own, payload in (
+        ("reservation", EXAMPLE["headers"], EXAMPLE["payload"]),
+        ("rebuilt", headers, rebuild),
+    ):
+        for part, data in (("headers", own), ("payload", payload)):
+            asyncapi.validator(message, part, closed=False).validate(data | {"added": "x"})
+            assert not asyncapi.validator(message, part).is_valid(data | {"added": "x"})
+
+
 @given(st.data())
 def test_the_events_that_the_code_reads_are_described(data: st.DataObject) -> None:
     """A value that one of them accepts and the other refuses fails the test."""
