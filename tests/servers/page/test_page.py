@@ -18,6 +18,7 @@ import pytest
 from playwright.async_api import Browser, Locator, Page, Route, async_playwright, expect
 
 from dev import debian
+from dev.services import Addresses, ApiServer
 from flashsale.inventory import Inventory
 from flashsale.reservations import OrderCall
 from tests.support.api import reserve
@@ -264,6 +265,20 @@ async def test_the_page_recovers_from_an_outage(
     await expect(connection).to_have_text("The numbers may be old: the server does not answer.")
     await asyncio.to_thread(api.start)
     await expect(connection).to_have_text("Live, updated once per second.")
+
+
+async def test_an_api_that_knows_its_buyers_refuses_the_page_s_user(
+    shop: Shop, visit: Visit, order_engine: Addresses, tmp_path: Path
+) -> None:
+    await shop.open(10, display_name="Phone M")
+    setting = {"FLASHSALE_USER_HEADER": "x-user-id"}
+    with ApiServer(tmp_path / "api", order_engine, settings=setting) as api:
+        for headers in ({"x-user-id": "ann"}, {}):
+            page = await visit(api.url, extra_http_headers=headers)
+            await button_of(page, "Phone M").click()
+            await expect(card_of(page, "Phone M").get_by_role("status")).to_contain_text(
+                "this page can only show its sales."
+            )
 
 
 async def test_the_keyboard_is_enough(shop: Shop, visit: Visit) -> None:
