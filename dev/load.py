@@ -28,17 +28,16 @@ from dev.verdict import judge, quiet
 SCRIPTS: Final = ROOT / "loadtest"
 K6: Final = Path(sys.executable).with_name("k6")
 
-_STOCK: Final = {"smoke.js": 3, "soak.js": 1_000_000}
-_OTHER_STOCK: Final = 100
-_ONE: Final[dict[str, dict[str, object]]] = {"": {}}
-_CHECKOUT: Final[dict[str, dict[str, object]]] = {"": {"holdSeconds": 3}}
+_STOCK: Final = {"smoke.js": "3", "soak.js": "1000000"}
+_OTHER_STOCK: Final = "100"
+_HOLD: Final = "3s"
 _SMOKE: Final[dict[str, dict[str, object]]] = {
     "": {"maxPerUser": 2},
     "-later": {"startsAt": "2999-01-01T00:00:00Z"},
     "-ended": {"endsAt": "2020-01-01T00:00:00Z"},
     "-paused": {"paused": True},
 }
-"""The sales of each script, by suffix of their name: the fields of each one's spec."""
+"""The sales of the smoke test, by suffix of their name: the fields of each one's spec."""
 
 
 def load(script: Path) -> int:
@@ -49,15 +48,15 @@ def load(script: Path) -> int:
         "API_URL": variables["FLASHSALE_API_URL"],
         "ORDERS_URL": variables["FLASHSALE_ORDERS_URL"],
         "ORDER_TOKEN": variables["FLASHSALE_ORDER_TOKENS"],
-        "STOCK": str(_STOCK.get(script.name, _OTHER_STOCK)),
         **os.environ,
+        **sale_settings(script.name, os.environ),
     }
     environment |= {"ITEM_ID": item, "RUN": item}
     _check(script, environment)
 
     folder = LOCAL / "load"
     folder.mkdir(exist_ok=True)
-    sales = {"smoke.js": _SMOKE, "checkout.js": _CHECKOUT}.get(script.name, _ONE)
+    sales = sales_of(script.name, environment)
     manifest = folder / "sales.yaml"
     manifest.write_text(
         "\n---\n".join(
@@ -88,6 +87,28 @@ def load(script: Path) -> int:
         print(f"A report of the sale for the browser: {report.relative_to(ROOT)}")
     print(f"{item}: {verdict}")
     return done or int(not verdict.kept)
+
+
+def sale_settings(script: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return STOCK and HOLD of a script's sale. As in k6, an empty variable is the default.
+
+    The smoke test has no STOCK, because its answers need three units.
+    """
+    stock = _STOCK.get(script, _OTHER_STOCK)
+    return {
+        "STOCK": stock if script == "smoke.js" else environ.get("STOCK") or stock,
+        "HOLD": environ.get("HOLD") or _HOLD,
+    }
+
+
+def sales_of(script: str, environment: Mapping[str, str]) -> dict[str, dict[str, object]]:
+    """Return the sales of a script, by suffix of their name: the fields of each one's spec."""
+    if script == "smoke.js":
+        return _SMOKE
+    if script != "checkout.js":
+        return {"": {}}
+    hold = environment["HOLD"]
+    return {"": {"holdSeconds": int(hold[:-1]) * {"s": 1, "m": 60, "h": 3600}[hold[-1]]}}
 
 
 def _delete(addresses: Addresses, item: str) -> None:
