@@ -281,6 +281,19 @@ async def test_an_api_that_knows_its_buyers_refuses_the_page_s_user(
             )
 
 
+async def test_a_browser_without_timeouts_of_requests_can_buy(shop: Shop, visit: Visit) -> None:
+    """Safari 15, the last one of some phones, has no AbortSignal.timeout."""
+    await shop.open(10, hold_seconds=None, display_name="Phone N")
+    page = await visit("about:blank")
+    await page.add_init_script("delete AbortSignal.timeout")
+    await page.goto(str(shop.buyers.base_url))
+    assert await page.evaluate("AbortSignal.timeout === undefined")
+    await button_of(page, "Phone N").click()
+    await expect(card_of(page, "Phone N").get_by_role("status")).to_have_text(
+        "Confirmed. One unit is yours."
+    )
+
+
 async def test_the_keyboard_is_enough(shop: Shop, visit: Visit) -> None:
     await shop.open(10, hold_seconds=None, display_name="Phone G")
     page = await visit()
