@@ -71,7 +71,8 @@ async def ask(url: str, order: str | None = None) -> dict:
         status, answer, after = await asyncio.to_thread(call, url, order)
         if status == 200 or answer.get("type") in REFUSALS:
             return answer
-        print(f"{url}: {status} {answer.get('title', '')}; trying again", file=sys.stderr)
+        if status not in (202, 503):  # these two are usual
+            print(f"{url}: {status} {answer.get('title', '')}; trying again", file=sys.stderr)
         await asyncio.sleep(float(after) if after.isdigit() else 1.0)
 
 
