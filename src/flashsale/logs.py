@@ -2,6 +2,7 @@
 
 import logging
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TextIO
@@ -35,6 +36,7 @@ def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Terminal() if stream.isatty() else _Json())
     handler.addFilter(_without_debug_of_libraries)
+    handler.addFilter(_is_no_abandoned_lookup)
     handler.addFilter(Repeats())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # aiokafka logs every retry during an outage. Its callers log each change once.
@@ -43,6 +45,15 @@ def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
 
 def _without_debug_of_libraries(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.INFO or record.name.startswith("flashsale")
+
+
+def _is_no_abandoned_lookup(record: logging.LogRecord) -> bool:
+    """Returns False for the error of a look-up whose client has given up.
+
+    uvloop goes on with the look-up, and asyncio logs its error with a traceback.
+    """
+    error = record.exc_info and record.exc_info[1]
+    return record.name != "asyncio" or not isinstance(error, socket.gaierror)
 
 
 @dataclass(slots=True)

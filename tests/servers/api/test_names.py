@@ -23,3 +23,4 @@ def test_names_of_kafka_that_are_not_answered_delay_no_call_of_redis(tmp_path: P
     program = [*APART, sys.executable, "-m", "tests.support.silent_dns", str(tmp_path)]
     ended = subprocess.run(program, stdout=PIPE, stderr=STDOUT, text=True, timeout=120, check=False)
     assert ended.stdout.startswith("202\n"), ended.stdout
+    assert "never retrieved" not in ended.stdout
