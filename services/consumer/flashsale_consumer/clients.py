@@ -87,6 +87,12 @@ def leaderless(
     return frozenset(tp for tp in partitions if leader(tp) == _NO_LEADER)
 
 
+def metadata_time(consumer: AIOKafkaConsumer) -> float:
+    """Return when a broker last answered with metadata, which the client often asks for."""
+    refreshed: float = consumer._client.cluster._last_successful_refresh_ms
+    return refreshed
+
+
 async def leave(consumer: AIOKafkaConsumer) -> None:
     """Leaves the group and closes the connections, even if leaving fails."""
     try:

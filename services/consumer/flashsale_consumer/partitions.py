@@ -59,6 +59,8 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
         self._unplaced: frozenset[TopicPartition] = frozenset()
         self._leaderless: frozenset[TopicPartition] = frozenset()
         self._revoked_at: float | None = None
+        self._answered = 0.0, time.monotonic()
+        """The time of the newest metadata, and when this was noticed."""
         self._committed: dict[int, int] = {}
         self._ends: dict[int, int] = {}
         self.positions: dict[int, int] = {}
@@ -80,6 +82,13 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
     def unassigned_seconds(self) -> float:
         """Seconds since the partitions were revoked, or 0 after the next assignment."""
         return 0.0 if self._revoked_at is None else time.monotonic() - self._revoked_at
+
+    def unanswered_seconds(self) -> float:
+        """Seconds without metadata. The client knows no broker if all have other addresses now."""
+        newest, now = clients.metadata_time(self._consumer), time.monotonic()
+        if newest != self._answered[0]:
+            self._answered = newest, now
+        return now - self._answered[1]
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002
         """Forgets all partitions. The next assignment includes those that stay."""

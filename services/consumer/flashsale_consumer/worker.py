@@ -366,14 +366,16 @@ class Worker:
         """Reports to Prometheus and Kafka every second.
 
         Raises TimeoutError if the client lost its partitions and has not rejoined the group within
-        `JOIN_SECONDS`. The worker then replaces the client. Raises `OtherEngine` if the group
-        belongs to another engine. That is checked before each commit, so that no commit takes a
-        group from its engine.
+        `JOIN_SECONDS`, or if no broker has answered it for that time. The worker then replaces the
+        client. Raises `OtherEngine` if the group belongs to another engine. That is checked before
+        each commit, so that no commit takes a group from its engine.
         """
         partitions = self._partitions
         while True:
             if partitions.unassigned_seconds() > JOIN_SECONDS:
                 raise TimeoutError(f"not in the group for {JOIN_SECONDS:.0f} s")
+            if partitions.unanswered_seconds() > JOIN_SECONDS:
+                raise TimeoutError(f"no broker has answered for {JOIN_SECONDS:.0f} s")
             try:
                 async with asyncio.timeout(REPORT_TIMEOUT_SECONDS):
                     await partitions.report(owned=await owner.check())

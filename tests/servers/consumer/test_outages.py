@@ -18,6 +18,7 @@ from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.metadata import MetadataRequest
 from asyncpg.pool import Pool
 
+from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.errors import LedgerUnavailable
 from flashsale.events import Event
@@ -252,6 +253,28 @@ async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
         second = accepted()
         await log.write(second)
         await ledger.until_has(first, second)
+
+
+@pytest.mark.slow
+async def test_a_consumer_without_partitions_finds_brokers_whose_addresses_have_changed(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka asks only the brokers that it knows. The settings name the new address, too."""
+    monkeypatch.setattr(worker, "JOIN_SECONDS", 15.0)
+    with KafkaServer(tmp_path / "kafka") as kafka:
+        moved = KafkaServer(kafka.data, free_port())
+        log = Log(f"{kafka.bootstrap},{moved.bootstrap}")
+        async with running(ledger.url, log, partitions=1) as one:
+            await until(lambda: one.partitions() == 1)
+            async with running(ledger.url, log, partitions=1) as other:
+                await until(lambda: other.worker.joined)
+                await until(lambda: one.partitions() + other.partitions() == 1)
+                [idle] = [each for each in (one, other) if not each.partitions()]
+                kafka.stop()
+                with moved:
+                    up = 'flashsale_consumer_server_up{server="kafka"}'
+                    await until(lambda: idle.value(up) == 0)
+                    await until(lambda: idle.value(up) == 1)
 
 
 @pytest.mark.slow
