@@ -52,7 +52,7 @@ class _Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has
 
 
 def survive_closed_connections() -> None:
-    """Let all later connections of this process report that they have just closed."""
+    """Lets all later connections of this process report that they have just closed."""
     conn.AIOKafkaConnection = _Connection
 
 
@@ -88,7 +88,7 @@ def leaderless(
 
 
 def metadata_time(consumer: AIOKafkaConsumer) -> float:
-    """Return when a broker last answered with metadata, which the client often asks for."""
+    """Returns when a broker last answered with metadata, which the client often asks for."""
     refreshed: float = consumer._client.cluster._last_successful_refresh_ms
     return refreshed
 
