@@ -387,12 +387,14 @@ async def test_a_worker_stopped_while_a_client_starts_leaves_no_connection_open(
     first = asyncio.Event()
     send = AIOKafkaConnection.send
 
-    def noted(connection: AIOKafkaConnection, request: object, **options: bool) -> object:
+    def noted(
+        connection: AIOKafkaConnection, request: object, expect_response: bool = True
+    ) -> object:
         if isinstance(request, MetadataRequest) and request._topics == []:
             transports.append(connection._writer.transport)
             if len(transports) > started:
                 first.set()
-        return send(connection, request, **options)
+        return send(connection, request, expect_response)
 
     monkeypatch.setattr(AIOKafkaConnection, "send", noted)
     async with running(ledger.url, log):
