@@ -49,6 +49,8 @@ T = TypeVar("T")
 
 POLL_SECONDS: Final = 0.5
 JOIN_SECONDS: Final = 60.0
+ANSWER_SECONDS: Final = 60.0
+"""A client that gets no metadata for this time is replaced. It asks every five seconds."""
 REPORT_SECONDS: Final = 1.0
 REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
@@ -366,16 +368,16 @@ class Worker:
         """Reports to Prometheus and Kafka every second.
 
         Raises TimeoutError if the client lost its partitions and has not rejoined the group within
-        `JOIN_SECONDS`, or if no broker has answered it for that time. The worker then replaces the
-        client. Raises `OtherEngine` if the group belongs to another engine. That is checked before
-        each commit, so that no commit takes a group from its engine.
+        `JOIN_SECONDS`, or if no broker has answered it for `ANSWER_SECONDS`. The worker then
+        replaces the client. Raises `OtherEngine` if the group belongs to another engine. That is
+        checked before each commit, so that no commit takes a group from its engine.
         """
         partitions = self._partitions
         while True:
             if partitions.unassigned_seconds() > JOIN_SECONDS:
                 raise TimeoutError(f"not in the group for {JOIN_SECONDS:.0f} s")
-            if partitions.unanswered_seconds() > JOIN_SECONDS:
-                raise TimeoutError(f"no broker has answered for {JOIN_SECONDS:.0f} s")
+            if partitions.unanswered_seconds() > ANSWER_SECONDS:
+                raise TimeoutError(f"no broker has answered for {ANSWER_SECONDS:.0f} s")
             try:
                 async with asyncio.timeout(REPORT_TIMEOUT_SECONDS):
                     await partitions.report(owned=await owner.check())

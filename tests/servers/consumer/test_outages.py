@@ -260,7 +260,7 @@ async def test_a_consumer_without_partitions_finds_brokers_whose_addresses_have_
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """aiokafka asks only the brokers that it knows. The settings name the new address, too."""
-    monkeypatch.setattr(worker, "JOIN_SECONDS", 15.0)
+    monkeypatch.setattr(worker, "ANSWER_SECONDS", 15.0)
     with KafkaServer(tmp_path / "kafka") as kafka:
         moved = KafkaServer(kafka.data, free_port())
         log = Log(f"{kafka.bootstrap},{moved.bootstrap}")
