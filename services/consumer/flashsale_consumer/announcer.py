@@ -126,6 +126,7 @@ class Announcer:
         self._reading = {}
         looked = 0.0
         while True:
+            clients.obey_cancellation()
             announced = partitions.announced
             if 0 in announced and time.monotonic() - looked > REBUILDS_SECONDS:
                 await self._announce_rebuilds(source, producer)

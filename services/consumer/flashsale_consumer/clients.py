@@ -79,6 +79,17 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClien
         raise
 
 
+def obey_cancellation() -> None:
+    """Raises CancelledError if the task was cancelled, and a library has gone on.
+
+    `asyncio.wait_for`, which aiokafka calls, does so before Python 3.12 if a result comes at the
+    moment of the cancellation. Call it in each turn of an endless loop.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 def leaderless(
     consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition]
 ) -> frozenset[TopicPartition]:

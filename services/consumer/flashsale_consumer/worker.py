@@ -199,6 +199,7 @@ class Worker:
     async def _read(self, pool: Pool) -> None:
         partitions = self._partitions
         while True:
+            clients.obey_cancellation()
             try:
                 if not partitions.placed:
                     await self._place(pool)
@@ -374,6 +375,7 @@ class Worker:
         """
         partitions = self._partitions
         while True:
+            clients.obey_cancellation()
             if partitions.unassigned_seconds() > JOIN_SECONDS:
                 raise TimeoutError(f"not in the group for {JOIN_SECONDS:.0f} s")
             if partitions.unanswered_seconds() > ANSWER_SECONDS:

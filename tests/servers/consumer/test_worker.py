@@ -279,3 +279,26 @@ async def test_killed_consumers_lose_and_double_nothing(
     await until(announced, "every reservation is announced", pause=1)
     consumer.signal(signal.SIGTERM)
     assert await consumer.ended() == 0
+
+
+@pytest.mark.parametrize("swallowing", ["moved", "poll"])
+async def test_a_worker_ends_although_a_library_swallows_its_cancellation(
+    swallowing: str, ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As asyncio.wait_for of Python 3.11 can, which aiokafka calls."""
+    wait = getattr(Partitions, swallowing)
+    swallowed = asyncio.Event()
+
+    async def go_on(partitions: Partitions, seconds: float) -> dict[object, object]:
+        try:
+            return await wait(partitions, seconds) or {}
+        except asyncio.CancelledError:
+            if swallowed.is_set():
+                raise
+            swallowed.set()
+            return {}
+
+    monkeypatch.setattr(Partitions, swallowing, go_on)
+    async with asyncio.timeout(30), running(ledger.url, log) as member:
+        await until(lambda: member.partitions() == 12)
+    assert swallowed.is_set()
