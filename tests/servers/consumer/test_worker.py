@@ -11,7 +11,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaConnectionError, KafkaError, RequestTimedOutError
 
-from flashsale.requirements import TopicFacts
+from flashsale.requirements import PARTITIONS, TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import recorder, topics
 from flashsale_consumer.clients import Records
@@ -20,6 +20,7 @@ from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     Log,
     Process,
+    Running,
     accepted,
     changed,
     held,
@@ -299,6 +300,10 @@ async def test_a_worker_ends_although_a_library_swallows_its_cancellation(
             return {}
 
     monkeypatch.setattr(Partitions, swallowing, go_on)
-    async with asyncio.timeout(30), running(ledger.url, log) as member:
-        await until(lambda: member.partitions() == 12)
+    member = Running(ledger.url, log, None, PARTITIONS)
+    task = asyncio.create_task(member.worker.run())
+    await until(lambda: member.partitions() == PARTITIONS)
+    task.cancel()
+    ended, _ = await asyncio.wait([task], timeout=15)
+    assert ended
     assert swallowed.is_set()
