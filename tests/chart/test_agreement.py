@@ -14,10 +14,9 @@ import flashsale
 import flashsale_api.app as api_app
 import flashsale_api.servers as api_servers
 import flashsale_consumer.app as consumer_app
-import flashsale_consumer.clients as consumer_clients
 import flashsale_operator.app as operator_app
 from dev.images.building import DEPLOYABLES
-from flashsale import events, tracing
+from flashsale import events, kafka_clients, tracing
 from flashsale.errors import SettingsError
 from flashsale.settings import PREFIX, host_and_port, load
 from flashsale_api.settings import Settings as ApiSettings
@@ -180,10 +179,10 @@ def test_the_grace_period_covers_a_complete_shutdown(plain: Rendered) -> None:
     needed = sleep + int(found[1]) + api_app.FLUSH_SECONDS + MARGIN_SECONDS
     assert spec["terminationGracePeriodSeconds"] == needed
 
-    # A client that is starting. Then the announcer's producer and reader, the group membership, the
-    # dead-letter producer and the ledger's pool.
+    # A client that is starting. Then the announcer's clients, the group membership, the group's
+    # client, the dead-letter producer and the ledger's pool.
     waits = 1 + 5
-    needed = waits * consumer_clients.CLOSE_SECONDS + tracing.CLOSE_SECONDS + MARGIN_SECONDS
+    needed = waits * kafka_clients.CLOSE_SECONDS + tracing.CLOSE_SECONDS + MARGIN_SECONDS
     assert plain.pod("consumer")["spec"]["terminationGracePeriodSeconds"] == needed
 
 

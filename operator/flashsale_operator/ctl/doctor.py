@@ -26,7 +26,15 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
 
-from flashsale import events, ledger, redis_client, redis_facts, requirements, schema
+from flashsale import (
+    events,
+    kafka_clients,
+    ledger,
+    redis_client,
+    redis_facts,
+    requirements,
+    schema,
+)
 from flashsale.errors import FlashsaleError, OtherEngine
 from flashsale.inventory import Inventory
 from flashsale.nodes import Nodes
@@ -247,7 +255,7 @@ async def _kafka(settings: KafkaSettings, home: _Home | None = None) -> AsyncIte
     except IncompatibleBrokerVersion as error:
         yield Finding(KAFKA, f"{error}: upgrade the brokers to Kafka 2.4 or newer", "failure")
     finally:
-        await admin.close()
+        await kafka_clients.close("Kafka's client", admin.close())
 
 
 async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Finding | None:

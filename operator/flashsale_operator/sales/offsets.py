@@ -8,7 +8,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.errors import FlashsaleError, OtherEngine, SettingsError
 from flashsale.settings import KafkaSettings
 
@@ -50,26 +50,24 @@ async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
     consumer = AIOKafkaConsumer(**client, request_timeout_ms=TIMEOUT_SECONDS * 1000)
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
-            try:
-                await admin.start()
-                # Describe all topics, because to ask for one by name can create it.
-                partitions = [
-                    TopicPartition(topic, partition["partition"])
-                    for described in await admin.describe_topics()
-                    if described["topic"] == topic
-                    for partition in described["partitions"]
-                ]
-                if not partitions:
-                    return {}
-                await consumer.start()
-                firsts = await consumer.beginning_offsets(partitions)
-                ends = await consumer.end_offsets(partitions)
-            finally:
-                await consumer.stop()
-                await admin.close()
+            await admin.start()
+            # Describe all topics, because to ask for one by name can create it.
+            partitions = [
+                TopicPartition(topic, partition["partition"])
+                for described in await admin.describe_topics()
+                if described["topic"] == topic
+                for partition in described["partitions"]
+            ]
+            if not partitions:
+                return {}
+            await consumer.start()
+            firsts = await consumer.beginning_offsets(partitions)
+            ends = await consumer.end_offsets(partitions)
     except (KafkaError, OSError, TimeoutError) as error:
         why = str(error) or "no answer in time"
         raise KafkaUnavailable(f"Kafka is away: {why}") from error
+    finally:
+        await kafka_clients.close("the clients for offsets", consumer.stop(), admin.close())
     return {
         partition.partition: Span(firsts[partition], ends[partition]) for partition in partitions
     }
@@ -104,7 +102,7 @@ async def require_own(kafka: KafkaSettings, engine_id: str) -> None:
     except (KafkaError, OSError, TimeoutError):
         return
     finally:
-        await admin.close()
+        await kafka_clients.close("the group's client", admin.close())
     if found not in (None, engine_id):
         raise OtherEngine(
             f"the consumer group {events.consumer_group(kafka.engine)} in this Kafka belongs to "

@@ -11,7 +11,7 @@ from typing import Final
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.events import Event
 from flashsale.inventory import Inventory
 from flashsale.settings import KafkaSettings
@@ -59,5 +59,5 @@ async def republish(inventory: Inventory, kafka: KafkaSettings, item_id: str) ->
         why = str(error) or "no answer in time"
         raise KafkaUnavailable(f"Kafka is away, run it again: {why}") from error
     finally:
-        await producer.stop()
+        await kafka_clients.close("the producer", producer.stop())
     return published

@@ -11,7 +11,7 @@ from typing import Final, Literal
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.errors import ContractViolation
 from flashsale.events import Event
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
@@ -86,7 +86,7 @@ async def change(  # noqa: PLR0913 - the call, and the servers
                 "it in time: run it again"
             ) from error
     finally:
-        await producer.stop()
+        await kafka_clients.close("the producer", producer.stop())
     if answer.entry_id:
         entry = (answer.entry_id, call.reservation_id, answer.record.version)
         await Outbox(inventory.redis, inventory.engine).settle(item_id, [entry])

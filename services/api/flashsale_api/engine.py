@@ -12,7 +12,7 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.settings import KafkaSettings
 from flashsale_api.known_items import KnownItems
@@ -110,7 +110,7 @@ class GroupOwner:
             self._warn_once(error)
             raise OwnerUnknown(f"the owner of the group {self._group}: {error!r}") from error
         finally:
-            await admin.close()
+            await kafka_clients.close("the group's client", admin.close())
         # aiokafka ignores the error of a whole group. Its answer then has no partitions.
         if self._decisive not in offsets:
             raise OwnerUnknown(f"Kafka does not show the offsets of the group {self._group}")

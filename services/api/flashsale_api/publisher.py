@@ -24,7 +24,7 @@ from aiokafka.errors import (
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.errors import OtherEngine, SettingsError
 from flashsale.events import Event
 from flashsale.outbox import Outbox
@@ -32,7 +32,6 @@ from flashsale.requirements import BATCH_BYTES
 from flashsale.reservations import OutboxEntry, Snapshot
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
-from flashsale_api.connections import survive_closed_connections
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
 from flashsale_api.metrics import Metrics
 from flashsale_api.settler import Settler
@@ -56,7 +55,6 @@ A batch costs the API 0.16 ms of CPU, as much as a hundred events. Buyers do not
 REQUEST_TIMEOUT_SECONDS: Final = 10
 BATCH_SECONDS: Final = 12.0
 """How long to wait for the acknowledgement of a batch before the producer is discarded."""
-STOP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 SET_ASIDE_SECONDS: Final = 60.0
 """How long an event rests that is too large for the topic. A sweep then publishes it again."""
@@ -178,7 +176,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
-        survive_closed_connections()
+        kafka_clients.survive_closed_connections()
         while True:
             self._batch_bytes = BATCH_BYTES
             producer = None
@@ -212,7 +210,9 @@ class Publisher:
             finally:
                 self.connected = False
                 if producer is not None:
-                    await _discard(producer)
+                    await kafka_clients.close(
+                        "the publisher's producer", kafka_clients.discard(producer)
+                    )
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
     async def flush(self, timeout_seconds: float) -> int:
@@ -288,7 +288,7 @@ class Publisher:
                     partitions = sorted(await producer.partitions_for(self._topic))
                     partition = partitions[next(self._turn) % len(partitions)]
                     sent = await producer.send_batch(builder, self._topic, partition=partition)
-                    sent.add_done_callback(_retrieve)
+                    sent.add_done_callback(kafka_clients.retrieve)
                     # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
                     await asyncio.shield(sent)
             except BaseException as error:
@@ -396,25 +396,3 @@ def _version(entry: OutboxEntry) -> _Version:
 def _sale(snapshot: Snapshot) -> _Sale:
     """Returns the revision of the sale. A later sale of the item can have the same versions."""
     return snapshot.sale_id, snapshot.revision
-
-
-async def _discard(producer: AIOKafkaProducer) -> None:
-    """Stops a producer. The next producer sends its unsent events again."""
-    # aiokafka has no public way to drop the batches, and stop() would wait for them.
-    accumulator = producer._message_accumulator
-    for batch in itertools.chain.from_iterable(accumulator._batches.values()):
-        batch._drain_waiter.add_done_callback(_retrieve)
-        # When its future fails, a batch that is sent again is removed from this set a second time.
-        accumulator._pending_batches.add(batch)
-    accumulator.fail_all(KafkaError("the producer was discarded"))
-    try:
-        await asyncio.wait_for(producer.stop(), STOP_SECONDS)
-    except Exception as error:  # noqa: BLE001 - a new producer replaces it after any error
-        log.debug("a producer failed to stop: %r", error)
-    await producer.client.close()  # stop() did not close it if it failed
-
-
-def _retrieve(future: asyncio.Future[object]) -> None:
-    """Retrieves the exception of an abandoned future, or asyncio would log it."""
-    if not future.cancelled():
-        future.exception()

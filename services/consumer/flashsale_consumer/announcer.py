@@ -26,7 +26,7 @@ from aiokafka.errors import (
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from flashsale import events, requirements
+from flashsale import events, kafka_clients, requirements
 from flashsale.errors import LedgerUnavailable, SettingsError
 from flashsale.fields import ReservationId, SaleId
 from flashsale.ledger import Pool
@@ -113,8 +113,9 @@ class Announcer:
             await clients.start(producer)
             yield reader, producer
         finally:
-            await clients.discard(producer)
-            await clients.close("the announcer's reader", clients.leave(reader))
+            await kafka_clients.close(
+                "the announcer's clients", kafka_clients.discard(producer), clients.leave(reader)
+            )
 
     async def _announce(
         self,
@@ -126,7 +127,6 @@ class Announcer:
         self._reading = {}
         looked = 0.0
         while True:
-            clients.obey_cancellation()
             announced = partitions.announced
             if 0 in announced and time.monotonic() - looked > REBUILDS_SECONDS:
                 await self._announce_rebuilds(source, producer)
@@ -215,7 +215,7 @@ class Announcer:
                 await asyncio.gather(*(asyncio.shield(each) for each in sent))
             finally:
                 for each in sent:
-                    each.add_done_callback(clients.retrieve)
+                    each.add_done_callback(kafka_clients.retrieve)
 
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int

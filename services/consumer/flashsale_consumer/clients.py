@@ -1,59 +1,31 @@
-"""Makes and reads Kafka clients, opens ledger transactions, and closes clients in bounded time.
+"""Makes and reads Kafka clients, and opens ledger transactions.
 
-Only this module uses private parts of aiokafka.
+Only this module of the consumer uses private parts of aiokafka.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from inspect import GEN_CLOSED, getgeneratorstate
-from itertools import chain
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition, conn
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from flashsale import ledger
+from flashsale.kafka_clients import CLOSE_SECONDS
 from flashsale.ledger import Connection, Pool
 from flashsale.requirements import BATCH_BYTES
 from flashsale.settings import KafkaSettings
 
-log = logging.getLogger(__name__)
-
 Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 
-CLOSE_SECONDS: Final = 3.0
 TRANSACTION_SECONDS: Final = 30.0
 _REQUEST_TIMEOUT_MS: Final = 15_000
 _METADATA_AGE_MS: Final = 5_000
 """The client notices added partitions and recreated topics within this time."""
 _NO_LEADER: Final = -1
 """The leader in Kafka's answer for a partition without one."""
-
-
-class _Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has no types
-    """A connection that may have just closed when a request is sent.
-
-    uvloop raises a `RuntimeError` for such a write, and aiokafka expects only an `OSError`
-    (https://github.com/aio-libs/aiokafka/issues/1038). The error would end aiokafka's tasks that
-    fetch records and read metadata, which nothing starts again.
-    """
-
-    def send(self, request: Any, expect_response: bool = True) -> Any:  # noqa: ANN401 - aiokafka's
-        try:
-            return super().send(request, expect_response)
-        except RuntimeError as error:
-            if "the handler is closed" not in str(error):
-                raise
-            self.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=error)
-            raise KafkaConnectionError(f"{self!r} has just closed") from error
-
-
-def survive_closed_connections() -> None:
-    """Lets all later connections of this process report that they have just closed."""
-    conn.AIOKafkaConnection = _Connection
 
 
 def group_member(kafka: KafkaSettings, group_id: str) -> AIOKafkaConsumer:
@@ -77,17 +49,6 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClien
     except asyncio.CancelledError:
         await asyncio.wait([task], timeout=CLOSE_SECONDS)
         raise
-
-
-def obey_cancellation() -> None:
-    """Raises CancelledError if the task was cancelled, and a library has gone on.
-
-    `asyncio.wait_for`, which aiokafka calls, does so before Python 3.12 if a result comes at the
-    moment of the cancellation. Call it in each turn of an endless loop.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def leaderless(
@@ -201,25 +162,6 @@ def _undecoded(consumer: AIOKafkaConsumer) -> tuple[TopicPartition, int]:
     )
 
 
-async def discard(producer: AIOKafkaProducer) -> None:
-    """Stops a producer at once. Drops its unsent records."""
-    # stop() would wait for them, for as long as Kafka is away.
-    accumulator = producer._message_accumulator
-    for batch in chain.from_iterable(accumulator._batches.values()):
-        batch._drain_waiter.add_done_callback(retrieve)
-        # When its future fails, a batch that is sent again is removed from this set a second time.
-        accumulator._pending_batches.add(batch)
-    accumulator.fail_all(KafkaError("the producer was discarded"))
-    await close("a producer", producer.stop())
-    await producer.client.close()  # stop() did not close it if it failed
-
-
-def retrieve(future: "asyncio.Future[object]") -> None:
-    """Retrieves the exception of an abandoned future, or asyncio would log it."""
-    if not future.cancelled():
-        future.exception()
-
-
 @asynccontextmanager
 async def transaction(pool: Pool) -> AsyncIterator[Connection]:
     """Opens a transaction for at most 30 s. Raises `LedgerUnavailable`."""
@@ -229,16 +171,3 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
         ledger.transaction(pool) as connection,
     ):
         yield connection
-
-
-async def close(client: str, closing: Coroutine[Any, Any, object]) -> None:
-    """Waits up to 3 s for `closing`. A slower one continues in the background."""
-    task = asyncio.create_task(closing)
-    done, _ = await asyncio.wait([task], timeout=CLOSE_SECONDS)
-    if not done:
-        log.warning("%s: not closed within %.0f s", client, CLOSE_SECONDS)
-    elif task.cancelled():
-        # aiokafka cancels its own stop() while a fetch waits for its retry (aiokafka issue 647).
-        log.warning("%s: not closed cleanly: it was cancelled", client)
-    elif error := task.exception():
-        log.warning("%s: not closed cleanly: %s", client, error)

@@ -8,9 +8,9 @@ from typing import Final
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from flashsale import kafka_clients
 from flashsale.errors import SettingsError
 from flashsale.settings import KafkaSettings
-from flashsale_consumer.clients import close
 from flashsale_consumer.topics import DEAD_LETTER_BYTES
 
 REASON_CHARACTERS: Final = 1_000
@@ -77,7 +77,9 @@ class DeadLetters:
         """Closes the producer, if there is one, within seconds."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            await close(self._topic, producer.stop())
+            await kafka_clients.close(
+                "the producer of dead letters", kafka_clients.discard(producer)
+            )
 
     async def _started(self) -> AIOKafkaProducer:
         if self._producer is None:

@@ -13,7 +13,7 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.errors import OtherEngine
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import clients
@@ -68,4 +68,4 @@ async def ownership(
         await clients.start(admin)
         yield Ownership(admin, kafka.engine, group_id, engine_id)
     finally:
-        await admin.close()
+        await kafka_clients.close("the group's client", admin.close())

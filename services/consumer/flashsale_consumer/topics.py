@@ -17,7 +17,7 @@ from aiokafka.errors import (
     for_code,
 )
 
-from flashsale import events
+from flashsale import events, kafka_clients
 from flashsale.requirements import (
     EVENT_RETENTION_MS,
     PARTITION_BYTES,
@@ -100,7 +100,7 @@ async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
         await clients.start(admin)
         yield admin
     finally:
-        await admin.close()
+        await kafka_clients.close("the topics' client", admin.close())
 
 
 async def _create(

@@ -17,7 +17,7 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from flashsale import events, ledger, requirements, schema, tracing
+from flashsale import events, kafka_clients, ledger, requirements, schema, tracing
 from flashsale.errors import (
     ContractViolation,
     LedgerUnavailable,
@@ -105,7 +105,7 @@ class Worker:
 
     async def run(self) -> None:
         """Records events until cancelled. A cancellation rolls back the unfinished batch."""
-        clients.survive_closed_connections()
+        kafka_clients.survive_closed_connections()
         # A commit that a failover of PostgreSQL loses is repeated from Kafka.
         pool = await ledger.connect(
             self._settings.database_url, max_connections=3, synchronous=False
@@ -130,7 +130,7 @@ class Worker:
                 await asyncio.sleep(REFUSED_SECONDS if self.conflict else self._kafka.delay())
         finally:
             await self._publisher.close()
-            await clients.close("the ledger's connections", pool.close())
+            await kafka_clients.close("the ledger's connections", pool.close())
 
     async def _migrate(self, pool: Pool) -> int:
         self._checks.require(requirements.LEDGER, await schema.facts(pool))
@@ -188,7 +188,7 @@ class Worker:
             # would end the worker. In a task of its own, the cancellation ends with that task.
             await asyncio.create_task(self._read_and_report(pool, owner))
         finally:
-            await clients.close("the group membership", clients.leave(consumer))
+            await kafka_clients.close("the group membership", clients.leave(consumer))
 
     async def _read_and_report(self, pool: Pool, owner: Ownership) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -199,7 +199,6 @@ class Worker:
     async def _read(self, pool: Pool) -> None:
         partitions = self._partitions
         while True:
-            clients.obey_cancellation()
             try:
                 if not partitions.placed:
                     await self._place(pool)
@@ -375,7 +374,6 @@ class Worker:
         """
         partitions = self._partitions
         while True:
-            clients.obey_cancellation()
             if partitions.unassigned_seconds() > JOIN_SECONDS:
                 raise TimeoutError(f"not in the group for {JOIN_SECONDS:.0f} s")
             if partitions.unanswered_seconds() > ANSWER_SECONDS:

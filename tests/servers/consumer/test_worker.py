@@ -11,7 +11,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaConnectionError, KafkaError, RequestTimedOutError
 
-from flashsale.requirements import PARTITIONS, TopicFacts
+from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import recorder, topics
 from flashsale_consumer.clients import Records
@@ -20,7 +20,6 @@ from flashsale_consumer.recorder import BatchOutcome
 from tests.support.consumer import (
     Log,
     Process,
-    Running,
     accepted,
     changed,
     held,
@@ -280,30 +279,3 @@ async def test_killed_consumers_lose_and_double_nothing(
     await until(announced, "every reservation is announced", pause=1)
     consumer.signal(signal.SIGTERM)
     assert await consumer.ended() == 0
-
-
-@pytest.mark.parametrize("swallowing", ["moved", "poll"])
-async def test_a_worker_ends_although_a_library_swallows_its_cancellation(
-    swallowing: str, ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As asyncio.wait_for of Python 3.11 can, which aiokafka calls."""
-    wait = getattr(Partitions, swallowing)
-    swallowed = asyncio.Event()
-
-    async def go_on(partitions: Partitions, seconds: float) -> dict[object, object]:
-        try:
-            return await wait(partitions, seconds) or {}
-        except asyncio.CancelledError:
-            if swallowed.is_set():
-                raise
-            swallowed.set()
-            return {}
-
-    monkeypatch.setattr(Partitions, swallowing, go_on)
-    member = Running(ledger.url, log, None, PARTITIONS)
-    task = asyncio.create_task(member.worker.run())
-    await until(lambda: member.partitions() == PARTITIONS)
-    task.cancel()
-    ended, _ = await asyncio.wait([task], timeout=15)
-    assert ended
-    assert swallowed.is_set()

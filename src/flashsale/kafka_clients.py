@@ -1,0 +1,79 @@
+"""Makes up for faults of aiokafka that every deployable meets.
+
+This is the only module of the contract that knows a Kafka client.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from functools import cache
+from itertools import chain
+from typing import Any, Final
+
+from aiokafka import AIOKafkaProducer, conn
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS: Final = 3.0
+
+
+@cache
+def survive_closed_connections() -> None:
+    """Lets all later connections of this process report that they have just closed.
+
+    uvloop raises a `RuntimeError` for a write to such a connection, and aiokafka expects only an
+    `OSError` (https://github.com/aio-libs/aiokafka/issues/1038). The error would end aiokafka's
+    tasks that fetch records and read metadata, which nothing starts again.
+    """
+
+    class Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has no types
+        def send(self, request: Any, expect_response: bool = True) -> Any:  # noqa: ANN401 - aiokafka's
+            try:
+                return super().send(request, expect_response)
+            except RuntimeError as error:
+                if "the handler is closed" not in str(error):
+                    raise
+                self.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=error)
+                raise KafkaConnectionError(f"{self!r} has just closed") from error
+
+    conn.AIOKafkaConnection = Connection
+
+
+async def close(clients: str, *closing: Coroutine[Any, Any, object]) -> None:
+    """Waits up to 3 s for all of `closing`. Slower ones continue in the background.
+
+    They run in tasks of their own, because aiokafka's clients swallow a cancellation while they
+    close. A caller's endless loop would go on after it.
+    """
+    tasks = [asyncio.create_task(each) for each in closing]
+    _, slow = await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
+    for task in tasks:
+        if task in slow:
+            log.warning("%s: not closed within %.0f s", clients, CLOSE_SECONDS)
+        elif task.cancelled():
+            # aiokafka cancels its own stop() while a fetch waits for its retry (aiokafka issue 647)
+            log.warning("%s: not closed cleanly: it was cancelled", clients)
+        elif error := task.exception():
+            log.warning("%s: not closed cleanly: %s", clients, error)
+
+
+async def discard(producer: AIOKafkaProducer) -> None:
+    """Stops a producer, which drops its unsent records. `close` calls it."""
+    # stop() would wait for them, for as long as Kafka is away.
+    accumulator = producer._message_accumulator
+    for batch in chain.from_iterable(accumulator._batches.values()):
+        batch._drain_waiter.add_done_callback(retrieve)
+        # When its future fails, a batch that is sent again is removed from this set a second time.
+        accumulator._pending_batches.add(batch)
+    accumulator.fail_all(KafkaError("the producer was discarded"))
+    try:
+        await producer.stop()
+    finally:
+        await producer.client.close()  # stop() does not get this far if it fails
+
+
+def retrieve(future: "asyncio.Future[object]") -> None:
+    """Retrieves the exception of an abandoned future, or asyncio would log it."""
+    if not future.cancelled():
+        future.exception()
