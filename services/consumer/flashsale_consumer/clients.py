@@ -11,6 +11,7 @@ from typing import Final, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 
 from flashsale import ledger
 from flashsale.kafka_clients import CLOSE_SECONDS
@@ -109,8 +110,9 @@ async def poll(
 
     If aiokafka cannot decode a record, it cannot decode the rest of the batch either. A batch is of
     one producer, so it has no events. This returns the records before it, then each of the rest as
-    `Undecodable`.
+    `Undecodable`. Raises `KafkaError` if the client has to be replaced.
     """
+    _require_running(consumer)
     records: Records
     timeout_ms = int(seconds * 1000)
     try:
@@ -131,6 +133,16 @@ async def poll(
             consumer.seek(tp, offset + 1)
             records = {tp: [Undecodable(tp, offset)]}
     return records
+
+
+def _require_running(consumer: AIOKafkaConsumer) -> None:
+    """Raises `KafkaError` if an unexpected error has ended a task of the client.
+
+    aiokafka neither starts it again nor tells anyone. The client would wait for records for ever.
+    """
+    for task in (consumer._fetcher._fetch_task, consumer._client._sync_task):
+        if task.done():
+            raise KafkaError(f"a client of Kafka has stopped: {task!r}")
 
 
 def with_skipped(

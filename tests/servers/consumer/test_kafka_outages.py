@@ -3,13 +3,15 @@
 import asyncio
 import signal
 from asyncio import Transport
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import trustme
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import RecordsToDelete
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection
@@ -22,7 +24,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import worker
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.settings import Settings
-from tests.support.consumer import Log, Process, accepted, running
+from tests.support.consumer import Log, Process, Running, accepted, running
 from tests.support.eventually import until
 from tests.support.ledgers import Ledger
 from tests.support.topics import administering
@@ -45,6 +47,38 @@ async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
         second = accepted()
         await log.write(second)
         await ledger.until_has(first, second)
+
+
+@pytest.mark.parametrize("task", ["_fetcher._fetch_task", "_client._sync_task"])
+async def test_clients_of_which_a_task_has_ended_are_replaced(
+    task: str, ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The member of the group and the announcer's reader. aiokafka tells nobody of such an end."""
+    start = AIOKafkaConsumer.start
+    starts = Counter[str | None]()
+
+    async def start_and_end(client: AIOKafkaConsumer) -> None:
+        await start(client)
+        starts[client._group_id] += 1
+        if starts[client._group_id] == 1:
+            attrgetter(task)(client).cancel()
+
+    def announced(member: Running) -> float:
+        return member.value("flashsale_consumer_announced_total")
+
+    first, second = accepted(), accepted()
+    async with running(ledger.url, log) as member:
+        await log.write(first)
+        await until(lambda: announced(member) == 1)
+    await ledger.pool.execute("UPDATE kafka_offsets SET announced_offset = 0")
+    monkeypatch.setattr(AIOKafkaConsumer, "start", start_and_end)
+    monkeypatch.setattr(worker, "ANSWER_SECONDS", 1_000)  # no other reason replaces them
+    async with running(ledger.url, log) as member:
+        await log.write(second)
+        await ledger.until_has(second)
+        await until(lambda: announced(member) == 2)
+    assert starts.keys() == {log.group_id, None}
+    assert min(starts.values()) >= 2
 
 
 @pytest.mark.slow
