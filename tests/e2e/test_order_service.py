@@ -79,7 +79,7 @@ def test_the_example_confirms_or_cancels_every_hold(shop: Shop) -> None:
     )
 
     def decided() -> bool:
-        output = shop.kubectl("logs", NAME).splitlines()  # with what it says about outages
+        output = shop.kubectl("logs", NAME).splitlines()  # lines about outages, too
         lines = [json.loads(line) for line in output if line.startswith("{")]
         own = [each for each in lines if each["itemId"] == SALE]
         last = {each["reservationId"]: each["decision"] for each in own}

@@ -28,7 +28,7 @@ def document() -> dict[str, Any]:
 def validator(message: str, part: str, *, closed: bool = True) -> Draft7Validator:
     """Return the validator of a message's `headers` or `payload`.
 
-    It is as strict as a reader's, or, if `closed`, refuses what the document does not name.
+    It is as strict as a reader's. With `closed` it also refuses what the document does not name.
     """
     components = deepcopy(document()["components"])
     if closed:
