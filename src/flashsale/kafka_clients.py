@@ -13,6 +13,8 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer, conn
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
+from flashsale.errors import has_just_closed
+
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 3.0
@@ -22,9 +24,9 @@ CLOSE_SECONDS: Final = 3.0
 def survive_closed_connections() -> None:
     """Lets all later connections of this process report that they have just closed.
 
-    uvloop raises a `RuntimeError` for a write to such a connection, and aiokafka expects only an
-    `OSError` (https://github.com/aio-libs/aiokafka/issues/1038). The error would end aiokafka's
-    tasks that fetch records and read metadata, which nothing starts again.
+    aiokafka does not expect the error that uvloop raises for a write to such a connection
+    (https://github.com/aio-libs/aiokafka/issues/1038). It would end aiokafka's tasks that fetch
+    records and read metadata, which nothing starts again.
     """
 
     class Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has no types
@@ -32,7 +34,7 @@ def survive_closed_connections() -> None:
             try:
                 return super().send(request, expect_response)
             except RuntimeError as error:
-                if "the handler is closed" not in str(error):
+                if not has_just_closed(error):
                     raise
                 self.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=error)
                 raise KafkaConnectionError(f"{self!r} has just closed") from error

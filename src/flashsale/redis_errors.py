@@ -5,7 +5,7 @@ from typing import Final, TypeVar
 
 from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
-from flashsale.errors import RedisUnavailable
+from flashsale.errors import RedisUnavailable, has_just_closed
 
 T = TypeVar("T")
 
@@ -23,11 +23,8 @@ async def translated(call: Awaitable[T]) -> T:
 
 
 def require_outage(error: Exception) -> None:
-    """Raises an error that is no outage.
-
-    uvloop raises a `RuntimeError` for a write to a connection that the server has just closed.
-    """
-    if isinstance(error, RuntimeError) and "the handler is closed" not in str(error):
+    """Raises an error that is no outage."""
+    if isinstance(error, RuntimeError) and not has_just_closed(error):
         raise error
 
 
