@@ -34,7 +34,7 @@ from flashsale.outbox import Outbox
 from flashsale.sale import SaleSpec
 
 SALES: Final = 12
-RATE: Final = 4_000
+RATE: Final = 4_000.0
 """Requests per second. At the same rate, batches are about as large on both sides."""
 ONE, THREE, THIRD = "one node", "three nodes", "one node, a third of the load"
 SINGLE, NODE = "a single server", "a node of a cluster"

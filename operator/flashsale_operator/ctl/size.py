@@ -16,7 +16,7 @@ from flashsale_operator.ctl.cli import flashsalectl, output_option
 from flashsale_operator.ctl.tables import table
 
 ACCEPTED: Final = {"API": 0.4, "Redis": 0.25, "consumer": 0.2}
-REFUSED: Final = {"API": 0.25, "Redis": 0.05}
+REFUSED: Final = {"API": 0.3, "Redis": 0.05}
 CONFIRMED: Final = {"API": 1.4, "Redis": 0.7, "consumer": 0.2}
 """CPU seconds for 10,000 requests, by process: docs/performance.md, "The cost of a request",
 "From accepted to recorded" and "Holds"."""
