@@ -1,4 +1,4 @@
-"""The clients of Kafka survive what aiokafka does not. Needs Kafka."""
+"""Closed connections, cancellations and unsent batches of Kafka's clients. Needs Kafka."""
 
 import asyncio
 import gc

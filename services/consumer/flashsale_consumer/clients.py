@@ -138,7 +138,7 @@ async def poll(
 def _require_running(consumer: AIOKafkaConsumer) -> None:
     """Raises `KafkaError` if an unexpected error has ended a task of the client.
 
-    aiokafka neither starts it again nor tells anyone. The client would wait for records for ever.
+    aiokafka neither starts it again nor reports its end, so the client would wait for ever.
     """
     for task in (consumer._fetcher._fetch_task, consumer._client._sync_task):
         if task.done():

@@ -53,7 +53,7 @@ async def test_a_client_that_does_not_rejoin_the_group_is_replaced(
 async def test_clients_of_which_a_task_has_ended_are_replaced(
     task: str, ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The member of the group and the announcer's reader. aiokafka tells nobody of such an end."""
+    """The member of the group and the announcer's reader. aiokafka does not report such an end."""
     start = AIOKafkaConsumer.start
     starts = Counter[str | None]()
 
