@@ -1,6 +1,8 @@
 """Deleting a FlashSale closes its sale without blocking. Unfinished work is done later."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -69,26 +71,32 @@ def test_a_sale_applied_with_flashsalectl_stays_open(
     assert not closed_in_ledger(world, "declared")
 
 
+@contextmanager
+def deleted_slowly(world: World, name: str) -> Iterator[None]:
+    """Run `kubectl delete` for an object that a foreign finalizer keeps until the end."""
+
+    def finalizers(*names: str) -> None:
+        patch = json.dumps({"metadata": {"finalizers": names}})
+        world.kubectl("patch", "fs", name, "--type=merge", "-p", patch)
+
+    finalizers("example.test/hold")
+    world.kubectl("delete", "fs", name, "--wait=false")
+    try:
+        yield
+    finally:
+        finalizers()
+
+
 def test_a_foreign_finalizer_does_not_delay_closing_the_sale(
     world: World,
     operator: OperatorServer,  # noqa: ARG001 - it runs
 ) -> None:
     world.apply("bound")
     world.until("bound", state="Selling")
-    patch = ("patch", "fs", "bound", "--type=merge", "-p")
-    world.kubectl(*patch, json.dumps({"metadata": {"finalizers": ["example.test/hold"]}}))
-    world.kubectl("delete", "fs", "bound", "--wait=false")
-    world.until("bound", state="Closing")
-    assert closed_in_redis(world, "bound")
-    world.kubectl(*patch, json.dumps({"metadata": {"finalizers": []}}))
+    with deleted_slowly(world, "bound"):
+        world.until("bound", state="Closing")
+        assert closed_in_redis(world, "bound")
     eventually(lambda: world.events("bound") == ["Opened", "Closed"])
-
-
-def delete_slowly(world: World, name: str) -> None:
-    """Run `kubectl delete` for an object that a foreign finalizer keeps."""
-    finalizer = json.dumps({"metadata": {"finalizers": ["example.test/hold"]}})
-    world.kubectl("patch", "fs", name, "--type=merge", "-p", finalizer)
-    world.kubectl("delete", "fs", name, "--wait=false")
 
 
 def test_a_foreign_finalizer_does_not_delay_closing_a_sale_with_a_wrong_spec(
@@ -100,9 +108,9 @@ def test_a_foreign_finalizer_does_not_delay_closing_a_sale_with_a_wrong_spec(
     operator.stop()
     world.operator(FLASHSALE_ITEMS=f"{world.namespace}=own-")
     world.until("moved", ready="InvalidSpec")
-    delete_slowly(world, "moved")
-    world.until("moved", state="Closing", ready="Closed")
-    assert closed_in_redis(world, "moved")
+    with deleted_slowly(world, "moved"):
+        world.until("moved", state="Closing", ready="Closed")
+        assert closed_in_redis(world, "moved")
 
 
 def test_a_deleted_flashsale_that_never_had_its_item_is_closed(
@@ -113,9 +121,9 @@ def test_a_deleted_flashsale_that_never_had_its_item_is_closed(
     world.until("first", state="Selling")
     world.apply("second", item="one")
     world.until("second", state="ItemConflict")
-    delete_slowly(world, "second")
-    world.until("second", state="Closing", ready="Closed")
-    world.until("first", state="Selling", ready="Applied")
+    with deleted_slowly(world, "second"):
+        world.until("second", state="Closing", ready="Closed")
+        world.until("first", state="Selling", ready="Applied")
 
 
 def test_keys_of_a_closed_sale_are_freed_once_the_ledger_has_everything(
