@@ -1,5 +1,6 @@
 """A client for the few Kubernetes API calls that kopf does not make. kopf makes the watches."""
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -262,6 +263,12 @@ async def _translated() -> AsyncIterator[None]:
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         why = str(error) or "no answer in time"
         raise KubeUnavailable(f"the kube-apiserver is away: {why}") from error
+    except asyncio.CancelledError as error:
+        # aiohttp cancels the DNS look-ups of a session that closes, and with them their callers.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise KubeUnavailable("the kube-apiserver is away: its session was closed") from error
 
 
 def declared_version(metadata: Mapping[str, Any]) -> tuple[object, ...]:

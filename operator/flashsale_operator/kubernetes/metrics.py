@@ -17,15 +17,20 @@ from flashsale_operator.sales.reconciler import Result
 
 
 class Backlog:
-    """How long the oldest accepted unit has waited for the ledger, as far as samples tell."""
+    """How long the oldest accepted unit had waited for the ledger at the last sample.
+
+    Without samples the age does not grow: the operator cannot know that the unit still waits.
+    """
 
     def __init__(self) -> None:
         # Times, and the units that were accepted at that time but not recorded.
         self._samples: deque[tuple[float, int]] = deque()
         self._recorded = 0
+        self._now = 0.0
 
     def sample(self, now: float, accepted: int, recorded: int | None) -> None:
         """Adds the counts at a time. `recorded` is None while the ledger does not answer."""
+        self._now = now
         if recorded is not None:
             self._recorded = recorded
         samples = self._samples
@@ -36,8 +41,9 @@ class Backlog:
         if accepted > max(self._recorded, samples[-1][1] if samples else 0):
             samples.append((now, accepted))
 
-    def seconds(self, now: float) -> float:
-        return now - self._samples[0][0] if self._samples else 0.0
+    @property
+    def seconds(self) -> float:
+        return self._now - self._samples[0][0] if self._samples else 0.0
 
 
 @dataclass(slots=True)
@@ -94,7 +100,6 @@ class SaleMetrics(Collector):
             "flashsale_sale_lost_units",
             "Units that Redis had accepted and that rebuilds of the sale found nowhere.",
         )
-        now = time.monotonic()
         for key, entry in entries:
             result = entry.result
             labels = ["/".join(key), result.item_id]
@@ -104,7 +109,7 @@ class SaleMetrics(Collector):
                 recorded.add_metric(labels, result.row.accepted)
                 lost.add_metric(labels, result.row.lost)
             if (sale := entry.sale) is not None:
-                waiting.add_metric(labels, entry.backlog.seconds(now))
+                waiting.add_metric(labels, entry.backlog.seconds)
                 allocated.add_metric(labels, sale.allocated)
                 accepted.add_metric(labels, sale.accepted)
                 available.add_metric(labels, sale.available)

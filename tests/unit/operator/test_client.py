@@ -1,7 +1,9 @@
 """The Kubernetes client, against answers of a real server at bad moments."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import kopf
 import pytest
@@ -181,6 +183,42 @@ async def test_the_error_about_a_server_that_is_away_is_one_line() -> None:
     with pytest.raises(KubeUnavailable, match=r"the kube-apiserver is away: [^\n]+$"):
         await kube.flash_sale("shop", "phone")
     await kube.close()
+
+
+@asynccontextmanager
+async def resolving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[Kube, asyncio.Task[Any]]]:
+    """Yields a client, and a call of it whose DNS look-up has begun and does not end."""
+    began = asyncio.Event()
+
+    async def look_up(*_: object, **__: object) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    kube = Kube(lambda: kopf.ConnectionInfo(server="http://kube.invalid"))
+    call = asyncio.create_task(kube.flash_sale("shop", "phone"))
+    await began.wait()
+    yield kube, call
+    await kube.close()
+
+
+async def test_a_session_that_closes_does_not_end_the_tasks_of_other_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a 401 one call closes the session of all. aiohttp then cancels DNS look-ups."""
+    async with resolving(monkeypatch) as (kube, call):
+        await kube.close()
+        with pytest.raises(KubeUnavailable, match="its session was closed"):
+            await call
+
+
+async def test_a_call_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with resolving(monkeypatch) as (_, call):
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 async def test_an_answer_that_is_not_json_is_an_error() -> None:

@@ -13,38 +13,50 @@ def test_a_unit_that_is_recorded_by_the_next_sample_has_not_waited() -> None:
     backlog = Backlog()
     backlog.sample(0, accepted=5, recorded=4)
     backlog.sample(5, accepted=9, recorded=8)
-    assert backlog.seconds(5) == 0
+    assert backlog.seconds == 0
     backlog.sample(10, accepted=9, recorded=9)
-    assert backlog.seconds(60) == 0
+    assert backlog.seconds == 0
 
 
 def test_the_oldest_unrecorded_unit_counts() -> None:
     backlog = Backlog()
     for second in range(0, 50, 5):
         backlog.sample(second, accepted=10 + second, recorded=10)
-    assert backlog.seconds(50) == 45
+    assert backlog.seconds == 40
     backlog.sample(50, accepted=100, recorded=40)
-    assert backlog.seconds(50) == 15
+    assert backlog.seconds == 15
     backlog.sample(55, accepted=100, recorded=100)
-    assert backlog.seconds(55) == 0
+    assert backlog.seconds == 0
 
 
 def test_units_wait_also_while_the_ledger_is_away() -> None:
     backlog = Backlog()
     backlog.sample(0, accepted=5, recorded=5)
-    backlog.sample(5, accepted=5, recorded=None)
-    assert backlog.seconds(60) == 0
-    backlog.sample(60, accepted=6, recorded=None)
-    assert backlog.seconds(90) == 30
+    backlog.sample(60, accepted=5, recorded=None)
+    assert backlog.seconds == 0
+    backlog.sample(65, accepted=6, recorded=None)
+    backlog.sample(95, accepted=6, recorded=None)
+    assert backlog.seconds == 30
 
 
 def test_units_that_redis_lost_do_not_count() -> None:
     backlog = Backlog()
     backlog.sample(0, accepted=5, recorded=3)
     backlog.sample(5, accepted=3, recorded=3)
-    assert backlog.seconds(60) == 0
+    assert backlog.seconds == 0
     backlog.sample(60, accepted=4, recorded=3)
-    assert backlog.seconds(70) == 10
+    backlog.sample(70, accepted=4, recorded=3)
+    assert backlog.seconds == 10
+
+
+def test_no_unit_is_said_to_wait_longer_while_the_kube_apiserver_is_away() -> None:
+    """Nothing is reconciled then, although the consumers record."""
+    metrics, sale = Metrics(), replace(a_sale(), accepted=7)
+    selling = Result(sale.sale_id, sale.item_id, SaleState.SELLING, Reason.APPLIED, "", sale=sale)
+    metrics.sales.update(("shop", "phones"), selling)
+    before = metrics.text()
+    assert before.count(b"flashsale_sale_unrecorded_seconds{") == 1
+    assert metrics.text() == before
 
 
 def test_a_fenced_sale_keeps_its_counts() -> None:
