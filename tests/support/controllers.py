@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from flashsale.sale import SaleSpec
-from flashsale_operator.kubernetes.client import Kube, KubeUnavailable
+from flashsale_operator.kubernetes.client import Kube, KubeForbidden, KubeUnavailable
 from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Queue
@@ -19,7 +19,8 @@ class FakeKube:
 
     `fields` are the fields of the status that its CRD has. `before_patch` is called before the
     first write. `changed`: the object has always changed since it was read. `away`: it creates no
-    Event. `former` are the answers to the next reads, which are outdated.
+    Event. `former` are the answers to the next reads, which are outdated. `forbidden`: the account
+    may not read the object.
     """
 
     fields = frozenset(
@@ -38,6 +39,7 @@ class FakeKube:
     )
     changed = False
     away = False
+    forbidden = False
     before_patch: Callable[[], Awaitable[None]] | None = None
 
     def __init__(self, spec: SaleSpec) -> None:
@@ -57,6 +59,8 @@ class FakeKube:
         self.former: list[dict[str, Any] | None] = []
 
     async def flash_sale(self, *_key: str) -> dict[str, Any] | None:
+        if self.forbidden:
+            raise KubeForbidden("the kube-apiserver refused: 403 forbidden")
         return self.former.pop(0) if self.former else self.live
 
     async def patch_status(

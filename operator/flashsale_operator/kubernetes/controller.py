@@ -23,6 +23,7 @@ from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.kubernetes import events, status
 from flashsale_operator.kubernetes.client import (
     Kube,
+    KubeForbidden,
     KubeRefused,
     KubeUnavailable,
     declared_version,
@@ -126,7 +127,11 @@ class Controller:
 
         Of all servers' errors it raises only `KubeUnavailable`.
         """
-        live = await self._kube.flash_sale(*key)
+        try:
+            live = await self._kube.flash_sale(*key)
+        except KubeForbidden as error:  # until a person gives the right back
+            self._metrics.sales.update(key, _unknown(key, Reason.FAILED, str(error)))
+            raise
         if live is None:
             return await self.close_deleted(key)
         memory = self._memories.get(key)
@@ -226,14 +231,17 @@ class Controller:
                 spec = manifest.sale_spec(live)
                 manifest.check_item(spec, self._prefixes)
             except ManifestError as error:
-                message = "; ".join(error.mistakes)
-                result = Result(key.sale_id, "", SaleState.UNKNOWN, Reason.INVALID_SPEC, message)
+                if unprepared is None:
+                    uid = live["metadata"]["uid"]
+                    await self._close_former(key, live["metadata"], "replaced", keep=uid)
+                result = _unknown(key, Reason.INVALID_SPEC, "; ".join(error.mistakes))
             else:
                 bounds = (spec.starts_ms, spec.ends_ms)
-                if unprepared is not None:
-                    result = await self._failed_result(spec, unprepared)
-                else:
-                    result = await self._make(key, spec, memory, live)
+                result = (
+                    await self._make(key, spec, memory, live)
+                    if unprepared is None
+                    else await self._failed_result(spec, unprepared)
+                )
         if result is None:
             return Requeue(failed=True)
         self._metrics.sales.update(key, result)
@@ -266,15 +274,7 @@ class Controller:
             return Requeue(failed=True)
         self._rebuilds.forget(key.sale_id)
         self._metrics.sales.forget(key)
-        try:
-            row = await ledger.sale(self._pool, key.sale_id)
-            if row is not None and row.resource_uid is not None and not row.closed:
-                await self._reconciler.close(key.sale_id, self._current(key, metadata))
-        except Outdated:
-            return Requeue(failed=True)
-        except REPORTED as error:
-            self._failed(error)
-            log.warning("%s: left to engine %s, but not closed: %s", key.sale_id, owner, error)
+        if not await self._close_former(key, metadata, f"left to engine {owner}"):
             return Requeue(failed=True)
         if memory.left_to != owner:
             event = events.other_engine(owner, own)
@@ -282,6 +282,25 @@ class Controller:
             await self._create_event(key, event, metadata, f"{owner} {own}")
             memory.left_to = owner
         return Requeue()
+
+    async def _close_former(
+        self, key: Key, metadata: Mapping[str, Any], why: str, *, keep: str | None = None
+    ) -> bool:
+        """Closes the sale of an earlier FlashSale of that name, unless its uid is `keep`.
+
+        Returns False if that has to be tried again.
+        """
+        try:
+            row = await ledger.sale(self._pool, key.sale_id)
+            if row is not None and not row.closed and row.resource_uid not in (None, keep):
+                await self._reconciler.close(key.sale_id, self._current(key, metadata))
+        except Outdated:
+            return False
+        except REPORTED as error:
+            self._failed(error)
+            log.warning("%s: %s, but its sale is not closed yet: %s", key.sale_id, why, error)
+            return False
+        return True
 
     def _current(self, key: Key, metadata: Mapping[str, Any] | None) -> Current:
         """Returns a call that tells whether a FlashSale is still as it was read.
@@ -444,3 +463,7 @@ class Controller:
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
         self._metrics.failures.labels(server_of(error)).inc()
+
+
+def _unknown(key: Key, reason: Reason, message: str) -> Result:
+    return Result(key.sale_id, "", SaleState.UNKNOWN, reason, message)

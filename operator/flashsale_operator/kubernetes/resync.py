@@ -144,7 +144,9 @@ class Resync:
         async with ledger.translated():
             declared = [SaleRow.of(record) for record in await self._pool.fetch(_DECLARED)]
         served, others = await self._objects(declared)
-        for key in chain.from_iterable(served.values()):
+        refused = set(self._served).difference(served)  # their metrics tell it
+        unread = [key for row in declared if (key := Key.of(row.sale_id)).namespace in refused]
+        for key in chain(unread, *served.values()):
             if key not in self._queue:
                 self._queue.wake(key)
         for key in left_behind(declared, served):

@@ -20,7 +20,7 @@ from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState, rfc3339_of_ms
 from flashsale_operator.kubernetes import rebuilds
-from flashsale_operator.kubernetes.client import KubeUnavailable
+from flashsale_operator.kubernetes.client import KubeForbidden, KubeUnavailable
 from flashsale_operator.kubernetes.failures import result_of_error
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Requeue
@@ -272,6 +272,48 @@ async def test_an_invalid_spec_is_reported_and_retried(shop: SimulatedShop, spec
     ready = kube.status.condition("Ready")
     assert ready is not None
     assert ready.message == "spec.stock: must be an integer from 0 to 100000000"
+
+
+@pytest.mark.parametrize(("uid", "sells"), [("uid-2", False), ("uid-1", True)])
+async def test_a_flashsale_that_is_replaced_by_one_with_a_wrong_spec_sells_no_more(
+    shop: SimulatedShop, spec: SaleSpec, uid: str, sells: bool
+) -> None:
+    """It was deleted. A FlashSale whose own spec has become wrong keeps its former one."""
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await own.reconcile(key)
+    kube.live["metadata"]["uid"] = uid
+    kube.live["spec"]["stock"] = -1
+    for _ in range(2):
+        assert (await own.reconcile(key)).failed
+    assert kube.reasons()["Ready"] == "InvalidSpec"
+    assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED if sells else Outcome.ENDED]
+    assert (await shop.row(spec.sale_id)).closed is not sells
+    kube.live["spec"]["stock"] = 10
+    kube.live["metadata"]["generation"] += 1
+    assert not (await own.reconcile(key)).failed
+    assert await shop.buy(spec.item_id, "b") == [Outcome.ACCEPTED]
+
+
+async def test_the_state_of_a_sale_is_unknown_while_the_account_may_not_read_its_flashsale(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube, metrics = FakeKube(spec), Metrics()
+    own, key = controller(shop, kube, metrics=metrics), Key.of(spec.sale_id)
+
+    def ready(item_id: str) -> str:
+        start = f'flashsale_sale_ready{{item="{item_id}",sale="{spec.sale_id}"}} '
+        return metrics.text().decode().partition(start)[2].partition("\n")[0]
+
+    await own.reconcile(key)
+    assert ready(spec.item_id) == "1.0"
+    kube.forbidden = True
+    with pytest.raises(KubeForbidden):
+        await own.reconcile(key)
+    assert (ready(spec.item_id), ready("")) == ("", "0.0")
+    kube.forbidden = False
+    await own.reconcile(key)
+    assert (ready(spec.item_id), ready("")) == ("1.0", "")
 
 
 async def test_a_flashsale_outside_the_prefix_of_its_namespace_starts_no_sale(

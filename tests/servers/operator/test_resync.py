@@ -134,6 +134,21 @@ async def test_one_refused_namespace_does_not_stop_the_others(
         await resync_of(shop, kube, queue, "default", "yard").resync()
 
 
+async def test_open_sales_of_a_refused_namespace_are_reconciled_to_show_that_they_are_unknown(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """The operator has just started, so nothing else tells it of them."""
+    other = SaleSpec("yard/phone", f"{spec.item_id}-2", 5)
+    for each in (spec, other):
+        await shop.reconciler.reconcile(each, "uid-1")
+    queue = Queue()
+    kube = FakeKube(Key.of(spec.sale_id), refused=["yard"])
+    await resync_of(shop, kube, queue, "default", "yard").resync()
+    assert {await queue.take(), await queue.take()} == {
+        Key.of(each.sale_id) for each in (spec, other)
+    }
+
+
 async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None) -> Resync:
     """Run resyncs until one has ended and the operator's readiness has that text.
 
