@@ -1,7 +1,15 @@
 """The command group of `flashsalectl`, and the options and clients that its commands share."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,13 +22,15 @@ from click.shell_completion import CompletionItem
 from flashsale import __version__, ledger, settings
 from flashsale.errors import FlashsaleError
 from flashsale.inventory import Inventory
-from flashsale.redis_client import connect
+from flashsale.redis_client import MAX_CONNECTIONS, connect
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl
 from flashsale_operator.sales.reconciler import UnknownSale
 
 Environ: TypeAlias = Mapping[str, str]
 Command: TypeAlias = Callable[..., Coroutine[Any, Any, int]]
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+R = TypeVar("R")
 
 COMPLETION_SECONDS: Final = 1.0
 """How long the shell waits for the items that complete an argument."""
@@ -150,6 +160,31 @@ async def connected(addresses: Stores | Servers, item: str | None = None) -> Asy
             pool.terminate()
     finally:
         await redis.aclose()
+
+
+async def for_each(
+    given: Sequence[T], call: Callable[[T], Awaitable[R]]
+) -> list[R | FlashsaleError]:
+    """Returns the result or the error of each call. One that fails does not end the others.
+
+    Many run at once, because all rebuilds wait for the same pods and the same topic. With a
+    thousand at once, most would time out waiting for a connection. If all fail with the same error,
+    such as an outage, it is raised.
+    """
+    turns = asyncio.Semaphore(MAX_CONNECTIONS)
+
+    async def one(each: T) -> R | FlashsaleError:
+        async with turns:
+            try:
+                return await call(each)
+            except FlashsaleError as error:
+                return error
+
+    results = await asyncio.gather(*map(one, given))
+    errors = [result for result in results if isinstance(result, FlashsaleError)]
+    if len(errors) == len(given) and len(set(map(str, errors))) == 1:
+        raise errors[0]
+    return results
 
 
 async def _nearest(clients: Clients, wanted: str) -> str | None:

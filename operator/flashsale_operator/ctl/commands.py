@@ -18,9 +18,8 @@ from flashsale import ledger, schema, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
-from flashsale.redis_client import MAX_CONNECTIONS
 from flashsale.requirements import Checks
-from flashsale.sale import Predecessor, SaleSpec
+from flashsale.sale import Predecessor
 from flashsale_operator.ctl import files, local_env, queries, redis_cluster, size, tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -30,6 +29,7 @@ from flashsale_operator.ctl.cli import (
     command,
     connected,
     flashsalectl,
+    for_each,
     force_option,
     item_argument,
 )
@@ -132,25 +132,13 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
     async with connected(addresses) as clients:
         await engine.require_servers(Checks(), clients.inventory, clients.pool)
         await schema.migrate(clients.pool, clients.inventory.engine)
-        sale_ids = {spec.sale_id for spec in specs}
-        await _check_declared(clients, "apply -f FILE", sale_ids, force=force)
+        sale_ids = [spec.sale_id for spec in specs]
+        await _check_declared(clients, "apply -f FILE", set(sale_ids), force=force)
         reconciler = Reconciler(
             clients.inventory, clients.pool, rebuilder_of(clients, addresses).rebuild
         )
-        turns = asyncio.Semaphore(MAX_CONNECTIONS)
-
-        async def reconcile(spec: SaleSpec) -> Result:
-            # With a thousand reconciles at once, most would time out waiting for a connection.
-            async with turns:
-                return await reconciler.reconcile(spec)
-
-        try:
-            # Many at once, because all rebuilds wait for the same pods and the same topic.
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(reconcile(spec)) for spec in specs]
-        except ExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
-        return max(_print_result(task.result()) for task in tasks)
+        results = await for_each(specs, reconciler.reconcile)
+    return max(map(_print_result, sale_ids, results))
 
 
 @command("close iphone_15")
@@ -162,7 +150,7 @@ async def close(environ: Environ, item: str, *, force: bool) -> int:
         reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
         sale_ids = await reconciler.sales_to_close(item)
         await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)
-        return max([_print_result(await reconciler.close(sale_id)) for sale_id in sale_ids])
+        return max([_print_result(each, await reconciler.close(each)) for each in sale_ids])
 
 
 async def _check_declared(
@@ -258,7 +246,9 @@ async def _never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | Still
     raise AssertionError(f"{row.sale_id}: a close never rebuilds")
 
 
-def _print_result(result: Result) -> int:
+def _print_result(sale_id: str, result: Result | FlashsaleError) -> int:
     """Prints a line about a sale and returns the exit code for it."""
-    print(tables.line_of(result), file=sys.stdout if result.ready else sys.stderr)
-    return 0 if result.ready else 1
+    ready = isinstance(result, Result) and result.ready
+    line = tables.line_of(result) if isinstance(result, Result) else f"sale {sale_id}: {result}"
+    print(line, file=sys.stdout if ready else sys.stderr)
+    return 0 if ready else 1

@@ -1,6 +1,5 @@
 """The commands of `flashsalectl` for people in trouble."""
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Final
 import click
 
 from flashsale import ledger, schema, settings
+from flashsale.errors import FlashsaleError
 from flashsale.fields import RESERVATION_ID, USER_ID
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
@@ -21,6 +21,7 @@ from flashsale_operator.ctl.cli import (
     Stores,
     command,
     connected,
+    for_each,
     item_argument,
     no_such,
 )
@@ -54,11 +55,13 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
                 print(tables.line_of_rebuild(row.sale_id, Rebuilt(row.accepted)))
                 return 0
             chosen = [row]
-        rebuilder = rebuilder_of(clients, addresses)
-        # Many at once, because all rebuilds wait for the same pods and the same topic.
-        done = await asyncio.gather(*(rebuilder.rebuild(row) for row in chosen))
+        done = await for_each(chosen, rebuilder_of(clients, addresses).rebuild)
     for row, result in zip(chosen, done, strict=True):
-        line = tables.line_of_rebuild(row.sale_id, result)
+        line = (
+            f"sale {row.sale_id}: {result}"
+            if isinstance(result, FlashsaleError)
+            else tables.line_of_rebuild(row.sale_id, result)
+        )
         print(line, file=sys.stdout if isinstance(result, Rebuilt) else sys.stderr)
     if away:
         print(f"flashsalectl: {away}", file=sys.stderr)
@@ -176,7 +179,7 @@ async def adopt_redis(environ: Environ) -> int:
 
 def rebuilder_of(clients: Clients, addresses: Servers) -> Rebuilder:
     """Returns a rebuilder that reports its progress to a terminal."""
-    spans = partial(offsets.spans, addresses)
+    spans = offsets.SharedSpans(partial(offsets.spans, addresses))
     drain = Drain(clients.inventory, clients.pool, spans)
     return Rebuilder(clients.inventory, clients.pool, drain, _progress)
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -17,7 +16,7 @@ from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue
 from flashsale_operator.sales.decision import StillFenced
 from flashsale_operator.sales.drain import Drain, Patience
-from flashsale_operator.sales.offsets import Span, Spans
+from flashsale_operator.sales.offsets import SharedSpans, Spans
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 
 log = logging.getLogger(__name__)
@@ -183,23 +182,3 @@ class Rebuilds:
 
 def _rebuilding(step: str) -> StillFenced:
     return StillFenced((f"being rebuilt from the ledger: {step}",))
-
-
-class SharedSpans:
-    """Shares one call between concurrent callers. Each gets a call that began after it asked."""
-
-    def __init__(self, call: Spans) -> None:
-        self._call = call
-        self._one_at_a_time = asyncio.Lock()
-        self._next: asyncio.Task[Mapping[int, Span]] | None = None
-
-    async def __call__(self) -> Mapping[int, Span]:
-        if self._next is None:
-            self._next = asyncio.create_task(self._call_next())
-        # If one caller is cancelled, the others keep waiting.
-        return await asyncio.shield(self._next)
-
-    async def _call_next(self) -> Mapping[int, Span]:
-        async with self._one_at_a_time:
-            self._next = None
-            return await self._call()

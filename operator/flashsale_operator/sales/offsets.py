@@ -73,6 +73,26 @@ async def spans(kafka: KafkaSettings) -> Mapping[int, Span]:
     }
 
 
+class SharedSpans:
+    """Shares one call between concurrent callers. Each gets a call that began after it asked."""
+
+    def __init__(self, call: Spans) -> None:
+        self._call = call
+        self._one_at_a_time = asyncio.Lock()
+        self._next: asyncio.Task[Mapping[int, Span]] | None = None
+
+    async def __call__(self) -> Mapping[int, Span]:
+        if self._next is None:
+            self._next = asyncio.create_task(self._call_next())
+        # If one caller is cancelled, the others keep waiting.
+        return await asyncio.shield(self._next)
+
+    async def _call_next(self) -> Mapping[int, Span]:
+        async with self._one_at_a_time:
+            self._next = None
+            return await self._call()
+
+
 async def owner(admin: AIOKafkaAdminClient, engine: str) -> str | None:
     """Returns the id of the engine whose consumers record the topic of `engine`.
 

@@ -1,5 +1,6 @@
 """`flashsalectl` answers each mistake and each outage with one line, and has help for all."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -12,7 +13,9 @@ from redis import Redis
 
 from dev.stack.servers import RedisServer
 from flashsale import __version__
-from flashsale_operator.ctl.cli import flashsalectl
+from flashsale.errors import LedgerUnavailable
+from flashsale.keys import ItemKeys
+from flashsale_operator.ctl.cli import flashsalectl, for_each
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales import offsets
 from tests.support.ctl import NOWHERE, SAMPLE, Ctl, a_file
@@ -33,6 +36,36 @@ def test_a_refused_manifest_is_reported_with_the_next_step(ctl: Ctl, tmp_path: P
         "default/iphone-15 sells iphone_15, and another item needs a FlashSale of another name"
     )
     assert ctl("apply", "-f", a_file(tmp_path, itemId="iphone_16")) == (1, [], [moved])
+
+
+def test_a_sale_that_cannot_be_applied_does_not_keep_the_others_from_it(
+    ctl: Ctl, tmp_path: Path, environ: dict[str, str]
+) -> None:
+    ctl("apply", "-f", str(SAMPLE))
+    with Redis.from_url(environ["FLASHSALE_REDIS_URL"]) as redis:
+        redis.hset(ItemKeys.of("iphone_15").sale, "accepted", "many")
+    other = tmp_path / "other.yaml"
+    other.write_text(SAMPLE.read_text().replace("iphone-15", "other").replace("iphone_15", "other"))
+    code, [line], [error] = ctl("apply", "-f", str(SAMPLE), "-f", str(other))
+    assert code == 1
+    assert line.startswith("sale default/other seeded: ")
+    assert error.startswith("sale default/iphone-15: iphone_15: ")
+
+
+async def test_one_failure_of_many_is_returned_and_one_of_all_is_raised() -> None:
+    async def call(number: int) -> int:
+        await asyncio.sleep(0)
+        if number % 10:
+            raise LedgerUnavailable(f"away {number % 10}")
+        return number
+
+    first, second, *_ = results = await for_each(range(1000), call)
+    assert (first, str(second)) == (0, "away 1")
+    assert [result for result in results if isinstance(result, int)] == [*range(0, 1000, 10)]
+    assert [str(each) for each in await for_each([1, 2], call)] == ["away 1", "away 2"]
+    with pytest.raises(LedgerUnavailable, match="away 1"):
+        await for_each([1, 11, 21], call)
+    assert await for_each([], call) == []
 
 
 def test_each_mistake_of_each_file_is_one_line(ctl: Ctl, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from flashsale_operator.app import CONNECTIONS
 from flashsale_operator.kubernetes import rebuilds
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
-from flashsale_operator.kubernetes.rebuilds import Rebuilds, SharedSpans
+from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales.decision import Reason, StillFenced
-from flashsale_operator.sales.offsets import KafkaUnavailable, Span
+from flashsale_operator.sales.offsets import KafkaUnavailable, SharedSpans, Span
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler
 from flashsale_operator.sales.recovery import Recovery, Trusted
