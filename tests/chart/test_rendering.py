@@ -146,6 +146,23 @@ def test_the_notes_warn_of_autoscaling_and_of_uninstalling(
     assert f"kubectl delete flashsales --all -n {NAMESPACE}" in notes()
 
 
+@pytest.mark.parametrize(
+    ("opened", "peers"),
+    [
+        (at("orders.existingSecret.name", "tokens"), "networkPolicies.orders"),
+        (at("podMonitors.enabled", True), "networkPolicies.prometheus"),
+    ],
+)
+def test_the_notes_warn_of_a_port_that_no_pod_may_use(
+    notes: Callable[..., str], opened: dict[str, Any], peers: str
+) -> None:
+    warning = f"because network policies are on and {peers} is empty"
+    policies, known = at("networkPolicies.enabled", True), at(peers, [{"podSelector": {}}])
+    assert warning in notes(opened, policies)
+    for silent in ((opened,), (policies,), (opened, policies, known)):
+        assert "network policies are on" not in notes(*silent)
+
+
 def test_the_notes_delete_the_flashsales_of_every_served_namespace(
     notes: Callable[..., str],
 ) -> None:
