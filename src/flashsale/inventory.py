@@ -101,11 +101,11 @@ class Look(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The sales and the servers of some items. `away` are the items that cannot be read now."""
+    """The sales and the servers of some items, and a sentence about those that cannot be read."""
 
     sales: dict[str, Sale]
     servers: dict[str, ServerTime]
-    away: list[str]
+    unread: str
 
 
 class Inventory:
@@ -368,25 +368,35 @@ class Inventory:
         return found
 
     async def survey(self, item_ids: Iterable[str]) -> Survey:
-        """Returns the sales and servers of items, and which items cannot be read now.
+        """Returns the sales and servers of items that can be read now.
 
-        Raises `ContractViolation` if a sale cannot be read, and `RedisUnavailable` if no item can.
+        Raises `RedisUnavailable` if no server answers.
         """
         wanted = set(item_ids)
         replies = await self._read(wanted, partial=True)
         # Last, because the sales of a server that has restarted since they were read are fenced.
         servers = await self.servers(replies)
-        sales = {item_id: _sale_of(item_id, replies[item_id]) for item_id in servers}
-        return Survey(
-            {item_id: sale for item_id, sale in sales.items() if sale},
-            servers,
-            sorted(wanted.difference(servers)),
-        )
+        unread = []
+        if away := sorted(wanted.difference(servers)):
+            unread = [f"no node of Redis answers for {', '.join(away)}: see flashsalectl doctor"]
+        sales = {}
+        for item_id in sorted(servers):
+            try:
+                if sale := _sale_of(item_id, replies[item_id]):
+                    sales[item_id] = sale
+            except ContractViolation as error:
+                unread.append(str(error))
+                del servers[item_id]
+        return Survey(sales, servers, "; ".join(unread))
 
     async def observe(self, item_id: str) -> tuple[Sale | None, ServerTime]:
-        """Returns the sale and the server of an item, as `survey` does."""
-        sales, servers, _ = await self.survey([item_id])
-        return sales.get(item_id), servers[item_id]
+        """Returns the sale and the server of an item.
+
+        Raises `ContractViolation` if the sale cannot be read, and `RedisUnavailable`.
+        """
+        replies = await self._read([item_id], partial=False)
+        server = await self.server(item_id)  # last, as in `survey`
+        return _sale_of(item_id, replies[item_id]), server
 
     async def look(self, item_id: str, reservation_id: str = "") -> Look:
         """Reads an item's sale, and one of its reservations, in one quick round trip.

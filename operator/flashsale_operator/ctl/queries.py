@@ -49,27 +49,29 @@ _STATES: Final = "SELECT state, count(*) FROM reservations WHERE sale_id = $1 GR
 async def get(environ: Environ, item: str | None, output: str, *, watch: bool, every: bool) -> int:
     """Show the sales of one item, or all that have keys in Redis."""
     async with connected(settings.load(Stores, environ), item) as clients:
-        found, away = await _sales(clients, item, every=every)
+        found, unread = await _sales(clients, item, every=every)
         # No sales are an empty list for a program, and a watch waits for the first sale.
-        if not (found or away) and (item is not None or not (watch or output in {"json", "yaml"})):
+        if not (found or unread) and (
+            item is not None or not (watch or output in {"json", "yaml"})
+        ):
             raise UnknownSale("there are no sales" if item is None else no_such(item))
         if not watch:
             print(sales.FORMATS[output](found))
-            if away:
-                print(f"flashsalectl: {away}", file=sys.stderr)
-            return 1 if away else 0
-        changes, outage = sales.Changes(output), ""
+            if unread:
+                print(f"flashsalectl: {unread}", file=sys.stderr)
+            return 1 if unread else 0
+        changes, said = sales.Changes(output), ""
         while True:
             for line in changes.lines(found):
                 print(line, flush=True)
-            if away and not outage:  # said once, and the watch goes on
-                print(f"flashsalectl: {away}", file=sys.stderr)
-            outage = away
+            if unread and not said:  # once, and the watch goes on
+                print(f"flashsalectl: {unread}", file=sys.stderr)
+            said = unread
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                found, away = await _sales(clients, item, every=every)
+                found, unread = await _sales(clients, item, every=every)
             except (RedisUnavailable, LedgerUnavailable) as error:
-                away = str(error)
+                unread = str(error)
 
 
 @command("describe iphone_15")
@@ -77,7 +79,7 @@ async def get(environ: Environ, item: str | None, output: str, *, watch: bool, e
 async def describe(environ: Environ, item: str) -> int:
     """Show everything about the sales of an item."""
     async with connected(settings.load(Stores, environ), item) as clients:
-        found, away = await _sales(clients, item, every=True)
+        found, unread = await _sales(clients, item, every=True)
         if not found:
             raise UnknownSale(no_such(item))
         described = []
@@ -87,24 +89,24 @@ async def describe(environ: Environ, item: str) -> int:
             states = {record["state"]: record["count"] for record in records}
             described.append(sales.description(sale, states))
     print("\n\n".join(described))
-    if away:
-        print(f"flashsalectl: {away}", file=sys.stderr)
-    return 1 if away else 0
+    if unread:
+        print(f"flashsalectl: {unread}", file=sys.stderr)
+    return 1 if unread else 0
 
 
 async def _sales(
     clients: Clients, item: str | None, *, every: bool
 ) -> tuple[list[sales.SaleView], str]:
-    """Returns the sales, and a sentence about the items that Redis does not answer for."""
+    """Returns the sales, and a sentence about items that cannot be read."""
     rows = await ledger.sales(clients.pool, item)
     recorded = {row.item_id for row in rows}
     items = [item] if item else await clients.inventory.index.items(recorded)
-    holders, servers, away = await clients.inventory.survey(items)
+    holders, servers, unread = await clients.inventory.survey(items)
     last = last_of_items(rows)
     if item is None and not every:
         present = {sale.sale_id for sale in holders.values()}
         rows = [row for row in rows if not row.closed or row.sale_id in present]
-    return sales.views(rows, holders, servers, last), tables.line_of_away(away)
+    return sales.views(rows, holders, servers, last), unread
 
 
 @command("audit", "audit iphone_15")
@@ -115,12 +117,12 @@ async def audit(environ: Environ, item: str | None) -> int:
     async with connected(addresses, item) as clients:
         spans = partial(offsets.spans, addresses)
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
-        if item is not None and not (found.findings or found.away):
+        if item is not None and not (found.findings or found.unread):
             raise UnknownSale(no_such(item))
     print(tables.of_audit(found))
-    if found.away:
-        print(f"flashsalectl: {tables.line_of_away(found.away)}", file=sys.stderr)
-    return 0 if found.agrees and not found.away else 1
+    if found.unread:
+        print(f"flashsalectl: {found.unread}", file=sys.stderr)
+    return 0 if found.agrees else 1
 
 
 @command("report iphone_15", "report iphone_15 -o json", "report iphone_15 ticket --html sale.html")
@@ -179,7 +181,7 @@ async def _audited(
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
         findings = {finding.sale_id: finding for finding in found.findings}
         faults = [f"topic {found.topic}: {fault}" for fault in found.topic_faults]
-        failure = tables.line_of_away(found.away)
+        failure = found.unread
     except FlashsaleError as error:
         failure = str(error)
     at = rfc3339(datetime.now(UTC))

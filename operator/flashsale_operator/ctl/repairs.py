@@ -44,17 +44,17 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
     async with connected(addresses, item) as clients:
         await engine.require_redis(Checks(), clients.inventory)
         rows = await ledger.sales(clients.pool, item)
-        chosen, away = await _fenced(clients, rows)
+        chosen, unread = await _fenced(clients, rows)
         if item is not None:
             if not rows:
                 raise UnknownSale(no_such(item))
             # Of several, prefer the one that is not closed, because it has the item. Then one with
             # open holds.
             row = min(rows, key=lambda row: (row not in chosen, row.closed, not row.held))
-            if row not in chosen:
+            chosen = [row] if row in chosen else []
+            if not chosen and not unread:
                 print(tables.line_of_rebuild(row.sale_id, Rebuilt(row.accepted)))
                 return 0
-            chosen = [row]
         done = await for_each(chosen, rebuilder_of(clients, addresses).rebuild)
     for row, result in zip(chosen, done, strict=True):
         line = (
@@ -63,17 +63,14 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
             else tables.line_of_rebuild(row.sale_id, result)
         )
         print(line, file=sys.stdout if isinstance(result, Rebuilt) else sys.stderr)
-    if away:
-        print(f"flashsalectl: {away}", file=sys.stderr)
-    return 0 if not away and all(isinstance(result, Rebuilt) for result in done) else 1
+    if unread:
+        print(f"flashsalectl: {unread}", file=sys.stderr)
+    return 0 if not unread and all(isinstance(result, Rebuilt) for result in done) else 1
 
 
 async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleRow], str]:
-    """Returns the rows whose sales need a rebuild.
-
-    The second value is a sentence about the items that Redis does not answer for.
-    """
-    holders, servers, away = await clients.inventory.survey({row.item_id for row in rows})
+    """Returns the rows of fenced sales, and a sentence about items that cannot be read."""
+    holders, servers, unread = await clients.inventory.survey({row.item_id for row in rows})
     last = last_of_items(rows)
     fenced = [
         row
@@ -81,7 +78,7 @@ async def _fenced(clients: Clients, rows: Sequence[SaleRow]) -> tuple[list[SaleR
         if (server := servers.get(row.item_id))
         and needs_rebuild(row, holders.get(row.item_id), server, last=row.sale_id in last)
     ]
-    return fenced, tables.line_of_away(away)
+    return fenced, unread
 
 
 @command("republish iphone_15")

@@ -86,13 +86,6 @@ def line_of_change(
     return line, outcome in (Transition.CHANGED, Transition.REPLAYED)
 
 
-def line_of_away(items: Sequence[str]) -> str:
-    """Returns a sentence about items that Redis does not answer for, or nothing."""
-    if not items:
-        return ""
-    return f"no node of Redis answers for {', '.join(items)}: see flashsalectl doctor"
-
-
 def of_audit(found: Audit) -> str:
     """Returns a table with one line per sale, and one line per fault of the topic."""
     audited = table(

@@ -130,18 +130,18 @@ class SaleFinding:
 class Audit:
     """The findings of the audited sales, and the faults of the topic as a whole.
 
-    `away` are the items that are not audited, because Redis does not answer for them.
+    `unread` is a sentence about items that are not audited, because Redis' part cannot be read.
     """
 
     findings: tuple[SaleFinding, ...]
     topic: str
     topic_faults: tuple[str, ...]
-    away: tuple[str, ...] = ()
+    unread: str = ""
 
     @property
     def agrees(self) -> bool:
-        """Whether every difference is in flight."""
-        return not self.topic_faults and all(
+        """Whether everything was read and every difference is in flight."""
+        return not (self.unread or self.topic_faults) and all(
             finding.verdict is not Verdict.DISAGREES for finding in self.findings
         )
 
@@ -298,7 +298,7 @@ async def audit(
 ) -> Audit:
     """Audits the sales of one item, or all sales.
 
-    Raises `RedisUnavailable`, `LedgerUnavailable`, `KafkaUnavailable` and `ContractViolation`.
+    Raises `RedisUnavailable`, `LedgerUnavailable` and `KafkaUnavailable`.
     """
     for look in range(LOOKS):
         if look:
@@ -315,7 +315,7 @@ async def _look(
     before = {row.sale_id: row for row in await ledger.sales(pool, item_id)}
     recorded = {row.item_id for row in before.values()}
     items = await inventory.index.items(recorded) if item_id is None else [item_id]
-    holders, servers, away = await inventory.survey(items)
+    holders, servers, unread = await inventory.survey(items)
     topic = events.topic(inventory.engine)
     # Only ends that were read after the ledger's offsets can prove that records are missing.
     stored = await ledger.stored_offsets(pool, topic)
@@ -344,7 +344,7 @@ async def _look(
         for sale in holders.values()
         if sale.sale_id not in after
     ]
-    return Audit(tuple(found), topic, offsets.faults(ends, stored), tuple(away))
+    return Audit(tuple(found), topic, offsets.faults(ends, stored), unread)
 
 
 async def _tallies(pool: ledger.Pool, item_id: str | None) -> list[Tally]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flashsale.events import Event
+from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales import audit as module
@@ -308,6 +309,20 @@ async def test_a_ledger_that_lost_a_reservation_disagrees_with_itself(
     await shop.pool.execute("DELETE FROM reservations WHERE user_id = 'a'")
     [finding] = (await audited(shop)).findings
     assert finding.notes == ("accepted: 2, but reservations add up to 1",)
+
+
+async def test_a_sale_that_cannot_be_read_agrees_with_nothing(
+    shop: SimulatedShop, spec: SaleSpec, other: SaleSpec
+) -> None:
+    await shop.apply(spec)
+    await shop.apply(replace(other, item_id=f"{spec.item_id}-2"))
+    await shop.redis.hset(ItemKeys.of(spec.item_id).sale, "accepted", "many")
+    found = await audited(shop)
+    assert found.unread.startswith(f"{spec.item_id}: the sale cannot be read: ")
+    assert [(each.item_id, each.verdict) for each in found.findings] == [
+        (f"{spec.item_id}-2", Verdict.OK)
+    ]
+    assert not found.agrees
 
 
 async def test_a_recreated_topic_disagrees(shop: SimulatedShop) -> None:

@@ -52,6 +52,32 @@ def test_a_sale_that_cannot_be_applied_does_not_keep_the_others_from_it(
     assert error.startswith("sale default/iphone-15: iphone_15: ")
 
 
+def test_a_sale_that_cannot_be_read_does_not_hide_the_others(
+    ctl: Ctl, tmp_path: Path, environ: dict[str, str]
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(SAMPLE.read_text().replace("iphone-15", "other").replace("iphone_15", "other"))
+    ctl("apply", "-f", str(SAMPLE), "-f", str(other))
+    with Redis.from_url(environ["FLASHSALE_REDIS_URL"]) as redis:
+        redis.hset(ItemKeys.of("iphone_15").sale, "accepted", "many")
+        redis.hset(ItemKeys.of("other").sale, "run_id", "fenced")
+    unread = "flashsalectl: iphone_15: the sale cannot be read: "
+    code, [_, *lines], [error] = ctl("get")
+    assert code == 1
+    assert [line.split()[:3] for line in lines] == [
+        ["iphone_15", "default/iphone-15", "Unknown"],
+        ["other", "default/other", "Fenced"],
+    ]
+    assert error.startswith(unread)
+    for command in (["get"], ["describe"], ["rebuild"]):
+        code, _, [error] = ctl(*command, "iphone_15")
+        assert (code, error.startswith(unread)) == (1, True)
+    code, _, [rebuilt, error] = ctl("rebuild", "--all")
+    assert code == 1
+    assert rebuilt.startswith("sale default/other stays fenced: Kafka is away")
+    assert error.startswith(unread)
+
+
 async def test_one_failure_of_many_is_returned_and_one_of_all_is_raised() -> None:
     async def call(number: int) -> int:
         await asyncio.sleep(0)
