@@ -41,7 +41,7 @@ from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import engine, manifest
-from flashsale_operator.sales.decision import Reason
+from flashsale_operator.sales.decision import Reason, spec_of
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.reconciler import (
     Current,
@@ -227,14 +227,9 @@ class Controller:
         if unprepared is None and live["metadata"].get("deletionTimestamp"):
             result = await self._close_terminating(key, live["metadata"])
         else:
-            try:
-                spec = manifest.sale_spec(live)
-                manifest.check_item(spec, self._prefixes)
-            except ManifestError as error:
-                if unprepared is None:
-                    uid = live["metadata"]["uid"]
-                    await self._close_former(key, live["metadata"], "replaced", keep=uid)
-                result = _unknown(key, Reason.INVALID_SPEC, "; ".join(error.mistakes))
+            spec, mistakes = await self._wanted(key, live, prepared=unprepared is None)
+            if spec is None:
+                result = _unknown(key, Reason.INVALID_SPEC, mistakes)
             else:
                 bounds = (spec.starts_ms, spec.ends_ms)
                 result = (
@@ -242,6 +237,8 @@ class Controller:
                     if unprepared is None
                     else await self._failed_result(spec, unprepared)
                 )
+                if mistakes and result is not None and result.ready:
+                    result = replace(result, reason=Reason.INVALID_SPEC, message=mistakes)
         if result is None:
             return Requeue(failed=True)
         self._metrics.sales.update(key, result)
@@ -251,6 +248,34 @@ class Controller:
             failed=result.reason in RETRIED or not written,
             changes_ms=tuple(ms for ms in bounds if ms is not None),
         )
+
+    async def _wanted(
+        self, key: Key, live: dict[str, Any], *, prepared: bool
+    ) -> tuple[SaleSpec | None, str]:
+        """Returns the spec to carry out, and the mistakes of the manifest.
+
+        With mistakes, the sale keeps its former spec, if it has one. The sale of an earlier
+        FlashSale of that name is closed.
+        """
+        try:
+            spec = manifest.sale_spec(live)
+            manifest.check_item(spec, self._prefixes)
+        except ManifestError as error:
+            mistakes = "; ".join(error.mistakes)
+        else:
+            return spec, ""
+        row = None
+        try:
+            if prepared:
+                row = await ledger.sale(self._pool, key.sale_id)
+        except LedgerUnavailable as error:
+            self._failed(error)
+        if row is None or row.closed or row.resource_uid is None:
+            return None, mistakes
+        if row.resource_uid == live["metadata"]["uid"]:
+            return spec_of(row), mistakes
+        await self._close_former(key, live["metadata"], "replaced")
+        return None, mistakes
 
     async def _own_id(self) -> str | None:
         """Returns the id of this operator's engine, or None if no server has told it yet."""
@@ -283,16 +308,14 @@ class Controller:
             memory.left_to = owner
         return Requeue()
 
-    async def _close_former(
-        self, key: Key, metadata: Mapping[str, Any], why: str, *, keep: str | None = None
-    ) -> bool:
-        """Closes the sale of an earlier FlashSale of that name, unless its uid is `keep`.
+    async def _close_former(self, key: Key, metadata: Mapping[str, Any], why: str) -> bool:
+        """Closes the sale of an earlier FlashSale of that name, if this engine has it.
 
         Returns False if that has to be tried again.
         """
         try:
             row = await ledger.sale(self._pool, key.sale_id)
-            if row is not None and not row.closed and row.resource_uid not in (None, keep):
+            if row is not None and row.resource_uid is not None and not row.closed:
                 await self._reconciler.close(key.sale_id, self._current(key, metadata))
         except Outdated:
             return False

@@ -286,13 +286,46 @@ async def test_a_flashsale_that_is_replaced_by_one_with_a_wrong_spec_sells_no_mo
     kube.live["spec"]["stock"] = -1
     for _ in range(2):
         assert (await own.reconcile(key)).failed
-    assert kube.reasons()["Ready"] == "InvalidSpec"
+    state = "Selling" if sells else "Unknown"
+    assert kube.reasons() == kube.reasons() | {"Ready": "InvalidSpec", "Open": state}
     assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED if sells else Outcome.ENDED]
     assert (await shop.row(spec.sale_id)).closed is not sells
     kube.live["spec"]["stock"] = 10
     kube.live["metadata"]["generation"] += 1
     assert not (await own.reconcile(key)).failed
     assert await shop.buy(spec.item_id, "b") == [Outcome.ACCEPTED]
+
+
+async def test_a_sale_whose_spec_has_become_wrong_goes_on_with_its_former_one(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """A rule of a new operator forbids its item, for example. Redis then loses the sale."""
+    kube, metrics = FakeKube(spec), Metrics()
+    key = Key.of(spec.sale_id)
+    await controller(shop, kube).reconcile(key)
+    await shop.buy(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    await shop.redis.delete(*ItemKeys.of(spec.item_id).sold)
+    kube.live["spec"]["stock"] = 5
+    kube.live["metadata"]["generation"] += 1
+    own = controller(shop, kube, {"default": "other-"}, metrics)
+
+    async def sells_again() -> bool:
+        await own.reconcile(key)
+        return kube.reasons()["Ready"] == "InvalidSpec"
+
+    await until(sells_again)
+    assert kube.reasons()["Open"] == "Selling"
+    assert "Rebuilt" in kube.events
+    ready = kube.status.condition("Ready")
+    assert ready is not None
+    assert (ready.status, ready.reason) == ("False", "InvalidSpec")
+    assert ready.message.startswith("spec.itemId: must begin with other-")
+    assert kube.status.counts == Counts(10, 1, 9, 0, 1)
+    labels = f'{{item="{spec.item_id}",sale="{spec.sale_id}"}}'
+    text = metrics.text().decode()
+    assert f"flashsale_sale_recorded_units{labels} 1.0" in text
+    assert f"flashsale_sale_ready{labels} 0.0" in text
 
 
 async def test_the_state_of_a_sale_is_unknown_while_the_account_may_not_read_its_flashsale(
