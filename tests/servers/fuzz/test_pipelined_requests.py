@@ -19,14 +19,14 @@ async def test_upgrades_in_one_read_are_served_in_a_loop(
 ) -> None:
     """The first requests are answered at once, so none of them waits and is refused.
 
-    The kernel takes all their answers, also if this process does not read for a while.
+    The buffers of the kernel hold all their answers, if this process does not read for a while.
     """
     await open_sale(item, 5, max_per_user=5)
     upgrade = b"Connection: upgrade\r\nUpgrade: x\r\n"
     logged = len(api.log.read_bytes())
     async with connection(api) as wire:
-        wire.send(reserve(item, upgrade).replace(JSON, b"") * 600 + reserve(item))
-        assert [await wire.status() for _ in range(600)] == [415] * 600
+        wire.send(reserve(item, upgrade).replace(JSON, b"") * 100 + reserve(item))
+        assert [await wire.status() for _ in range(100)] == [415] * 100
         assert await wire.status() == 202
     async with connection(api) as wire:
         wire.send(reserve(item) + GET.replace(b"\r\n\r\n", b"\r\n" + upgrade + b"\r\n") * 4_300)
