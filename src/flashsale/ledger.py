@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, cast
 
 import asyncpg
 
+from flashsale import cancellation
 from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
 
 if TYPE_CHECKING:
@@ -181,9 +182,12 @@ async def translated(writes: "Pool | None" = None) -> AsyncIterator[None]:
 
     Errors in the data itself pass through. The server reports them with SQLSTATE classes 22 and
     23. asyncpg reports them before it sends anything, as an InterfaceError that is a ValueError.
+
+    A cancelled transaction rolls back first, and that fails if the server stands still.
     """
     try:
-        yield
+        with cancellation.kept():
+            yield
     except ssl.SSLError as error:  # some are also a ValueError
         raise LedgerUnavailable(f"the ledger is unavailable: {error}") from error
     except ValueError:

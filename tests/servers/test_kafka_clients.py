@@ -16,9 +16,10 @@ from dev.stack.servers import KafkaServer
 from flashsale import kafka_clients
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import GroupOwner
-from flashsale_consumer import ownership, topics
+from flashsale_consumer import clients, ownership, topics
 from flashsale_operator.sales import offsets
 from tests.support.consumer import Log
+from tests.support.eventually import until
 from tests.support.wire import Wire, reset
 
 
@@ -49,6 +50,33 @@ async def proxied(bootstrap: str) -> AsyncIterator[tuple[int, list[Wire]]]:
             server.close()
             for writer in writers:
                 writer.transport.abort()
+
+
+async def test_a_client_that_cannot_connect_in_time_is_not_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A broker that stands still answers later, when nobody knows the client any more."""
+    monkeypatch.setattr(kafka_clients, "CLOSE_SECONDS", 0.05)
+    asked = asyncio.Event()
+
+    async def stand_still(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        asked.set()
+        await reader.read()
+
+    async with await asyncio.start_server(stand_still, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()[:2]
+        before = asyncio.all_tasks()
+        client = clients.reader(KafkaSettings(kafka_bootstrap=f"{host}:{port}"))
+        starting = asyncio.create_task(clients.start(client))
+        await asked.wait()
+        starting.cancel()
+        await asyncio.wait([starting])
+        assert starting.cancelled()
+        await kafka_clients.close("the client", client.stop())
+        await until(lambda: len(asyncio.all_tasks() - before) <= 1)  # the server's, of this client
+    gc.collect()
+    assert not caplog.records
 
 
 def test_a_write_to_a_connection_that_was_just_reset_fails_as_an_outage(

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -293,8 +293,10 @@ async def running(
         assert not task.cancelling(), "a failed batch left a cancellation on the worker's task"
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        done, _ = await asyncio.wait([task], timeout=60)
+        assert done, "the worker does not end"
+        if not task.cancelled():
+            task.result()
 
 
 class Process:

@@ -12,6 +12,7 @@ import kopf
 import yaml
 from yarl import URL
 
+from flashsale import cancellation
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.tls import relaxed
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
@@ -265,8 +266,7 @@ async def _translated() -> AsyncIterator[None]:
         raise KubeUnavailable(f"the kube-apiserver is away: {why}") from error
     except asyncio.CancelledError as error:
         # aiohttp cancels the DNS look-ups of a session that closes, and with them their callers.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if cancellation.requested():
             raise
         raise KubeUnavailable("the kube-apiserver is away: its session was closed") from error
 

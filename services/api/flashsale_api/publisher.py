@@ -24,7 +24,7 @@ from aiokafka.errors import (
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from flashsale import events, kafka_clients
+from flashsale import cancellation, events, kafka_clients
 from flashsale.errors import OtherEngine, SettingsError
 from flashsale.events import Event
 from flashsale.outbox import Outbox
@@ -193,9 +193,7 @@ class Publisher:
                 if not self._failures:
                     log.info("publishing to Kafka, %d events are waiting", self.unacknowledged)
                 self.connected = True
-                # Before Python 3.13, a failed TaskGroup leaves its task a counted cancellation,
-                # which a timeout can mistake for one from outside. So give it its own task.
-                await asyncio.create_task(self._send(producer))
+                await cancellation.in_own_task(self._send(producer))
             except* OtherEngine:
                 self._failures = len(BACKOFF_SECONDS)
             except* (KafkaError, OSError, SettingsError) as group:

@@ -139,6 +139,7 @@ class Announcer:
             elif announced != partitions.positions:
                 names, end = await self._read(partitions, reader)
             else:
+                self._availability.back()  # nothing is owed
                 await partitions.moved(REBUILDS_SECONDS)
                 continue
             messages += await source.reservations(names)

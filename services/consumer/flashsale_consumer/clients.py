@@ -13,8 +13,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from flashsale import ledger
-from flashsale.kafka_clients import CLOSE_SECONDS
+from flashsale import kafka_clients, ledger
 from flashsale.ledger import Connection, Pool
 from flashsale.requirements import BATCH_BYTES
 from flashsale.settings import KafkaSettings
@@ -48,7 +47,9 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClien
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task], timeout=CLOSE_SECONDS)
+        await asyncio.wait([task], timeout=kafka_clients.CLOSE_SECONDS)
+        task.cancel()  # or it would connect again after the caller has closed the client
+        task.add_done_callback(kafka_clients.retrieve)
         raise
 
 

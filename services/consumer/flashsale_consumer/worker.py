@@ -17,7 +17,7 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from flashsale import events, kafka_clients, ledger, requirements, schema, tracing
+from flashsale import cancellation, events, kafka_clients, ledger, requirements, schema, tracing
 from flashsale.errors import (
     ContractViolation,
     LedgerUnavailable,
@@ -183,10 +183,7 @@ class Worker:
                 await consumer.start()
             self.joined = True
             self._kafka.back()
-            # A TaskGroup that fails leaves a cancellation on its task (Python before 3.13).
-            # asyncio.timeout takes it for one from outside (before 3.11.4), and the next timeout
-            # would end the worker. In a task of its own, the cancellation ends with that task.
-            await asyncio.create_task(self._read_and_report(pool, owner))
+            await cancellation.in_own_task(self._read_and_report(pool, owner))
         finally:
             await kafka_clients.close("the group membership", clients.leave(consumer))
 

@@ -10,13 +10,14 @@ from uuid import UUID
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import TopicAuthorizationFailedError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
 from flashsale.events import Event
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import offsets as stored_offsets
-from flashsale_consumer import worker
+from flashsale_consumer import topics, worker
 from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorded import Source
@@ -55,6 +56,25 @@ async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
         assert member.value('flashsale_consumer_server_up{server="recorded"}') == 1
     # A second failure is possible, while the batches are as small as for the former limit.
     assert caplog.text.count(f"waiting for {topic}") <= 2
+
+
+async def test_a_topic_that_is_reached_again_is_up_although_nothing_is_owed(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An administrator creates it later, for example."""
+    create, refused = topics.create_recorded, True
+
+    async def create_recorded(kafka: KafkaSettings, partitions: int) -> object:
+        if refused:
+            raise TopicAuthorizationFailedError
+        return await create(kafka, partitions)
+
+    monkeypatch.setattr(topics, "create_recorded", create_recorded)
+    up = 'flashsale_consumer_server_up{server="recorded"}'
+    async with running(ledger.url, log) as member:
+        await until(lambda: member.value(up) == 0)
+        refused = False
+        await until(lambda: member.value(up) == 1)
 
 
 async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(

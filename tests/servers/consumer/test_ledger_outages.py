@@ -98,6 +98,26 @@ async def test_a_ledger_that_is_away_loses_nothing(
         assert await consumer.ended() == 0
 
 
+async def test_a_worker_ends_although_the_ledger_stands_still_in_a_transaction(
+    own_postgres: PostgresServer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction cannot be rolled back, and that error must not replace the cancellation."""
+    monkeypatch.setattr("flashsale.ledger.COMMAND_TIMEOUT_SECONDS", 1.0)
+    async with database(own_postgres) as url, AsyncExitStack() as stack:
+        member = await stack.enter_async_context(running(url, log))
+        await until(lambda: member.worker.joined, "the group is joined")
+        await log.write(accepted())
+        async with connected(url) as holder, holder.transaction():
+            await holder.execute("LOCK TABLE reservations")
+            await log.write(accepted(1))
+            await until(lambda: waits(holder), "the worker waits in a transaction")
+            own_postgres.pause()
+            try:
+                await stack.aclose()  # cancels the worker and waits for its end
+            finally:
+                own_postgres.resume()
+
+
 @pytest.mark.slow
 async def test_a_rebalance_while_the_ledger_is_away_loses_nothing(
     ledger: Ledger, log: Log, postgres_server: PostgresServer
