@@ -233,7 +233,7 @@ class Controller:
             else:
                 bounds = (spec.starts_ms, spec.ends_ms)
                 result = (
-                    await self._make(key, spec, memory, live)
+                    await self._make(key, spec, memory, live, former=bool(mistakes))
                     if unprepared is None
                     else await self._failed_result(spec, unprepared)
                 )
@@ -340,14 +340,18 @@ class Controller:
         return unchanged
 
     async def _make(
-        self, key: Key, spec: SaleSpec, memory: _Memory, live: dict[str, Any]
+        self, key: Key, spec: SaleSpec, memory: _Memory, live: dict[str, Any], *, former: bool
     ) -> Result | None:
         """Makes the ledger and Redis match the spec. None means: look again before a report."""
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         current = self._current(key, metadata)
         try:
             result = await self._reconciler.reconcile(
-                spec, metadata["uid"], current, served=before.counts is not None
+                spec,
+                metadata["uid"],
+                current,
+                served=before.counts is not None,
+                former=former,
             )
             sale = result.own_sale
             # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.

@@ -173,12 +173,14 @@ class Reconciler:
         current: Current = _given,
         *,
         served: bool = False,
+        former: bool = False,
     ) -> Result:
         """Carries out decisions until nothing is left to do now.
 
         `resource_uid` is the UID of the FlashSale. The operator closes the sale when that object
         is deleted. `served`: Redis had the sale of this FlashSale before. If the ledger and Redis
-        have lost it, Kafka can still have its events, so it is rebuilt instead of seeded. Raises
+        have lost it, Kafka can still have its events, so it is rebuilt instead of seeded. `former`:
+        the spec is that of the ledger's row, which another writer may have changed since. Raises
         `Outdated` if the ledger needs a change and the spec is not `current`.
         """
         written: int | None = None
@@ -192,6 +194,8 @@ class Reconciler:
                 spec, engine_id, written, seeded=seeded, still_fenced=still_fenced
             )
             observed = replace(observed, served=served)
+            if former and observed.row is not None:
+                spec = spec_of(observed.row)
             match decide(spec, observed):
                 case WriteRow() as step:
                     wrote = await self._write_row(spec, step, resource_uid, current)

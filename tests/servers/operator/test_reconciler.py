@@ -366,6 +366,16 @@ async def test_nothing_reaches_redis_while_the_ledger_is_away(
     assert await shop.sale(spec.item_id) is None
 
 
+async def test_a_former_spec_does_not_undo_a_change_that_was_made_since(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    for stock in (10, 20):
+        await shop.reconciler.reconcile(replace(spec, stock=stock), "uid-1")
+    result = await shop.reconciler.reconcile(spec, "uid-1", former=True)
+    assert result.ready
+    assert (await shop.row(spec.sale_id)).allocated == 20
+
+
 async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:
     await require_redis(Checks(), shop.inventory)
     await shop.redis.config_set("maxmemory-policy", "allkeys-lru")
