@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from flashsale.errors import ContractViolation
+from flashsale.sale import ms_of_text
 
 BATCH_LIMIT: Final = 128
 """Requests in one `reserve` call. Such a call blocks Redis for at most about 2 ms."""
@@ -112,11 +113,11 @@ class Record(NamedTuple):
                 known,
                 int(version),
                 int(quantity),
-                int(accepted_ms),
+                ms_of_text(accepted_ms),
                 user_id,
                 request_key,
-                int(expires_ms) if expires_ms else None,
-                int(confirmed_ms) if confirmed_ms else None,
+                ms_of_text(expires_ms) if expires_ms else None,
+                ms_of_text(confirmed_ms) if confirmed_ms else None,
                 order_ref,
             )
         except ValueError as error:

@@ -11,6 +11,7 @@ from flashsale.errors import ContractViolation
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
+_YEAR_10000_MS: Final = 253_402_300_800_000
 
 
 class SaleState(StrEnum):
@@ -171,9 +172,9 @@ def parse_sale(
             released=int(fields["released"]),
             max_per_user=int(fields["max_per_user"]),
             display_name=fields.get("display_name") or None,
-            starts_ms=int(fields["starts_ms"]) if fields["starts_ms"] else None,
-            ends_ms=int(fields["ends_ms"]) if fields["ends_ms"] else None,
-            last_now_ms=int(fields["last_now_ms"]),
+            starts_ms=ms_of_text(fields["starts_ms"]) if fields["starts_ms"] else None,
+            ends_ms=ms_of_text(fields["ends_ms"]) if fields["ends_ms"] else None,
+            last_now_ms=ms_of_text(fields["last_now_ms"]),
             outbox_length=outbox_length,
             torn=(accepted > 0 and parts < 3) or (held > 0 and not holds),
             engine=fields.get("engine", ""),
@@ -184,6 +185,14 @@ def parse_sale(
         )
     except (KeyError, ValueError) as error:
         raise ContractViolation(f"{item_id}: the sale cannot be read: {error}") from error
+
+
+def ms_of_text(text: str) -> int:
+    """Parses Unix milliseconds. Raises ValueError if no `datetime` has that time."""
+    ms = int(text)
+    if not 0 <= ms < _YEAR_10000_MS:
+        raise ValueError(f"{text} ms is no time of the years 1970 to 9999")
+    return ms
 
 
 @lru_cache(maxsize=1024)  # all reservations of a batch have the same time

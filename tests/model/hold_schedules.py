@@ -9,7 +9,7 @@ from typing import Final
 
 from tests.model.pods import Pod
 from tests.model.records import MAX_EXPIRED_HOLDS, Keys
-from tests.model.rules import Rules
+from tests.model.rules import EXPIRY, Rules
 from tests.model.scene import Scene, ask_again, order
 from tests.model.world import Violation
 
@@ -90,6 +90,22 @@ def a_repeated_confirmation_is_only_in_redis(rules: Rules) -> None:
     scene.confirm("first")
     lose_a_call(scene, scene.pod(), "confirm", before)
     scene.expire(HOLD)
+
+
+def a_replaced_primary_is_asked_about_an_order(rules: Rules) -> None:
+    """It was cut off. A pod that reaches only this server asks about a paid reservation."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    redis, cut_off_at = scene.redis, scene.world.now
+    former = redis.keys.copy(), redis.run_id, redis.replication_id
+    redis.become(redis.keys)
+    scene.rebuild()
+    scene.record(scene.buy("first"))
+    scene.record(scene.confirm("first")[1])
+    heard = scene.world.now - cut_off_at < EXPIRY
+    if heard or not rules.orders_need_a_heartbeat:
+        redis.keys, redis.run_id, redis.replication_id = former
+        if redis.confirm("first", "order").outcome == "not_found":
+            raise Violation("the order service voids the payment of a recorded reservation")
 
 
 def an_acknowledgement_of_another_event(rules: Rules) -> None:
@@ -292,6 +308,7 @@ HOLD_SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("confirmation_waits", a_confirmation_is_answered_before_kafka_has_it),
     ("cancellation_waits", a_refund_is_answered_before_kafka_has_it),
     ("repeats_wait", a_repeated_confirmation_is_only_in_redis),
+    ("orders_need_a_heartbeat", a_replaced_primary_is_asked_about_an_order),
     ("memory_by_version", an_acknowledgement_of_another_event),
     ("unique_versions", a_void_confirmation_settles_an_expiry),
     ("unique_versions", a_refused_reservation_is_accepted_again),

@@ -126,6 +126,9 @@ class Rules:
     late_acknowledgements_ignored: bool = True
     """holds: an acknowledgement after `ACKNOWLEDGED_WITHIN` is answered 202. The sale may have
     been rebuilt without the event, and is then about to sell the unit again."""
+    orders_need_a_heartbeat: bool = True
+    """heartbeat.py: a pod asks a server that takes none of its heartbeats about no order. A
+    primary that was cut off and replaced takes no write, and would give outdated answers."""
     memory_by_version: bool = True
     """holds: the publisher tells a reservation's events apart by version, so the acknowledgement of
     one is not taken for that of another."""

@@ -104,8 +104,10 @@ def create_app(  # noqa: PLR0915 - the composition root
     pulse = Pulse(inventory.node_of)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
     batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
-    confirmations = Transitions(inventory, publisher, metrics, engine, "confirm")
-    cancellations = Transitions(inventory, publisher, metrics, engine, "cancel")
+    confirmations, cancellations = (
+        Transitions(inventory, publisher, metrics, engine, verb, refusal=pulse.refusal)
+        for verb in ("confirm", "cancel")
+    )
     callers = batcher, confirmations, cancellations
 
     def called_items() -> set[str]:
@@ -124,7 +126,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     sweeper = Sweeper(background, outbox, publisher, metrics, known=engine.items, pod_id=pod_id)
     expiry = Expiry(background, publisher, metrics, engine, pod_id=pod_id)
     orders = order_app(
-        Orders(inventory, confirmations, cancellations, metrics, engine),
+        Orders(inventory, confirmations, cancellations, metrics, engine, refusal=pulse.refusal),
         settings.order_tokens.split(","),
         metrics,
         _HANDLERS,

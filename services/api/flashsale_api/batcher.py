@@ -77,9 +77,7 @@ class Batcher(Calls[Request, Decision]):
         refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
         spans: "Spans | None" = None,
     ) -> None:
-        """`refusal` returns the outcome of an item's requests if the pod may not call Redis now."""
-        super().__init__(metrics, engine, metrics.waiting, inventory.node_of)
-        self._refusal = refusal
+        super().__init__(metrics, engine, metrics.waiting, inventory.node_of, refusal)
         self._spans = spans
         self._inventory = inventory
         self._publisher = publisher
@@ -148,9 +146,6 @@ class Batcher(Calls[Request, Decision]):
         item_ids = [item_id for item_id, _ in batches]
 
         async def send() -> Sequence[ItemReply]:
-            # During a standstill, both the first call and the heartbeat can end.
-            if any(map(self._refusal, item_ids)):
-                raise RedisUnavailable("this pod may not call Redis now")
             return await self._inventory.reserve_all(
                 batches,
                 timeout_seconds=CALL_DEADLINE_SECONDS / 2,

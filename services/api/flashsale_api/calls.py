@@ -124,10 +124,12 @@ class Calls(ABC, Generic[R, D]):
         engine: Engine,
         waiting: Gauge,
         node_of: Callable[[str], str],
+        refusal: Callable[[str], Outcome | Failure | None],
     ) -> None:
         """`waiting` counts the requests that wait for a script call.
 
-        `node_of` returns the name of an item's server, as far as it is known.
+        `node_of` returns the name of an item's server, as far as it is known. `refusal` returns the
+        outcome of an item's requests if the pod may not call Redis now.
         """
         self._metrics = metrics
         self._engine = engine
@@ -136,6 +138,7 @@ class Calls(ABC, Generic[R, D]):
         self._called: dict[str, float] = {}
         self._queues: dict[str, _Queue[R, D]] = {}
         self._node_of = node_of
+        self._refusal = refusal
         self._shares: dict[tuple[str, bool], _Share[R, D]] = {}
         """The shares of each node: that of known items, and that of other names."""
         self._calls: set[asyncio.Task[None]] = set()
@@ -216,6 +219,7 @@ class Calls(ABC, Generic[R, D]):
                 if item_id in self._engine.items:
                     self._called[item_id] = started
             try:
+                self._require_heartbeat(item_ids)
                 replies = await send()
             except RedisUnavailable as error:
                 self._metrics.script_failures.inc()
@@ -234,6 +238,14 @@ class Calls(ABC, Generic[R, D]):
                 return Reply(replies, started, maybe_executed)
             maybe_executed = True
         return Failure.OUTCOME_UNKNOWN if maybe_executed else Failure.REDIS_UNAVAILABLE
+
+    def _require_heartbeat(self, item_ids: Sequence[str]) -> None:
+        """Raises `RedisUnavailable` if the pod may not call Redis now.
+
+        During a standstill of the pod, both the first call and the heartbeat can end.
+        """
+        if any(map(self._refusal, item_ids)):
+            raise RedisUnavailable("this pod may not call Redis now")
 
     def _remember(self, item_id: str) -> None:
         """Remembers that the item has a sale."""

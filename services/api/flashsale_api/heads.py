@@ -6,6 +6,7 @@ import httptools
 
 from flashsale_api.responses import RequestHeaders
 
+_VERSIONS: Final = frozenset(["1.0", "1.1"])
 _OF_AN_UPGRADE: Final = (b"upgrade", b"http2-settings")
 
 
@@ -27,6 +28,8 @@ def check(headers: RequestHeaders, version: str) -> bool:
             raise BadRequest(501, "The only supported Transfer-Encoding is chunked.")
         elif name == b"expect" and value.lower() == b"100-continue":
             expects_100 = True
+    if version not in _VERSIONS:
+        raise BadRequest(400, "The version of HTTP must be 1.1 or 1.0.")
     if hosts > 1 or (hosts == 0 and version != "1.0"):
         raise BadRequest(400, "The request needs one Host.")
     return expects_100

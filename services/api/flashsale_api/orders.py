@@ -3,7 +3,7 @@
 import hmac
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from time import perf_counter
 from typing import Any, Final
@@ -18,9 +18,10 @@ from starlette.types import ExceptionHandler, Receive, Scope, Send
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID, RESERVATION_ID, OrderRef
 from flashsale.inventory import Inventory
-from flashsale.reservations import OrderCall, Record
+from flashsale.reservations import OrderCall, Outcome, Record
 from flashsale.sale import SaleState
 from flashsale_api.authentication import UNAUTHENTICATED, bearer_token
+from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.reserve import MAX_BODY_BYTES, TRACEPARENT, JsonBody, Refused
@@ -95,17 +96,23 @@ class OrderView(Reservation, frozen=True, rename="camel", omit_defaults=True, kw
 
 
 class Orders:
-    """The endpoints. `HttpProtocol` calls the handlers of changes."""
+    """The endpoints. `HttpProtocol` calls the handlers of changes.
 
-    def __init__(
+    `refusal` returns the outcome of an item's requests if the pod may not call Redis now.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts that an answer needs
         self,
         inventory: Inventory,
         confirmations: Transitions,
         cancellations: Transitions,
         metrics: Metrics,
         engine: Engine,
+        *,
+        refusal: Callable[[str], Outcome | Failure | None],
     ) -> None:
         self._inventory = inventory
+        self._refusal = refusal
         self._engine = engine
         self._confirmations = confirmations
         self._cancellations = cancellations
@@ -123,6 +130,8 @@ class Orders:
             return problem_response(Problem.UNKNOWN_ITEM)
         if not RESERVATION_ID.match(reservation_id):
             reservation_id = ""
+        if refusal := self._refusal(item_id):
+            return problem_response(PROBLEMS[refusal])
         try:
             sale, record, server = await self._inventory.look(item_id, reservation_id)
         except RedisUnavailable:

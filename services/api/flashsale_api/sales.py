@@ -194,13 +194,13 @@ class Sales:
         sale, record, server = await self._inventory.look(item_id, reservation_id if known else "")
         if sale is None:
             respond(*responses.plain(self._without_keys(item_id)))
+        elif sale.state(*server) is SaleState.FENCED:
+            # Redis may have an older copy, or may have lost the reservation.
+            respond(*responses.plain(Problem.FENCED))
         elif record is not None and user_id in (record.user_id, ""):
             shown = Reservation.of(item_id, sale.sale_id, reservation_id, record)
             body = _encode(msgspec.structs.replace(shown, user_id=user_id or None))
             respond(200, (JSON, responses.NOT_STORED), body)
-        elif sale.state(*server) is SaleState.FENCED:
-            # Redis may have lost the reservation, while the ledger still has it.
-            respond(*responses.plain(Problem.FENCED))
         else:
             respond(*responses.plain(Problem.UNKNOWN_RESERVATION))
 

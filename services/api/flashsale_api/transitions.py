@@ -12,7 +12,14 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
-from flashsale.reservations import OrderCall, OutboxEntry, Record, Transition, TransitionReply
+from flashsale.reservations import (
+    OrderCall,
+    OutboxEntry,
+    Outcome,
+    Record,
+    Transition,
+    TransitionReply,
+)
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
@@ -39,16 +46,18 @@ Answered: TypeAlias = Callable[[Decision, bool], None]
 class Transitions(Calls[OrderCall, Decision]):
     """Decides the calls of one verb. A process has one for each verb."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that a decision needs
         self,
         inventory: Inventory,
         publisher: Publisher,
         metrics: Metrics,
         engine: Engine,
         verb: Literal["confirm", "cancel"],
+        *,
+        refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
     ) -> None:
         waiting = metrics.waiting_order_calls.labels(verb)
-        super().__init__(metrics, engine, waiting, inventory.node_of)
+        super().__init__(metrics, engine, waiting, inventory.node_of, refusal)
         self._script = inventory.confirm if verb == "confirm" else inventory.cancel
         self._publisher = publisher
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
@@ -92,6 +101,12 @@ class Transitions(Calls[OrderCall, Decision]):
         return [await self._decide(item_id, calls) for item_id, calls in batches]
 
     async def _decide(self, item_id: str, calls: Sequence[OrderCall]) -> Sequence[Decision]:
+        # Redis writes nothing for some answers. A primary that was cut off and replaced gives
+        # them, too, but takes no heartbeat.
+        if refusal := self._refusal(item_id):
+            failed = refusal if isinstance(refusal, Failure) else Transition.FENCED
+            return [Decision(failed)] * len(calls)
+
         async def send() -> Sequence[TransitionReply | Transition]:
             deadline = CALL_DEADLINE_SECONDS / 2
             engine_id = self._engine.id

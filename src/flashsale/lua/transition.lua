@@ -87,6 +87,9 @@ local function change_all(decide)
   for n, id in ipairs(ids) do texts[id] = known[n] or nil end
   local answers, changes, changed = {}, {}, {}
   local now = integer(sale.now)
+  -- Some answers change nothing. This write lets a primary without its replicas refuse them, too:
+  -- another server may have replaced it.
+  redis.call('HSET', KEYS[1], 'last_now_ms', now)
   for n, id in ipairs(ids) do
     local record = texts[id] and parse(texts[id])
     if not record then

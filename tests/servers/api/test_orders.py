@@ -1,6 +1,7 @@
 """The order port on a real Redis and a real Kafka: every answer, and every end of a hold."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -306,6 +307,37 @@ async def test_a_fenced_sale_answers_503_to_every_call(shop: Shop, field: str, v
     for answer in answers:
         problem(answer, 503, "fenced")
         assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_a_primary_without_its_replicas_answers_no_order(shop: Shop) -> None:
+    """Another server may have replaced it, and have what this one calls unknown."""
+    await shop.open()
+    path = await shop.hold()
+    assert (await shop.confirm(path)).status_code == 200
+    unknown = path.replace(identity(path), str(uuid.uuid4()))
+    await shop.redis.config_set("min-replicas-to-write", 1)
+    try:
+
+        async def without_heartbeat() -> bool:
+            return (await shop.orders.get(path)).status_code == 503
+
+        # The scripts are refused at once.
+        for call in (shop.confirm(path), shop.confirm(unknown), shop.cancel(unknown)):
+            assert (await call).status_code == 503
+        await until(without_heartbeat)
+        for known in (path, unknown):
+            problem(await shop.orders.get(known), 503, "fenced")
+            problem(await shop.confirm(known), 503, "fenced")
+            problem(await shop.cancel(known), 503, "fenced")
+    finally:
+        await shop.redis.config_set("min-replicas-to-write", 0)
+
+    async def answered() -> bool:
+        return (await shop.orders.get(path)).status_code == 200
+
+    await until(answered)
+    assert (await shop.confirm(path)).status_code == 200
+    problem(await shop.confirm(unknown), 404, "unknown-reservation")
 
 
 async def test_lost_keys_do_not_look_like_an_unknown_sale(shop: Shop) -> None:

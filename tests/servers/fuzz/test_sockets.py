@@ -50,6 +50,8 @@ def _malformed(item: str) -> dict[str, bytes]:
         "NUL bytes": b"\x00" * 64 + b"\r\n\r\n",
         "a TLS hello": bytes.fromhex("160301020001 0001fc0303") + b"\x00" * 100,
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "HTTP/2.0 as a version": good.replace(b"HTTP/1.1", b"HTTP/2.0"),
+        "HTTP/0.9": good.replace(b"HTTP/1.1", b"HTTP/0.9"),
         "another version": good.replace(b"HTTP/1.1", b"HTTP/9.9"),
         "an unknown method": good.replace(b"POST", b"BREW"),
         "a method in lower case": good.replace(b"POST", b"post"),

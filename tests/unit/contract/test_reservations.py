@@ -76,6 +76,10 @@ def test_a_record_without_a_hold_was_confirmed_when_it_was_accepted(state: str) 
         "held,1,2,soon,ann,k,61000,,",
         "held,1,2,1000,ann,k,later,,",
         "held,1,2,1000,ann,k,61000,now,",
+        "held,1,2,253402300800000,ann,k,61000,,",
+        "held,1,2,1000,ann,k,253402300800000,,",
+        "confirmed,1,2,1000,ann,k,61000,253402300800000,",
+        "confirmed,1,2,-1,ann,k",
     ],
 )
 def test_another_text_is_not_a_record(text: str) -> None:
