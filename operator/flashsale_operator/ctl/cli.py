@@ -153,7 +153,7 @@ async def connected(addresses: Stores | Servers, item: str | None = None) -> Asy
                 yield clients
             except UnknownSale as error:
                 near = None if item is None else await _nearest(clients, item)
-                if near is None:
+                if near in (None, item):
                     raise
                 raise UnknownSale(f"{error}; did you mean {near}?") from None
         finally:

@@ -197,10 +197,10 @@ async def delete(environ: Environ, item: str, *, force: bool) -> int:
         for sale_id in sale_ids:
             await reconciler.close(sale_id)
             freed = await _free(clients, sale_id, engine_id)
-            unrecorded = freed is Freed.UNRECORDED
+            left = freed not in (Freed.FREED, Freed.UNKNOWN)
             line = tables.line_of_delete(sale_id, freed)
-            print(line, file=sys.stderr if unrecorded else sys.stdout)
-            code |= unrecorded
+            print(line, file=sys.stderr if left else sys.stdout)
+            code |= left
     return code
 
 

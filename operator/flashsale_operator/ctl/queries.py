@@ -64,7 +64,7 @@ async def get(environ: Environ, item: str | None, output: str, *, watch: bool, e
         while True:
             for line in changes.lines(found):
                 print(line, flush=True)
-            if unread and not said:  # once, and the watch goes on
+            if unread not in ("", said):  # once, and the watch goes on
                 print(f"flashsalectl: {unread}", file=sys.stderr)
             said = unread
             await asyncio.sleep(WATCH_SECONDS)
@@ -80,7 +80,7 @@ async def describe(environ: Environ, item: str) -> int:
     """Show everything about the sales of an item."""
     async with connected(settings.load(Stores, environ), item) as clients:
         found, unread = await _sales(clients, item, every=True)
-        if not found:
+        if not (found or unread):
             raise UnknownSale(no_such(item))
         described = []
         for sale in found:
@@ -88,7 +88,8 @@ async def describe(environ: Environ, item: str) -> int:
                 records = await clients.pool.fetch(_STATES, sale.sale_id)
             states = {record["state"]: record["count"] for record in records}
             described.append(sales.description(sale, states))
-    print("\n\n".join(described))
+    if described:
+        print("\n\n".join(described))
     if unread:
         print(f"flashsalectl: {unread}", file=sys.stderr)
     return 1 if unread else 0

@@ -62,6 +62,8 @@ def line_of_delete(sale_id: str, freed: Freed) -> str:
             return f"sale {sale_id} closed: Redis had no keys of it"
         case Freed.UNRECORDED:
             return f"sale {sale_id} closed: its keys stay until the ledger has all its events"
+        case Freed.OPEN:
+            return f"sale {sale_id} is open: its manifest was applied again at the same time"
         case _:
             return f"sale {sale_id} closed: its keys stay, because another process changed it"
 

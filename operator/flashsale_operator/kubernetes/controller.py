@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -129,9 +130,8 @@ class Controller:
         """
         try:
             live = await self._kube.flash_sale(*key)
-        except KubeForbidden as error:  # until a person gives the right back
-            self._metrics.sales.update(key, _unknown(key, Reason.FAILED, str(error)))
-            raise
+        except KubeForbidden as error:
+            return await self._forbidden(key, error)
         if live is None:
             return await self.close_deleted(key)
         memory = self._memories.get(key)
@@ -177,6 +177,12 @@ class Controller:
             await schema.migrate(self._pool, self._inventory.engine, known=known)
         finally:
             self.migrating -= 1
+
+    async def fence_outdated(self) -> None:
+        """Fences the sales of a Redis that the sales have left, if the ledger has more of them."""
+        items = await self._inventory.index.items()
+        for sale in (await self._inventory.sales(items, skip_unreadable=True)).values():
+            await self._reconciler.fence_outdated(sale.sale_id, self._engine_id or "")
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""
@@ -227,18 +233,16 @@ class Controller:
         if unprepared is None and live["metadata"].get("deletionTimestamp"):
             result = await self._close_terminating(key, live["metadata"])
         else:
-            spec, mistakes = await self._wanted(key, live, prepared=unprepared is None)
+            spec, mistakes = await self._wanted(key, live, unprepared)
             if spec is None:
                 result = _unknown(key, Reason.INVALID_SPEC, mistakes)
             else:
                 bounds = (spec.starts_ms, spec.ends_ms)
                 result = (
-                    await self._make(key, spec, memory, live, former=bool(mistakes))
+                    await self._make(key, spec, memory, live, mistakes)
                     if unprepared is None
                     else await self._failed_result(spec, unprepared)
                 )
-                if mistakes and result is not None and result.ready:
-                    result = replace(result, reason=Reason.INVALID_SPEC, message=mistakes)
         if result is None:
             return Requeue(failed=True)
         self._metrics.sales.update(key, result)
@@ -250,7 +254,7 @@ class Controller:
         )
 
     async def _wanted(
-        self, key: Key, live: dict[str, Any], *, prepared: bool
+        self, key: Key, live: dict[str, Any], unprepared: FlashsaleError | None
     ) -> tuple[SaleSpec | None, str]:
         """Returns the spec to carry out, and the mistakes of the manifest.
 
@@ -264,18 +268,34 @@ class Controller:
             mistakes = "; ".join(error.mistakes)
         else:
             return spec, ""
-        row = None
+        if isinstance(unprepared, LedgerUnavailable):
+            return None, mistakes
         try:
-            if prepared:
-                row = await ledger.sale(self._pool, key.sale_id)
+            row = await ledger.sale(self._pool, key.sale_id)
         except LedgerUnavailable as error:
             self._failed(error)
+            return None, mistakes
         if row is None or row.closed or row.resource_uid is None:
             return None, mistakes
         if row.resource_uid == live["metadata"]["uid"]:
             return spec_of(row), mistakes
-        await self._close_former(key, live["metadata"], "replaced")
+        if unprepared is None:
+            await self._close_former(key, live["metadata"], "replaced")
         return None, mistakes
+
+    async def _forbidden(self, key: Key, error: KubeForbidden) -> Requeue:
+        """Shows that a sale is unknown until a person gives the right back, or closes the sale.
+
+        A Role ends with its namespace, so the operator may never learn that the FlashSale is gone.
+        """
+        with suppress(LedgerUnavailable):
+            row = await ledger.sale(self._pool, key.sale_id)
+            if row is None or row.closed:
+                self._memories.pop(key, None)
+                self._metrics.sales.forget(key)
+                return Requeue(gone=True)
+        self._metrics.sales.update(key, _unknown(key, Reason.FAILED, str(error)))
+        raise error
 
     async def _own_id(self) -> str | None:
         """Returns the id of this operator's engine, or None if no server has told it yet."""
@@ -340,9 +360,12 @@ class Controller:
         return unchanged
 
     async def _make(
-        self, key: Key, spec: SaleSpec, memory: _Memory, live: dict[str, Any], *, former: bool
+        self, key: Key, spec: SaleSpec, memory: _Memory, live: dict[str, Any], mistakes: str
     ) -> Result | None:
-        """Makes the ledger and Redis match the spec. None means: look again before a report."""
+        """Makes the ledger and Redis match the spec. None means: look again before a report.
+
+        With `mistakes` of the manifest, `spec` is the former one.
+        """
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         current = self._current(key, metadata)
         try:
@@ -351,7 +374,7 @@ class Controller:
                 metadata["uid"],
                 current,
                 served=before.counts is not None,
-                former=former,
+                mistakes=mistakes,
             )
             sale = result.own_sale
             # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Final, TypeAlias
 
 from flashsale import ledger
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, RedisMoved
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, utc_of_ms
@@ -138,7 +138,11 @@ class Resync:
 
     async def resync(self) -> None:
         """Resyncs once."""
-        await self._controller.prepare()
+        try:
+            await self._controller.prepare()
+        except RedisMoved:
+            await self._controller.fence_outdated()  # also sales without a FlashSale
+            raise
         engine_id = await engine.claimed_id(self._inventory, self._pool)
         rows = await index.refresh(self._inventory, self._pool, keep_closed=self._keep_closed)
         async with ledger.translated():

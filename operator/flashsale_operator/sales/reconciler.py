@@ -173,15 +173,15 @@ class Reconciler:
         current: Current = _given,
         *,
         served: bool = False,
-        former: bool = False,
+        mistakes: str = "",
     ) -> Result:
         """Carries out decisions until nothing is left to do now.
 
         `resource_uid` is the UID of the FlashSale. The operator closes the sale when that object
         is deleted. `served`: Redis had the sale of this FlashSale before. If the ledger and Redis
-        have lost it, Kafka can still have its events, so it is rebuilt instead of seeded. `former`:
-        the spec is that of the ledger's row, which another writer may have changed since. Raises
-        `Outdated` if the ledger needs a change and the spec is not `current`.
+        have lost it, Kafka can still have its events, so it is rebuilt instead of seeded. If the
+        manifest has `mistakes`, `spec` is that of the ledger's row, which is not written then.
+        Raises `Outdated` if the ledger needs a change and the spec is not `current`.
         """
         written: int | None = None
         seeded = False
@@ -194,9 +194,11 @@ class Reconciler:
                 spec, engine_id, written, seeded=seeded, still_fenced=still_fenced
             )
             observed = replace(observed, served=served)
-            if former and observed.row is not None:
-                spec = spec_of(observed.row)
             match decide(spec, observed):
+                case WriteRow() if mistakes:
+                    state = state_of(observed.row, observed.sale, observed.server)
+                    done = Done(state, Reason.APPLIED, "")
+                    break
                 case WriteRow() as step:
                     wrote = await self._write_row(spec, step, resource_uid, current)
                     written = wrote or written
@@ -226,6 +228,8 @@ class Reconciler:
             if answer is Applied.FENCED:
                 why = "Redis keeps fencing the sale: check whether the server keeps restarting"
             done = Done(SaleState.UNKNOWN, Reason.NOT_CONVERGED, why)
+        if mistakes and done.reason in (Reason.APPLIED, Reason.STOCK_BELOW_HELD):
+            done = Done(done.state, Reason.INVALID_SPEC, mistakes)
         return Result(
             sale_id=spec.sale_id,
             item_id=spec.item_id,

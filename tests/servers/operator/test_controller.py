@@ -306,8 +306,6 @@ async def test_a_sale_whose_spec_has_become_wrong_goes_on_with_its_former_one(
     await shop.buy(spec.item_id, "a")
     await shop.record(spec.item_id)
     await shop.redis.delete(*ItemKeys.of(spec.item_id).sold)
-    kube.live["spec"]["stock"] = 5
-    kube.live["metadata"]["generation"] += 1
     own = controller(shop, kube, {"default": "other-"}, metrics)
 
     async def sells_again() -> bool:
@@ -347,6 +345,10 @@ async def test_the_state_of_a_sale_is_unknown_while_the_account_may_not_read_its
     kube.forbidden = False
     await own.reconcile(key)
     assert (ready(spec.item_id), ready("")) == ("1.0", "")
+    kube.forbidden = True
+    await shop.reconciler.close(spec.sale_id)  # its namespace is gone, and so is the right
+    assert await own.reconcile(key) == Requeue(gone=True)
+    assert (ready(spec.item_id), ready("")) == ("", "")
 
 
 async def test_a_flashsale_outside_the_prefix_of_its_namespace_starts_no_sale(

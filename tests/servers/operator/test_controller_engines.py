@@ -194,14 +194,16 @@ async def test_a_redis_at_another_address_is_reported(shop: SimulatedShop, spec:
     assert await shop.redis.keys("*") == []
 
 
+@pytest.mark.parametrize("prefix", ["", "other-"])
 async def test_a_redis_that_the_sales_have_left_sells_no_unit_again(
-    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
+    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer, prefix: str
 ) -> None:
     """A rollback starts the API at the former address, at which the sale was never paused."""
     client = redis_client.connect(f"{redis_server.url.rpartition('/')[0]}/1")
     moved = SimulatedShop(client, shop.pool)
     kube = FakeKube(sold)
-    former = controller(shop, kube)
+    await controller(shop, kube).reconcile(Key.of(sold.sale_id))
+    former = controller(shop, kube, {"default": prefix} if prefix else {})
     try:
         await ledger.adopt_redis(shop.pool, moved.inventory.address)
         # It lacks no unit of the ledger, so it may be the right Redis by another name.

@@ -18,6 +18,8 @@ from flashsale.keys import ItemKeys
 from flashsale_operator.ctl.cli import flashsalectl, for_each
 from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales import offsets
+from flashsale_operator.sales.manifest import parse
+from flashsale_operator.sales.reconciler import Reconciler, Result
 from tests.support.ctl import NOWHERE, SAMPLE, Ctl, a_file
 
 
@@ -76,6 +78,24 @@ def test_a_sale_that_cannot_be_read_does_not_hide_the_others(
     assert code == 1
     assert rebuilt.startswith("sale default/other stays fenced: Kafka is away")
     assert error.startswith(unread)
+
+
+def test_a_delete_that_another_process_undoes_fails(
+    ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator still serves its FlashSale, for example."""
+    ctl("apply", "-f", str(SAMPLE))
+    [spec] = parse(SAMPLE.read_text())
+    close = Reconciler.close
+
+    async def undone(own: Reconciler, sale_id: str) -> Result:
+        closed = await close(own, sale_id)
+        await own.reconcile(spec)
+        return closed
+
+    monkeypatch.setattr(Reconciler, "close", undone)
+    why = "its manifest was applied again at the same time"
+    assert ctl("delete", "iphone_15") == (1, [], [f"sale default/iphone-15 is open: {why}"])
 
 
 async def test_one_failure_of_many_is_returned_and_one_of_all_is_raised() -> None:

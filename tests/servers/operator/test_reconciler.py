@@ -366,14 +366,26 @@ async def test_nothing_reaches_redis_while_the_ledger_is_away(
     assert await shop.sale(spec.item_id) is None
 
 
-async def test_a_former_spec_does_not_undo_a_change_that_was_made_since(
+async def test_the_former_spec_of_a_wrong_manifest_is_never_written(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
+    """Another writer may have changed the row since, or the ledger may be an older copy."""
     for stock in (10, 20):
         await shop.reconciler.reconcile(replace(spec, stock=stock), "uid-1")
-    result = await shop.reconciler.reconcile(spec, "uid-1", former=True)
-    assert result.ready
-    assert (await shop.row(spec.sale_id)).allocated == 20
+    before, result = (
+        await shop.row(spec.sale_id),
+        await shop.reconciler.reconcile(spec, "uid-1", mistakes="spec.stock: is wrong"),
+    )
+    assert (result.state, result.reason) == (SaleState.SELLING, Reason.INVALID_SPEC)
+    assert result.message == "spec.stock: is wrong"
+    assert await shop.row(spec.sale_id) == before
+    await shop.pool.execute("UPDATE sales SET revision = 1, allocated = 10")
+    older = await shop.row(spec.sale_id)
+    await shop.reconciler.reconcile(spec, "uid-1", mistakes="spec.stock: is wrong")
+    assert await shop.row(spec.sale_id) == older
+    sale = await shop.sale(spec.item_id)
+    assert sale is not None
+    assert sale.allocated == 20
 
 
 async def test_a_redis_that_evicts_keys_is_refused(shop: SimulatedShop) -> None:

@@ -10,7 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer
-from flashsale import keys, redis_client
+from flashsale import keys, ledger, redis_client
+from flashsale.errors import RedisMoved
 from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
@@ -147,6 +148,19 @@ async def test_open_sales_of_a_refused_namespace_are_reconciled_to_show_that_the
     assert {await queue.take(), await queue.take()} == {
         Key.of(each.sale_id) for each in (spec, other)
     }
+
+
+async def test_a_sale_without_a_flashsale_is_fenced_in_a_redis_that_the_sales_have_left(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    await shop.apply(spec)
+    await ledger.adopt_redis(shop.pool, "another.example:6379/0")
+    own = resync_of(shop, FakeKube(), Queue())
+    for accepted, outcome in ((0, Outcome.ACCEPTED), (3, Outcome.FENCED)):  # in the other one
+        await shop.pool.execute("UPDATE sales SET accepted = $1", accepted)
+        with pytest.raises(RedisMoved):
+            await own.resync()
+        assert await shop.buy(spec.item_id, "a") == [outcome]
 
 
 async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None) -> Resync:
