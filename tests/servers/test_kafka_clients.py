@@ -71,9 +71,10 @@ async def test_a_client_that_cannot_connect_in_time_is_not_left_behind(
         before = asyncio.all_tasks()
         client = clients.reader(KafkaSettings(kafka_bootstrap=f"{host}:{port}"))
         starting = asyncio.create_task(clients.start(client))
-        await asked.wait()
-        starting.cancel()
-        await asyncio.wait([starting])
+        async with asyncio.timeout(30):
+            await asked.wait()
+            starting.cancel()
+            await asyncio.wait([starting])
         assert starting.cancelled()
         await kafka_clients.close("the client", client.stop())
         await until(lambda: asyncio.all_tasks() <= before)

@@ -179,10 +179,16 @@ class Controller:
             self.migrating -= 1
 
     async def fence_outdated(self) -> None:
-        """Fences the sales of a Redis that the sales have left, if the ledger has more of them."""
-        items = await self._inventory.index.items()
-        for sale in (await self._inventory.sales(items, skip_unreadable=True)).values():
-            await self._reconciler.fence_outdated(sale.sale_id, self._engine_id or "")
+        """Fences the sales of a Redis that the sales have left, if the ledger has more of them.
+
+        Raises nothing, because only the move matters to a person.
+        """
+        try:
+            items = await self._inventory.index.items()
+            for sale in (await self._inventory.sales(items, skip_unreadable=True)).values():
+                await self._reconciler.fence_outdated(sale.sale_id, self._engine_id or "")
+        except REPORTED as error:
+            log.warning("the sales in the former Redis are not all fenced yet: %s", error)
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""
@@ -279,7 +285,7 @@ class Controller:
             return None, mistakes
         if row.resource_uid == live["metadata"]["uid"]:
             return spec_of(row), mistakes
-        if unprepared is None:
+        if unprepared is None:  # `INVALID_SPEC` is retried, if this fails
             await self._close_former(key, live["metadata"], "replaced")
         return None, mistakes
 
@@ -401,7 +407,7 @@ class Controller:
         """Returns the result of a reconcile that an error ended.
 
         If only the ledger is away, Redis still sells, and the result has Redis' counts. In a Redis
-        that the sales have left, an outdated sale is fenced.
+        that the sales have left, an outdated sale is fenced sooner than by the next resync.
         """
         result = result_of_error(spec, error)
         if isinstance(error, RedisMoved):

@@ -141,7 +141,12 @@ class Audit:
     @property
     def agrees(self) -> bool:
         """Whether everything was read and every difference is in flight."""
-        return not (self.unread or self.topic_faults) and all(
+        return self.settled and not self.unread
+
+    @property
+    def settled(self) -> bool:
+        """Whether another look cannot find less: every difference of what was read is in flight."""
+        return not self.topic_faults and all(
             finding.verdict is not Verdict.DISAGREES for finding in self.findings
         )
 
@@ -304,7 +309,7 @@ async def audit(
         if look:
             await asyncio.sleep(BETWEEN_LOOKS_SECONDS)
         found = await _look(inventory, pool, spans, item_id)
-        if found.agrees:
+        if found.settled:
             break
     return found
 

@@ -25,7 +25,7 @@ class Pulse:
     """Knows whether the server of an item has a valid heartbeat of this pod, and took its report.
 
     A rebuild takes a pod without one for dead, and does not wait for its events. Such a pod
-    therefore accepts nothing, although it may still reach the server.
+    therefore accepts nothing and answers no order, although it may still reach the server.
     """
 
     def __init__(self, node_of: Callable[[str], str]) -> None:

@@ -101,8 +101,8 @@ class Transitions(Calls[OrderCall, Decision]):
         return [await self._decide(item_id, calls) for item_id, calls in batches]
 
     async def _decide(self, item_id: str, calls: Sequence[OrderCall]) -> Sequence[Decision]:
-        # Redis writes nothing for some answers. A primary that was cut off and replaced gives
-        # them, too, but takes no heartbeat.
+        # A primary that was frozen, replaced and thawed takes no heartbeat, and gives outdated
+        # answers.
         if refusal := self._refusal(item_id):
             failed = refusal if isinstance(refusal, Failure) else Transition.FENCED
             return [Decision(failed)] * len(calls)

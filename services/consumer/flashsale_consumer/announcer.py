@@ -139,7 +139,8 @@ class Announcer:
             elif announced != partitions.positions:
                 names, end = await self._read(partitions, reader)
             else:
-                self._availability.back()  # nothing is owed
+                if announced:  # so nothing is owed
+                    self._availability.back()
                 await partitions.moved(REBUILDS_SECONDS)
                 continue
             messages += await source.reservations(names)

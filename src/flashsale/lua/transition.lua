@@ -87,9 +87,6 @@ local function change_all(decide)
   for n, id in ipairs(ids) do texts[id] = known[n] or nil end
   local answers, changes, changed = {}, {}, {}
   local now = integer(sale.now)
-  -- Some answers change nothing. This write lets a primary without its replicas refuse them, too:
-  -- another server may have replaced it.
-  redis.call('HSET', KEYS[1], 'last_now_ms', now)
   for n, id in ipairs(ids) do
     local record = texts[id] and parse(texts[id])
     if not record then
@@ -106,6 +103,9 @@ local function change_all(decide)
       end
     end
   end
+  -- A primary without its replicas refuses writes, because another server may have replaced it. This
+  -- write, which needs no memory, lets it refuse answers that change nothing, too.
+  if #changes == 0 then redis.call('ZREM', KEYS[5], '') end
   for i, entry in ipairs(commit(sale, changes)) do
     answers[changed[i]] = 'changed ' .. entry .. ' ' .. changes[i][2]
   end

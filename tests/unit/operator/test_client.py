@@ -199,7 +199,8 @@ async def resolving(
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
     kube = Kube(lambda: kopf.ConnectionInfo(server="http://kube.invalid"))
     call = asyncio.create_task(kube.flash_sale("shop", "phone"))
-    await began.wait()
+    async with asyncio.timeout(30):
+        await began.wait()
     yield kube, call
     await kube.close()
 
