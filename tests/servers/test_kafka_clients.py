@@ -55,7 +55,7 @@ async def proxied(bootstrap: str) -> AsyncIterator[tuple[int, list[Wire]]]:
 async def test_a_client_that_cannot_connect_in_time_is_not_left_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A broker that stands still answers later, when nobody knows the client any more."""
+    """A broker that stands still answers later. By then, its caller has forgotten the client."""
     monkeypatch.setattr(kafka_clients, "CLOSE_SECONDS", 0.05)
     asked = asyncio.Event()
 

@@ -145,7 +145,7 @@ class Audit:
 
     @property
     def settled(self) -> bool:
-        """Whether another look cannot find less: every difference of what was read is in flight."""
+        """Whether no other look is needed: each difference of the readable sales is in flight."""
         return not self.topic_faults and all(
             finding.verdict is not Verdict.DISAGREES for finding in self.findings
         )

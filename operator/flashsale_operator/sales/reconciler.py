@@ -197,7 +197,7 @@ class Reconciler:
             match decide(spec, observed):
                 case WriteRow() if mistakes:
                     state = state_of(observed.row, observed.sale, observed.server)
-                    done = Done(state, Reason.APPLIED, "")
+                    done = Done(state, Reason.INVALID_SPEC, mistakes)
                     break
                 case WriteRow() as step:
                     wrote = await self._write_row(spec, step, resource_uid, current)

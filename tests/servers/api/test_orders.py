@@ -304,13 +304,13 @@ async def test_a_fenced_sale_answers_503_to_every_call(shop: Shop, field: str, v
     path = await shop.hold()
     await shop.redis.hset(shop.keys.sale, field, value)
     answers = [await shop.confirm(path), await shop.cancel(path), await shop.orders.get(path)]
-    for answer in answers:
+    for answer in [*answers, await shop.buyers.get(path)]:
         problem(answer, 503, "fenced")
         assert int(answer.headers["retry-after"]) >= 1
 
 
 async def test_a_primary_without_its_replicas_answers_no_order(shop: Shop) -> None:
-    """Another server may have replaced it, and have what this one calls unknown."""
+    """Another server may have replaced it. A reservation that is unknown here can exist there."""
     await shop.open()
     path = await shop.hold()
     assert (await shop.confirm(path)).status_code == 200

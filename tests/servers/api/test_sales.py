@@ -155,13 +155,21 @@ async def test_head_has_the_headers_of_get_and_no_body(
     assert (await http.get(reservation)).headers["cache-control"] == "no-store"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("allocated", "many"), ("ends_ms", "253402300800000")]
+)
 async def test_an_unreadable_sale_does_not_hide_the_others(
-    http: httpx.AsyncClient, open_sale: OpenSale, redis: Redis, new_item: Callable[[], str]
+    http: httpx.AsyncClient,
+    open_sale: OpenSale,
+    redis: Redis,
+    new_item: Callable[[], str],
+    field: str,
+    value: str,
 ) -> None:
     good, bad = new_item(), new_item()
     await open_sale(good)
     await open_sale(bad)
-    await redis.hset(ItemKeys.of(bad).sale, "allocated", "many")
+    await redis.hset(ItemKeys.of(bad).sale, field, value)
 
     async def listed() -> set[str]:
         items = {sale["itemId"] for sale in (await http.get("/sales")).json()["sales"]}
