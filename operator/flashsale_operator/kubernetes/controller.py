@@ -1,4 +1,4 @@
-"""Reconcile FlashSales: read the live object, make it so, report it in Events and the status."""
+"""Reconcile FlashSales: read the live object, make it so, and have the result reported."""
 
 import asyncio
 import logging
@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,15 +20,9 @@ from flashsale.errors import (
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
 from flashsale.sale import SaleSpec, SaleState
-from flashsale_operator.kubernetes import events, status
-from flashsale_operator.kubernetes.client import (
-    Kube,
-    KubeForbidden,
-    KubeRefused,
-    KubeUnavailable,
-    declared_version,
-)
-from flashsale_operator.kubernetes.events import Known, SaleEvent
+from flashsale_operator.kubernetes import events
+from flashsale_operator.kubernetes.client import Kube, KubeForbidden, KubeUnavailable
+from flashsale_operator.kubernetes.closing import Closing, NotClosed
 from flashsale_operator.kubernetes.failures import (
     REPORTED,
     RETRIED,
@@ -40,20 +33,17 @@ from flashsale_operator.kubernetes.failures import (
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
+from flashsale_operator.kubernetes.reporting import Memory, Reporter
 from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import engine, manifest
 from flashsale_operator.sales.decision import Reason, spec_of
 from flashsale_operator.sales.manifest import ManifestError
-from flashsale_operator.sales.reconciler import (
-    Current,
-    Outdated,
-    Reconciler,
-    Result,
-)
+from flashsale_operator.sales.reconciler import Outdated, Reconciler, Result
 
 log = logging.getLogger(__name__)
 
 RECONCILES_AT_ONCE: Final = 16
+NO_SALE: Final = "the FlashSale was deleted, and it has no sale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +54,6 @@ class Clients:
     inventory: Inventory
     pool: ledger.Pool
     metrics: Metrics
-
-
-@dataclass(slots=True)
-class _Memory:
-    """The controller's memory of a FlashSale between reconciles.
-
-    - `known`: the last known state before the state became Unknown.
-    - `written`: when the status was last written, on the monotonic clock.
-    - `keys_missing` and `fenced`: whether that was so in the last reconcile.
-    - `left_to`: the other engine that an Event has named.
-    - `bug`: the unexpected error that was logged last.
-
-    After a restart a status is written a little early, and changes during an outage get no Event.
-    """
-
-    uid: str
-    known: Known | None = None
-    written: float = float("-inf")
-    keys_missing: bool = False
-    fenced: bool = False
-    left_to: str = ""
-    bug: str = ""
 
 
 class Controller:
@@ -109,8 +77,10 @@ class Controller:
         self._queue = queue
         self._rebuilds = rebuilds
         self._reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
+        self._closing = Closing(clients.kube, clients.pool, self._reconciler, self._failed)
+        self._reporter = Reporter(clients.kube, clients.metrics, rebuilds)
         self._prefixes = prefixes
-        self._memories: dict[Key, _Memory] = {}
+        self._memories: dict[Key, Memory] = {}
         self._checks = Checks(log)
         self._prepared = False
         self._engine_id: str | None = None
@@ -137,9 +107,11 @@ class Controller:
         memory = self._memories.get(key)
         if memory is None or memory.uid != live["metadata"]["uid"]:
             # If a FlashSale is deleted and applied again at once, its sale was never closed.
-            memory = self._memories[key] = _Memory(live["metadata"]["uid"])
+            memory = self._memories[key] = Memory(live["metadata"]["uid"])
         try:
             requeue = await self._reconcile(key, memory, live)
+        except NotClosed:
+            return Requeue(failed=True)
         except KubeUnavailable:
             raise
         except Exception as error:
@@ -150,8 +122,7 @@ class Controller:
             if memory.bug != result.message:
                 log.exception("%s: the reconcile failed", key.sale_id)
             memory.bug = result.message
-            self._metrics.sales.update(key, result)
-            await self._report(key, memory, live, result)
+            await self._reporter.report(key, memory, live, result)
             return Requeue(failed=True)
         memory.bug = ""
         return requeue
@@ -212,7 +183,7 @@ class Controller:
             self._metrics.reconcile_seconds.observe(time.monotonic() - began)
             self._queue.give_back(key, requeue)
 
-    async def _reconcile(self, key: Key, memory: _Memory, live: dict[str, Any]) -> Requeue:
+    async def _reconcile(self, key: Key, memory: Memory, live: dict[str, Any]) -> Requeue:
         bounds: tuple[int | None, ...] = ()
         unprepared: FlashsaleError | None = None
         try:
@@ -237,7 +208,10 @@ class Controller:
                 )
         result: Result | None
         if unprepared is None and live["metadata"].get("deletionTimestamp"):
-            result = await self._close_terminating(key, live["metadata"])
+            # Another party's finalizer keeps the FlashSale. Its spec does not matter any more.
+            result = await self._closing.close(key, live["metadata"], "deleted") or Result(
+                key.sale_id, "", SaleState.CLOSING, Reason.CLOSED, NO_SALE
+            )
         else:
             spec, mistakes = await self._wanted(key, live, unprepared)
             if spec is None:
@@ -251,9 +225,7 @@ class Controller:
                 )
         if result is None:
             return Requeue(failed=True)
-        self._metrics.sales.update(key, result)
-        self._count_fences(memory, result.state)
-        written = await self._report(key, memory, live, result)
+        written = await self._reporter.report(key, memory, live, result)
         return Requeue(
             failed=result.reason in RETRIED or not written,
             changes_ms=tuple(ms for ms in bounds if ms is not None),
@@ -285,8 +257,9 @@ class Controller:
             return None, mistakes
         if row.resource_uid == live["metadata"]["uid"]:
             return spec_of(row), mistakes
-        if unprepared is None:  # `INVALID_SPEC` is retried, if this fails
-            await self._close_former(key, live["metadata"], "replaced")
+        if unprepared is None:
+            with suppress(NotClosed):  # `INVALID_SPEC` is retried
+                await self._closing.close(key, live["metadata"], "replaced")
         return None, mistakes
 
     async def _forbidden(self, key: Key, error: KubeForbidden) -> Requeue:
@@ -313,67 +286,35 @@ class Controller:
             return None
 
     async def _leave(
-        self, key: Key, memory: _Memory, metadata: dict[str, Any], owner: str, own: str | None
+        self, key: Key, memory: Memory, metadata: dict[str, Any], owner: str, own: str | None
     ) -> Requeue:
         """Leaves a FlashSale to the engine that its status names.
 
         This engine may have served an earlier FlashSale of that name, and still sell for it. That
-        sale is closed.
+        sale is closed. Raises `NotClosed`.
         """
         if own is None:
             log.warning("%s: the operator does not know its engine yet", key.sale_id)
             return Requeue(failed=True)
         self._rebuilds.forget(key.sale_id)
         self._metrics.sales.forget(key)
-        if not await self._close_former(key, metadata, f"left to engine {owner}"):
-            return Requeue(failed=True)
+        await self._closing.close(key, metadata, f"left to engine {owner}", again=False)
         if memory.left_to != owner:
             event = events.other_engine(owner, own)
             log.warning("%s: %s", key.sale_id, event.message)
-            await self._create_event(key, event, metadata, f"{owner} {own}")
+            await self._reporter.create_event(key, event, metadata, f"{owner} {own}")
             memory.left_to = owner
         return Requeue()
 
-    async def _close_former(self, key: Key, metadata: Mapping[str, Any], why: str) -> bool:
-        """Closes the sale of an earlier FlashSale of that name, if this engine has it.
-
-        Returns False if that has to be tried again.
-        """
-        try:
-            row = await ledger.sale(self._pool, key.sale_id)
-            if row is not None and row.resource_uid is not None and not row.closed:
-                await self._reconciler.close(key.sale_id, self._current(key, metadata))
-        except Outdated:
-            return False
-        except REPORTED as error:
-            self._failed(error)
-            log.warning("%s: %s, but its sale is not closed yet: %s", key.sale_id, why, error)
-            return False
-        return True
-
-    def _current(self, key: Key, metadata: Mapping[str, Any] | None) -> Current:
-        """Returns a call that tells whether a FlashSale is still as it was read.
-
-        `metadata` is None if it was deleted.
-        """
-
-        async def unchanged() -> bool:
-            live = await self._kube.flash_sale(*key)
-            if live is None or metadata is None:
-                return live is None and metadata is None
-            return declared_version(live["metadata"]) == declared_version(metadata)
-
-        return unchanged
-
     async def _make(
-        self, key: Key, spec: SaleSpec, memory: _Memory, live: dict[str, Any], mistakes: str
+        self, key: Key, spec: SaleSpec, memory: Memory, live: dict[str, Any], mistakes: str
     ) -> Result | None:
         """Makes the ledger and Redis match the spec. None means: look again before a report.
 
         With `mistakes` of the manifest, `spec` is the former one.
         """
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
-        current = self._current(key, metadata)
+        current = self._closing.current(key, metadata)
         try:
             result = await self._reconciler.reconcile(
                 spec,
@@ -425,62 +366,8 @@ class Controller:
             return result
         return replace(result, state=sale.state(server.now_ms, server.run_id), sale=sale)
 
-    def _count_fences(self, memory: _Memory, state: SaleState) -> None:
-        if state is SaleState.FENCED and not memory.fenced:
-            self._metrics.fences.inc()
-        elif memory.fenced and state not in (SaleState.FENCED, SaleState.UNKNOWN):
-            self._metrics.rebuilds.inc()
-        if state is not SaleState.UNKNOWN:
-            memory.fenced = state is SaleState.FENCED
-
-    async def _report(
-        self, key: Key, memory: _Memory, live: dict[str, Any], result: Result
-    ) -> bool:
-        """Creates Events and writes the status if they changed.
-
-        Returns False if the object has changed since it was read.
-        """
-        metadata, now = live["metadata"], datetime.now(UTC)
-        before = Status.parse(live.get("status") or {})
-        known = Known.of(before)
-        if known.state is SaleState.UNKNOWN:
-            known = memory.known or known
-        else:
-            memory.known = known
-        for event in events.sale_events(known, result):
-            log.info("%s: %s: %s", key.sale_id, event.reason, event.message)
-            await self._create_event(key, event, metadata, known.mark)
-        if result.rebuilt is not None:
-            self._rebuilds.reported(key.sale_id, result.rebuilt)
-        after = status.next_status(before, result, generation=metadata["generation"], now=now)
-        since = time.monotonic() - memory.written
-        if status.worth_writing(before, after, since):
-            version = metadata["resourceVersion"]
-            if await self._kube.patch_status(*key, after.json(), version) is None:
-                return False
-            memory.written = time.monotonic()
-        return True
-
-    async def _close_terminating(self, key: Key, metadata: Mapping[str, Any]) -> Result | None:
-        """Closes the sale of a deleted FlashSale that another party's finalizer keeps.
-
-        Its spec does not matter any more. None means: look again before a report.
-        """
-        try:
-            row = await ledger.sale(self._pool, key.sale_id)
-            if row is not None and row.resource_uid is not None:
-                return await self._reconciler.close(key.sale_id, self._current(key, metadata))
-        except Outdated:
-            return None
-        except REPORTED as error:
-            self._failed(error)
-            log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
-            return None
-        message = "the FlashSale was deleted, and it has no sale"
-        return Result(key.sale_id, "", SaleState.CLOSING, Reason.CLOSED, message)
-
     async def close_deleted(self, key: Key) -> Requeue:
-        """Closes the sale of a deleted FlashSale: in the ledger, then in Redis.
+        """Closes the sale of a deleted FlashSale.
 
         Of all servers' errors it raises only `KubeUnavailable`.
         """
@@ -488,33 +375,19 @@ class Controller:
         try:
             if not self._prepared:
                 await self._migrate()  # Redis may be away
-            row = await ledger.sale(self._pool, key.sale_id)
-            if row is not None and row.resource_uid is not None:
-                await self._reconciler.close(key.sale_id, self._current(key, None))
-                metadata = {**key._asdict(), "uid": row.resource_uid}
-                await self._create_event(key, events.CLOSED, metadata, "")
-        except Outdated:
+            result = await self._closing.close(key, None, "deleted")
+        except NotClosed:
             return Requeue(failed=True)
         except REPORTED as error:
             self._failed(error)
             log.warning("%s: deleted, but its sale is not closed yet: %s", key.sale_id, error)
             return Requeue(failed=True)
+        if result is not None and result.row is not None:
+            metadata = {**key._asdict(), "uid": result.row.resource_uid}
+            await self._reporter.create_event(key, events.CLOSED, metadata, "")
         self._memories.pop(key, None)
         self._metrics.sales.forget(key)
         return Requeue(gone=True)
-
-    async def _create_event(
-        self, key: Key, event: SaleEvent, metadata: Mapping[str, Any], mark: str
-    ) -> None:
-        """Creates an Event, unless the account or a policy does not permit it.
-
-        The status tells the same, and must not wait for it.
-        """
-        body = events.event_object(event, metadata, mark, datetime.now(UTC))
-        try:
-            await self._kube.create_event(key.namespace, body)
-        except KubeRefused as error:
-            log.warning("%s: no Event %s: %s", key.sale_id, event.reason, error)
 
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
