@@ -1,8 +1,11 @@
 """A sale on a real cluster from `kubectl apply` to SoldOut, and the limits of pods and accounts."""
 
+import json
+
 import yaml
 
-from tests.e2e.shop import NAMESPACE, RELEASE, Shop, commands
+from dev import debian
+from tests.e2e.shop import NAMESPACE, RELEASE, Shop, block, commands
 from tests.support.paths import CHART_FILES
 
 OPERATOR = f"{RELEASE}-flashsale-operator"
@@ -60,3 +63,27 @@ def test_pods_run_unprivileged_on_a_read_only_root_without_build_tools(shop: Sho
         for program in ("cc", "gcc", "uv"):
             output = shop.kubectl("exec", pod, "--", "which", program, check=False)
             assert "exit code 1" in output
+
+
+def test_a_sale_is_closed_while_no_operator_runs(shop: Shop) -> None:
+    item, api = "closed-by-hand", f"{RELEASE}-flashsale-api"
+    debian.require({"jq": "jq"}, "the command that closes a sale without an operator")
+    shop.declare(item, stock=5)
+    url = f"http://{api}/sales"
+    read = f"import urllib.request; print(urllib.request.urlopen('{url}').read().decode())"
+
+    def states() -> dict[str, str]:
+        shown = shop.kubectl("exec", f"deployment/{api}", "--", "python3", "-c", read)
+        return {each["itemId"]: each["state"] for each in json.loads(shown)["sales"]}
+
+    shop.until(lambda: states()[item] == "Selling", f"buyers see that {item} sells")
+    shop.kubectl("scale", f"deployment/{OPERATOR}", "--replicas=0")
+    try:
+        shop.until(lambda: not shop.pods("operator"), "no operator runs")
+        shop.shell(block("close without the operator", "operations").replace("ITEM", item))
+        shop.until(lambda: states()[item] == "Closing", f"buyers see that {item} is closed")
+        shop.kubectl("delete", "fs", item)
+    finally:
+        shop.kubectl("scale", f"deployment/{OPERATOR}", "--replicas=1")
+        shop.roll_out("operator")
+    shop.agrees()
