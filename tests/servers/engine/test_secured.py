@@ -1,6 +1,7 @@
 """The engine with TLS everywhere and Kafka users, as in k8s/values/highly-available.yaml.
 
-Kafka is a real broker with an authorizer. Its users have the ACLs of k8s/kafka/three-brokers.yaml.
+Kafka is a real broker with an authorizer. Its users have the ACLs of k8s/kafka/three-brokers.yaml,
+and one has those of docs/runbooks.md for dead letters.
 Redis has the users of k8s/redis/one-node.yaml.
 Redis and PostgreSQL come from wheels without TLS, so a relay in front of them terminates TLS. These
 tests cover the engine's clients.
@@ -49,6 +50,9 @@ pytestmark = pytest.mark.slow
 
 MANIFESTS: Final = ROOT / "k8s/kafka/three-brokers.yaml"
 PASSWORD: Final = "a password of this test"
+RUNBOOKS: Final = ROOT / "docs/runbooks.md"
+READER: Final = "flashsale-reader"
+"""The user of a person who reads dead letters."""
 SSL_REQUEST: Final = bytes.fromhex("0000000804d2162f")
 """The message with which a PostgreSQL client asks for TLS."""
 
@@ -110,8 +114,9 @@ async def relay(port: int, context: ssl.SSLContext, *, asked: bool) -> AsyncIter
 
 
 def users() -> dict[str, list[dict[str, Any]]]:
-    """Return the ACLs of each Kafka user in the manifests."""
-    return {
+    """Return the ACLs of each Kafka user in the manifests, and of the reader of dead letters."""
+    block = RUNBOOKS.read_text().partition("```yaml\nacls:")[2].partition("```")[0]
+    return {READER: yaml.safe_load(block)} | {
         each["metadata"]["name"]: each["spec"]["authorization"]["acls"]
         for each in yaml.safe_load_all(MANIFESTS.read_text())
         if each["kind"] == "KafkaUser"
@@ -165,11 +170,15 @@ def kafka(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Ite
 def acls() -> list[kafka_admin.AclBinding]:
     """Return the ACLs as Strimzi's user operator creates them."""
     kinds = {"topic": kafka_admin.ResourceType.TOPIC, "group": kafka_admin.ResourceType.GROUP}
+    patterns = {
+        "literal": kafka_admin.ResourcePatternType.LITERAL,
+        "prefix": kafka_admin.ResourcePatternType.PREFIXED,
+    }
     return [
         kafka_admin.AclBinding(
             kinds[acl["resource"]["type"]],
             acl["resource"]["name"],
-            kafka_admin.ResourcePatternType.LITERAL,
+            patterns[acl["resource"].get("patternType", "literal")],
             f"User:{user}",
             "*",
             kafka_admin.AclOperation[re.sub("(?<=[a-z])(?=[A-Z])", "_", operation).upper()],
@@ -372,6 +381,27 @@ async def test_each_user_can_do_its_own_work_and_nothing_else(
             await member.stop()
     after = sum(span.end for span in (await offsets.spans(operator)).values())
     assert after == before + 2
+
+
+async def test_the_user_of_the_runbook_reads_dead_letters_and_publishes_them_again(
+    authority: Authority, kafka: str
+) -> None:
+    own = client("reader", kafka, authority).kafka_client()
+    async with AIOKafkaProducer(
+        **client("consumer", kafka, authority).kafka_client(), acks="all"
+    ) as consumer:
+        await consumer.send_and_wait(events.dead_letter_topic(), b"a dead letter")
+    async with AIOKafkaConsumer(
+        events.dead_letter_topic(),
+        **own,
+        group_id="console-consumer-1",  # kafka-console-consumer.sh names its group so
+        auto_offset_reset="earliest",
+    ) as reader:
+        async with asyncio.timeout(60):
+            while (await reader.getone()).value != b"a dead letter":
+                pass
+    async with AIOKafkaProducer(**own, acks="all") as producer:
+        await asyncio.wait_for(producer.send_and_wait(events.topic(), b"{}"), 60)
 
 
 # aiokafka leaves the socket of a refused connection to the garbage collector.
