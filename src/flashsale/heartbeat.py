@@ -132,8 +132,8 @@ async def living(
 ) -> list[Report]:
     """Returns the reports of the living pods about an item. `server` was read just before.
 
-    A report that used the clock of another run is returned as sampled at 0: after a failover to a
-    server whose clock was ahead, it could look newer than it is. The reports of pods of the
+    A report that used the clock of another run is left out. By this clock it could look newer than
+    it is. A living pod sends another one within `EXPIRY_SECONDS`. The reports of pods of the
     previous version are included.
     """
     key, nodes = ItemKeys.of(item_id, engine).pods, Nodes.of_client(redis)
@@ -143,11 +143,8 @@ async def living(
     reports = []
     for pod_id, text in sorted(found.items()):
         sampled_ms, count, run_id = text.split(",")
-        if int(sampled_ms) < server.now_ms - EXPIRY_SECONDS * 1000:
-            continue
-        reports.append(
-            Report(pod_id, int(count), int(sampled_ms) if run_id == server.run_id else 0)
-        )
+        if run_id == server.run_id and int(sampled_ms) >= server.now_ms - EXPIRY_SECONDS * 1000:
+            reports.append(Report(pod_id, int(count), int(sampled_ms)))
     return reports + [
         Report(pod.pod_id, pod.unacknowledged.get(item_id, 0), pod.sampled_ms)
         for pod in (await _previous_version(redis, engine) if nodes.single else ())

@@ -131,10 +131,14 @@ class Scripts:
 
 
 async def leased(nodes: Nodes, key: str, owner: str, lease_ms: int) -> bool:
-    """Takes or renews a lease. False if another owner has it. Raises `RedisUnavailable`."""
+    """Takes or renews a lease. False if another owner has it. Raises `RedisUnavailable`.
+
+    A lease that ends later than a new one was taken under the clock of a former server. It is
+    shortened.
+    """
     found = await nodes.call(
         key, lambda redis: redis.set(key, owner, nx=True, get=True, px=lease_ms)
     )
-    if found == owner:
-        await nodes.call(key, lambda redis: redis.pexpire(key, lease_ms))
+    if found is not None:
+        await nodes.call(key, lambda redis: redis.pexpire(key, lease_ms, lt=found != owner))
     return found in (None, owner)

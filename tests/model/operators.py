@@ -120,7 +120,7 @@ class Operator(Process):
         world, redis, ledger = self.world, self.servers.redis, self.servers.ledger
         redis.reached()
         sale, stamp = redis.keys.sale, redis.stamp
-        if sale is not None and redis.rebuilding(sale):
+        if sale is not None and redis.rebuilding(sale, self.MARK_SECONDS):
             raise Superseded
         ledger.reached()
         claim, recorded = ledger.claim(0 if sale is None else sale.revision), ledger.progress()
@@ -176,11 +176,10 @@ class Operator(Process):
             unseen
             or bool(redis.keys.outbox)
             or any(
-                beat.sampled < sampled_from
-                or beat.unacknowledged > 0
-                or (rules.heartbeats_of_this_run and beat.stamp != redis.stamp)
+                beat.sampled < sampled_from or beat.unacknowledged > 0
                 for beat in redis.keys.heartbeats.values()
                 if beat.sampled >= redis.clock - EXPIRY
+                and (beat.stamp == redis.stamp or not rules.times_ahead_ignored)
             )
         )
 

@@ -299,7 +299,7 @@ class Redis(Server):
         If the keys are missing, the first call creates a fenced sale, so that buyers do not get
         `unknown`. `recorded` is the ledger's progress.
         """
-        rules, sale, now = self.world.rules, self.read_sale(), self.world.now
+        rules, sale = self.world.rules, self.read_sale()
         if rules.other_run_ends_rebuild and stamp != self.stamp:
             return False
         if again and rules.lost_mark_ends_rebuild and (sale is None or _claim(sale) != claim):
@@ -309,16 +309,18 @@ class Redis(Server):
         elif rules.rebuild_guarded:
             untrusted = self.fenced() or sale.stamp == UNTRUSTED
             trusted = not (untrusted or self.lags(recorded))
-            if trusted or (self.rebuilding(sale) and claim != _claim(sale)):
+            if trusted or (self.rebuilding(sale, seconds) and claim != _claim(sale)):
                 return False
-        sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, now + seconds)
+        sale.stamp, sale.rebuilding = UNTRUSTED, Rebuilding(claim, self.clock + seconds)
         self.wrote()
         return True
 
-    def rebuilding(self, sale: SaleHash) -> bool:
-        """Whether a rebuild has a mark on the sale that has not expired."""
+    def rebuilding(self, sale: SaleHash, seconds: float) -> bool:
+        """Whether a rebuild has a mark on the sale that has not expired, of at most `seconds`."""
         mark = sale.rebuilding
-        return mark is not None and mark.until > self.world.now
+        if mark is None or mark.until <= self.clock:
+            return False
+        return mark.until <= self.clock + seconds or not self.world.rules.times_ahead_ignored
 
     def fill_rebuild(self, claim: int, reservations: Mapping[str, Event]) -> bool:
         """restore.lua: writes the ledger's reservations."""

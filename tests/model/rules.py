@@ -87,8 +87,9 @@ class Rules:
     """ledger.py: every commit of an operator is on the standby, so no revision is taken twice."""
     fenced_not_republished: bool = True
     """page.lua: the records of a fenced sale are not published again."""
-    heartbeats_of_this_run: bool = True
-    """heartbeat.py: a heartbeat with the clock of another run reports nothing yet."""
+    times_ahead_ignored: bool = True
+    """heartbeat.py, recovery.py: after a failover to a server whose clock is behind, the heartbeat
+    of a dead pod and the lease of a dead rebuild do not last longer."""
     silent_links_closed: bool = True
     """nodes.py: a pod closes its link to a primary that does not answer. A primary that was frozen,
     replaced and thawed executes the calls that it got meanwhile."""

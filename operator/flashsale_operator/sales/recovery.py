@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 RESTORE_PAGE: Final = 1_000
 """Reservations or buyers per `restore` call, which takes Redis about a millisecond."""
 LEASE_MS: Final = 5_000
-"""How long other processes leave a sale to a rebuild that does not renew its lease."""
+"""How long other processes leave a sale to a rebuild that does not renew its lease.
+
+A lease that ends later was taken under the clock of a former server, and is void.
+"""
 
 
 Step = Literal["fence", "wait", "begin"]
@@ -55,6 +58,8 @@ class Trusted(StrEnum):
 class Recovery:
     """The scripts as typed calls. Each raises `RedisUnavailable` if Redis cannot serve it."""
 
+    longest_lease_ms = LEASE_MS
+
     def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
         self._nodes = Nodes.of_client(redis)
         self._engine = engine
@@ -73,10 +78,8 @@ class Recovery:
 
         found = await pipelines.each(self._nodes, [key], str, queue)
         (seconds, microseconds), (run_id, until_ms) = found[key]
-        return (
-            str(run_id).startswith("rebuild:")
-            and int(until_ms or 0) > seconds * 1000 + microseconds // 1000
-        )
+        left_ms = int(until_ms or 0) - (seconds * 1000 + microseconds // 1000)
+        return str(run_id).startswith("rebuild:") and 0 < left_ms <= self.longest_lease_ms
 
     async def fence(  # noqa: PLR0913 - the row, and the step of the rebuild
         self,
@@ -114,6 +117,7 @@ class Recovery:
             held,
             engine_id,
             run_id,
+            self.longest_lease_ms,
         )
         return Fenced(
             await self._scripts.call(self._fence, self._keys(spec.item_id).sold, arguments)

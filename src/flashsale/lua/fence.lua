@@ -12,7 +12,8 @@
 --       15 step: 'fence' for the first call, 'wait' for a repeat, 'begin' to empty the keys for
 --         `restore`,
 --       16 the accepted and 17 the held units that the ledger has recorded for this sale,
---       18 the id of the caller's engine, 19 the server's run when the rebuild began, or ''
+--       18 the id of the caller's engine, 19 the server's run when the rebuild began, or '',
+--       20 the longest lease, ms. One that ends later was taken under the clock of a former server.
 -- Returns one word:
 --         fenced       the sale waits for this rebuild. If it had no keys, there is a marker now.
 --         begun        the keys are empty, and only this rebuild can write them
@@ -36,6 +37,7 @@ local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end
 if not tonumber(ARGV[2]) or not tonumber(ARGV[9]) or not tonumber(ARGV[10])
   or not tonumber(ARGV[11]) or not tonumber(ARGV[16]) or not tonumber(ARGV[17])
+  or not tonumber(ARGV[20])
   or not (ARGV[15] == 'fence' or ARGV[15] == 'wait' or ARGV[15] == 'begin') then
   return redis.error_reply('ERR malformed rebuild')
 end
@@ -81,7 +83,8 @@ if not reason and sale.accepted >= accepted
 end
 local other = tonumber(string.match(sale.run_id, '^rebuild:(%d+)$'))
 local until_ms = tonumber(redis.call('HGET', KEYS[1], 'rebuild_until_ms') or 0)
-if other and until_ms and other > tonumber(ARGV[2]) and until_ms > clock_ms() then
+local left_ms = until_ms and until_ms - clock_ms() or 0
+if other and other > tonumber(ARGV[2]) and left_ms > 0 and left_ms <= tonumber(ARGV[20]) then
   return 'rebuilding'
 end
 redis.call('HSET', KEYS[1], unpack(mark))

@@ -15,6 +15,7 @@ from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_operator.sales.recovery import Recovery
 from tests.model.scripts.item import Item
+from tests.model.scripts.machine import LEASE_MS
 from tests.model.scripts.server import Connected, Fault
 from tests.model.scripts.stories import Stories
 from tests.support.sequences import run_sequences
@@ -32,6 +33,7 @@ def compared(
         client = redis_client.connect(server.url)
         inventory = Inventory(client, outbox_limit=Item().outbox_limit)
         outbox, recovery = Outbox(client), Recovery(client)
+        recovery.longest_lease_ms = LEASE_MS
         if fault is not None:
             fault.into(inventory, outbox, recovery)
         run_id = runner.run(inventory.server()).run_id

@@ -131,7 +131,7 @@ _REBUILDS = [
     Fault("fence", "if redis.call('XLEN', KEYS[4]) > 0 then", "if false then"),
     Fault("fence", "if sale.revision > tonumber(ARGV[2]) then", "if false then"),
     Fault("fence", "and other > tonumber(ARGV[2])", ""),
-    Fault("fence", "and until_ms > clock_ms()", ""),
+    Fault("fence", "and left_ms > 0", ""),
     Fault("fence", "redis.call('DEL', KEYS[2], KEYS[3], KEYS[5])\n  write()", "write()"),
     Fault("fence", "'DEL', KEYS[2], KEYS[3], KEYS[5])", "'DEL', KEYS[2], KEYS[3])"),
     Fault("fence", "'rebuilt', ARGV[2]", "'rebuilt', '0'"),

@@ -232,3 +232,16 @@ async def test_settle_frees_memory_and_units_on_a_full_server(
         assert (sale.released, sale.outbox_length) == (1, 0)
         assert await client.hgetall(ItemKeys.of(item).buyers) == {"ann": "0"}
         await client.aclose()
+
+
+async def test_a_lease_under_the_clock_of_a_former_server_is_shortened(
+    redis: Redis, outbox: Outbox, item: str
+) -> None:
+    """Its owner died before a failover to a server whose clock is a minute behind."""
+    key = ItemKeys.of(item).sweeper
+    assert await outbox.take_lease(item, "dead", 60_000)
+    assert not await outbox.take_lease(item, "pod", 10_000)
+    assert await redis.pttl(key) <= 10_000
+    await redis.pexpire(key, 5_000)
+    assert not await outbox.take_lease(item, "pod", 10_000)
+    assert await redis.pttl(key) <= 5_000

@@ -105,6 +105,16 @@ async def test_the_drain_waits_for_a_heartbeat_after_the_fence(
     )
 
 
+async def test_the_drain_ignores_a_heartbeat_under_the_clock_of_a_former_server(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """The pod died before Redis failed over to a server whose clock is a minute behind."""
+    sampled = ServerTime((await shop.inventory.server()).now_ms + 60_000, "another run")
+    await heartbeat.beat(shop.redis, "dead", {sold.item_id: 1}, {"": sampled})
+    await shop.redis.delete("flashsale:pod:dead")  # that of the previous version names no run
+    assert not await not_drained(shop, sold)
+
+
 async def test_the_drain_waits_for_pods_that_have_not_beaten_yet(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:

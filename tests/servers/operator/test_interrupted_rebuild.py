@@ -76,6 +76,21 @@ async def test_an_overtaken_rebuild_cannot_write(shop: SimulatedShop, sold: Sale
     assert await shop.sale(sold.item_id) == before
 
 
+async def test_a_lease_under_the_clock_of_a_former_server_is_void(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """The rebuild died before Redis failed over to a server whose clock is a minute behind."""
+    recovery, row = Recovery(shop.redis), await shop.row(sold.sale_id)
+    await shop.redis.flushall()
+    await begin(shop, sold, 9)
+    until_ms = (await shop.inventory.server()).now_ms + 60_000
+    await shop.redis.hset(ItemKeys.of(sold.item_id).sale, "rebuild_until_ms", str(until_ms))
+    assert not await recovery.rebuilding(sold.item_id)
+    assert await recovery.fence(spec_of(row), 8) is Fenced.FENCED
+    assert await recovery.rebuilding(sold.item_id)
+    assert await recovery.fence(spec_of(row), 7) is Fenced.REBUILDING
+
+
 async def test_a_rebuild_suspended_during_a_wipe_of_redis_cannot_begin(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:
