@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from tests.model.pods import Pod
-from tests.model.records import MAX_EXPIRED_HOLDS, Keys
+from tests.model.records import HELD, MAX_EXPIRED_HOLDS, Event, Keys
 from tests.model.rules import EXPIRY, Rules
 from tests.model.scene import Scene, ask_again, order
 from tests.model.world import Violation
@@ -43,6 +43,40 @@ def the_outbox_is_full_when_a_buyer_pays(rules: Rules) -> None:
     if scene.buy("second") is not None:
         raise Violation("a full outbox takes another reservation")
     scene.confirm("first")
+
+
+# Redis has sold a unit twice, and the ledger refused the second sale.
+
+
+def a_refused_hold_ends(rules: Rules) -> None:
+    """Redis sells its unit again. The ledger has no room for that sale either."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    sell_twice(scene)
+    scene.record(scene.cancel("second")[1])
+    scene.record(scene.buy("third", promised=False))
+    scene.judge()
+
+
+def a_refused_reservation_is_confirmed(rules: Rules) -> None:
+    """Its first event is published again after a restock, and the second one is not."""
+    scene = Scene(rules, stock=1, hold=HOLD)
+    held = sell_twice(scene)
+    scene.record(scene.confirm("second")[1])
+    scene.declare(2)
+    scene.record(held)
+    found = scene.ledger.tables.reservations.get("second")
+    if found is not None and found.state == HELD:
+        raise Violation("the ledger has the confirmed reservation as a hold")
+
+
+def sell_twice(scene: Scene) -> Event | None:
+    """Sells the only unit to a second buyer, from an older copy of Redis in the same run."""
+    before = scene.redis.keys.copy()
+    scene.record(scene.buy("first"))
+    scene.redis.keys = before
+    held = scene.buy("second", promised=False)
+    scene.record(held)
+    return held
 
 
 # Durable before 200.
@@ -304,6 +338,8 @@ HOLD_SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("expiry_has_grace", a_buyer_pays_in_the_last_second),
     ("unpaid_order_is_set", a_shop_refunds_an_order_without_a_hold),
     ("limit_spares_changes", the_outbox_is_full_when_a_buyer_pays),
+    ("ends_recorded", a_refused_hold_ends),
+    ("refused_versions_grow", a_refused_reservation_is_confirmed),
     ("late_acknowledgements_ignored", kafka_acknowledges_after_a_rebuild),
     ("confirmation_waits", a_confirmation_is_answered_before_kafka_has_it),
     ("cancellation_waits", a_refund_is_answered_before_kafka_has_it),

@@ -141,9 +141,12 @@ class Ledger:
         return True
 
     def _refuse(self, event: Event) -> None:
-        if self.tables.refused.setdefault(event.reservation_id, event) is event:
+        known = self.tables.refused.setdefault(event.reservation_id, event)
+        if known is event:
             self.world.oracle.counts["refused"] += 1
             self.world.log("ledger", "refuses", event)
+        elif event.version > known.version and self.world.rules.refused_versions_grow:
+            self.tables.refused[event.reservation_id] = event
 
     def _record(self, row: Row, event: Event) -> None:
         tables, rules = self.tables, self.world.rules
@@ -157,8 +160,10 @@ class Ledger:
             return
         added = event.quantity if known is None else 0
         if row.accepted + added > row.capacity:
-            self._refuse(event)
-            return
+            if not (event.final and rules.ends_recorded):
+                self._refuse(event)
+                return
+            row.capacity = row.accepted + added
         tables.reservations[event.reservation_id] = event
         tables.refused.pop(event.reservation_id, None)
         row.accepted += added

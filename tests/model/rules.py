@@ -61,6 +61,11 @@ class Rules:
     cut_off_events_refused: bool = True
     """recorder.py: an event that was made before the sale's last rebuild, and was not in it, is
     void. A reservation that the ledger does not know is refused."""
+    ends_recorded: bool = True
+    """recorder.py: the end of a reservation is recorded even if it does not fit. Redis sells its
+    units again, and the capacity in the next events contains them."""
+    refused_versions_grow: bool = True
+    """recorder.py: a refused row keeps its newest version. An older one cannot return alone."""
     refused_may_return: bool = True
     """recorder.py: a refused id that is accepted again, under the same key, is recorded."""
     rebuild_guarded: bool = True

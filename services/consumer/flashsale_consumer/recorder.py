@@ -18,6 +18,7 @@ from asyncpg import CheckViolationError, DataError, IntegrityConstraintViolation
 
 from flashsale.events import Event
 from flashsale.ledger import Connection
+from flashsale.reservations import FINAL
 from flashsale_consumer import offsets
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,9 @@ _WRITE: Final = """
     RETURNING sales.sale_id, sales.item_id, change.events, change.changed, change.users,
         change.quantities, statement_timestamp() AS recorded_at
 """
+# A refused row keeps its newest version, so that an older one cannot return without it.
 _REFUSE: Final = """
-    INSERT INTO reservations (
+    INSERT INTO reservations AS known (
         sale_id, reservation_id, user_id, quantity, state, version, request_key, order_ref,
         accepted_at, expires_at, confirmed_at
     )
@@ -99,8 +101,15 @@ _REFUSE: Final = """
         string_to_array($6, ',')::bigint[], string_to_array($7, ',', ''),
         string_to_array($8, ',', ''), $9::timestamptz[], $10::timestamptz[], $11::timestamptz[]
     )
-    ON CONFLICT DO NOTHING
-    RETURNING sale_id, reservation_id::text
+    ON CONFLICT (sale_id, reservation_id) DO UPDATE
+    SET version = excluded.version, former_state = known.state
+    WHERE known.state = 'refused' AND known.version < excluded.version
+    RETURNING sale_id, reservation_id::text, former_state
+"""
+_RAISE_ROOM: Final = """
+    UPDATE sales SET capacity = capacity + ended.units, updated_at = now()
+    FROM unnest($1::text[], $2::bigint[]) AS ended (sale_id, units)
+    WHERE sales.sale_id = ended.sale_id
 """
 _ROOM: Final = """
     SELECT sale_id, capacity - accepted AS room FROM sales WHERE sale_id = ANY($1::text[])
@@ -264,9 +273,10 @@ async def _write(connection: Connection, events: Sequence[Event], outcome: Batch
     except _REJECTED as error:
         ordered = sorted(events, key=lambda event: (event.accepted_at, event.reservation_id))
         over: list[Event] = []
+        more_room = False
         if isinstance(error, CheckViolationError) and error.constraint_name == _CAPACITY_CHECK:
-            ordered, over = await _divide(connection, ordered)
-        if over:
+            ordered, over, more_room = await _divide(connection, ordered)
+        if over or more_room:
             await _write(connection, ordered, outcome)
             await _refuse(connection, over, _TOO_MANY, outcome)
         elif len(events) > 1:
@@ -301,10 +311,13 @@ def _columns(events: Sequence[Event], states: Sequence[str]) -> tuple[object, ..
 
 async def _divide(
     connection: Connection, events: Sequence[Event]
-) -> tuple[list[Event], list[Event]]:
+) -> tuple[list[Event], list[Event], bool]:
     """Divides events, one per reservation, into those that fit and those over the capacity.
 
     The caller has locked the sales, so no other transaction changes their counts and reservations.
+    The end of a reservation always fits. Redis sells its units again, and the capacity in the next
+    events contains them. If the ledger did not count them, both sales would fit. Also returns
+    whether such an end has raised a capacity.
     """
     sale_ids = [event.sale_id for event in events]
     reservation_ids = [event.reservation_id for event in events]
@@ -313,15 +326,20 @@ async def _divide(
     room = {row["sale_id"]: row["room"] for row in rows}
     rows = await connection.fetch(_COUNTED, sale_ids, reservation_ids, versions)
     counted = {tuple(row) for row in rows}
-    fitting, over = [], []
+    fitting, over, ended = [], [], Counter[str]()
     for event in events:
         added = 0 if (event.sale_id, event.reservation_id) in counted else event.quantity
-        if added > room[event.sale_id]:
+        missing = added - room[event.sale_id]
+        if missing > 0 and event.state not in FINAL:
             over.append(event)
-        else:
-            room[event.sale_id] -= added
-            fitting.append(event)
-    return fitting, over
+            continue
+        if missing > 0:
+            ended[event.sale_id] += missing
+        room[event.sale_id] = max(0, -missing)
+        fitting.append(event)
+    if ended:
+        await connection.execute(_RAISE_ROOM, list(ended), list(ended.values()))
+    return fitting, over, bool(ended)
 
 
 def _known(events: Sequence[Event], changes: Sequence[asyncpg.Record]) -> list[Event]:
@@ -392,7 +410,7 @@ async def _refuse(
         else:
             outcome.broken.append((events[0], _reason(error)))
     else:
-        added = {tuple(row) for row in rows}
+        added = {(row[0], row[1]) for row in rows if row["former_state"] is None}
         outcome.refused += [
             (event, why) for event in events if (event.sale_id, event.reservation_id) in added
         ]

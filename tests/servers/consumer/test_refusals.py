@@ -96,10 +96,46 @@ async def test_a_batch_is_refused_as_if_its_events_came_one_by_one(
 async def test_a_refused_reservation_stays_refused_while_it_does_not_fit(ledger: Ledger) -> None:
     event = accepted(allocated=0, capacity=0)
     assert [each for each, _ in (await record(ledger, [event])).refused] == [event]
-    for later in (event, changed(event, "cancelled", capacity=0)):
-        assert await record(ledger, [later]) == BatchOutcome()
+    assert await record(ledger, [event]) == BatchOutcome()
     assert await ledger.rows() == {event.reservation_id: ("refused", 1, 1)}
     assert await counts(ledger) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "expired"])
+@pytest.mark.parametrize("together", [False, True])
+async def test_the_end_of_a_refused_hold_leaves_no_room_for_another_reservation(
+    ledger: Ledger, together: bool, end: str
+) -> None:
+    """Redis sold the units twice. It sells those of the hold a third time."""
+    first, hold = (held(number, quantity=2, allocated=2, capacity=2) for number in range(2))
+    assert (await record(ledger, [first, hold])).refused == [(hold, recorder._TOO_MANY)]
+    ended = changed(hold, end)
+    third = held(3, quantity=2, allocated=2, capacity=4)
+    if together:
+        refused = (await record(ledger, [third, ended])).refused
+    else:
+        assert await record(ledger, [ended]) == BatchOutcome(recorded=1)
+        refused = (await record(ledger, [third, ended])).refused
+    assert [event for event, _ in refused] == [third]
+    assert (await ledger.rows())[hold.reservation_id] == (end, 2, 2)
+    assert await counts(ledger) == (4, 2, 2)
+    assert await record(ledger, [first, hold, ended, third]) == BatchOutcome()
+    assert (await record(ledger, [changed(first, end)])).recorded == 1
+    assert (await record(ledger, [msgspec.structs.replace(third, capacity=6)])).recorded == 1
+
+
+async def test_an_older_version_of_a_refused_reservation_does_not_return_alone(
+    ledger: Ledger,
+) -> None:
+    """The ledger would have a confirmed reservation as a hold, for ever."""
+    hold = held(allocated=0, capacity=0)
+    confirmed = changed(hold, "confirmed")
+    assert [each for each, _ in (await record(ledger, [hold])).refused] == [hold]
+    assert await record(ledger, [confirmed]) == BatchOutcome()
+    other = accepted(allocated=5, capacity=5)
+    assert await record(ledger, [other, hold]) == BatchOutcome(recorded=1)
+    assert (await ledger.rows())[hold.reservation_id] == ("refused", 2, 1)
+    assert (await record(ledger, [confirmed])).recorded == 1
 
 
 async def test_a_refused_reservation_that_is_accepted_again_is_recorded(ledger: Ledger) -> None:
