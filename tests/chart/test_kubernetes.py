@@ -221,6 +221,9 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     assert not may(cluster, account, "list", "secrets", "default")
     scaled = cluster.kubectl("get", "-n", namespace, "scaledobjects,hpa", "-o", "name", check=True)
     assert len(scaled.stdout.split()) == 2
+    two = merged(ADDRESSES, at("operator.namespaces", [namespace, "default"]))
+    helm("upgrade", "shop", str(CHART), values=two)
+    assert may(cluster, account, "list", "flashsales.flashsale.dev", "default")
     helm("upgrade", "shop", str(CHART), values=small)
     assert not may(cluster, account, "list", "flashsales.flashsale.dev", "default")
 
@@ -302,7 +305,7 @@ def test_people_with_edit_may_sell_and_people_with_view_may_read(
             cluster.kubectl(
                 "get",
                 "clusterrole",
-                f"{release}-shop-flashsale-{role}",
+                f"{release}:shop-flashsale-{role}",
                 "-o",
                 "json",
                 check=True,

@@ -74,6 +74,29 @@ def test_every_object_has_the_recommended_labels_and_selectors_use_three_of_them
     )
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("a", "shop"), ("b", "shop")), (("shop", "eu"), ("shop-eu", "flashsale"))],
+)
+@pytest.mark.parametrize(
+    "operator", [{"namespaces": ["there"]}, {"allNamespaces": True}], ids=["one", "all"]
+)
+def test_two_releases_have_only_the_crd_in_common(
+    chart: Helm, first: tuple[str, str], second: tuple[str, str], operator: dict[str, Any]
+) -> None:
+    def objects(namespace: str, release: str) -> set[tuple[str, str, str]]:
+        values = merged(ADDRESSES, {"operator": operator})
+        text = chart.run("template", release, str(CHART), "-n", namespace, values=values)
+        rendered = Rendered.of(text)
+        return {
+            (each["kind"], each["metadata"].get("namespace", ""), each["metadata"]["name"])
+            for each in [*rendered.manifests, *rendered.hooks]
+        }
+
+    crd = ("CustomResourceDefinition", "", "flashsales.flashsale.dev")
+    assert objects(*first) & objects(*second) == {crd}
+
+
 def test_common_labels_and_annotations_join_those_of_each_object(chart: Helm) -> None:
     labels = {"team": "sales", "release": "common"}
     annotations = {"a": "b", "c": "d"}

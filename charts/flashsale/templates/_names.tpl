@@ -19,6 +19,16 @@
 {{ include "flashsale.fullname" .root }}-{{ .component }}
 {{- end }}
 
+{{/*
+Name of an RBAC object: (dict "root" $ "component" "operator" "namespace" "there"). A cluster-wide object
+has no "namespace". Outside the release's namespace, the name begins with that namespace, because
+releases of the same name can meet there. Neither a namespace nor a name has a colon.
+*/}}
+{{- define "flashsale.rbac.name" -}}
+{{- if ne .root.Release.Namespace (default "" .namespace) }}{{ .root.Release.Namespace }}:{{ end }}
+{{- include "flashsale.component.name" . }}
+{{- end }}
+
 {{- define "flashsale.component.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name | quote }}
 app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
