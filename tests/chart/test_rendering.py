@@ -22,6 +22,7 @@ from tests.support.chart import (
 from tests.support.chart_options import (
     API_SCALES,
     AUTHORITY,
+    BY_CPU,
     BY_LAG,
     EVERYWHERE,
     INGRESS,
@@ -324,9 +325,11 @@ def test_an_address_in_a_secret_appears_in_no_manifest(chart: Helm) -> None:
 
 
 def test_long_names_are_cut_to_63_characters(chart: Helm) -> None:
-    rendered = chart.render({"fullnameOverride": "a" * 63})
+    rendered = chart.render({"fullnameOverride": "a" * 63}, BY_LAG)
     names = [each["metadata"]["name"] for each in rendered.all("Deployment")]
     assert len(set(names)) == 3
+    (scaled,) = rendered.all("ScaledObject")
+    names.append(scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["name"])
     assert max(map(len, names)) <= 63
 
 
@@ -390,6 +393,16 @@ def test_keda_connects_to_kafka_with_the_consumers_credentials(
     assert all(each["name"] in known for each in given.get("env", []))
     found = given.get("secretTargetRef", [])
     assert [(each["parameter"], each["name"], each["key"]) for each in found] == secrets
+
+
+def test_the_consumer_can_change_between_keda_and_a_plain_autoscaler(chart: Helm) -> None:
+    (plain,) = chart.render(BY_CPU).all("HorizontalPodAutoscaler")
+    (scaled,) = chart.render(BY_LAG).all("ScaledObject")
+    # Helm creates the new object before it deletes the old one. KEDA refuses a ScaledObject of a
+    # Deployment with another autoscaler unless that one has this annotation.
+    assert plain["metadata"]["annotations"] == {"validations.keda.sh/hpa-ownership": "false"}
+    made = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["name"]
+    assert made != plain["metadata"]["name"]
 
 
 @pytest.mark.parametrize(("changes", "tls"), [({}, None), (TLS, "enable"), (AUTHORITY, None)])
