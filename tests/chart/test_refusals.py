@@ -19,6 +19,16 @@ from tests.support.paths import CHART
         (at("api.resources.limits", {"gpu": "1"}), "'/api/resources/limits'"),
         (at("api.resources.limits.cpu", -1), "'/api/resources/limits/cpu'"),
         (at("api.topologySpreadConstraints", [{"topologyKey": "a"}]), "'maxSkew'"),
+        (
+            at(
+                "consumer.topologySpreadConstraints",
+                [
+                    {"topologyKey": "rack", "maxSkew": 1, "whenUnsatisfiable": when}
+                    for when in ("DoNotSchedule", "ScheduleAnyway")
+                ],
+            ),
+            "consumer.topologySpreadConstraints: the topologyKey rack is repeated",
+        ),
         (at("api.affinity.podAffinities", {}), "'/api/affinity'"),
         (at("api.extraEnv", [{"name": "A"}]), "'/api/extraEnv/0'"),
         (at("api.extraEnv", [{"name": "A=B", "value": ""}]), "'/api/extraEnv/0/name'"),

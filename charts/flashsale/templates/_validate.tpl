@@ -102,6 +102,15 @@
 {{- end }}
 {{- end }}
 {{- end }}
+{{- range $component := list "api" "consumer" }}
+{{- $keys := list }}
+{{- range (index $.Values $component).topologySpreadConstraints }}
+{{- if has .topologyKey $keys }}
+{{- $wrong = append $wrong (printf "%s.topologySpreadConstraints: the topologyKey %s is repeated, and an upgrade would lose one of the two" $component .topologyKey) }}
+{{- end }}
+{{- $keys = append $keys .topologyKey }}
+{{- end }}
+{{- end }}
 {{- range $server := list "redis" "kafka" "database" }}
 {{- $port := int (index $.Values.networkPolicies $server).port }}
 {{- $ports := include "flashsale.network.ports" (dict "root" $ "server" $server) | fromJsonArray }}
