@@ -168,6 +168,27 @@ from tests.support.paths import CHART
             ),
             "database.url contains a password",
         ),
+        (
+            at(
+                "database",
+                {"url": "postgresql://u@h/d?sslpassword=x", "existingSecret": {"name": ""}},
+            ),
+            "database.url contains a password",
+        ),
+        *(
+            (
+                at("operator.extraEnv", [{"name": name, "value": value}]),
+                f"operator.extraEnv: the value of {name} is a secret",
+            )
+            for name, value in (
+                ("PGPASSWORD", "x"),
+                ("FLASHSALE_KAFKA_PASSWORD", "x"),
+                ("FLASHSALE_ORDER_TOKENS", "x"),
+                ("HTTPS_PROXY", "http://u:x@proxy:3128"),
+            )
+        ),
+        (at("tracing.endpoint", "http://u:x@collector:4318"), "'/tracing/endpoint'"),
+        (at("identity.jwksUrl", "https://u:x@keys/a"), "'/identity/jwksUrl'"),
         *(
             (
                 at("database.url", f"postgresql://{address}"),

@@ -1,6 +1,7 @@
 {{/* Checks that a JSON schema cannot express. They report all mistakes together. */}}
 {{- define "flashsale.validate" -}}
 {{- $wrong := list }}
+{{- $secret := "^[a-z]+://[^/@]*:[^/@]*@|[?&](ssl)?password=" }}
 {{- range $section, $key := dict "redis" "url" "kafka" "bootstrap" "database" "url" }}
 {{- $of := index $.Values $section }}
 {{- $address := index $of $key }}
@@ -9,7 +10,7 @@
 {{- else if not (or $address $of.existingSecret.name) }}
 {{- $wrong = append $wrong (printf "%s.%s or %s.existingSecret.name is required" $section $key $section) }}
 {{- end }}
-{{- if regexMatch "^[a-z]+://[^/@]*:[^/@]*@|[?&]password=" (toString $address) }}
+{{- if regexMatch $secret (toString $address) }}
 {{- $wrong = append $wrong (printf "%s.%s contains a password: put the address into a Secret and set %s.existingSecret.name" $section $key $section) }}
 {{- end }}
 {{- end }}
@@ -93,6 +94,11 @@
 {{- $wrong = append $wrong (printf "%s.extraEnv: the variable %s is set already" $component .name) }}
 {{- end }}
 {{- $names = append $names .name }}
+{{- end }}
+{{- range (index $.Values $component).extraEnv }}
+{{- if and .value (or (regexMatch "PASSWORD$|^FLASHSALE_ORDER_TOKENS$" .name) (regexMatch $secret .value)) }}
+{{- $wrong = append $wrong (printf "%s.extraEnv: the value of %s is a secret: put it into a Secret and set valueFrom" $component .name) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- range $component := list "api" "consumer" "operator" }}
