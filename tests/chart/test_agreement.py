@@ -128,6 +128,13 @@ def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) ->
             ["postgres://u@h/d", "postgresql://u@a:1,[::1]:2/d?sslmode=require", "postgres://u@h"],
             ["mysql://h/d", "postgres://u@h:x/d", "postgres://u@h/d#x", "postgres://u@v@h/d"],
         ),
+        (
+            "identity",
+            "jwksUrl",
+            ApiSettings,
+            ["https://h", "http://h:65535/", "https://[::1]:1/keys?a=b@c#d"],
+            ["h", "ftp://h", "https://h:0", "https://h:65536/", "https://u:p@h/", "https://h/a b"],
+        ),
     ],
 )
 def test_the_chart_accepts_the_addresses_that_a_process_accepts(
@@ -139,8 +146,12 @@ def test_the_chart_accepts_the_addresses_that_a_process_accepts(
         "FLASHSALE_REDIS_URL": "redis://h",
         "FLASHSALE_KAFKA_BOOTSTRAP": "a:1",
         "FLASHSALE_DATABASE_URL": "postgres://u@h/d",
+        "FLASHSALE_JWT_ISSUER": "a",
+        "FLASHSALE_JWT_AUDIENCE": "b",
+        "FLASHSALE_JWKS_URL": "https://h",
     }
-    variable = f"FLASHSALE_{section.upper()}_{key.upper()}"
+    named = f"{section.upper()}_{key.upper()}"
+    variable = f"FLASHSALE_{'JWKS_URL' if key == 'jwksUrl' else named}"
     for address in accepted:
         assert re.search(pattern, address), address
         load(kind, environ | {variable: address})

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.chart import ADDRESSES, Helm, Refused, at
+from flashsale.tracing import Sampling
+from tests.support.chart import ADDRESSES, Helm, Refused, at, merged
+from tests.support.chart_options import API_SCALES, BY_CPU, TRACING
 from tests.support.paths import CHART
 
 
@@ -134,6 +136,22 @@ from tests.support.paths import CHART
             at("fullnameOverride", "7"),
             "fullnameOverride is required: the release's full name 7 cannot name a Service",
         ),
+        *(
+            (
+                merged(switch, at(f"{component}.resources.requests.cpu", None)),
+                f"requires {component}.resources.requests.cpu, because",
+            )
+            for component, switch in (("api", API_SCALES), ("consumer", BY_CPU))
+        ),
+        (
+            at("redis.existingSecret.apiKey", "api-url"),
+            "redis.existingSecret.apiKey requires redis.existingSecret.name",
+        ),
+        *(
+            (at("consumer.image.repository", name), "'/consumer/image/repository'")
+            for name in ("shop/api:v1", "registry.example:5000/api:v1", "api:80", "api@sha256:0")
+        ),
+        *((at("tracing.ratio", ratio), "'/tracing/ratio'") for ratio in ("1.5", "half", "")),
         (at("redis.url", "redis://redis:65536"), "'/redis/url'"),
         (at("kafka.bootstrap", "kafka:0"), "'/kafka/bootstrap'"),
         (at("tracing.endpoint", "http://collector:port"), "'/tracing/endpoint'"),
@@ -252,6 +270,24 @@ def test_one_consumer_per_partition_is_allowed(chart: Helm) -> None:
     assert chart.render(at("consumer.replicas", 24), at("kafka.partitions", 24))
     # The limits of autoscaling do not matter while it is off.
     assert chart.render(at("consumer.autoscaling.maxReplicas", 100))
+
+
+def test_a_limit_of_the_cpu_is_also_its_request(chart: Helm) -> None:
+    resources = {"requests": {"cpu": None}, "limits": {"cpu": 1}}
+    assert chart.render(API_SCALES, at("api.resources", resources))
+
+
+@pytest.mark.parametrize("name", ["a", "shop/api", "localhost:5000/api", "r.example:443/a_b/c.d"])
+def test_a_registry_of_an_image_may_have_a_port(chart: Helm, name: str) -> None:
+    rendered = chart.render(at("api.image", {"repository": name, "tag": "v1"}))
+    assert rendered.container("api")["image"] == f"{name}:v1"
+
+
+@pytest.mark.parametrize("ratio", ["0", "0.5", ".5", "1.0"])
+def test_a_ratio_may_be_text_because_helm_set_gives_text(chart: Helm, ratio: str) -> None:
+    rendered = chart.render(TRACING, at("tracing.ratio", ratio))
+    given = rendered.environment("api")["OTEL_TRACES_SAMPLER_ARG"]
+    assert Sampling.of({"OTEL_TRACES_SAMPLER_ARG": given}).ratio == float(ratio)
 
 
 def test_an_option_of_the_database_that_nothing_hides_is_allowed(chart: Helm) -> None:

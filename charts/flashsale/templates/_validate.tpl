@@ -139,6 +139,16 @@
 {{- $wrong = append $wrong "operator.allNamespaces and operator.namespaces are both set: set only one of them" }}
 {{- end }}
 {{- end }}
+{{- range $switch, $scales := dict "api.autoscaling.enabled" .Values.api.autoscaling.enabled "consumer.autoscaling.by=cpu" (eq .Values.consumer.autoscaling.by "cpu") }}
+{{- $component := splitList "." $switch | first }}
+{{- $resources := (index $.Values $component).resources }}
+{{- if and $scales (not (or (dig "requests" "cpu" "" $resources) (dig "limits" "cpu" "" $resources))) }}
+{{- $wrong = append $wrong (printf "%s requires %s.resources.requests.cpu, because the target is a percentage of it" $switch $component) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.redis.existingSecret.apiKey (not .Values.redis.existingSecret.name) }}
+{{- $wrong = append $wrong "redis.existingSecret.apiKey requires redis.existingSecret.name" }}
+{{- end }}
 {{- if and .Values.api.service.nodePort (eq .Values.api.service.type "ClusterIP") }}
 {{- $wrong = append $wrong "api.service.nodePort requires api.service.type NodePort or LoadBalancer" }}
 {{- end }}
