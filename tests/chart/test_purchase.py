@@ -5,12 +5,15 @@ The operator and the script run with the chart's own service accounts.
 
 import json
 import os
+import ssl
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import asyncpg
 import pytest
@@ -19,6 +22,7 @@ from dev.cluster.control_plane import ControlPlane
 from dev.issuer import Issuer
 from dev.services import Addresses, ApiServer, ConsumerServer, OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from tests.support.certificates import ADDRESS, certificate
 from tests.support.chart import ADDRESSES, CRD_RESOURCE, Helm, Rendered, at, merged
 from tests.support.paths import CHART
 
@@ -149,3 +153,73 @@ def test_helm_test_buys_one_unit_and_finds_it_in_the_ledger(
     assert steps == (WITHOUT_A_TOKEN if "jwksUrl" in identity else SOLD)
     assert cluster.kubectl("get", "fs", "-n", namespace, "-o", "name").stdout == ""
     assert given["API"] == "http://shop-flashsale-api:80"
+
+
+class LossyHandler(BaseHTTPRequestHandler):
+    """A kube-apiserver and an API. The answers to the first creation and deletion are lost."""
+
+    stored: ClassVar[set[str]] = set()
+    seen: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self._answer(200, {"state": "Selling"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/reserve":
+            return self._answer(401, {})
+        name = body["metadata"]["name"]
+        if name in self.stored:
+            return self._answer(409, {"reason": "AlreadyExists"})
+        self.stored.add(name)
+        return self._lose("POST", 201)
+
+    def do_DELETE(self) -> None:
+        name = self.path.rpartition("/")[2]
+        if name not in self.stored:
+            return self._answer(404, {})
+        self.stored.remove(name)
+        return self._lose("DELETE", 200)
+
+    def _lose(self, verb: str, status: int) -> None:
+        if verb in self.seen:
+            return self._answer(status, {})
+        self.seen.append(verb)
+        self.close_connection = True
+        return None
+
+    def _answer(self, status: int, body: object) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+
+def test_helm_test_repeats_a_creation_and_a_deletion_whose_answers_were_lost(
+    tmp_path: Path,
+) -> None:
+    certificate(tmp_path)
+    (tmp_path / "token").write_text("token")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "server.pem")
+    with ThreadingHTTPServer((ADDRESS, 0), LossyHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever).start()
+        port = str(server.server_address[1])
+        done = subprocess.run(
+            [sys.executable, str(CHART / "files/purchase.py")],
+            env={
+                "ACCOUNT": str(tmp_path),
+                "API": f"https://{ADDRESS}:{port}",
+                "KUBERNETES_SERVICE_HOST": ADDRESS,
+                "KUBERNETES_SERVICE_PORT": port,
+                "NAMESPACE": "sales",
+                "NEEDS_TOKEN": "true",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        server.shutdown()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(LossyHandler.seen) == ["DELETE", "POST"]
+    assert LossyHandler.stored == set()

@@ -29,6 +29,12 @@ NAME = f"helm-test-{uuid.uuid4().hex[:8]}"
 ITEM = os.environ.get("ITEM_PREFIX", "") + NAME
 USER_HEADER = os.environ.get("USER_HEADER")
 NEEDS_TOKEN = "NEEDS_TOKEN" in os.environ
+SALE = {
+    "apiVersion": "flashsale.dev/v1alpha1",
+    "kind": "FlashSale",
+    "metadata": {"name": NAME},
+    "spec": {"itemId": ITEM, "displayName": "helm test", "stock": 1},
+}
 
 
 def call(method: str, url: str, body: object = None, **headers: str) -> tuple[int, Any]:
@@ -71,6 +77,18 @@ def flash_sales(method: str, path: str = "", body: object = None) -> tuple[int, 
     return call(method, url, body, Authorization=f"Bearer {token}")
 
 
+def created() -> tuple[int, Any]:
+    """Create the FlashSale. The name is random, so a FlashSale that exists is ours."""
+    status, answer = flash_sales("POST", body=SALE)
+    return 201 if status == 409 and "AlreadyExists" in str(answer) else status, answer
+
+
+def deleted() -> tuple[int, Any]:
+    """Delete the FlashSale. An earlier call whose answer was lost may have deleted it."""
+    status, answer = flash_sales("DELETE", f"/{NAME}")
+    return 200 if status == 404 else status, answer
+
+
 def buy(user: str) -> tuple[int, Any]:
     body = {"userId": user, "itemId": ITEM, "quantity": 1}
     headers = {"Idempotency-Key": NAME} | ({USER_HEADER: user} if USER_HEADER else {})
@@ -104,7 +122,7 @@ def recorded(reservation: str) -> str | None:
 def until(step: str, expected: object, look: Callable[[], tuple[object, Any]]) -> Any:  # noqa: ANN401
     """Call `look` until it returns `expected` and a detail, and return the detail.
 
-    Exits with an error message after `DEADLINE_SECONDS`.
+    Prints an error message and exits after `DEADLINE_SECONDS`.
     """
     deadline = time.monotonic() + DEADLINE_SECONDS
     while True:
@@ -113,18 +131,14 @@ def until(step: str, expected: object, look: Callable[[], tuple[object, Any]]) -
             print(f"{step}: {found}", flush=True)
             return detail
         if time.monotonic() > deadline:
-            sys.exit(f"{step}: expected {expected}, got {found}: {detail}")
+            # The text of sys.exit would be lost if the deletion failed, too.
+            print(f"{step}: expected {expected}, got {found}: {detail}", file=sys.stderr)
+            sys.exit(1)
         time.sleep(0.5)
 
 
-sale = {
-    "apiVersion": "flashsale.dev/v1alpha1",
-    "kind": "FlashSale",
-    "metadata": {"name": NAME},
-    "spec": {"itemId": ITEM, "displayName": "helm test", "stock": 1},
-}
-until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, lambda: flash_sales("POST", body=sale))
 try:
+    until(f"create the FlashSale {NAMESPACE}/{NAME}", 201, created)
     if NEEDS_TOKEN:
         until("open the sale", "Selling", state)
         until("refuse a buyer without a token", 401, lambda: buy("first"))
@@ -137,4 +151,4 @@ try:
             lambda: (recorded(bought["reservationId"]), bought),
         )
 finally:
-    until("delete the FlashSale", 200, lambda: flash_sales("DELETE", f"/{NAME}"))
+    until("delete the FlashSale", 200, deleted)
