@@ -307,6 +307,18 @@ def test_the_objects_of_helm_test_are_deleted_unless_it_fails(plain: Rendered) -
         assert policies == "before-hook-creation,hook-succeeded"
 
 
+def test_helm_test_reaches_the_ledger_with_the_operators_own_variables(chart: Helm) -> None:
+    password = {"secretKeyRef": {"name": "ledger", "key": "password"}}
+    own = [{"name": "PGPASSWORD", "valueFrom": password}, {"name": "API", "value": "other"}]
+    rendered = chart.render(at("operator.extraEnv", own))
+    (pod,) = (each for each in rendered.hooks if each["kind"] == "Pod")
+    for container in (*pod["spec"]["initContainers"], *pod["spec"]["containers"]):
+        names = [each["name"] for each in container["env"]]
+        assert len(set(names)) == len(names)
+        assert own[0] in container["env"]
+    assert own[1] not in pod["spec"]["containers"][0]["env"]
+
+
 def test_an_address_in_a_secret_appears_in_no_manifest(chart: Helm) -> None:
     secrets = {
         name: {key: "", "existingSecret": {"name": f"{name}-secret", "key": "address"}}
