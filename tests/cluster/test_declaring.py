@@ -235,6 +235,20 @@ def test_an_item_outside_the_prefix_of_its_namespace_names_the_rule(world: World
     assert world.sale("away-cup") == {}
 
 
+def test_the_status_has_room_for_the_conditions_of_many_other_controllers(
+    world: World,
+    operator: OperatorServer,  # noqa: ARG001 - it runs
+) -> None:
+    world.apply("cup")
+    own = world.until("cup", state="Selling", ready="Applied")["status"]["conditions"]
+    others = [{**own[0], "type": f"example.test/{number}"} for number in range(20)]
+    patch = json.dumps({"status": {"conditions": [*own, *others]}})
+    world.kubectl("patch", "fs", "cup", "--subresource=status", "--type=merge", "-p", patch)
+    world.patch("cup", paused=True)
+    after = world.until("cup", state="Paused", ready="Applied")["status"]["conditions"]
+    assert len(after) == len(own) + len(others)
+
+
 def test_managed_fields_and_events_name_the_operator(
     world: World,
     operator: OperatorServer,  # noqa: ARG001 - it runs
