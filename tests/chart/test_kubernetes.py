@@ -15,6 +15,7 @@ from tests.support.chart import (
     CRD_RESOURCE,
     Helm,
     Manifest,
+    Refused,
     Rendered,
     at,
     merged,
@@ -193,8 +194,8 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     def helm(*arguments: str, values: Manifest) -> str:
         return chart.run(*arguments, "-n", namespace, values=values, kubeconfig=cluster.kubeconfig)
 
-    def uninstall() -> None:
-        chart.run_plain("uninstall", "shop", "-n", namespace, kubeconfig=cluster.kubeconfig)
+    def uninstall(name: str = "shop") -> None:
+        chart.run_plain("uninstall", name, "-n", namespace, kubeconfig=cluster.kubeconfig)
 
     small = merged(ADDRESSES, at("operator.namespaces", [namespace]))
     helm("install", "shop", str(CHART), values=small)
@@ -239,6 +240,16 @@ def test_install_upgrade_and_uninstall_keep_the_sales_and_the_topics(
     helm("install", "shop", str(CHART), values=merged(ADDRESSES, EVERYTHING))
     assert cluster.kubectl("get", "fs", "iphone-15", "-n", namespace).returncode == 0
     uninstall()
+
+    # A release of another name must leave them alone, or take them over with an option of Helm.
+    other = merged(ADDRESSES, EVERYTHING, at("engine", "shop-flashsale"))
+    alone = merged(at("crds.enabled", False), at("kafka.topics.enabled", False))
+    with pytest.raises(Refused, match=r"KafkaTopic .* cannot be imported"):
+        helm("install", "other", str(CHART), values=merged(other, at("crds.enabled", False)))
+    for values, options in ((merged(other, alone), []), (other, ["--take-ownership"])):
+        helm("install", "other", str(CHART), *options, values=values)
+        uninstall("other")
+    assert names(cluster, namespace, "other") == {CRD_RESOURCE, *topics}
     cluster.kubectl("delete", CRD_RESOURCE, "--timeout=30s", check=True)
 
 
