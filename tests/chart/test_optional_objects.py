@@ -150,10 +150,10 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ["a", "b"],
     ),
     (
-        "the dashboard is the file",
+        "the dashboard is the file, under a name that no other release has",
         DASHBOARD,
-        lambda r: r.all("ConfigMap")[0]["data"]["flashsale.json"],
-        (CHART / "files" / "dashboard.json").read_text(),
+        lambda r: r.all("ConfigMap")[0]["data"],
+        {f"{NAMESPACE}.shop-flashsale.json": (CHART / "files" / "dashboard.json").read_text()},
     ),
     (
         "the alerts link to the configured runbooks",
