@@ -175,9 +175,10 @@ def test_the_notes_warn_of_autoscaling_and_of_uninstalling(
     [
         (at("orders.existingSecret.name", "tokens"), "networkPolicies.orders"),
         (at("podMonitors.enabled", True), "networkPolicies.prometheus"),
+        (at("identity.userHeader", "x-user"), "networkPolicies.buyers"),
     ],
 )
-def test_the_notes_warn_of_a_port_that_no_pod_may_use(
+def test_the_notes_warn_of_a_port_that_no_pod_or_every_pod_may_use(
     notes: Callable[..., str], opened: dict[str, Any], peers: str
 ) -> None:
     warning = f"because network policies are on and {peers} is empty"
