@@ -175,10 +175,9 @@ def test_the_notes_warn_of_autoscaling_and_of_uninstalling(
     [
         (at("orders.existingSecret.name", "tokens"), "networkPolicies.orders"),
         (at("podMonitors.enabled", True), "networkPolicies.prometheus"),
-        (at("identity.userHeader", "x-user"), "networkPolicies.buyers"),
     ],
 )
-def test_the_notes_warn_of_a_port_that_no_pod_or_every_pod_may_use(
+def test_the_notes_warn_of_a_port_that_no_pod_may_use(
     notes: Callable[..., str], opened: dict[str, Any], peers: str
 ) -> None:
     warning = f"because network policies are on and {peers} is empty"
@@ -186,6 +185,17 @@ def test_the_notes_warn_of_a_port_that_no_pod_or_every_pod_may_use(
     assert warning in notes(opened, policies)
     for silent in ((opened,), (policies,), (opened, policies, known)):
         assert "network policies are on" not in notes(*silent)
+
+
+def test_the_notes_warn_if_every_pod_may_name_a_user(notes: Callable[..., str]) -> None:
+    warning = "Any pod may name any user in the header x-user"
+    header = at("identity.userHeader", "x-user")
+    policies = at("networkPolicies.enabled", True)
+    gateway = at("networkPolicies.buyers", [{"podSelector": {}}])
+    for open_to_all in ((header,), (header, policies), (header, gateway)):
+        assert warning in notes(*open_to_all)
+    for closed in ((), (policies,), (header, policies, gateway)):
+        assert "may name any user" not in notes(*closed)
 
 
 def test_the_notes_delete_the_flashsales_of_every_served_namespace(
