@@ -215,7 +215,7 @@ class Controller:
         else:
             spec, mistakes = await self._wanted(key, live, unprepared)
             if spec is None:
-                result = _unknown(key, Reason.INVALID_SPEC, mistakes)
+                result = unknown(key, Reason.INVALID_SPEC, mistakes)
             else:
                 bounds = (spec.starts_ms, spec.ends_ms)
                 result = (
@@ -273,7 +273,7 @@ class Controller:
                 self._memories.pop(key, None)
                 self._metrics.sales.forget(key)
                 return Requeue(gone=True)
-        self._metrics.sales.update(key, _unknown(key, Reason.FAILED, str(error)))
+        self._metrics.sales.update(key, unknown(key, Reason.FAILED, str(error)))
         raise error
 
     async def _own_id(self) -> str | None:
@@ -394,5 +394,6 @@ class Controller:
         self._metrics.failures.labels(server_of(error)).inc()
 
 
-def _unknown(key: Key, reason: Reason, message: str) -> Result:
+def unknown(key: Key, reason: Reason, message: str) -> Result:
+    """Returns the result for a sale that the operator cannot read now."""
     return Result(key.sale_id, "", SaleState.UNKNOWN, reason, message)

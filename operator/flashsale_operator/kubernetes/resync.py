@@ -4,6 +4,7 @@
 - Closed sales that are still open in Redis.
 - Finished sales that no FlashSale declares, and that Redis lost after their end, with open holds,
   or before the ledger had all their units.
+- Sales of namespaces that the operator neither serves nor may list.
 - Keys of closed sales, which can be freed.
 - Items that Redis' index lacks, or should not have.
 """
@@ -22,12 +23,12 @@ from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, utc_of_ms
 from flashsale_operator.kubernetes.client import KubeForbidden
-from flashsale_operator.kubernetes.controller import Clients, Controller
+from flashsale_operator.kubernetes.controller import Clients, Controller, unknown
 from flashsale_operator.kubernetes.failures import MISTAKES, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.sales import engine, index
-from flashsale_operator.sales.decision import last_of_items, needs_rebuild
+from flashsale_operator.sales.decision import Reason, last_of_items, needs_rebuild
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Resync:
         self._served = served
         self._keep_closed = keep_closed
         self._refused: set[str | None] = set()
+        self._unserved: set[Key] = set()
         self.ended = time.monotonic()
         """When the last resync ended, successfully or not, on the monotonic clock."""
         self.unready: str | None = "no resync has ended yet"
@@ -153,6 +155,7 @@ class Resync:
         for key in chain(unread, *served.values()):
             if key not in self._queue:
                 self._queue.wake(key)
+        self._show_unserved(declared, others)
         for key in left_behind(declared, served):
             log.info("%s: its FlashSale was deleted", key.sale_id)
             self._queue.wake(key, Urgency.CHANGED)
@@ -176,6 +179,21 @@ class Resync:
             raise KubeForbidden(f"the account may list no FlashSales in {', '.join(self._served)}")
         namespaces = {Key.of(row.sale_id).namespace for row in declared}
         return served, await self._listed(sorted(namespaces.difference(self._served)))
+
+    def _show_unserved(self, declared: Sequence[SaleRow], others: _Objects) -> None:
+        """Shows that sales of namespaces that are neither served nor listed are unknown.
+
+        Such a namespace was probably served before. Its sales still sell, but this operator carries
+        out no change, rebuilds no fenced sale, and does not notice a deleted FlashSale.
+        """
+        keys = {Key.of(row.sale_id) for row in declared} if self._served else set()
+        unserved = {key for key in keys if key.namespace not in {*self._served, *others}}
+        for key in self._unserved - unserved:
+            self._metrics.sales.forget(key)
+        for key in unserved:
+            message = "the operator does not serve the namespace, and may not list it"
+            self._metrics.sales.update(key, unknown(key, Reason.FAILED, message))
+        self._unserved = unserved
 
     async def _listed(self, namespaces: Iterable[str | None]) -> _Objects:
         found = {}

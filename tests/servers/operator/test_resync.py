@@ -78,9 +78,16 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
         assert not may_be_freed(CLOSED_ROW, sale, HOUR, NOTHING)
 
 
-def resync_of(shop: SimulatedShop, kube: FakeKube, queue: Queue, *served: str) -> Resync:
-    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, Metrics())
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, Metrics(), patience=QUICK)
+def resync_of(
+    shop: SimulatedShop,
+    kube: FakeKube,
+    queue: Queue,
+    *served: str,
+    metrics: Metrics | None = None,
+) -> Resync:
+    metrics = metrics or Metrics()
+    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, metrics)
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, metrics, patience=QUICK)
     own = Controller(clients, queue, rebuilds)
     return Resync(clients, own, queue, rebuilds, served=served, keep_closed=HOUR)
 
@@ -120,6 +127,37 @@ async def test_a_sale_of_a_deleted_namespace_is_closed_by_an_operator_that_may_l
     assert kube.events == ["Closed"]
     for spec in (gone, here):
         assert Key.of(spec.sale_id) not in queue, "another operator serves the namespace"
+
+
+@pytest.mark.parametrize("end", ["listed", "closed"])
+async def test_an_open_sale_of_a_namespace_that_was_taken_out_of_the_setting_is_unknown(
+    shop: SimulatedShop, spec: SaleSpec, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    """Its FlashSale can be changed or deleted, and the operator cannot see it."""
+    former = SaleSpec("yard/phone", f"{spec.item_id}-2", 5)
+    for each in (spec, former):
+        await shop.reconciler.reconcile(each, "uid-1")
+    kube, queue, metrics = FakeKube(Key("yard", "phone"), refused=["yard"]), Queue(), Metrics()
+    own = resync_of(shop, kube, queue, "default", metrics=metrics)
+
+    def shown() -> list[str]:
+        lines = metrics.text().decode().splitlines()
+        return [line for line in lines if line.startswith("flashsale_sale") and "phone" in line]
+
+    for _ in range(2):
+        await own.resync()
+        assert shown() == [
+            'flashsale_sale_state{item="",sale="yard/phone",state="Unknown"} 1.0',
+            'flashsale_sale_ready{item="",sale="yard/phone"} 0.0',
+        ]
+    assert caplog.text.count("namespace yard is left out") == 1
+    assert Key.of(former.sale_id) not in queue
+    if end == "listed":  # another operator serves the namespace
+        kube.refused = ()
+    else:
+        await shop.reconciler.close(former.sale_id)
+    await own.resync()
+    assert shown() == []
 
 
 async def test_one_refused_namespace_does_not_stop_the_others(
