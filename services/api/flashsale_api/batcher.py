@@ -33,7 +33,7 @@ MOST_HELD: Final = 300_000
 """A pod that holds this many events refuses all requests of buyers, repeated ones too.
 
 They take 190 to 320 MB. Otherwise the events of many items could exceed the pod's memory while
-Kafka is away.
+Kafka is away. Acknowledged events count, because they take memory until they are settled.
 """
 _ENDINGS: Final = {
     State.EXPIRED: Transition.HOLD_EXPIRED,

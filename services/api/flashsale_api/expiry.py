@@ -106,7 +106,7 @@ class Expiry:
         """Publishes the events. A pod with a backlog leaves them in the outbox for the sweep."""
         label = self._metrics.label(item_id)
         self._metrics.transitions.labels(label, "expire", "changed").inc(len(reply.holds))
-        if self._publisher.held >= BACKLOG:
+        if self._publisher.unacknowledged >= BACKLOG:
             return
         for reservation_id, entry_id, record in reply.holds:
             entry = OutboxEntry(item_id, entry_id, reservation_id, record, reply.snapshot, "")

@@ -29,9 +29,10 @@ FOREVER_MS: Final = 2**53
 SWEEP_LEASE_MS: Final = 10_000
 SWEEP_PAGE: Final = 500
 BACKLOG: Final = 10_000
-"""A pod that holds this many events does not sweep.
+"""A pod with this many unacknowledged events does not sweep.
 
-After an outage of Kafka, most of the entries that it would read are its own.
+After an outage of Kafka, most of the entries that it would read are its own. Acknowledged events
+do not count, because those of a node that is away wait for it and must not stop the other nodes.
 """
 
 
@@ -100,7 +101,7 @@ class Sweeper:
 
     async def _sweep_item(self, item_id: str, after: str, until_ms: int) -> None:
         publisher = self._publisher
-        while publisher.sweepable and publisher.held < BACKLOG:
+        while publisher.sweepable and publisher.unacknowledged < BACKLOG:
             page = await self._outbox.page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
             )
