@@ -120,7 +120,7 @@ async def _calls(url: str, item: str, size: int, requests: int) -> dict[str, flo
         sale = SaleSpec(f"default/{item}", item, stock=requests)
         await inventory.apply(sale, 1, seed_until_ms=2**53)
         accepted = await spent(reserve)
-        pages = await outbox.page(item, until_ms=2**50, count=requests)
+        pages = (await outbox.page(item, until_ms=2**50, count=requests)).entries
         if len(pages) != requests:
             raise SystemExit(f"{item}: {len(pages)} of {requests} requests were accepted")
         entries = iter([(one.entry_id, one.reservation_id, one.record.version) for one in pages])

@@ -1,12 +1,12 @@
 """The outboxes in Redis: reservation events that Kafka has not acknowledged."""
 
 from collections.abc import Awaitable, Iterable, Sequence
-from typing import Final, TypeAlias, cast
+from typing import Final, NamedTuple, TypeAlias, cast
 
 from redis.asyncio import Redis
 
 from flashsale import pipelines
-from flashsale.errors import RedisUnavailable
+from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.reservations import OutboxEntry
@@ -16,6 +16,19 @@ SETTLE_SECONDS: Final = 2.0
 
 Entry: TypeAlias = tuple[str, str, int]
 """An entry to settle: entry id, reservation id, version of the reservation."""
+
+
+class Page(NamedTuple):
+    """A page of entries, oldest first.
+
+    `unreadable` has the errors of the others by entry id: damaged ones, and those of a later
+    version. Their events are only in Redis, so a caller must not take them for published. `last` is
+    the id of the page's last entry, or empty if the page is the last one.
+    """
+
+    entries: list[OutboxEntry]
+    unreadable: dict[str, ContractViolation]
+    last: str
 
 
 class Outbox:
@@ -60,22 +73,26 @@ class Outbox:
         )
         return [each if isinstance(each, RedisUnavailable) else int(each) for each in results]
 
-    async def page(
-        self, item_id: str, *, after: str = "-", until_ms: int, count: int
-    ) -> list[OutboxEntry]:
-        """Returns at most `count` entries written before `until_ms`, oldest first.
+    async def page(self, item_id: str, *, after: str = "-", until_ms: int, count: int) -> Page:
+        """Returns at most `count` entries written before `until_ms`.
 
         `after` is the last entry id of the previous page, or "-" for the first page.
         """
         start = "-" if after == "-" else f"({after}"
         key, end = self._keys(item_id).outbox, f"{until_ms - 1}"
-        entries = await self._nodes.call(
+        found = await self._nodes.call(
             key,
             lambda redis: cast(
                 "Awaitable[list[tuple[str, dict[str, str]]]]", redis.xrange(key, start, end, count)
             ),
         )
-        return [OutboxEntry.parse(item_id, entry_id, fields) for entry_id, fields in entries]
+        page = Page([], {}, found[-1][0] if len(found) == count else "")
+        for entry_id, fields in found:
+            try:
+                page.entries.append(OutboxEntry.parse(item_id, entry_id, fields))
+            except ContractViolation as error:
+                page.unreadable[entry_id] = error
+        return page
 
     async def lengths(self, item_ids: Iterable[str], *, partial: bool = False) -> dict[str, int]:
         """Returns the number of entries per item.

@@ -212,6 +212,7 @@ class OutboxEntry(NamedTuple):
 
     @classmethod
     def parse(cls, item_id: str, entry_id: str, fields: Mapping[str, str]) -> "OutboxEntry":
+        """Parses the fields of an entry. Raises `ContractViolation`."""
         try:
             sale_id, allocated, capacity, revision = fields["sale"].split(",")
             engine = fields.get("engine", "")
@@ -223,7 +224,7 @@ class OutboxEntry(NamedTuple):
                 snapshot=Snapshot(sale_id, int(allocated), int(capacity), int(revision), engine),
                 traceparent=fields["traceparent"],
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, ContractViolation) as error:
             raise ContractViolation(f"outbox entry {entry_id} cannot be read: {error}") from error
 
 

@@ -191,7 +191,7 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
     request = Request(str(uuid.uuid4()), "ann", 1)
     await inventory.reserve("phone", [request], timeout_seconds=5, engine_id="e-1")
     assert (await inventory.sales(await inventory.index.items()))["phone"].accepted == 1
-    [entry] = await outbox.page("phone", after="-", until_ms=2**53, count=10)
+    [entry] = (await outbox.page("phone", after="-", until_ms=2**53, count=10)).entries
     assert await outbox.settle("phone", [(entry.entry_id, entry.reservation_id, 1)]) == 1
     for _ in ("take", "renew"):
         assert await outbox.take_lease("phone", "pod", 1_000)

@@ -39,7 +39,7 @@ async def outcome(inventory: Inventory, item: str, request: Request) -> Outcome:
 
 async def drained(outbox: Outbox, item: str) -> None:
     """Settles all entries of an item, as if Kafka had acknowledged them."""
-    entries = await outbox.page(item, until_ms=2**50, count=10_000)
+    entries = (await outbox.page(item, until_ms=2**50, count=10_000)).entries
     named = [(entry.entry_id, entry.reservation_id, entry.record.version) for entry in entries]
     if named:
         assert await outbox.settle(item, named) == len(named)

@@ -124,7 +124,7 @@ class SimulatedShop:
 
     async def record(self, item_id: str, *, lose: int = 0) -> None:
         """Move the events of the outbox to the ledger, except the first `lose`."""
-        entries = await self.outbox.page(item_id, until_ms=2**50, count=10_000)
+        entries = (await self.outbox.page(item_id, until_ms=2**50, count=10_000)).entries
         for number, entry in enumerate(entries):
             if number >= lose:
                 await self.write(entry)

@@ -55,7 +55,8 @@ class Sweeper:
         self._publisher = publisher
         self._metrics = metrics
         self._pod_id = pod_id
-        self._unreadable: set[str] = set()
+        self._unreadable: set[tuple[str, str]] = set()
+        """The entries that were logged: item id, entry id. They stay unreadable."""
 
     async def run(self) -> None:
         """Sweeps all outboxes every `INTERVAL_SECONDS` until it is cancelled."""
@@ -80,10 +81,6 @@ class Sweeper:
                 await self._sweep_item(item_id, f"{now_ms[item_id] + AHEAD_MS}", FOREVER_MS)
             except RedisUnavailable as error:
                 log.debug("no sweep of %s: %s", item_id, error)
-            except ContractViolation:
-                if item_id not in self._unreadable:  # log once, because it stays unreadable
-                    log.exception("the outbox of %s cannot be swept", item_id)
-                self._unreadable.add(item_id)
 
     async def _measure(self, now_ms: Mapping[str, int]) -> list[str]:
         """Updates the gauges of outboxes. Returns the items whose outbox has entries.
@@ -105,12 +102,19 @@ class Sweeper:
             page = await self._outbox.page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
             )
-            left = [entry for entry in page if not publisher.holds(item_id, entry.entry_id)]
+            self._log_unreadable(item_id, page.unreadable)
+            left = [entry for entry in page.entries if not publisher.holds(item_id, entry.entry_id)]
             if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
                 return
             for entry in left:
                 publisher.add(entry)
             self._metrics.swept.inc(len(left))
-            if len(page) < SWEEP_PAGE:
+            if not page.last:
                 return
-            after = page[-1].entry_id
+            after = page.last
+
+    def _log_unreadable(self, item_id: str, unreadable: Mapping[str, ContractViolation]) -> None:
+        for entry_id, error in unreadable.items():
+            if (item_id, entry_id) not in self._unreadable:
+                log.error("%s: %s, so its event is not published", item_id, error)
+            self._unreadable.add((item_id, entry_id))

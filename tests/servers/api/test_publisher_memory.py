@@ -166,6 +166,34 @@ async def test_a_pod_with_a_backlog_does_not_sweep(
     assert publisher._pending[-1].reservation_id == others.reservation_id
 
 
+async def test_a_damaged_entry_is_logged_once_and_stops_no_other(
+    own_redis: RedisServer,
+    own_inventory: Inventory,
+    outbox: Outbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
+    monkeypatch.setattr(sweeper_module, "SWEEP_PAGE", 1)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    publisher.connected = True
+    admin = redis_client.connect(own_redis.url)
+    await admin.xadd(
+        ItemKeys.of(ITEM).outbox,
+        {"id": UNKNOWN_ID, "record": "parked,1,1,1,ann,", "sale": "s,9,9,1", "traceparent": ""},
+        id="1-1",
+    )
+    await admin.aclose()
+    await own_inventory.reserve(ITEM, [Request(UNKNOWN_ID, "ann", 1)], timeout_seconds=5)
+    sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id="pod")
+    for _ in range(2):
+        await sweeper.sweep()
+    assert publisher.held == 1
+    assert caplog.text.count("outbox entry 1-1 cannot be read") == 1
+
+
 async def test_an_entry_of_a_clock_that_was_ahead_is_swept(
     own_redis: RedisServer, own_inventory: Inventory, outbox: Outbox
 ) -> None:

@@ -203,7 +203,7 @@ async def test_a_frozen_node_delays_no_settlement_of_the_others(
     settler = Settler(outbox, lambda _: None)
     for item in items:
         await answers(inventory, item, [a_request()])
-        [entry] = await outbox.page(item, until_ms=2**50, count=10)
+        [entry] = (await outbox.page(item, until_ms=2**50, count=10)).entries
         settler.add(item, (entry.entry_id, entry.reservation_id, entry.record.version))
     async with frozen(redis_cluster, inventory, lost):
         settling = asyncio.create_task(settler.run())

@@ -73,7 +73,7 @@ async def test_an_item_that_cannot_be_settled_waits_and_delays_no_other(
     await admin.set(key, "text")
     request = Request(UNKNOWN_ID, "ann", 1)
     await own_inventory.reserve(ITEM, [request], timeout_seconds=5)
-    [entry] = await outbox.page(ITEM, until_ms=2**50, count=10)
+    [entry] = (await outbox.page(ITEM, until_ms=2**50, count=10)).entries
     settler = Settler(outbox, lambda _: None)
     settler.add("broken", ("1-1", "no-id", 1))
     settler.add(ITEM, (entry.entry_id, UNKNOWN_ID, 1))

@@ -40,7 +40,7 @@ async def test_each_item_is_decided_as_if_it_were_alone(
     ]
     pages = []
     for each in items:
-        entries = await outbox.page(each, until_ms=2**50, count=10)
+        entries = (await outbox.page(each, until_ms=2**50, count=10)).entries
         named = [(entry.entry_id, entry.reservation_id, 1) for entry in entries]
         pages.append((each, named or [("1-1", "no-id", 1)]))
     assert await outbox.settle_all(pages) == [1, 0, 0, 2]
@@ -87,7 +87,7 @@ async def test_an_item_that_redis_refuses_disturbs_no_other(
     [last] = await inventory.reserve_all([(other, [a_request()])], timeout_seconds=5)
     assert _outcomes(last) == ["accepted"]
     await redis.set(ItemKeys.of(broken).outbox, "not a stream")
-    [entry] = await outbox.page(other, until_ms=2**50, count=10)
+    [entry] = (await outbox.page(other, until_ms=2**50, count=10)).entries
     named = [(entry.entry_id, entry.reservation_id, 1)]
     refusal, deleted = await outbox.settle_all([(broken, [("1-1", "no-id", 1)]), (other, named)])
     assert isinstance(refusal, RedisUnavailable)

@@ -343,7 +343,7 @@ async def test_an_outbox_entry_contains_the_whole_event(
     request = Request(str(uuid.uuid4()), "ann", 2, "k", trace)
     [answer] = await answers(inventory, item, [request])
     until_ms = (await inventory.server(item)).now_ms + 1
-    [entry] = await outbox.page(item, until_ms=until_ms, count=10)
+    [entry] = (await outbox.page(item, until_ms=until_ms, count=10)).entries
     assert (entry.entry_id, entry.reservation_id) == (answer.detail, request.reservation_id)
     at_ms = entry.record.accepted_ms
     assert entry.record == Record(State.CONFIRMED, 1, 2, at_ms, "ann", "k", None, at_ms)

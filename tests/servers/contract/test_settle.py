@@ -54,7 +54,7 @@ async def test_settle_keeps_an_entry_of_another_reservation(
     assert await outbox.settle(item, [(first.detail, mine.reservation_id, 1)] * 2) == 1
     assert await outbox.settle(item, [(first.detail, mine.reservation_id, 1)]) == 0
     assert (await inventory.sales([item]))[item].outbox_length == 1
-    page = await outbox.page(item, until_ms=2**50, count=9)
+    page = (await outbox.page(item, until_ms=2**50, count=9)).entries
     assert [entry.entry_id for entry in page] == [second.detail]
 
 
@@ -166,7 +166,7 @@ async def test_a_damaged_buyer_keeps_its_entry_and_no_other(
     assert await outbox.settle(item, entries) == 2
     assert await released(inventory, item) == 2
     assert await redis.hgetall(buyers) == {"ann": "0", "bob": text, "eve": "0"}
-    page = await outbox.page(item, until_ms=2**50, count=9)
+    page = (await outbox.page(item, until_ms=2**50, count=9)).entries
     assert [entry.entry_id for entry in page] == [entries[1][0]]
     # A repair gives the unit back.
     await redis.hset(buyers, "bob", "1")

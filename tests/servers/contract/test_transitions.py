@@ -65,7 +65,7 @@ async def test_a_confirmed_hold_has_its_order_and_keeps_its_times(
         state=State.CONFIRMED, version=2, confirmed_ms=reply.now_ms, order_ref="order-1"
     )
     assert await record_of(inventory, item, own_id) == record
-    _, entry = await outbox.page(item, until_ms=2**50, count=9)
+    _, entry = (await outbox.page(item, until_ms=2**50, count=9)).entries
     assert (entry.entry_id, entry.reservation_id, entry.record) == (entry_id, own_id, record)
     assert (entry.snapshot, entry.traceparent) == (reply.snapshot, TRACE)
     assert reply.snapshot == (f"default/{item}", 9, 9, 1, "")
@@ -192,7 +192,7 @@ async def test_a_reservation_twice_in_a_batch_changes_once(
     found = await changes(inventory, verb, item, *calls)
     changed = Transition.CHANGED
     assert [answer.outcome for answer in found] == [changed, changed, second]
-    entries = await outbox.page(item, until_ms=2**50, count=9)
+    entries = (await outbox.page(item, until_ms=2**50, count=9)).entries
     assert [(entry.reservation_id, entry.record.version) for entry in entries[2:]] == [
         (own_id, 2),
         (other, 2),

@@ -366,7 +366,7 @@ async def test_a_sale_that_the_ledger_knows_from_events_only_waits_for_its_manif
     spec = replace(spec, ends_ms=now_ms + 3_600_000, hold_seconds=60, max_per_user=2)
     await shop.apply(spec)
     await shop.buy(spec.item_id, "ann")
-    [entry] = await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)
+    [entry] = (await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)).entries
     await shop.pool.execute("DELETE FROM sales")
     event = Event.of(spec.item_id, entry.reservation_id, entry.record, entry.snapshot)
     await record(Ledger("", shop.pool), [event])

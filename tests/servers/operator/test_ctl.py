@@ -384,7 +384,7 @@ def test_an_audit_and_a_rebuild_with_kafka(
         await shop.buy("iphone_15", "ann", "bob")
         producer = AIOKafkaProducer(bootstrap_servers=kafka, acks="all")
         await producer.start()
-        for entry in await shop.outbox.page("iphone_15", until_ms=2**50, count=10):
+        for entry in (await shop.outbox.page("iphone_15", until_ms=2**50, count=10)).entries:
             event = Event.of("iphone_15", entry.reservation_id, entry.record, entry.snapshot)
             await producer.send_and_wait(events.topic(), events.encode(event), partition=1)
         await producer.stop()

@@ -170,7 +170,7 @@ def test_a_delete_frees_the_keys_only_after_the_ledger_has_the_end_of_each_hold(
 
     async def confirm(shop: SimulatedShop) -> None:
         assert await shop.confirm(spec.item_id, "ann") is Transition.CHANGED
-        unrecorded.extend(await shop.outbox.page(spec.item_id, until_ms=2**50, count=10))
+        unrecorded.extend((await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)).entries)
         await shop.record(spec.item_id, lose=1)
 
     async def record(shop: SimulatedShop) -> None:

@@ -305,7 +305,7 @@ async def test_a_hold_that_reaches_the_ledger_after_its_item_was_given_away_ends
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a")
     reservation_id = await shop.reservation_of(spec.item_id, "a")
-    [late] = await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)
+    [late] = (await shop.outbox.page(spec.item_id, until_ms=2**50, count=10)).entries
     await shop.reconciler.close(spec.sale_id)
     await shop.redis.flushall()
     assert (await shop.apply(other)).applied is Applied.SEEDED
