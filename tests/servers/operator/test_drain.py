@@ -16,6 +16,7 @@ from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales.drain import SAMPLED_AFTER_MS, Drain, NotDrained, Patience, Progress
 from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, Span, spans
+from tests.support.eventually import until
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
@@ -87,7 +88,7 @@ async def test_the_drain_waits_for_unacknowledged_events_of_a_pod_of_the_previou
         "sampledMs": server.now_ms + SAMPLED_AFTER_MS + 60_000,
     }
     await shop.redis.sadd("flashsale:pods", "former")
-    await shop.redis.set("flashsale:pod:former", json.dumps(report), ex=heartbeat.EXPIRY_SECONDS)
+    await shop.redis.set("flashsale:pod:former", json.dumps(report), ex=60)
     assert await not_drained(shop, sold) == ("pod former has 2 unacknowledged events",)
 
 
@@ -120,12 +121,19 @@ async def test_the_drain_waits_for_pods_that_have_not_beaten_yet(
 ) -> None:
     """After a flush of Redis, a pod is unknown until its next heartbeat."""
     shop.drain = Drain(
-        shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, unseen=0.5, quiet=0.5)
+        shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, unseen=300, quiet=300)
     )
-    waiting = asyncio.create_task(not_drained(shop, sold))
-    await asyncio.sleep(0.05)
+    reported: list[str] = []
+    waiting = asyncio.create_task(not_drained(shop, sold, reported.append))
+    await until(lambda: reported, "a first look")
     await beat(shop, sold.item_id, unacknowledged=1)
-    assert await waiting == ("pod pod-1 has 1 unacknowledged event",)
+    await until(lambda: len(reported) > 1 or waiting.done(), "a look after the heartbeat")
+    assert not waiting.done()
+    waiting.cancel()
+    assert reported == [
+        "waiting for heartbeats of API pods",
+        "pod pod-1 has 1 unacknowledged event",
+    ]
 
 
 async def test_an_operator_that_stands_still_after_a_look_waits_for_the_pods_of_that_time(
@@ -162,8 +170,7 @@ async def test_the_drain_waits_until_the_ledger_has_read_the_topic(
     reported: list[str] = []
     shop.drain = Drain(shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, recorded=30))
     waiting = asyncio.create_task(not_drained(shop, sold, reported.append))
-    while not any("partition" in line for line in reported):
-        await asyncio.sleep(0.01)
+    await until(lambda: any("partition" in line for line in reported))
     await shop.read_to(0, 5)
     await shop.read_to(1, 2)
     assert not await waiting
@@ -179,16 +186,13 @@ async def test_another_sale_that_goes_on_selling_is_no_loss(
     await shop.read_to(1, 2)
     shop.drain = Drain(shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, recorded=30))
 
-    async def sell() -> None:
-        await asyncio.sleep(0.2)
-        shop.topic[0] = Span(0, 50)
-        await shop.read_to(0, 50)
-        await asyncio.sleep(0.1)
-        await shop.read_to(1, 9)
-
-    selling = asyncio.create_task(sell())
-    assert not await asyncio.wait_for(not_drained(shop, sold), 20)
-    await selling
+    reported: list[str] = []
+    waiting = asyncio.create_task(not_drained(shop, sold, reported.append))
+    await until(lambda: any("partition 1" in line for line in reported))
+    shop.topic[0] = Span(0, 50)
+    await shop.read_to(0, 50)
+    await shop.read_to(1, 9)
+    assert not await waiting
 
 
 async def test_a_topic_that_lost_records_is_never_drained(
