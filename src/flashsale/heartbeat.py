@@ -6,7 +6,7 @@ that the sale is at rest. A report carries the time of its sample, which tells s
 and after the fence apart, and the run of the server whose clock it used.
 """
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import msgspec
@@ -39,7 +39,10 @@ Later, the sale may have been rebuilt without the event.
 """
 assert EXPIRY_SECONDS > CALL_DEADLINE_SECONDS + ACKNOWLEDGED_SECONDS  # noqa: S101 - of constants
 _KEPT_SECONDS: Final = 60
-"""How long an item keeps the reports of pods that have stopped. Readers ignore expired ones."""
+"""How long an item without calls keeps its reports. Readers ignore expired ones.
+
+While pods call the item, it also keeps those of pods that died without `retire`.
+"""
 _OVERALL: Final = ""
 """Stands for the previous version's heartbeat over all items, in the place of an item."""
 
@@ -115,16 +118,31 @@ async def beat(
     return Sent(set(sampled) - away, {item_id for item_id in missing if names[item_id] not in away})
 
 
-async def retire(redis: "Redis", pod_id: str, engine: str = DEFAULT_ENGINE) -> None:
+async def retire(
+    redis: "Redis", pod_id: str, item_ids: Iterable[str], engine: str = DEFAULT_ENGINE
+) -> None:
     """Removes the heartbeat of a pod whose last one reported no unacknowledged events.
 
-    Its reports per item say the same and expire.
+    Its reports for `item_ids` are removed as well. Those that a server refuses to remove, or whose
+    server is away, say the same. Raises `RedisUnavailable`.
     """
-    if Nodes.of_client(redis).single:
+    nodes = Nodes.of_client(redis)
+    if nodes.single:
         pipeline = redis.pipeline(transaction=False)
         pipeline.srem(keys.pods(engine), pod_id)
         pipeline.delete(keys.heartbeat(engine, pod_id))
         await translated(pipeline.execute())
+
+    def key(item_id: str) -> str:
+        return ItemKeys.of(item_id, engine).pods
+
+    await pipelines.each(
+        nodes,
+        item_ids,
+        key,
+        lambda pipeline, item_id: pipeline.hdel(key(item_id), pod_id),
+        partial=True,
+    )
 
 
 async def living(

@@ -16,6 +16,7 @@ from dev.stack.errors import StackError
 from dev.stack.redis import RedisServer, default_binary
 from flashsale import heartbeat, redis_client, redis_facts, requirements
 from flashsale.inventory import Applied, Inventory
+from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
 from flashsale.requirements import SLOTS, Checks
 from flashsale.reservations import Request
@@ -35,6 +36,7 @@ OF_THE_API_NEVER: Final = (
     "CONFIG GET requirepass",
     "CONFIG GET masterauth",
     "DEL shop:{phone}:sale",
+    "HDEL shop:{phone}:buyers ann",
     "RENAME shop:{phone}:sale x",
     "SET shop:{phone}:sale x",
     "EXPIRE shop:{phone}:sale 0",
@@ -198,7 +200,8 @@ async def test_the_engine_sells_as_users_who_may_not_change_the_server(
         assert await inventory.lease_expiry("phone", "pod", 1_000)
     sent = await heartbeat.beat(api, "pod", {"phone": 0}, await inventory.clocks(), "shop")
     assert not sent.refused
-    await heartbeat.retire(api, "pod", "shop")
+    await heartbeat.retire(api, "pod", ["phone"], "shop")
+    assert not await inventory.redis.hgetall(ItemKeys.of("phone", "shop").pods)
     changing = "FLUSHALL", "KEYS *", "CONFIG SET maxmemory-policy allkeys-lru", "SHUTDOWN"
     for client, commands in (
         (operator, changing),

@@ -109,9 +109,10 @@ class Heartbeat:
 
     async def _retire(self, main: asyncio.AbstractEventLoop) -> None:
         await self._turn.acquire()
-        # The reports per item stay until they expire. A rebuild would wait for older counts.
+        # A report that cannot be removed stays. A rebuild would wait for an older count.
         await self._beat(main)
-        await heartbeat.retire(self._inventory.redis, self._pod_id, self._inventory.engine)
+        redis, engine = self._inventory.redis, self._inventory.engine
+        await heartbeat.retire(redis, self._pod_id, await self._inventory.index.items(), engine)
 
     async def _beat_forever(self, main: asyncio.AbstractEventLoop) -> None:
         loop = asyncio.get_running_loop()

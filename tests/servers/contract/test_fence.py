@@ -229,7 +229,8 @@ async def test_a_report_by_the_clock_of_another_run_counts_as_old(redis: Redis, 
     # Pods in a cluster do not write the key of the previous version.
     left = [report.sampled_ms for report in await heartbeat.living(redis, item, later)]
     assert left == ([] if node else [server.now_ms])
-    await heartbeat.retire(redis, "pod")
+    await heartbeat.retire(redis, "pod", [item])
+    assert not await heartbeat.living(redis, item, server)
 
 
 async def test_the_pages_of_a_fenced_sale_are_not_read(

@@ -52,7 +52,7 @@ async def test_every_key_begins_with_the_name_of_the_engine(
     server = await brand.inventory.server()
     await heartbeat.beat(redis, "pod-1", {spec.item_id: 1}, {"": server}, "brand")
     await brand.record(spec.item_id)
-    await heartbeat.retire(redis, "pod-1", "brand")
+    await heartbeat.retire(redis, "pod-1", [], "brand")
     await brand.change_run(spec.item_id)
     keys = [str(key) for key in await redis.keys("*")]
     assert len(keys) > 4
