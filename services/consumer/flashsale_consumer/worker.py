@@ -54,7 +54,10 @@ ANSWER_SECONDS: Final = 60.0
 REPORT_SECONDS: Final = 1.0
 REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
-"""How often an idle worker checks that the ledger has not been rolled back."""
+"""How often an idle worker checks that the ledger has not been rolled back.
+
+Without partitions it checks that the ledger is there.
+"""
 QUICK_SECONDS: Final = clients.TRANSACTION_SECONDS / 4
 """After a batch that took less time, the next one can be twice as large."""
 REFUSED_SECONDS: Final = 10.0
@@ -199,7 +202,6 @@ class Worker:
             try:
                 if not partitions.placed:
                     await self._place(pool)
-                    self._checked = time.monotonic()
                     continue
                 records = await partitions.poll(POLL_SECONDS)
                 if records or partitions.reached_ends():
@@ -213,7 +215,10 @@ class Worker:
                     self._checked = time.monotonic()
                 elif time.monotonic() - self._checked > CHECK_SECONDS:
                     partitions.displace()
-                if partitions.placed:
+                    if partitions.placed:  # because there is none to place
+                        await self._place(pool)
+                        self._ledger.back()
+                if partitions.placed and partitions.positions:
                     self._ledger.back()
             except LedgerUnavailable as error:
                 self._ledger.away(error)
@@ -232,7 +237,7 @@ class Worker:
     async def _place(self, pool: Pool) -> None:
         """Continues at the offsets of the ledger, which may be a restored backup now.
 
-        Raises `OtherEngine` if it is the ledger of another engine.
+        Raises `OtherEngine` if it is the ledger of another engine, and `KafkaError`.
         """
         name = self._settings.engine
         await schema.migrate(pool, name, known=True)
@@ -243,6 +248,7 @@ class Worker:
                 f"engine {self._engine_id}"
             )
         await self._partitions.place(pool)
+        self._checked = time.monotonic()
 
     async def _record(self, pool: Pool, records: Records) -> None:
         """Records a batch completely or not at all."""

@@ -1,5 +1,6 @@
 """The worker without the ledger, and while partitions move: nothing is lost."""
 
+import asyncio
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -9,10 +10,10 @@ import asyncpg
 import pytest
 from asyncpg.pool import Pool
 
-from dev.stack.servers import PostgresServer
+from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale.errors import LedgerUnavailable
 from flashsale.ledger import engine_id
-from flashsale_consumer import offsets, recorder
+from flashsale_consumer import offsets, recorder, worker
 from flashsale_consumer.clients import transaction
 from tests.support.consumer import Log, Process, accepted, running, until_recorded
 from tests.support.eventually import until
@@ -63,6 +64,28 @@ async def test_a_consumer_leaves_a_read_only_server_that_the_address_no_longer_n
             sold = accepted()
             await log.write(sold)
             await ledger.until_has(sold)
+
+
+async def test_a_consumer_without_partitions_notices_an_outage_and_keeps_its_membership(
+    own_postgres: PostgresServer, kafka_server: KafkaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CHECK_SECONDS", 0.2)
+    log, up = Log(kafka_server.bootstrap), 'flashsale_consumer_server_up{server="ledger"}'
+    async with database(own_postgres) as url, running(url, log, partitions=1) as one:
+        await until(lambda: one.partitions() == 1)
+        async with running(url, log, partitions=1) as other:
+            await until(lambda: other.worker.joined)
+            await until(lambda: one.partitions() + other.partitions() == 1)
+            [idle] = [each for each in (one, other) if not each.partitions()]
+            membership = idle.worker._partitions
+            own_postgres.stop()
+            await until(lambda: idle.value(up) == 0)
+            for _ in range(100):
+                assert idle.value(up) == 0
+                await asyncio.sleep(0.02)
+            own_postgres.start()
+            await until(lambda: idle.value(up) == 1)
+            assert idle.worker._partitions is membership
 
 
 @pytest.mark.slow
