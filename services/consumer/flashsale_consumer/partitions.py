@@ -16,7 +16,12 @@ from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, LeaderNotAvailableError
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    LeaderNotAvailableError,
+    UnknownTopicOrPartitionError,
+)
 
 from flashsale.ledger import Pool
 from flashsale_consumer import clients, offsets
@@ -124,7 +129,16 @@ class Partitions(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
             self._at({})
 
     async def place(self, pool: Pool) -> None:
-        """Sets the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`."""
+        """Sets the client to the ledger's offsets. Raises `LedgerUnavailable` and `KafkaError`.
+
+        The group gives no partitions to a member that is not needed, and to every member if the
+        topic was deleted. The latter raises `UnknownTopicOrPartitionError`.
+        """
+        if not self._consumer.assignment():
+            # Read all topics, because to ask for one by name can create it.
+            if self._topic not in await self._consumer.topics():
+                raise UnknownTopicOrPartitionError(f"the topic {self._topic} does not exist")
+            return
         placing = self._unplaced
         numbers = [tp.partition for tp in placing]
         before = await offsets.read(pool, self._topic, numbers)

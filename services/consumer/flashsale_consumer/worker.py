@@ -14,6 +14,7 @@ from aiokafka.errors import (
     KafkaError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
+    UnknownTopicOrPartitionError,
     UnsupportedCodecError,
 )
 
@@ -56,7 +57,7 @@ REPORT_TIMEOUT_SECONDS: Final = 5.0
 CHECK_SECONDS: Final = 5.0
 """How often an idle worker checks that the ledger has not been rolled back.
 
-Without partitions it checks that the ledger is there.
+Without partitions it checks that the ledger and the topic are there.
 """
 QUICK_SECONDS: Final = clients.TRANSACTION_SECONDS / 4
 """After a batch that took less time, the next one can be twice as large."""
@@ -156,7 +157,8 @@ class Worker:
     async def _consume(self, pool: Pool) -> None:
         """Reads as a member of the group, until an error from which the client cannot recover.
 
-        Raises `OtherEngine` if the ledger or the group belongs to another engine.
+        Raises `OtherEngine` if the ledger or the group belongs to another engine, and `KafkaError`,
+        also if the topic does not exist and the consumer may not create it.
         """
         name = self._settings.engine
         self._engine_id = await self._when_served(lambda: ledger.engine_id(pool, name))
@@ -166,8 +168,9 @@ class Worker:
             # Before any other call can fail, because after it the topic is not a new one any more.
             await self._when_served(lambda: offsets.forget(pool, self._topic))
         facts = await topics.read_facts(self._settings)
-        if facts is not None:
-            self._checks.require(requirements.topic(partitions), facts)
+        if facts is None:
+            raise UnknownTopicOrPartitionError(f"the topic {self._topic} does not exist yet")
+        self._checks.require(requirements.topic(partitions), facts)
         async with ownership(self._settings, self._group_id, self._engine_id) as owner:
             await owner.check()
             await self._join(pool, owner)

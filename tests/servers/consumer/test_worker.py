@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaConnectionError, KafkaError, RequestTimedOutError
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    RequestTimedOutError,
+    TopicAuthorizationFailedError,
+)
 
 from flashsale.requirements import TopicFacts
 from flashsale.settings import KafkaSettings
@@ -29,6 +34,7 @@ from tests.support.consumer import (
 from tests.support.eventually import until
 from tests.support.ledgers import Ledger
 from tests.support.recorded import received
+from tests.support.topics import administering
 
 
 async def test_a_batch_that_takes_too_long_is_divided(
@@ -221,6 +227,50 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     assert await ledger.pool.fetchval("SELECT max(next_offset) FROM kafka_offsets") == 5
 
 
+async def test_a_topic_deleted_under_running_consumers_is_created_again(
+    ledger: Ledger, log: Log
+) -> None:
+    """Its former offsets are forgotten, although the new topic is soon longer."""
+    first, second = ([accepted(number) for number in range(n)] for n in (3, 8))
+    async with running(ledger.url, log) as one, running(ledger.url, log) as other:
+        await log.write(*first, partition=0)
+        await ledger.until_has(*first)
+        await until(lambda: one.partitions() == other.partitions() == 6)
+        await log.delete(log.topic)
+        await until_exists(log)
+        await log.write(*second, partition=0)
+        await ledger.until_has(*first, *second)
+        await until(lambda: one.partitions() == other.partitions() == 6)
+    assert await ledger.pool.fetchval("SELECT max(next_offset) FROM kafka_offsets") == 8
+
+
+async def test_consumers_that_may_not_create_a_deleted_topic_say_so_until_it_exists(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = f"not allowed to create {log.topic}, waiting"
+    up = 'flashsale_consumer_server_up{server="kafka"}'
+
+    async def refuse(_: AIOKafkaAdminClient, wanted: list[NewTopic]) -> SimpleNamespace:
+        code = TopicAuthorizationFailedError.errno
+        return SimpleNamespace(topic_errors=[(topic.name, code, "") for topic in wanted])
+
+    async with running(ledger.url, log) as member:
+        await until(lambda: member.partitions() == 12)
+        with monkeypatch.context() as patch:
+            patch.setattr(AIOKafkaAdminClient, "create_topics", refuse)
+            await log.delete(log.topic)
+            await until(lambda: caplog.text.count(refused) == 1)
+            while caplog.text.count(refused) < 4:
+                assert member.value(up) == 0
+                await asyncio.sleep(0.02)
+        assert f"the topic {log.topic} does not exist" in caplog.text
+        await log.create()
+        sold = accepted()
+        await log.write(sold)
+        await ledger.until_has(sold)
+        await until(lambda: member.value(up) == 1)
+
+
 async def test_two_consumers_share_the_work_and_count_each_event_once(
     ledger: Ledger, log: Log
 ) -> None:
@@ -279,3 +329,12 @@ async def test_killed_consumers_lose_and_double_nothing(
     await until(announced, "every reservation is announced", pause=1)
     consumer.signal(signal.SIGTERM)
     assert await consumer.ended() == 0
+
+
+async def until_exists(log: Log) -> None:
+    async with administering(log.bootstrap) as admin:
+
+        async def exists() -> bool:
+            return log.topic in await admin.list_topics()
+
+        await until(exists, "the topic exists")
