@@ -18,6 +18,10 @@ from flashsale.errors import has_just_closed
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 3.0
+WRONG_CLOCK: Final = (
+    "Kafka refuses the time of this machine's clock: synchronize the machines' clocks, and set the "
+    "topic's message.timestamp.type to LogAppendTime"
+)
 
 
 @cache

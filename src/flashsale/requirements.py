@@ -24,6 +24,12 @@ the retention time. Whatever is sent, its disk stays below 15 GiB per copy.
 """
 SEGMENT_BYTES: Final = PARTITION_BYTES // 4
 """Kafka deletes whole segments, so a partition grows to the sum of both sizes."""
+TIMESTAMP_TYPE: Final = "LogAppendTime"
+"""Kafka dates records by its own clock. It deletes records by their age, and refuses future ones.
+
+A pod whose clock is behind could otherwise have its records deleted unread, and one whose clock is
+an hour ahead could publish nothing.
+"""
 BATCH_BYTES: Final = 256 * 1024
 """The size of a batch of events. A topic with a lower limit gets smaller batches."""
 
@@ -138,6 +144,11 @@ def _old_redis(facts: RedisFacts) -> str | None:
 def _number_below(config: Mapping[str, str], name: str, least: int) -> str | None:
     value = int(config.get(name, least))
     return f"{name}={value}" if 0 <= value < least else None
+
+
+def _other_timestamps(facts: TopicFacts) -> str | None:
+    found = facts.config.get("message.timestamp.type", TIMESTAMP_TYPE)
+    return None if found == TIMESTAMP_TYPE else f"message.timestamp.type={found}"
 
 
 def _of_cluster(
@@ -318,6 +329,14 @@ _TOPIC: Final = (
     ),
     Requirement[TopicFacts](
         "Kafka",
+        "message.timestamp.type=LogAppendTime",
+        _other_timestamps,
+        "set the topic's message.timestamp.type, because Kafka would refuse or delete the events "
+        "of a pod whose clock is wrong",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
         "max.message.bytes of 256 KiB or more",
         lambda facts: _number_below(facts.config, "max.message.bytes", BATCH_BYTES),
         "raise the topic's max.message.bytes, because smaller batches cost more",
@@ -330,6 +349,14 @@ RECORDED: Final = (
         "retention.ms of 7 days or more for recorded reservations",
         lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
         "raise the topic's retention.ms, because an order service misses older messages",
+        fatal=False,
+    ),
+    Requirement[TopicFacts](
+        "Kafka",
+        "message.timestamp.type=LogAppendTime for recorded reservations",
+        _other_timestamps,
+        "set the topic's message.timestamp.type, because Kafka would refuse or delete the messages "
+        "of a consumer whose clock is wrong",
         fatal=False,
     ),
     Requirement[TopicFacts](

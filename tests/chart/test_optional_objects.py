@@ -25,7 +25,8 @@ from tests.support.chart_options import (
 )
 from tests.support.paths import CHART
 
-TOPIC_SIZE: Final = {
+TOPIC: Final = {
+    "message.timestamp.type": requirements.TIMESTAMP_TYPE,
     "retention.bytes": requirements.PARTITION_BYTES,
     "segment.bytes": requirements.SEGMENT_BYTES,
 }
@@ -108,17 +109,15 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {
             "shop-flashsale.reservations": (
                 requirements.PARTITIONS,
-                TOPIC_SIZE
-                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                TOPIC | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.recorded": (
                 requirements.PARTITIONS,
-                TOPIC_SIZE
-                | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
+                TOPIC | {"retention.ms": requirements.EVENT_RETENTION_MS, "min.insync.replicas": 2},
             ),
             "shop-flashsale.reservations.dlq": (
                 requirements.PARTITIONS,
-                TOPIC_SIZE
+                TOPIC
                 | {
                     "retention.ms": topics.DEAD_LETTER_RETENTION_MS,
                     "min.insync.replicas": 2,

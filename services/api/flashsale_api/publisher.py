@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
+    InvalidTimestampError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -300,6 +301,8 @@ class Publisher:
                 if too_large:
                     self._batch_bytes = min(self._batch_bytes, builder.size()) // 2
                     continue
+                if isinstance(error, InvalidTimestampError):
+                    raise InvalidTimestampError(kafka_clients.WRONG_CLOCK) from error
                 raise
             if self._spans is not None:
                 self._spans.sent(spans, len(batch), partition)
@@ -337,8 +340,8 @@ class Publisher:
         """
         batch: list[OutboxEntry] = []
         spans: list[Span] = []
-        # Kafka deletes records by their age. Those of old reservations must not be deleted unread,
-        # and it refuses a time ahead of its clock.
+        # For topics without LogAppendTime. Kafka deletes records by their age. Those of old
+        # reservations must not be deleted unread, and it refuses a time ahead of its clock.
         now_ms = int(time.time() * 1000)
         while self._pending and (not batch or builder.size() < self._batch_bytes):
             item_id, _, reservation_id, record, snapshot, traceparent = self._pending[0]

@@ -18,6 +18,7 @@ from zlib import crc32
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.errors import (
+    InvalidTimestampError,
     KafkaError,
     MessageSizeTooLargeError,
     NoOffsetForPartitionError,
@@ -191,6 +192,8 @@ class Announcer:
                 if self._batch_bytes < _LEAST_BATCH_BYTES:
                     raise
                 self._batch_bytes //= 4
+            except InvalidTimestampError as error:
+                raise InvalidTimestampError(kafka_clients.WRONG_CLOCK) from error
             else:
                 self._batch_bytes = min(2 * self._batch_bytes, BATCH_BYTES)
                 self._metrics.announced.inc(len(messages))

@@ -23,6 +23,7 @@ from flashsale.requirements import (
     PARTITION_BYTES,
     PARTITIONS,
     SEGMENT_BYTES,
+    TIMESTAMP_TYPE,
     TopicFacts,
 )
 from flashsale.settings import KafkaSettings
@@ -149,5 +150,9 @@ async def _facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
 
 def _topic(name: str, partitions: int, configs: dict[str, str]) -> NewTopic:
     # -1 means the broker's default. NewTopic accepts it only together with assignments.
-    limits = {"retention.bytes": str(PARTITION_BYTES), "segment.bytes": str(SEGMENT_BYTES)}
-    return NewTopic(name, partitions, -1, replica_assignments={}, topic_configs=limits | configs)
+    shared = {
+        "message.timestamp.type": TIMESTAMP_TYPE,
+        "retention.bytes": str(PARTITION_BYTES),
+        "segment.bytes": str(SEGMENT_BYTES),
+    }
+    return NewTopic(name, partitions, -1, replica_assignments={}, topic_configs=shared | configs)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -20,6 +21,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
+from flashsale_consumer import topics
 from tests.support.eventually import until
 from tests.support.topics import administering, create_topic
 
@@ -126,19 +128,66 @@ async def test_the_api_leaves_the_topic_to_the_consumer(tmp_path: Path, redis: R
 
 
 @pytest.mark.parametrize("hours", [-8 * 24, 2])
+async def test_a_topic_of_the_consumer_dates_events_by_kafkas_clock(
+    kafka_server: KafkaServer,
+    redis: Redis,
+    new_item: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    hours: int,
+) -> None:
+    begun = time.time()
+    kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=new_item())
+    await topics.create(kafka)
+    monkeypatch.setattr("flashsale_api.publisher.time", other_clock(hours))
+    async with publishing(kafka_server.bootstrap, kafka.engine, redis) as own:
+        own.add(1)
+        await until(lambda: own.published() == 1, own.failures)
+    assert int(begun * 1000) <= await first_time(kafka) <= time.time() * 1000
+
+
+async def test_a_pod_whose_clock_is_wrong_says_so_on_a_topic_of_other_people(
+    kafka_server: KafkaServer,
+    redis: Redis,
+    new_item: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = new_item()
+    await create(kafka_server.bootstrap, engine, max_message_bytes=1_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("flashsale_api.publisher.time", other_clock(2))
+        async with publishing(kafka_server.bootstrap, engine, redis) as own:
+            own.add(1)
+            await until(lambda: own.failures() > 0)
+            assert "Kafka refuses the time of this machine's clock" in caplog.text
+            patch.undo()
+            await until(lambda: own.published() == 1, own.failures)
+
+
+@pytest.mark.parametrize("hours", [-8 * 24, 2])
 async def test_an_event_of_another_time_is_published_like_any_other(
     kafka_server: KafkaServer, redis: Redis, new_item: Callable[[], str], hours: int
 ) -> None:
     """Kafka deletes records by their time, and refuses one that is an hour ahead."""
-    engine, begun = new_item(), time.time()
-    await create(kafka_server.bootstrap, engine, max_message_bytes=1_000_000)
-    async with publishing(kafka_server.bootstrap, engine, redis) as own:
+    begun = time.time()
+    kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=new_item())
+    await create(kafka_server.bootstrap, kafka.engine, max_message_bytes=1_000_000)
+    async with publishing(kafka_server.bootstrap, kafka.engine, redis) as own:
         own.add(1, accepted_ms=int((begun + hours * 3600) * 1000))
         await until(lambda: own.published() == 1, own.failures)
+    assert int(begun * 1000) <= await first_time(kafka) <= time.time() * 1000
+
+
+def other_clock(hours: int) -> SimpleNamespace:
+    return SimpleNamespace(time=lambda: time.time() + hours * 3600)
+
+
+async def first_time(kafka: KafkaSettings) -> int:
+    """Return the time of a topic's first record in Unix milliseconds."""
     async with AIOKafkaConsumer(
-        events.topic(engine),
-        bootstrap_servers=kafka_server.bootstrap,
+        events.topic(kafka.engine),
+        bootstrap_servers=kafka.kafka_bootstrap,
         auto_offset_reset="earliest",
     ) as reader:
         record = await asyncio.wait_for(reader.getone(), 30)
-    assert int(begun * 1000) <= record.timestamp <= time.time() * 1000
+    return int(record.timestamp)

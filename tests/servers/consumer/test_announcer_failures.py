@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import itertools
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -16,8 +18,8 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from flashsale import events
 from flashsale.events import Event
 from flashsale.settings import KafkaSettings
+from flashsale_consumer import announcer, topics, worker
 from flashsale_consumer import offsets as stored_offsets
-from flashsale_consumer import topics, worker
 from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorded import Source
@@ -137,6 +139,21 @@ async def test_announcing_rebuilds_locks_the_sales_in_the_order_of_the_recorder(
     outcome, _ = await asyncio.gather(recording, announcing)
     assert outcome.recorded == len(names)
     assert await source.rebuilds() == []
+
+
+async def test_an_announcer_whose_clock_is_wrong_says_so(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a topic that dates messages by their producer's clock."""
+    topic = events.recorded_topic(log.engine)
+    await create_topic(log.bootstrap, topic, 12)
+    ahead = SimpleNamespace(time=lambda: time.time() + 7200, monotonic=time.monotonic)
+    monkeypatch.setattr(announcer, "time", ahead)
+    async with running(ledger.url, log):
+        await log.write(accepted())
+        await until(lambda: "Kafka refuses the time of this machine's clock" in caplog.text)
+        await configure(log, topic, {"message.timestamp.type": "LogAppendTime"})
+        await until_announced(ledger, log, 1)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from tests.support.proxy import Proxy
 
 GOOD_REDIS = RedisFacts("7.0.15", "noeviction", "0", appendonly=True, script_error="")
 GOOD_CLUSTER = ClusterFacts(requirements.SLOTS, {}, replicas=1)
+CREATE_TIME = {"message.timestamp.type": "CreateTime"}
 GOOD_LEDGER = LedgerFacts(180_000, "UTF8", "public", may_create=True, outdated=False, lacking=())
 
 
@@ -227,6 +228,7 @@ async def test_a_database_that_is_away_is_an_outage() -> None:
         (TopicFacts(12, {"retention.bytes": "1000000"}), "retention.bytes=1000000, but needs"),
         (TopicFacts(12, {"retention.bytes": "-1"}), "retention.bytes=-1, but needs a limit"),
         (TopicFacts(12, {"cleanup.policy": "compact"}), "cleanup.policy=compact, but needs"),
+        (TopicFacts(12, CREATE_TIME), "message.timestamp.type=CreateTime, but needs"),
         (TopicFacts(12, {"max.message.bytes": "1000"}), "max.message.bytes=1000, but needs"),
     ],
 )
@@ -248,6 +250,7 @@ def test_a_topic_with_more_than_the_requirements_is_accepted(
         "retention.ms": "-1",
         "retention.bytes": "2147483648",
         "cleanup.policy": "compact,delete",
+        "message.timestamp.type": "LogAppendTime",
         "max.message.bytes": "1048588",
         "compression.type": "zstd",
     }
@@ -295,6 +298,7 @@ def broken() -> list[tuple[str, Finding]]:
                 TopicFacts(12, {"retention.bytes": "0"}),
                 TopicFacts(12, {"retention.bytes": "-1"}),
                 TopicFacts(12, {"cleanup.policy": "compact"}),
+                TopicFacts(12, CREATE_TIME),
                 TopicFacts(12, {"max.message.bytes": "262143"}),
             ],
         ),
@@ -302,6 +306,7 @@ def broken() -> list[tuple[str, Finding]]:
             requirements.RECORDED,
             [
                 TopicFacts(1, {"retention.ms": "0"}),
+                TopicFacts(1, CREATE_TIME),
                 TopicFacts(1, {"max.message.bytes": "0"}),
             ],
         ),
