@@ -31,7 +31,7 @@ class Metrics:
             self.events.labels(result)
         self.voided = counter(
             "flashsale_consumer_voided_total",
-            "Changes of known reservations that their sale's last rebuild did not find.",
+            "Events of known reservations that their sale's last rebuild did not find.",
         )
         self.deleted = counter(
             "flashsale_consumer_deleted_events_total",
