@@ -79,6 +79,12 @@ class Announcer:
         self._availability = Availability(self._topic, up, there=True)
         self._checks = Checks(log)
         self._batch_bytes = BATCH_BYTES
+        self._delivered: set[tuple[bytes, bytes]] = set()
+        """Messages that Kafka has, while it has not acknowledged their whole page.
+
+        They are not sent again. A partition that is away for hours would otherwise fill the others
+        with repeats, for which Kafka deletes messages that nobody has read yet.
+        """
         self._reading: dict[int, int] = {}
         """The offsets of the reader, by partition."""
 
@@ -184,9 +190,12 @@ class Announcer:
 
         Raises `KafkaError` and TimeoutError. Some messages can be published then.
         """
-        while messages:
+        if len(self._delivered) > 4 * PAGE:  # of pages that this consumer has no more
+            self._delivered.clear()
+        left = messages
+        while left := [each for each in left if (each.key, each.value) not in self._delivered]:
             try:
-                await self._send(producer, messages)
+                await self._send(producer, left)
             except _TOO_LARGE:
                 # A topic with a lower limit gets smaller batches, in the end of one message.
                 if self._batch_bytes < _LEAST_BATCH_BYTES:
@@ -196,13 +205,14 @@ class Announcer:
                 raise InvalidTimestampError(kafka_clients.WRONG_CLOCK) from error
             else:
                 self._batch_bytes = min(2 * self._batch_bytes, BATCH_BYTES)
-                self._metrics.announced.inc(len(messages))
-                self._availability.back()
-                return
+        if messages:
+            self._delivered.clear()
+            self._metrics.announced.inc(len(messages))
+            self._availability.back()
 
     async def _send(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
         now_ms = int(time.time() * 1000)
-        sent: list[asyncio.Future[object]] = []
+        sent: dict[asyncio.Future[object], list[Message]] = {}
         # aiokafka retries without a limit if a broker was killed.
         async with asyncio.timeout(PAGE_SECONDS):
             count = len(await producer.partitions_for(self._topic))
@@ -211,34 +221,35 @@ class Announcer:
                 by_partition.setdefault(crc32(message.key) % count, []).append(message)
             try:
                 for partition, own in by_partition.items():
-                    for builder in self._batches(producer, own, now_ms):
-                        sent += [
-                            await producer.send_batch(builder, self._topic, partition=partition)
-                        ]
-                        sent = [each for each in sent if not _acknowledged(each)]
-                # aiokafka fails on a cancelled batch, so a timeout must not cancel it.
-                await asyncio.gather(*(asyncio.shield(each) for each in sent))
+                    for builder, some in self._batches(producer, own, now_ms):
+                        batch = await producer.send_batch(builder, self._topic, partition=partition)
+                        sent[batch] = some
+                # A timeout must not cancel a batch, because aiokafka fails on that.
+                await asyncio.wait(sent)
+                for batch in sent:
+                    batch.result()
             finally:
-                for each in sent:
-                    each.add_done_callback(kafka_clients.retrieve)
+                for batch, some in sent.items():
+                    batch.add_done_callback(kafka_clients.retrieve)
+                    if batch.done() and not batch.cancelled() and batch.exception() is None:
+                        self._delivered.update((each.key, each.value) for each in some)
 
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int
-    ) -> "Iterable[BatchBuilder]":
+    ) -> "Iterable[tuple[BatchBuilder, list[Message]]]":
         """Divides messages of a partition into batches of at most `_batch_bytes`."""
-        builder = producer.create_batch()
-        for key, value, headers in messages:
-            if builder.record_count() and builder.size() > self._batch_bytes:
+        builder, own = producer.create_batch(), list[Message]()
+        for message in messages:
+            key, value, headers = message
+            full = own and builder.size() > self._batch_bytes
+            if full or not builder.append(timestamp=now_ms, key=key, value=value, headers=headers):
                 builder.close()
-                yield builder
-                builder = producer.create_batch()
-            if builder.append(timestamp=now_ms, key=key, value=value, headers=headers) is None:
-                builder.close()
-                yield builder
-                builder = producer.create_batch()
+                yield builder, own
+                builder, own = producer.create_batch(), []
                 builder.append(timestamp=now_ms, key=key, value=value, headers=headers)
+            own.append(message)
         builder.close()
-        yield builder
+        yield builder, own
 
 
 def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
@@ -251,11 +262,3 @@ def _names(records: Iterable[ConsumerRecord]) -> list[tuple[str, str]]:
             continue  # a dead letter, or skipped offsets
         names[name.sale_id, name.reservation_id] = None
     return list(names)
-
-
-def _acknowledged(sent: "asyncio.Future[object]") -> bool:
-    """Returns whether Kafka has acknowledged a batch. Raises `KafkaError` if it was refused."""
-    if not sent.done():
-        return False
-    sent.result()
-    return True

@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import TopicAuthorizationFailedError
+from aiokafka.errors import NotEnoughReplicasError, TopicAuthorizationFailedError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
@@ -106,6 +106,34 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(
     assert max(sizes) > 4_000
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+async def test_a_partition_that_is_away_brings_no_repeats_to_the_others(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For hours, they would fill the other partitions, for which Kafka deletes unread messages."""
+    send_batch = AIOKafkaProducer.send_batch
+    recorded, is_away, refused = events.recorded_topic(log.engine), True, 0
+
+    async def without_one(
+        producer: AIOKafkaProducer, batch: BatchBuilder, topic: str, *, partition: int
+    ) -> object:
+        nonlocal refused
+        if not (is_away and topic == recorded and partition == 5):
+            return await send_batch(producer, batch, topic, partition=partition)
+        refused += 1
+        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        result.set_exception(NotEnoughReplicasError())
+        return result
+
+    monkeypatch.setattr(AIOKafkaProducer, "send_batch", without_one)
+    sold = [accepted(number) for number in range(300)]
+    async with running(ledger.url, log):
+        await log.write(*sold)
+        await until(lambda: refused > 1)
+        is_away = False
+        view = await until_announced(ledger, log, len(sold))
+    assert set(view.ids.values()) == {1}
 
 
 async def test_announcing_rebuilds_locks_the_sales_in_the_order_of_the_recorder(
