@@ -152,7 +152,7 @@ async def living(
 
     A report that used the clock of another run is left out. By this clock it could look newer than
     it is. A living pod sends another one within `EXPIRY_SECONDS`. The reports of pods of the
-    previous version are included.
+    previous version, which have none in the item's slot, are included.
     """
     key, nodes = ItemKeys.of(item_id, engine).pods, Nodes.of_client(redis)
     found = await nodes.call(
@@ -166,6 +166,7 @@ async def living(
     return reports + [
         Report(pod.pod_id, pod.unacknowledged.get(item_id, 0), pod.sampled_ms)
         for pod in (await _previous_version(redis, engine) if nodes.single else ())
+        if pod.pod_id not in found
     ]
 
 
