@@ -22,6 +22,8 @@ SLOW_CALLS: Final = 0.06
 """Share of the calls to Redis that are executed long after the pod has given up on them."""
 LONG_SUSPENSION: Final = EXPIRY - 1.5 * BEAT
 """A pod that is suspended for this long, in seconds, may lose its heartbeat."""
+TEMPORARY: Final = frozenset({"fenced", "unknown"})
+"""Answers of a script that refuse no request for good."""
 EXPIRED_AT_ONCE: Final = 3
 DELIVERY_SECONDS: Final = 12.0
 """How long the producer waits for an acknowledgement before it sends a batch again."""
@@ -29,8 +31,11 @@ RISK_AT_CHANGES: Final = 0.15
 RISK_AT_CHANGES_IF_AIMED: Final = 0.35
 
 T = TypeVar("T")
-Reply: TypeAlias = Generator[float, None, tuple[T, float] | None]
-"""The steps of a script call: the reply and when its last try began, or None without a reply."""
+Reply: TypeAlias = Generator[float, None, tuple[T, float, bool] | None]
+"""The steps of a script call, or None without a reply.
+
+They return the reply, when its last try began, and whether an earlier try may still be executed.
+"""
 
 
 @dataclass(slots=True)
@@ -136,6 +141,7 @@ class Pod(Process):
     def ask(self, asked: Asked) -> None:
         """Queues a request, and starts a call if there may be one more."""
         if self.alive:
+            self.world.oracle.asked[asked.request.reservation_id] += 1
             self.waiting.append(asked)
             if self.calls < CALLS_IN_FLIGHT:
                 self.calls += 1
@@ -149,19 +155,24 @@ class Pod(Process):
             for asked in batch:
                 asked.answer = "unavailable"
         else:
-            for asked, answer in zip(batch, reply[0], strict=True):
-                self._deliver(asked, answer)
+            answers, _, repeated = reply
+            for asked, answer in zip(batch, answers, strict=True):
+                self._deliver(asked, answer, repeated=repeated)
         self.world.risk(self)
         self.calls -= 1
         if self.waiting:
             self.calls += 1
             self.spawn(self._call())
 
-    def _deliver(self, asked: Asked, answer: Answer) -> None:
+    def _deliver(self, asked: Asked, answer: Answer, *, repeated: bool) -> None:
         """Hands an accepted event to the publisher and then answers, in one step."""
         world, event = self.world, answer.event
         asked.answer = answer.outcome
         if event is None:
+            if repeated and world.rules.late_calls_expected:
+                asked.answer = "unavailable"
+            elif asked.answer not in TEMPORARY:
+                world.oracle.denied.add(asked.request.reservation_id)
             return
         if event.final:
             raise Violation(f"{event} is answered 202")
@@ -175,10 +186,12 @@ class Pod(Process):
     def _script(self, execute: Callable[[], T]) -> Reply[T]:
         """Calls a script, again if that fails. A late reply is ignored."""
         world, redis = self.world, self.servers.redis
+        repeated = False
         for _ in range(2):
             started = world.now
             try:
                 if world.chance() < SLOW_CALLS:
+                    repeated = True
                     self._execute_later(execute)
                     yield CALL_DEADLINE / 2
                     continue
@@ -194,7 +207,8 @@ class Pod(Process):
                 continue
             late = world.now - started >= CALL_DEADLINE
             if not (late and world.rules.late_answers_ignored):
-                return found, started
+                return found, started, repeated
+            repeated = True
         return None
 
     def _execute_later(self, execute: Callable[[], T]) -> None:
@@ -223,7 +237,7 @@ class Pod(Process):
         if reply is None:
             ordered.answer = "unavailable"
             return
-        answer, started = reply
+        answer, started, _ = reply
         if answer.event is None:
             self._refuse(ordered, answer.outcome)
             return

@@ -49,6 +49,9 @@ class Rules:
     """recorder.py: the ledger raises a sale's capacity to the capacity in each event."""
     settle_matches: bool = True
     """settle.lua: an outbox entry is deleted only if it has the acknowledged reservation's id."""
+    late_calls_expected: bool = True
+    """batcher.py: if a call was repeated, a refusal is not final. The first call can still be on
+    its way, and accept the request once the sale has a unit again."""
     late_answers_ignored: bool = True
     """calls.py: a reply that arrives after the call's deadline is ignored."""
     unseen_pods_awaited: bool = True

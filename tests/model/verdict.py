@@ -49,6 +49,11 @@ def _judge_buyers(oracle: Oracle, tables: Tables) -> None:
     )
     for user, bought in units.items():
         _must(bought <= MAX_PER_USER, f"{user} has {bought} units in the ledger")
+    for reservation_id in oracle.denied & recorded.keys():
+        _must(
+            oracle.asked[reservation_id] > 1,
+            f"{reservation_id} was refused, but is {recorded[reservation_id]}",
+        )
     for reservation_id, quantity in oracle.promised.items():
         found = recorded.get(reservation_id)
         if found is None or found.quantity != quantity:

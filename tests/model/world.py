@@ -2,7 +2,7 @@
 
 import heapq
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -34,6 +34,8 @@ class Oracle:
     - `confirmed` has the order of each reservation whose confirmation was answered 200.
     - `cancelled` has the time of the first 200 for a cancellation of each reservation.
     - `named` has the order references of all cancellations that were asked for.
+    - `asked` counts the requests for each reservation.
+    - `denied` has the reservations that a buyer was finally refused.
     """
 
     promised: dict[str, int] = field(default_factory=dict)
@@ -42,6 +44,8 @@ class Oracle:
     confirmed: dict[str, str] = field(default_factory=dict)
     cancelled: dict[str, float] = field(default_factory=dict)
     named: set[tuple[str, str]] = field(default_factory=set)
+    asked: Counter[str] = field(default_factory=Counter)
+    denied: set[str] = field(default_factory=set)
     highest_stock: int = 0
     counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 

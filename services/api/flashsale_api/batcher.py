@@ -104,35 +104,40 @@ class Batcher(Calls[Request, Decision]):
         full = Outcome.OUTBOX_FULL if self._publisher.held >= MOST_HELD else None
         refusals = [full or self._refusal(item_id) for item_id, _ in batches]
         asked = [batch for batch, refusal in zip(batches, refusals, strict=True) if not refusal]
-        replies = iter(await self._reserve(asked) if asked else ())
+        replies, repeated = await self._reserve(asked) if asked else ((), False)
+        left = iter(replies)
         return [
             [Decision(refusal)] * len(requests)
             if refusal
-            else self._decide_apart(item_id, requests, next(replies))
+            else self._decide_apart(item_id, requests, next(left), repeated=repeated)
             for (item_id, requests), refusal in zip(batches, refusals, strict=True)
         ]
 
     def _decide_apart(
-        self, item_id: str, requests: Sequence[Request], reply: _ItemReply
+        self, item_id: str, requests: Sequence[Request], reply: _ItemReply, *, repeated: bool
     ) -> list[Decision]:
         """Decides as `_decide` does. An error fails no other item of the call."""
         try:
-            return self._decide(item_id, requests, reply)
+            return self._decide(item_id, requests, reply, repeated=repeated)
         except Exception:  # after any error, every request needs an answer
             log.exception("could not decide a batch for %s", item_id)
             return [Decision(Failure.INTERNAL_ERROR)] * len(requests)
 
     def _decide(
-        self, item_id: str, requests: Sequence[Request], reply: _ItemReply
+        self, item_id: str, requests: Sequence[Request], reply: _ItemReply, *, repeated: bool
     ) -> list[Decision]:
-        """Returns the decisions on an item's requests, and has the accepted ones published."""
+        """Returns the decisions on an item's requests, and has the accepted ones published.
+
+        If the call was `repeated`, no refusal is final. The first call can still be on its way, and
+        accept the request once the sale has a unit again.
+        """
         if isinstance(reply, ContractViolation):
             raise reply
         if not isinstance(reply, BatchReply):
             outcome = self._of_all(item_id, reply)
             return [Decision(outcome, request.reservation_id) for request in requests]
         self._metrics.add_item(item_id)
-        decisions, entries = _read(item_id, requests, reply)
+        decisions, entries = _read(item_id, requests, reply, repeated=repeated)
         # A pod must hold the event before it answers 202.
         for entry in entries:
             self._publisher.add(entry)
@@ -141,8 +146,11 @@ class Batcher(Calls[Request, Decision]):
 
     async def _reserve(
         self, batches: Sequence[tuple[str, Sequence[Request]]]
-    ) -> Sequence[_ItemReply]:
-        """Calls the script. The ids make a repetition a replay."""
+    ) -> tuple[Sequence[_ItemReply], bool]:
+        """Calls the script, and returns whether the call was repeated.
+
+        The ids make a repetition a replay.
+        """
         item_ids = [item_id for item_id, _ in batches]
 
         async def send() -> Sequence[ItemReply]:
@@ -154,20 +162,17 @@ class Batcher(Calls[Request, Decision]):
 
         reply = await self._ask(item_ids, send)
         if isinstance(reply, Failure):
-            return [reply] * len(batches)
+            return [reply] * len(batches), False
         if self._spans is not None and self._spans.open:
             seconds = asyncio.get_running_loop().time() - reply.started
             for _, requests in batches:
                 self._spans.called(requests, seconds)
-        if reply.repeated:  # a refusal does not say whether the first call took units
-            return [
-                Failure.OUTCOME_UNKNOWN if isinstance(each, Outcome | RedisUnavailable) else each
-                for each in reply.value
-            ]
-        return [
-            Failure.REDIS_UNAVAILABLE if isinstance(each, RedisUnavailable) else each
-            for each in reply.value
-        ]
+        failure = Failure.OUTCOME_UNKNOWN if reply.repeated else Failure.REDIS_UNAVAILABLE
+        found: list[_ItemReply] = []
+        for each in reply.value:
+            doubtful = reply.repeated and isinstance(each, Outcome)
+            found.append(failure if doubtful or isinstance(each, RedisUnavailable) else each)
+        return found, reply.repeated
 
     def _of_all(self, item_id: str, outcome: Outcome | Failure) -> Outcome | Failure:
         """Returns the outcome of a batch that was not decided per request.
@@ -194,7 +199,7 @@ class Batcher(Calls[Request, Decision]):
 
 
 def _read(
-    item_id: str, requests: Sequence[Request], reply: BatchReply
+    item_id: str, requests: Sequence[Request], reply: BatchReply, *, repeated: bool
 ) -> tuple[list[Decision], list[OutboxEntry]]:
     """Returns the decisions on a batch, and the events to publish.
 
@@ -229,6 +234,9 @@ def _read(
                 "%s: the reservation %s or its buyer is damaged in Redis", item_id, reservation_id
             )
             decisions.append(Decision(Failure.INTERNAL_ERROR, reservation_id, sale_id))
+            continue
+        elif repeated and outcome is not Outcome.KEY_REUSED:
+            decisions.append(Decision(Failure.OUTCOME_UNKNOWN, reservation_id, sale_id))
             continue
         else:
             decisions.append(

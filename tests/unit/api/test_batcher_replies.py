@@ -77,6 +77,29 @@ async def test_a_refusal_of_the_repetition_does_not_say_that_nothing_was_taken()
     assert (await deciding).outcome is Failure.OUTCOME_UNKNOWN
 
 
+REFUSALS = set(Outcome) - {
+    *(Outcome.ACCEPTED, Outcome.REPLAYED, Outcome.KEY_REUSED, Outcome.UNREADABLE),
+    *(Outcome.UNKNOWN, Outcome.UNSUPPORTED, Outcome.FENCED, Outcome.OTHER_ENGINE),
+}
+
+
+@pytest.mark.parametrize("refusal", sorted(REFUSALS))
+async def test_a_refused_request_of_a_repeated_call_has_no_final_answer(refusal: Outcome) -> None:
+    """The first call can still be on its way, and accept it once the sale has a unit again."""
+    inventory = HeldInventory()
+    inventory.fail, inventory.outcome = True, refusal
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    deciding = decide(batcher, "x", a_request())
+    await turns()
+    inventory.go.release()
+    await turns()
+    inventory.fail = False
+    inventory.go.release()
+    assert (await deciding).outcome is Failure.OUTCOME_UNKNOWN
+    inventory.go.release()
+    assert (await decide(batcher, "x", a_request())).outcome is refusal
+
+
 @pytest.mark.parametrize(
     "answer", [Answer(Outcome.REPLAYED, "damaged"), Answer(Outcome.UNREADABLE)]
 )
