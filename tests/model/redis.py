@@ -127,7 +127,7 @@ class Redis(Server):
             return Answer("not_found")
         if known.final:
             return Answer("replayed", 0, self._today(sale, known))
-        own = known.order_ref == order_ref or not self.world.rules.confirmed_needs_order
+        own = known.order_ref in (None, order_ref) or not self.world.rules.confirmed_needs_order
         if known.state == CONFIRMED and not own:
             return Answer("other_order")
         return self._change(sale, known, CANCELLED, known.order_ref or order_ref)

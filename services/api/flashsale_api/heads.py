@@ -27,7 +27,7 @@ def check(headers: RequestHeaders, version: str) -> bool:
         elif name == b"transfer-encoding" and value.lower() != b"chunked":
             raise BadRequest(501, "The only supported Transfer-Encoding is chunked.")
         elif name == b"expect" and value.lower() == b"100-continue":
-            expects_100 = True
+            expects_100 = version != "1.0"  # whose clients know no interim answer
     if version not in _VERSIONS:
         raise BadRequest(400, "The version of HTTP must be 1.1 or 1.0.")
     if hosts > 1 or (hosts == 0 and version != "1.0"):

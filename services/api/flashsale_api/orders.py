@@ -55,7 +55,7 @@ _RETRY: Final = (b"retry-after", b"%d" % RETRY_SECONDS)
 _DETAILS: Final = {
     Problem.HOLD_EXPIRED: "void the payment; the buyer can reserve again",
     Problem.CANCELLED: "void the payment",
-    Problem.OTHER_ORDER: "it is confirmed, and only calls with its own orderRef are accepted",
+    Problem.OTHER_ORDER: "it is confirmed for another order, whose orderRef a call must name",
     Problem.OUTCOME_UNKNOWN: "the change may have been made: repeat the call",
 }
 _ANSWERS: Final = {2: "durable", 4: "rejected"}
@@ -75,6 +75,7 @@ class CancelBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fie
     order_ref: OrderRef | msgspec.UnsetType = msgspec.UNSET
 
 
+_OTHER_FORM: Final = "write the itemId and the reservationId in the path as the engine writes them"
 _CONFIRM: Final = JsonBody(ConfirmBody, quotes=4)
 _CANCEL: Final = JsonBody(CancelBody, quotes=4)
 
@@ -126,10 +127,8 @@ class Orders:
     async def reservation(self, request: Request) -> Response:  # noqa: PLR0911 - one per problem
         item_id = request.path_params["item_id"]
         reservation_id = request.path_params["reservation_id"]
-        if not ITEM_ID.match(item_id):
-            return problem_response(Problem.UNKNOWN_ITEM)
-        if not RESERVATION_ID.match(reservation_id):
-            reservation_id = ""
+        if not _exist(item_id, reservation_id):
+            return problem_response(Problem.NOT_FOUND, _OTHER_FORM)
         if refusal := self._refusal(item_id):
             return problem_response(PROBLEMS[refusal])
         try:
@@ -192,10 +191,8 @@ class _Change:
     def _call(self, headers: RequestHeaders, raw: bytes | bytearray) -> OrderCall:
         """Parses the call. Raises `Refused`."""
         order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
-        if not ITEM_ID.match(self._item_id):
-            raise Refused(Problem.UNKNOWN_ITEM, "")
-        if not RESERVATION_ID.match(self._reservation_id):
-            raise Refused(Problem.UNKNOWN_RESERVATION, "")
+        if not _exist(self._item_id, self._reservation_id):
+            raise Refused(Problem.NOT_FOUND, _OTHER_FORM)
         traceparent = _header(headers, b"traceparent")
         return OrderCall(
             self._reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
@@ -217,6 +214,15 @@ class _Change:
         seconds = perf_counter() - self._started
         self._metrics.order_seconds.labels(self._verb, answer).observe(seconds)
         self._respond(status, headers, body)
+
+
+def _exist(item_id: str, reservation_id: str) -> bool:
+    """Whether there can be such ids.
+
+    If not, the caller wrote them differently, in upper case or percent-encoded. To say that the
+    reservation is unknown would be final, and a shop would void the payment.
+    """
+    return bool(ITEM_ID.match(item_id) and RESERVATION_ID.match(reservation_id))
 
 
 def _answer_to(

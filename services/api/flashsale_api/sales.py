@@ -35,7 +35,10 @@ FRESH_SECONDS: Final = 1.0
 STALE_SECONDS: Final = 3.0
 """How long an encoded answer is sent while the next one is read."""
 MAX_READS: Final = 64
-"""Requests that wait for Redis. Further ones are refused, so that they delay no other work."""
+"""Requests that wait for Redis. Further ones are refused, so that they delay no other work.
+
+As many can wait for items that the pod does not know. So made-up names take no reads away.
+"""
 PAGE: Final = 50
 """Sales in one read of all sales. Larger pages would delay buyers."""
 
@@ -105,7 +108,8 @@ class Sales:
         self._encoded: dict[str, Encoded] = {}
         """The answers by item, and under "" that for all sales. An unknown item has none."""
         self._reading: dict[str, asyncio.Task[Encoded | None]] = {}
-        self._reads = 0
+        self._reads = {True: 0, False: 0}
+        """The requests that wait for Redis, of known items and of other names."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.all_sales: Handler = partial(self._sales, "")
         """The handler of GET /sales."""
@@ -138,7 +142,7 @@ class Sales:
                 self._read(item_id)
             encoded.respond(headers, respond)
         else:
-            self._answer(self._wait(item_id, headers, respond), respond)
+            self._answer(item_id, self._wait(item_id, headers, respond), respond)
 
     def _reservation(
         self,
@@ -154,25 +158,29 @@ class Sales:
             elif self._authentication is not None and not user_id:
                 respond(*responses.plain(Problem.KEYS_UNAVAILABLE))
             else:
-                self._answer(self._look(item_id, reservation_id, user_id, respond), respond)
+                work = self._look(item_id, reservation_id, user_id, respond)
+                self._answer(item_id, work, respond)
 
         if self._authentication is None:
             look("", "")
         else:
             self._authentication.identify(headers, look)
 
-    def _answer(self, work: Coroutine[None, None, None], respond: Respond) -> None:
+    def _answer(self, item_id: str, work: Coroutine[None, None, None], respond: Respond) -> None:
         """Runs `work`, which answers a request, unless too many requests wait already."""
-        if self._reads >= MAX_READS:
+        known = not item_id or item_id in self._engine.items
+        if self._reads[known] >= MAX_READS:
             work.close()
             respond(*responses.plain(Problem.TOO_MANY_WAITING))
             return
-        self._reads += 1
-        task = asyncio.get_running_loop().create_task(self._guarded(work, respond))
+        task = asyncio.get_running_loop().create_task(self._guarded(known, work, respond))
+        self._reads[known] += 1
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, work: Coroutine[None, None, None], respond: Respond) -> None:
+    async def _guarded(
+        self, known: bool, work: Coroutine[None, None, None], respond: Respond
+    ) -> None:
         try:
             await work
         except RedisUnavailable:
@@ -184,7 +192,7 @@ class Sales:
             respond(*responses.plain(Problem.INTERNAL_ERROR))
         finally:
             # Not in a callback of the task: the client's next request could come before it.
-            self._reads -= 1
+            self._reads[known] -= 1
 
     async def _look(
         self, item_id: str, reservation_id: str, user_id: str, respond: Respond

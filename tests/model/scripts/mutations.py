@@ -91,7 +91,7 @@ _TRANSITIONS = [
     Fault("cancel", "record.state == 'expired' or record", "record"),
     Fault("cancel", "or record.state == 'cancelled' then", "then"),
     Fault("cancel", "record.order_ref ~= order_ref", "false"),
-    Fault("cancel", "record.state == 'confirmed' and record.order_ref", "record.order_ref"),
+    Fault("cancel", "record.order_ref ~= '' and ", ""),
     Fault("cancel", "record.order_ref = order_ref", ""),
     Fault("expire", "(other_run or torn)", "torn"),
     Fault("expire", "if foreign(sale, ARGV[2]) then", "if false then"),

@@ -124,7 +124,7 @@ def _confirm(record: Record, order_ref: str) -> Transition:
 def _cancel(record: Record, order_ref: str) -> Transition:
     if record.state in FINAL:
         return Transition.REPLAYED
-    if record.state is State.CONFIRMED and record.order_ref != order_ref:
+    if record.order_ref not in ("", order_ref):
         return Transition.OTHER_ORDER
     return Transition.CHANGED
 

@@ -229,7 +229,6 @@ async def test_a_confirmation_of_a_sale_without_holds_sets_the_order(
     own_id = await hold(inventory, item)
     before = await record_of(inventory, item, own_id)
     assert (before.state, before.confirmed_ms) == (State.CONFIRMED, before.accepted_ms)
-    assert await change(inventory, "cancel", item, own_id, "order-1") is Transition.OTHER_ORDER
     assert await change(inventory, "confirm", item, own_id, "order-1") is Transition.CHANGED
     assert await record_of(inventory, item, own_id) == before._replace(
         version=2, order_ref="order-1"
@@ -237,6 +236,16 @@ async def test_a_confirmation_of_a_sale_without_holds_sets_the_order(
     assert await change(inventory, "cancel", item, own_id) is Transition.OTHER_ORDER
     assert await change(inventory, "cancel", item, own_id, "order-1") is Transition.CHANGED
     assert await counts(inventory, item) == (1, 0, 0)
+
+
+async def test_an_order_gives_up_a_reservation_that_it_never_confirmed(
+    inventory: Inventory, item: str
+) -> None:
+    """In a sale without holds. Each confirmation was answered 503, and none was made."""
+    await opened(inventory, a_sale(item))
+    own_id = await hold(inventory, item)
+    assert await change(inventory, "cancel", item, own_id, "order-1") is Transition.CHANGED
+    assert await change(inventory, "confirm", item, own_id, "order-1") is Transition.CANCELLED
 
 
 @pytest.mark.parametrize("verb", ["confirm", "cancel"])

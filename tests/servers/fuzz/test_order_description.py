@@ -67,6 +67,8 @@ async def test_the_described_and_the_real_answers_are_the_same(
 async def _check_decisions(seen: Seen, shop: Shop) -> None:
     unknown = f"/sales/{shop.item}/reservations/{UNKNOWN_ID}"
     await _check_all(seen, shop.orders, unknown, "unknown-item")
+    other_form = f"/sales/{shop.item}/reservations/{UNKNOWN_ID.upper()}"
+    await _check_all(seen, shop.orders, other_form, "not-found")
     await shop.open()
     await _check_all(seen, shop.orders, unknown, "unknown-reservation")
     confirmed, cancelled, expired = [await shop.hold(user) for user in ("ann", "bob", "cid")]

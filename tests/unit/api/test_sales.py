@@ -28,16 +28,19 @@ class SilentInventory(Inventory):
 
 
 async def test_reads_above_the_limit_are_refused_at_once_and_never_sent() -> None:
-    inventory = SilentInventory()
-    sales = Sales(inventory, Engine("flashsale"))
+    """Those of made-up items have a limit of their own, and take no reads of sales away."""
+    inventory, engine = SilentInventory(), Engine("flashsale")
+    engine.items.note("phone")
+    sales = Sales(inventory, engine)
     answers: Counter[int] = Counter()
-    handler = sales.handler(f"/sales/phone/reservations/{IDENTITY}".encode())
-    assert handler is not None
-    for _ in range(MAX_READS + 10):
-        handler([], b"", lambda status, *_: answers.update([status]))
-    assert answers == {503: 10}
+    for item in ("made-up", "phone"):
+        handler = sales.handler(f"/sales/{item}/reservations/{IDENTITY}".encode())
+        assert handler is not None
+        for _ in range(MAX_READS + 10):
+            handler([], b"", lambda status, *_: answers.update([status]))
+    assert answers == {503: 20}
     await asyncio.sleep(0)
-    assert inventory.reads == MAX_READS
+    assert inventory.reads == 2 * MAX_READS
     for task in sales._tasks:
         task.cancel()
     await asyncio.gather(*sales._tasks, return_exceptions=True)
