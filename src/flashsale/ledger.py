@@ -51,6 +51,7 @@ class SaleRow:
 
     `resource_uid` is the uid of the FlashSale that declared the sale. `lost` counts units that
     Redis had accepted and that rebuilds could not find. `held` are the units of open holds.
+    `rebuilt_revision` is the revision of the last rebuild, or 0.
     """
 
     sale_id: str
@@ -72,6 +73,7 @@ class SaleRow:
     max_expired_holds: int = 3
     held: int = 0
     closed_at: datetime | None = None
+    rebuilt_revision: int = 0
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:

@@ -70,7 +70,9 @@ class Ledger:
 
     def progress(self) -> Progress:
         row = self.tables.row
-        return NOTHING if row is None else Progress(row.accepted, row.accepted - row.held)
+        if row is None:
+            return NOTHING
+        return Progress(row.accepted, row.accepted - row.held, row.rebuilt)
 
     def recorded(self, ends: Sequence[int]) -> bool:
         """Whether every event before these offsets is recorded."""

@@ -102,13 +102,17 @@ class Rebuilding(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Units that a sale has accepted, and those of them that are not held. Both only grow."""
+    """Units that a sale has accepted, those of them that are not held, and its last rebuild.
+
+    All three only grow.
+    """
 
     accepted: int
     decided: int
+    rebuilt: int
 
 
-NOTHING: Final = Progress(0, 0)
+NOTHING: Final = Progress(0, 0, 0)
 
 
 @dataclass(slots=True)

@@ -283,7 +283,12 @@ class Redis(Server):
         if sale is None or not rules.ledger_knows_more:
             return False
         undecided = sale.accepted - sale.held < recorded.decided
-        return sale.accepted < recorded.accepted or (undecided and rules.decided_units_compared)
+        former = sale.rebuilt < recorded.rebuilt
+        return (
+            sale.accepted < recorded.accepted
+            or (undecided and rules.decided_units_compared)
+            or (former and rules.rebuilds_compared)
+        )
 
     def mark_rebuild(
         self,

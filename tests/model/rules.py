@@ -103,6 +103,8 @@ class Rules:
     replaced and thawed executes the calls that it got meanwhile."""
     ledger_knows_more: bool = True
     """decision.py, fence.lua: a sale with fewer accepted units than the ledger is rebuilt."""
+    rebuilds_compared: bool = True
+    """decision.py, fence.lua: a sale from before the ledger's last rebuild is rebuilt."""
 
     # Holds: the state machine.
 

@@ -155,6 +155,24 @@ def redis_is_an_older_copy_in_the_same_run(rules: Rules) -> None:
     scene.judge()
 
 
+def a_sale_was_rebuilt_at_another_redis(rules: Rules) -> None:
+    """The engine returns to a Redis that it has left. A unit was given back at the other one."""
+    scene = Scene(rules, stock=2)
+    redis = scene.redis
+    scene.record(scene.buy("first"))
+    former = redis.keys.copy(), redis.run_id, redis.replication_id
+    redis.become(Keys())
+    scene.rebuild()
+    scene.record(scene.cancel("first")[1])
+    redis.keys, redis.run_id, redis.replication_id = former
+    scene.operator.begin()
+    scene.wait(30.0)
+    if redis.confirm("first", "order").event is not None:
+        raise Violation("a reservation that was cancelled is confirmed")
+    scene.record(scene.buy("second"))
+    scene.judge()
+
+
 def a_backup_is_older_than_the_sale(rules: Rules) -> None:
     """Redis and the ledger lose the sale. Kafka has its event, which no consumer has read again."""
     scene = Scene(rules, stock=1)
@@ -201,6 +219,7 @@ SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("times_ahead_ignored", a_rebuild_and_a_pod_die_before_a_failover),
     ("silent_links_closed", a_frozen_primary_thaws_after_it_was_replaced),
     ("ledger_knows_more", redis_is_an_older_copy_in_the_same_run),
+    ("rebuilds_compared", a_sale_was_rebuilt_at_another_redis),
     ("served_not_seeded", a_backup_is_older_than_the_sale),
     ("settle_matches", a_late_settlement_meets_another_reservation),
     *HOLD_SCHEDULES,

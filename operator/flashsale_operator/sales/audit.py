@@ -28,6 +28,7 @@ from flashsale_operator.sales.decision import (
     ended,
     last_of_items,
     lost_units,
+    outdated,
     spec_of,
     state_of,
 )
@@ -198,6 +199,8 @@ def compare(facts: Facts) -> SaleFinding:
 
 def _lost_by_redis(before: SaleRow, sale: Sale) -> list[str]:
     """Describes the changes that Redis lacks. The ledger's row was read before Redis."""
+    if outdated(before, sale):
+        return ["Redis has the sale from before its last rebuild"]
     if sale.accepted < before.accepted:
         return [f"Redis lost {counted(before.accepted - sale.accepted, 'unit')}"]
     if lost := lost_units(before, sale):

@@ -230,11 +230,20 @@ def lost_units(row: SaleRow, sale: Sale) -> int:
     return max(0, accepted, accepted - row.held + sale.held)
 
 
+def outdated(row: SaleRow, sale: Sale) -> bool:
+    """Whether Redis' sale is from before the last rebuild of the row that was read before.
+
+    The engine has returned to a Redis that it had left. A rebuild is in the ledger first, and the
+    sale is fenced until Redis has it too.
+    """
+    return (sale.rebuilt or 0) < row.rebuilt_revision
+
+
 def untrusted(row: SaleRow | None, sale: Sale, server: ServerTime) -> bool:
-    """Whether Redis' sale is fenced, or lacks units of the row that was read before."""
+    """Whether Redis' sale is fenced, or behind the row that was read before."""
     if sale.torn or sale.run_id != server.run_id:
         return True
-    return row is not None and lost_units(row, sale) > 0
+    return row is not None and (lost_units(row, sale) > 0 or outdated(row, sale))
 
 
 def has_keys(row: SaleRow, now: datetime, *, last: bool) -> bool:

@@ -212,6 +212,7 @@ class Rebuilder:
                 step=step,
                 recorded=row.accepted,
                 held=row.held,
+                rebuilt=row.rebuilt_revision,
                 engine_id=engine_id,
                 run_id=run_id,
                 closed=row.closed,

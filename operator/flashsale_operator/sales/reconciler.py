@@ -279,10 +279,10 @@ class Reconciler:
         )
 
     async def fence_outdated(self, sale_id: str, engine_id: str) -> None:
-        """Fences Redis' sale if the ledger has more of its units.
+        """Fences Redis' sale if the ledger has more of its units, or a later rebuild.
 
         For a Redis that the sales have left: the pods of an API that came back would sell the units
-        again. A healthy sale never lacks units, so another name of the right Redis does no harm.
+        again. A healthy sale lacks neither, so another name of the right Redis does no harm.
         """
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
@@ -295,6 +295,7 @@ class Reconciler:
             row.revision,
             recorded=row.accepted,
             held=row.held,
+            rebuilt=row.rebuilt_revision,
             engine_id=engine_id,
             closed=row.closed,
             lease_ms=0,

@@ -89,6 +89,7 @@ class Recovery:
         step: Step = "fence",
         recorded: int = 0,
         held: int = 0,
+        rebuilt: int = 0,
         engine_id: str = "",
         run_id: str = "",
         closed: bool = False,
@@ -98,9 +99,10 @@ class Recovery:
         """Fences the sale for the rebuild `claim` until its lease ends, or begins to write it.
 
         `step` is "fence" for the first call and "wait" for each repeat. "begin" empties the keys.
-        `recorded` and `held` are the ledger's accepted and held units. A sale with fewer accepted
-        units in Redis, or fewer that are no longer held, is never trusted. `run_id` is the server's
-        run when the rebuild began: the wait for heartbeats counts on one server only.
+        `recorded` and `held` are the ledger's accepted and held units, and `rebuilt` is its last
+        rebuild. A sale with fewer accepted units in Redis, or fewer that are no longer held, or
+        from before that rebuild, is never trusted. `run_id` is the server's run when the rebuild
+        began: the wait for heartbeats counts on one server only.
 
         `spec`, `closed` and `claim` come from the ledger's row. `claim` is its revision.
         `replaces` is the same as for `Inventory.apply`.
@@ -118,6 +120,7 @@ class Recovery:
             engine_id,
             run_id,
             self.longest_lease_ms,
+            rebuilt,
         )
         return Fenced(
             await self._scripts.call(self._fence, self._keys(spec.item_id).sold, arguments)

@@ -14,6 +14,7 @@
 --       16 the accepted and 17 the held units that the ledger has recorded for this sale,
 --       18 the id of the caller's engine, 19 the server's run when the rebuild began, or '',
 --       20 the longest lease, ms. One that ends later was taken under the clock of a former server.
+--       21 the revision of the last rebuild in the ledger, or 0
 -- Returns one word:
 --         fenced       the sale waits for this rebuild. If it had no keys, there is a marker now.
 --         begun        the keys are empty, and only this rebuild can write them
@@ -29,15 +30,16 @@
 --         other_engine another engine has the item
 -- Invariants: the outbox is never dropped. An untrusted sale stays untrusted. An ended sale stays
 --       ended, even if it was closed since. A sale with fewer accepted units than the ledger, or
---       fewer units that are no longer held, is never trusted, whatever its run. A rebuild that was
---       overtaken finds another mark and cannot write anything more. A rebuild whose mark was lost
---       ends: Redis then lost the pods' heartbeats too, on which the wait depends.
+--       fewer units that are no longer held, or from before the ledger's last rebuild, is never
+--       trusted, whatever its run. A rebuild that was overtaken finds another mark and cannot write
+--       anything more. A rebuild whose mark was lost ends: Redis then lost the pods' heartbeats
+--       too, on which the wait depends.
 
 local sale, reason = read_sale(KEYS)
 if reason == 'unsupported' then return reason end
 if not tonumber(ARGV[2]) or not tonumber(ARGV[9]) or not tonumber(ARGV[10])
   or not tonumber(ARGV[11]) or not tonumber(ARGV[16]) or not tonumber(ARGV[17])
-  or not tonumber(ARGV[20])
+  or not tonumber(ARGV[20]) or not tonumber(ARGV[21])
   or not (ARGV[15] == 'fence' or ARGV[15] == 'wait' or ARGV[15] == 'begin') then
   return redis.error_reply('ERR malformed rebuild')
 end
@@ -77,7 +79,7 @@ if not sale then
   return 'fenced'
 end
 local accepted, held = tonumber(ARGV[16]), tonumber(ARGV[17])
-if not reason and sale.accepted >= accepted
+if not reason and sale.accepted >= accepted and sale.rebuilt >= tonumber(ARGV[21])
   and sale.accepted - sale.held >= accepted - held then
   return 'trusted'
 end

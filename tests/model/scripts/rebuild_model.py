@@ -15,11 +15,15 @@ def fence(  # noqa: PLR0911 - a list of rules
     *,
     accepted: int,
     held: int,
+    rebuilt: int,
     closed: bool,
     same_run: bool,
     leased: bool,
 ) -> Fenced:
-    """`accepted` and `held` are the ledger's units. `same_run`: as when the rebuild began."""
+    """`accepted` and `held` are the ledger's units, and `rebuilt` is its last rebuild.
+
+    `same_run`: as when the rebuild began.
+    """
     sale, mine = item.read(), f"rebuild:{claim}"
     if sale is not None and sale.foreign(manifest.engine):
         return Fenced.OTHER_ENGINE
@@ -52,6 +56,7 @@ def fence(  # noqa: PLR0911 - a list of rules
     if (
         not item.fenced
         and sale.accepted >= accepted
+        and sale.rebuilt >= rebuilt
         and sale.accepted - sale.held >= accepted - held
     ):
         return Fenced.TRUSTED

@@ -101,6 +101,7 @@ class RebuildRules(ReservationRules):
         self.revision = max(self.revision, self.claim)
         self.highest_limit = max(self.highest_limit, manifest.max_per_user)
         accepted, held = accepted + more[0], held + more[0] - more[1]
+        rebuilt = (0 if sale is None else sale.rebuilt) + (80 <= again < 90)
         closed = sale is not None and sale.state == "closed"
         expected = rebuild_model.fence(
             self.model,
@@ -109,6 +110,7 @@ class RebuildRules(ReservationRules):
             step,
             accepted=accepted,
             held=held,
+            rebuilt=rebuilt,
             closed=closed,
             same_run=again < 90,
             leased=leased,
@@ -119,6 +121,7 @@ class RebuildRules(ReservationRules):
             step=step,
             recorded=accepted,
             held=held,
+            rebuilt=rebuilt,
             engine_id=engine,
             run_id=self.server.run_id if again < 90 else OTHER_SERVER,
             closed=closed,

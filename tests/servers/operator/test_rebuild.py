@@ -5,12 +5,14 @@ import random
 import uuid
 
 import pytest
+import redis as blocking
 
+from dev.stack.servers import RedisServer
 from flashsale.keys import ItemKeys
-from flashsale.reservations import Outcome, Request
+from flashsale.reservations import Outcome, Request, Transition
 from flashsale.sale import SaleSpec, SaleState
 from flashsale_operator.sales.audit import audit
-from flashsale_operator.sales.decision import StillFenced, spec_of
+from flashsale_operator.sales.decision import Reason, StillFenced, spec_of
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
@@ -32,6 +34,33 @@ async def test_after_a_wipe_the_sold_units_are_restored_and_the_rest_is_sold(
     assert crowd.count(Outcome.ACCEPTED) == 6
     report = await shop.apply(sold)
     assert report.state is SaleState.SOLD_OUT
+
+
+async def test_a_sale_from_before_its_last_rebuild_is_rebuilt(
+    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
+) -> None:
+    """The engine returns to a Redis that it left. A buyer gave a unit back at the other one."""
+    keys = ItemKeys.of(sold.item_id).sold
+    former = {}
+    with blocking.Redis.from_url(redis_server.url) as client:
+        for key in keys:
+            former[key] = client.dump(key)
+        await shop.redis.delete(*keys)
+        assert isinstance(await shop.rebuild(sold), Rebuilt)
+        assert await shop.cancel(sold.item_id, "a") is Transition.CHANGED
+        await shop.record(sold.item_id)
+        for key, value in former.items():
+            client.delete(key)
+            if value is not None:
+                client.restore(key, 0, value)
+    report = await audit(shop.inventory, shop.pool, shop.spans)
+    assert "Redis has the sale from before its last rebuild" in report.findings[0].notes
+    result = await shop.apply(sold)
+    assert (result.reason, result.rebuilt is not None) == (Reason.APPLIED, True)
+    assert await shop.confirm(sold.item_id, "a") is Transition.CANCELLED
+    sale = await shop.sale(sold.item_id)
+    assert sale is not None
+    assert (sale.accepted, sale.released, sale.available) == (3, 1, 8)
 
 
 async def test_a_retry_after_the_rebuild_is_a_replay(shop: SimulatedShop, spec: SaleSpec) -> None:
