@@ -66,7 +66,9 @@ def test_an_unreadable_outbox_entry_is_logged_without_its_buyer(engine: Observed
         client.xadd(keys.outbox, {**fields, "traceparent": ""}, id="1-1")
         client.sadd(items(name), "torn")
         try:
-            eventually(lambda: "the outbox of torn cannot be swept" in engine.api.log.read_text())
+            eventually(
+                lambda: "torn: outbox entry 1-1 cannot be read" in engine.api.log.read_text()
+            )
         finally:
             client.srem(items(name), "torn")
             client.delete(keys.outbox)
