@@ -9,9 +9,10 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import jwt
@@ -103,24 +104,27 @@ class Tokens(Authentication):
             then(known.user, "")
             return
         try:
-            key_id = jwt.get_unverified_header(token).get("kid")
+            header = jwt.get_unverified_header(token)
         except (PyJWTError, ValueError, RecursionError):
             then("", "the token is malformed")
             return
 
-        def verify(key: jwt.PyJWK | None) -> None:
-            if key is None:
-                then("", "the issuer has no such key" if self._keys.current else "")
+        def verify(keys: Sequence[jwt.PyJWK]) -> None:
+            wrong = "the issuer has no such key" if self._keys.current else ""
+            # Keys of one id differ in their algorithm, or are old and new ones without any id.
+            for key in [key for key in keys if key.algorithm_name == header.get("alg")] or keys[:1]:
+                try:
+                    user = self._verified(token, key)
+                except (PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
+                    wrong = f"the token is invalid: {error}"
+                    continue
+                self._remember(digest, user)
+                then(user.user, "")
                 return
-            try:
-                user = self._verified(token, key)
-            except (PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
-                then("", f"the token is invalid: {error}")
-                return
-            self._remember(digest, user)
-            then(user.user, "")
+            then("", wrong)
 
-        self._keys.find(key_id if isinstance(key_id, str) else None, verify)
+        key_id = header.get("kid")
+        self._keys.find(key_id if key_id and isinstance(key_id, str) else None, verify)
 
     def _verified(self, token: bytes, key: jwt.PyJWK) -> _User:
         """Returns the token's user. Raises one of several errors if the token is invalid."""
@@ -150,9 +154,9 @@ class Keys:
     def __init__(self, url: str, metrics: Metrics) -> None:
         self._url = url
         self._metrics = metrics
-        self._keys: dict[str | None, jwt.PyJWK] = {}
+        self._keys: dict[str | None, list[jwt.PyJWK]] = {}
         self._jwks: list[dict[str, Any]] = []
-        self._waiting: list[tuple[str | None, Callable[[jwt.PyJWK | None], None]]] = []
+        self._waiting: list[tuple[str | None, Callable[[Sequence[jwt.PyJWK]], None]]] = []
         self._wanted = asyncio.Event()
         self._may_refresh_at = 0.0
         self._failed = True
@@ -167,18 +171,18 @@ class Keys:
         """Whether the last look succeeded, and no other is due. If so, an unknown key is wrong."""
         return not (self._failed or self._wanted.is_set())
 
-    def find(self, key_id: str | None, then: Callable[[jwt.PyJWK | None], None]) -> None:
-        """Calls `then` with a key or None, immediately or after the next look at the address.
+    def find(self, key_id: str | None, then: Callable[[Sequence[jwt.PyJWK]], None]) -> None:
+        """Calls `then` with the keys of an id, immediately or after the next look at the address.
 
-        A token without a key id is verified with the issuer's only key.
+        A token without a key id is verified with the issuer's only key, or those without an id.
         """
-        key = self._keys.get(key_id)
-        if key is None and (self._wanted.is_set() or _now() >= self._may_refresh_at):
+        keys = self._keys.get(key_id, ())
+        if not keys and (self._wanted.is_set() or _now() >= self._may_refresh_at):
             self._wanted.set()
             if len(self._waiting) < MAX_WAITING:
                 self._waiting.append((key_id, then))
                 return
-        then(key)
+        then(keys)
 
     async def run(self) -> None:
         """Reads the keys at once, when they expire, and when a token names an unknown one."""
@@ -207,7 +211,7 @@ class Keys:
             self._may_refresh_at = _now() + (_RETRY_SECONDS if self._failed else REFRESH_SECONDS)
             waiting, self._waiting = self._waiting, []
             for key_id, then in waiting:
-                then(self._keys.get(key_id))
+                then(self._keys.get(key_id, ()))
             try:
                 async with asyncio.timeout(age):
                     await self._wanted.wait()
@@ -221,7 +225,9 @@ class Keys:
             self._keys = _usable(jwks)
             self._jwks = jwks
             self.version += 1
-            log.info("%d keys from FLASHSALE_JWKS_URL", len(self._keys.keys() - {None}))
+            log.info(
+                "%d keys from FLASHSALE_JWKS_URL", len({*chain.from_iterable(self._keys.values())})
+            )
         return age
 
 
@@ -279,17 +285,18 @@ def _read(url: str) -> tuple[list[dict[str, Any]], float]:
     if len(text) > _MAX_JWKS_BYTES:
         raise ValueError(f"the answer has more than {_MAX_JWKS_BYTES} bytes")
     age = float(rule[1]) if rule else _DEFAULT_AGE
-    return msgspec.json.decode(text, type=_Jwks).keys, min(max(age, REFRESH_SECONDS), _LONGEST_AGE)
+    keys = sorted(msgspec.json.decode(text, type=_Jwks).keys, key=repr)  # some issuers shuffle them
+    return keys, min(max(age, REFRESH_SECONDS), _LONGEST_AGE)
 
 
-def _usable(jwks: list[dict[str, Any]]) -> dict[str | None, jwt.PyJWK]:
-    """Returns the keys for signatures by id, and an only key also under `None`."""
-    found: dict[str | None, jwt.PyJWK] = {}
+def _usable(jwks: list[dict[str, Any]]) -> dict[str | None, list[jwt.PyJWK]]:
+    """Returns the keys for signatures by id, and an only key or those without an id under None."""
+    found: dict[str | None, list[jwt.PyJWK]] = {}
     for data in jwks:
         if data.get("use", "sig") != "sig":
             continue
         try:
-            key_id = msgspec.convert(data.get("kid"), str | None) or ""
+            key_id = msgspec.convert(data.get("kid"), str | None) or None
             key = jwt.PyJWK(data)
         except Exception as error:  # noqa: BLE001 - PyJWT checks no types, and the pod must go on
             log.warning("the JWKS has a key that cannot be read: %s", error)
@@ -298,11 +305,12 @@ def _usable(jwks: list[dict[str, Any]]) -> dict[str | None, jwt.PyJWK]:
         if key.algorithm_name not in ALGORITHMS or weak or "d" in data:
             log.warning("the JWKS has a key that is no public key for %s", ", ".join(ALGORITHMS))
         else:
-            found[key_id] = key
+            found.setdefault(key_id, []).append(key)
     if not found:
         raise ValueError(f"the JWKS has no key for {', '.join(ALGORITHMS)}")
-    if len(found) == 1:
-        found[None] = next(iter(found.values()))
+    every = list(chain.from_iterable(found.values()))
+    if len(every) == 1:
+        found[None] = every
     return found
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as generate_rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from dev.issuer import Issuer
+from dev.issuer import AUDIENCE, Issuer
 from flashsale_api import tokens
 from flashsale_api.metrics import Metrics
 from flashsale_api.tokens import Keys, Tokens
@@ -224,6 +225,41 @@ async def test_tokens_too_many_to_wait_for_the_keys_are_not_refused_for_good(
         unknown = [jwt.encode({}, other, "RS256", headers={"kid": str(n)}) for n in range(5)]
         found = await asyncio.gather(*(identified(named, token) for token in unknown))
         assert found == [("", "the issuer has no such key")] * 3 + [("", "")] * 2
+        running.cancel()
+
+
+async def test_keys_that_share_an_id_or_have_none_are_all_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """During a rotation of keys without ids, and with one id for keys of two algorithms."""
+    old, new = (generate_private_key(SECP256R1()) for _ in range(2))
+    rsa = generate_rsa(65537, 2048)
+    published = [
+        *(ECAlgorithm.to_jwk(key.public_key(), as_dict=True) for key in (old, new)),
+        ECAlgorithm.to_jwk(new.public_key(), as_dict=True) | {"kid": "shared"},
+        RSAAlgorithm.to_jwk(rsa.public_key(), as_dict=True) | {"kid": "shared"},
+    ]
+    with Issuer() as issuer:
+        monkeypatch.setattr(issuer, "_answer", lambda: json.dumps({"keys": published}).encode())
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], Metrics())
+        named = Tokens(keys, issuer.url, AUDIENCE)
+        running = asyncio.create_task(named.run())
+        claims = {"sub": "ann", "iss": issuer.url, "aud": AUDIENCE, "exp": 2**33}
+        for key, algorithm, headers in (
+            (old, "ES256", {}),
+            (new, "ES256", {}),
+            (new, "ES256", {"kid": "shared"}),
+            (rsa, "RS256", {"kid": "shared"}),
+        ):
+            token = jwt.encode(claims, key, algorithm, headers=headers)
+            assert await identified(named, token) == ("ann", "")
+        other = jwt.encode(claims, generate_private_key(SECP256R1()), "ES256")
+        user, why = await identified(named, other)
+        assert (user, why) == ("", "the token is invalid: Signature verification failed")
+        version = keys.version
+        published.reverse()
+        await keys._refresh()
+        assert keys.version == version
         running.cancel()
 
 
