@@ -55,6 +55,9 @@ def write(path: Path, text: str) -> None:
 def _files(names: Sequence[str], mistakes: list[str]) -> Iterator[str]:
     """Yields files, and the manifests of directories, without those of their own directories."""
     for name in chain.from_iterable(given.split(",") for given in names):
+        if not name:
+            mistakes.append("-f: the name of a file is empty")
+            continue
         try:
             if name == _STDIN or not Path(name).is_dir():
                 yield name

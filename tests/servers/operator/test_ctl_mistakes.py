@@ -157,6 +157,17 @@ def test_a_directory_without_manifests_is_a_mistake(ctl: Ctl, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("name", ["", "a.yaml,", ",a.yaml"])
+def test_an_empty_name_of_a_file_is_not_the_current_folder(
+    ctl: Ctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a.yaml").write_text(SAMPLE.read_text())
+    (tmp_path / "other.yaml").write_text(SAMPLE.read_text().replace("iphone", "other"))
+    monkeypatch.chdir(tmp_path)
+    error = "flashsalectl: -f: the name of a file is empty"
+    assert ctl("apply", "-f", name) == (1, [], [error])
+
+
 def test_an_export_without_sales_is_a_mistake(ctl: Ctl, tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text("apiVersion: v1\nkind: List\nitems: []\n")
