@@ -26,7 +26,7 @@ def environment(environ: Mapping[str, str], folder: Path) -> tuple[Mapping[str, 
         (
             parent / FILE
             for parent in (folder, *folder.parents)
-            if (parent / FILE).is_file() and (parent / _MARK).is_file()
+            if _is_file(parent / FILE) and _is_file(parent / _MARK)
         ),
         None,
     )
@@ -47,6 +47,13 @@ def variables(lines: Iterable[str]) -> dict[str, str]:
     """Returns the variables that a shell would set."""
     pairs = (line.partition("=") for line in lines)
     return {name: _unquoted(value) for name, _, value in pairs}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder of another user
+        return False
 
 
 def _unquoted(value: str) -> str:

@@ -1,5 +1,6 @@
 """`flashsalectl` finds the servers of a checkout, and completes words in a shell."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashsale_operator.ctl import local_env
 from flashsale_operator.ctl.commands import run
 from tests.support.ctl import NOWHERE, SAMPLE, Ctl
 
@@ -62,6 +64,24 @@ def test_an_error_without_servers_names_the_missing_file(tmp_path: Path) -> None
     assert done.returncode == 2
     assert error.startswith("flashsalectl: FLASHSALE_REDIS_URL is not set: expected redis://")
     assert "`make up`" in advice
+
+
+def test_a_folder_that_cannot_be_entered_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root can enter every folder, so the error is simulated."""
+    (tmp_path / "pyproject.toml").touch()
+    stat = Path.stat
+
+    def refused(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if ".local" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    environ, advice = local_env.environment({}, tmp_path)
+    assert environ == {}
+    assert advice.endswith(f"{tmp_path} has no .local/env")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
