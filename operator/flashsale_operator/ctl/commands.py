@@ -35,7 +35,7 @@ from flashsale_operator.ctl.cli import (
 )
 from flashsale_operator.ctl.repairs import rebuilder_of
 from flashsale_operator.sales import engine
-from flashsale_operator.sales.decision import StillFenced
+from flashsale_operator.sales.decision import StillFenced, counted, needs_rebuild
 from flashsale_operator.sales.manifest import ManifestError
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler, Result
@@ -196,20 +196,25 @@ async def delete(environ: Environ, item: str, *, force: bool) -> int:
         code = 0
         for sale_id in sale_ids:
             await reconciler.close(sale_id)
-            freed = await _free(clients, sale_id, engine_id)
+            freed, obstacle = await _free(clients, reconciler, sale_id, engine_id)
             left = freed not in (Freed.FREED, Freed.UNKNOWN)
-            line = tables.line_of_delete(sale_id, freed)
+            line = tables.line_of_delete(sale_id, freed, obstacle)
             print(line, file=sys.stderr if left else sys.stdout)
             code |= left
     return code
 
 
-async def _free(clients: Clients, sale_id: str, engine_id: str) -> Freed:
-    """Frees the keys of a closed sale, once the ledger has recorded it completely."""
+async def _free(
+    clients: Clients, reconciler: Reconciler, sale_id: str, engine_id: str
+) -> tuple[Freed, str]:
+    """Frees the keys of a closed sale, once the ledger has recorded it completely.
+
+    The second value says why no wait would free them, or is empty.
+    """
     for _ in range(DELETE_LOOKS):
         row = await ledger.sale(clients.pool, sale_id)
         if row is None:
-            return Freed.UNKNOWN
+            return Freed.UNKNOWN, ""
         if not row.held:  # free.lua compares the other two counts
             freed = await clients.inventory.free(
                 row.item_id,
@@ -220,9 +225,26 @@ async def _free(clients: Clients, sale_id: str, engine_id: str) -> Freed:
                 engine_id=engine_id,
             )
             if freed is not Freed.UNRECORDED:
-                return freed
+                return freed, ""
+        if obstacle := await _obstacle(clients, reconciler, row):
+            return Freed.UNRECORDED, obstacle
         await asyncio.sleep(DELETE_BETWEEN_SECONDS)
-    return Freed.UNRECORDED
+    return Freed.UNRECORDED, ""
+
+
+async def _obstacle(clients: Clients, reconciler: Reconciler, row: SaleRow) -> str:
+    """Returns why the keys of a closed sale stay until a person acts, or an empty text."""
+    sale, server = await clients.inventory.observe(row.item_id)
+    if needs_rebuild(row, sale, server):
+        return tables.LOST_KEYS.format(item=row.item_id)
+    if sale is None or sale.sale_id != row.sale_id:
+        return ""
+    if sale.held:
+        return tables.OPEN_HOLDS.format(units=counted(sale.held, "unit"))
+    refused = await reconciler.refused(row.sale_id)
+    if not refused.units or sale.outbox_length or sale.accepted - row.accepted != refused.units:
+        return ""
+    return tables.REFUSED.format(reservations=counted(refused.reservations, "reservation"))
 
 
 @flashsalectl.command(

@@ -38,6 +38,19 @@ _NEXT: Final = {
     Reason.SUPERSEDED: "apply it again if this manifest must win",
 }
 
+LOST_KEYS: Final = (
+    "Redis restarted or lost keys of the sale: run `flashsalectl rebuild {item}`, and delete the "
+    "sale again"
+)
+OPEN_HOLDS: Final = (
+    "it has open holds of {units}: confirm or cancel them, or delete the sale again after they "
+    "expire"
+)
+REFUSED: Final = (
+    "the ledger refused {reservations}, so it never has all units of Redis. The buyers got a 202 "
+    "and have no unit: see FlashsaleRefused in docs/runbooks.md"
+)
+
 
 def line_of(result: Result) -> str:
     """Returns one line about a sale. If it does not match its manifest, adds the next step."""
@@ -53,13 +66,18 @@ def line_of(result: Result) -> str:
     return f"{line}; {_NEXT[reason].format(item=result.item_id)}"
 
 
-def line_of_delete(sale_id: str, freed: Freed) -> str:
-    """Returns the line about a sale that was closed and whose keys were to be freed."""
+def line_of_delete(sale_id: str, freed: Freed, obstacle: str = "") -> str:
+    """Returns the line about a sale that was closed and whose keys were to be freed.
+
+    `obstacle` says why the keys of an unrecorded sale stay until a person acts.
+    """
     match freed:
         case Freed.FREED:
             return f"sale {sale_id} deleted: its keys are freed, and the ledger keeps its rows"
         case Freed.UNKNOWN:
             return f"sale {sale_id} closed: Redis had no keys of it"
+        case Freed.UNRECORDED if obstacle:
+            return f"sale {sale_id} closed: its keys stay, because {obstacle}"
         case Freed.UNRECORDED:
             return f"sale {sale_id} closed: its keys stay until the ledger has all its events"
         case Freed.OPEN:

@@ -240,7 +240,7 @@ class Reconciler:
             sale=observed.sale,
             row=observed.row,
             rebuilt=rebuilt,
-            refused=await self._refused(spec.sale_id),
+            refused=await self.refused(spec.sale_id),
         )
 
     async def close(self, sale_id: str, current: Current = _given) -> Result:
@@ -350,7 +350,8 @@ class Reconciler:
             before=before,
         )
 
-    async def _refused(self, sale_id: str) -> Refused:
+    async def refused(self, sale_id: str) -> Refused:
+        """Returns the number of a sale's refused reservations, and their units."""
         async with ledger.translated():
             count, units = await self._pool.fetchrow(_REFUSED, sale_id) or (0, 0)
         return Refused(count, units)

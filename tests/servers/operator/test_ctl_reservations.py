@@ -18,6 +18,7 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl import commands
 from flashsale_operator.ctl.reservations import PAGE
+from flashsale_operator.sales.rebuild import Rebuilt
 from tests.support.ctl import Ctl, Within
 from tests.support.simulated_shop import SimulatedShop
 
@@ -183,6 +184,36 @@ def test_a_delete_frees_the_keys_only_after_the_ledger_has_the_end_of_each_hold(
     within(record)
     freed = f"sale {spec.sale_id} deleted: its keys are freed, and the ledger keeps its rows"
     assert ctl("delete", spec.item_id) == (0, [freed], [])
+
+
+@pytest.mark.usefixtures("ids")
+def test_a_delete_names_the_cause_that_no_wait_ends(
+    ctl: Ctl, within: Within, spec: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose_the_run(shop: SimulatedShop) -> None:
+        await shop.change_run(spec.item_id)
+
+    async def rebuild_and_refuse(shop: SimulatedShop) -> None:
+        assert isinstance(await shop.rebuild(spec), Rebuilt)
+        assert await shop.cancel(spec.item_id, "ann") is Transition.CHANGED
+        await shop.record(spec.item_id)
+        await shop.pool.execute(
+            "UPDATE reservations SET state = 'refused' WHERE state = 'confirmed'"
+        )
+        await shop.pool.execute("UPDATE sales SET accepted = accepted - 1")
+
+    monkeypatch.setattr(commands, "DELETE_LOOKS", 1)
+    stays = f"sale {spec.sale_id} closed: its keys stay, because "
+    code, lines, [error] = ctl("delete", spec.item_id)
+    assert (code, lines) == (1, [])
+    assert error.startswith(f"{stays}it has open holds of 1 unit: confirm or cancel them")
+    within(lose_the_run)
+    [error] = ctl("delete", spec.item_id)[2]
+    rebuild = f"run `flashsalectl rebuild {spec.item_id}`"
+    assert error.startswith(f"{stays}Redis restarted or lost keys of the sale: {rebuild}")
+    within(rebuild_and_refuse)
+    [error] = ctl("delete", spec.item_id)[2]
+    assert error.startswith(f"{stays}the ledger refused 1 reservation, ")
 
 
 def test_without_kafka_nothing_is_changed(
