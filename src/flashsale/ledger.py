@@ -236,24 +236,28 @@ async def stored_offsets(pool: Pool, topic: str) -> dict[int, int]:
     return {record["partition"]: record["next_offset"] for record in records}
 
 
-async def engine_id(pool: Pool, name: str, redis_address: str | None = None) -> str:
+async def engine_id(
+    pool: Pool, name: str, redis_address: str | None = None, *, claim: bool = True
+) -> str:
     """Returns the id of the ledger's engine.
 
     The ledger remembers the first name and the first address of Redis (host:port/db) that a
-    process brings. Raises `OtherEngine` if the ledger belongs to an engine of another name, and
-    `RedisMoved` if its sales were seeded in another Redis.
+    process brings, unless `claim` is false. Raises `OtherEngine` if the ledger belongs to an engine
+    of another name, and `RedisMoved` if its sales were seeded in another Redis.
     """
     async with translated():
         found = await pool.fetchrow(_ENGINE)
-    if found is not None and (
-        found["name"] is None or (redis_address and found["redis_address"] is None)
+    if (
+        claim
+        and found is not None
+        and (found["name"] is None or (redis_address and found["redis_address"] is None))
     ):
         async with transaction(pool) as connection:
             found = await connection.fetchrow(_CLAIM_ENGINE, name, redis_address)
     if found is None:
         raise LedgerUnavailable("the ledger has no row in its table engine: restore the database")
-    require_name(found["name"], name)
-    if redis_address and found["redis_address"] != redis_address:
+    require_name(found["name"] or name, name)
+    if redis_address and found["redis_address"] not in (None, redis_address):
         raise RedisMoved(
             f"the sales are in the Redis at {found['redis_address']}, but FLASHSALE_REDIS_URL "
             f"names {redis_address}: stop every API pod that may still use the former address, and "

@@ -33,7 +33,7 @@ from flashsale_operator.ctl.cli import (
 from flashsale_operator.ctl.report_html import html_of
 from flashsale_operator.ctl.report_text import text_of
 from flashsale_operator.sales import audit as auditing
-from flashsale_operator.sales import offsets
+from flashsale_operator.sales import engine, offsets
 from flashsale_operator.sales.decision import last_of_items
 from flashsale_operator.sales.reconciler import UnknownSale
 
@@ -99,6 +99,7 @@ async def _sales(
     clients: Clients, item: str | None, *, every: bool
 ) -> tuple[list[sales.SaleView], str]:
     """Returns the sales, and a sentence about items that cannot be read."""
+    await engine.require_own(clients.inventory, clients.pool)
     rows = await ledger.sales(clients.pool, item)
     recorded = {row.item_id for row in rows}
     items = [item] if item else await clients.inventory.index.items(recorded)
@@ -116,6 +117,7 @@ async def audit(environ: Environ, item: str | None) -> int:
     """Check that Redis, outbox, Kafka and ledger agree. Exits with 1 if they do not."""
     addresses = settings.load(Servers, environ)
     async with connected(addresses, item) as clients:
+        await engine.require_own(clients.inventory, clients.pool)
         spans = partial(offsets.spans, addresses)
         found = await auditing.audit(clients.inventory, clients.pool, spans, item)
         if item is not None and not (found.findings or found.unread):
@@ -176,6 +178,7 @@ async def _audited(
     faults: list[str] = []
     try:
         inventory = clients.inventory
+        await engine.require_own(inventory, clients.pool)
         facts = await redis_facts.read(inventory.redis, inventory.engine)
         versions["redis"] = facts[0].version or "unknown"
         spans = partial(offsets.spans, addresses)

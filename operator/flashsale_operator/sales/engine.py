@@ -18,6 +18,17 @@ async def claimed_id(inventory: Inventory, pool: ledger.Pool) -> str:
     return own
 
 
+async def require_own(inventory: Inventory, pool: ledger.Pool) -> None:
+    """Raises the errors of `claimed_id`, but claims nothing.
+
+    The Redis that this engine has claimed may have another address here, such as a port-forward's.
+    """
+    own = await ledger.engine_id(pool, inventory.engine, claim=False)
+    await inventory.nodes.all()  # raises RedisUnavailable if all are away, which is no other Redis
+    if not await inventory.index.claimed(own):
+        await ledger.engine_id(pool, inventory.engine, inventory.address, claim=False)
+
+
 async def claim(inventory: Inventory, pool: ledger.Pool, own: str) -> None:
     """Claims Redis for the engine with the id `own`, unless this run of the server is claimed.
 

@@ -240,6 +240,28 @@ def test_the_error_about_a_server_that_is_away_is_one_line(
         assert error.startswith(f"flashsalectl: {message}")
 
 
+def test_a_command_that_reads_refuses_the_servers_of_another_engine(
+    ctl: Ctl, environ: dict[str, str]
+) -> None:
+    """Otherwise each sale would seem lost, and the next step a rebuild."""
+    ctl("apply", "-f", str(SAMPLE))
+    elsewhere = environ["FLASHSALE_REDIS_URL"].rpartition("/")[0] + "/1"
+    for changes, message in (
+        ({"FLASHSALE_ENGINE": "brand"}, "the ledger belongs to the engine flashsale, but "),
+        ({"FLASHSALE_REDIS_URL": elsewhere}, "the sales are in the Redis at 127.0.0.1:"),
+    ):
+        for command in (["get"], ["describe", "iphone_15"], ["audit"]):
+            code, lines, [error] = ctl(*command, **changes)
+            assert (code, lines) == (1, [])
+            assert error.startswith(f"flashsalectl: {message}")
+        code, lines, _ = ctl("report", "iphone_15", **changes)
+        assert code == 0
+        [number] = [number for number, line in enumerate(lines) if line.endswith(": not audited")]
+        assert lines[number + 1].startswith(f"  {message}")
+    tunnel = environ["FLASHSALE_REDIS_URL"].replace("127.0.0.1", "localhost")
+    assert ctl("get", FLASHSALE_REDIS_URL=tunnel)[0] == 0
+
+
 def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, redis_server: RedisServer) -> None:
     redis = Redis.from_url(redis_server.url)
     redis.config_set("maxmemory-policy", "volatile-ttl")
