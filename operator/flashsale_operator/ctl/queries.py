@@ -107,7 +107,7 @@ async def _sales(
     last = last_of_items(rows)
     if item is None and not every:
         present = {sale.sale_id for sale in holders.values()}
-        rows = [row for row in rows if not row.closed or row.sale_id in present]
+        rows = [row for row in rows if not row.closed or row.held or row.sale_id in present]
     return sales.views(rows, holders, servers, last), unread
 
 

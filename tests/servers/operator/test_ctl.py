@@ -307,6 +307,22 @@ def test_a_sale_that_was_closed_while_it_was_fenced_is_rebuilt(
     assert error.startswith("sale default/iphone-15 stays fenced: Kafka is away")
 
 
+def test_a_closed_sale_with_open_holds_is_shown_if_redis_lost_it(
+    ctl: Ctl, redis_server: RedisServer, within: Within, tmp_path: Path
+) -> None:
+    ctl("apply", "-f", a_file(tmp_path, holdSeconds=600))
+
+    async def sell(shop: SimulatedShop) -> None:
+        await shop.buy("iphone_15", "ann")
+        await shop.record("iphone_15")
+
+    within(sell)
+    ctl("close", "iphone_15")
+    Redis.from_url(redis_server.url).flushall()
+    code, [_, line], _ = ctl("get")
+    assert (code, line.split()[1:3]) == (0, ["default/iphone-15", "Fenced"])
+
+
 @pytest.mark.parametrize(("output", "head"), [("table", 1), ("json", 0), ("yaml", 0)])
 def test_a_watch_shows_each_change_until_it_is_interrupted(
     ctl: Ctl, environ: dict[str, str], output: str, head: int
