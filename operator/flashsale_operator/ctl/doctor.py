@@ -4,7 +4,6 @@ Each requirement of docs/install.md is tried. Nothing is left behind in a server
 """
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,9 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
+import msgspec
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
@@ -50,6 +50,8 @@ KAFKA: Final = "Kafka"
 POSTGRESQL: Final = "PostgreSQL"
 KUBERNETES: Final = "Kubernetes"
 TIMEOUT_SECONDS: Final = 15.0
+KUBECTL_SECONDS: Final = 12.0
+"""Longer than its request, and shorter than the examination."""
 CLOCK_SECONDS: Final = 2.0
 """A sale opens and closes by Redis' clock. People notice a larger difference."""
 SLOW_MS: Final = 10.0
@@ -57,6 +59,7 @@ SLOW_MS: Final = 10.0
 ROUND_TRIPS: Final = 7
 ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _RESOURCE: Final = "/apis/flashsale.dev/v1alpha1"
+_NO_RESOURCES: Final = b"{}"
 
 # The commands that the engine's scripts use to write. The first one needs memory: after another
 # write, a full Redis would permit all others.
@@ -71,6 +74,16 @@ return 'written'
 _TRY_TO_RECORD: Final = """
 INSERT INTO kafka_offsets (topic, partition, next_offset) VALUES ($1, 0, 0)
 """
+
+
+class _Resource(msgspec.Struct):
+    kind: str
+
+
+class _Resources(msgspec.Struct):
+    """The kube-apiserver's list of the resources of an API group."""
+
+    resources: tuple[_Resource, ...] = ()
 
 
 class _Home(NamedTuple):
@@ -302,9 +315,12 @@ async def _kubernetes(environ: Environ) -> AsyncIterator[Finding]:
         yield Finding(KUBERNETES, "there is no cluster here, which is no mistake", "ok")
         return
     asked, began = time.time(), time.monotonic()
-    resource, date = await asyncio.to_thread(look, environ)
+    answer, date = await asyncio.to_thread(look, environ)
     seconds = time.monotonic() - began
-    kinds = {each["kind"] for each in resource.get("resources", [])}
+    try:
+        kinds = {each.kind for each in msgspec.json.decode(answer, type=_Resources).resources}
+    except ValueError:  # also msgspec's
+        raise OSError("the answer is not the kube-apiserver's") from None
     if "FlashSale" not in kinds:
         text = "the cluster has no FlashSale resource: install the chart's CRD (crds.enabled)"
         yield Finding(KUBERNETES, text, "failure")
@@ -318,7 +334,7 @@ def _has_kubeconfig(environ: Environ) -> bool:
     return bool(environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists()
 
 
-def _by_account(environ: Environ) -> tuple[dict[str, Any], str]:
+def _by_account(environ: Environ) -> tuple[bytes, str]:
     host, port = environ["KUBERNETES_SERVICE_HOST"], environ.get("KUBERNETES_SERVICE_PORT", "443")
     host = f"[{host}]" if ":" in host else host
     request = urllib.request.Request(
@@ -331,24 +347,33 @@ def _by_account(environ: Environ) -> tuple[dict[str, Any], str]:
     )
     try:
         with straight.open(request, timeout=10) as answer:
-            return json.load(answer), answer.headers.get("Date", "")
+            return answer.read(), answer.headers.get("Date", "")
     except urllib.error.HTTPError as error:
         with error:
             if error.code == HTTPStatus.NOT_FOUND:
-                return {}, ""
+                return _NO_RESOURCES, ""
             raise OSError(f"the kube-apiserver answered {error.code}") from None
 
 
-def _by_kubectl(environ: Environ) -> tuple[dict[str, Any], str]:
+def _by_kubectl(environ: Environ) -> tuple[bytes, str]:
     command = ["kubectl", "get", "--raw", _RESOURCE, "--request-timeout=10s"]
-    done = subprocess.run(  # noqa: S603 - no argument is from outside
-        command, env={**os.environ, **environ}, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 - no argument is from outside
+            command,
+            env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL,  # or it can ask for a password
+            capture_output=True,
+            check=False,
+            timeout=KUBECTL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise OSError(f"kubectl gave no answer within {KUBECTL_SECONDS:.0f} s") from None
     if done.returncode == 0:
-        return json.loads(done.stdout), ""
-    if "could not find the requested resource" in done.stderr or "NotFound" in done.stderr:
-        return {}, ""
-    raise OSError(" ".join(done.stderr.split())[:300])
+        return done.stdout, ""
+    error = done.stderr.decode(errors="replace")
+    if "could not find the requested resource" in error or "NotFound" in error:
+        return _NO_RESOURCES, ""
+    raise OSError(" ".join(error.split())[:300])
 
 
 async def _measured(call: Callable[[], Awaitable[object]]) -> float:

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -24,6 +26,8 @@ from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
 from tests.support.eventually import until
 from tests.support.redis_users import OPERATOR, url_of
+
+NOT_KUBERNETES = "the answer is not the kube-apiserver's"
 
 Doctor = Callable[..., tuple[int, dict[str, str]]]
 
@@ -339,6 +343,31 @@ def test_a_redis_that_the_sales_are_not_in_is_a_failure(
     assert code == 1
     [failure] = bad(verdicts)
     assert "the sales are in the Redis at former:6379/0, and not at 127.0.0.1:" in failure
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo 'Hello!'", NOT_KUBERNETES),
+        ("echo '[]'", NOT_KUBERNETES),
+        (r"""printf '{"resources": [{"kind": "\377"}]}'""", NOT_KUBERNETES),
+        ("""echo '{"resources": [5]}'""", NOT_KUBERNETES),
+        ("exec sleep 600", "kubectl gave no answer within 1 s"),
+        ("cat; echo asked >&2; exit 1", "asked"),
+    ],
+)
+def test_a_kubectl_that_does_not_work_is_one_failure(
+    examined: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str
+) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\n{script}\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "_has_kubeconfig", lambda _: True)
+    monkeypatch.setattr(doctor, "KUBECTL_SECONDS", 1.0)
+    code, verdicts = examined()
+    assert code == 1
+    assert bad(verdicts) == [f"Kubernetes: {why}: check the address, the network and the user"]
 
 
 @pytest.mark.usefixtures("prepared")
