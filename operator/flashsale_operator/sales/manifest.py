@@ -4,9 +4,10 @@ The rules are a table. The CRD has the same rules, and a test compares the two.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from typing import Any, Final, NamedTuple, cast
 
 from flashsale.errors import FlashsaleError
@@ -28,6 +29,8 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "FlashSale"
 PLURAL: Final = "flashsales"
 DEFAULT_NAMESPACE: Final = "default"
+MAX_ITEMS: Final = 100_000
+"""Of a file, also if the items are Lists. A file of the largest size has fewer FlashSales."""
 
 _PART: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 # As in the kube-apiserver, only the whole name has a limit. DNS also limits each part of it.
@@ -167,10 +170,11 @@ def parse(text: str) -> list[SaleSpec]:
         raise ManifestError(["contains no FlashSale"])
     specs: list[SaleSpec] = []
     mistakes: list[str] = []
+    counter = count(1)
     for number, document in enumerate(documents, 1):
         where = f"document {number}: " if len(documents) > 1 else ""
         try:
-            items = _items(document)
+            items = _items(document, counter)
         except RecursionError:
             raise ManifestError([f"{where}nested too deeply"]) from None
         for place, item in items:
@@ -187,15 +191,20 @@ def parse(text: str) -> list[SaleSpec]:
     return specs
 
 
-def _items(document: object) -> list[tuple[str, object]]:
-    """Returns a document, or the items of a List and its Lists, each with its place in messages."""
+def _items(document: object, counter: Iterator[int]) -> list[tuple[str, object]]:
+    """Returns a document, or the items of a List and its Lists, each with its place in messages.
+
+    The counter counts all of them. YAML's anchors could make a few lines to billions of items.
+    """
+    if next(counter) > MAX_ITEMS:
+        raise ManifestError([f"contains more than {MAX_ITEMS} items"])
     if isinstance(document, dict) and document.get("kind") in ("List", f"{KIND}List"):
         items = document.get("items")
         if isinstance(items, list):
             return [
                 (f"item {number}: {place}", found)
                 for number, item in enumerate(items, 1)
-                for place, found in _items(item)
+                for place, found in _items(item, counter)
             ]
     return [("", document)]
 

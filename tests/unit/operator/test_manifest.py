@@ -184,6 +184,14 @@ def test_lists_in_lists_are_read() -> None:
         assert parse_or_mistake(deep) in ([], ("nested too deeply",), TOO_DEEP)
 
 
+@pytest.mark.parametrize("leaf", ["[]", "[{a: 1}, {a: 1}]"])
+def test_anchors_cannot_make_a_few_lines_to_billions_of_items(leaf: str) -> None:
+    lines = [f"- &l0 {{kind: List, items: {leaf}}}"]
+    lines += [f"- &l{n} {{kind: List, items: [*l{n - 1}, *l{n - 1}]}}" for n in range(1, 30)]
+    text = "\n".join(["kind: List", "items:", *lines])
+    assert mistakes(text) == ("contains more than 100000 items",)
+
+
 def test_a_mistake_in_a_list_names_its_item() -> None:
     listed = exported("a", "a", "B")
     assert mistakes(json.dumps(listed)) == (
