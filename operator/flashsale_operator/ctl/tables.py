@@ -90,7 +90,7 @@ def line_of_rebuild(sale_id: str, done: Rebuilt | StillFenced) -> str:
     """Returns one line about a rebuild: its counts, or why the sale stays fenced."""
     if isinstance(done, StillFenced):
         return f"sale {sale_id} stays fenced: {done}; try again"
-    if not done.changed:
+    if not (done.changed or done.seconds):
         return f"sale {sale_id} needs no rebuild: {counted(done.accepted, 'accepted unit')}"
     return f"sale {sale_id} rebuilt in {done.seconds:.1f} s: {done}"
 

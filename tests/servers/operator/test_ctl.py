@@ -23,6 +23,7 @@ from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
+from flashsale_operator.ctl import tables
 from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.documents import documents_of
@@ -262,6 +263,19 @@ def test_a_rebuild_leaves_a_whole_sale_alone(ctl: Ctl) -> None:
     assert ctl("apply", "-f", str(SAMPLE))[1] == [
         "sale default/iphone-15 unchanged: Selling, 100 of 100 available"
     ]
+
+
+def test_a_rebuild_of_a_sale_without_units_is_reported(ctl: Ctl, within: Within) -> None:
+    ctl("apply", "-f", str(SAMPLE))
+    lines: list[str] = []
+
+    async def rebuild(shop: SimulatedShop) -> None:
+        await shop.change_run("iphone_15")
+        [spec] = parse(SAMPLE.read_text())
+        lines.append(tables.line_of_rebuild(spec.sale_id, await shop.rebuild(spec)))
+
+    within(rebuild)
+    assert re.match(r"sale default/iphone-15 rebuilt in \d+\.\d s: restored 0 ", lines[0])
 
 
 @pytest.mark.parametrize("names", [["iphone_15"], ["--all"]])
