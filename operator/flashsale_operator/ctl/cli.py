@@ -16,11 +16,12 @@ from difflib import get_close_matches
 from functools import update_wrapper
 from typing import Any, Final, TypeAlias, TypeVar
 
+import asyncpg
 import click
 from click.shell_completion import CompletionItem
 
 from flashsale import __version__, ledger, settings
-from flashsale.errors import FlashsaleError
+from flashsale.errors import FlashsaleError, LedgerUnavailable
 from flashsale.inventory import Inventory
 from flashsale.redis_client import MAX_CONNECTIONS, connect
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl
@@ -32,6 +33,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 R = TypeVar("R")
 
+LACKS_MIGRATIONS: Final = (
+    "the ledger lacks migrations: start a consumer or the operator of this version"
+)
 COMPLETION_SECONDS: Final = 1.0
 """How long the shell waits for the items that complete an argument."""
 
@@ -156,6 +160,10 @@ async def connected(addresses: Stores | Servers, item: str | None = None) -> Asy
                 if near in (None, item):
                     raise
                 raise UnknownSale(f"{error}; did you mean {near}?") from None
+            except LedgerUnavailable as error:
+                if not isinstance(error.__cause__, asyncpg.UndefinedTableError):
+                    raise
+                raise LedgerUnavailable(LACKS_MIGRATIONS) from error
         finally:
             pool.terminate()
     finally:

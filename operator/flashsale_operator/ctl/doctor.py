@@ -42,7 +42,7 @@ from flashsale.redis_errors import translated
 from flashsale.requirements import Finding, Requirement, TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale.tls import relaxed
-from flashsale_operator.ctl.cli import Environ, Servers
+from flashsale_operator.ctl.cli import LACKS_MIGRATIONS, Environ, Servers
 from flashsale_operator.sales import offsets
 
 REDIS: Final = "Redis"
@@ -207,8 +207,7 @@ async def _postgresql(url: str, engine: str) -> AsyncIterator[Finding]:
         for finding in requirements.findings(requirements.LEDGER, facts):
             yield finding
         if facts.outdated:
-            text = "the ledger lacks migrations: start a consumer or the operator of this version"
-            yield Finding(POSTGRESQL, text, "warning")
+            yield Finding(POSTGRESQL, LACKS_MIGRATIONS, "warning")
         else:
             yield await _check_transaction(pool)
             yield await _check_owner(pool, engine)

@@ -273,6 +273,18 @@ def test_a_redis_that_evicts_keys_is_refused(ctl: Ctl, redis_server: RedisServer
     assert error.startswith("flashsalectl: Redis has maxmemory-policy volatile-ttl, but needs")
 
 
+@pytest.mark.parametrize("command", [["get"], ["audit"], ["delete", "iphone_15"]])
+def test_a_database_without_tables_is_one_line_with_the_next_step(
+    ctl: Ctl, other_database_url: str, command: list[str]
+) -> None:
+    error = "the ledger lacks migrations: start a consumer or the operator of this version"
+    assert ctl(*command, FLASHSALE_DATABASE_URL=other_database_url) == (
+        1,
+        [],
+        [f"flashsalectl: {error}"],
+    )
+
+
 def test_the_installed_command_prints_only_its_own_lines(environ: dict[str, str]) -> None:
     """In a separate process, log lines and warnings of libraries would show."""
     program = Path(sys.executable).with_name("flashsalectl")
