@@ -170,7 +170,10 @@ async def adopt_redis(environ: Environ) -> int:
     if former in (None, address):
         print(f"the sales are in the Redis at {address}")
     else:
-        print(f"the sales move from the Redis at {former} to {address}: the operator rebuilds them")
+        print(
+            f"the sales move from the Redis at {former} to {address}: the operator rebuilds them; "
+            "without an operator, run `flashsalectl rebuild --all`"
+        )
     return 0
 
 

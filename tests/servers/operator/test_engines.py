@@ -168,7 +168,8 @@ async def test_a_redis_at_another_address_gets_no_sale_until_it_is_adopted(
         assert await asyncio.to_thread(run, ["adopt-redis"], environ) == 0
         address = moved.inventory.address
         assert capsys.readouterr().out == (
-            f"the sales move from the Redis at {former} to {address}: the operator rebuilds them\n"
+            f"the sales move from the Redis at {former} to {address}: the operator rebuilds them; "
+            "without an operator, run `flashsalectl rebuild --all`\n"
         )
         report = await moved.apply(sold)
         assert (report.state, report.ready) == (SaleState.SELLING, True)
