@@ -281,10 +281,10 @@ class Server(ABC):
 
     def _recorded(self) -> dict[str, Any]:
         try:
-            recorded: dict[str, Any] = json.loads(self._state.read_text())
-        except FileNotFoundError:
+            recorded = json.loads(self._state.read_text())
+        except (FileNotFoundError, ValueError):  # a power cut can leave an empty file
             return {}
-        return recorded if recorded.get("name") == self.name else {}
+        return recorded if isinstance(recorded, dict) and recorded.get("name") == self.name else {}
 
     def _running_elsewhere(self) -> _Process | None:
         recorded = self._recorded()

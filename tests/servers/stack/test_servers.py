@@ -234,6 +234,12 @@ def test_a_later_process_with_the_recorded_id_is_left_alone(tmp_path: Path) -> N
         assert stranger.returncode == 0
 
 
+@pytest.mark.parametrize("damaged", [b"", b"\0\0", b"\xff", b"[]"])
+def test_a_damaged_record_counts_as_none(damaged: bytes, tmp_path: Path) -> None:
+    (tmp_path / "server.json").write_bytes(damaged)
+    assert RedisServer.attach(tmp_path).pid is None
+
+
 def test_the_error_of_a_failed_start_has_the_log_and_no_process_is_left(tmp_path: Path) -> None:
     server = RedisServer(tmp_path, options=("--no-such-setting", "1"))
     with pytest.raises(StackError, match="no-such-setting"):
