@@ -343,6 +343,15 @@ def main() -> int:
     except StackError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if not Path(str(error.filename)).is_relative_to(LOCAL):
+            raise
+        print(
+            f"\n{error.filename}: {error.strerror}; make {LOCAL} a folder that you can write, or "
+            "remove it",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -145,6 +145,17 @@ def test_the_documented_commands_make_a_paid_order(checkout: Checkout) -> None:
     assert (order["state"], order["orderRef"]) == ("confirmed", "order-1001")
 
 
+def test_a_file_in_the_place_of_the_data_is_named(checkout: Checkout) -> None:
+    data = checkout.folder / ".local"
+    data.touch()
+    for done in (checkout.up(), checkout.run("clean")):
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"\n{data}: ")
+        assert done.stderr.endswith("a folder that you can write, or remove it\n")
+        assert len(done.stderr.splitlines()) == 2
+    data.unlink()
+
+
 def test_a_wrong_setting_is_the_first_line_of_the_error(checkout: Checkout) -> None:
     done = checkout.up(FLASHSALE_LOG_LEVEL="loud")
     assert done.returncode == 1
