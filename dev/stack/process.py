@@ -276,13 +276,16 @@ class Server(ABC):
             recorded |= {"pid": process.pid, "identity": process.identity}
         with suppress(FileNotFoundError):  # the folder may have been removed
             temporary = self._state.with_suffix(".new")
-            temporary.write_text(json.dumps(recorded, indent=2) + "\n")
+            with temporary.open("w") as file:
+                file.write(json.dumps(recorded, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # the ledger knows Redis by its port
             temporary.replace(self._state)
 
     def _recorded(self) -> dict[str, Any]:
         try:
             recorded = json.loads(self._state.read_text())
-        except (FileNotFoundError, ValueError):  # a power cut can leave an empty file
+        except (FileNotFoundError, ValueError):  # a power cut can damage it
             return {}
         return recorded if isinstance(recorded, dict) and recorded.get("name") == self.name else {}
 
