@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import json
 import os
 import secrets
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -50,6 +52,9 @@ SERVERS: Final[tuple[type[Server], ...]] = (
 )
 CLUSTER: Final = "cluster"
 """The value of REDIS for a Redis Cluster instead of one server."""
+ADDRESSES: Final = ("FLASHSALE_REDIS_URL", "FLASHSALE_KAFKA_BOOTSTRAP", "FLASHSALE_DATABASE_URL")
+ENGINE: Final[tuple[type[Server], ...]] = (ApiServer, ConsumerServer, OperatorServer)
+"""The processes that use the addresses."""
 _ENV: Final = LOCAL / "env"
 _MARK: Final = "FLASHSALE_CHECKOUT"
 """Names the checkout in the environment of each process of `up`. So `down` finds the processes even
@@ -76,13 +81,13 @@ def start_stack(
     )
     kafka = KafkaServer(data / KafkaServer.name, detached=detached)
     postgres = PostgresServer(data / PostgresServer.name, detached=detached)
-    kinds: tuple[tuple[str, Server, Callable[[], str]], ...] = (
-        ("FLASHSALE_REDIS_URL", redis, lambda: redis.url),
-        ("FLASHSALE_KAFKA_BOOTSTRAP", kafka, lambda: kafka.bootstrap),
-        ("FLASHSALE_DATABASE_URL", postgres, lambda: postgres.url),
+    kinds: tuple[tuple[Server, Callable[[], str]], ...] = (
+        (redis, lambda: redis.url),
+        (kafka, lambda: kafka.bootstrap),
+        (postgres, lambda: postgres.url),
     )
     addresses = []
-    for variable, server, address in kinds:
+    for variable, (server, address) in zip(ADDRESSES, kinds, strict=True):
         named = environ.get(variable)
         # If the user has sourced .local/env, the variables name the servers of an earlier `make
         # up`. Those servers are ours to start.
@@ -94,7 +99,7 @@ def start_stack(
                 cluster.form()
             named = address()
         else:
-            print(f"  {server.name:9} not started, because {variable} is set", flush=True)
+            print(f"  {server.name:9} not started, because {variable} names another", flush=True)
         addresses.append(named)
     return Addresses(*addresses)
 
@@ -113,15 +118,52 @@ def running_engine() -> tuple[Addresses, dict[str, str]]:
 
     Raises StackError if the engine is not running.
     """
-    if ApiServer.attach(LOCAL / ApiServer.name).pid is None:
-        raise StackError("the engine is not running; start it with `make up`")
     written = read_variables(_ENV)
-    addresses = Addresses(
-        written["FLASHSALE_REDIS_URL"],
-        written["FLASHSALE_KAFKA_BOOTSTRAP"],
-        written["FLASHSALE_DATABASE_URL"],
+    if ApiServer.attach(LOCAL / ApiServer.name).pid is None or not written:
+        raise StackError("the engine is not running; start it with `make up`")
+    return Addresses(*(written[variable] for variable in ADDRESSES)), written
+
+
+def _chosen(environ: Mapping[str, str], written: Mapping[str, str]) -> dict[str, str]:
+    """Return the addresses of servers that `up` must not choose itself.
+
+    While a process of the engine runs, they are those of .local/env. Raises StackError if `environ`
+    has others.
+    """
+    chosen = {variable: environ[variable] for variable in ADDRESSES if variable in environ}
+    if not any(kind.attach(LOCAL / kind.name).pid for kind in ENGINE):
+        return chosen
+    used = {variable: written[variable] for variable in ADDRESSES if variable in written}
+    if others := [name for name in used if chosen.get(name, used[name]) != used[name]]:
+        raise StackError(
+            f"the running engine uses other servers than those of {', '.join(others)}; run "
+            f"`make down` first, or `unset {' '.join(others)}`"
+        )
+    return chosen | used
+
+
+def _check(addresses: Addresses, chosen: Mapping[str, str]) -> None:
+    """Raise StackError with the failures of `flashsalectl doctor` if any address is `chosen`."""
+    if not chosen:
+        return
+    done = subprocess.run(
+        [Path(sys.executable).with_name("flashsalectl"), "doctor", "-o", "json"],
+        env={**os.environ, **addresses.environment()},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return addresses, written
+    failures = [
+        f"{each['server']}: {each['text']}"
+        for each in json.loads(done.stdout or "[]")
+        if each["verdict"] == "failure" and each["server"] != "Kubernetes"
+    ]
+    if not done.stdout:  # a wrong setting
+        failures = done.stderr.splitlines()
+    if failures:
+        if named := [variable for variable in chosen if variable in os.environ]:
+            failures.append(f"`unset {' '.join(named)}` lets `make up` start its own servers")
+        raise StackError("\n".join(failures))
 
 
 def up(port: int, redis: str = "") -> None:
@@ -138,15 +180,18 @@ def up(port: int, redis: str = "") -> None:
             f"{', '.join(map(str, strays))}; `make down` stops them"
         )
     LOCAL.mkdir(exist_ok=True)
+    written = read_variables(_ENV)
+    chosen = _chosen(os.environ, written)
     os.environ[_MARK] = str(ROOT)
     with ExitStack() as undo:
 
         def started(server: Server) -> None:
             undo.callback(server.stop)
 
-        addresses = start_stack(LOCAL, os.environ, started, clustered=clustered, detached=True)
+        addresses = start_stack(LOCAL, chosen, started, clustered=clustered, detached=True)
+        _check(addresses, chosen)
         # The API may be running already, with the token that the file has.
-        token = read_variables(_ENV).get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
+        token = written.get("FLASHSALE_ORDER_TOKENS") or secrets.token_urlsafe(32)
         api = ApiServer(
             LOCAL / "api",
             addresses,
@@ -164,13 +209,6 @@ def up(port: int, redis: str = "") -> None:
             )
         _start(ConsumerServer(LOCAL / "consumer", addresses, detached=True), started)
         _start(api, started)
-        variables = {
-            **addresses.environment(),
-            "FLASHSALE_API_URL": f"http://localhost:{port}",
-            "FLASHSALE_ORDERS_URL": f"http://localhost:{port + ORDERS_OFFSET}",
-            "FLASHSALE_ORDER_TOKENS": token,
-        }
-        write_variables(_ENV, variables)
         declared = asyncio.run(_declared(addresses))
         for manifest in FIRST_SALES:
             # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
@@ -178,6 +216,13 @@ def up(port: int, redis: str = "") -> None:
                 flashsalectl(addresses, "apply", "-f", str(manifest))
         # A new Redis process trusts no sale of the former one.
         flashsalectl(addresses, "rebuild", "--all")
+        variables = {
+            **addresses.environment(),
+            "FLASHSALE_API_URL": f"http://localhost:{port}",
+            "FLASHSALE_ORDERS_URL": f"http://localhost:{port + ORDERS_OFFSET}",
+            "FLASHSALE_ORDER_TOKENS": token,
+        }
+        write_variables(_ENV, variables)
         undo.pop_all()
     print(f"""
 Watch the sales, and reserve, on http://localhost:{port}/ in a browser.
@@ -202,7 +247,9 @@ def write_variables(file: Path, variables: Mapping[str, str]) -> None:
 
 def read_variables(file: Path) -> dict[str, str]:
     """Return the variables that the last `make up` wrote."""
-    return local_env.variables(file.read_text().splitlines() if file.exists() else [])
+    return local_env.variables(
+        file.read_text(errors="replace").splitlines() if file.exists() else []
+    )
 
 
 def control_plane() -> None:

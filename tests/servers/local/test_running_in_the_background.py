@@ -121,6 +121,37 @@ def test_every_sale_continues_after_down_and_up(checkout: Checkout) -> None:
     assert checkout.run("down").stdout == "Nothing is running.\n"
 
 
+def test_servers_that_the_environment_names_must_answer_and_be_those_of_the_running_engine(
+    checkout: Checkout,
+) -> None:
+    assert checkout.up().returncode == 0
+    variables = checkout.variables()
+    addresses = {name: variables[name] for name in local.ADDRESSES}
+    nowhere = "postgresql://u:secret@127.0.0.1:1/x"
+    refused = checkout.up(FLASHSALE_DATABASE_URL=nowhere)
+    assert refused.returncode == 1
+    assert "`unset FLASHSALE_DATABASE_URL`" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 2
+    assert checkout.variables() == variables
+    again = checkout.up(**addresses)
+    assert (again.returncode, again.stdout.count("already running")) == (0, 5)
+    checkout.run("down")
+
+    refused = checkout.up(FLASHSALE_DATABASE_URL=nowhere)
+    assert refused.returncode == 1
+    assert "PostgreSQL: " in refused.stderr
+    assert "secret" not in refused.stderr
+    assert checkout.variables() == variables
+    checkout.run("clean")
+
+    # A shell that has read .local/env before.
+    refused = checkout.up(**addresses)
+    assert refused.returncode == 1
+    assert f"`unset {' '.join(addresses)}`" in refused.stderr
+    assert "consumer" not in refused.stdout
+    assert checkout.run("down").stdout == "Nothing is running.\n"
+
+
 def test_the_documented_commands_make_a_paid_order(checkout: Checkout) -> None:
     (block,) = {
         found
