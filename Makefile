@@ -130,10 +130,12 @@ release-notes: $(READY) ## Print the changelog's section of VERSION
 	@$(BIN)/python -m dev.release notes "$(VERSION)"
 
 release-chart: $(READY) ## Package the chart of VERSION with the images of IMAGES and DIGESTS=FILE (needs Go)
+	@test -n "$(IMAGES)" && test -s "$(DIGESTS)" || { echo "Name the registry and the digests: make release-chart IMAGES=registry.example/shop DIGESTS=FILE" >&2; exit 2; }
 	@$(BIN)/python -m dev.release chart "$(VERSION)" --images "$(IMAGES)" --digests "$(DIGESTS)" \
 	  --source "$(SOURCE)"
 
 release-digests: $(READY) ## Write the digests of the pushed images of VERSION to DIGESTS=FILE (needs Go)
+	@test -n "$(IMAGES)" && test -n "$(DIGESTS)" || { echo "Name the registry and the file to write: make release-digests IMAGES=registry.example/shop DIGESTS=FILE" >&2; exit 2; }
 	@$(BIN)/python -m dev.release digests "$(VERSION)" --images "$(IMAGES)" > "$(DIGESTS)"
 
 release-verify: ## Verify that the release of VERSION at SOURCE signed the images of DIGESTS=FILE (needs cosign)
@@ -146,6 +148,7 @@ release-verify: ## Verify that the release of VERSION at SOURCE signed the image
 	done < "$(DIGESTS)"
 
 release-push: $(READY) ## Push CHART=FILE to IMAGES/charts, and print its name with digest (needs Go)
+	@test -n "$(IMAGES)" && test -s "$(CHART)" || { echo "Name the registry and the package: make release-push IMAGES=registry.example/shop CHART=FILE" >&2; exit 2; }
 	@$(BIN)/python -m dev.release push "$(CHART)" --images "$(IMAGES)" $(PUSH_FLAGS)
 
 lock: $(READY) ## Compile the hashed requirements from pyproject.toml

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dev.images.building import DEPLOYABLES
 from dev.release.changelog import notes
 from dev.release.checks import disagreements, read_digests
 from dev.stack.errors import StackError
-from tests.support.paths import CHART, SAMPLES
+from tests.support.paths import CHART, ROOT, SAMPLES
 from tests.support.released import VERSION, Tree, released
 
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(DEPLOYABLES)}
@@ -225,3 +226,25 @@ def test_the_icon_and_the_example_of_the_chart_are_those_of_their_files() -> Non
     assert base64.b64decode(content) == (CHART / "icon.svg").read_bytes()
     sample = yaml.safe_load((SAMPLES / "iphone-15.yaml").read_text())
     assert yaml.safe_load(about["annotations"]["artifacthub.io/crdsExamples"]) == [sample]
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [("release-digests", "DIGESTS"), ("release-chart", "DIGESTS"), ("release-push", "CHART")],
+)
+def test_a_target_without_its_file_or_registry_explains_itself(
+    target: str, variable: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for given in ("IMAGES=r/shop", f"{variable}={file}"):
+        # Without -o, make could install .venv first.
+        done = subprocess.run(
+            ["make", "-o", ".venv/.ready", target, given],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert f"make {target} IMAGES=registry.example/shop {variable}=FILE" in done.stderr
