@@ -1,13 +1,18 @@
 """`python -m dev.local`: run the whole engine on this machine, without Docker."""
 
+import os
+import signal
+
+# A shell lets a background job ignore Ctrl-C.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the imports would have a traceback
+
 import argparse
 import asyncio
 import json
-import os
 import secrets
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -410,4 +415,6 @@ def _port(text: str) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(ending_quietly(main))
