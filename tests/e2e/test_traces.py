@@ -23,7 +23,7 @@ def traces(state: Path) -> list[str]:
     processes = []
     for each in Path("/proc").glob("[0-9]*"):
         try:
-            command = (each / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            command = (each / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # the process has ended
             continue
         if str(state) in command:
