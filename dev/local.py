@@ -124,7 +124,8 @@ def running_engine() -> tuple[Addresses, dict[str, str]]:
     Raises StackError if the engine is not running.
     """
     written = read_variables(_ENV)
-    if ApiServer.attach(LOCAL / ApiServer.name).pid is None or not written:
+    running = ApiServer.attach(LOCAL / ApiServer.name).pid is not None
+    if not running or any(variable not in written for variable in ADDRESSES):
         raise StackError("the engine is not running; start it with `make up`")
     return Addresses(*(written[variable] for variable in ADDRESSES)), written
 
@@ -214,13 +215,7 @@ def up(port: int, redis: str = "") -> None:
             )
         _start(ConsumerServer(LOCAL / "consumer", addresses, detached=True), started)
         _start(api, started)
-        declared = asyncio.run(_declared(addresses))
-        for manifest in FIRST_SALES:
-            # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
-            if f"default/{manifest.stem}" not in declared:
-                flashsalectl(addresses, "apply", "-f", str(manifest))
-        # A new Redis process trusts no sale of the former one.
-        flashsalectl(addresses, "rebuild", "--all")
+        undo.callback(write_variables, _ENV, written)
         variables = {
             **addresses.environment(),
             "FLASHSALE_API_URL": f"http://localhost:{port}",
@@ -228,6 +223,13 @@ def up(port: int, redis: str = "") -> None:
             "FLASHSALE_ORDER_TOKENS": token,
         }
         write_variables(_ENV, variables)
+        declared = asyncio.run(_declared(addresses))
+        for manifest in FIRST_SALES:
+            # Later, only its owner changes a sale: with flashsalectl, or with kubectl.
+            if f"default/{manifest.stem}" not in declared:
+                flashsalectl(addresses, "apply", "-f", str(manifest))
+        # A new Redis process trusts no sale of the former one.
+        flashsalectl(addresses, "rebuild", "--all")
         undo.pop_all()
     print(f"""
 Watch the sales, and reserve, on http://localhost:{port}/ in a browser.

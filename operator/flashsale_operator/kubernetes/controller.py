@@ -33,7 +33,7 @@ from flashsale_operator.kubernetes.failures import (
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue, Requeue
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.kubernetes.reporting import Memory, Reporter
+from flashsale_operator.kubernetes.reporting import Memory, Reporter, unknown
 from flashsale_operator.kubernetes.status import Status
 from flashsale_operator.sales import engine, manifest
 from flashsale_operator.sales.decision import Reason, spec_of
@@ -43,7 +43,6 @@ from flashsale_operator.sales.reconciler import Outdated, Reconciler, Result
 log = logging.getLogger(__name__)
 
 RECONCILES_AT_ONCE: Final = 16
-NO_SALE: Final = "the FlashSale was deleted, and it has no sale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +208,9 @@ class Controller:
         result: Result | None
         if unprepared is None and live["metadata"].get("deletionTimestamp"):
             # Another party's finalizer keeps the FlashSale. Its spec does not matter any more.
+            without = "the FlashSale was deleted, and it has no sale"
             result = await self._closing.close(key, live["metadata"], "deleted") or Result(
-                key.sale_id, "", SaleState.CLOSING, Reason.CLOSED, NO_SALE
+                key.sale_id, "", SaleState.CLOSING, Reason.CLOSED, without
             )
         else:
             spec, mistakes = await self._wanted(key, live, unprepared)
@@ -392,8 +392,3 @@ class Controller:
     def _failed(self, error: FlashsaleError) -> None:
         self._prepared = False
         self._metrics.failures.labels(server_of(error)).inc()
-
-
-def unknown(key: Key, reason: Reason, message: str) -> Result:
-    """Returns the result for a sale that the operator cannot read now."""
-    return Result(key.sale_id, "", SaleState.UNKNOWN, reason, message)

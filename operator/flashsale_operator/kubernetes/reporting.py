@@ -15,6 +15,7 @@ from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.status import Status
+from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.reconciler import Result
 
 log = logging.getLogger(__name__)
@@ -98,3 +99,8 @@ class Reporter:
             self._metrics.rebuilds.inc()
         if state is not SaleState.UNKNOWN:
             memory.fenced = state is SaleState.FENCED
+
+
+def unknown(key: Key, reason: Reason, message: str) -> Result:
+    """Returns the result for a sale that the operator cannot read now."""
+    return Result(key.sale_id, "", SaleState.UNKNOWN, reason, message)

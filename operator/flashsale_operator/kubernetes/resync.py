@@ -23,10 +23,11 @@ from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, utc_of_ms
 from flashsale_operator.kubernetes.client import KubeForbidden
-from flashsale_operator.kubernetes.controller import Clients, Controller, unknown
+from flashsale_operator.kubernetes.controller import Clients, Controller
 from flashsale_operator.kubernetes.failures import MISTAKES, server_of
 from flashsale_operator.kubernetes.queue import Key, Queue, Urgency
 from flashsale_operator.kubernetes.rebuilds import Rebuilds
+from flashsale_operator.kubernetes.reporting import unknown
 from flashsale_operator.sales import engine, index
 from flashsale_operator.sales.decision import Reason, last_of_items, needs_rebuild
 
@@ -186,7 +187,8 @@ class Resync:
         Such a namespace was probably served before. Its sales still sell, but this operator carries
         out no change, rebuilds no fenced sale, and does not notice a deleted FlashSale.
         """
-        keys = {Key.of(row.sale_id) for row in declared} if self._served else set()
+        now = datetime.now(UTC)
+        keys = {Key.of(row.sale_id) for row in declared if self._served and not row.finished(now)}
         unserved = {key for key in keys if key.namespace not in {*self._served, *others}}
         for key in self._unserved - unserved:
             self._metrics.sales.forget(key)

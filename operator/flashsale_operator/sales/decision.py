@@ -234,9 +234,9 @@ def outdated(row: SaleRow, sale: Sale) -> bool:
     """Whether Redis' sale is from before the last rebuild of the row that was read before.
 
     The engine has returned to a Redis that it had left. A rebuild is in the ledger first, and the
-    sale is fenced until Redis has it too.
+    sale is fenced until Redis has it too. Keys of the previous version do not tell.
     """
-    return (sale.rebuilt or 0) < row.rebuilt_revision
+    return sale.rebuilt is not None and sale.rebuilt < row.rebuilt_revision
 
 
 def untrusted(row: SaleRow | None, sale: Sale, server: ServerTime) -> bool:

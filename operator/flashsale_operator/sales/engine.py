@@ -1,7 +1,9 @@
 """Check that the ledger and Redis belong to this engine before a sale is touched."""
 
+from contextlib import suppress
+
 from flashsale import ledger, redis_facts, requirements, schema
-from flashsale.errors import ContractViolation, OtherEngine
+from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
 from flashsale_operator.sales import index
@@ -21,12 +23,14 @@ async def claimed_id(inventory: Inventory, pool: ledger.Pool) -> str:
 async def require_own(inventory: Inventory, pool: ledger.Pool) -> None:
     """Raises the errors of `claimed_id`, but claims nothing.
 
-    The Redis that this engine has claimed may have another address here, such as a port-forward's.
+    The Redis of this engine may have another address here, such as a port-forward's.
     """
     own = await ledger.engine_id(pool, inventory.engine, claim=False)
     await inventory.nodes.all()  # raises RedisUnavailable if all are away, which is no other Redis
-    if not await inventory.index.claimed(own):
-        await ledger.engine_id(pool, inventory.engine, inventory.address, claim=False)
+    with suppress(RedisUnavailable):  # the node with the id is away
+        if await inventory.index.engine_id() != own:
+            await inventory.index.claimed(own)  # raises OtherEngine
+            await ledger.engine_id(pool, inventory.engine, inventory.address, claim=False)
 
 
 async def claim(inventory: Inventory, pool: ledger.Pool, own: str) -> None:

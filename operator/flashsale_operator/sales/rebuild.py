@@ -101,7 +101,8 @@ class Rebuilt:
     - `redis_lacked` were in the ledger and missing in Redis.
     - `lost` had been accepted by Redis and are not in the ledger: their events are lost, or the
       ledger refused them.
-    - `seconds` is the time of the writing, without the wait for events in flight.
+    - `seconds` is the time of the writing, without the wait for events in flight. It is 0 if the
+      sale was trusted already, so that nothing was written.
     - `revision` is the ledger revision that this rebuild took. It identifies the rebuild.
     """
 

@@ -129,7 +129,7 @@ class Batcher(Calls[Request, Decision]):
         """Returns the decisions on an item's requests, and has the accepted ones published.
 
         If the call was `repeated`, no refusal is final. The first call can still be on its way, and
-        accept the request once the sale has a unit again.
+        accept the request once the sale has a unit again. Only a key that is taken stays taken.
         """
         if isinstance(reply, ContractViolation):
             raise reply

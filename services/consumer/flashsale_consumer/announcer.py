@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import chain
 from typing import Final
 from zlib import crc32
@@ -212,27 +213,28 @@ class Announcer:
 
     async def _send(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
         now_ms = int(time.time() * 1000)
-        sent: dict[asyncio.Future[object], list[Message]] = {}
+        sent: list[asyncio.Future[object]] = []
         # aiokafka retries without a limit if a broker was killed.
         async with asyncio.timeout(PAGE_SECONDS):
             count = len(await producer.partitions_for(self._topic))
             by_partition: dict[int, list[Message]] = {}
             for message in messages:
                 by_partition.setdefault(crc32(message.key) % count, []).append(message)
-            try:
-                for partition, own in by_partition.items():
-                    for builder, some in self._batches(producer, own, now_ms):
-                        batch = await producer.send_batch(builder, self._topic, partition=partition)
-                        sent[batch] = some
-                # A timeout must not cancel a batch, because aiokafka fails on that.
-                await asyncio.wait(sent)
-                for batch in sent:
-                    batch.result()
-            finally:
-                for batch, some in sent.items():
-                    batch.add_done_callback(kafka_clients.retrieve)
-                    if batch.done() and not batch.cancelled() and batch.exception() is None:
-                        self._delivered.update((each.key, each.value) for each in some)
+            for partition, own in by_partition.items():
+                for builder, some in self._batches(producer, own, now_ms):
+                    batch = await producer.send_batch(builder, self._topic, partition=partition)
+                    batch.add_done_callback(partial(self._sent, some))
+                    sent.append(batch)
+            # A timeout must not cancel a batch, because aiokafka fails on that.
+            done, _ = await asyncio.wait(sent, return_when=asyncio.FIRST_EXCEPTION)
+            for batch in done:
+                batch.result()
+
+    def _sent(self, messages: Iterable[Message], batch: "asyncio.Future[object]") -> None:
+        """Notes that Kafka has messages, also if it says so after their page has failed."""
+        kafka_clients.retrieve(batch)
+        if not batch.cancelled() and batch.exception() is None:
+            self._delivered.update((each.key, each.value) for each in messages)
 
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int

@@ -102,7 +102,9 @@ _REFUSE: Final = """
         string_to_array($8, ',', ''), $9::timestamptz[], $10::timestamptz[], $11::timestamptz[]
     )
     ON CONFLICT (sale_id, reservation_id) DO UPDATE
-    SET version = excluded.version, former_state = known.state
+    SET version = excluded.version, former_state = known.state, order_ref = excluded.order_ref,
+        accepted_at = excluded.accepted_at, expires_at = excluded.expires_at,
+        confirmed_at = excluded.confirmed_at
     WHERE known.state = 'refused' AND known.version < excluded.version
     RETURNING sale_id, reservation_id::text, former_state
 """
@@ -339,6 +341,10 @@ async def _divide(
         fitting.append(event)
     if ended:
         await connection.execute(_RAISE_ROOM, list(ended), list(ended.values()))
+        log.warning(
+            "reservations ended that did not fit their sale, because Redis sold units twice: %s",
+            ", ".join(f"{units} units of {sale_id}" for sale_id, units in sorted(ended.items())),
+        )
     return fitting, over, bool(ended)
 
 
@@ -396,7 +402,10 @@ async def _void(
 async def _refuse(
     connection: Connection, events: Sequence[Event], why: str, outcome: BatchOutcome
 ) -> None:
-    """Records events as refused, unless their reservation has a row. There is one event of each."""
+    """Records events as refused, unless their reservation counts. There is one event of each.
+
+    A refused row gets the newer version. Only new rows are in the outcome.
+    """
     if not events:
         return
     try:

@@ -79,7 +79,9 @@ if not sale then
   return 'fenced'
 end
 local accepted, held = tonumber(ARGV[16]), tonumber(ARGV[17])
-if not reason and sale.accepted >= accepted and sale.rebuilt >= tonumber(ARGV[21])
+-- The previous version wrote no rebuilt.
+local outdated = redis.call('HGET', KEYS[1], 'rebuilt') and sale.rebuilt < tonumber(ARGV[21])
+if not reason and not outdated and sale.accepted >= accepted
   and sale.accepted - sale.held >= accepted - held then
   return 'trusted'
 end

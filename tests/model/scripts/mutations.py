@@ -124,7 +124,7 @@ _SETTLE = [
 _REBUILDS = [
     Fault("fence", "if sale and foreign(sale, ARGV[18]) then", "if false then"),
     Fault("fence", "and sale.accepted >= accepted", ""),
-    Fault("fence", "and sale.rebuilt >= tonumber(ARGV[21])", ""),
+    Fault("fence", "and not outdated", ""),
     Fault("fence", "and sale.accepted - sale.held >= accepted - held", ""),
     Fault("fence", "and ARGV[19] ~= server_run()", "and false"),
     Fault("fence", "if ARGV[15] ~= 'fence' and", "if ARGV[15] == 'begin' and"),

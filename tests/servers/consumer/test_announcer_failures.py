@@ -115,6 +115,10 @@ async def test_a_partition_that_is_away_brings_no_repeats_to_the_others(
     send_batch = AIOKafkaProducer.send_batch
     recorded, is_away, refused = events.recorded_topic(log.engine), True, 0
 
+    def refuse(result: "asyncio.Future[object]") -> None:
+        if not result.done():
+            result.set_exception(NotEnoughReplicasError())
+
     async def without_one(
         producer: AIOKafkaProducer, batch: BatchBuilder, topic: str, *, partition: int
     ) -> object:
@@ -123,7 +127,7 @@ async def test_a_partition_that_is_away_brings_no_repeats_to_the_others(
             return await send_batch(producer, batch, topic, partition=partition)
         refused += 1
         result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        result.set_exception(NotEnoughReplicasError())
+        asyncio.get_running_loop().call_later(1.0, refuse, result)
         return result
 
     monkeypatch.setattr(AIOKafkaProducer, "send_batch", without_one)

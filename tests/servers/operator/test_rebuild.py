@@ -63,6 +63,22 @@ async def test_a_sale_from_before_its_last_rebuild_is_rebuilt(
     assert (sale.accepted, sale.released, sale.available) == (3, 1, 8)
 
 
+async def test_a_sale_that_the_previous_version_rebuilt_is_trusted(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """Its keys do not tell when."""
+    await shop.redis.flushall()
+    assert isinstance(await shop.rebuild(sold), Rebuilt)
+    await shop.redis.hdel(ItemKeys.of(sold.item_id).sale, "rebuilt")
+    result = await shop.apply(sold)
+    assert (result.reason, result.rebuilt) == (Reason.APPLIED, None)
+    row = await shop.row(sold.sale_id)
+    answer = await Recovery(shop.redis).fence(
+        spec_of(row), row.revision + 1, recorded=row.accepted, rebuilt=row.rebuilt_revision
+    )
+    assert answer is Fenced.TRUSTED
+
+
 async def test_a_retry_after_the_rebuild_is_a_replay(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     request = Request(str(uuid.uuid4()), "ann", 1, "k")
