@@ -22,8 +22,8 @@ SLOW_CALLS: Final = 0.06
 """Share of the calls to Redis that are executed long after the pod has given up on them."""
 LONG_SUSPENSION: Final = EXPIRY - 1.5 * BEAT
 """A pod that is suspended for this long, in seconds, may lose its heartbeat."""
-TEMPORARY: Final = frozenset({"fenced", "unknown"})
-"""Answers of a script that refuse no request for good."""
+NO_REFUSALS: Final = frozenset({"fenced", "unknown", "expired", "cancelled"})
+"""Answers of a script that do not say that the buyer has never had the unit."""
 EXPIRED_AT_ONCE: Final = 3
 DELIVERY_SECONDS: Final = 12.0
 """How long the producer waits for an acknowledgement before it sends a batch again."""
@@ -171,7 +171,7 @@ class Pod(Process):
         if event is None:
             if repeated and world.rules.late_calls_expected:
                 asked.answer = "unavailable"
-            elif asked.answer not in TEMPORARY:
+            elif asked.answer not in NO_REFUSALS:
                 world.oracle.denied.add(asked.request.reservation_id)
             return
         if event.final:
@@ -188,7 +188,7 @@ class Pod(Process):
         world, redis = self.world, self.servers.redis
         repeated = False
         for _ in range(2):
-            started = world.now
+            started, executed = world.now, False
             try:
                 if world.chance() < SLOW_CALLS:
                     repeated = True
@@ -197,12 +197,13 @@ class Pod(Process):
                     continue
                 yield world.between(0.005, 0.05)
                 self._reached()
-                found, stamp = execute(), redis.stamp
+                found, stamp, executed = execute(), redis.stamp, True
                 world.risk(self)
                 yield world.between(0.005, 0.2)
                 self._reached()
                 redis.replied(stamp=stamp)
             except Unreachable:
+                repeated = repeated or executed
                 yield 0.05
                 continue
             late = world.now - started >= CALL_DEADLINE
