@@ -107,7 +107,7 @@ def an_older_copy_is_republished(rules: Rules) -> None:
 
 
 def a_rebuild_and_a_pod_die_before_a_failover(rules: Rules) -> None:
-    """The clock of the former server was ahead, so what they left seems to come from the future."""
+    """The clock of the former server was ahead. Their marks seem to come from the future."""
     scene = Scene(rules, stock=1)
     redis, world = scene.redis, scene.world
     redis.run_id = CLOCK_AHEAD

@@ -83,8 +83,8 @@ class Announcer:
         self._delivered: set[tuple[bytes, bytes]] = set()
         """Messages that Kafka has, while it has not acknowledged their whole page.
 
-        They are not sent again. A partition that is away for hours would otherwise fill the others
-        with repeats, for which Kafka deletes messages that nobody has read yet.
+        They are not sent again. A partition can be away for hours. Repeats would fill the others,
+        and Kafka would delete messages that nobody has read yet.
         """
         self._reading: dict[int, int] = {}
         """The offsets of the reader, by partition."""

@@ -64,17 +64,25 @@ async def test_a_failed_call_is_repeated_once_with_the_same_ids() -> None:
     assert inventory.calls[0] == inventory.calls[1]
 
 
-async def test_a_refusal_of_the_repetition_does_not_say_that_nothing_was_taken() -> None:
-    inventory = HeldInventory()
-    inventory.fail, inventory.errors = True, {"x": RedisUnavailable("refused")}
-    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+async def of_a_repeated_call(
+    batcher: Batcher, inventory: HeldInventory
+) -> Outcome | Failure | Transition:
+    """Lose the reply to a call, answer its repetition, and return the outcome."""
+    inventory.fail = True
     deciding = decide(batcher, "x", a_request())
     await turns()
     inventory.go.release()
     await turns()
     inventory.fail = False
     inventory.go.release()
-    assert (await deciding).outcome is Failure.OUTCOME_UNKNOWN
+    return (await deciding).outcome
+
+
+async def test_a_refusal_of_the_repetition_does_not_say_that_nothing_was_taken() -> None:
+    inventory = HeldInventory()
+    inventory.errors = {"x": RedisUnavailable("refused")}
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
+    assert await of_a_repeated_call(batcher, inventory) is Failure.OUTCOME_UNKNOWN
 
 
 REFUSALS = set(Outcome) - {
@@ -87,15 +95,9 @@ REFUSALS = set(Outcome) - {
 async def test_a_refused_request_of_a_repeated_call_has_no_final_answer(refusal: Outcome) -> None:
     """The first call can still be on its way, and accept it once the sale has a unit again."""
     inventory = HeldInventory()
-    inventory.fail, inventory.outcome = True, refusal
+    inventory.outcome = refusal
     batcher = Batcher(inventory, RecordingPublisher(), Metrics(), Engine("flashsale"))
-    deciding = decide(batcher, "x", a_request())
-    await turns()
-    inventory.go.release()
-    await turns()
-    inventory.fail = False
-    inventory.go.release()
-    assert (await deciding).outcome is Failure.OUTCOME_UNKNOWN
+    assert await of_a_repeated_call(batcher, inventory) is Failure.OUTCOME_UNKNOWN
     inventory.go.release()
     assert (await decide(batcher, "x", a_request())).outcome is refusal
 
