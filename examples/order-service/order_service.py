@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import sys
 from http.client import HTTPException
 from urllib.error import HTTPError
@@ -15,15 +16,15 @@ from urllib.request import Request, urlopen
 from uuid import UUID, uuid5
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError
 
 DECISIONS = {"cancelled": "void", "expired": "void", "refused": "apologise"}
 TYPES = {f"dev.flashsale.reservation.{state}.v1" for state in ("held", "confirmed", *DECISIONS)}
-REFUSALS = {
-    f"urn:flashsale:problem:{kind}"
-    for kind in ("hold-expired", "cancelled", "other-order", "unknown-item", "unknown-reservation")
-}
-newest: dict[str, tuple[int, bool]] = {}  # in a real shop, columns of its orders
+PROBLEM = "urn:flashsale:problem:"
+REFUSALS = {f"{PROBLEM}{kind}" for kind in ("hold-expired", "cancelled", "other-order")}
+ENDED = {f"{PROBLEM}{kind}" for kind in ("unknown-item", "unknown-reservation", "other-sale")}
+newest: dict[str, tuple[int, bool]] = {}  # in a real shop, these are columns of its orders
+paid: set[str] = set()
 shipped: set[str] = set()
 
 
@@ -33,13 +34,16 @@ async def receive(data: dict, options: argparse.Namespace) -> None:
     rank = (data["version"], data["verdict"] == "recorded")
     if rank <= newest.get(identity, (0, False)):
         return
+    # A later sale of the item can have a reservation with the same id. It is another order.
+    order = f"order-{uuid5(UUID(data['reservationId']), data['saleId'])}"
     if data["state"] == "held":
-        decide(await charge(data, options), data)
+        await charge(identity, data, order, options)
     elif data["state"] != "confirmed":
         decide(DECISIONS[data["state"]], data)
-    elif identity not in shipped:  # a later version only has another orderRef
-        if "expiresAt" not in data:  # it was never held, so this is its first message
+    elif identity not in shipped and data.get("orderRef", order) == order:
+        if identity not in paid:  # it was never held, or this service ended before it captured
             decide("charge", data)
+            paid.add(identity)
         decide("ship", data)
         shipped.add(identity)
     newest[identity] = rank
@@ -49,38 +53,38 @@ def decide(decision: str, data: dict) -> None:
     print(json.dumps({"decision": decision, **data}), flush=True)
 
 
-async def charge(data: dict, options: argparse.Namespace) -> str:
+async def charge(identity: str, data: dict, order: str, options: argparse.Namespace) -> None:
     """Authorise, confirm, and capture. A repeat after a crash gives the same result."""
-    # A later sale of the item can have a reservation with the same id. It is another order.
-    order = f"order-{uuid5(UUID(data['reservationId']), data['saleId'])}"
-    path = f"sales/{data['itemId']}/reservations/{data['reservationId']}"
-    url = f"{options.orders.rstrip('/')}/{path}"
-    if (await ask(url)).get("saleId") != data["saleId"]:
-        return "void"  # the sale is over, and so is its hold
-    paid = random.Random(order).random() >= options.decline_rate
-    answer = await ask(f"{url}/{'confirm' if paid else 'cancel'}", order)
-    return "capture" if paid and answer.get("state") == "confirmed" else "void"
+    authorised = random.Random(order).random() >= options.decline_rate
+    verb = "confirm" if authorised else "cancel"
+    path = f"sales/{data['itemId']}/reservations/{data['reservationId']}/{verb}"
+    body = json.dumps({"orderRef": order, "saleId": data["saleId"]}).encode()
+    answer = await ask(f"{options.orders.rstrip('/')}/{path}", body)
+    if authorised and answer.get("state") == "confirmed":
+        decide("capture", data)
+        paid.add(identity)
+    elif answer.get("type") not in ENDED:  # then the next message says how the hold ended
+        decide("void", data)
 
 
-async def ask(url: str, order: str | None = None) -> dict:
+async def ask(url: str, body: bytes) -> dict:
     """Call the order port until it decides. Returns the reservation or the refusal.
 
     No other answer is a decision: a wrong token or a gateway's error must not void a payment.
     """
     while True:
-        status, answer, after = await asyncio.to_thread(call, url, order)
-        if status == 200 or answer.get("type") in REFUSALS:
+        status, answer, after = await asyncio.to_thread(call, url, body)
+        if status == 200 or answer.get("type") in REFUSALS | ENDED:
             return answer
         if status not in (202, 503):  # these two are usual
             print(f"{url}: {status} {answer.get('title', '')}; trying again", file=sys.stderr)
         await asyncio.sleep(float(after) if after.isdigit() else 1.0)
 
 
-def call(url: str, order: str | None) -> tuple[int, dict, str]:
+def call(url: str, body: bytes) -> tuple[int, dict, str]:
     """Call the order port once. Returns the status, the JSON object, and Retry-After."""
     token = os.environ["FLASHSALE_ORDER_TOKENS"].partition(",")[0]
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    body = None if order is None else json.dumps({"orderRef": order}).encode()
     try:
         try:
             answer = urlopen(Request(url, body, headers), timeout=10)
@@ -93,13 +97,15 @@ def call(url: str, order: str | None) -> tuple[int, dict, str]:
 
 
 async def main(options: argparse.Namespace) -> None:
-    async with AIOKafkaConsumer(
+    consumer = AIOKafkaConsumer(
         f"{options.engine}.recorded",
         bootstrap_servers=options.kafka,
         group_id="order-service",
         auto_offset_reset="earliest",
         enable_auto_commit=False,
-    ) as consumer:
+    )
+    try:
+        await consumer.start()
         while True:
             for records in (await consumer.getmany(timeout_ms=500, max_records=100)).values():
                 for record in records:
@@ -110,6 +116,10 @@ async def main(options: argparse.Namespace) -> None:
                 await consumer.commit()  # after the work, so that a crash repeats it
             except (CommitFailedError, IllegalStateError) as error:
                 print(f"other members repeat the work: {error}", file=sys.stderr)
+    except KafkaConnectionError as error:
+        sys.exit(f"--kafka {options.kafka}: {error}")
+    finally:
+        await consumer.stop()
 
 
 if __name__ == "__main__":
@@ -119,6 +129,10 @@ if __name__ == "__main__":
     parser.add_argument("--orders", default="http://localhost:8083", help="the order port")
     parser.add_argument("--decline-rate", type=float, default=0.1, help="share of failing payments")
     chosen = parser.parse_args()
+    if not 0 <= chosen.decline_rate <= 1:
+        parser.error("--decline-rate must be a number from 0 to 1")
+    if not re.fullmatch(r"[^,\s]+:\d+(,[^,\s]+:\d+)*", chosen.kafka):
+        parser.error("--kafka must be HOST:PORT, or several with commas")
     if not os.environ.get("FLASHSALE_ORDER_TOKENS"):
         parser.error("FLASHSALE_ORDER_TOKENS must be a token of the order port")
     asyncio.run(main(chosen))

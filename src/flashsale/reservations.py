@@ -50,6 +50,7 @@ class Transition(Word):
     HOLD_EXPIRED = "hold_expired"
     CANCELLED = "cancelled"
     OTHER_ORDER = "other_order"
+    OTHER_SALE = "other_sale"
     UNKNOWN = "unknown"
     UNSUPPORTED = "unsupported"
     FENCED = "fenced"
@@ -79,11 +80,15 @@ class Request(NamedTuple):
 
 
 class OrderCall(NamedTuple):
-    """A call to confirm or cancel a reservation. `cancel` permits an empty `order_ref`."""
+    """A call to confirm or cancel a reservation. `cancel` permits an empty `order_ref`.
+
+    A call with a `sale_id` is refused if the item has another sale.
+    """
 
     reservation_id: str
     order_ref: str = ""
     traceparent: str = ""
+    sale_id: str = ""
 
 
 class Record(NamedTuple):

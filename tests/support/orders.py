@@ -99,13 +99,14 @@ class Shop:
         return str(answer.headers["location"])
 
     async def call(
-        self, path: str, verb: str, order_ref: str = "", *, repeat: bool = True
+        self, path: str, verb: str, order_ref: str = "", sale_id: str = "", *, repeat: bool = True
     ) -> httpx.Response:
         """Confirm or cancel. Repeat the call while Kafka is late, as an order service must.
 
         Return the answer, which is 202 only without `repeat`.
         """
-        body = {"orderRef": order_ref} if order_ref else None
+        named = {"orderRef": order_ref, "saleId": sale_id}
+        body = {name: value for name, value in named.items() if value} or None
 
         async def answered() -> httpx.Response | None:
             answer = await self.orders.post(f"{path}/{verb}", json=body)

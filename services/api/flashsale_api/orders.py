@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
 from flashsale.errors import ContractViolation, RedisUnavailable
-from flashsale.fields import ITEM_ID, RESERVATION_ID, OrderRef
+from flashsale.fields import ITEM_ID, RESERVATION_ID, OrderRef, SaleId
 from flashsale.inventory import Inventory
 from flashsale.reservations import OrderCall, Outcome, Record
 from flashsale.sale import SaleState
@@ -56,6 +56,7 @@ _DETAILS: Final = {
     Problem.HOLD_EXPIRED: "void the payment; the buyer can reserve again",
     Problem.CANCELLED: "void the payment",
     Problem.OTHER_ORDER: "it is confirmed for another order, whose orderRef a call must name",
+    Problem.OTHER_SALE: "the sale of saleId is over: its last event says how the reservation ended",
     Problem.OUTCOME_UNKNOWN: "the change may have been made: repeat the call",
 }
 _ANSWERS: Final = {2: "durable", 4: "rejected"}
@@ -67,12 +68,14 @@ class ConfirmBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
     """The body of a confirmation."""
 
     order_ref: OrderRef
+    sale_id: SaleId | msgspec.UnsetType = msgspec.UNSET
 
 
 class CancelBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """The body of a cancellation. It may be empty."""
 
     order_ref: OrderRef | msgspec.UnsetType = msgspec.UNSET
+    sale_id: SaleId | msgspec.UnsetType = msgspec.UNSET
 
 
 _OTHER_FORM: Final = "write the itemId and the reservationId in the path as the engine writes them"
@@ -190,13 +193,13 @@ class _Change:
 
     def _call(self, headers: RequestHeaders, raw: bytes | bytearray) -> OrderCall:
         """Parses the call. Raises `Refused`."""
-        order_ref = _order_ref(_header(headers, b"content-type"), raw, self._verb)
+        order_ref, sale_id = _body(_header(headers, b"content-type"), raw, self._verb)
         if not _exist(self._item_id, self._reservation_id):
             raise Refused(Problem.NOT_FOUND, _OTHER_FORM)
         traceparent = _header(headers, b"traceparent")
-        return OrderCall(
-            self._reservation_id, order_ref, traceparent if TRACEPARENT.match(traceparent) else ""
-        )
+        if not TRACEPARENT.match(traceparent):
+            traceparent = ""
+        return OrderCall(self._reservation_id, order_ref, traceparent, sale_id)
 
     def _decided(self, decision: Decision, durable: bool) -> None:
         """Answers the call. Never raises."""
@@ -246,14 +249,12 @@ def _header(headers: RequestHeaders, wanted: bytes) -> str:
     return ""
 
 
-def _order_ref(content_type: str, raw: bytes | bytearray, verb: str) -> str:
-    """Returns the order reference in the body, or "". Raises `Refused`."""
-    if verb == "confirm":
-        return _CONFIRM.read(content_type, raw).order_ref
-    if not raw:
-        return ""
-    order_ref = _CANCEL.read(content_type, raw).order_ref
-    return "" if isinstance(order_ref, msgspec.UnsetType) else order_ref
+def _body(content_type: str, raw: bytes | bytearray, verb: str) -> tuple[str, str]:
+    """Returns the order reference and the sale id in the body, or "". Raises `Refused`."""
+    if verb == "cancel" and not raw:
+        return "", ""
+    body = (_CONFIRM if verb == "confirm" else _CANCEL).read(content_type, raw)
+    return body.order_ref or "", body.sale_id or ""
 
 
 class OrderPort:

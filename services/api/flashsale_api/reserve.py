@@ -51,6 +51,7 @@ _RULES: Final = {
     "starting with a letter or digit",
     "quantity": "an integer from 1 to 1000",
     "orderRef": "a string of 1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
+    "saleId": "a string of namespace/name of a FlashSale",
     "Idempotency-Key": "1 to 128 of the characters A-Z a-z 0-9 . _ ~ @ : | + = -",
 }
 

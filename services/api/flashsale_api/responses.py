@@ -62,6 +62,7 @@ class Problem(Enum):
     HOLD_EXPIRED = Kind("hold-expired", 409, "The hold has expired")
     CANCELLED = Kind("cancelled", 409, "The reservation was cancelled")
     OTHER_ORDER = Kind("other-order", 409, "The reservation belongs to another order")
+    OTHER_SALE = Kind("other-sale", 409, "The item has another sale now")
     TOO_MANY_HOLDS = Kind("too-many-holds", 409, "Too many holds of the user have expired")
     NOT_ENOUGH_LEFT = Kind("not-enough-left", 409, "Fewer units are left than requested")
     LIMIT_REACHED = Kind(

@@ -1,7 +1,7 @@
 -- cancel: end reservations, so that their units are for sale again once Kafka has the event.
 --
 -- KEYS  1 sale, 2 buyers, 3 reservations, 4 outbox, 5 holds
--- ARGV  1 the calls, one per line: id,order reference,traceparent. The last two may be empty.
+-- ARGV  1 the calls, one per line: id,order reference,traceparent,sale. Only the id is required.
 --       2 the number of calls, 3 the id of the pod's engine, or ''
 -- Returns the answers of change_all (transition.lua). The refusal is:
 --       other_order   it is confirmed for another order than the call names

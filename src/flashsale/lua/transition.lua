@@ -63,22 +63,25 @@ local function text_of(sale, record, state)
     record.confirmed_ms, record.order_ref }, ',')
 end
 
--- change_all(decide) decides the calls in ARGV[1], one per line: id,order reference,traceparent.
--- ARGV[2] is the number of calls, and ARGV[3] the id of the pod's engine or ''. decide(record,
--- order_ref, now) returns the next state and may change the record, or it returns nil and an answer.
+-- change_all(decide) decides the calls in ARGV[1], one per line: id,order reference,traceparent,sale.
+-- A call that names its sale is refused if the item has another one. ARGV[2] is the number of calls,
+-- and ARGV[3] the id of the pod's engine or ''. decide(record, order_ref, now) returns the next state
+-- and may change the record, or it returns nil and an answer.
 -- Returns one word (unknown, unsupported, fenced or other_engine), or the line of the sale and one
 -- line per call, in order:
---   changed ENTRY-ID RECORD | replayed RECORD | unknown_reservation | unreadable | a refusal
+--   changed ENTRY-ID RECORD | replayed RECORD | other_sale | unknown_reservation | unreadable |
+--   a refusal
 -- An unreadable record is answered for its own call only. The other calls are decided.
 local function change_all(decide)
   local sale, reason = read_sale(KEYS)
   if reason then return reason end
   if foreign(sale, ARGV[3]) then return 'other_engine' end
-  local ids, order_refs, traceparents, parsed = {}, {}, {}, 0
-  for id, order_ref, traceparent in string.gmatch(ARGV[1], '([^,\n]+),([^,\n]*),([^,\n]*)\n') do
+  local ids, order_refs, traceparents, sale_ids, parsed = {}, {}, {}, {}, 0
+  for id, order_ref, traceparent, sale_id in string.gmatch(ARGV[1],
+    '([^,\n]+),([^,\n]*),([^,\n]*),([^,\n]*)\n') do
     ids[#ids + 1] = id
-    order_refs[#ids], traceparents[#ids] = order_ref, traceparent
-    parsed = parsed + #id + #order_ref + #traceparent + 3
+    order_refs[#ids], traceparents[#ids], sale_ids[#ids] = order_ref, traceparent, sale_id
+    parsed = parsed + #id + #order_ref + #traceparent + #sale_id + 4
   end
   if #ids == 0 or #ids ~= tonumber(ARGV[2]) or parsed ~= #ARGV[1] then
     return redis.error_reply('ERR malformed batch')
@@ -89,7 +92,9 @@ local function change_all(decide)
   local now = integer(sale.now)
   for n, id in ipairs(ids) do
     local record = texts[id] and parse(texts[id])
-    if not record then
+    if sale_ids[n] ~= '' and sale_ids[n] ~= sale.id then
+      answers[n] = 'other_sale'
+    elseif not record then
       answers[n] = texts[id] and 'unreadable' or 'unknown_reservation'
     else
       local state, answer = decide(record, order_refs[n], now)

@@ -75,6 +75,7 @@ _TRANSITIONS = [
     Fault("confirm", "(other_run or torn)", "torn"),
     Fault("confirm", "if foreign(sale, ARGV[3]) then", "if false then"),
     Fault("confirm", "and parse(texts[id])", "and parse(known[n])"),
+    Fault("confirm", "sale_ids[n] ~= '' and sale_ids[n] ~= sale.id", "false"),
     Fault("confirm", "record.state == 'held', traceparents[n]", "true, traceparents[n]"),
     Fault("confirm", "record.state == 'held', traceparents[n]", "false, traceparents[n]"),
     Fault("confirm", "'traceparent', traceparent,", "'traceparent', '',"),

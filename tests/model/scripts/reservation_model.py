@@ -94,6 +94,9 @@ def change(
         return Transition.OTHER_ENGINE
     answers: list[tuple[Transition, Record | None]] = []
     for call in calls:
+        if call.sale_id not in ("", sale.manifest.sale_id):
+            answers.append((Transition.OTHER_SALE, None))
+            continue
         record = (item.reservations or {}).get(call.reservation_id)
         if record is None:
             answers.append((Transition.UNKNOWN_RESERVATION, None))

@@ -18,6 +18,7 @@ from tests.model.scripts import reservation_model
 from tests.model.scripts.machine import (
     NO_ENTRY,
     OWN_ENGINE,
+    SALES,
     TRACE,
     Machine,
     callers,
@@ -113,7 +114,9 @@ class ReservationRules(Machine):
             known = known or [request.reservation_id for request in self.used]
             own_id = known[pick % len(known)]
             needed = "a" if verb == "confirm" else ""
-            calls.append(OrderCall(own_id, order_ref or needed, TRACE if chance % 2 else ""))
+            sale_id = ["", "", *SALES][chance % 4]
+            trace = TRACE if chance % 2 else ""
+            calls.append(OrderCall(own_id, order_ref or needed, trace, sale_id))
         self.change_records(verb, calls, engine)
 
     @rule(limit=st.sampled_from([128, 128, 1, 2]), engine=callers)

@@ -40,6 +40,7 @@ def _expected() -> set[str]:
             Transition.CHANGED,
             Transition.REPLAYED,
             Transition.OTHER_ORDER,
+            Transition.OTHER_SALE,
             Transition.UNKNOWN_RESERVATION,
         },
         "expire": whole,

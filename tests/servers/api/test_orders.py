@@ -111,6 +111,21 @@ async def test_an_answer_shows_the_whole_reservation(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("verb", ["confirm", "cancel"])
+async def test_a_call_that_names_another_sale_changes_nothing(shop: Shop, verb: str) -> None:
+    """A buyer's key names the same reservation in the next sale of the item."""
+    spec = await shop.open()
+    path = await shop.hold()
+    before = await shop.record(path)
+    problem(await shop.call(path, verb, "o1", "default/former"), 409, "other-sale")
+    unknown = f"/sales/{shop.item}/reservations/{uuid.uuid4()}"
+    problem(await shop.call(unknown, verb, "o1", "default/former"), 409, "other-sale")
+    problem(await shop.call(path, verb, "o1", "no namespace"), 422, "invalid-field")
+    assert await shop.record(path) == before
+    answer = await shop.call(path, verb, "o1", spec.sale_id)
+    assert (answer.status_code, answer.json()["saleId"]) == (200, spec.sale_id)
+
+
+@pytest.mark.parametrize("verb", ["confirm", "cancel"])
 async def test_a_repeated_call_changes_the_reservation_once(shop: Shop, verb: str) -> None:
     await shop.open()
     path = await shop.hold()

@@ -39,6 +39,8 @@ async def test_a_reservation_that_redis_does_not_have_is_unknown(
         OrderCall("id", "comma,comma"),
         OrderCall("id", "line\nline"),
         OrderCall("id", "order-1", "line\nline"),
+        OrderCall("id", "order-1", TRACE, "comma,comma"),
+        OrderCall("id", "order-1", "", "line\nline"),
     ],
 )
 @pytest.mark.parametrize("verb", ["confirm", "cancel"])

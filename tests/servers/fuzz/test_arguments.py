@@ -54,6 +54,8 @@ BAD = [
     ("flashsale_operator", ["--namespace", "shop"], "--namespace"),
     ("order_service.py", [], "FLASHSALE_ORDER_TOKENS must be a token of the order port"),
     ("order_service.py", ["--decline-rate", "some"], "--decline-rate"),
+    ("order_service.py", ["--decline-rate", "nan"], "--decline-rate must be a number from 0 to 1"),
+    ("order_service.py", ["--kafka", "broker"], "--kafka must be HOST:PORT"),
     ("tests.faults", ["-n", "many"], "-n"),
     ("tests.faults", ["-n", "0"], "-n: must be at least 1"),
     ("tests.faults", ["--first", "1.5"], "--first"),

@@ -85,6 +85,9 @@ async def _check_decisions(seen: Seen, shop: Shop) -> None:
     ):
         label = CONFIRM if verb == "confirm" else CANCEL
         assert seen.check(label, await shop.call(path, verb, order_ref)) == slug
+    for label, verb in ((CONFIRM, "confirm"), (CANCEL, "cancel")):
+        answer = await shop.call(confirmed, verb, "o1", "default/former")
+        assert seen.check(label, answer) == "other-sale"
     for path in (confirmed, cancelled, expired):
         assert seen.check(GET, await shop.orders.get(path)) == ""
     pending = await shop.hold("dan")
@@ -112,6 +115,7 @@ async def _check_requests(seen: Seen, shop: Shop) -> None:
             (b"[]", JSON, "invalid-field"),
             (b'{"orderRef":""}', JSON, "invalid-field"),
             (b'{"orderRef":"o","x":1}', JSON, "invalid-field"),
+            (b'{"orderRef":"o","saleId":"name"}', JSON, "invalid-field"),
         ):
             answer = await shop.orders.post(f"{path}/{verb}", content=content, headers=headers)
             assert seen.check(label, answer) == slug
