@@ -1,4 +1,4 @@
-// A smoke test: every answer that a buyer can cause, once.
+// A smoke test: every answer that a buyer of sales without holds can cause, once.
 //
 // A 503 needs a fault, such as an unavailable Redis or a fenced sale. The tests in tests/ cover it.
 //
