@@ -1,7 +1,9 @@
 """Encode and decode reservation events, and refuse values that are not events."""
 
+import ast
 import json
 from datetime import UTC, datetime
+from itertools import chain
 
 import pytest
 from hypothesis import assume, given
@@ -13,6 +15,9 @@ from flashsale.events import Event
 from flashsale.fields import ITEM_ID_PATTERN, SALE_ID_PATTERN, USER_ID_PATTERN
 from flashsale.reservations import Record, Snapshot, State
 from flashsale.sale import ms_of_time
+from tests.support.paths import ROOT
+
+PRODUCTS = ("src/flashsale", "services/api", "services/consumer", "operator/flashsale_operator")
 
 TIMES = st.integers(
     ms_of_time(datetime(1971, 1, 1, tzinfo=UTC)), ms_of_time(datetime(9998, 12, 31, tzinfo=UTC))
@@ -150,3 +155,17 @@ def test_a_traceparent_is_text_whatever_its_header_has(value: bytes | None, text
 def test_a_value_that_is_not_json_is_refused(value: bytes | None) -> None:
     with pytest.raises(ContractViolation):
         events.decode(value)
+
+
+def test_every_producer_waits_for_all_in_sync_replicas() -> None:
+    """Otherwise an acknowledged event can be lost with the broker that leads its partition."""
+    sources = chain.from_iterable((ROOT / part).rglob("*.py") for part in PRODUCTS)
+    calls = [
+        call
+        for source in sources
+        for call in ast.walk(ast.parse(source.read_text("utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "AIOKafkaProducer"
+    ]
+    assert len(calls) >= 5
+    for call in calls:
+        assert {"acks='all'"} <= {ast.unparse(keyword) for keyword in call.keywords}
