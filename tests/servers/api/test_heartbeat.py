@@ -3,10 +3,15 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import pytest
+from redis.asyncio import Redis
 
 from dev.stack.servers import RedisCluster, RedisServer
+from flashsale import heartbeat as contract
 from flashsale import redis_client
+from flashsale.clocks import ServerTime
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale.settings import KafkaSettings
@@ -22,13 +27,15 @@ TURN_SECONDS = 0.1
 
 
 @contextlib.asynccontextmanager
-async def beating(url: str, inventory: Inventory, pulse: Pulse) -> AsyncIterator[None]:
-    """Send heartbeats of a pod that no request calls. They close the inventory."""
+async def beating(
+    url: str, inventory: Inventory, pulse: Pulse, called: Sequence[str] = ()
+) -> AsyncIterator[None]:
+    """Send heartbeats of a pod that has called some items. They close the inventory."""
     engine, metrics, of_pod = Engine("e"), Metrics(), redis_client.connect(url)
     heartbeat = Heartbeat(
         "pod",
         inventory,
-        called_items=lambda: (),
+        called_items=lambda: called,
         publisher=Publisher(
             KafkaSettings(kafka_bootstrap="127.0.0.1:1"), Outbox(of_pod), metrics, engine
         ),
@@ -56,6 +63,50 @@ async def test_a_heartbeat_waits_for_few_turns_of_the_pods_loop(redis_server: Re
             turns += 1
     # A heartbeat in the pod's own loop takes more than 80 turns.
     assert turns < 40
+
+
+async def test_a_heartbeat_is_as_old_as_its_sample(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rebuild does not wait for events that a heartbeat after the fence has not counted."""
+    url = redis_users.url_of(redis_server, redis_users.API)
+    inventory = Inventory(redis_client.connect(url))
+    clocks, beat = inventory.clocks, contract.beat
+    called: list[str] = []
+    began: list[float] = []
+    counted: list[Mapping[str, int]] = []
+    noted: list[float] = []
+
+    async def read_clocks_before_a_call() -> dict[str, ServerTime]:
+        began.append(asyncio.get_running_loop().time())
+        sampled = await clocks()
+        called.append("phone")
+        await asyncio.sleep(0.01)
+        return sampled
+
+    async def look_and_beat(
+        redis: Redis,
+        pod_id: str,
+        unacknowledged: Mapping[str, int],
+        sampled: Mapping[str, ServerTime],
+        engine: str,
+    ) -> contract.Sent:
+        counted.append(unacknowledged)
+        return await beat(redis, pod_id, unacknowledged, sampled, engine)
+
+    def note(sent: contract.Sent, sampled: float) -> None:
+        noted.append(sampled)
+        Pulse.sent(pulse, sent, sampled)
+
+    pulse = Pulse(inventory.node_of)
+    monkeypatch.setattr(inventory, "clocks", read_clocks_before_a_call)
+    monkeypatch.setattr(contract, "beat", look_and_beat)
+    monkeypatch.setattr(pulse, "sent", note)
+    async with beating(url, inventory, pulse, called):
+        await until(lambda: pulse.begun)
+    assert counted[0] == {"phone": 0}
+    # The pod does not believe in its heartbeat for longer than a rebuild does.
+    assert noted[0] <= began[0]
 
 
 async def test_a_heartbeat_meets_a_primary_that_only_the_pods_loop_knows(

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from flashsale.heartbeat import EXPIRY_SECONDS
 from flashsale.reservations import BATCH_LIMIT, Outcome
 from flashsale_api import calls as calls_module
 from flashsale_api.batcher import Batcher, Decision
@@ -186,6 +187,26 @@ async def test_made_up_items_take_no_place_and_no_call_of_a_sale() -> None:
     await batcher.close()
     shares = batcher._shares.values()
     assert [(share.waiting, share.in_flight) for share in shares] == [(0, 0)] * 2
+
+
+async def test_an_item_is_called_from_its_call_for_the_lifetime_of_a_heartbeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A heartbeat reports the item, because the reply can bring events that it has not counted."""
+    inventory, engine = HeldInventory(), Engine("flashsale")
+    engine.items.note("sale")
+    batcher = Batcher(inventory, RecordingPublisher(), Metrics(), engine)
+    deciding = decide(batcher, "sale", a_request())
+    await turns()
+    assert batcher.called_items() == ["sale"]
+    inventory.go.release()
+    await deciding
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now + EXPIRY_SECONDS - 1)
+    assert batcher.called_items() == ["sale"]
+    monkeypatch.setattr(loop, "time", lambda: now + EXPIRY_SECONDS)
+    assert batcher.called_items() == []
 
 
 async def test_a_sale_that_becomes_known_does_not_wait_for_made_up_items() -> None:
