@@ -73,6 +73,18 @@ async def test_a_confirmed_hold_has_its_order_and_keeps_its_times(
     assert not await redis.exists(ItemKeys.of(item).holds)
 
 
+async def test_a_confirmation_sets_the_clock_of_its_sale(
+    inventory: Inventory, redis: Redis, item: str
+) -> None:
+    """The next server's clock can be behind, and the sale must not open or reopen."""
+    await opened(inventory, a_sale(item, hold_seconds=60))
+    own_id = await hold(inventory, item)
+    await redis.hset(ItemKeys.of(item).sale, "last_now_ms", "1")
+    assert await change(inventory, "confirm", item, own_id, "order-1") is Transition.CHANGED
+    record, sale = await record_of(inventory, item, own_id), (await inventory.sales([item]))[item]
+    assert sale.last_now_ms == record.confirmed_ms
+
+
 async def test_a_confirmation_wins_until_the_hold_is_expired(
     inventory: Inventory, redis: Redis, item: str
 ) -> None:
