@@ -176,6 +176,27 @@ async def test_the_drain_waits_until_the_ledger_has_read_the_topic(
     assert reported[0] == "waiting for heartbeats of API pods"
 
 
+async def test_the_sale_is_kept_fenced_while_the_ledger_reads_the_topic(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """Without a lease, another rebuild could begin."""
+    shop.topic[0] = Span(0, 5)
+    drain = Drain(shop.inventory, shop.pool, shop.spans, patience=replace(QUICK, recorded=30))
+    reported: list[str] = []
+    looks = 0
+
+    async def keep_fenced() -> None:
+        nonlocal looks
+        looks += 1
+
+    waiting = asyncio.create_task(drain.wait(sold.item_id, keep_fenced, reported.append))
+    await until(lambda: any("partition" in line for line in reported))
+    before = looks
+    await until(lambda: looks > before)
+    await shop.read_to(0, 5)
+    await waiting
+
+
 async def test_another_sale_that_goes_on_selling_is_no_loss(
     shop: SimulatedShop, sold: SaleSpec
 ) -> None:
