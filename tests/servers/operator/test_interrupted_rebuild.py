@@ -18,6 +18,7 @@ from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.sales.decision import StillFenced, spec_of
 from flashsale_operator.sales.drain import Drain, Patience
+from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler
 from flashsale_operator.sales.recovery import Fenced, Recovery, Step, Trusted
@@ -74,6 +75,58 @@ async def test_an_overtaken_rebuild_cannot_write(shop: SimulatedShop, sold: Sale
     )
     assert ended is Trusted.SUPERSEDED
     assert await shop.sale(sold.item_id) == before
+
+
+async def test_a_page_renews_the_lease_of_its_rebuild(shop: SimulatedShop, sold: SaleSpec) -> None:
+    recovery = Recovery(shop.redis)
+    await shop.redis.flushall()
+    await begin(shop, sold, 9)
+    await end_lease(shop, sold)
+    assert await recovery.restore(sold.item_id, 9) is Trusted.RESTORED
+    assert await recovery.rebuilding(sold.item_id)
+
+
+async def test_a_rebuild_that_waits_for_its_turn_to_write_renews_its_lease(
+    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = asyncio.Semaphore(0)
+    drained = asyncio.Event()
+
+    async def wait(*_: object) -> dict[int, int]:
+        drained.set()
+        return {}
+
+    monkeypatch.setattr(shop.drain, "wait", wait)
+    monkeypatch.setattr(shop.rebuilder, "_writes", turns)
+    await shop.redis.flushall()
+    rebuilding = asyncio.create_task(shop.rebuild(sold))
+    await drained.wait()
+    await end_lease(shop, sold)
+    await until(lambda: Recovery(shop.redis).rebuilding(sold.item_id))
+    turns.release()
+    assert isinstance(await rebuilding, Rebuilt)
+
+
+async def test_a_ledger_replaced_by_an_older_copy_after_the_wait_ends_the_rebuild(
+    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rebuilt sale would lack events that Kafka still has, and the ledger would refuse them."""
+    shop.topic[0] = Span(0, 5)
+    await shop.read_to(0, 5)
+    await shop.redis.flushall()
+    wait = shop.drain.wait
+
+    async def wait_and_go_back(*arguments: Any) -> dict[int, int]:  # noqa: ANN401
+        offsets = await wait(*arguments)
+        await shop.read_to(0, 4)
+        return offsets
+
+    monkeypatch.setattr(shop.drain, "wait", wait_and_go_back)
+    assert await shop.rebuild(sold) == StillFenced(
+        ("another process changed or rebuilt it: the rebuild starts again",)
+    )
+    assert (await shop.row(sold.sale_id)).rebuilt_revision == 0
+    assert await shop.buy(sold.item_id, "d") == [Outcome.FENCED]
 
 
 async def test_a_lease_under_the_clock_of_a_former_server_is_void(

@@ -79,6 +79,15 @@ async def test_a_sale_that_the_previous_version_rebuilt_is_trusted(
     assert answer is Fenced.TRUSTED
 
 
+async def test_the_rebuild_of_an_older_ledger_takes_a_revision_above_redis(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    await shop.redis.hset(ItemKeys.of(sold.item_id).sale, mapping={"revision": 7})
+    await shop.change_run(sold.item_id)
+    assert isinstance(await shop.rebuild(sold), Rebuilt)
+    assert (await shop.row(sold.sale_id)).revision == 8
+
+
 async def test_a_retry_after_the_rebuild_is_a_replay(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     request = Request(str(uuid.uuid4()), "ann", 1, "k")
