@@ -166,6 +166,22 @@ async def test_no_hold_expires_soon_after_a_rebuild(
     assert reply.holds == []
 
 
+async def test_no_hold_expires_soon_after_a_rebuild_under_a_clock_that_is_behind(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """The sale keeps the time of the former server, by which holds expire."""
+    await shop.apply(replace(spec, hold_seconds=600))
+    await shop.buy(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    last_now_ms = (await shop.inventory.server()).now_ms + 3_600_000
+    sale = ItemKeys.of(spec.item_id).sale
+    await shop.redis.hset(sale, mapping={"last_now_ms": last_now_ms})
+    await shop.change_run(spec.item_id)
+    assert isinstance(await shop.rebuild(spec), Rebuilt)
+    [record] = (await records(shop, spec)).values()
+    assert record.expires_ms == last_now_ms + HOLD_MS
+
+
 async def test_a_hold_that_ends_later_keeps_its_end_in_a_rebuild(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
