@@ -18,6 +18,7 @@ from flashsale_consumer import recorded
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.reconciler import (
     _LOCK_ITEM,
+    Outdated,
 )
 from tests.support.eventually import until
 from tests.support.ledgers import Connection, connected, waits
@@ -84,6 +85,25 @@ async def test_a_sale_that_waited_for_the_items_lock_sees_the_other_sale(
     results = await asyncio.gather(*applied)
     assert {result.reason for result in results} == {Reason.APPLIED, Reason.ITEM_CONFLICT}
     assert len(await ledger.sales(shop.pool, spec.item_id)) == 1
+
+
+async def test_a_manifest_that_changed_during_the_wait_for_the_lock_is_not_written(
+    shop: SimulatedShop, spec: SaleSpec, holder: Connection
+) -> None:
+    """Another operator has the lock, and writes the newer manifest."""
+    is_current = True
+
+    async def current() -> bool:
+        return is_current
+
+    async with holder.transaction():
+        await holder.execute(_LOCK_ITEM, shop.engine, spec.item_id)
+        applying = asyncio.create_task(shop.reconciler.reconcile(spec, current=current))
+        await until(lambda: waits(holder), "the sale waits for the lock")
+        is_current = False
+    with pytest.raises(Outdated):
+        await applying
+    assert await ledger.sales(shop.pool, spec.item_id) == []
 
 
 @pytest.mark.parametrize("write", ["claim", "adoption", "rebuild", "announcement"])
