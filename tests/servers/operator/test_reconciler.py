@@ -18,6 +18,7 @@ from flashsale.keys import ItemKeys
 from flashsale.requirements import Checks
 from flashsale.reservations import Outcome
 from flashsale.sale import SaleSpec, SaleState
+from flashsale_operator.sales import engine
 from flashsale_operator.sales.decision import Reason
 from flashsale_operator.sales.engine import require_redis
 from flashsale_operator.sales.offsets import Span
@@ -328,6 +329,18 @@ async def test_a_sale_without_keys_or_with_an_older_ledger_can_be_closed(
     assert (result.applied, result.state, result.ready) == (Closed.UNKNOWN, SaleState.CLOSING, True)
     with pytest.raises(UnknownSale, match="no such sale"):
         await shop.reconciler.close("default/never")
+
+
+async def test_the_ledger_notes_a_close_while_redis_is_away(
+    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> None:
+        raise RedisUnavailable("away")
+
+    monkeypatch.setattr(engine, "claim", away)
+    with pytest.raises(RedisUnavailable):
+        await shop.reconciler.close(sold.sale_id)
+    assert (await shop.row(sold.sale_id)).closed
 
 
 async def test_an_older_ledger_takes_a_revision_above_redis(
