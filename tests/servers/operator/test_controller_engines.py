@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -246,6 +247,25 @@ async def test_every_node_of_a_cluster_that_the_sales_have_left_is_fenced(
             left.add(node)
     finally:
         await client.aclose()
+
+
+async def test_a_former_redis_is_fenced_if_it_is_from_before_the_last_rebuild(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """It lacks no unit, but a buyer can have given one back at another Redis."""
+    await shop.pool.execute("UPDATE sales SET rebuilt_revision = revision")
+    await shop.reconciler.fence_outdated(sold.sale_id, "")
+    assert await shop.buy(sold.item_id, "d") == [Outcome.FENCED]
+
+
+async def test_a_former_redis_with_an_open_hold_is_not_fenced_if_it_lacks_nothing(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    await shop.apply(replace(spec, hold_seconds=600))
+    await shop.buy(spec.item_id, "a")
+    await shop.record(spec.item_id)
+    await shop.reconciler.fence_outdated(spec.sale_id, "")
+    assert await shop.buy(spec.item_id, "b") == [Outcome.ACCEPTED]
 
 
 async def test_a_crd_without_the_engine_is_reported(shop: SimulatedShop, spec: SaleSpec) -> None:
