@@ -2,22 +2,26 @@
 
 import asyncio
 import csv
+import itertools
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dev.stack.servers import KafkaServer
+from flashsale.heartbeat import ACKNOWLEDGED_SECONDS
 from flashsale.reservations import OutboxEntry, Transition
 from flashsale.sale import SaleSpec
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import topics
 from flashsale_operator.ctl import commands
 from flashsale_operator.ctl.reservations import PAGE
+from flashsale_operator.sales import transitions
 from flashsale_operator.sales.rebuild import Rebuilt
 from tests.support.ctl import Ctl, Within
 from tests.support.simulated_shop import SimulatedShop
@@ -229,6 +233,28 @@ def test_without_kafka_nothing_is_changed(
         assert sale.held == 1
 
     within(still_held)
+
+
+@pytest.mark.slow
+def test_a_person_repeats_a_call_whose_time_ran_out_in_redis(
+    ctl: Ctl,
+    environ: dict[str, str],
+    spec: SaleSpec,
+    ids: dict[str, str],
+    kafka_server: KafkaServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rebuild could have begun since then, and the ledger would not count the event."""
+    environ["FLASHSALE_KAFKA_BOOTSTRAP"] = kafka_server.bootstrap
+    asyncio.run(topics.create(KafkaSettings(kafka_bootstrap=kafka_server.bootstrap)))
+    clock = itertools.count(step=ACKNOWLEDGED_SECONDS + 1)
+    confirm = "confirm", spec.item_id, ids["ann"], "--order-ref", "order-1"
+    with monkeypatch.context() as patch:
+        patch.setattr(transitions, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        code, lines, [error] = ctl(*confirm)
+    assert (code, lines) == (1, [])
+    assert error.endswith("but Kafka has not acknowledged it in time: run it again")
+    assert ctl(*confirm)[0] == 0
 
 
 @pytest.mark.slow
