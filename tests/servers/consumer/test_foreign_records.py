@@ -202,3 +202,24 @@ async def test_no_row_is_locked_while_kafka_takes_undecodable_and_foreign_record
         b"bad",
         events.encode(foreign),
     }
+
+
+async def test_the_offset_moves_past_a_rejected_event_only_after_its_dead_letter(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL rejects the event in the transaction that moves the offset."""
+    stored: list[int] = []
+    publish = DeadLetters.publish
+
+    async def look_and_publish(self: DeadLetters, letters: Sequence[DeadLetter]) -> None:
+        if letters:
+            query = "SELECT next_offset FROM kafka_offsets WHERE partition = 0"
+            stored.append(await ledger.pool.fetchval(query))
+        await publish(self, letters)
+
+    monkeypatch.setattr(DeadLetters, "publish", look_and_publish)
+    await ledger.pool.execute("ALTER TABLE reservations ADD CHECK (user_id <> 'refused')")
+    await log.write(accepted(user_id="refused"), partition=0)
+    async with running(ledger.url, log) as worker:
+        await until(lambda: worker.events("dead_lettered") == 1)
+    assert stored == [0]
