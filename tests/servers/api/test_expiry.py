@@ -1,17 +1,20 @@
 """The end of holds by any pod, without Kafka: bounded turns, leases, backlogs and gauges."""
 
+import asyncio
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 
 from dev.services import ApiServer
+from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
 from flashsale.outbox import Outbox
-from flashsale.reservations import BATCH_LIMIT
+from flashsale.reservations import BATCH_LIMIT, Expired, Transition
 from flashsale.settings import KafkaSettings
 from flashsale_api import expiry as expiry_module
 from flashsale_api.engine import Engine
@@ -140,6 +143,25 @@ async def test_a_pod_with_a_backlog_leaves_the_events_to_the_sweep(
     await pod.expiry.expire_due()
     assert (await held(inventory, item), pod.publisher.held) == (0, 4)
     assert (await inventory.sales([item]))[item].outbox_length == 22
+
+
+async def test_a_reply_from_before_a_suspension_is_not_published(
+    inventory: Inventory, item: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sale may have been rebuilt since then. A sweep finds the events that it still has."""
+    await hold(inventory, item, 1)
+    loop, expire = asyncio.get_running_loop(), inventory.expire
+    clock = loop.time
+
+    async def expire_and_stand_still(*arguments: Any, **options: Any) -> Expired | Transition:  # noqa: ANN401
+        reply = await expire(*arguments, **options)
+        monkeypatch.setattr(loop, "time", lambda: clock() + CALL_DEADLINE_SECONDS)
+        return reply
+
+    monkeypatch.setattr(inventory, "expire", expire_and_stand_still)
+    pod = Pod(inventory)
+    assert not await pod.expiry.expire_due()
+    assert (await held(inventory, item), pod.publisher.held) == (0, 0)
 
 
 async def test_an_unreadable_or_foreign_sale_does_not_stop_the_others(
