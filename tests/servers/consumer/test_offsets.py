@@ -7,7 +7,7 @@ import pytest
 from flashsale.events import Event
 from flashsale_consumer import offsets, recorder
 from flashsale_consumer.clients import transaction
-from flashsale_consumer.offsets import LedgerRewound
+from flashsale_consumer.offsets import LedgerRewound, Stored
 from tests.support.consumer import accepted
 from tests.support.ledgers import Ledger
 
@@ -36,6 +36,14 @@ async def test_offsets_advance_with_the_events_and_never_go_back(ledger: Ledger)
     # By a consumer that lost its partitions.
     await record(ledger, [accepted(1)], at=at, to={0: 3, 1: 2})
     assert await place(ledger, {0: FOREVER, 1: FOREVER}) == {0: 5, 1: 2}
+
+
+async def test_no_more_is_announced_than_the_ledger_had(ledger: Ledger) -> None:
+    """The events could be recorded differently after the ledger went back."""
+    await place(ledger, {0: FOREVER})
+    await record(ledger, [], at={0: 0}, to={0: 5})
+    await offsets.announce(ledger.pool, TOPIC, {0: 5}, {0: 9})
+    assert await offsets.read(ledger.pool, TOPIC, [0]) == {0: Stored(5, 5)}
 
 
 async def test_a_ledger_that_lost_its_last_transactions_is_detected(ledger: Ledger) -> None:
