@@ -1,13 +1,17 @@
 """The stored offsets in a real PostgreSQL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
+from aiokafka import TopicPartition
 
 from flashsale.events import Event
-from flashsale_consumer import offsets, recorder
+from flashsale.ledger import Pool
+from flashsale_consumer import clients, offsets, recorder
 from flashsale_consumer.clients import transaction
+from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import LedgerRewound, Stored
+from flashsale_consumer.partitions import Partitions
 from tests.support.consumer import accepted
 from tests.support.ledgers import Ledger
 
@@ -74,3 +78,60 @@ async def test_events_that_kafka_deleted_before_they_were_recorded_are_reported(
     await place(ledger, {0: range(0)})
     assert await place(ledger, {0: range(40, 50)}) == {0: 40}
     assert "deleted 40 events" in caplog.text
+
+
+class Member:
+    """A member of the group, as the partitions see it. It has its partitions from `assigned`."""
+
+    def __init__(self) -> None:
+        self.assigned: set[TopicPartition] = set()
+        self.paused: set[TopicPartition] = set()
+
+    def assignment(self) -> set[TopicPartition]:
+        return self.assigned
+
+    def pause(self, *partitions: TopicPartition) -> None:
+        self.paused |= set(partitions)
+
+    def resume(self, *partitions: TopicPartition) -> None:
+        self.paused -= set(partitions)
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        """Nothing is read."""
+
+    async def beginning_offsets(
+        self, partitions: Iterable[TopicPartition]
+    ) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 0)
+
+    async def end_offsets(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 9)
+
+
+async def test_partitions_assigned_while_others_are_placed_are_placed_too(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, place = Member(), offsets.place
+    partitions = Partitions(member, TOPIC, Metrics(), metadata="")
+    monkeypatch.setattr(clients, "leaderless", lambda *_: frozenset())
+
+    def assign(*numbers: int) -> None:
+        member.assigned = {TopicPartition(TOPIC, number) for number in numbers}
+        partitions.on_partitions_assigned(member.assigned)
+
+    async def place_and_assign(
+        pool: Pool, topic: str, logs: Mapping[int, range], *, before: Mapping[int, Stored]
+    ) -> dict[int, Stored]:
+        placed = await place(pool, topic, logs, before=before)
+        if len(logs) == 1:
+            assign(0, 1)
+        return placed
+
+    monkeypatch.setattr(offsets, "place", place_and_assign)
+    assign(0)
+    await partitions.place(ledger.pool)
+    assert not partitions.placed
+    assert member.paused == member.assigned
+    await partitions.place(ledger.pool)
+    assert partitions.placed
+    assert (member.paused, partitions.positions) == (set(), {0: 0, 1: 0})
