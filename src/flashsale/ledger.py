@@ -77,7 +77,11 @@ class SaleRow:
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:
-        return cls(**{name: record[name] for name in SALE_COLUMNS})
+        """Raises `LedgerUnavailable` if a newer version of the table lacks a column."""
+        try:
+            return cls(**{name: record[name] for name in SALE_COLUMNS})
+        except KeyError as error:
+            raise LedgerUnavailable(f"the ledger's table sales has no column {error}") from error
 
     def finished(self, now: datetime) -> bool:
         """Whether the sale accepts nothing more unless its manifest is applied again."""

@@ -33,6 +33,10 @@ _LIMIT_LOCKS: Final = "SET LOCAL lock_timeout = '3s'"
 _LOCK_TABLES: Final = "LOCK TABLE kafka_offsets, sales, reservations IN ACCESS EXCLUSIVE MODE"
 _IN_USE: Final = "the migration waits for a user of the ledger's tables, such as a backup"
 _EMPTY: Final = "the database has lost the ledger's tables: restore the backup"
+_EARLIER: Final = (
+    "the ledger is of an earlier version: start a consumer of this version, or use the "
+    "flashsalectl of that version"
+)
 _ADD_MIGRATION: Final = "INSERT INTO flashsale_migrations VALUES ($1)"
 _VERSION: Final = "SELECT coalesce(max(version), 0) FROM flashsale_migrations"
 _FORMER_VERSION: Final = "SELECT coalesce(max(version), 0) FROM schema_migrations"
@@ -131,6 +135,16 @@ async def migrate(pool: Pool, engine: str | None = None, *, known: bool = False)
                     raise UnmetRequirement(_FOREIGN.format(error)) from error
                 await connection.execute(_ADD_MIGRATION, version)
         return await _version(connection)
+
+
+async def require_migrated(pool: Pool) -> None:
+    """Raises `LedgerUnavailable` if the ledger is of an earlier version. An empty database passes.
+
+    Raises `UnmetRequirement` if another application has the table of the migrations.
+    """
+    async with translated(), pool.acquire() as connection:
+        if 0 < await _version(connection) < _scripts()[-1][0]:
+            raise LedgerUnavailable(_EARLIER)
 
 
 def _scripts() -> list[tuple[int, Traversable]]:

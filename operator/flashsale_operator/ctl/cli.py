@@ -20,7 +20,7 @@ import asyncpg
 import click
 from click.shell_completion import CompletionItem
 
-from flashsale import __version__, ledger, settings
+from flashsale import __version__, ledger, schema, settings
 from flashsale.errors import FlashsaleError, LedgerUnavailable
 from flashsale.inventory import Inventory
 from flashsale.redis_client import MAX_CONNECTIONS, connect
@@ -36,6 +36,7 @@ R = TypeVar("R")
 LACKS_MIGRATIONS: Final = (
     "the ledger lacks migrations: start a consumer or the operator of this version"
 )
+_NEWER: Final = "the ledger is of a newer version: use the flashsalectl of that version"
 COMPLETION_SECONDS: Final = 1.0
 """How long the shell waits for the items that complete an argument."""
 
@@ -146,14 +147,22 @@ force_option = click.option("--force", is_flag=True, help="Even if a FlashSale d
 
 
 @asynccontextmanager
-async def connected(addresses: Stores | Servers, item: str | None = None) -> AsyncIterator[Clients]:
-    """Opens the clients. An `UnknownSale` of `item` gets the nearest item of the engine."""
+async def connected(
+    addresses: Stores | Servers, item: str | None = None, *, uses_ledger: bool = True
+) -> AsyncIterator[Clients]:
+    """Opens the clients. An `UnknownSale` of `item` gets the nearest item of the engine.
+
+    Raises `LedgerUnavailable` if the ledger is of an earlier version. Only the consumer and the
+    operator migrate it, because the processes of that version could not use it any more.
+    """
     redis = connect(addresses.redis_url)
     try:
         pool = await ledger.connect(addresses.database_url)
         try:
             clients = Clients(Inventory(redis, addresses.engine), pool)
             try:
+                if uses_ledger:
+                    await schema.require_migrated(pool)
                 yield clients
             except UnknownSale as error:
                 near = None if item is None else await _nearest(clients, item)
@@ -161,9 +170,11 @@ async def connected(addresses: Stores | Servers, item: str | None = None) -> Asy
                     raise
                 raise UnknownSale(f"{error}; did you mean {near}?") from None
             except LedgerUnavailable as error:
-                if not isinstance(error.__cause__, asyncpg.UndefinedTableError):
-                    raise
-                raise LedgerUnavailable(LACKS_MIGRATIONS) from error
+                if isinstance(error.__cause__, asyncpg.UndefinedTableError):
+                    raise LedgerUnavailable(LACKS_MIGRATIONS) from error
+                if isinstance(error.__cause__, asyncpg.UndefinedColumnError | KeyError):
+                    raise LedgerUnavailable(_NEWER) from error
+                raise
         finally:
             pool.terminate()
     finally:

@@ -89,7 +89,7 @@ async def republish(environ: Environ, item: str) -> int:
     Use it after Kafka lost them. Redis still has them.
     """
     addresses = settings.load(Servers, environ)
-    async with connected(addresses, item) as clients:
+    async with connected(addresses, item, uses_ledger=False) as clients:
         published = await publish_again(clients.inventory, addresses, item)
     done = f"{counted(published, 'reservation')} published again"
     print(f"{item}: {done}; check with `flashsalectl audit`")

@@ -18,7 +18,9 @@ FORMULA: Final = ("=", "+", "-", "@")
 
 # In the order of the primary key, so that the first page needs no sort.
 _RESERVATIONS: Final = """
-SELECT r.reservation_id::text AS id, r.* FROM reservations r JOIN sales s USING (sale_id)
+SELECT r.reservation_id::text AS id, sale_id, r.user_id, r.quantity, r.state, r.version,
+       r.accepted_at, r.expires_at, r.confirmed_at, r.order_ref
+FROM reservations r JOIN sales s USING (sale_id)
 WHERE s.item_id = $1 ORDER BY r.sale_id, r.reservation_id
 """
 

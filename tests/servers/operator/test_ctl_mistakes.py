@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from dev.stack.servers import RedisServer
-from flashsale import __version__
+from flashsale import __version__, ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.keys import ItemKeys
 from flashsale_operator.ctl.cli import flashsalectl, for_each
@@ -20,7 +20,9 @@ from flashsale_operator.ctl.commands import run
 from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import parse
 from flashsale_operator.sales.reconciler import Reconciler, Result
-from tests.support.ctl import NOWHERE, SAMPLE, Ctl, a_file
+from tests.support.ctl import NOWHERE, SAMPLE, Ctl, Within, a_file
+from tests.support.ledgers import migrate_to
+from tests.support.simulated_shop import SimulatedShop
 
 
 def test_a_refused_manifest_is_reported_with_the_next_step(ctl: Ctl, tmp_path: Path) -> None:
@@ -283,6 +285,70 @@ def test_a_database_without_tables_is_one_line_with_the_next_step(
         [],
         [f"flashsalectl: {error}"],
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["get"],
+        ["describe", "iphone_15"],
+        ["audit"],
+        ["report", "iphone_15"],
+        ["reservations", "iphone_15"],
+        ["apply", "-f", str(SAMPLE)],
+        ["close", "iphone_15"],
+        ["delete", "iphone_15"],
+        ["rebuild", "--all"],
+        ["confirm", "iphone_15", str(uuid.uuid4()), "--order-ref", "order-7"],
+        ["cancel", "iphone_15", str(uuid.uuid4())],
+        ["adopt-redis"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_ledger_of_an_earlier_version_is_refused_and_not_migrated(
+    ctl: Ctl, other_database_url: str, command: list[str]
+) -> None:
+    """Consumers of that version could not use a migrated one."""
+
+    async def prepare() -> None:
+        pool = await ledger.connect(other_database_url)
+        await migrate_to(pool, 7)
+        await pool.close()
+
+    asyncio.run(prepare())
+    error = (
+        "flashsalectl: the ledger is of an earlier version: start a consumer of this version, or "
+        "use the flashsalectl of that version"
+    )
+    for each in (command, ["get"]):
+        assert ctl(*each, FLASHSALE_DATABASE_URL=other_database_url) == (1, [], [error])
+
+
+def test_a_ledger_of_a_newer_version_is_refused_only_where_it_cannot_be_read(
+    ctl: Ctl, within: Within
+) -> None:
+    ctl("apply", "-f", str(SAMPLE))
+
+    async def add_a_version(shop: SimulatedShop) -> None:
+        await shop.pool.execute("INSERT INTO flashsale_migrations VALUES (9999)")
+
+    within(add_a_version)
+    assert ctl("get")[0] == ctl("apply", "-f", str(SAMPLE))[0] == 0
+
+    async def rename_a_column(shop: SimulatedShop) -> None:
+        await shop.pool.execute("ALTER TABLE reservations RENAME accepted_at TO reserved_at")
+
+    within(rename_a_column)
+    error = "the ledger is of a newer version: use the flashsalectl of that version"
+    refused: object = (1, [], [f"flashsalectl: {error}"])
+    assert ctl("get")[0] == 0
+    assert ctl("reservations", "iphone_15") == refused
+
+    async def rename_another(shop: SimulatedShop) -> None:
+        await shop.pool.execute("ALTER TABLE sales RENAME closed_at TO ended_at")
+
+    within(rename_another)
+    assert ctl("get") == ctl("describe", "iphone_15") == ctl("close", "iphone_15") == refused
 
 
 def test_the_installed_command_prints_only_its_own_lines(environ: dict[str, str]) -> None:
