@@ -194,6 +194,7 @@ def test_the_one_node_values_match_the_one_node_manifests(chart: Helm) -> None:
         for key, value in each["stringData"].items()
     }
     assert secret_keys(release) <= secrets.keys()
+    assert {name for name, _ in secret_keys(release)} == {name for name, _ in secrets}
     for name, port in (("redis", 6379), ("postgres", 5432)):
         users = {"url": "engine-password", "api-url": "api-password"}
         for url, key in users.items() if name == "redis" else [("url", "password")]:
