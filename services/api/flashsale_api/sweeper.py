@@ -5,10 +5,12 @@ The pod that accepted such an entry died, or its call to Redis failed after Redi
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from flashsale.errors import ContractViolation, RedisUnavailable
+from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
 from flashsale_api.known_items import KnownItems
@@ -28,12 +30,28 @@ The clock was ahead when it was written, so its age is unknown.
 FOREVER_MS: Final = 2**53
 SWEEP_LEASE_MS: Final = 10_000
 SWEEP_PAGE: Final = 500
+REREAD_SECONDS: Final = 60.0
+"""How often a pod reads entries again that it could not read.
+
+A pod of a later version can have published some of them.
+"""
 BACKLOG: Final = 10_000
 """A pod with this many unacknowledged events does not sweep.
 
 After an outage of Kafka, most of the entries that it would read are its own. Acknowledged events
 do not count, because those of a node that is away wait for it and must not stop the other nodes.
 """
+
+
+@dataclass
+class _Unreadable:
+    """The entries of an outbox that the pod cannot read. They stay in the outbox."""
+
+    end: str = ""
+    """The id before which all entries are unreadable, or nothing. The sweep begins behind it."""
+    reread_at: float = 0.0
+    logged: int = 0
+    """The number of entries in the last line of the log."""
 
 
 class Sweeper:
@@ -55,8 +73,8 @@ class Sweeper:
         self._publisher = publisher
         self._metrics = metrics
         self._pod_id = pod_id
-        self._unreadable: set[tuple[str, str]] = set()
-        """The entries that were logged: item id, entry id. They stay unreadable."""
+        self._unreadable: dict[tuple[str, bool], _Unreadable] = {}
+        """By item, of the entries that have an age and of those of a clock that was ahead."""
 
     async def run(self) -> None:
         """Sweeps all outboxes every `INTERVAL_SECONDS` until it is cancelled."""
@@ -75,20 +93,22 @@ class Sweeper:
         servers = await self._inventory.servers(items)
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
-        for item_id in await self._measure(now_ms):
+        filled = await self._measure(now_ms)
+        self._unreadable = {key: each for key, each in self._unreadable.items() if key[0] in filled}
+        for item_id in filled:
             try:
                 await self._sweep_item(item_id, "-", now_ms[item_id] - SWEEP_AGE_MS)
                 await self._sweep_item(item_id, f"{now_ms[item_id] + AHEAD_MS}", FOREVER_MS)
             except RedisUnavailable as error:
                 log.debug("no sweep of %s: %s", item_id, error)
 
-    async def _measure(self, now_ms: Mapping[str, int]) -> list[str]:
-        """Updates the gauges of outboxes. Returns the items whose outbox has entries.
+    async def _measure(self, now_ms: Mapping[str, int]) -> dict[str, int]:
+        """Updates the gauges of outboxes. Returns the length of each outbox that has entries.
 
         `now_ms` is the time by the clock of each item's server.
         """
         lengths = await self._outbox.lengths(now_ms, partial=True)
-        filled = [item_id for item_id, length in lengths.items() if length]
+        filled = {item_id: length for item_id, length in lengths.items() if length}
         oldest_ms = await self._outbox.oldest_ms(filled)
         for item_id, length in lengths.items():
             self._metrics.outbox_length.labels(item_id).set(length)
@@ -97,24 +117,38 @@ class Sweeper:
         return filled
 
     async def _sweep_item(self, item_id: str, after: str, until_ms: int) -> None:
-        publisher = self._publisher
+        """Publishes the entries of dead pods, and logs how many entries cannot be read.
+
+        Only the pod with the lease logs. It logs a changed number once per `REREAD_SECONDS`.
+        """
+        publisher, now = self._publisher, time.monotonic()
+        known = self._unreadable.setdefault((item_id, after == "-"), _Unreadable())
+        if reread := now >= known.reread_at:
+            known.end, known.reread_at = "", now + REREAD_SECONDS
+        count, first, leading = 0, "", True
+        after = known.end or after
         while publisher.sweepable and publisher.unacknowledged < BACKLOG:
             page = await self._outbox.page(
                 item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
             )
-            self._log_unreadable(item_id, page.unreadable)
+            leading = leading and not page.entries
+            for entry_id, error in page.unreadable.items():
+                count, first = count + 1, first or str(error)
+                if leading:
+                    known.end = entry_id
             left = [entry for entry in page.entries if not publisher.holds(item_id, entry.entry_id)]
-            if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
+            found = left or page.unreadable
+            if found and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
                 return
             for entry in left:
                 publisher.add(entry)
             self._metrics.swept.inc(len(left))
             if not page.last:
-                return
+                break
             after = page.last
-
-    def _log_unreadable(self, item_id: str, unreadable: Mapping[str, ContractViolation]) -> None:
-        for entry_id, error in unreadable.items():
-            if (item_id, entry_id) not in self._unreadable:
-                log.error("%s: %s, so its event is not published", item_id, error)
-            self._unreadable.add((item_id, entry_id))
+        else:
+            return
+        if count != known.logged and (reread or not known.logged):
+            if count:
+                log.error("%s: %s, so its event is not published (1 of %d)", item_id, first, count)
+            known.logged = count

@@ -194,6 +194,58 @@ async def test_a_damaged_entry_is_logged_once_and_stops_no_other(
     assert caplog.text.count("outbox entry 1-1 cannot be read") == 1
 
 
+async def test_damaged_entries_are_read_once_a_minute_by_all_pods_and_logged_by_one(
+    own_redis: RedisServer,
+    own_inventory: Inventory,
+    outbox: Outbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as the entries of a newer version, whose pods are gone."""
+    monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
+    monkeypatch.setattr(sweeper_module, "SWEEP_PAGE", 2)
+    parsed: list[str] = []
+    parse = OutboxEntry.parse
+
+    def counted(item_id: str, entry_id: str, fields: dict[str, str]) -> OutboxEntry:
+        parsed.append(entry_id)
+        return parse(item_id, entry_id, fields)
+
+    monkeypatch.setattr(OutboxEntry, "parse", counted)
+    publishers, sweepers = [], []
+    for pod_id in ("first", "second"):
+        kafka = KafkaSettings(kafka_bootstrap="127.0.0.1:1")
+        publisher = Publisher(kafka, outbox, Metrics(), Engine("flashsale"))
+        publisher.connected = True
+        publishers.append(publisher)
+        sweepers.append(
+            Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id=pod_id)
+        )
+    key = ItemKeys.of(ITEM).outbox
+    damaged = {"id": UNKNOWN_ID, "record": "parked", "sale": "s,9,9,1", "traceparent": ""}
+    async with redis_client.connect(own_redis.url) as admin:
+        for number in range(1, 6):
+            await admin.xadd(key, damaged, id=f"1-{number}")
+        for _ in range(3):  # The second pod does not get the lease, and reads a page per sweep.
+            for sweeper in sweepers:
+                await sweeper.sweep()
+        assert sorted(parsed) == sorted(2 * [f"1-{number}" for number in range(1, 6)])
+        assert caplog.text.count("cannot be read") == 1
+        assert "1-1 cannot be read" in caplog.text
+        assert "(1 of 5)" in caplog.text
+        parsed.clear()
+        await own_inventory.reserve(ITEM, [Request(UNKNOWN_ID, "ann", 1)], timeout_seconds=5)
+        await sweepers[0].sweep()
+        assert [publisher.held for publisher in publishers] == [1, 0]
+        assert len(parsed) == 1
+        await admin.xdel(key, "1-1")
+        for known in sweepers[0]._unreadable.values():
+            known.reread_at = 0.0
+        await sweepers[0].sweep()
+        assert "(1 of 4)" in caplog.text
+        assert len(parsed) == 6
+
+
 async def test_an_entry_of_a_clock_that_was_ahead_is_swept(
     own_redis: RedisServer, own_inventory: Inventory, outbox: Outbox
 ) -> None:
