@@ -241,12 +241,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class _Connection(HTTPConnection):
     """Ends after `_FETCH_SECONDS`. A timeout of urllib ends only a silent connection."""
 
-    def connect(self) -> None:
-        super().connect()
-        # A copy, because TLS takes the socket itself.
-        ending = threading.Timer(_FETCH_SECONDS, _end, (self.sock.dup(),))
-        ending.daemon = True
-        ending.start()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - HTTPConnection's
+        super().__init__(*args, **kwargs)
+        # Not connect(), which also waits for the answer of a proxy to CONNECT.
+        self._create_connection = _connect
 
 
 class _SecureConnection(HTTPSConnection, _Connection):
@@ -262,6 +260,15 @@ class _Https(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> HTTPResponse:
         context = relaxed(ssl.create_default_context())
         return self.do_open(_SecureConnection, request, context=context)
+
+
+def _connect(*args: Any) -> socket.socket:  # noqa: ANN401 - create_connection's
+    connection = socket.create_connection(*args)
+    # A copy, because TLS takes the socket itself.
+    ending = threading.Timer(_FETCH_SECONDS, _end, (connection.dup(),))
+    ending.daemon = True
+    ending.start()
+    return connection
 
 
 def _end(connection: socket.socket) -> None:

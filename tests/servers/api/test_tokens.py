@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
+import urllib.request
 from typing import Any, Final
 
 import jwt
@@ -59,10 +60,15 @@ async def test_keys_rotate_and_survive_that_their_address_is_away(
 
 
 @pytest.mark.parametrize(
-    "head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"]
+    ("head", "of_proxy"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nX: ", True),
+    ],
 )
 async def test_a_slow_answer_with_keys_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, head: bytes
+    monkeypatch: pytest.MonkeyPatch, head: bytes, of_proxy: bool
 ) -> None:
     """Tokens with unknown keys wait for the answer."""
     monkeypatch.setattr(tokens, "_FETCH_SECONDS", 0.5)
@@ -83,7 +89,12 @@ async def test_a_slow_answer_with_keys_is_given_up(
         named = Tokens(keys, issuer.url, "flashsale")
         running = asyncio.create_task(named.run())
         assert await identified(named, issuer.token("ann")) == ("ann", "")
-        keys._url = f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}"
+        keys._url = url = f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}"
+        if of_proxy:  # it answers CONNECT
+            proxy = urllib.request.ProxyHandler({"https": url})
+            handlers = proxy, tokens._NoRedirects, tokens._Http, tokens._Https
+            monkeypatch.setattr(tokens, "_open", urllib.request.build_opener(*handlers).open)
+            keys._url = "https://issuer.example"
         unknown = jwt.encode({}, generate_private_key(SECP256R1()), "ES256", headers={"kid": "x"})
 
         await until(lambda: _has(named, unknown, ("", "")))
