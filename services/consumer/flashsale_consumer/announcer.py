@@ -27,6 +27,7 @@ from aiokafka.errors import (
     RecordListTooLargeError,
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.structs import RecordMetadata
 
 from flashsale import events, kafka_clients, requirements
 from flashsale.errors import LedgerUnavailable, SettingsError
@@ -80,11 +81,12 @@ class Announcer:
         self._availability = Availability(self._topic, up, there=True)
         self._checks = Checks(log)
         self._batch_bytes = BATCH_BYTES
-        self._delivered: set[tuple[bytes, bytes]] = set()
+        self._delivered: dict[tuple[bytes, bytes], tuple[int, int]] = {}
         """Messages that Kafka has, while it has not acknowledged their whole page.
 
         They are not sent again. A partition can be away for hours. Repeats would fill the others,
-        and Kafka would delete messages that nobody has read yet.
+        and Kafka would delete messages that nobody has read yet. The values are the partition and
+        the time of the message in Kafka, in ms.
         """
         self._reading: dict[int, int] = {}
         """The offsets of the reader, by partition."""
@@ -133,6 +135,7 @@ class Announcer:
         producer: AIOKafkaProducer,
     ) -> None:
         self._reading = {}
+        await self._check_delivered(reader, producer)
         looked = 0.0
         while True:
             announced = partitions.announced
@@ -186,6 +189,25 @@ class Announcer:
             await self._publish(producer, [source.rebuilt(rebuild) for rebuild in rebuilds])
             await source.announced(rebuilds)
 
+    async def _check_delivered(self, reader: AIOKafkaConsumer, producer: AIOKafkaProducer) -> None:
+        """Forgets the delivered messages if Kafka has lost them, as in a topic that was recreated.
+
+        Offsets would not show that, because the new topic soon has as many messages. Looking up a
+        time needs no right to read the topic. If it finds a message of another time, the delivered
+        ones are sent again.
+        """
+        first: dict[TopicPartition, int] = {}
+        for number, time_ms in self._delivered.values():
+            first.setdefault(TopicPartition(self._topic, number), time_ms)
+        if not first:
+            return
+        async with asyncio.timeout(PAGE_SECONDS):
+            there = await producer.partitions_for(self._topic)
+            times = {tp: time_ms for tp, time_ms in first.items() if tp.partition in there}
+            found = await reader.offsets_for_times(times)
+        if first != {tp: message.timestamp for tp, message in found.items() if message}:
+            self._delivered.clear()
+
     async def _publish(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
         """Returns once all in-sync replicas have all messages.
 
@@ -213,7 +235,7 @@ class Announcer:
 
     async def _send(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> None:
         now_ms = int(time.time() * 1000)
-        sent: list[asyncio.Future[object]] = []
+        sent: list[asyncio.Future[RecordMetadata]] = []
         # aiokafka retries without a limit if a broker was killed.
         async with asyncio.timeout(PAGE_SECONDS):
             count = len(await producer.partitions_for(self._topic))
@@ -223,18 +245,30 @@ class Announcer:
             for partition, own in by_partition.items():
                 for builder, some in self._batches(producer, own, now_ms):
                     batch = await producer.send_batch(builder, self._topic, partition=partition)
-                    batch.add_done_callback(partial(self._sent, some))
+                    batch.add_done_callback(partial(self._sent, some, now_ms))
                     sent.append(batch)
-            # A timeout must not cancel a batch, because aiokafka fails on that.
-            done, _ = await asyncio.wait(sent, return_when=asyncio.FIRST_EXCEPTION)
-            for batch in done:
-                batch.result()
+        # All of them, so that no batch is sent again that only takes longer than another's error.
+        # A timeout must not cancel a batch, because aiokafka fails on that.
+        done, waiting = await asyncio.wait(sent, timeout=PAGE_SECONDS)
+        errors = [error for batch in done if (error := batch.exception())]
+        # A size is corrected at once, also while another partition is away.
+        errors.sort(key=lambda error: not isinstance(error, _TOO_LARGE))
+        if errors:
+            raise errors[0]
+        if waiting:
+            raise TimeoutError
 
-    def _sent(self, messages: Iterable[Message], batch: "asyncio.Future[object]") -> None:
+    def _sent(
+        self, messages: Iterable[Message], now_ms: int, batch: "asyncio.Future[RecordMetadata]"
+    ) -> None:
         """Notes that Kafka has messages, also if it says so after their page has failed."""
         kafka_clients.retrieve(batch)
         if not batch.cancelled() and batch.exception() is None:
-            self._delivered.update((each.key, each.value) for each in messages)
+            at = batch.result()
+            # Without a time of its own, the topic has that of the producer.
+            place = at.partition, now_ms if at.timestamp == -1 else at.timestamp
+            for each in messages:
+                self._delivered[each.key, each.value] = place
 
     def _batches(
         self, producer: AIOKafkaProducer, messages: Iterable[Message], now_ms: int

@@ -27,7 +27,7 @@ from tests.support.announced import offsets, until_announced, until_offsets
 from tests.support.consumer import Log, accepted, changed, held, running
 from tests.support.eventually import until
 from tests.support.ledgers import Ledger
-from tests.support.recorded import received
+from tests.support.recorded import read_all, received
 from tests.support.recording import rebuild, record
 from tests.support.topics import administering, create_topic
 
@@ -108,36 +108,56 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(
     assert "never retrieved" not in caplog.text
 
 
+@pytest.mark.parametrize("dated_by", ["LogAppendTime", "CreateTime"])
 async def test_a_partition_that_is_away_brings_no_repeats_to_the_others(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, log: Log, away: "Away", dated_by: str
 ) -> None:
     """For hours, they would fill the other partitions, for which Kafka deletes unread messages."""
-    send_batch = AIOKafkaProducer.send_batch
-    recorded, is_away, refused = events.recorded_topic(log.engine), True, 0
-
-    def refuse(result: "asyncio.Future[object]") -> None:
-        if not result.done():
-            result.set_exception(NotEnoughReplicasError())
-
-    async def without_one(
-        producer: AIOKafkaProducer, batch: BatchBuilder, topic: str, *, partition: int
-    ) -> object:
-        nonlocal refused
-        if not (is_away and topic == recorded and partition == 5):
-            return await send_batch(producer, batch, topic, partition=partition)
-        refused += 1
-        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_later(1.0, refuse, result)
-        return result
-
-    monkeypatch.setattr(AIOKafkaProducer, "send_batch", without_one)
+    topic = events.recorded_topic(log.engine)
+    await create_topic(log.bootstrap, topic, 12, {"message.timestamp.type": dated_by})
     sold = [accepted(number) for number in range(300)]
     async with running(ledger.url, log):
         await log.write(*sold)
-        await until(lambda: refused > 1)
-        is_away = False
+        await until(lambda: away.refused > 1)
+        away.partition = -1
         view = await until_announced(ledger, log, len(sold))
     assert set(view.ids.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partitions", [12, 6])
+async def test_a_topic_that_is_recreated_while_a_partition_is_away_gets_all_messages(
+    ledger: Ledger, log: Log, away: "Away", monkeypatch: pytest.MonkeyPatch, partitions: int
+) -> None:
+    """Another client recreates it, and soon it has more messages than the former one."""
+    create, missing, waited = topics.create_recorded, False, 0
+
+    async def create_recorded(kafka: KafkaSettings, partitions: int) -> object:
+        nonlocal waited
+        if missing:
+            waited += 1
+            raise TopicAuthorizationFailedError
+        return await create(kafka, partitions)
+
+    monkeypatch.setattr(topics, "create_recorded", create_recorded)
+    topic = events.recorded_topic(log.engine)
+    sold = [accepted(number) for number in range(300)]
+    async with running(ledger.url, log):
+        await log.write(*sold, partition=0)
+        await until(lambda: away.refused > 1)
+        missing = True
+        await until(lambda: waited > 0)
+        former = await read_all(log.bootstrap, topic)
+        assert 0 < len(former) < len(sold)
+        await log.delete(topic)
+        await create_topic(log.bootstrap, topic, partitions)
+        async with AIOKafkaProducer(bootstrap_servers=log.bootstrap) as producer:
+            for number, _ in itertools.product(range(partitions), range(100)):
+                key, value, headers = former[0].key, former[0].value, [*former[0].headers]
+                await producer.send(topic, value, key, partition=number, headers=headers)
+        away.partition = -1
+        missing = False
+        await until_announced(ledger, log, len(sold))
 
 
 async def test_announcing_rebuilds_locks_the_sales_in_the_order_of_the_recorder(
@@ -281,6 +301,37 @@ async def test_the_receiver_misses_no_change_if_the_announcer_dies_at_any_step(
                     kills += 1
     view = await until_announced(ledger, log, len(sold))
     assert {each["state"] for each in view.reservations.values()} == {"confirmed"}
+
+
+@pytest.fixture
+def away(log: Log, monkeypatch: pytest.MonkeyPatch) -> "Away":
+    away = Away(events.recorded_topic(log.engine))
+    monkeypatch.setattr(AIOKafkaProducer, "send_batch", away.send_batch())
+    return away
+
+
+class Away:
+    """A partition of a topic that refuses each batch at once."""
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+        self.partition = 5
+        self.refused = 0
+
+    def send_batch(self) -> Callable[..., Awaitable[object]]:
+        original = AIOKafkaProducer.send_batch
+
+        async def send_batch(
+            producer: AIOKafkaProducer, batch: BatchBuilder, topic: str, *, partition: int
+        ) -> object:
+            if (topic, partition) != (self._topic, self.partition):
+                return await original(producer, batch, topic, partition=partition)
+            self.refused += 1
+            refused: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+            refused.set_exception(NotEnoughReplicasError())
+            return refused
+
+        return send_batch
 
 
 async def is_announced(ledger: Ledger) -> bool:
