@@ -19,6 +19,7 @@ from dev.images.building import DEPLOYABLES
 from flashsale import events, kafka_clients, tracing
 from flashsale.errors import SettingsError
 from flashsale.settings import PREFIX, host_and_port, load
+from flashsale_api.settings import OTHER_HEADERS
 from flashsale_api.settings import Settings as ApiSettings
 from flashsale_consumer.settings import Settings as ConsumerSettings
 from flashsale_operator.settings import Settings as OperatorSettings
@@ -71,6 +72,17 @@ def test_the_images_have_one_base_and_name_its_content() -> None:
         assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64}", base)
         bases.add(base)
     assert len(bases) == 1
+
+
+def test_the_chart_and_the_api_refuse_the_same_headers_as_a_users() -> None:
+    rules = (CHART / "templates/_validate.tpl").read_text()
+    names = re.search(r'\$others := splitList " " "(.*)"', rules)
+    assert names is not None
+    assert names[1] == OTHER_HEADERS
+    environ = {"FLASHSALE_REDIS_URL": "redis://h", "FLASHSALE_KAFKA_BOOTSTRAP": "a:1"}
+    for name in OTHER_HEADERS.split():
+        with pytest.raises(SettingsError, match="FLASHSALE_USER_HEADER is a header that"):
+            load(ApiSettings, environ | {"FLASHSALE_USER_HEADER": name.title()})
 
 
 def test_an_engines_name_gives_the_names_of_its_topics_and_group(chart: Helm) -> None:

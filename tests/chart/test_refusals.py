@@ -177,6 +177,10 @@ from tests.support.paths import CHART
             "api.autoscaling.minReplicas is greater than api.autoscaling.maxReplicas",
         ),
         (
+            at("identity.userHeader", "Idempotency-Key"),
+            "identity.userHeader is Idempotency-Key, which clients or proxies send for another",
+        ),
+        (
             at("redis.url", "redis://:secret@redis:6379"),
             "redis.url contains a password: put the address into a Secret",
         ),

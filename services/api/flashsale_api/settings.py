@@ -1,6 +1,6 @@
 """The API's settings, from FLASHSALE_* environment variables."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta
 
@@ -23,6 +23,14 @@ HeaderName = Annotated[
         description="the name of a header: 1 to 64 of the characters A-Z a-z 0-9 -",
     ),
 ]
+OTHER_HEADERS: Final = (
+    "accept accept-encoding accept-language authorization cache-control connection "
+    "content-encoding content-length content-type cookie date expect forwarded host http2-settings "
+    "idempotency-key if-modified-since if-none-match keep-alive origin proxy-authorization range "
+    "referer te traceparent tracestate trailer transfer-encoding upgrade user-agent via "
+    "x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-proto x-request-id"
+)
+"""Headers that clients and proxies send for other purposes. They name no user."""
 WebUrl = Annotated[
     str,
     Meta(
@@ -58,6 +66,11 @@ class Settings(KafkaSettings, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.user_header.lower() in OTHER_HEADERS.split():
+            raise ValueError(
+                f"{PREFIX}USER_HEADER is a header that clients or proxies send for another "
+                "purpose: name one that only the gateway sets, such as x-user-id"
+            )
         require_together(self, "jwks_url", "jwt_issuer", "jwt_audience")
         if self.user_header and self.jwks_url:
             raise ValueError(
