@@ -1,12 +1,14 @@
 """`make check-locks`: check the pinned packages of the images against the index and advisories.
 
 The package index must still serve every pinned file with its hash, and none may be yanked. No
-advisory that pip-audit reads may apply to one of them. If no advisory service can be reached, the
-packages are reported as not checked. With `--require-advisories` that is a failure.
+advisory that pip-audit reads may apply to one of them. If the advisory service cannot be reached or
+does not know a package, the package is reported as not checked. With `--require-advisories` that is
+a failure.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +23,11 @@ LOCKS: Final = (
     ROOT / "services" / "consumer" / "requirements.txt",
     ROOT / "operator" / "requirements.txt",
 )
+_UNREACHED: Final = re.compile(
+    r"Could not connect to|^requests\.exceptions\.(Connect|Proxy|SSL|Read|ChunkedEncoding)",
+    re.MULTILINE,
+)
+"""pip-audit's messages if it cannot reach the service. Some are the last line of a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,8 @@ class Findings:
     packages: int
     wrong: tuple[str, ...]
     unchecked: tuple[str, ...]
+    reason: str = ""
+    """Why the first unchecked package was not checked."""
 
 
 def main() -> int:
@@ -53,8 +62,8 @@ def main() -> int:
                 print(f"  WRONG: {line}")
             if found.unchecked:
                 print(
-                    f"  NOT CHECKED: {len(found.unchecked)} of {found.packages} packages, because "
-                    "no advisory service can be reached; run `make check-locks` where one can"
+                    f"  NOT CHECKED: {len(found.unchecked)} of {found.packages} packages: "
+                    f"{found.reason}"
                 )
             if not found.wrong and not found.unchecked:
                 print(f"  {found.packages} packages: {passed}")
@@ -105,20 +114,33 @@ def check_advisories(lock: Path) -> Findings:
     try:
         return of_advisories(json.loads(done.stdout))
     except json.JSONDecodeError:
-        pinned = [line for line in lock.read_text().splitlines() if "==" in line]
-        return Findings(len(pinned), (), tuple(pinned))
+        return of_failure(done.stderr, lock)
+
+
+def of_failure(stderr: str, lock: Path) -> Findings:
+    """Read the errors of a pip-audit that made no report."""
+    lines = stderr.strip().splitlines() or ["no report"]
+    if not (unreached := _UNREACHED.search(stderr)):
+        # One that spans lines points at a column in the end.
+        last = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+        return Findings(0, (f"pip-audit: {last}",), ())
+    told = next(line for line in lines if unreached[0] in line)
+    pinned = [line for line in lock.read_text().splitlines() if "==" in line]
+    reason = f"the advisory service cannot be reached: {told[:500]}"
+    return Findings(len(pinned), (), tuple(pinned), reason)
 
 
 def of_advisories(report: dict[str, Any]) -> Findings:
     """Read pip-audit's report."""
-    wrong, unchecked = [], []
+    wrong, unchecked, reason = [], [], ""
     for package in report["dependencies"]:
         if "skip_reason" in package:
             unchecked.append(package["name"])
+            reason = reason or package["skip_reason"]
         for known in package.get("vulns", ()):
             fixed = ", ".join(known["fix_versions"]) or "no version yet"
             wrong.append(f"{package['name']} {package['version']}: {known['id']}, fixed in {fixed}")
-    return Findings(len(report["dependencies"]), tuple(wrong), tuple(unchecked))
+    return Findings(len(report["dependencies"]), tuple(wrong), tuple(unchecked), reason)
 
 
 def _run(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
