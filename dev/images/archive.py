@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dev.images.buildah import buildah
+from dev.stack.errors import StackError
 from dev.stack.locks import exclusive
 
 
@@ -18,7 +19,12 @@ def save(names: Mapping[str, str], archive: Path) -> None:
 
     `names` maps each reference to its name in the archive. Nothing is compressed, because the
     archive does not cross a network and compression would take longer than everything else.
+    Raises StackError.
     """
+    try:
+        archive.touch()  # before buildah is looked for
+    except OSError as error:
+        raise StackError(f"{archive}: {error.strerror}") from None
     tool = buildah()
     index: list[dict[str, Any]] = []
     with exclusive(tool.folder / "store"), tarfile.open(archive, "w") as tar:

@@ -47,6 +47,8 @@ def sections(root: Path) -> list[Section]:
 
 def section(root: Path, version: str) -> Section:
     """Return the section of a version. Raises StackError if there is none."""
+    if not version:
+        raise StackError("VERSION is empty: name a version, such as 0.1.0")
     for each in sections(root):
         if each.name == version:
             return each

@@ -4,10 +4,12 @@ import datetime as dt
 import re
 import tarfile
 import tomllib
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
+import msgspec
 import yaml
 
 from dev.images.building import DEPLOYABLES
@@ -18,6 +20,49 @@ DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 IMAGES: Final = "artifacthub.io/images"
 _VERSION: Final = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-rc\.[1-9]\d*)?")
 _CHART: Final = Path("charts/flashsale")
+
+
+class _Chart(msgspec.Struct, rename="camel"):
+    """The checked part of a package's Chart.yaml."""
+
+    version: str
+    app_version: str
+    annotations: dict[str, str] = {}
+
+
+class _Listed(msgspec.Struct):
+    """An image in the annotation `IMAGES`."""
+
+    name: str
+    image: str
+
+
+class _Registry(msgspec.Struct):
+    registry: str
+
+
+class _Image(msgspec.Struct):
+    repository: str
+    digest: str
+
+
+class _Component(msgspec.Struct):
+    image: _Image
+
+
+class _Values(msgspec.Struct):
+    """The checked part of a package's values.yaml."""
+
+    image: _Registry
+    api: _Component
+    consumer: _Component
+    operator: _Component
+
+
+class _Package(NamedTuple):
+    chart: _Chart
+    values: _Values
+    listed: list[_Listed]
 
 
 def disagreements(
@@ -138,20 +183,18 @@ def _is_date(text: str | None) -> bool:
 
 
 def _package(package: Path, version: str, pushed: Mapping[str, str] | None) -> Iterator[str]:
-    chart, values = _read(package)
-    for key in ("version", "appVersion"):
-        if chart.get(key) != version:
-            yield f"{package.name}: {key} is {chart.get(key)} instead of {version}"
-    listed = yaml.safe_load(chart.get("annotations", {}).get(IMAGES, "[]"))
-    images = {each["name"]: each["image"] for each in listed}
-    registry = values["image"]["registry"]
+    chart, values, listed = _read(package)
+    for key, named in (("version", chart.version), ("appVersion", chart.app_version)):
+        if named != version:
+            yield f"{package.name}: {key} is {named} instead of {version}"
+    images = {each.name: each.image for each in listed}
     for component in DEPLOYABLES:
-        own = values[component]["image"]
-        digest = own["digest"]
+        own: _Image = getattr(values, component).image
+        digest = own.digest
         if not DIGEST.fullmatch(digest):
             yield f"{package.name}: {component}.image.digest is {digest or 'empty'}"
             continue
-        name = f"{registry}/{own['repository']}:{version}@{digest}"
+        name = f"{values.image.registry}/{own.repository}:{version}@{digest}"
         if images.get(component) != name:
             yield f"{package.name}: {IMAGES} has {images.get(component)} instead of {name}"
         if pushed is not None and pushed[component] != digest:
@@ -161,14 +204,31 @@ def _package(package: Path, version: str, pushed: Mapping[str, str] | None) -> I
             )
 
 
-def _read(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return Chart.yaml and values.yaml of a package."""
+def _read(package: Path) -> _Package:
+    """Read Chart.yaml and values.yaml of a package. Raises StackError if they are no chart's."""
+    name = ""
     try:
         with tarfile.open(package) as tar:
-            contents = [
-                yaml.safe_load(tar.extractfile(f"flashsale/{name}") or b"")
-                for name in ("Chart.yaml", "values.yaml")
-            ]
-    except (OSError, KeyError, tarfile.TarError) as error:
-        raise StackError(f"{package} is not a package of the chart: {error}") from None
-    return contents[0], contents[1]
+            name = "Chart.yaml: "
+            chart = msgspec.convert(_member(tar, "Chart.yaml"), _Chart)
+            name = "values.yaml: "
+            values = msgspec.convert(_member(tar, "values.yaml"), _Values)
+        name = f"{IMAGES}: "
+        listed = yaml.safe_load(chart.annotations.get(IMAGES, "[]"))
+        return _Package(chart, values, msgspec.convert(listed, list[_Listed]))
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        zlib.error,
+        tarfile.TarError,
+        yaml.YAMLError,
+        msgspec.ValidationError,
+    ) as error:
+        why = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        raise StackError(f"{package} is not a package of the chart: {name}{why}") from None
+
+
+def _member(tar: tarfile.TarFile, name: str) -> object:
+    content: object = yaml.safe_load(tar.extractfile(f"flashsale/{name}") or b"")
+    return content

@@ -211,12 +211,47 @@ def test_a_file_that_is_no_package_is_refused(tree: Tree, tmp_path: Path) -> Non
             disagreements(tree.root, VERSION, tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "Chart.yaml: filename 'flashsale/Chart.yaml' not found"),
+        ({"Chart.yaml": b""}, "Chart.yaml: Expected `object`, got `null`"),
+        ({"Chart.yaml": b"a: {"}, "Chart.yaml: while parsing a flow node"),
+        ({"Chart.yaml": b"\x9b"}, "Chart.yaml: unacceptable character"),
+        ({"values.yaml": b"api: {}"}, "values.yaml: Object missing required field `image`"),
+        ({"values.yaml": b"image: {}"}, r"values.yaml: .*`registry` - at `\$.image`"),
+    ],
+)
+def test_a_package_with_other_files_is_refused(
+    tree: Tree, tmp_path: Path, files: dict[str, bytes], why: str
+) -> None:
+    about = {"Chart.yaml": b"{version: '1', appVersion: '1'}"} if "values.yaml" in files else {}
+    path = tmp_path / "chart.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in (about | files).items():
+            info = tarfile.TarInfo(f"flashsale/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    with pytest.raises(StackError, match=f"chart.tgz is not a package of the chart: {why}"):
+        disagreements(tree.root, VERSION, path)
+
+
+@pytest.mark.parametrize("length", [1, 20, 300])
+def test_a_truncated_package_is_refused(tree: Tree, tmp_path: Path, length: int) -> None:
+    path = packaged(tmp_path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(StackError, match="is not a package of the chart: "):
+        disagreements(tree.root, VERSION, path)
+
+
 def test_the_notes_of_a_release_are_its_section_of_the_changelog(tree: Tree) -> None:
     text = notes(tree.root, VERSION)
     assert text.startswith("### Added")
     assert text.endswith("- Chart: restricted pods.")
     with pytest.raises(StackError, match=r"no section `## 9\.9\.9"):
         notes(tree.root, "9.9.9")
+    with pytest.raises(StackError, match=r"^VERSION is empty"):
+        notes(tree.root, "")
 
 
 def test_the_icon_and_the_example_of_the_chart_are_those_of_their_files() -> None:
