@@ -3,6 +3,7 @@
 `python -m bench.recording` measures only how fast a consumer records and announces.
 """
 
+import argparse
 import asyncio
 import shutil
 import time
@@ -211,6 +212,7 @@ async def publish(rig: Rig, count: int) -> str:
 
 def main() -> None:
     """Measure how fast a consumer records and announces a backlog."""
+    argparse.ArgumentParser(prog="python -m bench.recording", description=__doc__).parse_args()
     folder = LOCAL / "bench"
     shutil.rmtree(folder, ignore_errors=True)
     with Rig(folder, machine.python()) as rig:

@@ -66,7 +66,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not (self.lost or self.buyers.counts.failures or not all(self.audits.values()))
+        failed = self.lost or self.buyers.counts.failures or not all(self.audits.values())
+        return bool(self.promised) and not failed
 
     def text(self) -> str:
         """Return the report as Markdown."""

@@ -99,6 +99,9 @@ export function checkAccepted(response, userId, itemId, quantity) {
 /** Return the sale. Aborts the run if it does not exist or does not have `available` units. */
 export function freshSale(itemId, available) {
   const response = get(`/sales/${itemId}`, 'sale');
+  if (response.status === 0) {
+    exec.test.abort(`GET /sales/${itemId} had no answer: set API_URL, which is ${API_URL} now`);
+  }
   if (response.status !== 200) {
     exec.test.abort(
       `GET /sales/${itemId} returned status ${response.status}: apply the sale first`,

@@ -7,21 +7,24 @@ export function text(name) {
   return value;
 }
 
-/** Return an integer of at least 1. */
+/** Return an integer from 1 to 100,000,000, the largest stock. */
 export function whole(name, byDefault) {
   const value = __ENV[name] || `${byDefault}`;
-  if (!/^[1-9][0-9]*$/.test(value)) {
-    throw new Error(`${name} must be an integer of at least 1, not ${value}`);
+  if (!/^[1-9][0-9]*$/.test(value) || Number(value) > 100000000) {
+    throw new Error(`${name} must be an integer from 1 to 100000000, not ${value}`);
   }
   return Number(value);
 }
 
-/** Return a duration such as 90s, 5m or 1h in seconds. */
+/** Return a duration such as 90s, 5m or 1h in seconds. It is at most 1000h. */
 export function seconds(name, byDefault) {
   const value = __ENV[name] || byDefault;
   const match = /^([1-9][0-9]*)([smh])$/.exec(value);
-  if (!match) throw new Error(`${name} must be a duration such as 90s, 5m or 1h, not ${value}`);
-  return Number(match[1]) * { s: 1, m: 60, h: 3600 }[match[2]];
+  const found = match ? Number(match[1]) * { s: 1, m: 60, h: 3600 }[match[2]] : Infinity;
+  if (found > 1000 * 3600) {
+    throw new Error(`${name} must be a duration such as 90s, 5m or 1h up to 1000h, not ${value}`);
+  }
+  return found;
 }
 
 export const API_URL = (__ENV.API_URL || 'http://localhost:8080').replace(/\/$/, '');

@@ -186,12 +186,18 @@ def main() -> int:
         "docs/reliability.md",
     )
     parser.add_argument(
-        "files", nargs="*", type=Path, default=[PUBLISHED, OUTCOMES], help="files of outcomes"
+        "files",
+        nargs="*",
+        type=Path,
+        help="files of outcomes (default: docs/faults.jsonl and those of this checkout)",
     )
     options = parser.parse_args()
+    if missing := [path for path in options.files if not path.is_file()]:
+        parser.error(f"{missing[0]}: no such file")
     if options.write:
         publish()
-    every = [outcome for path in options.files for outcome in kept(path)]
+    files = options.files or [PUBLISHED, OUTCOMES]
+    every = [outcome for path in files for outcome in kept(path)]
     found = [each for each in every if options.commit in (None, each.commit)]
     print(table(found))
     return 1 if any(outcome.failure for outcome in found) else 0

@@ -28,6 +28,8 @@ PROGRAMS = {
             "dev.stack",
             "dev.local",
             "dev.soak",
+            "bench.recording",
+            "tests.faults.table",
         )
     },
 }
@@ -56,6 +58,8 @@ BAD = [
     ("order_service.py", ["--decline-rate", "some"], "--decline-rate"),
     ("order_service.py", ["--decline-rate", "nan"], "--decline-rate must be a number from 0 to 1"),
     ("order_service.py", ["--kafka", "broker"], "--kafka must be HOST:PORT"),
+    ("bench.recording", ["wat"], "unrecognized arguments: wat"),
+    ("tests.faults.table", ["wat"], "wat: no such file"),
     ("tests.faults", ["-n", "many"], "-n"),
     ("tests.faults", ["-n", "0"], "-n: must be at least 1"),
     ("tests.faults", ["--first", "1.5"], "--first"),

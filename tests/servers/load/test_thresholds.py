@@ -223,8 +223,17 @@ def test_all_copies_of_a_retry_storm_are_parallel() -> None:
     assert (found["batch"], found["batchPerHost"]) == (50, 50)
 
 
-def test_an_invalid_setting_is_named(engine: Engine) -> None:
-    done = run(engine, "stampede.js", P95_MS="quick")
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("P95_MS", "quick", "an integer from 1 to 100000000"),
+        ("STOCK", "9" * 23, "an integer from 1 to 100000000"),
+        ("DURATION", "9999999999h", "a duration such as 90s, 5m or 1h up to 1000h"),
+        ("DURATION", "1d", "a duration such as 90s, 5m or 1h up to 1000h"),
+    ],
+)
+def test_an_invalid_setting_is_named(engine: Engine, name: str, value: str, rule: str) -> None:
+    done = run(engine, "checkout.js", ORDER_TOKEN="x", **{name: value})
 
     assert done.returncode != 0
-    assert "P95_MS must be an integer of at least 1, not quick" in done.stderr
+    assert f"{name} must be {rule}, not {value}" in done.stderr

@@ -6,6 +6,7 @@ from collections import deque
 
 import pytest
 
+from dev.soak import Report
 from dev.stack.ports import free_port
 from dev.steady import Buyers
 
@@ -65,3 +66,10 @@ async def test_a_refusal_is_a_failure() -> None:
     assert counts.failures == {"confirm: 409 hold-expired": 1}
     assert counts.promised == {"phone": {"r-1"}}
     assert not counts.confirmed
+
+
+async def test_a_soak_without_a_promised_reservation_fails() -> None:
+    report = Report(await buy(RESERVED, CONFIRMED), minutes=1.0, rate=16.0)
+    assert not report.passed
+    report.promised = 1
+    assert report.passed
