@@ -85,7 +85,7 @@ class Announcer:
         """Messages that Kafka has, while it has not acknowledged their whole page.
 
         They are not sent again. A partition can be away for hours. Repeats would fill the others,
-        and Kafka would delete messages that nobody has read yet. The values are the partition and
+        and Kafka would delete messages that no receiver has read. The values are the partition and
         the time of the message in Kafka, in ms.
         """
         self._reading: dict[int, int] = {}
