@@ -8,7 +8,7 @@ calls to all others (docs/adr/0023-redis-cluster.md).
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
@@ -43,6 +43,8 @@ LOOK_SECONDS: Final = 0.5
 NODE_SECONDS: Final = 1.0
 """How long a primary of a cluster may take for a call or a pipeline."""
 BETWEEN_LOOKS_SECONDS: Final = 0.1
+STRANGER_SECONDS: Final = 5.0
+"""How long no known node may answer before another server at the address takes their place."""
 PROBE_SECONDS: Final = 1.0
 """How often each primary is called, and how long it may take to answer."""
 
@@ -64,11 +66,16 @@ class Node:
         return cls(name, redis, cast("Pool", redis.connection_pool))
 
 
+class Stranger(Disconnected):
+    """Another server than a node of the cluster has the address of a node."""
+
+
 class Nodes:
     """Finds the servers of keys, and calls them.
 
     The first call looks whether the address belongs to a cluster. Later looks follow a `MOVED`, and
-    a node that does not answer.
+    a node that does not answer. A server whose map shares no node with the known map belongs to
+    another cluster. It gets no call, even at the address of a node.
     """
 
     def __init__(self, redis: "Redis") -> None:
@@ -79,6 +86,8 @@ class Nodes:
         self._primaries: dict[str, Node] = {}
         self._owners: list[Node | None] = []
         """The primary of each slot. Empty before the first look, and if there is one server."""
+        self._ids: frozenset[str] = frozenset()
+        """The ids of the nodes in the map. Empty if `_owners` is."""
         self._look: asyncio.Task[None] | None = None
         self._next_look = 0.0
         self._closing: set[asyncio.Task[None]] = set()
@@ -168,11 +177,18 @@ class Nodes:
         return _covered(await self._slots(node) or [])
 
     async def moved(self, error: MovedError, node: Node) -> Node:
-        """Notes that `node` has named another owner of a slot, and returns that one."""
+        """Notes that `node` has named another owner of a slot, and returns that one.
+
+        Raises `RedisUnavailable` if the only server belongs to a cluster now, whose nodes do not
+        say which slots they have.
+        """
         if self.single:  # the only server has become a node of a cluster
             self._look_soon()
             if self._look:
-                await asyncio.shield(self._look)
+                try:
+                    await asyncio.shield(self._look)
+                except FAILURES as failure:
+                    raise self.unavailable(failure, None) from failure
         owner = self._primary(error.host or redis_client.location(node.redis)[0], error.port)
         if self._owners:
             self._owners[error.slot_id] = owner
@@ -180,9 +196,8 @@ class Nodes:
         return owner
 
     def look_again(self) -> None:
-        """Looks which primary of a cluster has which slots."""
-        if self.single is None:
-            self._look_soon()
+        """Looks whether the address belongs to a cluster, and which primary has which slots."""
+        self._look_soon()
 
     def demoted(self, node: Node) -> None:
         """Leaves a server that has become a replica, for the primary that has replaced it.
@@ -206,6 +221,8 @@ class Nodes:
         refused = isinstance(error, ResponseError)
         if node and isinstance(error, ReadOnlyError):
             self.demoted(node)
+        elif isinstance(error, Stranger):
+            self._look_soon()
         elif node and (not refused or isinstance(error, ClusterDownError)):
             self._look_soon(besides=node)
         # A refusal is a reply: the script has changed nothing.
@@ -216,7 +233,8 @@ class Nodes:
 
         In a cluster, the link of a primary that does not answer is closed. Otherwise one that was
         frozen and replaced could execute calls that it got before, when it thaws. The watch also
-        notices a primary that has become a replica, and the new owner of a slot that had none.
+        notices a primary that has become a replica, the new owner of a slot that had none, and a
+        single server that has become a node of a cluster.
         """
         while True:
             await asyncio.sleep(PROBE_SECONDS)
@@ -229,8 +247,7 @@ class Nodes:
         if self._look is not None:
             self._look.cancel()
             await asyncio.gather(self._look, return_exceptions=True)
-        self._drop(self._primaries.values())
-        self._primaries, self._owners = {}, []
+        self._forget()
         self._closed.set()
         await asyncio.gather(*self._closing)
         self._closed.clear()
@@ -239,13 +256,16 @@ class Nodes:
         try:
             # The link of a single server has calls that may take longer.
             async with asyncio.timeout(PROBE_SECONDS if node.name else None):
-                role = await (await node.pool.link()).ask("INFO", "replication")
+                info = await (await node.pool.link()).ask("INFO", "replication", "cluster")
         except FAILURES as error:
             log.debug("%s: %s", node.name, self.unavailable(error, node))
         else:
-            if "role:slave" in str(role):
+            if "role:slave" in str(info):
                 # A pod without a heartbeat on this node sends no call that would get a `MOVED`.
                 self.demoted(node)
+            if node is self.single and "cluster_enabled:1" in str(info):
+                # A call of several items gets no `MOVED`.
+                self._look_soon()
 
     async def _known(self) -> None:
         """Waits until a look has found which servers there are."""
@@ -263,7 +283,7 @@ class Nodes:
             self._look_soon()
 
     def _look_soon(self, besides: Node | None = None, *, at_once: bool = False) -> None:
-        """Begins a look, unless one runs or has just begun, or there is only one server."""
+        """Begins a look, unless one runs or has just begun, or `besides` is the only server."""
         if besides is not None and besides is self.single:
             return
         now = asyncio.get_running_loop().time()
@@ -273,16 +293,39 @@ class Nodes:
             self._look.add_done_callback(_log_failure)
 
     async def _read(self, besides: Node | None) -> None:
+        """Asks the nodes for the map.
+
+        If only a server of no cluster or of another one answers, it is asked again together with
+        the known nodes, for `STRANGER_SECONDS`. The known nodes may be cut off from this process,
+        but still sell to others.
+        """
+        end = asyncio.get_running_loop().time() + STRANGER_SECONDS
+        slots = await self._asked(besides)
+        while not self._ours(slots):
+            if asyncio.get_running_loop().time() >= end:
+                self._forget()
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+            slots = await self._asked()
+        if slots is None:
+            self.single = self._seed
+        else:
+            self._take(slots)
+
+    async def _asked(self, besides: Node | None = None) -> "_Slots | None":
         """Asks all nodes at once. The first whole answer counts, or else the largest.
 
         A node that has just failed is not asked. It may be frozen, or cut off from the others.
+        Returns the answer of a stranger only if no known node answers.
         """
-        asked = list(self._primaries.values())
-        if self._seed_name not in self._primaries:
-            asked.append(self._seed)
-        asked = [node for node in asked if node is not besides]
-        tasks = [asyncio.create_task(self._slots(node)) for node in asked]
-        best: _Slots = []
+        everyone = [
+            self._seed,
+            *(node for node in self._primaries.values() if node.name != self._seed_name),
+        ]
+        failed = (besides.name or self._seed_name) if besides else None
+        asked = [node for node in everyone if (node.name or self._seed_name) != failed]
+        tasks = [asyncio.create_task(self._slots(node)) for node in asked or everyone]
+        found: list[_Slots | None] = []
         failure: Exception = Disconnected("no node has answered in time")
         try:
             async with asyncio.timeout(LOOK_SECONDS if self._owners else FIRST_LOOK_SECONDS):
@@ -292,13 +335,14 @@ class Nodes:
                     except FAILURES as error:
                         failure = error
                         continue
-                    if slots is None:
-                        self._drop(self._primaries.values())
-                        self._primaries, self._owners = {}, []
-                        self.single = self._seed
-                        return
-                    best = max(best, slots, key=_covered)
-                    if _covered(best) == SLOTS:
+                    if slots == []:
+                        failure = Disconnected(
+                            f"the cluster of {self._seed_name} has no slots assigned "
+                            "(flashsalectl form-redis-cluster assigns them)"
+                        )
+                        continue
+                    found.append(slots)
+                    if self._ours(slots) and (slots is None or _covered(slots) == SLOTS):
                         break
         except TimeoutError:
             pass
@@ -306,52 +350,69 @@ class Nodes:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if not best:
+        if not found:
             raise failure
-        self._take(best)
+        return max(found, key=lambda slots: (self._ours(slots), _covered(slots or [])))
+
+    def _ours(self, slots: "_Slots | None") -> bool:
+        """Whether an answer may replace the map: it shares a node with it, or there is none."""
+        return not self._ids or not self._ids.isdisjoint(_ids(slots or []))
 
     async def _slots(self, node: Node) -> "_Slots | None":
         """Returns the ranges of slots with their primaries, or None if there is no cluster."""
-        if not self._owners:
+        refusal: ResponseError | None = None
+        if node is self._seed:  # at the address of a former node, there may be any server now
             try:
                 info = await node.redis.info("cluster")
             except ResponseError as error:
-                if denies_command(error):
-                    return None  # the check of the requirements names the missing right
-                raise
-            if not info.get("cluster_enabled"):
-                return None
+                if not denies_command(error):
+                    raise
+                refusal = error
+            else:
+                if not info.get("cluster_enabled"):
+                    return None
         ask = cast("Callable[..., Awaitable[Any]]", node.redis.execute_command)
         try:
             entries = await ask("CLUSTER", "SLOTS")
         except ResponseError as error:
-            # At the address of a former node, there may be any server now.
-            if node is self._seed and "cluster support disabled" in str(error):
+            if refusal and _DISABLED in str(error):
                 return None
-            raise
-        own_host = redis_client.location(node.redis)[0]
-        return [
-            (first, last, primary[0] or own_host, primary[1])
-            for first, last, primary, *_ in entries
-        ]
+            raise refusal or error from None
+        return _parsed(entries, redis_client.location(node.redis)[0])
+
+    async def _connected(self, connection: Any) -> None:  # noqa: ANN401 - redis-py's
+        """Prepares a new connection to a node. Raises `Stranger` if another server has answered."""
+        await connection.on_connect()
+        await connection.send_command("CLUSTER", "SLOTS")
+        place = f"{connection.host}:{connection.port}"
+        try:
+            slots = _parsed(await connection.read_response(), connection.host)
+        except ResponseError as error:
+            raise Stranger(f"the server at {place} is no node of the cluster: {error}") from error
+        if not self._ours(slots):
+            raise Stranger(f"the server at {place} is no node of the cluster")
 
     def _take(self, slots: "_Slots") -> None:
         """Makes `slots` the map. Keeps the connections to the primaries that stay."""
         self.single = None
         owners: list[Node | None] = [None] * SLOTS
-        for first, last, host, port in slots:
+        for first, last, host, port, _ in slots:
             owners[first : last + 1] = [self._primary(host, port)] * (last - first + 1)
         used = dict.fromkeys(owner for owner in owners if owner)
-        self._owners = owners
+        self._owners, self._ids = owners, _ids(slots)
         self._drop([node for node in self._primaries.values() if node not in used])
         self._primaries = {node.name: node for node in used}
 
     def _primary(self, host: str, port: int) -> Node:
         name = f"{host}:{port}"
         if name not in self._primaries:
-            client = redis_client.neighbour(self._seed.redis, host, port)
+            client = redis_client.neighbour(self._seed.redis, host, port, self._connected)
             self._primaries[name] = Node.of(name, client)
         return self._primaries[name]
+
+    def _forget(self) -> None:
+        self._drop(self._primaries.values())
+        self._primaries, self._owners, self._ids = {}, [], frozenset()
 
     def _drop(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
@@ -381,12 +442,26 @@ def _slot(key: str) -> int:
     return key_slot(key.encode())
 
 
-_Slots: TypeAlias = list[tuple[int, int, str, int]]
+_DISABLED: Final = "cluster support disabled"
+_Slots: TypeAlias = list[tuple[int, int, str, int, list[str]]]
+"""Ranges of slots: the first and the last slot, the primary's host and port, and all nodes' ids."""
+
+
+def _parsed(entries: Iterable[Sequence[Any]], own_host: str) -> _Slots:
+    """Returns the answer to CLUSTER SLOTS. A node that does not know its host leaves it out."""
+    return [
+        (first, last, nodes[0][0] or own_host, nodes[0][1], [node[2] for node in nodes])
+        for first, last, *nodes in entries
+    ]
+
+
+def _ids(slots: _Slots) -> frozenset[str]:
+    return frozenset(each for *_, ids in slots for each in ids)
 
 
 def _covered(slots: _Slots) -> int:
     """Returns how many slots have a primary."""
-    return sum(last - first + 1 for first, last, _, _ in slots)
+    return sum(last - first + 1 for first, last, *_ in slots)
 
 
 def _log_failure(look: "asyncio.Task[None]") -> None:

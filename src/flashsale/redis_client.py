@@ -11,6 +11,7 @@ import contextlib
 import logging
 import ssl
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import hiredis
@@ -60,10 +61,20 @@ def connect(url: str) -> "Redis":
     return Redis.from_pool(pool)
 
 
-def neighbour(redis: "Redis", host: str, port: int) -> "Redis":
-    """Returns a client of another server, with the same user, TLS and other options."""
+def neighbour(
+    redis: "Redis",
+    host: str,
+    port: int,
+    prepare: Callable[[Any], Awaitable[None]] | None = None,
+) -> "Redis":
+    """Returns a client of another server, with the same user, TLS and other options.
+
+    `prepare` is called with each new connection, in the place of its `on_connect`.
+    """
     pool = redis.connection_pool
     options = {**pool.connection_kwargs, "host": host, "port": port}
+    if prepare is not None:
+        options["redis_connect_func"] = prepare
     return Redis.from_pool(Pool(connection_class=pool.connection_class, **options, **_of_pool()))
 
 

@@ -4,7 +4,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Final
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import MovedError, RedisError, ResponseError
 
 from flashsale import keys, redis_client
 from flashsale.errors import RedisUnavailable, UnmetRequirement
@@ -37,6 +37,8 @@ async def read(redis: "Redis", engine: str = DEFAULT_ENGINE) -> list[RedisFacts]
         servers = await nodes.all()
     except RedisUnavailable as error:
         if isinstance(error.__cause__, ResponseError) and denies_command(error.__cause__):
+            if "'cluster" not in str(error).lower():
+                raise _unmet(error.__cause__) from error
             raise UnmetRequirement(
                 "Redis is a cluster, whose user needs the command CLUSTER SLOTS: allow it"
             ) from error
@@ -72,12 +74,11 @@ async def _of_server(nodes: Nodes, node: Node, engine: str) -> RedisFacts:
             covered = await nodes.covered(node) if node.name else 0
     except FAILURES as error:
         if denies_command(error):
-            raise UnmetRequirement(
-                f"Redis refuses a command that connections need ({_without_arguments(error)}): "
-                "allow it, or use another server"
-            ) from error
+            raise _unmet(error) from error
         raise nodes.unavailable(error, node) from error
     for reply in (info, script):
+        if isinstance(reply, MovedError):
+            await nodes.moved(reply, node)
         if isinstance(reply, RedisError) and not denies_command(reply):
             raise nodes.unavailable(reply, node)
     if isinstance(info, RedisError):
@@ -95,6 +96,13 @@ async def _of_server(nodes: Nodes, node: Node, engine: str) -> RedisFacts:
         cluster=ClusterFacts(covered, config, info.get("connected_slaves", 0))
         if node.name
         else None,
+    )
+
+
+def _unmet(error: Exception) -> UnmetRequirement:
+    return UnmetRequirement(
+        f"Redis refuses a command that connections need ({_without_arguments(error)}): "
+        "allow it, or use another server"
     )
 
 

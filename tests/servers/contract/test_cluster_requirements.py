@@ -2,14 +2,16 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
 
 from dev.stack.servers import RedisCluster
 from flashsale import redis_client, redis_facts, requirements
-from flashsale.errors import UnmetRequirement
+from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Inventory
+from flashsale.nodes import Nodes
 from flashsale.requirements import Checks, ClusterFacts, RedisFacts, findings
 
 GOOD = RedisFacts(
@@ -86,6 +88,49 @@ async def test_a_primary_that_knows_no_owner_of_a_slot_is_named(
     with pytest.raises(UnmetRequirement) as unmet:
         Checks().require(requirements.REDIS, *facts)
     assert str(unmet.value).startswith(f"{named(redis_cluster)} has 16383 of 16384 slots")
+
+
+async def test_a_user_without_info_is_a_mistake_that_ends_with_the_right(
+    redis_cluster: RedisCluster,
+) -> None:
+    async def set_user(*rules: str) -> None:
+        for server in redis_cluster.servers:
+            async with Redis.from_url(server.url) as client:
+                await cast("Any", client).execute_command("ACL", "SETUSER", "without", *rules)
+
+    await set_user("on", ">secret", "~*", "+@all", "-info")
+    # The key of the engine's id is on one of the nodes.
+    for server in redis_cluster.servers:
+        client = redis_client.connect(server.url.replace("//", "//without:secret@"))
+        facts = await redis_facts.read(client)
+        assert len(facts) == 3
+        with pytest.raises(UnmetRequirement, match="has no INFO in scripts"):
+            Checks().require(requirements.REDIS, *facts)
+        await set_user("+info")
+        Checks().require(requirements.REDIS, *await redis_facts.read(client))
+        await set_user("-info")
+        await client.aclose()
+
+
+async def test_a_server_that_became_a_cluster_has_the_facts_of_a_cluster(
+    redis_cluster: RedisCluster,
+) -> None:
+    for server in redis_cluster.servers:
+        client = redis_client.connect(server.url)
+        nodes = Nodes.of_client(client)
+        nodes.single = nodes._seed
+        # Only the node of the engine's id answers as one server does.
+        if nodes.single and await refused(client):
+            assert len(await redis_facts.read(client)) == 3
+        await client.aclose()
+
+
+async def refused(client: Redis) -> bool:
+    try:
+        await redis_facts.read(client)
+    except RedisUnavailable:
+        return True
+    return False
 
 
 def test_the_version_of_each_primary_counts() -> None:

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
+from redis.exceptions import ConnectionError as Disconnected
 
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
@@ -388,6 +390,37 @@ async def test_a_failover_fences_the_sales_of_its_node_only(
 
     await until(fenced, ignoring=(RedisUnavailable,))
     assert inventory.node_of(lost) != node
+
+
+async def test_the_watch_notices_that_the_only_server_became_a_node(inventory: Inventory) -> None:
+    """A call of several items gets no MOVED."""
+    inventory.nodes.single = inventory.nodes._seed
+    watching = asyncio.create_task(inventory.nodes.watch())
+    await until(lambda: inventory.nodes.single is None)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_look_that_fails_after_a_moved_is_an_outage(
+    inventory: Inventory, new_item: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: object) -> None:
+        raise Disconnected("no node has answered in time")
+
+    inventory.nodes.single = inventory.nodes._seed
+    monkeypatch.setattr(inventory.nodes, "_read", fails)
+    items = [new_item() for _ in range(20)]  # not all are on the node of the address
+    with pytest.raises(RedisUnavailable, match="no node has answered in time"):
+        await inventory.sales(items)
+
+
+async def test_a_cluster_without_slots_has_a_remedy(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, clustered=True) as server:
+        client = redis_client.connect(server.url)
+        remedy = rf"the cluster of 127.0.0.1:{server.port} has no slots .*form-redis-cluster"
+        with pytest.raises(RedisUnavailable, match=remedy):
+            await redis_facts.read(client)
+        await client.aclose()
 
 
 async def test_a_user_without_the_command_for_slots_is_a_mistake_and_no_outage(

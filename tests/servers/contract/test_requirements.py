@@ -100,6 +100,9 @@ async def test_a_redis_user_without_info_is_a_mistake_and_no_outage(
     async with redis_user(redis_server, "+@all", "-@dangerous") as client:
         with pytest.raises(UnmetRequirement, match="but needs INFO in scripts"):
             require_redis(*await redis_facts.read(client))
+    async with redis_user(redis_server, "+@all", "-info", "-cluster") as client:
+        with pytest.raises(UnmetRequirement, match=r"connections need .* 'info' command"):
+            await redis_facts.read(client)
     async with redis_user(redis_server, "+@all", "-@dangerous", "+info") as client:
         require_redis(*await redis_facts.read(client))
 
