@@ -101,7 +101,7 @@ def create_app(  # noqa: PLR0915 - the composition root
     inventory = Inventory(redis, settings.engine)
     outbox = Outbox(redis_of_outbox, settings.engine)
     engine = Engine(settings.engine)
-    pulse = Pulse(inventory.node_of)
+    pulse = Pulse(inventory)
     publisher = Publisher(settings, outbox, metrics, engine, spans=spans)
     batcher = Batcher(inventory, publisher, metrics, engine, refusal=pulse.refusal, spans=spans)
     confirmations, cancellations = (

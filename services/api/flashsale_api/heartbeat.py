@@ -28,9 +28,9 @@ class Pulse:
     therefore accepts nothing and answers no order, although it may still reach the server.
     """
 
-    def __init__(self, node_of: Callable[[str], str]) -> None:
-        """`node_of` returns the name of an item's server, as far as it is known."""
-        self._node_of = node_of
+    def __init__(self, inventory: Inventory) -> None:
+        """`inventory` is that of the requests, which knows the servers of items."""
+        self._inventory = inventory
         self._valid_until: dict[str, float] = {}
         self._answering: Collection[str] = ()
         self._refused: Collection[str] = ()
@@ -55,11 +55,14 @@ class Pulse:
         """Returns the outcome of an item's requests, or None if the pod may accept them."""
         if item_id in self._refused:
             return Failure.REDIS_UNAVAILABLE
-        name = self._node_of(item_id)
+        name = self._inventory.node_of(item_id)
         if asyncio.get_running_loop().time() < self._valid_until.get(name, 0.0):
             return None
         if name in self._answering:
             return Outcome.FENCED
+        if not self.unheard:
+            # The heartbeat may know a new primary. A refused request gets no `MOVED` that names it.
+            self._inventory.nodes.look_again()
         self.unheard = True
         return Failure.REDIS_UNAVAILABLE
 

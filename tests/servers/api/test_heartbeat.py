@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import pytest
 from redis.asyncio import Redis
 
+import pytest
+
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import heartbeat as contract
 from flashsale import redis_client
 from flashsale.clocks import ServerTime
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale.requirements import SLOTS
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine
 from flashsale_api.heartbeat import Heartbeat, Pulse
@@ -55,7 +58,7 @@ async def beating(
 async def test_a_heartbeat_waits_for_few_turns_of_the_pods_loop(redis_server: RedisServer) -> None:
     url = redis_users.url_of(redis_server, redis_users.API)
     inventory = Inventory(redis_client.connect(url))
-    pulse, turns = Pulse(inventory.node_of), 0
+    pulse, turns = Pulse(inventory), 0
     async with beating(url, inventory, pulse):
         while not pulse.begun:
             time.sleep(TURN_SECONDS)  # noqa: ASYNC251 - nothing else may run in this loop
@@ -120,7 +123,37 @@ async def test_a_heartbeat_meets_a_primary_that_only_the_pods_loop_knows(
     former = own.nodes._primaries[of_pod.node_of("phone")]
     lost = own.nodes._primaries.pop(new)
     own.nodes._owners = [former if each is lost else each for each in own.nodes._owners]
-    pulse = Pulse(of_pod.node_of)
+    pulse = Pulse(of_pod)
     async with beating(redis_cluster.url, own, pulse):
         await until(lambda: pulse.refusal(item) is None)
+    await of_pod.redis.aclose()
+
+
+async def test_the_pods_loop_meets_a_primary_that_only_the_heartbeat_knows(
+    redis_cluster: RedisCluster,
+) -> None:
+    """All slots of a primary have moved, while no request came that would get a MOVED."""
+    of_pod, own = (Inventory(redis_client.connect(redis_cluster.url)) for _ in range(2))
+    await of_pod.nodes.all()
+    of_pod.nodes._owners = [of_pod.nodes._primary("127.0.0.1", 1)] * SLOTS
+    pulse = Pulse(of_pod)
+    async with beating(redis_cluster.url, own, pulse):
+        await until(lambda: pulse.refusal("phone") is None)
+    await of_pod.redis.aclose()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_the_pod_and_its_heartbeat_both_notice_that_the_server_became_a_cluster(
+    redis_cluster: RedisCluster, late: int
+) -> None:
+    of_pod, own = found = [Inventory(redis_client.connect(redis_cluster.url)) for _ in range(2)]
+    found[late].nodes.single = found[late].nodes._seed
+    if late:
+        await of_pod.nodes.all()
+    pulse = Pulse(of_pod)
+    async with beating(redis_cluster.url, own, pulse):
+        # Of four items, at most one or two are on the node of the address.
+        items = list(map(str, range(4)))
+        await until(lambda: all(pulse.refusal(item) is None for item in items))
+        assert all(map(of_pod.node_of, items))
     await of_pod.redis.aclose()
