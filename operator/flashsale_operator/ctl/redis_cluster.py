@@ -43,18 +43,18 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
     await _until("every node answers", lambda: _all(nodes, _answers))
     try:
         ids = [str(await _ask(node, "CLUSTER", "MYID")) for node in nodes]
-        if await _formed(nodes):
+        if await _formed(nodes, ids):
             return False
+        await _require_one_cluster(nodes, ids, addresses)
         for number, node in enumerate(nodes, start=1):
             await _unless_done(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
         for host, port, bus_port in addresses[1:]:
             await _ask(nodes[0], "CLUSTER", "MEET", host, port, bus_port)
 
-        async def knows_all(node: "Redis") -> bool:
-            # The count of known nodes includes handshakes, which REPLICATE refuses.
-            return set(ids) <= {line[_ID] for line in await _nodes(node)}
-
-        await _until("every node knows all others", lambda: _all(nodes, knows_all))
+        await _until(
+            "every node knows all others",
+            lambda: _all(nodes, lambda node: _knows_all(node, ids)),
+        )
         for number, node in enumerate(nodes):
             replication: dict[str, Any] = await node.info("replication")
             if replication["role"] == "master" and not await _has_slots(node):
@@ -62,7 +62,7 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
         rounds = itertools.count(1)
 
         async def complete() -> bool:
-            if await _formed(nodes):
+            if await _formed(nodes, ids):
                 return True
             if next(rounds) % _ROUNDS_UNTIL_RECONNECTED == 0:
                 await asyncio.gather(*map(_reconnect, nodes))
@@ -144,7 +144,34 @@ async def _answers(node: "Redis") -> bool:
     return True
 
 
-async def _formed(nodes: Sequence["Redis"]) -> bool:
+async def _knows_all(node: "Redis", ids: Sequence[str]) -> bool:
+    # The count of known nodes includes handshakes, which REPLICATE refuses.
+    return set(ids) <= {line[_ID] for line in await _nodes(node)}
+
+
+async def _require_one_cluster(
+    nodes: Sequence["Redis"], ids: Sequence[str], addresses: Sequence[tuple[str, int, int]]
+) -> None:
+    """Raises `NotFormed` if the nodes belong to several clusters. MEET would join these."""
+    clusters: list[tuple[set[str], str]] = []
+    """The ids that the nodes of a cluster know, and the address of one of them."""
+    for node, own, (host, port, _) in zip(nodes, ids, addresses, strict=True):
+        known = {line[_ID] for line in await _nodes(node) if "handshake" not in line[_FLAGS]}
+        if known == {own} and not await _has_slots(node):
+            continue  # a new node
+        same = [each for each in clusters if each[0] & known]
+        clusters = [each for each in clusters if each not in same]
+        clusters.append((known.union(*(each[0] for each in same)), f"{host}:{port}"))
+    if len(clusters) > 1:
+        (_, one), (_, other), *_ = clusters
+        raise NotFormed(
+            f"{one} and {other} belong to different clusters: name the nodes of one, and new nodes"
+        )
+
+
+async def _formed(nodes: Sequence["Redis"], ids: Sequence[str]) -> bool:
+    if not await _all(nodes, lambda node: _knows_all(node, ids)):
+        return False
     # Nodes that have just started at new addresses do not miss each other for some seconds.
     known = [line for node in nodes for line in await _nodes(node)]
     present = {line[_ID]: _location(line) for line in known if "myself" in line[_FLAGS]}

@@ -11,6 +11,7 @@ import redis
 from dev.stack.packages import redis_binaries
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale_operator.ctl.commands import run
+from flashsale_operator.ctl.redis_cluster import NotFormed
 from tests.support import redis_users
 from tests.support.eventually import eventually
 
@@ -96,6 +97,20 @@ def test_a_node_that_lost_its_data_joins_again(tmp_path: Path) -> None:
         lost.start()
         assert cluster.form() is True
         assert roles(cluster) == ["slave", "master", "master", "master", "slave", "slave"]
+
+
+def test_nodes_of_two_clusters_are_refused_before_they_meet(tmp_path: Path) -> None:
+    with RedisCluster(tmp_path / "one") as one, RedisCluster(tmp_path / "other") as other:
+        servers = one.servers
+        one.servers = [*servers[:2], *other.servers]
+        with pytest.raises(NotFormed, match="belong to different clusters"):
+            one.form()
+        one.servers = servers
+        for cluster in (one, other):
+            for server in cluster.servers:
+                with redis.Redis.from_url(server.url, decode_responses=True) as client:
+                    found: Any = client.execute_command("CLUSTER NODES")
+                    assert len(found) == 3
 
 
 def test_a_cluster_needs_three_nodes(capsys: pytest.CaptureFixture[str]) -> None:
