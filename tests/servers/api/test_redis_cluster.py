@@ -15,6 +15,7 @@ from dev.stack.ports import free_port
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import keys, redis_client
 from flashsale.errors import RedisUnavailable
+from flashsale.heartbeat import EXPIRY_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.nodes import PROBE_SECONDS
 from flashsale.outbox import Entry, Outbox
@@ -139,6 +140,41 @@ async def test_a_pod_without_requests_follows_a_failover(
             # The pod asks the new primary only if that one has its heartbeat.
             await until(lambda: answered(http, item, "fenced"))
         server.kill()
+    await client.aclose()
+
+
+async def test_a_pod_follows_a_server_that_becomes_a_cluster(
+    tmp_path: Path, new_item: Callable[[], str]
+) -> None:
+    single, cluster = RedisServer(tmp_path / "single"), RedisCluster(tmp_path / "cluster")
+    cluster.servers[0]._ports["main"] = single.port
+    addresses = Addresses(single.url, f"127.0.0.1:{free_port()}", "")
+    client = redis_client.connect(cluster.url)
+    inventory = Inventory(client)
+    with contextlib.ExitStack() as stack:
+        with single:
+            api = stack.enter_context(ApiServer(tmp_path / "api", addresses))
+            stack.callback(api.kill)
+        for server in cluster.servers:
+            await asyncio.to_thread(stack.enter_context, server)
+        await cluster._form()
+        names = {node.name for node in await inventory.nodes.all()}
+        items: dict[str, str] = {}
+        while len(items) < len(names):
+            item = new_item()
+            items.setdefault(inventory.node_of(item), item)
+        for item in items.values():
+            await opened(inventory, a_sale(item))
+        async with httpx.AsyncClient(base_url=api.url, timeout=30) as http:
+
+            async def sells() -> bool:
+                answers = [await reserve(http, item, str(uuid.uuid4())) for item in items.values()]
+                return {answer.status_code for answer in answers} == {202}
+
+            await until(sells)
+            # A heartbeat that has not followed ends after 5 s.
+            await asyncio.sleep(EXPIRY_SECONDS)
+            await until(sells)
     await client.aclose()
 
 
