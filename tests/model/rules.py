@@ -105,6 +105,8 @@ class Rules:
     """decision.py, fence.lua: a sale with fewer accepted units than the ledger is rebuilt."""
     rebuilds_compared: bool = True
     """decision.py, fence.lua: a sale from before the ledger's last rebuild is rebuilt."""
+    closed_rebuilds_compared: bool = True
+    """decision.py: so is one that the ledger has closed, although it has the ledger's counts."""
 
     # Holds: the state machine.
 

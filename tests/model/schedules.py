@@ -173,6 +173,25 @@ def a_sale_was_rebuilt_at_another_redis(rules: Rules) -> None:
     scene.judge()
 
 
+def a_sale_was_rebuilt_and_closed_at_another_redis(rules: Rules) -> None:
+    """The engine returns to a Redis that it has left. The sale is over, and has an order since."""
+    scene = Scene(rules, stock=1)
+    redis = scene.redis
+    scene.record(scene.buy("first"))
+    former = redis.keys.copy(), redis.run_id, redis.replication_id
+    redis.become(Keys())
+    scene.rebuild()
+    scene.record(scene.confirm("first")[1])
+    scene.declare(1, "closed")
+    redis.keys, redis.run_id, redis.replication_id = former
+    scene.operator.frees = False
+    scene.operator.begin()
+    scene.wait(30.0)
+    if redis.cancel("first", None).event is not None:
+        raise Violation("a reservation is cancelled without naming its order")
+    scene.judge()
+
+
 def a_backup_is_older_than_the_sale(rules: Rules) -> None:
     """Redis and the ledger lose the sale. Kafka has its event, which no consumer has read again."""
     scene = Scene(rules, stock=1)
@@ -220,6 +239,7 @@ SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("silent_links_closed", a_frozen_primary_thaws_after_it_was_replaced),
     ("ledger_knows_more", redis_is_an_older_copy_in_the_same_run),
     ("rebuilds_compared", a_sale_was_rebuilt_at_another_redis),
+    ("closed_rebuilds_compared", a_sale_was_rebuilt_and_closed_at_another_redis),
     ("served_not_seeded", a_backup_is_older_than_the_sale),
     ("settle_matches", a_late_settlement_meets_another_reservation),
     *HOLD_SCHEDULES,

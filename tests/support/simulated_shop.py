@@ -1,7 +1,8 @@
 """A shop for the operator's tests: a reconciler on real stores, and the processes around it."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
@@ -75,6 +76,22 @@ class SimulatedShop:
 
     async def rebuild(self, spec: SaleSpec) -> Rebuilt | StillFenced:
         return await self.rebuilder.rebuild(await self.row(spec.sale_id))
+
+    @asynccontextmanager
+    async def at_another_redis(self, spec: SaleSpec, url: str) -> AsyncIterator[None]:
+        """Rebuild the sale as at another Redis. At the end it gets its present keys back.
+
+        `url` is that of the same Redis, for a user who may copy keys.
+        """
+        keys = ItemKeys.of(spec.item_id, self.engine).sold
+        async with Redis.from_url(url) as client:
+            former = {key: value for key in keys if (value := await client.dump(key))}
+            await client.delete(*keys)
+            assert isinstance(await self.rebuild(spec), Rebuilt)
+            yield
+            await client.delete(*keys)
+            for key, value in former.items():
+                await client.restore(key, 0, value)
 
     async def change_run(self, item_id: str) -> None:
         """Make the sale look as after a restart of Redis, with another run id than the server's."""

@@ -19,7 +19,6 @@ from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
-from flashsale.sale import Predecessor
 from flashsale_operator.ctl import files, local_env, queries, redis_cluster, size, tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -33,11 +32,10 @@ from flashsale_operator.ctl.cli import (
     force_option,
     item_argument,
 )
-from flashsale_operator.ctl.repairs import rebuilder_of
+from flashsale_operator.ctl.repairs import never_rebuild, rebuilder_of
 from flashsale_operator.sales import engine
-from flashsale_operator.sales.decision import StillFenced, counted, needs_rebuild
+from flashsale_operator.sales.decision import counted, needs_rebuild
 from flashsale_operator.sales.manifest import ManifestError
-from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler, Result
 
 __all__ = ["main", "queries", "redis_cluster", "run", "size"]  # an import of commands adds them
@@ -147,7 +145,7 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
 async def close(environ: Environ, item: str, *, force: bool) -> int:
     """Close the sale of an item. Apply its manifest again to continue it."""
     async with connected(settings.load(Stores, environ), item) as clients:
-        reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
+        reconciler = Reconciler(clients.inventory, clients.pool, never_rebuild)
         sale_ids = await reconciler.sales_to_close(item)
         await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)
         return max([_print_result(each, await reconciler.close(each)) for each in sale_ids])
@@ -189,7 +187,7 @@ async def delete(environ: Environ, item: str, *, force: bool) -> int:
     """Close the sale of an item, and free its keys in Redis. The ledger keeps it."""
     addresses = settings.load(Stores, environ)
     async with connected(addresses, item) as clients:
-        reconciler = Reconciler(clients.inventory, clients.pool, _never_rebuild)
+        reconciler = Reconciler(clients.inventory, clients.pool, never_rebuild)
         engine_id = await ledger.engine_id(clients.pool, addresses.engine)
         sale_ids = await reconciler.sales_to_close(item)
         await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)
@@ -262,10 +260,6 @@ def completion(shell: str) -> int:
         raise AssertionError(f"click has no completion for {shell}")
     print(kind(flashsalectl, {}, "flashsalectl", "_FLASHSALECTL_COMPLETE").source())
     return 0
-
-
-async def _never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | StillFenced:
-    raise AssertionError(f"{row.sale_id}: a close never rebuilds")
 
 
 def _print_result(sale_id: str, result: Result | FlashsaleError) -> int:

@@ -148,17 +148,19 @@ class Controller:
         finally:
             self.migrating -= 1
 
-    async def fence_outdated(self) -> None:
+    async def fence_all_outdated(self) -> None:
         """Fences the sales of a Redis that the sales have left, if the ledger has more of them.
 
         Raises nothing, because only the move matters to a person.
         """
         try:
-            items = await self._inventory.index.items()
-            for sale in (await self._inventory.sales(items, skip_unreadable=True)).values():
-                await self._reconciler.fence_outdated(sale.sale_id, self._engine_id or "")
+            await self._reconciler.fence_all_outdated(self._engine_id or "")
         except REPORTED as error:
             log.warning("the sales in the former Redis are not all fenced yet: %s", error)
+
+    async def fence_outdated(self, sale_id: str) -> None:
+        """Fences an outdated sale. Raises the errors of `Reconciler.fence_outdated`."""
+        await self._reconciler.fence_outdated(sale_id, self._engine_id or "")
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""

@@ -3,7 +3,7 @@
 - FlashSales that were deleted while no operator ran.
 - Closed sales that are still open in Redis.
 - Finished sales that no FlashSale declares, and that Redis lost after their end, with open holds,
-  or before the ledger had all their units.
+  or before the ledger had all their units, or has from before their last rebuild.
 - Sales of namespaces that the operator neither serves nor may list.
 - Keys of closed sales, which can be freed.
 - Items that Redis' index lacks, or should not have.
@@ -144,7 +144,7 @@ class Resync:
         try:
             await self._controller.prepare()
         except RedisMoved:
-            await self._controller.fence_outdated()  # also sales without a FlashSale
+            await self._controller.fence_all_outdated()  # also sales without a FlashSale
             raise
         engine_id = await engine.claimed_id(self._inventory, self._pool)
         rows = await index.refresh(self._inventory, self._pool, keep_closed=self._keep_closed)
@@ -164,8 +164,8 @@ class Resync:
             if await self._kube.flash_sale(*key) is None:
                 log.info("%s: its FlashSale was deleted", key.sale_id)
                 await self._controller.close_deleted(key)
-        await self._rebuild_finished(rows)
         await self._resync_redis(engine_id)
+        await self._rebuild_finished(rows)
 
     async def _objects(self, declared: Sequence[SaleRow]) -> tuple[_Objects, _Objects]:
         """Returns the FlashSales of the served namespaces, and of the others that have open sales.
@@ -252,7 +252,7 @@ class Resync:
             row, updated_at = rows[sale.sale_id]
             if unclosed(row, sale):
                 log.info("%s: closed in the ledger, closing it in Redis", sale.sale_id)
-                await self._close(row, sale, engine_id)
+                await self._close(row, sale)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
                     sale.item_id,
@@ -266,13 +266,13 @@ class Resync:
                 if freed is Freed.FREED:
                     self._metrics.freed.inc()
 
-    async def _close(self, row: SaleRow, sale: Sale, engine_id: str) -> None:
+    async def _close(self, row: SaleRow, sale: Sale) -> None:
         if sale.revision > row.revision:
             # The ledger is an older copy: its revision must rise above Redis' first.
             await self._controller.close(sale.sale_id)
         else:
-            # The script refuses this close if the manifest was applied again since.
-            await self._inventory.close(sale.item_id, sale.sale_id, row.revision, engine_id)
+            # Does nothing if the manifest was applied again since.
+            await self._controller.fence_outdated(sale.sale_id)
 
     async def _rows(self, sale_ids: Sequence[str]) -> Mapping[str, tuple[SaleRow, datetime]]:
         async with ledger.translated():

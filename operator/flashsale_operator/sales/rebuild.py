@@ -230,6 +230,8 @@ class Rebuilder:
 
         await self._inventory.index.add([item_id])
         if await fence("fence") is Fenced.TRUSTED:
+            if row.closed:  # Redis may have missed it
+                await self._inventory.close(item_id, sale_id, claim, engine_id)
             return Rebuilt(row.accepted, lost=self._lost.pop(sale_id, 0), revision=claim)
         try:
             offsets = await self._drain.wait(item_id, keep_fenced, partial(self._progress, sale_id))

@@ -254,6 +254,7 @@ class Reconciler:
         # While Redis is away, the ledger notes the close. A resync then closes the sale in Redis.
         row = await self._close_row(sale_id, current)
         await engine.claim(inventory, self._pool, engine_id)
+        await self._fence_if_outdated(row, engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         sale, server = await self._inventory.observe(row.item_id)
         if closed is Closed.STALE and sale is not None:
@@ -281,14 +282,27 @@ class Reconciler:
     async def fence_outdated(self, sale_id: str, engine_id: str) -> None:
         """Fences Redis' sale if the ledger has more of its units, or a later rebuild.
 
-        For a Redis that the sales have left: the pods of an API that came back would sell the units
-        again. A healthy sale lacks neither, so another name of the right Redis does no harm.
+        A sale that the ledger has closed is closed after that. For a Redis that the sales have left
+        or returned to: the pods of an API that came back would sell the units again. A healthy sale
+        lacks neither, so another name of the right Redis does no harm.
         """
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
             return
+        await self._fence_if_outdated(row, engine_id)
+        if row.closed:
+            # The script refuses this close if the manifest was applied again since.
+            await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
+
+    async def fence_all_outdated(self, engine_id: str) -> None:
+        """Calls `fence_outdated` for each sale in Redis that can be read."""
+        items = await self._inventory.index.items()
+        for sale in (await self._inventory.sales(items, skip_unreadable=True)).values():
+            await self.fence_outdated(sale.sale_id, engine_id)
+
+    async def _fence_if_outdated(self, row: SaleRow, engine_id: str) -> None:
         sale, server = await self._inventory.observe(row.item_id)
-        if sale is None or sale.sale_id != sale_id or sale.run_id != server.run_id:
+        if sale is None or sale.sale_id != row.sale_id or sale.run_id != server.run_id:
             return
         await self._recovery.fence(
             spec_of(row),

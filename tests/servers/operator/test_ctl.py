@@ -321,6 +321,24 @@ def test_a_sale_that_was_closed_while_it_was_fenced_is_rebuilt(
     assert error.startswith("sale default/iphone-15 stays fenced: Kafka is away")
 
 
+@pytest.mark.parametrize("names", [["iphone_15"], ["--all"]])
+def test_a_sale_that_only_the_ledger_has_closed_is_closed_by_a_rebuild(
+    ctl: Ctl, within: Within, names: list[str]
+) -> None:
+    """It needs no Kafka."""
+
+    async def close(shop: SimulatedShop) -> None:
+        await shop.pool.execute("UPDATE sales SET closed = true, revision = revision + 1")
+
+    async def closed(shop: SimulatedShop) -> None:
+        assert await shop.buy("iphone_15", "ann") == [Outcome.ENDED]
+
+    ctl("apply", "-f", str(SAMPLE))
+    within(close)
+    assert ctl("rebuild", *names)[0] == 0
+    within(closed)
+
+
 def test_a_closed_sale_with_open_holds_is_shown_if_redis_lost_it(
     ctl: Ctl, redis_server: RedisServer, within: Within, tmp_path: Path
 ) -> None:

@@ -189,6 +189,28 @@ async def test_a_redis_at_another_address_gets_no_sale_until_it_is_adopted(
         await client.aclose()
 
 
+async def test_a_redis_that_the_sales_return_to_sells_nothing_before_it_is_rebuilt(
+    shop: SimulatedShop,
+    sold: SaleSpec,
+    redis_server: RedisServer,
+    database_url: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No operator runs. One sale was rebuilt at the other Redis, and one was closed there."""
+    unseen = SaleSpec("default/unseen", f"{sold.item_id}-2", 5)
+    await shop.apply(unseen)
+    async with shop.at_another_redis(sold, redis_server.url):
+        await shop.pool.execute(
+            "UPDATE sales SET closed = true, revision = revision + 1 WHERE sale_id = $1",
+            unseen.sale_id,
+        )
+    environ = {"FLASHSALE_REDIS_URL": redis_server.url, "FLASHSALE_DATABASE_URL": database_url}
+    assert await asyncio.to_thread(run, ["adopt-redis"], environ) == 0
+    assert await shop.buy(sold.item_id, "z") == [Outcome.FENCED]
+    assert await shop.buy(unseen.item_id, "z") == [Outcome.ENDED]
+    assert capsys.readouterr().err == ""
+
+
 async def test_a_redis_of_another_engine_cannot_be_adopted(
     shop: SimulatedShop,
     sold: SaleSpec,

@@ -9,13 +9,13 @@ from typing import cast
 import pytest
 from redis.asyncio import Redis
 
-from dev.stack.servers import PostgresServer
+from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import keys, ledger, redis_client
 from flashsale.errors import RedisMoved
 from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
-from flashsale.reservations import Outcome
+from flashsale.reservations import Outcome, Transition
 from flashsale.sale import Sale, SaleSpec, SaleState
 from flashsale_operator.kubernetes import resync
 from flashsale_operator.kubernetes.client import Kube, KubeForbidden
@@ -398,6 +398,49 @@ async def test_an_ended_sale_of_flashsalectl_is_rebuilt_without_a_flashsale(
 
     await until(rebuilt)
     assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
+
+
+async def test_a_closed_sale_from_before_its_last_rebuild_is_rebuilt(
+    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
+) -> None:
+    """The engine returns to a Redis that it had left. The sale was closed at the other one."""
+    async with shop.at_another_redis(sold, redis_server.url):
+        assert await shop.confirm(sold.item_id, "a") is Transition.CHANGED
+        await shop.record(sold.item_id)
+        await shop.reconciler.close(sold.sale_id)
+    own = resync_of(shop, FakeKube(), Queue())
+
+    async def rebuilt() -> bool:
+        await own.resync()
+        row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
+        trusted = sale is not None and sale.run_id == (await shop.inventory.server()).run_id
+        return trusted and not needs_rebuild(row, sale, await shop.inventory.server())
+
+    await until(rebuilt)
+    assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
+    assert await shop.cancel(sold.item_id, "a") is Transition.OTHER_ORDER
+    assert await shop.cancel(sold.item_id, "a", "order-1") is Transition.CHANGED
+
+
+async def test_an_outdated_sale_is_fenced_before_it_is_closed(
+    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
+) -> None:
+    async with shop.at_another_redis(sold, redis_server.url):
+        pass
+    closed = await shop.reconciler.close(sold.sale_id)
+    assert closed.sale is not None
+    assert closed.sale.stored_state == "closed"
+    assert closed.sale.run_id != (await shop.inventory.server()).run_id
+
+
+async def test_a_sale_that_only_the_ledger_has_closed_is_closed_without_a_rebuild(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    await shop.pool.execute("UPDATE sales SET closed = true, revision = revision + 1")
+    await resync_of(shop, FakeKube(), Queue()).resync()
+    row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
+    assert sale is not None
+    assert (sale.stored_state, sale.revision, sale.rebuilt) == ("closed", row.revision, 0)
 
 
 async def test_a_sale_that_was_closed_while_it_waited_for_its_rebuild_gives_its_item_back(

@@ -183,7 +183,8 @@ def test_a_finished_sale_that_lost_its_open_holds_needs_a_rebuild() -> None:
         assert needs_rebuild(row, a_sale(accepted=3, held=1, run_id="run-0"), SERVER)
         assert needs_rebuild(row, a_sale(accepted=3, held=1, torn=True), SERVER)
         assert needs_rebuild(row, a_sale(accepted=2, held=1), SERVER)
-        assert not needs_rebuild(row, a_sale(accepted=3, held=1), SERVER)
+        whole = a_sale(accepted=3, held=1, stored_state="closed" if row.closed else "open")
+        assert not needs_rebuild(row, whole, SERVER)
         assert not needs_rebuild(row, a_sale(OTHER), SERVER), "it waits until that one is freed"
         assert not needs_rebuild(replace(row, held=0), None, SERVER)
 
@@ -210,3 +211,18 @@ def test_an_open_sale_needs_a_rebuild_if_redis_lacks_units_in_the_same_run() -> 
     assert needs_rebuild(row, None, SERVER)
     assert not needs_rebuild(row, a_sale(accepted=4), SERVER)
     assert not needs_rebuild(row, a_sale(OTHER), SERVER)
+
+
+def test_a_closed_sale_from_before_its_last_rebuild_needs_a_rebuild() -> None:
+    row = a_row(closed=True, accepted=3, rebuilt_revision=4)
+    former = a_sale(stored_state="closed", accepted=3, rebuilt=0)
+    assert needs_rebuild(row, former, SERVER)
+    assert not needs_rebuild(row, replace(former, rebuilt=4), SERVER)
+    assert not needs_rebuild(row, replace(former, rebuilt=None), SERVER)
+
+
+def test_a_sale_that_only_the_ledger_has_closed_is_closed_by_a_rebuild() -> None:
+    row = a_row(closed=True, accepted=3)
+    assert needs_rebuild(row, a_sale(accepted=3), SERVER)
+    assert not needs_rebuild(row, a_sale(accepted=3, stored_state="ended"), SERVER)
+    assert not needs_rebuild(row, a_sale(accepted=3, run_id="run-0"), SERVER)
