@@ -38,6 +38,14 @@ _ASYNCHRONOUS: Final = (
     "PostgreSQL has synchronous_commit off, but needs on: behind PgBouncer, run ALTER ROLE ... SET "
     "synchronous_commit = on for this user"
 )
+_MOVED: Final = (
+    ": stop every API pod that may still use the former address, and then run "
+    "`flashsalectl adopt-redis`"
+)
+_EMPTY: Final = (
+    ", which has no keys of an engine. If both are one server, such as over a port-forward, it has "
+    "lost its keys: run the command in the operator's pod"
+)
 _ENGINE: Final = "SELECT id::text, name, redis_address FROM engine"
 _CLAIM_ENGINE: Final = """
 UPDATE engine SET name = coalesce(name, $1), redis_address = coalesce(redis_address, $2)
@@ -264,8 +272,7 @@ async def engine_id(
     if redis_address and found["redis_address"] not in (None, redis_address):
         raise RedisMoved(
             f"the sales are in the Redis at {found['redis_address']}, but FLASHSALE_REDIS_URL "
-            f"names {redis_address}: stop every API pod that may still use the former address, and "
-            "then run `flashsalectl adopt-redis`"
+            f"names {redis_address}{_MOVED if claim else _EMPTY}"
         )
     return str(found["id"])
 

@@ -23,7 +23,8 @@ async def claimed_id(inventory: Inventory, pool: ledger.Pool) -> str:
 async def require_own(inventory: Inventory, pool: ledger.Pool) -> None:
     """Raises the errors of `claimed_id`, but claims nothing.
 
-    The Redis of this engine may have another address here, such as a port-forward's.
+    The Redis of this engine may have another address here, such as a port-forward's. Only if it
+    has no id, because it lost its keys or is another one, the address must be the ledger's.
     """
     own = await ledger.engine_id(pool, inventory.engine, claim=False)
     await inventory.nodes.all()  # raises RedisUnavailable if all are away, which is no other Redis

@@ -256,6 +256,7 @@ def test_a_command_that_reads_refuses_the_servers_of_another_engine(
             code, lines, [error] = ctl(*command, **changes)
             assert (code, lines) == (1, [])
             assert error.startswith(f"flashsalectl: {message}")
+            assert "adopt-redis" not in error, "it would write the address of a port-forward"
         code, lines, _ = ctl("report", "iphone_15", **changes)
         assert code == 0
         [number] = [number for number, line in enumerate(lines) if line.endswith(": not audited")]
