@@ -115,7 +115,7 @@ class Rules:
     expiry_has_grace: bool = True
     """holds: a hold expires some time after its `expires`, so a payment in the last second wins."""
     confirmed_needs_order: bool = True
-    """holds: a confirmed reservation is cancelled only with its own order reference."""
+    """holds: a reservation that is confirmed for an order is cancelled only with its reference."""
     unpaid_order_is_set: bool = True
     """holds: `confirm` gives a reservation of a sale without holds its order reference."""
     ended_not_replayed: bool = True

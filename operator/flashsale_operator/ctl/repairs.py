@@ -136,7 +136,10 @@ async def confirm(environ: Environ, item: str, reservation: str, order_ref: str)
 @item_argument()
 @_reservation_argument
 async def cancel(environ: Environ, item: str, reservation: str, order_ref: str | None) -> int:
-    """Cancel a reservation, if the shop cannot. A confirmed one needs its order reference."""
+    """Cancel a reservation, if the shop cannot.
+
+    One that is confirmed for an order needs the reference of that order.
+    """
     return await _change("cancel", environ, item, reservation, order_ref)
 
 
