@@ -51,6 +51,8 @@ Another pod's sweep publishes the rest.
 
 CHECK_SECONDS: Final = 10.0
 """How often a pod checks a Redis that lacks a requirement."""
+RETRY_SECONDS: Final = 1.0
+"""How often a pod that starts tries to reach Redis."""
 
 
 class Application:
@@ -221,7 +223,7 @@ class RedisCheck:
 
     async def run(self) -> None:
         """Checks Redis and loads the scripts, again and again until both succeed."""
-        checks = Checks(log)
+        checks, waiting = Checks(log), ""
         while True:
             try:
                 facts = await redis_facts.read(self._inventory.redis, self._inventory.engine)
@@ -234,8 +236,10 @@ class RedisCheck:
                 self.problem = str(error)
                 await asyncio.sleep(CHECK_SECONDS)
             except RedisUnavailable as error:
-                log.info("waiting for Redis: %s", error)
-                await asyncio.sleep(1)
+                if waiting != str(error):
+                    log.info("waiting for Redis: %s", error)
+                waiting = str(error)
+                await asyncio.sleep(RETRY_SECONDS)
             else:
                 self.problem = ""
                 return

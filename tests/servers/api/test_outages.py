@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from redis.asyncio import Redis
 from starlette.applications import Starlette
 
 from dev.crowd import stampede
@@ -18,10 +19,12 @@ from dev.journal import Attempt, Journal
 from dev.services import Addresses, ApiServer
 from dev.stack.ports import free_port
 from dev.stack.servers import RedisServer
-from flashsale import redis_client
+from flashsale import redis_client, redis_facts
+from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import INTERVAL_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale.requirements import RedisFacts
 from flashsale_api import app
 from flashsale_api.servers import server_of
 from tests.support import redis_users
@@ -233,6 +236,27 @@ async def test_a_pod_is_not_ready_while_redis_may_evict_a_sale(
         await client.aclose()
     errors = [each for each in caplog.records if each.levelname == "ERROR"]
     assert len(errors) == 1
+
+
+async def test_each_cause_of_a_wait_for_redis_is_logged_once(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    causes = ["refused", "refused", "timed out", "timed out", "refused"]
+    read = redis_facts.read
+
+    async def away(redis: "Redis", engine: str) -> list[RedisFacts]:
+        if causes:
+            raise RedisUnavailable(causes.pop(0))
+        return await read(redis, engine)
+
+    monkeypatch.setattr(app, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(redis_facts, "read", away)
+    caplog.set_level("INFO", app.__name__)
+    client = redis_client.connect(own_redis.url)
+    await app.RedisCheck(Inventory(client), Outbox(client)).run()
+    await client.aclose()
+    lines = [each.message for each in caplog.records if each.name == app.__name__]
+    assert lines == [f"waiting for Redis: {cause}" for cause in ("refused", "timed out", "refused")]
 
 
 async def test_a_redis_that_hides_its_run_leaves_the_pod_alive_and_not_ready(
