@@ -308,8 +308,9 @@ def _usable(jwks: list[dict[str, Any]]) -> dict[str | None, list[jwt.PyJWK]]:
         except Exception as error:  # noqa: BLE001 - PyJWT checks no types, and the pod must go on
             log.warning("the JWKS has a key that cannot be read: %s", error)
             continue
-        weak = isinstance(key.key, RSAPublicKey) and key.key.key_size < _SMALLEST_RSA_BITS
-        if key.algorithm_name not in ALGORITHMS or weak or "d" in data:
+        if isinstance(key.key, RSAPublicKey) and key.key.key_size < _SMALLEST_RSA_BITS:
+            log.warning("the JWKS has an RSA key of less than %d bits", _SMALLEST_RSA_BITS)
+        elif key.algorithm_name not in ALGORITHMS or "d" in data:
             log.warning("the JWKS has a key that is no public key for %s", ", ".join(ALGORITHMS))
         else:
             found.setdefault(key_id, []).append(key)

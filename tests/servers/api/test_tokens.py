@@ -131,6 +131,13 @@ def test_a_malformed_key_takes_no_other_key_away(name: str) -> None:
             assert {type(key_id) for key_id in found} <= {str, type(None)}
 
 
+def test_a_short_rsa_key_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    rsa = RSAAlgorithm.to_jwk(generate_rsa(65537, 1024).public_key(), as_dict=True)
+    curve = ECAlgorithm.to_jwk(generate_private_key(SECP256R1()).public_key(), as_dict=True)
+    assert set(tokens._usable([{**rsa, "kid": "short"}, {**curve, "kid": "good"}])) >= {"good"}
+    assert caplog.messages == ["the JWKS has an RSA key of less than 2048 bits"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
