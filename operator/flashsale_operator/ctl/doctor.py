@@ -44,6 +44,7 @@ from flashsale.settings import KafkaSettings
 from flashsale.tls import relaxed
 from flashsale_operator.ctl.cli import LACKS_MIGRATIONS, Environ, Servers
 from flashsale_operator.sales import offsets
+from flashsale_operator.sales.manifest import API_VERSION
 
 REDIS: Final = "Redis"
 KAFKA: Final = "Kafka"
@@ -58,7 +59,7 @@ SLOW_MS: Final = 10.0
 """A buyer waits for one round trip to Redis."""
 ROUND_TRIPS: Final = 7
 ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_RESOURCE: Final = "/apis/flashsale.dev/v1alpha1"
+_RESOURCE: Final = f"/apis/{API_VERSION}"
 _NO_RESOURCES: Final = b"{}"
 
 # The commands that the engine's scripts use to write. The first one needs memory: after another
@@ -279,8 +280,8 @@ async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> 
         return Finding(KAFKA, "the consumer group belongs to the ledger's engine", "ok")
     text = (
         f"the consumer group {events.consumer_group(engine)} belongs to engine {owner}, and the "
-        f"ledger to engine {home.engine_id}: restore the ledger of engine {owner}, or see Several "
-        "engines"
+        f"ledger to engine {home.engine_id}: restore the ledger of engine {owner}, or see "
+        '"Several engines" in docs/operations.md'
     )
     return Finding(KAFKA, text, "failure")
 

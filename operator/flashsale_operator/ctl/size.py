@@ -131,7 +131,8 @@ def text_of(size: Size) -> str:
     if size.redis_primaries > 1:
         lines.append(
             f"One sale uses one core of Redis. Split the units over {size.redis_primaries} items, "
-            "each in a release with its own Redis. Otherwise buyers get 503 in the first second."
+            "each on a Redis of its own: in a release of its own, or on another primary of a Redis "
+            "Cluster. Otherwise buyers get 503 in the first second."
         )
     return "\n".join(lines)
 

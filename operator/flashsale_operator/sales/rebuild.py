@@ -281,7 +281,9 @@ class Rebuilder:
         async with ledger.transaction(self._pool) as connection:
             record = await connection.fetchrow(_CLAIM, sale_id, above)
         if record is None:
-            raise ContractViolation(f"{sale_id}: the ledger has lost its row")
+            raise ContractViolation(
+                f"{sale_id}: the ledger has lost its row: apply its manifest again"
+            )
         self._noted(sale_id, record["rebuilt_revision"], record["lost"])
         return SaleRow.of(record)
 
