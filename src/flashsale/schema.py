@@ -29,7 +29,8 @@ INSERT INTO flashsale_migrations SELECT generate_series(1, $1) ON CONFLICT DO NO
 # A request for a table's lock blocks all later users of the table, so a migration soon gives up.
 # The waits for the three tables together are shorter than COMMAND_TIMEOUT_SECONDS.
 _LIMIT_LOCKS: Final = "SET LOCAL lock_timeout = '3s'"
-# In the order of the consumer, or a working consumer and the migration deadlock.
+# In the order of transactions that write to several tables (the consumer's recorder and the note of
+# a rebuild), or they and the migration deadlock.
 _LOCK_TABLES: Final = "LOCK TABLE kafka_offsets, sales, reservations IN ACCESS EXCLUSIVE MODE"
 _IN_USE: Final = "the migration waits for a user of the ledger's tables, such as a backup"
 _EMPTY: Final = "the database has lost the ledger's tables: restore the backup"

@@ -125,7 +125,7 @@ async def connected(url: str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
-async def waits(connection: Connection, least: int = 1) -> bool:
+async def waits(connection: "Connection | ledger.Connection", least: int = 1) -> bool:
     """Whether other sessions wait for a lock of this connection, at least this many."""
     waiting: int = await connection.fetchval(
         "SELECT count(*) FROM pg_locks"

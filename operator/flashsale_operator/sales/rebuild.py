@@ -299,12 +299,13 @@ class Rebuilder:
         """
         self._noting[row.sale_id] = row
         async with ledger.transaction(self._pool) as connection:
-            accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
-            counts = await connection.fetchrow(_NOTE, row.sale_id, row.revision, accepted, rebuilt)
+            # In the order of the tables' locks in schema.py.
             stored = {
                 record["partition"]: record["next_offset"]
                 for record in await connection.fetch(_OFFSETS, self._topic)
             }
+            accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
+            counts = await connection.fetchrow(_NOTE, row.sale_id, row.revision, accepted, rebuilt)
             if counts is None or any(
                 stored.get(number, 0) < offset for number, offset in offsets.items()
             ):

@@ -1,11 +1,11 @@
 """Rebuilds of a fenced sale: the API trusts the keys only after the rebuild is complete."""
 
+import asyncio
 import os
 import random
 import uuid
 
 import pytest
-import redis as blocking
 
 from dev.stack.servers import RedisServer
 from flashsale.keys import ItemKeys
@@ -16,6 +16,8 @@ from flashsale_operator.sales.decision import Reason, StillFenced, spec_of
 from flashsale_operator.sales.offsets import Span
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
+from tests.support.eventually import until
+from tests.support.ledgers import waits
 from tests.support.simulated_shop import SimulatedShop
 
 
@@ -36,23 +38,26 @@ async def test_after_a_wipe_the_sold_units_are_restored_and_the_rest_is_sold(
     assert report.state is SaleState.SOLD_OUT
 
 
+async def test_the_note_of_a_rebuild_and_a_migration_do_not_deadlock(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """A migration locks the same tables one after another."""
+    row = await shop.rebuilder._claim(sold.sale_id, above=0)
+    async with shop.pool.acquire() as connection, connection.transaction():
+        await connection.execute("LOCK TABLE kafka_offsets IN ACCESS EXCLUSIVE MODE")
+        note = asyncio.create_task(shop.rebuilder._note(row, {}, None))
+        await until(lambda: waits(connection))
+        await connection.execute("LOCK TABLE sales IN ACCESS EXCLUSIVE MODE NOWAIT")
+    assert await note == (3, 0, 0)
+
+
 async def test_a_sale_from_before_its_last_rebuild_is_rebuilt(
     shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
 ) -> None:
     """The engine returns to a Redis that it left. A buyer gave a unit back at the other one."""
-    keys = ItemKeys.of(sold.item_id).sold
-    former = {}
-    with blocking.Redis.from_url(redis_server.url) as client:
-        for key in keys:
-            former[key] = client.dump(key)
-        await shop.redis.delete(*keys)
-        assert isinstance(await shop.rebuild(sold), Rebuilt)
+    async with shop.at_another_redis(sold, redis_server.url):
         assert await shop.cancel(sold.item_id, "a") is Transition.CHANGED
         await shop.record(sold.item_id)
-        for key, value in former.items():
-            client.delete(key)
-            if value is not None:
-                client.restore(key, 0, value)
     report = await audit(shop.inventory, shop.pool, shop.spans)
     assert "Redis has the sale from before its last rebuild" in report.findings[0].notes
     result = await shop.apply(sold)
