@@ -151,17 +151,25 @@ async def living(
     """Returns the reports of the living pods about an item. `server` was read just before.
 
     A report that used the clock of another run is left out. By this clock it could look newer than
-    it is. A living pod sends another one within `EXPIRY_SECONDS`. The reports of pods of the
-    previous version, which have none in the item's slot, are included.
+    it is. So is one from the future, because the clock was set back since. A living pod sends
+    another one within `EXPIRY_SECONDS`. The reports of pods of the previous version, which have
+    none in the item's slot, are included.
     """
     key, nodes = ItemKeys.of(item_id, engine).pods, Nodes.of_client(redis)
-    found = await nodes.call(
-        key, lambda redis: cast("Awaitable[dict[str, str]]", redis.hgetall(key))
-    )
+
+    def queue(pipeline: "Pipeline", _: str) -> None:
+        pipeline.hgetall(key)
+        # A caller that stood still since it read the clock must not take new reports for future
+        # ones.
+        pipeline.time()
+
+    found, (seconds, _) = (await pipelines.each(nodes, [key], str, queue))[key]
+    oldest_ms = server.now_ms - EXPIRY_SECONDS * 1000
+    newest_ms = (seconds + EXPIRY_SECONDS) * 1000
     reports = []
     for pod_id, text in sorted(found.items()):
         sampled_ms, count, run_id = text.split(",")
-        if run_id == server.run_id and int(sampled_ms) >= server.now_ms - EXPIRY_SECONDS * 1000:
+        if run_id == server.run_id and oldest_ms <= int(sampled_ms) <= newest_ms:
             reports.append(Report(pod_id, int(count), int(sampled_ms)))
     return reports + [
         Report(pod.pod_id, pod.unacknowledged.get(item_id, 0), pod.sampled_ms)

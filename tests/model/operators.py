@@ -2,7 +2,7 @@
 
 from tests.model.pods import Servers
 from tests.model.records import PARTITIONS, Row, SaleHash, Stamp
-from tests.model.rules import EXPIRY, SEED_SECONDS, SETTLED_BEFORE
+from tests.model.rules import BEAT, EXPIRY, SEED_SECONDS, SETTLED_BEFORE
 from tests.model.world import Process, Steps, Unreachable, World
 
 
@@ -142,6 +142,7 @@ class Operator(Process):
             while self.unpublished(began, sampled_from):
                 yield world.between(0.2, 0.5)
                 self._mark(claim, stamp)
+            _continue_if(not self.clock_was_set(began, sampled_from))
             ends = self.servers.kafka.ends()
             while not self._recorded(ends):
                 yield world.between(0.2, 0.5)
@@ -186,9 +187,18 @@ class Operator(Process):
                 beat.sampled < sampled_from or beat.unacknowledged > 0
                 for beat in redis.keys.heartbeats.values()
                 if beat.sampled >= redis.clock - EXPIRY
-                and (beat.stamp == redis.stamp or not rules.times_ahead_ignored)
+                and (
+                    (beat.stamp == redis.stamp and beat.sampled <= redis.clock + EXPIRY)
+                    or not rules.times_ahead_ignored
+                )
             )
         )
+
+    def clock_was_set(self, began: float, sampled_from: float) -> bool:
+        """Whether the clock of Redis was set since the wait began. Ask after `unpublished`."""
+        passed = self.servers.redis.clock - (sampled_from - SETTLED_BEFORE)
+        step = abs(passed - (self.world.now - began))
+        return self.world.rules.set_clock_ends_rebuild and step > EXPIRY - BEAT
 
 
 def _continue_if(done: bool) -> None:

@@ -97,7 +97,11 @@ class Rules:
     """page.lua: the records of a fenced sale are not published again."""
     times_ahead_ignored: bool = True
     """heartbeat.py, recovery.py: after a failover to a server whose clock is behind, the heartbeat
-    of a dead pod and the lease of a dead rebuild do not last longer."""
+    of a dead pod and the lease of a dead rebuild do not last longer. The same is true after the
+    clock was set back."""
+    set_clock_ends_rebuild: bool = True
+    """drain.py: a rebuild ends if the clock was set during its wait, because the heartbeat of a
+    living pod then looks expired, or is ahead."""
     silent_links_closed: bool = True
     """nodes.py: a pod closes its link to a primary that does not answer. A primary that was frozen,
     replaced and thawed executes the calls that it got meanwhile."""

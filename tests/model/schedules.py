@@ -123,6 +123,43 @@ def a_rebuild_and_a_pod_die_before_a_failover(rules: Rules) -> None:
     scene.judge()
 
 
+def a_pod_dies_before_the_clock_is_set_back(rules: Rules) -> None:
+    """Its last report has an event. It seems to come from the future."""
+    scene = Scene(rules, stock=3)
+    redis, world = scene.redis, scene.world
+    scene.record(scene.buy("first"))
+    former = redis.keys.copy()
+    scene.record(scene.buy("second"))
+    redis.keys = former
+    redis.keys.heartbeats["api"] = Heartbeat(1, redis.clock, redis.stamp)
+    redis.set_back = 100.0
+    scene.operator.begin()
+    world.run(2 * EXPIRY + 5.0)
+    if redis.fenced():
+        raise Violation("the sale stays fenced")
+    scene.record(scene.buy("third"))
+    scene.judge()
+
+
+def the_clock_is_set_back_while_a_rebuild_waits(rules: Rules) -> None:
+    """The report of a living pod, which has an event, seems to come from the future."""
+    scene = Scene(rules, stock=1)
+    redis, world = scene.redis, scene.world
+    first = scene.buy("first")
+    redis.become(Keys(), restarted=False, demoted=False)
+    fence = scene.fence()
+    world.now += EXPIRY + 1.0
+    redis.keys.heartbeats["api"] = Heartbeat(1, redis.clock, redis.stamp)
+    redis.set_back = 100.0
+    waits = scene.operator.unpublished(fence.began, fence.sampled_from)
+    if not waits and not scene.operator.clock_was_set(fence.began, fence.sampled_from):
+        scene.finish(fence)
+    second = scene.buy("second")
+    scene.record(second)
+    scene.record(first)
+    scene.judge()
+
+
 def a_frozen_primary_thaws_after_it_was_replaced(rules: Rules) -> None:
     """A pod that knows only the former primary calls it in the last moment of its freeze."""
     scene = Scene(rules, stock=1)
@@ -236,6 +273,8 @@ SCHEDULES: Final[tuple[tuple[str, Callable[[Rules], None]], ...]] = (
     ("operator_commits_kept", a_standby_lacks_a_restock),
     ("fenced_not_republished", an_older_copy_is_republished),
     ("times_ahead_ignored", a_rebuild_and_a_pod_die_before_a_failover),
+    ("times_ahead_ignored", a_pod_dies_before_the_clock_is_set_back),
+    ("set_clock_ends_rebuild", the_clock_is_set_back_while_a_rebuild_waits),
     ("silent_links_closed", a_frozen_primary_thaws_after_it_was_replaced),
     ("ledger_knows_more", redis_is_an_older_copy_in_the_same_run),
     ("rebuilds_compared", a_sale_was_rebuilt_at_another_redis),

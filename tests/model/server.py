@@ -25,12 +25,14 @@ class Server:
         self.keys = Keys()
         self.run_id = world.new_id()
         self.replication_id = 0
+        self.set_back = 0.0
+        """How far the clock was set back since the start, in seconds."""
         self._copies: list[tuple[float, Keys]] = [(0.0, Keys())]
 
     @property
     def clock(self) -> float:
         """The server's clock in seconds. Each server's is set differently."""
-        return self.world.now + (self.run_id % 3 - 1) * CLOCKS_APART
+        return self.world.now + (self.run_id % 3 - 1) * CLOCKS_APART - self.set_back
 
     @property
     def stamp(self) -> Stamp:

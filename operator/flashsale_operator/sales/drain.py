@@ -23,6 +23,9 @@ from flashsale_operator.sales.offsets import UNSEEN, Span, Spans, faults
 SAMPLED_AFTER_MS: Final = 1_500
 """Longer than an API pod waits for a script. A heartbeat that is sampled this long after the sale
 was fenced covers every event that the pod accepted before the fence."""
+CLOCK_STEP_MS: Final = 1_000 * (heartbeat.EXPIRY_SECONDS - heartbeat.INTERVAL_SECONDS)
+"""After a larger step of Redis' clock, the last heartbeat of a living pod can look expired, or be
+from the future. It is then left out until the pod sends the next one."""
 
 Progress = Callable[[str], None]
 
@@ -82,11 +85,15 @@ class Drain:
         each new cause. Raises `NotDrained` at the deadline, `RedisUnavailable`,
         `LedgerUnavailable`, `KafkaUnavailable`, and the errors of `keep_fenced`.
         """
-        sampled_from_ms = (await self._inventory.server(item_id)).now_ms + SAMPLED_AFTER_MS
+        began_ms, began = (await self._inventory.server(item_id)).now_ms, time.monotonic()
 
         async def unpublished() -> tuple[str, ...]:
             await keep_fenced()
-            return await self._unpublished(item_id, sampled_from_ms)
+            found = await self._unpublished(item_id, began_ms + SAMPLED_AFTER_MS)
+            now_ms = (await self._inventory.server(item_id)).now_ms
+            if abs(now_ms - began_ms - 1000 * (time.monotonic() - began)) > CLOCK_STEP_MS:
+                raise NotDrained("Redis' clock was set during the wait for events")
+            return found
 
         patience = self.patience
         await self._until(unpublished, progress, patience.quiet, at_least=patience.unseen)

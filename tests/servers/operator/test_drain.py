@@ -39,7 +39,7 @@ async def beat(
     shop: SimulatedShop,
     item_id: str,
     unacknowledged: int,
-    later_ms: int = SAMPLED_AFTER_MS + 60_000,
+    later_ms: int = SAMPLED_AFTER_MS + 2_000,
 ) -> None:
     """Beat with a later sample time, so that the test need not wait."""
     server = await shop.inventory.server()
@@ -113,6 +113,29 @@ async def test_the_drain_ignores_a_heartbeat_under_the_clock_of_a_former_server(
     sampled = ServerTime((await shop.inventory.server()).now_ms + 60_000, "another run")
     await heartbeat.beat(shop.redis, "dead", {sold.item_id: 1}, {"": sampled})
     assert not await not_drained(shop, sold)
+
+
+async def test_the_drain_ignores_a_heartbeat_from_before_the_clock_was_set_back(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    await beat(shop, sold.item_id, unacknowledged=1, later_ms=3_600_000)
+    assert not await not_drained(shop, sold)
+
+
+@pytest.mark.parametrize("step_ms", [-60_000, 60_000])
+async def test_a_wait_in_which_the_clock_was_set_proves_nothing(
+    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch, step_ms: int
+) -> None:
+    """A living pod's heartbeat looks expired or is from the future, until it sends the next one."""
+    inventory, began = shop.inventory, await shop.inventory.server()
+    read = inventory.server
+
+    async def then_set(_: str) -> ServerTime:
+        monkeypatch.setattr(inventory, "server", read)
+        return ServerTime(began.now_ms - step_ms, began.run_id)
+
+    monkeypatch.setattr(inventory, "server", then_set)
+    assert await not_drained(shop, sold) == ("Redis' clock was set during the wait for events",)
 
 
 async def test_the_drain_waits_for_pods_that_have_not_beaten_yet(

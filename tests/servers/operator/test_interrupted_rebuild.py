@@ -162,7 +162,7 @@ async def test_a_wipe_of_redis_during_the_wait_ends_the_rebuild(
 ) -> None:
     """The wipe deletes the heartbeat of a pod that still has to publish an event."""
     server = await shop.inventory.server()
-    sampled = ServerTime(server.now_ms + 60_000, server.run_id)
+    sampled = ServerTime(server.now_ms + 4_000, server.run_id)
     await heartbeat.beat(shop.redis, "pod-1", {sold.item_id: 1}, {"": sampled})
     waiting: list[tuple[str, str]] = []
     drain = Drain(shop.inventory, shop.pool, shop.spans, patience=Patience(unseen=0.5))
