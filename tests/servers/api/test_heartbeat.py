@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import pytest
 from redis.asyncio import Redis
 
-import pytest
-
 from dev.stack.servers import RedisCluster, RedisServer
 from flashsale import heartbeat as contract
 from flashsale import redis_client
