@@ -99,7 +99,7 @@ async def test_a_heartbeat_is_as_old_as_its_sample(
         noted.append(sampled)
         Pulse.sent(pulse, sent, sampled)
 
-    pulse = Pulse(inventory.node_of)
+    pulse = Pulse(inventory)
     monkeypatch.setattr(inventory, "clocks", read_clocks_before_a_call)
     monkeypatch.setattr(contract, "beat", look_and_beat)
     monkeypatch.setattr(pulse, "sent", note)
