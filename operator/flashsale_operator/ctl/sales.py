@@ -17,6 +17,8 @@ class SaleView(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     """A sale. Counts are units. A count is None if its store does not have the sale.
 
     `accepted`, `available` and `outbox` are in Redis, `recorded` and `lost` in the ledger.
+    While a sale is fenced, Redis may lack units. `accepted` and `available` are then None, and
+    `held` and `released` are the ledger's.
     `declared_by` is the uid of the FlashSale that declares the sale.
     """
 
@@ -84,16 +86,19 @@ def _view(
         hold_seconds = sale.hold_ms // 1000 or None
     else:
         hold_seconds = row.hold_seconds if row else None
+    state = state_of(row, holder, server, last=last) if server else SaleState.UNKNOWN
+    trusted = None if state is SaleState.FENCED else sale
+    recorded = trusted or row
     return SaleView(
         item_id=known.item_id,
         sale_id=known.sale_id,
         display_name=known.display_name,
-        state=state_of(row, holder, server, last=last) if server else SaleState.UNKNOWN,
+        state=state,
         allocated=stored.allocated,
-        available=sale.available if sale else None,
-        held=stored.held,
-        accepted=sale.accepted if sale else None,
-        released=stored.released,
+        available=trusted.available if trusted else None,
+        held=recorded.held if recorded else None,
+        accepted=trusted.accepted if trusted else None,
+        released=recorded.released if recorded else None,
         recorded=row.accepted if row else None,
         lost=row.lost if row else None,
         outbox=sale.outbox_length if sale else None,

@@ -3,7 +3,7 @@
 See docs/adr/0026-the-index-tells-lost-from-unknown.md.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 LOOKS: Final = 60
@@ -24,15 +24,19 @@ class KnownItems:
     def __init__(self) -> None:
         self.complete = False
         """Whether the run of Redis was claimed at the last look. If not, the index lacks items."""
-        self._looks = 0
+        self.looks = 0
+        """How many looks found the run claimed. Before the first one, any item may be missing."""
         self._seen: dict[str, int] = {}
 
     def __contains__(self, item_id: str) -> bool:
         return item_id in self._seen
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seen)
+
     def note(self, item_id: str) -> None:
         """Notes an item that has a sale."""
-        self._seen[item_id] = self._looks
+        self._seen[item_id] = self.looks
 
     def looked(self, item_ids: Iterable[str], *, claimed: bool) -> None:
         """Notes the items of the index, and forgets those that the last `LOOKS` looks missed.
@@ -42,7 +46,7 @@ class KnownItems:
         """
         self.complete = claimed
         if claimed:
-            self._looks += 1
-            oldest = self._looks - LOOKS
+            self.looks += 1
+            oldest = self.looks - LOOKS
             self._seen = {item_id: seen for item_id, seen in self._seen.items() if seen > oldest}
-        self._seen |= dict.fromkeys(item_ids, self._looks)
+        self._seen |= dict.fromkeys(item_ids, self.looks)

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from flashsale_api.responses import NOT_STORED, Handler, Headers, RequestHeaders, Respond
-from flashsale_api.sales import Encoded, SaleView
+from flashsale_api.sales import Encoded, SaleList, SaleView
 
 PAGE_PATH: Final = b"/"
 
@@ -24,15 +24,11 @@ _PLACE: Final = "<!--sales-->"
 _HEADS: Final = "Item", "State", "Confirmed", "Held", "Available", "Allocated", "Opens", "Closes"
 
 
-class _Sales(msgspec.Struct, frozen=True):
-    sales: list[SaleView]
-
-
 class _Problem(msgspec.Struct, frozen=True):
     title: str
 
 
-_decode_sales = msgspec.json.Decoder(_Sales).decode
+_decode_sales = msgspec.json.Decoder(SaleList).decode
 _decode_problem = msgspec.json.Decoder(_Problem).decode
 
 
@@ -74,7 +70,7 @@ class Page:
             respond(status, (*self._headers, *kept, NOT_STORED), page)
             return
         if self._shown is None or self._shown[0] != body:
-            page = self._page(_table(_decode_sales(body).sales))
+            page = self._page(_content(_decode_sales(body)))
             self._shown = body, Encoded.of(page, self._headers)
         self._shown[1].respond(headers, respond)
 
@@ -107,10 +103,17 @@ def _policy(text: str) -> str:
     )
 
 
+def _content(found: SaleList) -> str:
+    if found.unreadable:
+        names = escape(", ".join(found.unreadable))
+        return f"<p>Sales that cannot be shown now: {names}.</p>{_table(found.sales)}"
+    return _table(found.sales) or "<p>There is no sale.</p>"
+
+
 def _table(sales: Iterable[SaleView]) -> str:
     rows = "".join(f"<tr>{_cells(sale)}</tr>\n" for sale in sales)
     if not rows:
-        return "<p>There is no sale.</p>"
+        return ""
     heads = "".join(f'<th scope="col">{head}</th>' for head in _HEADS)
     return (
         '<div class="table" role="region" aria-label="Sales" tabindex="0"><table>\n'
@@ -121,17 +124,23 @@ def _table(sales: Iterable[SaleView]) -> str:
 
 def _cells(sale: SaleView) -> str:
     name = escape(sale.display_name or sale.item_id)
-    held = sale.held or 0
-    counts = (sale.allocated - sale.available - held, held, sale.available, sale.allocated)
+    held, available = sale.held or 0, sale.available
+    counts: tuple[int | None, ...] = (None, None, None, sale.allocated)
+    if available is not None:
+        counts = (sale.allocated - available - held, held, available, sale.allocated)
     state = re.sub(r"(?<=[a-z])[A-Z]", lambda letter: f" {letter[0].lower()}", sale.state)
     return "".join(
         (
             f'<th scope="row">{name}<small>{escape(sale.item_id)}</small></th>',
             f"<td>{escape(state)}</td>",
-            *(f'<td class="number">{count:,}</td>' for count in counts),
+            *(f'<td class="number">{_number(count)}</td>' for count in counts),
             *(f"<td>{_time(time)}</td>" for time in (sale.starts_at, sale.ends_at)),
         )
     )
+
+
+def _number(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
 
 
 def _time(time: str | None) -> str:

@@ -50,24 +50,35 @@ _CACHED: Final = (
 _encode = msgspec.json.Encoder().encode
 
 
-class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+class SaleView(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
     """A sale as JSON. Counts are in units, and times are RFC 3339.
 
     `held` counts the units of open holds. A sale without holds has no such field. At
-    `next_expiry_at` the engine expires the first open hold, unless it is confirmed before.
+    `next_expiry_at` the engine expires the first open hold, unless it is confirmed before. A fenced
+    sale has none of these and no `available`, because Redis may lack units.
     """
 
     item_id: str
     sale_id: str
     state: SaleState
     allocated: int
-    available: int
+    available: int | None = None
     max_per_user: int
     held: int | None = None
     display_name: str | None = None
     starts_at: str | None = None
     ends_at: str | None = None
     next_expiry_at: str | None = None
+
+
+class SaleList(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All sales as JSON. `unreadable` are items whose sale cannot be shown now.
+
+    Redis may have lost it, its node may be away, or this version cannot read it.
+    """
+
+    sales: list[SaleView]
+    unreadable: list[str] = []
 
 
 class Encoded(NamedTuple):
@@ -253,7 +264,12 @@ class Sales:
         return Encoded.of(_encode(view))
 
     async def _all(self) -> Encoded:
-        items = await self._inventory.index.items()
+        items, claimed = await self._inventory.index.read()
+        known = self._engine.items
+        if not claimed:  # the index may lack items
+            if not known.looks:
+                raise ContractViolation("this pod cannot know all sales until Redis is claimed")
+            items = sorted({*items, *known})
         servers = await self._inventory.servers(items)
         found = list(servers)
         views = []
@@ -263,7 +279,9 @@ class Sales:
         # The answers of items without keys are never asked for again.
         listed = frozenset(items)
         self._encoded = {item: encoded for item, encoded in self._encoded.items() if item in listed}
-        return Encoded.of(_encode({"sales": views}))
+        readable = {view.item_id for view in views}
+        unreadable = [item for item in items if item not in readable]
+        return Encoded.of(_encode(SaleList(views, unreadable)))
 
     async def _views(
         self, sales: Mapping[str, Sale], servers: Mapping[str, ServerTime]
@@ -293,20 +311,18 @@ def _now() -> float:
 
 
 def _view(sale: Sale, state: SaleState, first_due_ms: int) -> SaleView:
+    fenced = state is SaleState.FENCED
     return SaleView(
         item_id=sale.item_id,
         sale_id=sale.sale_id,
         state=state,
         allocated=sale.allocated,
-        available=sale.available,
+        available=None if fenced else sale.available,
         max_per_user=sale.max_per_user,
-        held=sale.held if sale.hold_ms or sale.held else None,
+        held=sale.held if (sale.hold_ms or sale.held) and not fenced else None,
         display_name=sale.display_name,
         starts_at=None if sale.starts_ms is None else rfc3339_of_ms(sale.starts_ms),
         ends_at=None if sale.ends_ms is None else rfc3339_of_ms(sale.ends_ms),
-        next_expiry_at=(
-            rfc3339_of_ms(first_due_ms)
-            if first_due_ms and state is not SaleState.FENCED  # no hold of a fenced sale expires
-            else None
-        ),
+        # No hold of a fenced sale expires.
+        next_expiry_at=rfc3339_of_ms(first_due_ms) if first_due_ms and not fenced else None,
     )

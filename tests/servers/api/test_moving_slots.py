@@ -89,6 +89,7 @@ async def scene(redis_cluster: RedisCluster, tmp_path: Path, item: str) -> Async
     addresses = Addresses(redis_cluster.url, f"127.0.0.1:{free_port()}", "", engine)
     client = redis_client.connect(redis_cluster.url)
     inventory = Inventory(client, engine)
+    await inventory.index.claim(str(uuid.uuid4()))
     await opened(inventory, a_sale(item, STOCK))
     api = ApiServer(tmp_path / "api", addresses, order_tokens=TOKENS[0])
     await asyncio.to_thread(api.start)

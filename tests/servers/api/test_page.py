@@ -122,5 +122,12 @@ async def test_a_sale_shows_when_its_next_hold_expires(
         found: dict[str, object] = (await http.get(f"/sales/{item}")).json()
         return found if found["state"] == "Fenced" else None
 
-    assert "nextExpiryAt" not in await until(fenced)
+    assert not {"nextExpiryAt", "available", "held"} & set(await until(fenced))
+
+    async def dashes() -> list[str] | None:
+        found = re.search(rf"<small>{item}</small></th>(.*?)</tr>", (await http.get("/")).text)
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", found[1]) if found else []
+        return cells if cells[:1] == ["Fenced"] else None
+
+    assert (await until(dashes))[1:5] == ["-", "-", "-", "100"]
     await redis.hset(ItemKeys.of(item).sale, "run_id", run)

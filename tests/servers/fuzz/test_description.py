@@ -89,6 +89,16 @@ async def without_keys(
 
 
 @pytest.fixture
+async def unclaimed(without_kafka: Addresses, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a pod whose engine no operator has claimed."""
+    server = ApiServer(tmp_path / "unclaimed", replace(without_kafka, engine="unclaimed"))
+    await asyncio.to_thread(server.start)
+    async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        yield client
+    server.kill()
+
+
+@pytest.fixture
 async def of_header(without_kafka: Addresses, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a pod that names users by the header `x-user`."""
     settings = {"FLASHSALE_USER_HEADER": "x-user"}
@@ -102,6 +112,7 @@ async def of_header(without_kafka: Addresses, tmp_path: Path) -> AsyncIterator[h
 async def test_the_described_and_the_real_answers_are_the_same(
     http: httpx.AsyncClient,
     of_header: httpx.AsyncClient,
+    unclaimed: httpx.AsyncClient,
     unready: httpx.AsyncClient,
     without_keys: httpx.AsyncClient,
     own_http: httpx.AsyncClient,
@@ -117,6 +128,7 @@ async def test_the_described_and_the_real_answers_are_the_same(
     await _check_holds(seen, http, inventory, redis, open_sale, new_item())
     await _check_invalid(seen, http)
     await _check_reads(seen, http, redis, open_sale, new_item)
+    assert seen.check("GET /sales", await unclaimed.get("/sales")) == "fenced"
     await _check_unready(seen, unready)
     await _check_without_keys(seen, without_keys)
     await _check_users(seen, of_header, open_sale, new_item())

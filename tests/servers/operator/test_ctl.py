@@ -296,6 +296,8 @@ def test_a_sale_that_lost_units_in_the_same_run_is_rebuilt(
     code, printed, [error] = ctl("rebuild", *names)
     assert (code, printed) == (1, [])
     assert error.startswith("sale default/iphone-15 stays fenced: Kafka is away")
+    # The fence has no units, which must not look as if none were sold.
+    assert ctl("get")[1][1].split()[2:] == ["Fenced", "100", "-", "0", "-", "2", "-", "-"]
 
 
 @pytest.mark.parametrize("names", [["iphone_15"], ["--all"]])

@@ -179,6 +179,17 @@ async def test_an_old_answer_of_a_cdn_does_not_set_the_clock_back(shop: Shop, vi
     await expect(clock).to_contain_text("Opens in 59:")
 
 
+async def test_a_lost_sale_keeps_its_card_without_numbers(shop: Shop, visit: Visit) -> None:
+    await shop.open(10, display_name="Phone O")
+    page = await visit()
+    card = card_of(page, "Phone O")
+    await expect(card.locator(".n-available")).to_have_text("10")
+    await shop.redis.delete(*shop.keys.sold)
+    await expect(card.locator(".state")).to_have_text("Unknown")
+    await expect(card.locator(".n-available")).to_have_text("-")
+    await expect(page.locator("main > p")).to_contain_text("Sales that cannot be shown now: ")
+
+
 async def test_a_gateway_s_404_does_not_forget_a_reservation(shop: Shop, visit: Visit) -> None:
     await shop.open(10, hold_seconds=600, display_name="Phone L")
     page = await visit()
