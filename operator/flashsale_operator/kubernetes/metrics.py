@@ -50,6 +50,7 @@ class Backlog:
 class _Entry:
     result: Result
     sale: Sale | None = None
+    refused: int = 0
     backlog: Backlog = field(default_factory=Backlog)
 
 
@@ -64,8 +65,12 @@ class SaleMetrics(Collector):
         entry.result = result
         if result.state is not SaleState.FENCED:  # A fenced sale can lack any unit.
             entry.sale = result.own_sale
+        if result.refused is not None:
+            entry.refused = result.refused.units
         if entry.sale is not None:
-            entry.backlog.sample(time.monotonic(), entry.sale.accepted, result.recorded)
+            # The ledger has answered for a refused unit, so it waits no longer.
+            settled = None if result.recorded is None else result.recorded + entry.refused
+            entry.backlog.sample(time.monotonic(), entry.sale.accepted, settled)
 
     def forget(self, key: tuple[str, str]) -> None:
         self._entries.pop(key, None)
@@ -106,13 +111,14 @@ class SaleMetrics(Collector):
             current.add_metric([*labels, result.state], 1)
             ready.add_metric(labels, result.ready)
             if result.row is not None:
-                recorded.add_metric(labels, result.row.accepted)
                 lost.add_metric(labels, result.row.lost)
             if (sale := entry.sale) is not None:
                 waiting.add_metric(labels, entry.backlog.seconds)
                 allocated.add_metric(labels, sale.allocated)
                 accepted.add_metric(labels, sale.accepted)
                 available.add_metric(labels, sale.available)
+                if result.row is not None:  # only next to the counts of the same sale
+                    recorded.add_metric(labels, result.row.accepted)
         yield from (current, ready, allocated, accepted, available, recorded, lost, waiting)
 
 
