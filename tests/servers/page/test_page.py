@@ -254,6 +254,26 @@ async def test_an_order_whose_answer_was_lost_survives_a_reload(shop: Shop, visi
     assert (await shop.sale()).accepted == 1
 
 
+async def test_a_reservation_in_a_newer_sale_of_the_item_is_filed_there(
+    shop: Shop, visit: Visit
+) -> None:
+    await shop.open(10, hold_seconds=None, display_name="Phone P")
+    page = await visit()
+    sale_id = (await shop.sale()).sale_id
+
+    async def newer(route: Route) -> None:
+        answer = await route.fetch()
+        await route.fulfill(response=answer, json=await answer.json() | {"saleId": "shop/newer"})
+
+    await page.route("**/reserve", newer)
+    await button_of(page, "Phone P").click()
+    await expect(card_of(page, "Phone P").get_by_role("status")).to_have_text(
+        "Another sale of this item has begun. Your reservation is in it."
+    )
+    assert await page.evaluate("[...Object.keys(stored.paths)]") == ["shop/newer"]
+    assert sale_id != "shop/newer"
+
+
 async def test_two_tabs_remember_the_reservations_of_both(shop: Shop, visit: Visit) -> None:
     await shop.open(10, hold_seconds=None, display_name="Phone J")
     first = await visit()
