@@ -274,6 +274,35 @@ async def test_a_reservation_in_a_newer_sale_of_the_item_is_filed_there(
     assert sale_id != "shop/newer"
 
 
+async def test_a_refusal_leaves_no_doubt_unless_an_answer_was_lost_before(
+    shop: Shop, visit: Visit
+) -> None:
+    await shop.open(10, hold_seconds=None, display_name="Phone Q")
+    page = await visit()
+    status = card_of(page, "Phone Q").get_by_role("status")
+
+    async def fenced(route: Route) -> None:
+        problem = {"type": "urn:flashsale:problem:fenced", "title": "Fenced", "status": 503}
+        await route.fulfill(status=503, content_type="application/problem+json", json=problem)
+
+    async def lose(route: Route) -> None:
+        await route.abort()
+
+    await page.route("**/reserve", fenced)
+    await button_of(page, "Phone Q").click()
+    await expect(status).to_contain_text("Nothing was reserved.")
+    assert await page.evaluate("stored.keys") == {}
+    await page.route("**/reserve", lose)
+    await button_of(page, "Phone Q").click()
+    await expect(status).to_contain_text("The answer got lost")
+    await page.unroute("**/reserve", lose)
+    async with page.expect_response("**/reserve"):
+        await button_of(page, "Phone Q").click()
+    await expect(button_of(page, "Phone Q")).to_have_attribute("aria-busy", "false")
+    await expect(status).to_contain_text("The answer got lost")
+    assert len(await page.evaluate("Object.values(stored.keys)")) == 1
+
+
 async def test_two_tabs_remember_the_reservations_of_both(shop: Shop, visit: Visit) -> None:
     await shop.open(10, hold_seconds=None, display_name="Phone J")
     first = await visit()
