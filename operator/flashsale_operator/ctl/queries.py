@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
@@ -69,7 +69,7 @@ async def get(environ: Environ, item: str | None, output: str, *, watch: bool, e
             said = unread
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                found, unread = await _sales(clients, item, every=every)
+                found, unread = await _sales(clients, item, every=every, shown=changes.shown)
             except (RedisUnavailable, LedgerUnavailable) as error:
                 unread = str(error)
 
@@ -96,9 +96,12 @@ async def describe(environ: Environ, item: str) -> int:
 
 
 async def _sales(
-    clients: Clients, item: str | None, *, every: bool
+    clients: Clients, item: str | None, *, every: bool, shown: Container[str] = ()
 ) -> tuple[list[sales.SaleView], str]:
-    """Returns the sales, and a sentence about items that cannot be read."""
+    """Returns the sales, and a sentence about items that cannot be read.
+
+    A closed sale whose keys are freed is left out, unless `shown` has its id.
+    """
     await engine.require_own(clients.inventory, clients.pool)
     rows = await ledger.sales(clients.pool, item)
     recorded = {row.item_id for row in rows}
@@ -107,7 +110,11 @@ async def _sales(
     last = last_of_items(rows)
     if item is None and not every:
         present = {sale.sale_id for sale in holders.values()}
-        rows = [row for row in rows if not row.closed or row.held or row.sale_id in present]
+        rows = [
+            row
+            for row in rows
+            if not row.closed or row.held or row.sale_id in present or row.sale_id in shown
+        ]
     return sales.views(rows, holders, servers, last), unread
 
 

@@ -174,12 +174,13 @@ class Changes:
     def __init__(self, output: str) -> None:
         self._output = output
         self._columns = {"table": COLUMNS, "wide": WIDE}.get(output)
-        self._shown: dict[str, SaleView] = {}
+        self.shown: dict[str, SaleView] = {}
+        """The sales at the last call, by id."""
         self._widths: list[int] = []
 
     def lines(self, sales: Sequence[SaleView]) -> list[str]:
-        changed = [sale for sale in sales if self._shown.get(sale.sale_id) != sale]
-        self._shown = {sale.sale_id: sale for sale in sales}
+        changed = [sale for sale in sales if self.shown.get(sale.sale_id) != sale]
+        self.shown = {sale.sale_id: sale for sale in sales}
         if self._columns is None:
             return [self._document(sale) for sale in changed]
         if not changed:
