@@ -5,6 +5,7 @@ import re
 import subprocess
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from dev.stack.errors import StackError
+from dev.stack.ports import free_port
 from dev.stack.redis import RedisServer, default_binary
 from flashsale import heartbeat, redis_client, redis_facts, requirements
 from flashsale.inventory import Applied, Inventory
@@ -269,6 +271,67 @@ def test_a_volume_of_an_earlier_manifest_keeps_its_short_names(
         assert redis.info("replication").get("master_host") == (
             named if primary == "other" else None
         )
+
+
+def test_a_node_waits_while_its_sentinel_refuses_the_password(tmp_path: Path) -> None:
+    """redis-cli prints the refusal as if it were the primary's name."""
+    files = scripts(Path("k8s/redis/highly-available.yaml"))
+    answer = "$(cat named || echo NOAUTH Authentication required. | tee named)"
+    server = RedisOfManifest(tmp_path / "redis", files, PASSWORD, primary=answer)
+    named = server.data / "named"
+
+    def correct() -> None:
+        eventually(named.exists)
+        named.write_text("node.redis-nodes")
+
+    with ThreadPoolExecutor() as sentinel:
+        corrected = sentinel.submit(correct)
+        with server, Redis.from_url(server.url, decode_responses=True) as redis:
+            corrected.result()
+            assert redis.info("replication")["role"] == "master"
+
+
+def test_a_sentinel_takes_a_changed_password_from_the_secret(tmp_path: Path) -> None:
+    """Sentinel keeps its configuration on the volume, and adds a hash of the password to it."""
+    server = RedisOfManifest(
+        tmp_path / "redis", scripts(Path("k8s/redis/highly-available.yaml")), PASSWORD
+    )
+    server.data.mkdir()
+    server._prepare()
+    script = (server.data / "sentinel.sh").read_text().replace("/data/", f"{tmp_path}/")
+    moved = script.replace("redis-0.$DOMAIN. 6379", f"127.0.0.1 {free_port()}")
+    port = free_port()
+    (server.data / "sentinel.conf").write_text(f"dir {tmp_path}\nport {port}\nbind 127.0.0.1\n")
+    written = tmp_path / "sentinel.conf"
+    for password, former in ((PASSWORD, "none"), ("changed", PASSWORD), ("changed", PASSWORD)):
+        environment = {**os.environ, **server._environment(), "REDISCLI_AUTH": password}
+        with (
+            subprocess.Popen(["sh", "-c", moved], env=environment, cwd=server.data) as sentinel,
+            Redis(port=port, password=password) as accepted,
+            Redis(port=port, password=former) as refused,
+        ):
+            try:
+                eventually(lambda accepted=accepted: answers(accepted))
+                with pytest.raises(AuthenticationError):
+                    refused.ping()
+                # It writes the file again.
+                accepted.execute_command("SENTINEL", "FLUSHCONFIG")  # type: ignore[no-untyped-call]
+            finally:
+                sentinel.terminate()
+        lines = re.findall(r"^.*pass .*$", written.read_text(), re.MULTILINE)
+        assert sorted(line.replace('"', "") for line in lines) == [
+            f"requirepass {password}",
+            f"sentinel auth-pass flashsale {password}",
+            f"sentinel sentinel-pass {password}",
+        ]
+
+
+def answers(redis: Redis) -> bool:
+    """Whether a server runs and accepts the password."""
+    try:
+        return bool(redis.ping())
+    except RedisError:
+        return False
 
 
 def test_redis_accepts_no_write_without_a_replica(tmp_path: Path) -> None:
