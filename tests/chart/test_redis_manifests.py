@@ -6,6 +6,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -236,6 +237,22 @@ def test_the_redis_service_leads_to_the_proxy_and_the_proxy_to_every_node() -> N
     assert {each["key"] for each in mounted} == {"domain.sh", "haproxy.cfg", "haproxy.sh"}
 
 
+def test_a_proxy_that_finds_no_primary_replaces_no_other_proxy() -> None:
+    """With a wrong password a proxy finds none. A started one stays ready, also in a failover."""
+    found = documents(Path("k8s/redis/highly-available.yaml"))
+    [proxy] = [each["spec"] for each in found if each["kind"] == "Deployment"]
+    [container] = proxy["template"]["spec"]["containers"]
+    configuration = scripts(Path("k8s/redis/highly-available.yaml"))["haproxy.cfg"]
+    start = container["startupProbe"]
+    rule = f"return status 200 if {{ path {start['httpGet']['path']} }} {{ nbsrv(primary) gt 0 }}"
+    assert rule in configuration
+    # HAProxy counts a server before its first check, which ends after an interval and two timeouts.
+    assert start["initialDelaySeconds"] > 3
+    ready = container["readinessProbe"]["httpGet"]["path"]
+    assert f"monitor-uri {ready}\n" in configuration
+    assert "monitor fail" not in configuration
+
+
 def test_no_name_of_a_redis_is_looked_up_outside_the_cluster(tmp_path: Path) -> None:
     """A complete name ends with a dot. HAProxy takes every name for a complete one."""
     files = scripts(Path("k8s/redis/highly-available.yaml"))
@@ -311,11 +328,11 @@ def test_a_sentinel_takes_a_changed_password_from_the_secret(tmp_path: Path) -> 
             Redis(port=port, password=former) as refused,
         ):
             try:
-                eventually(lambda accepted=accepted: answers(accepted))
+                eventually(partial(answers, accepted))
                 with pytest.raises(AuthenticationError):
                     refused.ping()
                 # It writes the file again.
-                accepted.execute_command("SENTINEL", "FLUSHCONFIG")  # type: ignore[no-untyped-call]
+                accepted.sentinel_flushconfig()
             finally:
                 sentinel.terminate()
         lines = re.findall(r"^.*pass .*$", written.read_text(), re.MULTILINE)
