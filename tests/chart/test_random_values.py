@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES: Final = 40
 SCHEMA: Final[dict[str, Any]] = json.loads((CHART / "values.schema.json").read_text())
+FORMS: Final[dict[str, Any]] = yaml.safe_load((CHART / "files/addresses.yaml").read_text())
 TEXT: Final = st.characters(codec="ascii", exclude_categories=["Cc"])
 # YAML reads some of these as a number, a boolean, null or a date unless they are quoted.
 ODD: Final = ("1e3", "0x1f", "007", "10", "1.5", "true", "no", "null", "2026-11-27", "y", "1-1")
@@ -206,6 +208,8 @@ def strategy(path: str) -> st.SearchStrategy[Any]:
         return OWN[last]
     for key in path.split("."):
         schema = resolved(schema)["properties"][key]
+    if path in FORMS:
+        return texts(FORMS[path])
     return of_schema(schema)
 
 

@@ -14,6 +14,14 @@
 {{- $wrong = append $wrong (printf "%s.%s contains a password: put the address into a Secret and set %s.existingSecret.name" $section $key $section) }}
 {{- end }}
 {{- end }}
+{{- $malformed := dict }}
+{{- range $path, $address := .Files.Get "files/addresses.yaml" | fromYaml }}
+{{- $keys := splitList "." $path }}
+{{- if not (regexMatch $address.pattern (index $.Values (first $keys) (last $keys))) }}
+{{- $_ := set $malformed (first $keys) true }}
+{{- $wrong = append $wrong (printf "%s must have the form %s (it is not shown, because it may contain a password)" $path $address.form) }}
+{{- end }}
+{{- end }}
 {{- range $option, $front := dict "host" "//" "port" "//" "user" "//[^/?@]+@" "dbname" "//[^/?]*/" "database" "//[^/?]*/" }}
 {{- if regexMatch (printf "%s[^?]*[?](.*&)?%s=" $front $option) (toString $.Values.database.url) }}
 {{- $wrong = append $wrong (printf "database.url: asyncpg ignores the option %s here: write it in front of the question mark" $option) }}
@@ -100,7 +108,7 @@
 {{- $names = append $names .name }}
 {{- end }}
 {{- range (index $.Values $component).extraEnv }}
-{{- if and .value (or (regexMatch "PASSWORD$|^FLASHSALE_ORDER_TOKENS$" .name) (regexMatch $secret .value)) }}
+{{- if and .value (or (regexMatch "(PASSWORD|HEADERS|TOKENS?|SECRET)$" .name) (regexMatch $secret .value)) }}
 {{- $wrong = append $wrong (printf "%s.extraEnv: the value of %s is a secret: put it into a Secret and set valueFrom" $component .name) }}
 {{- end }}
 {{- end }}
@@ -124,7 +132,7 @@
 {{- range $server := list "redis" "kafka" "database" }}
 {{- $port := int (index $.Values.networkPolicies $server).port }}
 {{- $ports := include "flashsale.network.ports" (dict "root" $ "server" $server) | fromJsonArray }}
-{{- if and $port $ports (ne (join "," $ports) (toString $port)) }}
+{{- if and $port $ports (not (hasKey $malformed $server)) (ne (join "," $ports) (toString $port)) }}
 {{- $wrong = append $wrong (printf "networkPolicies.%s.port is %d, but the address has port %s: remove the value" $server $port (join "," $ports)) }}
 {{- end }}
 {{- end }}
