@@ -11,11 +11,11 @@ import contextlib
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import hiredis
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -48,16 +48,20 @@ def connect(url: str) -> "Redis":
     A retry after a timeout would run a script again without the caller's knowledge. The client
     connects on its first call.
     """
-    tls = {"ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT]}  # see `flashsale.tls`
+    tls = {}
+    if url.startswith("rediss:"):
+        tls = {"ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT]}  # see `flashsale.tls`
     pool = Pool.from_url(
         url,
         **_of_pool(),
-        **(tls if url.startswith("rediss:") else {}),
+        **tls,
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=2,
         socket_connect_timeout=1,
     )
+    if tls:
+        pool.connection_class = TlsConnection
     return Redis.from_pool(pool)
 
 
@@ -98,6 +102,17 @@ def location(redis: "Redis") -> tuple[str, int, int]:
 def address(redis: "Redis") -> str:
     """Returns the server's address as host:port/db, without user and password."""
     return "{}:{}/{}".format(*location(redis))
+
+
+class TlsConnection(SSLConnection):
+    """Reads the certificate files again on each connect, because they can have been renewed.
+
+    redis-py reads them only once per connection object, and its pool reuses these objects.
+    """
+
+    def _connection_arguments(self) -> Mapping[str, object]:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
 
 
 class Pool(BlockingConnectionPool):

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import json
 import re
+import shutil
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -30,6 +31,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 from confluent_kafka import admin as kafka_admin
+from redis.exceptions import ConnectionError as Disconnected
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
@@ -219,6 +221,36 @@ async def test_a_certificate_of_another_authority_is_an_outage_of_the_ledger(
         with pytest.raises(LedgerUnavailable, match="certificate verify failed"):
             await schema.facts(pool)
         pool.terminate()
+
+
+@pytest.mark.parametrize("renewed", ["ca.crt", "server.pem"])
+async def test_a_renewed_certificate_is_used_for_new_connections_to_redis(
+    renewed: str, authority: Authority, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    files = {"ca.crt": authority.trusted, "server.pem": authority.keystore}
+    ours = Authority.make(tmp_path / "ours")
+    for name, file in files.items():
+        if name != renewed:
+            shutil.copy(file, tmp_path / "ours" / name)
+    server = authority.server
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.load_verify_locations(authority.trusted)
+
+    async def call(client: Any) -> None:  # noqa: ANN401 - redis-py has no types for it
+        await client.ping()
+        await (await client.connection_pool.link()).ask("PING")
+
+    async with relay(redis_server.port, server, asked=False) as port:
+        options = f"ssl_ca_certs={ours.trusted}&ssl_certfile={ours.keystore}"
+        first = redis_client.connect(f"rediss://127.0.0.1:{port}/0?{options}")
+        other = redis_client.neighbour(first, "127.0.0.1", port)
+        for client in (first, other):
+            with pytest.raises(Disconnected):
+                await call(client)
+        shutil.copy(files[renewed], tmp_path / "ours" / renewed)
+        for client in (first, other):
+            await call(client)
+            await client.aclose()
 
 
 async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_users(
