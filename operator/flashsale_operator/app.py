@@ -14,7 +14,7 @@ from typing import Any, Final
 import kopf
 from kopf._cogs.clients.errors import APINotFoundError  # kopf has no public name for it
 
-from flashsale import ledger, logs, monitoring, redis_client
+from flashsale import kafka_clients, ledger, logs, monitoring, redis_client
 from flashsale.errors import SettingsError
 from flashsale.inventory import Inventory
 from flashsale.settings import KAFKA_HELP, load
@@ -105,6 +105,7 @@ def _is_no_repetition(record: logging.LogRecord) -> bool:
 async def _run(settings: Settings) -> int:
     """Runs the operator until a signal. Returns the exit code of the process."""
     log_in()  # reports a wrong KUBECONFIG now
+    kafka_clients.adapt_aiokafka()
     metrics = Metrics(settings.engine)
     async with AsyncExitStack() as stack:
         redis = redis_client.connect(settings.redis_url)

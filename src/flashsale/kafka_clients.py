@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, conn
+from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from flashsale.errors import has_just_closed
@@ -25,15 +26,27 @@ WRONG_CLOCK: Final = (
 
 
 @cache
-def survive_closed_connections() -> None:
-    """Lets all later connections of this process report that they have just closed.
+def adapt_aiokafka() -> None:
+    """Lets all later clients of this process survive closed connections, and name causes.
 
     aiokafka does not expect the error that uvloop raises for a write to such a connection
     (https://github.com/aio-libs/aiokafka/issues/1038). It would end aiokafka's tasks that fetch
     records and read metadata, which nothing starts again.
+
+    If no broker serves a client, aiokafka's error would have the addresses only, not the reasons.
     """
+    failures: dict[tuple[str, int], str] = {}
 
     class Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has no types
+        async def connect(self) -> Any:  # noqa: ANN401 - aiokafka's
+            address = (self.host, self.port)
+            failures.pop(address, None)
+            try:
+                return await super().connect()
+            except Exception as error:
+                failures[address] = str(error) or repr(error)
+                raise
+
         def send(self, request: Any, expect_response: bool = True) -> Any:  # noqa: ANN401 - aiokafka's
             try:
                 return super().send(request, expect_response)
@@ -43,7 +56,20 @@ def survive_closed_connections() -> None:
                 self.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=error)
                 raise KafkaConnectionError(f"{self!r} has just closed") from error
 
+    bootstrap = AIOKafkaClient.bootstrap
+
+    async def bootstrap_or_say_why(client: Any) -> None:  # noqa: ANN401 - aiokafka's
+        try:
+            await bootstrap(client)
+        except KafkaConnectionError as error:
+            causes = [
+                f"{host}:{port}: {failures.get((host, port), 'no answer to the first request')}"
+                for host, port, _ in client.hosts
+            ]
+            raise KafkaConnectionError("; ".join(causes)) from error
+
     conn.AIOKafkaConnection = Connection
+    AIOKafkaClient.bootstrap = bootstrap_or_say_why
 
 
 async def close(clients: str, *closing: Coroutine[Any, Any, object]) -> None:

@@ -103,7 +103,7 @@ def test_a_write_to_a_connection_that_was_just_reset_fails_as_an_outage(
             finally:
                 connection.close()
 
-    kafka_clients.survive_closed_connections()
+    kafka_clients.adapt_aiokafka()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         failure = runner.run(write_until_it_fails())
     assert isinstance(failure, KafkaConnectionError)

@@ -14,7 +14,7 @@ from typing import Final, cast
 import click
 from click.shell_completion import get_completion_class
 
-from flashsale import ledger, schema, settings
+from flashsale import kafka_clients, ledger, schema, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
@@ -91,6 +91,7 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], servers: str) -> 
     # The clients also raise the errors that they log. Each error is printed once, below.
     for name in ("aiokafka", "asyncio", "asyncpg", "redis"):
         logging.getLogger(name).addHandler(logging.NullHandler())
+    kafka_clients.adapt_aiokafka()
     try:
         chosen = flashsalectl.main(
             list(arguments), "flashsalectl", obj=environ, standalone_mode=False

@@ -62,6 +62,11 @@ ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _RESOURCE: Final = f"/apis/{API_VERSION}"
 _NO_RESOURCES: Final = b"{}"
 
+_REMEDIES: Final = {
+    REDIS: "address (rediss:// for TLS), the network, the certificates and the user",
+    KAFKA: "address of the listener, its kind (TLS, user), the network, certificates and the user",
+}
+
 # The commands that the engine's scripts use to write. The first one needs memory: after another
 # write, a full Redis would permit all others.
 _TRY_TO_WRITE: Final = """
@@ -131,7 +136,7 @@ async def _within(server: str, checks: AsyncIterator[Finding]) -> list[Finding]:
         # An old server refuses some calls. Its version is the failure then.
         if not any(each.verdict == "failure" for each in found):
             why = " ".join(str(error).split()) or f"no answer within {TIMEOUT_SECONDS:.0f} s"
-            text = f"{why}: check the address, the network and the user"
+            text = f"{why}: check the {_REMEDIES.get(server, 'address, the network and the user')}"
             found.append(Finding(server, text, "failure"))
     return found
 

@@ -177,7 +177,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Publishes until it is cancelled. Makes a new producer after each failure of Kafka."""
-        kafka_clients.survive_closed_connections()
+        kafka_clients.adapt_aiokafka()
         while True:
             self._batch_bytes = BATCH_BYTES
             producer = None

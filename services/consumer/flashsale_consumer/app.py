@@ -61,7 +61,7 @@ def handlers(worker: Worker) -> dict[str, monitoring.Handler]:
     async def readyz() -> monitoring.Answer:
         if worker.joined and not worker.conflict:
             return monitoring.line("ready")
-        return monitoring.line(worker.conflict or "the consumer has not joined its group yet", 503)
+        return monitoring.line(worker.problem, 503)
 
     scrapes = monitoring.Scrapes(worker.metrics.text)
     return {"/healthz": healthz, "/readyz": readyz, "/metrics": scrapes.answer}

@@ -20,12 +20,15 @@ class Availability:
         self._up = up
         self._there = there
         self._delay_seconds = FIRST_DELAY_SECONDS
+        self.problem = ""
+        """Why the server is away, or nothing."""
         up.set(there or 0)
 
     def away(self, error: Exception) -> None:
         """Notes that a call failed."""
+        self.problem = f"waiting for {self._server}: {str(error) or type(error).__name__}"
         if self._there is not False:
-            log.warning("waiting for %s: %s", self._server, str(error) or type(error).__name__)
+            log.warning("%s", self.problem)
         self._there = False
         self._up.set(0)
 
@@ -34,6 +37,7 @@ class Availability:
         if not self._there:
             log.info("%s is %s", self._server, "there" if self._there is None else "back")
         self._there = True
+        self.problem = ""
         self._delay_seconds = FIRST_DELAY_SECONDS
         self._up.set(1)
 

@@ -107,9 +107,16 @@ class Worker:
         self.conflict = ""
         """One line that names two engines that meet, or an unmet requirement, or nothing."""
 
+    @property
+    def problem(self) -> str:
+        """Why the worker has not joined the group: a conflict, or a server that is away."""
+        return (
+            self.conflict or self._ledger.problem or self._kafka.problem or "not in the group yet"
+        )
+
     async def run(self) -> None:
         """Records events until cancelled. A cancellation rolls back the unfinished batch."""
-        kafka_clients.survive_closed_connections()
+        kafka_clients.adapt_aiokafka()
         # A commit that a failover of PostgreSQL loses is repeated from Kafka.
         pool = await ledger.connect(
             self._settings.database_url, max_connections=3, synchronous=False
@@ -120,7 +127,6 @@ class Worker:
                 try:
                     if not migrated:
                         version = await self._when_served(lambda: self._migrate(pool))
-                        self._ledger.back()
                         log.info("the ledger has schema version %d", version)
                         migrated = True
                     await self._consume(pool)
@@ -149,10 +155,13 @@ class Worker:
         """Repeats a call until the ledger serves it."""
         while True:
             try:
-                return await call()
+                answer = await call()
             except LedgerUnavailable as error:
                 self._ledger.away(error)
                 await asyncio.sleep(self._ledger.delay())
+            else:
+                self._ledger.back()
+                return answer
 
     async def _consume(self, pool: Pool) -> None:
         """Reads as a member of the group, until an error from which the client cannot recover.

@@ -138,7 +138,10 @@ async def test_a_signal_ends_the_process_cleanly_without_any_server(
     consumer = start(**KAFKA, **DATABASE)
     await consumer.until_prints("waiting for the ledger")
     assert await consumer.status("/healthz") == 200
-    assert await consumer.status("/readyz") == 503
+    async with httpx.AsyncClient(base_url=consumer.url) as client:
+        unready = await client.get("/readyz")
+    assert unready.status_code == 503
+    assert unready.text.startswith("waiting for the ledger: ")
     consumer.signal(number)
     assert await consumer.ended() == 0
     assert consumer.output.count("waiting for") == 1

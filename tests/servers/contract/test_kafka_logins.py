@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer
+from flashsale import kafka_clients
 from flashsale.settings import KafkaSettings, load
 
 pytestmark = pytest.mark.slow
@@ -127,6 +128,7 @@ def certified(broker: Broker, **more: str) -> KafkaSettings:
 
 async def connect(kafka: KafkaSettings) -> None:
     """Connect and ask for metadata. Raises `KafkaError` if the broker refuses the client."""
+    kafka_clients.adapt_aiokafka()
     producer = AIOKafkaProducer(**kafka.kafka_client())
     try:
         await producer.start()
@@ -144,11 +146,25 @@ async def test_a_user_logs_in_with_its_own_mechanism_and_password_only(
     broker: Broker, name: str, mechanism: str
 ) -> None:
     await connect(user(broker, name, mechanism))
-    with pytest.raises(KafkaError):
+    with pytest.raises(KafkaError, match=f"{broker.with_users}: .*AuthenticationFailed"):
         await connect(user(broker, name, mechanism, "another"))
     other = "PLAIN" if mechanism != "PLAIN" else "SCRAM-SHA-512"
-    with pytest.raises(KafkaError):
+    with pytest.raises(KafkaError, match="AuthenticationFailed"):
         await connect(user(broker, name, other))
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_the_error_of_a_client_that_no_broker_serves_has_the_cause(
+    broker: Broker, tmp_path: Path
+) -> None:
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.crt")
+    with pytest.raises(KafkaError, match=f"{broker.with_certificates}: .*CERTIFICATE_VERIFY_FAIL"):
+        await connect(certified(broker, FLASHSALE_KAFKA_CA_FILE=str(tmp_path / "other.crt")))
+    with pytest.raises(KafkaError, match="ConnectionResetError"):
+        await connect(certified(broker, FLASHSALE_KAFKA_BOOTSTRAP=broker.with_users))
+    with pytest.raises(KafkaError, match=f"{broker.with_users}: no answer to the first"):
+        await connect(KafkaSettings(kafka_bootstrap=broker.with_users))
     gc.collect()
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -137,7 +138,11 @@ def test_each_server_that_is_away_is_one_failure(examined: Doctor) -> None:
         FLASHSALE_DATABASE_URL="postgresql://u:s3cret@127.0.0.1:1/db",
     )
     assert code == 1
-    assert [text.partition(":")[0] for text in bad(verdicts)] == ["Redis", "Kafka", "PostgreSQL"]
+    redis, kafka, postgresql = bad(verdicts)
+    assert redis.startswith("Redis: ")
+    assert "rediss:// for TLS" in redis
+    assert re.match(r"Kafka: .*127\.0\.0\.1:1: \[Errno 111\].*certificates", kafka)
+    assert postgresql.startswith("PostgreSQL: ")
     assert not [text for text in verdicts if "s3cret" in text or "\n" in text]
 
 
