@@ -4,6 +4,7 @@ Each function returns the address for its library, or raises `ValueError` with a
 no part of the address, because an address may contain a password.
 """
 
+import os
 import re
 import ssl
 from ipaddress import IPv6Address
@@ -215,11 +216,15 @@ def _parse_database(url: str, options: dict[str, str]) -> None:
     except KeyError:
         raise ValueError("the user is missing") from None
     except (InterfaceError, OSError, ValueError) as error:
-        files = [name for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl") if name in options]
-        if options.get("sslmode") in ("verify-ca", "verify-full") and "sslrootcert" not in options:
-            why = "sslmode needs the option sslrootcert, a file of trusted certificates in PEM"
-        elif files and isinstance(error, OSError):
-            why = f"a file cannot be read: {', '.join(files)}"
+        if (files := _database_files(options)) and isinstance(error, OSError):
+            why = f"a file is missing, or has no certificate or key in PEM: {', '.join(files)}"
+        elif options.get("sslmode") in ("verify-ca", "verify-full") and not (
+            {"sslrootcert", "PGSSLROOTCERT"} & {*files}
+        ):
+            why = (
+                "sslmode needs the option sslrootcert, a file of trusted certificates in PEM, or "
+                "the variable PGSSLROOTCERT"
+            )
         elif "direct TLS" in str(error):
             why = "sslnegotiation=direct needs sslmode=require, verify-ca or verify-full"
         elif "sslmode" in str(error):
@@ -231,6 +236,17 @@ def _parse_database(url: str, options: dict[str, str]) -> None:
         else:
             why = f"asyncpg cannot read it: {_ENCODE}"
         raise ValueError(why) from None
+
+
+def _database_files(options: dict[str, str]) -> list[str]:
+    """Returns the options and the variables that name files of TLS. asyncpg prefers an option."""
+    given: list[str] = []
+    for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        if name in options:
+            given.append(name)
+        elif os.environ.get(variable := f"PG{name.upper()}"):
+            given.append(variable)
+    return given
 
 
 def _parts(url: str, schemes: tuple[str, ...]) -> tuple[str, str, dict[str, str]]:

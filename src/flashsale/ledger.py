@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, cast
 import asyncpg
 
 from flashsale import cancellation
+from flashsale.addresses import database_url
 from flashsale.errors import LedgerUnavailable, OtherEngine, RedisMoved, UnmetRequirement
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ async def _connection(
     """Connects. PgBouncer refuses the setting synchronous_commit, so there it must be the default.
 
     Raises `UnmetRequirement` if it is not, and if the server refuses the value of an option, such
-    as a `statement_timeout` of the address.
+    as a `statement_timeout` of the address. Raises `LedgerUnavailable` for a wrong file of TLS.
     """
     connection: asyncpg.Connection[asyncpg.Record]
     rest = {name: value for name, value in server_settings.items() if name != "synchronous_commit"}
@@ -156,6 +157,13 @@ async def _connection(
         raise UnmetRequirement(
             f"the ledger refused an option of its address, so change it: {why}"
         ) from error
+    except OSError as error:
+        # asyncpg reads the files of TLS again, and its error has no name of a file.
+        try:
+            database_url(arguments[0])
+        except ValueError as why:
+            raise LedgerUnavailable(f"the ledger is unavailable: {why}") from error
+        raise
     if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
         await connection.close()
         raise UnmetRequirement(_ASYNCHRONOUS)

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.asyncio.connection import parse_url
 
-from flashsale import redis_client
-from flashsale.errors import SettingsError
+from flashsale import ledger, redis_client
+from flashsale.errors import LedgerUnavailable, SettingsError
 from flashsale.settings import DatabaseUrl, EngineSettings, KafkaSettings, RedisUrl, load
 from flashsale_api.settings import Settings as ApiSettings
+from tests.support.certificates import certificate
 from tests.support.environments import without_servers
 from tests.support.paths import ROOT
 
@@ -182,7 +183,10 @@ def test_harmless_options_of_libpq_are_accepted(options: str) -> None:
         ("postgresql://u:p@h/db?require_auth=scram-sha-256", "does not know require_auth"),
         ("postgresql://u:p@h/db?sslmode=s3cretA", "sslmode is disable, allow"),
         ("postgresql://u:p@h/db?sslmode=verify-full", "sslmode needs the option sslrootcert"),
-        ("postgresql://u:p@h/db?sslmode=verify-ca&sslrootcert=/missing", "cannot be read: sslroot"),
+        (
+            "postgresql://u:p@h/db?sslmode=verify-ca&sslrootcert=/missing",
+            "missing, or has no certificate or key in PEM: sslroot",
+        ),
         ("postgresql://u:p@h/db?sslmode=verify-full&sslrootcert=system", "ca-certificates.crt"),
         ("postgresql://u:p@h/db?s3cretA=1", "an unknown option"),
         ("postgresql://u@h/db?password=s3cretA+s3cretB", "write + in the option password as %2B"),
@@ -205,6 +209,28 @@ def test_harmless_options_of_libpq_are_accepted(options: str) -> None:
 )
 def test_a_wrong_option_of_postgresql_is_explained(url: str, words: str) -> None:
     assert words in refused(database, url)
+
+
+@pytest.mark.parametrize("variable", ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGSSLCRL"])
+async def test_a_variable_that_names_a_wrong_file_is_named(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate(tmp_path)
+    files = {"PGSSLROOTCERT": "ca.crt", "PGSSLCERT": "server.pem", "PGSSLKEY": "server.pem"}
+    for name, file in files.items():
+        monkeypatch.setenv(name, str(tmp_path / file))
+    url = "postgresql://u:p@127.0.0.1:1/db?sslmode=verify-full"
+    clean = database(url)
+    pool = await ledger.connect(clean)
+    wrong = tmp_path / "wrong.pem"
+    wrong.touch()  # as a file of a Secret can be
+    monkeypatch.setenv(variable, str(wrong))
+    assert variable in refused(database, url)
+    wrong.unlink()
+    assert variable in refused(database, url)
+    with pytest.raises(LedgerUnavailable, match=f"a file is missing, .*{variable}"):
+        await pool.fetchval("SELECT 1")
+    pool.terminate()
 
 
 @pytest.mark.parametrize(
