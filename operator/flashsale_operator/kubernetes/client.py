@@ -217,31 +217,44 @@ class Kube:
         parameters: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> tuple[int, dict[str, Any]]:
-        """Returns the status code and the JSON of an answer. Logs in again once after a 401."""
+        """Returns the status code and the JSON of an answer. Logs in again once after a 401.
+
+        After a refused certificate, the next call logs in again: the authority may be renewed.
+        """
         code = 401
         answer: dict[str, Any] = {}
         for _ in range(2):
             session = self._session = self._session or self._open()
-            async with (
-                _translated(),
-                session.request(
-                    method,
-                    # aiohttp would drop the path of a base URL, such as that of a gateway.
-                    f"{self._server}{path}",
-                    json=body,
-                    params=parameters,
-                    headers={"Content-Type": content_type},
-                ) as response,
-            ):
-                code = response.status
-                is_json = response.content_type == "application/json"
-                answer = await response.json() if is_json else {"message": await response.text()}
+            try:
+                async with (
+                    _translated(),
+                    session.request(
+                        method,
+                        # aiohttp would drop the path of a base URL, such as that of a gateway.
+                        f"{self._server}{path}",
+                        json=body,
+                        params=parameters,
+                        headers={"Content-Type": content_type},
+                    ) as response,
+                ):
+                    code = response.status
+                    if response.content_type == "application/json":
+                        answer = await response.json()
+                    else:
+                        answer = {"message": await response.text()}
+            except KubeUnavailable as error:
+                if isinstance(error.__cause__, aiohttp.ClientConnectorCertificateError):
+                    await self._drop(session)
+                raise
             if code != 401:
                 break
-            if self._session is session:
-                self._session = None
-            await session.close()
+            await self._drop(session)
         return code, answer
+
+    async def _drop(self, session: aiohttp.ClientSession) -> None:
+        if self._session is session:
+            self._session = None
+        await session.close()
 
     def _open(self) -> aiohttp.ClientSession:
         try:

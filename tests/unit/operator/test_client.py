@@ -1,12 +1,15 @@
 """The Kubernetes client, against answers of a real server at bad moments."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import kopf
 import pytest
+import trustme
 from aiohttp import web
 
 from flashsale_operator.kubernetes.client import Kube, KubeUnavailable, NoFlashSales
@@ -15,24 +18,34 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def serving(answer: Answer, path: str = "") -> AsyncIterator[Kube]:
+async def serving(
+    answer: Answer, path: str = "", certificates: Path | None = None
+) -> AsyncIterator[Kube]:
     """Yields a client of a server with this answer. Its logins have the tokens 1, 2, …
 
-    The client's address of the server ends in `path`.
+    The client's address of the server ends in `path`. `certificates` is a folder with the
+    certificate of the server and the authority that the client trusts.
     """
+    context = None
+    if certificates is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / "server.pem")
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
     runner = web.AppRunner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
     await site.start()
     host, port = runner.addresses[0][:2]
     logins = 0
+    scheme = "http" if context is None else "https"
+    authority = None if certificates is None else str(certificates / "ca.crt")
 
     def log_in() -> kopf.ConnectionInfo:
         nonlocal logins
         logins += 1
-        return kopf.ConnectionInfo(server=f"http://{host}:{port}{path}", token=str(logins))
+        server = f"{scheme}://{host}:{port}{path}"
+        return kopf.ConnectionInfo(server=server, token=str(logins), ca_path=authority)
 
     kube = Kube(log_in)
     yield kube
@@ -59,6 +72,18 @@ async def test_an_expired_token_is_renewed() -> None:
         assert await kube.flash_sale("shop", "phone") == {"metadata": {}}
         await kube.flash_sale("shop", "phone")
     assert seen == ["Bearer 1", "Bearer 2", "Bearer 2"]
+
+
+async def test_a_renewed_authority_of_the_cluster_is_trusted(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    served = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+    served.write_to_path(tmp_path / "server.pem")
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.crt")
+    async with serving(answers(200, metadata={}), certificates=tmp_path) as kube:
+        with pytest.raises(KubeUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            await kube.flash_sale("shop", "phone")
+        authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+        assert await kube.flash_sale("shop", "phone") == {"metadata": {}}
 
 
 async def test_calls_go_through_the_proxy_of_the_kubeconfig() -> None:
