@@ -140,14 +140,18 @@ def redis_url(url: str) -> str:
 
 
 def _check_certificates(options: dict[str, str]) -> None:
+    # Python ignores a wrong SSL_CERT_FILE silently, and then trusts no authority.
+    authorities = options.get("ssl_ca_certs") or os.environ.get("SSL_CERT_FILE")
     try:
-        context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+        context = ssl.create_default_context(cafile=authorities)
         if certificate := options.get("ssl_certfile"):
             # Without a password, an encrypted key would ask for one on the terminal.
             context.load_cert_chain(certificate, options.get("ssl_keyfile"), password="")
     except OSError:
-        names = ", ".join(sorted(name for name in options if name.startswith("ssl_")))
-        raise ValueError(f"a file is missing or not in PEM: {names}") from None
+        names = sorted(name for name in options if name.startswith("ssl_"))
+        if "ssl_ca_certs" not in options and authorities:
+            names.append("SSL_CERT_FILE")
+        raise ValueError(f"a file is missing or not in PEM: {', '.join(names)}") from None
 
 
 def database_url(url: str) -> str:

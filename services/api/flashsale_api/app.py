@@ -223,7 +223,7 @@ class RedisCheck:
 
     async def run(self) -> None:
         """Checks Redis and loads the scripts, again and again until both succeed."""
-        checks, waiting = Checks(log), ""
+        checks = Checks(log)
         while True:
             try:
                 facts = await redis_facts.read(self._inventory.redis, self._inventory.engine)
@@ -236,9 +236,10 @@ class RedisCheck:
                 self.problem = str(error)
                 await asyncio.sleep(CHECK_SECONDS)
             except RedisUnavailable as error:
-                if waiting != str(error):
-                    log.info("waiting for Redis: %s", error)
-                waiting = str(error)
+                problem = f"waiting for Redis: {error}"
+                if self.problem != problem:
+                    log.info("%s", problem)
+                self.problem = problem
                 await asyncio.sleep(RETRY_SECONDS)
             else:
                 self.problem = ""

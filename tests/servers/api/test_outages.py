@@ -209,7 +209,13 @@ async def test_the_api_starts_without_redis_and_is_ready_once_redis_answers(tmp_
                 except httpx.TransportError:
                     await asyncio.sleep(0.05)
         assert alive.status_code == 200
-        assert (await http.get("/readyz")).status_code == 503
+
+        async def says_why() -> bool:
+            unready = await http.get("/readyz")
+            assert unready.status_code == 503
+            return unready.text.startswith("waiting for Redis: ") and "connect" in unready.text
+
+        await until(says_why)
         problem(await reserve(http, ITEM), 503, "redis-unavailable")
         await asyncio.to_thread(redis.start)
         await starting

@@ -211,6 +211,18 @@ def test_a_wrong_option_of_postgresql_is_explained(url: str, words: str) -> None
     assert words in refused(database, url)
 
 
+def test_a_wrong_file_of_authorities_for_redis_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
+    assert redis("redis://h/0") == "redis://h/0"
+    assert "missing or not in PEM: SSL_CERT_FILE" in refused(redis, "rediss://h/0")
+    (tmp_path / "ca.crt").touch()  # as a file of a Secret can be
+    assert "missing or not in PEM: SSL_CERT_FILE" in refused(redis, "rediss://h/0")
+    certificate(tmp_path)
+    assert redis("rediss://h/0") == "rediss://h/0"
+
+
 @pytest.mark.parametrize("variable", ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGSSLCRL"])
 async def test_a_variable_that_names_a_wrong_file_is_named(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
