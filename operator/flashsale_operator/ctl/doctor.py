@@ -64,7 +64,8 @@ _NO_RESOURCES: Final = b"{}"
 
 _REMEDIES: Final = {
     REDIS: "address (rediss:// for TLS), the network, the certificates and the user",
-    KAFKA: "address of the listener, its kind (TLS, user), the network, certificates and the user",
+    KAFKA: "address, the listener (TLS, users), the network, the certificates and the user",
+    POSTGRESQL: "address, the network, the certificates and the user",
 }
 
 # The commands that the engine's scripts use to write. The first one needs memory: after another
