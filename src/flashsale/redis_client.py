@@ -9,9 +9,11 @@ redis-py's pool a call costs twice as much, mostly for taking a connection and g
 import asyncio
 import contextlib
 import logging
+import os
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import hiredis
@@ -62,6 +64,7 @@ def connect(url: str) -> "Redis":
     )
     if tls:
         pool.connection_class = TlsConnection
+        pool.connection_kwargs["certificates"] = _Certificates()
     return Redis.from_pool(pool)
 
 
@@ -104,15 +107,34 @@ def address(redis: "Redis") -> str:
     return "{}:{}/{}".format(*location(redis))
 
 
-class TlsConnection(SSLConnection):
-    """Reads the certificate files again on each connect, because they can have been renewed.
+class _Certificates:
+    """What the connections of a client and its neighbours have read from certificate files."""
 
-    redis-py reads them only once per connection object, and its pool reuses these objects.
+    context: ssl.SSLContext | None = None
+    stamp: tuple[tuple[int, int, int], ...] = ()
+    """Changes with each file."""
+
+
+class TlsConnection(SSLConnection):
+    """Reads certificate files again if they have changed, because they can be renewed.
+
+    redis-py reads them only once per connection object, and its pool reuses these objects. To read
+    them takes so long that connections share them.
     """
 
+    def __init__(self, *, certificates: _Certificates, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**options)
+        self._certificates = certificates
+
     def _connection_arguments(self) -> Mapping[str, object]:
-        self.ssl_context.context = None
-        return super()._connection_arguments()
+        own, shared = self.ssl_context, self._certificates
+        names = own.ca_certs, own.certfile, own.keyfile, os.environ.get("SSL_CERT_FILE")
+        found = [Path(name).stat() for name in names if name]
+        stamp = tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in found)
+        own.context = shared.context if stamp == shared.stamp else None
+        arguments = super()._connection_arguments()
+        shared.context, shared.stamp = own.context, stamp
+        return arguments
 
 
 class Pool(BlockingConnectionPool):
