@@ -41,9 +41,10 @@ async def receive(data: dict, options: argparse.Namespace) -> None:
     elif data["state"] != "confirmed":
         decide(DECISIONS[data["state"]], data)
     elif identity not in shipped and data.get("orderRef", order) == order:
-        if identity not in paid:  # it was never held, or this service ended before it captured
+        if "expiresAt" not in data:  # it was never held, so this is its first message
             decide("charge", data)
-            paid.add(identity)
+        elif identity not in paid:  # this service may have ended before it captured
+            decide("capture", data)
         decide("ship", data)
         shipped.add(identity)
     newest[identity] = rank

@@ -40,12 +40,13 @@ def adapt_aiokafka() -> None:
     class Connection(conn.AIOKafkaConnection):  # type: ignore[misc] # aiokafka has no types
         async def connect(self) -> Any:  # noqa: ANN401 - aiokafka's
             address = (self.host, self.port)
-            failures.pop(address, None)
             try:
-                return await super().connect()
+                connected = await super().connect()
             except Exception as error:
                 failures[address] = str(error) or repr(error)
                 raise
+            failures.pop(address, None)
+            return connected
 
         def send(self, request: Any, expect_response: bool = True) -> Any:  # noqa: ANN401 - aiokafka's
             try:

@@ -75,7 +75,8 @@ class Nodes:
 
     The first call looks whether the address belongs to a cluster. Later looks follow a `MOVED`, and
     a node that does not answer. A server whose map shares no node with the known map belongs to
-    another cluster. It gets no call, even at the address of a node.
+    another cluster. It gets no call, even at the address of a node, until no known node has
+    answered for `STRANGER_SECONDS`.
     """
 
     def __init__(self, redis: "Redis") -> None:
@@ -388,6 +389,8 @@ class Nodes:
         try:
             slots = _parsed(await connection.read_response(), connection.host)
         except ResponseError as error:
+            if denies_command(error):
+                raise
             raise Stranger(f"the server at {place} is no node of the cluster: {error}") from error
         if not self._ours(slots):
             raise Stranger(f"the server at {place} is no node of the cluster")

@@ -67,7 +67,7 @@
 {{- if not (has (len (without (list .jwksUrl .issuer .audience) "")) (list 0 3)) }}
 {{- $wrong = append $wrong "identity: set all of jwksUrl, issuer and audience, or none" }}
 {{- end }}
-{{- $others := splitList " " "accept accept-encoding accept-language authorization cache-control connection content-encoding content-length content-type cookie date expect forwarded host http2-settings idempotency-key if-modified-since if-none-match keep-alive origin proxy-authorization range referer te traceparent tracestate trailer transfer-encoding upgrade user-agent via x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-proto x-request-id" }}
+{{- $others := splitList " " "accept accept-encoding accept-language authorization cache-control connection content-encoding content-length content-type cookie date expect forwarded host http2-settings idempotency-key if-modified-since if-none-match keep-alive origin proxy-authorization range referer te traceparent tracestate trailer transfer-encoding upgrade user-agent via x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-proto x-real-ip x-request-id" }}
 {{- if has (lower .userHeader) $others }}
 {{- $wrong = append $wrong (printf "identity.userHeader is %s, which clients or proxies send for another purpose: name a header that only the gateway sets, such as x-user-id" .userHeader) }}
 {{- end }}
@@ -108,7 +108,7 @@
 {{- $names = append $names .name }}
 {{- end }}
 {{- range (index $.Values $component).extraEnv }}
-{{- if and .value (or (regexMatch "(PASSWORD|HEADERS|TOKENS?|SECRET)$" .name) (regexMatch $secret .value)) }}
+{{- if and .value (not (contains "$(" .value)) (or (regexMatch "(PASSWORD|HEADERS|TOKENS?|SECRET)$" .name) (regexMatch $secret .value)) }}
 {{- $wrong = append $wrong (printf "%s.extraEnv: the value of %s is a secret: put it into a Secret and set valueFrom" $component .name) }}
 {{- end }}
 {{- end }}

@@ -1,6 +1,7 @@
 """A client for the few Kubernetes API calls that kopf does not make. kopf makes the watches."""
 
 import asyncio
+import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -16,6 +17,8 @@ from flashsale import cancellation
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.tls import relaxed
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
+
+log = logging.getLogger(__name__)
 
 LIST_PAGE: Final = 500
 TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
@@ -244,6 +247,10 @@ class Kube:
                         answer = {"message": await response.text()}
             except KubeUnavailable as error:
                 if isinstance(error.__cause__, aiohttp.ClientConnectorCertificateError):
+                    log.warning(
+                        "the certificate of the Kubernetes API is refused: if its authority was "
+                        "renewed, restart the operator, because its watches keep the former one"
+                    )
                     await self._drop(session)
                 raise
             if code != 401:

@@ -50,7 +50,6 @@ class Backlog:
 class _Entry:
     result: Result
     sale: Sale | None = None
-    refused: int = 0
     backlog: Backlog = field(default_factory=Backlog)
 
 
@@ -65,12 +64,8 @@ class SaleMetrics(Collector):
         entry.result = result
         if result.state is not SaleState.FENCED:  # A fenced sale can lack any unit.
             entry.sale = result.own_sale
-        if result.refused is not None:
-            entry.refused = result.refused.units
         if entry.sale is not None:
-            # The ledger has answered for a refused unit, so it waits no longer.
-            settled = None if result.recorded is None else result.recorded + entry.refused
-            entry.backlog.sample(time.monotonic(), entry.sale.accepted, settled)
+            entry.backlog.sample(time.monotonic(), entry.sale.accepted, result.recorded)
 
     def forget(self, key: tuple[str, str]) -> None:
         self._entries.pop(key, None)

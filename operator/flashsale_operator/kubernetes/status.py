@@ -202,7 +202,10 @@ def open_message(result: Result) -> str:  # noqa: PLR0911 - one message per stat
             return f"all units are sold or held: {held} may come back"
         case SaleState.SOLD_OUT if sale is not None and sale.hold_ms:
             # Kafka may not have acknowledged yet that a hold has ended.
-            return "all units are sold: a larger spec.stock or an ended hold opens the sale again"
+            return (
+                "all units are sold: a larger spec.stock or a hold that has just ended opens the "
+                "sale again"
+            )
         case SaleState.SOLD_OUT:
             return "all units are sold: a larger spec.stock opens the sale again"
         case SaleState.PAUSED:

@@ -5,11 +5,12 @@ changes Redis.
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from flashsale import ledger
-from flashsale.errors import FlashsaleError
+from flashsale.errors import ContractViolation, FlashsaleError
 from flashsale.inventory import Applied, Closed, Inventory
 from flashsale.ledger import SaleRow
 from flashsale.sale import Predecessor, Sale, SaleSpec, SaleState, utc_of_ms
@@ -254,7 +255,8 @@ class Reconciler:
         # While Redis is away, the ledger notes the close. A resync then closes the sale in Redis.
         row = await self._close_row(sale_id, current)
         await engine.claim(inventory, self._pool, engine_id)
-        await self._fence_if_outdated(row, engine_id)
+        with suppress(ContractViolation):  # the script can close a sale that cannot be read here
+            await self._fence_if_outdated(row, engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         sale, server = await self._inventory.observe(row.item_id)
         if closed is Closed.STALE and sale is not None:

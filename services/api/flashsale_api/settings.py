@@ -28,7 +28,7 @@ OTHER_HEADERS: Final = (
     "content-encoding content-length content-type cookie date expect forwarded host http2-settings "
     "idempotency-key if-modified-since if-none-match keep-alive origin proxy-authorization range "
     "referer te traceparent tracestate trailer transfer-encoding upgrade user-agent via "
-    "x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-proto x-request-id"
+    "x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-proto x-real-ip x-request-id"
 )
 """Headers that clients and proxies send for other purposes. They name no user."""
 WebUrl = Annotated[

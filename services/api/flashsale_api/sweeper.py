@@ -119,7 +119,7 @@ class Sweeper:
     async def _sweep_item(self, item_id: str, after: str, until_ms: int) -> None:
         """Publishes the entries of dead pods, and logs how many entries cannot be read.
 
-        Only the pod with the lease logs. It logs a changed number once per `REREAD_SECONDS`.
+        A pod logs a changed number once per `REREAD_SECONDS`.
         """
         publisher, now = self._publisher, time.monotonic()
         known = self._unreadable.setdefault((item_id, after == "-"), _Unreadable())
@@ -137,8 +137,7 @@ class Sweeper:
                 if leading:
                     known.end = entry_id
             left = [entry for entry in page.entries if not publisher.holds(item_id, entry.entry_id)]
-            found = left or page.unreadable
-            if found and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
+            if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
                 return
             for entry in left:
                 publisher.add(entry)

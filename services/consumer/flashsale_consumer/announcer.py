@@ -49,7 +49,8 @@ POLL_SECONDS: Final = 0.5
 REBUILDS_SECONDS: Final = 1.0
 """How often the announcer looks for rebuilt sales."""
 PAGE_SECONDS: Final = 12.0
-"""How long Kafka may take to acknowledge a page before the producer is discarded."""
+"""How long Kafka may take to receive a page, and then to acknowledge it. After that the producer is
+discarded."""
 _REQUEST_TIMEOUT_MS: Final = 10_000
 _LEAST_BATCH_BYTES: Final = 100
 """Each message is larger. So batches with this limit have one message."""
@@ -251,7 +252,7 @@ class Announcer:
         # A timeout must not cancel a batch, because aiokafka fails on that.
         done, waiting = await asyncio.wait(sent, timeout=PAGE_SECONDS)
         errors = [error for batch in done if (error := batch.exception())]
-        # A size is corrected at once, also while another partition is away.
+        # A size is corrected first, also while another partition is away.
         errors.sort(key=lambda error: not isinstance(error, _TOO_LARGE))
         if errors:
             raise errors[0]

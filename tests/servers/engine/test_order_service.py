@@ -205,10 +205,10 @@ async def test_the_example_decides_on_every_hold_as_the_ledger_has_it(
     for identity, each in recorded.items():
         assert each["orderRef"] == order_of(each)
         if each["state"] == "confirmed":
-            # The example charges on `confirmed` if its memory of the capture was lost.
+            # The example captures again if its memory of the capture was lost.
             payments = decisions[identity] - {("confirmed", "ship")}
             assert payments
-            assert payments <= {("held", "capture"), ("confirmed", "charge")}
+            assert payments <= {("held", "capture"), ("confirmed", "capture")}
             assert ("confirmed", "ship") in decisions[identity]
         else:
             assert each["state"] == "cancelled"
@@ -337,7 +337,7 @@ async def test_an_order_is_not_shipped_unpaid_if_the_example_dies_before_it_capt
         await until(lambda: ("confirmed", "ship") in decided(service, item), service.decisions)
     finally:
         service.kill()
-    assert decided(service, item) == [("confirmed", "charge"), ("confirmed", "ship")]
+    assert decided(service, item) == [("confirmed", "capture"), ("confirmed", "ship")]
 
 
 async def test_an_order_of_a_former_sale_takes_no_unit_of_the_next_one(

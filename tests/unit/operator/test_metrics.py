@@ -6,7 +6,7 @@ from dataclasses import replace
 from flashsale.sale import SaleState
 from flashsale_operator.kubernetes.metrics import Backlog, Metrics
 from flashsale_operator.sales.decision import Reason
-from flashsale_operator.sales.reconciler import Refused, Result
+from flashsale_operator.sales.reconciler import Result
 from tests.support.observations import a_row, a_sale
 
 
@@ -48,23 +48,6 @@ def test_units_that_redis_lost_do_not_count() -> None:
     backlog.sample(60, accepted=4, recorded=3)
     backlog.sample(70, accepted=4, recorded=3)
     assert backlog.seconds == 10
-
-
-def test_a_refused_unit_does_not_wait() -> None:
-    metrics, sale = Metrics(), replace(a_sale(), accepted=7)
-    result = Result(
-        sale.sale_id,
-        sale.item_id,
-        SaleState.SELLING,
-        Reason.APPLIED,
-        "",
-        sale=sale,
-        row=replace(a_row(), accepted=5),
-        refused=Refused(1, 2),
-    )
-    for _ in range(2):
-        metrics.sales.update(("shop", "phones"), result)
-    assert waited(metrics).endswith("} 0.0")
 
 
 def test_a_sale_without_its_item_has_no_recorded_units() -> None:
