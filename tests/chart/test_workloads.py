@@ -149,23 +149,25 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         {"memory": "512Mi", "cpu": 2, "ephemeral-storage": 1_000_000, "a.example/gpu": 1},
     ),
     (
-        "an additional variable from a Secret follows those of the chart",
+        "additional variables from a Secret follow those of the chart",
         at(
             "consumer.extraEnv",
             [
                 {
-                    "name": "OTEL_EXPORTER_OTLP_HEADERS",
-                    "valueFrom": {"secretKeyRef": {"name": "collector", "key": "headers"}},
-                }
+                    "name": "COLLECTOR_TOKEN",
+                    "valueFrom": {"secretKeyRef": {"name": "collector", "key": "token"}},
+                },
+                {"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": "x-token=$(COLLECTOR_TOKEN)"},
             ],
         ),
-        lambda r: r.container("consumer")["env"][-2:],
+        lambda r: r.container("consumer")["env"][-3:],
         [
             {"name": "FLASHSALE_LOG_LEVEL", "value": "info"},
             {
-                "name": "OTEL_EXPORTER_OTLP_HEADERS",
-                "valueFrom": {"secretKeyRef": {"name": "collector", "key": "headers"}},
+                "name": "COLLECTOR_TOKEN",
+                "valueFrom": {"secretKeyRef": {"name": "collector", "key": "token"}},
             },
+            {"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": "x-token=$(COLLECTOR_TOKEN)"},
         ],
     ),
     (
