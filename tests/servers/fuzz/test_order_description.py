@@ -137,7 +137,7 @@ async def _check_outages(
     own_redis.pause()
     for label, verb in ((CONFIRM, "confirm"), (CANCEL, "cancel")):
         slug = ""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while slug != "too-many-waiting":  # more calls than those in flight can take
                 found = await asyncio.gather(*(_call(orders, path, verb) for _ in range(50)))
                 slug = max(seen.check(label, answer) for answer in found)
