@@ -174,7 +174,7 @@ async def living(
     return reports + [
         Report(pod.pod_id, pod.unacknowledged.get(item_id, 0), pod.sampled_ms)
         for pod in (await _previous_version(redis, engine) if nodes.single else ())
-        if pod.pod_id not in found and oldest_ms <= pod.sampled_ms <= newest_ms
+        if pod.pod_id not in found
     ]
 
 

@@ -135,7 +135,8 @@ async def test_a_pod_that_has_not_been_called_yet_knows_the_sale_too(
     await open_sale(item)
 
     async def swept() -> bool:
-        return f'item="{item}"' in (await http.get(api.metrics_url)).text
+        entries = f'flashsale_api_outbox_entries{{item="{item}"}}'
+        return entries in (await http.get(api.metrics_url)).text
 
     await until(swept)
     await redis.delete(*ItemKeys.of(item).sold)
