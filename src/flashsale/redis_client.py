@@ -108,7 +108,7 @@ def address(redis: "Redis") -> str:
 
 
 class _Certificates:
-    """What the connections of a client and its neighbours have read from certificate files."""
+    """The certificate files as a client and its neighbours have read them last."""
 
     context: ssl.SSLContext | None = None
     stamp: tuple[tuple[int, int, int], ...] = ()

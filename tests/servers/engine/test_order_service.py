@@ -237,11 +237,7 @@ async def test_the_example_ships_an_order_of_a_later_sale_with_the_same_key(
         applied = await flashsalectl(addresses, "apply", "-f", "-", stdin=json.dumps(manifest))
         assert applied.returncode == 0, applied.stderr
         async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
-
-            async def accepted() -> bool:
-                return (await reserve(buyer, item, "ann", 1, "k" * 32)).status_code == 202
-
-            await until(accepted)
+            await until(lambda: accepts(buyer, item))
         await until(partial(_shipped, service, sale_id), service.decisions)
         deleted = await flashsalectl(addresses, "delete", item)
         assert deleted.returncode == 0, deleted.stderr
@@ -264,6 +260,15 @@ async def apply(addresses: Addresses, name: str, item: str, **spec: object) -> N
         stdin=json.dumps(flash_sale(name, item, namespace=None, **spec)),
     )
     assert done.returncode == 0, done.stderr
+
+
+async def accepts(buyer: httpx.AsyncClient, item: str) -> bool:
+    """Reserve a unit. Each call has the same key."""
+    return (await reserve(buyer, item, "ann", 1, "k" * 32)).status_code == 202
+
+
+async def sells(buyer: httpx.AsyncClient, item: str) -> bool:
+    return bool((await buyer.get(f"/sales/{item}")).json().get("available"))
 
 
 def decided(service: OrderService, name: str) -> list[tuple[str, str]]:
@@ -350,25 +355,18 @@ async def test_an_order_of_a_former_sale_takes_no_unit_of_the_next_one(
     """The order port is away for the whole hold. A buyer repeats the key in the next sale."""
     faults = [(503, "{}")] * 1_000
     async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
-
-        async def accepted() -> bool:
-            return (await reserve(buyer, item, "ann", 1, "k" * 32)).status_code == 202
-
-        async def available() -> bool:
-            return bool((await buyer.get(f"/sales/{item}")).json().get("available"))
-
         await apply(addresses, f"{item}-1", item, stock=1, holdSeconds=8)
         with gateway(api.orders_url, faults) as url:
             service = OrderService(tmp_path / "decisions", addresses, url, 0)
             service.start()
             try:
-                await until(accepted)
+                await until(lambda: accepts(buyer, item))
                 await until(lambda: len(faults) < 1_000)
-                await until(available)  # the hold has expired
+                await until(lambda: sells(buyer, item))  # the hold has expired
                 done = await flashsalectl(addresses, "delete", item)
                 assert done.returncode == 0, done.stderr
                 await apply(addresses, f"{item}-2", item, stock=1, holdSeconds=600)
-                await until(accepted)
+                await until(lambda: accepts(buyer, item))
                 faults.clear()
                 await until(
                     lambda: ("confirmed", "ship") in decided(service, f"{item}-2"),
@@ -390,21 +388,13 @@ async def test_a_late_message_of_a_former_sale_confirms_nothing_of_the_present_o
 ) -> None:
     """The example was away while a sale ended. A buyer repeats the key in the next sale."""
     async with httpx.AsyncClient(base_url=api.url, timeout=30) as buyer:
-
-        async def accepted() -> bool:
-            return (await reserve(buyer, item, "ann", 1, "k" * 32)).status_code == 202
-
-        async def available() -> bool:
-            found = (await buyer.get(f"/sales/{item}")).json()
-            return bool(found.get("available"))
-
         await apply(addresses, f"{item}-1", item, stock=1, holdSeconds=1)
-        await until(accepted)
-        await until(available)  # the hold has expired
+        await until(lambda: accepts(buyer, item))
+        await until(lambda: sells(buyer, item))  # the hold has expired
         deleted = await flashsalectl(addresses, "delete", item)
         assert deleted.returncode == 0, deleted.stderr
         await apply(addresses, f"{item}-2", item, stock=1, holdSeconds=600)
-        await until(accepted)
+        await until(lambda: accepts(buyer, item))
     service = OrderService(tmp_path / "decisions", addresses, api.orders_url, 0)
     service.start()
     try:
