@@ -125,7 +125,7 @@ class Nodes:
         slot = _slot(key)
         owner = self._owners[slot]
         if owner is None:
-            self._look_soon()
+            self.look_soon()
             raise ClusterDownError(f"no node of the cluster has slot {slot}")
         return owner
 
@@ -184,7 +184,7 @@ class Nodes:
         say which slots they have.
         """
         if self.single:  # the only server has become a node of a cluster
-            self._look_soon()
+            self.look_soon()
             if self._look:
                 try:
                     await asyncio.shield(self._look)
@@ -193,12 +193,21 @@ class Nodes:
         owner = self._primary(error.host or redis_client.location(node.redis)[0], error.port)
         if self._owners:
             self._owners[error.slot_id] = owner
-        self._look_soon()
+        self.look_soon()
         return owner
 
-    def look_again(self) -> None:
-        """Looks whether the address belongs to a cluster, and which primary has which slots."""
-        self._look_soon()
+    def look_soon(self, besides: Node | None = None, *, at_once: bool = False) -> None:
+        """Begins a look at which servers there are, and which primary has which slots.
+
+        Does nothing if a look runs or has just begun, or if `besides` is the only server.
+        """
+        if besides is not None and besides is self.single:
+            return
+        now = asyncio.get_running_loop().time()
+        if (self._look is None or self._look.done()) and (at_once or now >= self._next_look):
+            self._next_look = now + BETWEEN_LOOKS_SECONDS
+            self._look = asyncio.create_task(self._read(besides))
+            self._look.add_done_callback(_log_failure)
 
     def demoted(self, node: Node) -> None:
         """Leaves a server that has become a replica, for the primary that has replaced it.
@@ -209,7 +218,7 @@ class Nodes:
             node.pool.close_link()  # a call that is repeated at once must not use it
             self._finish(node.pool.renew())
         else:
-            self._look_soon(besides=node)
+            self.look_soon(besides=node)
 
     def unavailable(
         self, error: Exception, node: Node | None, *, sent: bool = False
@@ -223,9 +232,9 @@ class Nodes:
         if node and isinstance(error, ReadOnlyError):
             self.demoted(node)
         elif isinstance(error, Stranger):
-            self._look_soon()
+            self.look_soon()
         elif node and (not refused or isinstance(error, ClusterDownError)):
-            self._look_soon(besides=node)
+            self.look_soon(besides=node)
         # A refusal is a reply: the script has changed nothing.
         return RedisUnavailable(describe(error), maybe_executed=sent and not refused)
 
@@ -266,12 +275,12 @@ class Nodes:
                 self.demoted(node)
             if node is self.single and "cluster_enabled:1" in str(info):
                 # A call of several items gets no `MOVED`.
-                self._look_soon()
+                self.look_soon()
 
     async def _known(self) -> None:
         """Waits until a look has found which servers there are."""
         if self.single is None and not self._owners:
-            self._look_soon(at_once=True)
+            self.look_soon(at_once=True)
             if self._look:
                 await asyncio.shield(self._look)
 
@@ -281,17 +290,7 @@ class Nodes:
         Without an owner, a pod sends neither a heartbeat nor a reservation, so no call would look.
         """
         if None in self._owners:
-            self._look_soon()
-
-    def _look_soon(self, besides: Node | None = None, *, at_once: bool = False) -> None:
-        """Begins a look, unless one runs or has just begun, or `besides` is the only server."""
-        if besides is not None and besides is self.single:
-            return
-        now = asyncio.get_running_loop().time()
-        if (self._look is None or self._look.done()) and (at_once or now >= self._next_look):
-            self._next_look = now + BETWEEN_LOOKS_SECONDS
-            self._look = asyncio.create_task(self._read(besides))
-            self._look.add_done_callback(_log_failure)
+            self.look_soon()
 
     async def _read(self, besides: Node | None) -> None:
         """Asks the nodes for the map.
@@ -319,13 +318,11 @@ class Nodes:
         A node that has just failed is not asked. It may be frozen, or cut off from the others.
         Returns the answer of a stranger only if no known node answers.
         """
-        everyone = [
-            self._seed,
-            *(node for node in self._primaries.values() if node.name != self._seed_name),
-        ]
-        failed = (besides.name or self._seed_name) if besides else None
-        asked = [node for node in everyone if (node.name or self._seed_name) != failed]
-        tasks = [asyncio.create_task(self._slots(node)) for node in asked or everyone]
+        everyone = self._primaries | {self._seed_name: self._seed}
+        asked = dict(everyone)
+        if besides:
+            asked.pop(besides.name or self._seed_name, None)
+        tasks = [asyncio.create_task(self._slots(node)) for node in (asked or everyone).values()]
         found: list[_Slots | None] = []
         failure: Exception = Disconnected("no node has answered in time")
         try:
@@ -376,7 +373,7 @@ class Nodes:
         try:
             entries = await ask("CLUSTER", "SLOTS")
         except ResponseError as error:
-            if refusal and _DISABLED in str(error):
+            if refusal and "cluster support disabled" in str(error):
                 return None
             raise refusal or error from None
         return _parsed(entries, redis_client.location(node.redis)[0])
@@ -445,7 +442,6 @@ def _slot(key: str) -> int:
     return key_slot(key.encode())
 
 
-_DISABLED: Final = "cluster support disabled"
 _Slots: TypeAlias = list[tuple[int, int, str, int, list[str]]]
 """Ranges of slots: the first and the last slot, the primary's host and port, and all nodes' ids."""
 

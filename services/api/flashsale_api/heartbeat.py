@@ -62,7 +62,7 @@ class Pulse:
             return Outcome.FENCED
         if not self.unheard:
             # The heartbeat may know a new primary. A refused request gets no `MOVED` that names it.
-            self._inventory.nodes.look_again()
+            self._inventory.nodes.look_soon()
         self.unheard = True
         return Failure.REDIS_UNAVAILABLE
 
@@ -141,7 +141,7 @@ class Heartbeat:
         begun = asyncio.get_running_loop().time()
         if self._pulse.unheard:
             # The pod's loop may know a new primary, which no heartbeat would meet.
-            self._inventory.nodes.look_again()
+            self._inventory.nodes.look_soon()
             self._pulse.unheard = False
         # Read the clocks first, because a heartbeat must not claim to be younger than its count.
         sampled, engine_id = await asyncio.gather(

@@ -100,7 +100,7 @@ async def test_a_server_of_no_cluster_at_the_address_takes_no_sale_from_known_no
     await opened(inventory, a_sale(other))
     with RedisServer(tmp_path / "stranger", port=port):
         for _ in range(100):
-            inventory.nodes._look_soon(at_once=True)
+            inventory.nodes.look_soon(at_once=True)
             look: Any = inventory.nodes._look
             await look
             assert inventory.nodes.single is None
