@@ -6,13 +6,14 @@ The pod that accepted such an entry died, or its call to Redis failed after Redi
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from flashsale.errors import RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale.reservations import OutboxEntry
 from flashsale_api.known_items import KnownItems
 from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
@@ -47,8 +48,8 @@ do not count, because those of a node that is away wait for it and must not stop
 class _Unreadable:
     """The entries of an outbox that the pod cannot read. They stay in the outbox."""
 
-    end: str = ""
-    """The id before which all entries are unreadable, or nothing. The sweep begins behind it."""
+    end: str = "-"
+    """The sweep begins behind this entry, because it and all older ones are unreadable."""
     reread_at: float = 0.0
     logged: int = 0
     """The number of entries in the last line of the log."""
@@ -73,8 +74,7 @@ class Sweeper:
         self._publisher = publisher
         self._metrics = metrics
         self._pod_id = pod_id
-        self._unreadable: dict[tuple[str, bool], _Unreadable] = {}
-        """By item, of the entries that have an age and of those of a clock that was ahead."""
+        self._unreadable: dict[str, _Unreadable] = {}
 
     async def run(self) -> None:
         """Sweeps all outboxes every `INTERVAL_SECONDS` until it is cancelled."""
@@ -94,11 +94,10 @@ class Sweeper:
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
         filled = await self._measure(now_ms)
-        self._unreadable = {key: each for key, each in self._unreadable.items() if key[0] in filled}
+        self._unreadable = {item: each for item, each in self._unreadable.items() if item in filled}
         for item_id in filled:
             try:
-                await self._sweep_item(item_id, "-", now_ms[item_id] - SWEEP_AGE_MS)
-                await self._sweep_item(item_id, f"{now_ms[item_id] + AHEAD_MS}", FOREVER_MS)
+                await self._sweep_item(item_id, now_ms[item_id])
             except RedisUnavailable as error:
                 log.debug("no sweep of %s: %s", item_id, error)
 
@@ -116,38 +115,44 @@ class Sweeper:
             self._metrics.outbox_age.labels(item_id).set(max(age_ms, 0) / 1000)
         return filled
 
-    async def _sweep_item(self, item_id: str, after: str, until_ms: int) -> None:
+    async def _sweep_item(self, item_id: str, now_ms: int) -> None:
         """Publishes the entries of dead pods, and logs how many entries cannot be read.
 
         A pod logs a changed number once per `REREAD_SECONDS`.
         """
         publisher, now = self._publisher, time.monotonic()
-        known = self._unreadable.setdefault((item_id, after == "-"), _Unreadable())
+        known = self._unreadable.setdefault(item_id, _Unreadable())
         if reread := now >= known.reread_at:
-            known.end, known.reread_at = "", now + REREAD_SECONDS
-        count, first, leading = 0, "", True
-        after = known.end or after
-        while publisher.sweepable and publisher.unacknowledged < BACKLOG:
-            page = await self._outbox.page(
-                item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
-            )
-            leading = leading and not page.entries
-            for entry_id, error in page.unreadable.items():
-                count, first = count + 1, first or str(error)
-                if leading:
-                    known.end = entry_id
-            left = [entry for entry in page.entries if not publisher.holds(item_id, entry.entry_id)]
-            if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
-                return
-            for entry in left:
-                publisher.add(entry)
-            self._metrics.swept.inc(len(left))
-            if not page.last:
-                break
-            after = page.last
-        else:
-            return
+            known.end, known.reread_at = "-", now + REREAD_SECONDS
+        count, first = 0, None
+        old = known.end, now_ms - SWEEP_AGE_MS
+        ahead = f"{now_ms + AHEAD_MS}", FOREVER_MS
+        for begin, until_ms in (old, ahead):
+            after = begin
+            while after:
+                if not publisher.sweepable or publisher.unacknowledged >= BACKLOG:
+                    return
+                page = await self._outbox.page(
+                    item_id, after=after, until_ms=until_ms, count=SWEEP_PAGE
+                )
+                count += len(page.unreadable)
+                first = first or next(iter(page.unreadable.values()), None)
+                if after == known.end and not page.entries:
+                    known.end = next(reversed(page.unreadable), after)
+                if not await self._publish(item_id, page.entries):
+                    return
+                after = page.last
         if count != known.logged and (reread or not known.logged):
             if count:
                 log.error("%s: %s, so its event is not published (1 of %d)", item_id, first, count)
             known.logged = count
+
+    async def _publish(self, item_id: str, entries: Sequence[OutboxEntry]) -> bool:
+        """Publishes entries that this pod does not hold. False if another pod has the lease."""
+        left = [each for each in entries if not self._publisher.holds(item_id, each.entry_id)]
+        if left and not await self._outbox.take_lease(item_id, self._pod_id, SWEEP_LEASE_MS):
+            return False
+        for entry in left:
+            self._publisher.add(entry)
+        self._metrics.swept.inc(len(left))
+        return True
