@@ -252,10 +252,9 @@ class Announcer:
         # A timeout must not cancel a batch, because aiokafka fails on that.
         done, waiting = await asyncio.wait(sent, timeout=PAGE_SECONDS)
         errors = [error for batch in done if (error := batch.exception())]
-        # A size is corrected first, also while another partition is away.
-        errors.sort(key=lambda error: not isinstance(error, _TOO_LARGE))
         if errors:
-            raise errors[0]
+            # A size is corrected first, also while another partition is away.
+            raise next((error for error in errors if isinstance(error, _TOO_LARGE)), errors[0])
         if waiting:
             raise TimeoutError
 
