@@ -263,20 +263,17 @@ def needs_rebuild(
     `sale` is Redis' sale of the item. If it is another one, the row's sale waits until it is freed.
     A closed sale accepts nothing, so a restart of Redis alone does not matter. But its open holds
     must end. If its counts differ from the ledger's, it also keeps its item, because it is neither
-    freed nor replaced. An outdated sale is trusted by the API, as is one that only the ledger has
-    closed.
+    freed nor replaced. An outdated sale answers orders, and one that only the ledger has closed
+    sells.
     """
     if sale is None:
         return has_keys(row, utc_of_ms(server.now_ms), last=last)
     if sale.sale_id != row.sale_id:
         return False
-    fenced = sale.torn or sale.run_id != server.run_id
-    if outdated(row, sale) or (row.closed and not fenced and not sale.finished(server.now_ms)):
-        return True
     if not untrusted(row, sale, server):
-        return False
+        return row.closed and not sale.finished(server.now_ms)
     recorded = (sale.accepted, sale.released, sale.held) == (row.accepted, row.released, row.held)
-    return row.held > 0 or not row.closed or not recorded
+    return row.held > 0 or not row.closed or not recorded or outdated(row, sale)
 
 
 def counted(number: int, noun: str) -> str:
