@@ -32,7 +32,7 @@ from flashsale_operator.ctl.cli import (
     force_option,
     item_argument,
 )
-from flashsale_operator.ctl.repairs import never_rebuild, rebuilder_of
+from flashsale_operator.ctl.repairs import rebuilder_of
 from flashsale_operator.sales import engine
 from flashsale_operator.sales.decision import counted, needs_rebuild
 from flashsale_operator.sales.manifest import ManifestError
@@ -146,7 +146,7 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
 async def close(environ: Environ, item: str, *, force: bool) -> int:
     """Close the sale of an item. Apply its manifest again to continue it."""
     async with connected(settings.load(Stores, environ), item) as clients:
-        reconciler = Reconciler(clients.inventory, clients.pool, never_rebuild)
+        reconciler = Reconciler(clients.inventory, clients.pool)
         sale_ids = await reconciler.sales_to_close(item)
         await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)
         return max([_print_result(each, await reconciler.close(each)) for each in sale_ids])
@@ -188,7 +188,7 @@ async def delete(environ: Environ, item: str, *, force: bool) -> int:
     """Close the sale of an item, and free its keys in Redis. The ledger keeps it."""
     addresses = settings.load(Stores, environ)
     async with connected(addresses, item) as clients:
-        reconciler = Reconciler(clients.inventory, clients.pool, never_rebuild)
+        reconciler = Reconciler(clients.inventory, clients.pool)
         engine_id = await ledger.engine_id(clients.pool, addresses.engine)
         sale_ids = await reconciler.sales_to_close(item)
         await _check_declared(clients, "delete flashsale", set(sale_ids), force=force)

@@ -13,7 +13,6 @@ from flashsale.fields import RESERVATION_ID, USER_ID
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
 from flashsale.reservations import OrderCall
-from flashsale.sale import Predecessor
 from flashsale_operator.ctl import tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -27,7 +26,7 @@ from flashsale_operator.ctl.cli import (
     no_such,
 )
 from flashsale_operator.sales import engine, index, offsets, transitions
-from flashsale_operator.sales.decision import StillFenced, counted, last_of_items, needs_rebuild
+from flashsale_operator.sales.decision import counted, last_of_items, needs_rebuild
 from flashsale_operator.sales.drain import Drain
 from flashsale_operator.sales.rebuild import Rebuilder, Rebuilt
 from flashsale_operator.sales.reconciler import Reconciler, UnknownSale
@@ -170,8 +169,7 @@ async def adopt_redis(environ: Environ) -> int:
         own = await ledger.engine_id(clients.pool, clients.inventory.engine)
         await clients.inventory.index.claim(own, await index.wanted(clients.pool))
         # A Redis that the sales had left before would sell units again until the rebuilds.
-        reconciler = Reconciler(clients.inventory, clients.pool, never_rebuild)
-        await reconciler.fence_all_outdated(own)
+        await Reconciler(clients.inventory, clients.pool).stop_all_outdated(own)
         address = clients.inventory.address
         former = await ledger.adopt_redis(clients.pool, address)
     if former in (None, address):
@@ -189,11 +187,6 @@ def rebuilder_of(clients: Clients, addresses: Servers) -> Rebuilder:
     spans = offsets.SharedSpans(partial(offsets.spans, addresses))
     drain = Drain(clients.inventory, clients.pool, spans)
     return Rebuilder(clients.inventory, clients.pool, drain, _progress)
-
-
-async def never_rebuild(row: SaleRow, _: Predecessor | None) -> Rebuilt | StillFenced:
-    """The rebuild of a reconciler that only closes or fences."""
-    raise AssertionError(f"{row.sale_id}: a close never rebuilds")
 
 
 def _progress(sale_id: str, step: str) -> None:

@@ -148,19 +148,19 @@ class Controller:
         finally:
             self.migrating -= 1
 
-    async def fence_all_outdated(self) -> None:
-        """Fences the sales of a Redis that the sales have left, if the ledger has more of them.
+    async def stop_all_outdated(self) -> None:
+        """Stops the sales of a Redis that the sales have left, where they are behind the ledger.
 
         Raises nothing, because only the move matters to a person.
         """
         try:
-            await self._reconciler.fence_all_outdated(self._engine_id or "")
+            await self._reconciler.stop_all_outdated(self._engine_id or "")
         except REPORTED as error:
             log.warning("the sales in the former Redis are not all fenced yet: %s", error)
 
-    async def fence_outdated(self, sale_id: str) -> None:
-        """Fences an outdated sale. Raises the errors of `Reconciler.fence_outdated`."""
-        await self._reconciler.fence_outdated(sale_id, self._engine_id or "")
+    async def stop_outdated(self, sale_id: str) -> None:
+        """Stops Redis' sale where it is behind the ledger. Raises the reconciler's errors."""
+        await self._reconciler.stop_outdated(sale_id, self._engine_id or "")
 
     async def close(self, sale_id: str) -> None:
         """Closes a sale. Raises the errors of `Reconciler.close`."""
@@ -355,7 +355,7 @@ class Controller:
         result = result_of_error(spec, error)
         if isinstance(error, RedisMoved):
             try:
-                await self._reconciler.fence_outdated(spec.sale_id, self._engine_id or "")
+                await self.stop_outdated(spec.sale_id)
             except REPORTED as another:
                 return result_of_error(spec, another)
         if not isinstance(error, LedgerUnavailable):

@@ -144,7 +144,7 @@ class Resync:
         try:
             await self._controller.prepare()
         except RedisMoved:
-            await self._controller.fence_all_outdated()  # also sales without a FlashSale
+            await self._controller.stop_all_outdated()  # also sales without a FlashSale
             raise
         engine_id = await engine.claimed_id(self._inventory, self._pool)
         rows = await index.refresh(self._inventory, self._pool, keep_closed=self._keep_closed)
@@ -272,7 +272,7 @@ class Resync:
             await self._controller.close(sale.sale_id)
         else:
             # Does nothing if the manifest was applied again since.
-            await self._controller.fence_outdated(sale.sale_id)
+            await self._controller.stop_outdated(sale.sale_id)
 
     async def _rows(self, sale_ids: Sequence[str]) -> Mapping[str, tuple[SaleRow, datetime]]:
         async with ledger.translated():

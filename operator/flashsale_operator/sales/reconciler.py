@@ -154,6 +154,10 @@ RebuildCall = Callable[[SaleRow, Predecessor | None], Awaitable[Rebuilt | StillF
 """`Rebuilder.rebuild`, or a call that runs it in the background."""
 
 
+async def _never(row: SaleRow, _: Predecessor | None) -> Rebuilt | StillFenced:
+    raise AssertionError(f"{row.sale_id}: this reconciler has no rebuild")
+
+
 class Reconciler:
     """Makes the ledger and Redis agree with manifests. Any number may work at once.
 
@@ -161,7 +165,10 @@ class Reconciler:
     continues where the failed one ended.
     """
 
-    def __init__(self, inventory: Inventory, pool: ledger.Pool, rebuild: RebuildCall) -> None:
+    def __init__(
+        self, inventory: Inventory, pool: ledger.Pool, rebuild: RebuildCall = _never
+    ) -> None:
+        """Only `reconcile` needs `rebuild`."""
         self._inventory = inventory
         self._recovery = Recovery(inventory.redis, inventory.engine)
         self._pool = pool
@@ -256,7 +263,7 @@ class Reconciler:
         row = await self._close_row(sale_id, current)
         await engine.claim(inventory, self._pool, engine_id)
         with suppress(ContractViolation):  # the script can close a sale that cannot be read here
-            await self._fence_if_outdated(row, engine_id)
+            await self._fence_outdated(row, engine_id)
         closed = await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
         sale, server = await self._inventory.observe(row.item_id)
         if closed is Closed.STALE and sale is not None:
@@ -281,28 +288,29 @@ class Reconciler:
             row=row,
         )
 
-    async def fence_outdated(self, sale_id: str, engine_id: str) -> None:
-        """Fences Redis' sale if the ledger has more of its units, or a later rebuild.
+    async def stop_outdated(self, sale_id: str, engine_id: str) -> None:
+        """Stops Redis' sale where it is behind the ledger.
 
-        A sale that the ledger has closed is closed after that. For a Redis that the sales have left
-        or returned to: the pods of an API that came back would sell the units again. A healthy sale
-        lacks neither, so another name of the right Redis does no harm.
+        The sale is fenced if the ledger has more of its units, or a later rebuild. Then it is
+        closed if the ledger has closed it. For a Redis that the sales have left or returned to: the
+        pods of an API that came back would sell the units again. A healthy sale lacks nothing, so
+        another name of the right Redis does no harm.
         """
         row = await ledger.sale(self._pool, sale_id)
         if row is None:
             return
-        await self._fence_if_outdated(row, engine_id)
+        await self._fence_outdated(row, engine_id)
         if row.closed:
             # The script refuses this close if the manifest was applied again since.
             await self._inventory.close(row.item_id, sale_id, row.revision, engine_id)
 
-    async def fence_all_outdated(self, engine_id: str) -> None:
-        """Calls `fence_outdated` for each sale in Redis that can be read."""
+    async def stop_all_outdated(self, engine_id: str) -> None:
+        """Calls `stop_outdated` for each sale in Redis that can be read."""
         items = await self._inventory.index.items()
         for sale in (await self._inventory.sales(items, skip_unreadable=True)).values():
-            await self.fence_outdated(sale.sale_id, engine_id)
+            await self.stop_outdated(sale.sale_id, engine_id)
 
-    async def _fence_if_outdated(self, row: SaleRow, engine_id: str) -> None:
+    async def _fence_outdated(self, row: SaleRow, engine_id: str) -> None:
         sale, server = await self._inventory.observe(row.item_id)
         if sale is None or sale.sale_id != row.sale_id or sale.run_id != server.run_id:
             return

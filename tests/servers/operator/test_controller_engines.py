@@ -242,7 +242,7 @@ async def test_every_node_of_a_cluster_that_the_sales_have_left_is_fenced(
             await shop.apply(spec)
             # Three units were sold at another Redis.
             await pool.execute("UPDATE sales SET accepted = 3 WHERE sale_id = $1", spec.sale_id)
-            await shop.reconciler.fence_outdated(spec.sale_id, "")
+            await shop.reconciler.stop_outdated(spec.sale_id, "")
             assert await shop.buy(item, "z") == [Outcome.FENCED], node
             left.add(node)
     finally:
@@ -254,7 +254,7 @@ async def test_a_former_redis_is_fenced_if_it_is_from_before_the_last_rebuild(
 ) -> None:
     """It lacks no unit, but a buyer can have given one back at another Redis."""
     await shop.pool.execute("UPDATE sales SET rebuilt_revision = revision")
-    await shop.reconciler.fence_outdated(sold.sale_id, "")
+    await shop.reconciler.stop_outdated(sold.sale_id, "")
     assert await shop.buy(sold.item_id, "d") == [Outcome.FENCED]
 
 
@@ -264,7 +264,7 @@ async def test_a_former_redis_with_an_open_hold_is_not_fenced_if_it_lacks_nothin
     await shop.apply(replace(spec, hold_seconds=600))
     await shop.buy(spec.item_id, "a")
     await shop.record(spec.item_id)
-    await shop.reconciler.fence_outdated(spec.sale_id, "")
+    await shop.reconciler.stop_outdated(spec.sale_id, "")
     assert await shop.buy(spec.item_id, "b") == [Outcome.ACCEPTED]
 
 
