@@ -8,12 +8,10 @@ calls to all others (docs/adr/0023-redis-cluster.md).
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from redis.crc import key_slot
 from redis.exceptions import (
     ClusterDownError,
     MovedError,
@@ -27,6 +25,7 @@ from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
 from flashsale.redis_errors import FAILURES, denies_command, describe, require_outage
 from flashsale.requirements import SLOTS
+from flashsale.slots import View, slot_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -114,7 +113,7 @@ class Nodes:
 
         An item is the hash tag of its keys, so it has their slot.
         """
-        owner = self._owners[_slot(key)] if self._owners else None
+        owner = self._owners[slot_of(key)] if self._owners else None
         return owner.name if owner else ""
 
     async def of(self, key: str) -> Node:
@@ -122,7 +121,7 @@ class Nodes:
         await self._known()
         if self.single:
             return self.single
-        slot = _slot(key)
+        slot = slot_of(key)
         owner = self._owners[slot]
         if owner is None:
             self.look_soon()
@@ -175,7 +174,8 @@ class Nodes:
 
     async def covered(self, node: Node) -> int:
         """Returns how many slots have a primary by a node's view. Raises redis-py's errors."""
-        return _covered(await self._slots(node) or [])
+        view = await self._view(node)
+        return view.covered if view else 0
 
     async def moved(self, error: MovedError, node: Node) -> Node:
         """Notes that `node` has named another owner of a slot, and returns that one.
@@ -300,19 +300,19 @@ class Nodes:
         but still sell to others.
         """
         end = asyncio.get_running_loop().time() + STRANGER_SECONDS
-        slots = await self._asked(besides)
-        while not self._ours(slots):
+        view = await self._asked(besides)
+        while not self._ours(view):
             if asyncio.get_running_loop().time() >= end:
                 self._forget()
                 break
             await asyncio.sleep(LOOK_SECONDS)
-            slots = await self._asked()
-        if slots is None:
+            view = await self._asked()
+        if view is None:
             self.single = self._seed
         else:
-            self._take(slots)
+            self._take(view)
 
-    async def _asked(self, besides: Node | None = None) -> "_Slots | None":
+    async def _asked(self, besides: Node | None = None) -> View | None:
         """Asks all nodes at once. The first whole answer counts, or else the largest.
 
         A node that has just failed is not asked. It may be frozen, or cut off from the others.
@@ -322,25 +322,25 @@ class Nodes:
         asked = dict(everyone)
         if besides:
             asked.pop(besides.name or self._seed_name, None)
-        tasks = [asyncio.create_task(self._slots(node)) for node in (asked or everyone).values()]
-        found: list[_Slots | None] = []
+        tasks = [asyncio.create_task(self._view(node)) for node in (asked or everyone).values()]
+        found: list[View | None] = []
         failure: Exception = Disconnected("no node has answered in time")
         try:
             async with asyncio.timeout(LOOK_SECONDS if self._owners else FIRST_LOOK_SECONDS):
                 for answer in asyncio.as_completed(tasks):
                     try:
-                        slots = await answer
+                        view = await answer
                     except FAILURES as error:
                         failure = error
                         continue
-                    if slots == []:
+                    if view is not None and not view.ranges:
                         failure = Disconnected(
                             f"the cluster of {self._seed_name} has no slots assigned "
                             "(flashsalectl form-redis-cluster assigns them)"
                         )
                         continue
-                    found.append(slots)
-                    if self._ours(slots) and (slots is None or _covered(slots) == SLOTS):
+                    found.append(view)
+                    if self._ours(view) and (view is None or view.covered == SLOTS):
                         break
         except TimeoutError:
             pass
@@ -350,14 +350,14 @@ class Nodes:
             await asyncio.gather(*tasks, return_exceptions=True)
         if not found:
             raise failure
-        return max(found, key=lambda slots: (self._ours(slots), _covered(slots or [])))
+        return max(found, key=lambda view: (self._ours(view), view.covered if view else 0))
 
-    def _ours(self, slots: "_Slots | None") -> bool:
-        """Whether an answer may replace the map: it shares a node with it, or there is none."""
-        return not self._ids or not self._ids.isdisjoint(_ids(slots or []))
+    def _ours(self, view: View | None) -> bool:
+        """Whether a view may replace the map: it shares a node with it, or there is none."""
+        return not self._ids or (view is not None and not self._ids.isdisjoint(view.ids))
 
-    async def _slots(self, node: Node) -> "_Slots | None":
-        """Returns the ranges of slots with their primaries, or None if there is no cluster."""
+    async def _view(self, node: Node) -> View | None:
+        """Returns the node's view of the cluster, or None if there is no cluster."""
         refusal: ResponseError | None = None
         if node is self._seed:  # at the address of a former node, there may be any server now
             try:
@@ -376,7 +376,7 @@ class Nodes:
             if refusal and "cluster support disabled" in str(error):
                 return None
             raise refusal or error from None
-        return _parsed(entries, redis_client.location(node.redis)[0])
+        return View.of(entries, redis_client.location(node.redis)[0])
 
     async def _connected(self, connection: Any) -> None:  # noqa: ANN401 - redis-py's
         """Prepares a new connection to a node. Raises `Stranger` if another server has answered."""
@@ -384,22 +384,22 @@ class Nodes:
         await connection.send_command("CLUSTER", "SLOTS")
         place = f"{connection.host}:{connection.port}"
         try:
-            slots = _parsed(await connection.read_response(), connection.host)
+            view = View.of(await connection.read_response(), connection.host)
         except ResponseError as error:
             if denies_command(error):
                 raise
             raise Stranger(f"the server at {place} is no node of the cluster: {error}") from error
-        if not self._ours(slots):
+        if not self._ours(view):
             raise Stranger(f"the server at {place} is no node of the cluster")
 
-    def _take(self, slots: "_Slots") -> None:
-        """Makes `slots` the map. Keeps the connections to the primaries that stay."""
+    def _take(self, view: View) -> None:
+        """Makes `view` the map. Keeps the connections to the primaries that stay."""
         self.single = None
         owners: list[Node | None] = [None] * SLOTS
-        for first, last, host, port, _ in slots:
+        for first, last, host, port in view.ranges:
             owners[first : last + 1] = [self._primary(host, port)] * (last - first + 1)
         used = dict.fromkeys(owner for owner in owners if owner)
-        self._owners, self._ids = owners, _ids(slots)
+        self._owners, self._ids = owners, view.ids
         self._drop([node for node in self._primaries.values() if node not in used])
         self._primaries = {node.name: node for node in used}
 
@@ -434,33 +434,6 @@ class Nodes:
             async with asyncio.timeout(2 * NODE_SECONDS):
                 await self._closed.wait()
         await node.redis.aclose()
-
-
-@lru_cache(maxsize=10_000)
-def _slot(key: str) -> int:
-    """Returns the slot of a key. The API asks for those of the same items again and again."""
-    return key_slot(key.encode())
-
-
-_Slots: TypeAlias = list[tuple[int, int, str, int, list[str]]]
-"""Ranges of slots: the first and the last slot, the primary's host and port, and all nodes' ids."""
-
-
-def _parsed(entries: Iterable[Sequence[Any]], own_host: str) -> _Slots:
-    """Returns the answer to CLUSTER SLOTS. A node that does not know its host leaves it out."""
-    return [
-        (first, last, nodes[0][0] or own_host, nodes[0][1], [node[2] for node in nodes])
-        for first, last, *nodes in entries
-    ]
-
-
-def _ids(slots: _Slots) -> frozenset[str]:
-    return frozenset(each for *_, ids in slots for each in ids)
-
-
-def _covered(slots: _Slots) -> int:
-    """Returns how many slots have a primary."""
-    return sum(last - first + 1 for first, last, *_ in slots)
 
 
 def _log_failure(look: "asyncio.Task[None]") -> None:

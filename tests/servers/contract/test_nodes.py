@@ -16,6 +16,7 @@ from flashsale.errors import RedisUnavailable, UnmetRequirement
 from flashsale.inventory import Applied, Inventory
 from flashsale.outbox import Outbox
 from flashsale.reservations import Outcome
+from flashsale.slots import View
 from tests.support import redis_users
 from tests.support.eventually import until
 from tests.support.inventory import a_request, a_sale, opened, outcome
@@ -193,7 +194,7 @@ async def test_a_call_survives_that_its_node_leaves_the_map(
         calling = asyncio.create_task(inventory.servers(items[:1]))
         for _ in range(turns):
             await asyncio.sleep(0)
-        inventory.nodes._take([])
+        inventory.nodes._take(View([], frozenset()))
         assert set(await calling) == set(items[:1])
         await client.aclose()
 
