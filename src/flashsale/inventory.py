@@ -462,7 +462,7 @@ class Inventory:
         timeout_seconds: float,
         engine_id: str,
     ) -> TransitionReply | Transition:
-        lines = "".join(f"{c[0]},{c[1]},{c[2]},{c[3]}\n" for c in calls)
+        lines = "".join(f"{','.join(call)}\n" for call in calls)
         reply = await self._scripts.call_quickly(
             script, self._keys(item_id).sold, (lines, len(calls), engine_id), timeout_seconds
         )
