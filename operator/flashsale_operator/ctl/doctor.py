@@ -66,6 +66,7 @@ _REMEDIES: Final = {
     REDIS: "address (rediss:// for TLS), the network, the certificates and the user",
     KAFKA: "address, the listener (TLS, users), the network, the certificates and the user",
     POSTGRESQL: "address, the network, the certificates and the user",
+    KUBERNETES: "address, the network and the user",
 }
 
 # The commands that the engine's scripts use to write. The first one needs memory: after another
@@ -137,7 +138,7 @@ async def _within(server: str, checks: AsyncIterator[Finding]) -> list[Finding]:
         # An old server refuses some calls. Its version is the failure then.
         if not any(each.verdict == "failure" for each in found):
             why = " ".join(str(error).split()) or f"no answer within {TIMEOUT_SECONDS:.0f} s"
-            text = f"{why}: check the {_REMEDIES.get(server, 'address, the network and the user')}"
+            text = f"{why}: check the {_REMEDIES[server]}"
             found.append(Finding(server, text, "failure"))
     return found
 
