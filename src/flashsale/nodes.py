@@ -333,12 +333,6 @@ class Nodes:
                     except FAILURES as error:
                         failure = error
                         continue
-                    if view is not None and not view.ranges:
-                        failure = Disconnected(
-                            f"the cluster of {self._seed_name} has no slots assigned "
-                            "(flashsalectl form-redis-cluster assigns them)"
-                        )
-                        continue
                     found.append(view)
                     if self._ours(view) and (view is None or view.covered == SLOTS):
                         break
@@ -376,6 +370,11 @@ class Nodes:
             if refusal and "cluster support disabled" in str(error):
                 return None
             raise refusal or error from None
+        if not entries:
+            raise Disconnected(
+                f"the cluster of {self._seed_name} has no slots assigned "
+                "(flashsalectl form-redis-cluster assigns them)"
+            )
         return View.of(entries, redis_client.location(node.redis)[0])
 
     async def _connected(self, connection: Any) -> None:  # noqa: ANN401 - redis-py's
