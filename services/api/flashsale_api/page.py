@@ -125,22 +125,19 @@ def _table(sales: Iterable[SaleView]) -> str:
 def _cells(sale: SaleView) -> str:
     name = escape(sale.display_name or sale.item_id)
     held, available = sale.held or 0, sale.available
-    counts: tuple[int | None, ...] = (None, None, None, sale.allocated)
+    numbers = ["-", "-", "-", f"{sale.allocated:,}"]
     if available is not None:
-        counts = (sale.allocated - available - held, held, available, sale.allocated)
+        counts = sale.allocated - available - held, held, available
+        numbers[:3] = (f"{count:,}" for count in counts)
     state = re.sub(r"(?<=[a-z])[A-Z]", lambda letter: f" {letter[0].lower()}", sale.state)
     return "".join(
         (
             f'<th scope="row">{name}<small>{escape(sale.item_id)}</small></th>',
             f"<td>{escape(state)}</td>",
-            *(f'<td class="number">{_number(count)}</td>' for count in counts),
+            *(f'<td class="number">{number}</td>' for number in numbers),
             *(f"<td>{_time(time)}</td>" for time in (sale.starts_at, sale.ends_at)),
         )
     )
-
-
-def _number(count: int | None) -> str:
-    return "-" if count is None else f"{count:,}"
 
 
 def _time(time: str | None) -> str:
