@@ -252,7 +252,12 @@ class Resync:
             row, updated_at = rows[sale.sale_id]
             if unclosed(row, sale):
                 log.info("%s: closed in the ledger, closing it in Redis", sale.sale_id)
-                await self._close(row, sale)
+                if sale.revision > row.revision:
+                    # The ledger is an older copy: its revision must rise above Redis' first.
+                    await self._controller.close(sale.sale_id)
+                else:
+                    # Closes nothing if the manifest was applied again since.
+                    await self._controller.stop_outdated(sale.sale_id)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
                     sale.item_id,
@@ -265,14 +270,6 @@ class Resync:
                 log.info("%s: freeing the keys of %s: %s", sale.sale_id, sale.item_id, freed)
                 if freed is Freed.FREED:
                     self._metrics.freed.inc()
-
-    async def _close(self, row: SaleRow, sale: Sale) -> None:
-        if sale.revision > row.revision:
-            # The ledger is an older copy: its revision must rise above Redis' first.
-            await self._controller.close(sale.sale_id)
-        else:
-            # Does nothing if the manifest was applied again since.
-            await self._controller.stop_outdated(sale.sale_id)
 
     async def _rows(self, sale_ids: Sequence[str]) -> Mapping[str, tuple[SaleRow, datetime]]:
         async with ledger.translated():
