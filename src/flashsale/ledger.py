@@ -262,8 +262,9 @@ async def engine_id(
     """Returns the id of the ledger's engine.
 
     The ledger remembers the first name and the first address of Redis (host:port/db) that a
-    process brings, unless `claim` is false. Raises `OtherEngine` if the ledger belongs to an engine
-    of another name, and `RedisMoved` if its sales were seeded in another Redis.
+    process brings, unless `claim` is false. Then an address is that of a Redis without an engine.
+    Raises `OtherEngine` if the ledger belongs to an engine of another name, and `RedisMoved` if its
+    sales were seeded in another Redis.
     """
     async with translated():
         found = await pool.fetchrow(_ENGINE)

@@ -118,8 +118,8 @@ class _Certificates:
 class TlsConnection(SSLConnection):
     """Reads certificate files again if they have changed, because they can be renewed.
 
-    redis-py reads them only once per connection object, and its pool reuses these objects. To read
-    them takes so long that connections share them.
+    redis-py reads them only once per connection object, and its pool reuses these objects. Reading
+    takes long, so connections share the files' content.
     """
 
     def __init__(self, *, certificates: _Certificates, **options: Any) -> None:  # noqa: ANN401

@@ -248,7 +248,7 @@ class Announcer:
                     batch = await producer.send_batch(builder, self._topic, partition=partition)
                     batch.add_done_callback(partial(self._sent, some, now_ms))
                     sent.append(batch)
-        # All of them, so that no batch is sent again that only takes longer than another's error.
+        # Wait for all. A batch that is only slower than another's error would be sent again.
         # A timeout must not cancel a batch, because aiokafka fails on that.
         done, waiting = await asyncio.wait(sent, timeout=PAGE_SECONDS)
         errors = [error for batch in done if (error := batch.exception())]
@@ -265,7 +265,7 @@ class Announcer:
         kafka_clients.retrieve(batch)
         if not batch.cancelled() and batch.exception() is None:
             at = batch.result()
-            # Without a time of its own, the topic has that of the producer.
+            # Without a time of the broker, the topic keeps that of the producer.
             place = at.partition, now_ms if at.timestamp == -1 else at.timestamp
             for each in messages:
                 self._delivered[each.key, each.value] = place
