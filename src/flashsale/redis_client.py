@@ -13,7 +13,6 @@ import os
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import hiredis
@@ -31,6 +30,8 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as Disconnected
 from redis.maint_notifications import MaintNotificationsConfig
+
+from flashsale import tls
 
 if TYPE_CHECKING:
     from flashsale.nodes import Nodes
@@ -50,19 +51,19 @@ def connect(url: str) -> "Redis":
     A retry after a timeout would run a script again without the caller's knowledge. The client
     connects on its first call.
     """
-    tls = {}
+    secured = {}
     if url.startswith("rediss:"):
-        tls = {"ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT]}  # see `flashsale.tls`
+        secured = {"ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT]}  # see `flashsale.tls`
     pool = Pool.from_url(
         url,
         **_of_pool(),
-        **tls,
+        **secured,
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=2,
         socket_connect_timeout=1,
     )
-    if tls:
+    if secured:
         pool.connection_class = TlsConnection
         pool.connection_kwargs["certificates"] = _Certificates()
     return Redis.from_pool(pool)
@@ -111,7 +112,7 @@ class _Certificates:
     """The certificate files as a client and its neighbours have read them last."""
 
     context: ssl.SSLContext | None = None
-    stamp: tuple[tuple[int, int, int], ...] = ()
+    stamp: tls.Stamp = ()
     """Changes with each file."""
 
 
@@ -129,11 +130,10 @@ class TlsConnection(SSLConnection):
     def _connection_arguments(self) -> Mapping[str, object]:
         own, shared = self.ssl_context, self._certificates
         names = own.ca_certs, own.certfile, own.keyfile, os.environ.get("SSL_CERT_FILE")
-        found = [Path(name).stat() for name in names if name]
-        stamp = tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in found)
-        own.context = shared.context if stamp == shared.stamp else None
+        present = tls.stamp(names)
+        own.context = shared.context if present == shared.stamp else None
         arguments = super()._connection_arguments()
-        shared.context, shared.stamp = own.context, stamp
+        shared.context, shared.stamp = own.context, present
         return arguments
 
 

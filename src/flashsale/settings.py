@@ -1,7 +1,9 @@
 """Reads settings from `FLASHSALE_*` environment variables, which all processes share."""
 
+import os
 import ssl
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -11,7 +13,7 @@ from flashsale import addresses
 from flashsale.addresses import HOST, PORT
 from flashsale.errors import SettingsError
 from flashsale.keys import DEFAULT_ENGINE
-from flashsale.tls import relaxed
+from flashsale.tls import RenewedContext, relaxed, stamp
 
 PREFIX: Final = "FLASHSALE_"
 
@@ -99,8 +101,8 @@ class KafkaSettings(EngineSettings, frozen=True, kw_only=True):
     def kafka_client(self) -> dict[str, Any]:
         """Returns the keyword arguments for an aiokafka client.
 
-        Each call reads the certificate files again, because they change when certificates are
-        renewed. Raises `SettingsError` if one cannot be read.
+        The client reads the certificate files again when they change, because certificates are
+        renewed. Raises `SettingsError` if one cannot be read now.
         """
         protocol = "SASL_" if self.kafka_user else ""
         client: dict[str, Any] = {"bootstrap_servers": self.kafka_bootstrap}
@@ -111,7 +113,9 @@ class KafkaSettings(EngineSettings, frozen=True, kw_only=True):
                 "sasl_plain_password": self.kafka_password,
             }
         if self.kafka_tls:
-            client["ssl_context"] = self._ssl_context()
+            authorities = self.kafka_ca_file or os.environ.get("SSL_CERT_FILE")
+            files = authorities, self.kafka_cert_file, self.kafka_key_file
+            client["ssl_context"] = RenewedContext(self._ssl_context, partial(stamp, files))
         return client | {"security_protocol": protocol + ("SSL" if self.kafka_tls else "PLAINTEXT")}
 
     def _ssl_context(self) -> ssl.SSLContext:

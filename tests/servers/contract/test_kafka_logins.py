@@ -1,10 +1,11 @@
 """Clients log in to a real Kafka with each mechanism, and with a client certificate."""
 
+import asyncio
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import pytest
 import trustme
@@ -22,6 +23,7 @@ from dev.stack.ports import free_port
 from dev.stack.servers import KafkaServer
 from flashsale import kafka_clients
 from flashsale.settings import KafkaSettings, load
+from tests.support.topics import create_topic
 
 pytestmark = pytest.mark.slow
 
@@ -39,28 +41,43 @@ class Broker:
     certificate: Path
     key: Path
 
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        files = [folder / name for name in ("ca.crt", "tls.crt", "tls.key")]
+        return cls(f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}", *files)
+
+    @property
+    def keystore(self) -> Path:
+        return self.key.with_name("keystore.pem")
+
+    def issue(self) -> None:
+        """Write the files of a new authority."""
+        authority = trustme.CA()
+        issued = authority.issue_cert("127.0.0.1")
+        authority.cert_pem.write_to_path(self.authority)
+        issued.cert_chain_pems[0].write_to_path(self.certificate)
+        issued.private_key_pem.write_to_path(self.key)
+        # Kafka reads only keys in PKCS#8.
+        key = load_pem_private_key(issued.private_key_pem.bytes(), None)
+        pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        self.keystore.write_bytes(pkcs8 + issued.cert_chain_pems[0].bytes())
+
+    def certificates(self) -> dict[str, str]:
+        """Return the broker's settings for the listener that requires certificates."""
+        given = {
+            "keystore.type": "PEM",
+            "keystore.location": str(self.keystore),
+            "truststore.type": "PEM",
+            "truststore.location": str(self.authority),
+            "client.auth": "required",
+        }
+        return {f"listener.name.certificates.ssl.{name}": value for name, value in given.items()}
+
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    folder = tmp_path_factory.mktemp("certificates")
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    found = Broker(
-        f"127.0.0.1:{free_port()}",
-        f"127.0.0.1:{free_port()}",
-        folder / "ca.crt",
-        folder / "tls.crt",
-        folder / "tls.key",
-    )
-    authority.cert_pem.write_to_path(found.authority)
-    issued.cert_chain_pems[0].write_to_path(found.certificate)
-    issued.private_key_pem.write_to_path(found.key)
-    keystore = folder / "keystore.pem"
-    # Kafka reads only keys in PKCS#8.
-    key = load_pem_private_key(issued.private_key_pem.bytes(), None)
-    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    keystore.write_bytes(pkcs8 + issued.cert_chain_pems[0].bytes())
-
+    found = Broker.of(tmp_path_factory.mktemp("certificates"))
+    found.issue()
     server = KafkaServer(tmp_path_factory.mktemp("kafka"))
     given = server.settings()
     added = f"USERS://{found.with_users},CERTIFICATES://{found.with_certificates}"
@@ -79,11 +96,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
         "listener.name.users.plain.sasl.jaas.config": (
             f'{_LOGIN}.plain.PlainLoginModule required user_plain="{PASSWORD}";'
         ),
-        "listener.name.certificates.ssl.keystore.type": "PEM",
-        "listener.name.certificates.ssl.keystore.location": str(keystore),
-        "listener.name.certificates.ssl.truststore.type": "PEM",
-        "listener.name.certificates.ssl.truststore.location": str(found.authority),
-        "listener.name.certificates.ssl.client.auth": "required",
+        **found.certificates(),
     }
     with server:
         owner = kafka_admin.AdminClient({"bootstrap.servers": server.bootstrap})
@@ -180,3 +193,32 @@ async def test_a_broker_that_requires_certificates_admits_a_client_with_its_own(
     with pytest.raises(KafkaError):
         await connect(certified(broker))
     gc.collect()
+
+
+async def test_a_client_goes_on_with_renewed_certificates(tmp_path: Path) -> None:
+    """Both sides get certificates of another authority, and the client is not made again."""
+    broker = Broker.of(tmp_path)
+    broker.issue()
+    server = KafkaServer(tmp_path / "kafka")
+    given = server.settings()
+    added = f",CERTIFICATES://{broker.with_certificates}"
+    server.options |= {
+        "listeners": given["listeners"] + added,
+        "advertised.listeners": given["advertised.listeners"] + added,
+        "listener.security.protocol.map": f"{given['listener.security.protocol.map']},"
+        "CERTIFICATES:SSL",
+        **broker.certificates(),
+    }
+    kafka_clients.adapt_aiokafka()
+    with server:
+        await create_topic(server.bootstrap, "renewed", 1)
+        files = {
+            "FLASHSALE_KAFKA_CERT_FILE": str(broker.certificate),
+            "FLASHSALE_KAFKA_KEY_FILE": str(broker.key),
+        }
+        async with AIOKafkaProducer(**certified(broker, **files).kafka_client()) as producer:
+            await producer.send_and_wait("renewed", b"before")
+            server.stop()
+            broker.issue()
+            server.start()
+            await asyncio.wait_for(producer.send_and_wait("renewed", b"after"), 60)
