@@ -9,11 +9,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from dev.cluster.control_plane import ControlPlane
 from dev.services import OperatorServer
 from dev.stack.servers import KafkaServer, PostgresServer
 from flashsale import events
 from tests.support.cluster import World, reserve, reserve_until
 from tests.support.eventually import eventually
+from tests.support.paths import CRD
 from tests.support.topics import create_topic
 
 pytestmark = pytest.mark.slow
@@ -236,6 +238,38 @@ def test_the_operator_survives_a_time_in_which_its_token_is_refused(
     world.until("later", state="Selling", ready="Applied")
     assert operator.pid == pid
     assert '"exception"' not in operator.log.read_text()
+
+
+def test_the_watch_goes_on_with_a_renewed_authority_of_the_cluster(
+    world: World, tmp_path: Path
+) -> None:
+    with ControlPlane(tmp_path / "plane") as plane:
+        plane.kubectl("apply", "-f", str(CRD), check=True)
+        plane.kubectl("create", "namespace", world.namespace, check=True)
+        world.plane, world.kubeconfig = plane, plane.kubeconfig
+        operator = world.operator()
+        eventually(lambda: watches(plane))
+        plane.stop()
+        for file in (plane.data / "pki").iterdir():
+            file.unlink()
+        plane.start()  # with another authority, which it writes into the kubeconfig
+        eventually(lambda: watches(plane), operator.log.read_text)
+        world.apply("later", stock=1)
+        world.until("later", state="Selling", ready="Applied")
+        world.end()
+
+
+def watches(plane: ControlPlane) -> bool:
+    """Return whether a client watches FlashSales."""
+    metrics = plane.kubectl("get", "--raw", "/metrics").stdout.splitlines()
+    found = [
+        float(line.split()[1])
+        for line in metrics
+        if line.startswith("apiserver_longrunning_requests{")
+        and 'resource="flashsales"' in line
+        and 'verb="WATCH"' in line
+    ]
+    return any(found)
 
 
 def test_an_operator_restart_during_a_sale_neither_creates_nor_loses_units(

@@ -1,11 +1,11 @@
 """A client for the few Kubernetes API calls that kopf does not make. kopf makes the watches."""
 
 import asyncio
-import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, Final
 
 import aiohttp
@@ -15,10 +15,8 @@ from yarl import URL
 
 from flashsale import cancellation
 from flashsale.errors import FlashsaleError, SettingsError
-from flashsale.tls import relaxed
+from flashsale.tls import RenewedContext, relaxed
 from flashsale_operator.sales.manifest import API_VERSION, PLURAL
-
-log = logging.getLogger(__name__)
 
 LIST_PAGE: Final = 500
 TIMEOUT: Final = aiohttp.ClientTimeout(total=10, connect=5)
@@ -64,10 +62,24 @@ class NoFlashSales(KubeUnavailable):
 
 @dataclass(frozen=True)
 class _Connection(kopf.ConnectionInfo):
-    """Connects also if the cluster's certificates are as `flashsale.tls` describes."""
+    """Connects also if the cluster's certificates are as `flashsale.tls` describes, or renewed.
+
+    kopf's watches repeat a refused connection without end, and do not log in again meanwhile.
+    """
 
     def as_ssl_context(self) -> ssl.SSLContext:
+        logins = chain([self], iter(self._present, None))
+        return RenewedContext(lambda: next(logins)._context())
+
+    def _context(self) -> ssl.SSLContext:
         return relaxed(super().as_ssl_context())
+
+    def _present(self) -> "_Connection":
+        """Returns the present credentials. Raises `SettingsError`."""
+        found = _credentials()
+        if found.server != self.server:
+            raise SettingsError("KUBECONFIG names another cluster now")
+        return found
 
 
 def log_in() -> kopf.ConnectionInfo:
@@ -76,6 +88,12 @@ def log_in() -> kopf.ConnectionInfo:
     They come from the pod's service account, otherwise from the kubeconfig. Tokens are renewed in
     place, so callers log in again if the server refuses the credentials. Raises `SettingsError`.
     """
+    found = _credentials()
+    _check(found)
+    return found
+
+
+def _credentials() -> _Connection:
     settings = kopf.OperatorSettings()
     try:
         found = kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(
@@ -92,9 +110,7 @@ def log_in() -> kopf.ConnectionInfo:
         raise SettingsError(
             "KUBECONFIG is not set: outside a pod expected the path of a kubeconfig file"
         )
-    found = _Connection(**{each.name: getattr(found, each.name) for each in fields(found)})
-    _check(found)
-    return found
+    return _Connection(**{each.name: getattr(found, each.name) for each in fields(found)})
 
 
 def _check(info: kopf.ConnectionInfo) -> None:
@@ -220,48 +236,33 @@ class Kube:
         parameters: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> tuple[int, dict[str, Any]]:
-        """Returns the status code and the JSON of an answer. Logs in again once after a 401.
-
-        After a refused certificate, the next call logs in again: the authority may be renewed.
-        """
+        """Returns the status code and the JSON of an answer. Logs in again once after a 401."""
         code = 401
         answer: dict[str, Any] = {}
         for _ in range(2):
             session = self._session = self._session or self._open()
-            try:
-                async with (
-                    _translated(),
-                    session.request(
-                        method,
-                        # aiohttp would drop the path of a base URL, such as that of a gateway.
-                        f"{self._server}{path}",
-                        json=body,
-                        params=parameters,
-                        headers={"Content-Type": content_type},
-                    ) as response,
-                ):
-                    code = response.status
-                    if response.content_type == "application/json":
-                        answer = await response.json()
-                    else:
-                        answer = {"message": await response.text()}
-            except KubeUnavailable as error:
-                if isinstance(error.__cause__, aiohttp.ClientConnectorCertificateError):
-                    log.warning(
-                        "the certificate of the Kubernetes API is refused: if its authority was "
-                        "renewed, restart the operator, because its watches keep the former one"
-                    )
-                    await self._drop(session)
-                raise
+            async with (
+                _translated(),
+                session.request(
+                    method,
+                    # aiohttp would drop the path of a base URL, such as that of a gateway.
+                    f"{self._server}{path}",
+                    json=body,
+                    params=parameters,
+                    headers={"Content-Type": content_type},
+                ) as response,
+            ):
+                code = response.status
+                if response.content_type == "application/json":
+                    answer = await response.json()
+                else:
+                    answer = {"message": await response.text()}
             if code != 401:
                 break
-            await self._drop(session)
+            if self._session is session:
+                self._session = None
+            await session.close()
         return code, answer
-
-    async def _drop(self, session: aiohttp.ClientSession) -> None:
-        if self._session is session:
-            self._session = None
-        await session.close()
 
     def _open(self) -> aiohttp.ClientSession:
         try:

@@ -1,18 +1,21 @@
 """The Kubernetes client, against answers of a real server at bad moments."""
 
 import asyncio
+import base64
+import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import kopf
 import pytest
 import trustme
 from aiohttp import web
 
-from flashsale_operator.kubernetes.client import Kube, KubeUnavailable, NoFlashSales
+from flashsale_operator.kubernetes.client import Kube, KubeUnavailable, NoFlashSales, log_in
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -74,16 +77,49 @@ async def test_an_expired_token_is_renewed() -> None:
     assert seen == ["Bearer 1", "Bearer 2", "Bearer 2"]
 
 
-async def test_a_renewed_authority_of_the_cluster_is_trusted(tmp_path: Path) -> None:
+async def test_a_renewed_authority_of_the_cluster_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by connections of the same session, because kopf's watches keep theirs."""
     authority = trustme.CA()
     served = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
     served.write_to_path(tmp_path / "server.pem")
-    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.crt")
-    async with serving(answers(200, metadata={}), certificates=tmp_path) as kube:
-        with pytest.raises(KubeUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
-            await kube.flash_sale("shop", "phone")
-        authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-        assert await kube.flash_sale("shop", "phone") == {"metadata": {}}
+    kubeconfig = tmp_path / "kubeconfig"
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+
+    def trust(trusted: trustme.CA, server: str) -> None:
+        data = base64.b64encode(trusted.cert_pem.bytes()).decode()
+        cluster = {"server": server, "certificate-authority-data": data}
+        config = {
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "users": [{"name": "u", "user": {"token": "t"}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+        kubeconfig.write_text(json.dumps(config))
+
+    async with serving(answers(200), certificates=tmp_path) as kube:
+        address = kube._login().server
+        trust(trustme.CA(), address)
+        info = log_in()
+        connector = aiohttp.TCPConnector(ssl=info.as_ssl_context(), force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as session:
+
+            async def status() -> int:
+                async with session.get(address) as answer:
+                    return answer.status
+
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await status()
+            trust(authority, address)
+            assert await status() == 200
+            kubeconfig.write_text("half a file: [")
+            assert await status() == 200
+            trust(trustme.CA(), "https://another.cluster")
+            assert await status() == 200
+            trust(trustme.CA(), address)
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await status()
 
 
 async def test_calls_go_through_the_proxy_of_the_kubeconfig() -> None:
