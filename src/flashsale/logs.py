@@ -3,6 +3,7 @@
 import logging
 import re
 import socket
+import ssl
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TextIO
@@ -36,7 +37,7 @@ def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Terminal() if stream.isatty() else _Json())
     handler.addFilter(_without_debug_of_libraries)
-    handler.addFilter(_is_no_abandoned_lookup)
+    handler.addFilter(_is_not_abandoned)
     handler.addFilter(Repeats())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # aiokafka logs every retry during an outage. Its callers log each change once.
@@ -47,13 +48,13 @@ def _without_debug_of_libraries(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.INFO or record.name.startswith("flashsale")
 
 
-def _is_no_abandoned_lookup(record: logging.LogRecord) -> bool:
-    """Returns False for the error of a look-up whose client has given up.
+def _is_not_abandoned(record: logging.LogRecord) -> bool:
+    """Returns False for the error of a look-up or a TLS handshake whose client has given up.
 
-    uvloop goes on with the look-up, and asyncio logs its error with a traceback.
+    uvloop goes on with both, and asyncio logs their errors with a traceback.
     """
     error = record.exc_info and record.exc_info[1]
-    return record.name != "asyncio" or not isinstance(error, socket.gaierror)
+    return record.name != "asyncio" or not isinstance(error, (socket.gaierror, ssl.SSLError))
 
 
 @dataclass(slots=True)

@@ -1,12 +1,17 @@
 """Log lines: JSON in containers, text on terminals, no passwords, no floods."""
 
+import asyncio
+import gc
 import io
 import json
 import logging
+import socket
+import ssl
 from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
+import uvloop
 
 from flashsale import logs
 
@@ -83,6 +88,22 @@ def test_libraries_log_no_debug_lines() -> None:
     assert "ours" in stream.getvalue()
     assert "ours too" in stream.getvalue()
     assert "headers" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "error", [socket.gaierror("unknown host"), ssl.SSLCertVerificationError("refused")]
+)
+def test_errors_of_abandoned_connections_are_not_logged(error: OSError) -> None:
+    """uvloop leaves them to asyncio, which logs them if nobody waits for the connection."""
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+
+    async def abandon() -> None:
+        asyncio.get_running_loop().create_future().set_exception(error)
+        gc.collect()
+
+    uvloop.run(abandon())
+    assert stream.getvalue() == ""
 
 
 def test_lines_below_the_level_are_not_logged() -> None:
