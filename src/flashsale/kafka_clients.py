@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, conn
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError, NodeNotReadyError
 
 from flashsale.errors import has_just_closed
 
@@ -34,6 +34,7 @@ def adapt_aiokafka() -> None:
     records and read metadata, which nothing starts again.
 
     If no broker serves a client, aiokafka's error would have the addresses only, not the reasons.
+    If one broker does not, it would have the number of its node only.
     """
     failures: dict[tuple[str, int], str] = {}
 
@@ -69,7 +70,20 @@ def adapt_aiokafka() -> None:
             ]
             raise KafkaConnectionError("; ".join(causes)) from error
 
+    send = AIOKafkaClient.send
+
+    async def send_or_say_why(client: Any, node_id: Any, *rest: Any, **options: Any) -> Any:  # noqa: ANN401 - aiokafka's
+        try:
+            return await send(client, node_id, *rest, **options)
+        except NodeNotReadyError as error:
+            broker = client.cluster.broker_metadata(node_id)
+            cause = broker and failures.get((broker.host, broker.port))
+            if not cause:
+                raise
+            raise NodeNotReadyError(f"{broker.host}:{broker.port}: {cause}") from error
+
     conn.AIOKafkaConnection = Connection
+    AIOKafkaClient.send = send_or_say_why
     AIOKafkaClient.bootstrap = bootstrap_or_say_why
 
 

@@ -10,7 +10,9 @@ from typing import Final, Self
 import pytest
 import trustme
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
+from aiokafka.errors import KafkaError, NodeNotReadyError
+from aiokafka.protocol.metadata import MetadataRequest
 from confluent_kafka import admin as kafka_admin
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -178,6 +180,28 @@ async def test_the_error_of_a_client_that_no_broker_serves_has_the_cause(
         await connect(certified(broker, FLASHSALE_KAFKA_BOOTSTRAP=broker.with_users))
     with pytest.raises(KafkaError, match=f"{broker.with_users}: no answer to the first"):
         await connect(KafkaSettings(kafka_bootstrap=broker.with_users))
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_the_error_of_a_broker_that_refuses_a_running_client_has_the_cause(
+    broker: Broker, tmp_path: Path
+) -> None:
+    trusted = tmp_path / "ca.crt"
+    trusted.write_bytes(broker.authority.read_bytes())
+    files = {
+        "FLASHSALE_KAFKA_CA_FILE": str(trusted),
+        "FLASHSALE_KAFKA_CERT_FILE": str(broker.certificate),
+        "FLASHSALE_KAFKA_KEY_FILE": str(broker.key),
+    }
+    kafka_clients.adapt_aiokafka()
+    client = AIOKafkaClient(**certified(broker, **files).kafka_client())
+    await client.bootstrap()
+    trustme.CA().cert_pem.write_to_path(trusted)
+    cause = f"{broker.with_certificates}: .*CERTIFICATE_VERIFY_FAIL"
+    with pytest.raises(NodeNotReadyError, match=cause):
+        await client.send(1, MetadataRequest([]), group=ConnectionGroup.COORDINATION)
+    await client.close()
     gc.collect()
 
 
