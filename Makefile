@@ -1,6 +1,7 @@
-# Everything runs in .venv, made from hashed requirements the first time a target needs it.
-PYTHON ?= python3
+# Everything runs in .venv, made from hashed requirements the first time a target needs it. Later
+# runs keep its Python.
 BIN := .venv/bin
+PYTHON ?= $(or $(realpath $(BIN)/python),python3)
 READY := .venv/.ready
 # A file runs in one process, with servers of that process. Tests often wait for servers, so three
 # processes are quicker on two cores than two, and more than three gain little on more cores.
@@ -21,7 +22,14 @@ help: ## Print the targets
 
 setup: $(READY) ## Create .venv, and download Kafka into the cache
 
-$(READY): dev/requirements.txt pyproject.toml
+# A named Python is used, even if another one made .venv.
+ifneq ($(and $(filter setup,$(MAKECMDGOALS)),$(filter-out file,$(origin PYTHON))),)
+.PHONY: $(READY)
+endif
+# The Python of .venv is missing after the machine's Python was replaced.
+$(BIN)/python:
+
+$(READY): dev/requirements.txt pyproject.toml $(BIN)/python
 	@$(PYTHON) dev/install.py
 	@$(BIN)/python -m dev.stack fetch
 	@touch $@
@@ -152,11 +160,11 @@ release-push: $(READY) ## Push CHART=FILE to IMAGES/charts, and print its name w
 	@$(BIN)/python -m dev.release push "$(CHART)" --images "$(IMAGES)" $(PUSH_FLAGS)
 
 lock: $(READY) ## Compile the hashed requirements from pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --all-extras pyproject.toml -o dev/requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --all-extras pyproject.toml -o dev/requirements.txt
 	for deployable in api consumer operator; do \
 	  case $$deployable in operator) folder=operator;; *) folder=services/$$deployable;; esac; \
-	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	    --constraint dev/requirements.txt --extra $$deployable pyproject.toml \
-	    -o $$folder/requirements.txt || exit 1; \
+	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --no-header --constraint dev/requirements.txt \
+	    --extra $$deployable pyproject.toml -o $$folder/requirements.txt || exit 1; \
 	done
