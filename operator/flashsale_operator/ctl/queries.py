@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 import click
-import msgspec
 
 from flashsale import __version__, ledger, redis_facts, settings
 from flashsale.errors import FlashsaleError, LedgerUnavailable, RedisUnavailable
@@ -170,7 +169,7 @@ async def report(
         files.write(html, html_of(reports))
         print(f"the report is in {html}")
     elif output == "json":
-        print(msgspec.json.format(msgspec.json.encode(reports), indent=2).decode())
+        print(tables.json_of(reports))
     else:
         print("\n\n".join(map(text_of, reports)))
     return 0
@@ -215,11 +214,8 @@ async def reservations(environ: Environ, item: str, output: str) -> int:
     async with connected(settings.load(Stores, environ), item) as clients:
         if not await ledger.sales(clients.pool, item):
             raise UnknownSale(no_such(item))
-        write = listing.WRITERS[output](sys.stdout)
         async with aclosing(listing.pages(clients.pool, item)) as pages:
-            async for page in pages:
-                write.page(page)
-        write.end()
+            await listing.WRITERS[output](sys.stdout, pages)
         sys.stdout.flush()
     return 0
 

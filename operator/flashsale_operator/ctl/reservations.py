@@ -1,9 +1,8 @@
 """Write the reservations of an item, page by page, as a table, CSV or JSON."""
 
 import csv
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol, TextIO
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from typing import Final, TextIO, TypeAlias
 
 import asyncpg
 import msgspec
@@ -15,6 +14,7 @@ from flashsale_operator.ctl.tables import table
 PAGE: Final = 1_000
 FORMULA: Final = ("=", "+", "-", "@")
 """The first characters of a formula that a userId or an orderRef may have."""
+_HEAD: Final = "RESERVATION SALE USER QUANTITY STATE ACCEPTED EXPIRES CONFIRMED ORDER"
 
 # In the order of the primary key, so that the first page needs no sort.
 _RESERVATIONS: Final = """
@@ -55,8 +55,12 @@ class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tru
         )
 
 
+Pages: TypeAlias = AsyncIterable[list[Reservation]]
+"""The reservations of an item. There is at least one page, and the last one may be empty."""
+
+
 async def pages(pool: ledger.Pool, item_id: str) -> AsyncGenerator[list[Reservation]]:
-    """Yields the reservations of an item's sales. Raises `LedgerUnavailable`."""
+    """Yields the reservations of an item's sales, as `Pages`. Raises `LedgerUnavailable`."""
     page: list[Reservation] = []
     async with (
         ledger.translated(),
@@ -71,25 +75,10 @@ async def pages(pool: ledger.Pool, item_id: str) -> AsyncGenerator[list[Reservat
     yield page
 
 
-class Writer(Protocol):
-    """Writes pages in one format. The last page may be empty."""
-
-    def __init__(self, out: TextIO) -> None: ...
-
-    def page(self, page: Sequence[Reservation]) -> None: ...
-
-    def end(self) -> None: ...
-
-
-@dataclass
-class _Table:
-    """Aligns each page for itself, so that no page waits for the next ones."""
-
-    out: TextIO
-    begun: bool = False
-
-    def page(self, page: Sequence[Reservation]) -> None:
-        head = "RESERVATION SALE USER QUANTITY STATE ACCEPTED EXPIRES CONFIRMED ORDER"
+async def write_table(out: TextIO, pages: Pages) -> None:
+    """Writes a table. Each page is aligned for itself, so that none waits for the next ones."""
+    first = True
+    async for page in pages:
         lines = [
             (
                 each.reservation_id,
@@ -104,58 +93,45 @@ class _Table:
             )
             for each in page
         ]
-        text = table(head, lines)
-        if self.begun:
-            text = text.partition("\n")[2]
-        if text:
-            print(text, file=self.out)
-        self.begun = True
-
-    def end(self) -> None:
-        pass
+        head, _, rows = table(_HEAD, lines).partition("\n")
+        if first:
+            print(head, file=out)
+        if rows:
+            print(rows, file=out)
+        first = False
 
 
-@dataclass
-class _Csv:
+async def write_csv(out: TextIO, pages: Pages) -> None:
     """Writes a header, and then a line per reservation. New columns come last.
 
     A spreadsheet runs a value that begins with one of `FORMULA` as a formula, so it gets an
     apostrophe in front.
     """
-
-    out: TextIO
-    begun: bool = False
-
-    def page(self, page: Sequence[Reservation]) -> None:
-        writer = csv.writer(self.out, lineterminator="\n")
-        if not self.begun:
+    writer = csv.writer(out, lineterminator="\n")
+    first = True
+    async for page in pages:
+        if first:
             writer.writerow(field.encode_name for field in msgspec.structs.fields(Reservation))
         writer.writerows(map(_harmless, msgspec.structs.astuple(each)) for each in page)
-        self.begun = True
-
-    def end(self) -> None:
-        pass
+        first = False
 
 
-@dataclass
-class _Json:
+async def write_json(out: TextIO, pages: Pages) -> None:
     """Writes one array, with a reservation per line."""
-
-    out: TextIO
-    begun: bool = False
-
-    def page(self, page: Sequence[Reservation]) -> None:
+    before = "[\n"
+    async for page in pages:
         for each in page:
-            self.out.write(",\n" if self.begun else "[\n")
-            self.out.write(msgspec.json.encode(each).decode())
-            self.begun = True
-
-    def end(self) -> None:
-        self.out.write("\n]\n" if self.begun else "[]\n")
+            out.write(f"{before}{msgspec.json.encode(each).decode()}")
+            before = ",\n"
+    out.write("[]\n" if before == "[\n" else "\n]\n")
 
 
 def _harmless(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
-WRITERS: Final[dict[str, type[Writer]]] = {"table": _Table, "csv": _Csv, "json": _Json}
+WRITERS: Final[dict[str, Callable[[TextIO, Pages], Awaitable[None]]]] = {
+    "table": write_table,
+    "csv": write_csv,
+    "json": write_json,
+}

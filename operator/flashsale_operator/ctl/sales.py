@@ -8,7 +8,7 @@ import msgspec
 from flashsale.clocks import ServerTime
 from flashsale.ledger import SaleRow
 from flashsale.sale import Sale, SaleSpec, SaleState, rfc3339_of_ms
-from flashsale_operator.ctl.tables import table
+from flashsale_operator.ctl.tables import aligned, json_of, table
 from flashsale_operator.sales import documents
 from flashsale_operator.sales.decision import counted, spec_of, state_of
 
@@ -139,29 +139,28 @@ WIDE: Final[tuple[_Column, ...]] = (
 )
 
 
-def rows_of(sales: Iterable[SaleView], columns: Sequence[_Column]) -> list[list[object]]:
+def _head_of(columns: Sequence[_Column]) -> list[str]:
+    return [head for head, _ in columns]
+
+
+def _rows_of(sales: Iterable[SaleView], columns: Sequence[_Column]) -> list[list[object]]:
     return [[value(sale) for _, value in columns] for sale in sales]
 
 
-def head_of(columns: Sequence[_Column]) -> str:
-    return " ".join(head for head, _ in columns)
+def _table_of(sales: Iterable[SaleView], columns: Sequence[_Column]) -> str:
+    return table(" ".join(_head_of(columns)), _rows_of(sales, columns))
 
 
-def json_of(sales: Sequence[SaleView]) -> str:
-    """Returns a JSON array, also of one sale."""
-    return msgspec.json.format(msgspec.json.encode(sales), indent=2).decode()
-
-
-def yaml_of(sales: Sequence[SaleView]) -> str:
-    """Returns a YAML sequence, also of one sale."""
+def _yaml_of(sales: SaleView | Sequence[SaleView]) -> str:
     return documents.yaml_of(msgspec.to_builtins(sales))
 
 
+# JSON and YAML are a list, also of one sale.
 FORMATS: Final[dict[str, Callable[[Sequence[SaleView]], str]]] = {
-    "table": lambda sales: table(head_of(COLUMNS), rows_of(sales, COLUMNS)),
-    "wide": lambda sales: table(head_of(WIDE), rows_of(sales, WIDE)),
+    "table": lambda sales: _table_of(sales, COLUMNS),
+    "wide": lambda sales: _table_of(sales, WIDE),
     "json": json_of,
-    "yaml": yaml_of,
+    "yaml": _yaml_of,
 }
 
 
@@ -177,6 +176,7 @@ class Changes:
         self.shown: dict[str, SaleView] = {}
         """The sales at the last call, by id."""
         self._widths: list[int] = []
+        """The widths of the columns, which never shrink. Empty until the head is written."""
 
     def lines(self, sales: Sequence[SaleView]) -> list[str]:
         changed = [sale for sale in sales if self.shown.get(sale.sale_id) != sale]
@@ -185,21 +185,16 @@ class Changes:
             return [self._document(sale) for sale in changed]
         if not changed:
             return []
-        rows: list[list[object]] = rows_of(changed, self._columns)
+        rows: list[Sequence[object]] = [*_rows_of(changed, self._columns)]
         if not self._widths:
-            rows.insert(0, [head for head, _ in self._columns])
-        words = [["-" if word is None else str(word) for word in row] for row in rows]
-        widest = [max(map(len, column)) for column in zip(*words, strict=True)]
-        self._widths = list(map(max, widest, self._widths or widest))
-        return [
-            "   ".join(map(str.ljust, row, self._widths)).rstrip()  # a column keeps its width
-            for row in words
-        ]
+            rows.insert(0, _head_of(self._columns))
+        lines, self._widths = aligned(rows, self._widths)
+        return lines
 
     def _document(self, sale: SaleView) -> str:
         if self._output == "json":
             return msgspec.json.encode(sale).decode()
-        return f"---\n{documents.yaml_of(msgspec.to_builtins(sale))}"
+        return f"---\n{_yaml_of(sale)}"
 
 
 def description(sale: SaleView, reservations: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from flashsale.fields import MAX_HOLD_SECONDS, MAX_STOCK
 from flashsale.requirements import PARTITION_BYTES, PARTITIONS, SEGMENT_BYTES
 from flashsale_operator.ctl.cli import flashsalectl, output_option
-from flashsale_operator.ctl.tables import table
+from flashsale_operator.ctl.tables import json_of, table
 
 ACCEPTED: Final = {"API": 0.4, "Redis": 0.25, "consumer": 0.2}
 REFUSED: Final = {"API": 0.3, "Redis": 0.05}
@@ -175,7 +175,7 @@ def size(buyers: int, stock: int, hold_seconds: int | None, output: str) -> int:
     """
     needed = size_of(buyers, stock, hold_seconds)
     if output == "json":
-        print(msgspec.json.format(msgspec.json.encode(needed), indent=2).decode())
+        print(json_of(needed))
     else:
         print(text_of(needed))
     return 0

@@ -1,9 +1,9 @@
 """The lines and tables that `flashsalectl` prints."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Final
+
+import msgspec
 
 from flashsale import requirements
 from flashsale.inventory import Freed
@@ -135,22 +135,25 @@ def of_findings(found: Sequence[requirements.Finding]) -> str:
     return table("VERDICT SERVER CHECK", [(each.verdict, each.server, each.text) for each in found])
 
 
-def json_of(found: Sequence[requirements.Finding]) -> str:
-    """Returns the checks as a JSON list."""
-    return json.dumps([asdict(each) for each in found], indent=2)
-
-
 def _verdict(finding: SaleFinding) -> str:
     return f"{finding.verdict}: {'; '.join(finding.notes)}" if finding.notes else finding.verdict
 
 
 def table(head: str, lines: Iterable[Sequence[object]]) -> str:
-    rows = [
-        head.split(),
-        *(["-" if word is None else str(word) for word in line] for line in lines),
-    ]
+    """Returns lines of aligned columns. A value that is None is shown as `-`."""
+    return "\n".join(aligned([head.split(), *lines])[0])
+
+
+def aligned(
+    lines: Iterable[Sequence[object]], least: Sequence[int] = ()
+) -> tuple[list[str], list[int]]:
+    """Returns lines of aligned columns, and the columns' widths, which are at least `least`."""
+    rows = [["-" if word is None else str(word) for word in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "   ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-        for line in rows
-    )
+    widths = list(map(max, widths, least or widths))
+    return ["   ".join(map(str.ljust, row, widths)).rstrip() for row in rows], widths
+
+
+def json_of(found: object) -> str:
+    """Returns structs or dataclasses as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
