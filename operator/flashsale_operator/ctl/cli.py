@@ -10,7 +10,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import update_wrapper
@@ -155,30 +155,27 @@ async def connected(
     Raises `LedgerUnavailable` if the ledger is of an earlier version. Only the consumer and the
     operator migrate it, because the processes of that version could not use it any more.
     """
-    redis = connect(addresses.redis_url)
-    try:
+    async with AsyncExitStack() as stack:
+        redis = connect(addresses.redis_url)
+        stack.push_async_callback(redis.aclose)
         pool = await ledger.connect(addresses.database_url)
+        stack.callback(pool.terminate)
+        clients = Clients(Inventory(redis, addresses.engine), pool)
         try:
-            clients = Clients(Inventory(redis, addresses.engine), pool)
-            try:
-                if uses_ledger:
-                    await schema.require_migrated(pool)
-                yield clients
-            except UnknownSale as error:
-                near = None if item is None else await _nearest(clients, item)
-                if near in (None, item):
-                    raise
-                raise UnknownSale(f"{error}; did you mean {near}?") from None
-            except LedgerUnavailable as error:
-                if isinstance(error.__cause__, asyncpg.UndefinedTableError):
-                    raise LedgerUnavailable(LACKS_MIGRATIONS) from error
-                if isinstance(error.__cause__, asyncpg.UndefinedColumnError | KeyError):
-                    raise LedgerUnavailable(_NEWER) from error
+            if uses_ledger:
+                await schema.require_migrated(pool)
+            yield clients
+        except UnknownSale as error:
+            near = None if item is None else await _nearest(clients, item)
+            if near in (None, item):
                 raise
-        finally:
-            pool.terminate()
-    finally:
-        await redis.aclose()
+            raise UnknownSale(f"{error}; did you mean {near}?") from None
+        except LedgerUnavailable as error:
+            if isinstance(error.__cause__, asyncpg.UndefinedTableError):
+                raise LedgerUnavailable(LACKS_MIGRATIONS) from error
+            if isinstance(error.__cause__, asyncpg.UndefinedColumnError | KeyError):
+                raise LedgerUnavailable(_NEWER) from error
+            raise
 
 
 async def for_each(

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import click
@@ -47,7 +48,9 @@ async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int
             return False
         await _require_one_cluster(nodes, ids, addresses)
         for number, node in enumerate(nodes, start=1):
-            await _unless_done(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
+            # A node that has an epoch or knows others refuses it: an earlier call ended here.
+            with suppress(ResponseError):
+                await _ask(node, "CLUSTER", "SET-CONFIG-EPOCH", number)
         for host, port, bus_port in addresses[1:]:
             await _ask(nodes[0], "CLUSTER", "MEET", host, port, bus_port)
 
@@ -129,14 +132,6 @@ async def _until(step: str, check: Callable[[], Awaitable[bool]]) -> None:
 async def _ask(node: "Redis", *command: str | int) -> Any:  # noqa: ANN401 - of any command
     call = cast("Callable[..., Awaitable[Any]]", node.execute_command)
     return await call(*command)
-
-
-async def _unless_done(node: "Redis", *command: str | int) -> None:
-    try:
-        await _ask(node, *command)
-    except ResponseError:
-        # The node has an epoch or knows other nodes already: an earlier call ended here.
-        return
 
 
 async def _answers(node: "Redis") -> bool:
