@@ -5,7 +5,7 @@ name follows from the change. If the operator dies between the two writes, or if
 the change, the kube-apiserver refuses the second Event of that name. So each change gets one Event.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -99,58 +99,54 @@ def sale_events(before: Known, result: Result) -> list[SaleEvent]:
     return [*_changes(before, result), *_of_state(before, result)]
 
 
-def _changes(before: Known, result: Result) -> list[SaleEvent]:
-    """Returns the Events that do not depend on the state."""
-    found: list[SaleEvent] = []
+def _changes(before: Known, result: Result) -> Iterator[SaleEvent]:
+    """Yields the Events that do not depend on the state."""
     rebuilt = result.rebuilt
     if rebuilt is not None and rebuilt.changed:
         occasion = f"revision {rebuilt.revision}"
-        found.append(SaleEvent("Rebuilt", str(rebuilt), rebuilt.lost > 0, occasion))
+        yield SaleEvent("Rebuilt", str(rebuilt), rebuilt.lost > 0, occasion)
     sale, allocated = result.trusted_sale, before.allocated
     if sale is not None and allocated is not None and sale.allocated > allocated:
         raised = f"allocated units raised from {allocated} to {sale.allocated}"
-        found.append(SaleEvent("Restocked", raised))
+        yield SaleEvent("Restocked", raised)
     if result.hold_expired and not before.hold_expired:
-        found.append(HOLD_EXPIRED)
+        yield HOLD_EXPIRED
     if result.refused is not None and result.refused.reservations and not before.refused:
-        found.append(SaleEvent("Refused", refused_message(result.refused), warning=True))
-    return found
+        yield SaleEvent("Refused", refused_message(result.refused), warning=True)
 
 
-def _of_state(before: Known, result: Result) -> list[SaleEvent]:
-    """Returns the Event about another state."""
+def _of_state(before: Known, result: Result) -> Iterator[SaleEvent]:
+    """Yields the Event about another state."""
     state, was, sale = result.state, before.state, result.own_sale
     message = open_message(result)
-    found: list[SaleEvent] = []
     # Holds that expire let a sale sell out many times, but each stock gets the Events once.
     stock = "" if sale is None else f"stock {sale.allocated}"
     # The operator restarted during an outage: it cannot tell whether the state has changed.
     forgotten = was is SaleState.UNKNOWN and before.allocated is not None
     if state is was or state is SaleState.UNKNOWN or forgotten:
-        return found
+        return
     match state:
         case SaleState.SELLING if was is SaleState.PAUSED:
-            found.append(SaleEvent("Resumed", message))
+            yield SaleEvent("Resumed", message)
         case SaleState.SELLING if was is not SaleState.SOLD_OUT:
-            found.append(SaleEvent("Opened", message))
+            yield SaleEvent("Opened", message)
         case SaleState.SELLING if sale is not None and before.released is not None:
             if (returned := sale.released - before.released) > 0:
                 units = counted(returned, "unit")
                 again = f"{units} came back: {message}"
-                found.append(SaleEvent("SellingAgain", again, occasion=stock))
+                yield SaleEvent("SellingAgain", again, occasion=stock)
         case SaleState.SOLD_OUT if not before.sold_out:
-            found.append(SaleEvent("SoldOut", message, occasion=stock))
+            yield SaleEvent("SoldOut", message, occasion=stock)
         case SaleState.ENDED if _never_sold(was, result):
-            found.append(SaleEvent("Ended", f"{message}{_NEVER_SOLD}", warning=True))
+            yield SaleEvent("Ended", f"{message}{_NEVER_SOLD}", warning=True)
         case SaleState.PAUSED | SaleState.ENDED:
-            found.append(SaleEvent(state.value, message))
+            yield SaleEvent(state.value, message)
         case SaleState.CLOSING:
-            found.append(SaleEvent("Closed", message))
+            yield SaleEvent("Closed", message)
         case SaleState.FENCED:
-            found.append(SaleEvent("Fenced", message, warning=True, occasion=_fence_of(result)))
+            yield SaleEvent("Fenced", message, warning=True, occasion=_fence_of(result))
         case SaleState.ITEM_CONFLICT:
-            found.append(SaleEvent("ItemConflict", message, warning=True))
-    return found
+            yield SaleEvent("ItemConflict", message, warning=True)
 
 
 def _fence_of(result: Result) -> str:
