@@ -247,10 +247,10 @@ async def sales(pool: Pool, item_id: str | None = None) -> list[SaleRow]:
     return [SaleRow.of(record) for record in records]
 
 
-async def stored_offsets(pool: Pool, topic: str) -> dict[int, int]:
+async def stored_offsets(ledger: "Pool | Connection", topic: str) -> dict[int, int]:
     """Returns the next offset of each partition with recorded events."""
     async with translated():
-        records = await pool.fetch(
+        records = await ledger.fetch(
             "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1", topic
         )
     return {record["partition"]: record["next_offset"] for record in records}

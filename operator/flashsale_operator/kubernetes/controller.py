@@ -75,8 +75,8 @@ class Controller:
         self._metrics = clients.metrics
         self._queue = queue
         self._rebuilds = rebuilds
-        self._reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
-        self._closing = Closing(clients.kube, clients.pool, self._reconciler, self._failed)
+        self.reconciler = Reconciler(clients.inventory, clients.pool, rebuilds.rebuild)
+        self._closing = Closing(clients.kube, clients.pool, self.reconciler, self._failed)
         self._reporter = Reporter(clients.kube, clients.metrics, rebuilds)
         self._prefixes = prefixes
         self._memories: dict[Key, Memory] = {}
@@ -154,17 +154,9 @@ class Controller:
         Raises nothing, because only the move matters to a person.
         """
         try:
-            await self._reconciler.stop_all_outdated(self._engine_id or "")
+            await self.reconciler.stop_all_outdated(self._engine_id or "")
         except REPORTED as error:
             log.warning("the sales in the former Redis are not all fenced yet: %s", error)
-
-    async def stop_outdated(self, sale_id: str) -> None:
-        """Stops Redis' sale where it is behind the ledger. Raises the reconciler's errors."""
-        await self._reconciler.stop_outdated(sale_id, self._engine_id or "")
-
-    async def close(self, sale_id: str) -> None:
-        """Closes a sale. Raises the errors of `Reconciler.close`."""
-        await self._reconciler.close(sale_id)
 
     async def _work(self) -> None:
         while True:
@@ -318,7 +310,7 @@ class Controller:
         metadata, before = live["metadata"], Status.parse(live.get("status") or {})
         current = self._closing.current(key, metadata)
         try:
-            result = await self._reconciler.reconcile(
+            result = await self.reconciler.reconcile(
                 spec,
                 metadata["uid"],
                 current,
@@ -328,7 +320,7 @@ class Controller:
             sale = result.own_sale
             # Open holds of an earlier spec also expire, so sale.hold_ms does not matter.
             if sale and sale.released and not before.hold_expired:
-                expired = await self._reconciler.hold_expired(spec.sale_id)
+                expired = await self.reconciler.hold_expired(spec.sale_id)
                 result = replace(result, hold_expired=expired)
         except Outdated:
             return None
@@ -355,7 +347,7 @@ class Controller:
         result = result_of_error(spec, error)
         if isinstance(error, RedisMoved):
             try:
-                await self.stop_outdated(spec.sale_id)
+                await self.reconciler.stop_outdated(spec.sale_id, self._engine_id or "")
             except REPORTED as another:
                 return result_of_error(spec, another)
         if not isinstance(error, LedgerUnavailable):

@@ -252,12 +252,13 @@ class Resync:
             row, updated_at = rows[sale.sale_id]
             if unclosed(row, sale):
                 log.info("%s: closed in the ledger, closing it in Redis", sale.sale_id)
+                reconciler = self._controller.reconciler
                 if sale.revision > row.revision:
                     # The ledger is an older copy: its revision must rise above Redis' first.
-                    await self._controller.close(sale.sale_id)
+                    await reconciler.close(sale.sale_id)
                 else:
                     # Closes nothing if the manifest was applied again since.
-                    await self._controller.stop_outdated(sale.sale_id)
+                    await reconciler.stop_outdated(sale.sale_id, engine_id)
             elif may_be_freed(row, sale, datetime.now(UTC) - updated_at, self._keep_closed):
                 freed = await self._inventory.free(
                     sale.item_id,

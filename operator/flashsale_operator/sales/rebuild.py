@@ -54,7 +54,6 @@ UPDATE sales SET rebuilt_revision = $2, updated_at = now(),
 WHERE sale_id = $1 AND revision = $2
 RETURNING accepted, released, held, lost
 """
-_OFFSETS: Final = "SELECT partition, next_offset FROM kafka_offsets WHERE topic = $1"
 HOLD_MS: Final = 60_000
 """The shortest time until the end of a restored hold, in milliseconds. A hold that was shorter gets
 its whole time again."""
@@ -300,10 +299,7 @@ class Rebuilder:
         self._noting[row.sale_id] = row
         async with ledger.transaction(self._pool) as connection:
             # In the order of the tables' locks in schema.py.
-            stored = {
-                record["partition"]: record["next_offset"]
-                for record in await connection.fetch(_OFFSETS, self._topic)
-            }
+            stored = await ledger.stored_offsets(connection, self._topic)
             accepted, rebuilt = (0, None) if had is None else (had.accepted, had.rebuilt)
             counts = await connection.fetchrow(_NOTE, row.sale_id, row.revision, accepted, rebuilt)
             if counts is None or any(

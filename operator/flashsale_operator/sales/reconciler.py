@@ -198,10 +198,14 @@ class Reconciler:
         applied = answer = Applied.UNCHANGED
         engine_id = await engine.claimed_id(self._inventory, self._pool)
         for _ in range(MAX_STEPS):
-            observed = await self._observe(
-                spec, engine_id, written, seeded=seeded, still_fenced=still_fenced
+            observed = replace(
+                await self._observe(spec),
+                written=written,
+                seeded=seeded,
+                still_fenced=still_fenced,
+                engine_id=engine_id,
+                served=served,
             )
-            observed = replace(observed, served=served)
             match decide(spec, observed):
                 case WriteRow() if mistakes:
                     state = state_of(observed.row, observed.sale, observed.server)
@@ -346,15 +350,8 @@ class Reconciler:
             raise UnknownSale(f"{item_id}: there is no sale of this item")
         return sorted(found or {row.sale_id for row in rows})
 
-    async def _observe(
-        self,
-        spec: SaleSpec,
-        engine_id: str,
-        written: int | None,
-        *,
-        seeded: bool,
-        still_fenced: StillFenced | None,
-    ) -> Observed:
+    async def _observe(self, spec: SaleSpec) -> Observed:
+        """Returns the records of the ledger and Redis."""
         # Read before Redis: a sale in Redis has all changes of this row, or it has lost some.
         before = await ledger.sale(self._pool, spec.sale_id)
         # Read before Redis, too. If another sale is applied again later, Redis has it open, or
@@ -367,10 +364,6 @@ class Reconciler:
             sale=sale,
             row=row,
             others=tuple(other for other in others if other.sale_id != spec.sale_id),
-            written=written,
-            seeded=seeded,
-            still_fenced=still_fenced,
-            engine_id=engine_id,
             before=before,
         )
 

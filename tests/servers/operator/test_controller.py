@@ -230,7 +230,7 @@ async def test_an_unexpected_error_is_reported_and_retried(
     kube, metrics = FakeKube(spec), Metrics()
     own, key = controller(shop, kube, metrics=metrics), Key.of(spec.sale_id)
     with monkeypatch.context() as patch:
-        patch.setattr(own if ended == "prepare" else own._reconciler, ended, fail)
+        patch.setattr(own if ended == "prepare" else own.reconciler, ended, fail)
         for _ in range(2):
             assert (await own.reconcile(key)).failed
     assert f'flashsale_sale_ready{{item="",sale="{spec.sale_id}"}} 0.0' in metrics.text().decode()
