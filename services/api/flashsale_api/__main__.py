@@ -61,12 +61,23 @@ def main() -> int:
     try:
         settings = load(Settings, os.environ)
         traced = tracing.wanted(os.environ)
+        logs.configure(settings.log_level)
+        lookups.share_threads()
+        spans = _spans() if traced else None
+        listening = bound("LISTEN", settings.listen, SOCKET_BYTES)
+        metrics_listeners = bound("METRICS_LISTEN", settings.metrics_listen)
+        order_server = (
+            OrderServer(settings.orders_listen, lambda: server.should_exit)
+            if settings.order_tokens
+            else None
+        )
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    logs.configure(settings.log_level)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     descriptors.set_limit()
-    lookups.share_threads()
 
     failed = False
 
@@ -80,19 +91,6 @@ def main() -> int:
         )
 
     metrics = Metrics(settings.engine)
-    order_server = None
-    try:
-        spans = _spans() if traced else None
-        listening = bound("LISTEN", settings.listen, SOCKET_BYTES)
-        metrics_listeners = bound("METRICS_LISTEN", settings.metrics_listen)
-        if settings.order_tokens:
-            order_server = OrderServer(settings.orders_listen, lambda: server.should_exit)
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
     app = create_app(settings, metrics, on_failure, spans, order_server)
     server = server_of(app, *host_and_port(settings.listen))
     # Objects made so far live as long as the process, and requests create no reference cycles.
