@@ -4,16 +4,14 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ExceptionHandler, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from flashsale import redis_client, redis_facts, requirements
 from flashsale.errors import RedisUnavailable, UnmetRequirement
@@ -21,17 +19,18 @@ from flashsale.inventory import Inventory
 from flashsale.nodes import Nodes
 from flashsale.outbox import Outbox
 from flashsale.requirements import Checks
-from flashsale_api import authentication, responses
+from flashsale_api import authentication
 from flashsale_api.batcher import Batcher
 from flashsale_api.engine import Engine
 from flashsale_api.expiry import Expiry
 from flashsale_api.heartbeat import Heartbeat, Pulse
 from flashsale_api.metrics import Metrics
-from flashsale_api.orders import Orders, order_app
+from flashsale_api.orders import OrderPort, Orders
 from flashsale_api.page import PAGE_PATH, Page
 from flashsale_api.publisher import Publisher
 from flashsale_api.reserve import RESERVE_PATH, Reserve
-from flashsale_api.responses import Handler, Problem, not_allowed, problem_response
+from flashsale_api.responses import Handler, not_allowed
+from flashsale_api.rest import rest_app
 from flashsale_api.sales import SALES_PATH, Sales
 from flashsale_api.settings import Settings
 from flashsale_api.sweeper import Sweeper
@@ -127,11 +126,10 @@ def create_app(  # noqa: PLR0915 - the composition root
     background = Inventory(redis_of_outbox, settings.engine)
     sweeper = Sweeper(background, outbox, publisher, metrics, known=engine.items, pod_id=pod_id)
     expiry = Expiry(background, publisher, metrics, engine, pod_id=pod_id)
-    orders = order_app(
+    orders = OrderPort(
         Orders(inventory, confirmations, cancellations, metrics, engine, refusal=pulse.refusal),
         settings.order_tokens.split(","),
         metrics,
-        _HANDLERS,
     )
     buyers = authentication.of_settings(settings, metrics)
     sales = Sales(Inventory(redis_of_reads, settings.engine), engine, buyers)
@@ -192,24 +190,9 @@ def create_app(  # noqa: PLR0915 - the composition root
         status = 503 if problem else 200
         return Response(f"{problem or 'ready'}\n", status, media_type="text/plain")
 
-    description = (files("flashsale_api") / "openapi.json").read_bytes()
-
-    async def openapi(_: Request) -> Response:
-        return Response(description, media_type="application/json")
-
     reserve = Reserve(batcher, metrics, spans, buyers, trust_traceparent=settings.trust_traceparent)
-    rest = Starlette(
-        routes=[
-            Route("/healthz", healthz),
-            Route("/readyz", readyz),
-            Route("/openapi.json", openapi),
-        ],
-        exception_handlers=_HANDLERS,
-        lifespan=lifespan,
-    )
-    # Otherwise Starlette redirects /sales/ to the host in the request's Host header.
-    rest.router.redirect_slashes = False
-    return Application(reserve, sales, rest)
+    routes = [Route("/healthz", healthz), Route("/readyz", readyz)]
+    return Application(reserve, sales, rest_app(routes, "openapi.json", lifespan))
 
 
 class RedisCheck:
@@ -244,20 +227,3 @@ class RedisCheck:
             else:
                 self.problem = ""
                 return
-
-
-async def _http_problem(_: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    problem = responses.of_status(error.status_code)
-    return responses.starlette_response(*responses.plain(problem), error.headers)
-
-
-async def _internal_problem(_: Request, __: Exception) -> Response:
-    return problem_response(Problem.INTERNAL_ERROR)
-
-
-_HANDLERS: Final[Mapping[Any, ExceptionHandler]] = {
-    HTTPException: _http_problem,
-    Exception: _internal_problem,
-}

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from flashsale_api import responses
-from flashsale_api.responses import Handler, Headers, Problem, RequestHeaders, Respond
+from flashsale_api.responses import Handler, Headers, Problem, RequestHeaders
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ class Exchange:
     @classmethod
     def refusal(cls, answer: Answer, status: int, reason: str) -> "Exchange":
         """Returns the answer to a client that broke a rule. The connection ends with it."""
-        exchange = cls(answer, _plain(status, reason), [], keep_alive=False)
+        headers = (b"content-type", b"text/plain; charset=utf-8"), responses.NOT_STORED
+        handler = responses.fixed(status, headers, reason.encode())
+        exchange = cls(answer, handler, [], keep_alive=False)
         exchange.is_refusal = True
         return exchange
 
@@ -97,16 +99,3 @@ class Exchange:
     def drop(self) -> None:
         """Forgets the connection, whose client is gone."""
         self._answer = self.handler = None
-
-
-def _plain(status: int, text: str) -> Handler:
-    own = (b"content-type", b"text/plain; charset=utf-8"), responses.NOT_STORED
-
-    def handle(
-        headers: RequestHeaders,  # noqa: ARG001 - a handler's signature
-        body: bytes | bytearray,  # noqa: ARG001
-        respond: Respond,
-    ) -> None:
-        respond(status, own, text.encode())
-
-    return handle

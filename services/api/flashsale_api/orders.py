@@ -3,17 +3,15 @@
 import hmac
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ExceptionHandler, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.fields import ITEM_ID, RESERVATION_ID, OrderRef, SaleId
@@ -36,11 +34,10 @@ from flashsale_api.responses import (
     Respond,
     not_allowed,
     plain,
-    problem_response,
     render,
-    starlette_response,
     unauthorized,
 )
+from flashsale_api.rest import problem_response, rest_app, starlette_response
 from flashsale_api.transitions import Decision, Transitions
 
 log = logging.getLogger(__name__)
@@ -263,13 +260,11 @@ class OrderPort:
     `HttpProtocol` calls the handlers of changes directly, and Starlette answers the rest.
     """
 
-    def __init__(
-        self, orders: Orders, tokens: Sequence[str], metrics: Metrics, rest: Starlette
-    ) -> None:
+    def __init__(self, orders: Orders, tokens: Sequence[str], metrics: Metrics) -> None:
         self._orders = orders
         self._tokens = [token.encode() for token in tokens]
         self._metrics = metrics
-        self._rest = rest
+        self._rest = rest_app([Route(_PATH, orders.reservation)], "openapi-orders.json")
 
     def direct(self, method: bytes, path: bytes) -> Handler | None:
         """Returns the handler of a request, or nothing if it takes the ASGI path."""
@@ -307,23 +302,3 @@ class OrderPort:
             return UNAUTHENTICATED
         right = [hmac.compare_digest(token, own) for own in self._tokens]
         return "" if any(right) else "the API does not have this token"
-
-
-def order_app(
-    orders: Orders,
-    tokens: Sequence[str],
-    metrics: Metrics,
-    exception_handlers: Mapping[Any, ExceptionHandler],
-) -> OrderPort:
-    """Makes the application of the order port."""
-    description = (files("flashsale_api") / "openapi-orders.json").read_bytes()
-
-    async def openapi(_: Request) -> Response:
-        return Response(description, media_type="application/json")
-
-    rest = Starlette(
-        routes=[Route("/openapi.json", openapi), Route(_PATH, orders.reservation)],
-        exception_handlers=exception_handlers,
-    )
-    rest.router.redirect_slashes = False
-    return OrderPort(orders, tokens, metrics, rest)

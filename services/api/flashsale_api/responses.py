@@ -3,12 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
-from http import HTTPStatus
 from itertools import chain
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
-from starlette.responses import Response
 
 from flashsale.reservations import Outcome, Record, Transition, Word
 from flashsale.sale import rfc3339_of_ms
@@ -159,45 +157,15 @@ def render(
     return kind.status, headers, msgspec.json.encode(body | members)
 
 
-def starlette_response(
-    status: int, headers: Headers, body: bytes, more: Mapping[str, str] | None = None
-) -> Response:
-    """Returns an answer as Starlette's response, with `more` headers."""
-    made = Response(body, status, more)
-    made.raw_headers.extend(headers)
-    return made
-
-
-def problem_response(problem: Problem, detail: str | None = None) -> Response:
-    """Returns a problem as Starlette's response."""
-    return starlette_response(*render(problem, detail))
+def fixed(status: int, headers: Headers, body: bytes) -> Handler:
+    """Returns a handler that gives every request the same answer."""
+    return lambda _headers, _body, respond: respond(status, headers, body)
 
 
 def not_allowed(methods: str) -> Handler:
     """Returns the handler of a path that supports only `methods`."""
-
-    def handle(
-        headers: RequestHeaders,  # noqa: ARG001 - a handler's signature
-        body: bytes | bytearray,  # noqa: ARG001
-        respond: Respond,
-    ) -> None:
-        status, own, text = plain(Problem.METHOD_NOT_ALLOWED)
-        respond(status, (*own, (b"allow", methods.encode())), text)
-
-    return handle
-
-
-def of_status(status: int) -> Problem:
-    """Returns the problem for a status that Starlette raised."""
-    match status:
-        case HTTPStatus.NOT_FOUND:
-            return Problem.NOT_FOUND
-        case HTTPStatus.METHOD_NOT_ALLOWED:
-            return Problem.METHOD_NOT_ALLOWED
-        case _ if status < 500:
-            return Problem.MALFORMED_REQUEST
-        case _:
-            return Problem.INTERNAL_ERROR
+    status, headers, body = plain(Problem.METHOD_NOT_ALLOWED)
+    return fixed(status, (*headers, (b"allow", methods.encode())), body)
 
 
 class Reservation(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):

@@ -47,6 +47,7 @@ _CACHED: Final = (
     b"public, max-age=1, stale-while-revalidate=5, stale-if-error=60",
 )
 
+_UNKNOWN_ITEM: Final = responses.fixed(*responses.plain(Problem.UNKNOWN_ITEM))
 _encode = msgspec.json.Encoder().encode
 
 
@@ -297,13 +298,6 @@ class Sales:
             )
             for item_id, sale in sales.items()
         ]
-
-
-def _refuse(problem: Problem, _: RequestHeaders, __: bytes | bytearray, respond: Respond) -> None:
-    respond(*responses.plain(problem))
-
-
-_UNKNOWN_ITEM: Final = partial(_refuse, Problem.UNKNOWN_ITEM)
 
 
 def _now() -> float:
