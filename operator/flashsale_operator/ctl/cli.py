@@ -1,6 +1,7 @@
 """The command group of `flashsalectl`, and the options and clients that its commands share."""
 
 import asyncio
+import sys
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -216,6 +217,11 @@ async def _nearest(clients: Clients, wanted: str) -> str | None:
     known = names | items
     found = get_close_matches(wanted.lower(), known, n=1)
     return known[found[0]] if found else None
+
+
+def warn(text: str) -> None:
+    """Prints a line to standard error, in the form of an error."""
+    print(f"flashsalectl: {text}", file=sys.stderr)
 
 
 def no_such(item_id: str) -> str:

@@ -14,7 +14,7 @@ from typing import Final, cast
 import click
 from click.shell_completion import get_completion_class
 
-from flashsale import kafka_clients, ledger, schema, settings
+from flashsale import kafka_clients, ledger, requirements, schema, settings
 from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
@@ -31,6 +31,7 @@ from flashsale_operator.ctl.cli import (
     for_each,
     force_option,
     item_argument,
+    warn,
 )
 from flashsale_operator.ctl.repairs import rebuilder_of
 from flashsale_operator.sales import engine
@@ -57,7 +58,7 @@ class HasFlashSale(FlashsaleError):
 def main() -> None:
     """Runs the command line of the process and exits with its code."""
     if sys.stdout is None:  # after `>&-`
-        print("flashsalectl: the output cannot be written: it is closed", file=sys.stderr)
+        warn("the output cannot be written: it is closed")
         sys.exit(1)
     # As kubectl, whatever the locale is. The name of a file can have bytes that are not UTF-8.
     cast("TextIOWrapper", sys.stdout).reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -82,7 +83,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str], servers: str = "")
         # Python must not flush the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # of a reader, such as `head`, that has enough
-            print(f"flashsalectl: the output cannot be written: {error.strerror}", file=sys.stderr)
+            warn(f"the output cannot be written: {error.strerror}")
         return 1
     return code
 
@@ -105,7 +106,7 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], servers: str) -> 
         if servers and not isinstance(error, ManifestError | files.NotWritten):
             lines.append(servers)
         for line in lines:
-            print(f"flashsalectl: {line}", file=sys.stderr)
+            warn(line)
         return 2 if isinstance(error, SettingsError) else 1
     except (KeyboardInterrupt, click.Abort):
         return 130
@@ -129,7 +130,9 @@ async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
     specs = files.sales(names)
     addresses = settings.load(Servers, environ)
     async with connected(addresses) as clients:
-        await engine.require_servers(Checks(), clients.inventory, clients.pool)
+        checks = Checks()
+        checks.require(requirements.LEDGER, await schema.facts(clients.pool))
+        await engine.require_redis(checks, clients.inventory)
         await schema.migrate(clients.pool, clients.inventory.engine)
         sale_ids = [spec.sale_id for spec in specs]
         await _check_declared(clients, "apply -f FILE", set(sale_ids), force=force)
@@ -174,10 +177,9 @@ async def _check_declared(
                 f"{sales}: a FlashSale declares the sale, and the operator would undo this change. "
                 f"Run `{command}`, or add --force while no operator runs"
             )
-        print(
-            f"flashsalectl: {sales}: a FlashSale declares the sale, and the next operator undoes "
-            f"this change. Before that, also run `{command}`",
-            file=sys.stderr,
+        warn(
+            f"{sales}: a FlashSale declares the sale, and the next operator undoes this change. "
+            f"Before that, also run `{command}`"
         )
 
 

@@ -28,6 +28,7 @@ from flashsale_operator.ctl.cli import (
     item_argument,
     no_such,
     output_option,
+    warn,
 )
 from flashsale_operator.ctl.report_html import html_of
 from flashsale_operator.ctl.report_text import text_of
@@ -57,14 +58,14 @@ async def get(environ: Environ, item: str | None, output: str, *, watch: bool, e
         if not watch:
             print(sales.FORMATS[output](found))
             if unread:
-                print(f"flashsalectl: {unread}", file=sys.stderr)
+                warn(unread)
             return 1 if unread else 0
         changes, said = sales.Changes(output), ""
         while True:
             for line in changes.lines(found):
                 print(line, flush=True)
             if unread not in ("", said):  # once, and the watch goes on
-                print(f"flashsalectl: {unread}", file=sys.stderr)
+                warn(unread)
             said = unread
             await asyncio.sleep(WATCH_SECONDS)
             try:
@@ -90,7 +91,7 @@ async def describe(environ: Environ, item: str) -> int:
     if described:
         print("\n\n".join(described))
     if unread:
-        print(f"flashsalectl: {unread}", file=sys.stderr)
+        warn(unread)
     return 1 if unread else 0
 
 
@@ -130,7 +131,7 @@ async def audit(environ: Environ, item: str | None) -> int:
             raise UnknownSale(no_such(item))
     print(tables.of_audit(found))
     if found.unread:
-        print(f"flashsalectl: {found.unread}", file=sys.stderr)
+        warn(found.unread)
     return 0 if found.agrees else 1
 
 

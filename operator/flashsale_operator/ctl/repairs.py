@@ -24,6 +24,7 @@ from flashsale_operator.ctl.cli import (
     for_each,
     item_argument,
     no_such,
+    warn,
 )
 from flashsale_operator.sales import engine, index, offsets, transitions
 from flashsale_operator.sales.decision import counted, last_of_items, needs_rebuild
@@ -64,7 +65,7 @@ async def rebuild(environ: Environ, item: str | None, *, every: bool) -> int:
         )
         print(line, file=sys.stdout if isinstance(result, Rebuilt) else sys.stderr)
     if unread:
-        print(f"flashsalectl: {unread}", file=sys.stderr)
+        warn(unread)
     return 0 if not unread and all(isinstance(result, Rebuilt) for result in done) else 1
 
 

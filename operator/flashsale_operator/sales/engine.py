@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from flashsale import ledger, redis_facts, requirements, schema
+from flashsale import ledger, redis_facts, requirements
 from flashsale.errors import ContractViolation, OtherEngine, RedisUnavailable
 from flashsale.inventory import Inventory
 from flashsale.requirements import Checks
@@ -44,15 +44,6 @@ async def claim(inventory: Inventory, pool: ledger.Pool, own: str) -> None:
     """
     if not await inventory.index.claimed(own):
         await inventory.index.claim(own, await index.wanted(pool))
-
-
-async def require_servers(checks: Checks, inventory: Inventory, pool: ledger.Pool) -> None:
-    """Raises `UnmetRequirement` if the ledger or Redis lacks a requirement of docs/install.md.
-
-    Raises `LedgerUnavailable` and `RedisUnavailable` during an outage.
-    """
-    checks.require(requirements.LEDGER, await schema.facts(pool))
-    await require_redis(checks, inventory)
 
 
 async def require_redis(checks: Checks, inventory: Inventory) -> None:
