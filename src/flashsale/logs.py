@@ -23,6 +23,13 @@ WINDOW_SECONDS: Final = 10.0
 
 # uvicorn adds the message again as `color_message`.
 _NO_FIELDS: Final = (*RESERVED_ATTRS, "color_message")
+_JSON: Final = MsgspecFormatter(
+    ("levelname", "name", "message"),
+    rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
+    reserved_attrs=_NO_FIELDS,
+    timestamp="time",
+)
+_TEXT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _MAX_STATEMENTS: Final = 1_000
 _PASSWORD: Final = re.compile(r"(://[^\s/@:\"]*:)[^\s/@\"]+@")
 
@@ -34,8 +41,8 @@ def configure(level: LogLevel = "info", stream: TextIO | None = None) -> None:
     send, including passwords.
     """
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Terminal() if stream.isatty() else _Json())
+    handler = _Handler(stream)
+    handler.setFormatter(_Terminal(_TEXT) if stream.isatty() else _JSON)
     handler.addFilter(_without_debug_of_libraries)
     handler.addFilter(_is_not_abandoned)
     handler.addFilter(Repeats())
@@ -87,31 +94,14 @@ class Repeats(logging.Filter):
         return True
 
 
-class _Json(MsgspecFormatter):
-    def __init__(self) -> None:
-        super().__init__(
-            ("levelname", "name", "message"),
-            rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
-            reserved_attrs=_NO_FIELDS,
-            timestamp="time",
-        )
-
+class _Handler(logging.StreamHandler[TextIO]):
     def format(self, record: logging.LogRecord) -> str:
-        return _without_passwords(super().format(record))
+        """Returns the line without passwords."""
+        return _PASSWORD.sub(r"\1***@", super().format(record))
 
 
 class _Terminal(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
-
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         fields = merge_record_extra(record, {}, reserved=_NO_FIELDS)
         own = [f"{name}={value}" for name, value in fields.items()]
         return " ".join([super().formatMessage(record), *own])
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _without_passwords(super().format(record))
-
-
-def _without_passwords(line: str) -> str:
-    return _PASSWORD.sub(r"\1***@", line)
