@@ -1,15 +1,13 @@
 """The clock and the run of each Redis server."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+from redis.asyncio.client import Pipeline
 
 from flashsale import pipelines
 from flashsale.errors import RedisUnavailable
 from flashsale.nodes import Node, Nodes
-
-if TYPE_CHECKING:
-    from redis.asyncio.client import Pipeline
-
 
 _IDS: Final = ("run_id", "master_replid2")
 
@@ -32,7 +30,7 @@ async def read(nodes: Nodes, servers: Iterable[Node]) -> dict[str, ServerTime]:
     `RedisUnavailable` if all are.
     """
 
-    def queue(pipeline: "Pipeline") -> None:
+    def queue(pipeline: Pipeline) -> None:
         pipeline.time()
         pipeline.info("server", "replication")
 

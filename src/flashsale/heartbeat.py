@@ -7,10 +7,11 @@ and after the fence apart, and the run of the server whose clock it used.
 """
 
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 import msgspec
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from flashsale import keys, pipelines
 from flashsale.clocks import ServerTime
@@ -18,9 +19,6 @@ from flashsale.errors import RedisUnavailable
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.redis_errors import translated
-
-if TYPE_CHECKING:
-    from redis.asyncio.client import Pipeline
 
 INTERVAL_SECONDS: Final = 1.0
 EXPIRY_SECONDS: Final = 5
@@ -71,7 +69,7 @@ class _Overall(msgspec.Struct, frozen=True, rename="camel"):
 
 
 async def beat(
-    redis: "Redis",
+    redis: Redis,
     pod_id: str,
     unacknowledged: Mapping[str, int],
     sampled: Mapping[str, ServerTime],
@@ -88,7 +86,7 @@ async def beat(
     def key(item_id: str) -> str:
         return ItemKeys.of(item_id, engine).pods
 
-    def queue(pipeline: "Pipeline", item_id: str) -> None:
+    def queue(pipeline: Pipeline, item_id: str) -> None:
         if item_id == _OVERALL:
             # Operators of the previous version, which knows no cluster, read only this key.
             overall = _Overall(pod_id, dict(unacknowledged), sampled[""].now_ms)
@@ -119,7 +117,7 @@ async def beat(
 
 
 async def retire(
-    redis: "Redis", pod_id: str, item_ids: Iterable[str], engine: str = DEFAULT_ENGINE
+    redis: Redis, pod_id: str, item_ids: Iterable[str], engine: str = DEFAULT_ENGINE
 ) -> None:
     """Removes the heartbeat of a pod whose last one reported no unacknowledged events.
 
@@ -146,7 +144,7 @@ async def retire(
 
 
 async def living(
-    redis: "Redis", item_id: str, server: ServerTime, engine: str = DEFAULT_ENGINE
+    redis: Redis, item_id: str, server: ServerTime, engine: str = DEFAULT_ENGINE
 ) -> list[Report]:
     """Returns the reports of the living pods about an item. `server` was read just before.
 
@@ -157,7 +155,7 @@ async def living(
     """
     key, nodes = ItemKeys.of(item_id, engine).pods, Nodes.of_client(redis)
 
-    def queue(pipeline: "Pipeline", _: str) -> None:
+    def queue(pipeline: Pipeline, _: str) -> None:
         pipeline.hgetall(key)
         # A caller that stood still since it read the clock must not take new reports for future
         # ones.
@@ -178,7 +176,7 @@ async def living(
     ]
 
 
-async def _previous_version(redis: "Redis", engine: str) -> list[_Overall]:
+async def _previous_version(redis: Redis, engine: str) -> list[_Overall]:
     index = keys.pods(engine)
     pods = sorted(await translated(cast("Awaitable[set[str]]", redis.smembers(index))))
     wanted = [keys.heartbeat(engine, pod) for pod in pods]

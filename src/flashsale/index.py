@@ -1,16 +1,15 @@
 """The index of an engine's items in Redis, and the engine's id. Both keys have one slot."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
+
+from redis.asyncio import Redis
 
 from flashsale import keys
 from flashsale.errors import OtherEngine, RedisUnavailable
 from flashsale.keys import ItemKeys
 from flashsale.nodes import Nodes
 from flashsale.scripts import Script, Scripts
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 T = TypeVar("T")
 
@@ -141,7 +140,7 @@ class Index:
                 f"empty this Redis if engine {owner} is gone"
             )
 
-    async def _try(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T | None:
+    async def _try(self, key: str, command: Callable[[Redis], Awaitable[T]]) -> T | None:
         """Calls a key that no item needs. Its server may be away while the others work."""
         try:
             return await self._nodes.call(key, command)

@@ -6,10 +6,11 @@ operator's rebuild is the one exception.
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from flashsale import clocks, pipelines, redis_client
 from flashsale.clocks import ServerTime
@@ -33,9 +34,6 @@ from flashsale.reservations import (
 )
 from flashsale.sale import Predecessor, Sale, SaleSpec, parse_sale
 from flashsale.scripts import Script, Scripts, leased
-
-if TYPE_CHECKING:
-    from redis.asyncio.client import Pipeline
 
 T = TypeVar("T")
 
@@ -112,7 +110,7 @@ class Inventory:
     """An engine's sales in Redis. Every method raises `RedisUnavailable` if the call fails."""
 
     def __init__(
-        self, redis: "Redis", engine: str = DEFAULT_ENGINE, *, outbox_limit: int = OUTBOX_LIMIT
+        self, redis: Redis, engine: str = DEFAULT_ENGINE, *, outbox_limit: int = OUTBOX_LIMIT
     ) -> None:
         self.redis = redis
         self.engine = engine
@@ -264,10 +262,10 @@ class Inventory:
         Items whose server is away are left out, unless all are.
         """
 
-        def count(pipeline: "Pipeline", item_id: str) -> None:
+        def count(pipeline: Pipeline, item_id: str) -> None:
             pipeline.zcard(self._keys(item_id).holds)
 
-        def queue(pipeline: "Pipeline", item_id: str) -> None:
+        def queue(pipeline: Pipeline, item_id: str) -> None:
             key = self._keys(item_id).holds
             pipeline.zcard(key)
             pipeline.zcount(key, "-inf", now_ms[item_id])
@@ -310,7 +308,7 @@ class Inventory:
     async def without_keys(self, item_ids: Iterable[str]) -> list[str]:
         """Returns the items that have no keys. Items whose server is away are left out."""
 
-        def queue(pipeline: "Pipeline", item_id: str) -> None:
+        def queue(pipeline: Pipeline, item_id: str) -> None:
             pipeline.exists(*self._keys(item_id).sold)
 
         found = await pipelines.each(self.nodes, item_ids, self._sale_key, queue, partial=True)
@@ -469,7 +467,7 @@ class Inventory:
         return parse_transitions(str(reply))
 
     async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
-        def queue(pipeline: "Pipeline", item_id: str) -> None:
+        def queue(pipeline: Pipeline, item_id: str) -> None:
             item = self._keys(item_id)
             pipeline.hgetall(item.sale)
             pipeline.xlen(item.outbox)

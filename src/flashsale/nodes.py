@@ -10,8 +10,9 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
+from redis.asyncio import Redis
 from redis.exceptions import (
     ClusterDownError,
     MovedError,
@@ -23,14 +24,10 @@ from redis.exceptions import ConnectionError as Disconnected
 
 from flashsale import redis_client
 from flashsale.errors import RedisUnavailable
+from flashsale.redis_client import Pool
 from flashsale.redis_errors import FAILURES, denies_command, describe, require_outage
 from flashsale.requirements import SLOTS
 from flashsale.slots import View, slot_of
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from flashsale.redis_client import Pool
 
 T = TypeVar("T")
 
@@ -56,12 +53,12 @@ class Node:
     """A server. `name` is its host:port, or empty if it is the only one."""
 
     name: str
-    redis: "Redis"
-    pool: "Pool"
+    redis: Redis
+    pool: Pool
     """The client's connections, with the pipelined link."""
 
     @classmethod
-    def of(cls, name: str, redis: "Redis") -> "Node":
+    def of(cls, name: str, redis: Redis) -> "Node":
         return cls(name, redis, cast("Pool", redis.connection_pool))
 
 
@@ -78,7 +75,7 @@ class Nodes:
     answered for `STRANGER_SECONDS`.
     """
 
-    def __init__(self, redis: "Redis") -> None:
+    def __init__(self, redis: Redis) -> None:
         """`redis` is a client of `redis_client.connect`. Its `aclose` closes all nodes."""
         self._seed = Node.of("", redis)
         host, port, _ = redis_client.location(redis)
@@ -96,7 +93,7 @@ class Nodes:
         """The only server, if the address does not belong to a cluster."""
 
     @classmethod
-    def of_client(cls, redis: "Redis") -> "Nodes":
+    def of_client(cls, redis: Redis) -> "Nodes":
         """Returns the nodes of a client. All users of the client share them."""
         pool = cast("Pool", redis.connection_pool)
         if pool.nodes is None:
@@ -137,7 +134,7 @@ class Nodes:
         self._look_for_owners()
         return [self.single] if self.single else list(self._primaries.values())
 
-    async def call(self, key: str, command: Callable[["Redis"], Awaitable[T]]) -> T:
+    async def call(self, key: str, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Runs a command on the server of a key, and once more if its slot has moved.
 
         Raises `RedisUnavailable`, and `NoScriptError`.

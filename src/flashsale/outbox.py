@@ -34,7 +34,7 @@ class Page(NamedTuple):
 class Outbox:
     """An engine's outboxes. Every method raises `RedisUnavailable` if the call fails."""
 
-    def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
+    def __init__(self, redis: Redis, engine: str = DEFAULT_ENGINE) -> None:
         self._nodes = Nodes.of_client(redis)
         self._engine = engine
         self._scripts = Scripts(self._nodes)

@@ -3,16 +3,14 @@
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from redis.asyncio.client import Pipeline
 from redis.exceptions import MovedError, RedisError
 
 from flashsale.errors import RedisUnavailable
 from flashsale.nodes import NODE_SECONDS, Node, Nodes
 from flashsale.redis_errors import FAILURES
-
-if TYPE_CHECKING:
-    from redis.asyncio.client import Pipeline
 
 T = TypeVar("T")
 
@@ -21,7 +19,7 @@ async def each(
     nodes: Nodes,
     items: Iterable[T],
     key: Callable[[T], str],
-    queue: Callable[["Pipeline", T], object],
+    queue: Callable[[Pipeline, T], object],
     *,
     partial: bool = False,
 ) -> dict[T, list[Any]]:
@@ -56,7 +54,7 @@ async def each(
 
 
 async def of_servers(
-    nodes: Nodes, servers: Iterable[Node], queue: Callable[["Pipeline"], object]
+    nodes: Nodes, servers: Iterable[Node], queue: Callable[[Pipeline], object]
 ) -> dict[Node, list[Any]]:
     """Returns the replies of each server to the commands that `queue` adds to a pipeline.
 
@@ -80,7 +78,7 @@ async def of_servers(
 
 
 async def _pipelined(
-    node: Node, items: Sequence[T], queue: Callable[["Pipeline", T], object]
+    node: Node, items: Sequence[T], queue: Callable[[Pipeline, T], object]
 ) -> list[list[Any] | Exception]:
     """Returns for each item its replies, or the first error."""
     pipeline = node.redis.pipeline(transaction=False)

@@ -45,7 +45,7 @@ MAX_CONNECTIONS: Final = 64
 _INCOMPLETE: Final = object()
 
 
-def connect(url: str) -> "Redis":
+def connect(url: str) -> Redis:
     """Returns a client of `url` (`redis://…` or `rediss://…`) that never retries a call.
 
     A retry after a timeout would run a script again without the caller's knowledge. The client
@@ -70,11 +70,11 @@ def connect(url: str) -> "Redis":
 
 
 def neighbour(
-    redis: "Redis",
+    redis: Redis,
     host: str,
     port: int,
     prepare: Callable[[Any], Awaitable[None]] | None = None,
-) -> "Redis":
+) -> Redis:
     """Returns a client of another server, with the same user, TLS and other options.
 
     `prepare` is called with each new connection, in the place of its `on_connect`.
@@ -96,14 +96,14 @@ def _of_pool() -> dict[str, Any]:
     }
 
 
-def location(redis: "Redis") -> tuple[str, int, int]:
+def location(redis: Redis) -> tuple[str, int, int]:
     """Returns the server's host, port and database."""
     options = redis.connection_pool.connection_kwargs
     host, port, db = (options.get(name) for name in ("host", "port", "db"))
     return str(host).lower(), port or 6379, db or 0
 
 
-def address(redis: "Redis") -> str:
+def address(redis: Redis) -> str:
     """Returns the server's address as host:port/db, without user and password."""
     return "{}:{}/{}".format(*location(redis))
 

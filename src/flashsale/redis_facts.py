@@ -2,8 +2,9 @@
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from redis.asyncio import Redis
 from redis.exceptions import MovedError, RedisError, ResponseError
 
 from flashsale import keys, redis_client
@@ -12,9 +13,6 @@ from flashsale.keys import DEFAULT_ENGINE
 from flashsale.nodes import NODE_SECONDS, Node, Nodes
 from flashsale.redis_errors import FAILURES, denies_command
 from flashsale.requirements import ClusterFacts, RedisFacts
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 _TRY_INFO: Final = """
 local info = redis.pcall('INFO', 'server', 'replication')
@@ -25,7 +23,7 @@ return ''
 """
 
 
-async def read(redis: "Redis", engine: str = DEFAULT_ENGINE) -> list[RedisFacts]:
+async def read(redis: Redis, engine: str = DEFAULT_ENGINE) -> list[RedisFacts]:
     """Returns each server's version and settings, to compare with `requirements.REDIS`.
 
     Primaries of a cluster that are away are left out, unless all are. Raises

@@ -4,17 +4,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha1
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
+from redis.asyncio import Redis
 from redis.exceptions import MovedError, NoScriptError, RedisError
 
 from flashsale.errors import ContractViolation, RedisUnavailable
 from flashsale.nodes import Node, Nodes
 from flashsale.redis_client import Reply
 from flashsale.redis_errors import FAILURES, describe
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 LOAD_SECONDS: Final = 2.0
 
@@ -62,11 +60,11 @@ class Scripts:
     ) -> Any:  # noqa: ANN401 - depends on the script
         """Runs a script that is safe to repeat, on a connection of the pool."""
 
-        def by_sha(redis: "Redis") -> Awaitable[Any]:
+        def by_sha(redis: Redis) -> Awaitable[Any]:
             call = cast("Callable[..., Awaitable[Any]]", redis.evalsha)
             return call(script.sha, len(keys), *keys, *arguments)
 
-        def by_source(redis: "Redis") -> Awaitable[Any]:
+        def by_source(redis: Redis) -> Awaitable[Any]:
             call = cast("Callable[..., Awaitable[Any]]", redis.eval)
             return call(script.source, len(keys), *keys, *arguments)
 

@@ -31,7 +31,7 @@ class NotFormed(FlashsaleError):
     """The nodes do not form a cluster. The text names the step."""
 
 
-async def form(nodes: Sequence["Redis"], addresses: Sequence[tuple[str, int, int]]) -> bool:
+async def form(nodes: Sequence[Redis], addresses: Sequence[tuple[str, int, int]]) -> bool:
     """Makes one cluster of the nodes, whose first three become primaries. False if it is one.
 
     `addresses` are those by which the nodes reach each other: host, port and bus port. The fourth
@@ -86,9 +86,7 @@ def _remedy(error: Exception) -> str:
     return ""
 
 
-async def _give_part(
-    node: "Redis", number: int, nodes: Sequence["Redis"], ids: Sequence[str]
-) -> None:
+async def _give_part(node: Redis, number: int, nodes: Sequence[Redis], ids: Sequence[str]) -> None:
     """Makes an empty node a replica in its shard, or else the primary of the shard's slots."""
     shard = number % PRIMARIES
     for other in range(shard, len(nodes), PRIMARIES):
@@ -99,7 +97,7 @@ async def _give_part(
     await _ask(node, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
 
 
-async def _reconnect(node: "Redis") -> None:
+async def _reconnect(node: Redis) -> None:
     """Lets a replica connect again that looks for its primary at a former address."""
     replication: dict[str, Any] = await node.info("replication")
     if (
@@ -109,7 +107,7 @@ async def _reconnect(node: "Redis") -> None:
         await _ask(node, "CLUSTER", "REPLICATE", (await _own_line(node))[_PRIMARY])
 
 
-async def _all(nodes: Sequence["Redis"], check: Callable[["Redis"], Awaitable[bool]]) -> bool:
+async def _all(nodes: Sequence[Redis], check: Callable[[Redis], Awaitable[bool]]) -> bool:
     return all(await asyncio.gather(*(check(node) for node in nodes)))
 
 
@@ -129,23 +127,23 @@ async def _until(step: str, check: Callable[[], Awaitable[bool]]) -> None:
         raise NotFormed(f"waited {SECONDS:.0f} s until {step}{why}") from error
 
 
-async def _ask(node: "Redis", *command: str | int) -> Any:  # noqa: ANN401 - of any command
+async def _ask(node: Redis, *command: str | int) -> Any:  # noqa: ANN401 - of any command
     call = cast("Callable[..., Awaitable[Any]]", node.execute_command)
     return await call(*command)
 
 
-async def _answers(node: "Redis") -> bool:
+async def _answers(node: Redis) -> bool:
     await _ask(node, "PING")
     return True
 
 
-async def _knows_all(node: "Redis", ids: Sequence[str]) -> bool:
+async def _knows_all(node: Redis, ids: Sequence[str]) -> bool:
     # The count of known nodes includes handshakes, which REPLICATE refuses.
     return set(ids) <= {line[_ID] for line in await _nodes(node)}
 
 
 async def _require_one_cluster(
-    nodes: Sequence["Redis"], ids: Sequence[str], addresses: Sequence[tuple[str, int, int]]
+    nodes: Sequence[Redis], ids: Sequence[str], addresses: Sequence[tuple[str, int, int]]
 ) -> None:
     """Raises `NotFormed` if the nodes belong to several clusters. MEET would join these."""
     clusters: list[tuple[set[str], str]] = []
@@ -164,7 +162,7 @@ async def _require_one_cluster(
         )
 
 
-async def _formed(nodes: Sequence["Redis"], ids: Sequence[str]) -> bool:
+async def _formed(nodes: Sequence[Redis], ids: Sequence[str]) -> bool:
     if not await _all(nodes, lambda node: _knows_all(node, ids)):
         return False
     # Nodes that have just started at new addresses do not miss each other for some seconds.
@@ -175,7 +173,7 @@ async def _formed(nodes: Sequence["Redis"], ids: Sequence[str]) -> bool:
     return await _all(nodes, _complete)
 
 
-async def _complete(node: "Redis") -> bool:
+async def _complete(node: Redis) -> bool:
     """Whether the node knows an owner of every slot, and is connected to its primary."""
     info = await _ask(node, "CLUSTER INFO")
     replication: dict[str, Any] = await node.info("replication")
@@ -186,7 +184,7 @@ async def _complete(node: "Redis") -> bool:
     )
 
 
-async def _nodes(node: "Redis") -> list[list[str]]:
+async def _nodes(node: Redis) -> list[list[str]]:
     """Returns the node's view of the cluster: a list of fields for each node."""
     text = str(await _ask(node, "CLUSTER", "NODES"))
     return [line.split() for line in text.splitlines()]
@@ -197,12 +195,12 @@ def _location(line: Sequence[str]) -> str:
     return line[_ADDRESS].partition(",")[0]
 
 
-async def _own_line(node: "Redis") -> list[str]:
+async def _own_line(node: Redis) -> list[str]:
     [own] = [line for line in await _nodes(node) if "myself" in line[_FLAGS]]
     return own
 
 
-async def _has_slots(node: "Redis") -> bool:
+async def _has_slots(node: Redis) -> bool:
     return len(await _own_line(node)) > _SLOTS
 
 

@@ -6,7 +6,10 @@ API trusts nothing in the keys before `trust` has succeeded.
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
+
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from flashsale import pipelines
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
@@ -14,10 +17,6 @@ from flashsale.nodes import Nodes
 from flashsale.reservations import Record
 from flashsale.sale import Predecessor, SaleSpec
 from flashsale.scripts import Script, Scripts
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-    from redis.asyncio.client import Pipeline
 
 RESTORE_PAGE: Final = 1_000
 """Reservations or buyers per `restore` call, which takes Redis about a millisecond."""
@@ -60,7 +59,7 @@ class Recovery:
 
     longest_lease_ms = LEASE_MS
 
-    def __init__(self, redis: "Redis", engine: str = DEFAULT_ENGINE) -> None:
+    def __init__(self, redis: Redis, engine: str = DEFAULT_ENGINE) -> None:
         self._nodes = Nodes.of_client(redis)
         self._engine = engine
         self._scripts = Scripts(self._nodes)
@@ -72,7 +71,7 @@ class Recovery:
         """Whether another rebuild has the item's sale, and its lease has not run out."""
         key = self._keys(item_id).sale
 
-        def queue(pipeline: "Pipeline", _: str) -> None:
+        def queue(pipeline: Pipeline, _: str) -> None:
             pipeline.time()
             pipeline.hmget(key, "run_id", "rebuild_until_ms")
 
