@@ -1,4 +1,4 @@
-"""Makes up for faults of aiokafka that every deployable meets.
+"""Reads facts of Kafka, and makes up for faults of aiokafka that every deployable meets.
 
 This is the only module of the contract that knows a Kafka client.
 """
@@ -10,11 +10,20 @@ from functools import cache
 from itertools import chain
 from typing import Any, Final
 
-from aiokafka import AIOKafkaProducer, conn
+from aiokafka import AIOKafkaProducer, TopicPartition, conn
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError, NodeNotReadyError
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    KafkaConnectionError,
+    KafkaError,
+    NodeNotReadyError,
+)
 
+from flashsale import events
 from flashsale.errors import has_just_closed
+from flashsale.requirements import TopicFacts
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +94,35 @@ def adapt_aiokafka() -> None:
     conn.AIOKafkaConnection = Connection
     AIOKafkaClient.send = send_or_say_why
     AIOKafkaClient.bootstrap = bootstrap_or_say_why
+
+
+async def group_owner(admin: AIOKafkaAdminClient, engine: str) -> str | None:
+    """Returns the id of the engine whose consumers record the topic of `engine`, or None.
+
+    The consumers name it with the offsets that they commit. That of partition 0 decides, because
+    one member at a time can commit it. Raises `KafkaError`, also if Kafka does not show the offset.
+    """
+    group, decisive = events.consumer_group(engine), TopicPartition(events.topic(engine), 0)
+    committed = await admin.list_consumer_group_offsets(group, partitions=[decisive])
+    # aiokafka ignores the error of a whole group. Its answer then has no partitions.
+    if decisive not in committed:
+        raise GroupCoordinatorNotAvailableError(f"Kafka does not show the offsets of {group}")
+    return events.owner(committed[decisive].metadata)
+
+
+async def topic_facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
+    """Returns a topic's facts, or None if it does not exist or the user may not describe it.
+
+    Raises `KafkaError`.
+    """
+    # Describe all topics, because to ask for one by name can create it.
+    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
+    if not described:
+        return None
+    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    # A user who may not describe the settings gets an error and no entries.
+    settings = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
+    return TopicFacts(len(described[0]["partitions"]), settings)
 
 
 async def close(clients: str, *closing: Coroutine[Any, Any, object]) -> None:

@@ -16,7 +16,7 @@ from dev.stack.servers import KafkaServer
 from flashsale import kafka_clients
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import GroupOwner
-from flashsale_consumer import clients, ownership, topics
+from flashsale_consumer import clients, topics
 from flashsale_operator.sales import offsets
 from tests.support.consumer import Log
 from tests.support.eventually import until
@@ -110,8 +110,8 @@ def test_a_write_to_a_connection_that_was_just_reset_fails_as_an_outage(
     assert "the handler is closed" in str(failure.__cause__)
 
 
-async def own_group(kafka: KafkaSettings) -> None:
-    async with ownership.ownership(kafka, "group", "engine-id"):
+async def administer(kafka: KafkaSettings) -> None:
+    async with clients.admin(kafka):
         pass
 
 
@@ -125,8 +125,7 @@ async def discard(kafka: KafkaSettings) -> None:
     "call",
     [
         topics.create_recorded,
-        topics.read_facts,
-        own_group,
+        administer,
         discard,
         lambda kafka: GroupOwner(kafka).read(),
         offsets.spans,

@@ -241,8 +241,9 @@ class Running:
                 kafka_partitions=partitions,
             ),
             self.metrics,
-            group_id=group_id,
         )
+        if group_id is not None:
+            self.worker._group_id = group_id
 
     def events(self, result: str) -> float:
         """The number of events that the worker counted under `result`."""

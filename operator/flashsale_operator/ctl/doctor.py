@@ -23,7 +23,6 @@ from typing import Final, NamedTuple, cast
 
 import msgspec
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
 
 from flashsale import (
@@ -43,7 +42,6 @@ from flashsale.requirements import Finding, Requirement, TopicFacts
 from flashsale.settings import KafkaSettings
 from flashsale.tls import relaxed
 from flashsale_operator.ctl.cli import LACKS_MIGRATIONS, Environ, Servers
-from flashsale_operator.sales import offsets
 from flashsale_operator.sales.manifest import API_VERSION
 
 REDIS: Final = "Redis"
@@ -280,7 +278,10 @@ async def _kafka(settings: KafkaSettings, home: _Home | None = None) -> AsyncIte
 
 async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> Finding | None:
     """Compares the owner of the consumer group, if Kafka tells it."""
-    owner = await offsets.owner(admin, engine)
+    try:
+        owner = await kafka_clients.group_owner(admin, engine)
+    except KafkaError:  # of a new Kafka without any group, too
+        return None
     if owner is None:
         return None
     if owner == home.engine_id:
@@ -296,17 +297,13 @@ async def _check_group(admin: AIOKafkaAdminClient, engine: str, home: _Home) -> 
 async def _check_topic(
     admin: AIOKafkaAdminClient, topic: str, table: Iterable[Requirement[TopicFacts]]
 ) -> list[Finding]:
-    # Describe all topics, because to ask for one by name can create it.
-    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
-    if not described:
+    facts = await kafka_clients.topic_facts(admin, topic)
+    if facts is None:
         text = f"the topic {topic} does not exist, or this user may not describe it"
         remedy = "start a consumer, which creates it, or create it"
         return [Finding(KAFKA, f"{text}: {remedy}", "warning")]
-    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    entries = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
-    facts = TopicFacts(len(described[0]["partitions"]), entries)
     found = requirements.findings(table, facts)
-    if not entries:
+    if not facts.config:
         text = f"this user may not describe the settings of the topic {topic}"
         found.append(Finding(KAFKA, f"{text}: allow it DescribeConfigs", "warning"))
     return found

@@ -93,21 +93,6 @@ class SharedSpans:
             return await self._call()
 
 
-async def owner(admin: AIOKafkaAdminClient, engine: str) -> str | None:
-    """Returns the id of the engine whose consumers record the topic of `engine`.
-
-    None if Kafka does not tell it: no consumer has committed yet, or the user lacks the right.
-    """
-    decisive = TopicPartition(events.topic(engine), 0)
-    try:
-        committed = await admin.list_consumer_group_offsets(
-            events.consumer_group(engine), partitions=[decisive]
-        )
-    except KafkaError:  # of a new Kafka without any group, too
-        return None
-    return events.owner(committed[decisive].metadata) if decisive in committed else None
-
-
 async def require_own(kafka: KafkaSettings, engine_id: str) -> None:
     """Raises `OtherEngine` if another engine's consumers would get the events of this engine.
 
@@ -118,7 +103,7 @@ async def require_own(kafka: KafkaSettings, engine_id: str) -> None:
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await admin.start()
-            found = await owner(admin, kafka.engine)
+            found = await kafka_clients.group_owner(admin, kafka.engine)
     except (KafkaError, OSError, TimeoutError):
         return
     finally:

@@ -8,7 +8,6 @@ import asyncio
 import logging
 from typing import Final
 
-from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError
 
@@ -85,12 +84,11 @@ class OwnerUnknown(FlashsaleError):
 
 
 class GroupOwner:
-    """Reads which engine owns the consumer group. The offset of partition 0 names it."""
+    """Reads which engine owns the consumer group."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
         self._kafka = kafka
         self._group = events.consumer_group(kafka.engine)
-        self._decisive = TopicPartition(events.topic(kafka.engine), 0)
         self._refused = False
 
     async def read(self) -> str | None:
@@ -103,18 +101,12 @@ class GroupOwner:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 await admin.start()
-                offsets = await admin.list_consumer_group_offsets(
-                    self._group, partitions=[self._decisive]
-                )
+                return await kafka_clients.group_owner(admin, self._kafka.engine)
         except (KafkaError, OSError, TimeoutError) as error:
             self._warn_once(error)
             raise OwnerUnknown(f"the owner of the group {self._group}: {error!r}") from error
         finally:
             await kafka_clients.close("the group's client", admin.close())
-        # aiokafka ignores the error of a whole group. Its answer then has no partitions.
-        if self._decisive not in offsets:
-            raise OwnerUnknown(f"Kafka does not show the offsets of the group {self._group}")
-        return events.owner(offsets[self._decisive].metadata)
 
     def _warn_once(self, error: Exception) -> None:
         if isinstance(error, GroupAuthorizationFailedError) and not self._refused:

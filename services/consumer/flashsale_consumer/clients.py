@@ -22,6 +22,7 @@ Records: TypeAlias = Mapping[TopicPartition, list[ConsumerRecord]]
 
 TRANSACTION_SECONDS: Final = 30.0
 _REQUEST_TIMEOUT_MS: Final = 15_000
+_ADMIN_REQUEST_TIMEOUT_MS: Final = 10_000
 _METADATA_AGE_MS: Final = 5_000
 """The client notices added partitions and recreated topics within this time."""
 _NO_LEADER: Final = -1
@@ -51,6 +52,19 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClien
         task.cancel()  # or it would connect again after the caller has closed the client
         task.add_done_callback(kafka_clients.retrieve)
         raise
+
+
+@asynccontextmanager
+async def admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """Connects a client for topics and groups. Raises `KafkaError`."""
+    client = AIOKafkaAdminClient(
+        **kafka.kafka_client(), request_timeout_ms=_ADMIN_REQUEST_TIMEOUT_MS
+    )
+    try:
+        await start(client)
+        yield client
+    finally:
+        await kafka_clients.close("the client for topics and groups", client.close())
 
 
 def leaderless(

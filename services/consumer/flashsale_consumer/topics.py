@@ -1,12 +1,9 @@
-"""Creates the consumer's three topics if they are missing, and reads the settings of a topic."""
+"""Creates the consumer's three topics if they are missing."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     NoError,
@@ -45,7 +42,7 @@ async def create(
     the next call, which returns those that exist. A consumer that may not create topics waits until
     they exist. Raises `KafkaError`.
     """
-    async with _admin(kafka) as admin:
+    async with clients.admin(kafka) as admin:
         created, missing = await _create(
             admin,
             set() if unsure is None else unsure,
@@ -68,15 +65,6 @@ async def create(
         return created
 
 
-async def read_facts(kafka: KafkaSettings) -> TopicFacts | None:
-    """Returns the settings of the topic of events, or None if it does not exist.
-
-    Raises `KafkaError`.
-    """
-    async with _admin(kafka) as admin:
-        return await _facts(admin, events.topic(kafka.engine))
-
-
 async def create_recorded(kafka: KafkaSettings, partitions: int = PARTITIONS) -> TopicFacts | None:
     """Creates the topic of recorded reservations if it is missing. Returns its settings.
 
@@ -84,24 +72,14 @@ async def create_recorded(kafka: KafkaSettings, partitions: int = PARTITIONS) ->
     other kinds of `KafkaError`.
     """
     topic = events.recorded_topic(kafka.engine)
-    async with _admin(kafka) as admin:
+    async with clients.admin(kafka) as admin:
         retention = {"retention.ms": str(EVENT_RETENTION_MS)}
         _, missing = await _create(admin, set(), _topic(topic, partitions, retention))
         if missing:
             raise UnknownTopicOrPartitionError(
                 f"the topic {topic} does not exist, and the consumer may not create it"
             )
-        return await _facts(admin, topic)
-
-
-@asynccontextmanager
-async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(**kafka.kafka_client(), request_timeout_ms=10_000)
-    try:
-        await clients.start(admin)
-        yield admin
-    finally:
-        await kafka_clients.close("the topics' client", admin.close())
+        return await kafka_clients.topic_facts(admin, topic)
 
 
 async def _create(
@@ -134,18 +112,6 @@ async def _create(
     if refused:
         refused -= set(await admin.list_topics())
     return frozenset(created), frozenset(refused)
-
-
-async def _facts(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
-    """Returns the topic's settings, or None if it does not exist. Raises `KafkaError`."""
-    # Describe all topics, because to ask for one by name can create it.
-    described = [each for each in await admin.describe_topics() if each["topic"] == topic]
-    if not described:
-        return None
-    [reply] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    # A user who may not describe the settings gets an error and no entries.
-    settings = {entry[0]: entry[1] for resource in reply.resources for entry in resource[4]}
-    return TopicFacts(len(described[0]["partitions"]), settings)
 
 
 def _topic(name: str, partitions: int, configs: dict[str, str]) -> NewTopic:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from aiokafka import ConsumerRecord
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
     IncompatibleBrokerVersion,
     KafkaError,
@@ -29,14 +30,13 @@ from flashsale.errors import (
 from flashsale.events import Event
 from flashsale.ledger import Pool
 from flashsale.requirements import Checks
-from flashsale_consumer import clients, offsets, recorder, topics
+from flashsale_consumer import clients, offsets, ownership, recorder, topics
 from flashsale_consumer.announcer import Announcer
 from flashsale_consumer.availability import Availability
 from flashsale_consumer.clients import Records, Skipped, Undecodable, transaction
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters, DeadLettersUnavailable
 from flashsale_consumer.metrics import Metrics
 from flashsale_consumer.offsets import LedgerRewound
-from flashsale_consumer.ownership import Ownership, ownership
 from flashsale_consumer.partitions import Partitions
 from flashsale_consumer.recorder import BatchOutcome
 from flashsale_consumer.settings import Settings
@@ -82,16 +82,14 @@ class Worker:
         settings: Settings,
         metrics: Metrics,
         *,
-        group_id: str | None = None,
         spans: "Spans | None" = None,
     ) -> None:
-        """`group_id` is the engine's group if it is not given."""
         self._spans = spans
         self._settings = settings
         self.metrics = metrics
         self._topic = events.topic(settings.engine)
         self._dead_letter_topic = events.dead_letter_topic(settings.engine)
-        self._group_id = group_id or events.consumer_group(settings.engine)
+        self._group_id = events.consumer_group(settings.engine)
         up = metrics.server_up.labels
         self._ledger = Availability("the ledger", up("ledger"))
         self._kafka = Availability("Kafka", up("kafka"))
@@ -176,15 +174,15 @@ class Worker:
         if self._topic in created:
             # Before any other call can fail, because after it the topic is not a new one any more.
             await self._when_served(lambda: offsets.forget(pool, self._topic))
-        facts = await topics.read_facts(self._settings)
-        if facts is None:
-            raise UnknownTopicOrPartitionError(f"the topic {self._topic} does not exist yet")
-        self._checks.require(requirements.topic(partitions), facts)
-        async with ownership(self._settings, self._group_id, self._engine_id) as owner:
-            await owner.check()
-            await self._join(pool, owner)
+        async with clients.admin(self._settings) as admin:
+            facts = await kafka_clients.topic_facts(admin, self._topic)
+            if facts is None:
+                raise UnknownTopicOrPartitionError(f"the topic {self._topic} does not exist yet")
+            self._checks.require(requirements.topic(partitions), facts)
+            await ownership.check(admin, name, self._engine_id)
+            await self._join(pool, admin)
 
-    async def _join(self, pool: Pool, owner: Ownership) -> None:
+    async def _join(self, pool: Pool, admin: AIOKafkaAdminClient) -> None:
         consumer = clients.group_member(self._settings, self._group_id)
         self._partitions = Partitions(
             consumer,
@@ -198,14 +196,14 @@ class Worker:
                 await consumer.start()
             self.joined = True
             self._kafka.back()
-            await cancellation.in_own_task(self._read_and_report(pool, owner))
+            await cancellation.in_own_task(self._read_and_report(pool, admin))
         finally:
             await kafka_clients.close("the group membership", clients.leave(consumer))
 
-    async def _read_and_report(self, pool: Pool, owner: Ownership) -> None:
+    async def _read_and_report(self, pool: Pool, admin: AIOKafkaAdminClient) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read(pool))
-            tasks.create_task(self._report(owner))
+            tasks.create_task(self._report(admin))
             tasks.create_task(self._announcer.run(pool, self._partitions, self._engine_id))
 
     async def _read(self, pool: Pool) -> None:
@@ -379,7 +377,7 @@ class Worker:
                 extra=tracing.fields(events.traceparent(record.headers)),
             )
 
-    async def _report(self, owner: Ownership) -> None:
+    async def _report(self, admin: AIOKafkaAdminClient) -> None:
         """Reports to Prometheus and Kafka every second.
 
         Raises TimeoutError if the client lost its partitions and has not rejoined the group within
@@ -395,7 +393,8 @@ class Worker:
                 raise TimeoutError(f"no broker has answered for {ANSWER_SECONDS:.0f} s")
             try:
                 async with asyncio.timeout(REPORT_TIMEOUT_SECONDS):
-                    await partitions.report(owned=await owner.check())
+                    owned = await ownership.check(admin, self._settings.engine, self._engine_id)
+                    await partitions.report(owned=owned)
             except (KafkaError, TimeoutError) as error:
                 self._kafka.away(error)
             else:

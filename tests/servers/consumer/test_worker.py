@@ -16,9 +16,9 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
+from flashsale import kafka_clients
 from flashsale.requirements import TopicFacts
-from flashsale.settings import KafkaSettings
-from flashsale_consumer import recorder, topics
+from flashsale_consumer import recorder
 from flashsale_consumer.clients import Records
 from flashsale_consumer.partitions import BATCH_LIMIT, Partitions
 from flashsale_consumer.recorder import BatchOutcome
@@ -203,7 +203,7 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
     async with running(ledger.url, log):
         await ledger.until_has(*first)
     await log.delete(log.topic)
-    create, read_facts = AIOKafkaAdminClient.create_topics, topics.read_facts
+    create, topic_facts = AIOKafkaAdminClient.create_topics, kafka_clients.topic_facts
     failures = [KafkaConnectionError("no reply")]
 
     async def create_and_publish(admin: AIOKafkaAdminClient, wanted: list[NewTopic]) -> object:
@@ -215,13 +215,13 @@ async def test_a_topic_recreated_by_the_consumer_is_read_even_if_it_is_already_l
                 raise RequestTimedOutError
         return reply
 
-    async def fail_once(kafka: KafkaSettings) -> TopicFacts | None:
+    async def fail_once(admin: AIOKafkaAdminClient, topic: str) -> TopicFacts | None:
         if failures:
             raise failures.pop()
-        return await read_facts(kafka)
+        return await topic_facts(admin, topic)
 
     monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", create_and_publish)
-    monkeypatch.setattr(topics, "read_facts", fail_once)
+    monkeypatch.setattr(kafka_clients, "topic_facts", fail_once)
     async with running(ledger.url, log):
         await ledger.until_has(*first, *second)
     assert await ledger.pool.fetchval("SELECT max(next_offset) FROM kafka_offsets") == 5
