@@ -7,6 +7,7 @@ docs/install.md has the same table.
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Generic, Literal, TypeVar
 
 from flashsale.errors import UnmetRequirement
@@ -174,72 +175,63 @@ def _replicas(facts: ClusterFacts) -> str | None:
     return f"min-replicas-to-write {least} with {facts.replicas} connected replicas"
 
 
+_redis = partial(Requirement[RedisFacts], "Redis")
+_redis_cluster = partial(Requirement[RedisFacts], "Redis Cluster")
+_postgresql = partial(Requirement[LedgerFacts], "PostgreSQL")
+_kafka = partial(Requirement[TopicFacts], "Kafka", fatal=False)
+
 REDIS: Final = (
-    Requirement[RedisFacts](
-        "Redis",
-        "version 7.0 or newer (Valkey 7.2 or newer)",
-        _old_redis,
-        "upgrade the server",
-    ),
-    Requirement[RedisFacts](
-        "Redis",
+    _redis("version 7.0 or newer (Valkey 7.2 or newer)", _old_redis, "upgrade the server"),
+    _redis(
         "INFO in scripts",
         lambda facts: f"no INFO in scripts ({facts.script_error})" if facts.script_error else None,
         "allow the user the command INFO, or use another server: Redis Enterprise, Redis Cloud and "
         "Azure Managed Redis refuse it",
     ),
-    Requirement[RedisFacts](
-        "Redis",
+    _redis(
         "maxmemory-policy noeviction",
         lambda facts: _differs("maxmemory-policy", facts.policy, "noeviction"),
         "run CONFIG SET maxmemory-policy noeviction, because a full Redis would drop sales",
     ),
-    Requirement[RedisFacts](
-        "Redis",
+    _redis(
         "repl-backlog-ttl 0",
         lambda facts: _differs("repl-backlog-ttl", facts.backlog_ttl, "0"),
         "run CONFIG SET repl-backlog-ttl 0, because a server that was without replicas for that "
         "time forgets its failovers",
     ),
-    Requirement[RedisFacts](
-        "Redis",
+    _redis(
         "appendonly yes",
         lambda facts: None if facts.appendonly else "appendonly no",
         "run CONFIG SET appendonly yes, because a restart would lose the events that Kafka has not "
         "acknowledged",
         fatal=False,
     ),
-    Requirement[RedisFacts](
-        "Redis Cluster",
+    _redis_cluster(
         "all slots assigned on every node",
         _of_cluster(
             lambda facts: f"{facts.covered} of {SLOTS} slots" if facts.covered < SLOTS else None
         ),
         "assign the slots, because the sales in the others cannot be served",
     ),
-    Requirement[RedisFacts](
-        "Redis Cluster",
+    _redis_cluster(
         "cluster-node-timeout of 5000 or less",
         _of_cluster(_slow_failover),
         "run CONFIG SET cluster-node-timeout 5000, because a primary that was cut off could accept "
         "for longer than a rebuild waits",
     ),
-    Requirement[RedisFacts](
-        "Redis Cluster",
+    _redis_cluster(
         "cluster-require-full-coverage no",
         _cluster_setting("cluster-require-full-coverage", "no"),
         "run CONFIG SET cluster-require-full-coverage no, because the loss of one shard would stop "
         "all sales",
     ),
-    Requirement[RedisFacts](
-        "Redis Cluster",
+    _redis_cluster(
         "cluster-allow-reads-when-down no",
         _cluster_setting("cluster-allow-reads-when-down", "no"),
         "run CONFIG SET cluster-allow-reads-when-down no, because scripts would fail when they "
         "first write",
     ),
-    Requirement[RedisFacts](
-        "Redis Cluster",
+    _redis_cluster(
         "min-replicas-to-write 0 with one replica, 1 with two or more",
         _of_cluster(_replicas),
         "set it, because a shard with one replica must go on without it, and one with two must not "
@@ -248,20 +240,17 @@ REDIS: Final = (
     ),
 )
 LEDGER: Final = (
-    Requirement[LedgerFacts](
-        "PostgreSQL",
+    _postgresql(
         "version 14 or newer",
         lambda facts: f"version {facts.version // 10_000}" if facts.version < 140_000 else None,
         "upgrade the server",
     ),
-    Requirement[LedgerFacts](
-        "PostgreSQL",
+    _postgresql(
         "a database with encoding UTF8",
         lambda facts: f"encoding {facts.encoding}" if facts.encoding != "UTF8" else None,
         "create another database with ENCODING 'UTF8' TEMPLATE template0",
     ),
-    Requirement[LedgerFacts](
-        "PostgreSQL",
+    _postgresql(
         "the right CREATE on a schema for migrations",
         lambda facts: (
             f"no such right for this user on the schema {facts.schema}"
@@ -270,8 +259,7 @@ LEDGER: Final = (
         ),
         "run GRANT USAGE, CREATE ON SCHEMA ... TO this user, or migrate as another user first",
     ),
-    Requirement[LedgerFacts](
-        "PostgreSQL",
+    _postgresql(
         "the rights SELECT, INSERT, UPDATE and DELETE on the ledger's tables",
         lambda facts: f"no right for {', '.join(facts.lacking)}" if facts.lacking else None,
         "grant them to this user",
@@ -281,43 +269,34 @@ LEDGER: Final = (
 
 def topic(partitions: int = PARTITIONS) -> tuple[Requirement[TopicFacts], ...]:
     """Returns the rules of the topic of reservations. It needs this number of partitions."""
-    enough = Requirement[TopicFacts](
-        "Kafka",
+    enough = _kafka(
         f"{partitions} or more partitions of the topic",
         lambda facts: (
             f"only {facts.partitions} of the topic" if facts.partitions < partitions else None
         ),
         "add partitions, because each is read by one consumer",
-        fatal=False,
     )
     return (enough, *_TOPIC)
 
 
 _TOPIC: Final = (
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "retention.ms of 7 days or more",
         lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
         "raise the topic's retention.ms, because older events that are not recorded are lost",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "retention.bytes of 1 GiB or more",
         lambda facts: _number_below(facts.config, "retention.bytes", PARTITION_BYTES),
         "raise the topic's retention.bytes, because older events that are not recorded are lost",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "a limit of the topic's size",
         lambda facts: "retention.bytes=-1" if facts.config.get("retention.bytes") == "-1" else None,
         "set the topic's retention.bytes to 1073741824, because a broker with a full disk "
         "acknowledges nothing",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "cleanup.policy=delete",
         lambda facts: (
             None
@@ -325,46 +304,35 @@ _TOPIC: Final = (
             else f"cleanup.policy={facts.config['cleanup.policy']}"
         ),
         "set the topic's cleanup.policy, because a compacted topic keeps every reservation",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "message.timestamp.type=LogAppendTime",
         _other_timestamps,
         "set the topic's message.timestamp.type, because Kafka would refuse or delete the events "
         "of a pod whose clock is wrong",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "max.message.bytes of 256 KiB or more",
         lambda facts: _number_below(facts.config, "max.message.bytes", BATCH_BYTES),
         "raise the topic's max.message.bytes, because smaller batches cost more",
-        fatal=False,
     ),
 )
 RECORDED: Final = (
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "retention.ms of 7 days or more for recorded reservations",
         lambda facts: _number_below(facts.config, "retention.ms", EVENT_RETENTION_MS),
         "raise the topic's retention.ms, because an order service misses older messages",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "message.timestamp.type=LogAppendTime for recorded reservations",
         _other_timestamps,
         "set the topic's message.timestamp.type, because Kafka would refuse or delete the messages "
         "of a consumer whose clock is wrong",
-        fatal=False,
     ),
-    Requirement[TopicFacts](
-        "Kafka",
+    _kafka(
         "max.message.bytes of 256 KiB or more for recorded reservations",
         lambda facts: _number_below(facts.config, "max.message.bytes", BATCH_BYTES),
         "raise the topic's max.message.bytes, because smaller batches cost more",
-        fatal=False,
     ),
 )
 
