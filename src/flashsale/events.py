@@ -22,9 +22,9 @@ from flashsale.fields import (
     Revision,
     SaleId,
     Units,
+    UserId,
     Version,
 )
-from flashsale.fields import UserId as UserIdField
 from flashsale.keys import DEFAULT_ENGINE
 from flashsale.reservations import Record, Snapshot
 from flashsale.sale import utc_of_ms
@@ -45,7 +45,7 @@ class Event(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     reservation_id: ReservationId
     sale_id: SaleId
     item_id: ItemId
-    user_id: UserIdField
+    user_id: UserId
     quantity: Quantity
     state: Literal["held", "confirmed", "cancelled", "expired"]
     version: Version

@@ -172,7 +172,6 @@ class Tracing:
 
     def _start(self, attributes: Mapping[str, str]) -> None:
         # SDK and exporter take 0.25 s and 10 MB, so processes without tracing do not import them.
-        from opentelemetry import trace  # noqa: PLC0415
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter,
         )
@@ -191,15 +190,10 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self._provider.get_tracer("flashsale", __version__)
         self._propagator = TraceContextTextMapPropagator()
-        self._set_span_in_context = trace.set_span_in_context
 
     def remote(self, traceparent: str) -> "Context":
         """Returns the context of another process' span. It is empty for an empty traceparent."""
         return self._propagator.extract({"traceparent": traceparent})
-
-    def under(self, span: "Span") -> "Context":
-        """Returns the context of a span of this process."""
-        return self._set_span_in_context(span)
 
     def close(self) -> None:
         """Sends the remaining spans. Gives up after `CLOSE_SECONDS`."""

@@ -16,6 +16,7 @@ from opentelemetry.trace import (
     Status,
     StatusCode,
     get_current_span,
+    set_span_in_context,
 )
 
 from flashsale.reservations import Request
@@ -102,7 +103,7 @@ class Spans:
             if parent is not None:
                 self._tracer.start_span(
                     "EVALSHA reserve",
-                    self._tracing.under(parent),
+                    set_span_in_context(parent),
                     SpanKind.CLIENT,
                     {**_CALL, "db.operation.batch.size": len(requests)},
                     start_time=ended - int(seconds * 1e9),

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Final
 
 from aiokafka import ConsumerRecord, TopicPartition
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
 from flashsale import events
 from flashsale.tracing import Tracing, sampled
@@ -72,7 +72,7 @@ class Spans:
                 span.set_status(Status(StatusCode.ERROR))
             self._tracing.tracer.start_span(
                 "INSERT reservations",
-                self._tracing.under(span),
+                set_span_in_context(span),
                 SpanKind.CLIENT,
                 {**_INSERT, "db.operation.batch.size": size},
                 start_time=began_ns,
