@@ -16,7 +16,6 @@ from redis.asyncio import Redis
 from redis.exceptions import (
     ClusterDownError,
     MovedError,
-    NoScriptError,
     ReadOnlyError,
     ResponseError,
 )
@@ -137,7 +136,7 @@ class Nodes:
     async def call(self, key: str, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Runs a command on the server of a key, and once more if its slot has moved.
 
-        Raises `RedisUnavailable`, and `NoScriptError`.
+        Raises `RedisUnavailable`.
         """
         node = None
         try:
@@ -149,8 +148,6 @@ class Nodes:
                 except MovedError as error:
                     node = await self.moved(error, node)
                     return await command(node.redis)
-        except NoScriptError:
-            raise
         except FAILURES as error:
             raise self.unavailable(error, node) from error
 

@@ -60,18 +60,15 @@ class Scripts:
     ) -> Any:  # noqa: ANN401 - depends on the script
         """Runs a script that is safe to repeat, on a connection of the pool."""
 
-        def by_sha(redis: Redis) -> Awaitable[Any]:
-            call = cast("Callable[..., Awaitable[Any]]", redis.evalsha)
-            return call(script.sha, len(keys), *keys, *arguments)
+        async def run(redis: Redis) -> Any:  # noqa: ANN401 - depends on the script
+            ask = cast("Callable[..., Awaitable[Any]]", redis.execute_command)
+            tail = (len(keys), *keys, *arguments)
+            try:
+                return await ask("EVALSHA", script.sha, *tail)
+            except NoScriptError:
+                return await ask("EVAL", script.source, *tail)
 
-        def by_source(redis: Redis) -> Awaitable[Any]:
-            call = cast("Callable[..., Awaitable[Any]]", redis.eval)
-            return call(script.source, len(keys), *keys, *arguments)
-
-        try:
-            return await self._nodes.call(keys[0], by_sha)
-        except NoScriptError:
-            return await self._nodes.call(keys[0], by_source)
+        return await self._nodes.call(keys[0], run)
 
     async def call_of_items(
         self,
