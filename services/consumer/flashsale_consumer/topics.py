@@ -46,11 +46,7 @@ async def create(
         created, missing = await _create(
             admin,
             set() if unsure is None else unsure,
-            _topic(
-                events.topic(kafka.engine),
-                partitions,
-                {"retention.ms": str(EVENT_RETENTION_MS)},
-            ),
+            _topic(events.topic(kafka.engine), partitions),
             _topic(
                 events.dead_letter_topic(kafka.engine),
                 partitions,
@@ -73,8 +69,7 @@ async def create_recorded(kafka: KafkaSettings, partitions: int = PARTITIONS) ->
     """
     topic = events.recorded_topic(kafka.engine)
     async with clients.admin(kafka) as admin:
-        retention = {"retention.ms": str(EVENT_RETENTION_MS)}
-        _, missing = await _create(admin, set(), _topic(topic, partitions, retention))
+        _, missing = await _create(admin, set(), _topic(topic, partitions))
         if missing:
             raise UnknownTopicOrPartitionError(
                 f"the topic {topic} does not exist, and the consumer may not create it"
@@ -114,11 +109,13 @@ async def _create(
     return frozenset(created), frozenset(refused)
 
 
-def _topic(name: str, partitions: int, configs: dict[str, str]) -> NewTopic:
-    # -1 means the broker's default. NewTopic accepts it only together with assignments.
+def _topic(name: str, partitions: int, configs: dict[str, str] | None = None) -> NewTopic:
     shared = {
         "message.timestamp.type": TIMESTAMP_TYPE,
+        "retention.ms": str(EVENT_RETENTION_MS),
         "retention.bytes": str(PARTITION_BYTES),
         "segment.bytes": str(SEGMENT_BYTES),
     }
-    return NewTopic(name, partitions, -1, replica_assignments={}, topic_configs=shared | configs)
+    own = shared | (configs or {})
+    # -1 means the broker's default. NewTopic accepts it only together with assignments.
+    return NewTopic(name, partitions, -1, replica_assignments={}, topic_configs=own)
