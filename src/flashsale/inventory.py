@@ -28,6 +28,7 @@ from flashsale.reservations import (
     Snapshot,
     Transition,
     TransitionReply,
+    Verb,
     parse_expired,
     parse_reply,
     parse_transitions,
@@ -214,31 +215,26 @@ class Inventory:
         arguments = (sale_id, revision, engine_id)
         return Closed(await self._scripts.call(self._close, item_keys, arguments))
 
-    async def confirm(
+    async def change(
         self,
+        verb: Verb,
         item_id: str,
         calls: Sequence[OrderCall],
         *,
         timeout_seconds: float,
         engine_id: str = "",
     ) -> TransitionReply | Transition:
-        """Confirms at most `BATCH_LIMIT` reservations of an item, each for an order.
+        """Confirms or cancels at most `BATCH_LIMIT` reservations of an item.
 
         A single `Transition` (unknown, unsupported, fenced, other_engine) applies to every call.
         After a failure the caller can send the same calls again: the second one is a replay.
         """
-        return await self._change(self._confirm, item_id, calls, timeout_seconds, engine_id)
-
-    async def cancel(
-        self,
-        item_id: str,
-        calls: Sequence[OrderCall],
-        *,
-        timeout_seconds: float,
-        engine_id: str = "",
-    ) -> TransitionReply | Transition:
-        """Cancels at most `BATCH_LIMIT` reservations of an item, as `confirm` confirms them."""
-        return await self._change(self._cancel, item_id, calls, timeout_seconds, engine_id)
+        script = self._confirm if verb == "confirm" else self._cancel
+        lines = "".join(f"{','.join(call)}\n" for call in calls)
+        reply = await self._scripts.call_quickly(
+            script, self._keys(item_id).sold, (lines, len(calls), engine_id), timeout_seconds
+        )
+        return parse_transitions(str(reply))
 
     async def expire(
         self, item_id: str, limit: int, *, timeout_seconds: float, engine_id: str = ""
@@ -451,20 +447,6 @@ class Inventory:
     def node_of(self, item_id: str) -> str:
         """Returns the name of an item's server in a cluster, as far as it is known."""
         return self.nodes.name_of(item_id)
-
-    async def _change(
-        self,
-        script: Script,
-        item_id: str,
-        calls: Sequence[OrderCall],
-        timeout_seconds: float,
-        engine_id: str,
-    ) -> TransitionReply | Transition:
-        lines = "".join(f"{','.join(call)}\n" for call in calls)
-        reply = await self._scripts.call_quickly(
-            script, self._keys(item_id).sold, (lines, len(calls), engine_id), timeout_seconds
-        )
-        return parse_transitions(str(reply))
 
     async def _read(self, item_ids: Iterable[str], *, partial: bool) -> dict[str, list[Any]]:
         def queue(pipeline: Pipeline, item_id: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from flashsale.errors import ContractViolation
 from flashsale.sale import ms_of_text
@@ -77,6 +77,10 @@ class Request(NamedTuple):
     quantity: int
     request_key: str = ""
     traceparent: str = ""
+
+
+Verb: TypeAlias = Literal["confirm", "cancel"]
+"""An order service's change of a reservation."""
 
 
 class OrderCall(NamedTuple):

@@ -125,11 +125,11 @@ class SimulatedShop:
 
     async def confirm(self, item_id: str, user: str, order_ref: str = "order-1") -> Transition:
         call = OrderCall(await self.reservation_of(item_id, user), order_ref)
-        return _outcome(await self.inventory.confirm(item_id, [call], timeout_seconds=5))
+        return _outcome(await self.inventory.change("confirm", item_id, [call], timeout_seconds=5))
 
     async def cancel(self, item_id: str, user: str, order_ref: str = "") -> Transition:
         call = OrderCall(await self.reservation_of(item_id, user), order_ref)
-        return _outcome(await self.inventory.cancel(item_id, [call], timeout_seconds=5))
+        return _outcome(await self.inventory.change("cancel", item_id, [call], timeout_seconds=5))
 
     async def expire(self, item_id: str, user: str) -> None:
         """Expire the hold of a user as if its time and grace were over."""

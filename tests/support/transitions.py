@@ -1,7 +1,5 @@
 """Holds, and the calls that end them."""
 
-from typing import Literal
-
 from redis.asyncio import Redis
 
 from flashsale.inventory import Inventory
@@ -14,18 +12,17 @@ from flashsale.reservations import (
     Transition,
     TransitionAnswer,
     TransitionReply,
+    Verb,
 )
 from tests.support.inventory import a_request, outcome
 
-Verb = Literal["confirm", "cancel"]
 TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 
 
 async def changes(
     inventory: Inventory, verb: Verb, item: str, *calls: OrderCall
 ) -> list[TransitionAnswer]:
-    method = inventory.confirm if verb == "confirm" else inventory.cancel
-    reply = await method(item, calls, timeout_seconds=5)
+    reply = await inventory.change(verb, item, calls, timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     return list(reply.answers)
 

@@ -12,7 +12,7 @@ from flashsale.errors import FlashsaleError
 from flashsale.fields import RESERVATION_ID, USER_ID
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
-from flashsale.reservations import OrderCall
+from flashsale.reservations import OrderCall, Verb
 from flashsale_operator.ctl import tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -144,7 +144,7 @@ async def cancel(environ: Environ, item: str, reservation: str, order_ref: str |
 
 
 async def _change(
-    verb: transitions.Verb, environ: Environ, item: str, reservation: str, order_ref: str | None
+    verb: Verb, environ: Environ, item: str, reservation: str, order_ref: str | None
 ) -> int:
     addresses = settings.load(Servers, environ)
     async with connected(addresses, item) as clients:

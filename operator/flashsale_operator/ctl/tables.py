@@ -7,12 +7,11 @@ import msgspec
 
 from flashsale import requirements
 from flashsale.inventory import Freed
-from flashsale.reservations import Transition
+from flashsale.reservations import Transition, Verb
 from flashsale_operator.sales.audit import Audit, SaleFinding
 from flashsale_operator.sales.decision import Reason, StillFenced, counted
 from flashsale_operator.sales.rebuild import Rebuilt
 from flashsale_operator.sales.reconciler import Result
-from flashsale_operator.sales.transitions import Verb
 
 _REBUILD: Final = (
     "nothing is accepted until it is rebuilt from the ledger: apply it again, or run "

@@ -6,7 +6,7 @@ rebuild could have begun without the event.
 
 import asyncio
 import time
-from typing import Final, Literal
+from typing import Final
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -17,13 +17,11 @@ from flashsale.events import Event
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
-from flashsale.reservations import OrderCall, Transition, TransitionReply
+from flashsale.reservations import OrderCall, Transition, TransitionReply, Verb
 from flashsale.settings import KafkaSettings
 from flashsale_operator.sales import engine
 from flashsale_operator.sales.offsets import UNSEEN, KafkaUnavailable, require_own, spans
 from flashsale_operator.sales.reconciler import UnknownSale
-
-Verb = Literal["confirm", "cancel"]
 
 TIMEOUT_SECONDS: Final = 10
 """How long Kafka may take to answer, before anything is changed."""
@@ -59,9 +57,8 @@ async def change(  # noqa: PLR0913 - the call, and the servers
         if not await spans(kafka):
             raise KafkaUnavailable(UNSEEN)  # to send to it by name could create it
         began = time.monotonic()
-        does = inventory.confirm if verb == "confirm" else inventory.cancel
-        reply = await does(
-            item_id, [call], timeout_seconds=CALL_DEADLINE_SECONDS, engine_id=engine_id
+        reply = await inventory.change(
+            verb, item_id, [call], timeout_seconds=CALL_DEADLINE_SECONDS, engine_id=engine_id
         )
         if not isinstance(reply, TransitionReply):
             engine.require_own_sale(reply, item_id)

@@ -8,7 +8,7 @@ have been rebuilt without the change: see `ACKNOWLEDGED_SECONDS`.
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from flashsale.heartbeat import ACKNOWLEDGED_SECONDS, CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
@@ -19,6 +19,7 @@ from flashsale.reservations import (
     Record,
     Transition,
     TransitionReply,
+    Verb,
 )
 from flashsale_api.calls import Calls, Failure
 from flashsale_api.engine import Engine
@@ -52,13 +53,13 @@ class Transitions(Calls[OrderCall, Decision]):
         publisher: Publisher,
         metrics: Metrics,
         engine: Engine,
-        verb: Literal["confirm", "cancel"],
+        verb: Verb,
         *,
         refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
     ) -> None:
         waiting = metrics.waiting_order_calls.labels(verb)
         super().__init__(metrics, engine, waiting, inventory.node_of, refusal)
-        self._script = inventory.confirm if verb == "confirm" else inventory.cancel
+        self._script = partial(inventory.change, verb)
         self._publisher = publisher
         self._unacknowledged = metrics.unacknowledged_order_calls.labels(verb)
 

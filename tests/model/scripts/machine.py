@@ -191,9 +191,10 @@ class Machine(RuleBasedStateMachine):
         self, verb: reservation_model.Verb, calls: list[OrderCall], engine: str
     ) -> None:
         """Confirms or cancels reservations on the server and in the model."""
-        inventory = self.server.inventory
-        method = inventory.confirm if verb == "confirm" else inventory.cancel
-        reply = self.server.run(method(self.item, calls, timeout_seconds=10, engine_id=engine))
+        change = self.server.inventory.change
+        reply = self.server.run(
+            change(verb, self.item, calls, timeout_seconds=10, engine_id=engine)
+        )
         now_ms = reply.now_ms if isinstance(reply, TransitionReply) else 0
         expected = reservation_model.change(self.model, verb, calls, engine, now_ms)
         if not isinstance(reply, TransitionReply):

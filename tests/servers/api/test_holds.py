@@ -13,7 +13,7 @@ from tests.support.api import OpenSale, problem, reserve
 
 async def cancel(inventory: Inventory, item: str, answer: httpx.Response) -> None:
     call = OrderCall(answer.json()["reservationId"])
-    reply = await inventory.cancel(item, [call], timeout_seconds=5)
+    reply = await inventory.change("cancel", item, [call], timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     assert [one.outcome for one in reply.answers] == [Transition.CHANGED]
 

@@ -373,8 +373,8 @@ async def test_a_repetition_publishes_the_change_of_a_dead_pod(shop: Shop) -> No
     await shop.open()
     path = await shop.hold()
     await shop.settled()
-    reply = await shop.inventory.confirm(
-        shop.item, [OrderCall(identity(path), "o1")], timeout_seconds=5
+    reply = await shop.inventory.change(
+        "confirm", shop.item, [OrderCall(identity(path), "o1")], timeout_seconds=5
     )
     assert isinstance(reply, TransitionReply)
     await shop.redis.xdel(shop.keys.outbox, reply.answers[0].entry_id)

@@ -15,9 +15,10 @@ from flashsale.reservations import (
     Outcome,
     Transition,
     TransitionAnswer,
+    Verb,
 )
 from tests.support.inventory import a_request, a_sale, opened, outcome
-from tests.support.transitions import TRACE, Verb, change, changes, contents, expire, hold, make_due
+from tests.support.transitions import TRACE, change, changes, contents, expire, hold, make_due
 
 
 @pytest.mark.parametrize("verb", ["confirm", "cancel"])
@@ -103,8 +104,8 @@ async def test_a_sale_that_is_not_the_callers_to_change_is_not_changed(
     before = await contents(redis, item)
     calls = [OrderCall(own_id, "order-1")]
     found = [
-        await inventory.confirm(item, calls, timeout_seconds=5, engine_id="two"),
-        await inventory.cancel(item, calls, timeout_seconds=5, engine_id="two"),
+        await inventory.change("confirm", item, calls, timeout_seconds=5, engine_id="two"),
+        await inventory.change("cancel", item, calls, timeout_seconds=5, engine_id="two"),
         await inventory.expire(item, 9, timeout_seconds=5, engine_id="two"),
     ]
     assert found == [expected] * 3
@@ -115,8 +116,8 @@ async def test_an_item_without_a_sale_has_nothing_to_change(
     inventory: Inventory, item: str
 ) -> None:
     calls = [OrderCall("id", "order-1")]
-    assert await inventory.confirm(item, calls, timeout_seconds=5) is Transition.UNKNOWN
-    assert await inventory.cancel(item, calls, timeout_seconds=5) is Transition.UNKNOWN
+    assert await inventory.change("confirm", item, calls, timeout_seconds=5) is Transition.UNKNOWN
+    assert await inventory.change("cancel", item, calls, timeout_seconds=5) is Transition.UNKNOWN
     assert await inventory.expire(item, 9, timeout_seconds=5) is Transition.UNKNOWN
 
 
@@ -129,7 +130,9 @@ async def test_a_sale_that_lost_its_holds_is_fenced(
     assert (await inventory.sales([item]))[item].torn
     assert await outcome(inventory, item, a_request("bob")) is Outcome.FENCED
     assert await inventory.apply(spec, 2) is Applied.FENCED
-    reply = await inventory.confirm(item, [OrderCall(own_id, "order-1")], timeout_seconds=5)
+    reply = await inventory.change(
+        "confirm", item, [OrderCall(own_id, "order-1")], timeout_seconds=5
+    )
     assert reply is Transition.FENCED
 
 

@@ -26,7 +26,9 @@ async def a_cancellation(inventory: Inventory, outbox: Outbox, item: str) -> Nam
     request = a_request()
     assert await outcome(inventory, item, request) is Outcome.ACCEPTED
     await drained(outbox, item)
-    reply = await inventory.cancel(item, [OrderCall(request.reservation_id)], timeout_seconds=5)
+    reply = await inventory.change(
+        "cancel", item, [OrderCall(request.reservation_id)], timeout_seconds=5
+    )
     assert isinstance(reply, TransitionReply)
     [answer] = reply.answers
     return answer.entry_id, request.reservation_id, 2
@@ -76,7 +78,9 @@ async def test_a_released_unit_above_a_lowered_stock_is_not_sold_again(
     await answers(inventory, item, requests)
     assert await inventory.apply(replace(spec, stock=1), 2) is Applied.CHANGED
     for left, request in zip((2, 1, 0), requests, strict=True):
-        await inventory.cancel(item, [OrderCall(request.reservation_id)], timeout_seconds=5)
+        await inventory.change(
+            "cancel", item, [OrderCall(request.reservation_id)], timeout_seconds=5
+        )
         await drained(outbox, item)
         sale = (await inventory.sales([item]))[item]
         assert (sale.taken, sale.allocated) == (left, max(1, left))
@@ -139,7 +143,7 @@ async def cancelled(inventory: Inventory, outbox: Outbox, item: str, *users: str
     await answers(inventory, item, requests)
     await drained(outbox, item)
     calls = [OrderCall(request.reservation_id) for request in requests]
-    reply = await inventory.cancel(item, calls, timeout_seconds=5)
+    reply = await inventory.change("cancel", item, calls, timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     return [
         (answer.entry_id, call.reservation_id, 2)

@@ -18,11 +18,11 @@ from flashsale.reservations import (
     State,
     Transition,
     TransitionReply,
+    Verb,
 )
 from tests.support.inventory import a_request, a_sale, answers, drained, opened, outcome
 from tests.support.transitions import (
     TRACE,
-    Verb,
     change,
     changes,
     contents,
@@ -57,7 +57,9 @@ async def test_a_confirmed_hold_has_its_order_and_keeps_its_times(
     await opened(inventory, a_sale(item, 9, max_per_user=2, hold_seconds=60))
     own_id = await hold(inventory, item, quantity=2)
     before = await record_of(inventory, item, own_id)
-    reply = await inventory.confirm(item, [OrderCall(own_id, "order-1", TRACE)], timeout_seconds=5)
+    reply = await inventory.change(
+        "confirm", item, [OrderCall(own_id, "order-1", TRACE)], timeout_seconds=5
+    )
     assert isinstance(reply, TransitionReply)
     [(found, entry_id, record)] = reply.answers
     assert found is Transition.CHANGED

@@ -196,7 +196,7 @@ async def _check_holds(
     held = [await reserve(http, item, user, key="k") for user in ("ann", "bob")]
     sold_out = await reserve(http, item, "cid")
     first, second = (answer.json()["reservationId"] for answer in held)
-    await inventory.cancel(item, [OrderCall(first)], timeout_seconds=5)
+    await inventory.change("cancel", item, [OrderCall(first)], timeout_seconds=5)
     await redis.zadd(ItemKeys.of(item).holds, {second: 1})
     await inventory.expire(item, 1, timeout_seconds=5)
     # Kafka has never acknowledged the end of the hold, so it is counted here.

@@ -328,7 +328,7 @@ async def test_a_hold_that_reaches_the_ledger_after_its_item_was_given_away_ends
     await shop.write(late)
     assert (await shop.row(spec.sale_id)).held == 1
     call = OrderCall(reservation_id, "order-1")
-    reply = await shop.inventory.confirm(spec.item_id, [call], timeout_seconds=5)
+    reply = await shop.inventory.change("confirm", spec.item_id, [call], timeout_seconds=5)
     assert isinstance(reply, TransitionReply)
     assert [answer.outcome for answer in reply.answers] == [Transition.UNKNOWN_RESERVATION]
 
@@ -395,7 +395,7 @@ async def end(shop: SimulatedShop, spec: SaleSpec, user: str) -> None:
     for reservation_id, record in (await records(shop, spec)).items():
         if record.user_id == user and record.state is State.HELD:
             call = OrderCall(reservation_id)
-            await shop.inventory.cancel(spec.item_id, [call], timeout_seconds=5)
+            await shop.inventory.change("cancel", spec.item_id, [call], timeout_seconds=5)
 
 
 async def test_an_ended_sale_that_redis_lost_is_rebuilt_by_its_manifest(

@@ -446,7 +446,7 @@ async def test_the_picture_has_a_history(
                 held = await reserve(buyers, "phone", f"user-{step}-{user}")
                 if user % 2:
                     call = OrderCall(held.json()["reservationId"], "o1")
-                    await shop.inventory.confirm("phone", [call], timeout_seconds=5)
+                    await shop.inventory.change("confirm", "phone", [call], timeout_seconds=5)
                 await reserve(buyers, "tickets", f"user-{step}-{user}")
             await asyncio.sleep(1.2)  # until the cached answer is old
             await page.clock.fast_forward(12_000)

@@ -17,6 +17,7 @@ from flashsale.reservations import (
     Transition,
     TransitionAnswer,
     TransitionReply,
+    Verb,
 )
 from flashsale_api.calls import Failure
 from flashsale_api.engine import Engine
@@ -40,8 +41,9 @@ class HeldInventory(Inventory):
     def node_of(self, item_id: str) -> str:  # noqa: ARG002 - there is one node
         return ""
 
-    async def confirm(
+    async def change(
         self,
+        verb: Verb,  # noqa: ARG002 - both answer alike
         item_id: str,  # noqa: ARG002 - every item has a sale
         calls: Sequence[OrderCall],
         **_: object,
