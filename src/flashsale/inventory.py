@@ -6,7 +6,7 @@ operator's rebuild is the one exception.
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 from redis.asyncio import Redis
@@ -35,8 +35,6 @@ from flashsale.reservations import (
 )
 from flashsale.sale import Predecessor, Sale, SaleSpec, parse_sale
 from flashsale.scripts import Script, Scripts, leased
-
-T = TypeVar("T")
 
 ItemReply: TypeAlias = BatchReply | Outcome | RedisUnavailable | ContractViolation
 """The reply of `reserve.lua` for one item, or the error of its part."""
