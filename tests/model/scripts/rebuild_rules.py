@@ -102,7 +102,7 @@ class RebuildRules(ReservationRules):
         self.highest_limit = max(self.highest_limit, manifest.max_per_user)
         accepted, held = accepted + more[0], held + more[0] - more[1]
         # A hash of the previous version does not tell when it was rebuilt.
-        rebuilt = sale.rebuilt + (80 <= again < 90) if sale is not None and sale.rebuilt else 0
+        rebuilt = sale.rebuilt + (60 <= again < 90) if sale is not None and sale.rebuilt else 0
         closed = sale is not None and sale.state == "closed"
         expected = rebuild_model.fence(
             self.model,
