@@ -32,6 +32,7 @@ from tests.support.flood import (
 from tests.support.redis_users import API, url_of
 from tests.support.wire import stopped
 
+OTHERS = 3
 FLOOD_CONNECTIONS = 3_000
 FLOOD_SECONDS = 20.0
 POD_BYTES = 512 * 1024 * 1024
@@ -46,9 +47,15 @@ def many_connections() -> None:
 async def test_a_busy_item_leaves_waiting_places_to_others(
     own_redis: RedisServer, own_inventory: Inventory, own_api: ApiServer
 ) -> None:
-    """Redis is frozen, so that the requests of the busy item wait and fill their places."""
-    other = SaleSpec("default/other", "other", CALLS_IN_FLIGHT)
-    assert await own_inventory.apply(other, 1, seed_until_ms=2**53) is Applied.SEEDED
+    """Redis is frozen, so that the requests of the busy item wait and fill their places.
+
+    The other items have one request each. A second one would wait for the call of the first, and
+    be refused after half a second on a slow machine.
+    """
+    items = [f"other-{number}" for number in range(OTHERS)]
+    for name in items:
+        other = SaleSpec(f"default/{name}", name, 1)
+        assert await own_inventory.apply(other, 1, seed_until_ms=2**53) is Applied.SEEDED
     busy_answers: Counter[str] = Counter()
     others: Counter[str] = Counter()
 
@@ -59,15 +66,13 @@ async def test_a_busy_item_leaves_waiting_places_to_others(
     busy = await open_connections(
         own_api.url, number, lambda _, __, body: count(busy_answers, body)
     )
-    calm = await open_connections(
-        own_api.url, CALLS_IN_FLIGHT, lambda _, __, body: count(others, body)
-    )
+    calm = await open_connections(own_api.url, OTHERS, lambda _, __, body: count(others, body))
     own_redis.pause()
     for connection in busy:
         connection.send(request_of(OWN_SALE.item_id, "ann"))
     await until(lambda: busy_answers["too-many-waiting"], pause=0.001)
-    for user, connection in enumerate(calm):
-        connection.send(request_of(other.item_id, str(user)))
+    for name, connection in zip(items, calm, strict=True):
+        connection.send(request_of(name, "bob"))
     refused = number - MAX_WAITING // 2 - CALLS_IN_FLIGHT * BATCH_LIMIT
     await until(lambda: busy_answers.total() >= refused, pause=0.001)
     own_redis.resume()
