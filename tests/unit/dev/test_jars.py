@@ -18,7 +18,7 @@ from dev.stack.packages import cache_folder
 
 # jgo does not close the connection of an answer other than 200.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+    "ignore:Exception ignored .*socket:pytest.PytestUnraisableExceptionWarning"
 )
 
 CONTENTS = {"first": b"the first jar", "second": b"the second jar"}
