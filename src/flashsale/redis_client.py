@@ -13,6 +13,7 @@ import os
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import hiredis
@@ -65,7 +66,7 @@ def connect(url: str) -> Redis:
     )
     if secured:
         pool.connection_class = TlsConnection
-        pool.connection_kwargs["certificates"] = _Certificates()
+        pool.connection_kwargs["shared"] = []
     return Redis.from_pool(pool)
 
 
@@ -108,33 +109,29 @@ def address(redis: Redis) -> str:
     return "{}:{}/{}".format(*location(redis))
 
 
-class _Certificates:
-    """The certificate files as a client and its neighbours have read them last."""
-
-    context: ssl.SSLContext | None = None
-    stamp: tls.Stamp = ()
-    """Changes with each file."""
-
-
 class TlsConnection(SSLConnection):
-    """Reads certificate files again if they have changed, because they can be renewed.
+    """Connects with the present certificates, because their files can be renewed.
 
     redis-py reads them only once per connection object, and its pool reuses these objects. Reading
-    takes long, so connections share the files' content.
+    takes long, so the connections of a client and its neighbours share a context.
     """
 
-    def __init__(self, *, certificates: _Certificates, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, *, shared: list[tls.RenewedContext], **options: Any) -> None:  # noqa: ANN401
+        """`shared` is empty until the first connection has read the files."""
         super().__init__(**options)
-        self._certificates = certificates
+        self._shared = shared
 
     def _connection_arguments(self) -> Mapping[str, object]:
-        own, shared = self.ssl_context, self._certificates
-        names = own.ca_certs, own.certfile, own.keyfile, os.environ.get("SSL_CERT_FILE")
-        present = tls.stamp(names)
-        own.context = shared.context if present == shared.stamp else None
-        arguments = super()._connection_arguments()
-        shared.context, shared.stamp = own.context, present
-        return arguments
+        own = self.ssl_context
+        if not self._shared:
+            files = own.ca_certs, own.certfile, own.keyfile, os.environ.get("SSL_CERT_FILE")
+            self._shared.append(tls.RenewedContext(self._read, partial(tls.stamp, files)))
+        [own.context] = self._shared
+        return super()._connection_arguments()
+
+    def _read(self) -> ssl.SSLContext:
+        self.ssl_context.context = None
+        return self.ssl_context.get()
 
 
 class Pool(BlockingConnectionPool):

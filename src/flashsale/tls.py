@@ -33,8 +33,8 @@ def stamp(files: Iterable[str | None]) -> Stamp:
 class RenewedContext(ssl.SSLContext):
     """Makes each connection with the present certificates, because they can be renewed.
 
-    aiokafka and aiohttp keep one context as long as a client lives. asyncio and uvloop make each
-    connection by `wrap_bio`.
+    Clients of Redis, Kafka and Kubernetes keep one context as long as they live. asyncio and uvloop
+    make each connection by `wrap_bio`.
     """
 
     def __new__(cls, *_: object) -> Self:
