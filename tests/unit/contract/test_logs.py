@@ -94,7 +94,7 @@ def test_libraries_log_no_debug_lines() -> None:
     "error", [socket.gaierror("unknown host"), ssl.SSLCertVerificationError("refused")]
 )
 def test_errors_of_abandoned_connections_are_not_logged(error: OSError) -> None:
-    """uvloop leaves them to asyncio, which logs them if nobody waits for the connection."""
+    """uvloop leaves them to asyncio, which logs them if no task waits for the connection."""
     stream = io.StringIO()
     logs.configure(stream=stream)
 

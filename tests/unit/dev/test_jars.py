@@ -17,9 +17,10 @@ from dev.stack.errors import StackError
 from dev.stack.packages import cache_folder
 
 # jgo does not close the connection of an answer other than 200.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored .*socket:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}:pytest.PytestUnraisableExceptionWarning")
+    for text in ("Exception ignored in. <socket", "Exception ignored while finalizing socket")
+]
 
 CONTENTS = {"first": b"the first jar", "second": b"the second jar"}
 
