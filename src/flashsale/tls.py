@@ -7,6 +7,7 @@ and both work with clients in other languages. The chain, the signatures, the va
 of the server are always verified.
 """
 
+import logging
 import ssl
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from flashsale.errors import FlashsaleError
+
+log = logging.getLogger(__name__)
 
 Stamp: TypeAlias = tuple[tuple[int, int, int], ...]
 
@@ -46,7 +49,7 @@ class RenewedContext(ssl.SSLContext):
         """`read` makes a context. It is called again when the value of `changed` is another one.
 
         By default, it is called for each connection. If it or `changed` fails then with an
-        `OSError` or an error of the engine, the former certificates are used.
+        `OSError` or an error of the engine, it logs that, and the former certificates are used.
         """
         self._read, self._changed = read, changed
         self._seen: object = None
@@ -61,9 +64,11 @@ class RenewedContext(ssl.SSLContext):
         return self._present().wrap_socket(*arguments, **options)
 
     def _present(self) -> ssl.SSLContext:
-        with suppress(OSError, FlashsaleError):
+        try:
             seen = self._changed()
             if seen != self._seen:
                 self._latest = self._read()
                 self._seen = seen
+        except (OSError, FlashsaleError) as error:
+            log.warning("the new certificates cannot be used, so the former ones are: %s", error)
         return self._latest

@@ -220,7 +220,7 @@ async def _nearest(clients: Clients, wanted: str) -> str | None:
 
 
 def warn(text: str) -> None:
-    """Prints a line to standard error, in the form of an error."""
+    """Prints a line to standard error, with the program's name."""
     print(f"flashsalectl: {text}", file=sys.stderr)
 
 

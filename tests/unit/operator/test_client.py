@@ -78,7 +78,7 @@ async def test_an_expired_token_is_renewed() -> None:
 
 
 async def test_a_renewed_authority_of_the_cluster_is_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also by connections of the same session, because kopf's watches keep theirs."""
     authority = trustme.CA()
@@ -113,8 +113,10 @@ async def test_a_renewed_authority_of_the_cluster_is_trusted(
                 await status()
             trust(authority, address)
             assert await status() == 200
+            assert not caplog.text
             kubeconfig.write_text("half a file: [")
             assert await status() == 200
+            assert "so the former ones are: KUBECONFIG is wrong" in caplog.text
             trust(trustme.CA(), "https://another.cluster")
             assert await status() == 200
             trust(trustme.CA(), address)
