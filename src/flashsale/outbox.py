@@ -1,9 +1,10 @@
 """The outboxes in Redis: reservation events that Kafka has not acknowledged."""
 
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias, cast
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from flashsale import pipelines
 from flashsale.errors import ContractViolation, RedisUnavailable
@@ -108,22 +109,23 @@ class Outbox:
         )
         return {item_id: length for item_id, (length,) in found.items()}
 
-    async def oldest_ms(self, item_ids: Iterable[str]) -> dict[str, int]:
+    async def oldest(self, since_ms: Mapping[str, int]) -> dict[str, tuple[int, bool]]:
         """Returns when each item's oldest entry was written, in ms of its server's clock.
 
-        Items with an empty outbox are left out, and items whose server is away, unless all are.
+        Also returns whether the item has entries that were written at its time of `since_ms` or
+        later. Items with an empty outbox are left out, and items whose server is away, unless all
+        are.
         """
-        found = await pipelines.each(
-            self._nodes,
-            item_ids,
-            self._outbox,
-            lambda pipeline, item_id: pipeline.xrange(self._outbox(item_id), count=1),
-            partial=True,
-        )
+
+        def queue(pipeline: Pipeline, item_id: str) -> None:
+            pipeline.xrange(self._outbox(item_id), count=1)
+            pipeline.xrange(self._outbox(item_id), f"{since_ms[item_id]}", count=1)
+
+        found = await pipelines.each(self._nodes, since_ms, self._outbox, queue, partial=True)
         return {
-            item_id: int(entries[0][0].partition("-")[0])
-            for item_id, (entries,) in found.items()
-            if entries
+            item_id: (int(oldest[0][0].partition("-")[0]), bool(later))
+            for item_id, (oldest, later) in found.items()
+            if oldest
         }
 
     async def take_lease(self, item_id: str, pod_id: str, lease_ms: int) -> bool:

@@ -93,27 +93,32 @@ class Sweeper:
         servers = await self._inventory.servers(items)
         now_ms = {item_id: server.now_ms for item_id, server in servers.items()}
         self._metrics.set_items(items)
-        filled = await self._measure(now_ms)
-        self._unreadable = {item: each for item, each in self._unreadable.items() if item in filled}
-        for item_id in filled:
+        due = await self._measure(now_ms)
+        self._unreadable = {item: each for item, each in self._unreadable.items() if item in due}
+        for item_id in due:
             try:
                 await self._sweep_item(item_id, now_ms[item_id])
             except RedisUnavailable as error:
                 log.debug("no sweep of %s: %s", item_id, error)
 
-    async def _measure(self, now_ms: Mapping[str, int]) -> dict[str, int]:
-        """Updates the gauges of outboxes. Returns the length of each outbox that has entries.
+    async def _measure(self, now_ms: Mapping[str, int]) -> set[str]:
+        """Updates the gauges of outboxes. Returns the items with entries that are to be swept.
 
         `now_ms` is the time by the clock of each item's server.
         """
         lengths = await self._outbox.lengths(now_ms, partial=True)
-        filled = {item_id: length for item_id, length in lengths.items() if length}
-        oldest_ms = await self._outbox.oldest_ms(filled)
+        oldest = await self._outbox.oldest(
+            {item: now_ms[item] + AHEAD_MS for item, length in lengths.items() if length}
+        )
+        due = set()
         for item_id, length in lengths.items():
+            written_ms, ahead = oldest.get(item_id, (now_ms[item_id], False))
+            age_ms = now_ms[item_id] - written_ms
             self._metrics.outbox_length.labels(item_id).set(length)
-            age_ms = now_ms[item_id] - oldest_ms.get(item_id, now_ms[item_id])
             self._metrics.outbox_age.labels(item_id).set(max(age_ms, 0) / 1000)
-        return filled
+            if age_ms > SWEEP_AGE_MS or ahead:
+                due.add(item_id)
+        return due
 
     async def _sweep_item(self, item_id: str, now_ms: int) -> None:
         """Publishes the entries of dead pods, and logs how many entries cannot be read.
