@@ -14,7 +14,7 @@ from dev.stack.servers import RedisServer
 from flashsale import redis_client
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
-from flashsale.outbox import Outbox
+from flashsale.outbox import Outbox, Page
 from flashsale.reservations import OutboxEntry, Record, Request, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_api import known_items
@@ -260,6 +260,33 @@ async def test_an_entry_of_a_clock_that_was_ahead_is_swept(
     await own_inventory.reserve(ITEM, [request], timeout_seconds=5)
     sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id="pod")
     await sweeper.sweep()
+    assert publisher.held == 1
+
+
+async def test_a_sweep_reads_no_outbox_whose_entries_are_young(
+    own_inventory: Inventory, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand busy sales would otherwise take a third of the pod's time."""
+    monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", 3_600_000)
+    read: list[str] = []
+    page = outbox.page
+
+    async def noted(item_id: str, *, after: str = "-", until_ms: int, count: int) -> Page:
+        read.append(item_id)
+        return await page(item_id, after=after, until_ms=until_ms, count=count)
+
+    monkeypatch.setattr(outbox, "page", noted)
+    publisher = Publisher(
+        KafkaSettings(kafka_bootstrap="127.0.0.1:1"), outbox, Metrics(), Engine("flashsale")
+    )
+    publisher.connected = True
+    await own_inventory.reserve(ITEM, [Request(UNKNOWN_ID, "ann", 1)], timeout_seconds=5)
+    sweeper = Sweeper(own_inventory, outbox, publisher, Metrics(), known=KnownItems(), pod_id="pod")
+    await sweeper.sweep()
+    assert (read, publisher.held) == ([], 0)
+    monkeypatch.setattr(sweeper_module, "SWEEP_AGE_MS", -1_000)
+    await sweeper.sweep()
+    assert ITEM in read
     assert publisher.held == 1
 
 
