@@ -90,6 +90,8 @@ class Nodes:
         self._closed = asyncio.Event()
         self.single: Node | None = None
         """The only server, if the address does not belong to a cluster."""
+        self.failures: dict[str, str] = {}
+        """Why the last failed call of each node failed, by the name of the node."""
 
     @classmethod
     def of_client(cls, redis: Redis) -> "Nodes":
@@ -222,7 +224,9 @@ class Nodes:
         Raises `error` if it is no outage.
         """
         require_outage(error)
-        refused = isinstance(error, ResponseError)
+        refused, reason = isinstance(error, ResponseError), describe(error)
+        if node:
+            self.failures[node.name] = reason
         if node and isinstance(error, ReadOnlyError):
             self.demoted(node)
         elif isinstance(error, Stranger):
@@ -230,7 +234,7 @@ class Nodes:
         elif node and (not refused or isinstance(error, ClusterDownError)):
             self.look_soon(besides=node)
         # A refusal is a reply: the script has changed nothing.
-        return RedisUnavailable(describe(error), maybe_executed=sent and not refused)
+        return RedisUnavailable(reason, maybe_executed=sent and not refused)
 
     async def watch(self) -> None:
         """Calls each primary every second on its link, until it is cancelled.

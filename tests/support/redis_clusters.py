@@ -1,8 +1,8 @@
 """Clients of a Redis Cluster, for tests that also run on one server, and slots that move."""
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeAlias, cast
 
 import redis as blocking
@@ -43,6 +43,26 @@ async def routed(deployment: Deployment) -> AsyncIterator[Redis]:
     finally:
         await client.aclose()
         await router.aclose()
+
+
+@contextmanager
+def refused_by_one(cluster: RedisCluster) -> Iterator[tuple[str, str]]:
+    """Yield an address whose user one primary does not know, and the name of that primary."""
+    *knowing, refusing = cluster.servers
+    clients = [blocking.Redis.from_url(server.url) for server in knowing]
+    for client in clients:
+        client.acl_setuser(
+            "guest", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all"]
+        )
+    try:
+        yield (
+            cluster.url.replace("redis://", "redis://guest:secret@"),
+            f"127.0.0.1:{refusing.port}",
+        )
+    finally:
+        for client in clients:
+            client.acl_deluser("guest")
+            client.close()
 
 
 def server_of(cluster: RedisCluster, inventory: Inventory, item: str) -> RedisServer:

@@ -152,8 +152,12 @@ async def _redis(url: str, engine: str, home: _Home | None) -> AsyncIterator[Fin
         answered = {each.node for each in facts}
         for node in await inventory.nodes.all():
             if node.name not in answered:
-                text = f"{node.name} does not answer, and its sales stop: start it, or promote a"
-                yield Finding(REDIS, f"{text} replica of it", "failure")
+                why = inventory.nodes.failures.get(node.name, "no reply in time")
+                text = (
+                    f"{node.name} does not answer, and its sales stop: {why}: start it, promote a "
+                    "replica of it, or check the network, its certificate and the user"
+                )
+                yield Finding(REDIS, text, "failure")
         unread = set[str]().union(*(each.unread for each in facts))
         for finding in requirements.findings(requirements.REDIS, *facts):
             if finding.verdict == "ok" and finding.text.partition(" ")[0] in unread:

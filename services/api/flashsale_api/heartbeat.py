@@ -94,6 +94,8 @@ class Heartbeat:
         self._engine = engine
         self._metrics = metrics
         self._pulse = pulse
+        self._away: set[str] = set()
+        """The servers that did not take the last heartbeat, while others did."""
         self._thread: _LoopThread | None = None
         self._turn = asyncio.Lock()
 
@@ -162,7 +164,16 @@ class Heartbeat:
         redis, engine = self._inventory.redis, self._inventory.engine
         sent = await heartbeat.beat(redis, self._pod_id, counts, sampled, engine)
         self._pulse.sent(sent, begun)
-        self._metrics.redis_up.set(len(sent.servers) == len(await self._inventory.nodes.all()))
+        away = {node.name for node in await self._inventory.nodes.all()} - sent.servers
+        self._metrics.redis_up.set(not away)
+        self._log(away)
+
+    def _log(self, away: set[str]) -> None:
+        """Logs once why a server takes no heartbeat. The pod refuses the requests of its sales."""
+        for name in sorted(away - self._away):
+            if why := self._inventory.nodes.failures.get(name):
+                log.warning("cannot send a heartbeat to %s: %s", name or "Redis", why)
+        self._away = away
 
     def _measure(self) -> None:
         self._metrics.unacknowledged.set(self._publisher.unacknowledged)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
@@ -22,6 +23,7 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from tests.support import redis_users
 from tests.support.eventually import until
+from tests.support.redis_clusters import refused_by_one
 
 TURN_SECONDS = 0.1
 """A turn of the event loop with thousands of busy connections."""
@@ -155,3 +157,29 @@ async def test_the_pod_and_its_heartbeat_both_notice_that_the_server_became_a_cl
         await until(lambda: all(pulse.refusal(item) is None for item in items))
         assert all(map(of_pod.node_of, items))
     await of_pod.redis.aclose()
+
+
+async def test_a_primary_without_a_heartbeat_is_logged_once_with_the_cause(
+    redis_cluster: RedisCluster,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pod is ready and never calls the primary, so no other line names the cause."""
+    with refused_by_one(redis_cluster) as (url, name):
+        inventory = Inventory(redis_client.connect(url))
+        beats: list[contract.Sent] = []
+        pulse = Pulse(inventory)
+        note = pulse.sent
+
+        def sent(beat: contract.Sent, sampled: float) -> None:
+            beats.append(beat)
+            note(beat, sampled)
+
+        monkeypatch.setattr(pulse, "sent", sent)
+        async with beating(url, inventory, pulse):
+            await until(lambda: len(beats) > 2)
+    assert not any(name in beat.servers for beat in beats)
+    started = f"cannot send a heartbeat to {name}: "
+    # On a busy machine, another primary can be late.
+    [line] = [text for text in map(logging.LogRecord.getMessage, caplog.records) if started in text]
+    assert "invalid username-password pair" in line

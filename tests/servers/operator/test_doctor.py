@@ -26,6 +26,7 @@ from flashsale_operator.ctl import doctor
 from flashsale_operator.ctl.commands import run
 from tests.support.consumer import Log
 from tests.support.eventually import until
+from tests.support.redis_clusters import refused_by_one
 from tests.support.redis_users import OPERATOR, url_of
 
 NOT_KUBERNETES = "the answer is not the kube-apiserver's"
@@ -236,6 +237,18 @@ def test_settings_that_cannot_be_read_are_not_confirmed(
     assert len(warnings) == len(hidden)
     for text, name in zip(warnings, hidden, strict=True):
         assert f": needs {name} " in text
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_primary_that_cannot_be_reached_is_a_failure_with_its_cause(
+    examined: Doctor, redis_cluster: RedisCluster
+) -> None:
+    with refused_by_one(redis_cluster) as (url, name):
+        code, verdicts = examined(FLASHSALE_REDIS_URL=url)
+    assert code == 1
+    # The script's key can be on this primary, too.
+    [failure] = [text for text in bad(verdicts) if "its sales stop" in text]
+    assert re.match(f"Redis: {name} does not answer, .*invalid username-password pair", failure)
 
 
 @pytest.mark.usefixtures("prepared")
