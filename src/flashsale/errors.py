@@ -44,7 +44,7 @@ class RedisMoved(FlashsaleError):
     """The ledger's sales were seeded in the Redis at another address."""
 
 
-def has_just_closed(error: Exception) -> bool:
+def has_just_closed(error: object) -> bool:
     """Whether a write failed because the other side has just closed the connection.
 
     asyncio raises an `OSError` for it. uvloop raises a `RuntimeError`, which many libraries do not

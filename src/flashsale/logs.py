@@ -12,6 +12,8 @@ from msgspec import Meta
 from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
 from pythonjsonlogger.msgspec import MsgspecFormatter
 
+from flashsale.errors import has_just_closed
+
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"],
     Meta(description="debug, info, warning or error"),
@@ -56,12 +58,15 @@ def _without_debug_of_libraries(record: logging.LogRecord) -> bool:
 
 
 def _is_not_abandoned(record: logging.LogRecord) -> bool:
-    """Returns False for the error of a look-up or a TLS handshake whose client has given up.
+    """Returns False for an error of a connection that no client uses any more.
 
-    uvloop goes on with both, and asyncio logs their errors with a traceback.
+    uvloop goes on with the look-up or the TLS handshake of a client that has given up, and still
+    reads from a TLS connection after it has closed. asyncio logs the errors with a traceback.
     """
     error = record.exc_info and record.exc_info[1]
-    return record.name != "asyncio" or not isinstance(error, (socket.gaierror, ssl.SSLError))
+    return record.name != "asyncio" or not (
+        isinstance(error, (socket.gaierror, ssl.SSLError)) or has_just_closed(error)
+    )
 
 
 @dataclass(slots=True)

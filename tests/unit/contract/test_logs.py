@@ -91,9 +91,14 @@ def test_libraries_log_no_debug_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [socket.gaierror("unknown host"), ssl.SSLCertVerificationError("refused")]
+    "error",
+    [
+        socket.gaierror("unknown host"),
+        ssl.SSLCertVerificationError("refused"),
+        RuntimeError("unable to perform operation on <TCPTransport>; the handler is closed"),
+    ],
 )
-def test_errors_of_abandoned_connections_are_not_logged(error: OSError) -> None:
+def test_errors_of_abandoned_connections_are_not_logged(error: Exception) -> None:
     """uvloop leaves them to asyncio, which logs them if no task waits for the connection."""
     stream = io.StringIO()
     logs.configure(stream=stream)
