@@ -14,7 +14,7 @@ import re
 import shutil
 import ssl
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,17 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 from confluent_kafka import admin as kafka_admin
+from redis import Redis
+from redis.crc import key_slot
 from redis.exceptions import ConnectionError as Disconnected
 
 from dev.services import Addresses, ApiServer, ConsumerServer
 from dev.stack.ports import free_port
-from dev.stack.servers import KafkaServer, PostgresServer, RedisServer
+from dev.stack.servers import KafkaServer, PostgresServer, RedisCluster, RedisServer
 from flashsale import events, ledger, redis_client, schema
 from flashsale.errors import LedgerUnavailable
+from flashsale.inventory import Inventory
+from flashsale.keys import ItemKeys
 from flashsale.settings import KafkaSettings, load
 from flashsale_consumer import topics
 from flashsale_operator.ctl import doctor
@@ -46,6 +50,7 @@ from tests.support import redis_users
 from tests.support.certificates import certificate
 from tests.support.engine import flashsalectl, manifest
 from tests.support.eventually import until
+from tests.support.inventory import a_request
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -251,6 +256,46 @@ async def test_a_renewed_certificate_is_used_for_new_connections_to_redis(
         for client in (first, other):
             await call(client)
             await client.aclose()
+
+
+async def test_a_client_follows_a_slot_of_a_cluster_that_speaks_tls(
+    authority: Authority, tmp_path: Path, item: str
+) -> None:
+    """The nodes announce the ports of their relays."""
+    cluster, slot = RedisCluster(tmp_path), key_slot(ItemKeys.of(item).sale.encode())
+    async with AsyncExitStack() as stack:
+        names: dict[str, RedisServer] = {}
+        for server in cluster.servers:
+            port = await stack.enter_async_context(
+                relay(server.port, authority.server, asked=False)
+            )
+            names[f"127.0.0.1:{port}"] = server
+            server.options = ("--cluster-announce-port", f"{port}")
+            stack.callback(server.kill)
+            await asyncio.to_thread(server.start)
+        await cluster._form()
+        address = f"rediss://{next(iter(names))}/0?ssl_ca_certs={authority.trusted}"
+        client = redis_client.connect(address)
+        stack.push_async_callback(client.aclose)
+        inventory = Inventory(client)
+        nodes: dict[str, Any] = {name: Redis.from_url(server.url) for name, server in names.items()}
+        # One on the link, one in a pipeline, and one on a connection of the pool.
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: inventory.reserve(item, [a_request()], timeout_seconds=5),
+            lambda: inventory.sales([item]),
+            lambda: inventory.close(item, "default/none", 1),
+        ]
+        for call in calls:
+            await call()
+            source = inventory.node_of(item)
+            target = next(name for name in names if name != source)
+            owner = nodes[target].execute_command("CLUSTER MYID")
+            for name in dict.fromkeys((target, source, *names)):
+                nodes[name].execute_command("CLUSTER SETSLOT", slot, "NODE", owner)
+            await call()
+            assert inventory.node_of(item) == target
+        for node in nodes.values():
+            node.close()
 
 
 async def test_a_reservation_reaches_the_ledger_over_tls_with_least_privilege_users(
