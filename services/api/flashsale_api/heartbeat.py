@@ -166,13 +166,16 @@ class Heartbeat:
         self._pulse.sent(sent, begun)
         away = {node.name for node in await self._inventory.nodes.all()} - sent.servers
         self._metrics.redis_up.set(not away)
-        self._log(away)
+        self._log(away, sent.servers)
 
-    def _log(self, away: set[str]) -> None:
+    def _log(self, away: set[str], heard: set[str]) -> None:
         """Logs once why a server takes no heartbeat. The pod refuses the requests of its sales."""
+        failures = self._inventory.nodes.failures
         for name in sorted(away - self._away):
-            if why := self._inventory.nodes.failures.get(name):
+            if why := failures.get(name):
                 log.warning("cannot send a heartbeat to %s: %s", name or "Redis", why)
+        for name in heard:
+            failures.pop(name, None)
         self._away = away
 
     def _measure(self) -> None:
