@@ -94,8 +94,8 @@ class Heartbeat:
         self._engine = engine
         self._metrics = metrics
         self._pulse = pulse
-        self._away: set[str] = set()
-        """The servers that did not take the last heartbeat, while others did."""
+        self._logged: set[str] = set()
+        """The servers that take no heartbeat, while others do, and whose cause is logged."""
         self._thread: _LoopThread | None = None
         self._turn = asyncio.Lock()
 
@@ -171,12 +171,13 @@ class Heartbeat:
     def _log(self, away: set[str], heard: set[str]) -> None:
         """Logs once why a server takes no heartbeat. The pod refuses the requests of its sales."""
         failures = self._inventory.nodes.failures
-        for name in sorted(away - self._away):
+        self._logged &= away
+        for name in sorted(away - self._logged):
             if why := failures.get(name):
-                log.warning("cannot send a heartbeat to %s: %s", name or "Redis", why)
+                log.warning("cannot send a heartbeat to %s: %s", name, why)
+                self._logged.add(name)
         for name in heard:
             failures.pop(name, None)
-        self._away = away
 
     def _measure(self) -> None:
         self._metrics.unacknowledged.set(self._publisher.unacknowledged)
