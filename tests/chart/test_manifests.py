@@ -108,6 +108,64 @@ def test_pods_pass_the_restricted_standard(
         assert refused(cluster, namespace, pods, "create") == ""
 
 
+def pod(name: str, context: object, containers: dict[str, object]) -> Manifest:
+    """Return a pod with these security contexts: its own, and those of its containers by name."""
+    spec = {
+        "securityContext": context,
+        "containers": [
+            {"name": each.lower(), "image": "any", "securityContext": of}
+            for each, of in containers.items()
+        ],
+    }
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+
+
+def made_by_strimzi(file: Path) -> list[Manifest]:
+    """Return pods with the security contexts that Strimzi takes from a file.
+
+    By default it adds none (STRIMZI_POD_SECURITY_PROVIDER_CLASS).
+    """
+    listed = documents(file)
+    (kafka,) = (each["spec"] for each in listed if each["kind"] == "Kafka")
+    operators = [f"{each}Container" for each in kafka["entityOperator"] if each != "template"]
+    nodes = ["kafkaContainer", *(["initContainer"] if "rack" in kafka["kafka"] else [])]
+    templates = {
+        each["metadata"]["name"]: (each["spec"].get("template", {}), nodes)
+        for each in listed
+        if each["kind"] == "KafkaNodePool"
+    }
+    templates["entity-operator"] = (kafka["entityOperator"].get("template", {}), operators)
+    return [
+        pod(
+            name,
+            template.get("pod", {}).get("securityContext"),
+            {each: template.get(each, {}).get("securityContext") for each in containers},
+        )
+        for name, (template, containers) in templates.items()
+    ]
+
+
+@pytest.mark.parametrize("file", ["k8s/kafka/one-node.yaml", "k8s/kafka/three-brokers.yaml"])
+def test_strimzis_pods_pass_the_restricted_standard(
+    cluster: ControlPlane, namespace: str, file: str
+) -> None:
+    assert refused(cluster, namespace, made_by_strimzi(Path(file)), "create") == ""
+
+
+def test_the_pod_of_prometheus_passes_the_restricted_standard(
+    cluster: ControlPlane, namespace: str
+) -> None:
+    """The Prometheus operator sets only the security contexts of the containers."""
+    (prometheus,) = all_of("Prometheus", "k8s/observability").values()
+    container = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    made = pod("prometheus", prometheus["spec"].get("securityContext"), {"prometheus": container})
+    assert refused(cluster, namespace, [made], "create") == ""
+
+
 def rendered(chart: Helm, files: list[Path]) -> Rendered:
     return chart.render_only(merged(*(yaml.safe_load(file.read_text()) for file in files)))
 
