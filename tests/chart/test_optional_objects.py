@@ -1,5 +1,6 @@
 """Options add only their own objects: topics, Roles, the dashboard and the alerts."""
 
+import json
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -7,7 +8,7 @@ import pytest
 
 from flashsale import requirements
 from flashsale_consumer import topics
-from tests.support.chart import NAMESPACE, Helm, Rendered, at, each_combination, merged
+from tests.support.chart import ADDRESSES, NAMESPACE, Helm, Rendered, at, each_combination, merged
 from tests.support.chart_options import (
     API_SCALES,
     BY_CPU,
@@ -35,6 +36,15 @@ TOPIC: Final = {
 def kinds(rendered: Rendered) -> dict[str, int]:
     found = [each["kind"] for each in rendered.manifests]
     return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+FILE: Final[dict[str, Any]] = json.loads((CHART / "files" / "dashboard.json").read_text())
+
+
+def dashboard(rendered: Rendered) -> dict[str, Any]:
+    (text,) = rendered.all("ConfigMap")[0]["data"].values()
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 PLAIN: Final = {
@@ -149,10 +159,10 @@ EXPECTATIONS: Final[list[tuple[str, dict[str, Any], Callable[[Rendered], Any], A
         ["a", "b"],
     ),
     (
-        "the dashboard is the file, under a name that no other release has",
+        "the dashboard is the file, with the release in its title",
         DASHBOARD,
-        lambda r: r.all("ConfigMap")[0]["data"],
-        {f"{NAMESPACE}.shop-flashsale.json": (CHART / "files" / "dashboard.json").read_text()},
+        lambda r: {**dashboard(r), "uid": "flashsale"},
+        {**FILE, "title": f"{FILE['title']}: {NAMESPACE}.shop-flashsale"},
     ),
     (
         "the alerts link to the configured runbooks",
@@ -171,3 +181,18 @@ def test_a_combination_of_values_renders_as_expected(
     chart: Helm, changes: dict[str, Any], actual: Callable[[Rendered], Any], expected: object
 ) -> None:
     assert actual(chart.render(changes)) == expected
+
+
+def test_grafana_can_store_the_dashboards_of_several_releases(chart: Helm) -> None:
+    """Grafana stores no dashboard of a folder in which two have the same uid or title."""
+    values = merged(ADDRESSES, DASHBOARD)
+    releases = (("a", "shop"), ("b", "shop"), ("b", "outlet"))
+    found = [
+        Rendered.of(chart.run("template", name, str(CHART), "-n", namespace, values=values))
+        for namespace, name in releases
+    ]
+    for key in ("uid", "title"):
+        assert len({dashboard(each)[key] for each in found}) == len(releases)
+    assert len({file for each in found for file in each.all("ConfigMap")[0]["data"]}) == 3
+    # Grafana refuses a longer uid.
+    assert all(len(dashboard(each)["uid"]) <= 40 for each in found)
