@@ -275,6 +275,13 @@ from tests.support.paths import CHART
             at("api.ingress.tlsSecretName", "a"),
             "api.ingress.tlsSecretName requires api.ingress.host",
         ),
+        (
+            merged(
+                at("image.registry", "registry.example"),
+                at("consumer.image.repository", "localhost:5000/consumer"),
+            ),
+            "consumer.image.repository names the registry localhost:5000, and image.registry is",
+        ),
     ],
     ids=str,
 )

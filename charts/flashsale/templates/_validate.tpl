@@ -114,6 +114,10 @@
 {{- end }}
 {{- end }}
 {{- range $component := list "api" "consumer" "operator" }}
+{{- $repository := (index $.Values $component).image.repository }}
+{{- if and $.Values.image.registry (contains ":" $repository) }}
+{{- $wrong = append $wrong (printf "%s.image.repository names the registry %s, and image.registry is set too: set only one of them" $component (splitList "/" $repository | first)) }}
+{{- end }}
 {{- with (index $.Values $component).strategy.rollingUpdate }}
 {{- if and (has (toString .maxSurge) (list "0" "0%")) (has (toString .maxUnavailable) (list "0" "0%")) }}
 {{- $wrong = append $wrong (printf "%s.strategy.rollingUpdate: maxSurge and maxUnavailable are both 0, so no pod could be replaced" $component) }}
