@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Final
 
 import jwt
@@ -138,6 +140,18 @@ def test_a_short_rsa_key_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -
     assert caplog.messages == ["the JWKS has an RSA key of less than 2048 bits"]
 
 
+def test_only_public_keys_for_signatures_are_used() -> None:
+    """Every reader of the address can sign with a private key."""
+    private = ECAlgorithm.to_jwk(generate_private_key(SECP256R1()), as_dict=True)
+    public = ECAlgorithm.to_jwk(generate_private_key(SECP256R1()).public_key(), as_dict=True)
+    good = {**public, "kid": "good"}
+    encrypting = {**public, "kid": "encrypting", "use": "enc"}
+    assert tokens._usable([{**private, "kid": "private"}, encrypting, good]).keys() == {
+        "good",
+        None,
+    }
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -183,6 +197,61 @@ async def test_keys_are_read_again_when_they_expire(monkeypatch: pytest.MonkeyPa
         version = keys.version
         del issuer.published["RS256"]
         await until(lambda: keys.version > version)
+        running.cancel()
+
+
+@pytest.mark.parametrize(
+    ("max_age", "seconds"), [(None, 300), (0, 30), (600, 600), (999_999_999, 86_400)]
+)
+def test_the_age_of_keys_has_bounds(max_age: int | None, seconds: float) -> None:
+    """Without them, a pod would ask an issuer without a pause, or never see a withdrawn key."""
+    with Issuer(max_age=max_age) as issuer:
+        _, age = tokens._read(issuer.settings["FLASHSALE_JWKS_URL"])
+    assert age == seconds
+
+
+def test_a_redirect_is_not_followed() -> None:
+    """It could lead from https to http, where another server can answer with its own keys."""
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", issuer.settings["FLASHSALE_JWKS_URL"])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:  # noqa: ANN401 - http.server's signature
+            """Write nothing."""
+
+    with Issuer() as issuer, HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        answering = threading.Thread(target=server.handle_request)
+        answering.start()
+        with pytest.raises(tokens._UNREADABLE, match="302"):
+            tokens._read(f"http://127.0.0.1:{server.server_port}/jwks.json")
+        answering.join()
+        assert issuer.requests == 0
+
+
+async def test_an_unknown_key_is_looked_for_soon_after_a_failed_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The issuer was away at the first token of a new key. All its buyers wait for the next."""
+    with Issuer() as issuer:
+        metrics = Metrics()
+        keys = Keys(issuer.settings["FLASHSALE_JWKS_URL"], metrics)
+        named = Tokens(keys, issuer.url, AUDIENCE)
+        running = asyncio.create_task(named.run())
+        assert await identified(named, issuer.token("ann")) == ("ann", "")
+        fresh = generate_private_key(SECP256R1())
+        issuer.published["new"] = ECAlgorithm.to_jwk(fresh.public_key(), as_dict=True)
+        claims = {"sub": "bob", "iss": issuer.url, "aud": AUDIENCE, "exp": time.time() + 3600}
+        new = jwt.encode(claims, fresh, "ES256", headers={"kid": "new"})
+        monkeypatch.setattr(tokens, "REFRESH_SECONDS", 3_600.0)
+        keys._may_refresh_at = 0.0
+        with monkeypatch.context() as patch:
+            patch.setattr(issuer, "_answer", lambda: b"")
+            assert await identified(named, new) == ("", "")
+        await until(lambda: _is(named, new, "bob"))
         running.cancel()
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaConsumer
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from redis.asyncio import Redis
 
 from dev.stack.servers import KafkaServer
@@ -23,6 +24,7 @@ from flashsale_api.metrics import Metrics
 from flashsale_api.publisher import Publisher
 from flashsale_consumer import topics
 from tests.support.eventually import until
+from tests.support.producers import silence_first
 from tests.support.topics import administering, create_topic
 
 
@@ -108,6 +110,52 @@ async def test_only_an_event_that_is_too_large_waits_for_a_larger_limit(
     [line] = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert "01a208bd-5117-7f0d-b8d8-4e8e9760b87e is larger than the topic" in line.message
     assert "max.message.bytes" in line.message
+
+
+async def test_an_event_that_was_too_large_is_published_once_the_limit_is_raised(
+    kafka_server: KafkaServer,
+    redis: Redis,
+    new_item: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next sweep finds its entry. A rebuild would otherwise wait for this pod for ever."""
+    monkeypatch.setattr("flashsale_api.publisher.SET_ASIDE_SECONDS", 0.1)
+    engine = new_item()
+    await create(kafka_server.bootstrap, engine, max_message_bytes=100)
+    async with publishing(kafka_server.bootstrap, engine, redis) as own:
+        own.add(1)
+        await until(lambda: own.failures() == 1)
+        await until(lambda: own.publisher.held == 0)
+        assert own.publisher.unacknowledged == 0
+        async with administering(kafka_server.bootstrap) as admin:
+            raised = {"max.message.bytes": "1000000"}
+            topic = ConfigResource(ConfigResourceType.TOPIC, events.topic(engine), raised)
+            await admin.alter_configs([topic])
+
+        def swept() -> bool:
+            own.add(1)
+            return own.published() > 0
+
+        await until(swept)
+
+
+async def test_a_producer_without_acknowledgements_is_replaced(
+    kafka_server: KafkaServer,
+    redis: Redis,
+    new_item: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """aiokafka sends to a broker that was killed again and again."""
+    engine = new_item()
+    await create(kafka_server.bootstrap, engine, max_message_bytes=1_000_000)
+    silence_first(monkeypatch, "send_batch", events.topic(engine))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashsale_api.publisher.BATCH_SECONDS", 1.0)
+        async with publishing(kafka_server.bootstrap, engine, redis) as own:
+            own.add(10)
+            await until(lambda: own.failures() > 0)
+            patch.undo()
+            await until(lambda: own.published() == 10, own.published)
 
 
 async def test_the_api_leaves_the_topic_to_the_consumer(tmp_path: Path, redis: Redis) -> None:

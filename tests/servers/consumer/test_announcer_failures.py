@@ -27,6 +27,7 @@ from tests.support.announced import offsets, until_announced, until_offsets
 from tests.support.consumer import Log, accepted, changed, held, running
 from tests.support.eventually import until
 from tests.support.ledgers import Ledger
+from tests.support.producers import silence_first
 from tests.support.recorded import read_all, received
 from tests.support.recording import rebuild, record
 from tests.support.topics import administering, create_topic
@@ -106,6 +107,20 @@ async def test_a_topic_with_a_low_limit_gets_smaller_batches_until_it_is_raised(
     assert max(sizes) > 4_000
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+async def test_a_producer_without_acknowledgements_is_replaced(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka sends to a broker that was killed again and again."""
+    silence_first(monkeypatch, "send_batch", events.recorded_topic(log.engine))
+    up = 'flashsale_consumer_server_up{server="recorded"}'
+    async with running(ledger.url, log) as member:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(announcer, "PAGE_SECONDS", 1.0)
+            await log.write(accepted())
+            await until(lambda: member.value(up) == 0)
+        await until_announced(ledger, log, 1)
 
 
 @pytest.mark.parametrize("dated_by", ["LogAppendTime", "CreateTime"])

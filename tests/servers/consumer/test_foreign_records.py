@@ -8,11 +8,12 @@ import pytest
 
 from dev.stack.servers import KafkaServer
 from flashsale import events
-from flashsale_consumer import offsets
+from flashsale_consumer import dead_letters, offsets
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
 from tests.support.consumer import BEYOND_POSTGRESQL, Log, accepted, held, running, until_recorded
 from tests.support.eventually import until
 from tests.support.ledgers import Ledger
+from tests.support.producers import silence_first
 from tests.support.recording import record
 
 
@@ -155,6 +156,23 @@ async def test_a_record_too_large_to_copy_does_not_stop_its_partition(
     headers = dict(letter.headers)
     assert (letter.value, headers["original-offset"]) == (b"", b"0")
     assert headers["omitted"] == b"too large to be copied"
+
+
+async def test_a_producer_of_dead_letters_without_acknowledgements_is_replaced(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka sends to a broker that was killed again and again."""
+    silence_first(monkeypatch, "send", log.dead_letter_topic)
+    up = 'flashsale_consumer_server_up{server="dead_letters"}'
+    good = accepted()
+    async with running(ledger.url, log) as worker:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dead_letters, "PUBLISH_SECONDS", 1.0)
+            await log.write(b"bad", good, partition=0)
+            await until(lambda: worker.value(up) == 0)
+        await ledger.until_has(good)
+    (letter,) = await log.dead_letters(1)
+    assert letter.value == b"bad"
 
 
 @pytest.mark.slow

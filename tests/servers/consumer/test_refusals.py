@@ -198,6 +198,17 @@ async def test_a_late_event_from_before_the_last_rebuild_is_refused(ledger: Ledg
     assert (await ledger.sale()).accepted == 2
 
 
+async def test_an_older_late_event_does_not_replace_a_newer_refused_one(ledger: Ledger) -> None:
+    """Receivers keep the highest version, and it would be announced a second time."""
+    await record(ledger, [accepted(revision=4)])
+    await rebuild(ledger, 5)
+    late = held(1, revision=4)
+    confirmed = changed(late, "confirmed")
+    assert [event for event, _ in (await record(ledger, [confirmed])).refused] == [confirmed]
+    assert await record(ledger, [late]) == BatchOutcome()
+    assert (await ledger.rows())[late.reservation_id] == ("refused", 2, 1)
+
+
 async def test_a_late_event_raises_the_capacity(ledger: Ledger) -> None:
     """The units of a release that the ledger has are sold again before the rebuild and after it."""
     await record(ledger, [accepted(0, capacity=1, revision=1)])
