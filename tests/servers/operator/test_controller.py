@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import suppress
 from copy import deepcopy
+from datetime import datetime
 
 import pytest
 
@@ -50,6 +51,18 @@ async def test_redis_counts_are_reported_while_the_ledger_is_away(
     }
     assert kube.status.counts == Counts(10, 3, 7, 0, 3)
     assert kube.events == ["Opened"]
+
+
+async def test_a_flashsale_is_due_again_when_its_sale_begins_and_ends(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    kube = FakeKube(spec)
+    window = {"startsAt": "2100-01-01T00:00:00Z", "endsAt": "2100-01-02T00:00:00Z"}
+    kube.live["spec"] |= window
+    begin, end = (int(datetime.fromisoformat(at).timestamp() * 1000) for at in window.values())
+    assert await controller(shop, kube).reconcile(Key.of(spec.sale_id)) == Requeue(
+        changes_ms=(begin, end)
+    )
 
 
 async def test_an_operator_that_stood_still_does_not_end_a_sale_that_goes_on(

@@ -331,6 +331,25 @@ async def test_a_sale_without_keys_or_with_an_older_ledger_can_be_closed(
         await shop.reconciler.close("default/never")
 
 
+async def test_a_sale_that_an_older_ledger_closes_again_keeps_the_time_of_its_close(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """It could not be continued if its end has passed since, because it would count as ended."""
+    await shop.apply(spec)
+    await shop.reconciler.close(spec.sale_id)
+    await shop.pool.execute("UPDATE sales SET closed_at = closed_at - interval '1 hour'")
+    former = await shop.row(spec.sale_id)
+    await shop.apply(spec)
+    await shop.pool.execute(
+        "UPDATE sales SET closed = true, closed_at = $1, revision = $2",
+        former.closed_at,
+        former.revision,
+    )
+    assert (await shop.reconciler.close(spec.sale_id)).applied is Closed.CLOSED
+    row = await shop.row(spec.sale_id)
+    assert (row.closed_at, row.revision) == (former.closed_at, former.revision + 2)
+
+
 async def test_the_ledger_notes_a_close_while_redis_is_away(
     shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
