@@ -229,6 +229,21 @@ async def test_a_lost_sale_keeps_its_counts_in_the_status_until_it_is_rebuilt(
     assert kube.events == ["Opened", "SoldOut", "Fenced", "Rebuilt"]
 
 
+async def test_a_sale_whose_keys_are_not_there_yet_is_reported_as_lost_at_the_second_look(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Another operator may have inserted the row just now, and be about to seed the keys."""
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    await shop.apply(spec)
+    await shop.redis.flushall()
+    shop.topic = {0: Span(0, 5)}  # the ledger has not read it, so the sale stays fenced
+    assert (await own.reconcile(key)).failed
+    assert (kube.status.conditions, kube.events) == ((), [])
+    await own.reconcile(key)
+    assert (kube.reasons()["Open"], kube.events) == ("Fenced", ["Fenced"])
+
+
 @pytest.mark.parametrize("ended", ["reconcile", "prepare"])
 async def test_an_unexpected_error_is_reported_and_retried(
     shop: SimulatedShop,
