@@ -4,7 +4,7 @@ import asyncio
 import gc
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
@@ -21,8 +21,9 @@ from flashsale.settings import KafkaSettings
 from flashsale_consumer import announcer, topics, worker
 from flashsale_consumer import offsets as stored_offsets
 from flashsale_consumer.announcer import Announcer
+from flashsale_consumer.offsets import Stored
 from flashsale_consumer.partitions import Partitions
-from flashsale_consumer.recorded import Source
+from flashsale_consumer.recorded import Message, Source
 from tests.support.announced import offsets, until_announced, until_offsets
 from tests.support.consumer import Log, accepted, changed, held, running
 from tests.support.eventually import until
@@ -269,6 +270,29 @@ async def test_a_ledger_that_went_back_is_announced_again(ledger: Ledger, log: L
         f"default/phones/{each.reservation_id}/1": 1 + (each.reservation_id in again)
         for each in (*first, *second)
     }
+
+
+async def test_a_page_from_before_the_ledger_went_back_moves_no_offset_after_it(
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger can have recorded these events in another way since."""
+    publish = Announcer._publish
+    went_back = False
+
+    async def publish_and_go_back(
+        own: Announcer, producer: AIOKafkaProducer, messages: Sequence[Message]
+    ) -> None:
+        nonlocal went_back
+        await publish(own, producer, messages)
+        if messages and not went_back:
+            went_back = True
+            partitions = member.worker._partitions
+            partitions._at({n: Stored(end, 0) for n, end in partitions.positions.items()})
+
+    monkeypatch.setattr(Announcer, "_publish", publish_and_go_back)
+    async with running(ledger.url, log) as member:
+        await log.write(accepted(), partition=0)
+        await until(lambda: member.value("flashsale_consumer_announced_total") == 2)
 
 
 @pytest.mark.slow

@@ -135,3 +135,25 @@ async def test_partitions_assigned_while_others_are_placed_are_placed_too(
     await partitions.place(ledger.pool)
     assert partitions.placed
     assert (member.paused, partitions.positions) == (set(), {0: 0, 1: 0})
+
+
+async def test_events_that_another_consumer_recorded_in_time_do_not_count_as_deleted(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It records them after this one has read the offsets, and Kafka deletes them then."""
+    member, metrics, place = Member(), Metrics(), offsets.place
+    partitions = Partitions(member, TOPIC, metrics, metadata="")
+    monkeypatch.setattr(clients, "leaderless", lambda *_: frozenset())
+    await place(ledger.pool, TOPIC, {0: FOREVER}, before={})
+
+    async def beginning_offsets(given: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+        await record(ledger, [accepted()], at={0: 0}, to={0: 9})
+        return dict.fromkeys(given, 5)
+
+    monkeypatch.setattr(member, "beginning_offsets", beginning_offsets)
+    member.assigned = {TopicPartition(TOPIC, 0)}
+    partitions.on_partitions_assigned(member.assigned)
+    await partitions.place(ledger.pool)
+    assert partitions.positions == {0: 9}
+    name = "flashsale_consumer_deleted_events_total"
+    assert f"{name} 0.0" in metrics.text().decode()

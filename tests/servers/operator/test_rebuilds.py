@@ -10,6 +10,7 @@ from flashsale import ledger
 from flashsale.errors import LedgerUnavailable
 from flashsale.keys import ItemKeys
 from flashsale.ledger import SaleRow
+from flashsale.reservations import Outcome
 from flashsale.sale import Predecessor, SaleSpec, SaleState
 from flashsale_operator.app import CONNECTIONS
 from flashsale_operator.kubernetes import rebuilds
@@ -133,6 +134,25 @@ async def test_a_sale_that_is_fenced_again_during_a_reconcile_has_the_outcome_of
     assert (await shop.row(fenced.sale_id)).lost == 1 + 2
 
 
+async def test_a_report_of_one_rebuild_keeps_the_outcome_of_the_next(
+    shop: SimulatedShop, fenced: SaleSpec
+) -> None:
+    """The sale was fenced again while the status was written."""
+    queue, key = Queue(), Key.of(fenced.sale_id)
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
+    row = await shop.row(fenced.sale_id)
+    outcomes: list[Rebuilt] = []
+    for _ in range(2):
+        await own.rebuild(row)
+        assert await woken(queue) == fenced.sale_id
+        queue.give_back(key, Requeue(gone=True))
+        outcomes += [done] if (done := own.outcome(fenced.sale_id)) else []
+        await shop.redis.hset(ItemKeys.of(fenced.item_id).sale, "run_id", "0" * 40)
+    first, second = outcomes
+    own.reported(fenced.sale_id, first)
+    assert own.outcome(fenced.sale_id) is second
+
+
 async def test_a_sale_that_needs_no_rebuild_any_more_gives_up_its_turn(
     shop: SimulatedShop, fenced: SaleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +178,18 @@ async def test_a_finished_sale_that_is_applied_again_does_not_wait_for_finished_
     await own.rebuild(row)
     assert await woken(queue) == fenced.sale_id
     assert own.outcome(fenced.sale_id) is not None
+    await own.close()
+
+
+async def test_a_closed_sale_with_open_holds_does_not_wait_for_finished_sales(
+    shop: SimulatedShop, fenced: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holds end only after its rebuild."""
+    monkeypatch.setattr(rebuilds, "FINISHED_AT_ONCE", 0)
+    queue = Queue()
+    own = Rebuilds(shop.inventory, shop.pool, nothing, queue, Metrics(), patience=QUICK)
+    await own.rebuild(replace(await shop.row(fenced.sale_id), closed=True, held=1))
+    assert await woken(queue) == fenced.sale_id
     await own.close()
 
 
@@ -237,7 +269,40 @@ async def test_an_outage_during_a_rebuild_is_raised_by_the_next_call(
     await woken(queue)
     with pytest.raises(LedgerUnavailable):
         await own.rebuild(row)
+    assert str(await own.rebuild(row)).startswith("being rebuilt"), "the next call starts again"
+    await own.close()
     pool.terminate()
+
+
+async def test_an_unexpected_error_during_a_rebuild_is_logged_reported_and_retried(
+    shop: SimulatedShop,
+    fenced: SaleSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(rebuilds, "REBUILD_RETRY_SECONDS", 0.1)
+    broken = True
+
+    async def spans() -> Mapping[int, Span]:
+        if broken:
+            raise ZeroDivisionError
+        return await nothing()
+
+    queue = Queue()
+    own = Rebuilds(shop.inventory, shop.pool, spans, queue, Metrics(), patience=QUICK)
+    row = await shop.row(fenced.sale_id)
+    await own.rebuild(row)
+    assert await woken(queue) == fenced.sale_id
+    assert await own.rebuild(row) == StillFenced(("the rebuild failed: see the operator's log",))
+    assert "ZeroDivisionError" in caplog.text
+    broken = False
+
+    async def sells() -> bool:
+        await own.rebuild(row)
+        return await shop.buy(fenced.item_id, "bob") == [Outcome.ACCEPTED]
+
+    await until(sells)
+    await own.close()
 
 
 async def test_a_reconcile_does_not_wait_for_the_rebuild_of_its_sale(
