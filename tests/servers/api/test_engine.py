@@ -17,6 +17,7 @@ from dev.stack.servers import KafkaServer, RedisServer
 from flashsale import events, keys
 from flashsale.inventory import Inventory
 from flashsale.outbox import Outbox
+from flashsale.reservations import OutboxEntry, Record, Snapshot, State
 from flashsale.settings import KafkaSettings
 from flashsale_api.engine import Engine, GroupOwner, OwnerUnknown
 from flashsale_api.metrics import Metrics
@@ -191,3 +192,45 @@ async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
     assert await reserve(api, item) == (503, "other-engine")
     assert (await consumer.end_offsets([partition]))[partition] == 0
     await consumer.stop()
+
+
+async def test_the_first_event_of_a_pod_waits_until_the_owner_of_the_group_is_known(
+    redis: Redis, kafka_server: KafkaServer, name: str
+) -> None:
+    """The consumers of the other engine would not record it, and its entry would be deleted."""
+    topic = events.topic(name)
+    await create_topic(kafka_server.bootstrap, topic, 1)
+    partition = TopicPartition(topic, 0)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=kafka_server.bootstrap,
+        group_id=events.consumer_group(name),
+        enable_auto_commit=False,
+    )
+    await consumer.start()
+    consumer.assign([partition])
+    await consumer.commit({partition: OffsetAndMetadata(0, events.owner_metadata(OTHER))})
+    engine = Engine(name)
+    engine.found_in_redis(OWN)
+    kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=name)
+    publisher = Publisher(kafka, Outbox(redis, name), Metrics(), engine)
+    record, snapshot = Record(State.CONFIRMED, 1, 1, 1, "ann", ""), Snapshot("s", 9, 9, 1)
+    publisher.add(OutboxEntry("phone", "1-1", str(uuid.uuid4()), record, snapshot, ""))
+    running = asyncio.create_task(publisher.run())
+    await until(lambda: engine.conflict)
+    assert publisher.unacknowledged == 1
+    assert (await consumer.end_offsets([partition]))[partition] == 0
+    running.cancel()
+    await asyncio.wait([running])
+    await consumer.stop()
+
+
+async def test_a_pod_whose_redis_changes_its_engine_sweeps_nothing(redis: Redis, name: str) -> None:
+    """Until the publisher notices the conflict, it is still connected to the former Kafka."""
+    engine = Engine(name)
+    engine.found_in_redis(OWN)
+    kafka = KafkaSettings(kafka_bootstrap="127.0.0.1:1", engine=name)
+    publisher = Publisher(kafka, Outbox(redis, name), Metrics(), engine)
+    publisher.connected = True
+    assert publisher.sweepable
+    engine.found_in_redis(OTHER)
+    assert not publisher.sweepable

@@ -16,6 +16,7 @@ from aiokafka.errors import NotEnoughReplicasError, TopicAuthorizationFailedErro
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from flashsale import events
+from flashsale.errors import SettingsError
 from flashsale.events import Event
 from flashsale.settings import KafkaSettings
 from flashsale_consumer import announcer, topics, worker
@@ -62,15 +63,18 @@ async def test_a_topic_that_refuses_messages_delays_only_the_announcements(
     assert caplog.text.count(f"waiting for {topic}") <= 2
 
 
+@pytest.mark.parametrize(
+    "error", [TopicAuthorizationFailedError(), SettingsError("half a certificate")]
+)
 async def test_a_topic_that_is_reached_again_is_up_although_nothing_is_owed(
-    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, log: Log, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """An administrator creates it later, for example."""
+    """An administrator creates it later, for example, or a renewed certificate is wrong."""
     create, refused = topics.create_recorded, True
 
     async def create_recorded(kafka: KafkaSettings, partitions: int) -> object:
         if refused:
-            raise TopicAuthorizationFailedError
+            raise error
         return await create(kafka, partitions)
 
     monkeypatch.setattr(topics, "create_recorded", create_recorded)

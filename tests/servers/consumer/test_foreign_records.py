@@ -8,6 +8,8 @@ import pytest
 
 from dev.stack.servers import KafkaServer
 from flashsale import events
+from flashsale.errors import SettingsError
+from flashsale.settings import KafkaSettings
 from flashsale_consumer import dead_letters, offsets
 from flashsale_consumer.dead_letters import DeadLetter, DeadLetters
 from tests.support.consumer import BEYOND_POSTGRESQL, Log, accepted, held, running, until_recorded
@@ -173,6 +175,26 @@ async def test_a_producer_of_dead_letters_without_acknowledgements_is_replaced(
         await ledger.until_has(good)
     (letter,) = await log.dead_letters(1)
     assert letter.value == b"bad"
+
+
+async def test_a_certificate_that_is_wrong_after_its_renewal_only_delays_dead_letters(
+    ledger: Ledger, log: Log
+) -> None:
+    """The connections of the others are open, so they go on."""
+
+    def wrong(_: KafkaSettings) -> dict[str, object]:
+        raise SettingsError("half a certificate")
+
+    up = 'flashsale_consumer_server_up{server="dead_letters"}'
+    good = accepted()
+    async with running(ledger.url, log) as worker:
+        await until(lambda: worker.partitions() == 12)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KafkaSettings, "kafka_client", wrong)
+            await log.write(b"bad", good, partition=0)
+            await until(lambda: worker.value(up) == 0)
+        await ledger.until_has(good)
+        await until(lambda: worker.events("dead_lettered") == 1)
 
 
 @pytest.mark.slow
