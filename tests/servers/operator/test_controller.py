@@ -65,6 +65,20 @@ async def test_a_flashsale_is_due_again_when_its_sale_begins_and_ends(
     )
 
 
+async def test_a_status_that_was_not_written_is_soon_written_again(
+    shop: SimulatedShop, spec: SaleSpec
+) -> None:
+    """Its FlashSale has changed since it was read."""
+    kube = FakeKube(spec)
+    own, key = controller(shop, kube), Key.of(spec.sale_id)
+    assert await own.reconcile(key) == Requeue()
+    kube.live["spec"]["paused"] = kube.changed = True
+    assert await own.reconcile(key) == Requeue(failed=True)
+    kube.changed = False
+    assert await own.reconcile(key) == Requeue()
+    assert kube.reasons()["Open"] == "Paused"
+
+
 async def test_an_operator_that_stood_still_does_not_end_a_sale_that_goes_on(
     shop: SimulatedShop, spec: SaleSpec
 ) -> None:
