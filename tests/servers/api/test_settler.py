@@ -132,3 +132,19 @@ async def test_an_item_that_moves_during_its_settlement_is_settled_once(
     assert not task.done()
     task.cancel()
     await client.aclose()
+
+
+async def test_entries_of_an_item_that_moves_are_settled_without_a_further_event(
+    own_redis: RedisServer,
+) -> None:
+    client = redis_client.connect(redis_users.url_of(own_redis, redis_users.API))
+    outbox = MovingOutbox(client)
+    settler = Settler(outbox, lambda _: None)
+    for n in range(300):
+        settler.add(ITEM, (f"{n}-1", f"id-{n}", 1))
+    task = asyncio.create_task(settler.run())
+    await until(lambda: outbox.node == "B")
+    outbox.moved.set()
+    await until(lambda: outbox.settled == [[(ITEM, 256)], [(ITEM, 44)]])
+    task.cancel()
+    await client.aclose()
