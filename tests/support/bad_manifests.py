@@ -15,7 +15,11 @@ ITEM = (
     "or a digit"
 )
 DISPLAY_NAME = "spec.displayName: must be 1 to 128 characters, none of them a control character"
-TIME = "must be an RFC 3339 time with an offset, such as 2026-11-27T09:00:00Z"
+TIME = (
+    "must be an RFC 3339 time with an offset in the years 2000 to 2999, such as "
+    "2026-11-27T09:00:00Z"
+)
+QUOTES = "must be text, so put it in quotes"
 STARTS, ENDS = f"spec.startsAt: {TIME}", f"spec.endsAt: {TIME}"
 ORDER = "spec.endsAt: must be after spec.startsAt"
 PAUSED = "spec.paused: must be true or false"
@@ -70,12 +74,12 @@ BAD_MANIFESTS = {
     "item_with_a_newline": Bad((ITEM,), {"itemId": "iphone\n"}),
     "item_begins_with_a_dot": Bad((ITEM,), {"itemId": ".a"}),
     "item_too_long": Bad((ITEM,), {"itemId": "a" * 129}),
-    "item_a_number": Bad((ITEM,), {"itemId": 15}),
+    "item_a_number": Bad((f"spec.itemId: {QUOTES}",), {"itemId": 15}),
     "display_name_empty": Bad((DISPLAY_NAME,), {"displayName": ""}),
     "display_name_too_long": Bad((DISPLAY_NAME,), {"displayName": "é" * 129}),
     "display_name_with_a_tab": Bad((DISPLAY_NAME,), {"displayName": "a\tb"}),
     "display_name_with_a_newline": Bad((DISPLAY_NAME,), {"displayName": "a\n"}),
-    "display_name_a_number": Bad((DISPLAY_NAME,), {"displayName": 15}),
+    "display_name_a_number": Bad((f"spec.displayName: {QUOTES}",), {"displayName": 15}),
     "start_without_offset": Bad((STARTS,), {"startsAt": "2026-11-27T09:00:00"}),
     "start_a_date": Bad((STARTS,), {"startsAt": "2026-11-27"}),
     "start_with_a_space": Bad((STARTS,), {"startsAt": "2026-11-27 09:00:00Z"}),

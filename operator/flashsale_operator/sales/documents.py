@@ -63,11 +63,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UnreadableText(f"not JSON: {shown(twice)} appears twice")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise UnreadableText(f"not JSON: {shown(name)} appears twice")
+        values[name] = value
     return values
 
 
@@ -109,15 +109,15 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
-        for key in self._keys(node):
+        for key, mark in self._keys(node):
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{shown(key)} appears twice", node.start_mark
+                    None, None, f"{shown(key)} appears twice", mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
-    def _keys(self, node: yaml.MappingNode) -> Iterator[object]:
+    def _keys(self, node: yaml.MappingNode) -> Iterator[tuple[object, yaml.Mark]]:
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
@@ -125,7 +125,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key_node.tag != _MERGE:
                 key_node.tag = "tag:yaml.org,2002:str"
-                yield key_node.value
+                yield key_node.value, key_node.start_mark
 
 
 class _Dumper(yaml.SafeDumper):

@@ -27,6 +27,7 @@ GROUP: Final = "flashsale.dev"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "FlashSale"
+LISTS: Final = ("List", f"{KIND}List")
 PLURAL: Final = "flashsales"
 DEFAULT_NAMESPACE: Final = "default"
 MAX_ITEMS: Final = 100_000
@@ -95,7 +96,9 @@ def _is_time(value: object) -> bool:
 MAPPING: Final = Rule("must be a mapping", lambda value: isinstance(value, dict))
 BOOLEAN: Final = Rule("must be true or false", lambda value: isinstance(value, bool))
 TIME: Final = Rule(
-    "must be an RFC 3339 time with an offset, such as 2026-11-27T09:00:00Z", _is_time
+    "must be an RFC 3339 time with an offset in the years 2000 to 2999, such as "
+    "2026-11-27T09:00:00Z",
+    _is_time,
 )
 TOP_FIELDS: Final = (
     Field("apiVersion", _exactly(API_VERSION), required=True),
@@ -169,7 +172,7 @@ def parse(text: str) -> list[SaleSpec]:
         raise ManifestError([str(error)]) from None
     if not documents:
         raise ManifestError(["contains no FlashSale"])
-    specs: list[SaleSpec] = []
+    specs: dict[str, SaleSpec] = {}
     mistakes: list[str] = []
     counter = count(1)
     for number, document in enumerate(documents, 1):
@@ -184,12 +187,12 @@ def parse(text: str) -> list[SaleSpec]:
             except ManifestError as error:
                 mistakes += [where + place + mistake for mistake in error.mistakes]
                 continue
-            if any(spec.sale_id == other.sale_id for other in specs):
+            if spec.sale_id in specs:
                 mistakes.append(f"{where}{place}metadata.name: {spec.sale_id} appears twice")
-            specs.append(spec)
+            specs[spec.sale_id] = spec
     if mistakes:
         raise ManifestError(mistakes)
-    return specs
+    return list(specs.values())
 
 
 def _items(document: object, counter: Iterator[int]) -> list[tuple[str, object]]:
@@ -199,12 +202,12 @@ def _items(document: object, counter: Iterator[int]) -> list[tuple[str, object]]
     """
     if next(counter) > MAX_ITEMS:
         raise ManifestError([f"contains more than {MAX_ITEMS} items"])
-    if isinstance(document, dict) and document.get("kind") in ("List", f"{KIND}List"):
+    if isinstance(document, dict) and document.get("kind") in LISTS:
         items = document.get("items")
-        if isinstance(items, list):
+        if items is None or isinstance(items, list):
             return [
                 (f"item {number}: {place}", found)
-                for number, item in enumerate(items, 1)
+                for number, item in enumerate(items or (), 1)
                 for place, found in _items(item, counter)
             ]
     return [("", document)]
@@ -218,6 +221,8 @@ def sale_spec(document: object) -> SaleSpec:
     """
     if not isinstance(document, dict):
         raise ManifestError(["must be a mapping: a FlashSale"])
+    if document.get("kind") in LISTS:
+        raise ManifestError(["items: must be a list"])
     mistakes: list[str] = []
     top = _read("", document, TOP_FIELDS, IGNORED_TOP, mistakes)
     given = top.get("metadata", {})
@@ -303,7 +308,10 @@ def _read(
         elif field.rule.holds(value):
             values[key] = value
         else:
-            mistakes.append(f"{field.name}: {field.rule.must}")
+            # YAML reads a name such as 2027 or yes as a number or a boolean.
+            only_quotes = isinstance(value, int | float) and field.rule.holds(str(value))
+            must = "must be text, so put it in quotes" if only_quotes else field.rule.must
+            mistakes.append(f"{field.name}: {must}")
     return values
 
 

@@ -1,6 +1,9 @@
 """FlashSale manifests: parsed values, and messages about mistakes."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsale.sale import SaleSpec
+from flashsale_operator.ctl import files
 from flashsale_operator.sales.documents import documents_of
 from flashsale_operator.sales.manifest import ManifestError, check_item, parse, sale_spec
 from tests.support.bad_manifests import ABSENT, BAD_MANIFESTS, NAME, STARTS, STOCK, Bad, manifest
@@ -17,6 +21,10 @@ from tests.support.go_scalars import GO_SCALARS
 OPTIONAL = ("maxPerUser", "paused", "holdSeconds", "maxExpiredHolds")
 MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
     f"a{n}: &a{n}\n  <<: [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+)
+SMALL = (
+    '{"apiVersion":"flashsale.dev/v1alpha1","kind":"FlashSale","metadata":{"name":"a%d"},'
+    '"spec":{"itemId":"a","stock":1}}\n'
 )
 TOO_DEEP = ("not YAML: nested too deeply",)
 HEAD = "apiVersion: flashsale.dev/v1alpha1\nkind: FlashSale\nmetadata: {name: a}\n"
@@ -198,7 +206,44 @@ def test_a_mistake_in_a_list_names_its_item() -> None:
         "item 2: metadata.name: default/a appears twice",
         f"item 3: {NAME}",
     )
-    assert "items: unknown field" in mistakes(json.dumps(exported("a") | {"items": 5}))
+
+
+def test_a_list_without_a_list_of_items_is_a_mistake() -> None:
+    assert mistakes(json.dumps(exported("a") | {"items": 5})) == ("items: must be a list",)
+    assert parse(json.dumps(exported("a") | {"items": None})) == []
+
+
+@pytest.mark.parametrize("name", ["2027", "7.5", "yes", "0x10"])
+def test_a_name_that_yaml_reads_as_no_text_needs_quotes(name: str) -> None:
+    given = f"{HEAD}spec: {{itemId: %s, stock: 1}}\n"
+    assert mistakes(given % name) == ("spec.itemId: must be text, so put it in quotes",)
+    assert parse(given % f"'{name}'")[0].item_id == name
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (json.dumps(dict.fromkeys(range(500_000)))[:-1] + ',"x":0,"x":0}', "x appears twice"),
+        ("".join(SMALL % n for n in (*range(60_000), 0)), "default/a0 appears twice"),
+    ],
+    ids=["fields", "sales"],
+)
+def test_names_in_a_large_file_are_compared_in_one_pass(
+    text: str, says: str, tmp_path: Path
+) -> None:
+    """A search of all earlier names for each name would take minutes."""
+    file = tmp_path / "sales.json"
+    file.write_text(text)
+    assert file.stat().st_size <= files.MAX_BYTES
+    done = subprocess.run(
+        [Path(sys.executable).with_name("flashsalectl"), "apply", "-f", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
 
 
 def test_json_may_have_tabs_and_several_values() -> None:
@@ -236,7 +281,7 @@ def test_a_time_in_yaml_s_own_format_is_refused() -> None:
         ("- a\n", "must be a mapping: a FlashSale"),
         ("just text", "must be a mapping: a FlashSale"),
         ("a: [1", "not YAML: expected ',' or ']', but got '<stream end>' in line 1"),
-        ("a: 1\na: 2\n", "not YAML: a appears twice in line 1"),
+        ("a: 1\na: 2\n", "not YAML: a appears twice in line 2"),
         ("b: *x\n", "not YAML: found undefined alias 'x' in line 1"),
         (MERGES, "not YAML: more than 1000 merged fields in line"),
         ("a: !!python/object:os.system x\n", "not YAML: tags are not allowed in line 1"),
