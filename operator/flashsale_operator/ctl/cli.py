@@ -117,7 +117,10 @@ def item_argument(*, required: bool = True, nargs: int = 1) -> Callable[[F], F]:
     """The argument ITEM, which the shell completes with the ledger's items."""
 
     def readable(_: click.Context, __: click.Parameter, value: Any) -> Any:  # noqa: ANN401
-        # An argument that is not UTF-8 names no item, and PostgreSQL refuses it.
+        # An argument that is not UTF-8 names no item, and PostgreSQL refuses it. An empty one, such
+        # as an unset variable of the shell, must not mean all items.
+        if "" in (value if isinstance(value, tuple) else [value]):
+            raise click.BadParameter("must not be empty")
         if isinstance(value, tuple):
             return tuple(map(_in_utf8, value))
         return None if value is None else _in_utf8(value)

@@ -19,6 +19,7 @@ from flashsale.errors import FlashsaleError, SettingsError
 from flashsale.inventory import Freed
 from flashsale.ledger import SaleRow
 from flashsale.requirements import Checks
+from flashsale.sale import SaleSpec
 from flashsale_operator.ctl import files, local_env, queries, redis_cluster, size, tables
 from flashsale_operator.ctl.cli import (
     Clients,
@@ -112,22 +113,27 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], servers: str) -> 
         return 130
 
 
+def _sales(context: click.Context, _: click.Parameter, names: Sequence[str]) -> Sequence[SaleSpec]:
+    """Reads the manifests before the event loop runs, which would delay Ctrl-C until the end."""
+    return () if context.resilient_parsing else files.sales(names)
+
+
 @command("apply -f k8s/samples/iphone-15.yaml", "apply -f sales/", "apply -f - < sales.yaml")
 @force_option
 @click.option(
     "-f",
     "--file",
-    "names",
+    "specs",
     multiple=True,
     required=True,
     metavar="FILE",
     type=click.Path(),
+    callback=_sales,
     help="A YAML or JSON file of FlashSales, a directory of such files, or - for standard input. "
     "Can be repeated.",
 )
-async def apply(environ: Environ, names: Sequence[str], *, force: bool) -> int:
+async def apply(environ: Environ, specs: Sequence[SaleSpec], *, force: bool) -> int:
     """Make the ledger and Redis match FlashSale manifests. Repeats are safe."""
-    specs = files.sales(names)
     addresses = settings.load(Servers, environ)
     async with connected(addresses) as clients:
         checks = Checks()

@@ -32,15 +32,15 @@ def environment(environ: Mapping[str, str], folder: Path) -> tuple[Mapping[str, 
     )
     if path is None:
         return environ, (
-            "set the variables, or run `make up` in a checkout and flashsalectl below it: "
-            f"{folder} has no {FILE}"
+            "set the variables, or run flashsalectl in a checkout after `make up`: no checkout "
+            f"with {FILE} contains {folder}"
         )
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         return environ, f"{path} cannot be read: {error.strerror}"
     found = {name: value for name, value in variables(lines).items() if name.startswith(PREFIX)}
-    return found | dict(environ), f"the servers that the environment lacks are those of {path}"
+    return found | dict(environ), f"addresses that are not in the environment come from {path}"
 
 
 def variables(lines: Iterable[str]) -> dict[str, str]:

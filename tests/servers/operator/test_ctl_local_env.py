@@ -51,7 +51,7 @@ def test_the_environment_wins_over_the_file_of_the_checkout(ctl: Ctl, checkout: 
     assert (done.returncode, done.stdout) == (1, "")
     assert error.startswith("flashsalectl: Redis is unavailable: ")
     assert origin == (
-        f"flashsalectl: the servers that the environment lacks are those of {checkout}/.local/env"
+        f"flashsalectl: addresses that are not in the environment come from {checkout}/.local/env"
     )
     assert "s3" not in done.stderr
 
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_entered_is_passed_over(
     monkeypatch.setattr(Path, "stat", refused)
     environ, advice = local_env.environment({}, tmp_path)
     assert environ == {}
-    assert advice.endswith(f"{tmp_path} has no .local/env")
+    assert advice.endswith(f"no checkout with .local/env contains {tmp_path}")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

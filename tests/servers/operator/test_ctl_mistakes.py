@@ -428,6 +428,16 @@ def test_a_misspelled_command_or_option_gets_a_hint(
     assert hint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", ["get", "describe", "audit", "rebuild", "close", "delete", "republish", "report a"]
+)
+def test_an_empty_item_does_not_mean_all_items(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run([*command.split(), ""], {}) == 2
+    assert "must not be empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wanted", ["iphone-15", "default/iphone-15", "Iphone15", "iphone_16"])
 @pytest.mark.parametrize("command", ["get", "describe", "close", "delete", "reservations"])
 def test_an_unknown_item_gets_the_nearest_item(ctl: Ctl, command: str, wanted: str) -> None:
