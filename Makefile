@@ -18,7 +18,7 @@ VERSION ?= $(shell sed -n 's/^appVersion: *//p' charts/flashsale/Chart.yaml)
   release-notes release-digests release-verify release-chart release-push
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create .venv, and download Kafka into the cache
 

@@ -25,7 +25,7 @@ from bench import (
 from bench.results import Findings
 from bench.rig import Rig
 from dev.paths import LOCAL, ROOT
-from dev.stack.errors import StackError
+from dev.progress import ending_quietly
 
 DOCS: Final = ROOT / "docs"
 
@@ -55,11 +55,7 @@ def main() -> int:
     folder = LOCAL / "bench"
     shutil.rmtree(folder, ignore_errors=True)
     scale = requests.QUICK if arguments.quick else requests.WHOLE
-    try:
-        findings = run(scale, folder, command, arguments.background)
-    except StackError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    findings = run(scale, folder, command, arguments.background)
     shutil.rmtree(folder, ignore_errors=True)
     print("\n" + page.summary(findings))
     if arguments.write:
@@ -142,4 +138,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -30,6 +30,7 @@ from bench.results import Backlog, Backlogs, Findings
 from bench.rig import Api, Rig
 from dev.crowd import percentile
 from dev.paths import LOCAL, ROOT
+from dev.progress import ending_quietly
 from dev.stack.process import Server
 from flashsale import ledger
 from flashsale.errors import LedgerUnavailable
@@ -319,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

@@ -5,6 +5,7 @@
 
 import argparse
 import shutil
+import sys
 from datetime import UTC, datetime
 
 import msgspec
@@ -14,6 +15,7 @@ from bench.requests import QUICK, WHOLE, Scale, show
 from bench.results import Bounds
 from bench.rig import Api, Rig
 from dev.paths import LOCAL
+from dev.progress import ending_quietly
 
 
 def compare(rig: Rig, scale: Scale, api: Api, run: str) -> Bounds:
@@ -54,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

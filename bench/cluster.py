@@ -25,6 +25,7 @@ from bench.results import Calls, Cluster
 from bench.rig import QUIET_SECONDS, Api, Rig
 from bench.scripts import IN_FLIGHT, buyers
 from dev.paths import LOCAL
+from dev.progress import ending_quietly
 from dev.stack.redis import RedisServer
 from dev.stack.redis_cluster import RedisCluster
 from flashsale import redis_client
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

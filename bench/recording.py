@@ -6,6 +6,7 @@
 import argparse
 import asyncio
 import shutil
+import sys
 import time
 from itertools import pairwise
 from typing import Final, Self, cast
@@ -22,6 +23,7 @@ from bench.results import Drain, Together
 from bench.rig import Api, Consumer, Rig
 from dev.crowd import percentile
 from dev.paths import LOCAL
+from dev.progress import ending_quietly
 from flashsale import events, ledger
 from flashsale.requirements import BATCH_BYTES
 from flashsale.reservations import Record, Snapshot, State
@@ -223,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

@@ -5,6 +5,7 @@
 
 import argparse
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from bench.requests import QUICK, WHOLE, Scale, in_turn
 from bench.results import Round
 from bench.rig import Api, Rig
 from dev.paths import LOCAL
+from dev.progress import ending_quietly
 
 CROWD: Final = 400
 """Connections of the larger crowd. With 100 sales, each has four buyers at once instead of one."""
@@ -57,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from dev.paths import ROOT
+from dev.progress import ending_quietly
 
 LOCKS: Final = (
     ROOT / "services" / "api" / "requirements.txt",
@@ -149,4 +150,4 @@ def _run(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

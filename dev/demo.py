@@ -27,7 +27,6 @@ from dev.local import API_PORT, CLUSTER, SAMPLE, start_stack
 from dev.paths import LOCAL, ROOT
 from dev.progress import ending_quietly
 from dev.services import Addresses, ApiServer, ConsumerServer, flashsalectl
-from dev.stack.errors import StackError
 from dev.stack.process import Server
 from dev.verdict import judge, quiet
 from flashsale_operator.sales.manifest import API_VERSION, KIND
@@ -183,13 +182,8 @@ def main() -> int:
     parser.add_argument("--tokens", action="store_true", help="name the buyers by tokens")
     chosen = vars(parser.parse_args())
     tokens = chosen.pop("tokens")
-    try:
-        return demo(
-            {variable: address for variable, address in chosen.items() if address}, tokens=tokens
-        )
-    except StackError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    named = {variable: address for variable, address in chosen.items() if address}
+    return demo(named, tokens=tokens)
 
 
 if __name__ == "__main__":

@@ -171,11 +171,7 @@ def main() -> int:
         metavar="SCRIPT",
         help=", ".join(scripts),
     )
-    try:
-        return load(SCRIPTS / f"{parser.parse_args().script}.js")
-    except StackError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return load(SCRIPTS / f"{parser.parse_args().script}.js")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from dev.paths import ROOT
 from dev.stack import keeper, lifeline
+from dev.stack.errors import StackError
 
 
 def run(
@@ -61,10 +63,11 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def ending_quietly(main: Callable[[], int]) -> int:
+def ending_quietly(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit code, without a traceback if it is interrupted.
 
-    Ctrl-C is 130 and a reader that closes the output is 141, as a shell reports them. The command's
+    Ctrl-C is 130 and a reader that closes the output is 141, as a shell reports them. A server that
+    does not start, and a file of the checkout that cannot be used, are 1 and a line. The command's
     own `with` blocks have stopped what it started.
     """
     try:
@@ -76,7 +79,15 @@ def ending_quietly(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return code
+    except StackError as error:
+        say(f"\n{error}")
+        return 1
+    except OSError as error:
+        if error.filename is None or not Path(str(error.filename)).is_relative_to(ROOT):
+            raise
+        say(f"\n{error.filename}: {error.strerror}")
+        return 1
+    return code or 0
 
 
 class Progress:

@@ -307,11 +307,7 @@ def main() -> int:
     # Each connection needs a descriptor, and many systems allow 1,024 by default.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    try:
-        report = soak(options.minutes, options.rate)
-    except StackError as error:
-        print(error, file=sys.stderr)
-        return 1
+    report = soak(options.minutes, options.rate)
     text = report.text()
     (FOLDER / "report.md").write_text(f"{text}\n")
     print(f"\n{text}\nThe report is in {(FOLDER / 'report.md').relative_to(ROOT)}.")

@@ -5,7 +5,7 @@
 //   ITEM_ID      item of a sale with holdSeconds (required)
 //   ORDERS_URL   the order port (http://localhost:8083)
 //   ORDER_TOKEN  a token of the order port, or two with a comma between them (required)
-//   HOLD         holdSeconds of the sale, such as 3s (3s)
+//   HOLD         holdSeconds of the sale, such as 3s, up to 24h (3s)
 //   STOCK        units available at the start (100)
 //   RATE         buyers per second (50)          DURATION  such as 10s, 5m or 1h (20s)
 //   API_URL, P95_MS, RUN, TOKEN_URL, VUS, MAX_VUS as in stampede.js
@@ -23,6 +23,7 @@ import { RUN, arrivals, arrived, seconds, text, thresholds, whole } from './lib/
 
 const ITEM_ID = text('ITEM_ID');
 const HOLD = seconds('HOLD', '3s');
+if (HOLD > 86400) throw new Error(`HOLD must be at most 24h, not ${HOLD / 3600}h`);
 const STOCK = whole('STOCK', 100);
 const RATE = whole('RATE', 50);
 const SECONDS = seconds('DURATION', '20s');

@@ -7,6 +7,7 @@ from dev.cluster.binaries import TOOLSETS
 from dev.cluster.images import load_all
 from dev.cluster.node import OF_TESTS, Cluster
 from dev.cluster.toolset import built
+from dev.progress import ending_quietly
 from dev.stack.errors import StackError
 
 
@@ -61,4 +62,4 @@ def _build(parser: argparse.ArgumentParser, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -7,6 +7,7 @@ from pathlib import Path
 from dev.images.archive import save
 from dev.images.building import DEPLOYABLES, build
 from dev.images.servers import SERVERS, build_servers
+from dev.progress import ending_quietly
 from dev.stack.errors import StackError
 
 
@@ -49,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

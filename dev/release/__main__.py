@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dev.cluster.binaries import release
 from dev.paths import LOCAL, ROOT
+from dev.progress import ending_quietly
 from dev.release.changelog import notes
 from dev.release.chart import Release, package, push
 from dev.release.checks import disagreements, read_digests
@@ -75,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

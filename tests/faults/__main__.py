@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Final
 
+from dev.progress import ending_quietly
 from dev.stack.errors import StackError
 from tests.faults.schedule import Redis, Schedule, schedule
 from tests.faults.table import OUTCOMES, Outcome, keep, table
@@ -166,4 +167,4 @@ def _minutes(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

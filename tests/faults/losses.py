@@ -11,6 +11,7 @@ from typing import Final
 
 import asyncpg
 
+from dev.progress import ending_quietly
 from dev.verdict import quiet
 from flashsale import redis_client
 from flashsale.keys import ItemKeys
@@ -181,4 +182,4 @@ def _span(numbers: Iterable[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

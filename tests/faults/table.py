@@ -13,6 +13,7 @@ from typing import Final, Self
 
 import msgspec
 
+from dev.progress import ending_quietly
 from tests.faults.check import Result
 from tests.faults.schedule import Kind, Redis, Schedule
 from tests.support.paths import ROOT
@@ -204,4 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))
