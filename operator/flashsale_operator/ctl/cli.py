@@ -100,9 +100,11 @@ def command(*examples: str, name: str | None = None) -> Callable[[Command], clic
     def add(function: Command) -> click.Command:
         @click.pass_context
         def begin(context: click.Context, /, **values: object) -> Coroutine[Any, Any, int]:
+            running = function(context.obj, **values)
+
             async def within() -> int:
                 with context.scope(cleanup=False):
-                    return await function(context.obj, **values)
+                    return await running
 
             return within()
 

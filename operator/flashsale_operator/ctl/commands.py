@@ -5,11 +5,11 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import click
 from click.shell_completion import get_completion_class
@@ -113,27 +113,26 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], servers: str) -> 
         return 130
 
 
-def _sales(context: click.Context, _: click.Parameter, names: Sequence[str]) -> Sequence[SaleSpec]:
-    """Reads the manifests before the event loop runs, which would delay Ctrl-C until the end."""
-    return () if context.resilient_parsing else files.sales(names)
-
-
 @command("apply -f k8s/samples/iphone-15.yaml", "apply -f sales/", "apply -f - < sales.yaml")
 @force_option
 @click.option(
     "-f",
     "--file",
-    "specs",
+    "names",
     multiple=True,
     required=True,
     metavar="FILE",
     type=click.Path(),
-    callback=_sales,
     help="A YAML or JSON file of FlashSales, a directory of such files, or - for standard input. "
     "Can be repeated.",
 )
-async def apply(environ: Environ, specs: Sequence[SaleSpec], *, force: bool) -> int:
+def apply(environ: Environ, names: Sequence[str], *, force: bool) -> Coroutine[Any, Any, int]:
     """Make the ledger and Redis match FlashSale manifests. Repeats are safe."""
+    # The files are read before the event loop runs, which would delay Ctrl-C until the end.
+    return _apply(environ, files.sales(names), force=force)
+
+
+async def _apply(environ: Environ, specs: Sequence[SaleSpec], *, force: bool) -> int:
     addresses = settings.load(Servers, environ)
     async with connected(addresses) as clients:
         checks = Checks()

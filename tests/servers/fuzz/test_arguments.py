@@ -98,7 +98,7 @@ def test_the_help_of_a_process_lists_exactly_its_settings(kind: type[KafkaSettin
     assert set(listed) == fields
 
 
-@pytest.mark.parametrize("item", ["", " ", "*", "../..", "a\nb", "\udcff", "x" * 5_000, "{a}"])
+@pytest.mark.parametrize("item", [" ", "*", "../..", "a\nb", "\udcff", "x" * 5_000, "{a}"])
 def test_an_impossible_item_id_gives_a_one_line_error(item: str) -> None:
     """The error is about the item, or about the servers, which do not run."""
     for command in ("get", "close", "rebuild", "audit"):
