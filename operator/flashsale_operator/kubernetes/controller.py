@@ -218,7 +218,7 @@ class Controller:
                     else await self._failed_result(spec, unprepared)
                 )
         if result is None:
-            return Requeue(failed=True)
+            return Requeue(again=True)
         written = await self._reporter.report(key, memory, live, result)
         return Requeue(
             failed=result.reason in RETRIED or not written,

@@ -47,11 +47,13 @@ class Requeue:
     """When a reconciled FlashSale is due again.
 
     - `gone`: never, because it was deleted and its sale is closed.
+    - `again`: after the shortest back-off, whatever failed before.
     - `failed`: after a back-off.
     - `changes_ms`: soon after these times, at which the state may change. Unix milliseconds.
     """
 
     gone: bool = False
+    again: bool = False
     failed: bool = False
     changes_ms: tuple[int, ...] = ()
 
@@ -150,7 +152,10 @@ class Queue:
         """Queues a FlashSale again after its reconcile, unless it is gone."""
         entry = self._entries[key]
         entry.taken = False
-        entry.failures = entry.failures + 1 if requeue.failed else 0
+        if requeue.again:
+            entry.failures = 1
+        else:
+            entry.failures = entry.failures + 1 if requeue.failed else 0
         if entry.urgency is not None:
             self._put(key, entry, entry.urgency)
         elif requeue.gone:

@@ -93,7 +93,7 @@ async def test_an_operator_that_stood_still_does_not_end_a_sale_that_goes_on(
     await other.reconcile(key)
     former["status"] = kube.live["status"]
     kube.former = [former]
-    assert (await controller(shop, kube).reconcile(key)).failed
+    assert (await controller(shop, kube).reconcile(key)).again
     await other.reconcile(key)
     assert kube.reasons()["Open"] == "Selling"
     assert await shop.buy(spec.item_id, "a") == [Outcome.ACCEPTED]
@@ -252,7 +252,7 @@ async def test_a_sale_whose_keys_are_not_there_yet_is_reported_as_lost_at_the_se
     await shop.apply(spec)
     await shop.redis.flushall()
     shop.topic = {0: Span(0, 5)}  # the ledger has not read it, so the sale stays fenced
-    assert (await own.reconcile(key)).failed
+    assert await own.reconcile(key) == Requeue(again=True)
     assert (kube.status.conditions, kube.events) == ((), [])
     await own.reconcile(key)
     assert (kube.reasons()["Open"], kube.events) == ("Fenced", ["Fenced"])

@@ -176,3 +176,18 @@ async def test_a_failing_flashsale_is_retried_and_does_not_block_another() -> No
         await until(lambda: controller.calls.count(ONE) >= 3, pause=0.005)
         assert TWO in controller.calls
         assert ONE in queue
+
+
+async def test_a_second_look_does_not_wait_for_the_back_off_of_earlier_failures() -> None:
+    """After a long outage the keys are gone. The rebuild begins at the second look."""
+    queue = Queue()
+    queue.wake(ONE)
+    for _ in range(10):
+        assert await queue.take() == ONE
+        queue.give_back(ONE, Requeue(failed=True))
+        queue.wake(ONE)
+    assert await queue.take() == ONE
+    queue.give_back(ONE, Requeue(again=True))
+    timer = queue._entries[ONE].timer
+    assert timer is not None
+    assert timer.when() - asyncio.get_running_loop().time() <= FIRST_BACKOFF_SECONDS * (1 + JITTER)
