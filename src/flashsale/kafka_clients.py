@@ -140,7 +140,8 @@ async def close(clients: str, *closing: Coroutine[Any, Any, object]) -> None:
             # aiokafka cancels its own stop() while a fetch waits for its retry (aiokafka issue 647)
             log.warning("%s: not closed cleanly: it was cancelled", clients)
         elif error := task.exception():
-            log.warning("%s: not closed cleanly: %s", clients, error)
+            # A KeyError of aiokafka has an object as its text.
+            log.warning("%s: not closed cleanly: %r", clients, error)
 
 
 async def discard(producer: AIOKafkaProducer) -> None:

@@ -121,6 +121,18 @@ async def discard(kafka: KafkaSettings) -> None:
     await kafka_clients.close("the producer", kafka_clients.discard(producer))
 
 
+async def test_a_client_that_fails_to_close_is_logged_with_the_kind_of_its_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A producer of aiokafka can raise a KeyError of a batch. Its text is only an address."""
+
+    async def stop() -> None:
+        raise KeyError(object())
+
+    await kafka_clients.close("the producer", stop())
+    assert "the producer: not closed cleanly: KeyError(" in caplog.text
+
+
 @pytest.mark.parametrize(
     "call",
     [
