@@ -41,7 +41,11 @@ HOLD_ROW_BYTES: Final = 400
 """Disk of PostgreSQL for a reservation with its index entry, without and with a hold."""
 
 API_LOAD: Final = 0.5
-"""Share of a core to plan with, because the buyers of a stampede are not spread evenly."""
+REDIS_LOAD: Final = 0.6
+"""Share of a core to plan with, because the buyers of a stampede are not spread evenly.
+
+docs/performance.md, "Scale", plans with the same share of Redis.
+"""
 
 HOLDS_PER_UNIT: Final = 2
 """Holds of a unit until one is paid for: every other hold expires or is cancelled."""
@@ -93,7 +97,7 @@ def size_of(buyers: int, stock: int, hold_seconds: int | None) -> Size:
     api, redis, consumer = map(tenths, ("API", "Redis", "consumer"))
     reservations = stock * (HOLDS_PER_UNIT if hold_seconds else 1)
     events = reservations * (2 if hold_seconds else 1)  # a hold also ends
-    primaries = max(1, ceil(redis / 10))
+    primaries = max(1, ceil(redis / (10 * REDIS_LOAD)))
     waiting = min(events, WAITING_EVENTS) * WAITING_BYTES
     kept = reservations * (REDIS_HOLD_BYTES if hold_seconds else REDIS_BYTES)
     topic = PARTITIONS * (PARTITION_BYTES + SEGMENT_BYTES)
@@ -132,7 +136,7 @@ def text_of(size: Size) -> str:
         lines.append(
             f"One sale uses one core of Redis. Split the units over {size.redis_primaries} items, "
             "each on a Redis of its own: in a release of its own, or on another primary of a Redis "
-            "Cluster. Otherwise buyers get 503 in the first second."
+            "Cluster. Otherwise buyers can get 503 in the first second."
         )
     return "\n".join(lines)
 

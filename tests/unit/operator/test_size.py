@@ -72,6 +72,12 @@ def test_confirmations_need_pods_of_their_own_if_holds_are_short() -> None:
     assert short.redis_primaries > long.redis_primaries
 
 
+def test_redis_is_planned_with_the_share_of_a_core_that_the_measurements_name() -> None:
+    assert f"* 1.22 / {size.REDIS_LOAD}\n" in (DOCS / "performance.md").read_text()
+    assert size.size_of(120_000, 1, None).redis_primaries == 1
+    assert size.size_of(200_000, 1, None).redis_primaries == 2  # one core would be fully used
+
+
 def test_the_topics_grow_to_the_limit_of_their_size() -> None:
     most = size.size_of(1, 100_000_000, None)
 
