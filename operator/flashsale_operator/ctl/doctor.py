@@ -159,7 +159,10 @@ async def _redis(url: str, engine: str, home: _Home | None) -> AsyncIterator[Fin
                 )
                 yield Finding(REDIS, text, "failure")
         unread = set[str]().union(*(each.unread for each in facts))
+        clustered = any(each.cluster for each in facts)
         for finding in requirements.findings(requirements.REDIS, *facts):
+            if finding.server != REDIS and not clustered:
+                continue  # a rule of a cluster
             if finding.verdict == "ok" and finding.text.partition(" ")[0] in unread:
                 text = f"needs {finding.text}, which cannot be read: ask the provider"
                 yield Finding(finding.server, text, "warning")
