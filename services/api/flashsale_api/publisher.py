@@ -30,7 +30,7 @@ from flashsale.errors import OtherEngine, SettingsError
 from flashsale.events import Event
 from flashsale.outbox import Outbox
 from flashsale.requirements import BATCH_BYTES
-from flashsale.reservations import OutboxEntry, Snapshot
+from flashsale.reservations import OutboxEntry
 from flashsale.settings import KafkaSettings
 from flashsale.tracing import sampled, traceparent_of
 from flashsale_api.engine import OWNER_SECONDS, Engine, GroupOwner, OwnerUnknown
@@ -64,10 +64,11 @@ REMEMBERED: Final = 50_000
 
 
 _Version: TypeAlias = tuple[str, str, int]
-"""A version of a reservation: item id, reservation id, version."""
+"""A version of a reservation: sale id, reservation id, version.
+
+A later sale of the item can have a reservation with the same id and version.
+"""
 _Key: TypeAlias = tuple[str, str] | _Version
-_Sale: TypeAlias = tuple[str, int]
-"""A revision of a sale: sale id, revision."""
 
 
 class Publisher:
@@ -94,9 +95,9 @@ class Publisher:
         self._held: set[_Key] = set()
         self.settler = Settler(outbox, self._forget)
         self._awaited: dict[_Version, list[asyncio.Future[None]]] = {}
-        self._recent: dict[_Version, _Sale] = {}
-        """The sales, with their revisions, in which Kafka has acknowledged replays."""
-        self._older: dict[_Version, _Sale] = {}
+        self._recent: dict[_Version, int] = {}
+        """The revisions of the sale in which Kafka has acknowledged replays."""
+        self._older: dict[_Version, int] = {}
         """The same of the replays before. To forget one replay at a time would cost more."""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -137,18 +138,12 @@ class Publisher:
         published again. No rebuild has left its event out, because the script found this version
         in a trusted sale: docs/adr/0022-replays-are-published-once.md.
         """
-        item_id, entry_id, reservation_id, record, snapshot, _ = entry
-        if entry_id:
-            key: _Key = item_id, entry_id
-        else:
-            key = version = item_id, reservation_id, record.version
-            if self._remembered(version) == _sale(snapshot):
-                return
-        if key in self._held:
+        key = _key(entry)
+        if key in self._held or (not entry.entry_id and self._remembered(entry)):
             return
         self._held.add(key)
         self._pending.append(entry)
-        self._by_item[item_id] += 1
+        self._by_item[entry.item_id] += 1
         self._idle.clear()
         self._work.set()
 
@@ -160,7 +155,7 @@ class Publisher:
         """
         key = _version(entry)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._remembered(key) == _sale(entry.snapshot):
+        if self._remembered(entry):
             future.set_result(None)
             return future
         self._awaited.setdefault(key, []).append(future)
@@ -312,26 +307,30 @@ class Publisher:
     def _acknowledge(self, batch: Sequence[OutboxEntry]) -> None:
         """Lets the entries of acknowledged events be settled, and ends the waits for them."""
         self._metrics.published.inc(len(batch))
-        for item_id, entry_id, reservation_id, record, snapshot, _ in batch:
+        for entry in batch:
+            item_id, entry_id, reservation_id, record, snapshot, _ = entry
             self._by_item[item_id] -= 1
-            version = item_id, reservation_id, record.version
+            version = _version(entry)
             if entry_id:
                 self.settler.add(item_id, (entry_id, reservation_id, record.version))
             else:
                 self._forget([version])
-                self._remember(version, _sale(snapshot))
+                self._remember(version, snapshot.revision)
             if self._awaited:
                 for future in self._awaited.pop(version, ()):
                     if not future.done():
                         future.set_result(None)
 
-    def _remember(self, version: _Version, sale: _Sale) -> None:
-        self._recent[version] = sale
+    def _remember(self, version: _Version, revision: int) -> None:
+        self._recent[version] = revision
         if len(self._recent) >= REMEMBERED:
             self._recent, self._older = {}, self._recent
 
-    def _remembered(self, version: _Version) -> _Sale | None:
-        return self._recent.get(version) or self._older.get(version)
+    def _remembered(self, entry: OutboxEntry) -> bool:
+        """Whether Kafka has acknowledged a replay to this pod in this revision of the sale."""
+        version = _version(entry)
+        known = self._recent.get(version) or self._older.get(version)
+        return known == entry.snapshot.revision
 
     def _fill(self, builder: BatchBuilder) -> "tuple[list[OutboxEntry], list[Span]]":
         """Moves pending events into a batch until it is full.
@@ -391,9 +390,4 @@ def _key(entry: OutboxEntry) -> _Key:
 
 
 def _version(entry: OutboxEntry) -> _Version:
-    return entry.item_id, entry.reservation_id, entry.record.version
-
-
-def _sale(snapshot: Snapshot) -> _Sale:
-    """Returns the revision of the sale. A later sale of the item can have the same versions."""
-    return snapshot.sale_id, snapshot.revision
+    return entry.snapshot.sale_id, entry.reservation_id, entry.record.version

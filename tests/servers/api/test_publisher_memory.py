@@ -119,6 +119,22 @@ async def test_a_replay_is_published_again_in_a_later_sale_of_the_item(
     assert not forgetful.acknowledgement(later).done()
 
 
+async def test_the_replay_of_a_former_sale_does_not_pass_for_that_of_a_later_sale(
+    forgetful: Publisher,
+) -> None:
+    """The pod holds the former replay while Kafka is away for it only."""
+    former = accepted(ITEM, 1)._replace(entry_id="")
+    later = former._replace(snapshot=former.snapshot._replace(sale_id="another"))
+    for event in (former, later):
+        forgetful.add(event)
+    assert forgetful.held == 2
+    of_former, of_later = forgetful.acknowledgement(former), forgetful.acknowledgement(later)
+    forgetful._acknowledge([former])
+    assert (of_former.done(), of_later.done()) == (True, False)
+    forgetful._acknowledge([later])
+    assert of_later.done()
+
+
 async def test_the_memory_of_replays_is_bounded(forgetful: Publisher) -> None:
     for number in range(100):
         replay = accepted(ITEM, number)._replace(entry_id="")
