@@ -146,7 +146,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Answers the complete requests of a client that sends nothing more."""
-        self._last, self._receiving = True, None
+        self._last = True
         last = self._waiting[-1] if self._waiting else self._current
         if last is None:
             return False
@@ -353,8 +353,6 @@ class HttpProtocol(asyncio.Protocol):
         self._url, self._headers = b"", []
         if self._current is not None:
             self._current.drop()
-        for exchange in self._waiting:
-            exchange.drop()
         self._waiting.clear()
         self._waiting_bytes = 0
         self._current = self._receiving = None
@@ -378,7 +376,6 @@ class HttpProtocol(asyncio.Protocol):
         if self._last:
             return
         log.warning("refused a client with %d: %s", status, reason)
-        self._receiving = None
         self._enqueue(Exchange.refusal(self.answer, status, reason))
 
     def _go_on_without_upgrade(self, rest: memoryview) -> None:

@@ -95,6 +95,19 @@ async def test_a_turn_is_bounded_and_says_whether_more_is_due(
     assert pod.publisher.held == 11
 
 
+async def test_each_item_has_its_turn_while_one_has_more(
+    inventory: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry_module, "BATCH", 2)
+    monkeypatch.setattr(expiry_module, "BATCHES", 1)
+    items = {"phone-1": 3, "phone-2": 1}
+    for item, number in items.items():
+        await hold(inventory, item, number)
+    pod = Pod(inventory)
+    assert await pod.expiry.expire_due()
+    assert [await held(inventory, item) for item in items] == [1, 0]
+
+
 async def test_only_due_holds_expire_and_the_gauges_tell(
     inventory: Inventory, redis: Redis, item: str
 ) -> None:

@@ -206,6 +206,17 @@ async def test_a_client_that_goes_while_its_bytes_wait_is_forgotten() -> None:
     assert HttpProtocol.unfinished == 0
 
 
+async def test_a_client_that_goes_while_its_request_waits_for_redis_is_forgotten() -> None:
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        await client.send(GOOD)
+        waiting = client.connection._current
+        assert waiting is not None
+        client.connection._abort()
+        await until(lambda: waiting.answered)
+        inventory.go.release()
+
+
 LONG = b"GET /reserve HTTP/1.1\r\nHost: x\r\nA: "
 
 
@@ -275,6 +286,16 @@ async def test_a_client_too_large_is_forgotten_before_the_loop_reads_on(
         assert await client.answers() == [0]
 
 
+async def test_bytes_behind_those_for_which_a_client_is_reset_are_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_UNFINISHED_BYTES", UNREAD_BYTES - 1)
+    async with connected(HeldInventory()) as client:
+        client.connection.data_received(BAD * 4_000)  # the kernel takes only some of the answers
+        assert client.connection._last
+        assert HttpProtocol.unfinished == 0
+
+
 async def test_unread_answers_count_until_they_are_read() -> None:
     async with connected(HeldInventory()) as client:
         sent = 0
@@ -303,6 +324,45 @@ async def test_a_request_before_the_shutdown_is_answered() -> None:
         client.connection.shutdown()
         inventory.go.release()
         assert await client.answers() == [202, 0]
+
+
+async def test_a_server_that_stops_closes_after_the_answer_to_a_body_that_is_too_large() -> None:
+    """The rest of the body may never come."""
+    size = MAX_BODY_BYTES + 10
+    head = GOOD.removesuffix(BODY).replace(b"Length: %d" % len(BODY), b"Length: %d" % size)
+    async with connected(HeldInventory()) as client:
+        await client.send(head)
+        await client.send(b"a" * (size - 5))
+        assert await client.answers() == [413]
+        client.connection.shutdown()
+        assert await client.answers() == [0]
+
+
+async def test_an_answer_restarts_the_keep_alive_timer() -> None:
+    inventory = HeldInventory()
+    # One check is the whole time.
+    async with connected(inventory, timeout_keep_alive=10) as client:
+        await client.send(GOOD)
+        client.connection._check_client()
+        inventory.go.release()
+        assert await client.answers() == [202]
+        client.connection._check_client()
+        assert await client.answers() == []
+        client.connection._check_client()
+        assert await client.answers() == [0]
+
+
+async def test_a_client_that_does_not_read_gets_no_further_answers_until_it_reads() -> None:
+    """Otherwise, the process would keep all of them."""
+    async with connected(HeldInventory()) as client:
+        sent = 0
+        while not client.connection._unread:
+            client.connection.data_received(BAD)
+            sent += 1
+        client.connection.data_received(BAD)
+        client.connection._go_on()
+        assert len(client.connection._waiting) == 1
+        assert await client.answers() == [422] * (sent + 1)
 
 
 async def test_a_client_too_many_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """When a call to confirm or cancel is durable, and how calls form batches. Redis is a fake."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -11,6 +11,7 @@ from flashsale.inventory import Inventory
 from flashsale.reservations import (
     OrderCall,
     OutboxEntry,
+    Outcome,
     Record,
     Snapshot,
     State,
@@ -26,6 +27,7 @@ from flashsale_api.transitions import Decision, Transitions
 from tests.support.batcher import RecordingPublisher
 
 RECORD = Record(State.CONFIRMED, 2, 1, 1, "ann", "", 2, 1, "o")
+TRACEPARENT = f"00-{1:032x}-{1:016x}-01"
 SNAPSHOT = Snapshot("default/x", 1, 1, 1)
 
 
@@ -72,11 +74,16 @@ class HeldPublisher(RecordingPublisher):
 
 
 def transitions(
-    inventory: HeldInventory, publisher: HeldPublisher, *, seen: bool = False, claimed: bool = True
+    inventory: HeldInventory,
+    publisher: HeldPublisher,
+    *,
+    seen: bool = False,
+    claimed: bool = True,
+    refusal: Callable[[str], Outcome | Failure | None] = lambda _: None,
 ) -> Transitions:
     engine = Engine("flashsale")
     engine.items.looked(["x"] if seen else [], claimed=claimed)
-    return Transitions(inventory, publisher, Metrics(), engine, "confirm")
+    return Transitions(inventory, publisher, Metrics(), engine, "confirm", refusal=refusal)
 
 
 def change(own: Transitions, call: OrderCall) -> "asyncio.Future[tuple[Decision, bool]]":
@@ -107,13 +114,17 @@ async def test_an_acknowledgement_counts_only_if_it_is_seen_in_time(
 ) -> None:
     inventory, publisher = HeldInventory(), HeldPublisher()
     inventory.go.release()
-    call = change(transitions(inventory, publisher), OrderCall("id-1", "o"))
+    own = transitions(inventory, publisher)
+    call = change(own, OrderCall("id-1", "o", TRACEPARENT))
     await turns()
+    assert publisher.added[0].traceparent == TRACEPARENT
+    assert own._unacknowledged._value.get() == 1
     later(monkeypatch, suspended)
     # The acknowledgement is there when the pod goes on, before the pod's timers run.
     publisher.awaited[0].set_result(None)
     decision, found = await call
     assert (decision.record, found) == (RECORD, durable)
+    assert own._unacknowledged._value.get() == 0
 
 
 async def test_the_time_counts_from_the_last_script_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +164,27 @@ async def test_a_reply_from_before_a_suspension_is_ignored(
     decision, durable = await call
     assert (decision.outcome, durable) == (Failure.OUTCOME_UNKNOWN, False)
     assert publisher.added == []
+
+
+@pytest.mark.parametrize(
+    ("refusal", "outcome"),
+    [
+        (Failure.REDIS_UNAVAILABLE, Failure.REDIS_UNAVAILABLE),
+        (Outcome.FENCED, Transition.FENCED),
+    ],
+)
+async def test_a_call_that_redis_may_no_longer_get_when_it_has_its_turn_is_refused(
+    refusal: Outcome | Failure, outcome: Transition | Failure
+) -> None:
+    refusals: list[Outcome | Failure] = []
+    inventory = HeldInventory()
+    own = transitions(
+        inventory, HeldPublisher(), refusal=lambda _: refusals[0] if refusals else None
+    )
+    call = change(own, OrderCall("id-1", "o"))
+    refusals.append(refusal)
+    assert (await call)[0].outcome is outcome
+    assert inventory.calls == []
 
 
 async def test_calls_that_arrive_during_calls_form_the_next_call() -> None:
