@@ -53,3 +53,12 @@ def test_the_error_for_an_occupied_address_names_the_variable() -> None:
         [first] = [stack.enter_context(each) for each in bound("LISTEN", "[::]:0")]
         with pytest.raises(OSError, match=r"FLASHSALE_LISTEN cannot be served: .* in use"):
             bound("LISTEN", f"[::]:{first.getsockname()[1]}")
+
+
+def test_an_address_of_ipv6_alone_that_is_occupied_is_an_error() -> None:
+    """To listen on IPv4 alone would hide the mistake."""
+    with (
+        socket.create_server(("::", 0), family=socket.AF_INET6) as first,
+        pytest.raises(OSError, match="in use"),
+    ):
+        bound("LISTEN", f"[::]:{first.getsockname()[1]}")

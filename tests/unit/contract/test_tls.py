@@ -13,12 +13,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import trustme
 from asyncpg import connect_utils
 
 from dev.issuer import Issuer
 from flashsale import redis_client
 from flashsale.addresses import database_url
 from flashsale.settings import KafkaSettings, load
+from flashsale.tls import RenewedContext, stamp
 from flashsale.tracing import Tracing
 from flashsale_api import tokens
 from flashsale_operator.ctl import doctor
@@ -185,3 +187,68 @@ def test_a_collector_of_traces_can_have_such_a_certificate(
     tracing.tracer.start_span("a request").end()
     tracing.close()
     assert posted == ["/v1/traces"]
+
+
+def connect(context: ssl.SSLContext) -> None:
+    """Begin a connection, which reads renewed certificates."""
+    context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="x")
+
+
+def test_certificates_that_change_while_they_are_read_are_read_again() -> None:
+    files, read = ["first"], []
+
+    def reading() -> ssl.SSLContext:
+        read.append(files[-1])
+        if files[-1] == "first":
+            files.append("second")
+        return ssl.create_default_context()
+
+    context = RenewedContext(reading, lambda: files[-1])
+    for _ in range(2):
+        connect(context)
+    assert read == ["first", "second"]
+
+
+def test_certificates_that_could_not_be_read_are_read_at_the_next_connection() -> None:
+    files, wrong, read = ["first"], {"second"}, []
+
+    def reading() -> ssl.SSLContext:
+        read.append(files[-1])
+        if files[-1] in wrong:
+            raise PermissionError(files[-1])
+        return ssl.create_default_context()
+
+    context = RenewedContext(reading, lambda: files[-1])
+    files.append("second")
+    connect(context)
+    wrong.clear()
+    connect(context)
+    assert read == ["first", "second", "second"]
+
+
+def test_another_file_of_the_same_size_and_time_is_another_stamp(tmp_path: Path) -> None:
+    """Kubernetes renews a Secret by a link to other files."""
+    link, files = tmp_path / "ca.crt", [tmp_path / "former", tmp_path / "renewed"]
+    found = []
+    for each in files:
+        each.write_text("same size")
+        os.utime(each, (1, 1))
+        link.unlink(missing_ok=True)
+        link.symlink_to(each)
+        found.append(stamp([str(link), None]))
+    assert found[0] != found[1]
+
+
+def test_a_client_of_kafka_reads_the_authorities_of_the_system_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted = tmp_path / "authorities.pem"
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    trustme.CA().cert_pem.write_to_path(trusted)
+    settings = KafkaSettings(kafka_bootstrap="127.0.0.1:1", kafka_tls=True)
+    context = settings.kafka_client()["ssl_context"]
+    connect(context)
+    former = context._latest.get_ca_certs()
+    trustme.CA().cert_pem.write_to_path(trusted)
+    connect(context)
+    assert context._latest.get_ca_certs() != former
