@@ -40,6 +40,8 @@ HELD = a_row(accepted=4, held=2)
 LOST_HOLDS = a_row(accepted=4, held=2, closed=True)
 RECORDED_THREE = tally(row=a_row(accepted=3), accepted=3)
 ENDED = replace(SPEC, ends_ms=NOW_MS)
+PAUSED = replace(SPEC, paused=True)
+PAUSED_TO_THE_END = replace(ENDED, paused=True)
 
 
 def verdict(**changes: Any) -> tuple[Verdict, tuple[str, ...]]:  # noqa: ANN401 - any field
@@ -148,6 +150,25 @@ def test_a_difference_that_cannot_be_in_flight_disagrees(
     assert notes[0].startswith(note)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_per_user": 2},
+        {"display_name": "another"},
+        {"starts_ms": NOW_MS - 1_000},
+        {"ends_ms": NOW_MS + 1_000},
+        {"stored_state": "paused"},
+        {"hold_ms": 1_000},
+        {"max_expired_holds": SPEC.max_expired_holds + 1},
+    ],
+)
+def test_a_sale_with_other_settings_disagrees(changed: dict[str, Any]) -> None:
+    assert verdict(holder=a_sale(accepted=4, **changed)) == (
+        Verdict.DISAGREES,
+        ("the ledger has other settings of the sale than Redis",),
+    )
+
+
 def test_a_refused_reservation_disagrees_once() -> None:
     holder = a_sale(accepted=6)
     assert verdict(holder=holder, after=tally(refused=1, refused_units=2)) == (
@@ -173,6 +194,11 @@ def test_a_finished_sale_needs_neither_keys_nor_the_last_change() -> None:
         (closed, a_sale(OTHER)),
         (a_row(ENDED, accepted=4), None),
         (over, a_sale(ENDED, accepted=4)),
+        (
+            a_row(PAUSED_TO_THE_END, accepted=4),
+            a_sale(PAUSED_TO_THE_END, accepted=4, stored_state="ended"),
+        ),
+        (a_row(PAUSED, accepted=4, closed=True), a_sale(PAUSED, accepted=4, stored_state="closed")),
         (closed, a_sale(accepted=4, stored_state="closed", allocated=SPEC.stock + 1)),
         (closed, a_sale(accepted=4, stored_state="ended", allocated=SPEC.stock - 1)),
     ):
@@ -185,6 +211,19 @@ def test_stock_below_the_taken_units_is_no_disagreement() -> None:
         Verdict.OK,
         (),
     )
+
+
+def test_a_change_of_the_sale_during_the_look_is_no_disagreement() -> None:
+    row = a_row(accepted=4, revision=2)
+    assert verdict(holder=a_sale(accepted=4, revision=2), after=tally(row=row)) == (Verdict.OK, ())
+
+
+def test_a_sale_from_before_its_last_rebuild_is_outdated() -> None:
+    """Another rebuild restores its units, so the audit must not call them lost."""
+    row = a_row(accepted=4, rebuilt_revision=1)
+    found, notes = verdict(before=row, holder=a_sale(accepted=3, rebuilt=0), after=tally(row=row))
+    assert found is Verdict.DISAGREES
+    assert notes[-1] == "Redis has the sale from before its last rebuild"
 
 
 def test_buyers_above_a_lowered_limit_are_noted() -> None:
@@ -250,7 +289,10 @@ async def test_holds_agree_before_during_and_after_their_changes(
     assert await looks() == (Verdict.IN_FLIGHT, 1)
     await shop.record(spec.item_id)
     assert await looks() == (Verdict.OK, 1)
-    await shop.pool.execute("UPDATE reservations SET state = 'expired' WHERE state = 'held'")
+    # A unit that has ended does not count for its buyer, who has another one.
+    await shop.pool.execute(
+        "UPDATE reservations SET state = 'expired', user_id = 'a' WHERE state = 'held'"
+    )
     [finding] = (await audited(shop)).findings
     assert finding.notes == (
         "released: 2, but releases add up to 3",
@@ -277,6 +319,16 @@ async def test_records_that_arrive_during_the_audit_are_no_fault_of_the_topic(
     ]
 
 
+async def test_a_difference_that_the_next_look_does_not_find_is_none(shop: SimulatedShop) -> None:
+    await shop.read_to(0, 5)
+    ends = iter((4, 5))
+
+    async def then_at_its_end() -> Mapping[int, Span]:
+        return {0: Span(0, next(ends))}
+
+    assert (await audit(shop.inventory, shop.pool, then_at_its_end)).agrees
+
+
 async def test_a_lost_unit_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
     await shop.apply(spec)
     await shop.buy(spec.item_id, "a", "b")
@@ -288,6 +340,14 @@ async def test_a_lost_unit_disagrees(shop: SimulatedShop, spec: SaleSpec) -> Non
     found = await audited(shop)
     assert found.findings[0].notes == ("lost: 1 unit, not in ledger, outbox or topic",)
     assert not found.agrees
+
+
+async def test_a_sale_without_a_row_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
+    await shop.apply(spec)
+    await shop.pool.execute("DELETE FROM sales")
+    [finding] = (await audited(shop)).findings
+    assert finding.verdict is Verdict.DISAGREES
+    assert "the ledger has no row of the sale" in finding.notes
 
 
 async def test_a_flush_disagrees(shop: SimulatedShop, spec: SaleSpec) -> None:
