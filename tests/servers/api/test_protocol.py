@@ -263,6 +263,28 @@ async def test_the_objects_of_waiting_requests_count_until_they_are_answered() -
         assert HttpProtocol.unfinished == 0
 
 
+async def test_waiting_requests_share_the_limit_of_a_head() -> None:
+    request = BAD.replace(b"Host", b"A: %b\r\nHost" % (b"a" * 30_000))
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        client.connection.data_received(GOOD + request * 3)
+        inventory.go.release()
+        assert await client.answers() == [202, 422, 422, 400, 0]
+
+
+async def test_a_client_is_asked_for_its_body_after_the_answers_before() -> None:
+    head = GOOD.removesuffix(BODY).replace(b"Host", b"Expect: 100-continue\r\nHost")
+    inventory = HeldInventory()
+    async with connected(inventory) as client:
+        await client.send(GOOD + head)
+        assert await client.answers() == []
+        inventory.go.release()
+        assert await client.answers() == [202, 100]
+        inventory.go.release()
+        await client.send(BODY)
+        assert await client.answers() == [202]
+
+
 async def test_a_request_that_waits_for_redis_keeps_nothing_that_was_sent() -> None:
     """Clients could otherwise fill the memory of a pod while Redis is silent."""
     inventory = HeldInventory()
