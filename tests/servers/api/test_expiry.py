@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from dev.services import ApiServer
+from flashsale.errors import RedisUnavailable
 from flashsale.heartbeat import CALL_DEADLINE_SECONDS
 from flashsale.inventory import Inventory
 from flashsale.keys import ItemKeys
@@ -189,6 +190,23 @@ async def test_an_unreadable_or_foreign_sale_does_not_stop_the_others(
     await pod.expiry.expire_due()
     holds = await inventory.holds({f"{item}-{name}": 2**53 for name in "abc"})
     assert [found.open for found in holds.values()] == [2, 2, 0]
+
+
+async def test_an_item_whose_server_is_away_does_not_stop_the_others(
+    inventory: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for item in ("phone-1", "phone-2"):
+        await hold(inventory, item, 1)
+    lease = inventory.lease_expiry
+
+    async def only_of_the_second(item_id: str, pod_id: str, lease_ms: int) -> bool:
+        if item_id == "phone-1":
+            raise RedisUnavailable("away", maybe_executed=False)
+        return await lease(item_id, pod_id, lease_ms)
+
+    monkeypatch.setattr(inventory, "lease_expiry", only_of_the_second)
+    assert not await Pod(inventory).expiry.expire_due()
+    assert [await held(inventory, item) for item in ("phone-1", "phone-2")] == [1, 0]
 
 
 async def test_a_pod_that_meets_another_engine_expires_nothing(
