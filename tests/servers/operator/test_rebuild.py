@@ -4,13 +4,15 @@ import asyncio
 import os
 import random
 import uuid
+from dataclasses import replace
 
 import pytest
 
 from dev.stack.servers import RedisServer
+from flashsale.errors import FlashsaleError
 from flashsale.keys import ItemKeys
 from flashsale.reservations import Outcome, Request, Transition
-from flashsale.sale import SaleSpec, SaleState
+from flashsale.sale import Predecessor, SaleSpec, SaleState
 from flashsale_operator.sales.audit import audit
 from flashsale_operator.sales.decision import Reason, StillFenced, spec_of
 from flashsale_operator.sales.offsets import Span
@@ -36,6 +38,41 @@ async def test_after_a_wipe_the_sold_units_are_restored_and_the_rest_is_sold(
     assert crowd.count(Outcome.ACCEPTED) == 6
     report = await shop.apply(sold)
     assert report.state is SaleState.SOLD_OUT
+
+
+async def test_the_units_of_a_finished_sale_are_not_lost_units_of_the_sale_that_replaces_it(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    """Redis is an older copy, from before the item's next sale began."""
+    keys, following = ItemKeys.of(sold.item_id).sold, replace(sold, sale_id="default/following")
+    await shop.reconciler.close(sold.sale_id)
+    for key in keys:
+        await shop.redis.copy(key, f"older:{key}")
+    await shop.apply(following)
+    await shop.buy(following.item_id, "d")
+    await shop.record(following.item_id)
+    await shop.redis.delete(*keys)
+    for key in keys:
+        await shop.redis.copy(f"older:{key}", key)
+    done = await shop.rebuilder.rebuild(
+        await shop.row(following.sale_id), Predecessor(sold.sale_id, accepted=3)
+    )
+    assert isinstance(done, Rebuilt)
+    assert (done.accepted, done.redis_lacked, done.lost) == (1, 1, 0)
+    assert (await shop.row(following.sale_id)).lost == 0
+    sale = await shop.sale(following.item_id)
+    assert sale is not None
+    assert (sale.sale_id, sale.accepted) == (following.sale_id, 1)
+
+
+async def test_a_rebuild_that_another_one_has_superseded_is_not_noted(
+    shop: SimulatedShop, sold: SaleSpec
+) -> None:
+    row = await shop.rebuilder._claim(sold.sale_id, above=0)
+    await shop.rebuilder._claim(sold.sale_id, above=0)
+    with pytest.raises(FlashsaleError, match="another process changed or rebuilt it"):
+        await shop.rebuilder._note(row, {}, None)
+    assert (await shop.row(sold.sale_id)).rebuilt_revision == 0
 
 
 async def test_the_note_of_a_rebuild_and_a_migration_do_not_deadlock(
