@@ -249,6 +249,8 @@ def test_a_client_of_kafka_reads_the_authorities_of_the_system_again(
     context = settings.kafka_client()["ssl_context"]
     connect(context)
     former = context._latest.get_ca_certs()
-    trustme.CA().cert_pem.write_to_path(trusted)
+    renewed = tmp_path / "renewed.pem"
+    trustme.CA().cert_pem.write_to_path(renewed)
+    renewed.replace(trusted)
     connect(context)
     assert context._latest.get_ca_certs() != former
