@@ -13,6 +13,8 @@ class FakeKube:
     def __init__(self, *present: Key, refused: Sequence[str] = ()) -> None:
         self.present = present
         self.refused = refused
+        self.unlisted: Sequence[Key] = ()
+        """FlashSales that are there only when they are read by their names."""
         self.events: list[str] = []
 
     async def flash_sales(self, namespace: str | None) -> list[dict[str, Any]]:
@@ -26,7 +28,7 @@ class FakeKube:
 
     async def flash_sale(self, namespace: str, name: str) -> dict[str, Any] | None:
         key = Key(namespace, name)
-        return {"metadata": key._asdict()} if key in self.present else None
+        return {"metadata": key._asdict()} if key in (*self.present, *self.unlisted) else None
 
     async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
         self.events.append(event["reason"])

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from dev.stack.servers import PostgresServer, RedisServer
 from flashsale import keys, ledger, redis_client
-from flashsale.errors import RedisMoved
+from flashsale.errors import LedgerUnavailable, RedisMoved
 from flashsale.inventory import Freed
 from flashsale.keys import DEFAULT_ENGINE, ItemKeys
 from flashsale.ledger import SaleRow
@@ -127,6 +127,18 @@ async def test_a_sale_of_a_deleted_namespace_is_closed_by_an_operator_that_may_l
     assert kube.events == ["Closed"]
     for spec in (gone, here):
         assert Key.of(spec.sale_id) not in queue, "another operator serves the namespace"
+
+
+async def test_a_flashsale_that_is_there_at_the_second_look_was_not_deleted(
+    shop: SimulatedShop, item: str
+) -> None:
+    """It was created again after its namespace was listed. The other operator carries it out."""
+    spec = SaleSpec("gone/phone", item, 5)
+    await shop.reconciler.reconcile(spec, "uid-1")
+    kube = FakeKube()
+    kube.unlisted = (Key.of(spec.sale_id),)
+    await resync_of(shop, kube, Queue(), "shop").resync()
+    assert not (await shop.row(spec.sale_id)).closed
 
 
 @pytest.mark.parametrize("end", ["listed", "closed"])
@@ -398,6 +410,33 @@ async def test_an_ended_sale_of_flashsalectl_is_rebuilt_without_a_flashsale(
 
     await until(rebuilt)
     assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
+
+
+async def test_a_finished_sale_that_cannot_be_rebuilt_does_not_stop_the_others(
+    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = replace(sold, sale_id="default/a-broken", item_id=f"{sold.item_id}-2")
+    await shop.apply(broken)
+    await shop.pool.execute("UPDATE sales SET ends_at = now() - interval '1 hour'")
+    await shop.redis.flushall()
+    own = resync_of(shop, FakeKube(), Queue())
+    rebuild, failed = own._rebuilds.rebuild, []
+
+    async def fails(row: SaleRow, *, wakes: bool = True) -> object:
+        if row.sale_id == broken.sale_id:
+            failed.append(row)
+            raise LedgerUnavailable("the ledger is unavailable: it has just gone away")
+        return await rebuild(row, wakes=wakes)
+
+    monkeypatch.setattr(own._rebuilds, "rebuild", fails)
+
+    async def rebuilt() -> bool:
+        await own.resync()
+        row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
+        return not needs_rebuild(row, sale, await shop.inventory.server(), last=True)
+
+    await until(rebuilt)
+    assert failed
 
 
 async def test_a_closed_sale_from_before_its_last_rebuild_is_rebuilt(
