@@ -1,10 +1,16 @@
-"""A kube-apiserver that lists FlashSales, for tests of the resync."""
+"""A kube-apiserver that lists FlashSales, and a resync that works with it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
-from flashsale_operator.kubernetes.client import KubeForbidden
-from flashsale_operator.kubernetes.queue import Key
+from flashsale_operator.kubernetes.client import Kube, KubeForbidden
+from flashsale_operator.kubernetes.controller import Clients, Controller
+from flashsale_operator.kubernetes.metrics import Metrics
+from flashsale_operator.kubernetes.queue import Key, Queue
+from flashsale_operator.kubernetes.rebuilds import Rebuilds
+from flashsale_operator.kubernetes.resync import Resync
+from tests.support.simulated_shop import QUICK, SimulatedShop
 
 
 class FakeKube:
@@ -33,3 +39,18 @@ class FakeKube:
     async def create_event(self, _namespace: str, event: Mapping[str, str]) -> bool:
         self.events.append(event["reason"])
         return True
+
+
+def resync_of(
+    shop: SimulatedShop,
+    kube: FakeKube | None = None,
+    queue: Queue | None = None,
+    *served: str,
+    metrics: Metrics | None = None,
+) -> Resync:
+    """Return the resync of an operator that frees closed sales after an hour."""
+    kube, queue, metrics = kube or FakeKube(), queue or Queue(), metrics or Metrics()
+    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, metrics)
+    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, metrics, patience=QUICK)
+    own = Controller(clients, queue, rebuilds)
+    return Resync(clients, own, queue, rebuilds, served=served, keep_closed=timedelta(hours=1))

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -54,6 +54,31 @@ def new_api(
     yield start
     for api in started:
         api.kill()
+
+
+@pytest.fixture
+async def published(
+    kafka_server: KafkaServer, name: str
+) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """Returns the number of published events. The consumers' group is of the other engine."""
+    topic = events.topic(name)
+    await create_topic(kafka_server.bootstrap, topic, 1)
+    partition = TopicPartition(topic, 0)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=kafka_server.bootstrap,
+        group_id=events.consumer_group(name),
+        enable_auto_commit=False,  # it would commit without metadata
+    )
+    await consumer.start()
+    consumer.assign([partition])
+    await consumer.commit({partition: OffsetAndMetadata(0, events.owner_metadata(OTHER))})
+
+    async def count() -> int:
+        ends: dict[TopicPartition, int] = await consumer.end_offsets([partition])
+        return ends[partition]
+
+    yield count
+    await consumer.stop()
 
 
 async def reserve(api: ApiServer, item: str) -> tuple[int, str]:
@@ -167,19 +192,12 @@ async def test_an_outage_of_kafka_does_not_end_a_conflict(
 
 
 async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
-    redis: Redis, kafka_server: KafkaServer, name: str, item: str, new_api: Callable[[], ApiServer]
+    redis: Redis,
+    name: str,
+    item: str,
+    new_api: Callable[[], ApiServer],
+    published: Callable[[], Awaitable[int]],
 ) -> None:
-    topic = events.topic(name)
-    await create_topic(kafka_server.bootstrap, topic, 1)
-    partition = TopicPartition(topic, 0)
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=kafka_server.bootstrap,
-        group_id=events.consumer_group(name),
-        enable_auto_commit=False,  # it would commit without metadata
-    )
-    await consumer.start()
-    consumer.assign([partition])
-    await consumer.commit({partition: OffsetAndMetadata(0, events.owner_metadata(OTHER))})
     api = new_api()
     inventory = Inventory(redis, name)
     await inventory.index.claim(OWN)
@@ -190,25 +208,16 @@ async def test_a_pod_publishes_nothing_for_the_consumers_of_another_engine(
 
     await until(refused, "the pod is not ready")
     assert await reserve(api, item) == (503, "other-engine")
-    assert (await consumer.end_offsets([partition]))[partition] == 0
-    await consumer.stop()
+    assert await published() == 0
 
 
 async def test_the_first_event_of_a_pod_waits_until_the_owner_of_the_group_is_known(
-    redis: Redis, kafka_server: KafkaServer, name: str
+    redis: Redis,
+    kafka_server: KafkaServer,
+    name: str,
+    published: Callable[[], Awaitable[int]],
 ) -> None:
     """The consumers of the other engine would not record it, and its entry would be deleted."""
-    topic = events.topic(name)
-    await create_topic(kafka_server.bootstrap, topic, 1)
-    partition = TopicPartition(topic, 0)
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=kafka_server.bootstrap,
-        group_id=events.consumer_group(name),
-        enable_auto_commit=False,
-    )
-    await consumer.start()
-    consumer.assign([partition])
-    await consumer.commit({partition: OffsetAndMetadata(0, events.owner_metadata(OTHER))})
     engine = Engine(name)
     engine.found_in_redis(OWN)
     kafka = KafkaSettings(kafka_bootstrap=kafka_server.bootstrap, engine=name)
@@ -218,10 +227,9 @@ async def test_the_first_event_of_a_pod_waits_until_the_owner_of_the_group_is_kn
     running = asyncio.create_task(publisher.run())
     await until(lambda: engine.conflict)
     assert publisher.unacknowledged == 1
-    assert (await consumer.end_offsets([partition]))[partition] == 0
+    assert await published() == 0
     running.cancel()
     await asyncio.wait([running])
-    await consumer.stop()
 
 
 async def test_a_pod_whose_redis_changes_its_engine_sweeps_nothing(redis: Redis, name: str) -> None:

@@ -115,36 +115,37 @@ class MovingOutbox(RecordingOutbox):
         return await super().settle_all(pages)
 
 
-async def test_an_item_that_moves_during_its_settlement_is_settled_once(
-    own_redis: RedisServer,
-) -> None:
+@pytest.fixture
+async def moving(own_redis: RedisServer) -> AsyncIterator[MovingOutbox]:
     client = redis_client.connect(redis_users.url_of(own_redis, redis_users.API))
-    outbox = MovingOutbox(client)
-    settler = Settler(outbox, lambda _: None)
+    yield MovingOutbox(client)
+    await client.aclose()
+
+
+async def test_an_item_that_moves_during_its_settlement_is_settled_once(
+    moving: MovingOutbox,
+) -> None:
+    settler = Settler(moving, lambda _: None)
     task = asyncio.create_task(settler.run())
     for first, count in ((0, 300), (300, 200)):
         for n in range(first, first + count):
             settler.add(ITEM, (f"{n}-1", f"id-{n}", 1))
-        await until(lambda: outbox.node == "B")
-    await until(lambda: outbox.settled == [[(ITEM, 244)]])
-    outbox.moved.set()
-    await until(lambda: outbox.settled == [[(ITEM, 244)], [(ITEM, 256)]])
+        await until(lambda: moving.node == "B")
+    await until(lambda: moving.settled == [[(ITEM, 244)]])
+    moving.moved.set()
+    await until(lambda: moving.settled == [[(ITEM, 244)], [(ITEM, 256)]])
     assert not task.done()
     task.cancel()
-    await client.aclose()
 
 
 async def test_entries_of_an_item_that_moves_are_settled_without_a_further_event(
-    own_redis: RedisServer,
+    moving: MovingOutbox,
 ) -> None:
-    client = redis_client.connect(redis_users.url_of(own_redis, redis_users.API))
-    outbox = MovingOutbox(client)
-    settler = Settler(outbox, lambda _: None)
+    settler = Settler(moving, lambda _: None)
     for n in range(300):
         settler.add(ITEM, (f"{n}-1", f"id-{n}", 1))
     task = asyncio.create_task(settler.run())
-    await until(lambda: outbox.node == "B")
-    outbox.moved.set()
-    await until(lambda: outbox.settled == [[(ITEM, 256)], [(ITEM, 44)]])
+    await until(lambda: moving.node == "B")
+    moving.moved.set()
+    await until(lambda: moving.settled == [[(ITEM, 256)], [(ITEM, 44)]])
     task.cancel()
-    await client.aclose()

@@ -2,8 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from datetime import timedelta
-from typing import cast
 
 import pytest
 
@@ -19,17 +17,11 @@ from flashsale.reservations import (
     TransitionReply,
 )
 from flashsale.sale import Predecessor, SaleSpec, SaleState
-from flashsale_operator.kubernetes.client import Kube
-from flashsale_operator.kubernetes.controller import Clients, Controller
-from flashsale_operator.kubernetes.metrics import Metrics
-from flashsale_operator.kubernetes.queue import Queue
-from flashsale_operator.kubernetes.rebuilds import Rebuilds
-from flashsale_operator.kubernetes.resync import Resync
 from flashsale_operator.sales.decision import Reason, needs_rebuild, spec_of
 from flashsale_operator.sales.rebuild import HOLD_MS, Rebuilt
 from flashsale_operator.sales.recovery import Fenced, Recovery
 from tests.support.eventually import until
-from tests.support.fake_kube import FakeKube
+from tests.support.fake_kube import resync_of
 from tests.support.observations import NOW_MS, SPEC
 from tests.support.simulated_shop import QUICK, SimulatedShop
 
@@ -270,14 +262,6 @@ async def test_a_sale_with_open_holds_is_not_replaced(
     await shop.record(spec.item_id)
     report = await shop.apply(other)
     assert (report.state, report.applied) == (SaleState.SELLING, Applied.SEEDED)
-
-
-def resync_of(shop: SimulatedShop) -> Resync:
-    queue = Queue()
-    clients = Clients(cast("Kube", FakeKube()), shop.inventory, shop.pool, Metrics())
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, Metrics(), patience=QUICK)
-    own = Controller(clients, queue, rebuilds)
-    return Resync(clients, own, queue, rebuilds, served=(), keep_closed=timedelta(hours=1))
 
 
 @pytest.mark.parametrize("loss", ["flush", "restart"])

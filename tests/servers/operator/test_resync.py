@@ -1,36 +1,29 @@
-"""The decisions of a resync, and the script that frees the keys of a closed sale."""
+"""The decisions of a resync, the namespaces that it serves, and the readiness of the operator."""
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
-from typing import cast
 
 import pytest
 from redis.asyncio import Redis
 
-from dev.stack.servers import PostgresServer, RedisServer
+from dev.stack.servers import PostgresServer
 from flashsale import keys, ledger, redis_client
-from flashsale.errors import LedgerUnavailable, RedisMoved
-from flashsale.inventory import Freed
-from flashsale.keys import DEFAULT_ENGINE, ItemKeys
+from flashsale.errors import RedisMoved
+from flashsale.keys import DEFAULT_ENGINE
 from flashsale.ledger import SaleRow
-from flashsale.reservations import Outcome, Transition
-from flashsale.sale import Sale, SaleSpec, SaleState
+from flashsale.reservations import Outcome
+from flashsale.sale import Sale, SaleSpec
 from flashsale_operator.kubernetes import resync
-from flashsale_operator.kubernetes.client import Kube, KubeForbidden
-from flashsale_operator.kubernetes.controller import Clients, Controller
+from flashsale_operator.kubernetes.client import KubeForbidden
 from flashsale_operator.kubernetes.metrics import Metrics
 from flashsale_operator.kubernetes.queue import Key, Queue
-from flashsale_operator.kubernetes.rebuilds import Rebuilds
 from flashsale_operator.kubernetes.resync import Resync, left_behind, may_be_freed, unclosed
-from flashsale_operator.sales.decision import Reason, needs_rebuild
-from flashsale_operator.sales.offsets import Span
 from tests.support.eventually import until
-from tests.support.fake_kube import FakeKube
+from tests.support.fake_kube import FakeKube, resync_of
 from tests.support.ledgers import connected, database, migrate_to, opened, waits
 from tests.support.observations import a_row, a_sale
-from tests.support.simulated_shop import QUICK, SimulatedShop
+from tests.support.simulated_shop import SimulatedShop
 
 HOUR, NOTHING = timedelta(hours=1), timedelta()
 CLOSED = a_sale(stored_state="closed", revision=2)
@@ -76,20 +69,6 @@ def test_a_closed_sale_may_be_freed_if_it_is_recorded_and_old_enough() -> None:
         replace(CLOSED, held=1),
     ):
         assert not may_be_freed(CLOSED_ROW, sale, HOUR, NOTHING)
-
-
-def resync_of(
-    shop: SimulatedShop,
-    kube: FakeKube,
-    queue: Queue,
-    *served: str,
-    metrics: Metrics | None = None,
-) -> Resync:
-    metrics = metrics or Metrics()
-    clients = Clients(cast("Kube", kube), shop.inventory, shop.pool, metrics)
-    rebuilds = Rebuilds(shop.inventory, shop.pool, shop.spans, queue, metrics, patience=QUICK)
-    own = Controller(clients, queue, rebuilds)
-    return Resync(clients, own, queue, rebuilds, served=served, keep_closed=HOUR)
 
 
 async def test_an_operator_that_migrates_a_large_ledger_is_not_stuck(
@@ -205,7 +184,7 @@ async def test_a_sale_without_a_flashsale_is_fenced_in_a_redis_that_the_sales_ha
 ) -> None:
     await shop.apply(spec)
     await ledger.adopt_redis(shop.pool, "another.example:6379/0")
-    own = resync_of(shop, FakeKube(), Queue())
+    own = resync_of(shop)
     for accepted, outcome in ((0, Outcome.ACCEPTED), (3, Outcome.FENCED)):  # in the other one
         await shop.pool.execute("UPDATE sales SET accepted = $1", accepted)
         with pytest.raises(RedisMoved):
@@ -218,7 +197,7 @@ async def unready(shop: SimulatedShop, expected: str, own: Resync | None = None)
 
     An empty text means ready.
     """
-    own = own or resync_of(shop, FakeKube(), Queue())
+    own = own or resync_of(shop)
     before = own.ended
 
     def look() -> bool:
@@ -266,7 +245,7 @@ async def test_the_operator_is_ready_after_a_resync_and_during_later_outages(
 async def test_an_unexpected_error_does_not_end_the_resyncs(
     shop: SimulatedShop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = resync_of(shop, FakeKube(), Queue())
+    own = resync_of(shop)
     with monkeypatch.context() as patch:
         patch.setattr(FakeKube, "flash_sales", None)
         running = asyncio.create_task(own.run())
@@ -284,228 +263,6 @@ async def test_the_operator_is_not_ready_while_two_engines_meet(shop: SimulatedS
     await unready(shop, "", own)
     await shop.pool.execute("UPDATE engine SET redis_address = 'former:6379/0'")
     await unready(shop, "the sales are in the Redis at former:6379/0", own)
-
-
-async def test_keys_are_freed_after_everything_is_recorded(
-    shop: SimulatedShop, spec: SaleSpec
-) -> None:
-    async def free() -> Freed:
-        row = await shop.row(spec.sale_id)
-        return await shop.inventory.free(
-            spec.item_id, spec.sale_id, row.revision, accepted=row.accepted, released=row.released
-        )
-
-    assert await free_unknown(shop, spec) is Freed.UNKNOWN
-    await shop.apply(spec)
-    assert await shop.buy(spec.item_id, "ada") == [Outcome.ACCEPTED]
-    assert await free() is Freed.OPEN
-    await shop.reconciler.close(spec.sale_id)
-    assert await free() is Freed.UNRECORDED
-    await shop.record(spec.item_id)
-    assert (
-        await shop.inventory.free(spec.item_id, "other/sale", 2, accepted=1, released=0)
-        is Freed.UNKNOWN
-    )
-    assert (
-        await shop.inventory.free(spec.item_id, spec.sale_id, 1, accepted=1, released=0)
-        is Freed.OPEN
-    )
-    assert (
-        await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=0, released=0)
-        is Freed.UNRECORDED
-    )
-    assert spec.item_id in await shop.inventory.index.items()
-    assert await free() is Freed.FREED
-    assert await shop.redis.exists(*ItemKeys.of(spec.item_id).sold) == 0
-    assert not await shop.redis.sismember(keys.items(DEFAULT_ENGINE), spec.item_id)
-    assert await free() is Freed.UNKNOWN
-
-
-async def free_unknown(shop: SimulatedShop, spec: SaleSpec) -> Freed:
-    return await shop.inventory.free(spec.item_id, spec.sale_id, 1, accepted=0, released=0)
-
-
-async def test_keys_are_not_freed_while_the_outbox_has_events(
-    shop: SimulatedShop, spec: SaleSpec
-) -> None:
-    await shop.apply(spec)
-    await shop.buy(spec.item_id, "ada")
-    await shop.reconciler.close(spec.sale_id)
-    assert (
-        await shop.inventory.free(spec.item_id, spec.sale_id, 2, accepted=1, released=0)
-        is Freed.UNRECORDED
-    )
-    assert await shop.redis.xlen(ItemKeys.of(spec.item_id).outbox) == 1
-
-
-async def test_the_index_has_the_items_that_have_keys_or_should_have_them(
-    shop: SimulatedShop, spec: SaleSpec
-) -> None:
-    """An API pod takes an item of the index that has no keys for a lost one."""
-    index, own = keys.items(DEFAULT_ENGINE), resync_of(shop, FakeKube(), Queue())
-    await shop.apply(spec)
-    await shop.redis.delete(index)
-    await own.resync()
-    assert await shop.redis.smembers(index) == {spec.item_id}
-    await shop.redis.flushall()
-    await own.resync()
-    assert await shop.redis.smembers(index) == {spec.item_id}, "the sale is lost"
-    await shop.apply(spec)
-    await shop.reconciler.close(spec.sale_id)
-    await shop.redis.delete(index)
-    await own.resync()
-    assert await shop.redis.smembers(index) == {spec.item_id}, "its keys are not freed yet"
-    await shop.redis.delete(*ItemKeys.of(spec.item_id).sold)
-    await own.resync()
-    assert await shop.redis.smembers(index) == set()
-
-
-@pytest.mark.parametrize("lost", ["before", "after the look at the claim", "before the claim"])
-@pytest.mark.parametrize("closes", [False, True])
-async def test_redis_is_not_claimed_before_lost_items_are_in_its_index(
-    shop: SimulatedShop,
-    spec: SaleSpec,
-    monkeypatch: pytest.MonkeyPatch,
-    lost: str,
-    closes: bool,
-) -> None:
-    """A pod that starts in between would take a lost item for an unknown one."""
-    second = SaleSpec("default/other", f"{spec.item_id}-2", 5)
-    for each in (spec, second):
-        await shop.apply(each)
-    index = shop.inventory.index
-    claimed, claim = index.claimed, index.claim
-
-    async def lose_after_look(engine_id: str) -> bool:
-        found = await claimed(engine_id)
-        await shop.redis.flushall()
-        return found
-
-    async def lose_before_claim(engine_id: str, item_ids: Iterable[str] = ()) -> None:
-        await shop.redis.flushall()
-        await claim(engine_id, item_ids)
-
-    if lost == "after the look at the claim":
-        monkeypatch.setattr(index, "claimed", lose_after_look)
-    else:
-        await shop.redis.flushall()
-    if lost == "before the claim":
-        monkeypatch.setattr(index, "claim", lose_before_claim)
-    await (shop.reconciler.close(second.sale_id) if closes else shop.apply(second))
-    items, is_claimed = await index.read()
-    assert spec.item_id in items or not is_claimed
-
-
-async def test_an_ended_sale_of_flashsalectl_is_rebuilt_without_a_flashsale(
-    shop: SimulatedShop, sold: SaleSpec
-) -> None:
-    await shop.pool.execute("UPDATE sales SET ends_at = now() - interval '1 hour'")
-    await shop.redis.flushall()
-    own = resync_of(shop, FakeKube(), Queue())
-
-    async def rebuilt() -> bool:
-        await own.resync()
-        row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
-        return not needs_rebuild(row, sale, await shop.inventory.server(), last=True)
-
-    await until(rebuilt)
-    assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
-
-
-async def test_a_finished_sale_that_cannot_be_rebuilt_does_not_stop_the_others(
-    shop: SimulatedShop, sold: SaleSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = replace(sold, sale_id="default/a-broken", item_id=f"{sold.item_id}-2")
-    await shop.apply(broken)
-    await shop.pool.execute("UPDATE sales SET ends_at = now() - interval '1 hour'")
-    await shop.redis.flushall()
-    own = resync_of(shop, FakeKube(), Queue())
-    rebuild, failed = own._rebuilds.rebuild, []
-
-    async def fails(row: SaleRow, *, wakes: bool = True) -> object:
-        if row.sale_id == broken.sale_id:
-            failed.append(row)
-            raise LedgerUnavailable("the ledger is unavailable: it has just gone away")
-        return await rebuild(row, wakes=wakes)
-
-    monkeypatch.setattr(own._rebuilds, "rebuild", fails)
-
-    async def rebuilt() -> bool:
-        await own.resync()
-        row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
-        return not needs_rebuild(row, sale, await shop.inventory.server(), last=True)
-
-    await until(rebuilt)
-    assert failed
-
-
-async def test_a_closed_sale_from_before_its_last_rebuild_is_rebuilt(
-    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
-) -> None:
-    """The engine returns to a Redis that it had left. The sale was closed at the other one."""
-    async with shop.at_another_redis(sold, redis_server.url):
-        assert await shop.confirm(sold.item_id, "a") is Transition.CHANGED
-        await shop.record(sold.item_id)
-        await shop.reconciler.close(sold.sale_id)
-    own = resync_of(shop, FakeKube(), Queue())
-
-    async def rebuilt() -> bool:
-        await own.resync()
-        row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
-        trusted = sale is not None and sale.run_id == (await shop.inventory.server()).run_id
-        return trusted and not needs_rebuild(row, sale, await shop.inventory.server())
-
-    await until(rebuilt)
-    assert await shop.buy(sold.item_id, "z") == [Outcome.ENDED]
-    assert await shop.cancel(sold.item_id, "a") is Transition.OTHER_ORDER
-    assert await shop.cancel(sold.item_id, "a", "order-1") is Transition.CHANGED
-
-
-async def test_an_outdated_sale_is_fenced_before_it_is_closed(
-    shop: SimulatedShop, sold: SaleSpec, redis_server: RedisServer
-) -> None:
-    async with shop.at_another_redis(sold, redis_server.url):
-        pass
-    closed = await shop.reconciler.close(sold.sale_id)
-    assert closed.sale is not None
-    assert closed.sale.stored_state == "closed"
-    assert closed.sale.run_id != (await shop.inventory.server()).run_id
-
-
-async def test_a_sale_that_only_the_ledger_has_closed_is_closed_without_a_rebuild(
-    shop: SimulatedShop, sold: SaleSpec
-) -> None:
-    await shop.pool.execute("UPDATE sales SET closed = true, revision = revision + 1")
-    await resync_of(shop, FakeKube(), Queue()).resync()
-    row, sale = await shop.row(sold.sale_id), await shop.sale(sold.item_id)
-    assert sale is not None
-    assert (sale.stored_state, sale.revision, sale.rebuilt) == ("closed", row.revision, 0)
-
-
-async def test_a_sale_that_was_closed_while_it_waited_for_its_rebuild_gives_its_item_back(
-    shop: SimulatedShop, sold: SaleSpec, other: SaleSpec
-) -> None:
-    """Redis lost its keys, and its FlashSale was deleted before the ledger had all its events."""
-    await shop.redis.flushall()
-    shop.topic = {0: Span(0, 5)}
-    assert (await shop.apply(sold)).state is SaleState.FENCED
-    await shop.reconciler.close(sold.sale_id)
-    waits = resync_of(shop, FakeKube(), Queue())
-    await waits.resync()
-    await asyncio.sleep(3 * QUICK.recorded)
-    await waits.resync()
-    conflict = await shop.apply(other)
-    assert conflict.reason is Reason.ITEM_CONFLICT, "the topic may have more events of the sale"
-    assert "waits for its rebuild: Redis lost 3 units" in conflict.message
-    await shop.read_to(0, 5)
-    own = resync_of(shop, FakeKube(), Queue())
-
-    async def sells() -> bool:
-        await own.resync()
-        return (await shop.apply(other)).state is SaleState.SELLING
-
-    await until(sells, "the other sale has the item")
-    assert await shop.buy(sold.item_id, "a") == [Outcome.ACCEPTED]
 
 
 async def test_the_row_of_a_sale_has_the_uid_of_its_flashsale(
